@@ -1,0 +1,79 @@
+"""Examples token by token, with what the loss is on: what `handtune check-data` prints.
+
+In colour, tokens in the loss are green; in plain text they stand in [brackets]. Tokens are parted by `|`. Line ends are
+shown as a sign, and characters that could steer the terminal are escaped: data is not to be trusted.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_GREEN, _GREY, _RESET = "\x1b[1;32m", "\x1b[90m", "\x1b[0m"
+_SIGNS = {"\n": "↵", "\t": "→", "\r": "␍"}
+
+
+def show(
+    examples: Sequence[Mapping[str, Any]],
+    tokenizer: "Tokenizer",
+    objective: str,
+    count: int,
+    color: bool,
+    labels: Sequence[str] = (),
+) -> str:
+    """The first `count` examples of `encode`, each under a line that names it. `labels` names classes and tags."""
+    blocks = []
+    for number, example in enumerate(examples[:count], 1):
+        note, pieces = _marked(example, tokenizer, objective, labels)
+        blocks.append(f"example {number} of {len(examples)}: {note}\n{_paint(pieces, color)}")
+    return "\n\n".join(blocks)
+
+
+def _marked(
+    example: Mapping[str, Any], tokenizer: "Tokenizer", objective: str, labels: Sequence[str]
+) -> tuple[str, list[tuple[str, bool]]]:
+    """A note on the example, and its tokens with whether each is (part of) a target."""
+    if objective == "embed":
+        fields = [field for field in ("anchor", "positive", "negative") if field in example]
+        note = ", ".join(f"{field} {len(example[field])} tokens" for field in fields)
+        return note, [(text, False) for field in fields for text in [f"{field}:", *_texts(example[field], tokenizer)]]
+    ids = [int(token) for token in example["input_ids"]]
+    note = f"{len(ids)} tokens"
+    if objective == "classify":
+        return f"{note}, label {_name(example['label'], labels)}", [(text, False) for text in _texts(ids, tokenizer)]
+    if objective == "masked-lm":
+        return f"{note}, masked anew in each epoch", [(text, False) for text in _texts(ids, tokenizer)]
+    if objective == "qa":
+        start, end = example["start"], example["end"]
+        note = f"{note}, row {example['row'] + 1}, " + (f"answer at {start} to {end}" if start else "no answer here")
+        return note, [(text, 0 < start <= i <= end) for i, text in enumerate(_texts(ids, tokenizer))]
+    targets = [int(target) for target in example["targets"]]
+    note = f"{note}, {sum(target >= 0 for target in targets)} targets"
+    if objective == "tag":
+        names = [f":{_name(target, labels)}" if target >= 0 else "" for target in targets]
+        return note, [(text + name, bool(name)) for text, name in zip(_texts(ids, tokenizer), names)]
+    # Targets are shifted: the token at i + 1 is in the loss if targets[i] is, and the last one is only there.
+    shown = ids + targets[-1:] if targets[-1] >= 0 else ids
+    wanted = [False] + [target >= 0 for target in targets]
+    return note, list(zip(_texts(shown, tokenizer), wanted))
+
+
+def _name(index: int, labels: Sequence[str]) -> str:
+    return labels[index] if index < len(labels) else str(index)
+
+
+def _texts(ids: Sequence[int], tokenizer: "Tokenizer") -> list[str]:
+    return [_visible(tokenizer.decode([token], skip_special_tokens=False)) for token in ids]
+
+
+def _visible(text: str) -> str:
+    return "".join(
+        _SIGNS.get(char, char if char.isprintable() else char.encode("unicode_escape").decode()) for char in text
+    )
+
+
+def _paint(pieces: Sequence[tuple[str, bool]], color: bool) -> str:
+    if color:
+        return f"{_GREY}|{_RESET}".join(f"{_GREEN}{text}{_RESET}" if wanted else text for text, wanted in pieces)
+    return "|".join(f"[{text}]" if wanted else text for text, wanted in pieces)

@@ -1,0 +1,218 @@
+"""Text files tokenised once, then read memory-mapped: pretraining corpora larger than memory.
+
+The tokens of all documents, each followed by the end-of-text token, stand in one flat file `<fingerprint>.bin` (uint16,
+or uint32 for vocabularies of 65,536 tokens and more). Next to it `<fingerprint>.json` says what it was made from. The
+fingerprint covers the sources' bytes, the tokenizer and the end token, so that a changed source or tokenizer makes
+another cache and an old one is never read by mistake. Caches that are no longer wanted can be deleted at any time.
+
+Both files are written under a temporary name, synced and renamed, the JSON last: where it exists the tokens are whole.
+
+Sources are read in pieces of some 256 KB, so memory stays bounded by the longest line. A piece ends after a line that
+isn't blank and in front of one that begins with a word, where tokenizers of the GPT-2 and Llama 3 kind split anyway;
+tokenizers that put a space in front of every text do so at the start of each piece.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .data import parse_json
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_FORMAT = 1
+_PIECE = 256 * 1024  # characters
+_BATCH = 4  # pieces tokenised at once, on as many cores
+
+Piece = tuple[str, bool]  # text, and whether a document ends with it
+
+
+class TokenCorpus:
+    """Windows of a flat array of token ids: {"input_ids", "targets"}, int64 arrays of `max_length` entries.
+
+    Targets are shifted by one. Every token but the very first is a target once; the last window is shorter. Windows run
+    over the ends of documents.
+    """
+
+    def __init__(self, tokens: npt.NDArray[Any], max_length: int) -> None:
+        if max_length < 1:
+            raise ValueError(f"max_length must be at least 1, not {max_length}")
+        self.tokens = tokens
+        self.max_length = max_length
+
+    def __len__(self) -> int:
+        return max(0, -(-(len(self.tokens) - 1) // self.max_length))
+
+    def __getitem__(self, index: int) -> dict[str, npt.NDArray[np.int64]]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        start = index % len(self) * self.max_length
+        window = np.asarray(self.tokens[start : start + self.max_length + 1], dtype=np.int64)
+        return {"input_ids": window[:-1], "targets": window[1:]}
+
+    def __iter__(self) -> Iterator[dict[str, npt.NDArray[np.int64]]]:
+        return (self[i] for i in range(len(self)))
+
+
+def token_corpus(
+    sources: Sequence[str | Path], tokenizer: "Tokenizer", cache_dir: str | Path, max_length: int, eos: int | None
+) -> TokenCorpus:
+    """Tokenise `sources` into `cache_dir`, or open the cache that an earlier call left there.
+
+    sources: a `Path` is a file, `.txt` (one document) or `.jsonl` (a document a line, in the field `text`); a `str` is
+    a document itself. eos: id put after every document, or None. Raises FileNotFoundError, or ValueError with file, line
+    and remedy.
+    """
+    if not sources:
+        raise ValueError("no sources for the corpus; give at least one text file")
+    for source in sources:
+        _check_source(source)
+    dtype = _dtype(tokenizer, eos)
+    about: dict[str, Any] = {
+        "format": _FORMAT,
+        "sources": [_identity(source) for source in sources],
+        "tokenizer": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
+        "eos": eos,
+        "dtype": dtype.name,
+    }
+    fingerprint = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
+    path = Path(cache_dir) / f"{fingerprint}.bin"
+    if not _is_whole(path, about, dtype):
+        _write(path, _tokens(sources, tokenizer, eos, dtype), about, dtype)
+    return TokenCorpus(np.memmap(path, dtype=dtype, mode="r"), max_length)
+
+
+def _check_source(source: str | Path) -> None:
+    if isinstance(source, str):
+        # A path by mistake would be trained on as text.
+        if "\n" not in source and len(source) < 1024 and os.path.exists(source):
+            raise ValueError(f"{source}: a file's name given as a document; give it as pathlib.Path")
+        return
+    if not source.exists():
+        raise FileNotFoundError(f"{source}: no such file; check the path")
+    if source.suffix.lower() not in (".txt", ".jsonl"):
+        raise ValueError(f"{source}: a corpus is made from .txt and .jsonl files, not {source.suffix or 'this'}")
+
+
+def _identity(source: str | Path) -> dict[str, Any]:
+    """Size in bytes and hash; the kind of file too, because the same bytes mean another text in .txt and .jsonl."""
+    if isinstance(source, str):
+        data = source.encode()
+        return {"kind": "text", "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    with source.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"kind": source.suffix.lower(), "size": source.stat().st_size, "sha256": digest}
+
+
+def _dtype(tokenizer: "Tokenizer", eos: int | None) -> "np.dtype[Any]":
+    largest = max([*tokenizer.get_vocab().values(), eos or 0])
+    return np.dtype(np.uint16 if largest + 1 < 65536 else np.uint32)
+
+
+def _is_whole(path: Path, about: dict[str, Any], dtype: "np.dtype[Any]") -> bool:
+    try:
+        stored = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        count = stored.pop("count")
+        return bool(stored == about and path.stat().st_size == count * dtype.itemsize)
+    except (OSError, ValueError, KeyError, AttributeError):
+        return False  # absent or damaged: it is made again
+
+
+def _write(path: Path, arrays: Iterable[npt.NDArray[Any]], about: dict[str, Any], dtype: "np.dtype[Any]") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, (array.tobytes() for array in arrays))
+    count = path.stat().st_size // dtype.itemsize
+    if count < 2:
+        path.unlink()
+        raise ValueError(f"the corpus has {count} tokens; give text with at least two")
+    _replace(path.with_suffix(".json"), [json.dumps({**about, "count": count}, indent=1).encode()])
+
+
+def _replace(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write `path` so that it is there whole or not at all."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the new name itself
+    finally:
+        os.close(folder)
+
+
+def _tokens(
+    sources: Sequence[str | Path], tokenizer: "Tokenizer", eos: int | None, dtype: "np.dtype[Any]"
+) -> Iterator[npt.NDArray[Any]]:
+    pieces = (piece for source in sources for piece in _pieces(source))
+    while batch := list(islice(pieces, _BATCH)):
+        # The fast variant computes no offsets.
+        encodings = tokenizer.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
+        for (_, ends), encoding in zip(batch, encodings):
+            ids = encoding.ids
+            yield np.asarray([*ids, eos] if ends and eos is not None else ids, dtype=dtype)
+
+
+def _pieces(source: str | Path) -> Iterator[Piece]:
+    if isinstance(source, str):
+        yield from _split(source.splitlines(keepends=True))
+    elif source.suffix.lower() == ".txt":
+        yield from _split(line for _, line in _lines(source))
+    else:
+        for number, line in _lines(source):
+            if line.strip():
+                yield from _split(_row_text(line, source, number).splitlines(keepends=True))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines with their ends as they are, decoded one by one: UTF-8 has no line-end byte inside a character."""
+    read = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path} line {number}: byte {read + error.start} is not UTF-8; save the file as UTF-8"
+                ) from None
+            yield number, text.removeprefix("\ufeff") if number == 1 else text
+            read += len(line)
+
+
+def _row_text(line: str, path: Path, number: int) -> str:
+    row = parse_json(line, path, f"line {number}")
+    text = row.get("text") if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise ValueError(f"{path} line {number}: no text in a field 'text'; a corpus row is {{\"text\": ...}}")
+    return text
+
+
+def _split(lines: Iterable[str]) -> Iterator[Piece]:
+    """A document in pieces of about _PIECE characters, cut at line ends only; the last one is marked."""
+    held: list[str] = []
+    size = 0
+    for line in lines:
+        good = size >= _PIECE and held[-1].strip() and not line[0].isspace()
+        if good or size >= 4 * _PIECE:
+            yield "".join(held), False
+            held, size = [], 0
+        held.append(line)
+        size += len(line)
+    if held:
+        yield "".join(held), True

@@ -1,0 +1,209 @@
+"""Encoding for the objectives that read a text both ways: masked-lm, classify, tag, qa, embed. See `encode.py`.
+
+Here the tokenizer's post-processor places the special tokens ([CLS] text [SEP]; a tokenizer without one places none),
+and windows and cuts take tokens away from the text between them. `Encoding.sequence_ids` tells which are which: None
+for special tokens, 0 for the first text, 1 for the second.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
+    from .chat import ChatTemplate
+
+IGNORED = -100
+QA_OVERLAP = 128  # context tokens that a window shares with the one before it
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every encoder gets besides rows. `eos` is a token id; `labels` maps a label or tag to its id."""
+
+    tokenizer: "Tokenizer"
+    max_length: int
+    labels: Mapping[str, int]
+    eos: int | None
+    template: "ChatTemplate | None"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What became of one row: none of the `examples` means that it is dropped; `masked` if its loss was masked away."""
+
+    examples: list[dict[str, Any]]
+    tokens: int = 0
+    targets: int = 0
+    truncated: bool = False
+    masked: bool = False
+
+
+Numbered = Sequence[tuple[int, Mapping[str, Any]]]  # (index of the row, row)
+
+
+def masked_lm(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
+    """Windows of text between the special tokens; every token of the text can become a target."""
+    texts = [joined_text(row) for _, row in rows]
+    for encoding in settings.tokenizer.encode_batch(texts):
+        sequence = encoding.sequence_ids
+        body = [i for i, source in enumerate(sequence) if source is not None]
+        room = _room(len(sequence) - len(body), settings)
+        ids = encoding.ids
+        head, tail = (ids[: body[0]], ids[body[-1] + 1 :]) if body else ([], [])
+        windows = [body[i : i + room] for i in range(0, len(body), room)]
+        examples = [{"input_ids": head + ids[window[0] : window[-1] + 1] + tail} for window in windows]
+        yield Encoded(examples, sum(len(example["input_ids"]) for example in examples), len(body))
+
+
+def joined_text(row: Mapping[str, Any]) -> str:
+    """The text of a row that is trained as a whole."""
+    text: str = row["prompt"] + row["completion"] if "prompt" in row else row["text"]
+    return text
+
+
+def classify(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
+    """One example a row; pairs carry token_type_ids. Tokenizers without special tokens get a line end between pairs."""
+    pairs = "text_pair" in rows[0][1]
+    joined = pairs and settings.tokenizer.num_special_tokens_to_add(True) == 0
+    if joined:
+        texts: list[Any] = [row["text"] + "\n" + row["text_pair"] for _, row in rows]
+    else:
+        texts = [(row["text"], row["text_pair"]) if pairs else row["text"] for _, row in rows]
+    for (index, row), encoding in zip(rows, settings.tokenizer.encode_batch(texts)):
+        label = _label_id(row["label"], f"row {index + 1}: label", settings)
+        kept = _fit(encoding, settings)
+        if not _has_text(encoding):
+            yield Encoded([])
+            continue
+        ids, types = encoding.ids, encoding.type_ids
+        example: dict[str, Any] = {"input_ids": [ids[i] for i in kept], "label": label}
+        if pairs and not joined:
+            example["token_type_ids"] = [types[i] for i in kept]
+        yield Encoded([example], len(kept), 1, truncated=len(kept) < len(ids))
+
+
+def tag(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
+    """The tag of a word stands at its first sub-token."""
+    sentences = [row["tokens"] for _, row in rows]
+    for (index, row), encoding in zip(rows, settings.tokenizer.encode_batch(sentences, is_pretokenized=True)):
+        place = f"row {index + 1}: tag of token"
+        tags = [_label_id(name, f"{place} {i + 1}", settings) for i, name in enumerate(row["tags"])]
+        kept, ids, words = _fit(encoding, settings), encoding.ids, encoding.word_ids
+        targets, last = [], None
+        for i in kept:
+            word = words[i]
+            targets.append(IGNORED if word is None or word == last else tags[word])
+            last = word
+        count = len(targets) - targets.count(IGNORED)
+        example = {"input_ids": [ids[i] for i in kept], "targets": targets}
+        yield Encoded([example] if count else [], len(kept), count, truncated=len(kept) < len(ids))
+
+
+def qa(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
+    """Windows over the context, each after the whole question. A row whose answer no window holds whole is dropped."""
+    pairs = [(row["question"], row["context"]) for _, row in rows]
+    for (index, row), encoding in zip(rows, settings.tokenizer.encode_batch(pairs)):
+        sequence = encoding.sequence_ids
+        context = [i for i, source in enumerate(sequence) if source == 1]
+        question = [i for i, source in enumerate(sequence) if source == 0]
+        special = len(sequence) - len(context) - len(question)
+        shown = min(len(question), max(1, _room(special, settings) // 2))
+        question_cut = shown < len(question) and len(question) + len(context) + special > settings.max_length
+        dropped = set(question[shown:]) if question_cut else set()
+        room = max(1, settings.max_length - special - len(question) + len(dropped))
+        step = room - min(QA_OVERLAP, room // 2)
+        starts = range(0, max(1, len(context) - room + step), step) if context else range(0)
+        answer = _answer_span(encoding, context, row["answers"])
+        examples = []
+        for start in starts:
+            window = context[start : start + room]
+            outside = {i for i in context if not window[0] <= i <= window[-1]} | dropped
+            kept = [i for i in range(len(sequence)) if i not in outside]
+            examples.append(_qa_window(encoding, kept, window, answer, index))
+        if row["answers"]["text"] and not any(example["start"] for example in examples):
+            # Kept, it would teach that there is no answer.
+            yield Encoded([], truncated=True, masked=True)
+        else:
+            tokens = sum(len(example["input_ids"]) for example in examples)
+            yield Encoded(examples, tokens, len(examples), truncated=question_cut)
+
+
+def _answer_span(encoding: "Encoding", context: list[int], answers: Mapping[str, Any]) -> tuple[int, int] | None:
+    """First and last token of the first answer; None where there is none, or the tokenizer drops its characters."""
+    if not answers["text"]:
+        return None
+    begin = answers["answer_start"][0]
+    end = begin + len(answers["text"][0])
+    offsets = encoding.offsets
+    inside = [i for i in context if offsets[i][1] > begin and offsets[i][0] < end]
+    return (inside[0], inside[-1]) if inside else None
+
+
+def _qa_window(
+    encoding: "Encoding", kept: list[int], window: list[int], answer: tuple[int, int] | None, row: int
+) -> dict[str, Any]:
+    ids, types, offsets = encoding.ids, encoding.type_ids, encoding.offsets
+    inside = answer is not None and window[0] <= answer[0] and answer[1] <= window[-1]
+    return {
+        "input_ids": [ids[i] for i in kept],
+        "token_type_ids": [types[i] for i in kept],
+        "start": kept.index(answer[0]) if answer and inside else 0,
+        "end": kept.index(answer[1]) if answer and inside else 0,
+        "row": row,
+        "offsets": [offsets[i] if window[0] <= i <= window[-1] else None for i in kept],
+    }
+
+
+def embed(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
+    """Each text of a row encoded alone; a row with an empty text is dropped."""
+    fields = [field for field in ("anchor", "positive", "negative") if field in rows[0][1]]
+    columns = [settings.tokenizer.encode_batch([row[field] for _, row in rows]) for field in fields]
+    for encodings in zip(*columns):
+        if not all(_has_text(encoding) for encoding in encodings):
+            yield Encoded([])
+            continue
+        kept = [_fit(encoding, settings) for encoding in encodings]
+        ids = [encoding.ids for encoding in encodings]
+        example = {field: [own[i] for i in places] for field, own, places in zip(fields, ids, kept)}
+        tokens = sum(map(len, kept))
+        yield Encoded([example], tokens, 1, truncated=tokens < sum(map(len, ids)))
+
+
+def _has_text(encoding: "Encoding") -> bool:
+    return any(source is not None for source in encoding.sequence_ids)
+
+
+def _room(special: int, settings: Settings) -> int:
+    room = settings.max_length - special
+    if room < 1:
+        raise ValueError(
+            f"max_length {settings.max_length} leaves no room beside {special} special tokens; raise data.max_length"
+        )
+    return room
+
+
+def _fit(encoding: "Encoding", settings: Settings) -> list[int]:
+    """Positions that stay: all special tokens, and of each text its beginning; the longer of a pair is cut first."""
+    sequence = encoding.sequence_ids
+    first, second = sequence.count(0), sequence.count(1)
+    room = _room(len(sequence) - first - second, settings)
+    if first + second <= room:
+        return list(range(len(sequence)))
+    second = min(second, max(room // 2, room - first))
+    left = [room - second, second]
+    kept = []
+    for i, source in enumerate(sequence):
+        if source is not None:
+            left[source] -= 1
+        if source is None or left[source] >= 0:
+            kept.append(i)
+    return kept
+
+
+def _label_id(name: str, place: str, settings: Settings) -> int:
+    if name not in settings.labels:
+        known = ", ".join(list(settings.labels)[:20]) + (", ..." if len(settings.labels) > 20 else "")
+        raise ValueError(f"{place} {name!r} is not among the known labels ({known}); correct it, or give all labels")
+    return settings.labels[name]

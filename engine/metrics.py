@@ -1,0 +1,212 @@
+"""Scores of finished predictions: classification, entities, answers, retrieval, perplexity.
+
+Everything here takes plain lists or numpy arrays, so that a score can be recomputed from a predictions file without a
+model (and without torch). Every score is a fraction between 0 and 1; only `perplexity` is not. Each function names the
+source of its definition, because "F1" means something else in each of the fields it is used in.
+
+    classification(predictions, labels, n_classes)   accuracy, macro_f1, confusion
+    entity_f1(predicted, gold)                       precision, recall, f1 (entities), token_accuracy
+    answers(predictions, golds)                      exact_match, f1 (words)
+    retrieval(anchors, positives)                    accuracy@1, mrr
+    perplexity(loss)                                 exp(loss)
+"""
+
+import math
+import re
+import string
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence, Sized
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Entity = tuple[int, int, str]  # first word, one past the last word, type
+
+TIE = 1e-6  # cosines closer than this are one score: a float32 model's noise must not decide a rank
+
+
+def classification(predictions: ArrayLike, labels: ArrayLike, n_classes: int) -> dict[str, Any]:
+    """Accuracy, macro F1 and confusion matrix of class ids.
+
+    Macro F1 is the unweighted mean of the classes' F1 = 2·TP / (2·TP + FP + FN) (van Rijsbergen 1979; scikit-learn's
+    `f1_score(average="macro")`), over the classes that occur in the labels or the predictions: a class that occurs in
+    neither has no F1 and does not count.
+
+    predictions, labels: (N,) ints in 0..n_classes-1. Returns accuracy, macro_f1 and confusion, n_classes lists of
+    n_classes counts, `confusion[gold][predicted]`. Raises ValueError for no rows, unequal lengths, or an id out of
+    range.
+    """
+    predicted, gold = _class_ids("predictions", predictions, n_classes), _class_ids("labels", labels, n_classes)
+    _same_length("classification", "predictions", predicted, "labels", gold)
+    confusion = np.bincount(gold * n_classes + predicted, minlength=n_classes * n_classes).reshape(n_classes, n_classes)
+    hits, occurs = np.diag(confusion), confusion.sum(0) + confusion.sum(1)
+    seen = occurs > 0
+    f1 = 2 * hits[seen] / occurs[seen]
+    return {
+        "accuracy": float(hits.sum() / len(gold)),
+        "macro_f1": float(f1.mean()),
+        "confusion": confusion.tolist(),
+    }
+
+
+def entity_f1(predicted: Sequence[Sequence[str]], gold: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Precision, recall and F1 over whole entities (micro), and the share of words whose tag is right.
+
+    The definition is that of CoNLL-2000/2003's scorer, conlleval (Tjong Kim Sang and Buchholz 2000): an entity counts
+    when its first word, its last word and its type all match. An I- tag that follows O, or another type, begins an
+    entity. Tags are BIO, or BIOES by the same rules. Where no tag has such a prefix (parts of speech), every word but O
+    is an entity of its own, as with `conlleval -r`. A score with nothing to divide by is 0.
+
+    predicted, gold: one sequence of tags a row, equally long. Returns precision, recall, f1, token_accuracy. Raises
+    ValueError for no words, unequal lengths, or prefixed and plain tags mixed.
+    """
+    _same_length("entity_f1", "predicted", predicted, "gold", gold)
+    for row, (p, g) in enumerate(zip(predicted, gold, strict=True)):
+        if len(p) != len(g):
+            raise ValueError(f"entity_f1: row {row} has {len(p)} predicted tags for {len(g)} words; give one a word")
+    n_words = sum(map(len, gold))
+    if n_words == 0:
+        raise ValueError("entity_f1: no words to score; give at least one row with tags")
+    plain = _tags_are_plain({tag for rows in (predicted, gold) for tags in rows for tag in tags})
+    found = [_entities(tags, plain) for tags in predicted]
+    wanted = [_entities(tags, plain) for tags in gold]
+    hits = sum(len(f & w) for f, w in zip(found, wanted, strict=True))
+    n_found, n_wanted = sum(map(len, found)), sum(map(len, wanted))
+    right = sum(a == b for p, g in zip(predicted, gold, strict=True) for a, b in zip(p, g, strict=True))
+    return {
+        "precision": _ratio(hits, n_found),
+        "recall": _ratio(hits, n_wanted),
+        "f1": _ratio(2 * hits, n_found + n_wanted),
+        "token_accuracy": right / n_words,
+    }
+
+
+def answers(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Exact match and word F1 of extracted answers, each the best over a row's gold answers, then the mean over rows.
+
+    The definition is that of SQuAD v1.1's evaluate-v1.1.py (Rajpurkar et al. 2016, section 6.1): answers are lowercased
+    and lose ASCII punctuation, the words a, an, the, and surplus whitespace; F1 is over the two bags of words. A row
+    without gold answer is unanswerable: then only an empty prediction is right (SQuAD v2.0). Fractions, where the
+    script prints percent.
+
+    predictions: N strings; golds: N lists of strings. Returns exact_match, f1. Raises ValueError for no rows or unequal
+    lengths, TypeError for a string in place of a list (its letters would be taken for answers).
+    """
+    _same_length("answers", "predictions", predictions, "golds", golds)
+    if not len(golds):
+        raise ValueError("answers: no rows to score; give at least one prediction")
+    exact = overlap = 0.0
+    for prediction, accepted in zip(predictions, golds, strict=True):
+        if isinstance(accepted, str):
+            raise TypeError("answers: each entry of golds is a list of answers, not one string; write [answer]")
+        words = _words(prediction)
+        choices = [_words(answer) for answer in accepted] or [[]]
+        exact += max(words == choice for choice in choices)
+        overlap += max(_word_f1(words, choice) for choice in choices)
+    return {"exact_match": exact / len(golds), "f1": overlap / len(golds)}
+
+
+def retrieval(anchors: ArrayLike, positives: ArrayLike) -> dict[str, float]:
+    """How well each anchor finds its own positive by cosine similarity among the positives of all rows.
+
+    accuracy@1 is the share of anchors whose own positive ranks first; MRR is the mean of 1/rank (Voorhees 1999, TREC-8
+    question answering). Equal cosines (duplicates, a collapsed model) share their ranks: the score is the expectation
+    over a random order among them, so that a constant embedding earns chance level and not 1. The more rows, the harder
+    the task: compare only scores over the same rows.
+
+    anchors, positives: (N, D). Returns accuracy@1, mrr. Raises ValueError for other shapes or a row that is not finite.
+    """
+    a, p = _unit_rows("anchors", anchors), _unit_rows("positives", positives)
+    if a.shape != p.shape:
+        raise ValueError(f"retrieval: anchors {a.shape} and positives {p.shape} differ in shape; give one pair a row")
+    reciprocals = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, len(a) + 1))])
+    first = reciprocal = 0.0
+    for begin in range(0, len(a), 1024):  # N × N cosines of a large set would not fit into memory at once
+        cosine = a[begin : begin + 1024] @ p.T  # (rows, N)
+        own = np.take_along_axis(cosine, np.arange(begin, begin + len(cosine))[:, None], axis=1)
+        better = (cosine > own + TIE).sum(1)
+        level = (np.abs(cosine - own) <= TIE).sum(1)  # at least 1: the own positive
+        first += ((better == 0) / level).sum()
+        reciprocal += ((reciprocals[better + level] - reciprocals[better]) / level).sum()
+    return {"accuracy@1": float(first / len(a)), "mrr": float(reciprocal / len(a))}
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss) for a mean loss in nats per token (Jelinek et al. 1977).
+
+    Saturates at the largest float, because a diverged run must still be written as JSON, which has no infinity; NaN
+    stays.
+    """
+    largest = sys.float_info.max
+    return largest if loss >= math.log(largest) else math.exp(loss)
+
+
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
+
+
+def _same_length(score: str, name: str, values: Sized, other: str, others: Sized) -> None:
+    if len(values) != len(others):
+        raise ValueError(f"{score}: {len(values)} {name} for {len(others)} {other}; give one for each row")
+
+
+def _class_ids(name: str, values: ArrayLike, n_classes: int) -> NDArray[np.int64]:
+    ids = np.asarray(values)
+    if ids.ndim != 1 or len(ids) == 0 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"classification: {name} is {ids.dtype} {ids.shape}; give a non-empty list of class ids")
+    wrong = np.flatnonzero((ids < 0) | (ids >= n_classes))
+    if len(wrong):
+        row = wrong[0]
+        raise ValueError(f"classification: {name}[{row}] is {ids[row]}; class ids go from 0 to {n_classes - 1}")
+    return ids.astype(np.int64)
+
+
+def _tags_are_plain(tags: Iterable[str]) -> bool:
+    """True where no tag carries a BIO(ES) prefix; a mixture is an error."""
+    named = sorted(set(tags) - {"O"})
+    plain = [tag for tag in named if not re.match(r"[BIES](-|$)", tag)]
+    if plain and any(re.match(r"[BIES]-", tag) for tag in named):
+        raise ValueError(f"entity_f1: tag {plain[0]!r} among BIO tags; write every tag as O, B-type or I-type")
+    return bool(plain)
+
+
+def _entities(tags: Sequence[str], plain: bool) -> set[Entity]:
+    """The entities of one row by conlleval's startOfChunk and endOfChunk."""
+    found: set[Entity] = set()
+    first, before, before_kind = -1, "O", ""  # first < 0: no entity is open
+    for i, tag in enumerate([*tags, "O"]):
+        mark, _, kind = tag.partition("-") if not plain or tag == "O" else ("S", "", tag)
+        opens = mark in "BS" or kind != before_kind or before in "OES"
+        if first >= 0 and (opens or mark == "O"):
+            found.add((first, i, before_kind))
+            first = -1
+        if opens and mark != "O":
+            first = i
+        before, before_kind = mark, kind
+    return found
+
+
+def _words(text: str) -> list[str]:
+    """An answer's words after SQuAD's normalisation, in its order: lowercase, punctuation, articles, whitespace."""
+    bare = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+
+
+def _word_f1(predicted: list[str], gold: list[str]) -> float:
+    if not predicted or not gold:
+        return float(predicted == gold)
+    common = sum((Counter(predicted) & Counter(gold)).values())
+    return 2 * common / (len(predicted) + len(gold))
+
+
+def _unit_rows(name: str, rows: ArrayLike) -> NDArray[np.float64]:
+    x = np.asarray(rows, dtype=np.float64)
+    if x.ndim != 2 or len(x) == 0:
+        raise ValueError(f"retrieval: {name} has shape {x.shape}; give one embedding a row, (N, D)")
+    wrong = np.flatnonzero(~np.isfinite(x).all(1))
+    if len(wrong):
+        raise ValueError(f"retrieval: {name}[{wrong[0]}] is not finite; training has diverged, lower train.lr")
+    length: NDArray[np.float64] = np.linalg.norm(x, axis=1, keepdims=True)
+    return x / np.maximum(length, 1e-12)

@@ -1,0 +1,247 @@
+"""Shows run folders as one self-contained HTML page.
+
+    report([Path("runs/lora"), Path("runs/full")], Path("report.html"))
+
+The page loads nothing from outside and runs no script, so that it can be mailed, or opened years later. Its colours are
+CSS variables and follow the reader's light or dark theme; the runs' are Okabe and Ito's (2008, told apart by every kind
+of colour vision), darkened where they were faint on white and lightened on dark ground. The plots need matplotlib:
+`pip install handtune[plot]`. Everything that comes from a run folder is escaped, for run folders are passed on too.
+"""
+
+import html
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .plots import evaluation_figures, is_number, legend_line, loss_figures, training_figures
+from .runs import (
+    LOWER_IS_BETTER,
+    Row,
+    Run,
+    before_after,
+    comparison_table,
+    costs,
+    main_metrics,
+    metric_name,
+    read_runs,
+    score,
+    trained,
+    trains,
+)
+
+__all__ = ["comparison_table", "report"]
+
+MAX_CLASSES = 25  # a larger confusion matrix is unreadable: its most frequent confusions are listed instead
+
+STYLE = """
+:root { color-scheme: light dark; --ground: #fff; --text: #1c2024; --soft: #60666d; --rule: #e3e5e8; --tint: #f6f7f8;
+  --s0: #0072b2; --s1: #d55e00; --s2: #009e73; --s3: #b7609a; --s4: #b98000; --s5: #3f9fd6; }
+@media (prefers-color-scheme: dark) {
+  :root { --ground: #14171a; --text: #e4e6e8; --soft: #9aa1a8; --rule: #2c3136; --tint: #1c2024;
+    --s0: #5aaee8; --s1: #f0884a; --s2: #35c39d; --s3: #e09cc8; --s4: #e6b450; --s5: #a4d8f7; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 72rem; padding: 3rem 1.5rem 4rem; background: var(--ground); color: var(--text);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif;
+  font-variant-numeric: tabular-nums; }
+h1 { margin: 0; font-size: 1.6rem; font-weight: 600; letter-spacing: -.01em; overflow-wrap: anywhere; }
+h2 { margin: 3rem 0 .75rem; font-size: 1.05rem; font-weight: 600; }
+p, ul, figcaption, caption, .soft { color: var(--soft); }
+p { margin: .25rem 0 1.5rem; } ul { margin: 1rem 0; padding-left: 1.2rem; font-size: .87rem; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .87rem; }
+th { font-weight: 500; color: var(--soft); text-align: left; vertical-align: bottom; }
+th, td { padding: .4rem .75rem; border-bottom: 1px solid var(--rule); }
+th:first-child, td:first-child { padding-left: 0; } th:last-child, td:last-child { padding-right: 0; }
+.comparison { width: 100%; } .comparison .number, .comparison .text { white-space: nowrap; }
+.number { text-align: right; } .group { text-align: center; border-bottom-color: transparent; padding-bottom: 0; }
+tbody th { color: var(--text); } .best { font-weight: 650; }
+.line { display: inline-block; width: 1.1rem; margin-right: .5rem; vertical-align: .25em; border-top: 3px var(--c); }
+.legend { display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; margin: 0 0 .75rem; font-size: .87rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1.75rem 2rem; }
+figure { margin: 0; min-width: 0; } figure.full { grid-column: 1 / -1; }
+figcaption { margin-bottom: .35rem; font-size: .87rem; } figcaption b { font-weight: 500; color: var(--text); }
+svg { display: block; width: 100%; height: auto; overflow: visible; }
+.matrices { display: flex; flex-wrap: wrap; gap: 2rem 3.5rem; }
+caption { padding-bottom: .5rem; text-align: left; } caption b { font-weight: 500; color: var(--text); }
+.matrix th, .matrix td { max-width: 9rem; padding: .4rem .6rem; overflow-wrap: anywhere; }
+.matrix .cell { background: color-mix(in srgb, var(--s0) var(--share), transparent); border: 2px solid var(--ground);
+  text-align: right; min-width: 3.2rem; }
+.matrix .sum, .matrix thead th { text-align: right; border-bottom: 0; } .matrix .sum { color: var(--soft); }
+.matrix tbody th { border-bottom: 0; padding-left: 0; }
+details { border-top: 1px solid var(--rule); padding: .6rem 0; } details:last-of-type { border-bottom: 1px solid
+var(--rule); } summary { cursor: pointer; } details .columns { display: flex; flex-wrap: wrap; gap: 0 4rem; margin:
+.75rem 0; } details th, .differs th { font-weight: 400; } .facts td { overflow-wrap: anywhere; } .facts th, .facts td,
+.differs th, .differs td { vertical-align: top; padding-block: .25rem; }
+"""
+
+
+def report(runs: Sequence[Path], out: Path) -> Path:
+    """Write one HTML page that compares the given run folders; returns the file written.
+
+    out: the file, or a folder that receives report.html. Raises FileNotFoundError for a folder that is no run,
+    ValueError for a damaged JSON file or where matplotlib is missing.
+    """
+    page = _page(read_runs(runs))
+    out = Path(out)
+    out = out / "report.html" if out.is_dir() else out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page, encoding="utf-8")
+    return out
+
+
+def _page(runs: list[Run]) -> str:
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
+    about = {" · ".join(str(run.info[k]) for k in ("task", "model", "device") if run.info.get(k)) for run in runs}
+    lines = "".join(f"<span>{legend_line(i)}{_e(run.name)}</span>" for i, run in enumerate(runs))
+    legend = f'<div class="legend">{lines}</div>' if len(runs) > 1 else ""
+    parts = [
+        f"<h1>{_e(title)}</h1><p>{_e(about.pop()) if len(about) == 1 else ''}</p>",
+        _comparison(runs),
+        _notes(runs),
+        _section("Loss", legend, loss_figures(runs)),
+        _section("Evaluation", legend, evaluation_figures(runs)),
+        _section("Training", legend, training_figures(runs)),
+        _matrices(runs),
+        _differences(runs),
+        "<h2>Configuration</h2>",
+        *map(_configuration, runs),
+    ]
+    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head += f"<title>{_e(title)}</title><style>{STYLE}</style>"
+    body = "\n".join(part for part in parts if part)
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+
+
+def _e(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _section(title: str, legend: str, figures: list[str]) -> str:
+    return f'<h2>{title}</h2>{legend}<div class="plots">{"".join(figures)}</div>' if figures else ""
+
+
+def _notes(runs: list[Run]) -> str:
+    items = "".join(f"<li><b>{_e(run.name)}</b>: {_e(note)}</li>" for run in runs for note in run.notes)
+    return f"<ul>{items}</ul>" if items else ""
+
+
+def _number(text: str, kind: str = "") -> str:
+    return f'<td class="number{kind}">{text}</td>'
+
+
+# Tables
+
+
+def _comparison(runs: list[Run]) -> str:
+    metrics = main_metrics(runs)
+    head = "".join(f'<th rowspan="2">{name}</th>' for name in ("run", "method", "trains"))
+    head += '<th rowspan="2" class="number">trained</th>'
+    head += "".join(f'<th colspan="2" class="group">{_e(metric_name(metric))}</th>' for metric in metrics)
+    head += "".join(f'<th rowspan="2" class="number">{name}</th>' for name in ("peak memory", "time", "stored"))
+    second = '<th class="number">before</th><th class="number">after</th>' * len(metrics)
+    best = {metric: _best(metric, [before_after(run, metric)[1] for run in runs]) for metric in metrics}
+    body = ""
+    for i, run in enumerate(runs):
+        line = legend_line(i) if len(runs) > 1 else ""
+        body += f'<tr><th scope="row">{line}{_e(run.name)}</th>'
+        body += f"<td>{_e(run.info.get('method', '–'))}</td><td>{_e(trains(run))}</td>{_number(trained(run))}"
+        for metric in metrics:
+            before, after = before_after(run, metric)
+            mark = " best" if after is not None and after == best[metric] else ""
+            body += _number(score(metric, before), " soft") + _number(score(metric, after), mark)
+        body += "".join(map(_number, costs(run))) + "</tr>"
+    rows = f"<tr>{head}</tr><tr>{second}</tr>"
+    return f'<div class="wide"><table class="comparison"><thead>{rows}</thead><tbody>{body}</tbody></table></div>'
+
+
+def _best(metric: str, values: Iterable[Any]) -> float | None:
+    """The value to set in bold; none where there is nothing to compare it with."""
+    finite = [value for value in values if is_number(value)]
+    return (min if metric in LOWER_IS_BETTER else max)(finite) if len(finite) > 1 else None
+
+
+def _matrices(runs: list[Run]) -> str:
+    tables = [_matrix(run, len(runs) > 1) for run in runs if run.result.get("confusion")]
+    return f'<h2>Confusions</h2><div class="matrices">{"".join(tables)}</div>' if tables else ""
+
+
+def _matrix(run: Run, named: bool) -> str:
+    counts: list[list[int]] = run.result["confusion"]
+    labels = [_e(label) for label in run.result.get("labels") or range(len(counts))]
+    caption = f"<b>{_e(run.name)}</b><br>" if named else ""
+    if len(counts) > MAX_CLASSES:
+        return _frequent_confusions(counts, labels, caption)
+    head = "".join(f'<th scope="col">{label}</th>' for label in labels)
+    body = ""
+    for i, row in enumerate(counts):
+        cells = "".join(f'<td class="cell" style="--share: {60 * n / max(1, sum(row)):.0f}%">{n:,}</td>' for n in row)
+        body += f'<tr><th scope="row">{labels[i]}</th>{cells}{_share(row[i], sum(row))}</tr>'
+    columns = [sum(column) for column in zip(*counts, strict=True)]
+    precision = "".join(_share(counts[i][i], n) for i, n in enumerate(columns))
+    return (
+        f'<div class="wide"><table class="matrix"><caption>{caption}rows: gold, columns: predicted, shade: share of the '
+        f'row</caption><thead><tr><th></th>{head}<th scope="col">recall</th></tr></thead><tbody>{body}'
+        f'<tr><th scope="row" class="soft">precision</th>{precision}<td></td></tr></tbody></table></div>'
+    )
+
+
+def _share(part: int, whole: int) -> str:
+    return f'<td class="sum">{100 * part / whole:.1f} %</td>' if whole else '<td class="sum">–</td>'
+
+
+def _frequent_confusions(counts: list[list[int]], labels: list[str], caption: str) -> str:
+    wrong = [(n, i, j) for i, row in enumerate(counts) for j, n in enumerate(row) if i != j and n]
+    body = "".join(
+        f"<tr><td>{labels[i]}</td><td>{labels[j]}</td>{_number(f'{n:,}')}{_number(f'{100 * n / sum(counts[i]):.1f} %')}"
+        for n, i, j in sorted(wrong, reverse=True)[:15]
+    )
+    head = '<th>gold</th><th>predicted</th><th class="number">rows</th><th class="number">of the gold class</th>'
+    caption += f"the most frequent confusions among {len(counts):,} classes"
+    return f"<div><table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _differences(runs: list[Run]) -> str:
+    """Where the runs' configurations differ, name by name."""
+    flat = [_flatten(run.info.get("config") or {}) for run in runs]
+    names = sorted({name for config in flat for name in config})
+    head = "".join(f"<th>{legend_line(i)}{_e(run.name)}</th>" for i, run in enumerate(runs))
+    body = ""
+    for name in names:
+        values = [config.get(name, "–") for config in flat]
+        if len(set(values)) > 1:
+            body += (
+                f'<tr><th scope="row">{_e(name)}</th>' + "".join(f"<td>{_e(value)}</td>" for value in values) + "</tr>"
+            )
+    table = f'<table class="differs"><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>'
+    return f'<h2>Differences</h2><div class="wide">{table}</div>' if body else ""
+
+
+def _configuration(run: Run) -> str:
+    best = run.result.get("best")
+    facts: Row = {"folder": run.path, "device": run.info.get("device"), "started": run.info.get("started")}
+    facts["steps"] = run.result.get("steps") or (run.steps[-1]["step"] if run.steps else None)
+    facts["train loss"] = score("loss", run.result["train_loss"]) if "train_loss" in run.result else None
+    if best:
+        facts["best"] = f"{metric_name(best['metric'])} {score(best['metric'], best['value'])} at step {best['step']:,}"
+    facts |= run.info.get("versions") or {}
+    tables = _facts(run.info.get("config") or {}) + _facts(facts)
+    return f'<details><summary>{_e(run.name)}</summary><div class="columns">{tables}</div></details>'
+
+
+def _facts(values: Row) -> str:
+    rows = "".join(f'<tr><th scope="row">{_e(k)}</th><td>{_e(v)}</td></tr>' for k, v in _flatten(values).items())
+    return f'<table class="facts"><tbody>{rows}</tbody></table>' if rows else ""
+
+
+def _flatten(config: Row, prefix: str = "") -> dict[str, str]:
+    """Nested tables as dotted names; unset values are left out."""
+    flat: dict[str, str] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        elif value is not None:
+            flat[prefix + name] = (
+                json.dumps(value, ensure_ascii=False) if isinstance(value, list | bool) else str(value)
+            )
+    return flat

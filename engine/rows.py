@@ -1,0 +1,208 @@
+"""The shapes a row of data can have, and how the formats people publish are turned into them.
+
+    text                           a document
+    prompt/completion              two strings, trained as one text; nothing is put between them
+    messages                       [{"role": "system" | "user" | "assistant" | "tool", "content": str, ...}, ...]
+    prompt/chosen/rejected         three strings, or three lists of messages
+    text/label                     label is a string
+    text/text_pair/label
+    tokens/tags                    two lists of strings of one length
+    question/context/answers       answers is {"text": [str, ...], "answer_start": [int, ...]}; empty: no answer
+    anchor/positive[/negative]     strings
+
+Converted: ShareGPT (`conversations` of `from`/`value`, an optional `system`, optional `chosen`/`rejected`), Alpaca
+(`instruction`/`input`/`output` becomes the prompt "instruction, blank line, input, blank line" and a completion),
+`sentence` for `text`, `sentence1`/`sentence2` and `premise`/`hypothesis` for `text`/`text_pair`, `ner_tags` for `tags`.
+Fields that don't belong to a row's shape are dropped; a message keeps all of its keys.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+# Where the fields of two shapes are present, the first in this list wins.
+_SHAPES = [
+    ("messages",),
+    ("prompt", "chosen", "rejected"),
+    ("question", "context", "answers"),
+    ("tokens", "tags"),
+    ("text", "text_pair", "label"),
+    ("text", "label"),
+    ("prompt", "completion"),
+    ("anchor", "positive", "negative"),
+    ("anchor", "positive"),
+    ("text",),
+]
+_RENAMED = {
+    "sentence": "text",
+    "sentence1": "text",
+    "sentence2": "text_pair",
+    "premise": "text",
+    "hypothesis": "text_pair",
+    "ner_tags": "tags",
+}
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+}
+_CONVERTED = {"conversations", "instruction", "input", "output", "chosen", "rejected"}
+KNOWN_FIELDS = frozenset({field for shape in _SHAPES for field in shape} | set(_RENAMED) | _CONVERTED)
+
+
+def row_shape(row: Mapping[str, Any]) -> str:
+    """Name the shape of a normalised row, as `prompt/completion`; ValueError if it has none."""
+    for fields in _SHAPES:
+        if all(field in row for field in fields):
+            return "/".join(fields)
+    shapes = ", ".join("/".join(fields) for fields in _SHAPES)
+    raise ValueError(f"the fields {', '.join(row) or '(none)'} make no known shape; rename them to one of: {shapes}")
+
+
+def normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn one row as found in a file into one of the shapes of the module's docstring, with every type checked.
+
+    Raises ValueError with the field, what is wrong and what is expected; the caller adds file and line.
+    """
+    if "chosen" in raw and "rejected" in raw:
+        return _preference(raw)
+    if "messages" in raw or "conversations" in raw:
+        return {"messages": _conversation(raw)}
+    if "instruction" in raw and "output" in raw:
+        return _alpaca(raw)
+    row = {_RENAMED.get(field, field) if _RENAMED.get(field) not in raw else field: raw[field] for field in raw}
+    shape = row_shape(row)
+    if shape == "question/context/answers":
+        return _question(row)
+    if shape == "tokens/tags":
+        return _tokens(row)
+    return {field: _label(row) if field == "label" else _text(row, field) for field in shape.split("/")}
+
+
+def _text(row: Mapping[str, Any], field: str) -> str:
+    value = row[field]
+    if not isinstance(value, str):
+        raise ValueError(f"field {field!r} must be text, not {_kind(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"field {field!r} holds half of a surrogate pair at character {error.start}; remove the \\ud... escape"
+        ) from None
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", bool: "true/false", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    value = row["label"]
+    if isinstance(value, bool):
+        return str(value).lower()
+    if not isinstance(value, (str, int, float)) or not str(value).strip():
+        raise ValueError(f"field 'label' must be text or a number, not {_kind(value) if value != '' else 'empty'}")
+    return str(value).strip()
+
+
+def _alpaca(raw: Mapping[str, Any]) -> dict[str, Any]:
+    parts = [_text(raw, "instruction"), _text(raw, "input") if raw.get("input") is not None else ""]
+    # The blank line after the last part belongs to the prompt, so that the answer starts a line of its own.
+    return {"prompt": "".join(part + "\n\n" for part in parts if part), "completion": _text(raw, "output")}
+
+
+def _message(message: Any, place: str) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise ValueError(f"{place} must be an object with role and content (or from and value), not {_kind(message)}")
+    if "from" in message and "value" in message:
+        kept = {key: value for key, value in message.items() if key not in ("from", "value")}
+        message = {"role": message["from"], "content": message["value"], **kept}
+    for key in ("role", "content"):
+        if key not in message:
+            raise ValueError(f"{place} has no {key!r}: a message has role and content (or from and value)")
+        try:
+            _text(message, key)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+    if message["role"] not in _ROLES:
+        raise ValueError(f"{place}: role {message['role']!r} is unknown; use one of {', '.join(_ROLES)}")
+    return {**message, "role": _ROLES[message["role"]]}
+
+
+def _messages(value: Any, field: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"field {field!r} must be a list of messages, not {_kind(value) if value != [] else 'empty'}")
+    return [_message(message, f"{field}[{i}]") for i, message in enumerate(value)]
+
+
+def _conversation(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    field = "messages" if "messages" in raw else "conversations"
+    messages = _messages(raw[field], field)
+    if raw.get("system") and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": _text(raw, "system")})
+    return messages
+
+
+def _preference(raw: Mapping[str, Any]) -> dict[str, Any]:
+    if "messages" in raw or "conversations" in raw:
+        return {"prompt": _conversation(raw), "chosen": _reply(raw, "chosen"), "rejected": _reply(raw, "rejected")}
+    if isinstance(raw["chosen"], str) and isinstance(raw.get("prompt"), str):
+        return {field: _text(raw, field) for field in ("prompt", "chosen", "rejected")}
+    chosen, rejected = _reply(raw, "chosen"), _reply(raw, "rejected")
+    if isinstance(raw.get("prompt"), list):
+        return {"prompt": _messages(raw["prompt"], "prompt"), "chosen": chosen, "rejected": rejected}
+    # Whole conversations on both sides: what they share is the prompt (some sets repeat its first turn as text).
+    shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
+    if shared == 0 and isinstance(raw.get("prompt"), str):
+        return {"prompt": [{"role": "user", "content": _text(raw, "prompt")}], "chosen": chosen, "rejected": rejected}
+    if not 0 < shared < min(len(chosen), len(rejected)):
+        raise ValueError(
+            "no 'prompt', and 'chosen' and 'rejected' are not conversations that begin alike and end differently; "
+            "add the field 'prompt'"
+        )
+    return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+
+
+def _reply(raw: Mapping[str, Any], field: str) -> list[dict[str, Any]]:
+    value = raw[field]
+    if isinstance(value, str):
+        return [{"role": "assistant", "content": _text(raw, field)}]
+    return [_message(value, field)] if isinstance(value, dict) else _messages(value, field)
+
+
+def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:
+    tokens, tags = row["tokens"], row["tags"]
+    for field, values in (("tokens", tokens), ("tags", tags)):
+        if not isinstance(values, list) or not values:
+            raise ValueError(f"field {field!r} must be a list with an entry per token, not {_kind(values)}")
+    if len(tokens) != len(tags):
+        raise ValueError(f"{len(tokens)} tokens but {len(tags)} tags; every token needs one tag")
+    return {
+        "tokens": [_text({f"tokens[{i}]": token}, f"tokens[{i}]") for i, token in enumerate(tokens)],
+        "tags": [_label({"label": tag}) for tag in tags],
+    }
+
+
+def _question(row: Mapping[str, Any]) -> dict[str, Any]:
+    context, answers = _text(row, "context"), row["answers"]
+    if isinstance(answers, list) and all(isinstance(answer, dict) for answer in answers):
+        answers = {key: [answer.get(key) for answer in answers] for key in ("text", "answer_start")}
+    if not isinstance(answers, dict) or not all(isinstance(answers.get(key), list) for key in ("text", "answer_start")):
+        raise ValueError("field 'answers' must be a list of objects with text and answer_start")
+    if len(answers["text"]) != len(answers["answer_start"]):
+        raise ValueError("field 'answers': 'text' and 'answer_start' differ in length")
+    for text, start in zip(answers["text"], answers["answer_start"]):
+        if not isinstance(text, str) or not text or type(start) is not int or start < 0:
+            raise ValueError(f"an answer needs a text and a character offset, found {text!r} at {start!r}")
+        found = context[start : start + len(text)]
+        if found != text:
+            raise ValueError(
+                f"answer {text!r} is not at answer_start {start}, there is {found!r}; an offset counts characters"
+            )
+    kept = {"text": list(answers["text"]), "answer_start": list(answers["answer_start"])}
+    return {"question": _text(row, "question"), "context": context, "answers": kept}

@@ -1,0 +1,49 @@
+"""Operations with hand-written gradients, each with a torch-like function and a reference in plain torch.
+
+One operation a file. Every backward pass keeps as little as it can and rebuilds the rest (see `lora.py` for the
+reasoning); gradients are computed only for inputs that want them. Names are imported at first use (PEP 562).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .activations import activate as activate
+    from .activations import swiglu as swiglu
+    from .attend import attention as attention
+    from .cross_entropy import linear_cross_entropy as linear_cross_entropy
+    from .linear import Linear as Linear
+    from .linear import LowRank as LowRank
+    from .linear import activation_linear as activation_linear
+    from .linear import norm_linear as norm_linear
+    from .lora import lora_linear as lora_linear
+    from .norms import LayerNorm as LayerNorm
+    from .norms import RMSNorm as RMSNorm
+    from .norms import layer_norm as layer_norm
+    from .norms import rms_norm as rms_norm
+    from .rotary import rope as rope
+
+_HOME = {
+    "Linear": "linear",
+    "LowRank": "linear",
+    "LayerNorm": "norms",
+    "RMSNorm": "norms",
+    "activate": "activations",
+    "activation_linear": "linear",
+    "attention": "attend",
+    "layer_norm": "norms",
+    "linear_cross_entropy": "cross_entropy",
+    "lora_linear": "lora",
+    "norm_linear": "linear",
+    "rms_norm": "norms",
+    "rope": "rotary",
+    "swiglu": "activations",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    return value

@@ -1,0 +1,136 @@
+"""`Linear`: a projection with named parts and a slot for low-rank adapters; the one linear layer of every model here.
+
+Projections that read the same input are one `Linear` whose row blocks are its `parts`: `qkv` is one matrix product and
+one read of x, and an adapter may still sit on `q` alone. The slot is empty until `add_lora` fills it. What stands in
+front of a projection (a norm, an activation) is handed in by `norm_linear` and `activation_linear`, because only a
+function that sees both can avoid keeping what lies between them.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .activations import ACTIVATIONS, Activation
+from .lora import Plan, draw_seed, fused_linear
+from .norms import LayerNorm, RMSNorm
+
+
+@dataclass(frozen=True)
+class Part:
+    """A block of rows of a `Linear`: its published `name`, first row and number of rows."""
+
+    name: str
+    start: int
+    size: int
+
+
+class LowRank(nn.Module):
+    """One adapter's factors on one `Linear`: `a` (ΣRᵢ, K), and for each adapted part a `b` (Mᵢ, Rᵢ). fp32 masters.
+
+    A is Kaiming uniform with a = √5, which is U(±1/√K); B is zero, so that the sum starts as the base model.
+    """
+
+    def __init__(
+        self, in_features: int, parts: list[Part], ranks: list[int], scales: list[float], dropout: float = 0.0, device=None
+    ):
+        super().__init__()
+        self.parts, self.ranks, self.scales, self.dropout = tuple(parts), tuple(ranks), tuple(scales), dropout
+        bound = 1 / math.sqrt(in_features)
+        self.a = nn.Parameter(torch.empty(sum(ranks), in_features, device=device).uniform_(-bound, bound))
+        self.b = nn.ParameterList(
+            torch.zeros(part.size, rank, device=device) for part, rank in zip(parts, ranks, strict=True)
+        )
+        self.rows = tuple(part.start for part in parts)
+
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+        """A and the B's in the compute dtype; the gradients flow back into the fp32 masters."""
+        return self.a.to(dtype), [b.to(dtype) for b in self.b]
+
+    def delta(self) -> list[tuple[Part, Tensor]]:
+        """For each adapted part, s B A in fp32, (Mᵢ, K)."""
+        blocks = zip(self.parts, self.scales, self.b, self.a.split(self.ranks), strict=True)
+        return [(part, scale * (b.float() @ a.float())) for part, scale, b, a in blocks]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """That the adapter `name` stands in the weight, with the weight as it was before (None: not kept)."""
+
+    name: str
+    base: Tensor | None
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ + b for x (..., K), weight (M, K); plus the active adapter's correction, if there is one.
+
+    `parts` names blocks of rows (name, size) in order; by default the whole matrix is one unnamed part. `transposed`
+    says that the weight is stored (K, M), as in transformers' Conv1D. Adapters live in `lora` by name, of which
+    `active` is applied.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, parts: tuple[tuple[str, int], ...] = ()):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self._set_up(in_features, out_features, parts)
+
+    def _set_up(self, in_features: int, out_features: int, parts: tuple[tuple[str, int], ...]) -> None:
+        self.in_features, self.out_features, self.transposed = in_features, out_features, False
+        self.lora = nn.ModuleDict()
+        self.active: str | None = None
+        self.merged: Merged | None = None
+        start, blocks = 0, []
+        for name, size in parts or (("", out_features),):
+            blocks.append(Part(name, start, size))
+            start += size
+        self.parts = tuple(blocks)
+
+    @classmethod
+    def around(cls, weight: nn.Parameter, bias: nn.Parameter | None, transposed: bool = False) -> "Linear":
+        """A `Linear` that holds existing parameters: how a foreign layer becomes one of ours, keys unchanged."""
+        linear = cls.__new__(cls)
+        nn.Module.__init__(linear)
+        linear.weight, linear.bias = weight, bias
+        shape = weight.shape[::-1] if transposed else weight.shape
+        linear._set_up(shape[1], shape[0], ())
+        linear.transposed = transposed
+        return linear
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as (M, K), whichever way it is stored."""
+        return self.weight.T if self.transposed else self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _project(x, self)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, active={self.active}"
+
+
+def _project(
+    h: Tensor, linear: Linear, norm: LayerNorm | RMSNorm | None = None, activation: Activation | None = None
+) -> Tensor:
+    eps = norm.eps if norm is not None else 0.0
+    in_front = norm.parameters_in_order() if norm is not None else None
+    if linear.active is None:
+        plan = Plan(eps=eps, activation=activation)
+        return fused_linear(h, linear.matrix, linear.bias, None, (), plan, in_front)
+    adapter: LowRank = linear.lora[linear.active]  # type: ignore[assignment]
+    dropout = adapter.dropout if linear.training else 0.0
+    seed = draw_seed() if dropout else 0
+    plan = Plan(adapter.rows, adapter.scales, eps, activation, dropout, seed)
+    a, bs = adapter.factors(h.dtype)
+    return fused_linear(h, linear.matrix, linear.bias, a, bs, plan, in_front)
+
+
+def norm_linear(h: Tensor, norm: LayerNorm | RMSNorm, linear: Linear) -> Tensor:
+    """linear(norm(h)) for h (..., K), saving h and the row statistics instead of the normalised rows."""
+    return _project(h, linear, norm=norm)
+
+
+def activation_linear(u: Tensor, activation: str, linear: Linear) -> Tensor:
+    """linear(activation(u)), saving u instead of the activation's output. u is (..., K), or (..., 2K) if gated."""
+    return _project(u, linear, activation=ACTIVATIONS[activation])

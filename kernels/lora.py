@@ -1,0 +1,212 @@
+"""The LoRA linear: a frozen (or trained) projection plus a trained low-rank correction. Hu et al., 2106.09685
+
+Forward, for x (N, K), W (M, K), A (R, K), B (M, R), scale s:
+
+    S = drop(x) Aᵀ                    (N, R)
+    y = x Wᵀ + b + s S Bᵀ             (N, M)
+
+Backward, for dy (N, M):
+
+    dS = s dy B                       (N, R)
+    dx = dy W + drop(dS A)            dA = dSᵀ drop(x)            dB = s dyᵀ S
+    dW = dyᵀ x                        db = Σ dy                   (only where they are trained)
+
+**Parts.** Projections that read the same x are one W with named row blocks (q, k, v). Their A's are stacked, so that x
+is read once for S; B is block diagonal, so part i takes its own columns of S and adds to its own rows of y.
+
+**Prologue.** x is rarely what arrives: a norm or an activation made it from h. Both are cheap to evaluate again, so the
+function takes h and the prologue, and saves h instead of x. A pre-norm block then keeps, of all its inputs to
+projections, only the residual stream and the attention's output; the feed-forward keeps u and never gelu(u).
+
+**Dropout** acts on x in the low-rank branch alone. The mask is drawn from a seed and drawn again in the backward pass.
+
+The correction is added in place by one `addmm_` a part: no intermediate of y's size is ever made.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .activations import Activation
+from .norms import normalize, normalize_backward, rebuild
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a call that is not a tensor.
+
+    `rows`: for each B its first row in y. `scales`: s for each B. `eps`: of the norm in front, where norm weights are
+    given. `activation`: the activation in front. `dropout`: probability, with the `seed` of the mask.
+    """
+
+    rows: tuple[int, ...] = ()
+    scales: tuple[float, ...] = ()
+    eps: float = 0.0
+    activation: Activation | None = None
+    dropout: float = 0.0
+    seed: int = 0
+
+
+def _drop(x: Tensor, plan: Plan) -> Tensor:
+    """x with entries zeroed at random and the rest scaled up; the same seed gives the same mask."""
+    if plan.dropout == 0.0:
+        return x
+    generator = torch.Generator(x.device).manual_seed(plan.seed)
+    keep = torch.empty_like(x).bernoulli_(1 - plan.dropout, generator=generator)
+    return keep.mul_(x).div_(1 - plan.dropout)
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h, norm_weight, norm_bias, weight, bias, a, plan: Plan, *bs):
+        stats: tuple[Tensor, ...] = ()
+        x = h
+        if norm_weight is not None:
+            x, stats = normalize(h, norm_weight, norm_bias, plan.eps)
+        elif plan.activation is not None:
+            x = plan.activation.forward(h)
+        y = F.linear(x, weight, bias)
+        s = None
+        if a is not None:
+            s = _drop(x, plan) @ a.T
+            column = 0
+            for b, row, scale in zip(bs, plan.rows, plan.scales, strict=True):
+                m, r = b.shape
+                y[:, row : row + m].addmm_(s[:, column : column + r], b.T, alpha=scale)
+                column += r
+        ctx.plan = plan
+        ctx.save_for_backward(h, norm_weight, norm_bias, weight, a, s, *stats, *bs)
+        ctx.n_stats = len(stats)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        h, norm_weight, norm_bias, weight, a, s, *rest = ctx.saved_tensors
+        stats, bs = tuple(rest[: ctx.n_stats]), rest[ctx.n_stats :]
+        plan: Plan = ctx.plan
+        need_h, need_nw, need_nb, need_w, need_bias, need_a, _, *need_bs = ctx.needs_input_grad
+        need_x = need_h or need_nw or need_nb
+
+        grad_weight = grad_bias = grad_a = grad_x = grad_s = None
+        grad_bs: list[Tensor | None] = [None] * len(bs)
+        if need_bias:
+            grad_bias = grad.sum(0)
+        if a is not None:
+            grad_s = torch.empty_like(s)
+            column = 0
+            for i, (b, row, scale) in enumerate(zip(bs, plan.rows, plan.scales, strict=True)):
+                m, r = b.shape
+                part, columns = grad[:, row : row + m], slice(column, column + r)
+                torch.mm(part, b * scale, out=grad_s[:, columns])
+                if need_bs[i]:
+                    grad_bs[i] = (part.T @ s[:, columns]).mul_(scale)
+                column += r
+        if need_a or need_w:
+            x = _rebuild(h, norm_weight, norm_bias, plan)
+            if need_a:
+                grad_a = grad_s.T @ _drop(x, plan)
+            if need_w:
+                grad_weight = grad.T @ x
+            del x
+        if need_x:
+            grad_x = grad @ weight
+            if a is not None and plan.dropout:
+                grad_x += _drop(grad_s @ a, plan)
+            elif a is not None:
+                grad_x.addmm_(grad_s, a)
+        grad_h, grad_nw, grad_nb = grad_x, None, None
+        if need_x and norm_weight is not None:
+            needs = (need_h, need_nw, need_nb)
+            grad_h, grad_nw, grad_nb = normalize_backward(grad_x, h, norm_weight, norm_bias, stats, needs)
+        elif need_x and plan.activation is not None:
+            grad_h = plan.activation.backward(grad_x, h)
+        return grad_h, grad_nw, grad_nb, grad_weight, grad_bias, grad_a, None, *grad_bs
+
+
+def _rebuild(h: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, plan: Plan) -> Tensor:
+    """x from what was saved of it; bitwise the x of the forward pass."""
+    if norm_weight is not None:
+        return rebuild(h, norm_weight, norm_bias, plan.eps)
+    return h if plan.activation is None else plan.activation.forward(h)
+
+
+def fused_linear(
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor | None,
+    bs: Sequence[Tensor],
+    plan: Plan,
+    norm: tuple[Tensor, Tensor | None] | None = None,
+) -> Tensor:
+    """[norm or activation] → linear → low-rank correction, for h (..., K); the general form behind the public ones."""
+    norm_weight, norm_bias = norm or (None, None)
+    flat = h.reshape(-1, h.shape[-1])
+    y = _LoRALinear.apply(flat, norm_weight, norm_bias, weight, bias, a, plan, *bs)
+    return y.view(*h.shape[:-1], weight.shape[0])
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor | Sequence[Tensor],
+    *,
+    scale: float | Sequence[float] = 1.0,
+    rows: Sequence[int] = (0,),
+    dropout: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """x Wᵀ + bias + scale · drop(x) Aᵀ Bᵀ, for x (..., K), weight (M, K), bias (M,) or None, a (R, K), b (M, R).
+
+    Sibling parts: `a` (ΣRᵢ, K) stacks their A's, `b` is the sequence of their (Mᵢ, Rᵢ), `rows` says where in y each
+    begins, `scale` may differ by part. `dropout` is a probability; `seed` fixes the mask (None draws a seed from
+    torch's default generator). All tensors have one dtype and device. Hu et al., https://arxiv.org/abs/2106.09685
+
+    Raises ValueError where shapes, dtypes or devices don't fit.
+    """
+    bs = (b,) if isinstance(b, Tensor) else tuple(b)
+    scales = (scale,) * len(bs) if isinstance(scale, int | float) else tuple(scale)
+    _check(x, weight, bias, a, bs, scales, tuple(rows), dropout)
+    if dropout and seed is None:
+        seed = draw_seed()
+    return fused_linear(x, weight, bias, a, bs, Plan(tuple(rows), scales, dropout=dropout, seed=seed or 0))
+
+
+def draw_seed() -> int:
+    """A fresh seed from torch's default CPU generator, so that one saved generator state repeats every mask."""
+    return int(torch.randint(2**62, ()))
+
+
+def _check(x: Tensor, weight: Tensor, bias: Any, a: Tensor, bs: tuple, scales: tuple, rows: tuple, dropout: float) -> None:
+    m, k = weight.shape
+    if x.shape[-1] != k:
+        raise ValueError(f"x: last dimension must be K = {k} of weight {tuple(weight.shape)}, got {tuple(x.shape)}")
+    if bias is not None and bias.shape != (m,):
+        raise ValueError(f"bias: expected ({m},) for weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
+    if a.dim() != 2 or a.shape[1] != k:
+        raise ValueError(f"a: expected (R, {k}) for weight {tuple(weight.shape)}, got {tuple(a.shape)}")
+    if not len(bs) == len(scales) == len(rows):
+        raise ValueError(f"b, scale, rows: one of each a part, got {len(bs)}, {len(scales)}, {len(rows)}")
+    if sum(b.shape[1] for b in bs) != a.shape[0]:
+        raise ValueError(f"b: ranks {[b.shape[1] for b in bs]} must add up to the rows of a {tuple(a.shape)}")
+    for b, row in zip(bs, rows, strict=True):
+        if row + b.shape[0] > m:
+            raise ValueError(f"b: rows {row} to {row + b.shape[0]} lie outside weight {tuple(weight.shape)}")
+    for name, tensor in (("weight", weight), ("a", a), *(("b", b) for b in bs)):
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ValueError(f"{name}: {tensor.dtype} on {tensor.device}, but x is {x.dtype} on {x.device}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+
+
+def lora_linear_reference(x, weight, bias, a, b, *, scale=1.0) -> Tensor:
+    """The formula for one part without dropout, differentiated by autograd: the oracle of the tests."""
+    return F.linear(x, weight, bias) + scale * (x @ a.T) @ b.T

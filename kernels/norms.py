@@ -1,0 +1,144 @@
+"""LayerNorm and RMSNorm over the last dimension, with an optional residual add.
+
+    layer_norm(x) = (x − mean x) · rstd ⊙ w + b,   rstd = (var x + ε)^-½   Ba et al., https://arxiv.org/abs/1607.06450
+    rms_norm(x)   = x · rstd ⊙ w,                  rstd = (mean x² + ε)^-½ Zhang and Sennrich, 1910.07467
+
+Backward, with x̂ the normalised row, g = dy ⊙ w and means over the row:
+
+    layer_norm: dx = rstd (g − mean g − x̂ mean(g ⊙ x̂))      rms_norm: dx = rstd (g − x̂ mean(g ⊙ x̂))
+    dw = Σ dy ⊙ x̂,  db = Σ dy
+
+Saved: x and one or two fp32 numbers a row. Statistics are fp32 whatever the dtype of x. `LayerNorm` and `RMSNorm`
+hold the weights, and are the *prologue* that `norm_linear` runs in front of a projection: the projection then saves x
+rather than the normalised rows, which are rebuilt (`kernels/lora.py`).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+_aten = torch.ops.aten
+Stats = tuple[Tensor, ...]
+
+
+class LayerNorm(nn.Module):
+    """Weights of a LayerNorm over the last `d_model` entries; called, it normalises x (..., D)."""
+
+    def __init__(self, d_model: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.bias = nn.Parameter(torch.zeros(d_model))
+        self.eps = eps
+
+    def parameters_in_order(self) -> tuple[Tensor, Tensor]:
+        return self.weight, self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Weights of an RMSNorm over the last `d_model` entries; called, it normalises x (..., D)."""
+
+    def __init__(self, d_model: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.eps = eps
+
+    def parameters_in_order(self) -> tuple[Tensor, None]:
+        return self.weight, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Stats]:
+    """The normalised x and its row statistics: LayerNorm where there is a bias, RMSNorm where there is none."""
+    if bias is not None:
+        out, mean, rstd = _aten.native_layer_norm(x, (x.shape[-1],), weight, bias, eps)
+        return out, (mean, rstd)
+    wide = _wide(x)
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * rstd).to(x.dtype) * weight, (rstd,)
+
+
+def rebuild(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """The normalised x once more, for a backward pass that did not keep it; bitwise what `normalize` gave."""
+    return normalize(x, weight, bias, eps)[0]
+
+
+def normalize_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stats: Stats,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, weight and bias, each only where `needs` says so."""
+    if bias is not None:
+        mean, rstd = stats
+        return _aten.native_layer_norm_backward(grad, x, (x.shape[-1],), mean, rstd, weight, bias, list(needs))
+    (rstd,) = stats
+    normed = _wide(x) * rstd
+    wide = _wide(grad)
+    grad_weight = None
+    if needs[1]:
+        grad_weight = (wide * normed.to(x.dtype)).flatten(0, -2).sum(0).to(weight.dtype)
+    if not needs[0]:
+        return None, grad_weight, None
+    wide = wide * weight
+    inner = (wide * normed).mean(-1, keepdim=True)
+    return (wide - normed * inner).mul_(rstd).to(x.dtype), grad_weight, None
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        out, stats = normalize(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, bias, *stats)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight, bias, *stats = ctx.saved_tensors
+        return *normalize_backward(grad, x, weight, bias, tuple(stats), ctx.needs_input_grad[:3]), None
+
+
+def _checked(x: Tensor, weight: Tensor) -> Tensor:
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight: expected shape ({x.shape[-1]},) for x {tuple(x.shape)}, got {tuple(weight.shape)}")
+    return x
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, residual: Tensor | None = None) -> Tensor:
+    """LayerNorm of x (..., D), or of x + residual, with weight and bias (D,).
+
+    Raises ValueError where the shapes don't fit.
+    """
+    return _Norm.apply(_checked(x if residual is None else x + residual, weight), weight, bias, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None) -> Tensor:
+    """RMSNorm of x (..., D), or of x + residual, with weight (D,).
+
+    Raises ValueError where the shapes don't fit.
+    """
+    return _Norm.apply(_checked(x if residual is None else x + residual, weight), weight, None, eps)
+
+
+def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """The formula in plain torch, differentiated by autograd: the oracle of the tests."""
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
+    """The formula in plain torch, differentiated by autograd: the oracle of the tests."""
+    wide = _wide(x)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight

@@ -1,0 +1,55 @@
+"""Rotary position embedding (RoPE) of queries and keys. Su et al., https://arxiv.org/abs/2104.09864
+
+In the half-split form that Llama's published checkpoints use: with x = [x₁ | x₂] a head vector cut in the middle,
+
+    rope(x) = [x₁ cos − x₂ sin | x₂ cos + x₁ sin]
+
+A rotation is orthogonal, so the backward pass is the rotation by the negative angle: nothing but the tables is saved.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    out = torch.empty_like(x)
+    low, high = out.chunk(2, dim=-1)
+    torch.mul(first, cos, out=low).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=high).addcmul_(first, sin)
+    return out
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(q, cos, sin), _rotate(k, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_q: Tensor, grad_k: Tensor):
+        cos, sin = ctx.saved_tensors
+        return _rotate(grad_q, cos, -sin), _rotate(grad_k, cos, -sin), None, None
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate q (B, T, H, hd) and k (B, T, K, hd) by the angles whose cosine and sine are (T, hd/2) or (B, T, hd/2).
+
+    Raises ValueError where hd is odd or the tables don't fit.
+    """
+    if q.shape[-1] % 2 or cos.shape[-1] * 2 != q.shape[-1] or cos.shape != sin.shape:
+        raise ValueError(f"cos, sin: expected (T, {q.shape[-1] / 2:g}) for q {tuple(q.shape)}, got {tuple(cos.shape)}")
+    return _Rope.apply(q, k, cos.unsqueeze(-2).to(q.dtype), sin.unsqueeze(-2).to(q.dtype))
+
+
+def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The formula in plain torch, differentiated by autograd: the oracle of the tests."""
+
+    def rotate(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)
+        return torch.cat((first * c - second * s, second * c + first * s), dim=-1)
+
+    return rotate(q), rotate(k)

@@ -1,0 +1,256 @@
+"""BERT: a bidirectional encoder, normalised after each addition.
+
+Devlin et al. 2018, arXiv:1810.04805.
+
+    x = norm(E[token] + P[position] + S[segment])
+    x = norm₁(x + O attention(QKV x))
+    x = norm₂(x + D gelu(U x))
+    masked LM: E norm(gelu(W x)) + b        classification: C tanh(W x[CLS])
+
+Published checkpoints come with or without `bert.` in front; old ones call a norm's weight and bias `gamma` and `beta`;
+of the masked-LM head's output only the bias is stored (as `cls.predictions.bias`, sometimes `.decoder.bias` too), its
+matrix being the token embedding; tagging and question answering have no pooler.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..kernels import LayerNorm, Linear, activation_linear, attention
+from .gpt2 import ACTIVATIONS
+from .heads import EmbeddingHead, MaskedLMHead, MLPHead, n_outputs, pool_tokens
+from .layers import Published, initialize, key_bias, overridden, positions
+from .tokens import SpecialTokens
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """Sizes in the project's vocabulary; `n_types` is the number of segment ids."""
+
+    vocab_size: int = 30522
+    max_positions: int = 512
+    n_types: int = 2
+    n_layer: int = 12
+    n_head: int = 12
+    d_model: int = 768
+    d_ff: int = 3072
+    activation: str = "gelu"
+    eps: float = 1e-12
+    tied: bool = True
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "bert-base-uncased": {},
+    "bert-base-cased": {"vocab_size": 28996},
+    "bert-large-uncased": {"n_layer": 24, "n_head": 16, "d_model": 1024, "d_ff": 4096},
+    "bert-large-cased": {"vocab_size": 28996, "n_layer": 24, "n_head": 16, "d_model": 1024, "d_ff": 4096},
+    "minilm-l6": {"n_layer": 6, "d_model": 384, "d_ff": 1536},
+}
+
+# published field -> ours
+CONFIG_KEYS = {
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_positions",
+    "type_vocab_size": "n_types",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "hidden_size": "d_model",
+    "intermediate_size": "d_ff",
+    "hidden_act": "activation",
+    "layer_norm_eps": "eps",
+    "tie_word_embeddings": "tied",
+}
+
+
+class Embed(nn.Module):
+    """Sum of token, position and segment embedding, normalised."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.positions = nn.Embedding(config.max_positions, config.d_model)
+        self.types = nn.Embedding(config.n_types, config.d_model)
+        self.norm = LayerNorm(config.d_model, config.eps)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor) -> Tensor:
+        types = self.types.weight[0] if token_type_ids is None else self.types(token_type_ids)
+        return self.norm(self.tokens(input_ids) + types + self.positions(position_ids))
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each added to its input and then normalised."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        d = config.d_model
+        self.n_head = config.n_head
+        self.qkv = Linear(d, 3 * d, parts=(("query", d), ("key", d), ("value", d)))
+        self.o = Linear(d, d)
+        self.up = Linear(d, config.d_ff)
+        self.down = Linear(config.d_ff, d)
+        self.norm1, self.norm2 = LayerNorm(d, config.eps), LayerNorm(d, config.eps)
+        self.activation = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).unbind(2)  # (B, T, H, hd)
+        out = attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, bias=bias, causal=False)
+        x = self.norm1(x + self.o(out.flatten(2)))
+        return self.norm2(x + activation_linear(self.up(x), self.activation, self.down))
+
+
+class Bert(nn.Module):
+    """BERT with the head of a task (see `forward` for shapes)."""
+
+    base_prefix = "bert."
+    lora_targets: ClassVar = {
+        "attention": ("layers.*.qkv", "layers.*.o"),
+        "mlp": ("layers.*.up", "layers.*.down"),
+    }
+    architectures: ClassVar = {
+        "masked-lm": "BertForMaskedLM",
+        "sequence-classification": "BertForSequenceClassification",
+        "reward": "BertForSequenceClassification",
+        "token-classification": "BertForTokenClassification",
+        "question-answering": "BertForQuestionAnswering",
+        "embedding": "BertModel",
+    }
+    ignored = ("*embeddings.position_ids",)
+    other_heads = ("cls.*", "classifier.*", "qa_outputs.*", "pooler.*")
+    required: ClassVar = {
+        "position_embedding_type": ("absolute", None),
+        "is_decoder": (False,),
+        "add_cross_attention": (False,),
+        "tie_word_embeddings": (True,),
+    }
+
+    def __init__(
+        self,
+        config: BertConfig,
+        task: str = "masked-lm",
+        labels: tuple[str, ...] = (),
+        head_layers: int = 1,
+        pooling: str = "mean",
+        normalize: bool = False,
+    ):
+        super().__init__()
+        if task not in self.architectures:
+            raise ValueError(f"task {task!r}: BERT can do {', '.join(self.architectures)}")
+        if config.activation not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {config.activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
+        if config.d_model % config.n_head:
+            raise ValueError(f"hidden_size {config.d_model} is not a multiple of num_attention_heads {config.n_head}")
+        self.config, self.task, self.labels, self.head_layers = config, task, labels, head_layers
+        self.pooling = pooling if task == "embedding" else "first"
+        self.tokens = SpecialTokens()
+        self.embed = Embed(config)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.head: nn.Module
+        if task == "masked-lm":
+            self.head = MaskedLMHead(self.embed.tokens.weight, ACTIVATIONS[config.activation], config.eps)
+        elif task == "embedding":
+            self.head = EmbeddingHead(normalize)
+        else:
+            pooler = task in ("sequence-classification", "reward")
+            width = n_outputs(task, labels)
+            self.head = MLPHead(config.d_model, width, head_layers, pooler=pooler, scalar=task == "reward")
+
+    @classmethod
+    def from_name(cls, name: str, *, task: str = "masked-lm", labels: tuple[str, ...] = (), **overrides: Any) -> "Bert":
+        """A freshly initialised model of a published size: `Bert.from_name("bert-base-uncased", n_layer=2)`.
+
+        `overrides` are fields of `BertConfig`. ValueError for an unknown name or field.
+        """
+        settings = overridden(PRESETS, name, overrides, {field.name for field in fields(BertConfig)})
+        model = cls(BertConfig(**settings), task, labels)
+        model.initialize()
+        return model
+
+    def initialize(self) -> None:
+        """Fresh weights: N(0, 0.02²), as the paper says."""
+        initialize(self)
+
+    def tie(self) -> None:
+        """Make the token embedding the masked-LM head's output matrix."""
+        if self.task == "masked-lm":
+            self.head.weight = self.embed.tokens.weight
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
+        """States before the head (B, T, D) for token ids (B, T) and a mask (B, T) of ones and zeros."""
+        if position_ids is None:
+            position_ids = positions(input_ids, attention_mask, cu_seqlens)
+        x = self.embed(input_ids, token_type_ids, position_ids)
+        bias = key_bias(attention_mask)
+        for block in self.layers:
+            x = block(x, bias, cu_seqlens, max_seqlen)
+        return x
+
+    def pool(self, states: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """What the head reads: every position (B, T, D), or one vector a row (B, D)."""
+        if self.task in ("sequence-classification", "reward", "embedding"):
+            return pool_tokens(self.pooling, states, attention_mask, cu_seqlens)
+        return states
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+        """masked-lm (B, T, V); token-classification (B, T, C); question-answering (B, T, 2);
+
+        sequence-classification (B, C) and reward (B,) from [CLS]; embedding (B, D). `inputs` as in `hidden`.
+        """
+        states = self.hidden(input_ids, attention_mask, **inputs)
+        return self.head(self.pool(states, attention_mask, inputs.get("cu_seqlens")))
+
+    def key_map(self) -> dict[str, Published]:
+        """Our parameter names → their names in published checkpoints of this task."""
+        base = "" if self.task == "embedding" else self.base_prefix
+        d = self.config.d_model
+        modules = {
+            "o": "attention.output.dense",
+            "norm1": "attention.output.LayerNorm",
+            "up": "intermediate.dense",
+            "down": "output.dense",
+            "norm2": "output.LayerNorm",
+        }
+        table = {
+            "embed.tokens.weight": Published((f"{base}embeddings.word_embeddings.weight",)),
+            "embed.positions.weight": Published((f"{base}embeddings.position_embeddings.weight",)),
+            "embed.types.weight": Published((f"{base}embeddings.token_type_embeddings.weight",)),
+        }
+        for kind in ("weight", "bias"):
+            table[f"embed.norm.{kind}"] = Published((f"{base}embeddings.LayerNorm.{kind}",))
+            for i in range(len(self.layers)):
+                layer = f"{base}encoder.layer.{i}"
+                names = tuple(f"{layer}.attention.self.{part}.{kind}" for part in ("query", "key", "value"))
+                table[f"layers.{i}.qkv.{kind}"] = Published(names, (d, d, d))
+                for ours, theirs in modules.items():
+                    table[f"layers.{i}.{ours}.{kind}"] = Published((f"{layer}.{theirs}.{kind}",))
+        if self.task == "masked-lm":
+            for kind in ("weight", "bias"):
+                table[f"head.dense.{kind}"] = Published((f"cls.predictions.transform.dense.{kind}",))
+                table[f"head.norm.{kind}"] = Published((f"cls.predictions.transform.LayerNorm.{kind}",))
+            table["head.bias"] = Published(("cls.predictions.bias",))
+            return table
+        name = "qa_outputs" if self.task == "question-answering" else "classifier"
+        for key, _ in self.head.named_parameters():
+            theirs = f"{name}.{key.removeprefix('out.')}"
+            if key.startswith("pooler."):
+                theirs = f"{self.base_prefix}pooler.dense.{key.removeprefix('pooler.')}"
+            table[f"head.{key}"] = Published((theirs,))
+        return table
+
+    @classmethod
+    def read_config(cls, published: dict[str, Any]) -> BertConfig:
+        """The configuration in a published config.json."""
+        return BertConfig(**{ours: published[theirs] for theirs, ours in CONFIG_KEYS.items() if theirs in published})
+
+    def write_config(self) -> dict[str, Any]:
+        """config.json as transformers writes it."""
+        ours = asdict(self.config)
+        return {"model_type": "bert", **{theirs: ours[name] for theirs, name in CONFIG_KEYS.items()}}

@@ -1,0 +1,273 @@
+"""`load` and `save`: checkpoints in Hugging Face layout, from a folder or from the hub.
+
+A model says how its parameters are published (`key_map`); here the tensors are found, checked and copied straight into
+their rows. Nothing is guessed: a tensor that is missing, left over or of another shape is an error that lists it. The
+exceptions are few and said: a task's head that the checkpoint lacks is initialised and announced, and the heads of
+other tasks and constant buffers are skipped.
+"""
+
+import json
+import logging
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .bert import Bert
+from .gpt2 import GPT2
+from .layers import Published, initialize
+from .shards import Shards
+from .tokens import SpecialTokens, load_tokenizer, save_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+log = logging.getLogger("handtune")
+
+FAMILIES: dict[str, type[GPT2] | type[Bert]] = {"gpt2": GPT2, "gpt3": GPT2, "bert": Bert}
+HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "vocab.txt", "merges.txt")
+Model = GPT2 | Bert
+
+
+def load(
+    path: str | Path,
+    task: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    labels: list[str] | tuple[str, ...] | int | None = None,
+    *,
+    head_layers: int | None = None,
+) -> tuple[Model, "Tokenizer | None"]:
+    """The model at `path` (a folder in Hugging Face layout, or a hub id) in eval mode, and its tokenizer or None.
+
+    `task`: one of the tasks of `models/heads.py`; None takes it from config.json's `architectures`. `dtype`: "auto" is
+    the checkpoint's own (fp16 becomes fp32 on a CPU). `device`: "auto" is CUDA where there is one. `labels`: names, or
+    their number, for a task that classifies; where they differ in number from the checkpoint's, the head is made anew.
+    `head_layers`: depth of a new head.
+
+    Raises FileNotFoundError for a missing folder or config.json, ValueError for everything that doesn't fit.
+    """
+    folder = _folder(path)
+    published = _read_json(folder / "config.json")
+    family = _family(published, folder)
+    task = task or _task_of(published, family, folder)
+    known = _labels_of(published)
+    names = tuple(str(i) for i in range(labels)) if isinstance(labels, int) else tuple(labels or known)
+    depth = head_layers or int(published.get("head_layers", 1))
+    pooling, normalize = _pooling(folder, published)
+    with torch.device("meta"):
+        model = family(family.read_config(published), task, names, depth, pooling, normalize)
+    shards = Shards(folder)
+    model.to(_dtype(dtype, published, shards, target := _device(device)))
+    model.to_empty(device=target)
+    model.tie()
+    new_head = head_layers is not None or (labels is not None and len(names) != len(known))
+    _fill(model, shards, new_head)
+    model.tokens = SpecialTokens.read(folder, published)
+    model.eval()
+    return model, load_tokenizer(folder)
+
+
+def save(model: Model, tokenizer: "Tokenizer | None", path: str | Path) -> None:
+    """Write the model (and tokenizer) to the folder `path` in Hugging Face layout; transformers loads it back.
+
+    Raises ValueError where an adapter is attached and not merged: it would be lost silently.
+    """
+    from safetensors.torch import save_file
+
+    for name, module in model.named_modules():
+        if len(getattr(module, "lora", ())) and not getattr(module, "merged", None):
+            raise ValueError(f"{name} carries an adapter: merge_lora(model) first, or save_adapter(model, path) instead")
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    own = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = {}
+    for key, source in model.key_map().items():
+        blocks = own[key].detach().split(source.rows) if source.rows else (own[key].detach(),)
+        for name, block in zip(source.names, blocks, strict=True):
+            tensors[name] = (block.T if source.transposed else block).contiguous().cpu()
+    config = {**model.write_config(), **_task_config(model)}
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    config = {**config, **model.tokens.to_config(), "dtype": dtype}
+    temporary = folder / "model.safetensors.tmp"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.replace(folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if model.task == "embedding":
+        _write_pooling(model, folder)
+    save_tokenizer(tokenizer, model.tokens, folder)
+
+
+def _folder(path: str | Path) -> Path:
+    """The local folder of a checkpoint; a hub id is downloaded (or found in the hub's cache) first."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder}: no config.json there; a checkpoint folder in Hugging Face layout has one")
+        return folder
+    if folder.exists():
+        raise ValueError(f"{folder} is a file; give the checkpoint's folder")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)):
+        raise FileNotFoundError(f"{folder}: no such folder")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=list(HUB_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise FileNotFoundError(f"{path}: no such folder, and the hub did not give it ({reason})") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); restore the file") from error
+
+
+def _family(published: dict[str, Any], folder: Path) -> type[GPT2] | type[Bert]:
+    kind = published.get("model_type")
+    if kind not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"{folder / 'config.json'}: model_type {kind!r} is not an architecture of handtune ({known})")
+    family = FAMILIES[kind]
+    for field, accepted in family.required.items():
+        if field in published and published[field] not in accepted:
+            raise ValueError(f"{folder / 'config.json'}: {field} = {published[field]!r} is not implemented")
+    return family
+
+
+def _task_of(published: dict[str, Any], family: type[GPT2] | type[Bert], folder: Path) -> str:
+    names = published.get("architectures") or []
+    if published.get("handtune_task") in family.architectures:
+        return published["handtune_task"]
+    for task, name in family.architectures.items():
+        if name in names or (task == "masked-lm" and "BertForPreTraining" in names):
+            return task
+    tasks = ", ".join(family.architectures)
+    raise ValueError(f"{folder / 'config.json'}: architectures {names} names no known task; pass task= one of {tasks}")
+
+
+def _labels_of(published: dict[str, Any]) -> tuple[str, ...]:
+    table = published.get("id2label") or {}
+    return tuple(str(table[key]) for key in sorted(table, key=int))
+
+
+def _pooling(folder: Path, published: dict[str, Any]) -> tuple[str, bool]:
+    """Pooling and normalisation of an embedding model, from sentence-transformers' modules.json; else the mean."""
+    if not (folder / "modules.json").is_file():
+        return "mean", False
+    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+    kinds = {str(m["type"]).rsplit(".", 1)[-1]: m["path"] for m in modules}
+    pooling = "mean"
+    if "Pooling" in kinds:
+        config = _read_json(folder / kinds["Pooling"] / "config.json")
+        names = {"cls_token": "first", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "last"}
+        modes = [key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on is True]
+        if len(modes) != 1 or modes[0] not in names:
+            raise ValueError(f"{folder / kinds['Pooling'] / 'config.json'}: pooling {modes} is not implemented")
+        pooling = names[modes[0]]
+    return pooling, "Normalize" in kinds
+
+
+def _write_pooling(model: Model, folder: Path) -> None:
+    base = "sentence_transformers.models."
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * model.head.normalize
+    listing = [{"idx": i, "name": str(i), "path": path, "type": base + kind} for i, (path, kind) in enumerate(modules)]
+    (folder / "modules.json").write_text(json.dumps(listing, indent=2) + "\n", encoding="utf-8")
+    names = {"first": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "last": "lasttoken"}
+    config = {"word_embedding_dimension": model.config.d_model}
+    config |= {f"pooling_mode_{theirs}": ours == model.pooling for ours, theirs in names.items()}
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _device(device: str | torch.device) -> torch.device:
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+
+
+def _dtype(dtype: str | torch.dtype, published: dict[str, Any], shards: Shards, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        if dtype not in names:
+            raise ValueError(f'dtype {dtype!r}: expected "auto", {", ".join(names)}')
+        return names[dtype]
+    stored = published.get("dtype") or published.get("torch_dtype")
+    found = getattr(torch, str(stored).removeprefix("torch."), None) or shards.dtype()
+    return torch.float32 if found == torch.float16 and device.type == "cpu" else found
+
+
+def _task_config(model: Model) -> dict[str, Any]:
+    out: dict[str, Any] = {"architectures": [model.architectures[model.task]]}
+    if model.task == "reward":
+        out |= {"handtune_task": "reward", "num_labels": 1}
+    if model.head_layers > 1:
+        out["head_layers"] = model.head_layers
+    if model.labels:
+        out["id2label"] = {str(i): name for i, name in enumerate(model.labels)}
+        out["label2id"] = {name: i for i, name in enumerate(model.labels)}
+    return out
+
+
+def _canonical(name: str, prefix: str) -> str:
+    """A published name without the base prefix and in today's spelling, so that all variants meet."""
+    name = name.removeprefix(prefix)
+    return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name))
+
+
+@torch.no_grad()
+def _fill(model: Model, shards: Shards, new_head: bool) -> None:
+    """Copy every parameter from the shards into its rows; make the head where it is not there."""
+    stored = {_canonical(name, model.base_prefix): name for name in shards.names()}
+    own = dict(model.named_parameters())
+    missing, misshaped, head_missing = [], [], []
+    used: set[str] = set()
+    for key, source in model.key_map().items():
+        names = [_canonical(name, model.base_prefix) for name in source.names]
+        used.update(names)
+        is_head = key.startswith("head.") and not key.startswith("head.bias")
+        if new_head and is_head:
+            head_missing.append(key)
+            continue
+        for name, rows in zip(names, _row_blocks(own[key], source), strict=True):
+            if name not in stored:
+                (head_missing if key.startswith("head.") else missing).append(name)
+                continue
+            tensor = shards.tensor(stored[name])
+            tensor = tensor.T if source.transposed and tensor.dim() == 2 else tensor
+            if tensor.shape != rows.shape:
+                misshaped.append(f"{stored[name]} {tuple(tensor.shape)}, expected {tuple(rows.shape)}")
+            else:
+                rows.copy_(tensor)
+    skipped = (*model.ignored, *model.other_heads)
+    left = [name for short, name in stored.items() if short not in used and not any(fnmatchcase(short, p) for p in skipped)]
+    _complain(shards.folder, {"missing": missing, "left over": left, "of another shape": misshaped})
+    if head_missing:
+        initialize(model.head) if model.task != "masked-lm" else _fresh_mlm_head(model)
+        log.warning("the head for %s is new: %s has no %s", model.task, shards.folder, ", ".join(sorted(head_missing)))
+
+
+def _fresh_mlm_head(model: Any) -> None:
+    for module in (model.head.dense, model.head.norm):
+        initialize(module)
+    model.head.bias.zero_()
+
+
+def _row_blocks(parameter: nn.Parameter, source: Published) -> tuple[Tensor, ...]:
+    return parameter.data.split(source.rows) if source.rows else (parameter.data,)
+
+
+def _complain(folder: Path, problems: dict[str, list[str]]) -> None:
+    parts = []
+    for what, names in problems.items():
+        if names:
+            more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+            parts.append(f"{len(names)} {what}: {', '.join(names[:8])}{more}")
+    if parts:
+        raise ValueError(f"{folder}: the weights don't fit config.json; {'; '.join(parts)}")

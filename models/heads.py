@@ -1,0 +1,109 @@
+"""Task heads and the pooling in front of them.
+
+A model is `head(pool(hidden(...)))`. `hidden` gives (B, T, D); `pool` picks what the head reads: every position, the
+first one (BERT's [CLS]), the last real one (GPT-2), or their mean; `head` turns it into logits. Rows come padded with an
+attention mask (B, T), or packed end to end in one row with bounds `cu_seqlens` (n + 1,).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import LayerNorm, Linear, activate
+
+TASKS = (
+    "causal-lm",
+    "masked-lm",
+    "sequence-classification",
+    "token-classification",
+    "question-answering",
+    "embedding",
+    "reward",
+)
+
+
+def n_outputs(task: str, labels: tuple[str, ...]) -> int:
+    """Width of the task's output; ValueError where the task needs labels and has none."""
+    if task in ("sequence-classification", "token-classification"):
+        if not labels:
+            raise ValueError(f"task {task!r} needs labels: pass labels=[...] (names) or their number")
+        return len(labels)
+    return {"question-answering": 2, "reward": 1}[task]
+
+
+def pool_tokens(kind: str, states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """One vector a row (B, D) from states (B, T, D), or (1, N, D) packed. `kind`: "first", "last", "mean", "max"."""
+    if cu_seqlens is not None:
+        starts, ends, flat = cu_seqlens[:-1].long(), cu_seqlens[1:].long(), states[0]
+        if kind == "first":
+            return flat[starts]
+        if kind == "last":
+            return flat[ends - 1]
+        return torch.segment_reduce(flat.float(), kind, lengths=ends - starts).to(states.dtype)
+    b, t, _ = states.shape
+    if attention_mask is None:
+        attention_mask = torch.ones(b, t, dtype=torch.long, device=states.device)
+    rows, mask = torch.arange(b, device=states.device), attention_mask.bool()
+    if kind == "first":
+        return states[rows, mask.int().argmax(1)]
+    if kind == "last":
+        return states[rows, t - 1 - mask.flip(1).int().argmax(1)]
+    if kind == "max":
+        return states.masked_fill(~mask[..., None], torch.finfo(states.dtype).min).amax(1)
+    weights = mask[..., None].float()
+    return ((states.float() * weights).sum(1) / weights.sum(1).clamp(min=1e-9)).to(states.dtype)
+
+
+class MLPHead(nn.Module):
+    """(..., D) → (..., C): `layers` − 1 hidden layers with GELU, then a projection; behind BERT's pooler if `pooler`.
+
+    `scalar`: the one output of a reward is given as (...,).
+    """
+
+    def __init__(
+        self, d_model: int, n_out: int, layers: int = 1, bias: bool = True, pooler: bool = False, scalar: bool = False
+    ):
+        super().__init__()
+        self.scalar = scalar
+        self.pooler = Linear(d_model, d_model) if pooler else None
+        self.hidden = nn.ModuleList(Linear(d_model, d_model) for _ in range(layers - 1))
+        self.out = Linear(d_model, n_out, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pooler is not None:
+            x = activate(self.pooler(x), "tanh")
+        for layer in self.hidden:
+            x = activate(layer(x), "gelu")
+        x = self.out(x)
+        return x.squeeze(-1) if self.scalar else x
+
+
+class MaskedLMHead(nn.Module):
+    """BERT's masked-LM head: dense, activation, norm, then the token embedding as output matrix, with a bias (V,).
+
+    `weight` is the embedding's parameter. A loss applies `transform` to the masked positions alone and does the rest
+    with `linear_cross_entropy`.
+    """
+
+    def __init__(self, weight: nn.Parameter, activation: str, eps: float):
+        super().__init__()
+        vocab, d_model = weight.shape
+        self.dense, self.norm, self.activation = Linear(d_model, d_model), LayerNorm(d_model, eps), activation
+        self.weight, self.bias = weight, nn.Parameter(torch.zeros(vocab))
+
+    def transform(self, x: Tensor) -> Tensor:
+        return self.norm(activate(self.dense(x), self.activation))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.transform(x), self.weight, self.bias)
+
+
+class EmbeddingHead(nn.Module):
+    """The pooled vector itself (B, D), at unit length if `normalize`."""
+
+    def __init__(self, normalize: bool):
+        super().__init__()
+        self.normalize = normalize
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) if self.normalize else x

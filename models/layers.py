@@ -1,0 +1,78 @@
+"""What the architectures share: the key/value cache, masks and positions, weight initialisation, the names of weights."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import Linear
+
+
+@dataclass(frozen=True)
+class Published:
+    """How one of our parameters is stored in published checkpoints.
+
+    `names` are the tensors whose rows, in this order, make up ours; `rows` the number of rows of each (empty where
+    there is one). `transposed`: stored (in, out), as Conv1D does.
+    """
+
+    names: tuple[str, ...]
+    rows: tuple[int, ...] = ()
+    transposed: bool = False
+
+
+class KVCache:
+    """Keys and values of the positions seen so far: for each layer two buffers (B, S, K, hd), filled from the left."""
+
+    def __init__(self, n_layer: int, batch: int, length: int, n_kv_head: int, head_width: int, like: Tensor):
+        shape = (n_layer, 2, batch, length, n_kv_head, head_width)
+        self.buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.length = 0
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v (B, T, K, hd) of the next T positions; give all keys and values so far."""
+        stop = self.length + k.shape[1]
+        keys, values = self.buffer[layer]
+        keys[:, self.length : stop], values[:, self.length : stop] = k, v
+        return keys[:, :stop], values[:, :stop]
+
+
+def key_bias(attention_mask: Tensor | None) -> Tensor | None:
+    """Which keys (B, 1, 1, S) may be seen, for a mask (B, S) of ones and zeros; None where all may."""
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    return attention_mask.bool()[:, None, None, :]
+
+
+def positions(input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, past: int = 0) -> Tensor:
+    """Position ids (B or 1, T): counted over the real tokens of each row, or from each segment's start."""
+    t = input_ids.shape[1]
+    if attention_mask is not None:
+        return (attention_mask.long().cumsum(1) - 1).clamp_(min=0)[:, -t:]
+    index = torch.arange(past, past + t, device=input_ids.device)
+    if cu_seqlens is not None:
+        starts = cu_seqlens[:-1].long()
+        index = index - starts.repeat_interleave(cu_seqlens.diff().long(), output_size=t)
+    return index[None]
+
+
+@torch.no_grad()
+def initialize(module: nn.Module, std: float = 0.02) -> None:
+    """N(0, std²) for matrices, zero for biases, one for norm weights: GPT-2's and BERT's initialisation."""
+    for child in module.modules():
+        if isinstance(child, Linear | nn.Embedding):
+            child.weight.normal_(0.0, std)
+        for name, parameter in child.named_parameters(recurse=False):
+            if name == "bias":
+                parameter.zero_()
+            elif parameter.dim() == 1:
+                parameter.fill_(1.0)
+
+
+def overridden(presets: dict[str, dict], name: str, overrides: dict, fields: set[str]) -> dict:
+    """The preset called `name` with overrides; both names must be exact (ValueError)."""
+    if name not in presets:
+        raise ValueError(f"preset {name!r} is unknown; known: {', '.join(presets)}")
+    if unknown := sorted(set(overrides) - fields):
+        raise ValueError(f"{', '.join(unknown)}: no such configuration field; known: {', '.join(sorted(fields))}")
+    return {**presets[name], **overrides}

@@ -1,0 +1,46 @@
+"""Two small tokenizers of the two kinds that matter: GPT-2's (byte-level, no special tokens placed) and BERT's."""
+
+from functools import cache
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+_SENTENCES = [
+    "The cat sat on the mat, and the dog looked at the cat.",
+    "User: What is the capital of France?\nAssistant: The capital of France is Paris.\n",
+    "Question: who wrote the book?\n\nAnswer: the woman wrote the book in 1920.",
+    "system user assistant hello good morning, thank you; you are welcome!",
+] * 3
+
+
+@cache
+def byte_level() -> Tokenizer:
+    """GPT-2's kind; `<|end|>` (id 0) ends texts, `<|im_start|>` and `<|im_end|>` mark turns."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<|end|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_SENTENCES, trainer)
+    return tokenizer
+
+
+@cache
+def word_piece() -> Tokenizer:
+    """BERT's kind: lower case, [CLS] text [SEP] text [SEP]."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=160, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], show_progress=False
+    )
+    tokenizer.train_from_iterator(_SENTENCES, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return tokenizer
