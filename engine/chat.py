@@ -1,7 +1,8 @@
 """Chat templates: messages to text, and which characters of that text the assistant wrote.
 
 A template is a Jinja program that comes with a model and is not trusted: it runs in jinja2's
-ImmutableSandboxedEnvironment, set up as transformers does (trim_blocks, lstrip_blocks, loop controls, `raise_exception`, `strftime_now`, `tojson`).
+ImmutableSandboxedEnvironment, set up as transformers does (trim_blocks, lstrip_blocks, loop controls,
+`raise_exception`, `strftime_now`, `tojson`).
 
 The assistant's characters are found in one of two ways:
 
@@ -119,8 +120,8 @@ class ChatTemplate:
             after = self._render(messages[: turn + 1], False)
             if not after.startswith(before) or not text.startswith(after):
                 raise ValueError(
-                    f"the chat template renders messages[{turn}] differently within the conversation (it rewrites earlier "
-                    "turns), so the assistant's tokens cannot be told; put {% generation %} marks into the template"
+                    f"the chat template renders messages[{turn}] differently within the conversation (it rewrites "
+                    "earlier turns), so the assistant's tokens cannot be told; put {% generation %} marks into the template"
                 )
             end = len(before) + len(_without_trailing_space(after[len(before) :], message["content"]))
             if end > len(before):

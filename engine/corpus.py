@@ -69,8 +69,8 @@ def token_corpus(
     """Tokenise `sources` into `cache_dir`, or open the cache that an earlier call left there.
 
     sources: a `Path` is a file, `.txt` (one document) or `.jsonl` (a document a line, in the field `text`); a `str` is
-    a document itself. eos: id put after every document, or None. Raises FileNotFoundError, or ValueError with file, line
-    and remedy.
+    a document itself. eos: id put after every document, or None. Raises FileNotFoundError, or ValueError with file,
+    line and remedy.
     """
     if not sources:
         raise ValueError("no sources for the corpus; give at least one text file")

@@ -23,6 +23,7 @@ SERIES = [f"#0a0b0{i}" for i in range(N_COLOURS)]
 TEXT, RULE = "#0a0c00", "#0a0c01"
 
 NOT_PLOTTED = {"step", "epoch", "loss", "targets", "tokens", "seconds"}
+NOISY = {"grad_norm", "tokens_per_second"}  # drawn with their moving average, as the loss is
 FROM_ZERO = {"lr", "peak_memory", "tokens_per_second", "grad_norm"}  # amounts: an axis cut off below would exaggerate
 SCALE = {"peak_memory": (1e-9, " GB"), **dict.fromkeys(PERCENT, (100.0, " %"))}
 MAX_POINTS = 1500  # more than this in one curve makes the page heavy and shows nothing new
@@ -41,14 +42,11 @@ class Curve:
 
 def loss_figures(runs: Sequence[Run]) -> list[str]:
     """Training loss, raw and smoothed, with the evaluation loss of the same run on top; no figure without a step."""
-    curves, smoothed = [], False
-    for i, run in enumerate(runs):
-        raw = _points(run.steps, "loss")
-        smoothed |= len(raw) >= 20
-        curves += [Curve(i, raw, "faint"), Curve(i, _smooth(raw))] if len(raw) >= 20 else [Curve(i, raw)]
-        curves.append(Curve(i, _points(run.evals, "loss"), "marks"))
-    said = ["faint: as logged, line: moving average"] if smoothed else []
-    said += ["dots: evaluation"] if any(c.kind == "marks" and c.points for c in curves) else []
+    curves = [curve for i, run in enumerate(runs) for curve in _noisy(i, _points(run.steps, "loss"))]
+    curves += [Curve(i, _points(run.evals, "loss"), "marks") for i, run in enumerate(runs)]
+    drawn = {curve.kind for curve in curves if curve.points}
+    said = ["faint: as logged, line: moving average"] if "faint" in drawn else []
+    said += ["dots: evaluation"] if "marks" in drawn else []
     return _figure("loss", curves, note="; ".join(said), full=True)
 
 
@@ -72,9 +70,16 @@ def _figure_per_key(rows: list[list[Row]], kind: str) -> list[str]:
     names = dict.fromkeys(name for run in rows for row in run for name in row if name not in NOT_PLOTTED)
     figures: list[str] = []
     for name in names:
-        curves = [Curve(i, _points(run, name), kind) for i, run in enumerate(rows)]
+        points = [_points(run, name) for run in rows]
+        curves = [curve for i in range(len(rows)) for curve in _noisy(i, points[i])] if name in NOISY else []
+        curves = curves or [Curve(i, points[i], kind) for i in range(len(rows))]
         figures += _figure(name, curves, number=len(figures))
     return figures
+
+
+def _noisy(run: int, points: list[Point]) -> list[Curve]:
+    """The points behind their moving average; alone where they are too few for one."""
+    return [Curve(run, points, "faint"), Curve(run, _smooth(points))] if len(points) >= 20 else [Curve(run, points)]
 
 
 def _points(rows: Sequence[Row], name: str) -> list[Point]:
@@ -136,8 +141,8 @@ def _draw(name: str, curves: list[Curve], inches: tuple[float, float], salt: str
         axes.grid(axis="y", color=RULE, linewidth=0.8)
         axes.tick_params(colors=TEXT, length=0, pad=5)
         axes.set_xlabel("step", color=TEXT)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(_ticks(""))
         axes.yaxis.set_major_formatter(_ticks(unit))
         if name in FROM_ZERO:

@@ -52,23 +52,23 @@ p { margin: .25rem 0 1.5rem; } ul { margin: 1rem 0; padding-left: 1.2rem; font-s
 table { border-collapse: collapse; font-size: .87rem; }
 th { font-weight: 500; color: var(--soft); text-align: left; vertical-align: bottom; }
 th, td { padding: .4rem .75rem; border-bottom: 1px solid var(--rule); }
-th:first-child, td:first-child { padding-left: 0; } th:last-child, td:last-child { padding-right: 0; }
-.comparison { width: 100%; } .comparison .number, .comparison .text { white-space: nowrap; }
+th:first-child, td:first-child { padding-left: 0; }
+td:last-child, tr:first-child th:last-child { padding-right: 0; } .comparison tr + tr th.number { padding-left: .75rem; }
+.comparison { width: 100%; } .comparison td, .comparison thead th { white-space: nowrap; }
 .number { text-align: right; } .group { text-align: center; border-bottom-color: transparent; padding-bottom: 0; }
 tbody th { color: var(--text); } .best { font-weight: 650; }
 .line { display: inline-block; width: 1.1rem; margin-right: .5rem; vertical-align: .25em; border-top: 3px var(--c); }
 .legend { display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; margin: 0 0 .75rem; font-size: .87rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1.75rem 2rem; }
 figure { margin: 0; min-width: 0; } figure.full { grid-column: 1 / -1; }
-figcaption { margin-bottom: .35rem; font-size: .87rem; } figcaption b { font-weight: 500; color: var(--text); }
+figcaption { margin-bottom: .35rem; font-size: .87rem; } figcaption b { margin-right: .75em; font-weight: 500; color: var(--text); }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
 .matrices { display: flex; flex-wrap: wrap; gap: 2rem 3.5rem; }
 caption { padding-bottom: .5rem; text-align: left; } caption b { font-weight: 500; color: var(--text); }
-.matrix th, .matrix td { max-width: 9rem; padding: .4rem .6rem; overflow-wrap: anywhere; }
-.matrix .cell { background: color-mix(in srgb, var(--s0) var(--share), transparent); border: 2px solid var(--ground);
-  text-align: right; min-width: 3.2rem; }
-.matrix .sum, .matrix thead th { text-align: right; border-bottom: 0; } .matrix .sum { color: var(--soft); }
-.matrix tbody th { border-bottom: 0; padding-left: 0; }
+.matrix { border-collapse: separate; border-spacing: 2px; }
+.matrix th, .matrix td { max-width: 9rem; padding: .4rem .6rem; border: 0; overflow-wrap: anywhere; text-align: right; }
+.matrix .cell { background: color-mix(in srgb, var(--s0) var(--share), transparent); min-width: 3.2rem; }
+.matrix .sum { color: var(--soft); } .matrix tbody th { text-align: left; padding-left: 0; }
 details { border-top: 1px solid var(--rule); padding: .6rem 0; } details:last-of-type { border-bottom: 1px solid
 var(--rule); } summary { cursor: pointer; } details .columns { display: flex; flex-wrap: wrap; gap: 0 4rem; margin:
 .75rem 0; } details th, .differs th { font-weight: 400; } .facts td { overflow-wrap: anywhere; } .facts th, .facts td,
@@ -180,8 +180,8 @@ def _matrix(run: Run, named: bool) -> str:
     columns = [sum(column) for column in zip(*counts, strict=True)]
     precision = "".join(_share(counts[i][i], n) for i, n in enumerate(columns))
     return (
-        f'<div class="wide"><table class="matrix"><caption>{caption}rows: gold, columns: predicted, shade: share of the '
-        f'row</caption><thead><tr><th></th>{head}<th scope="col">recall</th></tr></thead><tbody>{body}'
+        f'<div class="wide"><table class="matrix"><caption>{caption}rows: gold, columns: predicted, shade: share of '
+        f'the row</caption><thead><tr><th></th>{head}<th scope="col">recall</th></tr></thead><tbody>{body}'
         f'<tr><th scope="row" class="soft">precision</th>{precision}<td></td></tr></tbody></table></div>'
     )
 
@@ -204,7 +204,7 @@ def _frequent_confusions(counts: list[list[int]], labels: list[str], caption: st
 def _differences(runs: list[Run]) -> str:
     """Where the runs' configurations differ, name by name."""
     flat = [_flatten(run.info.get("config") or {}) for run in runs]
-    names = sorted({name for config in flat for name in config})
+    names = sorted({name for config in flat for name in config} - {"out"})  # that one differs always and says nothing
     head = "".join(f"<th>{legend_line(i)}{_e(run.name)}</th>" for i, run in enumerate(runs))
     body = ""
     for name in names:

@@ -133,7 +133,7 @@ def before_after(run: Run, key: str) -> tuple[float | None, float | None]:
 
 
 def main_metrics(runs: Sequence[Run]) -> list[str]:
-    """The metrics worth a column: of each run the first known pair that it has measured, else its best, else its loss."""
+    """The metrics worth a column: of each run the first known pair that it measured, else its best, else its loss."""
     chosen: list[str] = []
     for run in runs:
         measured = {name for row in run.evals for name in row} | set(run.result.get("metrics") or {})

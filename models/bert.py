@@ -170,6 +170,13 @@ class Bert(nn.Module):
         """Fresh weights: N(0, 0.02²), as the paper says."""
         initialize(self)
 
+    def initialize_head(self) -> None:
+        """Fresh weights for a head that a checkpoint may lack; the tied output matrix is none of them."""
+        for child in self.head.children():
+            initialize(child)
+        if self.task == "masked-lm":
+            nn.init.zeros_(self.head.bias)
+
     def tie(self) -> None:
         """Make the token embedding the masked-LM head's output matrix."""
         if self.task == "masked-lm":

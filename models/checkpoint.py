@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .bert import Bert
 from .gpt2 import GPT2
-from .layers import Published, initialize
+from .layers import Published
 from .shards import Shards
 from .tokens import SpecialTokens, load_tokenizer, save_tokenizer
 
@@ -226,14 +226,14 @@ def _fill(model: Model, shards: Shards, new_head: bool) -> None:
     """Copy every parameter from the shards into its rows; make the head where it is not there."""
     stored = {_canonical(name, model.base_prefix): name for name in shards.names()}
     own = dict(model.named_parameters())
+    model.initialize_head()
     missing, misshaped, head_missing = [], [], []
     used: set[str] = set()
     for key, source in model.key_map().items():
         names = [_canonical(name, model.base_prefix) for name in source.names]
         used.update(names)
-        is_head = key.startswith("head.") and not key.startswith("head.bias")
-        if new_head and is_head:
-            head_missing.append(key)
+        if new_head and key.startswith(("head.out.", "head.hidden.")):
+            head_missing += names
             continue
         for name, rows in zip(names, _row_blocks(own[key], source), strict=True):
             if name not in stored:
@@ -249,14 +249,7 @@ def _fill(model: Model, shards: Shards, new_head: bool) -> None:
     left = [name for short, name in stored.items() if short not in used and not any(fnmatchcase(short, p) for p in skipped)]
     _complain(shards.folder, {"missing": missing, "left over": left, "of another shape": misshaped})
     if head_missing:
-        initialize(model.head) if model.task != "masked-lm" else _fresh_mlm_head(model)
-        log.warning("the head for %s is new: %s has no %s", model.task, shards.folder, ", ".join(sorted(head_missing)))
-
-
-def _fresh_mlm_head(model: Any) -> None:
-    for module in (model.head.dense, model.head.norm):
-        initialize(module)
-    model.head.bias.zero_()
+        log.warning("new, to be trained, for %s: %s", model.task, ", ".join(sorted(head_missing)))
 
 
 def _row_blocks(parameter: nn.Parameter, source: Published) -> tuple[Tensor, ...]:

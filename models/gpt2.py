@@ -211,6 +211,11 @@ class GPT2(nn.Module):
                 for linear in (block.o, block.down):
                     linear.weight /= (2 * self.config.n_layer) ** 0.5
 
+    def initialize_head(self) -> None:
+        """Fresh weights for a head that a checkpoint may lack."""
+        if self.task != "causal-lm":
+            initialize(self.head)
+
     def tie(self) -> None:
         """Make the token embedding the output matrix, where the configuration says so."""
         if self.task == "causal-lm" and self.config.tied:

@@ -13,12 +13,12 @@ _SENTENCES = [
 
 
 @cache
-def byte_level() -> Tokenizer:
+def byte_level(trim_offsets: bool = True) -> Tokenizer:
     """GPT-2's kind; `<|end|>` (id 0) ends texts, `<|im_start|>` and `<|im_end|>` mark turns."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=trim_offsets)
     trainer = trainers.BpeTrainer(
         vocab_size=500,
         special_tokens=["<|end|>", "<|im_start|>", "<|im_end|>"],

@@ -122,8 +122,8 @@ def test_pretrain_takes_every_shape_that_is_text():
 
 
 CHATML = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 CHAT = [
     {"role": "user", "content": "hello"},
@@ -222,14 +222,16 @@ def test_a_row_without_text_is_dropped_from_classification():
 
 
 def test_tags_stand_on_the_first_sub_token():
-    rows = [{"tokens": ["welcome", "\u200b", "mat", "zebra"], "tags": ["B-x", "O", "I-x", "O"]}]
+    rows = [{"tokens": ["welcome", "\u200b", "mat", "dogcat"], "tags": ["B-x", "O", "I-x", "O"]}]
     examples, report = encode(rows, word_piece(), "tag", max_length=30)
     pieces = [words(word) for word in rows[0]["tokens"]]
     assert len(pieces[1]) == 0  # the normalizer drops the zero-width space, and no other word gets its tag
     expected = [-100]
     for tag, piece in zip([1, 0, 2, 0], pieces):
         expected += ([tag] + [-100] * (len(piece) - 1)) if piece else []
-    assert examples == [{"input_ids": [CLS, *sum(pieces, []), SEP], "targets": [*expected, -100]}]
+    assert examples == [
+        {"input_ids": [CLS, *(token for piece in pieces for token in piece), SEP], "targets": [*expected, -100]}
+    ]
     assert report.targets == 3
     assert any(len(piece) > 1 for piece in pieces)
     with pytest.raises(ValueError, match=r"row 1: tag of token 3 'I-x' is not among the known labels \(O, B-x\)"):
@@ -262,14 +264,14 @@ def test_qa_positions_and_offsets():
 def test_qa_windows_cover_the_context_and_overlap():
     context = " ".join(["the cat sat on the mat"] * 80 + ["Paris"] + ["the dog"] * 100)
     rows = [answered("cat?", "the cat", "cat"), answered("what is the capital?", context, "Paris")]
-    examples, report = encode(rows, word_piece(), "qa", max_length=200)
+    examples, report = encode(rows, word_piece(), "qa", max_length=300)
     windows = [example for example in examples if example["row"] == 1]
     assert report.kept == 2
     assert len(windows) == report.examples - 1 > 3
     covered = [[offset for offset in window["offsets"] if offset] for window in windows]
-    assert sorted(set(sum(covered, []))) == word_piece().encode(context, add_special_tokens=False).offsets
-    assert len(set(covered[0]) & set(covered[1])) == 128 * len(set(covered[0])) // len(covered[0])
-    assert all(len(window["input_ids"]) <= 200 for window in windows)
+    assert sorted(set().union(*covered)) == word_piece().encode(context, add_special_tokens=False).offsets
+    assert len(set(covered[0]) & set(covered[1])) == 128
+    assert all(len(window["input_ids"]) <= 300 for window in windows)
     with_answer = [window for window in windows if window["start"]]
     assert 0 < len(with_answer) < len(windows)
     for window in windows:
@@ -348,7 +350,7 @@ def test_show_marks_what_is_in_the_loss():
     examples, _ = sft([{"prompt": "cat\n", "completion": " dog\x1b[2J"}])
     plain = show(examples, byte_level(), "sft", 3, color=False)
     assert plain.startswith("example 1 of 1: ")
-    assert plain.splitlines()[1].replace("|", "").replace("][", "") == "cat↵[ dog\\x1b[2J<|end|>]"
+    assert plain.splitlines()[1].replace("]|[", "").replace("|[", "[") == "cat↵[ dog\\x1b[2J<|end|>]"
     assert "\x1b" not in plain
     assert "\x1b[1;32m<|end|>\x1b[0m" in show(examples, byte_level(), "sft", 1, color=True)
 

@@ -1,0 +1,55 @@
+"""Everything that trains: adapters, freezing, data, losses, the loop, checkpoints, generation.
+
+Works on any `nn.Module` with a loss function; the built-in losses need the models of this project. Names are imported at
+first use (PEP 562).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapter_files import load_adapter as load_adapter
+    from .adapter_files import save_adapter as save_adapter
+    from .adapters import merge_lora as merge_lora
+    from .adapters import set_adapter as set_adapter
+    from .adapters import unmerge_lora as unmerge_lora
+    from .adapters import use_adapter as use_adapter
+    from .checkpoint import load_checkpoint as load_checkpoint
+    from .checkpoint import save_checkpoint as save_checkpoint
+    from .evaluation import evaluate as evaluate
+    from .freezing import freeze as freeze
+    from .freezing import trainable_report as trainable_report
+    from .freezing import unfreeze as unfreeze
+    from .generation import generate as generate
+    from .lora import LoRAConfig as LoRAConfig
+    from .lora import add_lora as add_lora
+    from .loop import TrainConfig as TrainConfig
+    from .loop import train as train
+
+_HOME = {
+    "LoRAConfig": "lora",
+    "TrainConfig": "loop",
+    "add_lora": "lora",
+    "evaluate": "evaluation",
+    "freeze": "freezing",
+    "generate": "generation",
+    "load_adapter": "adapter_files",
+    "load_checkpoint": "checkpoint",
+    "merge_lora": "adapters",
+    "save_adapter": "adapter_files",
+    "save_checkpoint": "checkpoint",
+    "set_adapter": "adapters",
+    "train": "loop",
+    "trainable_report": "freezing",
+    "unfreeze": "freezing",
+    "unmerge_lora": "adapters",
+    "use_adapter": "adapters",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    return value

@@ -1,0 +1,257 @@
+"""Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
+
+Tensors stand under the published module paths (`base_model.model.<path>.lora_A.weight`), so that PEFT loads what is saved
+here and the other way round. The parts of a fused projection are split into the modules that PEFT knows, and joined
+again. Of PEFT's fields, one that changes the arithmetic and is not implemented is refused by name.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import Linear, LowRank
+from .adapters import adapter_names, set_adapter
+from .lora import EmbeddingFactors, KnownModel, LoRAConfig, LoRAEmbedding, Slot, candidates, ensure_slot, slots
+
+TASK_TYPES = {
+    "causal-lm": "CAUSAL_LM",
+    "sequence-classification": "SEQ_CLS",
+    "reward": "SEQ_CLS",
+    "token-classification": "TOKEN_CLS",
+    "question-answering": "QUESTION_ANS",
+    "embedding": "FEATURE_EXTRACTION",
+}
+PREFIX = "base_model.model."
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# PEFT's fields that say nothing about the arithmetic, and those that are read here.
+_NEUTRAL = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_type", "peft_version",
+    "revision", "task_type", "lora_dropout", "target_modules", "modules_to_save", "exclude_modules", "megatron_core",
+    "layers_to_transform", "layers_pattern", "fan_in_fan_out", "runtime_config", "qalora_group_size",
+    "ensure_weight_tying",
+}  # fmt: skip
+_READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
+
+
+def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
+    """Write the adapter called `name` to the folder `path` in PEFT's format.
+
+    Parameters that train besides it (a classification head) are stored too, under their plain published names. Raises
+    ValueError where there is no such adapter.
+    """
+    from safetensors.torch import save_file
+
+    if name not in (known := adapter_names(model)):
+        raise ValueError(f"there is no adapter {name!r}; attached: {', '.join(known) or 'none'}")
+    tensors: dict[str, Tensor] = {}
+    modules: dict[str, tuple[int, float]] = {}
+    transposed = False
+    for slot in slots(model):
+        if name in slot.module.lora:
+            for published, rank, scale, weights in _published_factors(slot, name):
+                modules[published] = (rank, scale * rank)
+                tensors |= {f"{PREFIX}{published}.{key}": w.detach().cpu().contiguous() for key, w in weights.items()}
+            transposed |= _stored_transposed(model, slot)
+    extra = _trained_besides(model)
+    tensors |= {f"{PREFIX}{key}": value for key, value in extra.items()}
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config = _peft_config(model, name, modules, sorted({key.rpartition(".")[0] for key in extra}), transposed)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _published_factors(slot: Slot, name: str) -> Iterator[tuple[str, int, float, dict[str, Tensor]]]:
+    """For each adapted part: published module path, rank, scale, and its two factors under PEFT's names."""
+    factors = slot.module.lora[name]
+    if isinstance(factors, EmbeddingFactors):
+        weights = {"lora_embedding_A": factors.a, "lora_embedding_B": factors.b}
+        yield slot.published[0], factors.a.shape[0], factors.scale, weights
+    elif isinstance(factors, LowRank) and isinstance(slot.module, Linear):
+        blocks = zip(factors.parts, factors.ranks, factors.scales, factors.a.split(factors.ranks), factors.b, strict=True)
+        for part, rank, scale, a, b in blocks:
+            yield slot.published[slot.module.parts.index(part)], rank, scale, {"lora_A.weight": a, "lora_B.weight": b}
+
+
+def _stored_transposed(model: nn.Module, slot: Slot) -> bool:
+    if isinstance(model, KnownModel):
+        return model.key_map()[f"{slot.path}.weight"].transposed
+    return isinstance(slot.module, Linear) and slot.module.transposed
+
+
+def _trained_besides(model: nn.Module) -> dict[str, Tensor]:
+    """Trainable parameters outside the adapters, as published tensors."""
+    out: dict[str, Tensor] = {}
+    names = model.key_map() if isinstance(model, KnownModel) else {}
+    for key, parameter in model.named_parameters():
+        if not parameter.requires_grad or ".lora." in key:
+            continue
+        source = names.get(key)
+        rows = source.rows if source and source.rows else (len(parameter),)
+        value = parameter.detach().cpu()
+        for published, block in zip(source.names if source else (key,), value.split(rows), strict=True):
+            out[published] = (block.T if source and source.transposed else block).contiguous()
+    return out
+
+
+def _peft_config(
+    model: nn.Module, name: str, modules: dict[str, tuple[int, float]], saved: list[str], transposed: bool
+) -> dict[str, Any]:
+    """PEFT's adapter_config.json. Scales are stored as alpha = s · r, so rsLoRA needs no field."""
+    ranks, alphas = [r for r, _ in modules.values()], [a for _, a in modules.values()]
+    rank, alpha = max(set(ranks), key=ranks.count), max(set(alphas), key=alphas.count)
+    return {
+        "peft_type": "LORA",
+        "task_type": TASK_TYPES.get(model.task) if isinstance(model, KnownModel) else None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
+        "lora_dropout": _dropout(model, name),
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "target_modules": sorted(modules),
+        "modules_to_save": saved or None,
+        "rank_pattern": {path: r for path, (r, _) in modules.items() if r != rank},
+        "alpha_pattern": {path: a for path, (_, a) in modules.items() if a != alpha},
+        "use_rslora": False,
+    }
+
+
+def _dropout(model: nn.Module, name: str) -> float:
+    found = [slot.module.lora[name] for slot in slots(model) if name in slot.module.lora]
+    return next((factors.dropout for factors in found if isinstance(factors, LowRank)), 0.0)
+
+
+def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
+    """Attach the adapter stored in the folder `path` (PEFT's format) as `name` and make it active.
+
+    Its parameters can be trained on; the base is frozen. Raises FileNotFoundError or ValueError, with the model
+    unchanged, where a file is missing or damaged, a field is not implemented, or a tensor doesn't fit the model.
+    """
+    folder = Path(path)
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder}: no {CONFIG} there; give the folder that save_adapter (or PEFT) wrote")
+    if name in adapter_names(model):
+        raise ValueError(f"adapter {name!r} exists already; choose another name")
+    try:
+        published = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder / CONFIG}: not valid JSON ({error}); restore the file") from error
+    config = _lora_config(published, folder / CONFIG)
+    tensors = _read_weights(folder / WEIGHTS)
+    plan, rest = _plan(model, tensors, config, folder / WEIGHTS)
+    besides = _besides(model, rest, folder / WEIGHTS)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for slot_path, factors in plan:
+        module = ensure_slot(model, slot_path)
+        module.lora[name] = factors.to(module.weight.device).train(module.training)
+    with torch.no_grad():
+        for rows, value in besides:
+            rows.copy_(value)
+    set_adapter(model, name)
+
+
+def _lora_config(published: dict[str, Any], path: Path) -> LoRAConfig:
+    if published.get("peft_type", "LORA") != "LORA":
+        raise ValueError(f"{path}: peft_type {published['peft_type']!r} is not implemented; only LORA is")
+    for field, value in published.items():
+        if field not in _NEUTRAL | _READ and value not in (None, False, {}, [], "none"):
+            raise ValueError(f"{path}: {field} = {value!r} is not implemented")
+    return LoRAConfig(
+        rank=published["r"],
+        alpha=published["lora_alpha"],
+        dropout=published.get("lora_dropout") or 0.0,
+        rslora=bool(published.get("use_rslora")),
+        rank_pattern=published.get("rank_pattern") or {},
+        alpha_pattern=published.get("alpha_pattern") or {},
+    )
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not there; an adapter folder holds it beside {CONFIG}")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged or cut short ({error}); copy it again") from error
+    for key, value in tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{path}: {key} holds NaN or infinity; the adapter is damaged")
+    return {key.removeprefix(PREFIX): value for key, value in tensors.items()}
+
+
+def _plan(model: nn.Module, tensors: dict[str, Tensor], config: LoRAConfig, path: Path):
+    """The factors to attach, by module path, made from the tensors; and the tensors that are no factors."""
+    plan: list[tuple[str, nn.Module]] = []
+    rest = dict(tensors)
+    for module_path, module, published in candidates(model):
+        if isinstance(module, nn.Embedding | LoRAEmbedding):
+            a, b = (rest.pop(f"{published[0]}.lora_embedding_{x}", None) for x in "AB")
+            if a is not None and b is not None:
+                v, d = module.weight.shape
+                _expect(path, published[0], (tuple(a.shape), tuple(b.shape)), ((len(a), v), (d, len(a))))
+                factors = EmbeddingFactors(v, d, len(a), config.scale_of(published[0]))
+                factors.a.data, factors.b.data = a.float(), b.float()
+                plan.append((module_path, factors))
+            continue
+        parts = Linear.around(module.weight, None, _transposed(module)).parts if not isinstance(module, Linear) else module.parts
+        found = []
+        for part, name in zip(parts, published, strict=True):
+            a, b = (rest.pop(f"{name}.lora_{x}.weight", None) for x in "AB")
+            if a is not None and b is not None:
+                fan_in = module.weight.shape[0 if _transposed(module) else 1]
+                _expect(path, name, (tuple(a.shape), tuple(b.shape)), ((len(a), fan_in), (part.size, len(a))))
+                if len(a) != config.rank_of(name):
+                    raise ValueError(f"{path}: {name} has rank {len(a)}, but {CONFIG} says {config.rank_of(name)}")
+                found.append((part, name, a, b))
+        if found:
+            factors = LowRank(
+                found[0][2].shape[1], [f[0] for f in found], [len(f[2]) for f in found],
+                [config.scale_of(f[1]) for f in found], config.dropout,
+            )  # fmt: skip
+            factors.a.data = torch.cat([f[2].float() for f in found])
+            for own, (_, _, _, b) in zip(factors.b, found, strict=True):
+                own.data = b.float()
+            plan.append((module_path, factors))
+    if not plan:
+        raise ValueError(f"{path}: none of its tensors belongs to this model; it was made for another base")
+    return plan, rest
+
+
+def _transposed(module: nn.Module) -> bool:
+    return module.transposed if isinstance(module, Linear) else type(module).__name__ == "Conv1D"
+
+
+def _expect(path: Path, name: str, got: tuple, wanted: tuple) -> None:
+    if got != wanted:
+        raise ValueError(f"{path}: {name} has factors of shape {got}, the model needs {wanted}; it is for another base")
+
+
+def _besides(model: nn.Module, rest: dict[str, Tensor], path: Path) -> list[tuple[Tensor, Tensor]]:
+    """Where each stored plain parameter goes: (rows of our parameter, value)."""
+    names = model.key_map() if isinstance(model, KnownModel) else {}
+    home: dict[str, tuple[Tensor, bool]] = {}
+    for key, parameter in model.named_parameters():
+        source = names.get(key)
+        rows = source.rows if source and source.rows else (len(parameter),)
+        for published, block in zip(source.names if source else (key,), parameter.data.split(rows), strict=True):
+            home[published] = (block, bool(source and source.transposed))
+    out = []
+    for key, value in rest.items():
+        if key not in home:
+            raise ValueError(f"{path}: {key} has no place in this model; it was made for another base or task")
+        block, transposed = home[key]
+        value = value.T if transposed else value
+        _expect(path, key, tuple(value.shape), tuple(block.shape))
+        out.append((block, value))
+    return out

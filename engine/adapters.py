@@ -1,0 +1,89 @@
+"""Switching adapters on and off, and merging one into the weights.
+
+Merging is computed in fp32 and cast once. It is undone from a kept copy, not by subtraction: (W + Δ) − Δ differs from W
+in the last bit for about one weight in 25 in bf16.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import Linear, LowRank
+from ..kernels.linear import Merged
+from .lora import EmbeddingFactors, LoRAEmbedding, slots
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of all adapters attached to the model, sorted."""
+    return sorted({name for slot in slots(model) for name in slot.module.lora})
+
+
+def set_adapter(model: nn.Module, name: str | None) -> None:
+    """Apply the adapter called `name` from here on; None is the base model. ValueError where there is no such adapter."""
+    _require(model, name)
+    for slot in slots(model):
+        slot.module.active = name if name in slot.module.lora else None
+
+
+@contextmanager
+def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
+    """Apply the adapter called `name` (None: the base model) inside the `with` block only."""
+    _require(model, name)
+    before = [(slot.module, slot.module.active) for slot in slots(model)]
+    set_adapter(model, name)
+    try:
+        yield
+    finally:
+        for module, active in before:
+            module.active = active
+
+
+def _require(model: nn.Module, name: str | None) -> None:
+    if any(slot.module.merged for slot in slots(model)):
+        raise ValueError("an adapter is merged into the weights; unmerge_lora(model) before switching")
+    if name is not None and name not in (known := adapter_names(model)):
+        raise ValueError(f"there is no adapter {name!r}; attached: {', '.join(known) or 'none'}")
+
+
+@torch.no_grad()
+def merge_lora(model: nn.Module, *, keep_base: bool = True) -> None:
+    """Add the active adapter into the weights. `keep_base` keeps a copy of the adapted weights for `unmerge_lora`.
+
+    Raises ValueError where no adapter is active.
+    """
+    active = [slot for slot in slots(model) if slot.module.active is not None]
+    if not active:
+        raise ValueError("no adapter is active: add_lora, load_adapter or set_adapter first")
+    for slot in active:
+        module, name = slot.module, slot.module.active
+        assert name is not None
+        base = module.weight.detach().clone() if keep_base else None
+        for rows, delta in _deltas(module, name):
+            rows.copy_(rows.float() + delta)
+        module.merged, module.active = Merged(name, base), None
+
+
+def _deltas(module: Linear | LoRAEmbedding, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Blocks of the weight as (rows, fan-in) views, each with its correction in fp32."""
+    factors = module.lora[name]
+    if isinstance(factors, LowRank):
+        for part, delta in factors.delta():
+            yield module.matrix.data[part.start : part.start + part.size], delta  # type: ignore[union-attr]
+    elif isinstance(factors, EmbeddingFactors):
+        yield module.weight.data, factors.scale * (factors.b @ factors.a).T
+
+
+@torch.no_grad()
+def unmerge_lora(model: nn.Module) -> None:
+    """Put the weights back, bitwise, and make the adapter active again. ValueError where no copy was kept."""
+    merged = [slot for slot in slots(model) if slot.module.merged is not None]
+    if not merged:
+        raise ValueError("no adapter is merged")
+    if any(slot.module.merged.base is None for slot in merged):  # type: ignore[union-attr]
+        raise ValueError("merged with keep_base=False: the base weights are gone; load the model again")
+    for slot in merged:
+        module = slot.module
+        assert module.merged is not None and module.merged.base is not None
+        module.weight.copy_(module.merged.base)
+        module.active, module.merged = module.merged.name, None

@@ -1,0 +1,228 @@
+"""From examples to batches: the order of rows, what goes into a step, and the tensors.
+
+A *step* is what one optimizer update sees: a number of rows or a budget of tokens. It is cut into *micro-batches* that
+fit in memory. `Batches` yields a list of micro-batches for each step, knows where it is (`state_dict`), and makes the
+same order again from its seed.
+
+Rows of a micro-batch are *packed*: laid end to end in one row with the bounds of each (`cu_seqlens`), so that no padding
+is ever computed; positions restart with each row, and attention never crosses a bound. Modules that know no packing get
+them *padded*, with a mask; then rows of similar length are put together.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORE = -100
+Batch = dict[str, Any]
+
+
+def example_size(example: Mapping[str, Any]) -> int:
+    """Tokens of an encoded example, of all its texts."""
+    return sum(len(example[key]) for key in ("input_ids", "anchor", "positive", "negative") if key in example)
+
+
+class Batches:
+    """Steps over `examples` (a sequence), as lists of micro-batches made by `collate(list of examples)`.
+
+    A step is `rows` examples, or as many as fit in `tokens` (at least one); a micro-batch likewise. Without `shuffle`
+    the order is the sequence's. `by_length` sorts within windows of 50 steps, for padded layouts; the order of steps
+    stays random. `size(example)` counts tokens.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Any],
+        collate: Callable[[list[Any]], Any],
+        *,
+        rows: int | None = None,
+        tokens: int | None = None,
+        micro_rows: int | None = None,
+        micro_tokens: int | None = None,
+        shuffle: bool = True,
+        by_length: bool = False,
+        seed: int = 0,
+        size: Callable[[Any], int] = example_size,
+    ):
+        if (rows is None) == (tokens is None):
+            raise ValueError("a step needs a number of rows or a budget of tokens, one of the two")
+        if len(examples) == 0:
+            raise ValueError("there is no example to make batches of")
+        self.examples, self.collate, self.seed = examples, collate, seed
+        self.rows, self.tokens, self.micro_rows, self.micro_tokens = rows, tokens, micro_rows, micro_tokens
+        self.shuffle, self.by_length, self.size = shuffle, by_length, size
+        self.epoch = self.position = 0
+        counts_tokens = tokens or micro_tokens or by_length
+        self._sizes = np.array([size(example) for example in examples]) if counts_tokens else None
+
+    def steps(self, epochs: int) -> int:
+        """The number of steps in the first `epochs` epochs."""
+        return sum(len(self.plan(epoch)) for epoch in range(epochs))
+
+    def plan(self, epoch: int) -> list[np.ndarray]:
+        """The rows of each step of an epoch."""
+        order = np.arange(len(self.examples))
+        if not self.shuffle:
+            return self._cut(order, self.rows, self.tokens)
+        generator = np.random.default_rng([self.seed, epoch])
+        generator.shuffle(order)
+        if not self.by_length:
+            return self._cut(order, self.rows, self.tokens)
+        assert self._sizes is not None
+        window = 50 * (self.rows or max(1, int(self.tokens or 0) // max(1, int(self._sizes.mean()))))
+        pieces = [order[start : start + window] for start in range(0, len(order), window)]
+        grouped = np.concatenate([piece[np.argsort(-self._sizes[piece], kind="stable")] for piece in pieces])
+        steps = self._cut(grouped, self.rows, self.tokens)
+        return [steps[i] for i in generator.permutation(len(steps))]
+
+    def _cut(self, order: np.ndarray, rows: int | None, tokens: int | None) -> list[np.ndarray]:
+        """Cut into groups of at most `rows` examples and at most `tokens` tokens, but never fewer than one example."""
+        bounds, start, total = [], 0, 0
+        for i, row in enumerate(order):
+            size = int(self._sizes[row]) if tokens is not None and self._sizes is not None else 0
+            if i > start and ((rows is not None and i - start >= rows) or (tokens is not None and total + size > tokens)):
+                bounds.append(i)
+                start, total = i, 0
+            total += size
+        return np.split(order, bounds)
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        """The rest of the current epoch; afterwards the next epoch is the current one."""
+        for step in self.plan(self.epoch)[self.position :]:
+            self.position += 1
+            micro = self._cut(step, self.micro_rows, self.micro_tokens)
+            yield [self.collate([self.examples[int(i)] for i in rows]) for rows in micro]
+        self.epoch, self.position = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+
+
+def packed(rows: Sequence[Sequence[int]], token_types: Sequence[Sequence[int]] | None = None) -> dict[str, Any]:
+    """Model inputs for token rows laid end to end: input_ids and position_ids (1, N), cu_seqlens (n + 1,) int32."""
+    lengths = [len(row) for row in rows]
+    bounds = np.concatenate(([0], np.cumsum(lengths)))
+    flat = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
+    positions = np.arange(len(flat)) - np.repeat(bounds[:-1], lengths)
+    inputs: dict[str, Any] = {
+        "input_ids": torch.from_numpy(flat)[None],
+        "position_ids": torch.from_numpy(positions)[None],
+        "cu_seqlens": torch.from_numpy(bounds.astype(np.int32)),
+        "max_seqlen": max(lengths),
+    }
+    if token_types is not None:
+        inputs["token_type_ids"] = torch.from_numpy(np.concatenate([np.asarray(t, dtype=np.int64) for t in token_types]))[None]
+    return inputs
+
+
+def padded(
+    rows: Sequence[Sequence[int]], pad_id: int, token_types: Sequence[Sequence[int]] | None = None
+) -> dict[str, Any]:
+    """Model inputs for token rows filled up on the right: input_ids and attention_mask (B, T)."""
+    shape = (len(rows), max(len(row) for row in rows))
+    ids, mask = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+    if token_types is not None:
+        types = np.zeros(shape, dtype=np.int64)
+        for i, row in enumerate(token_types):
+            types[i, : len(row)] = row
+        inputs["token_type_ids"] = torch.from_numpy(types)
+    return inputs
+
+
+@dataclass(frozen=True)
+class Masking:
+    """BERT's masked-LM noise: of `share` of the tokens, 80 % become [MASK], 10 % a random token, 10 % stay."""
+
+    mask_id: int
+    vocab_size: int
+    special_ids: tuple[int, ...] = ()
+    share: float = 0.15
+
+    def __call__(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Noisy ids, the flat positions to predict (at least one), and their true tokens. Draws from torch's generator."""
+        flat = ids.flatten()
+        special = torch.isin(flat, torch.tensor(self.special_ids, dtype=flat.dtype))
+        chance = torch.rand(flat.shape).masked_fill_(special, 2.0)
+        index = (chance < self.share).nonzero()[:, 0]
+        if len(index) == 0:
+            index = chance.argmin()[None]
+        targets, kind = flat[index], torch.rand(len(index))
+        noise = torch.where(kind < 0.8, self.mask_id, torch.randint(self.vocab_size, (len(index),)))
+        noisy = flat.index_copy(0, index, torch.where(kind < 0.9, noise, targets))
+        return noisy.view_as(ids), index, targets
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Make a batch of encoded examples.
+
+    `batch["inputs"]` are the model's keyword arguments; `batch["lengths"]` the tokens of each row. Token targets become
+    `index` (flat positions that have one) and `targets` (n,), with `counts`, how many each row has; labels become `labels`
+    (B,); spans `starts` and `ends` (B,). Text pairs become one set of inputs each, under their names.
+    """
+
+    layout: str = "packed"
+    pad_id: int = 0
+    masking: Masking | None = None
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
+        first = examples[0]
+        if "anchor" in first:
+            names = [name for name in ("anchor", "positive", "negative") if name in first]
+            return {name: self._inputs([example[name] for example in examples]) for name in names}
+        types = [example["token_type_ids"] for example in examples] if "token_type_ids" in first else None
+        inputs = self._inputs([example["input_ids"] for example in examples], types)
+        batch: Batch = {"inputs": inputs, "lengths": [len(example["input_ids"]) for example in examples]}
+        if self.masking is not None:
+            if self.layout != "packed":
+                raise ValueError("masked-LM batches are packed; the padded layout would mask padding")
+            inputs["input_ids"], batch["index"], batch["targets"] = self.masking(inputs["input_ids"])
+        if "targets" in first:
+            batch |= self._targets([np.asarray(example["targets"]) for example in examples], inputs["input_ids"].shape[1])
+        if "label" in first:
+            batch["labels"] = torch.tensor([example["label"] for example in examples])
+        if "start" in first:
+            batch["starts"] = torch.tensor([example["start"] for example in examples])
+            batch["ends"] = torch.tensor([example["end"] for example in examples])
+        if "features" in first:
+            batch["features"] = _features([example["features"] for example in examples])
+        return batch
+
+    def _inputs(self, rows: list, types: list | None = None) -> dict[str, Any]:
+        return packed(rows, types) if self.layout == "packed" else padded(rows, self.pad_id, types)
+
+    def _targets(self, rows: list[np.ndarray], width: int) -> Batch:
+        lengths = [len(row) for row in rows]
+        starts = np.cumsum([0, *lengths[:-1]]) if self.layout == "packed" else np.arange(len(rows)) * width
+        kept = [np.flatnonzero(row != IGNORE) for row in rows]
+        index = np.concatenate([start + keep for start, keep in zip(starts, kept, strict=True)])
+        targets = np.concatenate([row[keep] for row, keep in zip(rows, kept, strict=True)])
+        return {
+            "index": torch.from_numpy(index.astype(np.int64)),
+            "targets": torch.from_numpy(targets.astype(np.int64)),
+            "counts": [len(keep) for keep in kept],
+        }
+
+
+def _features(rows: list[Tensor]) -> Tensor:
+    """Cached vectors (D,) as (B, D), or cached states (T, D) as one packed row (1, N, D)."""
+    return torch.stack(rows) if rows[0].dim() == 1 else torch.cat(rows)[None]
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on `device`."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, Mapping):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    return batch

@@ -1,0 +1,102 @@
+"""Checkpoints that survive: a folder of tensors (safetensors) and facts (JSON), complete or not there at all.
+
+Everything is written into a temporary folder beside the target, flushed to disk, and renamed; a kill at any moment leaves
+the old checkpoints and at most a temporary folder, which the next save removes.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+TENSORS, FACTS = "tensors.safetensors", "state.json"
+_TEMPORARY, _OLD = ".tmp", ".old"
+
+
+def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write a checkpoint folder in one piece; an existing one is replaced.
+
+    Raises OSError, with what was there untouched, where the disk is full or not writable.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _recover(path)
+    temporary = path.with_name(path.name + _TEMPORARY)
+    remove(temporary)
+    try:
+        temporary.mkdir()
+        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary / TENSORS)
+        (temporary / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        for file in (temporary / TENSORS, temporary / FACTS, temporary):
+            _flush(file)
+    except (OSError, SafetensorError) as error:
+        remove(temporary)
+        raise OSError(f"{path}: the checkpoint could not be written ({error}); earlier ones are untouched") from error
+    old = path.with_name(path.name + _OLD)
+    if path.exists():
+        remove(old)
+        path.rename(old)
+    temporary.rename(path)
+    _flush(path.parent)
+    remove(old)
+
+
+def _recover(path: Path) -> None:
+    """Put back what a kill between the two renames of a replacement left aside."""
+    old = path.with_name(path.name + _OLD)
+    if (old / FACTS).is_file() and not path.exists():
+        old.rename(path)
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and facts of a checkpoint folder. FileNotFoundError or ValueError where it is not one."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    _recover(path)
+    if not (path / FACTS).is_file():
+        raise FileNotFoundError(f"{path}: no checkpoint there ({FACTS} is missing)")
+    try:
+        return load_file(path / TENSORS), json.loads((path / FACTS).read_text(encoding="utf-8"))
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: the checkpoint is damaged ({error}); remove it, an earlier one is used then") from error
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The complete checkpoints step-N in a folder, oldest first."""
+    return sorted(path for path in Path(folder).glob("step-*") if path.name[5:].isdigit() and (path / FACTS).is_file())
+
+
+def checkpoint_path(folder: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step lives."""
+    return Path(folder) / f"step-{step:08d}"
+
+
+def prune(folder: str | Path, keep: int) -> None:
+    """Remove all but the last `keep` checkpoints, and what killed runs left half written."""
+    for path in checkpoints(folder)[:-keep] if keep else []:
+        remove(path)
+    for path in Path(folder).glob(f"*{_TEMPORARY}"):
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder if it is there, in such an order that half a removal is no checkpoint any more."""
+    (path / FACTS).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Have the operating system put a file or folder on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,37 @@
+"""Evaluation: the mean loss over held-out batches, and the task's metrics."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .batches import to_device
+from .losses import LossFn
+from .objectives import Score
+
+
+def evaluate(model: nn.Module, data: Iterable[Any], loss_fn: LossFn, score: Score | None = None) -> dict[str, Any]:
+    """Mean loss (nats a target) over `data`, and the metrics of `score`; the model is left as it was.
+
+    `data` yields batches, or lists of micro-batches. With a `score` its `update` replaces `loss_fn`. Random choices
+    (masked-LM noise) come from a fixed seed, so that evaluations can be compared. ValueError where there is no target.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            for item in data:
+                for batch in item if isinstance(item, list) else [item]:
+                    batch = to_device(batch, device)
+                    loss, n = score.update(model, batch) if score is not None else loss_fn(model, batch)
+                    total, count = total + loss.double(), count + n
+    finally:
+        model.train(training)
+    if count == 0:
+        raise ValueError("the evaluation data has no target: nothing was left after masking")
+    mean = float(total) / count
+    return {"loss": mean, **(score.result(mean) if score is not None else {})}

@@ -1,0 +1,78 @@
+"""What trains: freezing by name, unfreezing on schedule, and what it all costs in memory."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+
+def match(model: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The parameters whose names match the shell globs. ValueError for a glob that matches nothing."""
+    found: dict[str, nn.Parameter] = {}
+    everything = dict(model.named_parameters())
+    for pattern in patterns:
+        hits = {name: p for name, p in everything.items() if fnmatchcase(name, pattern)}
+        if not hits:
+            tops = sorted({name.split(".")[0] for name in everything})
+            raise ValueError(f"{pattern!r} matches no parameter; names start with {', '.join(tops)}")
+        found |= hits
+    return found
+
+
+def freeze(model: nn.Module, *patterns: str) -> None:
+    """Stop training the parameters that match: `freeze(model, "*")`. ValueError for a glob that matches nothing."""
+    for parameter in match(model, patterns).values():
+        parameter.requires_grad_(False)
+
+
+def unfreeze(model: nn.Module, *patterns: str) -> None:
+    """Train the parameters that match: `unfreeze(model, "head.*")`. ValueError for a glob that matches nothing."""
+    for parameter in match(model, patterns).values():
+        parameter.requires_grad_(True)
+
+
+def unfreeze_due(model: nn.Module, schedule: Mapping[str, float], epoch: float) -> None:
+    """Gradual unfreezing (Howard and Ruder 2018, arXiv:1801.06146): train what is due by `epoch`, freeze what is not.
+
+    `schedule` maps globs to the epoch from which their parameters train.
+    """
+    for pattern, start in schedule.items():
+        (unfreeze if epoch >= start else freeze)(model, pattern)
+
+
+@dataclass(frozen=True)
+class TrainableReport:
+    """What trains, in parameters, and what training takes beside activations, in bytes."""
+
+    trainable: int
+    total: int
+    weights: int
+    gradients: int
+    optimizer: int
+    modules: tuple[tuple[str, int], ...]
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / max(1, self.total)
+        parts = ", ".join(f"{name} {count:,}" for name, count in self.modules) or "nothing"
+        mib = 2**20
+        return (
+            f"trains {self.trainable:,} of {self.total:,} parameters ({share:.2f} %): {parts}\n"
+            f"weights {self.weights / mib:.1f} MiB, gradients {self.gradients / mib:.1f} MiB, "
+            f"optimizer {self.optimizer / mib:.1f} MiB"
+        )
+
+
+def trainable_report(model: nn.Module) -> TrainableReport:
+    """Count what trains. Optimizer bytes are AdamW's: two fp32 moments, and an fp32 master of a narrower weight."""
+    trainable = total = weights = gradients = optimizer = 0
+    modules: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        n, width = parameter.numel(), parameter.element_size()
+        total, weights = total + n, weights + n * width
+        if parameter.requires_grad:
+            trainable, gradients = trainable + n, gradients + n * width
+            optimizer += n * (8 if width >= 4 else 12)
+            group = "LoRA" if ".lora." in name else name.split(".")[0]
+            modules[group] = modules.get(group, 0) + n
+    return TrainableReport(trainable, total, weights, gradients, optimizer, tuple(modules.items()))

@@ -1,0 +1,113 @@
+"""Generation with a key/value cache: greedy, or sampled with temperature, top-k and top-p.
+
+Top-p is nucleus sampling (Holtzman et al. 2019, arXiv:1904.09751): the smallest set of tokens whose probabilities reach p.
+Prompts of different lengths are padded on the left, so that all rows go on at the same column.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
+    """Token ids and mask (B, T) of prompts filled up on the left."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), pad_id)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = torch.tensor(prompt), 1
+    return ids, mask
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    *,
+    eos_id: int | None = None,
+    pad_id: int | None = None,
+    stop: Sequence[str] = (),
+    tokenizer: "Tokenizer | None" = None,
+) -> Tensor:
+    """Continue `input_ids` (B, T), left-padded where `attention_mask` (B, T) is 0; gives (B, T + n), n ≤ max_new_tokens.
+
+    `temperature` 0 is greedy. `top_k` > 0 keeps the k likeliest tokens, `top_p` < 1 the likeliest that together have
+    probability p. A row ends with `eos_id`, or when its new text (decoded by `tokenizer`) contains one of the `stop`
+    strings; what follows is `pad_id` (by default `eos_id`, else 0). The same seed gives the same tokens.
+
+    Raises ValueError for settings out of range, and where prompt and new tokens exceed the model's positions.
+    """
+    _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, stop, tokenizer)
+    b, t = input_ids.shape
+    pad = pad_id if pad_id is not None else (eos_id if eos_id is not None else 0)
+    generator = torch.Generator(input_ids.device).manual_seed(seed)
+    cache = model.new_cache(b, t + max_new_tokens)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    padded = not bool(mask.all())
+    tokens, done, step = input_ids, torch.zeros(b, dtype=torch.bool, device=input_ids.device), input_ids
+    training = model.training
+    model.eval()
+    for i in range(max_new_tokens):
+        states = model.hidden(step, mask if padded else None, cache=cache)
+        logits = model.head(states[:, -1]).float()
+        step = choose(logits, temperature, top_k, top_p, generator).masked_fill_(done, pad)[:, None]
+        tokens, mask = torch.cat((tokens, step), 1), torch.cat((mask, mask.new_ones(b, 1)), 1)
+        if eos_id is not None:
+            done |= step[:, 0] == eos_id
+        if tokenizer is not None and stop:
+            texts = tokenizer.decode_batch(tokens[:, t:].tolist())
+            done |= torch.tensor([any(s in text for s in stop) for text in texts], device=done.device)
+        if (eos_id is not None or stop) and i + 1 < max_new_tokens and bool(done.all()):
+            break
+    model.train(training)
+    return tokens
+
+
+def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
+    """The next token of each row (B,) from logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1, generator=generator)[:, 0]
+
+
+def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """The distribution sampled from, (B, V): logits over temperature, cut to the top k, then to the top p."""
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        p = ordered.softmax(-1)
+        beyond = p.cumsum(-1) - p >= top_p  # a token stays if those before it do not yet reach p
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), float("-inf"))
+    return logits.softmax(-1)
+
+
+def _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, stop, tokenizer) -> None:
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids: expected (B, T) with at least one token, got {tuple(input_ids.shape)}")
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise ValueError(
+            f"expected temperature ≥ 0, top_k ≥ 0, 0 < top_p ≤ 1 and max_new_tokens ≥ 1; got {temperature}, {top_k}, "
+            f"{top_p}, {max_new_tokens}"
+        )
+    if stop and tokenizer is None:
+        raise ValueError("stop strings need the tokenizer: pass tokenizer=")
+    limit = model.config.max_positions
+    if input_ids.shape[1] + max_new_tokens > limit:
+        raise ValueError(
+            f"prompt of {input_ids.shape[1]} tokens and {max_new_tokens} new ones exceed the model's {limit} positions; "
+            "shorten one of them"
+        )

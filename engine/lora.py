@@ -1,0 +1,236 @@
+"""Adding low-rank adapters to a model: ours or anybody's. Hu et al. 2021, arXiv:2106.09685
+
+`add_lora` finds the layers that the targets name and fills their adapter slot. Our own projections have one already; a
+foreign `nn.Linear` or transformers' `Conv1D` is replaced by a `Linear` that holds the same parameters under the same
+names, so that state dicts, weight tying and the optimizer of the base are untouched. The base is frozen; what else is
+to train (a fresh head) is unfrozen by name.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import Linear, LowRank
+from ..kernels.linear import Merged
+
+FOREIGN_HEADS = ("lm_head", "head", "score", "classifier", "qa_outputs", "embed_out", "fc")
+
+
+@runtime_checkable
+class KnownModel(Protocol):
+    """What the engine may ask of a model of this project; a foreign module has none of it."""
+
+    lora_targets: ClassVar[dict[str, tuple[str, ...]]]
+    task: str
+    head: nn.Module
+
+    def key_map(self) -> dict[str, Any]: ...
+    def hidden(self, input_ids: Tensor, **inputs: Any) -> Tensor: ...
+    def pool(self, states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """What an adapter looks like.
+
+    The correction is scaled by `alpha` / `rank`, or alpha / √rank with `rslora` (Kalajdzievski 2023, arXiv:2312.03732).
+    `targets`: "all-linear" (every projection but the output head), "attention", "mlp", or names and shell globs that
+    match a whole module path or its end, in our spelling or the published one. `rank_pattern` and `alpha_pattern` give
+    single modules (regular expressions on the end of their path) another rank or alpha. `dropout` acts on the input of
+    the low-rank branch.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: str | tuple[str, ...] | list[str] = "all-linear"
+    dropout: float = 0.0
+    rslora: bool = False
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank: expected a positive number, got {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
+        if not self.targets:
+            raise ValueError('targets: name at least one, for example "all-linear"')
+
+    def rank_of(self, path: str) -> int:
+        """Rank of the module with this published path."""
+        return next((r for key, r in self.rank_pattern.items() if re.fullmatch(rf"(.*\.)?{key}", path)), self.rank)
+
+    def scale_of(self, path: str) -> float:
+        """Scale of the module with this published path."""
+        alpha = next((a for key, a in self.alpha_pattern.items() if re.fullmatch(rf"(.*\.)?{key}", path)), self.alpha)
+        rank = self.rank_of(path)
+        return alpha / (rank**0.5 if self.rslora else rank)
+
+
+class EmbeddingFactors(nn.Module):
+    """An adapter on an embedding: `a` (R, V), zero, and `b` (D, R), N(0, 1), as PEFT starts them. fp32 masters."""
+
+    def __init__(self, vocab: int, d_model: int, rank: int, scale: float, device=None):
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(rank, vocab, device=device))
+        self.b = nn.Parameter(torch.randn(d_model, rank, device=device))
+        self.scale = scale
+
+
+class LoRAEmbedding(nn.Module):
+    """An embedding with an adapter slot; holds the wrapped embedding's own weight (V, D)."""
+
+    def __init__(self, base: nn.Embedding):
+        super().__init__()
+        self.weight, self.padding_idx = base.weight, base.padding_idx
+        self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
+        self.lora = nn.ModuleDict()
+        self.active: str | None = None
+        self.merged: Merged | None = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out = F.embedding(ids, self.weight, self.padding_idx)
+        if self.active is None:
+            return out
+        factors: EmbeddingFactors = self.lora[self.active]  # type: ignore[assignment]
+        low = F.embedding(ids, factors.a.T.to(out.dtype))
+        return out + factors.scale * (low @ factors.b.T.to(out.dtype))
+
+
+class Slot(NamedTuple):
+    """A module that can carry adapters: its path, the module, and the published path of each of its parts."""
+
+    path: str
+    module: Linear | LoRAEmbedding
+    published: tuple[str, ...]
+
+
+def slots(model: nn.Module) -> Iterator[Slot]:
+    """All modules that have an adapter slot."""
+    names = model.key_map() if isinstance(model, KnownModel) else {}
+    for path, module in model.named_modules():
+        if isinstance(module, Linear | LoRAEmbedding):
+            yield Slot(path, module, _published(path, names))
+
+
+def _published(path: str, names: dict[str, Any]) -> tuple[str, ...]:
+    source = names.get(f"{path}.weight")
+    return tuple(name.removesuffix(".weight") for name in source.names) if source else (path,)
+
+
+def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> tuple[str, ...]:
+    """Attach a fresh adapter called `name`, make it active, freeze everything else; gives the adapted module paths.
+
+    Raises ValueError, and leaves the model as it was, where a target matches nothing, the name is taken, or the target
+    is tied to another layer.
+    """
+    if not name or "." in name:
+        raise ValueError(f"adapter name {name!r}: it must not be empty or contain a dot")
+    for slot in slots(model):
+        if name in slot.module.lora:
+            raise ValueError(f"adapter {name!r} exists already; choose another name")
+    chosen = _matches(model, config.targets)
+    _refuse_tied(model, [path for path, _, _ in chosen])
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for path, parts, published in chosen:
+        module = ensure_slot(model, path)
+        ranks = [config.rank_of(published[i]) for i in parts]
+        scales = [config.scale_of(published[i]) for i in parts]
+        if isinstance(module, LoRAEmbedding):
+            factors: nn.Module = EmbeddingFactors(*module.weight.shape, ranks[0], scales[0], module.weight.device)
+        else:
+            blocks = [module.parts[i] for i in parts]
+            factors = LowRank(module.in_features, blocks, ranks, scales, config.dropout, module.weight.device)
+        module.lora[name] = factors.train(module.training)
+    for slot in slots(model):
+        slot.module.active = name if name in slot.module.lora else None
+    return tuple(path for path, _, _ in chosen)
+
+
+def ensure_slot(model: nn.Module, path: str) -> Linear | LoRAEmbedding:
+    """The module at `path` with an adapter slot, replaced by one that has it where needed."""
+    module = model.get_submodule(path)
+    if isinstance(module, Linear | LoRAEmbedding):
+        return module
+    new: Linear | LoRAEmbedding
+    if isinstance(module, nn.Embedding):
+        new = LoRAEmbedding(module)
+    else:
+        new = Linear.around(module.weight, module.bias, transposed=_is_conv1d(module))  # type: ignore[arg-type]
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, new.train(module.training))
+    return new
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    return type(module).__name__ == "Conv1D" and isinstance(module.nf, int) and module.weight.dim() == 2
+
+
+def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
+    """Every module that could carry an adapter: path, module, published paths of its parts."""
+    names = model.key_map() if isinstance(model, KnownModel) else {}
+    for path, module in model.named_modules():
+        if isinstance(module, Linear | LoRAEmbedding | nn.Embedding) or type(module) is nn.Linear or _is_conv1d(module):
+            if path.split(".")[-2:-1] != ["lora"]:
+                yield path, module, _published(path, names)
+
+
+def _matches(model: nn.Module, targets: str | tuple[str, ...] | list[str]) -> list[tuple[str, list[int], tuple[str, ...]]]:
+    """For each adapted module: its path, the indices of the adapted parts, the published paths of all its parts."""
+    everything = list(candidates(model))
+    wanted, keep = _expand(model, targets)
+    found: dict[str, list[int]] = {}
+    for target in wanted:
+        hits = 0
+        for path, module, published in everything:
+            if not keep(path, module):
+                continue
+            whole = _names(path, target)
+            parts = [i for i, name in enumerate(published) if whole or _names(name, target)]
+            hits += len(parts)
+            found[path] = sorted({*found.get(path, []), *parts})
+        if not hits:
+            known = sorted({name for path, _, published in everything for name in (path, *published)})
+            shown = ", ".join(known[:12]) + (f" and {len(known) - 12} more" if len(known) > 12 else "")
+            raise ValueError(f"LoRA target {target!r} matches no layer; there are {shown}")
+    return [(path, found[path], published) for path, _, published in everything if found.get(path)]
+
+
+def _names(path: str, target: str) -> bool:
+    return fnmatchcase(path, target) or fnmatchcase(path, f"*.{target}")
+
+
+def _expand(model: nn.Module, targets: str | tuple[str, ...] | list[str]):
+    """The globs behind a group name, and which modules they may touch."""
+    listed = (targets,) if isinstance(targets, str) else tuple(targets)
+    if listed not in (("all-linear",), ("attention",), ("mlp",)):
+        return listed, lambda path, module: True
+    if isinstance(model, KnownModel):
+        groups = model.lora_targets
+        return sum(groups.values(), ()) if listed == ("all-linear",) else groups[listed[0]], lambda path, module: True
+    if listed != ("all-linear",):
+        raise ValueError(f'targets {listed[0]!r} is known for handtune\'s own models only; name the layers, e.g. "q_proj"')
+    return ("*",), lambda path, module: (
+        not isinstance(module, nn.Embedding | LoRAEmbedding) and path.rpartition(".")[2] not in FOREIGN_HEADS
+    )
+
+
+def _refuse_tied(model: nn.Module, paths: list[str]) -> None:
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if parameter_name == "weight":
+                owners.setdefault(id(parameter), []).append(path)
+    for path in paths:
+        others = [other for other in owners[id(model.get_submodule(path).weight)] if other != path]
+        if others:
+            raise ValueError(f"{path} is tied to {others[0]}: an adapter on one would change both; untie them first")
+
+

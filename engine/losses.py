@@ -1,0 +1,108 @@
+"""Losses: functions (model, batch) → (sum of losses in nats, number of targets).
+
+A sum and a count rather than a mean, because the mean over a step is taken once, over all its micro-batches (`loop.py`).
+Batches are those of `batches.Collate`. `features` finds the states below the head: computed, or cached in the batch when
+nothing below the head trains.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from ..kernels import linear_cross_entropy
+from .batches import Batch
+
+LossFn = Callable[[Any, Batch], tuple[Tensor, int]]
+TEMPERATURE = 0.05  # of the cosines in `embedding_loss`, sentence-transformers' choice
+
+
+def features(model: nn.Module, batch: Batch) -> Tensor:
+    """What the head reads: pooled vectors (B, D) or states (1, N, D)."""
+    if "features" in batch:
+        return batch["features"]
+    return pooled(model, batch["inputs"])
+
+
+def pooled(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """Hidden states of the inputs, pooled as the model's task wants."""
+    return model.pool(model.hidden(**inputs), inputs.get("attention_mask"), inputs.get("cu_seqlens"))
+
+
+def causal_lm_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
+    """Cross-entropy of the next token, at the positions that have a target."""
+    states = features(model, batch)
+    loss = linear_cross_entropy(states, model.head.weight, batch["targets"], model.head.bias, index=batch["index"])
+    return loss, len(batch["targets"])
+
+
+def masked_lm_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
+    """Cross-entropy of the masked tokens; only their states go through the head."""
+    states = model.head.transform(features(model, batch).flatten(0, 1)[batch["index"]])
+    loss = linear_cross_entropy(states, model.head.weight, batch["targets"], model.head.bias)
+    return loss, len(batch["targets"])
+
+
+def classification_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
+    """Cross-entropy of each row's label."""
+    return classification_loss_of(model.head(features(model, batch)), batch)
+
+
+def classification_loss_of(logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
+    """The same from logits (B, C)."""
+    return F.cross_entropy(logits.float(), batch["labels"], reduction="sum"), len(batch["labels"])
+
+
+def tagging_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
+    """Cross-entropy of each word's tag, read at its first token."""
+    return tagging_loss_of(tag_logits(model, batch), batch)
+
+
+def tag_logits(model: Any, batch: Batch) -> Tensor:
+    """Logits (n, C) at the tokens that carry a tag."""
+    return model.head(features(model, batch).flatten(0, 1)[batch["index"]])
+
+
+def tagging_loss_of(logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
+    """The same from logits (n, C)."""
+    return F.cross_entropy(logits.float(), batch["targets"], reduction="sum"), len(batch["targets"])
+
+
+def qa_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
+    """Mean of the cross-entropies of an answer's first and last token, for each row."""
+    return qa_loss_of(span_logits(model, batch), batch)
+
+
+def span_logits(model: Any, batch: Batch) -> Tensor:
+    """Start and end logits (B, T, 2) in fp32, −∞ beyond a row's end."""
+    logits = model.head(features(model, batch)).float()
+    if logits.shape[0] == 1 and logits.shape[1] == sum(batch["lengths"]):
+        return pad_sequence(list(logits[0].split(batch["lengths"])), batch_first=True, padding_value=float("-inf"))
+    return logits.masked_fill(batch["inputs"]["attention_mask"][..., None] == 0, float("-inf"))
+
+
+def qa_loss_of(logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
+    """The same from logits (B, T, 2)."""
+    start, end = logits.unbind(-1)
+    loss = F.cross_entropy(start, batch["starts"], reduction="sum") + F.cross_entropy(end, batch["ends"], reduction="sum")
+    return loss / 2, len(batch["starts"])
+
+
+def embedding_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
+    """Each anchor should find its positive among all positives (and negatives) of the micro-batch.
+
+    Cross-entropy over cosines divided by 0.05: InfoNCE (arXiv:1807.03748) with in-batch negatives (arXiv:1705.00652).
+    """
+    anchors, others = embeddings(model, batch)
+    cosines = F.normalize(anchors.float(), dim=-1) @ F.normalize(others.float(), dim=-1).T
+    own = torch.arange(len(anchors), device=anchors.device)
+    return F.cross_entropy(cosines / TEMPERATURE, own, reduction="sum"), len(anchors)
+
+
+def embeddings(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Embeddings of the anchors (B, D), and of the positives followed by the negatives."""
+    found = [model.head(pooled(model, batch[name])) for name in ("anchor", "positive", "negative") if name in batch]
+    return found[0], torch.cat(found[1:])

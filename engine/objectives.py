@@ -1,0 +1,167 @@
+"""What each training method means: the task, the encoding, the loss and how it is scored.
+
+A score goes through an evaluation batch by batch: `update(model, batch)` gives the loss like a loss function and keeps
+the predictions; `result()` gives the metrics that people expect for the task.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from . import losses, metrics
+from .batches import Batch
+
+MAX_ANSWER_TOKENS = 30
+
+
+class Score(Protocol):
+    """Collects predictions over an evaluation."""
+
+    def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]: ...
+    def result(self, loss: float) -> dict[str, Any]: ...
+
+
+@dataclass
+class PerplexityScore:
+    """exp of the mean loss."""
+
+    loss_fn: losses.LossFn
+
+    def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
+        return self.loss_fn(model, batch)
+
+    def result(self, loss: float) -> dict[str, Any]:
+        return {"perplexity": metrics.perplexity(loss)}
+
+
+class ClassificationScore:
+    """Accuracy, macro F1, confusion matrix."""
+
+    def __init__(self, n_classes: int):
+        self.n_classes, self.predicted, self.gold = n_classes, [], []
+
+    def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
+        logits = model.head(losses.features(model, batch))
+        self.predicted += logits.argmax(-1).tolist()
+        self.gold += batch["labels"].tolist()
+        return losses.classification_loss_of(logits, batch)
+
+    def result(self, loss: float) -> dict[str, Any]:
+        return metrics.classification(self.predicted, self.gold, self.n_classes)
+
+
+class TaggingScore:
+    """Entity precision, recall and F1, and token accuracy."""
+
+    def __init__(self, names: Sequence[str]):
+        self.names, self.predicted, self.gold = names, [], []
+
+    def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
+        logits = losses.tag_logits(model, batch)
+        for store, ids in ((self.predicted, logits.argmax(-1)), (self.gold, batch["targets"])):
+            store += [[self.names[i] for i in row.tolist()] for row in ids.split(batch["counts"])]
+        return losses.tagging_loss_of(logits, batch)
+
+    def result(self, loss: float) -> dict[str, Any]:
+        return metrics.entity_f1(self.predicted, self.gold)
+
+
+class AnswerScore:
+    """Exact match and F1 of answers; the best span over all windows of a question counts.
+
+    `examples` are the encoded windows in the order of the evaluation, `rows` the questions.
+    """
+
+    def __init__(self, examples: Sequence[Any], rows: Sequence[Any]):
+        self.examples, self.rows, self.next = examples, rows, 0
+        self.best: dict[int, tuple[float, str]] = {}
+
+    def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
+        logits = losses.span_logits(model, batch)
+        for row in logits.cpu().numpy():
+            example = self.examples[self.next]
+            self.next += 1
+            value, text = best_span(row[: len(example["offsets"])], example["offsets"], self.rows[example["row"]]["context"])
+            if value > self.best.get(example["row"], (-np.inf, ""))[0]:
+                self.best[example["row"]] = value, text
+        return losses.qa_loss_of(logits, batch)
+
+    def result(self, loss: float) -> dict[str, Any]:
+        asked = sorted(self.best)
+        golds = [self.rows[row]["answers"]["text"] for row in asked]
+        return metrics.answers([self.best[row][1] for row in asked], golds)
+
+
+def best_span(logits: np.ndarray, offsets: Sequence[Any], context: str) -> tuple[float, str]:
+    """Highest start + end logit of a span in the context, at most 30 tokens long, and its text. Logits are (T, 2)."""
+    inside = np.array([offset is not None for offset in offsets])
+    start, end = np.where(inside, logits[:, 0], -np.inf), np.where(inside, logits[:, 1], -np.inf)
+    total = start[:, None] + end[None, :]
+    t = len(offsets)
+    allowed = np.triu(np.ones((t, t), dtype=bool)) & ~np.triu(np.ones((t, t), dtype=bool), MAX_ANSWER_TOKENS)
+    total = np.where(allowed, total, -np.inf)
+    first, last = np.unravel_index(int(total.argmax()), total.shape)
+    if not np.isfinite(total[first, last]):
+        return -np.inf, ""
+    return float(total[first, last]), context[offsets[first][0] : offsets[last][1]]
+
+
+class RetrievalScore:
+    """Accuracy at 1 and mean reciprocal rank of each anchor's positive among all positives."""
+
+    def __init__(self) -> None:
+        self.anchors: list[np.ndarray] = []
+        self.positives: list[np.ndarray] = []
+
+    def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
+        anchors, others = losses.embeddings(model, batch)
+        self.anchors.append(anchors.float().cpu().numpy())
+        self.positives.append(others[: len(anchors)].float().cpu().numpy())
+        return losses.embedding_loss(model, batch)
+
+    def result(self, loss: float) -> dict[str, Any]:
+        return metrics.retrieval(np.concatenate(self.anchors), np.concatenate(self.positives))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A training method: the model's `task`, how rows are encoded, the loss, the score, the metric that names the best.
+
+    `score(labels, examples, rows)` makes a fresh score for one evaluation.
+    """
+
+    task: str
+    encoding: str
+    loss: losses.LossFn
+    score: Callable[[Sequence[str], Sequence[Any], Sequence[Any]], Score]
+    best: str = "loss"
+
+
+def _perplexity(loss: losses.LossFn) -> Callable[..., Score]:
+    return lambda labels, examples, rows: PerplexityScore(loss)
+
+
+OBJECTIVES = {
+    "pretrain": Objective("causal-lm", "pretrain", losses.causal_lm_loss, _perplexity(losses.causal_lm_loss)),
+    "sft": Objective("causal-lm", "sft", losses.causal_lm_loss, _perplexity(losses.causal_lm_loss)),
+    "masked-lm": Objective("masked-lm", "masked-lm", losses.masked_lm_loss, _perplexity(losses.masked_lm_loss)),
+    "classify": Objective(
+        "sequence-classification",
+        "classify",
+        losses.classification_loss,
+        lambda labels, examples, rows: ClassificationScore(len(labels)),
+        "accuracy",
+    ),
+    "tag": Objective(
+        "token-classification", "tag", losses.tagging_loss, lambda labels, examples, rows: TaggingScore(labels), "f1"
+    ),
+    "qa": Objective(
+        "question-answering", "qa", losses.qa_loss, lambda labels, examples, rows: AnswerScore(examples, rows), "f1"
+    ),
+    "embed": Objective(
+        "embedding", "embed", losses.embedding_loss, lambda labels, examples, rows: RetrievalScore(), "accuracy_at_1"
+    ),
+}

@@ -1,0 +1,140 @@
+"""The optimizer: AdamW on fp32 masters, decay on matrices only, learning rates by name, schedules.
+
+Loshchilov and Hutter 2017, arXiv:1711.05101. A trained parameter that is narrower than fp32 has a master copy here: the
+step is made on the master, and the parameter is its rounding. Gradients of several micro-batches are summed in fp32.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
+
+
+def lr_factor(schedule: str, step: int, total: int, warmup: int, decay: float, floor: float) -> float:
+    """Factor on the learning rate of update `step` (from 0) of `total`, after `warmup` updates of linear rise.
+
+    "wsd" (warmup-stable-decay, arXiv:2404.06395) falls linearly over the last `decay` share of the updates. `floor` is
+    where the falling schedules end, as a share of the peak.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    if schedule == "linear":
+        return floor + (1 - floor) * (1 - done)
+    if schedule == "cosine":
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+    if schedule == "wsd":
+        left = (total - step) / max(1, round(decay * total))
+        return floor + (1 - floor) * min(1.0, left)
+    return 1.0
+
+
+def lr_scale_of(name: str, scales: dict[str, float], layer_decay: float, n_layer: int) -> float:
+    """Factor on the learning rate of the parameter called `name`.
+
+    Its first matching glob in `scales`, times `layer_decay` for each layer between it and the head: layers.i has
+    n_layer − i of them, the embedding n_layer + 1.
+    """
+    factor = next((value for pattern, value in scales.items() if fnmatchcase(name, pattern)), 1.0)
+    if layer_decay != 1.0:
+        if found := re.search(r"(?:^|\.)layers\.(\d+)\.", name):
+            factor *= layer_decay ** (n_layer - int(found[1]))
+        elif name.startswith("embed."):
+            factor *= layer_decay ** (n_layer + 1)
+    return factor
+
+
+class Optimizer:
+    """AdamW over the named parameters, on fp32 masters.
+
+    A step is `accumulate()` after each micro-batch's backward pass and `step(...)` at the end.
+    """
+
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        lr_scale: dict[str, float],
+        lr_decay: float,
+    ):
+        self.parameters = dict(named)
+        numbers = [int(m[1]) for name in self.parameters if (m := re.search(r"(?:^|\.)layers\.(\d+)\.", name))]
+        n_layer = max(numbers, default=-1) + 1
+        self.masters = {name: p if p.dtype == torch.float32 else self._master(p) for name, p in self.parameters.items()}
+        groups: dict[tuple[float, float], list[Tensor]] = {}
+        for name, master in self.masters.items():
+            scale = lr_scale_of(name, lr_scale, lr_decay, n_layer)
+            groups.setdefault((scale, weight_decay if master.dim() > 1 else 0.0), []).append(master)
+        self.adamw = torch.optim.AdamW(
+            [{"params": params, "weight_decay": decay, "scale": scale} for (scale, decay), params in groups.items()],
+            lr=0.0, betas=betas, eps=eps, fused=True,
+        )  # fmt: skip
+
+    @staticmethod
+    def _master(parameter: nn.Parameter) -> Tensor:
+        return parameter.detach().float().requires_grad_(True)
+
+    def accumulate(self) -> None:
+        """Move the gradients of narrow parameters into their masters' fp32 gradients."""
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            if master is not parameter and parameter.grad is not None:
+                wide = parameter.grad.float()
+                master.grad = wide if master.grad is None else master.grad.add_(wide)
+                parameter.grad = None
+
+    def gradients(self) -> list[Tensor]:
+        """The fp32 gradients that are there."""
+        return [master.grad for master in self.masters.values() if master.grad is not None]
+
+    def scale_gradients(self, count: float, clip: float | None) -> Tensor:
+        """Divide the summed gradients by `count`, then clip their joint norm to `clip`; gives the norm before clipping."""
+        gradients = self.gradients()
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / count
+        factor = torch.ones_like(norm) if clip is None else (clip / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, factor / count)
+        return norm
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """One update at learning rate `lr`; the gradients are gone afterwards."""
+        for group in self.adamw.param_groups:
+            group["lr"] = lr * group["scale"]
+        self.adamw.step()
+        self.zero_grad()
+        for name, parameter in self.parameters.items():
+            if (master := self.masters[name]) is not parameter:
+                parameter.copy_(master)
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        self.adamw.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Masters, moments and update counts, as a flat dictionary of tensors."""
+        out = {}
+        for name, master in self.masters.items():
+            out[f"weight.{name}"] = master.detach()
+            out |= {f"{key}.{name}": value for key, value in self.adamw.state.get(master, {}).items()}
+        return out
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Put a `state_dict` back, into the parameters too. ValueError where a parameter is missing in it."""
+        for name, master in self.masters.items():
+            if f"weight.{name}" not in state:
+                raise ValueError(f"the checkpoint has no {name}: it belongs to another model or another set of adapters")
+            master.copy_(state[f"weight.{name}"])
+            if (parameter := self.parameters[name]) is not master:
+                parameter.copy_(master)
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            if f"exp_avg.{name}" in state:
+                self.adamw.state[master] = {key: state[f"{key}.{name}"].to(master.device).clone() for key in keys}

@@ -1,0 +1,111 @@
+"""The run folder: what a run is, what it logged, what came out; and the refusal to mix two runs.
+
+    run.json       method, configuration, versions, device         metrics.jsonl  a line a step, a line an evaluation
+    result.json    what came out                                   checkpoints/   exact state, see checkpoint.py
+"""
+
+import json
+import os
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Record:
+    """A run folder. Without a folder (`out` None) everything is dropped."""
+
+    def __init__(self, out: str | Path | None):
+        self.out = Path(out) if out is not None else None
+
+    @property
+    def checkpoints(self) -> Path | None:
+        return self.out / "checkpoints" if self.out else None
+
+    @property
+    def best(self) -> Path | None:
+        return self.out / "best" if self.out else None
+
+    def start(self, about: dict[str, Any], config: dict[str, Any]) -> None:
+        """Claim the folder for this run, or find that it is this run's already.
+
+        Raises ValueError where the folder holds a run with another configuration (naming the fields) or other things.
+        """
+        if self.out is None:
+            return
+        config = json.loads(json.dumps(config))  # tuples become lists, as in the file it is compared with
+        path = self.out / "run.json"
+        if path.is_file():
+            before = json.loads(path.read_text(encoding="utf-8"))["config"]
+            if changed := _differences(before, config):
+                raise ValueError(f"{self.out} holds a run with {'; '.join(changed)}; take back the change or choose another out")
+            return
+        if self.out.is_dir() and any(self.out.iterdir()):
+            raise ValueError(f"{self.out} is not empty and holds no run; choose another out")
+        self.out.mkdir(parents=True, exist_ok=True)
+        facts = {**about, "config": config, **environment(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
+        write_json(path, facts)
+
+    def rewind(self, step: int) -> None:
+        """Drop what was logged after `step`: the resumed run logs it again."""
+        if self.out is None or not (path := self.out / "metrics.jsonl").is_file():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):  # the line a kill cut short
+                break
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)
+
+    def log(self, **values: Any) -> None:
+        """Append a line to metrics.jsonl."""
+        if self.out is not None:
+            with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Write result.json."""
+        if self.out is not None:
+            write_json(self.out / "result.json", result)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON in one piece."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and the device, for the record."""
+    import handtune
+
+    cuda = torch.cuda.is_available()
+    return {
+        "versions": {"handtune": handtune.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+    }
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """The fields in which two configurations differ, as "name = before, not now"."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted({*before, *now})
+        return [d for key in keys for d in _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))]
+    return [] if before == now else [f"{name} = {before!r}, not {now!r}"]
+
+
+def peak_memory() -> int:
+    """Peak memory in bytes: of the GPU's allocator, or of the whole process on CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else peak * 1024
