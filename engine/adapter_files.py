@@ -73,7 +73,9 @@ def _published_factors(slot: Slot, name: str) -> Iterator[tuple[str, int, float,
         weights = {"lora_embedding_A": factors.a, "lora_embedding_B": factors.b}
         yield slot.published[0], factors.a.shape[0], factors.scale, weights
     elif isinstance(factors, LowRank) and isinstance(slot.module, Linear):
-        blocks = zip(factors.parts, factors.ranks, factors.scales, factors.a.split(factors.ranks), factors.b, strict=True)
+        blocks = zip(
+            factors.parts, factors.ranks, factors.scales, factors.a.split(factors.ranks), factors.b, strict=True
+        )
         for part, rank, scale, a, b in blocks:
             yield slot.published[slot.module.parts.index(part)], rank, scale, {"lora_A.weight": a, "lora_B.weight": b}
 
@@ -204,7 +206,11 @@ def _plan(model: nn.Module, tensors: dict[str, Tensor], config: LoRAConfig, path
                 factors.a.data, factors.b.data = a.float(), b.float()
                 plan.append((module_path, factors))
             continue
-        parts = Linear.around(module.weight, None, _transposed(module)).parts if not isinstance(module, Linear) else module.parts
+        parts = (
+            Linear.around(module.weight, None, _transposed(module)).parts
+            if not isinstance(module, Linear)
+            else module.parts
+        )
         found = []
         for part, name in zip(parts, published, strict=True):
             a, b = (rest.pop(f"{name}.lora_{x}.weight", None) for x in "AB")

@@ -14,6 +14,7 @@ from ..kernels import Linear, LowRank
 from ..kernels.linear import Merged
 from .lora import EmbeddingFactors, LoRAEmbedding, slots
 
+
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of all adapters attached to the model, sorted."""
     return sorted({name for slot in slots(model) for name in slot.module.lora})

@@ -84,7 +84,9 @@ class Batches:
         bounds, start, total = [], 0, 0
         for i, row in enumerate(order):
             size = int(self._sizes[row]) if tokens is not None and self._sizes is not None else 0
-            if i > start and ((rows is not None and i - start >= rows) or (tokens is not None and total + size > tokens)):
+            if i > start and (
+                (rows is not None and i - start >= rows) or (tokens is not None and total + size > tokens)
+            ):
                 bounds.append(i)
                 start, total = i, 0
             total += size
@@ -118,7 +120,9 @@ def packed(rows: Sequence[Sequence[int]], token_types: Sequence[Sequence[int]] |
         "max_seqlen": max(lengths),
     }
     if token_types is not None:
-        inputs["token_type_ids"] = torch.from_numpy(np.concatenate([np.asarray(t, dtype=np.int64) for t in token_types]))[None]
+        inputs["token_type_ids"] = torch.from_numpy(
+            np.concatenate([np.asarray(t, dtype=np.int64) for t in token_types])
+        )[None]
     return inputs
 
 
@@ -188,7 +192,9 @@ class Collate:
                 raise ValueError("masked-LM batches are packed; the padded layout would mask padding")
             inputs["input_ids"], batch["index"], batch["targets"] = self.masking(inputs["input_ids"])
         if "targets" in first:
-            batch |= self._targets([np.asarray(example["targets"]) for example in examples], inputs["input_ids"].shape[1])
+            batch |= self._targets(
+                [np.asarray(example["targets"]) for example in examples], inputs["input_ids"].shape[1]
+            )
         if "label" in first:
             batch["labels"] = torch.tensor([example["label"] for example in examples])
         if "start" in first:

@@ -120,8 +120,8 @@ class ChatTemplate:
             after = self._render(messages[: turn + 1], False)
             if not after.startswith(before) or not text.startswith(after):
                 raise ValueError(
-                    f"the chat template renders messages[{turn}] differently within the conversation (it rewrites "
-                    "earlier turns), so the assistant's tokens cannot be told; put {% generation %} marks into the template"
+                    f"the chat template renders messages[{turn}] differently within the conversation (it "
+                    "rewrites earlier turns), so the assistant's tokens are unknown; put {% generation %} marks into it"
                 )
             end = len(before) + len(_without_trailing_space(after[len(before) :], message["content"]))
             if end > len(before):

@@ -66,7 +66,9 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     try:
         return load_file(path / TENSORS), json.loads((path / FACTS).read_text(encoding="utf-8"))
     except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: the checkpoint is damaged ({error}); remove it, an earlier one is used then") from error
+        raise ValueError(
+            f"{path}: the checkpoint is damaged ({error}); remove it, an earlier one is used then"
+        ) from error
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

@@ -20,7 +20,11 @@ def head_only(model: nn.Module) -> bool:
         return False
     trained = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
     shared = {id(p) for name, p in trained if not name.startswith("head.")}
-    return bool(trained) and not shared and all(not slot.path.startswith("head") or not slot.module.lora for slot in slots(model))
+    return (
+        bool(trained)
+        and not shared
+        and all(not slot.path.startswith("head") or not slot.module.lora for slot in slots(model))
+    )
 
 
 def with_features(model: nn.Module, data: Any) -> Any:

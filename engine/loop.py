@@ -185,9 +185,7 @@ def train(
             for micros in data:
                 before_step = time.perf_counter()
                 unfreeze_due(model, config.unfreeze, progress.step / per_epoch)
-                lr = config.lr * lr_factor(
-                    config.schedule, progress.step, total, warmup, config.decay, config.lr_floor
-                )
+                lr = config.lr * lr_factor(config.schedule, progress.step, total, warmup, config.decay, config.lr_floor)
                 loss_sum = torch.zeros((), dtype=torch.float64, device=device)
                 targets = tokens = 0
                 for batch in micros if isinstance(micros, list) else [micros]:
@@ -263,7 +261,11 @@ def _tokens(batch: Any) -> int:
     """Tokens of a batch made here; 0 of any other."""
     if isinstance(batch, dict) and "lengths" in batch:
         return sum(batch["lengths"])
-    found = [inputs["input_ids"] for inputs in batch.values() if isinstance(inputs, dict)] if isinstance(batch, dict) else []
+    found = (
+        [inputs["input_ids"] for inputs in batch.values() if isinstance(inputs, dict)]
+        if isinstance(batch, dict)
+        else []
+    )
     return sum(ids.numel() for ids in found if isinstance(ids, Tensor))
 
 
@@ -281,7 +283,9 @@ def _resume(record: Record, optimizer: Optimizer, data: Any, progress: Progress)
     if not found:
         return
     tensors, facts = load_checkpoint(found[-1])
-    optimizer.load_state_dict({k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")})
+    optimizer.load_state_dict(
+        {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
+    )
     data.load_state_dict(facts["data"])
     for name, value in facts["progress"].items():
         setattr(progress, name, value)

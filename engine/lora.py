@@ -182,7 +182,9 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ..
                 yield path, module, _published(path, names)
 
 
-def _matches(model: nn.Module, targets: str | tuple[str, ...] | list[str]) -> list[tuple[str, list[int], tuple[str, ...]]]:
+def _matches(
+    model: nn.Module, targets: str | tuple[str, ...] | list[str]
+) -> list[tuple[str, list[int], tuple[str, ...]]]:
     """For each adapted module: its path, the indices of the adapted parts, the published paths of all its parts."""
     everything = list(candidates(model))
     wanted, keep = _expand(model, targets)
@@ -216,9 +218,14 @@ def _expand(model: nn.Module, targets: str | tuple[str, ...] | list[str]):
         groups = model.lora_targets
         return sum(groups.values(), ()) if listed == ("all-linear",) else groups[listed[0]], lambda path, module: True
     if listed != ("all-linear",):
-        raise ValueError(f'targets {listed[0]!r} is known for handtune\'s own models only; name the layers, e.g. "q_proj"')
-    return ("*",), lambda path, module: (
-        not isinstance(module, nn.Embedding | LoRAEmbedding) and path.rpartition(".")[2] not in FOREIGN_HEADS
+        raise ValueError(
+            f'targets {listed[0]!r} is known for handtune\'s own models only; name the layers, e.g. "q_proj"'
+        )
+    return (
+        ("*",),
+        lambda path, module: (
+            not isinstance(module, nn.Embedding | LoRAEmbedding) and path.rpartition(".")[2] not in FOREIGN_HEADS
+        ),
     )
 
 
@@ -232,5 +239,3 @@ def _refuse_tied(model: nn.Module, paths: list[str]) -> None:
         others = [other for other in owners[id(model.get_submodule(path).weight)] if other != path]
         if others:
             raise ValueError(f"{path} is tied to {others[0]}: an adapter on one would change both; untie them first")
-
-

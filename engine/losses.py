@@ -87,7 +87,9 @@ def span_logits(model: Any, batch: Batch) -> Tensor:
 def qa_loss_of(logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
     """The same from logits (B, T, 2)."""
     start, end = logits.unbind(-1)
-    loss = F.cross_entropy(start, batch["starts"], reduction="sum") + F.cross_entropy(end, batch["ends"], reduction="sum")
+    loss = F.cross_entropy(start, batch["starts"], reduction="sum") + F.cross_entropy(
+        end, batch["ends"], reduction="sum"
+    )
     return loss / 2, len(batch["starts"])
 
 

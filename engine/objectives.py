@@ -84,7 +84,9 @@ class AnswerScore:
         for row in logits.cpu().numpy():
             example = self.examples[self.next]
             self.next += 1
-            value, text = best_span(row[: len(example["offsets"])], example["offsets"], self.rows[example["row"]]["context"])
+            value, text = best_span(
+                row[: len(example["offsets"])], example["offsets"], self.rows[example["row"]]["context"]
+            )
             if value > self.best.get(example["row"], (-np.inf, ""))[0]:
                 self.best[example["row"]] = value, text
         return losses.qa_loss_of(logits, batch)
@@ -162,6 +164,6 @@ OBJECTIVES = {
         "question-answering", "qa", losses.qa_loss, lambda labels, examples, rows: AnswerScore(examples, rows), "f1"
     ),
     "embed": Objective(
-        "embedding", "embed", losses.embedding_loss, lambda labels, examples, rows: RetrievalScore(), "accuracy_at_1"
+        "embedding", "embed", losses.embedding_loss, lambda labels, examples, rows: RetrievalScore(), "accuracy@1"
     ),
 }

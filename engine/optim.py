@@ -131,7 +131,9 @@ class Optimizer:
         """Put a `state_dict` back, into the parameters too. ValueError where a parameter is missing in it."""
         for name, master in self.masters.items():
             if f"weight.{name}" not in state:
-                raise ValueError(f"the checkpoint has no {name}: it belongs to another model or another set of adapters")
+                raise ValueError(
+                    f"the checkpoint has no {name}: it belongs to another model or another set of adapters"
+                )
             master.copy_(state[f"weight.{name}"])
             if (parameter := self.parameters[name]) is not master:
                 parameter.copy_(master)

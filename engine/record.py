@@ -1,7 +1,7 @@
 """The run folder: what a run is, what it logged, what came out; and the refusal to mix two runs.
 
-    run.json       method, configuration, versions, device         metrics.jsonl  a line a step, a line an evaluation
-    result.json    what came out                                   checkpoints/   exact state, see checkpoint.py
+run.json       method, configuration, versions, device         metrics.jsonl  a line a step, a line an evaluation
+result.json    what came out                                   checkpoints/   exact state, see checkpoint.py
 """
 
 import json
@@ -40,13 +40,21 @@ class Record:
         if path.is_file():
             before = json.loads(path.read_text(encoding="utf-8"))["config"]
             if changed := _differences(before, config):
-                raise ValueError(f"{self.out} holds a run with {'; '.join(changed)}; take back the change or choose another out")
+                raise ValueError(
+                    f"{self.out} holds a run with {'; '.join(changed)}; take back the change or choose another out"
+                )
             return
         if self.out.is_dir() and any(self.out.iterdir()):
             raise ValueError(f"{self.out} is not empty and holds no run; choose another out")
         self.out.mkdir(parents=True, exist_ok=True)
         facts = {**about, "config": config, **environment(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
         write_json(path, facts)
+
+    def amend(self, **facts: Any) -> None:
+        """Add facts to run.json that were not known when the run began."""
+        if self.out is not None:
+            path = self.out / "run.json"
+            write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **facts})
 
     def rewind(self, step: int) -> None:
         """Drop what was logged after `step`: the resumed run logs it again."""

@@ -58,7 +58,9 @@ def attention(
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, bias: Tensor | None) -> None:
     if q.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q, k, v: expected (B, T, H, hd), (B, S, K, hd) twice; got {[tuple(x.shape) for x in (q, k, v)]}")
+        raise ValueError(
+            f"q, k, v: expected (B, T, H, hd), (B, S, K, hd) twice; got {[tuple(x.shape) for x in (q, k, v)]}"
+        )
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"q: its {q.shape[2]} heads must be a multiple of k's {k.shape[2]}")
     if cu_seqlens is not None and (bias is not None or q.shape[0] != 1):
@@ -95,9 +97,7 @@ def _fused(q, k, v, mask, causal, scale) -> Tensor:
     return out.transpose(1, 2)
 
 
-def _mask(
-    queries: slice, keys: slice, window: int | None, bias: Tensor | None, causal: bool, like: Tensor
-) -> Tensor:
+def _mask(queries: slice, keys: slice, window: int | None, bias: Tensor | None, causal: bool, like: Tensor) -> Tensor:
     """What the queries at these positions may see of these keys, joined with the bias (..., queries, keys).
 
     Forbidden is the least finite number, not −∞: a row that may see nothing (a padded query) stays finite.
@@ -151,7 +151,11 @@ class _Recomputed(torch.autograd.Function):
         grad = _heads_first(grad)
         blocks = range(0, q.shape[1], QUERY_BLOCK)
         dq = torch.empty_like(q)
-        dk, dv = (torch.empty_like(k), torch.empty_like(v)) if len(blocks) == 1 else (torch.zeros_like(k), torch.zeros_like(v))
+        dk, dv = (
+            (torch.empty_like(k), torch.empty_like(v))
+            if len(blocks) == 1
+            else (torch.zeros_like(k), torch.zeros_like(v))
+        )
         for rows, keys, p in _probabilities(q, k, ctx.causal, ctx.scale):
             dp = grad[:, rows] @ v[:, keys].transpose(1, 2)
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(ctx.scale)

@@ -33,7 +33,13 @@ class LowRank(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, parts: list[Part], ranks: list[int], scales: list[float], dropout: float = 0.0, device=None
+        self,
+        in_features: int,
+        parts: list[Part],
+        ranks: list[int],
+        scales: list[float],
+        dropout: float = 0.0,
+        device=None,
     ):
         super().__init__()
         self.parts, self.ranks, self.scales, self.dropout = tuple(parts), tuple(ranks), tuple(scales), dropout

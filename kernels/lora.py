@@ -57,7 +57,7 @@ def _drop(x: Tensor, plan: Plan) -> Tensor:
     if plan.dropout == 0.0:
         return x
     generator = torch.Generator(x.device).manual_seed(plan.seed)
-    keep = torch.empty_like(x).bernoulli_(1 - plan.dropout, generator=generator)
+    keep = x.new_empty(x.shape).bernoulli_(1 - plan.dropout, generator=generator)  # in row order, whatever x's strides
     return keep.mul_(x).div_(1 - plan.dropout)
 
 
@@ -185,7 +185,9 @@ def draw_seed() -> int:
     return int(torch.randint(2**62, ()))
 
 
-def _check(x: Tensor, weight: Tensor, bias: Any, a: Tensor, bs: tuple, scales: tuple, rows: tuple, dropout: float) -> None:
+def _check(
+    x: Tensor, weight: Tensor, bias: Any, a: Tensor, bs: tuple, scales: tuple, rows: tuple, dropout: float
+) -> None:
     m, k = weight.shape
     if x.shape[-1] != k:
         raise ValueError(f"x: last dimension must be K = {k} of weight {tuple(weight.shape)}, got {tuple(x.shape)}")

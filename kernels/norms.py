@@ -89,7 +89,7 @@ def normalize_backward(
     wide = _wide(grad)
     grad_weight = None
     if needs[1]:
-        grad_weight = (wide * normed.to(x.dtype)).flatten(0, -2).sum(0).to(weight.dtype)
+        grad_weight = (wide * normed.to(x.dtype)).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
     if not needs[0]:
         return None, grad_weight, None
     wide = wide * weight

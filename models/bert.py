@@ -102,6 +102,7 @@ class Block(nn.Module):
 class Bert(nn.Module):
     """BERT with the head of a task (see `forward` for shapes)."""
 
+    presets: ClassVar = PRESETS
     base_prefix = "bert."
     lora_targets: ClassVar = {
         "attention": ("layers.*.qkv", "layers.*.o"),

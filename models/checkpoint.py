@@ -20,7 +20,7 @@ from .bert import Bert
 from .gpt2 import GPT2
 from .layers import Published
 from .shards import Shards
-from .tokens import SpecialTokens, load_tokenizer, save_tokenizer
+from .tokens import SpecialTokens, load_tokenizer, load_tokenizer_file, save_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -71,6 +71,27 @@ def load(
     return model, load_tokenizer(folder)
 
 
+def fresh(
+    preset: str, tokenizer: str | Path | None, task: str, labels: tuple[str, ...], seed: int, **overrides: Any
+) -> tuple[Model, "Tokenizer | None"]:
+    """A freshly initialised model of a published size, on the default device, with the tokenizer.json at `tokenizer`.
+
+    The vocabulary is the tokenizer's; its token "<|endoftext|>" or "</s>", where it has one, ends texts.
+    """
+    found = [family for family in (GPT2, Bert) if preset in family.presets]
+    if not found:
+        raise ValueError(f"preset {preset!r} is unknown; known: {', '.join((*GPT2.presets, *Bert.presets))}")
+    words = load_tokenizer_file(Path(tokenizer)) if tokenizer is not None else None
+    if words is not None:
+        overrides = {"vocab_size": words.get_vocab_size(), **overrides}
+    torch.manual_seed(seed)
+    model = found[0].from_name(preset, task=task, labels=labels, **overrides).to(_device("auto"))
+    if words is not None:
+        ends = [words.token_to_id(name) for name in ("<|endoftext|>", "</s>")]
+        model.tokens = SpecialTokens(eos_id=next((i for i in ends if i is not None), None))
+    return model.eval(), words
+
+
 def save(model: Model, tokenizer: "Tokenizer | None", path: str | Path) -> None:
     """Write the model (and tokenizer) to the folder `path` in Hugging Face layout; transformers loads it back.
 
@@ -80,7 +101,9 @@ def save(model: Model, tokenizer: "Tokenizer | None", path: str | Path) -> None:
 
     for name, module in model.named_modules():
         if len(getattr(module, "lora", ())) and not getattr(module, "merged", None):
-            raise ValueError(f"{name} carries an adapter: merge_lora(model) first, or save_adapter(model, path) instead")
+            raise ValueError(
+                f"{name} carries an adapter: merge_lora(model) first, or save_adapter(model, path) instead"
+            )
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     own = dict(model.named_parameters())
@@ -106,7 +129,9 @@ def _folder(path: str | Path) -> Path:
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"{folder}: no config.json there; a checkpoint folder in Hugging Face layout has one")
+            raise FileNotFoundError(
+                f"{folder}: no config.json there; a checkpoint folder in Hugging Face layout has one"
+            )
         return folder
     if folder.exists():
         raise ValueError(f"{folder} is a file; give the checkpoint's folder")
@@ -167,7 +192,11 @@ def _pooling(folder: Path, published: dict[str, Any]) -> tuple[str, bool]:
     if "Pooling" in kinds:
         config = _read_json(folder / kinds["Pooling"] / "config.json")
         names = {"cls_token": "first", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "last"}
-        modes = [key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on is True]
+        modes = [
+            key.removeprefix("pooling_mode_")
+            for key, on in config.items()
+            if key.startswith("pooling_mode_") and on is True
+        ]
         if len(modes) != 1 or modes[0] not in names:
             raise ValueError(f"{folder / kinds['Pooling'] / 'config.json'}: pooling {modes} is not implemented")
         pooling = names[modes[0]]
@@ -246,7 +275,9 @@ def _fill(model: Model, shards: Shards, new_head: bool) -> None:
             else:
                 rows.copy_(tensor)
     skipped = (*model.ignored, *model.other_heads)
-    left = [name for short, name in stored.items() if short not in used and not any(fnmatchcase(short, p) for p in skipped)]
+    left = [
+        name for short, name in stored.items() if short not in used and not any(fnmatchcase(short, p) for p in skipped)
+    ]
     _complain(shards.folder, {"missing": missing, "left over": left, "of another shape": misshaped})
     if head_missing:
         log.warning("new, to be trained, for %s: %s", model.task, ", ".join(sorted(head_missing)))

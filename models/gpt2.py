@@ -142,6 +142,7 @@ class Block(nn.Module):
 class GPT2(nn.Module):
     """GPT-2 or GPT-3 with the head of a task (see `forward` for shapes)."""
 
+    presets: ClassVar = PRESETS
     base_prefix = "transformer."
     lora_targets: ClassVar = {
         "attention": ("layers.*.qkv", "layers.*.o"),
@@ -274,7 +275,14 @@ class GPT2(nn.Module):
             "norm.weight": Published((f"{base}ln_f.weight",)),
             "norm.bias": Published((f"{base}ln_f.bias",)),
         }
-        modules = {"norm1": "ln_1", "qkv": "attn.c_attn", "o": "attn.c_proj", "norm2": "ln_2", "up": "mlp.c_fc", "down": "mlp.c_proj"}
+        modules = {
+            "norm1": "ln_1",
+            "qkv": "attn.c_attn",
+            "o": "attn.c_proj",
+            "norm2": "ln_2",
+            "up": "mlp.c_fc",
+            "down": "mlp.c_proj",
+        }
         for i in range(len(self.layers)):
             for ours, theirs in modules.items():
                 conv = not ours.startswith("norm")

@@ -48,8 +48,13 @@ class SpecialTokens:
 def load_tokenizer(folder: Path) -> "Tokenizer | None":
     """The folder's tokenizer without its stored padding and truncation, or None where there is none."""
     path = folder / "tokenizer.json"
+    return load_tokenizer_file(path) if path.is_file() else None
+
+
+def load_tokenizer_file(path: Path) -> "Tokenizer":
+    """A tokenizer.json without its stored padding and truncation. FileNotFoundError or ValueError where it is not one."""
     if not path.is_file():
-        return None
+        raise FileNotFoundError(f"{path}: no such tokenizer file")
     from tokenizers import Tokenizer
 
     try:

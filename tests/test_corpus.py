@@ -57,6 +57,7 @@ def test_pieces_give_the_tokens_of_the_whole_text(tmp_path, monkeypatch):
     pieces = list(corpus_module._pieces(text))
     assert len(pieces) > 50
     assert max(len(piece) for piece, _ in pieces) < 250
+    assert not any(piece[0].isspace() for piece, _ in pieces)
     assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True]
     assert build(tmp_path, text).tokens.tolist() == [*ids(text), END]
 

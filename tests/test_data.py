@@ -239,6 +239,9 @@ def test_split_of_many_small_labels_holds_out_the_share():
     rows = [{"text": "x", "label": str(i // 3)} for i in range(30)]
     assert len(split_rows(rows, 0.1, seed=0)[1]) == 3
     assert len(split_rows([{"text": str(i)} for i in range(7)], 0.3, seed=0)[1]) == 2
+    # 0.9 and 3.0 of them: the one more goes where rounding down lost most.
+    _, held = split_rows([{"text": "x", "label": label} for label in "aaabbbbbbbbbb"], 0.3, seed=0)
+    assert [row["label"] for row in held] == list("abbb")
 
 
 @pytest.mark.parametrize(

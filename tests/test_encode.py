@@ -261,6 +261,13 @@ def test_qa_positions_and_offsets():
     assert (example["row"], report.targets) == (0, 1)
 
 
+def test_qa_answer_between_tokens_without_spaces():
+    row = answered("who?", "the dog,cat,mat", "cat")
+    (example,), _ = encode([row], word_piece(), "qa", max_length=60)
+    assert example["start"] == example["end"]
+    assert row["context"][slice(*example["offsets"][example["start"]])] == "cat"
+
+
 def test_qa_windows_cover_the_context_and_overlap():
     context = " ".join(["the cat sat on the mat"] * 80 + ["Paris"] + ["the dog"] * 100)
     rows = [answered("cat?", "the cat", "cat"), answered("what is the capital?", context, "Paris")]
@@ -350,7 +357,7 @@ def test_show_marks_what_is_in_the_loss():
     examples, _ = sft([{"prompt": "cat\n", "completion": " dog\x1b[2J"}])
     plain = show(examples, byte_level(), "sft", 3, color=False)
     assert plain.startswith("example 1 of 1: ")
-    assert plain.splitlines()[1].replace("]|[", "").replace("|[", "[") == "cat↵[ dog\\x1b[2J<|end|>]"
+    assert plain.splitlines()[1].replace("]|[", "").replace("|[", "[") == "c|at|↵[ dog\\x1b[2J<|end|>]"
     assert "\x1b" not in plain
     assert "\x1b[1;32m<|end|>\x1b[0m" in show(examples, byte_level(), "sft", 1, color=True)
 

@@ -1,0 +1,148 @@
+"""A run's configuration: a TOML file, changed on the command line by `section.field=value`, checked field by field.
+
+An unknown key or a value of the wrong type is an error that names the nearest known one; nothing is ignored.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from .lora import LoRAConfig
+from .loop import TrainConfig
+from .objectives import OBJECTIVES
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Where the model comes from: `path` (a folder or hub id), or a `preset` with `overrides`, freshly initialised.
+
+    `tokenizer` is the tokenizer.json of a preset. `task` and `labels` follow from method and data where not given.
+    """
+
+    path: str | None = None
+    preset: str | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
+    task: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    labels: list[str] | None = None
+    head_layers: int | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Rows to train on (a file or several), and `eval`: a file, or the share of the rows held out.
+
+    `max_length` is in tokens (None: the model's positions). `packing` lays rows end to end instead of padding them.
+    """
+
+    train: str | list[str]
+    eval: str | float | None = None
+    max_length: int | None = None
+    packing: bool = True
+
+
+@dataclass(frozen=True)
+class FreezeConfig:
+    """Globs of parameters not to train, and those of them to train `except`ed."""
+
+    names: list[str] = field(default_factory=list)
+    except_: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The whole file."""
+
+    method: str
+    out: str
+    model: ModelConfig
+    data: DataConfig
+    lora: LoRAConfig | None = None
+    freeze: FreezeConfig = field(default_factory=FreezeConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in OBJECTIVES:
+            raise ValueError(f"method {self.method!r} is unknown; known: {', '.join(OBJECTIVES)}")
+        if (self.model.path is None) == (self.model.preset is None):
+            raise ValueError("model: give path (a folder or hub id) or preset (a fresh model), one of the two")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The configuration as plain values."""
+        return asdict(self)
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration in the TOML file at `path`, changed by overrides like "train.lr=1e-4".
+
+    Raises FileNotFoundError where there is no file, ValueError for anything in it that doesn't fit.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such configuration file")
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path}: not valid TOML ({error})") from error
+    for override in overrides:
+        _override(table, override)
+    return from_table(RunConfig, table, str(path))
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    """Set "a.b=value" in the table. The value is TOML; what is not is taken as a string."""
+    name, sign, text = override.partition("=")
+    if not sign or not name:
+        raise ValueError(f"{override!r}: expected section.field=value, for example train.lr=1e-4")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, last = name.split(".")
+    for section in sections:
+        table = table.setdefault(section, {})
+        if not isinstance(table, dict):
+            raise ValueError(f"{override!r}: {section} is not a section")
+    table[last] = value
+
+
+def from_table(cls: type, table: dict[str, Any], place: str) -> Any:
+    """A dataclass from a TOML table, tables within it included. A trailing underscore of a field is not written."""
+    hints, known = get_type_hints(cls), {f.name.rstrip("_"): f for f in fields(cls)}
+    for key in table:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+            raise ValueError(f"{place}: unknown key {key!r}{meant}")
+    missing = [
+        key for key, f in known.items() if key not in table and f.default is MISSING and f.default_factory is MISSING
+    ]
+    if missing:
+        raise ValueError(f"{place}: {', '.join(missing)} is missing")
+    return cls(
+        **{known[key].name: _value(hints[known[key].name], value, f"{place}: {key}") for key, value in table.items()}
+    )
+
+
+def _value(hint: Any, value: Any, place: str) -> Any:
+    """`value` as the type says, or a ValueError."""
+    options = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+    for option in options:
+        kind = get_origin(option) or option
+        if isinstance(value, dict) and hasattr(option, "__dataclass_fields__"):
+            return from_table(option, value, place)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
+        if kind is tuple and isinstance(value, list):
+            return tuple(value)
+        if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+            return value
+    names = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not NoneType)
+    raise ValueError(f"{place}: expected {names}, got {value!r}")

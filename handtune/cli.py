@@ -1,0 +1,80 @@
+"""The command line: where models and engine are put together.
+
+Parsing imports nothing heavy; each command's work is in `handtune/commands.py`. A mistake of the user is one line on
+standard error and exit code 2 (`--debug` shows the traceback).
+"""
+
+import argparse
+import sys
+
+from . import __version__
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    top = argparse.ArgumentParser(prog="handtune", description="Fine-tune a pretrained model on your own data.")
+    top.add_argument("--version", action="version", version=f"handtune {__version__}")
+    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        return command
+
+    train = add("train", "Train as a TOML file says; the same command on the same folder resumes.")
+    train.add_argument("config", help="the TOML file")
+    train.add_argument("override", nargs="*", help="a change to it, like train.lr=1e-4")
+
+    check = add("check-data", "Show the rows as the model will see them, and which tokens are in the loss.")
+    check.add_argument("config", help="the TOML file")
+    check.add_argument("override", nargs="*", help="a change to it, like data.max_length=256")
+    check.add_argument("-n", "--rows", type=int, default=3, help="how many (default 3)")
+
+    evaluate = add("evaluate", "Evaluate a finished run on held-out rows.")
+    evaluate.add_argument("run", help="the run's folder")
+    evaluate.add_argument("--data", help="another file of rows (default: the run's own held-out rows)")
+
+    generate = add("generate", "Continue prompts.")
+    generate.add_argument("model", help="a checkpoint's folder or hub id, or the folder of a run")
+    generate.add_argument("--adapter", help="the folder of an adapter")
+    generate.add_argument("--prompt", action="append", help="a prompt (may be repeated)")
+    generate.add_argument("--prompts", help="a file of rows with prompts (prompt, messages or text)")
+    generate.add_argument("--out", help="write prompt/completion rows (JSONL) here instead of printing")
+    generate.add_argument("--max-new-tokens", type=int, default=64)
+    generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default 1)")
+    generate.add_argument("--top-k", type=int, default=0)
+    generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--stop", action="append", default=[], help="end at this text (may be repeated)")
+    generate.add_argument("--batch-rows", type=int, default=16)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+
+    merge = add("merge", "Merge an adapter into its base and write a plain checkpoint.")
+    merge.add_argument("model", help="the base: a folder or hub id")
+    merge.add_argument("adapter", help="the adapter's folder")
+    merge.add_argument("out", help="where the merged checkpoint goes")
+
+    report = add("report", "Compare runs in a table and in one self-contained HTML page.")
+    report.add_argument("runs", nargs="+", help="run folders")
+    report.add_argument("-o", "--out", default="report.html", help="the page (default report.html)")
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; gives the exit code: 0, 2 for a mistake of the user, 130 if interrupted."""
+    options = parser().parse_args(arguments)
+    from . import commands
+
+    try:
+        return commands.COMMANDS[options.command](options)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as in `handtune ... | head`
+        sys.stderr.close()
+        return 0
+    except (ValueError, OSError, ArithmeticError, MemoryError) as error:
+        if options.debug:
+            raise
+        print(f"handtune: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
