@@ -1,8 +1,8 @@
 """Adapters on disk, in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`.
 
-Tensors stand under the published module paths (`base_model.model.<path>.lora_A.weight`), so that PEFT loads what is saved
-here and the other way round. The parts of a fused projection are split into the modules that PEFT knows, and joined
-again. Of PEFT's fields, one that changes the arithmetic and is not implemented is refused by name.
+Tensors stand under the published module paths (`base_model.model.<path>.lora_A.weight`), so that PEFT loads what is
+saved here and the other way round. The parts of a fused projection are split into the modules that PEFT knows, and
+joined again. Of PEFT's fields, one that changes the arithmetic and is not implemented is refused by name.
 """
 
 import json
@@ -15,7 +15,18 @@ from torch import Tensor, nn
 
 from ..kernels import Linear, LowRank
 from .adapters import adapter_names, set_adapter
-from .lora import EmbeddingFactors, KnownModel, LoRAConfig, LoRAEmbedding, Slot, candidates, ensure_slot, slots
+from .lora import (
+    EmbeddingFactors,
+    KnownModel,
+    LoRAConfig,
+    LoRAEmbedding,
+    Slot,
+    candidates,
+    ensure_slot,
+    refuse_merged,
+    refuse_tied,
+    slots,
+)
 
 TASK_TYPES = {
     "causal-lm": "CAUSAL_LM",
@@ -30,12 +41,14 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # PEFT's fields that say nothing about the arithmetic, and those that are read here.
 _NEUTRAL = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "init_lora_weights", "peft_type", "peft_version",
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version",
     "revision", "task_type", "lora_dropout", "target_modules", "modules_to_save", "exclude_modules", "megatron_core",
     "layers_to_transform", "layers_pattern", "fan_in_fan_out", "runtime_config", "qalora_group_size",
     "ensure_weight_tying",
 }  # fmt: skip
-_READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
+_READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"}
+# Initialisations that leave the base weights alone; the others (PiSSA, OLoRA) go with a base that they changed.
+_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
 def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
@@ -133,8 +146,9 @@ def _dropout(model: nn.Module, name: str) -> float:
 def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
     """Attach the adapter stored in the folder `path` (PEFT's format) as `name` and make it active.
 
-    Its parameters can be trained on; the base is frozen. Raises FileNotFoundError or ValueError, with the model
-    unchanged, where a file is missing or damaged, a field is not implemented, or a tensor doesn't fit the model.
+    Its parameters, and those stored beside it (a head), can be trained on; the base is frozen. Raises
+    FileNotFoundError or ValueError, with the model unchanged, where a file is missing or damaged, a field is not
+    implemented, a tensor doesn't fit the model, or an adapter is merged into the weights.
     """
     folder = Path(path)
     if not (folder / CONFIG).is_file():
@@ -145,35 +159,51 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
         published = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder / CONFIG}: not valid JSON ({error}); restore the file") from error
+    refuse_merged(model)
     config = _lora_config(published, folder / CONFIG)
     tensors = _read_weights(folder / WEIGHTS)
     plan, rest = _plan(model, tensors, config, folder / WEIGHTS)
     besides = _besides(model, rest, folder / WEIGHTS)
+    refuse_tied(model, [path for path, _ in plan])
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for slot_path, factors in plan:
         module = ensure_slot(model, slot_path)
         module.lora[name] = factors.to(module.weight.device).train(module.training)
     with torch.no_grad():
-        for rows, value in besides:
+        for parameter, rows, value in besides:
             rows.copy_(value)
+            parameter.requires_grad_(True)
     set_adapter(model, name)
 
 
-def _lora_config(published: dict[str, Any], path: Path) -> LoRAConfig:
+def _lora_config(published: Any, path: Path) -> LoRAConfig:
+    if not isinstance(published, dict):
+        raise ValueError(f"{path}: expected an object with PEFT's fields, got {published!r:.40}; restore the file")
     if published.get("peft_type", "LORA") != "LORA":
         raise ValueError(f"{path}: peft_type {published['peft_type']!r} is not implemented; only LORA is")
     for field, value in published.items():
         if field not in _NEUTRAL | _READ and value not in (None, False, {}, [], "none"):
             raise ValueError(f"{path}: {field} = {value!r} is not implemented")
-    return LoRAConfig(
-        rank=published["r"],
-        alpha=published["lora_alpha"],
-        dropout=published.get("lora_dropout") or 0.0,
-        rslora=bool(published.get("use_rslora")),
-        rank_pattern=published.get("rank_pattern") or {},
-        alpha_pattern=published.get("alpha_pattern") or {},
-    )
+    if (init := published.get("init_lora_weights")) not in _INITS:
+        raise ValueError(f"{path}: init_lora_weights = {init!r} is not implemented; it changes the base model")
+    for field in ("r", "lora_alpha"):
+        if not isinstance(published.get(field), int | float):
+            raise ValueError(f"{path}: {field} = {published.get(field)!r}; expected a number")
+    for field in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(published.get(field) or {}, dict):
+            raise ValueError(f"{path}: {field} = {published[field]!r}; expected a table of module: number")
+    try:
+        return LoRAConfig(
+            rank=published["r"],
+            alpha=published["lora_alpha"],
+            dropout=published.get("lora_dropout") or 0.0,
+            rslora=bool(published.get("use_rslora")),
+            rank_pattern=published.get("rank_pattern") or {},
+            alpha_pattern=published.get("alpha_pattern") or {},
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -198,10 +228,9 @@ def _plan(model: nn.Module, tensors: dict[str, Tensor], config: LoRAConfig, path
     rest = dict(tensors)
     for module_path, module, published in candidates(model):
         if isinstance(module, nn.Embedding | LoRAEmbedding):
-            a, b = (rest.pop(f"{published[0]}.lora_embedding_{x}", None) for x in "AB")
-            if a is not None and b is not None:
-                v, d = module.weight.shape
-                _expect(path, published[0], (tuple(a.shape), tuple(b.shape)), ((len(a), v), (d, len(a))))
+            v, d = module.num_embeddings, module.embedding_dim
+            if pair := _pair(rest, published[0], "lora_embedding_{}", (v, d), config, path):
+                a, b = pair
                 factors = EmbeddingFactors(v, d, len(a), config.scale_of(published[0]))
                 factors.a.data, factors.b.data = a.float(), b.float()
                 plan.append((module_path, factors))
@@ -213,13 +242,9 @@ def _plan(model: nn.Module, tensors: dict[str, Tensor], config: LoRAConfig, path
         )
         found = []
         for part, name in zip(parts, published, strict=True):
-            a, b = (rest.pop(f"{name}.lora_{x}.weight", None) for x in "AB")
-            if a is not None and b is not None:
-                fan_in = module.weight.shape[0 if _transposed(module) else 1]
-                _expect(path, name, (tuple(a.shape), tuple(b.shape)), ((len(a), fan_in), (part.size, len(a))))
-                if len(a) != config.rank_of(name):
-                    raise ValueError(f"{path}: {name} has rank {len(a)}, but {CONFIG} says {config.rank_of(name)}")
-                found.append((part, name, a, b))
+            fan_in = module.weight.shape[0 if _transposed(module) else 1]
+            if pair := _pair(rest, name, "lora_{}.weight", (fan_in, part.size), config, path):
+                found.append((part, name, *pair))
         if found:
             factors = LowRank(
                 found[0][2].shape[1], [f[0] for f in found], [len(f[2]) for f in found],
@@ -234,6 +259,24 @@ def _plan(model: nn.Module, tensors: dict[str, Tensor], config: LoRAConfig, path
     return plan, rest
 
 
+def _pair(
+    rest: dict[str, Tensor], name: str, kind: str, sizes: tuple[int, int], config: LoRAConfig, path: Path
+) -> tuple[Tensor, Tensor] | None:
+    """Take the factors A (R, sizes[0]) and B (sizes[1], R) of one published module out of `rest`, if they are there."""
+    keys = [f"{name}.{kind.format(factor)}" for factor in "AB"]
+    a, b = (rest.pop(key, None) for key in keys)
+    if a is None and b is None:
+        return None
+    if a is None or b is None:
+        there, lacking = keys if b is None else reversed(keys)
+        raise ValueError(f"{path}: {there} is there without {lacking}; the adapter is damaged")
+    rank = a.shape[0] if a.dim() else 0
+    _expect(path, name, (tuple(a.shape), tuple(b.shape)), ((rank, sizes[0]), (sizes[1], rank)))
+    if rank != config.rank_of(name):
+        raise ValueError(f"{path}: {name} has rank {rank}, but {CONFIG} says {config.rank_of(name)}")
+    return a, b
+
+
 def _transposed(module: nn.Module) -> bool:
     return module.transposed if isinstance(module, Linear) else type(module).__name__ == "Conv1D"
 
@@ -243,21 +286,21 @@ def _expect(path: Path, name: str, got: tuple, wanted: tuple) -> None:
         raise ValueError(f"{path}: {name} has factors of shape {got}, the model needs {wanted}; it is for another base")
 
 
-def _besides(model: nn.Module, rest: dict[str, Tensor], path: Path) -> list[tuple[Tensor, Tensor]]:
-    """Where each stored plain parameter goes: (rows of our parameter, value)."""
+def _besides(model: nn.Module, rest: dict[str, Tensor], path: Path) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
+    """Where each stored plain parameter goes: (our parameter, rows of it, value)."""
     names = model.key_map() if isinstance(model, KnownModel) else {}
-    home: dict[str, tuple[Tensor, bool]] = {}
+    home: dict[str, tuple[nn.Parameter, Tensor, bool]] = {}
     for key, parameter in model.named_parameters():
         source = names.get(key)
         rows = source.rows if source and source.rows else (len(parameter),)
         for published, block in zip(source.names if source else (key,), parameter.data.split(rows), strict=True):
-            home[published] = (block, bool(source and source.transposed))
+            home[published] = (parameter, block, bool(source and source.transposed))
     out = []
     for key, value in rest.items():
         if key not in home:
             raise ValueError(f"{path}: {key} has no place in this model; it was made for another base or task")
-        block, transposed = home[key]
+        parameter, block, transposed = home[key]
         value = value.T if transposed else value
         _expect(path, key, tuple(value.shape), tuple(block.shape))
-        out.append((block, value))
+        out.append((parameter, block, value))
     return out

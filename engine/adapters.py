@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..kernels import Linear, LowRank
 from ..kernels.linear import Merged
-from .lora import EmbeddingFactors, LoRAEmbedding, slots
+from .lora import EmbeddingFactors, LoRAEmbedding, refuse_merged, slots
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -21,7 +21,7 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
-    """Apply the adapter called `name` from here on; None is the base model. ValueError where there is no such adapter."""
+    """Apply the adapter called `name` from here on; None is the base model. ValueError where there is none such."""
     _require(model, name)
     for slot in slots(model):
         slot.module.active = name if name in slot.module.lora else None
@@ -41,8 +41,7 @@ def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
 
 
 def _require(model: nn.Module, name: str | None) -> None:
-    if any(slot.module.merged for slot in slots(model)):
-        raise ValueError("an adapter is merged into the weights; unmerge_lora(model) before switching")
+    refuse_merged(model)
     if name is not None and name not in (known := adapter_names(model)):
         raise ValueError(f"there is no adapter {name!r}; attached: {', '.join(known) or 'none'}")
 
@@ -85,6 +84,7 @@ def unmerge_lora(model: nn.Module) -> None:
         raise ValueError("merged with keep_base=False: the base weights are gone; load the model again")
     for slot in merged:
         module = slot.module
-        assert module.merged is not None and module.merged.base is not None
+        assert module.merged is not None
+        assert module.merged.base is not None
         module.weight.copy_(module.merged.base)
         module.active, module.merged = module.merged.name, None

@@ -4,9 +4,9 @@ A *step* is what one optimizer update sees: a number of rows or a budget of toke
 fit in memory. `Batches` yields a list of micro-batches for each step, knows where it is (`state_dict`), and makes the
 same order again from its seed.
 
-Rows of a micro-batch are *packed*: laid end to end in one row with the bounds of each (`cu_seqlens`), so that no padding
-is ever computed; positions restart with each row, and attention never crosses a bound. Modules that know no packing get
-them *padded*, with a mask; then rows of similar length are put together.
+Rows of a micro-batch are *packed*: laid end to end in one row with the bounds of each (`cu_seqlens`), so that no
+padding is ever computed; positions restart with each row, and attention never crosses a bound. Modules that know no
+packing get them *padded*, with a mask; then rows of similar length are put together.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,6 +52,8 @@ class Batches:
             raise ValueError("a step needs a number of rows or a budget of tokens, one of the two")
         if len(examples) == 0:
             raise ValueError("there is no example to make batches of")
+        if any(limit is not None and limit < 1 for limit in (rows, tokens, micro_rows, micro_tokens)):
+            raise ValueError("a step or micro-batch needs at least 1 row or token")
         self.examples, self.collate, self.seed = examples, collate, seed
         self.rows, self.tokens, self.micro_rows, self.micro_tokens = rows, tokens, micro_rows, micro_tokens
         self.shuffle, self.by_length, self.size = shuffle, by_length, size
@@ -101,9 +103,15 @@ class Batches:
         self.epoch, self.position = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
+        return {"epoch": self.epoch, "position": self.position, "examples": len(self.examples)}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from a `state_dict`. ValueError where it is of other data."""
+        if state["examples"] != len(self.examples):
+            raise ValueError(
+                f"the data has changed since the checkpoint: {len(self.examples)} examples instead of "
+                f"{state['examples']}; put the old data back, or choose another out"
+            )
         self.epoch, self.position = state["epoch"], state["position"]
 
 
@@ -153,7 +161,7 @@ class Masking:
     share: float = 0.15
 
     def __call__(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Noisy ids, the flat positions to predict (at least one), and their true tokens. Draws from torch's generator."""
+        """Noisy ids, the flat positions to predict (at least one), their true tokens. Draws from torch's generator."""
         flat = ids.flatten()
         special = torch.isin(flat, torch.tensor(self.special_ids, dtype=flat.dtype))
         chance = torch.rand(flat.shape).masked_fill_(special, 2.0)
@@ -171,8 +179,8 @@ class Collate:
     """Make a batch of encoded examples.
 
     `batch["inputs"]` are the model's keyword arguments; `batch["lengths"]` the tokens of each row. Token targets become
-    `index` (flat positions that have one) and `targets` (n,), with `counts`, how many each row has; labels become `labels`
-    (B,); spans `starts` and `ends` (B,). Text pairs become one set of inputs each, under their names.
+    `index` (flat positions that have one) and `targets` (n,), with `counts`, how many each row has; labels become
+    `labels` (B,); spans `starts` and `ends` (B,). Text pairs become one set of inputs each, under their names.
     """
 
     layout: str = "packed"
@@ -225,10 +233,25 @@ def _features(rows: list[Tensor]) -> Tensor:
     return torch.stack(rows) if rows[0].dim() == 1 else torch.cat(rows)[None]
 
 
+def count_tokens(batch: Any) -> int:
+    """Real tokens of a batch that is not on a GPU yet: by its lengths, its mask or its ids; 0 where it has none."""
+    if not isinstance(batch, Mapping):
+        return 0
+    if "lengths" in batch:
+        return sum(batch["lengths"])
+    if isinstance(mask := batch.get("attention_mask"), Tensor):
+        return int(mask.sum())
+    if isinstance(ids := batch.get("input_ids"), Tensor):
+        return ids.numel()
+    return sum(count_tokens(value) for value in batch.values())
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on `device`."""
+    """The batch with its tensors on `device`, also those in dictionaries, tuples and lists."""
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
+    if type(batch) in (tuple, list):
+        return type(batch)(to_device(value, device) for value in batch)
     return batch

@@ -1,7 +1,7 @@
 """Checkpoints that survive: a folder of tensors (safetensors) and facts (JSON), complete or not there at all.
 
-Everything is written into a temporary folder beside the target, flushed to disk, and renamed; a kill at any moment leaves
-the old checkpoints and at most a temporary folder, which the next save removes.
+Everything is written into a temporary folder beside the target, flushed to disk, and renamed; a kill at any moment
+leaves the old checkpoints and at most a temporary folder, which the next save removes.
 """
 
 import json
@@ -37,7 +37,10 @@ def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], facts: dict[st
             _flush(file)
     except (OSError, SafetensorError) as error:
         remove(temporary)
-        raise OSError(f"{path}: the checkpoint could not be written ({error}); earlier ones are untouched") from error
+        raise OSError(
+            f"{path}: the checkpoint could not be written ({error}); earlier ones are untouched; make room, then the "
+            "same command goes on from the last one"
+        ) from error
     old = path.with_name(path.name + _OLD)
     if path.exists():
         remove(old)
@@ -82,11 +85,11 @@ def checkpoint_path(folder: str | Path, step: int) -> Path:
 
 
 def prune(folder: str | Path, keep: int) -> None:
-    """Remove all but the last `keep` checkpoints, and what killed runs left half written."""
-    for path in checkpoints(folder)[:-keep] if keep else []:
-        remove(path)
-    for path in Path(folder).glob(f"*{_TEMPORARY}"):
-        remove(path)
+    """Remove all but the last `keep` checkpoints, and what killed runs left half written or half removed."""
+    kept = checkpoints(folder)[-keep:] if keep else []
+    for path in Path(folder).glob("step-*"):
+        if path not in kept:
+            remove(path)
 
 
 def remove(path: Path) -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from .lora import LoRAConfig
 from .loop import TrainConfig
+from .lora import LoRAConfig
 from .objectives import OBJECTIVES
 
 

@@ -15,7 +15,7 @@ CHUNK_TOKENS = 8192
 
 
 def head_only(model: nn.Module) -> bool:
-    """Whether nothing below the head of a model of this project trains (a head tied to the embedding is not above it)."""
+    """Whether only the head of a model of this project trains (one tied to the embedding is not only a head)."""
     if not isinstance(model, KnownModel):
         return False
     trained = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]

@@ -35,10 +35,11 @@ def unfreeze(model: nn.Module, *patterns: str) -> None:
 def unfreeze_due(model: nn.Module, schedule: Mapping[str, float], epoch: float) -> None:
     """Gradual unfreezing (Howard and Ruder 2018, arXiv:1801.06146): train what is due by `epoch`, freeze what is not.
 
-    `schedule` maps globs to the epoch from which their parameters train.
+    `schedule` maps globs to the epoch from which their parameters train; of several that match, the earliest counts.
     """
-    for pattern, start in schedule.items():
-        (unfreeze if epoch >= start else freeze)(model, pattern)
+    due = [pattern for pattern, start in schedule.items() if epoch >= start]
+    freeze(model, *(schedule.keys() - due))
+    unfreeze(model, *due)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Generation with a key/value cache: greedy, or sampled with temperature, top-k and top-p.
 
-Top-p is nucleus sampling (Holtzman et al. 2019, arXiv:1904.09751): the smallest set of tokens whose probabilities reach p.
+Top-p is nucleus sampling (Holtzman et al. 2019, arXiv:1904.09751): the fewest tokens whose probabilities reach p.
 Prompts of different lengths are padded on the left, so that all rows go on at the same column.
 """
 
@@ -40,13 +40,14 @@ def generate(
     stop: Sequence[str] = (),
     tokenizer: "Tokenizer | None" = None,
 ) -> Tensor:
-    """Continue `input_ids` (B, T), left-padded where `attention_mask` (B, T) is 0; gives (B, T + n), n ≤ max_new_tokens.
+    """Continue `input_ids` (B, T), left-padded where `attention_mask` (B, T) is 0; (B, T + n), n ≤ max_new_tokens.
 
     `temperature` 0 is greedy. `top_k` > 0 keeps the k likeliest tokens, `top_p` < 1 the likeliest that together have
     probability p. A row ends with `eos_id`, or when its new text (decoded by `tokenizer`) contains one of the `stop`
     strings; what follows is `pad_id` (by default `eos_id`, else 0). The same seed gives the same tokens.
 
-    Raises ValueError for settings out of range, and where prompt and new tokens exceed the model's positions.
+    Raises ValueError for settings out of range, for a model of another task than causal-lm, and where prompt and new
+    tokens exceed the model's positions.
     """
     _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, stop, tokenizer)
     b, t = input_ids.shape
@@ -96,6 +97,8 @@ def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) 
 
 
 def _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, stop, tokenizer) -> None:
+    if model.task != "causal-lm":
+        raise ValueError(f'the model\'s task is {model.task}; to generate, load it with task="causal-lm"')
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids: expected (B, T) with at least one token, got {tuple(input_ids.shape)}")
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
@@ -108,6 +111,6 @@ def _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, stop, to
     limit = model.config.max_positions
     if input_ids.shape[1] + max_new_tokens > limit:
         raise ValueError(
-            f"prompt of {input_ids.shape[1]} tokens and {max_new_tokens} new ones exceed the model's {limit} positions; "
-            "shorten one of them"
+            f"prompt of {input_ids.shape[1]} tokens and {max_new_tokens} new ones exceed the model's {limit} positions;"
+            " shorten one of them"
         )

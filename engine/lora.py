@@ -57,6 +57,9 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank: expected a positive number, got {self.rank}")
+        for key, rank in self.rank_pattern.items():
+            if rank < 1:
+                raise ValueError(f"rank_pattern: expected positive numbers, got {rank} for {key!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
         if not self.targets:
@@ -64,13 +67,17 @@ class LoRAConfig:
 
     def rank_of(self, path: str) -> int:
         """Rank of the module with this published path."""
-        return next((r for key, r in self.rank_pattern.items() if re.fullmatch(rf"(.*\.)?{key}", path)), self.rank)
+        return next((r for key, r in self.rank_pattern.items() if _ends_with(path, key)), self.rank)
 
     def scale_of(self, path: str) -> float:
         """Scale of the module with this published path."""
-        alpha = next((a for key, a in self.alpha_pattern.items() if re.fullmatch(rf"(.*\.)?{key}", path)), self.alpha)
+        alpha = next((a for key, a in self.alpha_pattern.items() if _ends_with(path, key)), self.alpha)
         rank = self.rank_of(path)
         return alpha / (rank**0.5 if self.rslora else rank)
+
+
+def _ends_with(path: str, pattern: str) -> bool:
+    return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
 
 
 class EmbeddingFactors(nn.Module):
@@ -127,16 +134,17 @@ def _published(path: str, names: dict[str, Any]) -> tuple[str, ...]:
 def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> tuple[str, ...]:
     """Attach a fresh adapter called `name`, make it active, freeze everything else; gives the adapted module paths.
 
-    Raises ValueError, and leaves the model as it was, where a target matches nothing, the name is taken, or the target
-    is tied to another layer.
+    Raises ValueError, and leaves the model as it was, where a target matches nothing, the name is taken, the target is
+    tied to another layer, or an adapter is merged into the weights.
     """
     if not name or "." in name:
         raise ValueError(f"adapter name {name!r}: it must not be empty or contain a dot")
+    refuse_merged(model)
     for slot in slots(model):
         if name in slot.module.lora:
             raise ValueError(f"adapter {name!r} exists already; choose another name")
     chosen = _matches(model, config.targets)
-    _refuse_tied(model, [path for path, _, _ in chosen])
+    refuse_tied(model, [path for path, _, _ in chosen])
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for path, parts, published in chosen:
@@ -173,13 +181,18 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and isinstance(module.nf, int) and module.weight.dim() == 2
 
 
+def _is_look_up(module: nn.Module) -> bool:
+    """Whether it is an embedding and nothing more: a subclass may scale what it looks up."""
+    return type(module) is nn.Embedding and module.max_norm is None
+
+
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
     """Every module that could carry an adapter: path, module, published paths of its parts."""
     names = model.key_map() if isinstance(model, KnownModel) else {}
     for path, module in model.named_modules():
-        if isinstance(module, Linear | LoRAEmbedding | nn.Embedding) or type(module) is nn.Linear or _is_conv1d(module):
-            if path.split(".")[-2:-1] != ["lora"]:
-                yield path, module, _published(path, names)
+        ours = isinstance(module, Linear | LoRAEmbedding)
+        if ours or type(module) is nn.Linear or _is_look_up(module) or _is_conv1d(module):
+            yield path, module, _published(path, names)
 
 
 def _matches(
@@ -229,7 +242,19 @@ def _expand(model: nn.Module, targets: str | tuple[str, ...] | list[str]):
     )
 
 
-def _refuse_tied(model: nn.Module, paths: list[str]) -> None:
+def refuse_merged(model: nn.Module) -> None:
+    """ValueError where an adapter stands in the weights: another would sit on the sum, and be wrong after unmerging."""
+    merged = [slot.module.merged for slot in slots(model) if slot.module.merged is not None]
+    if any(state.base is None for state in merged):
+        raise ValueError(
+            "an adapter is merged into the weights (keep_base=False); save the model and load it again first"
+        )
+    if merged:
+        raise ValueError("an adapter is merged into the weights; unmerge_lora(model) first")
+
+
+def refuse_tied(model: nn.Module, paths: list[str]) -> None:
+    """ValueError where a module at one of these paths shares its weight with another."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for parameter_name, parameter in module.named_parameters(recurse=False):

@@ -1,8 +1,8 @@
 """Losses: functions (model, batch) → (sum of losses in nats, number of targets).
 
-A sum and a count rather than a mean, because the mean over a step is taken once, over all its micro-batches (`loop.py`).
-Batches are those of `batches.Collate`. `features` finds the states below the head: computed, or cached in the batch when
-nothing below the head trains.
+A sum and a count rather than a mean, because the mean over a step is taken once, over all its micro-batches
+(`loop.py`). Batches are those of `batches.Collate`. `features` finds the states below the head: computed, or cached in
+the batch when nothing below the head trains.
 """
 
 from collections.abc import Callable
@@ -98,7 +98,11 @@ def embedding_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
 
     Cross-entropy over cosines divided by 0.05: InfoNCE (arXiv:1807.03748) with in-batch negatives (arXiv:1705.00652).
     """
-    anchors, others = embeddings(model, batch)
+    return embedding_loss_of(*embeddings(model, batch))
+
+
+def embedding_loss_of(anchors: Tensor, others: Tensor) -> tuple[Tensor, int]:
+    """The same from embeddings (B, D), and those of all positives and negatives."""
     cosines = F.normalize(anchors.float(), dim=-1) @ F.normalize(others.float(), dim=-1).T
     own = torch.arange(len(anchors), device=anchors.device)
     return F.cross_entropy(cosines / TEMPERATURE, own, reduction="sum"), len(anchors)

@@ -122,7 +122,7 @@ class RetrievalScore:
         anchors, others = losses.embeddings(model, batch)
         self.anchors.append(anchors.float().cpu().numpy())
         self.positives.append(others[: len(anchors)].float().cpu().numpy())
-        return losses.embedding_loss(model, batch)
+        return losses.embedding_loss_of(anchors, others)
 
     def result(self, loss: float) -> dict[str, Any]:
         return metrics.retrieval(np.concatenate(self.anchors), np.concatenate(self.positives))

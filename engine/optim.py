@@ -68,7 +68,7 @@ class Optimizer:
         self.parameters = dict(named)
         numbers = [int(m[1]) for name in self.parameters if (m := re.search(r"(?:^|\.)layers\.(\d+)\.", name))]
         n_layer = max(numbers, default=-1) + 1
-        self.masters = {name: p if p.dtype == torch.float32 else self._master(p) for name, p in self.parameters.items()}
+        self.masters = {name: self._master(p) for name, p in self.parameters.items()}
         groups: dict[tuple[float, float], list[Tensor]] = {}
         for name, master in self.masters.items():
             scale = lr_scale_of(name, lr_scale, lr_decay, n_layer)
@@ -80,7 +80,7 @@ class Optimizer:
 
     @staticmethod
     def _master(parameter: nn.Parameter) -> Tensor:
-        return parameter.detach().float().requires_grad_(True)
+        return parameter.detach().float().requires_grad_(True) if parameter.element_size() < 4 else parameter
 
     def accumulate(self) -> None:
         """Move the gradients of narrow parameters into their masters' fp32 gradients."""
@@ -96,7 +96,7 @@ class Optimizer:
         return [master.grad for master in self.masters.values() if master.grad is not None]
 
     def scale_gradients(self, count: float, clip: float | None) -> Tensor:
-        """Divide the summed gradients by `count`, then clip their joint norm to `clip`; gives the norm before clipping."""
+        """Divide the summed gradients by `count`, then clip their joint norm to `clip`; gives the norm before that."""
         gradients = self.gradients()
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / count
         factor = torch.ones_like(norm) if clip is None else (clip / (norm + 1e-6)).clamp(max=1.0)
@@ -128,15 +128,20 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Put a `state_dict` back, into the parameters too. ValueError where a parameter is missing in it."""
+        """Put a `state_dict` back, into the parameters too. ValueError where it is one of other parameters."""
+        shapes = {name: tuple(master.shape) for name, master in self.masters.items()}
+        stored = {key.removeprefix("weight."): tuple(t.shape) for key, t in state.items() if key.startswith("weight.")}
+        if other := sorted(name for name in shapes | stored if shapes.get(name) != stored.get(name)):
+            name = other[0]
+            raise ValueError(
+                f"the checkpoint is of another model or other adapters: {len(other)} parameters differ, {name} is "
+                f"{stored.get(name, 'not there')} instead of {shapes.get(name, 'not there')}; choose another out"
+            )
         for name, master in self.masters.items():
-            if f"weight.{name}" not in state:
-                raise ValueError(
-                    f"the checkpoint has no {name}: it belongs to another model or another set of adapters"
-                )
             master.copy_(state[f"weight.{name}"])
             if (parameter := self.parameters[name]) is not master:
                 parameter.copy_(master)
-            keys = ("step", "exp_avg", "exp_avg_sq")
+            self.adamw.state.pop(master, None)
             if f"exp_avg.{name}" in state:
+                keys = ("step", "exp_avg", "exp_avg_sq")
                 self.adamw.state[master] = {key: state[f"{key}.{name}"].to(master.device).clone() for key in keys}

@@ -142,7 +142,7 @@ def _draw(name: str, curves: list[Curve], inches: tuple[float, float], salt: str
         axes.tick_params(colors=TEXT, length=0, pad=5)
         axes.set_xlabel("step", color=TEXT)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(_ticks(""))
         axes.yaxis.set_major_formatter(_ticks(unit))
         if name in FROM_ZERO:
@@ -154,9 +154,13 @@ def _draw(name: str, curves: list[Curve], inches: tuple[float, float], salt: str
 
 
 def _ticks(unit: str) -> Callable[[float, float], str]:
-    return lambda value, position: (
-        f"{value:,.10g}{unit}".replace("-", "−") if abs(value) < 1e7 else f"{value:.3g}{unit}"
-    )
+    def written(value: float, position: float) -> str:
+        if 0 < abs(value) < 1e-3 or abs(value) >= 1e7:
+            mantissa, _, exponent = f"{value:.6e}".partition("e")
+            return f"{float(mantissa):g}e{int(exponent)}{unit}"
+        return f"{value:,.6g}{unit}"
+
+    return lambda value, position: written(value, position).replace("-", "−")
 
 
 def _style(curve: Curve) -> dict[str, Any]:
@@ -175,8 +179,7 @@ def _inline(svg: str) -> str:
     svg = re.sub(r' (?:xmlns(?::\w+)?|version)="[^"]*"', "", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg))
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r" font-family: [^;\"]*;?", "", re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg))
     for i, colour in enumerate(SERIES):
         svg = svg.replace(colour, f"var(--s{i})")
     return re.sub(r"\n\s*", "\n", svg.replace(TEXT, "var(--soft)").replace(RULE, "var(--rule)"))

@@ -31,20 +31,22 @@ class Record:
     def start(self, about: dict[str, Any], config: dict[str, Any]) -> None:
         """Claim the folder for this run, or find that it is this run's already.
 
-        Raises ValueError where the folder holds a run with another configuration (naming the fields) or other things.
+        A run that has logged nothing yet holds nothing to protect: its configuration may change. Raises ValueError
+        where the folder holds a run with another configuration (naming the fields) or other things.
         """
         if self.out is None:
             return
         config = json.loads(json.dumps(config))  # tuples become lists, as in the file it is compared with
         path = self.out / "run.json"
         if path.is_file():
-            before = json.loads(path.read_text(encoding="utf-8"))["config"]
-            if changed := _differences(before, config):
+            changed = _differences(self._facts()["config"], config)
+            if not changed:
+                return
+            if (self.out / "metrics.jsonl").is_file():
                 raise ValueError(
                     f"{self.out} holds a run with {'; '.join(changed)}; take back the change or choose another out"
                 )
-            return
-        if self.out.is_dir() and any(self.out.iterdir()):
+        elif self.out.is_dir() and any(self.out.iterdir()):
             raise ValueError(f"{self.out} is not empty and holds no run; choose another out")
         self.out.mkdir(parents=True, exist_ok=True)
         facts = {**about, "config": config, **environment(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -53,8 +55,18 @@ class Record:
     def amend(self, **facts: Any) -> None:
         """Add facts to run.json that were not known when the run began."""
         if self.out is not None:
-            path = self.out / "run.json"
-            write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **facts})
+            write_json(self.out / "run.json", {**self._facts(), **facts})
+
+    def _facts(self) -> dict[str, Any]:
+        assert self.out is not None
+        path = self.out / "run.json"
+        try:
+            facts = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: damaged ({error}); restore it, or choose another out") from error
+        if not isinstance(facts, dict) or "config" not in facts:
+            raise ValueError(f"{path}: not the facts of a run; restore it, or choose another out")
+        return facts
 
     def rewind(self, step: int) -> None:
         """Drop what was logged after `step`: the resumed run logs it again."""
@@ -74,8 +86,12 @@ class Record:
     def log(self, **values: Any) -> None:
         """Append a line to metrics.jsonl."""
         if self.out is not None:
-            with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+            path = self.out / "metrics.jsonl"
+            try:
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(values) + "\n")
+            except OSError as error:
+                raise OSError(f"{path}: could not be written ({error}); make room, then run the same again") from error
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write result.json."""

@@ -35,10 +35,10 @@ __all__ = ["comparison_table", "report"]
 MAX_CLASSES = 25  # a larger confusion matrix is unreadable: its most frequent confusions are listed instead
 
 STYLE = """
-:root { color-scheme: light dark; --ground: #fff; --text: #1c2024; --soft: #60666d; --rule: #e3e5e8; --tint: #f6f7f8;
+:root { color-scheme: light dark; --ground: #fff; --text: #1c2024; --soft: #60666d; --rule: #e3e5e8;
   --s0: #0072b2; --s1: #d55e00; --s2: #009e73; --s3: #b7609a; --s4: #b98000; --s5: #3f9fd6; }
 @media (prefers-color-scheme: dark) {
-  :root { --ground: #14171a; --text: #e4e6e8; --soft: #9aa1a8; --rule: #2c3136; --tint: #1c2024;
+  :root { --ground: #14171a; --text: #e4e6e8; --soft: #9aa1a8; --rule: #2c3136;
     --s0: #5aaee8; --s1: #f0884a; --s2: #35c39d; --s3: #e09cc8; --s4: #e6b450; --s5: #a4d8f7; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 72rem; padding: 3rem 1.5rem 4rem; background: var(--ground); color: var(--text);
@@ -47,32 +47,40 @@ body { margin: 0 auto; max-width: 72rem; padding: 3rem 1.5rem 4rem; background: 
 h1 { margin: 0; font-size: 1.6rem; font-weight: 600; letter-spacing: -.01em; overflow-wrap: anywhere; }
 h2 { margin: 3rem 0 .75rem; font-size: 1.05rem; font-weight: 600; }
 p, ul, figcaption, caption, .soft { color: var(--soft); }
-p { margin: .25rem 0 1.5rem; } ul { margin: 1rem 0; padding-left: 1.2rem; font-size: .87rem; }
+p { margin: .25rem 0 1.5rem; } h2 + p { margin: -.5rem 0 1rem; font-size: .87rem; }
+ul { margin: 1rem 0; padding-left: 1.2rem; font-size: .87rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .87rem; }
 th { font-weight: 500; color: var(--soft); text-align: left; vertical-align: bottom; }
 th, td { padding: .4rem .75rem; border-bottom: 1px solid var(--rule); }
 th:first-child, td:first-child { padding-left: 0; }
-td:last-child, tr:first-child th:last-child { padding-right: 0; } .comparison tr + tr th.number { padding-left: .75rem; }
-.comparison { width: 100%; } .comparison td, .comparison thead th { white-space: nowrap; }
+td:last-child, tr:first-child th:last-child { padding-right: 0; }
+.comparison tr + tr th.number { padding-left: .75rem; }
+.comparison { width: 100%; } .comparison td, .comparison th { white-space: nowrap; }
 .number { text-align: right; } .group { text-align: center; border-bottom-color: transparent; padding-bottom: 0; }
 tbody th { color: var(--text); } .best { font-weight: 650; }
 .line { display: inline-block; width: 1.1rem; margin-right: .5rem; vertical-align: .25em; border-top: 3px var(--c); }
 .legend { display: flex; flex-wrap: wrap; gap: .25rem 1.5rem; margin: 0 0 .75rem; font-size: .87rem; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1.75rem 2rem; }
 figure { margin: 0; min-width: 0; } figure.full { grid-column: 1 / -1; }
-figcaption { margin-bottom: .35rem; font-size: .87rem; } figcaption b { margin-right: .75em; font-weight: 500; color: var(--text); }
-svg { display: block; width: 100%; height: auto; overflow: visible; }
-.matrices { display: flex; flex-wrap: wrap; gap: 2rem 3.5rem; }
+figcaption { margin-bottom: .35rem; font-size: .87rem; }
+figcaption b { margin-right: .75em; font-weight: 500; color: var(--text); }
+svg { display: block; width: 100%; height: auto; }
+.full div { overflow-x: auto; } .full svg { min-width: 40rem; }
+.matrices { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 2rem 3.5rem; }
 caption { padding-bottom: .5rem; text-align: left; } caption b { font-weight: 500; color: var(--text); }
 .matrix { border-collapse: separate; border-spacing: 2px; }
-.matrix th, .matrix td { max-width: 9rem; padding: .4rem .6rem; border: 0; overflow-wrap: anywhere; text-align: right; }
+.matrix tr > :last-child { padding-right: 0; }
+.matrix th, .matrix td { max-width: 9rem; padding: .4rem .6rem; border: 0;
+  text-align: right; overflow-wrap: break-word; }
 .matrix .cell { background: color-mix(in srgb, var(--s0) var(--share), transparent); min-width: 3.2rem; }
-.matrix .sum { color: var(--soft); } .matrix tbody th { text-align: left; padding-left: 0; }
-details { border-top: 1px solid var(--rule); padding: .6rem 0; } details:last-of-type { border-bottom: 1px solid
-var(--rule); } summary { cursor: pointer; } details .columns { display: flex; flex-wrap: wrap; gap: 0 4rem; margin:
-.75rem 0; } details th, .differs th { font-weight: 400; } .facts td { overflow-wrap: anywhere; } .facts th, .facts td,
-.differs th, .differs td { vertical-align: top; padding-block: .25rem; }
+.sum { color: var(--soft); text-align: right; white-space: nowrap; }
+.matrix tbody th { text-align: left; padding-left: 0; }
+details { border-top: 1px solid var(--rule); padding: .6rem 0; } summary { cursor: pointer; }
+details:last-of-type { border-bottom: 1px solid var(--rule); }
+details > div { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 0 4rem; margin: .75rem 0; }
+details tbody th, .differs tbody th { font-weight: 400; color: var(--soft); } .facts td { overflow-wrap: anywhere; }
+.facts th, .facts td, .differs th, .differs td { vertical-align: top; padding-block: .25rem; }
 """
 
 
@@ -162,14 +170,20 @@ def _best(metric: str, values: Iterable[Any]) -> float | None:
 
 
 def _matrices(runs: list[Run]) -> str:
-    tables = [_matrix(run, len(runs) > 1) for run in runs if run.result.get("confusion")]
-    return f'<h2>Confusions</h2><div class="matrices">{"".join(tables)}</div>' if tables else ""
+    tables = [_matrix(run, confusion, len(runs) > 1) for run in runs if (confusion := _confusion(run))]
+    said = "<p>rows: gold, columns: predicted, shade: share of the row</p>"
+    return f'<h2>Confusions</h2>{said}<div class="matrices">{"".join(tables)}</div>' if tables else ""
 
 
-def _matrix(run: Run, named: bool) -> str:
-    counts: list[list[int]] = run.result["confusion"]
-    labels = [_e(label) for label in run.result.get("labels") or range(len(counts))]
-    caption = f"<b>{_e(run.name)}</b><br>" if named else ""
+def _confusion(run: Run) -> list[list[int]]:
+    """Counts [gold][predicted] of the finished run, or of the last evaluation so far; empty where there are none."""
+    return run.result.get("confusion") or (run.evals[-1].get("confusion") if run.evals else None) or []
+
+
+def _matrix(run: Run, counts: list[list[int]], named: bool) -> str:
+    labels = [_e(label) for label in run.result.get("labels") or run.info.get("labels") or ()]
+    labels = labels if len(labels) == len(counts) else [str(i) for i in range(len(counts))]
+    caption = f"<b>{_e(run.name)}</b>" if named else ""
     if len(counts) > MAX_CLASSES:
         return _frequent_confusions(counts, labels, caption)
     head = "".join(f'<th scope="col">{label}</th>' for label in labels)
@@ -180,8 +194,9 @@ def _matrix(run: Run, named: bool) -> str:
     columns = [sum(column) for column in zip(*counts, strict=True)]
     precision = "".join(_share(counts[i][i], n) for i, n in enumerate(columns))
     return (
-        f'<div class="wide"><table class="matrix"><caption>{caption}rows: gold, columns: predicted, shade: share of '
-        f'the row</caption><thead><tr><th></th>{head}<th scope="col">recall</th></tr></thead><tbody>{body}'
+        f'<div class="wide"><table class="matrix"><caption>{caption}</caption><thead>'
+        f'<tr><th></th>{head}<th scope="col">recall</th></tr>'
+        f"</thead><tbody>{body}"
         f'<tr><th scope="row" class="soft">precision</th>{precision}<td></td></tr></tbody></table></div>'
     )
 
@@ -193,11 +208,11 @@ def _share(part: int, whole: int) -> str:
 def _frequent_confusions(counts: list[list[int]], labels: list[str], caption: str) -> str:
     wrong = [(n, i, j) for i, row in enumerate(counts) for j, n in enumerate(row) if i != j and n]
     body = "".join(
-        f"<tr><td>{labels[i]}</td><td>{labels[j]}</td>{_number(f'{n:,}')}{_number(f'{100 * n / sum(counts[i]):.1f} %')}"
+        f"<tr><td>{labels[i]}</td><td>{labels[j]}</td>{_number(f'{n:,}')}{_share(n, sum(counts[i]))}</tr>"
         for n, i, j in sorted(wrong, reverse=True)[:15]
     )
-    head = '<th>gold</th><th>predicted</th><th class="number">rows</th><th class="number">of the gold class</th>'
-    caption += f"the most frequent confusions among {len(counts):,} classes"
+    head = '<th>gold</th><th>predicted</th><th class="number">rows</th><th class="number">of gold</th>'
+    caption += f"<br>the most frequent among {len(counts):,} classes"
     return f"<div><table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
@@ -226,7 +241,7 @@ def _configuration(run: Run) -> str:
         facts["best"] = f"{metric_name(best['metric'])} {score(best['metric'], best['value'])} at step {best['step']:,}"
     facts |= run.info.get("versions") or {}
     tables = _facts(run.info.get("config") or {}) + _facts(facts)
-    return f'<details><summary>{_e(run.name)}</summary><div class="columns">{tables}</div></details>'
+    return f"<details><summary>{_e(run.name)}</summary><div>{tables}</div></details>"
 
 
 def _facts(values: Row) -> str:

@@ -7,8 +7,8 @@ they never see each other, because each is computed by itself. A *window* is com
 the keys it can reach. Only a `bias` goes through a dense mask.
 
 On CPU, half precision uses batched matrix products that keep q, k, v alone and rebuild the probabilities in the
-backward pass (as FlashAttention does, https://arxiv.org/abs/2205.14135): twice as fast there as torch's fused kernel. In
-fp32 the fused kernel is the faster one.
+backward pass (as FlashAttention does, https://arxiv.org/abs/2205.14135): twice as fast there as torch's fused kernel.
+In fp32 the fused kernel is the faster one.
 """
 
 import torch
@@ -34,7 +34,7 @@ def attention(
     """Multi-head attention of q (B, T, H, hd) over k, v (B, S, K, hd), H a multiple of K; gives (B, T, H, hd).
 
     `causal`: query t sees keys up to S − T + t (the queries are the last T of S positions). `window`: of those, the
-    last `window` (or |t − s| < window if not causal). `cu_seqlens` (n + 1,) int: B is 1 and the row consists of segments
+    last `window` (or |t − s| < window if not causal). `cu_seqlens` (n + 1,) int: B is 1 and the row is made of segments
     with these bounds; `max_seqlen` is their greatest length, needed on CUDA to avoid waiting for it. `bias`: additive
     (float) or allowed (bool), broadcastable to (B, H, T, S), on top of `causal` and `window`. `scale` is 1/√hd where
     not given.

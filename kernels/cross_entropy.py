@@ -162,6 +162,8 @@ def linear_cross_entropy(
     elif bool((labels == IGNORE).any()):
         kept = (labels != IGNORE).nonzero()[:, 0]
         flat, labels = flat.index_select(0, kept), labels[kept]
+    if not torch.is_grad_enabled():  # a Function sees who could want a gradient, not whether one is wanted
+        flat, weight, bias = flat.detach(), weight.detach(), None if bias is None else bias.detach()
     if reduction == "sum":
         return _SumLoss.apply(flat, weight, bias, labels)
     losses, entropy = _TokenLosses.apply(flat, weight, bias, labels, with_entropy)

@@ -80,7 +80,9 @@ class _LoRALinear(torch.autograd.Function):
                 y[:, row : row + m].addmm_(s[:, column : column + r], b.T, alpha=scale)
                 column += r
         ctx.plan = plan
-        ctx.save_for_backward(h, norm_weight, norm_bias, weight, a, s, *stats, *bs)
+        from_h = norm_weight is not None or plan.activation is not None
+        keep_h = from_h or ctx.needs_input_grad[3] or ctx.needs_input_grad[5]  # all frozen: dx = dy W needs no h
+        ctx.save_for_backward(h if keep_h else None, norm_weight, norm_bias, weight, a, s, *stats, *bs)
         ctx.n_stats = len(stats)
         return y
 

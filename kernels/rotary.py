@@ -31,7 +31,9 @@ class _Rope(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_q: Tensor, grad_k: Tensor):
         cos, sin = ctx.saved_tensors
-        return _rotate(grad_q, cos, -sin), _rotate(grad_k, cos, -sin), None, None
+        need_q, need_k = ctx.needs_input_grad[:2]
+        grad_q = _rotate(grad_q, cos, -sin) if need_q else None
+        return grad_q, _rotate(grad_k, cos, -sin) if need_k else None, None, None
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

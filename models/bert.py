@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..kernels import LayerNorm, Linear, activation_linear, attention
 from .gpt2 import ACTIVATIONS
 from .heads import EmbeddingHead, MaskedLMHead, MLPHead, n_outputs, pool_tokens
-from .layers import Published, initialize, key_bias, overridden, positions
+from .layers import Published, initialize, key_bias, overridden, positions, read_fields
 from .tokens import SpecialTokens
 
 
@@ -38,6 +38,12 @@ class BertConfig:
     activation: str = "gelu"
     eps: float = 1e-12
     tied: bool = True
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"hidden_act {self.activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
+        if self.d_model % self.n_head:
+            raise ValueError(f"hidden_size {self.d_model} is not a multiple of num_attention_heads {self.n_head}")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -74,7 +80,7 @@ class Embed(nn.Module):
         self.norm = LayerNorm(config.d_model, config.eps)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor) -> Tensor:
-        types = self.types.weight[0] if token_type_ids is None else self.types(token_type_ids)
+        types = self.types(input_ids.new_zeros(1, 1) if token_type_ids is None else token_type_ids)
         return self.norm(self.tokens(input_ids) + types + self.positions(position_ids))
 
 
@@ -137,10 +143,6 @@ class Bert(nn.Module):
         super().__init__()
         if task not in self.architectures:
             raise ValueError(f"task {task!r}: BERT can do {', '.join(self.architectures)}")
-        if config.activation not in ACTIVATIONS:
-            raise ValueError(f"hidden_act {config.activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
-        if config.d_model % config.n_head:
-            raise ValueError(f"hidden_size {config.d_model} is not a multiple of num_attention_heads {config.n_head}")
         self.config, self.task, self.labels, self.head_layers = config, task, labels, head_layers
         self.pooling = pooling if task == "embedding" else "first"
         self.tokens = SpecialTokens()
@@ -256,7 +258,7 @@ class Bert(nn.Module):
     @classmethod
     def read_config(cls, published: dict[str, Any]) -> BertConfig:
         """The configuration in a published config.json."""
-        return BertConfig(**{ours: published[theirs] for theirs, ours in CONFIG_KEYS.items() if theirs in published})
+        return BertConfig(**read_fields(BertConfig, published, CONFIG_KEYS))
 
     def write_config(self) -> dict[str, Any]:
         """config.json as transformers writes it."""

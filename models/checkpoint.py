@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from .bert import Bert
 from .gpt2 import GPT2
+from .heads import n_outputs
 from .layers import Published
-from .shards import Shards
+from .pooling import read_pooling, write_pooling
+from .shards import Shards, read_json
 from .tokens import SpecialTokens, load_tokenizer, load_tokenizer_file, save_tokenizer
 
 if TYPE_CHECKING:
@@ -45,27 +47,27 @@ def load(
 
     `task`: one of the tasks of `models/heads.py`; None takes it from config.json's `architectures`. `dtype`: "auto" is
     the checkpoint's own (fp16 becomes fp32 on a CPU). `device`: "auto" is CUDA where there is one. `labels`: names, or
-    their number, for a task that classifies; where they differ in number from the checkpoint's, the head is made anew.
-    `head_layers`: depth of a new head.
+    their number, for a task that classifies. `head_layers`: depth of the head. A stored head of another task, another
+    number of labels or another depth than asked for is made anew.
 
     Raises FileNotFoundError for a missing folder or config.json, ValueError for everything that doesn't fit.
     """
     folder = _folder(path)
-    published = _read_json(folder / "config.json")
+    published = read_json(folder / "config.json")
     family = _family(published, folder)
+    config = _config(published, family, folder)
     task = task or _task_of(published, family, folder)
-    known = _labels_of(published)
-    names = tuple(str(i) for i in range(labels)) if isinstance(labels, int) else tuple(labels or known)
-    depth = head_layers or int(published.get("head_layers", 1))
-    pooling, normalize = _pooling(folder, published)
+    known, stored_depth = _stored_head(published, family, folder)
+    names = () if task == "reward" else _label_names(labels, known)
+    depth = stored_depth if head_layers is None else head_layers
+    pooling, normalize = read_pooling(folder) if task == "embedding" else ("mean", False)
     with torch.device("meta"):
-        model = family(family.read_config(published), task, names, depth, pooling, normalize)
+        model = family(config, task, names, depth, pooling, normalize)
     shards = Shards(folder)
     model.to(_dtype(dtype, published, shards, target := _device(device)))
     model.to_empty(device=target)
     model.tie()
-    new_head = head_layers is not None or (labels is not None and len(names) != len(known))
-    _fill(model, shards, new_head)
+    _fill(model, shards, new_head=depth != stored_depth or not _reusable_head(model, published, len(known)))
     model.tokens = SpecialTokens.read(folder, published)
     model.eval()
     return model, load_tokenizer(folder)
@@ -120,7 +122,7 @@ def save(model: Model, tokenizer: "Tokenizer | None", path: str | Path) -> None:
     temporary.replace(folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if model.task == "embedding":
-        _write_pooling(model, folder)
+        write_pooling(folder, model.pooling, bool(model.head.normalize), model.config.d_model)
     save_tokenizer(tokenizer, model.tokens, folder)
 
 
@@ -128,35 +130,31 @@ def _folder(path: str | Path) -> Path:
     """The local folder of a checkpoint; a hub id is downloaded (or found in the hub's cache) first."""
     folder = Path(path).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{folder}: no config.json there; a checkpoint folder in Hugging Face layout has one"
-            )
-        return folder
+        return _with_config(folder)
     if folder.exists():
         raise ValueError(f"{folder} is a file; give the checkpoint's folder")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)):
         raise FileNotFoundError(f"{folder}: no such folder")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=list(HUB_FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+        folder = Path(snapshot_download(str(path), allow_patterns=list(HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().split("\n")[0]
         raise FileNotFoundError(f"{path}: no such folder, and the hub did not give it ({reason})") from error
+    return _with_config(folder)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); restore the file") from error
+def _with_config(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no config.json there; a checkpoint folder in Hugging Face layout has one")
+    return folder
 
 
 def _family(published: dict[str, Any], folder: Path) -> type[GPT2] | type[Bert]:
     kind = published.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise ValueError(f"{folder / 'config.json'}: model_type {kind!r} is not an architecture of handtune ({known})")
     family = FAMILIES[kind]
@@ -177,58 +175,70 @@ def _task_of(published: dict[str, Any], family: type[GPT2] | type[Bert], folder:
     raise ValueError(f"{folder / 'config.json'}: architectures {names} names no known task; pass task= one of {tasks}")
 
 
-def _labels_of(published: dict[str, Any]) -> tuple[str, ...]:
-    table = published.get("id2label") or {}
-    return tuple(str(table[key]) for key in sorted(table, key=int))
+def _config(published: dict[str, Any], family: type[GPT2] | type[Bert], folder: Path) -> Any:
+    try:
+        return family.read_config(published)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
-def _pooling(folder: Path, published: dict[str, Any]) -> tuple[str, bool]:
-    """Pooling and normalisation of an embedding model, from sentence-transformers' modules.json; else the mean."""
-    if not (folder / "modules.json").is_file():
-        return "mean", False
-    modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
-    kinds = {str(m["type"]).rsplit(".", 1)[-1]: m["path"] for m in modules}
-    pooling = "mean"
-    if "Pooling" in kinds:
-        config = _read_json(folder / kinds["Pooling"] / "config.json")
-        names = {"cls_token": "first", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "last"}
-        modes = [
-            key.removeprefix("pooling_mode_")
-            for key, on in config.items()
-            if key.startswith("pooling_mode_") and on is True
-        ]
-        if len(modes) != 1 or modes[0] not in names:
-            raise ValueError(f"{folder / kinds['Pooling'] / 'config.json'}: pooling {modes} is not implemented")
-        pooling = names[modes[0]]
-    return pooling, "Normalize" in kinds
+def _stored_head(
+    published: dict[str, Any], family: type[GPT2] | type[Bert], folder: Path
+) -> tuple[tuple[str, ...], int]:
+    """Label names and depth of the head that is there. transformers leaves out the table of two unnamed labels."""
+    table, depth = published.get("id2label"), published.get("head_layers", 1)
+    names = {family.architectures[task] for task in ("sequence-classification", "token-classification")}
+    if table is None and names & set(published.get("architectures") or ()):
+        table = {i: f"LABEL_{i}" for i in range(published.get("num_labels", 2))}
+    try:
+        return tuple(str(table[key]) for key in sorted(table, key=int)) if table else (), int(depth)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'}: id2label or head_layers is damaged ({error})") from error
 
 
-def _write_pooling(model: Model, folder: Path) -> None:
-    base = "sentence_transformers.models."
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * model.head.normalize
-    listing = [{"idx": i, "name": str(i), "path": path, "type": base + kind} for i, (path, kind) in enumerate(modules)]
-    (folder / "modules.json").write_text(json.dumps(listing, indent=2) + "\n", encoding="utf-8")
-    names = {"first": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "last": "lasttoken"}
-    config = {"word_embedding_dimension": model.config.d_model}
-    config |= {f"pooling_mode_{theirs}": ours == model.pooling for ours, theirs in names.items()}
-    (folder / "1_Pooling").mkdir(exist_ok=True)
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def _label_names(labels: list[str] | tuple[str, ...] | int | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    if isinstance(labels, int):
+        if labels < 1:
+            raise ValueError(f"labels {labels}: expected names, or a positive number")
+        labels = [str(i) for i in range(labels)]
+    if isinstance(labels, str) or len(set(labels or ())) != len(labels or ()):
+        raise ValueError(f"labels {labels!r}: expected different names, or their number")
+    return tuple(labels or known)
+
+
+def _reusable_head(model: Model, published: dict[str, Any], width: int) -> bool:
+    """Whether the stored head, `width` labels wide, is this task's: heads of several tasks go by the same name."""
+    stored = published.get("architectures")
+    if stored and model.architectures[model.task] not in stored:
+        return False
+    return model.task not in ("sequence-classification", "token-classification", "reward") or width == n_outputs(
+        model.task, model.labels
+    )
 
 
 def _device(device: str | torch.device) -> torch.device:
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    usable = torch.cuda.is_available()
+    try:
+        found = torch.device(("cuda" if usable else "cpu") if device == "auto" else device)
+    except RuntimeError as error:
+        raise ValueError(f'device {device!r}: expected "auto", "cpu" or "cuda"') from error
+    if found.type == "cuda" and not usable:
+        raise ValueError(f'device {device!r}: torch finds no CUDA here; use "cpu" or "auto"')
+    return found
 
 
 def _dtype(dtype: str | torch.dtype, published: dict[str, Any], shards: Shards, device: torch.device) -> torch.dtype:
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
-        names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
         if dtype not in names:
             raise ValueError(f'dtype {dtype!r}: expected "auto", {", ".join(names)}')
         return names[dtype]
-    stored = published.get("dtype") or published.get("torch_dtype")
-    found = getattr(torch, str(stored).removeprefix("torch."), None) or shards.dtype()
+    stored = str(published.get("dtype") or published.get("torch_dtype") or "auto").removeprefix("torch.")
+    if stored not in (*names, "auto"):
+        raise ValueError(f"{shards.folder / 'config.json'}: dtype = {stored!r} is not implemented; pass dtype=")
+    found = shards.dtype() if stored == "auto" else names[stored]
     return torch.float32 if found == torch.float16 and device.type == "cpu" else found
 
 

@@ -10,8 +10,8 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"; Brow
 GPT-3 is the same block; its odd layers attend in a band of `window` positions (Child et al. 2019, arXiv:1904.10509; the
 paper says "alternating dense and locally banded", without the width: 256 here, as in GPT-Neo, which follows it).
 
-Published GPT-2 checkpoints store projections as Conv1D, (in, out), so they are transposed on the way; leave out the tied
-`lm_head`; come with or without `transformer.` in front; and carry `attn.bias` and `attn.masked_bias`, constant buffers.
+Published GPT-2 checkpoints store projections as Conv1D, (in, out), so they are transposed on the way; leave out the
+tied `lm_head`; come with or without `transformer.` in front; and carry the constants `attn.bias`, `attn.masked_bias`.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..kernels import LayerNorm, Linear, activation_linear, attention, norm_linear
 from .heads import EmbeddingHead, MLPHead, n_outputs, pool_tokens
-from .layers import KVCache, Published, initialize, key_bias, overridden, positions
+from .layers import KVCache, Published, initialize, key_bias, overridden, positions, read_fields
 from .tokens import SpecialTokens
 
 ACTIVATIONS = {
@@ -54,6 +54,12 @@ class GPT2Config:
     scale_by_layer: bool = False
     window: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation_function {self.activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
+        if self.head_width is None and self.d_model % self.n_head:
+            raise ValueError(f"n_embd {self.d_model} is not a multiple of n_head {self.n_head}")
+
 
 def _gpt3(n_layer: int, d_model: int, n_head: int, head_width: int) -> dict[str, Any]:
     return {
@@ -67,7 +73,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "d_model": 1024},
     "gpt2-large": {"n_layer": 36, "n_head": 20, "d_model": 1280},
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "d_model": 1600},
-    # Table 2.1 of the GPT-3 paper, its odd rows included: XL has 24 heads of 128 on a width of 2048, 13B a width of 5140.
+    # Table 2.1 of the GPT-3 paper, odd rows included: XL has 24 heads of 128 on a width of 2048, 13B a width of 5140.
     "gpt3-small": _gpt3(12, 768, 12, 64),
     "gpt3-medium": _gpt3(24, 1024, 16, 64),
     "gpt3-large": _gpt3(24, 1536, 16, 96),
@@ -172,10 +178,6 @@ class GPT2(nn.Module):
         super().__init__()
         if task not in self.architectures:
             raise ValueError(f"task {task!r}: GPT-2 can do {', '.join(self.architectures)}")
-        if config.activation not in ACTIVATIONS:
-            raise ValueError(f"activation_function {config.activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
-        if config.head_width is None and config.d_model % config.n_head:
-            raise ValueError(f"n_embd {config.d_model} is not a multiple of n_head {config.n_head}")
         self.config, self.task, self.labels, self.head_layers = config, task, labels, head_layers
         self.pooling = pooling if task == "embedding" else "last"
         self.tokens = SpecialTokens()
@@ -214,7 +216,7 @@ class GPT2(nn.Module):
 
     def initialize_head(self) -> None:
         """Fresh weights for a head that a checkpoint may lack."""
-        if self.task != "causal-lm":
+        if self.task != "causal-lm" or not self.config.tied:
             initialize(self.head)
 
     def tie(self) -> None:
@@ -261,7 +263,7 @@ class GPT2(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         """causal-lm (B, T, V); token-classification (B, T, C); question-answering (B, T, 2);
 
-        sequence-classification (B, C) and reward (B,) from the last real token; embedding (B, D). `inputs` as in `hidden`.
+        sequence-classification (B, C) and reward (B,), read at the last token; embedding (B, D). `inputs`: of `hidden`.
         """
         states = self.hidden(input_ids, attention_mask, **inputs)
         return self.head(self.pool(states, attention_mask, inputs.get("cu_seqlens")))
@@ -300,8 +302,7 @@ class GPT2(nn.Module):
     @classmethod
     def read_config(cls, published: dict[str, Any]) -> GPT2Config:
         """The configuration in a published config.json."""
-        known = {ours: published[theirs] for theirs, ours in CONFIG_KEYS.items() if theirs in published}
-        return GPT2Config(**known)
+        return GPT2Config(**read_fields(GPT2Config, published, CONFIG_KEYS))
 
     def write_config(self) -> dict[str, Any]:
         """config.json as transformers writes it. A banded model is "gpt3", which transformers refuses to mistake."""

@@ -1,8 +1,8 @@
 """Task heads and the pooling in front of them.
 
 A model is `head(pool(hidden(...)))`. `hidden` gives (B, T, D); `pool` picks what the head reads: every position, the
-first one (BERT's [CLS]), the last real one (GPT-2), or their mean; `head` turns it into logits. Rows come padded with an
-attention mask (B, T), or packed end to end in one row with bounds `cu_seqlens` (n + 1,).
+first one (BERT's [CLS]), the last real one (GPT-2), or their mean; `head` turns it into logits. Rows come padded with
+an attention mask (B, T), or packed end to end in one row with bounds `cu_seqlens` (n + 1,).
 """
 
 import torch
@@ -64,6 +64,8 @@ class MLPHead(nn.Module):
         self, d_model: int, n_out: int, layers: int = 1, bias: bool = True, pooler: bool = False, scalar: bool = False
     ):
         super().__init__()
+        if layers < 1:
+            raise ValueError(f"head_layers: expected a positive number, got {layers}")
         self.scalar = scalar
         self.pooler = Linear(d_model, d_model) if pooler else None
         self.hidden = nn.ModuleList(Linear(d_model, d_model) for _ in range(layers - 1))

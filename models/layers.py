@@ -1,6 +1,7 @@
-"""What the architectures share: the key/value cache, masks and positions, weight initialisation, the names of weights."""
+"""What the architectures share: key/value cache, masks and positions, initialisation, names of weights and fields."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +68,26 @@ def initialize(module: nn.Module, std: float = 0.02) -> None:
                 parameter.zero_()
             elif parameter.dim() == 1:
                 parameter.fill_(1.0)
+
+
+def read_fields(kind: type, published: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
+    """Fields of the configuration class `kind` found in config.json, by `keys` (published name → ours).
+
+    Raises ValueError for a value of another type, or a size below one.
+    """
+    types = {field.name: field.type for field in fields(kind)}
+    found = {}
+    for theirs, ours in keys.items():
+        if theirs not in published:
+            continue
+        value, wanted = published[theirs], types[ours]
+        fits = isinstance(value, wanted | int if wanted is float else wanted)  # type: ignore[operator,arg-type]
+        if not fits or (isinstance(value, bool) and wanted is not bool):
+            raise ValueError(f"{theirs} = {value!r}: expected {getattr(wanted, '__name__', wanted)}")
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            raise ValueError(f"{theirs} = {value!r}: expected a positive number")
+        found[ours] = value
+    return found
 
 
 def overridden(presets: dict[str, dict], name: str, overrides: dict, fields: set[str]) -> dict:

@@ -1,4 +1,4 @@
-"""Reading the safetensors files of a checkpoint folder: one file, or shards with an index.
+"""Reading a checkpoint folder: its JSON files, and its weights in one safetensors file or in shards with an index.
 
 Pickle checkpoints are refused: loading one runs whatever code it carries.
 """
@@ -12,6 +12,20 @@ from torch import Tensor
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The contents of a JSON file. ValueError where it is damaged or no `kind`, FileNotFoundError if missing."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: the file is missing; restore it") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); restore the file") from error
+    if not isinstance(found, kind):
+        wanted = "an object" if kind is dict else "a list"
+        raise ValueError(f"{path}: expected {wanted}, found {type(found).__name__}; restore the file")
+    return found
 
 
 class Shards:
@@ -37,15 +51,14 @@ class Shards:
             return [self.folder / SINGLE]
         index = self.folder / INDEX
         if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (UnicodeDecodeError, ValueError, KeyError, AttributeError) as error:
-                raise ValueError(f"{index}: not a shard index ({error!r}); restore the file") from error
-            return [self._inside(index, name) for name in names]
+            table = read_json(index).get("weight_map")
+            if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+                raise ValueError(f"{index}: not a shard index, which has a weight_map of file names; restore the file")
+            return [self._inside(index, name) for name in sorted(set(table.values()))]
         if pickles := [path.name for pattern in PICKLES for path in sorted(self.folder.glob(pattern))]:
             raise ValueError(
-                f"{self.folder / pickles[0]}: a pickle checkpoint can run code when loaded and is refused; convert it with "
-                "transformers: AutoModel.from_pretrained(folder).save_pretrained(folder, safe_serialization=True)"
+                f"{self.folder / pickles[0]}: a pickle checkpoint can run code when loaded and is refused; convert it "
+                "with transformers: AutoModel.from_pretrained(folder).save_pretrained(folder, safe_serialization=True)"
             )
         raise FileNotFoundError(f"{self.folder}: no {SINGLE} or {INDEX} there; the weights are missing")
 

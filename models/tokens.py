@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .shards import read_json
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -24,7 +26,7 @@ class SpecialTokens:
         """From config.json's ids and tokenizer_config.json; a separate chat_template.jinja goes first."""
         path, settings = folder / "tokenizer_config.json", {}
         if path.is_file():
-            settings = json.loads(path.read_text(encoding="utf-8"))
+            settings = read_json(path)
         template = settings.get("chat_template")
         if isinstance(template, list):  # several named templates
             template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
@@ -52,7 +54,7 @@ def load_tokenizer(folder: Path) -> "Tokenizer | None":
 
 
 def load_tokenizer_file(path: Path) -> "Tokenizer":
-    """A tokenizer.json without its stored padding and truncation. FileNotFoundError or ValueError where it is not one."""
+    """A tokenizer.json without its stored padding and truncation. FileNotFoundError or ValueError if it is none."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such tokenizer file")
     from tokenizers import Tokenizer

@@ -61,10 +61,9 @@ def test_language_model_gradients_are_those_of_transformers(tmp_path, overrides)
     rows = token_rows((7, 2, 12))
     inputs = padded([row[:-1] for row in rows])
     mask = inputs["attention_mask"].bool()
-    targets = torch.tensor(sum((row[1:] for row in rows), []))
+    targets = torch.tensor([token for row in rows for token in row[1:]])
     F.cross_entropy(reference(**inputs).logits[mask], targets, reduction="sum").backward()
-    keep = torch.arange(0, len(targets))
-    batch = {"inputs": packed([row[:-1] for row in rows]), "targets": targets, "index": keep}
+    batch = {"inputs": packed([row[:-1] for row in rows]), "targets": targets, "index": torch.arange(len(targets))}
     loss, count = causal_lm_loss(model, batch)
     loss.backward()
     assert count == len(targets)
@@ -91,7 +90,7 @@ def test_classification_gradients_are_those_of_transformers(tmp_path):
 
 @pytest.mark.parametrize(
     ("task", "overrides"),
-    [*((task, {}) for task in TASKS), *(("causal-lm", CONFIGS[name]) for name in ("untied", "scaled by layer", "unscaled"))],
+    [*((task, {}) for task in TASKS), *(("causal-lm", CONFIGS[name]) for name in ("untied", "scaled by layer"))],
 )
 def test_transformers_loads_what_is_saved(tmp_path, task, overrides):
     reference, model = both(tmp_path / "theirs", tiny_gpt2(**overrides), task)

@@ -150,6 +150,8 @@ def test_entity_f1_refuses():
         entity_f1([["O"], ["O"]], [["O"], ["O", "O"]])
     with pytest.raises(ValueError, match="'L-PER' among BIO tags"):
         entity_f1([["B-PER", "L-PER"]], [["B-PER", "I-PER"]])
+    with pytest.raises(ValueError, match="'NN' among BIO tags"):
+        entity_f1([["S-PER", "NN"]], [["S-PER", "O"]])
     with pytest.raises(ValueError, match="no words"):
         entity_f1([[]], [[]])
     with pytest.raises(ValueError, match="2 predicted for 1 gold"):
@@ -167,6 +169,7 @@ def test_entity_f1_refuses():
         ("Paris", ["London", "Paris"], 1, 1),  # the best gold answer counts
         ("Paris France", ["Paris Texas", "France and Paris"], 0, 2 * 1 * (2 / 3) / (1 + 2 / 3)),
         ("the the cat cat", ["cat"], 0, 2 * 0.5 * 1 / 1.5),  # a bag, not a set
+        ("cat cat", ["cat cat dog"], 0, 2 * 1 * (2 / 3) / (1 + 2 / 3)),
         ("Lyon", ["Paris"], 0, 0),
         ("theatre", ["atre"], 0, 0),  # articles go as words only
         ("U.S.", ["us"], 1, 1),  # punctuation goes without leaving a space

@@ -1,0 +1,112 @@
+"""What must outlive a kill: how far a run is, the random generators, the best so far; into a checkpoint and back."""
+
+import random
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .checkpoint import checkpoint_path, checkpoints, load_checkpoint, prune, save_checkpoint
+from .optim import Optimizer
+from .record import Record
+
+LOWER_IS_BETTER = ("loss", "perplexity")
+
+
+@dataclass
+class Progress:
+    """Counts, evaluations and the best so far; the facts of a checkpoint. `seconds` is the time spent in training."""
+
+    step: int = 0
+    loss_sum: float = 0.0
+    targets: int = 0
+    seconds: float = 0.0
+    before: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, Any] = field(default_factory=dict)
+    evals_since_best: int = 0
+
+    def stalled(self, patience: int | None) -> bool:
+        """Whether `patience` evaluations went by without a better one."""
+        return patience is not None and self.evals_since_best >= patience
+
+
+def save(record: Record, progress: Progress, optimizer: Optimizer, data: Any, keep: int) -> None:
+    """Write the checkpoint of this step, and remove all but the last `keep`."""
+    if record.checkpoints is None:
+        return
+    tensors = {f"optimizer.{key}": value for key, value in optimizer.state_dict().items()}
+    states, facts = _generators()
+    facts = {"progress": asdict(progress), "data": data.state_dict(), "random": facts}
+    save_checkpoint(checkpoint_path(record.checkpoints, progress.step), tensors | states, facts)
+    prune(record.checkpoints, keep)
+
+
+def resume(record: Record, optimizer: Optimizer, data: Any) -> Progress:
+    """Continue from the newest checkpoint: weights, generators, place in the data. Without one, from the beginning."""
+    found = checkpoints(record.checkpoints) if record.checkpoints else []
+    if not found:
+        record.rewind(-1)
+        return Progress()
+    tensors, facts = load_checkpoint(found[-1])
+    progress = Progress(**facts["progress"])
+    record.rewind(progress.step)
+    weights = {key.removeprefix("optimizer."): v for key, v in tensors.items() if key.startswith("optimizer.")}
+    optimizer.load_state_dict(weights)
+    data.load_state_dict(facts["data"])
+    _set_generators(tensors, facts["random"])
+    return progress
+
+
+def last_good(record: Record) -> str:
+    """Where to go on from, in words."""
+    found = checkpoints(record.checkpoints) if record.checkpoints else []
+    return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+
+
+def _generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The states of all random generators that a loss or collate function may draw from: tensors, and facts."""
+    states = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["random.cuda"] = torch.cuda.get_rng_state()
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return states, {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
+
+
+def _set_generators(states: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    torch.set_rng_state(states["random.cpu"])
+    if "random.cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["random.cuda"])
+    version, words, gauss = facts["python"]
+    random.setstate((version, tuple(words), gauss))
+    np.random.set_state(tuple(facts["numpy"]))
+
+
+def keep_best(record: Record, optimizer: Optimizer, progress: Progress, metric: str) -> None:
+    """Note, and keep, the weights of the best evaluation so far. ValueError where it has no such metric."""
+    if metric not in progress.metrics:
+        known = ", ".join(key for key, value in progress.metrics.items() if isinstance(value, int | float))
+        raise ValueError(f"best = {metric!r} is not a metric of this evaluation; there are {known}")
+    value, sign = progress.metrics[metric], -1 if metric in LOWER_IS_BETTER else 1
+    progress.evals_since_best += 1
+    if not progress.best or sign * value > sign * progress.best["value"]:
+        progress.best = {"step": progress.step, "metric": metric, "value": value, "metrics": progress.metrics}
+        progress.evals_since_best = 0
+        if record.best is not None:
+            weights = {k: v for k, v in optimizer.state_dict().items() if k.startswith("weight.")}
+            save_checkpoint(record.best, weights, {"step": progress.step, "metrics": progress.metrics})
+
+
+def restore_best(record: Record, optimizer: Optimizer, progress: Progress) -> None:
+    """Put the best weights into the model; without a run folder the last ones stay, and count as the result."""
+    if not progress.best:
+        return
+    if record.best is None:
+        step, metrics = progress.step, progress.metrics
+    else:
+        weights, facts = load_checkpoint(record.best)
+        optimizer.load_state_dict(weights)
+        step, metrics = facts["step"], facts["metrics"]
+    progress.best |= {"step": step, "metrics": metrics, "value": metrics[progress.best["metric"]]}

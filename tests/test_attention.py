@@ -1,0 +1,232 @@
+"""Attention in all its shapes against one dense formula in float64."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from handtune.kernels import attend, attention
+from handtune.kernels.attend import attention_reference
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
+BOUND = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(params=[256, 4], ids=["one block", "blocks of 4"])
+def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attend, "QUERY_BLOCK", request.param)
+
+
+def qkv(b: int, t: int, h: int = 2, hd: int = 4, s: int | None = None, kv: int | None = None) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(b + t + h + hd)
+    shapes = ((b, t, h, hd), (b, s or t, kv or h, hd), (b, s or t, kv or h, hd))
+    return tuple(torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+
+
+def leaves(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
+    return [t.detach().to(dtype, copy=True).requires_grad_() for t in tensors]
+
+
+def seen(t: int, s: int, causal: bool, window: int | None = None, segments: tuple[int, ...] = ()) -> Tensor:
+    """(T, S), true where query t may see key s: the definition, entry by entry."""
+    owner = [i for i, n in enumerate(segments or (s,)) for _ in range(n)]
+    allowed = torch.zeros(t, s, dtype=torch.bool)
+    for row in range(t):
+        at = s - t + row
+        for key in range(s):
+            near = window is None or abs(at - key) < window
+            allowed[row, key] = (key <= at or not causal) and near and owner[at] == owner[key]
+    return allowed
+
+
+def additive(allowed: Tensor) -> Tensor:
+    return torch.zeros(allowed.shape, dtype=torch.float64).masked_fill(~allowed, float("-inf"))
+
+
+def check(tensors: tuple[Tensor, ...], dtype: torch.dtype, mask: Tensor, **settings) -> None:
+    """Output and gradients of `attention` equal the dense formula's under this additive mask."""
+    rounded = tuple(t.to(dtype) for t in tensors)
+    ours, truth = leaves(rounded, dtype), leaves(rounded, torch.float64)
+    out, expected = attention(*ours, **settings), attention_reference(*truth, bias=mask, causal=False)
+    assert out.dtype == dtype
+    incoming = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    out.backward(incoming)
+    expected.backward(incoming.double())
+    pairs = [(out.detach(), expected.detach()), *((a.grad, b.grad) for a, b in zip(ours, truth, strict=True))]
+    for name, (got, true) in zip(("out", "dq", "dk", "dv"), pairs, strict=True):
+        assert got.shape == true.shape
+        error = (got.double() - true).abs().max() / true.abs().max().clamp(min=1)
+        assert error <= BOUND[dtype], f"{name}: off by {error:.1e}"
+
+
+@DTYPES
+@CAUSAL
+@pytest.mark.parametrize(("b", "t", "h", "hd"), [(1, 1, 1, 1), (2, 4, 1, 8), (1, 9, 3, 5), (2, 13, 2, 16)])
+@pytest.mark.usefixtures("_blocks")
+def test_dense(dtype: torch.dtype, causal: bool, b: int, t: int, h: int, hd: int) -> None:
+    check(qkv(b, t, h, hd), dtype, additive(seen(t, t, causal)), causal=causal)
+
+
+@DTYPES
+@CAUSAL
+@pytest.mark.usefixtures("_blocks")
+def test_fewer_key_heads_than_query_heads(dtype: torch.dtype, causal: bool) -> None:
+    check(qkv(2, 7, h=6, kv=2), dtype, additive(seen(7, 7, causal)), causal=causal)
+    check(qkv(1, 7, h=4, kv=1), dtype, additive(seen(7, 7, causal)), causal=causal)
+
+
+@DTYPES
+@CAUSAL
+@pytest.mark.parametrize("t", [1, 2, 5])
+@pytest.mark.usefixtures("_blocks")
+def test_queries_are_the_last_of_more_keys(dtype: torch.dtype, causal: bool, t: int) -> None:
+    check(qkv(2, t, s=9), dtype, additive(seen(t, 9, causal)), causal=causal)
+    check(qkv(2, t, h=4, s=9, kv=2), dtype, additive(seen(t, 9, causal)), causal=causal)
+
+
+@DTYPES
+@CAUSAL
+@pytest.mark.parametrize("window", [1, 3, 4, 10, 11, 50])
+@pytest.mark.parametrize("t", [11, 4])
+def test_window(dtype: torch.dtype, causal: bool, window: int, t: int) -> None:
+    check(qkv(2, t, s=11), dtype, additive(seen(t, 11, causal, window)), causal=causal, window=window)
+
+
+@DTYPES
+@CAUSAL
+@pytest.mark.parametrize("window", [None, 3], ids=["no window", "window"])
+@pytest.mark.parametrize("shape", [(2, 1, 1, 9), (1, 2, 9, 9), (2, 2, 9, 9)], ids=str)
+def test_bias(dtype: torch.dtype, causal: bool, window: int | None, shape: tuple[int, ...]) -> None:
+    """Added where it is a number, allowed where it is a truth value, on top of the rest, in any broadcast."""
+    allowed = seen(9, 9, causal, window)
+    generator = torch.Generator().manual_seed(0)
+    number = torch.randn(shape, generator=generator).to(dtype)
+    check(qkv(2, 9), dtype, number.double() + additive(allowed), causal=causal, window=window, bias=number)
+    truth = (torch.rand(shape, generator=generator) < 0.6) | torch.eye(9, dtype=torch.bool)
+    check(qkv(2, 9), dtype, additive(allowed & truth), causal=causal, window=window, bias=truth)
+
+
+@DTYPES
+@CAUSAL
+@pytest.mark.parametrize("window", [None, 3], ids=["no window", "window"])
+@pytest.mark.parametrize("lengths", [(4, 4, 4), (5, 1, 8, 2), (7,), (1, 1)], ids=str)
+@pytest.mark.usefixtures("_blocks")
+def test_packed(dtype: torch.dtype, causal: bool, window: int | None, lengths: tuple[int, ...]) -> None:
+    n = sum(lengths)
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    mask = additive(seen(n, n, causal, window, lengths))
+    check(qkv(1, n, h=4, kv=2), dtype, mask, causal=causal, window=window, cu_seqlens=bounds, max_seqlen=max(lengths))
+    check(qkv(1, n), dtype, mask, causal=causal, window=window, cu_seqlens=bounds)
+
+
+@DTYPES
+@CAUSAL
+@pytest.mark.parametrize("lengths", [(5, 5), (5, 3, 6)], ids=str)
+def test_a_packed_segment_is_the_segment_alone(dtype: torch.dtype, causal: bool, lengths: tuple[int, ...]) -> None:
+    """Whatever stands in the other segments: NaN there changes nothing here."""
+    tensors = tuple(t.to(dtype) for t in qkv(1, sum(lengths)))
+    bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+    for start, stop in pairwise(bounds):
+        poisoned = [torch.full_like(t, float("nan")) for t in tensors]
+        for there, t in zip(poisoned, tensors, strict=True):
+            there[:, start:stop] = t[:, start:stop]
+        out = attention(*poisoned, cu_seqlens=torch.tensor(bounds), causal=causal)[:, start:stop]
+        alone = attention(*(t[:, start:stop] for t in tensors), causal=causal)
+        torch.testing.assert_close(out, alone, rtol=0, atol=BOUND[dtype] / 3)
+
+
+@DTYPES
+def test_left_padding(dtype: torch.dtype) -> None:
+    """Padded queries see nothing and stay finite, gradients too; real ones are as without padding."""
+    tensors = tuple(t.to(dtype) for t in qkv(2, 7))
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[0, :3] = False
+    inputs = leaves(tensors, dtype)
+    out = attention(*inputs, bias=mask[:, None, None])
+    assert out.isfinite().all()
+    alone = attention(*(t[:1, 3:] for t in tensors))
+    torch.testing.assert_close(out[:1, 3:], alone, rtol=0, atol=BOUND[dtype])
+    out[mask].sum().backward()
+    assert all(t.grad.isfinite().all() for t in inputs)
+    assert all(not t.grad[~mask].any() for t in inputs)
+    assert attention(*inputs, bias=mask[:, None, None], window=2).isfinite().all()
+
+
+@DTYPES
+@pytest.mark.parametrize("settings", [{}, {"window": 3}, {"causal": False}, {"cu_seqlens": torch.tensor([0, 2, 9])}])
+def test_scale(dtype: torch.dtype, settings: dict) -> None:
+    q, k, v = (t.to(dtype) for t in qkv(1, 9))
+    explicit = attention(q, k, v, scale=1.0, **settings)
+    torch.testing.assert_close(explicit, attention(2 * q, k, v, **settings), rtol=0, atol=BOUND[dtype])
+
+
+@DTYPES
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"causal": False}, {"window": 3}, {"cu_seqlens": torch.tensor([0, 2, 9])}, {"bias": torch.ones(9, 9).tril()}],
+    ids=["causal", "both ways", "window", "packed", "bias"],
+)
+@pytest.mark.usefixtures("_blocks")
+def test_house_rules(dtype: torch.dtype, settings: dict) -> None:
+    """Nothing is written into, two runs are bitwise equal, heads-first inputs and expanded gradients are taken."""
+    bias = settings.get("bias")
+    before_bias = None if bias is None else bias.clone()
+    tensors = tuple(t.to(dtype) for t in qkv(1, 9))
+    runs = []
+    for heads_first in (False, False, True):
+        inputs = [t.clone() for t in tensors]
+        if heads_first:
+            inputs = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in inputs]
+        inputs = [t.requires_grad_() for t in inputs]
+        out = attention(*inputs, **settings)
+        value = out.detach().clone()
+        incoming = torch.linspace(-1, 1, 4, dtype=dtype).expand(out.shape)
+        out.backward(incoming)
+        assert torch.equal(out, value)
+        assert torch.equal(incoming, torch.linspace(-1, 1, 4, dtype=dtype).expand(out.shape))
+        assert all(torch.equal(a, b) for a, b in zip(inputs, tensors, strict=True))
+        runs.append([value, *(t.grad for t in inputs)])
+    assert bias is None or torch.equal(bias, before_bias)
+    assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
+    for a, b in zip(runs[0], runs[2], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=BOUND[dtype])
+
+
+@pytest.mark.parametrize(("causal", "s"), [(True, 6), (False, 6), (False, 9)])
+@pytest.mark.usefixtures("_blocks")
+def test_gradcheck_of_the_recomputing_path(causal: bool, s: int) -> None:
+    inputs = leaves(qkv(2, 6, hd=3, s=s), torch.float64)
+    recomputed = lambda *t: attend._Recomputed.apply(*t, causal, 0.7)  # noqa: E731
+    assert torch.autograd.gradcheck(recomputed, inputs, check_undefined_grad=False)
+
+
+def test_bf16_keeps_q_k_v_and_no_probabilities() -> None:
+    inputs = [torch.randn(1, 32, 2, 4, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    kept: set[int] = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        attention(*inputs)
+    assert kept == {t.untyped_storage().data_ptr() for t in inputs}
+
+
+@pytest.mark.parametrize(
+    ("shapes", "settings", "says"),
+    [
+        (((1, 4, 2, 8), (1, 4, 2, 8), (1, 3, 2, 8)), {}, "q, k, v: expected"),
+        (((4, 2, 8),) * 3, {}, "q, k, v: expected"),
+        (((2, 4, 2, 8), (1, 4, 2, 8), (1, 4, 2, 8)), {}, "q, k, v: expected"),
+        (((1, 4, 2, 8), (1, 4, 2, 4), (1, 4, 2, 4)), {}, "q, k, v: expected"),
+        (((1, 4, 3, 8), (1, 4, 2, 8), (1, 4, 2, 8)), {}, "its 3 heads must be a multiple of k's 2"),
+        (((1, 4, 2, 8),) * 3, {"cu_seqlens": torch.tensor([0, 4]), "bias": torch.zeros(4, 4)}, "cu_seqlens: goes with"),
+        (((2, 4, 2, 8),) * 3, {"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens: goes with one packed row"),
+    ],
+)
+def test_refusals(shapes: tuple, settings: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        attention(*(torch.zeros(shape) for shape in shapes), **settings)

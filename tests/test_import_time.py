@@ -1,0 +1,54 @@
+"""What importing costs: nothing for the package and the command line's help, little beyond torch for the rest."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TOUCH = (
+    "import handtune.engine, handtune.models, handtune.kernels\n"
+    "for package in (handtune.engine, handtune.models, handtune.kernels):\n"
+    "    for name in package.__all__: getattr(package, name)\n"
+)
+
+
+def python(*arguments: str) -> tuple[str, float]:
+    """Standard output of a fresh interpreter, and how many seconds it took."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, time.perf_counter() - start
+
+
+def test_engine_and_models_cost_little_beyond_torch():
+    """Best of three, each timed inside its own process, after torch."""
+    code = f"import time, torch\nstart = time.perf_counter()\n{TOUCH}print(time.perf_counter() - start)"
+    costs = [float(python("-c", code)[0]) for _ in range(3)]
+    assert min(costs) < 0.3
+
+
+def test_what_only_some_need_is_imported_by_them():
+    heavy = ("transformers", "peft", "matplotlib", "jinja2", "tokenizers", "huggingface_hub", "triton", "pandas")
+    code = f"{TOUCH}import sys\nprint([name for name in {heavy} if name in sys.modules])"
+    assert python("-c", code)[0].strip() == "[]"
+
+
+def test_the_package_itself_imports_nothing():
+    code = "import handtune, sys; print('torch' in sys.modules, 'numpy' in sys.modules)"
+    assert python("-c", code)[0].strip() == "False False"
+
+
+def test_help_answers_at_once_without_torch():
+    """Beyond the start of a bare interpreter; best of five each."""
+    bare = min(python("-c", "pass")[1] for _ in range(5))
+    runs = [python("-m", "handtune", "--help") for _ in range(5)]
+    assert min(seconds for _, seconds in runs) - bare < 0.2
+    assert "train" in runs[0][0]
+    code = (
+        "import sys, runpy; sys.argv = ['handtune', '--help']\n"
+        "try: runpy.run_module('handtune', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print([name for name in ('torch', 'numpy', 'transformers') if name in sys.modules])"
+    )
+    assert python("-c", code)[0].strip().endswith("[]")
