@@ -6,7 +6,7 @@ An unknown key or a value of the wrong type is an error that names the nearest k
 import difflib
 import tomllib
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -126,23 +126,49 @@ def from_table(cls: type, table: dict[str, Any], place: str) -> Any:
     ]
     if missing:
         raise ValueError(f"{place}: {', '.join(missing)} is missing")
-    return cls(
-        **{known[key].name: _value(hints[known[key].name], value, f"{place}: {key}") for key, value in table.items()}
-    )
+    values = {known[key].name: _value(hints[known[key].name], value, f"{place}: {key}") for key, value in table.items()}
+    try:
+        return cls(**values)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None
 
 
 def _value(hint: Any, value: Any, place: str) -> Any:
     """`value` as the type says, or a ValueError."""
     options = get_args(hint) if get_origin(hint) is UnionType else (hint,)
     for option in options:
-        kind = get_origin(option) or option
-        if isinstance(value, dict) and hasattr(option, "__dataclass_fields__"):
+        if isinstance(value, dict) and is_dataclass(option):
             return from_table(option, value, place)
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if option is float and type(value) is int:
             return float(value)
-        if kind is tuple and isinstance(value, list):
-            return tuple(value)
-        if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-            return value
-    names = " or ".join(getattr(o, "__name__", str(o)) for o in options if o is not NoneType)
+        if _fits(option, value):
+            return tuple(value) if get_origin(option) is tuple else value
+    names = " or ".join(_name(option) for option in options if option is not NoneType)
     raise ValueError(f"{place}: expected {names}, got {value!r}")
+
+
+def _fits(option: Any, value: Any) -> bool:
+    """Whether a TOML value is of a type; a tuple is written as an array, a float may be written as an integer."""
+    kind, inside = get_origin(option), get_args(option)
+    if kind in (list, tuple):
+        variable = kind is list or inside[-1] is Ellipsis
+        right_length = isinstance(value, list | tuple) and (variable or len(value) == len(inside))
+        return right_length and all(_fits(inside[0], item) for item in value)
+    if kind is dict:
+        return isinstance(value, dict) and all(_fits(inside[1], item) for item in value.values())
+    if option is Any:
+        return True
+    if option is float:
+        return type(value) in (float, int)
+    return type(value) is option
+
+
+def _name(option: Any) -> str:
+    """A type as a user would say it."""
+    kind, inside = get_origin(option), get_args(option)
+    if kind in (list, tuple):
+        names = ["..." if item is Ellipsis else _name(item) for item in inside]
+        return f"[{', '.join([*names, '...'] if kind is list else names)}]"
+    if kind is dict:
+        return f"a table of {_name(inside[1])}"
+    return "a table" if is_dataclass(option) else str(getattr(option, "__name__", option))

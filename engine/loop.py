@@ -42,9 +42,9 @@ class TrainConfig:
     tokens, cut into micro-batches of at most `micro_rows`, `micro_tokens`. `warmup` is a number of steps, or a share of
     them if below 1; `decay` the share that "wsd" spends falling; `lr_floor` the end of a falling schedule as a share of
     `lr`. `lr_scale` maps parameter globs to factors on `lr`; `lr_decay` is one more factor for each layer below the
-    head. `unfreeze` maps globs to the epoch from which they train. `eval_every` and `save_every` count steps (None: each
-    epoch). The checkpoint of the best value of the metric `best` is kept and given back ("last": the last weights are);
-    training stops after `patience` evaluations without a better one. The last `keep` checkpoints are kept.
+    head. `unfreeze` maps globs to the epoch from which they train. `eval_every` and `save_every` count steps (None:
+    each epoch). The checkpoint of the best value of the metric `best` is kept and given back ("last": the last weights
+    are); training stops after `patience` evaluations without a better one. The last `keep` checkpoints are kept.
     `deterministic` makes CUDA repeat itself bitwise, at a price.
     """
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..kernels import Linear, LowRank
 from ..kernels.linear import Merged
 
-FOREIGN_HEADS = ("lm_head", "head", "score", "classifier", "qa_outputs", "embed_out", "fc")
+FOREIGN_HEADS = ("lm_head", "head", "score", "classifier", "qa_outputs", "embed_out")
 
 
 @runtime_checkable
@@ -200,13 +200,10 @@ def _matches(
 ) -> list[tuple[str, list[int], tuple[str, ...]]]:
     """For each adapted module: its path, the indices of the adapted parts, the published paths of all its parts."""
     everything = list(candidates(model))
-    wanted, keep = _expand(model, targets)
     found: dict[str, list[int]] = {}
-    for target in wanted:
+    for target in _expand(model, targets):
         hits = 0
-        for path, module, published in everything:
-            if not keep(path, module):
-                continue
+        for path, _, published in everything:
             whole = _names(path, target)
             parts = [i for i, name in enumerate(published) if whole or _names(name, target)]
             hits += len(parts)
@@ -222,24 +219,31 @@ def _names(path: str, target: str) -> bool:
     return fnmatchcase(path, target) or fnmatchcase(path, f"*.{target}")
 
 
-def _expand(model: nn.Module, targets: str | tuple[str, ...] | list[str]):
-    """The globs behind a group name, and which modules they may touch."""
-    listed = (targets,) if isinstance(targets, str) else tuple(targets)
-    if listed not in (("all-linear",), ("attention",), ("mlp",)):
-        return listed, lambda path, module: True
-    if isinstance(model, KnownModel):
-        groups = model.lora_targets
-        return sum(groups.values(), ()) if listed == ("all-linear",) else groups[listed[0]], lambda path, module: True
-    if listed != ("all-linear",):
-        raise ValueError(
-            f'targets {listed[0]!r} is known for handtune\'s own models only; name the layers, e.g. "q_proj"'
-        )
-    return (
-        ("*",),
-        lambda path, module: (
-            not isinstance(module, nn.Embedding | LoRAEmbedding) and path.rpartition(".")[2] not in FOREIGN_HEADS
-        ),
-    )
+def _expand(model: nn.Module, targets: str | tuple[str, ...] | list[str]) -> list[str]:
+    """The targets as globs: the groups "all-linear", "attention" and "mlp" spelled out."""
+    out: list[str] = []
+    for target in (targets,) if isinstance(targets, str) else targets:
+        if target not in ("all-linear", "attention", "mlp"):
+            out.append(target)
+        elif isinstance(model, KnownModel):
+            groups = model.lora_targets
+            out += groups[target] if target in groups else [glob for globs in groups.values() for glob in globs]
+        elif target == "all-linear":
+            out += [path for path, module, _ in candidates(model) if not _is_embedding(module) and not _is_head(path)]
+        else:
+            raise ValueError(
+                f'target {target!r} is known for handtune\'s own models only; name the layers, e.g. "q_proj"'
+            )
+    return out
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding | LoRAEmbedding)
+
+
+def _is_head(path: str) -> bool:
+    """Whether a foreign module is the output head, going by the names in use; `fc` only at the top, as in a ResNet."""
+    return path == "fc" or path.rpartition(".")[2] in FOREIGN_HEADS
 
 
 def refuse_merged(model: nn.Module) -> None:
