@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK, ALPHA, VOCABULARY, WIDTH, LENGTH, ROWS = 16, 32, 50257, 768, 256, 4
-SFT_ROWS, SFT_BATCH = 64, 8
+SFT_ROWS, SFT_BATCH = 32, 8
 
 
 def main() -> None:
@@ -166,7 +166,7 @@ def work(options: argparse.Namespace) -> None:
             answer: dict[str, Any] = {"tokens": tokens}
             if parameters is not None:
                 answer |= {"peak_over_start": peak() - start, "peak_over_weights": peak() - weights}
-                answer["saved_per_token"] = saved_bytes(step, parameters) / tokens
+                answer["saved_per_token"] = saved_bytes(step, parameters) / real_tokens(batches_of(kind, provider.endswith("grouped"))[:1])
         else:
             answer = {"loss": step()}
             if options.device == "cuda":
@@ -204,7 +204,7 @@ def reset_peak() -> None:
 
 
 def saved_bytes(step: Any, parameters: list[Any]) -> int:
-    """Bytes that autograd keeps for the backward pass in one step: each storage once, the parameters' left out."""
+    """Bytes that autograd keeps for one batch's backward pass: each storage once, the parameters' left out."""
     import torch
 
     own = {p.untyped_storage().data_ptr() for p in parameters}
@@ -219,7 +219,7 @@ def saved_bytes(step: Any, parameters: list[Any]) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
+        step(1)
     return sum(found.values())
 
 
@@ -270,9 +270,9 @@ def handtune_steps(kind: str, folder: Path, options: argparse.Namespace) -> tupl
         [{"input_ids": row[:-1], "targets": [-100] * (p - 1) + row[p:]} for row, p in batch] for batch in batches
     ]
 
-    def step() -> float:
+    def step(batches: int | None = None) -> float:
         first = None
-        for batch in examples:
+        for batch in examples[:batches]:
             loss, count = causal_lm_loss(model, to_device(Collate()(batch), next(model.parameters()).device))
             loss.backward()
             optimizer.accumulate()
@@ -299,9 +299,9 @@ def peft_steps(kind: str, folder: Path, options: argparse.Namespace, grouped: bo
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
     batches = batches_of(kind, grouped)
 
-    def step() -> float:
+    def step(count: int | None = None) -> float:
         first = None
-        for batch in batches:
+        for batch in batches[:count]:
             width = max(len(row) for row, _ in batch)
             ids, labels = torch.zeros(len(batch), width, dtype=torch.long), torch.full((len(batch), width), -100)
             for i, (row, p) in enumerate(batch):
@@ -362,7 +362,7 @@ def floor_steps(kind: str, folder: Path, options: argparse.Namespace) -> tuple[A
 
     attend = min((fused, ours), key=timed)
 
-    def step() -> float:
+    def step(count: int | None = None) -> float:
         for layer in range(options.layers):
             for x, w, y, dx, out in zip(xs, weights, ys, dxs, outs, strict=True):
                 torch.mm(x, w.T, out=out)

@@ -50,10 +50,10 @@ def attention(
     lengths = cu_seqlens.diff().tolist()
     if len(set(lengths)) == 1:
         shape = (len(lengths), lengths[0])
-        out = _rows(*(x.unflatten(1, shape)[0] for x in (q, k, v)), window, None, causal, scale)
-        return out.flatten(0, 1)[None]
+        rows = [x.unflatten(1, shape)[0] for x in (q, k, v)]
+        return _rows(rows[0], rows[1], rows[2], window, None, causal, scale).flatten(0, 1)[None]
     pieces = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
-    return torch.cat([_rows(*piece, window, None, causal, scale) for piece in pieces], dim=1)
+    return torch.cat([_rows(qs, ks, vs, window, None, causal, scale) for qs, ks, vs in pieces], dim=1)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, bias: Tensor | None) -> None:
@@ -67,16 +67,22 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, bias: Ten
         raise ValueError(f"cu_seqlens: goes with one packed row and no bias; got q {tuple(q.shape)}")
 
 
-def _varlen(q, k, v, cu_seqlens, max_seqlen, causal, scale) -> Tensor:
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, causal: bool, scale: float
+) -> Tensor:
+    """Packed segments on CUDA, in one launch."""
     from torch.nn.attention.varlen import varlen_attn
 
     longest = int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
     window = (-1, 0) if causal else (-1, -1)
     out = varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=window)
+    assert isinstance(out, Tensor)  # a tuple only where more is asked for
     return out[None]
 
 
-def _rows(q, k, v, window, bias, causal, scale) -> Tensor:
+def _rows(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, bias: Tensor | None, causal: bool, scale: float
+) -> Tensor:
     """Attention of whole rows (B, T, H, hd)."""
     t, s = q.shape[1], k.shape[1]
     if window is not None and window < s:
@@ -90,7 +96,8 @@ def _rows(q, k, v, window, bias, causal, scale) -> Tensor:
     return _fused(q, k, v, None, causal and t > 1, scale)
 
 
-def _fused(q, k, v, mask, causal, scale) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
+    """torch's fused attention on (B, T, H, hd)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, hd)
     gqa = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=gqa)
@@ -114,7 +121,7 @@ def _mask(queries: slice, keys: slice, window: int | None, bias: Tensor | None, 
     return bias.to(like.dtype).masked_fill(~allowed, least)
 
 
-def _windowed(q, k, v, window, bias, causal, scale) -> Tensor:
+def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
     """Blocks of `window` queries against the keys they can reach: work and memory grow with T · window."""
     t, s = q.shape[1], k.shape[1]
     if bias is not None:

@@ -95,40 +95,47 @@ class _LoRALinear(torch.autograd.Function):
         need_h, need_nw, need_nb, need_w, need_bias, need_a, _, *need_bs = ctx.needs_input_grad
         need_x = need_h or need_nw or need_nb
 
-        grad_weight = grad_bias = grad_a = grad_x = grad_s = None
-        grad_bs: list[Tensor | None] = [None] * len(bs)
-        if need_bias:
-            grad_bias = grad.sum(0)
-        if a is not None:
-            grad_s = torch.empty_like(s)
-            column = 0
-            for i, (b, row, scale) in enumerate(zip(bs, plan.rows, plan.scales, strict=True)):
-                m, r = b.shape
-                part, columns = grad[:, row : row + m], slice(column, column + r)
-                torch.mm(part, b * scale, out=grad_s[:, columns])
-                if need_bs[i]:
-                    grad_bs[i] = (part.T @ s[:, columns]).mul_(scale)
-                column += r
+        grad_weight = grad_a = None
+        grad_bias = grad.sum(0) if need_bias else None
+        grad_s, grad_bs = _factors_backward(grad, s, bs, plan, need_bs)
         if need_a or need_w:
             x = _rebuild(h, norm_weight, norm_bias, plan)
-            if need_a:
+            if need_a and grad_s is not None:
                 grad_a = grad_s.T @ _drop(x, plan)
             if need_w:
                 grad_weight = grad.T @ x
             del x
-        if need_x:
-            grad_x = grad @ weight
-            if a is not None and plan.dropout:
-                grad_x += _drop(grad_s @ a, plan)
-            elif a is not None:
-                grad_x.addmm_(grad_s, a)
+        if not need_x:
+            return None, None, None, grad_weight, grad_bias, grad_a, None, *grad_bs
+        grad_x = grad @ weight
+        if grad_s is not None and plan.dropout:
+            grad_x += _drop(grad_s @ a, plan)
+        elif grad_s is not None:
+            grad_x.addmm_(grad_s, a)
         grad_h, grad_nw, grad_nb = grad_x, None, None
-        if need_x and norm_weight is not None:
+        if norm_weight is not None:
             needs = (need_h, need_nw, need_nb)
             grad_h, grad_nw, grad_nb = normalize_backward(grad_x, h, norm_weight, norm_bias, stats, needs)
-        elif need_x and plan.activation is not None:
+        elif plan.activation is not None:
             grad_h = plan.activation.backward(grad_x, h)
         return grad_h, grad_nw, grad_nb, grad_weight, grad_bias, grad_a, None, *grad_bs
+
+
+def _factors_backward(
+    grad: Tensor, s: Tensor | None, bs: Sequence[Tensor], plan: Plan, need_bs: Sequence[bool]
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """dS (N, ΣR) and the dB's, part by part; (None, []) where there is no adapter."""
+    if s is None:
+        return None, []
+    grad_s, column = torch.empty_like(s), 0
+    grad_bs: list[Tensor | None] = []
+    for b, row, scale, need in zip(bs, plan.rows, plan.scales, need_bs, strict=True):
+        m, r = b.shape
+        part, columns = grad[:, row : row + m], slice(column, column + r)
+        torch.mm(part, b * scale, out=grad_s[:, columns])
+        grad_bs.append((part.T @ s[:, columns]).mul_(scale) if need else None)
+        column += r
+    return grad_s, grad_bs
 
 
 def _rebuild(h: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, plan: Plan) -> Tensor:

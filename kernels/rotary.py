@@ -32,8 +32,9 @@ class _Rope(torch.autograd.Function):
     def backward(ctx, grad_q: Tensor, grad_k: Tensor):
         cos, sin = ctx.saved_tensors
         need_q, need_k = ctx.needs_input_grad[:2]
-        grad_q = _rotate(grad_q, cos, -sin) if need_q else None
-        return grad_q, _rotate(grad_k, cos, -sin) if need_k else None, None, None
+        back_q = _rotate(grad_q, cos, -sin) if need_q else None
+        back_k = _rotate(grad_k, cos, -sin) if need_k else None
+        return back_q, back_k, None, None
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

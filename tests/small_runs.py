@@ -1,14 +1,13 @@
 """Small models with tokenizers, small data that can be learned, and configuration files for the command line."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from small_tokenizers import byte_level, word_piece
 
-from handtune.engine.batches import Batches, Collate
 from handtune.engine.encode import encode
 from handtune.models import GPT2, Bert, save
 from handtune.models.tokens import SpecialTokens
@@ -85,11 +84,6 @@ def examples(rows: Sequence[dict[str, Any]], encoding: str, labels: Sequence[str
     causal = encoding in ("sft", "pretrain")
     tokenizer = byte_level() if causal else word_piece()
     return encode(rows, tokenizer, encoding, max_length=64, labels=labels, eos=0 if causal else None)[0]
-
-
-def batches(rows: Sequence[Any], collate: Callable[[list[Any]], Any] | None = None, **settings: Any) -> Batches:
-    """Steps of four packed rows where nothing else is said."""
-    return Batches(rows, collate or Collate(), **({"rows": 4} | settings if "tokens" not in settings else settings))
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:

@@ -1,5 +1,6 @@
 """Two small tokenizers of the two kinds that matter: GPT-2's (byte-level, no special tokens placed) and BERT's."""
 
+import re
 from functools import cache
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -31,15 +32,20 @@ def byte_level(trim_offsets: bool = True) -> Tokenizer:
 
 @cache
 def word_piece() -> Tokenizer:
-    """BERT's kind: lower case, [CLS] text [SEP] text [SEP]."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    """BERT's kind: lower case, [CLS] text [SEP] text [SEP]; words of more than five letters are two pieces.
+
+    Made by hand, because the library's trainer gives another vocabulary in every process.
+    """
+    words = sorted(set(re.findall(r"\w+", " ".join(_SENTENCES).lower())))
+    letters = sorted(set("".join(words)))
+    pieces = [piece for word in words for piece in ([word] if len(word) < 6 else [word[:4], "##" + word[4:]])]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    entries = dict.fromkeys([*special, *".,:;?!", *letters, *("##" + letter for letter in letters), *pieces])
+    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(entries)}, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(special)
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=160, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], show_progress=False
-    )
-    tokenizer.train_from_iterator(_SENTENCES, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )

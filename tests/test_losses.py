@@ -1,0 +1,228 @@
+"""Losses: each against the formula written out, sums that can be added, and the scores of an evaluation."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_runs import CHAT, PAIRS, QUESTIONS, SENTIMENT, TAGGED, bert, examples, gpt2
+from small_tokenizers import word_piece
+
+from handtune.engine import evaluate, losses
+from handtune.engine.batches import Batches, Collate, Masking
+from handtune.engine.data import label_names
+from handtune.engine.objectives import OBJECTIVES, AnswerScore, RetrievalScore, TaggingScore, best_span
+
+TAGS = ("O", "B-ANIMAL", "B-PLACE")
+
+
+def case(name: str):
+    """A model, encoded examples, the loss function and a collate function for the method."""
+    if name == "sft":
+        return gpt2(), examples(CHAT, "sft"), losses.causal_lm_loss
+    if name == "classify":
+        return bert(labels=("down", "up")), examples(SENTIMENT, "classify", ["down", "up"]), losses.classification_loss
+    if name == "tag":
+        return bert("token-classification", TAGS), examples(TAGGED, "tag", TAGS), losses.tagging_loss
+    if name == "qa":
+        return bert("question-answering"), examples(QUESTIONS, "qa"), losses.qa_loss
+    assert name == "embed"
+    return bert("embedding"), examples(PAIRS, "embed"), losses.embedding_loss
+
+
+def gradients(model, loss) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", ["sft", "classify", "tag", "qa"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_batch_is_the_sum_of_its_rows(name, layout) -> None:
+    """Packed or padded, the loss, its count and its gradient are those of the rows one by one: nothing leaks."""
+    model, rows, loss_fn = case(name)
+    rows = rows[:6]
+    loss, count = loss_fn(model, Collate(layout)(rows))
+    together = gradients(model, loss)
+    alone = [loss_fn(model, Collate(layout)([row])) for row in rows]
+    assert count == sum(n for _, n in alone) > 0
+    total = sum(value for value, _ in alone)
+    assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+    for key, gradient in gradients(model, total).items():
+        assert (together[key] - gradient).abs().max() <= 1e-4 * gradient.abs().max() + 1e-6, key
+
+
+def test_causal_lm_is_cross_entropy_of_the_next_token() -> None:
+    model, rows, _ = case("sft")
+    for row in rows:
+        loss, count = losses.causal_lm_loss(model, Collate()([row]))
+        logits = model(torch.tensor([row["input_ids"]]))[0]
+        targets = torch.tensor(row["targets"])
+        assert count == int((targets >= 0).sum())
+        assert loss.item() == pytest.approx(F.cross_entropy(logits, targets, reduction="sum").item(), rel=1e-5)
+
+
+def test_masked_lm_reads_only_the_masked_positions() -> None:
+    model = bert("masked-lm")
+    rows = examples([{"text": row["text"]} for row in SENTIMENT], "masked-lm")
+    torch.manual_seed(1)
+    batch = Collate(masking=Masking(4, 100, (0, 2, 3)))(rows[:5])
+    loss, count = losses.masked_lm_loss(model, batch)
+    logits = model(**batch["inputs"])[0, batch["index"]]
+    assert count == len(batch["index"])
+    assert loss.item() == pytest.approx(F.cross_entropy(logits, batch["targets"], reduction="sum").item(), rel=1e-5)
+
+
+def test_question_answering_is_the_mean_of_start_and_end() -> None:
+    model, rows, _ = case("qa")
+    row = rows[0]
+    loss, count = losses.qa_loss(model, Collate()([row]))
+    start, end = model(torch.tensor([row["input_ids"]]), token_type_ids=torch.tensor([row["token_type_ids"]]))[0].T
+    expected = -(start.log_softmax(0)[row["start"]] + end.log_softmax(0)[row["end"]]) / 2
+    assert (count, loss.item()) == (1, pytest.approx(expected.item(), rel=1e-5))
+
+
+def test_embedding_loss_is_info_nce() -> None:
+    anchors, others = torch.randn(3, 8), torch.randn(5, 8)
+    loss, count = losses.embedding_loss_of(anchors, others)
+    expected = 0.0
+    for i in range(3):
+        scores = [F.cosine_similarity(anchors[i], others[j], dim=0).item() / 0.05 for j in range(5)]
+        expected += math.log(sum(math.exp(s) for s in scores)) - scores[i]
+    assert (count, loss.item()) == (3, pytest.approx(expected, rel=1e-4))
+    model, rows, loss_fn = case("embed")
+    for row in rows:
+        row["negative"] = row["anchor"]
+    found, others = losses.embeddings(model, Collate()(rows))
+    assert (found.shape, others.shape) == ((6, 32), (12, 32))
+    torch.testing.assert_close(found, others[6:])
+    assert loss_fn(model, Collate()(rows))[1] == 6
+
+
+def test_evaluation_is_one_mean_over_all_targets() -> None:
+    """Not a mean of the batches' means, and the same however the rows are cut."""
+    model, rows, loss_fn = case("sft")
+    assert len({sum(t >= 0 for t in row["targets"]) for row in rows}) > 2
+    parts = [loss_fn(model, Collate()([row])) for row in rows]
+    expected = sum(loss.item() for loss, _ in parts) / sum(n for _, n in parts)
+    for cut in (1, 2, 3, 4):
+        found = evaluate(model, Batches(rows, Collate(), rows=cut, shuffle=False), loss_fn)
+        assert found == {"loss": pytest.approx(expected, rel=1e-5)}
+
+
+def test_evaluation_leaves_model_and_generator_alone() -> None:
+    model = bert("masked-lm").train()
+    rows = examples([{"text": row["text"]} for row in SENTIMENT], "masked-lm")
+    data = Batches(rows, Collate(masking=Masking(4, 100, (0, 2, 3))), rows=4, shuffle=False)
+    state = torch.get_rng_state()
+    first = evaluate(model, data, losses.masked_lm_loss)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
+    torch.rand(5)
+    assert evaluate(model, data, losses.masked_lm_loss) == first  # the noise is the same each time
+    with pytest.raises(ValueError, match="nothing was left after masking"):
+        evaluate(model, [], losses.masked_lm_loss)
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [("sft", {"perplexity"}), ("classify", {"accuracy"}), ("tag", {"f1"}), ("qa", {"f1"}), ("embed", {"accuracy@1"})],
+)
+def test_scores_give_the_loss_and_the_metrics(name, known) -> None:
+    model, rows, loss_fn = case(name)
+    labels = {"classify": ("down", "up"), "tag": TAGS}.get(name, ())
+    objective = OBJECTIVES[name]
+    assert objective.loss is loss_fn
+    data = Batches(rows, Collate(), rows=3, shuffle=False)
+    found = evaluate(model, data, loss_fn, objective.score(labels, rows, QUESTIONS))
+    assert known | {"loss"} <= found.keys()
+    assert found["loss"] == pytest.approx(evaluate(model, data, loss_fn)["loss"], rel=1e-5)
+    assert objective.best in found
+    if name == "sft":
+        assert found["perplexity"] == pytest.approx(math.exp(found["loss"]), rel=1e-6)
+
+
+class Oracle(torch.nn.Module):
+    """A model that knows the answers: its head's outputs are given."""
+
+    def __init__(self, logits: list[torch.Tensor]):
+        super().__init__()
+        self.logits, self.weight = iter(logits), torch.nn.Parameter(torch.zeros(1))
+
+    def head(self, states: torch.Tensor) -> torch.Tensor:
+        return next(self.logits)
+
+
+def test_tagging_score_of_an_oracle() -> None:
+    rows = examples(TAGGED, "tag", TAGS)
+    targets = [torch.tensor([t for t in row["targets"] if t >= 0]) for row in rows]
+    assert [len(t) for t in targets] == [len(row["tags"]) for row in TAGGED]
+    right = Oracle([10.0 * F.one_hot(t, 3).float() for t in targets])
+    batch = [Collate()([row]) for row in rows]
+    for one in batch:
+        one["features"] = torch.zeros(1, len(one["inputs"]["input_ids"][0]), 4)
+    found = evaluate(right, batch, losses.tagging_loss, TaggingScore(TAGS))
+    assert found["f1"] == found["token_accuracy"] == 1.0
+    assert found["loss"] < 1e-3
+
+
+def test_answers_of_an_oracle_are_the_gold_texts() -> None:
+    rows = examples(QUESTIONS, "qa")
+    logits = [torch.full((1, len(row["input_ids"]), 2), -5.0) for row in rows]
+    for row, table in zip(rows, logits, strict=True):
+        table[0, row["start"], 0] = table[0, row["end"], 1] = 5.0
+        table[0, 0] = 9.0  # no span of the question or [CLS] can win
+    batch = [Collate()([row]) for row in rows]
+    for one in batch:
+        one["features"] = torch.zeros(1, 1)
+    found = evaluate(Oracle(logits), batch, losses.qa_loss, AnswerScore(rows, QUESTIONS))
+    assert found["exact_match"] == found["f1"] == 1.0
+
+
+def test_best_span_ends_after_it_begins_and_is_short() -> None:
+    words = [f"w{i}" for i in range(50)]
+    context = " ".join(words)
+    offsets = [None, None]
+    for i, word in enumerate(words):
+        begin = len(" ".join(words[:i])) + (i > 0)
+        offsets.append((begin, begin + len(word)))
+    logits = torch.full((52, 2), -1.0).numpy()
+    logits[30, 0], logits[10, 1] = 9.0, 8.0  # the end before the beginning
+    logits[31, 1] = 4.0
+    assert best_span(logits, offsets, context) == (13.0, "w28 w29")
+    logits[31, 1], logits[5, 0], logits[51, 1] = -1.0, 20.0, 20.0  # 47 tokens apart
+    value, text = best_span(logits, offsets, context)
+    assert (value, text) == (29.0, " ".join(words[28:]))
+    assert best_span(logits[:2], offsets[:2], context) == (-math.inf, "")
+
+
+def test_retrieval_ranks_over_all_batches() -> None:
+    """Positives of other batches count as wrong answers too."""
+
+    class Identity(torch.nn.Module):
+        task = "embedding"
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.eye(4))
+            self.head = torch.nn.Identity()
+
+        def hidden(self, rows):
+            return rows
+
+        def pool(self, states, mask, bounds):
+            return states
+
+    rows = torch.eye(4)
+    crossed = rows[[0, 1, 3, 2]] + 0.3 * rows  # of the last two, each is nearer to the other's positive
+    batch = [{"anchor": {"rows": rows[i : i + 2]}, "positive": {"rows": crossed[i : i + 2]}} for i in (0, 2)]
+    found = evaluate(Identity(), batch, losses.embedding_loss, RetrievalScore())
+    assert found["accuracy@1"] == 0.5
+    assert found["mrr"] == pytest.approx(0.75)
+
+
+def test_every_method_is_described() -> None:
+    assert sorted(OBJECTIVES) == ["classify", "embed", "masked-lm", "pretrain", "qa", "sft", "tag"]
+    assert label_names(TAGGED)[0] == "O"
+    assert word_piece().token_to_id("[MASK]") == 4
