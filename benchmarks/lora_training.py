@@ -4,14 +4,15 @@
 
 GPT-2-small shapes, R 16 on every projection, AdamW, no dropout; both sides get the same weights, tokens and targets.
 Three questions, each in one interleaved run: a step at 50 % and at 12 % prompt (4 rows of 256 tokens, loss on the
-completion), and an epoch of instruction data whose lengths follow Alpaca's (8 rows a batch): against a peer that pads,
-and one that also groups rows by length.
+completion), and an epoch of instruction data whose lengths follow Alpaca's (8 rows a batch): against a peer that
+pads, and one that also groups rows by length.
 
-Every provider lives in a process of its own, so that its peak memory is its own; the parent lets them step in turn, so
-that the machine's mood hits all alike. Speed is the median over rounds. Memory is the peak above process start and above
-the loaded weights (VmHWM, reset in between). Saved bytes are the storages that autograd keeps for the backward pass, each
-counted once, weights left out. The floor is the step's matrix products and the faster of two attentions alone, timed in
-the same run: nobody can be faster with these operations. Absolute times are those of one noisy machine; the ratios count.
+Every provider lives in a process of its own, so that its peak memory is its own; the parent lets them step in turn,
+so that the machine's mood hits all alike. Speed is the median over rounds. Memory is the peak above process start and
+above the loaded weights (VmHWM, reset in between). Saved bytes are the storages that autograd keeps for the backward
+pass, each counted once, weights left out. The floor is the step's matrix products and the faster of two attentions
+alone, timed in the same run: nobody can be faster with these operations. Absolute times are those of one noisy
+machine; the ratios count.
 """
 
 import argparse
@@ -112,14 +113,20 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     """The results as text, with the ratios to PEFT."""
     lines = []
     for work, providers in results.items():
-        lines.append(f"\n{work}\n{'':16}{'tokens/s':>10}{'×':>7}{'peak over weights':>19}{'×':>6}{'saved/token':>13}{'×':>6}")
+        lines.append(
+            f"\n{work}\n{'':16}{'tokens/s':>10}{'×':>7}{'peak over weights':>19}{'×':>6}{'saved/token':>13}{'×':>6}"
+        )
         peer = providers["peft"]
         for name, row in providers.items():
-            line = f"{name:16}{row['tokens_per_second']:10.0f}{row['tokens_per_second'] / peer['tokens_per_second']:7.2f}"
+            line = (
+                f"{name:16}{row['tokens_per_second']:10.0f}{row['tokens_per_second'] / peer['tokens_per_second']:7.2f}"
+            )
             if "peak_over_weights" in row:
                 line += f"{row['peak_over_weights'] / 2**20:15.0f} MiB"
                 line += f"{row['peak_over_weights'] / peer['peak_over_weights']:6.2f}"
-                line += f"{row['saved_per_token'] / 1024:9.1f} KiB{row['saved_per_token'] / peer['saved_per_token']:6.2f}"
+                line += (
+                    f"{row['saved_per_token'] / 1024:9.1f} KiB{row['saved_per_token'] / peer['saved_per_token']:6.2f}"
+                )
             lines.append(line + (f"   first loss {row['loss']:.5f}" if row["loss"] else ""))
     return "\n".join(lines)
 
@@ -166,7 +173,9 @@ def work(options: argparse.Namespace) -> None:
             answer: dict[str, Any] = {"tokens": tokens}
             if parameters is not None:
                 answer |= {"peak_over_start": peak() - start, "peak_over_weights": peak() - weights}
-                answer["saved_per_token"] = saved_bytes(step, parameters) / real_tokens(batches_of(kind, provider.endswith("grouped"))[:1])
+                answer["saved_per_token"] = saved_bytes(step, parameters) / real_tokens(
+                    batches_of(kind, provider.endswith("grouped"))[:1]
+                )
         else:
             answer = {"loss": step()}
             if options.device == "cuda":
@@ -284,16 +293,22 @@ def handtune_steps(kind: str, folder: Path, options: argparse.Namespace) -> tupl
     return step, list(model.parameters()), real_tokens(batches)
 
 
-def peft_steps(kind: str, folder: Path, options: argparse.Namespace, grouped: bool = False) -> tuple[Any, list[Any], int]:
+def peft_steps(
+    kind: str, folder: Path, options: argparse.Namespace, grouped: bool = False
+) -> tuple[Any, list[Any], int]:
     """transformers + PEFT: padded rows, labels −100 outside the completion, torch's AdamW."""
     import peft
     import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype)).to(options.device)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype)).to(
+        options.device
+    )
     targets = ["c_attn", "c_proj", "c_fc"]
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, fan_in_fan_out=True, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=targets, fan_in_fan_out=True, task_type="CAUSAL_LM"
+    )
     model = peft.get_peft_model(model, config).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
@@ -311,7 +326,9 @@ def peft_steps(kind: str, folder: Path, options: argparse.Namespace, grouped: bo
                 ids, labels, mask = ids[:, :-1], labels, None
                 loss = model(input_ids=ids.to(options.device), labels=None, use_cache=False)
                 logits = loss.logits.float()
-                value = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten().to(options.device))
+                value = torch.nn.functional.cross_entropy(
+                    logits.flatten(0, 1), labels[:, 1:].flatten().to(options.device)
+                )
             else:
                 inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
                 value = model(**{k: v.to(options.device) for k, v in inputs.items()}, use_cache=False).loss
@@ -340,7 +357,10 @@ def floor_steps(kind: str, folder: Path, options: argparse.Namespace) -> tuple[A
     weights = [torch.randn(m, k, dtype=dtype, device=device) for k, m in shapes]
     xs = [torch.randn(n, k, dtype=dtype, device=device) for k, _ in shapes]
     ys = [torch.randn(n, m, dtype=dtype, device=device) for _, m in shapes]
-    head, states = torch.randn(VOCABULARY, WIDTH, dtype=dtype, device=device), torch.randn(scored, WIDTH, dtype=dtype, device=device)
+    head, states = (
+        torch.randn(VOCABULARY, WIDTH, dtype=dtype, device=device),
+        torch.randn(scored, WIDTH, dtype=dtype, device=device),
+    )
     logits = torch.randn(scored, VOCABULARY, dtype=dtype, device=device)
     qkv = [torch.randn(ROWS, LENGTH, 12, 64, dtype=dtype, device=device, requires_grad=True) for _ in range(3)]
     grad = torch.randn(ROWS, LENGTH, 12, 64, dtype=dtype, device=device)

@@ -1,7 +1,7 @@
 """Everything that trains: adapters, freezing, data, losses, the loop, checkpoints, generation.
 
-Works on any `nn.Module` with a loss function; the built-in losses need the models of this project. Names are imported at
-first use (PEP 562).
+Works on any `nn.Module` with a loss function; the built-in losses need the models of this project. Names are imported
+at first use (PEP 562).
 """
 
 from importlib import import_module
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from .freezing import trainable_report as trainable_report
     from .freezing import unfreeze as unfreeze
     from .generation import generate as generate
-    from .lora import LoRAConfig as LoRAConfig
-    from .lora import add_lora as add_lora
     from .loop import TrainConfig as TrainConfig
     from .loop import train as train
+    from .lora import LoRAConfig as LoRAConfig
+    from .lora import add_lora as add_lora
 
 _HOME = {
     "LoRAConfig": "lora",

@@ -23,6 +23,7 @@ from .lora import (
     Slot,
     candidates,
     ensure_slot,
+    foreign_linear,
     refuse_merged,
     refuse_tied,
     slots,
@@ -83,7 +84,7 @@ def _published_factors(slot: Slot, name: str) -> Iterator[tuple[str, int, float,
     """For each adapted part: published module path, rank, scale, and its two factors under PEFT's names."""
     factors = slot.module.lora[name]
     if isinstance(factors, EmbeddingFactors):
-        weights = {"lora_embedding_A": factors.a, "lora_embedding_B": factors.b}
+        weights: dict[str, Tensor] = {"lora_embedding_A": factors.a, "lora_embedding_B": factors.b}
         yield slot.published[0], factors.a.shape[0], factors.scale, weights
     elif isinstance(factors, LowRank) and isinstance(slot.module, Linear):
         blocks = zip(
@@ -231,18 +232,14 @@ def _plan(model: nn.Module, tensors: dict[str, Tensor], config: LoRAConfig, path
             v, d = module.num_embeddings, module.embedding_dim
             if pair := _pair(rest, published[0], "lora_embedding_{}", (v, d), config, path):
                 a, b = pair
-                factors = EmbeddingFactors(v, d, len(a), config.scale_of(published[0]))
-                factors.a.data, factors.b.data = a.float(), b.float()
-                plan.append((module_path, factors))
+                on_rows = EmbeddingFactors(v, d, len(a), config.scale_of(published[0]))
+                on_rows.a.data, on_rows.b.data = a.float(), b.float()
+                plan.append((module_path, on_rows))
             continue
-        parts = (
-            Linear.around(module.weight, None, _transposed(module)).parts
-            if not isinstance(module, Linear)
-            else module.parts
-        )
+        linear = module if isinstance(module, Linear) else foreign_linear(module)
         found = []
-        for part, name in zip(parts, published, strict=True):
-            fan_in = module.weight.shape[0 if _transposed(module) else 1]
+        for part, name in zip(linear.parts, published, strict=True):
+            fan_in = linear.in_features
             if pair := _pair(rest, name, "lora_{}.weight", (fan_in, part.size), config, path):
                 found.append((part, name, *pair))
         if found:
@@ -275,10 +272,6 @@ def _pair(
     if rank != config.rank_of(name):
         raise ValueError(f"{path}: {name} has rank {rank}, but {CONFIG} says {config.rank_of(name)}")
     return a, b
-
-
-def _transposed(module: nn.Module) -> bool:
-    return module.transposed if isinstance(module, Linear) else type(module).__name__ == "Conv1D"
 
 
 def _expect(path: Path, name: str, got: tuple, wanted: tuple) -> None:

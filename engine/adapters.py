@@ -24,7 +24,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     """Apply the adapter called `name` from here on; None is the base model. ValueError where there is none such."""
     _require(model, name)
     for slot in slots(model):
-        slot.module.active = name if name in slot.module.lora else None
+        slot.module.active = name if name is not None and name in slot.module.lora else None
 
 
 @contextmanager
@@ -67,9 +67,9 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> None:
 def _deltas(module: Linear | LoRAEmbedding, name: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Blocks of the weight as (rows, fan-in) views, each with its correction in fp32."""
     factors = module.lora[name]
-    if isinstance(factors, LowRank):
+    if isinstance(factors, LowRank) and isinstance(module, Linear):
         for part, delta in factors.delta():
-            yield module.matrix.data[part.start : part.start + part.size], delta  # type: ignore[union-attr]
+            yield module.matrix.data[part.start : part.start + part.size], delta
     elif isinstance(factors, EmbeddingFactors):
         yield module.weight.data, factors.scale * (factors.b @ factors.a).T
 

@@ -11,7 +11,7 @@ packing get them *padded*, with a mask; then rows of similar length are put toge
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,14 @@ from torch import Tensor
 
 IGNORE = -100
 Batch = dict[str, Any]
+
+
+class Examples(Protocol):
+    """What batches are made of: a list, or anything with a length and numbered entries."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+    def __iter__(self) -> Iterator[Any]: ...
 
 
 def example_size(example: Mapping[str, Any]) -> int:
@@ -36,7 +44,7 @@ class Batches:
 
     def __init__(
         self,
-        examples: Sequence[Any],
+        examples: Examples,
         collate: Callable[[list[Any]], Any],
         *,
         rows: int | None = None,

@@ -137,7 +137,7 @@ def _value(hint: Any, value: Any, place: str) -> Any:
     """`value` as the type says, or a ValueError."""
     options = get_args(hint) if get_origin(hint) is UnionType else (hint,)
     for option in options:
-        if isinstance(value, dict) and is_dataclass(option):
+        if isinstance(value, dict) and isinstance(option, type) and is_dataclass(option):
             return from_table(option, value, place)
         if option is float and type(value) is int:
             return float(value)

@@ -28,7 +28,7 @@ def evaluate(model: nn.Module, data: Iterable[Any], loss_fn: LossFn, score: Scor
                 for batch in item if isinstance(item, list) else [item]:
                     batch = to_device(batch, device)
                     loss, n = score.update(model, batch) if score is not None else loss_fn(model, batch)
-                    total, count = total + loss.double(), count + n
+                    total, count = total + loss.double(), count + int(n)
     finally:
         model.train(training)
     if count == 0:

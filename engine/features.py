@@ -1,13 +1,13 @@
 """Frozen features: when only the head trains, the model below it runs once over the data, not once an epoch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .batches import Batches, Collate, to_device
+from .batches import Batches, Collate, Examples, to_device
 from .lora import KnownModel, slots
 from .losses import pooled
 
@@ -44,10 +44,10 @@ def with_features(model: nn.Module, data: Any) -> Any:
     return cached
 
 
-class _Featured(Sequence):
+class _Featured:
     """Examples with their features beside them."""
 
-    def __init__(self, examples: Sequence[Any], features: list[Tensor]):
+    def __init__(self, examples: Examples, features: list[Tensor]):
         self.examples, self.features = examples, features
 
     def __len__(self) -> int:
@@ -56,8 +56,11 @@ class _Featured(Sequence):
     def __getitem__(self, index: Any) -> Any:
         return {**self.examples[index], "features": self.features[index]}
 
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
 
-def compute_features(model: Any, examples: Sequence[Any], collate: Collate) -> list[Tensor]:
+
+def compute_features(model: Any, examples: Examples, collate: Collate) -> list[Tensor]:
     """For each example what the head reads: a vector (D,), or the states of its tokens (T, D); on the CPU."""
     device = next(model.parameters()).device
     training = model.training

@@ -152,7 +152,8 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> tup
         ranks = [config.rank_of(published[i]) for i in parts]
         scales = [config.scale_of(published[i]) for i in parts]
         if isinstance(module, LoRAEmbedding):
-            factors: nn.Module = EmbeddingFactors(*module.weight.shape, ranks[0], scales[0], module.weight.device)
+            vocab, d_model = module.num_embeddings, module.embedding_dim
+            factors: nn.Module = EmbeddingFactors(vocab, d_model, ranks[0], scales[0], module.weight.device)
         else:
             blocks = [module.parts[i] for i in parts]
             factors = LowRank(module.in_features, blocks, ranks, scales, config.dropout, module.weight.device)
@@ -171,14 +172,21 @@ def ensure_slot(model: nn.Module, path: str) -> Linear | LoRAEmbedding:
     if isinstance(module, nn.Embedding):
         new = LoRAEmbedding(module)
     else:
-        new = Linear.around(module.weight, module.bias, transposed=_is_conv1d(module))  # type: ignore[arg-type]
+        new = foreign_linear(module)
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, new.train(module.training))
     return new
 
 
+def foreign_linear(module: nn.Module) -> Linear:
+    """A `Linear` around the parameters of an nn.Linear or a Conv1D."""
+    weight, bias = module.weight, module.bias
+    assert isinstance(weight, nn.Parameter) and (bias is None or isinstance(bias, nn.Parameter))
+    return Linear.around(weight, bias, transposed=_is_conv1d(module))
+
+
 def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and isinstance(module.nf, int) and module.weight.dim() == 2
+    return type(module).__name__ == "Conv1D" and isinstance(module.nf, int)
 
 
 def _is_look_up(module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from . import losses, metrics
-from .batches import Batch
+from .batches import Batch, Examples
 
 MAX_ANSWER_TOKENS = 30
 
@@ -41,7 +41,9 @@ class ClassificationScore:
     """Accuracy, macro F1, confusion matrix."""
 
     def __init__(self, n_classes: int):
-        self.n_classes, self.predicted, self.gold = n_classes, [], []
+        self.n_classes = n_classes
+        self.predicted: list[int] = []
+        self.gold: list[int] = []
 
     def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
         logits = model.head(losses.features(model, batch))
@@ -57,7 +59,9 @@ class TaggingScore:
     """Entity precision, recall and F1, and token accuracy."""
 
     def __init__(self, names: Sequence[str]):
-        self.names, self.predicted, self.gold = names, [], []
+        self.names = names
+        self.predicted: list[list[str]] = []
+        self.gold: list[list[str]] = []
 
     def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
         logits = losses.tag_logits(model, batch)
@@ -75,7 +79,7 @@ class AnswerScore:
     `examples` are the encoded windows in the order of the evaluation, `rows` the questions.
     """
 
-    def __init__(self, examples: Sequence[Any], rows: Sequence[Any]):
+    def __init__(self, examples: Examples, rows: Sequence[Any]):
         self.examples, self.rows, self.next = examples, rows, 0
         self.best: dict[int, tuple[float, str]] = {}
 
@@ -105,7 +109,7 @@ def best_span(logits: np.ndarray, offsets: Sequence[Any], context: str) -> tuple
     t = len(offsets)
     allowed = np.triu(np.ones((t, t), dtype=bool)) & ~np.triu(np.ones((t, t), dtype=bool), MAX_ANSWER_TOKENS)
     total = np.where(allowed, total, -np.inf)
-    first, last = np.unravel_index(int(total.argmax()), total.shape)
+    first, last = divmod(int(total.argmax()), t)
     if not np.isfinite(total[first, last]):
         return -np.inf, ""
     return float(total[first, last]), context[offsets[first][0] : offsets[last][1]]
@@ -138,7 +142,7 @@ class Objective:
     task: str
     encoding: str
     loss: losses.LossFn
-    score: Callable[[Sequence[str], Sequence[Any], Sequence[Any]], Score]
+    score: Callable[[Sequence[str], Examples, Sequence[Any]], Score]
     best: str = "loss"
 
 

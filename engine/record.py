@@ -46,7 +46,7 @@ class Record:
                 raise ValueError(
                     f"{self.out} holds a run with {'; '.join(changed)}; take back the change or choose another out"
                 )
-        elif self.out.is_dir() and any(self.out.iterdir()):
+        elif self.out.is_dir() and any(file.name != "run.json.tmp" for file in self.out.iterdir()):
             raise ValueError(f"{self.out} is not empty and holds no run; choose another out")
         self.out.mkdir(parents=True, exist_ok=True)
         facts = {**about, "config": config, **environment(), "started": datetime.now(UTC).isoformat(timespec="seconds")}

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from .engine import (
@@ -22,7 +23,8 @@ from .engine import (
     trainable_report,
     unfreeze,
 )
-from .engine.batches import Batches, Collate, Masking
+from .engine.adapter_files import TASK_TYPES
+from .engine.batches import Batches, Collate, Examples, Masking
 from .engine.chat import ChatTemplate
 from .engine.check_data import show
 from .engine.config import DataConfig, RunConfig, from_table, read_config
@@ -49,9 +51,9 @@ class Prepared:
     tokenizer: Any
     objective: Objective
     labels: tuple[str, ...]
-    examples: Sequence[Any]
+    examples: Examples
     eval_rows: Sequence[Any]
-    eval_examples: Sequence[Any]
+    eval_examples: Examples
     collate: Collate
 
     def score(self) -> Any:
@@ -65,6 +67,7 @@ class Prepared:
 
 def prepare(config: RunConfig, cache: Path) -> Prepared:
     """Read the data, load the model, encode; says what was read, dropped, truncated and masked."""
+    torch.manual_seed(config.train.seed)  # of a new head and a new adapter
     objective = OBJECTIVES[config.method]
     corpus = config.method == "pretrain" and all(_is_corpus(Path(file)) for file in _files(config.data))
     rows, eval_rows = ([], []) if corpus else _rows(config.data, config.train.seed)
@@ -81,18 +84,16 @@ def prepare(config: RunConfig, cache: Path) -> Prepared:
 
     def encoded(what: str, part: Sequence[Any]) -> Sequence[Any]:
         template = _template(model) if any("messages" in row for row in part) else None
-        examples, said = encode(
-            part,
-            tokenizer,
-            objective.encoding,
-            max_length=length,
-            labels=labels,
-            eos=model.tokens.eos_id,
-            template=template,
-        )
+        settings = {"max_length": length, "labels": labels, "eos": model.tokens.eos_id, "template": template}
+        try:
+            examples, said = encode(part, tokenizer, objective.encoding, **settings)
+        except ValueError as error:
+            raise ValueError(f"data.{what}: {error}") from error
         print(f"{what}: {said}")
         return examples
 
+    examples: Examples
+    eval_examples: Examples
     if corpus:
         examples, eval_examples = _corpora(config.data, tokenizer, cache, length, model.tokens.eos_id)
     else:
@@ -136,9 +137,8 @@ def _corpora(data: DataConfig, tokenizer: Any, cache: Path, length: int, eos: in
 def _rows(data: DataConfig, seed: int) -> tuple[list[Any], list[Any]]:
     files = [data.train] if isinstance(data.train, str) else data.train
     rows = [row for file in files for row in read_rows(file)]
-    if shapes := sorted({row_shape(row) for row in rows}):
-        if len(shapes) > 1:
-            raise ValueError(f"data.train: the files hold rows of different shapes ({', '.join(shapes)})")
+    if len(shapes := sorted({row_shape(row) for row in rows})) > 1:
+        raise ValueError(f"data.train: the files hold rows of different shapes ({', '.join(shapes)})")
     if data.eval is None:
         return rows, []
     if isinstance(data.eval, str):
@@ -206,7 +206,7 @@ def run_train(options: argparse.Namespace) -> int:
     config = read_config(options.config, options.override)
     out = Path(config.out)
     record = Record(out)
-    about = {
+    about: dict[str, Any] = {
         "name": config.name or out.name, "method": config.method, "task": OBJECTIVES[config.method].task,
         "model": config.model.path or config.model.preset, "config": config.as_dict(),
     }  # fmt: skip
@@ -304,7 +304,7 @@ def _written(table: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _put_weights(run: Path, model: nn.Module) -> None:
+def _put_weights(run: Path, model: Any) -> None:
     """The run's adapter on the model, or its stored weights in it."""
     if (run / "adapter").is_dir():
         load_adapter(model, run / "adapter")
@@ -378,8 +378,7 @@ def _ended(ids: list[int], eos: int | None, stop: Sequence[str], tokenizer: Any)
 def run_merge(options: argparse.Namespace) -> int:
     """`handtune merge`: the adapter added into the base, written as a plain checkpoint."""
     facts = Path(options.adapter) / "adapter_config.json"
-    kinds = {"SEQ_CLS": "sequence-classification", "TOKEN_CLS": "token-classification", "QUESTION_ANS": "question-answering",
-             "CAUSAL_LM": "causal-lm", "FEATURE_EXTRACTION": "embedding"}  # fmt: skip
+    kinds = {kind: task for task, kind in reversed(TASK_TYPES.items())}  # of several tasks the first one
     task = kinds.get(json.loads(facts.read_text(encoding="utf-8")).get("task_type")) if facts.is_file() else None
     model, tokenizer = load(options.model, task)
     load_adapter(model, options.adapter)

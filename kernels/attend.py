@@ -73,6 +73,7 @@ def _varlen(
     """Packed segments on CUDA, in one launch."""
     from torch.nn.attention.varlen import varlen_attn
 
+    k, v = _as_many_heads(q, k, v)
     longest = int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
     window = (-1, 0) if causal else (-1, -1)
     out = varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=window)
@@ -90,10 +91,15 @@ def _rows(
     if bias is not None or (causal and 1 < t != s):
         return _fused(q, k, v, _mask(slice(s - t, s), slice(0, s), None, bias, causal, q), False, scale)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and t > 1:
-        heads = q.shape[2] // k.shape[2]
-        k, v = (x if heads == 1 else x.repeat_interleave(heads, dim=2) for x in (k, v))
+        k, v = _as_many_heads(q, k, v)
         return _Recomputed.apply(q, k, v, causal, scale)
     return _fused(q, k, v, None, causal and t > 1, scale)
+
+
+def _as_many_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v with each head repeated until there are as many as in q."""
+    heads = q.shape[2] // k.shape[2]
+    return (k, v) if heads == 1 else (k.repeat_interleave(heads, dim=2), v.repeat_interleave(heads, dim=2))
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:

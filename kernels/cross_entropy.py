@@ -16,6 +16,8 @@ waits for the backward pass, and the incoming scalar scales it. `reduction="none
 may differ, so its backward pass computes the chunk again. Chunking: Hsu et al., https://arxiv.org/abs/2410.10989
 """
 
+from typing import Literal, overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -134,6 +136,32 @@ class _TokenLosses(torch.autograd.Function):
         grad_w = None if grad_w is None else grad_w.to(weight.dtype)
         grad_b = None if grad_b is None else grad_b.to(bias.dtype)
         return grad_x, grad_w, grad_b, None, None
+
+
+@overload
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    index: Tensor | None = None,
+    reduction: str = "sum",
+    with_entropy: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    *,
+    index: Tensor | None = None,
+    reduction: str = "sum",
+    with_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def linear_cross_entropy(

@@ -177,12 +177,12 @@ class Bert(nn.Module):
         """Fresh weights for a head that a checkpoint may lack; the tied output matrix is none of them."""
         for child in self.head.children():
             initialize(child)
-        if self.task == "masked-lm":
+        if isinstance(self.head, MaskedLMHead):
             nn.init.zeros_(self.head.bias)
 
     def tie(self) -> None:
         """Make the token embedding the masked-LM head's output matrix."""
-        if self.task == "masked-lm":
+        if isinstance(self.head, MaskedLMHead):
             self.head.weight = self.embed.tokens.weight
 
     def hidden(

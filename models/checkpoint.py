@@ -266,7 +266,9 @@ def _fill(model: Model, shards: Shards, new_head: bool) -> None:
     stored = {_canonical(name, model.base_prefix): name for name in shards.names()}
     own = dict(model.named_parameters())
     model.initialize_head()
-    missing, misshaped, head_missing = [], [], []
+    missing: list[str] = []
+    misshaped: list[str] = []
+    head_missing: list[str] = []
     used: set[str] = set()
     for key, source in model.key_map().items():
         names = [_canonical(name, model.base_prefix) for name in source.names]

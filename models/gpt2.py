@@ -211,8 +211,9 @@ class GPT2(nn.Module):
         initialize(self)
         with torch.no_grad():
             for block in self.layers:
+                assert isinstance(block, Block)
                 for linear in (block.o, block.down):
-                    linear.weight /= (2 * self.config.n_layer) ** 0.5
+                    linear.weight.div_((2 * self.config.n_layer) ** 0.5)
 
     def initialize_head(self) -> None:
         """Fresh weights for a head that a checkpoint may lack."""
@@ -221,14 +222,13 @@ class GPT2(nn.Module):
 
     def tie(self) -> None:
         """Make the token embedding the output matrix, where the configuration says so."""
-        if self.task == "causal-lm" and self.config.tied:
-            self.head.weight = self.embed.tokens.weight
+        if isinstance(self.head, Linear) and self.config.tied:
+            self.head.weight = self.embed.tokens.weight  # type: ignore[assignment]
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `batch` rows of up to `length` positions."""
-        block = self.layers[0]
-        weight = self.embed.tokens.weight
-        return KVCache(len(self.layers), batch, length, block.n_head, block.head_width, weight)
+        c, like = self.config, self.embed.tokens.weight
+        return KVCache(c.n_layer, batch, length, c.n_head, c.head_width or c.d_model // c.n_head, like)
 
     def hidden(
         self,

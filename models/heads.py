@@ -87,7 +87,7 @@ class MaskedLMHead(nn.Module):
     with `linear_cross_entropy`.
     """
 
-    def __init__(self, weight: nn.Parameter, activation: str, eps: float):
+    def __init__(self, weight: Tensor, activation: str, eps: float):
         super().__init__()
         vocab, d_model = weight.shape
         self.dense, self.norm, self.activation = Linear(d_model, d_model), LayerNorm(d_model, eps), activation

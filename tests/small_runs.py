@@ -62,7 +62,9 @@ def bert(task: str = "sequence-classification", labels: tuple[str, ...] = (), **
     """Two layers, two heads, 64 positions, the vocabulary of `word_piece`."""
     torch.manual_seed(0)
     small = {"vocab_size": word_piece().get_vocab_size(), "max_positions": 64, "n_layer": 2, "n_head": 2}
-    return Bert.from_name("bert-base-uncased", task=task, labels=labels, **{**small, "d_model": 32, "d_ff": 64, **sizes})
+    return Bert.from_name(
+        "bert-base-uncased", task=task, labels=labels, **{**small, "d_model": 32, "d_ff": 64, **sizes}
+    )
 
 
 def gpt2_folder(path: Path, **sizes: Any) -> Path:
@@ -79,7 +81,9 @@ def bert_folder(path: Path, task: str = "masked-lm", **sizes: Any) -> Path:
     return path
 
 
-def examples(rows: Sequence[dict[str, Any]], encoding: str, labels: Sequence[str] | None = None) -> list[dict[str, Any]]:
+def examples(
+    rows: Sequence[dict[str, Any]], encoding: str, labels: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
     """Rows encoded by the tokenizer of the encoding's kind."""
     causal = encoding in ("sft", "pretrain")
     tokenizer = byte_level() if causal else word_piece()

@@ -157,9 +157,7 @@ def test_the_pretrained_pooler_is_kept_under_a_new_classifier(tmp_path, caplog):
     reference.save_pretrained(tmp_path)
     caplog.set_level(logging.WARNING, "handtune")
     model = on_cpu(tmp_path, "sequence-classification", labels=3)
-    assert caplog.messages == [
-        "new, to be trained, for sequence-classification: classifier.bias, classifier.weight"
-    ]
+    assert caplog.messages == ["new, to be trained, for sequence-classification: classifier.bias, classifier.weight"]
     assert torch.equal(model.head.pooler.weight, reference.bert.pooler.dense.weight)
     assert 0.01 < model.head.out.weight.std() < 0.03
     assert not model.head.out.bias.any()
@@ -458,7 +456,7 @@ def test_berts_that_are_computed_otherwise_are_refused(tmp_path, overrides):
         ({"task": "token-classification", "labels": ["a", "b", "a"]}, "expected different names, or their number"),
         ({"task": "reward", "head_layers": 0}, "head_layers: expected a positive number, got 0"),
         ({"task": "masked-lm"}, "task 'masked-lm': GPT-2 can do causal-lm, "),
-        ({"dtype": "float8"}, 'dtype \'float8\': expected "auto", float32, bfloat16, float16'),
+        ({"dtype": "float8"}, "dtype 'float8': expected \"auto\", float32, bfloat16, float16"),
         ({"device": "abacus"}, 'device \'abacus\': expected "auto", "cpu" or "cuda"'),
     ],
 )

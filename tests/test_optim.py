@@ -129,7 +129,9 @@ def test_lr_scale_and_decay_by_layer() -> None:
 
 def test_scaled_rates_reach_the_update() -> None:
     """Adam's first step is the learning rate itself, whatever the gradient."""
-    layers = nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(3)), "head": nn.Linear(2, 2)})
+    layers = nn.ModuleDict(
+        {"layers": nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(3)), "head": nn.Linear(2, 2)}
+    )
     mine = optimizer(layers.named_parameters(), weight_decay=0.0, lr_decay=0.5, lr_scale={"head.*": 4.0})
     before = {name: p.detach().clone() for name, p in layers.named_parameters()}
     for parameter in layers.parameters():

@@ -1,0 +1,110 @@
+"""Frozen features: computed once where that is exact, and then the same result as computing them each time."""
+
+import pytest
+import torch
+from small_runs import QUESTIONS, SENTIMENT, TAGGED, assert_same_weights, bert, examples, gpt2, weights
+
+from handtune.engine import LoRAConfig, TrainConfig, add_lora, freeze, losses, train, unfreeze
+from handtune.engine.batches import Batches, Collate, Masking
+from handtune.engine.features import compute_features, head_only, with_features
+from handtune.engine.objectives import OBJECTIVES
+
+TAGS = ("O", "B-ANIMAL", "B-PLACE")
+
+
+def case(name: str, build=bert):
+    """A model of which only the head trains, its rows, and how they are scored."""
+    labels = {"classify": ("down", "up"), "tag": TAGS}.get(name, ())
+    rows = {"classify": SENTIMENT, "tag": TAGGED, "qa": QUESTIONS}[name]
+    objective = OBJECTIVES[name]
+    model = build(objective.task, labels)
+    freeze(model, "*")
+    unfreeze(model, "head.*")
+    encoded = examples(rows, name, labels or None)
+    return model, encoded, objective, lambda: objective.score(labels, encoded, rows)
+
+
+class Uncached(Collate):
+    """A collate function of another kind: its batches are not known to be free of noise."""
+
+
+@pytest.mark.parametrize("build", [bert, gpt2])
+@pytest.mark.parametrize("name", ["classify", "tag", "qa"])
+def test_cached_and_uncached_give_the_same(name, build, monkeypatch) -> None:
+    """The same training, the body computed once and computed each time: to rounding, since batches are cut otherwise."""
+    ends = []
+    for cached in (True, False):
+        model, rows, objective, score = case(name, build)
+        calls = []
+        hidden = model.hidden
+        monkeypatch.setattr(
+            model, "hidden", lambda *a, hidden=hidden, calls=calls, **k: calls.append(1) or hidden(*a, **k)
+        )
+        settings = {} if cached else {"unfreeze": {"head.*": 0}}
+        data = Batches(rows, Collate(), rows=6, seed=3)
+        held = Batches(rows, Collate(), rows=5, shuffle=False)
+        config = TrainConfig(epochs=8, batch_rows=6, lr=1e-2, eps=1e-4, **settings)
+        result = train(model, data, objective.loss, config, eval_data=held, score=score)
+        ends.append((weights(model), result, len(calls)))
+    (ours, cached, few), (theirs, computed, many) = ends
+    assert few == 2 < many  # one chunk of rows each for training and evaluation
+    assert cached.metrics["loss"] == pytest.approx(computed.metrics["loss"], rel=1e-4)
+    assert any(not torch.equal(ours[key], weight) for key, weight in weights(case(name, build)[0]).items())
+    assert cached.train_loss == pytest.approx(computed.train_loss, rel=1e-4)
+    assert_same_weights(ours, theirs, 2e-3)
+
+
+def test_head_only() -> None:
+    model, *_ = case("classify")
+    assert head_only(model)
+    unfreeze(model, "layers.1.up.*")
+    assert not head_only(model)
+    tied = gpt2()
+    freeze(tied, "*")
+    unfreeze(tied, "embed.tokens.*")
+    assert not head_only(tied)  # the head's weight, but the embedding's too
+    assert not head_only(torch.nn.Linear(2, 2))
+    adapted = bert(labels=("a", "b"))
+    add_lora(adapted, LoRAConfig(rank=2))
+    unfreeze(adapted, "head.*")
+    assert not head_only(adapted)
+    freeze(adapted, "head.*")
+    freeze(adapted, "*.lora.*")
+    assert not head_only(adapted)
+
+
+def test_only_exact_cases_are_cached() -> None:
+    model, rows, *_ = case("classify")
+    data = Batches(rows, Collate(), rows=4, seed=9)
+    next(iter(data))
+    cached = with_features(model, data)
+    assert cached is not data
+    assert cached.state_dict() == data.state_dict()
+    assert [list(p) for p in cached.plan(3)] == [list(p) for p in data.plan(3)]
+    noisy = Batches(rows, Collate(masking=Masking(4, 100)), rows=4)
+    assert with_features(model, noisy) is noisy
+    block = Batches(rows, Collate("padded"), rows=4)
+    assert with_features(model, block) is block
+    own = Batches(rows, list, rows=4)
+    assert with_features(model, own) is own
+    assert with_features(model, [1, 2]) == [1, 2]
+    unfreeze(model, "layers.0.*")
+    assert with_features(model, data) is data
+
+
+@pytest.mark.parametrize("name", ["classify", "tag"])
+def test_features_are_what_the_head_reads(name) -> None:
+    model, rows, objective, _ = case(name)
+    found = compute_features(model, rows, Collate())
+    assert len(found) == len(rows)
+    with torch.no_grad():
+        for row, features in zip(rows, found, strict=True):
+            batch = Collate()([row])
+            assert features.shape == ((32,) if name == "classify" else (len(row["input_ids"]), 32))
+            plain = losses.features(model, batch)
+            assert (features - plain[0]).abs().max() < 1e-6
+            with_them = Collate()([{**row, "features": features}])
+            assert objective.loss(model, with_them)[0].item() == pytest.approx(
+                objective.loss(model, batch)[0].item(), rel=1e-5
+            )
+    assert not any(features.requires_grad for features in found)
