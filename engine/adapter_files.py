@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import Linear, LowRank
+from ..kernels.linear import Part
 from .adapters import adapter_names, set_adapter
 from .lora import (
     EmbeddingFactors,
@@ -23,7 +24,7 @@ from .lora import (
     Slot,
     candidates,
     ensure_slot,
-    foreign_linear,
+    is_conv1d,
     refuse_merged,
     refuse_tied,
     slots,
@@ -223,37 +224,59 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return {key.removeprefix(PREFIX): value for key, value in tensors.items()}
 
 
-def _plan(model: nn.Module, tensors: dict[str, Tensor], config: LoRAConfig, path: Path):
+def _plan(
+    model: nn.Module, tensors: dict[str, Tensor], config: LoRAConfig, path: Path
+) -> tuple[list[tuple[str, nn.Module]], dict[str, Tensor]]:
     """The factors to attach, by module path, made from the tensors; and the tensors that are no factors."""
     plan: list[tuple[str, nn.Module]] = []
     rest = dict(tensors)
     for module_path, module, published in candidates(model):
+        factors: nn.Module | None
         if isinstance(module, nn.Embedding | LoRAEmbedding):
-            v, d = module.num_embeddings, module.embedding_dim
-            if pair := _pair(rest, published[0], "lora_embedding_{}", (v, d), config, path):
-                a, b = pair
-                on_rows = EmbeddingFactors(v, d, len(a), config.scale_of(published[0]))
-                on_rows.a.data, on_rows.b.data = a.float(), b.float()
-                plan.append((module_path, on_rows))
-            continue
-        linear = module if isinstance(module, Linear) else foreign_linear(module)
-        found = []
-        for part, name in zip(linear.parts, published, strict=True):
-            fan_in = linear.in_features
-            if pair := _pair(rest, name, "lora_{}.weight", (fan_in, part.size), config, path):
-                found.append((part, name, *pair))
-        if found:
-            factors = LowRank(
-                found[0][2].shape[1], [f[0] for f in found], [len(f[2]) for f in found],
-                [config.scale_of(f[1]) for f in found], config.dropout,
-            )  # fmt: skip
-            factors.a.data = torch.cat([f[2].float() for f in found])
-            for own, (_, _, _, b) in zip(factors.b, found, strict=True):
-                own.data = b.float()
+            factors = _embedding_factors(module, published[0], rest, config, path)
+        else:
+            factors = _projection_factors(module, published, rest, config, path)
+        if factors is not None:
             plan.append((module_path, factors))
     if not plan:
         raise ValueError(f"{path}: none of its tensors belongs to this model; it was made for another base")
     return plan, rest
+
+
+def _embedding_factors(
+    module: nn.Embedding | LoRAEmbedding, name: str, rest: dict[str, Tensor], config: LoRAConfig, path: Path
+) -> EmbeddingFactors | None:
+    v, d = module.num_embeddings, module.embedding_dim
+    pair = _pair(rest, name, "lora_embedding_{}", (v, d), config, path)
+    if pair is None:
+        return None
+    a, b = pair
+    factors = EmbeddingFactors(v, d, len(a), config.scale_of(name))
+    factors.a.data, factors.b.data = a.float(), b.float()
+    return factors
+
+
+def _projection_factors(
+    module: nn.Module, published: tuple[str, ...], rest: dict[str, Tensor], config: LoRAConfig, path: Path
+) -> LowRank | None:
+    if isinstance(module, Linear):
+        fan_in, parts = module.in_features, module.parts
+    else:
+        assert isinstance(module.weight, Tensor)  # a foreign projection, see candidates
+        fan_out, fan_in = module.weight.shape[::-1] if is_conv1d(module) else module.weight.shape
+        parts = (Part("", 0, fan_out),)
+    found = []
+    for part, name in zip(parts, published, strict=True):
+        if pair := _pair(rest, name, "lora_{}.weight", (fan_in, part.size), config, path):
+            found.append((part, config.scale_of(name), *pair))
+    if not found:
+        return None
+    blocks, scales, a_blocks, b_blocks = zip(*found, strict=True)
+    factors = LowRank(fan_in, list(blocks), [len(a) for a in a_blocks], list(scales), config.dropout)
+    factors.a.data = torch.cat([a.float() for a in a_blocks])
+    for own, b in zip(factors.b, b_blocks, strict=True):
+        own.data = b.float()
+    return factors
 
 
 def _pair(

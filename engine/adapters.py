@@ -77,14 +77,12 @@ def _deltas(module: Linear | LoRAEmbedding, name: str) -> Iterator[tuple[Tensor,
 @torch.no_grad()
 def unmerge_lora(model: nn.Module) -> None:
     """Put the weights back, bitwise, and make the adapter active again. ValueError where no copy was kept."""
-    merged = [slot for slot in slots(model) if slot.module.merged is not None]
+    merged = [(slot.module, slot.module.merged) for slot in slots(model) if slot.module.merged is not None]
     if not merged:
         raise ValueError("no adapter is merged")
-    if any(slot.module.merged.base is None for slot in merged):  # type: ignore[union-attr]
+    if any(state.base is None for _, state in merged):
         raise ValueError("merged with keep_base=False: the base weights are gone; load the model again")
-    for slot in merged:
-        module = slot.module
-        assert module.merged is not None
-        assert module.merged.base is not None
-        module.weight.copy_(module.merged.base)
-        module.active, module.merged = module.merged.name, None
+    for module, state in merged:
+        assert state.base is not None
+        module.weight.copy_(state.base)
+        module.active, module.merged = state.name, None

@@ -52,7 +52,7 @@ def _marked(
     note = f"{note}, {sum(target >= 0 for target in targets)} targets"
     if objective == "tag":
         names = [f":{_name(target, labels)}" if target >= 0 else "" for target in targets]
-        return note, [(text + name, bool(name)) for text, name in zip(_texts(ids, tokenizer), names, strict=False)]
+        return note, [(text + name, bool(name)) for text, name in zip(_texts(ids, tokenizer), names, strict=True)]
     # Targets are shifted: the token at i + 1 is in the loss if targets[i] is, and the last one is only there.
     shown = ids + targets[-1:] if targets[-1] >= 0 else ids
     wanted = [False] + [target >= 0 for target in targets]

@@ -164,7 +164,7 @@ def _tokens(
     while batch := list(islice(pieces, _BATCH)):
         # The fast variant computes no offsets.
         encodings = tokenizer.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
-        for (_, ends), encoding in zip(batch, encodings, strict=False):
+        for (_, ends), encoding in zip(batch, encodings, strict=True):
             ids = encoding.ids
             yield np.asarray([*ids, eos] if ends and eos is not None else ids, dtype=dtype)
 

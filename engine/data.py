@@ -154,7 +154,7 @@ def _table(lines: Any, path: Path, headless: bool = False) -> Placed:
                     f"({', '.join(fields)}); quote a field that holds the separator, or use JSONL"
                 )
             else:
-                yield f"line {lines.line_num}", dict(zip(fields, values, strict=False))
+                yield f"line {lines.line_num}", dict(zip(fields, values, strict=True))
     except csv.Error as error:
         raise ValueError(f"{path} line {lines.line_num}: {error}; check the quotes, or use JSONL") from None
 

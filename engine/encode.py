@@ -203,7 +203,7 @@ def _ended(ids: list[int], settings: Settings) -> list[int]:
 def _completion(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
     prompts = _encode_texts([row["prompt"] for _, row in rows], settings)
     wholes = _encode_texts([row["prompt"] + row["completion"] for _, row in rows], settings)
-    for (_, row), prompt, whole in zip(rows, prompts, wholes, strict=False):
+    for (_, row), prompt, whole in zip(rows, prompts, wholes, strict=True):
         ids, seam = whole.ids, len(prompt.ids)
         if ids[:seam] != prompt.ids:
             ids, seam = _joined_at_seam(row, prompt, whole, settings)
@@ -226,7 +226,7 @@ def _joined_at_seam(
 
 def _chat(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
     rendered = [_chat_text(index, row, settings) for index, row in rows]
-    for (_, spans), encoding in zip(rendered, _encode_texts([text for text, _ in rendered], settings), strict=False):
+    for (_, spans), encoding in zip(rendered, _encode_texts([text for text, _ in rendered], settings), strict=True):
         yield _with_loss(encoding.ids, token_mask(encoding.offsets, spans), settings)
 
 
@@ -243,7 +243,7 @@ def _with_loss(ids: list[int], mask: list[bool], settings: Settings) -> Encoded:
     limit = settings.max_length + 1
     kept = _kept(mask, limit)
     ids, mask = ids[kept], mask[kept]
-    targets = [token if wanted else IGNORED for token, wanted in zip(ids[1:], mask[1:], strict=False)]
+    targets = [token if wanted else IGNORED for token, wanted in zip(ids[1:], mask[1:], strict=True)]
     count = sum(mask[1:])
     example = {"input_ids": ids[:-1], "targets": targets}
     return Encoded([example] if count else [], len(targets), count, truncated=kept != slice(None), masked=not count)

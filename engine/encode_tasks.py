@@ -71,7 +71,7 @@ def classify(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
         texts: list[Any] = [row["text"] + "\n" + row["text_pair"] for _, row in rows]
     else:
         texts = [(row["text"], row["text_pair"]) if pairs else row["text"] for _, row in rows]
-    for (index, row), encoding in zip(rows, settings.tokenizer.encode_batch(texts), strict=False):
+    for (index, row), encoding in zip(rows, settings.tokenizer.encode_batch(texts), strict=True):
         label = _label_id(row["label"], f"row {index + 1}: label", settings)
         kept = _fit(encoding, settings)
         if not _has_text(encoding):
@@ -87,9 +87,8 @@ def classify(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
 def tag(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
     """The tag of a word stands at its first sub-token."""
     sentences = [row["tokens"] for _, row in rows]
-    for (index, row), encoding in zip(
-        rows, settings.tokenizer.encode_batch(sentences, is_pretokenized=True), strict=False
-    ):
+    encodings = settings.tokenizer.encode_batch(sentences, is_pretokenized=True)
+    for (index, row), encoding in zip(rows, encodings, strict=True):
         place = f"row {index + 1}: tag of token"
         tags = [_label_id(name, f"{place} {i + 1}", settings) for i, name in enumerate(row["tags"])]
         kept, ids, words = _fit(encoding, settings), encoding.ids, encoding.word_ids
@@ -106,7 +105,7 @@ def tag(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
 def qa(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
     """Windows over the context, each after the whole question. A row whose answer no window holds whole is dropped."""
     pairs = [(row["question"], row["context"]) for _, row in rows]
-    for (index, row), encoding in zip(rows, settings.tokenizer.encode_batch(pairs), strict=False):
+    for (index, row), encoding in zip(rows, settings.tokenizer.encode_batch(pairs), strict=True):
         sequence = encoding.sequence_ids
         context = [i for i, source in enumerate(sequence) if source == 1]
         question = [i for i, source in enumerate(sequence) if source == 0]
@@ -162,13 +161,13 @@ def embed(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
     """Each text of a row encoded alone; a row with an empty text is dropped."""
     fields = [field for field in ("anchor", "positive", "negative") if field in rows[0][1]]
     columns = [settings.tokenizer.encode_batch([row[field] for _, row in rows]) for field in fields]
-    for encodings in zip(*columns, strict=False):
+    for encodings in zip(*columns, strict=True):
         if not all(_has_text(encoding) for encoding in encodings):
             yield Encoded([])
             continue
         kept = [_fit(encoding, settings) for encoding in encodings]
         ids = [encoding.ids for encoding in encodings]
-        example = {field: [own[i] for i in places] for field, own, places in zip(fields, ids, kept, strict=False)}
+        example = {field: [own[i] for i in places] for field, own, places in zip(fields, ids, kept, strict=True)}
         tokens = sum(map(len, kept))
         yield Encoded([example], tokens, 1, truncated=tokens < sum(map(len, ids)))
 

@@ -83,7 +83,7 @@ def _ends_with(path: str, pattern: str) -> bool:
 class EmbeddingFactors(nn.Module):
     """An adapter on an embedding: `a` (R, V), zero, and `b` (D, R), N(0, 1), as PEFT starts them. fp32 masters."""
 
-    def __init__(self, vocab: int, d_model: int, rank: int, scale: float, device=None):
+    def __init__(self, vocab: int, d_model: int, rank: int, scale: float, device: torch.device | None = None):
         super().__init__()
         self.a = nn.Parameter(torch.zeros(rank, vocab, device=device))
         self.b = nn.Parameter(torch.randn(d_model, rank, device=device))
@@ -172,21 +172,18 @@ def ensure_slot(model: nn.Module, path: str) -> Linear | LoRAEmbedding:
     if isinstance(module, nn.Embedding):
         new = LoRAEmbedding(module)
     else:
-        new = foreign_linear(module)
+        bias = None if module.bias is None else module.get_parameter("bias")
+        new = Linear.around(module.get_parameter("weight"), bias, transposed=is_conv1d(module))
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, new.train(module.training))
     return new
 
 
-def foreign_linear(module: nn.Module) -> Linear:
-    """A `Linear` around the parameters of an nn.Linear or a Conv1D."""
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, nn.Parameter) and (bias is None or isinstance(bias, nn.Parameter))
-    return Linear.around(weight, bias, transposed=_is_conv1d(module))
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and isinstance(module.nf, int)
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D: a linear layer whose weight is stored (in, out)."""
+    if type(module).__name__ != "Conv1D" or not isinstance(module.nf, int):
+        return False
+    return isinstance(module.weight, Tensor) and module.weight.dim() == 2
 
 
 def _is_look_up(module: nn.Module) -> bool:
@@ -199,7 +196,7 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ..
     names = model.key_map() if isinstance(model, KnownModel) else {}
     for path, module in model.named_modules():
         ours = isinstance(module, Linear | LoRAEmbedding)
-        if ours or type(module) is nn.Linear or _is_look_up(module) or _is_conv1d(module):
+        if ours or type(module) is nn.Linear or _is_look_up(module) or is_conv1d(module):
             yield path, module, _published(path, names)
 
 

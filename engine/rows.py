@@ -157,9 +157,8 @@ def _preference(raw: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(raw.get("prompt"), list):
         return {"prompt": _messages(raw["prompt"], "prompt"), "chosen": chosen, "rejected": rejected}
     # Whole conversations on both sides: what they share is the prompt (some sets repeat its first turn as text).
-    shared = next(
-        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
-    )
+    pairs = zip(chosen, rejected, strict=False)
+    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected)))
     if shared == 0 and isinstance(raw.get("prompt"), str):
         return {"prompt": [{"role": "user", "content": _text(raw, "prompt")}], "chosen": chosen, "rejected": rejected}
     if not 0 < shared < min(len(chosen), len(rejected)):
@@ -198,7 +197,7 @@ def _question(row: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("field 'answers' must be a list of objects with text and answer_start")
     if len(answers["text"]) != len(answers["answer_start"]):
         raise ValueError("field 'answers': 'text' and 'answer_start' differ in length")
-    for text, start in zip(answers["text"], answers["answer_start"], strict=False):
+    for text, start in zip(answers["text"], answers["answer_start"], strict=True):
         if not isinstance(text, str) or not text or type(start) is not int or start < 0:
             raise ValueError(f"an answer needs a text and a character offset, found {text!r} at {start!r}")
         found = context[start : start + len(text)]

@@ -223,7 +223,7 @@ class GPT2(nn.Module):
     def tie(self) -> None:
         """Make the token embedding the output matrix, where the configuration says so."""
         if isinstance(self.head, Linear) and self.config.tied:
-            self.head.weight = self.embed.tokens.weight  # type: ignore[assignment]
+            self.head.weight = self.embed.tokens.get_parameter("weight")
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `batch` rows of up to `length` positions."""

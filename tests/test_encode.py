@@ -227,7 +227,7 @@ def test_tags_stand_on_the_first_sub_token():
     pieces = [words(word) for word in rows[0]["tokens"]]
     assert len(pieces[1]) == 0  # the normalizer drops the zero-width space, and no other word gets its tag
     expected = [-100]
-    for tag, piece in zip([1, 0, 2, 0], pieces, strict=False):
+    for tag, piece in zip([1, 0, 2, 0], pieces, strict=True):
         expected += ([tag] + [-100] * (len(piece) - 1)) if piece else []
     assert examples == [
         {"input_ids": [CLS, *(token for piece in pieces for token in piece), SEP], "targets": [*expected, -100]}

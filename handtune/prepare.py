@@ -1,0 +1,181 @@
+"""From a configuration to what a run needs: rows read and encoded, model loaded, frozen and adapted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .engine import add_lora, freeze, unfreeze
+from .engine.batches import Batches, Collate, Examples, Masking
+from .engine.chat import ChatTemplate
+from .engine.config import DataConfig, RunConfig
+from .engine.corpus import TokenCorpus, token_corpus
+from .engine.data import label_names, read_rows, split_rows
+from .engine.encode import encode
+from .engine.objectives import OBJECTIVES, Objective
+from .engine.rows import row_shape
+from .models import load
+from .models.checkpoint import fresh
+
+EVAL_TOKENS = 8192
+
+
+@dataclass
+class Prepared:
+    """A run's model, examples and the way to score them."""
+
+    model: Any
+    tokenizer: Any
+    objective: Objective
+    labels: tuple[str, ...]
+    examples: Examples
+    eval_rows: Sequence[Any]
+    eval_examples: Examples
+    collate: Collate
+
+    def score(self) -> Any:
+        return self.objective.score(self.labels, self.eval_examples, self.eval_rows)
+
+    def eval_batches(self) -> Batches | None:
+        if len(self.eval_examples) == 0:
+            return None
+        return Batches(self.eval_examples, self.collate, tokens=EVAL_TOKENS, shuffle=False)
+
+
+def prepare(config: RunConfig, cache: Path) -> Prepared:
+    """Read the data, load the model, encode; says what was read, dropped, truncated and masked."""
+    torch.manual_seed(config.train.seed)  # of a new head and a new adapter
+    objective = OBJECTIVES[config.method]
+    corpus = config.method == "pretrain" and all(_is_corpus(Path(file)) for file in _files(config.data))
+    rows, eval_rows = ([], []) if corpus else _rows(config.data, config.train.seed)
+    labels = tuple(config.model.labels or ())
+    if not labels and objective.encoding in ("classify", "tag"):
+        labels = tuple(label_names(rows))
+    model, tokenizer = _model(config, objective, labels)
+    if tokenizer is None:
+        raise ValueError(f"{config.model.path or config.model.preset}: no tokenizer.json, and text needs one")
+    limit = model.config.max_positions
+    length = config.data.max_length or limit
+    if length > limit:
+        raise ValueError(f"data.max_length = {length} exceeds the model's {limit} positions; choose at most {limit}")
+
+    def encoded(what: str, part: Sequence[Any]) -> Sequence[Any]:
+        template = template_of(model) if any("messages" in row for row in part) else None
+        settings = {"max_length": length, "labels": labels, "eos": model.tokens.eos_id, "template": template}
+        try:
+            examples, said = encode(part, tokenizer, objective.encoding, **settings)
+        except ValueError as error:
+            raise ValueError(f"data.{what}: {error}") from error
+        print(f"{what}: {said}")
+        return examples
+
+    examples: Examples
+    eval_examples: Examples
+    if corpus:
+        examples, eval_examples = _corpora(config.data, tokenizer, cache, length, model.tokens.eos_id)
+    else:
+        examples, eval_examples = encoded("train", rows), encoded("eval", eval_rows) if eval_rows else []
+    masking = _masking(tokenizer) if config.method == "masked-lm" else None
+    collate = Collate("packed" if config.data.packing else "padded", model.tokens.pad_id or 0, masking)
+    return Prepared(model, tokenizer, objective, labels, examples, eval_rows, eval_examples, collate)
+
+
+def _files(data: DataConfig) -> list[str]:
+    files = [data.train] if isinstance(data.train, str) else data.train
+    return [*files, data.eval] if isinstance(data.eval, str) else files
+
+
+def _is_corpus(path: Path) -> bool:
+    """Whether a file is plain text, or JSONL whose first row is a text: what is tokenised once and memory-mapped."""
+    if path.suffix != ".jsonl" or not path.is_file():
+        return path.suffix == ".txt"
+    with path.open("rb") as file:
+        return b'"text"' in file.readline() and row_shape(read_rows(path)[0]) == "text"
+
+
+def _corpora(data: DataConfig, tokenizer: Any, cache: Path, length: int, eos: int | None) -> tuple[TokenCorpus, Any]:
+    """Token windows to train on and held out; a held-out share is the end of the corpus."""
+    files = [Path(file) for file in ([data.train] if isinstance(data.train, str) else data.train)]
+    corpus = token_corpus(files, tokenizer, cache, length, eos)
+    held_out: Any = []
+    if isinstance(data.eval, str):
+        held_out = token_corpus([Path(data.eval)], tokenizer, cache, length, eos)
+    elif data.eval:
+        cut = int(len(corpus.tokens) * (1 - data.eval))
+        held_out, corpus = TokenCorpus(corpus.tokens[cut:], length), TokenCorpus(corpus.tokens[:cut], length)
+    for what, part in (("train", corpus), ("eval", held_out)):
+        if data.eval is not None or part is corpus:
+            if len(part) == 0:
+                raise ValueError(f"data.{what}: no target left to train on: fewer than two tokens")
+            print(f"{what}: {len(part.tokens):,} tokens in {len(part):,} windows of {length}")
+    return corpus, held_out
+
+
+def _rows(data: DataConfig, seed: int) -> tuple[list[Any], list[Any]]:
+    files = [data.train] if isinstance(data.train, str) else data.train
+    rows = [row for file in files for row in read_rows(file)]
+    if len(shapes := sorted({row_shape(row) for row in rows})) > 1:
+        raise ValueError(f"data.train: the files hold rows of different shapes ({', '.join(shapes)})")
+    if data.eval is None:
+        return rows, []
+    if isinstance(data.eval, str):
+        return rows, read_rows(data.eval)
+    return split_rows(rows, data.eval, seed)
+
+
+def _model(config: RunConfig, objective: Objective, labels: tuple[str, ...]) -> tuple[Any, Any]:
+    wanted = config.model
+    task = wanted.task or objective.task
+    if task != objective.task:
+        raise ValueError(f"model.task = {task!r}, but method {config.method!r} trains {objective.task!r}")
+    if wanted.path is not None:
+        return load(wanted.path, task, wanted.dtype, wanted.device, labels or None, head_layers=wanted.head_layers)
+    assert wanted.preset is not None
+    return fresh(wanted.preset, wanted.tokenizer, task, labels, config.train.seed, **wanted.overrides)
+
+
+def template_of(model: Any) -> ChatTemplate | None:
+    source = model.tokens.chat_template
+    if source is None:
+        return None
+    names = {key: value for key, value in model.tokens.settings.items() if key in ("bos_token", "eos_token")}
+    texts = {key: value["content"] if isinstance(value, dict) else value for key, value in names.items() if value}
+    return ChatTemplate(source, **texts)
+
+
+def _masking(tokenizer: Any) -> Masking:
+    mask = tokenizer.token_to_id("[MASK]")
+    if mask is None:
+        raise ValueError("masked-lm needs a tokenizer with a [MASK] token, and this one has none")
+    special = tuple(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
+    return Masking(mask, tokenizer.get_vocab_size(), special)
+
+
+def choose_trained(model: nn.Module, config: RunConfig) -> str:
+    """Freeze and adapt as the configuration says; gives a few words for what trains."""
+    if config.lora is not None:
+        add_lora(model, config.lora)
+    if config.freeze.names:
+        freeze(model, *config.freeze.names)
+    if config.freeze.except_:
+        unfreeze(model, *config.freeze.except_)
+    has_new_head = OBJECTIVES[config.method].task in (
+        "sequence-classification",
+        "token-classification",
+        "question-answering",
+    )
+    if config.lora is not None and has_new_head and not config.freeze.names:
+        unfreeze(model, "head.*")
+    if config.lora is not None:
+        return f"LoRA r={config.lora.rank}"
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    if not frozen:
+        return "full"
+    return (
+        "frozen features"
+        if all(n.startswith("head.") for n, p in model.named_parameters() if p.requires_grad)
+        else "part"
+    )
