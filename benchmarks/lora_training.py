@@ -323,7 +323,7 @@ def peft_steps(
                 ids[i, : len(row)], labels[i, p : len(row)] = torch.tensor(row), torch.tensor(row[p:])
             mask = torch.tensor([[j < len(row) for j in range(width)] for row, _ in batch]).long()
             if kind != "alpaca lengths":  # rows of equal length, none padded: positions as on our side
-                ids, labels, mask = ids[:, :-1], labels, None
+                ids = ids[:, :-1]
                 loss = model(input_ids=ids.to(options.device), labels=None, use_cache=False)
                 logits = loss.logits.float()
                 value = torch.nn.functional.cross_entropy(

@@ -143,7 +143,7 @@ def _value(hint: Any, value: Any, place: str) -> Any:
             return float(value)
         if _fits(option, value):
             return tuple(value) if get_origin(option) is tuple else value
-    names = " or ".join(_name(option) for option in options if option is not NoneType)
+    names = " or ".join(dict.fromkeys(_name(option) for option in options if option is not NoneType))
     raise ValueError(f"{place}: expected {names}, got {value!r}")
 
 

@@ -158,7 +158,7 @@ def train(
     total, per_epoch = _steps(data, config)
     warmup = round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
     eval_every, save_every = config.eval_every or per_epoch, config.save_every or per_epoch
-    progress = resume(record, optimizer, data)
+    progress = resume(record, optimizer, data, config.keep)
     start -= progress.seconds
 
     def evaluate_now() -> None:

@@ -44,10 +44,10 @@ def save(record: Record, progress: Progress, optimizer: Optimizer, data: Any, ke
     prune(record.checkpoints, keep)
 
 
-def resume(record: Record, optimizer: Optimizer, data: Any) -> Progress:
+def resume(record: Record, optimizer: Optimizer, data: Any, keep: int) -> Progress:
     """Continue from the newest checkpoint: weights, generators, place in the data. Without one, from the beginning."""
     found = checkpoints(record.checkpoints) if record.checkpoints else []
-    if not found:
+    if record.checkpoints is None or not found:
         record.rewind(-1)
         return Progress()
     tensors, facts = load_checkpoint(found[-1])
@@ -57,6 +57,7 @@ def resume(record: Record, optimizer: Optimizer, data: Any) -> Progress:
     optimizer.load_state_dict(weights)
     data.load_state_dict(facts["data"])
     _set_generators(tensors, facts["random"])
+    prune(record.checkpoints, keep)  # a kill after the last save leaves one too many
     return progress
 
 

@@ -31,7 +31,7 @@ class Record:
     def start(self, about: dict[str, Any], config: dict[str, Any]) -> None:
         """Claim the folder for this run, or find that it is this run's already.
 
-        A run that has logged nothing yet holds nothing to protect: its configuration may change. Raises ValueError
+        A run that has made no step yet holds nothing to protect: its configuration may change. Raises ValueError
         where the folder holds a run with another configuration (naming the fields) or other things.
         """
         if self.out is None:
@@ -42,7 +42,7 @@ class Record:
             changed = _differences(self._facts()["config"], config)
             if not changed:
                 return
-            if (self.out / "metrics.jsonl").is_file():
+            if self._has_begun():
                 raise ValueError(
                     f"{self.out} holds a run with {'; '.join(changed)}; take back the change or choose another out"
                 )
@@ -51,6 +51,13 @@ class Record:
         self.out.mkdir(parents=True, exist_ok=True)
         facts = {**about, "config": config, **environment(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
         write_json(path, facts)
+
+    def _has_begun(self) -> bool:
+        """Whether a training step was logged; the evaluation before the first one is soon made again."""
+        assert self.out is not None
+        path = self.out / "metrics.jsonl"
+        last = path.read_text(encoding="utf-8").rstrip().rpartition("\n")[2] if path.is_file() else ""
+        return bool(last) and '"step": 0,' not in last
 
     def amend(self, **facts: Any) -> None:
         """Add facts to run.json that were not known when the run began."""

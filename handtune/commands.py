@@ -204,12 +204,26 @@ def run_merge(options: argparse.Namespace) -> int:
     facts = Path(options.adapter) / "adapter_config.json"
     kinds = {kind: task for task, kind in reversed(TASK_TYPES.items())}  # of several tasks the first one
     task = kinds.get(json.loads(facts.read_text(encoding="utf-8")).get("task_type")) if facts.is_file() else None
-    model, tokenizer = load(options.model, task)
+    labels = _labels_of(Path(options.adapter)) if task in ("sequence-classification", "token-classification") else None
+    model, tokenizer = load(options.model, task, labels=labels)
     load_adapter(model, options.adapter)
     merge_lora(model, keep_base=False)
     save(model, tokenizer, options.out)
     print(f"merged checkpoint written to {options.out}")
     return 0
+
+
+def _labels_of(adapter: Path) -> list[str] | int | None:
+    """The label names of the run that an adapter lies in, else the number of outputs of the head in it."""
+    from safetensors import safe_open
+
+    if (adapter.parent / "run.json").is_file():
+        return list(_config_of(adapter.parent).model.labels or ()) or None
+    if not (adapter / "adapter_model.safetensors").is_file():
+        return None
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        heads = [key for key in file.keys() if key.endswith(("classifier.weight", "score.weight"))]  # noqa: SIM118
+        return file.get_slice(heads[0]).get_shape()[0] if heads else None
 
 
 def run_report(options: argparse.Namespace) -> int:

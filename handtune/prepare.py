@@ -57,8 +57,13 @@ def prepare(config: RunConfig, cache: Path) -> Prepared:
     model, tokenizer = _model(config, objective, labels)
     if tokenizer is None:
         raise ValueError(f"{config.model.path or config.model.preset}: no tokenizer.json, and text needs one")
+    if (highest := max(tokenizer.get_vocab().values(), default=0)) >= (size := model.config.vocab_size):
+        raise ValueError(
+            f"{config.model.path or config.model.tokenizer}: the tokenizer counts to {highest}, the model has "
+            f"{size} tokens; give the model the tokenizer.json that belongs to it"
+        )
     limit = model.config.max_positions
-    length = config.data.max_length or limit
+    length = limit if config.data.max_length is None else config.data.max_length
     if length > limit:
         raise ValueError(f"data.max_length = {length} exceeds the model's {limit} positions; choose at most {limit}")
 

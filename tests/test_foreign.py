@@ -50,7 +50,7 @@ def loss_fn(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Ten
 
 def pretrained() -> transformers.LlamaForCausalLM:
     model = llama()
-    train(model, examples(TEXTS, "pretrain"), loss_fn, TrainConfig(epochs=40, batch_rows=4, lr=1e-2), collate=collate)
+    train(model, examples(TEXTS, "pretrain"), loss_fn, TrainConfig(epochs=80, batch_rows=4, lr=1e-2), collate=collate)
     return model
 
 
@@ -65,7 +65,7 @@ def test_a_transformers_llama_learns_by_lora(tmp_path) -> None:
     config = TrainConfig(epochs=60, batch_rows=4, micro_rows=2, lr=1e-2, best="last")
     out = tmp_path / "run"
     result = train(model, rows, loss_fn, config, eval_data=rows, collate=collate, out=out)
-    assert result.metrics["loss"] < 0.2 < 1.0 < result.before["loss"]
+    assert result.metrics["loss"] < 0.1 < 0.6 < result.before["loss"]
     assert [e["tokens"] for e in logged(out) if "loss" in e] == [sum(len(row["input_ids"]) for row in rows)] * 60
     after = {name: p for name, p in weights(model).items() if ".lora." not in name}
     assert_same_weights(after, before)
@@ -134,7 +134,7 @@ def test_a_transformers_vit_learns_full_and_by_lora() -> None:
     def loss(model, batch):
         return F.cross_entropy(model(pixel_values=batch[0]).logits, batch[1], reduction="sum"), len(batch[1])
 
-    config = TrainConfig(epochs=12, batch_rows=8, lr=3e-3, best="last")
+    config = TrainConfig(epochs=60, batch_rows=8, lr=3e-3, best="last")
     result = train(model, rows, loss, config, eval_data=rows, collate=stack)
     assert result.metrics["loss"] < 0.1 < 0.5 < result.before["loss"]
     before = weights(model)

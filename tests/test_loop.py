@@ -615,7 +615,7 @@ def test_lora_learns(name) -> None:
     wrong = evaluate(model, held, objective.loss)["loss"]
     add_lora(model, LoRAConfig(rank=8, alpha=16))
     train(model, rows, objective.loss, TrainConfig(epochs=80, batch_rows=6, lr=1e-2), collate=collate)
-    assert evaluate(model, held, objective.loss)["loss"] < 0.4 < 1.0 < wrong
+    assert evaluate(model, held, objective.loss)["loss"] < 0.4 < 0.8 < wrong
     after = weights(model)
     assert_same_weights({name: after[name] for name in before}, before)
 

@@ -1,0 +1,317 @@
+"""The command line from end to end on tiny models: what people type, and what they find afterwards."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from small_runs import (
+    CHAT,
+    PAIRS,
+    QUESTIONS,
+    SENTIMENT,
+    TAGGED,
+    TEXTS,
+    bert_folder,
+    gpt2_folder,
+    write_config,
+    write_rows,
+)
+from small_tokenizers import byte_level
+
+from handtune.cli import main
+from handtune.engine import load_adapter
+from handtune.models import load
+
+ROOT = Path(__file__).parent.parent
+ROWS = {
+    "pretrain": TEXTS, "sft": CHAT, "masked-lm": TEXTS, "classify": SENTIMENT, "tag": TAGGED, "qa": QUESTIONS, "embed": PAIRS,
+}  # fmt: skip
+METRICS = {
+    "pretrain": "perplexity", "sft": "perplexity", "masked-lm": "perplexity", "classify": "accuracy", "tag": "f1",
+    "qa": "f1", "embed": "accuracy@1",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {"gpt2": gpt2_folder(folder / "gpt2"), "bert": bert_folder(folder / "bert")}
+
+
+def configuration(folder: Path, method: str, bases: dict[str, Path], **tables) -> Path:
+    """Rows of the method in a file, the last quarter of them in another, three short epochs."""
+    rows = ROWS[method]
+    cut = max(2, len(rows) // 4)
+    base = bases["gpt2" if method in ("pretrain", "sft") else "bert"]
+    return write_config(
+        folder / f"{method}.toml", method=method,
+        **{
+            "out": str(folder / "run"),
+            "model": {"path": str(base)},
+            "data": {
+                "train": str(write_rows(folder / "train.jsonl", rows)),
+                "eval": str(write_rows(folder / "eval.jsonl", rows[-cut:])),
+            },
+            "train": {"epochs": 3, "batch_rows": 4, "lr": 3e-3},
+            **tables,
+        },
+    )  # fmt: skip
+
+
+def run(*arguments: object, code: int = 0) -> None:
+    assert main([str(argument) for argument in arguments]) == code
+
+
+def result_of(folder: Path) -> dict:
+    return json.loads((folder / "run/result.json").read_text())
+
+
+@pytest.mark.parametrize("method", ROWS)
+def test_train_and_evaluate(method, bases, tmp_path, capsys) -> None:
+    """Full fine-tuning of every method; evaluating the stored model gives the metrics of the run again."""
+    run("train", configuration(tmp_path, method, bases))
+    said = capsys.readouterr().out
+    assert "eval: " in said
+    assert "trains " in said
+    assert f"stored in {tmp_path / 'run/model'}" in said
+    result = result_of(tmp_path)
+    assert result["trainable"] == result["parameters"] > 0
+    assert result["stored_bytes"] > 0
+    assert METRICS[method] in result["metrics"]
+    assert ("confusion" in result) == (method == "classify")
+    assert json.loads((tmp_path / "run/run.json").read_text())["trains"] == "full"
+    found = evaluated(capsys, tmp_path / "run")
+    assert found.keys() == result["metrics"].keys()
+    assert found["loss"] == pytest.approx(result["metrics"]["loss"], rel=1e-4)
+
+
+def evaluated(capsys, *arguments: object) -> dict:
+    """What `evaluate` prints as JSON, after what it says about the data."""
+    capsys.readouterr()
+    run("evaluate", *arguments)
+    said = capsys.readouterr().out
+    return json.loads(said[said.index("\n{") :])
+
+
+@pytest.mark.parametrize("method", ["sft", "classify", "embed"])
+def test_lora_evaluate_and_merge(method, bases, tmp_path, capsys) -> None:
+    """The adapter is a small folder; merged into its base it is the same model, for transformers too."""
+    lora = {"rank": 4, "alpha": 8}
+    run("train", configuration(tmp_path, method, bases, lora=lora))
+    result = result_of(tmp_path)
+    assert result["trainable"] < result["parameters"] / 3
+    assert not (tmp_path / "run/model").exists()
+    assert evaluated(capsys, tmp_path / "run")["loss"] == pytest.approx(result["metrics"]["loss"], rel=1e-4)
+    base = bases["gpt2" if method == "sft" else "bert"]
+    before = {p.name: p.read_bytes() for p in base.iterdir()}
+    run("merge", base, tmp_path / "run/adapter", tmp_path / "merged")
+    assert {p.name: p.read_bytes() for p in base.iterdir()} == before
+    if method == "classify":
+        return  # its head lies in the adapter, whose labels the base lacks
+    merged, tokenizer = load(tmp_path / "merged")
+    adapted, _ = load(base, merged.task)
+    load_adapter(adapted, tmp_path / "run/adapter")
+    ids = torch.tensor([tokenizer.encode("who sat on the mat?").ids])
+    kinds = {"sft": transformers.GPT2LMHeadModel, "embed": transformers.BertModel}
+    theirs = kinds[method].from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        expected = adapted(ids)
+        torch.testing.assert_close(merged(ids), expected, rtol=1e-4, atol=1e-5)
+        if method == "sft":
+            torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_merge_of_a_classifier_keeps_its_labels(bases, tmp_path, capsys) -> None:
+    run("train", configuration(tmp_path, "classify", bases, lora={"rank": 4}, train={"epochs": 20, "lr": 0.01}))
+    run("merge", bases["bert"], tmp_path / "run/adapter", tmp_path / "merged")
+    merged, tokenizer = load(tmp_path / "merged")
+    assert merged.labels == ("down", "up")
+    with torch.no_grad():
+        right = [
+            merged.labels[merged(torch.tensor([tokenizer.encode(row["text"]).ids])).argmax(-1).item()] == row["label"]
+            for row in SENTIMENT
+        ]
+    assert sum(right) > 20  # of 24; random weights are right in 12
+    alone = tmp_path / "adapter"
+    (tmp_path / "run/adapter").rename(alone)
+    run("merge", bases["bert"], alone, tmp_path / "nameless")  # without the run that knows the names
+    nameless, _ = load(tmp_path / "nameless")
+    assert nameless.labels == ("0", "1")
+    assert torch.equal(nameless.head.out.weight, merged.head.out.weight)
+
+
+def test_generate(bases, tmp_path, capsys) -> None:
+    """A run that has learned its rows by heart continues their prompts; greedy, in batches, to the end or a stop."""
+    train = {"epochs": 120, "batch_rows": 4, "lr": 0.01, "best": "last"}
+    run("train", configuration(tmp_path, "sft", bases, train=train))
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"text": row["prompt"]} for row in CHAT])
+    capsys.readouterr()
+    out, short = tmp_path / "completions.jsonl", ("--max-new-tokens", 32)
+    run("generate", tmp_path / "run", "--prompts", prompts, "--temperature", 0, "--out", out, "--batch-rows", 3, *short)
+    assert capsys.readouterr().out.endswith(f"4 rows written to {out}\n")
+    assert [json.loads(line) for line in out.read_text().splitlines()] == CHAT
+    run("generate", tmp_path / "run", "--prompt", CHAT[1]["prompt"], "--temperature", 0, "--stop", " cat", *short)
+    assert capsys.readouterr().out == CHAT[1]["prompt"] + "Answer: the\n"
+    sampled = []
+    for seed in (1, 1, 2):
+        run("generate", bases["gpt2"], "--prompt", "the", "--seed", seed, "--max-new-tokens", 8)
+        sampled.append(capsys.readouterr().out)
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+def test_generate_with_the_adapter_of_a_run_or_a_given_one(bases, tmp_path, capsys) -> None:
+    train = {"epochs": 60, "batch_rows": 4, "lr": 0.03, "best": "last"}
+    run("train", configuration(tmp_path, "sft", bases, lora={"rank": 8}, train=train))
+    capsys.readouterr()
+    ask = ("--prompt", CHAT[0]["prompt"], "--temperature", 0, "--max-new-tokens", 6)
+    said = []
+    for model in ((tmp_path / "run",), (bases["gpt2"], "--adapter", tmp_path / "run/adapter"), (bases["gpt2"],)):
+        run("generate", *model, *ask)
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != said[2]
+
+
+def test_frozen_features_and_part(bases, tmp_path, capsys) -> None:
+    def trains(name: str, **freeze) -> str:
+        run("train", configuration(tmp_path, "classify", bases, out=str(tmp_path / name), freeze=freeze))
+        return json.loads((tmp_path / name / "run.json").read_text())["trains"]
+
+    assert trains("a", names=["*"], **{"except": ["head.*"]}) == "frozen features"
+    assert trains("b", names=["embed.*", "layers.0.*"]) == "part"
+
+
+def test_report(bases, tmp_path, capsys) -> None:
+    runs = []
+    for number in (1, 2):
+        out = tmp_path / f"run-{number}"
+        run(
+            "train",
+            configuration(tmp_path, "classify", bases),
+            f"out={out}",
+            f"name=try {number}",
+            f"train.seed={number}",
+        )
+        runs.append(out)
+    capsys.readouterr()
+    run("report", *runs, "-o", tmp_path / "page.html")
+    said = capsys.readouterr().out
+    assert all(f"try {number}" in said for number in (1, 2))
+    assert f"page written to {tmp_path / 'page.html'}" in said
+    page = (tmp_path / "page.html").read_text()
+    assert all(f"try {number}" in page for number in (1, 2))
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+@pytest.mark.parametrize("method", ROWS)
+def test_check_data(method, bases, tmp_path, capsys) -> None:
+    """Shows rows and leaves nothing behind."""
+    path = configuration(tmp_path, method, bases)
+    before = sorted(tmp_path.rglob("*"))
+    run("check-data", path, "data.max_length=32", "-n", "2")
+    said = capsys.readouterr().out
+    assert "example 1 of " in said
+    assert "example 2 of " in said
+    assert "example 3 of " not in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_evaluate_on_other_rows(bases, tmp_path, capsys) -> None:
+    run("train", configuration(tmp_path, "classify", bases))
+    own = evaluated(capsys, tmp_path / "run")
+    assert sum(map(sum, own["confusion"])) == 6
+    other = evaluated(capsys, tmp_path / "run", "--data", write_rows(tmp_path / "one.jsonl", SENTIMENT[:1]))
+    assert sum(map(sum, other["confusion"])) == 1
+
+
+def test_a_fresh_model_from_a_preset(tmp_path, capsys) -> None:
+    """Pretraining from nothing on plain text with a tokenizer of one's own; the same command is done at once."""
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text("the cat sat on the mat. " * 60)
+    path = tmp_path / "new.toml"
+    path.write_text(
+        f"""method = "pretrain"
+out = "{tmp_path / "run"}"
+[model]
+preset = "gpt2"
+tokenizer = "{tmp_path / "tokenizer.json"}"
+overrides = {{ n_layer = 2, n_head = 2, d_model = 32, max_positions = 32 }}
+[data]
+train = "{tmp_path / "text.txt"}"
+eval = 0.2
+[train]
+epochs = 20
+batch_rows = 4
+lr = 1e-2
+""",
+        encoding="utf-8",
+    )
+    run("train", path)
+    result = result_of(tmp_path)
+    assert result["metrics"]["loss"] < 1.0 < 5.0 < result["before"]["loss"]
+    files = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    capsys.readouterr()
+    run("train", path)
+    assert "stored in" in capsys.readouterr().out
+    changed = {p.name for p, data in files.items() if p.read_bytes() != data}
+    assert changed <= {"result.json", "run.json"}
+    run("generate", tmp_path / "run", "--prompt", "the cat", "--temperature", 0, "--max-new-tokens", 5)
+    assert capsys.readouterr().out.startswith("the cat sat on the mat")
+
+
+def test_the_same_command_gives_the_same_weights(bases, tmp_path) -> None:
+    """Also the start of a new head and a new adapter come from the seed."""
+    ends = []
+    for disturbance, (name, seed) in enumerate((("a", 3), ("b", 3), ("c", 4))):
+        torch.manual_seed(disturbance)
+        arguments = (f"out={tmp_path / name}", f"train.seed={seed}", "lora.rank=2")
+        run("train", configuration(tmp_path, "classify", bases), *arguments)
+        ends.append((tmp_path / name / "adapter/adapter_model.safetensors").read_bytes())
+    assert ends[0] == ends[1] != ends[2]
+
+
+def test_padding_instead_of_packing(bases, tmp_path) -> None:
+    """The padded layout evaluates to the same loss before training, and trains."""
+    ends = []
+    for packing in ("true", "false"):
+        run("train", configuration(tmp_path, "sft", bases), f"out={tmp_path / packing}", f"data.packing={packing}")
+        ends.append(json.loads((tmp_path / packing / "result.json").read_text()))
+    assert ends[0]["before"]["loss"] == pytest.approx(ends[1]["before"]["loss"], rel=1e-4)
+    assert all(end["metrics"]["loss"] < end["before"]["loss"] for end in ends)
+
+
+def process(*arguments: object, **settings) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "handtune", *map(str, arguments)]
+    return subprocess.run(command, env=environment, text=True, capture_output=True, timeout=120, **settings)
+
+
+def test_as_a_process(bases, tmp_path) -> None:
+    """From another folder, with paths relative to it; only the bar and announcements go to standard error."""
+    configuration(tmp_path, "sft", bases)
+    done = process("train", "sft.toml", "out=here", "train.max_steps=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "here/model/model.safetensors").is_file()
+    assert done.stderr == ""
+    assert "2 steps in " in done.stdout
+    done = process("generate", "here", "--max-new-tokens", 3, cwd=tmp_path, input="the cat\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("the cat")
+
+
+def test_version_and_usage() -> None:
+    assert process("--version").stdout.startswith("handtune ")
+    wrong = process("trian", "x.toml")
+    assert wrong.returncode == 2
+    assert "invalid choice: 'trian'" in wrong.stderr
+
+
+def test_debug_shows_the_traceback(tmp_path) -> None:
+    done = process("--debug", "train", tmp_path / "none.toml")
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+    assert "no such configuration file" in done.stderr

@@ -1,0 +1,157 @@
+"""The configuration file: what is read, what may be changed on the command line, and what is refused how."""
+
+import json
+from pathlib import Path
+
+import pytest
+from small_runs import write_config
+
+from handtune.commands import _written
+from handtune.engine.config import RunConfig, from_table, read_config
+from handtune.engine.lora import LoRAConfig
+from handtune.engine.loop import TrainConfig
+
+FULL = """
+method = "classify"
+out = "runs/a"
+name = "a name"
+[model]
+path = "bert"
+labels = ["down", "up"]
+head_layers = 2
+[data]
+train = ["a.jsonl", "b.csv"]
+eval = 0.1
+max_length = 64
+packing = false
+[lora]
+rank = 4
+alpha = 8
+targets = ["q_proj", "layers.*.up"]
+rank_pattern = { "up" = 2 }
+[freeze]
+names = ["embed.*"]
+except = ["embed.positions.*"]
+[train]
+epochs = 3
+batch_tokens = 512
+lr = 1e-4
+betas = [0.9, 0.95]
+clip = 0.5
+lr_scale = { "head.*" = 10 }
+unfreeze = { "head.*" = 0, "layers.*" = 1.5 }
+"""
+
+
+def read(tmp_path: Path, text: str, *overrides: str) -> RunConfig:
+    path = tmp_path / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return read_config(path, overrides)
+
+
+def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(ValueError) as error:
+        read(tmp_path, text, *overrides)
+    message = str(error.value)
+    assert "\n" not in message
+    return message.replace(str(tmp_path) + "/", "")
+
+
+def test_everything(tmp_path) -> None:
+    config = read(tmp_path, FULL)
+    assert (config.method, config.out, config.name) == ("classify", "runs/a", "a name")
+    assert (config.model.path, config.model.labels, config.model.head_layers) == ("bert", ["down", "up"], 2)
+    assert (config.data.train, config.data.eval) == (["a.jsonl", "b.csv"], 0.1)
+    assert (config.data.max_length, config.data.packing) == (64, False)
+    assert config.lora == LoRAConfig(4, 8.0, ("q_proj", "layers.*.up"), rank_pattern={"up": 2})
+    assert (config.freeze.names, config.freeze.except_) == (["embed.*"], ["embed.positions.*"])
+    assert (config.train.epochs, config.train.lr, config.train.betas) == (3, 1e-4, (0.9, 0.95))
+    assert config.train.unfreeze == {"head.*": 0, "layers.*": 1.5}
+    assert (config.train.weight_decay, config.train.schedule) == (TrainConfig.weight_decay, TrainConfig.schedule)
+
+
+def test_defaults(tmp_path) -> None:
+    config = read(tmp_path, 'method = "sft"\nout = "o"\n[model]\npath = "m"\n[data]\ntrain = "d"\n')
+    assert config.lora is None
+    assert config.train == TrainConfig()
+    assert (config.data.packing, config.data.eval, config.data.max_length) == (True, None, None)
+
+
+def test_a_stored_configuration_comes_back(tmp_path) -> None:
+    """run.json holds it as JSON; `evaluate` and `generate` read it from there."""
+    config = read(tmp_path, FULL)
+    stored = json.loads(json.dumps(config.as_dict()))
+    again = from_table(RunConfig, _written(stored), "run.json")
+    assert json.loads(json.dumps(again.as_dict())) == stored
+
+
+def test_overrides(tmp_path) -> None:
+    changes = (
+        "train.lr=5", "out=elsewhere/run-2", "data.train=more.jsonl", "lora.targets=attention", "data.packing=true",
+        "train.betas=[0.8, 0.9]", 'name="x = y"', "model.labels=['a']", "train.max_steps=7", "train.schedule=linear",
+        "data.eval=held out.csv",
+    )  # fmt: skip
+    config = read(tmp_path, FULL, *changes)
+    assert (config.train.lr, config.out, config.data.train) == (5.0, "elsewhere/run-2", "more.jsonl")
+    assert type(config.train.lr) is float
+    assert (config.lora.targets, config.data.packing, config.train.betas) == ("attention", True, (0.8, 0.9))
+    assert (config.name, config.model.labels, config.train.max_steps) == ("x = y", ["a"], 7)
+    assert (config.train.schedule, config.data.eval) == ("linear", "held out.csv")
+    fresh = read(tmp_path, FULL.partition("[lora]")[0], "lora.rank=3")  # a table that the file lacks
+    assert fresh.lora.rank == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["train.leraning_rate=1"], "run.toml: train: unknown key 'leraning_rate'; known: epochs, max_steps"),
+        (["train.epoch=1"], "run.toml: train: unknown key 'epoch'; did you mean 'epochs'?"),
+        (["lora.ranks=1"], "run.toml: lora: unknown key 'ranks'; did you mean 'rank'?"),
+        (["modle.path=x"], "run.toml: unknown key 'modle'; did you mean 'model'?"),
+        (["train.lr=fast"], "run.toml: train: lr: expected float, got 'fast'"),
+        (["train.epochs=2.5"], "run.toml: train: epochs: expected int, got 2.5"),
+        (["train.epochs=true"], "run.toml: train: epochs: expected int, got True"),
+        (["train.lr=true"], "run.toml: train: lr: expected float, got True"),
+        (["train.clip=nothing"], "run.toml: train: clip: expected float, got 'nothing'"),
+        (["train.betas=[0.9]"], "run.toml: train: betas: expected [float, float], got [0.9]"),
+        (["train.betas=['a', 'b']"], "expected [float, float]"),
+        (["data.train=[1, 2]"], "run.toml: data: train: expected str or [str, ...], got [1, 2]"),
+        (["data.eval=[0.1]"], "run.toml: data: eval: expected str or float, got [0.1]"),
+        (["train.lr_scale={ 'a' = 'b' }"], "train: lr_scale: expected a table of float, got {'a': 'b'}"),
+        (["train=3"], "run.toml: train: expected a table, got 3"),
+        (["lora.targets=[['a']]"], "lora: targets: expected str or [str, ...], got [['a']]"),
+        (["train.schedule=cosin"], "run.toml: train: schedule 'cosin' is unknown; known: constant, linear, cosine, wsd"),
+        (["lora.rank=0"], "run.toml: lora: rank: expected a positive number, got 0"),
+        (["train.batch_rows=4"], "run.toml: train: batch_rows and batch_tokens"),
+        (["method=stf"], "run.toml: method 'stf' is unknown; known: pretrain, sft"),
+        (["model.preset=gpt2"], "run.toml: model: give path (a folder or hub id) or preset"),
+        (["lr"], "'lr': expected section.field=value, for example train.lr=1e-4"),
+        (["=3"], "expected section.field=value"),
+        (["method.x=3"], "method is not a section"),
+    ],
+)  # fmt: skip
+def test_refused(tmp_path, changes, message) -> None:
+    assert message in refusal(tmp_path, FULL, *changes)
+
+
+def test_files_that_cannot_be_read(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such configuration file"):
+        read_config(tmp_path / "none.toml")
+    assert "not valid TOML" in refusal(tmp_path, "method = ")
+    (tmp_path / "latin.toml").write_bytes("name = 'é'".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.toml: not valid TOML"):
+        read_config(tmp_path / "latin.toml")
+    assert refusal(tmp_path, "") == "run.toml: method, out, model, data is missing"
+    assert refusal(tmp_path, 'method="sft"\nout="o"\n[model]\n[data]\n') == "run.toml: data: train is missing"
+
+
+def test_the_helper_of_the_tests_writes_what_is_read(tmp_path) -> None:
+    path = write_config(
+        tmp_path / "x.toml",
+        method="sft",
+        out="o",
+        model={"path": "m"},
+        data={"train": "d"},
+        train={"betas": [0.1, 0.2]},
+    )
+    assert read_config(path).train.betas == (0.1, 0.2)
