@@ -87,7 +87,10 @@ def token_corpus(
     fingerprint = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
     path = Path(cache_dir) / f"{fingerprint}.bin"
     if not _is_whole(path, about, dtype):
-        _write(path, _tokens(sources, tokenizer, eos, dtype), about, dtype)
+        count = _write(path, _tokens(sources, tokenizer, eos, dtype), about, dtype)
+        if count < 2:
+            names = ", ".join(str(source) for source in sources if isinstance(source, Path)) or "the corpus"
+            raise ValueError(f"{names}: {count} tokens; give text with at least two")
     return TokenCorpus(np.memmap(path, dtype=dtype, mode="r"), max_length)
 
 
@@ -127,14 +130,16 @@ def _is_whole(path: Path, about: dict[str, Any], dtype: "np.dtype[Any]") -> bool
         return False  # absent or damaged: it is made again
 
 
-def _write(path: Path, arrays: Iterable[npt.NDArray[Any]], about: dict[str, Any], dtype: "np.dtype[Any]") -> None:
+def _write(path: Path, arrays: Iterable[npt.NDArray[Any]], about: dict[str, Any], dtype: "np.dtype[Any]") -> int:
+    """Write the tokens and what they were made from; gives their number. Fewer than two make no corpus."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _replace(path, (array.tobytes() for array in arrays))
     count = path.stat().st_size // dtype.itemsize
     if count < 2:
         path.unlink()
-        raise ValueError(f"the corpus has {count} tokens; give text with at least two")
-    _replace(path.with_suffix(".json"), [json.dumps({**about, "count": count}, indent=1).encode()])
+    else:
+        _replace(path.with_suffix(".json"), [json.dumps({**about, "count": count}, indent=1).encode()])
+    return count
 
 
 def _replace(path: Path, chunks: Iterable[bytes]) -> None:

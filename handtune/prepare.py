@@ -83,6 +83,8 @@ def prepare(config: RunConfig, cache: Path) -> Prepared:
         examples, eval_examples = _corpora(config.data, tokenizer, cache, length, model.tokens.eos_id)
     else:
         examples, eval_examples = encoded("train", rows), encoded("eval", eval_rows) if eval_rows else []
+        if not eval_rows and config.data.eval is not None:
+            examples, eval_examples = _split_windows(examples, config.data.eval)
     masking = _masking(tokenizer) if config.method == "masked-lm" else None
     collate = Collate("packed" if config.data.packing else "padded", model.tokens.pad_id or 0, masking)
     return Prepared(model, tokenizer, objective, labels, examples, eval_rows, eval_examples, collate)
@@ -108,7 +110,9 @@ def _corpora(data: DataConfig, tokenizer: Any, cache: Path, length: int, eos: in
     held_out: Any = []
     if isinstance(data.eval, str):
         held_out = token_corpus([Path(data.eval)], tokenizer, cache, length, eos)
-    elif data.eval:
+    elif data.eval is not None:
+        if not 0 < data.eval < 1:
+            raise ValueError(f"the share held out must lie between 0 and 1, not {data.eval}; 0.1 holds out a tenth")
         cut = int(len(corpus.tokens) * (1 - data.eval))
         held_out, corpus = TokenCorpus(corpus.tokens[cut:], length), TokenCorpus(corpus.tokens[:cut], length)
     for what, part in (("train", corpus), ("eval", held_out)):
@@ -128,7 +132,19 @@ def _rows(data: DataConfig, seed: int) -> tuple[list[Any], list[Any]]:
         return rows, []
     if isinstance(data.eval, str):
         return rows, read_rows(data.eval)
+    if len(rows) == 1 and row_shape(rows[0]) == "text":
+        return rows, []  # one long text: windows of it are held out, see `_split_windows`
     return split_rows(rows, data.eval, seed)
+
+
+def _split_windows(examples: Examples, share: Any) -> tuple[Examples, Examples]:
+    """One long text: the last windows are held out."""
+    windows = list(examples)
+    cut = len(windows) - max(1, round(len(windows) * share))
+    if cut < 1:
+        raise ValueError(f"data.eval = {share}: the text is too short to hold out a part of it")
+    print(f"held out: the last {len(windows) - cut} of {len(windows)} windows")
+    return windows[:cut], windows[cut:]
 
 
 def _model(config: RunConfig, objective: Objective, labels: tuple[str, ...]) -> tuple[Any, Any]:

@@ -172,9 +172,11 @@ def test_a_corpus_without_text(job, bases, complaint, tmp_path) -> None:
     (tmp_path / "empty.txt").write_text("")
     assert f"{tmp_path / 'empty.txt'}" in complaint("train", job, "method=pretrain", f"data.train={tmp_path / 'empty.txt'}")
     texts = write_rows(tmp_path / "texts.jsonl", TEXTS)
-    for share in ("1.5", "1.0"):
+    for share in ("1.5", "0"):
         line = complaint("train", job, "method=pretrain", f"data.train={texts}", f"data.eval={share}")
-        assert "data" in line
+        assert f"must lie between 0 and 1, not {float(share)}" in line
+    line = complaint("train", job, "method=pretrain", f"data.train={texts}", "data.eval=0.01")
+    assert line == "data.eval: no target left to train on: fewer than two tokens"
 
 
 def test_adapters_and_freezing_that_match_nothing(job, complaint) -> None:
