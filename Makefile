@@ -32,7 +32,7 @@ check: $(STAMP)
 	$(PY) -m mypy
 
 bench: $(STAMP)
-	$(PY) benchmarks/train_cpu.py
+	$(PY) benchmarks/lora_training.py --layers 6 --out benchmarks/results/lora_training_cpu_fp32.json
 
 # These two run from a bare clone, with any python3 that has torch and triton.
 test-gpu:
@@ -41,7 +41,7 @@ test-gpu:
 
 bench-gpu:
 	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "no CUDA here: nothing to measure"; exit 1; }
-	$(PYTHON) benchmarks/train_cpu.py --device cuda
+	$(PYTHON) benchmarks/lora_training.py --device cuda --dtype bfloat16
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -23,6 +23,7 @@ from .lora import (
     LoRAEmbedding,
     Slot,
     candidates,
+    check_name,
     ensure_slot,
     is_conv1d,
     refuse_merged,
@@ -155,8 +156,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     folder = Path(path)
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder}: no {CONFIG} there; give the folder that save_adapter (or PEFT) wrote")
-    if name in adapter_names(model):
-        raise ValueError(f"adapter {name!r} exists already; choose another name")
+    check_name(model, name)
     try:
         published = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -167,6 +167,8 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     plan, rest = _plan(model, tensors, config, folder / WEIGHTS)
     besides = _besides(model, rest, folder / WEIGHTS)
     refuse_tied(model, [path for path, _ in plan])
+    if besides and adapter_names(model):
+        raise ValueError(f"{folder} brings a head of its own, which would replace that of the adapter already attached")
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for slot_path, factors in plan:

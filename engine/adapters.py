@@ -60,7 +60,7 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> None:
         assert name is not None
         base = module.weight.detach().clone() if keep_base else None
         for rows, delta in _deltas(module, name):
-            rows.copy_(rows.float() + delta)
+            rows.copy_(rows.to(torch.promote_types(rows.dtype, torch.float32)) + delta)
         module.merged, module.active = Merged(name, base), None
 
 

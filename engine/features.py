@@ -12,6 +12,7 @@ from .lora import KnownModel, slots
 from .losses import pooled
 
 CHUNK_TOKENS = 8192
+MAX_BYTES = 2 * 2**30
 
 
 def head_only(model: nn.Module) -> bool:
@@ -35,7 +36,10 @@ def with_features(model: nn.Module, data: Any) -> Any:
     usable = isinstance(data, Batches) and isinstance(data.collate, Collate) and data.collate.masking is None
     if not usable or data.collate.layout != "packed" or "input_ids" not in data.examples[0] or not head_only(model):
         return data
-    examples = _Featured(data.examples, compute_features(model, data.examples, data.collate))
+    features = compute_features(model, data.examples, data.collate)
+    if features is None:
+        return data
+    examples = _Featured(data.examples, features)
     cached = Batches(
         examples, data.collate, rows=data.rows, tokens=data.tokens, micro_rows=data.micro_rows,
         micro_tokens=data.micro_tokens, shuffle=data.shuffle, by_length=data.by_length, seed=data.seed, size=data.size,
@@ -60,8 +64,11 @@ class _Featured:
         return (self[i] for i in range(len(self)))
 
 
-def compute_features(model: Any, examples: Examples, collate: Collate) -> list[Tensor]:
-    """For each example what the head reads: a vector (D,), or the states of its tokens (T, D); on the CPU."""
+def compute_features(model: Any, examples: Examples, collate: Collate) -> list[Tensor] | None:
+    """For each example what the head reads: a vector (D,), or the states of its tokens (T, D); on the CPU.
+
+    None where the first chunk shows that all would take more than `MAX_BYTES`.
+    """
     device = next(model.parameters()).device
     training = model.training
     model.eval()
@@ -71,6 +78,9 @@ def compute_features(model: Any, examples: Examples, collate: Collate) -> list[T
             states = pooled(model, to_device(batch["inputs"], device)).cpu()
             rows = states[0].split(batch["lengths"]) if states.dim() == 3 else states.unbind(0)
             out += [row.clone() for row in rows]
+            if sum(row.nbytes for row in out) / len(out) * len(examples) > MAX_BYTES:
+                model.train(training)
+                return None
             bar.update(len(batch["lengths"]))
     model.train(training)
     return out

@@ -10,13 +10,14 @@ from torch import nn
 def match(model: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Parameter]:
     """The parameters whose names match the shell globs. ValueError for a glob that matches nothing."""
     found: dict[str, nn.Parameter] = {}
-    everything = dict(model.named_parameters())
+    everything = dict(model.named_parameters(remove_duplicate=False))  # a tied head is found under both names
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
     for pattern in patterns:
         hits = {name: p for name, p in everything.items() if fnmatchcase(name, pattern)}
         if not hits:
             tops = sorted({name.split(".")[0] for name in everything})
             raise ValueError(f"{pattern!r} matches no parameter; names start with {', '.join(tops)}")
-        found |= hits
+        found |= {first[id(parameter)]: parameter for parameter in hits.values()}
     return found
 
 

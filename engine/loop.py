@@ -25,6 +25,7 @@ from .evaluation import evaluate
 from .features import with_features
 from .freezing import match, unfreeze_due
 from .guards import explained_memory_error, interruptible, passes, require_finite
+from .lora import slots
 from .losses import LossFn
 from .objectives import Score
 from .optim import SCHEDULES, Optimizer, lr_factor
@@ -39,13 +40,13 @@ class TrainConfig:
     """How to train.
 
     The run ends after `epochs` or `max_steps`, whichever comes first. A step is `batch_rows` rows or `batch_tokens`
-    tokens, cut into micro-batches of at most `micro_rows`, `micro_tokens`. `warmup` is a number of steps, or a share of
-    them if below 1; `decay` the share that "wsd" spends falling; `lr_floor` the end of a falling schedule as a share of
-    `lr`. `lr_scale` maps parameter globs to factors on `lr`; `lr_decay` is one more factor for each layer below the
-    head. `unfreeze` maps globs to the epoch from which they train. `eval_every` and `save_every` count steps (None:
-    each epoch). The checkpoint of the best value of the metric `best` is kept and given back ("last": the last weights
-    are); training stops after `patience` evaluations without a better one. The last `keep` checkpoints are kept.
-    `deterministic` makes CUDA repeat itself bitwise, at a price.
+    tokens, cut into micro-batches of at most `micro_rows`, `micro_tokens`. `warmup` is a number of steps, or a share
+    of them if below 1; `decay` the share that "wsd" spends falling; `lr_floor` the end of a falling schedule as a
+    share of `lr`. `lr_scale` maps parameter globs to factors on `lr`; `lr_decay` is one more factor for each layer
+    below the head. `unfreeze` maps globs to the epoch from which they train. `eval_every` and `save_every` count
+    steps (None: each epoch). With a run folder, the checkpoint of the best value of the metric `best` (None: the
+    loss) is kept and given back ("last": the last weights are); training stops after `patience` evaluations without a
+    better one. The last `keep` checkpoints are kept. `deterministic` makes CUDA repeat itself bitwise, at a price.
     """
 
     epochs: int = 1
@@ -67,7 +68,7 @@ class TrainConfig:
     lr_decay: float = 1.0
     unfreeze: dict[str, float] = field(default_factory=dict)
     eval_every: int | None = None
-    best: str = "loss"
+    best: str | None = None
     patience: int | None = None
     save_every: int | None = None
     keep: int = 1
@@ -87,6 +88,8 @@ class TrainConfig:
         for name in ("warmup", "lr_floor", "weight_decay", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected zero or a positive number, got {getattr(self, name)}")
+        if self.patience is not None and self.best == "last":
+            raise ValueError('patience needs a metric to watch: best = "loss", for example, not "last"')
         if self.batch_rows is not None and self.batch_tokens is not None:
             raise ValueError("batch_rows and batch_tokens: a step is cut by rows or by tokens; give one of the two")
 
@@ -132,8 +135,8 @@ def train(
     `state_dict` and `load_state_dict` (values that JSON can hold; of no use without `out`); an item may be a list of
     micro-batches, which make one step together. `loss_fn`: (model, batch) → (sum of losses, number of targets).
     `eval_data`: the same without state; `score()` makes a fresh score for each evaluation. `out`: the run folder; the
-    same call on it resumes. `about`: facts and configuration for its run.json. Ctrl-C finishes the step and saves; a
-    second one stops at once.
+    same call on it resumes; without one the last weights stay, best or not. `about`: facts and
+    configuration for its run.json. Ctrl-C finishes the step and saves; a second one stops at once.
 
     Raises ValueError where nothing trains or the folder holds another run, FloatingPointError where the loss is not
     finite, MemoryError where memory runs out, OSError where the disk does.
@@ -166,7 +169,7 @@ def train(
         progress.before = progress.before or progress.metrics
         record.log(step=progress.step, epoch=progress.step / per_epoch, eval=progress.metrics)
         if config.best != "last":
-            keep_best(record, optimizer, progress, config.best)
+            keep_best(record, optimizer, progress, config.best or "loss")
 
     model.train()
     bar = tqdm(total=total, initial=progress.step, unit="step", disable=None)
@@ -220,6 +223,11 @@ def train(
 
 def _trained(model: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
     """The parameters that train now or later, by name."""
+    for slot in slots(model):
+        for name, factors in slot.module.lora.items():
+            if name != slot.module.active and any(p.requires_grad for p in factors.parameters()):
+                raise ValueError(f"adapter {name!r} would train but is not active: set_adapter(model, {name!r}) first")
+    match(model, config.lr_scale)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad} | match(model, config.unfreeze)
     if not trained:
         raise ValueError("nothing trains: add_lora(model, ...) or unfreeze(model, ...) first")

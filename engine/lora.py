@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..kernels import Linear, LowRank
 from ..kernels.linear import Merged
 
-FOREIGN_HEADS = ("lm_head", "head", "score", "classifier", "qa_outputs", "embed_out")
+FOREIGN_HEADS = ("lm_head", "head", "score", "classifier", "qa_outputs", "embed_out", "cls")
 
 
 @runtime_checkable
@@ -137,12 +137,8 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> tup
     Raises ValueError, and leaves the model as it was, where a target matches nothing, the name is taken, the target is
     tied to another layer, or an adapter is merged into the weights.
     """
-    if not name or "." in name:
-        raise ValueError(f"adapter name {name!r}: it must not be empty or contain a dot")
+    check_name(model, name)
     refuse_merged(model)
-    for slot in slots(model):
-        if name in slot.module.lora:
-            raise ValueError(f"adapter {name!r} exists already; choose another name")
     chosen = _matches(model, config.targets)
     refuse_tied(model, [path for path, _, _ in chosen])
     for parameter in model.parameters():
@@ -163,6 +159,14 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> tup
     return tuple(path for path, _, _ in chosen)
 
 
+def check_name(model: nn.Module, name: str) -> None:
+    """ValueError where an adapter can't be called `name`."""
+    if not name or "." in name:
+        raise ValueError(f"adapter name {name!r}: it must not be empty or contain a dot")
+    if any(name in slot.module.lora for slot in slots(model)):
+        raise ValueError(f"adapter {name!r} exists already; choose another name")
+
+
 def ensure_slot(model: nn.Module, path: str) -> Linear | LoRAEmbedding:
     """The module at `path` with an adapter slot, replaced by one that has it where needed."""
     module = model.get_submodule(path)
@@ -174,8 +178,11 @@ def ensure_slot(model: nn.Module, path: str) -> Linear | LoRAEmbedding:
     else:
         bias = None if module.bias is None else module.get_parameter("bias")
         new = Linear.around(module.get_parameter("weight"), bias, transposed=is_conv1d(module))
-    parent, _, child = path.rpartition(".")
-    setattr(model.get_submodule(parent), child, new.train(module.training))
+    parent_path, _, child = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    setattr(parent, child, new.train(module.training))
+    if isinstance(parent, nn.TransformerEncoderLayer):
+        parent.activation_relu_or_gelu = 0  # no fast path: in eval mode it reads the weights past the adapter
     return new
 
 
@@ -196,7 +203,8 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ..
     names = model.key_map() if isinstance(model, KnownModel) else {}
     for path, module in model.named_modules():
         ours = isinstance(module, Linear | LoRAEmbedding)
-        if ours or type(module) is nn.Linear or _is_look_up(module) or is_conv1d(module):
+        plain = "weight" in dict(module.named_parameters(recurse=False))  # not computed, as under weight_norm
+        if plain and (ours or type(module) is nn.Linear or _is_look_up(module) or is_conv1d(module)):
             yield path, module, _published(path, names)
 
 
@@ -234,7 +242,11 @@ def _expand(model: nn.Module, targets: str | tuple[str, ...] | list[str]) -> lis
             groups = model.lora_targets
             out += groups[target] if target in groups else [glob for globs in groups.values() for glob in globs]
         elif target == "all-linear":
-            out += [path for path, module, _ in candidates(model) if not _is_embedding(module) and not _is_head(path)]
+            owners = weight_owners(model)
+            for path, module, _ in candidates(model):
+                tied = len(owners[id(module.get_parameter("weight"))]) > 1
+                if not _is_embedding(module) and not _is_head(path) and not tied:
+                    out.append(path)
         else:
             raise ValueError(
                 f'target {target!r} is known for handtune\'s own models only; name the layers, e.g. "q_proj"'
@@ -248,7 +260,7 @@ def _is_embedding(module: nn.Module) -> bool:
 
 def _is_head(path: str) -> bool:
     """Whether a foreign module is the output head, going by the names in use; `fc` only at the top, as in a ResNet."""
-    return path == "fc" or path.rpartition(".")[2] in FOREIGN_HEADS
+    return path == "fc" or any(part in FOREIGN_HEADS for part in path.split("."))
 
 
 def refuse_merged(model: nn.Module) -> None:
@@ -262,13 +274,19 @@ def refuse_merged(model: nn.Module) -> None:
         raise ValueError("an adapter is merged into the weights; unmerge_lora(model) first")
 
 
-def refuse_tied(model: nn.Module, paths: list[str]) -> None:
-    """ValueError where a module at one of these paths shares its weight with another."""
+def weight_owners(model: nn.Module) -> dict[int, list[str]]:
+    """For each weight, by identity, the paths of the modules that hold it: several where it is tied."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
-        for parameter_name, parameter in module.named_parameters(recurse=False):
-            if parameter_name == "weight":
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "weight":
                 owners.setdefault(id(parameter), []).append(path)
+    return owners
+
+
+def refuse_tied(model: nn.Module, paths: list[str]) -> None:
+    """ValueError where a module at one of these paths shares its weight with another."""
+    owners = weight_owners(model)
     for path in paths:
         others = [other for other in owners[id(model.get_submodule(path).weight)] if other != path]
         if others:

@@ -145,6 +145,11 @@ class Objective:
     score: Callable[[Sequence[str], Examples, Sequence[Any]], Score]
     best: str = "loss"
 
+    @property
+    def new_head(self) -> bool:
+        """Whether the task's head usually begins untrained, and so trains beside an adapter."""
+        return self.task in ("sequence-classification", "token-classification", "question-answering")
+
 
 def _perplexity(loss: losses.LossFn) -> Callable[..., Score]:
     return lambda labels, examples, rows: PerplexityScore(loss)

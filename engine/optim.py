@@ -68,6 +68,10 @@ class Optimizer:
         self.parameters = dict(named)
         numbers = [int(m[1]) for name in self.parameters if (m := re.search(r"(?:^|\.)layers\.(\d+)\.", name))]
         n_layer = max(numbers, default=-1) + 1
+        if lr_decay != 1.0 and not n_layer:
+            raise ValueError("lr_decay: no trained parameter is called layers.N, as those of handtune's models are")
+        for parameter in self.parameters.values():
+            parameter.grad = None  # what an interrupted step left behind
         self.masters = {name: self._master(p) for name, p in self.parameters.items()}
         groups: dict[tuple[float, float], list[Tensor]] = {}
         for name, master in self.masters.items():

@@ -1,5 +1,6 @@
 """What must outlive a kill: how far a run is, the random generators, the best so far; into a checkpoint and back."""
 
+import math
 import random
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -92,7 +93,7 @@ def keep_best(record: Record, optimizer: Optimizer, progress: Progress, metric: 
         raise ValueError(f"best = {metric!r} is not a metric of this evaluation; there are {known}")
     value, sign = progress.metrics[metric], -1 if metric in LOWER_IS_BETTER else 1
     progress.evals_since_best += 1
-    if not progress.best or sign * value > sign * progress.best["value"]:
+    if not progress.best or math.isnan(progress.best["value"]) or sign * value > sign * progress.best["value"]:
         progress.best = {"step": progress.step, "metric": metric, "value": value, "metrics": progress.metrics}
         progress.evals_since_best = 0
         if record.best is not None:

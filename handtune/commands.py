@@ -40,6 +40,8 @@ def run_train(options: argparse.Namespace) -> int:
     settings = config.train
     if settings.batch_rows is None and settings.batch_tokens is None:
         settings = replace(settings, batch_rows=DEFAULT_ROWS)
+    if settings.best is None:
+        settings = replace(settings, best=ready.objective.best)
     data = Batches(
         ready.examples, ready.collate, rows=settings.batch_rows, tokens=settings.batch_tokens,
         micro_rows=settings.micro_rows, micro_tokens=settings.micro_tokens, by_length=not config.data.packing,
@@ -146,7 +148,9 @@ def run_generate(options: argparse.Namespace) -> int:
     rows = []
     for start in range(0, len(prompts), options.batch_rows):
         texts = prompts[start : start + options.batch_rows]
-        ids, mask = left_padded([tokenizer.encode(text, add_special_tokens=False).ids or [0] for text in texts])
+        ids, mask = left_padded(
+            [tokenizer.encode(text, add_special_tokens=False).ids or [model.tokens.eos_id or 0] for text in texts]
+        )
         device = next(model.parameters()).device
         tokens = generate(
             model, ids.to(device), mask.to(device), options.max_new_tokens, options.temperature, options.top_k,

@@ -1,12 +1,12 @@
 """From a configuration to what a run needs: rows read and encoded, model loaded, frozen and adapted."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from .engine import add_lora, freeze, unfreeze
 from .engine.batches import Batches, Collate, Examples, Masking
@@ -49,6 +49,10 @@ def prepare(config: RunConfig, cache: Path) -> Prepared:
     """Read the data, load the model, encode; says what was read, dropped, truncated and masked."""
     torch.manual_seed(config.train.seed)  # of a new head and a new adapter
     objective = OBJECTIVES[config.method]
+    if config.method == "embed" and (config.train.micro_rows or config.train.micro_tokens):
+        raise ValueError(
+            "train.micro_rows, micro_tokens: embed takes its negatives from the whole step; lower batch_rows"
+        )
     corpus = config.method == "pretrain" and all(_is_corpus(Path(file)) for file in _files(config.data))
     rows, eval_rows = ([], []) if corpus else _rows(config.data, config.train.seed)
     labels = tuple(config.model.labels or ())
@@ -74,7 +78,7 @@ def prepare(config: RunConfig, cache: Path) -> Prepared:
             examples, said = encode(part, tokenizer, objective.encoding, **settings)
         except ValueError as error:
             raise ValueError(f"data.{what}: {error}") from error
-        print(f"{what}: {said}")
+        print(f"{what}: {said}", file=sys.stderr)
         return examples
 
     examples: Examples
@@ -119,7 +123,7 @@ def _corpora(data: DataConfig, tokenizer: Any, cache: Path, length: int, eos: in
         if data.eval is not None or part is corpus:
             if len(part) == 0:
                 raise ValueError(f"data.{what}: no target left to train on: fewer than two tokens")
-            print(f"{what}: {len(part.tokens):,} tokens in {len(part):,} windows of {length}")
+            print(f"{what}: {len(part.tokens):,} tokens in {len(part):,} windows of {length}", file=sys.stderr)
     return corpus, held_out
 
 
@@ -143,7 +147,7 @@ def _split_windows(examples: Examples, share: Any) -> tuple[Examples, Examples]:
     cut = len(windows) - max(1, round(len(windows) * share))
     if cut < 1:
         raise ValueError(f"data.eval = {share}: the text is too short to hold out a part of it")
-    print(f"held out: the last {len(windows) - cut} of {len(windows)} windows")
+    print(f"held out: the last {len(windows) - cut} of {len(windows)} windows", file=sys.stderr)
     return windows[:cut], windows[cut:]
 
 
@@ -175,21 +179,17 @@ def _masking(tokenizer: Any) -> Masking:
     return Masking(mask, tokenizer.get_vocab_size(), special)
 
 
-def choose_trained(model: nn.Module, config: RunConfig) -> str:
+def choose_trained(model: Any, config: RunConfig) -> str:
     """Freeze and adapt as the configuration says; gives a few words for what trains."""
     if config.lora is not None:
         add_lora(model, config.lora)
+        if OBJECTIVES[config.method].new_head or model.head_is_new:
+            unfreeze(model, "head.*")
+            freeze(model, "embed.tokens.weight")  # which a masked-LM head is tied to
     if config.freeze.names:
         freeze(model, *config.freeze.names)
     if config.freeze.except_:
         unfreeze(model, *config.freeze.except_)
-    has_new_head = OBJECTIVES[config.method].task in (
-        "sequence-classification",
-        "token-classification",
-        "question-answering",
-    )
-    if config.lora is not None and has_new_head and not config.freeze.names:
-        unfreeze(model, "head.*")
     if config.lora is not None:
         return f"LoRA r={config.lora.rank}"
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]

@@ -6,7 +6,7 @@ No (T, S) mask is made for the structured cases. *Packed* rows (`cu_seqlens`) ar
 they never see each other, because each is computed by itself. A *window* is computed in blocks of queries, each against
 the keys it can reach. Only a `bias` goes through a dense mask.
 
-On CPU, half precision uses batched matrix products that keep q, k, v alone and rebuild the probabilities in the
+On CPU, bf16 uses batched matrix products that keep q, k, v alone and rebuild the probabilities in the
 backward pass (as FlashAttention does, https://arxiv.org/abs/2205.14135): twice as fast there as torch's fused kernel.
 In fp32 the fused kernel is the faster one.
 """

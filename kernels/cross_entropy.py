@@ -6,10 +6,10 @@
 Rows without a target are dropped *before* the product. The rest is done in chunks of rows: with e = exp(z − max z),
 written over z, and its row sums,
 
-    dx = (e W) / Σe − W[target]
+    dx = ((e − Σe · onehot) W) / Σe
 
-so the softmax is never normalised and no one-hot is made: the chunk's logits are written once, swept once by the
-maximum and once by the exponential, and read by the product.
+so the softmax is never normalised and no one-hot is made (one entry a row changes): the chunk's logits are written
+once, swept once by the maximum and once by the exponential, and read by the product.
 
 `reduction="sum"` computes the gradient together with the loss, since the logits are there just then: only dx (N, D)
 waits for the backward pass, and the incoming scalar scales it. `reduction="none"` gives one loss a row, whose gradients
@@ -53,12 +53,11 @@ class _SumLoss(torch.autograd.Function):
             e = z.sub_(top[:, None]).exp_()
             norm = e.sum(1)
             total += norm.log().sum()
+            e.scatter_add_(1, target[:, None], -norm[:, None])  # now dz, but for the division by norm
             if grad_x is not None:
-                part = (e.to(x.dtype) @ weight).to(wide).div_(norm[:, None])
-                grad_x[rows] = part.sub_(weight[target])
+                grad_x[rows] = (e.to(x.dtype) @ weight).to(wide).div_(norm[:, None])
             if grad_w is not None or grad_b is not None:
                 p = e.div_(norm[:, None])
-                p.scatter_add_(1, target[:, None], p.new_full((len(target), 1), -1.0))
                 if grad_w is not None:
                     grad_w += p.to(x.dtype).T @ x[rows]
                 if grad_b is not None:

@@ -291,6 +291,7 @@ def _fill(model: Model, shards: Shards, new_head: bool) -> None:
         name for short, name in stored.items() if short not in used and not any(fnmatchcase(short, p) for p in skipped)
     ]
     _complain(shards.folder, {"missing": missing, "left over": left, "of another shape": misshaped})
+    model.head_is_new = bool(head_missing)
     if head_missing:
         log.warning("new, to be trained, for %s: %s", model.task, ", ".join(sorted(head_missing)))
 

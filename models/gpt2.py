@@ -181,6 +181,7 @@ class GPT2(nn.Module):
         self.config, self.task, self.labels, self.head_layers = config, task, labels, head_layers
         self.pooling = pooling if task == "embedding" else "last"
         self.tokens = SpecialTokens()
+        self.head_is_new = True  # until a checkpoint fills it
         self.embed = Embed(config)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = LayerNorm(config.d_model, config.eps)

@@ -3,7 +3,6 @@ imported torch already, so that a life of such a process costs milliseconds."""
 
 import os
 import random
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -40,11 +39,11 @@ def noisy_loss(model: nn.Module, batch: Any) -> tuple[torch.Tensor, int]:
 
 
 def masked_lm(out: Path) -> Any:
-    """Every weight of a BERT; noise from three generators in the collate function, gradual unfreezing, best kept."""
+    """Every weight of a BERT; noise from three generators, gradual unfreezing, the best a third of the way."""
     model, collate = bert("masked-lm"), Noisy(masking=Masking(4, 100, (0, 1, 2, 3, 4)))
     rows = examples(TEXTS * 2, "masked-lm")
     config = TrainConfig(
-        epochs=12, batch_rows=3, micro_rows=2, lr=3e-3, eval_every=4, save_every=3, keep=2, seed=5,
+        epochs=12, batch_rows=3, micro_rows=2, lr=3e-2, eval_every=4, save_every=3, keep=2, seed=5,
         unfreeze={"head.*": 0, "layers.*": 1, "embed.*": 2},
     )  # fmt: skip
     return model, train(model, rows, noisy_loss, config, eval_data=rows[:4], collate=collate, out=out)
@@ -104,10 +103,10 @@ def _slow_or_deadly_files(die_at: int | None) -> None:
     if die_at is None:
         os.fsync = watched(os.fsync)
         return
-    os.fsync, os.replace, shutil.rmtree = watched(os.fsync), watched(os.replace), watched(shutil.rmtree)
+    os.fsync, os.replace = watched(os.fsync), watched(os.replace)
+    os.unlink, os.rmdir = watched(os.unlink), watched(os.rmdir)
     Path.rename, Path.replace = watched(Path.rename), watched(Path.replace)  # type: ignore[method-assign]
-    Path.unlink, Path.mkdir = watched(Path.unlink), watched(Path.mkdir)  # type: ignore[method-assign]
-    Path.write_text = watched(Path.write_text)  # type: ignore[method-assign]
+    Path.mkdir, Path.write_text = watched(Path.mkdir), watched(Path.write_text)  # type: ignore[method-assign]
     safetensors.torch.save_file = watched(safetensors.torch.save_file, half=True)
 
 

@@ -1,4 +1,4 @@
-"""What people get wrong: each mistake is one line that names the place and the remedy, exit code 2, and nothing lost."""
+"""What people get wrong: each mistake is one line that names place and remedy, exit code 2, and nothing lost."""
 
 import json
 import os
@@ -33,15 +33,15 @@ def job(bases, tmp_path):
 
 @pytest.fixture
 def complaint(capsys):
-    """Runs a command that must fail; gives its one line."""
+    """Runs a command that must fail; gives its one line, which comes after what is said about the data."""
 
     def run(*arguments: object) -> str:
         capsys.readouterr()
         assert main([str(argument) for argument in arguments]) == 2
-        said = capsys.readouterr().err
+        *notes, said = capsys.readouterr().err.splitlines()
+        assert all(note.startswith(("train: ", "eval: ", "held out: ")) for note in notes), notes
         assert said.startswith("handtune: ")
-        assert said.count("\n") == 1, said
-        return said.removeprefix("handtune: ").strip()
+        return said.removeprefix("handtune: ")
 
     return run
 
@@ -138,7 +138,9 @@ def test_files_of_rows(job, complaint, tmp_path) -> None:
     assert "hold rows of different shapes" in complaint("train", job, f"data.train=['{path}', '{tmp_path}/rows.jsonl']")
     for share in ("1.5", "0"):
         assert f"must lie between 0 and 1, not {float(share)}" in complaint("train", job, f"data.eval={share}")
-    assert "are too few to hold out" in complaint("train", job, f"data.train={write_rows(path, CHAT[:1])}", "data.eval=0.5")
+    assert "are too few to hold out" in complaint(
+        "train", job, f"data.train={write_rows(path, CHAT[:1])}", "data.eval=0.5"
+    )
 
 
 def test_an_evaluation_label_that_training_lacks(bases, complaint, tmp_path) -> None:
@@ -170,7 +172,9 @@ def test_lengths_and_masks(job, complaint, tmp_path) -> None:
 
 def test_a_corpus_without_text(job, bases, complaint, tmp_path) -> None:
     (tmp_path / "empty.txt").write_text("")
-    assert f"{tmp_path / 'empty.txt'}" in complaint("train", job, "method=pretrain", f"data.train={tmp_path / 'empty.txt'}")
+    assert f"{tmp_path / 'empty.txt'}" in complaint(
+        "train", job, "method=pretrain", f"data.train={tmp_path / 'empty.txt'}"
+    )
     texts = write_rows(tmp_path / "texts.jsonl", TEXTS)
     for share in ("1.5", "0"):
         line = complaint("train", job, "method=pretrain", f"data.train={texts}", f"data.eval={share}")
@@ -183,7 +187,7 @@ def test_adapters_and_freezing_that_match_nothing(job, complaint) -> None:
     line = complaint("train", job, 'lora.targets=["k_prj"]')
     assert line.startswith("LoRA target 'k_prj' matches no layer; there are ")
     line = complaint("train", job, 'freeze.names=["layer.*"]')
-    assert line == "'layer.*' matches no parameter; names start with embed, layers, norm"
+    assert line.startswith("'layer.*' matches no parameter; names start with embed, ")
     line = complaint("train", job, 'freeze.names=["*"]')
     assert line.startswith("nothing trains: ")
     assert "matches no parameter" in complaint("train", job, 'train.unfreeze={ "heads.*" = 1 }')
@@ -255,7 +259,9 @@ def test_the_other_commands(job, bases, complaint, tmp_path) -> None:
     assert "causal-lm" in line
     line = complaint("generate", bases["gpt2"], "--prompt", "x", "--adapter", nowhere)
     assert str(nowhere) in line
-    assert "exceed the model's 64 positions" in complaint("generate", bases["gpt2"], "--prompt", "x", "--max-new-tokens", 99)
+    assert "exceed the model's 64 positions" in complaint(
+        "generate", bases["gpt2"], "--prompt", "x", "--max-new-tokens", 99
+    )
     assert str(nowhere) in complaint("merge", bases["gpt2"], nowhere, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     assert str(nowhere) in complaint("report", nowhere)

@@ -29,7 +29,8 @@ from handtune.models import load
 
 ROOT = Path(__file__).parent.parent
 ROWS = {
-    "pretrain": TEXTS, "sft": CHAT, "masked-lm": TEXTS, "classify": SENTIMENT, "tag": TAGGED, "qa": QUESTIONS, "embed": PAIRS,
+    "pretrain": TEXTS, "sft": CHAT, "masked-lm": TEXTS, "classify": SENTIMENT, "tag": TAGGED, "qa": QUESTIONS,
+    "embed": PAIRS,
 }  # fmt: skip
 METRICS = {
     "pretrain": "perplexity", "sft": "perplexity", "masked-lm": "perplexity", "classify": "accuracy", "tag": "f1",
@@ -75,10 +76,10 @@ def result_of(folder: Path) -> dict:
 def test_train_and_evaluate(method, bases, tmp_path, capsys) -> None:
     """Full fine-tuning of every method; evaluating the stored model gives the metrics of the run again."""
     run("train", configuration(tmp_path, method, bases))
-    said = capsys.readouterr().out
-    assert "eval: " in said
-    assert "trains " in said
-    assert f"stored in {tmp_path / 'run/model'}" in said
+    said = capsys.readouterr()
+    assert all(f"{part}: " in said.out + said.err for part in ("train", "eval"))
+    assert "trains " in said.out
+    assert f"stored in {tmp_path / 'run/model'}" in said.out
     result = result_of(tmp_path)
     assert result["trainable"] == result["parameters"] > 0
     assert result["stored_bytes"] > 0
@@ -91,10 +92,10 @@ def test_train_and_evaluate(method, bases, tmp_path, capsys) -> None:
 
 
 def evaluated(capsys, *arguments: object) -> dict:
-    """What `evaluate` prints as JSON, after what it says about the data."""
+    """What `evaluate` prints as JSON, which begins at the start of a line."""
     capsys.readouterr()
     run("evaluate", *arguments)
-    said = capsys.readouterr().out
+    said = "\n" + capsys.readouterr().out
     return json.loads(said[said.index("\n{") :])
 
 
@@ -127,7 +128,10 @@ def test_lora_evaluate_and_merge(method, bases, tmp_path, capsys) -> None:
 
 
 def test_merge_of_a_classifier_keeps_its_labels(bases, tmp_path, capsys) -> None:
-    run("train", configuration(tmp_path, "classify", bases, lora={"rank": 4}, train={"epochs": 20, "lr": 0.01}))
+    run(
+        "train",
+        configuration(tmp_path, "classify", bases, lora={"rank": 4}, train={"epochs": 20, "lr": 0.01, "best": "last"}),
+    )
     run("merge", bases["bert"], tmp_path / "run/adapter", tmp_path / "merged")
     merged, tokenizer = load(tmp_path / "merged")
     assert merged.labels == ("down", "up")
@@ -291,12 +295,12 @@ def process(*arguments: object, **settings) -> subprocess.CompletedProcess:
 
 
 def test_as_a_process(bases, tmp_path) -> None:
-    """From another folder, with paths relative to it; only the bar and announcements go to standard error."""
+    """From another folder, with paths relative to it."""
     configuration(tmp_path, "sft", bases)
     done = process("train", "sft.toml", "out=here", "train.max_steps=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "here/model/model.safetensors").is_file()
-    assert done.stderr == ""
+    assert all(note.startswith(("train: ", "eval: ")) for note in done.stderr.splitlines())
     assert "2 steps in " in done.stdout
     done = process("generate", "here", "--max-new-tokens", 3, cwd=tmp_path, input="the cat\n")
     assert done.returncode == 0, done.stderr

@@ -124,7 +124,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
         ("a.txt", b"one\ntw\xff\n", "a.txt line 2: byte 6 is not UTF-8"),
         ("a.jsonl", b'{"text": "a"}\n{"text"\n', "a.jsonl line 2: not JSON"),
         ("a.csv", b"text\na\n", "a.csv: a corpus is made from .txt and .jsonl files"),
-        ("a.txt", b"", "a\.txt: 0 tokens; give text with at least two"),
+        ("a.txt", b"", "a.txt: 0 tokens; give text with at least two"),
     ],
 )
 def test_bad_sources_are_refused(tmp_path, name, content, message):

@@ -31,7 +31,7 @@ class Uncached(Collate):
 @pytest.mark.parametrize("build", [bert, gpt2])
 @pytest.mark.parametrize("name", ["classify", "tag", "qa"])
 def test_cached_and_uncached_give_the_same(name, build, monkeypatch) -> None:
-    """The same training, the body computed once and computed each time: to rounding, since batches are cut otherwise."""
+    """The same training, the body computed once or each time; to rounding, since the batches are cut otherwise."""
     ends = []
     for cached in (True, False):
         model, rows, objective, score = case(name, build)

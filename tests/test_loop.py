@@ -1,64 +1,24 @@
-"""The training loop: one mean over the whole step, the order of things, and that every method learns."""
+"""The training loop: one mean over the whole step, the data it takes, what trains when, what it records."""
 
 import json
 import math
-import os
-import signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from small_lines import ROWS, STEPS, Sized, Stream, line
 from small_runs import (
     CHAT,
-    PAIRS,
-    QUESTIONS,
-    SENTIMENT,
-    TAGGED,
-    TEXTS,
     assert_same_weights,
-    bert,
     examples,
     gpt2,
     logged,
     weights,
 )
-from torch import nn
 
-from handtune.engine import LoRAConfig, TrainConfig, add_lora, evaluate, freeze, losses, train, unfreeze
-from handtune.engine.batches import Batches, Collate, Masking
-from handtune.engine.objectives import OBJECTIVES
+from handtune.engine import TrainConfig, freeze, losses, train, unfreeze
+from handtune.engine.batches import Collate
 from handtune.engine.optim import Optimizer
-
-TAGS = ("O", "B-ANIMAL", "B-PLACE")
-
-
-class Line(nn.Module):
-    """y = w·x, to be told how far it is: small enough to follow by hand."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(3))
-        self.seen: list[list[float]] = []
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.weight
-
-
-def squares(model: Line, batch: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Squared distance of w·x from 1."""
-    model.seen.append(batch[:, 0].tolist())
-    return (model(batch) - 1.0).square().sum(), len(batch)
-
-
-ROWS = [torch.tensor([float(i + 1), 1.0, -0.5 * i]) / 8 for i in range(10)]
-
-
-def line(data=ROWS, *, loss_fn=squares, eval_data=None, out=None, collate=torch.stack, **settings):
-    model = Line()
-    usual = {"batch_rows": 2, "lr": 0.1, "schedule": "constant", "warmup": 0}
-    config = TrainConfig(**{**usual, **settings})
-    return model, train(model, data, loss_fn, config, eval_data=eval_data, collate=collate, out=out)
 
 
 def gradient_of(model, micros, loss_fn=losses.causal_lm_loss) -> dict[str, torch.Tensor]:
@@ -164,33 +124,6 @@ def test_every_row_once_an_epoch() -> None:
     assert values[:10] != values[10:20]
 
 
-class Stream:
-    """An iterable of batches with a place, as a user may bring one."""
-
-    def __init__(self, items: list, length: bool = True):
-        self.items, self.next = items, 0
-
-    def __iter__(self):
-        while self.next < len(self.items):
-            self.next += 1
-            yield self.items[self.next - 1]
-        self.next = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"next": self.next}
-
-    def load_state_dict(self, state) -> None:
-        self.next = state["next"]
-
-
-class Sized(Stream):
-    def __len__(self) -> int:
-        return len(self.items)
-
-
-STEPS = [torch.stack(ROWS[i : i + 2]) for i in range(0, 10, 2)]
-
-
 def test_an_iterable_of_batches(tmp_path) -> None:
     model, result = line(Sized(STEPS), epochs=2, collate=None)
     assert result.steps == 10
@@ -287,86 +220,6 @@ def test_a_later_glob_does_not_freeze_what_an_earlier_one_trains() -> None:
         train(model, examples(CHAT, "sft"), losses.causal_lm_loss, TrainConfig(unfreeze={"*": 1}), collate=Collate())
 
 
-def scripted(values: list[float]):
-    """A score whose evaluations give these accuracies in turn."""
-    left = iter(values)
-
-    class Scripted:
-        def update(self, model, batch):
-            return squares(model, batch)
-
-        def result(self, loss):
-            return {"accuracy": next(left)}
-
-    return Scripted
-
-
-def scripted_run(values, out: Path | None, **settings):
-    """Evaluations before training and after each step; the weights after each step."""
-    model, history = Line(), []
-
-    def loss_fn(model, batch):
-        history.append(model.weight.detach().clone())
-        return (model(batch) - 1).square().sum(), len(batch)
-
-    config = TrainConfig(epochs=3, batch_rows=2, lr=0.1, eval_every=1, best="accuracy", **settings)
-    result = train(model, ROWS, loss_fn, config, eval_data=ROWS, collate=torch.stack, score=scripted(values), out=out)
-    return model, result, history
-
-
-def test_best_checkpoint_is_given_back(tmp_path) -> None:
-    values = [0.1, 0.3, 0.2, 0.8, 0.8, *[0.5] * 11]
-    model, result, history = scripted_run(values, tmp_path / "run")
-    assert result.steps == 15
-    assert result.best == {"step": 3, "metric": "accuracy", "value": 0.8}
-    assert result.metrics["accuracy"] == 0.8
-    assert result.before["accuracy"] == 0.1
-    assert torch.equal(model.weight.detach(), history[3])  # the weights with which step 4 began
-    assert not torch.equal(history[3], history[-1])
-    facts = json.loads((tmp_path / "run/best/state.json").read_text())
-    assert facts["step"] == 3
-
-
-def test_lower_is_better_for_a_loss_and_last_takes_the_last(tmp_path) -> None:
-    away, gone = [5.0 * row for row in ROWS[:3]], tmp_path / "run"
-    model, result = line(eval_data=ROWS, lr=0.1, epochs=2, eval_every=1, out=tmp_path / "a")
-    evals = {e["step"]: e["eval"]["loss"] for e in logged(tmp_path / "a") if "eval" in e}
-    assert result.best["value"] == min(evals.values()) == result.metrics["loss"]
-    assert evals[result.best["step"]] == result.best["value"]
-    assert evaluate(model, STEPS, squares)["loss"] == pytest.approx(result.best["value"])
-    # Training that only does harm gives back the weights it began with.
-    model, result = line([-row for row in ROWS], eval_data=ROWS, out=gone)
-    assert (result.best["step"], result.metrics) == (0, result.before)
-    assert model.weight.abs().max() == 0
-    model, result = line(away, eval_data=ROWS, best="last", out=tmp_path / "c")
-    assert result.best == {}
-    assert model.weight.abs().max() > 0
-    assert not (tmp_path / "c/best").exists()
-
-
-def test_without_a_folder_the_last_weights_stay_and_are_what_is_reported() -> None:
-    values = [0.1, 0.9, *[0.5] * 14]
-    model, result, history = scripted_run(values, None)
-    assert (result.best["step"], result.best["value"], result.metrics["accuracy"]) == (15, 0.5, 0.5)
-    assert not torch.equal(model.weight.detach(), history[-1])  # one step further than the last look
-
-
-def test_early_stopping(tmp_path) -> None:
-    values = [0.1, 0.2, 0.6, 0.5, 0.6, 0.55, *[0.9] * 10]
-    _, result, _ = scripted_run(values, tmp_path / "run", patience=3)
-    assert result.steps == 5  # step 2 was best, and 3, 4, 5 no better
-    assert result.best == {"step": 2, "metric": "accuracy", "value": 0.6}
-    assert not result.interrupted
-    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000005"]
-    again = scripted_run([], tmp_path / "run", patience=3)[1]  # a run that has stopped stays where it is
-    assert (again.steps, again.best, again.metrics) == (5, result.best, result.metrics)
-
-
-def test_a_metric_that_is_not_there_is_named() -> None:
-    with pytest.raises(ValueError, match="best = 'f1' is not a metric of this evaluation; there are loss"):
-        line(eval_data=ROWS, best="f1")
-
-
 def test_when_it_evaluates_and_saves(tmp_path) -> None:
     def folders(name: str) -> list[int]:
         return sorted(int(path.name[5:]) for path in (tmp_path / name / "checkpoints").iterdir())
@@ -402,165 +255,6 @@ def test_the_record_of_a_run(tmp_path) -> None:
     assert result.train_loss == pytest.approx(mean)
 
 
-def test_not_a_number_stops_with_the_step_and_the_last_good_checkpoint(tmp_path) -> None:
-    def broken(model, batch):
-        loss, count = squares(model, batch)
-        return loss * (math.nan if len(model.seen) == 8 else 1.0), count
-
-    with pytest.raises(FloatingPointError) as error:
-        line(epochs=2, loss_fn=broken, save_every=2, out=tmp_path / "run")
-    place = tmp_path / "run/checkpoints/step-00000006"
-    assert str(error.value).startswith("step 8: the loss is nan")
-    assert f"the last good checkpoint is {place}; try a smaller train.lr" in str(error.value)
-    assert place.is_dir()
-    model, result = line(epochs=2, save_every=2, out=tmp_path / "run")  # with the cause away, it goes on from there
-    assert (result.steps, len(model.seen)) == (10, 4)
-    with pytest.raises(FloatingPointError, match="step 3: the loss is inf.*there is no checkpoint yet"):
-        line(loss_fn=lambda m, b: (squares(m, b)[0] * (math.inf if len(m.seen) == 3 else 1), 1))
-
-
-def test_a_gradient_that_is_not_finite_counts_too() -> None:
-    def root(model, batch):
-        return model.weight.abs().sum().sqrt() + 0 * model(batch).sum(), 1
-
-    with pytest.raises(FloatingPointError, match="step 1: the loss is 0.0, its gradient norm (nan|inf)"):
-        line(loss_fn=root)
-
-
-@pytest.mark.parametrize(
-    ("settings", "advice"),
-    [
-        ({"batch_rows": 8}, "set train.micro_rows = 4 (it is 8); the step and its result stay the same"),
-        ({"batch_rows": 8, "micro_rows": 3}, "set train.micro_rows = 1 (it is 3)"),
-        ({"batch_rows": None, "batch_tokens": 8192}, "set train.micro_tokens = 4096 (it is 8192)"),
-        ({"batch_rows": 8, "micro_tokens": 500}, "set train.micro_tokens = 250 (it is 500)"),
-        ({"batch_rows": 1}, "even one row is too much; shorten the rows (data.max_length)"),
-    ],
-)
-def test_out_of_memory_names_the_smaller_micro_batch(settings, advice) -> None:
-    data = [{"input_ids": [1, 2]}] * 9
-    for error in (
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you"),
-        MemoryError("Unable to allocate 4 TiB for an array"),
-    ):
-
-        def explode(model, batch, error=error):
-            raise error
-
-        with pytest.raises(MemoryError) as found:
-            line(data, loss_fn=explode, collate=list, **settings)
-        assert str(found.value).startswith("out of memory on cpu: ")
-        assert advice in str(found.value)
-
-
-def test_memory_that_really_runs_out() -> None:
-    def greedy(model, batch):
-        return torch.empty(2**55).sum(), 1
-
-    with pytest.raises(MemoryError, match="set train.micro_rows = 1"):
-        line(loss_fn=greedy)
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):  # another mistake stays what it is
-        line(loss_fn=lambda model, batch: (torch.ones(2, 3) @ torch.ones(2, 3), 1))
-
-
-def test_ctrl_c_finishes_the_step_and_saves(tmp_path) -> None:
-    whole, expected = line(epochs=4, out=tmp_path / "whole")
-    handler = signal.getsignal(signal.SIGINT)
-
-    def interrupting(model, batch):
-        if len(model.seen) == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-        return squares(model, batch)
-
-    _, result = line(epochs=4, loss_fn=interrupting, out=tmp_path / "run")
-    assert (result.interrupted, result.steps) == (True, 7)
-    assert (tmp_path / "run/checkpoints/step-00000007").is_dir()
-    assert signal.getsignal(signal.SIGINT) is handler
-    model, result = line(epochs=4, out=tmp_path / "run")
-    assert (result.interrupted, result.steps, result.train_loss) == (False, 20, expected.train_loss)
-    assert torch.equal(model.weight, whole.weight)
-    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
-
-
-def test_ctrl_c_at_the_end_of_an_epoch_and_in_an_evaluation_saves_too(tmp_path) -> None:
-    """Calls 1 to 5 are the evaluation before training, 6 to 10 the first epoch, 11 to 15 the evaluation after it."""
-    for number, (at, steps) in enumerate(((3, 0), (10, 5), (12, 5), (15, 5), (16, 6))):
-        calls = []
-
-        def interrupting(model, batch, calls=calls, at=at):
-            calls.append(1)
-            if len(calls) == at:
-                os.kill(os.getpid(), signal.SIGINT)
-            return squares(model, batch)
-
-        out = tmp_path / str(number)
-        result = line(epochs=3, loss_fn=interrupting, eval_data=ROWS, eval_every=5, out=out)[1]
-        assert (result.interrupted, result.steps) == (True, steps)
-        assert len(list(out.glob("checkpoints/*"))) == (steps > 0)
-
-
-def test_a_second_ctrl_c_stops_at_once() -> None:
-    def interrupting(model, batch):
-        if len(model.seen) == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-        return squares(model, batch)
-
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        line(epochs=4, loss_fn=interrupting)
-    assert signal.getsignal(signal.SIGINT) is handler
-
-
-def test_a_folder_with_another_run_or_other_things_is_refused(tmp_path) -> None:
-    line(out=tmp_path / "run", lr=0.1)
-    before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*"))
-    with pytest.raises(ValueError) as error:
-        line(out=tmp_path / "run", lr=0.2, seed=3)
-    assert "train.lr = 0.1, not 0.2; train.seed = 0, not 3; take back the change or choose another out" in str(
-        error.value
-    )
-    assert sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*")) == before
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/thesis.tex").write_text("mine")
-    with pytest.raises(ValueError, match="is not empty and holds no run; choose another out"):
-        line(out=tmp_path / "other")
-    assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.tex"]
-    (tmp_path / "run/run.json").write_text("{")
-    with pytest.raises(ValueError, match=r"run\.json: damaged"):
-        line(out=tmp_path / "run")
-
-
-def test_a_run_that_never_began_may_change_its_configuration(tmp_path) -> None:
-    def wrong(model, batch):
-        raise ValueError("the data is not what it should be")
-
-    with pytest.raises(ValueError, match="not what it should be"):
-        line(loss_fn=wrong, out=tmp_path / "run")
-    _, result = line(lr=0.3, out=tmp_path / "run")
-    assert result.steps == 5
-    assert json.loads((tmp_path / "run/run.json").read_text())["config"]["train"]["lr"] == 0.3
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"schedule": "cosin"}, "schedule 'cosin' is unknown; known: constant, linear, cosine, wsd"),
-        ({"epochs": 0}, "epochs: expected a positive number, got 0"),
-        ({"lr": math.nan}, "lr: expected a positive number, got nan"),
-        ({"eval_every": 0}, "eval_every: expected a positive number, got 0"),
-        ({"patience": 0}, "patience: expected a positive number"),
-        ({"micro_rows": -2}, "micro_rows: expected a positive number"),
-        ({"warmup": -1}, "warmup: expected zero or a positive number"),
-        ({"batch_rows": 2, "batch_tokens": 64}, "batch_rows and batch_tokens: .* give one of the two"),
-    ],
-)
-def test_settings_that_make_no_sense(settings, message) -> None:
-    with pytest.raises(ValueError, match=message):
-        TrainConfig(**settings)
-
-
 def test_metrics_count_targets_and_tokens(tmp_path) -> None:
     rows, model = ragged(), gpt2()
     config = TrainConfig(batch_rows=8, micro_rows=3)
@@ -568,65 +262,3 @@ def test_metrics_count_targets_and_tokens(tmp_path) -> None:
     (entry,) = logged(tmp_path / "run")
     assert entry["tokens"] == sum(len(row["input_ids"]) for row in rows)
     assert entry["targets"] == sum(t >= 0 for row in rows for t in row["targets"])
-
-
-# What each method comes to after a few seconds on rows small enough to be learned by heart: the loss is below this.
-METHODS = {
-    "classify": 0.02, "tag": 0.02, "qa": 0.02, "masked-lm": 2.0, "pretrain": 0.3, "sft": 0.1, "embed": 0.01,
-}  # fmt: skip
-
-
-def method(name: str):
-    """A model, its rows encoded, what collates them and what scores them."""
-    objective, labels = OBJECTIVES[name], {"classify": ("down", "up"), "tag": TAGS}.get(name, ())
-    rows = {"classify": SENTIMENT, "tag": TAGGED, "qa": QUESTIONS, "sft": CHAT, "embed": PAIRS}.get(name, TEXTS)
-    encoded = examples(rows, objective.encoding, labels or None)
-    model = gpt2(objective.task) if name in ("pretrain", "sft") else bert(objective.task, labels)
-    masking = Masking(4, 100, (0, 1, 2, 3, 4)) if name == "masked-lm" else None
-    return model, encoded, Collate(masking=masking), objective, lambda: objective.score(labels, encoded, rows)
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_learns(name) -> None:
-    model, rows, collate, objective, score = method(name)
-    config = TrainConfig(
-        epochs=60 if name != "masked-lm" else 150, lr=1e-2 if name != "masked-lm" else 3e-3, best="last"
-    )
-    data, held = Batches(rows, collate, rows=6), Batches(rows, collate, rows=8, shuffle=False)
-    result = train(model, data, objective.loss, config, eval_data=held, score=score)
-    assert result.metrics["loss"] < METHODS[name] < result.before["loss"]
-    if name in ("classify", "tag", "qa", "embed"):
-        assert result.metrics[objective.best] == 1.0
-
-
-@pytest.mark.parametrize("name", ["sft", "classify"])
-def test_lora_learns(name) -> None:
-    """A base that has learned one thing learns the opposite in its adapter, and stays what it was, bitwise."""
-    model, rows, collate, objective, _ = method(name)
-    train(model, rows, objective.loss, TrainConfig(epochs=40, batch_rows=6, lr=1e-2), collate=collate)
-    before = weights(model)
-    if name == "sft":
-        answers = [row["completion"] for row in CHAT]
-        changed = [{**row, "completion": answers[i - 1]} for i, row in enumerate(CHAT)]
-        rows = examples(changed, "sft")
-    else:
-        rows = [{**row, "label": 1 - row["label"]} for row in rows]
-    held = Batches(rows, collate, rows=8, shuffle=False)
-    wrong = evaluate(model, held, objective.loss)["loss"]
-    add_lora(model, LoRAConfig(rank=8, alpha=16))
-    train(model, rows, objective.loss, TrainConfig(epochs=80, batch_rows=6, lr=1e-2), collate=collate)
-    assert evaluate(model, held, objective.loss)["loss"] < 0.4 < 0.8 < wrong
-    after = weights(model)
-    assert_same_weights({name: after[name] for name in before}, before)
-
-
-def test_bf16_training_learns() -> None:
-    """bf16 weights with fp32 masters go where fp32 weights go."""
-    ends = []
-    for dtype in (torch.float32, torch.bfloat16):
-        model, rows, collate, objective, _ = method("sft")
-        model.to(dtype)
-        train(model, rows, objective.loss, TrainConfig(epochs=60, batch_rows=4, lr=1e-2), collate=collate)
-        ends.append(evaluate(model, Batches(rows, collate, rows=8, shuffle=False), objective.loss)["loss"])
-    assert ends[1] == pytest.approx(ends[0], abs=0.05)
-    assert ends[1] < 0.1

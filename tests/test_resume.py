@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from small_runs import CHAT, assert_same_weights, gpt2_folder, logged, write_config, write_rows
 
 from handtune.engine import load_checkpoint
+from handtune.engine.checkpoint import checkpoints
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("forkserver")
@@ -111,11 +112,21 @@ def test_killed_at_many_random_moments(run, seed, truth, tmp_path) -> None:
     kill_at_random(run, tmp_path, truth, 100 + seed, 50)
 
 
+def newest(out: Path) -> int:
+    """Step of the newest whole checkpoint, -1 where there is none."""
+    found = checkpoints(out / "checkpoints")
+    for path in found:
+        load_checkpoint(path)
+    return int(found[-1].name[5:]) if found else -1
+
+
 def sweep(run: str, folder: Path, truth, fresh: bool) -> int:
     """A life for each place to die, to the last; how many. `fresh`: each in a new folder, then finished by another."""
     for at in count():
         out, place = folder / (f"run-{at}" if fresh else "run"), folder / f"end-{at}"
+        before = newest(out)
         killed = one_life(run, out, place, die_at=at)
+        assert newest(out) >= before, f"operation {at}: a kill has lost a checkpoint"
         if killed and fresh:
             assert not one_life(run, out, place)
         if fresh or not killed:

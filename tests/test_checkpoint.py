@@ -1,0 +1,147 @@
+"""Checkpoint folders: whole or not there, the old one kept until the new one is."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from small_lines import line
+
+from handtune.engine import load_checkpoint, save_checkpoint
+from handtune.engine.checkpoint import checkpoint_path, checkpoints, prune
+
+TENSORS = {"a.b": torch.arange(6.0).view(2, 3).T, "half": torch.ones(3, dtype=torch.bfloat16), "n": torch.tensor(7)}
+
+
+def assert_holds(path: Path, tensors, facts) -> None:
+    found, read = load_checkpoint(path)
+    assert read == facts
+    assert found.keys() == tensors.keys()
+    for key, value in tensors.items():
+        assert found[key].dtype == value.dtype
+        assert torch.equal(found[key], value)
+
+
+class Killed(BaseException):
+    """Ends a save where it stands, as a kill does: nothing is tidied up."""
+
+
+def die_at(monkeypatch, module, name: str, call: int) -> None:
+    """Make the n-th call (from 1) of a function the last thing that happens."""
+    function, calls = getattr(module, name), []
+
+    def deadly(*arguments, **named):
+        calls.append(1)
+        if len(calls) >= call:
+            raise Killed
+        return function(*arguments, **named)
+
+    monkeypatch.setattr(module, name, deadly)
+
+
+def test_round_trip_and_replacement(tmp_path) -> None:
+    path = tmp_path / "deep/er/best"
+    facts = {"step": 3, "metrics": {"loss": 0.1 + 0.2, "none": None, "words": ["ä", "😀"]}}
+    save_checkpoint(path, TENSORS, facts)
+    assert_holds(path, TENSORS, facts)
+    save_checkpoint(path, {"other": torch.zeros(2)}, {"step": 4})
+    assert_holds(path, {"other": torch.zeros(2)}, {"step": 4})
+    assert [p.name for p in path.parent.iterdir()] == ["best"]
+
+
+def test_what_is_loaded_does_not_change_with_the_file(tmp_path) -> None:
+    save_checkpoint(tmp_path / "a", TENSORS, {})
+    found, _ = load_checkpoint(tmp_path / "a")
+    save_checkpoint(tmp_path / "a", {key: torch.zeros_like(value) for key, value in TENSORS.items()}, {})
+    assert torch.equal(found["a.b"], TENSORS["a.b"])
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "call"),
+    [
+        (Path, "mkdir", 2), (safetensors.torch, "save_file", 1), (Path, "write_text", 1), (os, "fsync", 1),
+        (os, "fsync", 3), (Path, "rename", 1), (Path, "rename", 2), (os, "fsync", 4), (os, "unlink", 1),
+    ],
+)  # fmt: skip
+def test_a_replacement_that_is_killed_leaves_old_or_new(tmp_path, monkeypatch, module, name, call) -> None:
+    path, old, new = tmp_path / "best", {"step": 1}, {"step": 2}
+    save_checkpoint(path, TENSORS, old)
+    with monkeypatch.context() as patch:
+        die_at(patch, module, name, call)
+        with pytest.raises(Killed):
+            save_checkpoint(path, TENSORS, new)
+    assert load_checkpoint(path)[1] in (old, new)
+    if name != "unlink" and (name, call) != ("fsync", 4):
+        assert load_checkpoint(path)[1] == old
+    save_checkpoint(path, TENSORS, {"step": 3})
+    assert_holds(path, TENSORS, {"step": 3})
+    assert [p.name for p in tmp_path.iterdir()] == ["best"]
+
+
+def test_half_a_removal_is_no_checkpoint(tmp_path, monkeypatch) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(checkpoint_path(tmp_path, step), TENSORS, {"step": step})
+    for call in (1, 2):
+        with monkeypatch.context() as patch:
+            die_at(patch, os, "unlink", call)
+            with pytest.raises(Killed):
+                prune(tmp_path, 2)
+        for path in checkpoints(tmp_path):
+            load_checkpoint(path)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-00000002", "step-00000003"]
+    (tmp_path / "step-00000009.tmp").mkdir()
+    prune(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_order_is_that_of_the_steps(tmp_path) -> None:
+    for step in (9, 100, 20):
+        save_checkpoint(checkpoint_path(tmp_path, step), {}, {"step": step})
+    (tmp_path / "step-00000300").mkdir()
+    (tmp_path / "step-later").mkdir()
+    assert [load_checkpoint(path)[1]["step"] for path in checkpoints(tmp_path)] == [9, 20, 100]
+    assert checkpoints(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize("target", ["save_file", "fsync"])
+def test_a_save_that_fails_leaves_everything_as_it_was(tmp_path, monkeypatch, target) -> None:
+    """The run ends with one sentence, its checkpoint is there, and it goes on from it to the same end."""
+    whole, _ = line(epochs=2, save_every=2, out=tmp_path / "whole")
+    module = safetensors.torch if target == "save_file" else os
+    function, calls = getattr(module, target), []
+
+    def full(*arguments, **named):
+        calls.append(1)
+        if len(calls) > (2 if target == "save_file" else 9):
+            raise OSError(28, "No space left on device")
+        return function(*arguments, **named)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(module, target, full)
+        with pytest.raises(
+            OSError, match=r"step-00000006: the checkpoint could not be written .*No space left"
+        ) as error:
+            line(epochs=2, save_every=2, out=out)
+    assert "earlier ones are untouched; make room, then the same command goes on" in str(error.value)
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000004"]
+    model, result = line(epochs=2, save_every=2, out=out)
+    assert (result.steps, len(model.seen)) == (10, 6)
+    assert torch.equal(model.weight, whole.weight)
+
+
+def test_what_is_no_checkpoint(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint there \(state\.json is missing\)"):
+        load_checkpoint(tmp_path / "none")
+    save_checkpoint(tmp_path / "a", TENSORS, {})
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    (tmp_path / "a/tensors.safetensors").write_bytes(b"\x10")
+    (tmp_path / "b/state.json").write_text("{")
+    for name in ("a", "b"):
+        with pytest.raises(ValueError, match=rf"{name}: the checkpoint is damaged .*an earlier one is used then"):
+            load_checkpoint(tmp_path / name)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="the checkpoint could not be written|Not a directory|File exists"):
+        save_checkpoint(tmp_path / "file/a", TENSORS, {})
