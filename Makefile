@@ -37,7 +37,7 @@ bench: $(STAMP)
 # These two run from a bare clone, with any python3 that has torch and triton.
 test-gpu:
 	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "no CUDA here: nothing to test"; exit 1; }
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest -m gpu tests/test_cuda.py
 
 bench-gpu:
 	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "no CUDA here: nothing to measure"; exit 1; }
