@@ -106,7 +106,7 @@ def test_killed_at_random_moments(run, truth, tmp_path) -> None:
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("run", RUNS)
 def test_killed_at_many_random_moments(run, seed, truth, tmp_path) -> None:
     kill_at_random(run, tmp_path, truth, 100 + seed, 50)
