@@ -10,6 +10,7 @@ step was cut. And all state (weights and moments, random generators, the place i
 one checkpoint, so that a run killed anywhere and started again ends with the same bits as one that ran through.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field
@@ -143,6 +144,7 @@ def train(
     """
     start, device = time.perf_counter(), next(model.parameters()).device
     if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
         torch.use_deterministic_algorithms(True)
     torch.manual_seed(config.seed)
     trained = _trained(model, config)
@@ -154,7 +156,7 @@ def train(
     record.start(about or {}, (about or {}).get("config") or {"train": asdict(config)})
     optimizer = Optimizer(
         trained.items(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
-        lr_scale=config.lr_scale, lr_decay=config.lr_decay,
+        lr_scale=config.lr_scale, lr_decay=config.lr_decay, buffers=dict(model.named_buffers()),
     )  # fmt: skip
     if not config.unfreeze:
         data, eval_data = with_features(model, data), None if eval_data is None else with_features(model, eval_data)

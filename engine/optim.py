@@ -6,7 +6,7 @@ step is made on the master, and the parameter is its rounding. Gradients of seve
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 import torch
@@ -52,7 +52,8 @@ def lr_scale_of(name: str, scales: dict[str, float], layer_decay: float, n_layer
 class Optimizer:
     """AdamW over the named parameters, on fp32 masters.
 
-    A step is `accumulate()` after each micro-batch's backward pass and `step(...)` at the end.
+    A step is `accumulate()` after each micro-batch's backward pass and `step(...)` at the end. `buffers` (running
+    statistics, say) are not touched, but belong to the state.
     """
 
     def __init__(
@@ -64,8 +65,9 @@ class Optimizer:
         weight_decay: float,
         lr_scale: dict[str, float],
         lr_decay: float,
+        buffers: Mapping[str, Tensor] | None = None,
     ):
-        self.parameters = dict(named)
+        self.parameters, self.buffers = dict(named), dict(buffers or {})
         numbers = [int(m[1]) for name in self.parameters if (m := re.search(r"(?:^|\.)layers\.(\d+)\.", name))]
         n_layer = max(numbers, default=-1) + 1
         if lr_decay != 1.0 and not n_layer:
@@ -123,8 +125,8 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Masters, moments and update counts, as a flat dictionary of tensors."""
-        out = {}
+        """Masters, moments, update counts and the module's buffers, as a flat dictionary of tensors."""
+        out = {f"buffer.{name}": buffer for name, buffer in self.buffers.items()}
         for name, master in self.masters.items():
             out[f"weight.{name}"] = master.detach()
             out |= {f"{key}.{name}": value for key, value in self.adamw.state.get(master, {}).items()}
@@ -141,6 +143,8 @@ class Optimizer:
                 f"the checkpoint is of another model or other adapters: {len(other)} parameters differ, {name} is "
                 f"{stored.get(name, 'not there')} instead of {shapes.get(name, 'not there')}; choose another out"
             )
+        for name, buffer in self.buffers.items():
+            buffer.copy_(state[f"buffer.{name}"])
         for name, master in self.masters.items():
             master.copy_(state[f"weight.{name}"])
             if (parameter := self.parameters[name]) is not master:

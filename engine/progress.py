@@ -97,7 +97,7 @@ def keep_best(record: Record, optimizer: Optimizer, progress: Progress, metric: 
         progress.best = {"step": progress.step, "metric": metric, "value": value, "metrics": progress.metrics}
         progress.evals_since_best = 0
         if record.best is not None:
-            weights = {k: v for k, v in optimizer.state_dict().items() if k.startswith("weight.")}
+            weights = {k: v for k, v in optimizer.state_dict().items() if k.startswith(("weight.", "buffer."))}
             save_checkpoint(record.best, weights, {"step": progress.step, "metrics": progress.metrics})
 
 
