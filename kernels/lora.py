@@ -157,7 +157,12 @@ def fused_linear(
     """[norm or activation] → linear → low-rank correction, for h (..., K); the general form behind the public ones."""
     norm_weight, norm_bias = norm or (None, None)
     flat = h.reshape(-1, h.shape[-1])
-    y = _LoRALinear.apply(flat, norm_weight, norm_bias, weight, bias, a, plan, *bs)
+    tensors = [flat, norm_weight, norm_bias, weight, bias, a, *bs]
+    if torch.is_autocast_enabled(h.device.type):  # which knows F.linear, but not the in-place addition
+        dtype = torch.get_autocast_dtype(h.device.type)
+        tensors = [None if x is None else x.to(dtype) for x in tensors]
+    with torch.autocast(h.device.type, enabled=False):
+        y = _LoRALinear.apply(*tensors[:6], plan, *tensors[6:])
     return y.view(*h.shape[:-1], weight.shape[0])
 
 

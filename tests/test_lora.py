@@ -372,3 +372,17 @@ def test_an_embedding_that_does_more_than_look_up_is_left_alone() -> None:
         add_lora(model, LoRAConfig(targets=["0"]))
     with pytest.raises(ValueError, match="'0' matches no layer"):
         add_lora(nn.Sequential(nn.Embedding(7, 4, max_norm=1.0), nn.Linear(4, 4)), LoRAConfig(targets=["0"]))
+
+
+def test_autocast_around_a_foreign_model() -> None:
+    """An adapted layer computes in the autocast dtype, as the layer it replaced."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+    add_lora(model, LoRAConfig(rank=2))
+    x = torch.randn(3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(x)
+        low.float().square().sum().backward()
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), model(x), rtol=2e-2, atol=2e-2)
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
