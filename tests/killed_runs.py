@@ -74,7 +74,7 @@ def live(run: str, out: str, place: str, die_at: int | None = None, slow: bool =
     model, result = RUNS[run](Path(out))
     facts = {key: value for key, value in asdict(result).items() if key not in ("seconds", "peak_memory")}
     target = Path(place)
-    target.mkdir()
+    target.mkdir(exist_ok=True)
     (target / "result.txt").write_text(repr(facts))
     save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, target / "tmp")
     (target / "tmp").rename(target / DONE)
