@@ -121,8 +121,8 @@ def newest(out: Path) -> int:
 
 
 def sweep(run: str, folder: Path, truth, fresh: bool) -> int:
-    """A life for each place to die; the last place. `fresh`: every other one in a new folder, ended by another life."""
-    for at in count(step=2 if fresh else 1):
+    """A life for each place to die; the last place. `fresh`: every third in a new folder, each finished by another."""
+    for at in count(step=3 if fresh else 1):
         out, place = folder / (f"run-{at}" if fresh else "run"), folder / f"end-{at}"
         before = newest(out)
         killed = one_life(run, out, place, die_at=at)
