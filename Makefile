@@ -32,7 +32,8 @@ check: $(STAMP)
 	$(PY) -m mypy
 
 bench: $(STAMP)
-	$(PY) benchmarks/lora_training.py --layers 6 --out benchmarks/results/lora_training_cpu_fp32.json
+	$(PY) benchmarks/lora_training.py --rounds 5 --out benchmarks/results/lora_training_cpu_fp32.json
+	$(PY) benchmarks/lora_training.py --rounds 5 --dtype bfloat16 --out benchmarks/results/lora_training_cpu_bf16.json
 
 # These two run from a bare clone, with any python3 that has torch and triton.
 test-gpu:

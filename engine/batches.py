@@ -65,7 +65,7 @@ class Batches:
         self.examples, self.collate, self.seed = examples, collate, seed
         self.rows, self.tokens, self.micro_rows, self.micro_tokens = rows, tokens, micro_rows, micro_tokens
         self.shuffle, self.by_length, self.size = shuffle, by_length, size
-        self.epoch = self.position = 0
+        self.rewind()
         counts_tokens = tokens or micro_tokens or by_length
         self._sizes = np.array([size(example) for example in examples]) if counts_tokens else None
 
@@ -109,6 +109,10 @@ class Batches:
             micro = self._cut(step, self.micro_rows, self.micro_tokens)
             yield [self.collate([self.examples[int(i)] for i in rows]) for rows in micro]
         self.epoch, self.position = self.epoch + 1, 0
+
+    def rewind(self) -> None:
+        """Start over from the first epoch."""
+        self.epoch = self.position = 0
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self.epoch, "position": self.position, "examples": len(self.examples)}

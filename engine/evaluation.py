@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .batches import to_device
+from .batches import Batches, to_device
 from .losses import LossFn
 from .objectives import Score
 
@@ -20,6 +20,8 @@ def evaluate(model: nn.Module, data: Iterable[Any], loss_fn: LossFn, score: Scor
     device = next(model.parameters()).device
     training = model.training
     model.eval()
+    if isinstance(data, Batches):
+        data.rewind()  # an evaluation that was broken off does not go on
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
     try:
         with torch.no_grad(), torch.random.fork_rng():

@@ -24,6 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Entity = tuple[int, int, str]  # first word, one past the last word, type
 
+LOWER_IS_BETTER = ("loss", "perplexity")
 TIE = 1e-6  # cosines closer than this are one score: a float32 model's noise must not decide a rank
 
 

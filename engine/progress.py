@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from .checkpoint import checkpoint_path, checkpoints, load_checkpoint, prune, save_checkpoint
+from .metrics import LOWER_IS_BETTER
 from .optim import Optimizer
 from .record import Record
-
-LOWER_IS_BETTER = ("loss", "perplexity")
 
 
 @dataclass

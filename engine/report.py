@@ -14,9 +14,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .metrics import LOWER_IS_BETTER
 from .plots import evaluation_figures, is_number, legend_line, loss_figures, training_figures
 from .runs import (
-    LOWER_IS_BETTER,
     Row,
     Run,
     before_after,

@@ -24,7 +24,6 @@ MAIN_METRICS = (
     ("accuracy@1", "mrr"),
     ("perplexity", "loss"),
 )
-LOWER_IS_BETTER = {"loss", "perplexity"}
 PERCENT = {"accuracy", "macro_f1", "exact_match", "f1", "precision", "recall", "token_accuracy", "accuracy@1"}
 NAMES = {"macro_f1": "macro F1", "f1": "F1", "mrr": "MRR", "lr": "learning rate", "peak_memory": "peak memory"}
 NAMES |= {"tokens_per_second": "tokens per second", "grad_norm": "gradient norm"}

@@ -97,9 +97,8 @@ def run_evaluate(options: argparse.Namespace) -> int:
     """`handtune evaluate`: a finished run's weights on held-out rows."""
     run = Path(options.run)
     config = _config_of(run)
-    if options.data:
-        table = config.as_dict()
-        config = from_table(RunConfig, _written(table | {"data": table["data"] | {"eval": options.data}}), "run.json")
+    if options.data:  # in the place of the training rows too, which may be gone by now
+        config = replace(config, data=replace(config.data, train=options.data, eval=options.data))
     ready = prepare(config, run / "corpus")
     if len(ready.eval_examples) == 0:
         raise ValueError(f"{run}: the run held no rows out; give a file with --data")
@@ -205,11 +204,7 @@ def _ended(ids: list[int], eos: int | None, stop: Sequence[str], tokenizer: Any)
 
 def run_merge(options: argparse.Namespace) -> int:
     """`handtune merge`: the adapter added into the base, written as a plain checkpoint."""
-    facts = Path(options.adapter) / "adapter_config.json"
-    kinds = {kind: task for task, kind in reversed(TASK_TYPES.items())}  # of several tasks the first one
-    task = kinds.get(json.loads(facts.read_text(encoding="utf-8")).get("task_type")) if facts.is_file() else None
-    labels = _labels_of(Path(options.adapter)) if task in ("sequence-classification", "token-classification") else None
-    model, tokenizer = load(options.model, task, labels=labels)
+    model, tokenizer = load(options.model, **_head_of(Path(options.adapter)))
     load_adapter(model, options.adapter)
     merge_lora(model, keep_base=False)
     save(model, tokenizer, options.out)
@@ -217,17 +212,25 @@ def run_merge(options: argparse.Namespace) -> int:
     return 0
 
 
-def _labels_of(adapter: Path) -> list[str] | int | None:
-    """The label names of the run that an adapter lies in, else the number of outputs of the head in it."""
+def _head_of(adapter: Path) -> dict[str, Any]:
+    """Task, labels and depth of the head that an adapter needs: from the run it lies in, else from its own files."""
+    if (adapter.parent / "run.json").is_file():
+        config = _config_of(adapter.parent)
+        head = {"labels": config.model.labels, "head_layers": config.model.head_layers}
+        return {"task": OBJECTIVES[config.method].task, **head}
+    if not ((adapter / "adapter_config.json").is_file() and (adapter / "adapter_model.safetensors").is_file()):
+        return {}  # load_adapter says what is missing
     from safetensors import safe_open
 
-    if (adapter.parent / "run.json").is_file():
-        return list(_config_of(adapter.parent).model.labels or ()) or None
-    if not (adapter / "adapter_model.safetensors").is_file():
-        return None
+    kinds = {kind: task for task, kind in reversed(TASK_TYPES.items())}  # of several tasks the first one
+    task = kinds.get(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("task_type"))
+    if task not in ("sequence-classification", "token-classification"):
+        return {"task": task}
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-        heads = [key for key in file.keys() if key.endswith(("classifier.weight", "score.weight"))]  # noqa: SIM118
-        return file.get_slice(heads[0]).get_shape()[0] if heads else None
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    widths = [shape[0] for key, shape in shapes.items() if key.endswith(("classifier.weight", "score.weight"))]
+    hidden = sum(".hidden." in key and key.endswith(".weight") for key in shapes)  # classifier.hidden.0.weight, ...
+    return {"task": task, "labels": widths[0] if widths else None, "head_layers": 1 + hidden}
 
 
 def run_report(options: argparse.Namespace) -> int:

@@ -244,7 +244,7 @@ class GPT2(nn.Module):
         """States before the head (B, T, D) for token ids (B, T); `attention_mask` is (B, S), S counting the cache."""
         past = cache.length if cache is not None else 0
         if position_ids is None:
-            position_ids = positions(input_ids, attention_mask, cu_seqlens, past)
+            position_ids = positions(input_ids, attention_mask, cu_seqlens, self.config.max_positions, past)
         x = self.embed.tokens(input_ids) + self.embed.positions(position_ids)
         if token_type_ids is not None:
             x = x + self.embed.tokens(token_type_ids)

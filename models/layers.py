@@ -45,9 +45,16 @@ def key_bias(attention_mask: Tensor | None) -> Tensor | None:
     return attention_mask.bool()[:, None, None, :]
 
 
-def positions(input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, past: int = 0) -> Tensor:
-    """Position ids (B or 1, T): counted over the real tokens of each row, or from each segment's start."""
+def positions(
+    input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, limit: int, past: int = 0
+) -> Tensor:
+    """Position ids (B or 1, T): counted over the real tokens of each row, or from each segment's start.
+
+    Raises ValueError where rows are longer than the model's `limit` of positions.
+    """
     t = input_ids.shape[1]
+    if cu_seqlens is None and past + t > limit:
+        raise ValueError(f"rows of {past + t} tokens exceed the model's {limit} positions; cut them to {limit}")
     if attention_mask is not None:
         return (attention_mask.long().cumsum(1) - 1).clamp_(min=0)[:, -t:]
     index = torch.arange(past, past + t, device=input_ids.device)

@@ -99,7 +99,7 @@ def evaluated(capsys, *arguments: object) -> dict:
     return json.loads(said[said.index("\n{") :])
 
 
-@pytest.mark.parametrize("method", ["sft", "classify", "embed"])
+@pytest.mark.parametrize("method", ["sft", "classify", "embed", "masked-lm"])
 def test_lora_evaluate_and_merge(method, bases, tmp_path, capsys) -> None:
     """The adapter is a small folder; merged into its base it is the same model, for transformers too."""
     lora = {"rank": 4, "alpha": 8}
@@ -108,6 +108,9 @@ def test_lora_evaluate_and_merge(method, bases, tmp_path, capsys) -> None:
     assert result["trainable"] < result["parameters"] / 3
     assert not (tmp_path / "run/model").exists()
     assert evaluated(capsys, tmp_path / "run")["loss"] == pytest.approx(result["metrics"]["loss"], rel=1e-4)
+    (tmp_path / "train.jsonl").unlink()  # other rows need no training rows
+    found = evaluated(capsys, tmp_path / "run", "--data", tmp_path / "eval.jsonl")
+    assert found["loss"] == pytest.approx(result["metrics"]["loss"], rel=1e-4)
     base = bases["gpt2" if method == "sft" else "bert"]
     before = {p.name: p.read_bytes() for p in base.iterdir()}
     run("merge", base, tmp_path / "run/adapter", tmp_path / "merged")
@@ -118,20 +121,23 @@ def test_lora_evaluate_and_merge(method, bases, tmp_path, capsys) -> None:
     adapted, _ = load(base, merged.task)
     load_adapter(adapted, tmp_path / "run/adapter")
     ids = torch.tensor([tokenizer.encode("who sat on the mat?").ids])
-    kinds = {"sft": transformers.GPT2LMHeadModel, "embed": transformers.BertModel}
-    theirs = kinds[method].from_pretrained(tmp_path / "merged").eval()
+    kinds = {"sft": "GPT2LMHeadModel", "embed": "BertModel", "masked-lm": "BertForMaskedLM"}
+    theirs = getattr(transformers, kinds[method]).from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         expected = adapted(ids)
         torch.testing.assert_close(merged(ids), expected, rtol=1e-4, atol=1e-5)
-        if method == "sft":
+        if method != "embed":
             torch.testing.assert_close(theirs(ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_merge_of_a_classifier_keeps_its_labels(bases, tmp_path, capsys) -> None:
-    run(
-        "train",
-        configuration(tmp_path, "classify", bases, lora={"rank": 4}, train={"epochs": 20, "lr": 0.01, "best": "last"}),
-    )
+@pytest.mark.parametrize("head_layers", [1, 2])
+def test_merge_of_a_classifier_keeps_its_labels(head_layers, bases, tmp_path, capsys) -> None:
+    tables = {
+        "lora": {"rank": 4},
+        "model": {"path": str(bases["bert"]), "head_layers": head_layers},
+        "train": {"epochs": 20, "lr": 0.01, "best": "last"},
+    }
+    run("train", configuration(tmp_path, "classify", bases, **tables))
     run("merge", bases["bert"], tmp_path / "run/adapter", tmp_path / "merged")
     merged, tokenizer = load(tmp_path / "merged")
     assert merged.labels == ("down", "up")
@@ -147,6 +153,7 @@ def test_merge_of_a_classifier_keeps_its_labels(bases, tmp_path, capsys) -> None
     nameless, _ = load(tmp_path / "nameless")
     assert nameless.labels == ("0", "1")
     assert torch.equal(nameless.head.out.weight, merged.head.out.weight)
+    assert len(nameless.head.hidden) == head_layers - 1
 
 
 def test_generate(bases, tmp_path, capsys) -> None:

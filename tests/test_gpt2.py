@@ -247,6 +247,10 @@ def test_a_fresh_model_starts_as_the_paper_says():
         (lambda: GPT2.from_name("gpt2", n_layer=1, activation="swoosh"), "'swoosh' is unknown; known: gelu"),
         (lambda: GPT2.from_name("gpt2", n_layer=1, task="masked-lm"), "task 'masked-lm': GPT-2 can do causal-lm"),
         (lambda: GPT2.from_name("gpt2", n_layer=1, task="token-classification"), "needs labels: pass labels="),
+        (
+            lambda: GPT2.from_name("gpt2", n_layer=1)(torch.zeros(1, 1025, dtype=torch.long)),
+            "rows of 1025 tokens exceed the model's 1024 positions",
+        ),
     ],
 )
 def test_wrong_settings_are_named(call, message):

@@ -15,9 +15,10 @@ from small_runs import (
     logged,
     weights,
 )
+from torch import nn
 
-from handtune.engine import TrainConfig, freeze, losses, train, unfreeze
-from handtune.engine.batches import Collate
+from handtune.engine import TrainConfig, evaluate, freeze, losses, train, unfreeze
+from handtune.engine.batches import Batches, Collate
 from handtune.engine.optim import Optimizer
 
 
@@ -151,6 +152,22 @@ def test_evaluation_rows_and_batches(tmp_path) -> None:
         train_data = ROWS if collate else Sized(STEPS)
         found.append(line(train_data, eval_data=data, collate=collate, lr=1e-9)[1].metrics["loss"])
     assert found == [pytest.approx(1.0)] * 3
+
+
+def test_an_evaluation_after_one_that_was_broken_off_is_whole() -> None:
+    rows, seen = [torch.tensor([float(i)]) for i in range(6)], []
+    data = Batches(rows, torch.stack, rows=2, shuffle=False)
+
+    def loss_fn(model, batch):
+        if len(seen) == 1:
+            seen.append(None)
+            raise KeyboardInterrupt
+        seen.append(batch)
+        return batch.sum(), len(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(nn.Linear(1, 1), data, loss_fn)
+    assert evaluate(nn.Linear(1, 1), data, loss_fn)["loss"] == pytest.approx(2.5)
 
 
 def test_data_that_cannot_be_trained_on() -> None:
