@@ -65,7 +65,7 @@ class Batches:
         self.examples, self.collate, self.seed = examples, collate, seed
         self.rows, self.tokens, self.micro_rows, self.micro_tokens = rows, tokens, micro_rows, micro_tokens
         self.shuffle, self.by_length, self.size = shuffle, by_length, size
-        self.rewind()
+        self.epoch = self.position = 0
         counts_tokens = tokens or micro_tokens or by_length
         self._sizes = np.array([size(example) for example in examples]) if counts_tokens else None
 

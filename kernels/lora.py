@@ -20,7 +20,11 @@ projections, only the residual stream and the attention's output; the feed-forwa
 
 **Dropout** acts on x in the low-rank branch alone. The mask is drawn from a seed and drawn again in the backward pass.
 
-The correction is added in place by one `addmm_` a part: no intermediate of y's size is ever made.
+**Two ways to the sum.** Either cuBLAS makes x Wᵀ and one `addmm_` a part adds the correction in place: 2Y of traffic,
+Y the bytes of y, and no intermediate of y's size. Or one Triton product adds it in registers before y is stored
+(`lora_triton.py`): no traffic, but its matrix product is the slower one. The narrower x, the more the 2Y weigh, so
+Triton takes the products with up to FUSED_WIDTH columns of x. Otherwise on a GPU, Triton makes what streams through x
+or dy: S; dS and dB in one read of dy; dA, with its mask drawn in the kernel.
 """
 
 from collections.abc import Sequence
@@ -32,8 +36,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import backend
 from .activations import Activation
 from .norms import normalize, normalize_backward, rebuild
+
+# By arithmetic: 2Y of traffic cost as much as a product that is 37 % slower at K 1024, 18 % at 2048 (bf16, H200).
+FUSED_WIDTH = 1024
 
 
 @dataclass(frozen=True)
@@ -64,21 +72,19 @@ def _drop(x: Tensor, plan: Plan) -> Tensor:
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, norm_weight, norm_bias, weight, bias, a, plan: Plan, *bs):
+        x, s = h, None
         stats: tuple[Tensor, ...] = ()
-        x = h
-        if norm_weight is not None:
+        if norm_weight is not None and a is not None and backend.on_triton(h, a):
+            from .norms_triton import normalize_down
+
+            x, stats, s = normalize_down(h, norm_weight, norm_bias, plan.eps, a, plan.dropout, plan.seed)
+        elif norm_weight is not None:
             x, stats = normalize(h, norm_weight, norm_bias, plan.eps)
         elif plan.activation is not None:
             x = plan.activation.forward(h)
-        y = F.linear(x, weight, bias)
-        s = None
-        if a is not None:
-            s = _drop(x, plan) @ a.T
-            column = 0
-            for b, row, scale in zip(bs, plan.rows, plan.scales, strict=True):
-                m, r = b.shape
-                y[:, row : row + m].addmm_(s[:, column : column + r], b.T, alpha=scale)
-                column += r
+        if a is not None and s is None:
+            s = _down(x, a, plan)
+        y = _up(x, weight, bias, s, bs, plan)
         ctx.plan = plan
         from_h = norm_weight is not None or plan.activation is not None
         keep_h = from_h or ctx.needs_input_grad[3] or ctx.needs_input_grad[5]  # all frozen: dx = dy W needs no h
@@ -99,26 +105,92 @@ class _LoRALinear(torch.autograd.Function):
         grad_bias = grad.sum(0) if need_bias else None
         grad_s, grad_bs = _factors_backward(grad, s, bs, plan, need_bs)
         if need_a or need_w:
-            x = _rebuild(h, norm_weight, norm_bias, plan)
+            x = _rebuild(h, norm_weight, norm_bias, stats, plan)
             if need_a and grad_s is not None:
-                grad_a = grad_s.T @ _drop(x, plan)
+                grad_a = _outer(grad_s, x, plan)
             if need_w:
                 grad_weight = grad.T @ x
             del x
         if not need_x:
             return None, None, None, grad_weight, grad_bias, grad_a, None, *grad_bs
-        grad_x = grad @ weight
-        if grad_s is not None and plan.dropout:
-            grad_x += _drop(grad_s @ a, plan)
-        elif grad_s is not None:
-            grad_x.addmm_(grad_s, a)
-        grad_h, grad_nw, grad_nb = grad_x, None, None
+        grad_x = _input_gradient(grad, weight, grad_s, a, plan)
+        grad_h: Tensor | None = grad_x
+        grad_nw = grad_nb = None
         if norm_weight is not None:
             needs = (need_h, need_nw, need_nb)
             grad_h, grad_nw, grad_nb = normalize_backward(grad_x, h, norm_weight, norm_bias, stats, needs)
         elif plan.activation is not None:
             grad_h = plan.activation.backward(grad_x, h)
         return grad_h, grad_nw, grad_nb, grad_weight, grad_bias, grad_a, None, *grad_bs
+
+
+def _fused(x: Tensor, weight: Tensor) -> bool:
+    """Whether the one-kernel product is the better way to x Wᵀ + S Bᵀ."""
+    fast = x.dtype != torch.float32 or backend.INTERPRETED  # whose product in full precision has no tensor cores
+    return fast and x.shape[1] <= FUSED_WIDTH and backend.on_triton(x, weight)
+
+
+def _down(x: Tensor, a: Tensor, plan: Plan) -> Tensor:
+    """S = drop(x) Aᵀ."""
+    if backend.on_triton(x, a):
+        from .lora_triton import down
+
+        return down(x, a, plan.dropout, plan.seed)
+    return _drop(x, plan) @ a.T
+
+
+def _up(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor | None, bs: Sequence[Tensor], plan: Plan) -> Tensor:
+    """y = x Wᵀ + bias, plus each part's s S Bᵀ."""
+    if s is not None and _fused(x, weight):
+        from .lora_triton import linear
+
+        return linear(x, weight, bias, s, _block_diagonal(bs, plan, len(weight)))
+    y, column = F.linear(x, weight, bias), 0
+    if s is None:
+        return y
+    for b, row, scale in zip(bs, plan.rows, plan.scales, strict=True):
+        m, r = b.shape
+        y[:, row : row + m].addmm_(s[:, column : column + r], b.T, alpha=scale)
+        column += r
+    return y
+
+
+def _block_diagonal(bs: Sequence[Tensor], plan: Plan, m: int) -> Tensor:
+    """All s B of the parts in one (M, ΣR), zero where a row has no business with a column."""
+    joined, column = bs[0].new_zeros(m, sum(b.shape[1] for b in bs)), 0
+    for b, row, scale in zip(bs, plan.rows, plan.scales, strict=True):
+        torch.mul(b, scale, out=joined[row : row + b.shape[0], column : column + b.shape[1]])
+        column += b.shape[1]
+    return joined
+
+
+def _input_gradient(grad: Tensor, weight: Tensor, grad_s: Tensor | None, a: Tensor | None, plan: Plan) -> Tensor:
+    """dx = dy W + drop(dS A)."""
+    if grad_s is None or a is None:
+        return grad @ weight
+    if _fused(grad, weight):
+        from .lora_triton import linear
+
+        return linear(grad, weight.T, None, grad_s, a.T, plan.dropout, plan.seed)
+    grad_x = grad @ weight
+    if plan.dropout and backend.on_triton(grad_x):
+        from .lora_triton import correct_
+
+        correct_(grad_x, grad_s, a.T, plan.dropout, plan.seed)
+    elif plan.dropout:
+        grad_x += _drop(grad_s @ a, plan)
+    else:
+        grad_x.addmm_(grad_s, a)
+    return grad_x
+
+
+def _outer(grad_s: Tensor, x: Tensor, plan: Plan) -> Tensor:
+    """dA = dSᵀ drop(x)."""
+    if backend.on_triton(x, grad_s):
+        from .lora_triton import outer
+
+        return outer(grad_s, x, plan.dropout, plan.seed).to(x.dtype)
+    return grad_s.T @ _drop(x, plan)
 
 
 def _factors_backward(
@@ -128,20 +200,30 @@ def _factors_backward(
     if s is None:
         return None, []
     grad_s, column = torch.empty_like(s), 0
+    on_triton = backend.on_triton(grad, s)
+    grad = grad.contiguous() if on_triton else grad
     grad_bs: list[Tensor | None] = []
     for b, row, scale, need in zip(bs, plan.rows, plan.scales, need_bs, strict=True):
         m, r = b.shape
         part, columns = grad[:, row : row + m], slice(column, column + r)
-        torch.mm(part, b * scale, out=grad_s[:, columns])
-        grad_bs.append((part.T @ s[:, columns]).mul_(scale) if need else None)
+        if on_triton:
+            from .lora_triton import sweep
+
+            grad_s[:, columns], grad_b = sweep(part, b * scale, s[:, columns])
+            grad_bs.append(grad_b.mul_(scale).to(b.dtype) if need else None)
+        else:
+            torch.mm(part, b * scale, out=grad_s[:, columns])
+            grad_bs.append((part.T @ s[:, columns]).mul_(scale) if need else None)
         column += r
     return grad_s, grad_bs
 
 
-def _rebuild(h: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, plan: Plan) -> Tensor:
+def _rebuild(
+    h: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, stats: tuple[Tensor, ...], plan: Plan
+) -> Tensor:
     """x from what was saved of it; bitwise the x of the forward pass."""
     if norm_weight is not None:
-        return rebuild(h, norm_weight, norm_bias, plan.eps)
+        return rebuild(h, norm_weight, norm_bias, plan.eps, stats)
     return h if plan.activation is None else plan.activation.forward(h)
 
 

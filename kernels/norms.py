@@ -18,12 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from . import backend
+
 _aten = torch.ops.aten
 Stats = tuple[Tensor, ...]
 
 
 class LayerNorm(nn.Module):
-    """Weights of a LayerNorm over the last `d_model` entries; called, it normalises x (..., D)."""
+    """Weights of a LayerNorm over the last `d_model` entries; called, it normalises x (..., D), or x + residual."""
 
     def __init__(self, d_model: int, eps: float = 1e-5):
         super().__init__()
@@ -34,12 +36,12 @@ class LayerNorm(nn.Module):
     def parameters_in_order(self) -> tuple[Tensor, Tensor]:
         return self.weight, self.bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps, residual)
 
 
 class RMSNorm(nn.Module):
-    """Weights of an RMSNorm over the last `d_model` entries; called, it normalises x (..., D)."""
+    """Weights of an RMSNorm over the last `d_model` entries; called, it normalises x (..., D), or x + residual."""
 
     def __init__(self, d_model: int, eps: float = 1e-6):
         super().__init__()
@@ -49,8 +51,8 @@ class RMSNorm(nn.Module):
     def parameters_in_order(self) -> tuple[Tensor, None]:
         return self.weight, None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, residual)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -59,6 +61,10 @@ def _wide(x: Tensor) -> Tensor:
 
 def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Stats]:
     """The normalised x and its row statistics: LayerNorm where there is a bias, RMSNorm where there is none."""
+    if backend.on_triton(x, weight):
+        from . import norms_triton
+
+        return norms_triton.normalize(x, None, weight, bias, eps)[1:]
     if bias is not None:
         out, mean, rstd = _aten.native_layer_norm(x, (x.shape[-1],), weight, bias, eps)
         return out, (mean, rstd)
@@ -67,8 +73,12 @@ def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tup
     return (wide * rstd).to(x.dtype) * weight, (rstd,)
 
 
-def rebuild(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+def rebuild(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, stats: Stats) -> Tensor:
     """The normalised x once more, for a backward pass that did not keep it; bitwise what `normalize` gave."""
+    if backend.on_triton(x, weight):
+        from . import norms_triton
+
+        return norms_triton.rebuild(x, weight, bias, stats)
     return normalize(x, weight, bias, eps)[0]
 
 
@@ -81,6 +91,11 @@ def normalize_backward(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, each only where `needs` says so."""
+    if backend.on_triton(grad, x, weight):
+        from . import norms_triton
+
+        grads = norms_triton.backward(grad, x, weight, bias, stats, needs[1] or needs[2])
+        return tuple(g if need else None for g, need in zip(grads, needs, strict=True))  # type: ignore[return-value]
     if bias is not None:
         mean, rstd = stats
         return _aten.native_layer_norm_backward(grad, x, (x.shape[-1],), mean, rstd, weight, bias, list(needs))
@@ -99,19 +114,30 @@ def normalize_backward(
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        out, stats = normalize(x, weight, bias, eps)
-        ctx.save_for_backward(x, weight, bias, *stats)
+    def forward(ctx, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+        if residual is not None and backend.on_triton(x, residual, weight):
+            from . import norms_triton
+
+            h, out, stats = norms_triton.normalize(x, residual, weight, bias, eps)
+        else:
+            h = x if residual is None else x + residual
+            out, stats = normalize(h, weight, bias, eps)
+        ctx.save_for_backward(h, weight, bias, *stats)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        x, weight, bias, *stats = ctx.saved_tensors
-        return *normalize_backward(grad, x, weight, bias, tuple(stats), ctx.needs_input_grad[:3]), None
+        h, weight, bias, *stats = ctx.saved_tensors
+        need_x, need_residual, *need_rest = ctx.needs_input_grad[:4]
+        needs = (need_x or need_residual, *need_rest)
+        grad_h, *rest = normalize_backward(grad, h, weight, bias, tuple(stats), needs)
+        return grad_h if need_x else None, grad_h if need_residual else None, *rest, None
 
 
-def _checked(x: Tensor, weight: Tensor) -> Tensor:
+def _checked(x: Tensor, residual: Tensor | None, weight: Tensor) -> Tensor:
+    if residual is not None and residual.shape != x.shape:
+        raise ValueError(f"residual: expected {tuple(x.shape)} as x, got {tuple(residual.shape)}")
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight: expected shape ({x.shape[-1]},) for x {tuple(x.shape)}, got {tuple(weight.shape)}")
     return x
@@ -122,7 +148,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, resid
 
     Raises ValueError where the shapes don't fit.
     """
-    return _Norm.apply(_checked(x if residual is None else x + residual, weight), weight, bias, eps)
+    return _Norm.apply(_checked(x, residual, weight), residual, weight, bias, eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | None = None) -> Tensor:
@@ -130,7 +156,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, residual: Tensor | No
 
     Raises ValueError where the shapes don't fit.
     """
-    return _Norm.apply(_checked(x if residual is None else x + residual, weight), weight, None, eps)
+    return _Norm.apply(_checked(x, residual, weight), residual, weight, None, eps)
 
 
 def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:

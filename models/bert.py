@@ -101,8 +101,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).unbind(2)  # (B, T, H, hd)
         out = attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, bias=bias, causal=False)
-        x = self.norm1(x + self.o(out.flatten(2)))
-        return self.norm2(x + activation_linear(self.up(x), self.activation, self.down))
+        x = self.norm1(self.o(out.flatten(2)), residual=x)
+        return self.norm2(activation_linear(self.up(x), self.activation, self.down), residual=x)
 
 
 class Bert(nn.Module):
@@ -197,7 +197,7 @@ class Bert(nn.Module):
     ) -> Tensor:
         """States before the head (B, T, D) for token ids (B, T) and a mask (B, T) of ones and zeros."""
         if position_ids is None:
-            position_ids = positions(input_ids, attention_mask, cu_seqlens)
+            position_ids = positions(input_ids, attention_mask, cu_seqlens, self.config.max_positions)
         x = self.embed(input_ids, token_type_ids, position_ids)
         bias = key_bias(attention_mask)
         for block in self.layers:

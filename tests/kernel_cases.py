@@ -70,15 +70,16 @@ def lora_parts(lead: tuple[int, ...], k: int) -> Case:
     )
 
 
-def dropped(shape: tuple[int, ...], dtype: torch.dtype, p: float, seed: int) -> Tensor:
+def dropped(x: Tensor, p: float, seed: int) -> Tensor:
     """What dropout multiplies x with, seen through a layer that does nothing else."""
-    one = torch.eye(shape[-1], dtype=dtype)
-    return lora_linear(torch.ones(shape, dtype=dtype), torch.zeros_like(one), None, one, one, dropout=p, seed=seed)
+    x = torch.ones_like(x, dtype=MASK_DTYPE.get(x.dtype, x.dtype), memory_format=torch.contiguous_format)
+    one = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    return lora_linear(x, torch.zeros_like(one), None, one, one, dropout=p, seed=seed).detach()
 
 
 def lora_dropout(lead: tuple[int, ...], k: int) -> Case:
     def reference(x: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return F.linear(x, w, bias) + correction(x * dropped(x.shape, MASK_DTYPE.get(x.dtype, x.dtype), 0.4, 7), a, b)
+        return F.linear(x, w, bias) + correction(x * dropped(x, 0.4, 7), a, b)
 
     return Case(
         lambda x, w, bias, a, b: lora_linear(x, w, bias, a, b, scale=SCALE, dropout=0.4, seed=7),
@@ -147,8 +148,7 @@ def after_gelu(lead: tuple[int, ...], k: int) -> Case:
 
     def reference(u: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
         x = F.gelu(u, approximate="tanh")
-        mask = dropped(x.shape, MASK_DTYPE.get(x.dtype, x.dtype), 0.4, 3)
-        return F.linear(x, w, bias) + correction(x * mask, a, b)
+        return F.linear(x, w, bias) + correction(x * dropped(x, 0.4, 3), a, b)
 
     return Case(
         lambda u, w, bias, a, b: fused_linear(u, w, bias, a, (b,), plan),
@@ -168,7 +168,7 @@ def rotary(lead: tuple[int, ...], k: int) -> Case:
     cos, sin = angle.cos(), angle.sin()
 
     def with_tables(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, ...]]:
-        return lambda q, k: function(q, k, cos.to(q.dtype), sin.to(q.dtype))
+        return lambda q, k: function(q, k, cos.to(q), sin.to(q))
 
     return Case(with_tables(rope), with_tables(rope_reference), (draw(b, t, 3, width), draw(b, t, 1, width, seed=1)))
 
@@ -209,19 +209,19 @@ def outputs(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-def leaves(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
+def leaves(tensors: tuple[Tensor, ...], dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
     """Copies in this dtype that want gradients, laid out in memory as the originals are."""
-    return [t.to(dtype, copy=True).detach().requires_grad_() for t in tensors]
+    return [t.to(device, dtype, copy=True).detach().requires_grad_() for t in tensors]
 
 
 def run(function: Callable[..., Tensor | tuple[Tensor, ...]], inputs: list[Tensor]) -> list[Tensor | None]:
     """Outputs, then the gradients of the inputs under fixed incoming gradients."""
     out = outputs(function(*inputs))
-    incoming = [draw(*y.shape, seed=11).to(y.dtype) for y in out]
+    incoming = [draw(*y.shape, seed=11).to(y) for y in out]
     torch.autograd.backward(out, incoming)
     return [*(y.detach() for y in out), *(t.grad for t in inputs)]
 
 
 def error(got: Tensor, truth: Tensor) -> float:
     assert got.shape == truth.shape
-    return ((got.double() - truth).abs().max() / truth.abs().max().clamp(min=1)).item()
+    return ((got.double().cpu() - truth.cpu()).abs().max() / truth.abs().max().clamp(min=1)).item()

@@ -93,10 +93,10 @@ def test_each_gradient_alone(name: str) -> None:
 
 
 def test_dropout_zeroes_its_share_and_keeps_the_mean() -> None:
-    mask = dropped((200, 50), torch.float32, 0.3, 1)
+    mask = dropped(torch.zeros(200, 50), 0.3, 1)
     assert mask.unique().tolist() == pytest.approx([0, 1 / 0.7])
     assert (mask == 0).float().mean() == pytest.approx(0.3, abs=0.02)
-    assert not torch.equal(mask, dropped((200, 50), torch.float32, 0.3, 2))
+    assert not torch.equal(mask, dropped(torch.zeros(200, 50), 0.3, 2))
 
 
 def test_dropout_without_a_seed_follows_torchs_generator() -> None:

@@ -1,0 +1,53 @@
+"""Where an operation runs: as Triton kernels, or as torch operations.
+
+Each operation asks `on_triton(...)` at each call. The answer is yes for CUDA tensors on a GPU from Ampere on (and for
+CPU tensors under Triton's interpreter, `TRITON_INTERPRET=1`, which is how the kernels are tested without a GPU). Both
+ways go through the same `autograd.Function` and save the same tensors. Block sizes come from tables in the `_triton`
+files, looked up by `entry`: nothing is tuned while it runs, so that two runs are bitwise equal.
+"""
+
+import os
+import warnings
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def on_triton(*tensors: Tensor | None) -> bool:
+    """Whether Triton kernels take these tensors. Says why not, once, where a GPU could not be used."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if given[0].device.type != ("cpu" if INTERPRETED else "cuda"):
+        return False
+    fits = all(tensor.numel() and tensor.dtype in DTYPES for tensor in given)
+    return fits and _usable(given[0].device)
+
+
+@cache
+def _usable(device: torch.device) -> bool:
+    if find_spec("triton") is None:
+        why = "triton is not installed"
+    elif not INTERPRETED and torch.cuda.get_device_capability(device) < (8, 0):
+        why = f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+    else:
+        return True
+    warnings.warn(f"no Triton kernels on {device}, torch operations instead: {why}", RuntimeWarning, stacklevel=4)
+    return False
+
+
+def capability(x: Tensor) -> int:
+    """80, 90, 100, ... on a GPU, 0 under the interpreter."""
+    if INTERPRETED:
+        return 0
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+def entry(table: dict[int, Any], x: Tensor) -> Any:
+    """What a table of block sizes says for x: the entry of its capability, or of the next lower one."""
+    return table[max(key for key in table if key <= capability(x))]
