@@ -22,6 +22,7 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(PY) -m pytest
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_triton_*.py
 
 deep: $(STAMP)
 	$(PY) -m pytest -m deep
@@ -38,7 +39,7 @@ bench: $(STAMP)
 # These two run from a bare clone, with any python3 that has torch and triton.
 test-gpu:
 	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "no CUDA here: nothing to test"; exit 1; }
-	$(PYTHON) -m pytest -m gpu tests/test_cuda.py
+	$(PYTHON) -m pytest -m 'not deep' tests/test_cuda.py tests/test_triton_*.py
 
 bench-gpu:
 	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "no CUDA here: nothing to measure"; exit 1; }

@@ -168,10 +168,10 @@ def _input_gradient(grad: Tensor, weight: Tensor, grad_s: Tensor | None, a: Tens
     """dx = dy W + drop(dS A)."""
     if grad_s is None or a is None:
         return grad @ weight
-    if _fused(grad, weight):
+    if not plan.dropout and _fused(grad, weight):
         from .lora_triton import linear
 
-        return linear(grad, weight.T, None, grad_s, a.T, plan.dropout, plan.seed)
+        return linear(grad, weight.T, None, grad_s, a.T)
     grad_x = grad @ weight
     if plan.dropout and backend.on_triton(grad_x):
         from .lora_triton import correct_

@@ -1,14 +1,14 @@
 """The LoRA linear's Triton kernels. The maths and the names are those of `lora.py`.
 
-    _linear_kernel    y = x Wᵀ + bias + drop(s Bᵀ)    one product whose epilogue adds the low-rank term in registers
+    _linear_kernel    y = x Wᵀ + bias + s Bᵀ          one product whose epilogue adds the low-rank term in registers
     _down_kernel      S = drop(x) Aᵀ                  one read of x
     _sweep_kernel     dS = dy B and dB = dyᵀ S        one read of dy for both
     _outer_kernel     dA = dSᵀ drop(x)                one read of x
     _correct_kernel   y += drop(s Bᵀ)                 behind a product made by cuBLAS
 
-`_linear_kernel` serves the backward pass too, with W and A read transposed: dx = dy W + drop(dS A). The rank is padded
-to a power of two of at least 16, which is what a tensor core multiplies. Sums over N are made in pieces that are added
-up afterwards, in a fixed order. Dropout masks are a function of (seed, position in x), drawn wherever they are needed.
+`_linear_kernel` serves the backward pass too, with W and A read transposed: dx = dy W + dS A. The rank is padded to a
+power of two of at least 16, which is what a tensor core multiplies. Sums over N are made in pieces that are added up
+afterwards, in a fixed order. Dropout masks are a function of (seed, position in x), drawn wherever they are needed.
 """
 
 import torch
@@ -31,14 +31,20 @@ def padded_rank(rank: int) -> int:
 
 
 @triton.jit
-def keep(seed, position, p):
-    return tl.rand(seed, position) >= p
+def keep(seed, row, quad, k, p):
+    """Which entries of rows `row` and columns 4·quad … 4·quad + 3 of a (N, k) matrix dropout keeps.
+
+    One Philox draw of seven rounds (which pass the usual test batteries: Salmon et al., 2011) decides four neighbours.
+    """
+    a, b, c, d = tl.randint4x(seed, row[:, None] * tl.cdiv(k, 4) + quad[None, :], 7)
+    words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (row.shape[0], 4 * quad.shape[0]))
+    return tl.uint_to_uniform_float(words) >= p
 
 
 @triton.jit
 def _linear_kernel(
-    x, w, bias, s, b, y, n, m, k, rank, w_row, w_column, b_row, b_column, seed, p,
-    R: tl.constexpr, BIAS: tl.constexpr, DROPOUT: tl.constexpr,
+    x, w, bias, s, b, y, n, m, k, rank, w_row, w_column, b_row, b_column,
+    R: tl.constexpr, BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     tile, tiles_m = tl.program_id(0), tl.cdiv(m, BLOCK_M)
@@ -57,21 +63,15 @@ def _linear_kernel(
         total = tl.dot(x_block, w_block, total, input_precision="ieee")
         x_tile += BLOCK_K
         w_tile += BLOCK_K * w_column
-    if R > 0:
-        low = tl.arange(0, R)
-        s_block = tl.load(
-            s + row[:, None] * rank + low[None, :], mask=(row < n)[:, None] & (low < rank)[None, :], other=0.0
-        )
-        b_block = tl.load(
-            b + column[None, :] * b_row + low[:, None] * b_column,
-            mask=(column < m)[None, :] & (low < rank)[:, None], other=0.0,
-        )  # fmt: skip
-        if DROPOUT:
-            low_rank = tl.dot(s_block, b_block, input_precision="ieee")
-            kept = keep(seed, row[:, None] * m + column[None, :], p)
-            total += tl.where(kept, low_rank / (1 - p), 0.0)
-        else:
-            total = tl.dot(s_block, b_block, total, input_precision="ieee")
+    low = tl.arange(0, R)
+    s_block = tl.load(
+        s + row[:, None] * rank + low[None, :], mask=(row < n)[:, None] & (low < rank)[None, :], other=0.0
+    )
+    b_block = tl.load(
+        b + column[None, :] * b_row + low[:, None] * b_column,
+        mask=(column < m)[None, :] & (low < rank)[:, None], other=0.0,
+    )  # fmt: skip
+    total = tl.dot(s_block, b_block, total, input_precision="ieee")
     if BIAS:
         total += tl.load(bias + column, mask=column < m, other=0.0).to(tl.float32)[None, :]
     inside = (row < n)[:, None] & (column < m)[None, :]
@@ -97,7 +97,8 @@ def _correct_kernel(
     position = row[:, None] * m + column[None, :]
     inside = (row < n)[:, None] & (column < m)[None, :]
     before = tl.load(y + position, mask=inside, other=0.0).to(tl.float32)
-    after = before + tl.where(keep(seed, position, p), low_rank / (1 - p), 0.0)
+    quad = tl.program_id(1) * (BLOCK_M // 4) + tl.arange(0, BLOCK_M // 4)
+    after = before + tl.where(keep(seed, row, quad, m, p), low_rank / (1 - p), 0.0)
     tl.store(y + position, after.to(y.dtype.element_ty), mask=inside)
 
 
@@ -114,7 +115,8 @@ def _down_kernel(
         position = row[:, None] * k + column[None, :]
         x_block = tl.load(x + position, mask=(row < n)[:, None] & (column < k)[None, :], other=0.0)
         if DROPOUT:
-            x_block = tl.where(keep(seed, position, p), x_block, 0.0).to(x_block.dtype)
+            quad = start // 4 + tl.arange(0, BLOCK_K // 4)
+            x_block = tl.where(keep(seed, row, quad, k, p), x_block, 0.0).to(x_block.dtype)
         a_block = tl.load(
             a + low[None, :] * k + column[:, None], mask=(low < rank)[None, :] & (column < k)[:, None], other=0.0
         )
@@ -166,7 +168,8 @@ def _outer_kernel(
         position = row[:, None] * k + column[None, :]
         x_block = tl.load(x + position, mask=(row < n)[:, None] & (column < k)[None, :], other=0.0)
         if DROPOUT:
-            x_block = tl.where(keep(seed, position, p), x_block, 0.0).to(x_block.dtype)
+            quad = tl.program_id(1) * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)
+            x_block = tl.where(keep(seed, row, quad, k, p), x_block, 0.0).to(x_block.dtype)
         ds_block = tl.load(
             ds + row[None, :] * rank + low[:, None], mask=(row < n)[None, :] & (low < rank)[:, None], other=0.0
         )
@@ -177,23 +180,16 @@ def _outer_kernel(
     tl.store(da_pieces + place, total, mask=(low < rank)[:, None] & (column < k)[None, :])
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor | None, b: Tensor | None, p: float = 0.0, seed: int = 0
-) -> Tensor:
-    """x Wᵀ + bias + drop(s bᵀ) for x (N, K), weight (M, K), s (N, R), b (M, R) in one kernel; weight, b of any stride.
-
-    `p` and `seed` are of a dropout over (N, M): that of the backward pass, where this is dx.
-    """
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor) -> Tensor:
+    """x Wᵀ + bias + s bᵀ for x (N, K), weight (M, K), s (N, R), b (M, R) in one kernel; weight and b of any stride."""
     x, (n, k), m = x.contiguous(), x.shape, weight.shape[0]
     y = x.new_empty(n, m)
     rows, columns, inner, warps, stages = backend.entry(_PRODUCT, x)
-    rank = 0 if s is None else s.shape[1]
-    b_strides = (0, 0) if b is None else b.stride()
-    grid = (triton.cdiv(n, rows) * triton.cdiv(m, columns),)
-    _linear_kernel[grid](
-        x, weight, bias, s, b, y, n, m, k, rank, *weight.stride(), *b_strides, seed, p,
-        R=padded_rank(rank) if rank else 0, BIAS=bias is not None, DROPOUT=p > 0,
-        BLOCK_N=rows, BLOCK_M=columns, BLOCK_K=inner, GROUP=GROUP, num_warps=warps, num_stages=stages,
+    rank = s.shape[1]
+    _linear_kernel[(triton.cdiv(n, rows) * triton.cdiv(m, columns),)](
+        x, weight, bias, s, b, y, n, m, k, rank, *weight.stride(), *b.stride(),
+        R=padded_rank(rank), BIAS=bias is not None, BLOCK_N=rows, BLOCK_M=columns, BLOCK_K=inner, GROUP=GROUP,
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y
 

@@ -63,7 +63,8 @@ def _norm_down_kernel(
     CENTERED: tl.constexpr, DROPOUT: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    low, inner, dtype = tl.arange(0, R), tl.arange(0, BLOCK_D), out.dtype.element_ty
+    low, inner = tl.arange(0, R), tl.arange(0, BLOCK_D)
+    dtype = out.dtype.element_ty
     mu = tl.zeros((BLOCK_N,), tl.float32)
     if CENTERED:
         for start in range(0, d, BLOCK_D):
@@ -92,7 +93,8 @@ def _norm_down_kernel(
         y = _apply(v, mu[:, None], r[:, None], scale, shift, CENTERED, dtype).to(dtype)
         tl.store(out + place, y, mask=inside)
         if DROPOUT:
-            y = tl.where(keep(seed, place, p), y, 0.0).to(dtype)
+            quad = start // 4 + tl.arange(0, BLOCK_D // 4)
+            y = tl.where(keep(seed, row, quad, d, p), y, 0.0).to(dtype)
         a_block = tl.load(
             a + low[None, :] * d + column[:, None], mask=(low < rank)[None, :] & (column < d)[:, None], other=0.0
         )

@@ -1,0 +1,227 @@
+"""What do the Triton kernels need of a GPU: registers, shared memory, spills? No GPU is needed to know.
+
+    python benchmarks/resources.py [--out FILE.json]
+
+Every operation runs once on fake tensors of real sizes while its launches are recorded, exactly as they would be made
+on each GPU (A100: sm_80, H100 and H200: sm_90, B200: sm_100). The recorded kernels are then compiled ahead of time, and
+what the binaries use is read from them. A kernel that spills registers, or wants more shared memory than the GPU has,
+is a failure: the script lists it and exits with 1. `tests/test_resources.py` asserts the same.
+"""
+
+import argparse
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may have, CUDA programming guide
+TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8", torch.int32: "i32"}
+TYPES |= {torch.int64: "i64", torch.bool: "i1", torch.int8: "i8"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel and the arguments it was launched with."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a compiled kernel needs: registers a thread, bytes of spilled stack, bytes of shared memory a block."""
+
+    operation: str
+    kernel: str
+    capability: int
+    constants: str
+    registers: int
+    spilled: int
+    shared: int
+    matrix_instruction: str
+
+    @property
+    def fits(self) -> bool:
+        return self.spilled == 0 and self.shared <= SHARED_LIMIT[self.capability]
+
+
+def fake(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = True) -> Tensor:
+    return torch.empty(shape, dtype=dtype, requires_grad=grad and dtype.is_floating_point)
+
+
+def operations() -> dict[str, Callable[[], Any]]:
+    """Each operation on fake tensors of the sizes of a Llama-8B (or, where it says so, GPT-2) layer."""
+    from handtune import kernels
+    from handtune.kernels import lora_triton
+    from handtune.kernels.lora import Plan, fused_linear
+
+    n, d, r = 4096, 4096, 16
+
+    def lora(k: int, dropout: float) -> Tensor:
+        tensors = (fake(n, k), fake(d, k, grad=False), None, fake(r, k), fake(d, r))
+        return kernels.lora_linear(*tensors, dropout=dropout, seed=1)
+
+    def behind_a_norm(bias: Tensor | None) -> Tensor:
+        plan = Plan(rows=(0, 4096, 5120), scales=(2.0,) * 3, eps=1e-5)
+        bs = (fake(4096, r), fake(1024, r), fake(1024, r))
+        return fused_linear(fake(n, d), fake(6144, d, grad=False), None, fake(3 * r, d), bs, plan, (fake(d), bias))
+
+    return {
+        "lora_linear": lambda: lora(d, 0.0),
+        "lora_linear, dropout": lambda: lora(d, 0.1),
+        "lora_linear, GPT-2": lambda: lora(768, 0.0),
+        "lora_linear, GPT-2, dropout": lambda: lora(768, 0.1),
+        "fused product": lambda: lora_triton.linear(fake(n, d), fake(d, d), None, fake(n, r), fake(d, r)),
+        "rms_norm + linear": lambda: behind_a_norm(None),
+        "layer_norm + linear": lambda: behind_a_norm(fake(d)),
+        "layer_norm": lambda: kernels.layer_norm(fake(n, d), fake(d), fake(d), residual=fake(n, d)),
+        "rms_norm": lambda: kernels.rms_norm(fake(n, d), fake(d)),
+        "swiglu": lambda: kernels.swiglu(fake(n, 28672)),
+        "rope": lambda: kernels.rope(
+            fake(1, n, 32, 128), fake(1, n, 8, 128), *(fake(n, 64, dtype=torch.float32, grad=False) for _ in range(2))
+        ),
+    }
+
+
+@contextmanager
+def recorded(capability: int) -> Iterator[list[Launch]]:
+    """The launches made inside the block, as on a GPU of this capability; nothing runs."""
+    from triton.runtime.jit import KernelInterface
+
+    from handtune.kernels import backend
+
+    launches: list[Launch] = []
+
+    def get(kernel: Any, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, num_warps: int = 4, num_stages: int = 3, **kwargs: Any) -> None:
+            bound = inspect.signature(kernel.fn).bind(*args, **kwargs)
+            bound.apply_defaults()
+            launches.append(Launch(kernel, dict(bound.arguments), {"num_warps": num_warps, "num_stages": num_stages}))
+
+        return launch
+
+    def on_triton(*tensors: Tensor | None) -> bool:
+        return all(t is None or t.dtype in backend.DTYPES for t in tensors)
+
+    with (
+        mock.patch.object(KernelInterface, "__getitem__", get),
+        mock.patch.object(backend, "on_triton", on_triton),
+        mock.patch.object(backend, "capability", return_value=capability),
+    ):
+        yield launches
+
+
+def launches_of(operation: Callable[[], Any], capability: int) -> list[Launch]:
+    """The distinct kernels of an operation's forward and backward pass."""
+    with recorded(capability) as launches, FakeTensorMode():
+        out = operation()
+        outputs = [y for y in (out if isinstance(out, tuple) else (out,)) if y.requires_grad]
+        if outputs:
+            torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+    return list({f"{x.kernel.__name__} {_source_of(x)} {x.options}": x for x in launches}.values())
+
+
+def _source_of(launch: Launch) -> tuple[dict, dict, dict]:
+    """Signature, constants and alignments of a launch, as Triton's just-in-time compiler would derive them."""
+    signature, constants, alignments = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        aligned = isinstance(value, Tensor)
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            kind = "*" + TYPES[value.dtype]
+        elif isinstance(value, float):
+            kind = "fp32"
+        else:
+            kind, aligned = ("i32" if abs(value) < 2**31 else "i64"), value % 16 == 0
+        signature[parameter.name] = kind
+        if aligned:
+            alignments[(i,)] = [["tt.divisibility", 16]]
+    return signature, constants, alignments
+
+
+def compiled(operation: str, launch: Launch, capability: int) -> Usage:
+    """Compile a launch for a GPU, and read what it needs."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, alignments = _source_of(launch)
+    source = ASTSource(launch.kernel, signature, constants, alignments)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        said = subprocess.run(
+            [_cuobjdump(), "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", said)}
+    found = re.search(r"wgmma|tcgen05\.mma|mma\.sync", binary.asm["ptx"])
+    names = launch.kernel.arg_names
+    shown = {names[i]: value for (i,), value in constants.items() if names[i].isupper()}
+    return Usage(
+        operation, launch.kernel.__name__, capability, " ".join(f"{k}={v:d}" for k, v in shown.items()),
+        numbers["REG"], numbers["STACK"] + numbers["LOCAL"], binary.metadata.shared, found[0] if found else "",
+    )  # fmt: skip
+
+
+@cache
+def _cuobjdump() -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+
+
+def table(usages: list[Usage]) -> str:
+    lines = [
+        f"{'operation':28}{'kernel':24}{'sm':>4}{'registers':>11}{'spilled':>9}{'shared':>10}  {'matrix':12}constants"
+    ]
+    for u in usages:
+        lines.append(
+            f"{u.operation:28}{u.kernel:24}{u.capability:4}{u.registers:11}{u.spilled:9}{u.shared:10}  "
+            f"{u.matrix_instruction:12}{u.constants}{'' if u.fits else '   DOES NOT FIT'}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out")
+    options = parser.parse_args()
+    sys.path[0] = str(ROOT)  # the package from a bare clone; the folder `benchmarks` itself is not wanted there
+    os.environ.pop("TRITON_INTERPRET", None)
+    usages = [
+        compiled(name, launch, capability)
+        for capability in SHARED_LIMIT
+        for name, operation in operations().items()
+        for launch in launches_of(operation, capability)
+    ]
+    print(table(usages))
+    if options.out:
+        import triton
+
+        facts = {"benchmark": "resources", "triton": triton.__version__, "kernels": [asdict(u) for u in usages]}
+        Path(options.out).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    sys.exit(not all(u.fits for u in usages))
+
+
+if __name__ == "__main__":
+    main()
