@@ -68,9 +68,6 @@ def make_model(folder: Path, options: argparse.Namespace) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL)
 
 
-# ── the parent: workers in turn ────────────────────────────────────────────────────────────────────────────────────
-
-
 class Worker:
     """A provider's process, which runs one step (or epoch) for each line it is sent."""
 
@@ -151,9 +148,6 @@ def processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor()
-
-
-# ── the workers ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def work(options: argparse.Namespace) -> None:
