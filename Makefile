@@ -33,8 +33,10 @@ check: $(STAMP)
 	$(PY) -m mypy
 
 bench: $(STAMP)
-	$(PY) benchmarks/lora_training.py --rounds 5 --out benchmarks/results/lora_training_cpu_fp32.json
-	$(PY) benchmarks/lora_training.py --rounds 5 --dtype bfloat16 --out benchmarks/results/lora_training_cpu_bf16.json
+	for model in gpt2 llama-small; do for dtype in float32 bfloat16; do \
+	  $(PY) benchmarks/train.py --model $$model --dtype $$dtype \
+	    --out benchmarks/results/train_$${model}_cpu_$$dtype.json || exit 1; done; done
+	$(PY) benchmarks/resources.py --out benchmarks/results/resources.json
 
 # These two run from a bare clone, with any python3 that has torch and triton.
 test-gpu:
@@ -43,7 +45,10 @@ test-gpu:
 
 bench-gpu:
 	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "no CUDA here: nothing to measure"; exit 1; }
-	$(PYTHON) benchmarks/lora_training.py --device cuda --dtype bfloat16
+	$(PYTHON) benchmarks/kernels.py --device cuda --out benchmarks/results/kernels_cuda.json
+	for model in llama-1b llama-3b llama-8b; do for length in 2048 8192; do \
+	  $(PYTHON) benchmarks/train.py --model $$model --device cuda --dtype bfloat16 --work half --rows 1 \
+	    --length $$length --out benchmarks/results/train_$${model}_$${length}_cuda.json || exit 1; done; done
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

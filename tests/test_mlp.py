@@ -1,0 +1,50 @@
+"""The feed-forward computed once more in the backward pass: the same numbers, and u is not kept."""
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from handtune.engine import LoRAConfig, add_lora
+from handtune.kernels import LayerNorm, Linear, RMSNorm, feed_forward, mlp, norm_linear
+
+
+def build(dropout: float, gated: bool) -> nn.ModuleDict:
+    torch.manual_seed(0)
+    norm = RMSNorm(16) if gated else LayerNorm(16)
+    parts = (("gate", 24), ("up", 24)) if gated else ()
+    model = nn.ModuleDict({"norm": norm, "up": Linear(16, 48, parts=parts), "down": Linear(24 if gated else 48, 16)})
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    add_lora(model, LoRAConfig(rank=2, dropout=dropout))
+    for name, parameter in model.named_parameters():
+        if ".b." in name:
+            nn.init.normal_(parameter)
+    return model.train()
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["gelu", "swiglu"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_recomputing_changes_nothing_and_keeps_less(dropout: float, gated: bool, monkeypatch) -> None:
+    model, found, freed = build(dropout, gated), [], []
+    x, grad = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
+    widest: list[StorageWeakRef] = []
+
+    def watched(*arguments, **settings):
+        u = norm_linear(*arguments, **settings)
+        widest.append(StorageWeakRef(u.untyped_storage()))
+        return u
+
+    monkeypatch.setattr(mlp, "norm_linear", watched)
+    for recompute in (False, True):
+        model.zero_grad()
+        leaf = x.clone().requires_grad_()
+        torch.manual_seed(7)
+        y = feed_forward(leaf, model["norm"], model["up"], "swiglu" if gated else "gelu", model["down"], recompute)
+        freed.append(widest[-1].expired())
+        y.backward(grad)
+        found.append([y.detach(), leaf.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert freed == [False, True]
+    assert len(widest) == 3
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(plain, again, rtol=1e-6, atol=1e-6)
