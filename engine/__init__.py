@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .loop import train as train
     from .lora import LoRAConfig as LoRAConfig
     from .lora import add_lora as add_lora
+    from .quantization import quantize as quantize
 
 _HOME = {
     "LoRAConfig": "lora",
@@ -36,6 +37,7 @@ _HOME = {
     "load_adapter": "adapter_files",
     "load_checkpoint": "checkpoint",
     "merge_lora": "adapters",
+    "quantize": "quantization",
     "save_adapter": "adapter_files",
     "save_checkpoint": "checkpoint",
     "set_adapter": "adapters",

@@ -50,11 +50,17 @@ def _require(model: nn.Module, name: str | None) -> None:
 def merge_lora(model: nn.Module, *, keep_base: bool = True) -> None:
     """Add the active adapter into the weights. `keep_base` keeps a copy of the adapted weights for `unmerge_lora`.
 
-    Raises ValueError where no adapter is active.
+    Raises ValueError where no adapter is active, or one sits on a quantised weight.
     """
     active = [slot for slot in slots(model) if slot.module.active is not None]
     if not active:
         raise ValueError("no adapter is active: add_lora, load_adapter or set_adapter first")
+    for slot in active:
+        if isinstance(slot.module, Linear) and slot.module.quantized is not None:
+            raise ValueError(
+                f"{slot.path} is quantised to 4 bits, too coarse for a merged weight: save_adapter(model, path), load "
+                "the base in bfloat16, load_adapter and merge_lora there"
+            )
     for slot in active:
         module, name = slot.module, slot.module.active
         assert name is not None

@@ -6,6 +6,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from ..kernels.quantize import NF4Weight
+
 
 def match(model: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Parameter]:
     """The parameters whose names match the shell globs. ValueError for a glob that matches nothing."""
@@ -28,8 +30,15 @@ def freeze(model: nn.Module, *patterns: str) -> None:
 
 
 def unfreeze(model: nn.Module, *patterns: str) -> None:
-    """Train the parameters that match: `unfreeze(model, "head.*")`. ValueError for a glob that matches nothing."""
-    for parameter in match(model, patterns).values():
+    """Train the parameters that match: `unfreeze(model, "head.*")`.
+
+    Raises ValueError for a glob that matches nothing, or a quantised weight.
+    """
+    found = match(model, patterns)
+    for name, parameter in found.items():
+        if not parameter.is_floating_point():
+            raise ValueError(f"{name} is of a quantised weight, which can't train: add_lora, or load it in bfloat16")
+    for parameter in found.values():
         parameter.requires_grad_(True)
 
 
@@ -77,4 +86,7 @@ def trainable_report(model: nn.Module) -> TrainableReport:
             optimizer += n * (8 if width >= 4 else 12)
             group = "LoRA" if ".lora." in name else name.split(".")[0]
             modules[group] = modules.get(group, 0) + n
+    for module in model.modules():
+        if isinstance(module, NF4Weight):  # stored in several tensors, two weights to a byte
+            total += module.shape[0] * module.shape[1] - sum(tensor.numel() for tensor in module.parameters())
     return TrainableReport(trainable, total, weights, gradients, optimizer, tuple(modules.items()))

@@ -139,7 +139,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> tup
     """
     check_name(model, name)
     refuse_merged(model)
-    chosen = _matches(model, config.targets)
+    chosen = matches(model, config.targets)
     refuse_tied(model, [path for path, _, _ in chosen])
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -204,11 +204,12 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ..
     for path, module in model.named_modules():
         ours = isinstance(module, Linear | LoRAEmbedding)
         plain = "weight" in dict(module.named_parameters(recurse=False))  # not computed, as under weight_norm
+        plain = plain or (isinstance(module, Linear) and module.quantized is not None)
         if plain and (ours or type(module) is nn.Linear or _is_look_up(module) or is_conv1d(module)):
             yield path, module, _published(path, names)
 
 
-def _matches(
+def matches(
     model: nn.Module, targets: str | tuple[str, ...] | list[str]
 ) -> list[tuple[str, list[int], tuple[str, ...]]]:
     """For each adapted module: its path, the indices of the adapted parts, the published paths of all its parts."""
@@ -244,7 +245,7 @@ def _expand(model: nn.Module, targets: str | tuple[str, ...] | list[str]) -> lis
         elif target == "all-linear":
             owners = weight_owners(model)
             for path, module, _ in candidates(model):
-                tied = len(owners[id(module.get_parameter("weight"))]) > 1
+                tied = len(owners.get(id(module.weight), ())) > 1  # a quantised weight has no other owner
                 if not _is_embedding(module) and not _is_head(path) and not tied:
                     out.append(path)
         else:
@@ -288,6 +289,6 @@ def refuse_tied(model: nn.Module, paths: list[str]) -> None:
     """ValueError where a module at one of these paths shares its weight with another."""
     owners = weight_owners(model)
     for path in paths:
-        others = [other for other in owners[id(model.get_submodule(path).weight)] if other != path]
+        others = [other for other in owners.get(id(model.get_submodule(path).weight), ()) if other != path]
         if others:
             raise ValueError(f"{path} is tied to {others[0]}: an adapter on one would change both; untie them first")

@@ -7,12 +7,16 @@ step is made on the master, and the parameter is its rounding. Gradients of seve
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
+from ..kernels.adamw import Trained, adamw_
+
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
+_STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a weight, once it was updated
 
 
 def lr_factor(schedule: str, step: int, total: int, warmup: int, decay: float, floor: float) -> float:
@@ -75,14 +79,17 @@ class Optimizer:
         for parameter in self.parameters.values():
             parameter.grad = None  # what an interrupted step left behind
         self.masters = {name: self._master(p) for name, p in self.parameters.items()}
-        groups: dict[tuple[float, float], list[Tensor]] = {}
-        for name, master in self.masters.items():
-            scale = lr_scale_of(name, lr_scale, lr_decay, n_layer)
-            groups.setdefault((scale, weight_decay if master.dim() > 1 else 0.0), []).append(master)
-        self.adamw = torch.optim.AdamW(
-            [{"params": params, "weight_decay": decay, "scale": scale} for (scale, decay), params in groups.items()],
-            lr=0.0, betas=betas, eps=eps, fused=True,
-        )  # fmt: skip
+        self.betas, self.eps = betas, eps
+        self.factor: Tensor | None = None
+        self.trained = {
+            name: Trained(
+                master,
+                scale=lr_scale_of(name, lr_scale, lr_decay, n_layer),
+                decay=weight_decay if master.dim() > 1 else 0.0,
+                copy=None if master is self.parameters[name] else self.parameters[name],
+            )
+            for name, master in self.masters.items()
+        }
 
     @staticmethod
     def _master(parameter: nn.Parameter) -> Tensor:
@@ -102,34 +109,33 @@ class Optimizer:
         return [master.grad for master in self.masters.values() if master.grad is not None]
 
     def scale_gradients(self, count: float, clip: float | None) -> Tensor:
-        """Divide the summed gradients by `count`, then clip their joint norm to `clip`; gives the norm before that."""
-        gradients = self.gradients()
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / count
+        """Divide the summed gradients by `count` and clip their joint norm to `clip`; gives the norm before that.
+
+        It happens in `step`: a pass over the gradients is saved, where they are read there anyway.
+        """
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self.gradients()))) / count
         factor = torch.ones_like(norm) if clip is None else (clip / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, factor / count)
+        self.factor = factor / count
         return norm
 
-    @torch.no_grad()
     def step(self, lr: float) -> None:
         """One update at learning rate `lr`; the gradients are gone afterwards."""
-        for group in self.adamw.param_groups:
-            group["lr"] = lr * group["scale"]
-        self.adamw.step()
+        adamw_(self.trained.values(), lr, self.betas, self.eps, self.factor)
         self.zero_grad()
-        for name, parameter in self.parameters.items():
-            if (master := self.masters[name]) is not parameter:
-                parameter.copy_(master)
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
-        self.adamw.zero_grad(set_to_none=True)
+        self.factor = None
+        for master in self.masters.values():
+            master.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """Masters, moments, update counts and the module's buffers, as a flat dictionary of tensors."""
         out = {f"buffer.{name}": buffer for name, buffer in self.buffers.items()}
-        for name, master in self.masters.items():
-            out[f"weight.{name}"] = master.detach()
-            out |= {f"{key}.{name}": value for key, value in self.adamw.state.get(master, {}).items()}
+        for name, one in self.trained.items():
+            out[f"weight.{name}"] = one.weight.detach()
+            if one.step > 0:
+                out |= {f"{key}.{name}": getattr(one, key) for key in _STATE}
         return out
 
     @torch.no_grad()
@@ -145,11 +151,11 @@ class Optimizer:
             )
         for name, buffer in self.buffers.items():
             buffer.copy_(state[f"buffer.{name}"])
-        for name, master in self.masters.items():
-            master.copy_(state[f"weight.{name}"])
-            if (parameter := self.parameters[name]) is not master:
-                parameter.copy_(master)
-            self.adamw.state.pop(master, None)
-            if f"exp_avg.{name}" in state:
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                self.adamw.state[master] = {key: state[f"{key}.{name}"].to(master.device).clone() for key in keys}
+        self.trained = {name: replace(one) for name, one in self.trained.items()}  # the same, never updated
+        for name, one in self.trained.items():
+            one.weight.copy_(state[f"weight.{name}"])
+            if one.copy is not None:
+                one.copy.copy_(one.weight)
+            if f"step.{name}" in state:
+                for key in _STATE:
+                    getattr(one, key).copy_(state[f"{key}.{name}"])

@@ -11,29 +11,37 @@ if TYPE_CHECKING:
     from .activations import activate as activate
     from .activations import swiglu as swiglu
     from .attend import attention as attention
+    from .conv import lora_conv2d as lora_conv2d
     from .cross_entropy import linear_cross_entropy as linear_cross_entropy
     from .linear import Linear as Linear
     from .linear import LowRank as LowRank
     from .linear import activation_linear as activation_linear
     from .linear import norm_linear as norm_linear
     from .lora import lora_linear as lora_linear
+    from .lora_batched import lora_linear_batched as lora_linear_batched
+    from .mlp import feed_forward as feed_forward
     from .norms import LayerNorm as LayerNorm
     from .norms import RMSNorm as RMSNorm
     from .norms import layer_norm as layer_norm
     from .norms import rms_norm as rms_norm
     from .rotary import rope as rope
+    from .segments import Segments as Segments
 
 _HOME = {
     "Linear": "linear",
     "LowRank": "linear",
     "LayerNorm": "norms",
     "RMSNorm": "norms",
+    "Segments": "segments",
     "activate": "activations",
     "activation_linear": "linear",
     "attention": "attend",
+    "feed_forward": "mlp",
     "layer_norm": "norms",
     "linear_cross_entropy": "cross_entropy",
+    "lora_conv2d": "conv",
     "lora_linear": "lora",
+    "lora_linear_batched": "lora_batched",
     "norm_linear": "linear",
     "rms_norm": "norms",
     "rope": "rotary",

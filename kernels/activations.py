@@ -4,6 +4,7 @@
     gelu_tanh(u) = u/2 (1 + tanh(√(2/π)(u + 0.044715u³)))  the approximation of the same paper, GPT-2's `gelu_new`
     silu(u)      = u σ(u)
     swiglu(u)    = silu(g) ⊙ v,  u = [g | v]              Shazeer, https://arxiv.org/abs/2002.05202
+    geglu(u)     = gelu(g) ⊙ v,  geglu_tanh likewise      of the same paper; T5 1.1 has the tanh form
 
 Each is a pair (forward, backward) of plain functions: `forward(u)` and `backward(grad, u)`. A linear layer that
 consumes the result takes the pair as its *prologue* (`kernels/lora.py`): it then saves u alone, and the activation's
@@ -17,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from . import backend
 
 _aten = torch.ops.aten
 
@@ -34,32 +37,50 @@ class Activation:
     gated: bool = False
 
 
-def _swiglu(u: Tensor) -> Tensor:
-    gate, up = u.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+def _gated(name: str, gate: Activation) -> Activation:
+    """gate(g) ⊙ v for u = [g | v]."""
 
+    def forward(u: Tensor) -> Tensor:
+        if backend.on_triton(u):
+            from . import activations_triton
 
-def _swiglu_backward(grad: Tensor, u: Tensor) -> Tensor:
-    gate, up = u.chunk(2, dim=-1)
-    out = torch.empty_like(u)
-    grad_gate, grad_up = out.chunk(2, dim=-1)
-    torch.mul(grad, F.silu(gate), out=grad_up)
-    grad_gate.copy_(_aten.silu_backward(grad * up, gate))
-    return out
+            return activations_triton.forward(u, name)
+        g, v = u.chunk(2, dim=-1)
+        return gate.forward(g).mul_(v)
+
+    def backward(grad: Tensor, u: Tensor) -> Tensor:
+        if backend.on_triton(grad, u):
+            from . import activations_triton
+
+            return activations_triton.backward(grad, u, name)
+        g, v = u.chunk(2, dim=-1)
+        out = torch.empty_like(u)
+        grad_g, grad_v = out.chunk(2, dim=-1)
+        torch.mul(grad, gate.forward(g), out=grad_v)
+        grad_g.copy_(gate.backward(grad * v, g))
+        return out
+
+    return Activation(forward, backward, gated=True)
 
 
 def _tanh_backward(grad: Tensor, u: Tensor) -> Tensor:
     return _aten.tanh_backward(grad, torch.tanh(u))
 
 
+_GELU = Activation(F.gelu, _aten.gelu_backward)
+_GELU_TANH = Activation(
+    lambda u: F.gelu(u, approximate="tanh"), lambda grad, u: _aten.gelu_backward(grad, u, approximate="tanh")
+)
+_SILU = Activation(F.silu, _aten.silu_backward)
+
 ACTIVATIONS = {
-    "gelu": Activation(F.gelu, _aten.gelu_backward),
-    "gelu_tanh": Activation(
-        lambda u: F.gelu(u, approximate="tanh"), lambda grad, u: _aten.gelu_backward(grad, u, approximate="tanh")
-    ),
+    "geglu": _gated("geglu", _GELU),
+    "geglu_tanh": _gated("geglu_tanh", _GELU_TANH),
+    "gelu": _GELU,
+    "gelu_tanh": _GELU_TANH,
     "relu": Activation(F.relu, lambda grad, u: _aten.threshold_backward(grad, u, 0)),
-    "silu": Activation(F.silu, _aten.silu_backward),
-    "swiglu": Activation(_swiglu, _swiglu_backward, gated=True),
+    "silu": _SILU,
+    "swiglu": _gated("swiglu", _SILU),
     "tanh": Activation(torch.tanh, _tanh_backward),
 }
 
@@ -79,12 +100,14 @@ class _Activate(torch.autograd.Function):
 
 
 def activate(u: Tensor, name: str) -> Tensor:
-    """Apply the activation called `name` (a key of `ACTIVATIONS`) to u (..., F); only u is saved.
+    """Apply the activation called `name` (a key of `ACTIVATIONS`) to u (..., F), or (..., 2F) if gated; u is saved.
 
-    Raises ValueError for an unknown name.
+    Raises ValueError for an unknown name, and where a gated one is given an odd last dimension.
     """
     if name not in ACTIVATIONS:
         raise ValueError(f"activation {name!r} is unknown; known: {', '.join(sorted(ACTIVATIONS))}")
+    if ACTIVATIONS[name].gated and u.shape[-1] % 2:
+        raise ValueError(f"gate_up: the last dimension must be even (gate and up), got {tuple(u.shape)}")
     return _Activate.apply(u, ACTIVATIONS[name])
 
 
@@ -93,8 +116,6 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
     Raises ValueError where the last dimension is odd.
     """
-    if gate_up.shape[-1] % 2:
-        raise ValueError(f"gate_up: the last dimension must be even (gate and up), got {tuple(gate_up.shape)}")
     return activate(gate_up, "swiglu")
 
 

@@ -14,8 +14,12 @@ once, swept once by the maximum and once by the exponential, and read by the pro
 `reduction="sum"` computes the gradient together with the loss, since the logits are there just then: only dx (N, D)
 waits for the backward pass, and the incoming scalar scales it. `reduction="none"` gives one loss a row, whose gradients
 may differ, so its backward pass computes the chunk again. Chunking: Hsu et al., https://arxiv.org/abs/2410.10989
+
+On a GPU the chunk's logits stay as the product stored them, in bf16 say: one kernel reads them for the losses, another
+overwrites them with dz (`cross_entropy_triton.py`). There, `index` spares the host from waiting for the device.
 """
 
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
@@ -23,7 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import backend
+
 IGNORE = -100
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of x, weight and bias
 
 
 def _chunk_rows(n: int, vocab: int) -> int:
@@ -40,29 +47,10 @@ class _SumLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-        need_x, need_w, need_b, _ = ctx.needs_input_grad
-        wide = _wide(x)
-        total = torch.zeros((), dtype=wide, device=x.device)
-        grad_x = torch.empty_like(x) if need_x else None
-        grad_w = torch.zeros_like(weight, dtype=wide) if need_w else None
-        grad_b = torch.zeros_like(bias, dtype=wide) if bias is not None and need_b else None
-        for rows, z in _logit_chunks(x, weight, bias):
-            target = targets[rows]
-            top = z.amax(1)
-            total += top.sum() - z.gather(1, target[:, None]).sum()
-            e = z.sub_(top[:, None]).exp_()
-            norm = e.sum(1)
-            total += norm.log().sum()
-            e.scatter_add_(1, target[:, None], -norm[:, None])  # now dz, but for the division by norm
-            if grad_x is not None:
-                grad_x[rows] = (e.to(x.dtype) @ weight).to(wide).div_(norm[:, None])
-            if grad_w is not None or grad_b is not None:
-                p = e.div_(norm[:, None])
-                if grad_w is not None:
-                    grad_w += p.to(x.dtype).T @ x[rows]
-                if grad_b is not None:
-                    grad_b += p.sum(0)
-        ctx.save_for_backward(grad_x, grad_w, grad_b)
+        grads = _zero_gradients(x, weight, bias, ctx.needs_input_grad)
+        sum_loss = _sum_on_triton if backend.on_triton(x, weight, bias) else _sum_in_torch
+        total = sum_loss(x, weight, bias, targets, grads)
+        ctx.save_for_backward(*grads)
         ctx.dtypes = (x.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
         return total
 
@@ -71,6 +59,56 @@ class _SumLoss(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         made = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return *(None if g is None else (g * grad).to(dtype) for g, dtype in made), None
+
+
+def _zero_gradients(x: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]) -> Gradients:
+    """Room for dx, in its dtype, and for dW and db, which are summed over the chunks; where `needs` says so."""
+    grad_x = torch.empty_like(x) if needs[0] else None
+    grad_w = torch.zeros_like(weight, dtype=_wide(x)) if needs[1] else None
+    grad_b = torch.zeros_like(bias, dtype=_wide(x)) if bias is not None and needs[2] else None
+    return grad_x, grad_w, grad_b
+
+
+def _add_chunk(grads: Gradients, rows: slice, dz: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Put the gradients that flow through these rows' dz (rows, V) where they belong."""
+    grad_x, grad_w, grad_b = grads
+    if grad_b is not None:
+        grad_b += dz.sum(0, dtype=grad_b.dtype)
+    low = dz.to(x.dtype)
+    if grad_x is not None:
+        grad_x[rows] = low @ weight
+    if grad_w is not None:
+        grad_w += low.T @ x[rows]
+
+
+def _sum_in_torch(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, grads: Gradients) -> Tensor:
+    grad_x, grad_w, grad_b = grads
+    total = torch.zeros((), dtype=_wide(x), device=x.device)
+    for rows, z in _logit_chunks(x, weight, bias):
+        target = targets[rows]
+        top = z.amax(1)
+        total += top.sum() - z.gather(1, target[:, None]).sum()
+        e = z.sub_(top[:, None]).exp_()
+        norm = e.sum(1)
+        total += norm.log().sum()
+        e.scatter_add_(1, target[:, None], -norm[:, None])  # now dz, but for the division by norm
+        if grad_x is not None:
+            grad_x[rows] = (e.to(x.dtype) @ weight).to(_wide(x)).div_(norm[:, None])
+        if grad_w is not None or grad_b is not None:
+            _add_chunk((None, grad_w, grad_b), rows, e.div_(norm[:, None]), x, weight)
+    return total
+
+
+def _sum_on_triton(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, grads: Gradients) -> Tensor:
+    from . import cross_entropy_triton as kernels
+
+    total = torch.zeros((), dtype=torch.float32, device=x.device)
+    for rows, z in kernels.logit_chunks(x, weight):
+        losses, lse, _ = kernels.losses(z, bias, targets[rows])
+        total += losses.sum()
+        if any(grad is not None for grad in grads):
+            _add_chunk(grads, rows, kernels.gradient_(z, bias, targets[rows], lse), x, weight)
+    return total
 
 
 def _logit_chunks(x: Tensor, weight: Tensor, bias: Tensor | None):
@@ -98,16 +136,14 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, with_entropy: bool):
-        wide = _wide(x)
-        losses = torch.empty(len(x), dtype=wide, device=x.device)
+        losses = torch.empty(len(x), dtype=_wide(x), device=x.device)
         lse = torch.empty_like(losses)
         entropy = torch.empty_like(losses) if with_entropy else None
-        for rows, z in _logit_chunks(x, weight, bias):
-            lse[rows] = z.logsumexp(1)
-            losses[rows] = lse[rows] - z.gather(1, targets[rows, None])[:, 0]
-            if entropy is not None:
-                p = (z - lse[rows, None]).exp_()
-                entropy[rows] = lse[rows] - p.mul_(z).sum(1)
+        chunk_losses = _losses_on_triton if backend.on_triton(x, weight, bias) else _losses_in_torch
+        for rows, *of_rows in chunk_losses(x, weight, bias, targets, with_entropy):
+            for whole, part in zip((losses, lse, entropy), of_rows, strict=True):
+                if whole is not None:
+                    whole[rows] = part
         ctx.save_for_backward(x, weight, bias, targets, lse)
         if entropy is not None:
             ctx.mark_non_differentiable(entropy)
@@ -117,62 +153,58 @@ class _TokenLosses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor, _):
         x, weight, bias, targets, lse = ctx.saved_tensors
-        need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        grad_x = torch.empty_like(x) if need_x else None
-        grad_w = torch.zeros_like(weight, dtype=lse.dtype) if need_w else None
-        grad_b = torch.zeros_like(bias, dtype=lse.dtype) if need_b else None
-        for rows, z in _logit_chunks(x, weight, bias):
-            weights = grad[rows, None]
-            dz = z.sub_(lse[rows, None]).exp_().mul_(weights)
-            dz.scatter_add_(1, targets[rows, None], -weights)
-            if grad_b is not None:
-                grad_b += dz.sum(0)
-            low = dz.to(x.dtype)
-            if grad_x is not None:
-                grad_x[rows] = low @ weight
-            if grad_w is not None:
-                grad_w += low.T @ x[rows]
-        grad_w = None if grad_w is None else grad_w.to(weight.dtype)
-        grad_b = None if grad_b is None else grad_b.to(bias.dtype)
-        return grad_x, grad_w, grad_b, None, None
+        grads = _zero_gradients(x, weight, bias, ctx.needs_input_grad)
+        chunk_gradients = _gradients_on_triton if backend.on_triton(x, weight, bias) else _gradients_in_torch
+        for rows, dz in chunk_gradients(x, weight, bias, targets, lse, grad):
+            _add_chunk(grads, rows, dz, x, weight)
+        likes = (x, weight, bias)
+        return *(None if g is None else g.to(like.dtype) for g, like in zip(grads, likes, strict=True)), None, None
+
+
+def _losses_in_torch(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, with_entropy: bool):
+    """Yield rows, and their losses, log-sum-exps and, where wanted, entropies."""
+    for rows, z in _logit_chunks(x, weight, bias):
+        lse = z.logsumexp(1)
+        losses = lse - z.gather(1, targets[rows, None])[:, 0]
+        yield rows, losses, lse, lse - (z - lse[:, None]).exp_().mul_(z).sum(1) if with_entropy else None
+
+
+def _losses_on_triton(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, with_entropy: bool):
+    from . import cross_entropy_triton as kernels
+
+    for rows, z in kernels.logit_chunks(x, weight):
+        yield rows, *kernels.losses(z, bias, targets[rows], with_entropy)
+
+
+def _gradients_in_torch(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor, grad: Tensor):
+    """Yield rows, and their dz for the incoming gradient of each loss."""
+    for rows, z in _logit_chunks(x, weight, bias):
+        weights = grad[rows, None]
+        dz = z.sub_(lse[rows, None]).exp_().mul_(weights)
+        yield rows, dz.scatter_add_(1, targets[rows, None], -weights)
+
+
+def _gradients_on_triton(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor, grad: Tensor):
+    from . import cross_entropy_triton as kernels
+
+    for rows, z in kernels.logit_chunks(x, weight):
+        yield rows, kernels.gradient_(z, bias, targets[rows], lse[rows], grad[rows])
 
 
 @overload
 def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    *,
-    index: Tensor | None = None,
-    reduction: str = "sum",
-    with_entropy: Literal[False] = False,
-) -> Tensor: ...
-
-
+    x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *, index: Tensor | None = None,
+    reduction: str = "sum", with_entropy: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
 @overload
 def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    *,
-    index: Tensor | None = None,
-    reduction: str = "sum",
-    with_entropy: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
-
-
+    x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *, index: Tensor | None = None,
+    reduction: str = "sum", with_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None = None,
-    *,
-    index: Tensor | None = None,
-    reduction: str = "sum",
-    with_entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *, index: Tensor | None = None,
+    reduction: str = "sum", with_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Cross-entropy (nats) of the logits x Wᵀ + bias against `targets`, for x (..., D), weight (V, D), bias (V,).
 
     `targets` is (...), with -100 where there is no loss. Given `index` (n,), the positions in the flattened x that have

@@ -3,7 +3,7 @@
 Projections that read the same input are one `Linear` whose row blocks are its `parts`: `qkv` is one matrix product and
 one read of x, and an adapter may still sit on `q` alone. The slot is empty until `add_lora` fills it. What stands in
 front of a projection (a norm, an activation) is handed in by `norm_linear` and `activation_linear`, because only a
-function that sees both can avoid keeping what lies between them.
+function that sees both can avoid keeping what lies between them. A frozen weight can be kept in 4 bits (`quantize_`).
 """
 
 import math
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .activations import ACTIVATIONS, Activation
 from .lora import Plan, draw_seed, fused_linear
 from .norms import LayerNorm, RMSNorm
+from .quantize import NF4Weight, Workspace
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Linear(nn.Module):
 
     `parts` names blocks of rows (name, size) in order; by default the whole matrix is one unnamed part. `transposed`
     says that the weight is stored (K, M), as in transformers' Conv1D. Adapters live in `lora` by name, of which
-    `active` is applied.
+    `active` is applied. Once quantised, `weight` is an `NF4Weight`, and `quantized` the same.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, parts: tuple[tuple[str, int], ...] = ()):
@@ -109,6 +110,26 @@ class Linear(nn.Module):
         """The weight as (M, K), whichever way it is stored."""
         return self.weight.T if self.transposed else self.weight
 
+    @property
+    def quantized(self) -> NF4Weight | None:
+        """The weight in four bits, or None where it is a parameter."""
+        weight = self._modules.get("weight")
+        return weight if isinstance(weight, NF4Weight) else None
+
+    @torch.no_grad()
+    def quantize_(self, workspace: Workspace) -> None:
+        """Keep the frozen weight in NF4 (arXiv:2305.14314) from here on; `workspace` is shared within a model.
+
+        Raises ValueError where the weight trains, holds NaN or infinity, or is quantised already.
+        """
+        if self.quantized is not None:
+            raise ValueError("the weight is in 4 bits already")
+        if self.weight.requires_grad:
+            raise ValueError("the weight trains, and 4 bits can't: freeze it first, and train an adapter on it")
+        packed = NF4Weight(self.matrix, workspace)
+        del self.weight  # a module can't be put over a parameter
+        self.weight = packed  # type: ignore[assignment]
+
     def forward(self, x: Tensor) -> Tensor:
         return _project(x, self)
 
@@ -117,24 +138,33 @@ class Linear(nn.Module):
 
 
 def _project(
-    h: Tensor, linear: Linear, norm: LayerNorm | RMSNorm | None = None, activation: Activation | None = None
+    h: Tensor,
+    linear: Linear,
+    norm: LayerNorm | RMSNorm | None = None,
+    activation: Activation | None = None,
+    seed: int | None = None,
 ) -> Tensor:
     eps = norm.eps if norm is not None else 0.0
     in_front = norm.parameters_in_order() if norm is not None else None
+    weight = linear.quantized or linear.matrix
     if linear.active is None:
         plan = Plan(eps=eps, activation=activation)
-        return fused_linear(h, linear.matrix, linear.bias, None, (), plan, in_front)
+        return fused_linear(h, weight, linear.bias, None, (), plan, in_front)
     adapter: LowRank = linear.lora[linear.active]  # type: ignore[assignment]
     dropout = adapter.dropout if linear.training else 0.0
-    seed = draw_seed() if dropout else 0
-    plan = Plan(adapter.rows, adapter.scales, eps, activation, dropout, seed)
+    if dropout and seed is None:
+        seed = draw_seed()
+    plan = Plan(adapter.rows, adapter.scales, eps, activation, dropout, seed or 0)
     a, bs = adapter.factors(h.dtype)
-    return fused_linear(h, linear.matrix, linear.bias, a, bs, plan, in_front)
+    return fused_linear(h, weight, linear.bias, a, bs, plan, in_front)
 
 
-def norm_linear(h: Tensor, norm: LayerNorm | RMSNorm, linear: Linear) -> Tensor:
-    """linear(norm(h)) for h (..., K), saving h and the row statistics instead of the normalised rows."""
-    return _project(h, linear, norm=norm)
+def norm_linear(h: Tensor, norm: LayerNorm | RMSNorm, linear: Linear, *, seed: int | None = None) -> Tensor:
+    """linear(norm(h)) for h (..., K), saving h and the row statistics instead of the normalised rows.
+
+    `seed` fixes the adapter's dropout mask (None draws one).
+    """
+    return _project(h, linear, norm=norm, seed=seed)
 
 
 def activation_linear(u: Tensor, activation: str, linear: Linear) -> Tensor:

@@ -39,6 +39,7 @@ from torch.autograd.function import once_differentiable
 from . import backend
 from .activations import Activation
 from .norms import normalize, normalize_backward, rebuild
+from .quantize import NF4Weight
 
 # By arithmetic: 2Y of traffic cost as much as a product that is 37 % slower at K 1024, 18 % at 2048 (bf16, H200).
 FUSED_WIDTH = 1024
@@ -88,7 +89,9 @@ class _LoRALinear(torch.autograd.Function):
         ctx.plan = plan
         from_h = norm_weight is not None or plan.activation is not None
         keep_h = from_h or ctx.needs_input_grad[3] or ctx.needs_input_grad[5]  # all frozen: dx = dy W needs no h
-        ctx.save_for_backward(h if keep_h else None, norm_weight, norm_bias, weight, a, s, *stats, *bs)
+        ctx.packed = weight if isinstance(weight, NF4Weight) else None  # decoded in each pass, never kept
+        kept_weight = None if ctx.packed is not None else weight
+        ctx.save_for_backward(h if keep_h else None, norm_weight, norm_bias, kept_weight, a, s, *stats, *bs)
         ctx.n_stats = len(stats)
         return y
 
@@ -113,6 +116,8 @@ class _LoRALinear(torch.autograd.Function):
             del x
         if not need_x:
             return None, None, None, grad_weight, grad_bias, grad_a, None, *grad_bs
+        if ctx.packed is not None:
+            weight = ctx.packed.borrow(grad.dtype)
         grad_x = _input_gradient(grad, weight, grad_s, a, plan)
         grad_h: Tensor | None = grad_x
         grad_nw = grad_nb = None
@@ -139,15 +144,22 @@ def _down(x: Tensor, a: Tensor, plan: Plan) -> Tensor:
     return _drop(x, plan) @ a.T
 
 
-def _up(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor | None, bs: Sequence[Tensor], plan: Plan) -> Tensor:
+def _up(
+    x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, s: Tensor | None, bs: Sequence[Tensor], plan: Plan
+) -> Tensor:
     """y = x Wᵀ + bias, plus each part's s S Bᵀ."""
-    if s is not None and _fused(x, weight):
-        from .lora_triton import linear
+    if isinstance(weight, NF4Weight) and weight.multiplies(x):
+        y = weight.product(x, bias)
+    else:
+        dense = weight.borrow(x.dtype) if isinstance(weight, NF4Weight) else weight
+        if s is not None and _fused(x, dense):
+            from .lora_triton import linear
 
-        return linear(x, weight, bias, s, _block_diagonal(bs, plan, len(weight)))
-    y, column = F.linear(x, weight, bias), 0
+            return linear(x, dense, bias, s, _block_diagonal(bs, plan, len(dense)))
+        y = F.linear(x, dense, bias)
     if s is None:
         return y
+    column = 0
     for b, row, scale in zip(bs, plan.rows, plan.scales, strict=True):
         m, r = b.shape
         y[:, row : row + m].addmm_(s[:, column : column + r], b.T, alpha=scale)
@@ -159,7 +171,7 @@ def _block_diagonal(bs: Sequence[Tensor], plan: Plan, m: int) -> Tensor:
     """All s B of the parts in one (M, ΣR), zero where a row has no business with a column."""
     joined, column = bs[0].new_zeros(m, sum(b.shape[1] for b in bs)), 0
     for b, row, scale in zip(bs, plan.rows, plan.scales, strict=True):
-        torch.mul(b, scale, out=joined[row : row + b.shape[0], column : column + b.shape[1]])
+        joined[row : row + b.shape[0], column : column + b.shape[1]] = b * scale
         column += b.shape[1]
     return joined
 
@@ -199,9 +211,10 @@ def _factors_backward(
     """dS (N, ΣR) and the dB's, part by part; (None, []) where there is no adapter."""
     if s is None:
         return None, []
-    grad_s, column = torch.empty_like(s), 0
+    column = 0
     on_triton = backend.on_triton(grad, s)
     grad = grad.contiguous() if on_triton else grad
+    grad_ss: list[Tensor] = []
     grad_bs: list[Tensor | None] = []
     for b, row, scale, need in zip(bs, plan.rows, plan.scales, need_bs, strict=True):
         m, r = b.shape
@@ -209,13 +222,14 @@ def _factors_backward(
         if on_triton:
             from .lora_triton import sweep
 
-            grad_s[:, columns], grad_b = sweep(part, b * scale, s[:, columns])
+            grad_part, grad_b = sweep(part, b * scale, s[:, columns])
+            grad_ss.append(grad_part.to(s.dtype))
             grad_bs.append(grad_b.mul_(scale).to(b.dtype) if need else None)
         else:
-            torch.mm(part, b * scale, out=grad_s[:, columns])
+            grad_ss.append(part @ (b * scale))
             grad_bs.append((part.T @ s[:, columns]).mul_(scale) if need else None)
         column += r
-    return grad_s, grad_bs
+    return grad_ss[0] if len(grad_ss) == 1 else torch.cat(grad_ss, 1), grad_bs
 
 
 def _rebuild(
@@ -229,7 +243,7 @@ def _rebuild(
 
 def fused_linear(
     h: Tensor,
-    weight: Tensor,
+    weight: Tensor | NF4Weight,
     bias: Tensor | None,
     a: Tensor | None,
     bs: Sequence[Tensor],
@@ -239,10 +253,10 @@ def fused_linear(
     """[norm or activation] → linear → low-rank correction, for h (..., K); the general form behind the public ones."""
     norm_weight, norm_bias = norm or (None, None)
     flat = h.reshape(-1, h.shape[-1])
-    tensors = [flat, norm_weight, norm_bias, weight, bias, a, *bs]
+    tensors: list[Any] = [flat, norm_weight, norm_bias, weight, bias, a, *bs]
     if torch.is_autocast_enabled(h.device.type):  # which knows F.linear, but not the in-place addition
         dtype = torch.get_autocast_dtype(h.device.type)
-        tensors = [None if x is None else x.to(dtype) for x in tensors]
+        tensors = [x.to(dtype) if isinstance(x, Tensor) else x for x in tensors]
     with torch.autocast(h.device.type, enabled=False):
         y = _LoRALinear.apply(*tensors[:6], plan, *tensors[6:])
     return y.view(*h.shape[:-1], weight.shape[0])

@@ -1,9 +1,9 @@
 """The feed-forward of a pre-norm block, down(activation(up(norm(x)))), keeping what is widest in it or making it again.
 
-`norm_linear` and `activation_linear` keep x and u = up(norm(x)) for the backward pass. u is the widest tensor of a block:
-2F of the 4.5D + 2F numbers a token that a Llama block keeps, 7 of 11.5 D in Llama-8B. With `recompute` it is not kept:
-the backward pass of `down` makes it again from x. That costs the product up(norm(x)) once more, 2·D·2F FLOPs a token:
-for Llama-8B, 27 % of the products of a LoRA step (which has no weight gradients), for GPT-2's F = 4D, 17 %.
+`norm_linear` and `activation_linear` keep x and u = up(norm(x)) for the backward pass. u is the widest tensor of a
+block: 2F of the 4.5D + 2F numbers a token that a Llama block keeps, 7 of 11.5 D in Llama-8B. With `recompute` it is not
+kept: the backward pass of `down` makes it again from x. That costs the product up(norm(x)) once more, 2·D·2F FLOPs a
+token: for Llama-8B, 27 % of the products of a LoRA step (which has no weight gradients), for GPT-2's F = 4D, 17 %.
 """
 
 from collections.abc import Callable

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import backend
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     first, second = x.chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(-2).to(x.dtype), sign * sin.unsqueeze(-2).to(x.dtype)
     out = torch.empty_like(x)
     low, high = out.chunk(2, dim=-1)
     torch.mul(first, cos, out=low).addcmul_(second, sin, value=-1)
@@ -21,20 +24,27 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
+def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple[Tensor, Tensor]:
+    if backend.on_triton(q, k, cos, sin):
+        from .rotary_triton import rotate
+
+        return rotate(q, k, cos, sin, sign)
+    return _rotate(q, cos, sin, sign), _rotate(k, cos, sin, sign)
+
+
 class _Rope(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _rotate(q, cos, sin), _rotate(k, cos, sin)
+        return _rotate_both(q, k, cos, sin, 1.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_q: Tensor, grad_k: Tensor):
         cos, sin = ctx.saved_tensors
+        back_q, back_k = _rotate_both(grad_q, grad_k, cos, sin, -1.0)
         need_q, need_k = ctx.needs_input_grad[:2]
-        back_q = _rotate(grad_q, cos, -sin) if need_q else None
-        back_k = _rotate(grad_k, cos, -sin) if need_k else None
-        return back_q, back_k, None, None
+        return back_q if need_q else None, back_k if need_k else None, None, None
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,7 +54,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     """
     if q.shape[-1] % 2 or cos.shape[-1] * 2 != q.shape[-1] or cos.shape != sin.shape:
         raise ValueError(f"cos, sin: expected (T, {q.shape[-1] / 2:g}) for q {tuple(q.shape)}, got {tuple(cos.shape)}")
-    return _Rope.apply(q, k, cos.unsqueeze(-2).to(q.dtype), sin.unsqueeze(-2).to(q.dtype))
+    return _Rope.apply(q, k, cos, sin)
 
 
 def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from .checkpoint import load as load
     from .checkpoint import save as save
     from .gpt2 import GPT2 as GPT2
+    from .llama import Llama as Llama
 
-_HOME = {"Bert": "bert", "GPT2": "gpt2", "load": "checkpoint", "save": "checkpoint"}
+_HOME = {"Bert": "bert", "GPT2": "gpt2", "Llama": "llama", "load": "checkpoint", "save": "checkpoint"}
 __all__ = sorted(_HOME)
 
 

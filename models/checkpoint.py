@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels import Linear
 from .bert import Bert
 from .gpt2 import GPT2
 from .heads import n_outputs
 from .layers import Published
+from .llama import Llama
 from .pooling import read_pooling, write_pooling
 from .shards import Shards, read_json
 from .tokens import SpecialTokens, load_tokenizer, load_tokenizer_file, save_tokenizer
@@ -29,9 +31,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("handtune")
 
-FAMILIES: dict[str, type[GPT2] | type[Bert]] = {"gpt2": GPT2, "gpt3": GPT2, "bert": Bert}
+Family = type[GPT2] | type[Bert] | type[Llama]
+FAMILIES: dict[str, Family] = {"gpt2": GPT2, "gpt3": GPT2, "bert": Bert, "llama": Llama}
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "vocab.txt", "merges.txt")
-Model = GPT2 | Bert
+Model = GPT2 | Bert | Llama
 
 
 def load(
@@ -80,9 +83,11 @@ def fresh(
 
     The vocabulary is the tokenizer's; its token "<|endoftext|>" or "</s>", where it has one, ends texts.
     """
-    found = [family for family in (GPT2, Bert) if preset in family.presets]
+    families = dict.fromkeys(FAMILIES.values())
+    found = [family for family in families if preset in family.presets]
     if not found:
-        raise ValueError(f"preset {preset!r} is unknown; known: {', '.join((*GPT2.presets, *Bert.presets))}")
+        known = ", ".join(name for family in families for name in family.presets)
+        raise ValueError(f"preset {preset!r} is unknown; known: {known}")
     words = load_tokenizer_file(Path(tokenizer)) if tokenizer is not None else None
     if words is not None:
         overrides = {"vocab_size": words.get_vocab_size(), **overrides}
@@ -97,11 +102,16 @@ def fresh(
 def save(model: Model, tokenizer: "Tokenizer | None", path: str | Path) -> None:
     """Write the model (and tokenizer) to the folder `path` in Hugging Face layout; transformers loads it back.
 
-    Raises ValueError where an adapter is attached and not merged: it would be lost silently.
+    Raises ValueError where an adapter is attached and not merged: it would be lost silently. And where a weight is
+    quantised: what it was is lost already.
     """
     from safetensors.torch import save_file
 
     for name, module in model.named_modules():
+        if isinstance(module, Linear) and module.quantized is not None:
+            raise ValueError(
+                f"{name} is quantised to 4 bits: save_adapter(model, path), load the base in bfloat16 and save that"
+            )
         if len(getattr(module, "lora", ())) and not getattr(module, "merged", None):
             raise ValueError(
                 f"{name} carries an adapter: merge_lora(model) first, or save_adapter(model, path) instead"
@@ -152,7 +162,7 @@ def _with_config(folder: Path) -> Path:
     return folder
 
 
-def _family(published: dict[str, Any], folder: Path) -> type[GPT2] | type[Bert]:
+def _family(published: dict[str, Any], folder: Path) -> Family:
     kind = published.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(FAMILIES)
@@ -164,7 +174,7 @@ def _family(published: dict[str, Any], folder: Path) -> type[GPT2] | type[Bert]:
     return family
 
 
-def _task_of(published: dict[str, Any], family: type[GPT2] | type[Bert], folder: Path) -> str:
+def _task_of(published: dict[str, Any], family: Family, folder: Path) -> str:
     names = published.get("architectures") or []
     if published.get("handtune_task") in family.architectures:
         return published["handtune_task"]
@@ -175,16 +185,14 @@ def _task_of(published: dict[str, Any], family: type[GPT2] | type[Bert], folder:
     raise ValueError(f"{folder / 'config.json'}: architectures {names} names no known task; pass task= one of {tasks}")
 
 
-def _config(published: dict[str, Any], family: type[GPT2] | type[Bert], folder: Path) -> Any:
+def _config(published: dict[str, Any], family: Family, folder: Path) -> Any:
     try:
         return family.read_config(published)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
 
 
-def _stored_head(
-    published: dict[str, Any], family: type[GPT2] | type[Bert], folder: Path
-) -> tuple[tuple[str, ...], int]:
+def _stored_head(published: dict[str, Any], family: Family, folder: Path) -> tuple[tuple[str, ...], int]:
     """Label names and depth of the head that is there. transformers leaves out the table of two unnamed labels."""
     table, depth = published.get("id2label"), published.get("head_layers", 1)
     names = {family.architectures[task] for task in ("sequence-classification", "token-classification")}

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..kernels import LayerNorm, Linear, activation_linear, attention, norm_linear
+from ..kernels import LayerNorm, Linear, attention, feed_forward, norm_linear
 from .heads import EmbeddingHead, MLPHead, n_outputs, pool_tokens
 from .layers import KVCache, Published, initialize, key_bias, overridden, positions, read_fields
 from .tokens import SpecialTokens
@@ -130,6 +130,7 @@ class Block(nn.Module):
         if config.scale_by_layer:
             self.scale /= index + 1
         self.window = config.window if index % 2 else None
+        self.recompute = False  # see kernels/mlp.py
 
     def forward(
         self, x: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None, cache: KVCache | None
@@ -142,7 +143,7 @@ class Block(nn.Module):
             q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, window=self.window, bias=bias, scale=self.scale
         )
         x = x + self.o(out.flatten(2))
-        return x + activation_linear(norm_linear(x, self.norm2, self.up), self.activation, self.down)
+        return x + feed_forward(x, self.norm2, self.up, self.activation, self.down, self.recompute)
 
 
 class GPT2(nn.Module):

@@ -161,6 +161,16 @@ def activation(name: str, function: Callable[[Tensor], Tensor]) -> Callable[[tup
     return lambda lead, k: Case(lambda u: activate(u, name), function, (draw(*lead, k),))
 
 
+def gated(name: str, **form: str) -> Callable[[tuple[int, ...], int], Case]:
+    """GEGLU in the form of GELU that `form` says."""
+
+    def reference(u: Tensor) -> Tensor:
+        gate, up = u.chunk(2, dim=-1)
+        return F.gelu(gate, **form) * up
+
+    return lambda lead, k: Case(lambda u: activate(u, name), reference, (draw(*lead, 2 * k),))
+
+
 def rotary(lead: tuple[int, ...], k: int) -> Case:
     """q of three heads and k of one; the tables per position, or per row and position."""
     b, t, width = (lead if len(lead) == 2 else (1, *lead)) + (2 * k,)
@@ -171,6 +181,21 @@ def rotary(lead: tuple[int, ...], k: int) -> Case:
         return lambda q, k: function(q, k, cos.to(q), sin.to(q))
 
     return Case(with_tables(rope), with_tables(rope_reference), (draw(b, t, 3, width), draw(b, t, 1, width, seed=1)))
+
+
+def rotary_views(lead: tuple[int, ...], k: int) -> Case:
+    """q and k are views into one projection that holds v too, behind its first position; one angle, of stride zero."""
+    b, t, width = (lead if len(lead) == 2 else (1, *lead)) + (2 * k,)
+    angle = draw(k, seed=9)
+
+    def of_views(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        def turned(x: Tensor) -> tuple[Tensor, Tensor]:
+            tables = (table.to(x).expand(t, k) for table in (angle.cos(), angle.sin()))
+            return function(x[:, 1:, :3], x[:, 1:, 3:4], *tables)
+
+        return turned
+
+    return Case(of_views(rope), of_views(rope_reference), (draw(b, t + 1, 5, width),))
 
 
 CASES: dict[str, Callable[[tuple[int, ...], int], Case]] = {
@@ -196,12 +221,15 @@ CASES: dict[str, Callable[[tuple[int, ...], int], Case]] = {
         (draw(*lead, k), draw(*lead, k, seed=1), draw(k)),
     ),
     "swiglu": lambda lead, k: Case(swiglu, swiglu_reference, (draw(*lead, 2 * k),)),
+    "geglu": gated("geglu"),
+    "geglu_tanh": gated("geglu_tanh", approximate="tanh"),
     "gelu": activation("gelu", F.gelu),
     "gelu_tanh": activation("gelu_tanh", lambda u: F.gelu(u, approximate="tanh")),
     "relu": activation("relu", F.relu),
     "silu": activation("silu", lambda u: u * u.sigmoid()),
     "tanh": activation("tanh", torch.tanh),
     "rope": rotary,
+    "rope of views": rotary_views,
 }
 
 

@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 from torch import Tensor
-from transformers import BertConfig, GPT2Config, PreTrainedModel
+from transformers import BertConfig, GPT2Config, LlamaConfig, PreTrainedModel
 
 from handtune.engine.batches import packed
 from handtune.models import load
@@ -38,6 +38,14 @@ def tiny_bert(**overrides: Any) -> BertConfig:
     return BertConfig(**{**sizes, **more, **rest, **overrides})
 
 
+def tiny_llama(**overrides: Any) -> LlamaConfig:
+    """Two layers, six heads of four on two key/value heads, forty positions."""
+    sizes = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6}
+    more = {"num_key_value_heads": 2, "intermediate_size": 40, "max_position_embeddings": 40, "pad_token_id": PAD}
+    ids = {"bos_token_id": None, "eos_token_id": None}
+    return LlamaConfig(**{**sizes, **more, **ids, **overrides})
+
+
 CLASSES = {
     ("gpt2", "causal-lm"): transformers.GPT2LMHeadModel,
     ("gpt2", "sequence-classification"): transformers.GPT2ForSequenceClassification,
@@ -45,6 +53,12 @@ CLASSES = {
     ("gpt2", "question-answering"): transformers.GPT2ForQuestionAnswering,
     ("gpt2", "embedding"): transformers.GPT2Model,
     ("gpt2", "reward"): transformers.GPT2ForSequenceClassification,
+    ("llama", "causal-lm"): transformers.LlamaForCausalLM,
+    ("llama", "sequence-classification"): transformers.LlamaForSequenceClassification,
+    ("llama", "token-classification"): transformers.LlamaForTokenClassification,
+    ("llama", "question-answering"): transformers.LlamaForQuestionAnswering,
+    ("llama", "embedding"): transformers.LlamaModel,
+    ("llama", "reward"): transformers.LlamaForSequenceClassification,
     ("bert", "masked-lm"): transformers.BertForMaskedLM,
     ("bert", "sequence-classification"): transformers.BertForSequenceClassification,
     ("bert", "token-classification"): transformers.BertForTokenClassification,
@@ -54,7 +68,7 @@ CLASSES = {
 }
 
 
-def theirs(config: GPT2Config | BertConfig, task: str, seed: int = 0) -> PreTrainedModel:
+def theirs(config: GPT2Config | BertConfig | LlamaConfig, task: str, seed: int = 0) -> PreTrainedModel:
     """transformers' model for the task, in eval mode. All weights are random: a bias of zero hides errors."""
     torch.manual_seed(seed)
     if task in LABELS:
@@ -66,7 +80,7 @@ def theirs(config: GPT2Config | BertConfig, task: str, seed: int = 0) -> PreTrai
     return model.eval()
 
 
-def both(folder: Path, config: GPT2Config | BertConfig, task: str, seed: int = 0) -> tuple[PreTrainedModel, Any]:
+def both(folder: Path, config: GPT2Config | BertConfig | LlamaConfig, task: str, seed: int = 0) -> tuple[PreTrainedModel, Any]:
     """transformers' model, and ours loaded from what transformers saved in `folder`."""
     model = theirs(config, task, seed)
     model.save_pretrained(folder)
@@ -120,8 +134,8 @@ def assert_same_logits(
     truth = []
     for row, row_types in zip(rows, types, strict=True):
         inputs = padded([row]) | {"token_type_ids": torch.tensor([row_types])}
-        if n_types == 1 and reference.config.model_type == "gpt2":
-            del inputs["token_type_ids"]  # GPT-2 adds a token's embedding for them, be they zero
+        if n_types == 1 and reference.config.model_type != "bert":
+            del inputs["token_type_ids"]  # GPT-2 adds a token's embedding for them, be they zero; Llama knows none
         truth.append(their_logits(reference, task, inputs)[0])
         close(model(**inputs)[0], truth[-1], bound, "alone")
     expected = torch.stack(truth) if by_row else torch.cat(truth)

@@ -145,7 +145,7 @@ def test_other_refusals() -> None:
     x = torch.zeros(2, 5)
     with pytest.raises(ValueError, match=r"a: torch\.float64 on cpu, but x is torch\.float32"):
         lora_linear(x, x, None, x.double(), torch.zeros(2, 2))
-    with pytest.raises(ValueError, match="activation 'gelo' is unknown; known: gelu"):
+    with pytest.raises(ValueError, match="activation 'gelo' is unknown; known: geglu"):
         activate(x, "gelo")
     with pytest.raises(ValueError, match="gate_up: the last dimension must be even"):
         swiglu(x)

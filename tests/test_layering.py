@@ -16,14 +16,15 @@ BY_NAME = {"import_module", "__import__"}
 
 EXPORTS = {
     "kernels": [
-        "LayerNorm", "Linear", "LowRank", "RMSNorm", "activate", "activation_linear", "attention", "layer_norm",
-        "linear_cross_entropy", "lora_linear", "norm_linear", "rms_norm", "rope", "swiglu",
+        "LayerNorm", "Linear", "LowRank", "RMSNorm", "Segments", "activate", "activation_linear", "attention", "feed_forward",
+        "layer_norm", "linear_cross_entropy", "lora_conv2d", "lora_linear", "lora_linear_batched", "norm_linear",
+        "rms_norm", "rope", "swiglu",
     ],
-    "models": ["Bert", "GPT2", "load", "save"],
+    "models": ["Bert", "GPT2", "Llama", "load", "save"],
     "engine": [
         "LoRAConfig", "TrainConfig", "add_lora", "evaluate", "freeze", "generate", "load_adapter", "load_checkpoint",
-        "merge_lora", "save_adapter", "save_checkpoint", "set_adapter", "train", "trainable_report", "unfreeze",
-        "unmerge_lora", "use_adapter",
+        "merge_lora", "quantize", "save_adapter", "save_checkpoint", "set_adapter", "train", "trainable_report",
+        "unfreeze", "unmerge_lora", "use_adapter",
     ],
 }  # fmt: skip
 

@@ -34,7 +34,7 @@ def gradient_of(model, micros, loss_fn=losses.causal_lm_loss) -> dict[str, torch
         optimizer.accumulate()
         targets += count
     optimizer.scale_gradients(targets, None)
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
+    return {name: optimizer.factor * p.grad for name, p in model.named_parameters()}
 
 
 def ragged(n: int = 8) -> list[dict[str, list[int]]]:

@@ -1,0 +1,79 @@
+"""The gated activations' Triton kernels: a(g) ⊙ v for u = [g | v], a one of SiLU, GELU and GELU in its tanh form.
+
+    _forward_kernel     u → a(g) ⊙ v                                  one read of u, one write of half its width
+    _backward_kernel    dy, u → du = [dy ⊙ v ⊙ a'(g) | dy ⊙ a(g)]     one read of each, one write
+
+a(g) is evaluated in fp32 and rounded to the dtype before it meets v or dy, as in the torch path; products are rounded
+once, at the store. Activations without a gate are one kernel in torch already.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import backend
+
+GATES = {"swiglu": 0, "geglu": 1, "geglu_tanh": 2}
+_TILE = {0: (16, 16, 1), 80: (1, 1024, 4)}  # rows and columns that a program takes, warps
+
+
+@triton.jit
+def _gate(g, GATE: tl.constexpr):
+    """a(g) and a'(g). SiLU and the tanh form are g σ(h): x/2 (1 + tanh z) = x σ(2z)."""
+    if GATE == 1:
+        phi = 0.5 + 0.5 * tl.erf(g * 0.7071067811865476)
+        return g * phi, phi + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)
+    if GATE == 2:
+        square = g * g
+        h, slope = 1.5957691216057308 * g * (1 + 0.044715 * square), 1.5957691216057308 * (1 + 0.134145 * square)
+    else:
+        h, slope = g, 1.0
+    s = tl.sigmoid(h)
+    return g * s, s + g * s * (1 - s) * slope
+
+
+@triton.jit
+def _forward_kernel(u, out, n, f, GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
+    row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+    column = (tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F))[None, :]
+    inside = (row < n) & (column < f)
+    g = tl.load(u + 2 * row * f + column, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(u + 2 * row * f + f + column, mask=inside, other=0.0).to(tl.float32)
+    a, _ = _gate(g, GATE)
+    dtype = out.dtype.element_ty
+    tl.store(out + row * f + column, (a.to(dtype).to(tl.float32) * v).to(dtype), mask=inside)
+
+
+@triton.jit
+def _backward_kernel(grad, u, du, n, f, GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
+    row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
+    column = (tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F))[None, :]
+    inside = (row < n) & (column < f)
+    dy = tl.load(grad + row * f + column, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(u + 2 * row * f + column, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(u + 2 * row * f + f + column, mask=inside, other=0.0).to(tl.float32)
+    a, slope = _gate(g, GATE)
+    dtype = du.dtype.element_ty
+    tl.store(du + 2 * row * f + column, (dy * v * slope).to(dtype), mask=inside)
+    tl.store(du + 2 * row * f + f + column, (dy * a.to(dtype).to(tl.float32)).to(dtype), mask=inside)
+
+
+def forward(u: Tensor, name: str) -> Tensor:
+    """a(g) ⊙ v (..., F) for u = [g | v] (..., 2F) and a name in `GATES`."""
+    u, f = u.contiguous(), u.shape[-1] // 2
+    out, n = u.new_empty(*u.shape[:-1], f), u.numel() // (2 * f)
+    rows, columns, warps = backend.entry(_TILE, u)
+    grid = (triton.cdiv(n, rows), triton.cdiv(f, columns))
+    _forward_kernel[grid](u, out, n, f, GATE=GATES[name], BLOCK_N=rows, BLOCK_F=columns, num_warps=warps)
+    return out
+
+
+def backward(grad: Tensor, u: Tensor, name: str) -> Tensor:
+    """du (..., 2F) for the incoming gradient (..., F)."""
+    grad, u, f = grad.contiguous(), u.contiguous(), u.shape[-1] // 2
+    du, n = torch.empty_like(u), grad.numel() // f
+    rows, columns, warps = backend.entry(_TILE, u)
+    grid = (triton.cdiv(n, rows), triton.cdiv(f, columns))
+    _backward_kernel[grid](grad, u, du, n, f, GATE=GATES[name], BLOCK_N=rows, BLOCK_F=columns, num_warps=warps)
+    return du

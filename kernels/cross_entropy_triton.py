@@ -1,0 +1,128 @@
+"""The cross-entropy's Triton kernels. The maths and the names are those of `cross_entropy.py`.
+
+    _loss_kernel       z → logsumexp, loss and entropy of each row, in one read
+    _gradient_kernel   z ← (softmax(z) − onehot(target)) · weight, in place
+
+The logits of a chunk of rows stand in one buffer in the dtype in which cuBLAS stores them; a bias is added where they
+are read. Rows of the buffer are padded, so that each begins at a cache line and loads are vectors whatever V is (and
+cuBLAS has an aligned output to write): what lies in the padding is read, and ignored.
+
+`_loss_kernel` walks along a row with one running maximum m *per lane*, and s = Σ exp(z − m), t = Σ exp(z − m)(z − m).
+Of exp(z − m_new) and the correction exp(m − m_new) one is always 1, so an entry costs one exponential:
+e = exp(−|z − m|). Milakov and Gimelshein, https://arxiv.org/abs/1805.02867
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import backend
+
+LOWEST = tl.constexpr(-1e38)  # in place of −∞, whose differences and products are NaN
+_LINE = 64  # entries to which rows are padded
+_BLOCK = {0: (64, 1), 80: (4096, 8)}  # columns at a time, warps
+# Bytes of a chunk of logits. A product of fewer than about a thousand rows spends its time reading the head's weight.
+_CHUNK = {0: 2**13, 80: 2**28}
+
+
+@triton.jit
+def _logits(z, bias, column, v, width, BIAS: tl.constexpr):
+    """A block of a row in fp32, LOWEST behind its end."""
+    x = tl.load(z + column, mask=column < width, other=0.0).to(tl.float32)
+    x = tl.where(column < v, x, LOWEST)
+    if BIAS:
+        x += tl.load(bias + column, mask=column < v, other=0.0).to(tl.float32)
+    return tl.where(x < LOWEST, LOWEST, x)  # which lets NaN through
+
+
+@triton.jit
+def _loss_kernel(
+    z, bias, targets, lse, losses, entropies, v, width,
+    BIAS: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, lane = tl.program_id(0), tl.arange(0, BLOCK)
+    z += row.to(tl.int64) * width
+    m = tl.full((BLOCK,), LOWEST, tl.float32)
+    s = tl.zeros((BLOCK,), tl.float32)
+    t = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, v, BLOCK):
+        x = _logits(z, bias, start + lane, v, width, BIAS)
+        rise = x - m
+        e = tl.exp(-tl.abs(rise))
+        if ENTROPY:
+            t = tl.where(rise > 0, e * (t - s * rise), t + e * rise)
+        s = tl.where(rise > 0, s * e + 1, s + e)
+        m = tl.where(rise > 0, x, m)
+    top = tl.max(m)
+    e = tl.exp(m - top)
+    total = tl.sum(s * e)
+    tl.store(lse + row, top + tl.log(total))
+    target = tl.load(targets + row)
+    known = (target >= 0) & (target < v)  # any other target makes the loss NaN, rather than a stray read
+    own = tl.load(z + target, mask=known, other=float("nan")).to(tl.float32)
+    if BIAS:
+        own += tl.load(bias + target, mask=known, other=0.0).to(tl.float32)
+    tl.store(losses + row, top - own + tl.log(total))
+    if ENTROPY:
+        tl.store(entropies + row, tl.log(total) - tl.sum(e * (t + s * (m - top))) / total)
+
+
+@triton.jit
+def _gradient_kernel(
+    z, bias, targets, lse, weights, v, width,
+    BIAS: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    z += row.to(tl.int64) * width
+    dz = tl.exp(_logits(z, bias, column, v, width, BIAS) - tl.load(lse + row))
+    dz = tl.where(column == tl.load(targets + row), dz - 1, dz)
+    if WEIGHTS:
+        dz = dz * tl.load(weights + row)
+    tl.store(z + column, dz.to(z.dtype.element_ty), mask=column < width)
+
+
+def logit_chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (rows, logits (rows, V) of x (N, D) and weight (V, D), without the bias); one buffer serves all chunks."""
+    n, vocab = len(x), len(weight)
+    width = triton.cdiv(vocab, _LINE) * _LINE
+    most = max(1, backend.entry(_CHUNK, x) // (width * x.element_size()))
+    step = triton.cdiv(n, triton.cdiv(n, most))
+    buffer = x.new_empty(step, width)
+    for start in range(0, n, step):
+        rows = slice(start, min(start + step, n))
+        z = buffer[: rows.stop - start, :vocab]
+        torch.mm(x[rows], weight.T, out=z)
+        yield rows, z
+
+
+def _in_line(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()
+
+
+def losses(
+    z: Tensor, bias: Tensor | None, targets: Tensor, with_entropy: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss, logsumexp and entropy of each row of a chunk, (rows,) in fp32."""
+    (n, v), width = z.shape, z.stride(0)
+    lse = torch.empty(n, dtype=torch.float32, device=z.device)
+    out, entropy = torch.empty_like(lse), torch.empty_like(lse) if with_entropy else None
+    block, warps = backend.entry(_BLOCK, z)
+    _loss_kernel[(n,)](
+        z, _in_line(bias), _in_line(targets), lse, out, entropy, v, width,
+        BIAS=bias is not None, ENTROPY=with_entropy, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return out, lse, entropy
+
+
+def gradient_(z: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Overwrite a chunk of logits with (softmax − onehot) · weights, for weights (rows,) or 1."""
+    (n, v), width = z.shape, z.stride(0)
+    block, warps = backend.entry(_BLOCK, z)
+    _gradient_kernel[(n, triton.cdiv(width, block))](
+        z, _in_line(bias), _in_line(targets), lse, _in_line(weights), v, width,
+        BIAS=bias is not None, WEIGHTS=weights is not None, BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return z

@@ -1,0 +1,205 @@
+"""NF4: frozen weights in four bits and an eighth. QLoRA, Dettmers et al. 2023, arXiv:2305.14314; as bitsandbytes does.
+
+A weight (M, K) is read row after row as one long line, in blocks of 64. In each block
+
+    a = max |w|                      code = the nearest of the 16 levels to w / a
+                                     ŵ = level[code] · â
+
+The levels are quantiles of the normal distribution, eight above zero and seven below, divided by the largest; zero is
+one of them (so that a zero stays zero). A block's a is quantised too, in blocks of 256, once the mean of all is off:
+
+    d = a − mean a                   scale = the nearest of 256 numbers to d / max |d|
+                                     â = number[scale] · max |d| + mean a
+
+The 256 numbers are the signed dynamic map (Dettmers 2016, arXiv:1511.04561): seven decades, with 1, 2, 4 ... 64
+evenly spaced numbers of either sign, zero and one.
+
+**What is stored**, for MK weights: `codes`, two to a byte, the first in the high half, the last block filled up with
+zeros; `scales`, one byte a block; `ranges`, an fp32 max |d| for each 256 blocks; `offset`, one fp32 mean a. That is
+0.5 + 1/64 + 4/(64 · 256) = 0.516 bytes a weight. The two fp32 tensors are kept as int32 bit patterns: so nothing here
+is floating, `model.to(bfloat16)` can't round it, and no gradient can be asked of it.
+
+**How it computes.** For each use the weight is written out in the dtype of the activations, into a buffer that all
+weights with one `Workspace` share, and forgotten: a product on tensor cores wants it so, and beside it the reading of
+0.5 and writing of 2 bytes a weight is little. Where x has few rows, as in decoding, it would be nearly everything; the
+product then decodes as it goes (`quantize_triton.py`) and reads the 0.5 bytes alone.
+"""
+
+from statistics import NormalDist
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import backend
+
+BLOCK, RANGE_BLOCK = 64, 256  # weights to a scale, scales to a range
+FEW_ROWS = 16  # of x: what one tile of the decoding product holds
+TAIL = 0.9677083  # outermost quantile, 1 − (1/32 + 1/30) / 2, to the digits that the published levels were made with
+TINY = 1e-38  # stands in for the maximum of a block of zeros
+_PIECE = 2**14  # blocks that torch decodes at a time: 4 MB in fp32
+
+
+def nf4_levels() -> Tensor:
+    """The 16 levels (16,) in fp32, from −1 to 1; bitwise the published ones."""
+    below, above = (torch.linspace(TAIL, 0.5, n, dtype=torch.float32, device="cpu")[:-1].tolist() for n in (8, 9))
+    quantile = NormalDist().inv_cdf
+    values = [*(-quantile(p) for p in below), 0.0, *(quantile(p) for p in above)]
+    levels = torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
+    return levels / levels.abs().max()
+
+
+def dynamic_map() -> Tensor:
+    """The 256 numbers (256,) in fp32 of the signed dynamic map, from −0.993 to 1."""
+    numbers = [torch.tensor([0.0, 1.0])]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
+        decade = 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
+        numbers += [decade, -decade]
+    return torch.cat(numbers).sort().values
+
+
+class Tables(NamedTuple):
+    """The constants on one device: levels (16,), the pair of levels that a byte stands for (256, 2), the map (256,)."""
+
+    levels: Tensor
+    pairs: Tensor
+    map: Tensor
+
+
+class Workspace:
+    """What the quantised weights of a model share: a buffer a device and dtype for the one in use, and the constants.
+
+    The buffer is as large as the largest weight that has been in use. Copies of it begin empty.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._tables: dict[torch.device, Tables] = {}
+
+    def __reduce__(self):
+        return Workspace, ()
+
+    @torch.inference_mode(False)  # what is made in inference mode could not be used outside of it
+    def buffer(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Space for (M, K), contiguous; the contents last until the next call."""
+        key, size = (device, dtype), shape[0] * shape[1]
+        if key not in self._buffers or self._buffers[key].numel() < size:
+            self._buffers.pop(key, None)  # before the larger one is made
+            self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
+        return self._buffers[key][:size].view(shape)
+
+    @torch.inference_mode(False)
+    def tables(self, device: torch.device) -> Tables:
+        if device not in self._tables:
+            levels = nf4_levels()
+            pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), 1)
+            self._tables[device] = Tables(*(table.to(device) for table in (levels, pairs, dynamic_map())))
+        return self._tables[device]
+
+
+def midpoints(numbers: Tensor) -> Tensor:
+    """Where in between the nearest of the ascending `numbers` changes."""
+    return (numbers[:-1] + numbers[1:]) / 2
+
+
+def _blocks(flat: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The line in rows of `size`, filled up with zeros and divided by their maxima, in fp32; and the maxima."""
+    rows = F.pad(flat.float(), (0, -len(flat) % size)).view(-1, size)
+    maxima = rows.abs().amax(1)
+    return rows * (1 / maxima.clamp(min=TINY))[:, None], maxima
+
+
+def quantize_blocks(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """`codes` (32 ⌈MK/64⌉,) of a matrix (M, K), and the maxima (⌈MK/64⌉,) of its blocks in fp32."""
+    flat = matrix.contiguous().view(-1)
+    between = midpoints(nf4_levels()).to(flat.device)
+    if backend.on_triton(flat):
+        from .quantize_triton import quantize
+
+        return quantize(flat, between)
+    scaled, maxima = _blocks(flat, BLOCK)
+    codes = torch.bucketize(scaled, between, out_int32=True).to(torch.uint8).view(-1, 2)
+    return codes[:, 0] << 4 | codes[:, 1], maxima
+
+
+def quantize_maxima(maxima: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`scales` (n,), `ranges` (⌈n/256⌉,) and `offset` (1,) of the maxima (n,) of blocks."""
+    offset = maxima.mean()
+    scaled, ranges = _blocks(maxima - offset, RANGE_BLOCK)
+    scales = torch.bucketize(scaled, midpoints(dynamic_map()).to(maxima.device), out_int32=True)
+    return scales.view(-1)[: len(maxima)].to(torch.uint8), ranges, offset.view(1)
+
+
+class NF4Weight(nn.Module):
+    """A frozen weight (M, K) in NF4, in the place of the parameter. Weights that share `workspace` take turns in it.
+
+    Raises ValueError where the matrix is empty or holds NaN or infinity.
+    """
+
+    def __init__(self, matrix: Tensor, workspace: Workspace):
+        super().__init__()
+        m, k = matrix.shape
+        if not matrix.numel() or not matrix.isfinite().all():
+            raise ValueError(f"a weight ({m}, {k}) that is empty or holds NaN or infinity can't be quantised")
+        self.shape, self.workspace = (m, k), workspace
+        codes, maxima = quantize_blocks(matrix.detach())
+        scales, ranges, offset = quantize_maxima(maxima)
+        # Frozen parameters, not buffers: a training checkpoint holds buffers, but not what is frozen.
+        self.codes, self.scales = _frozen(codes), _frozen(scales)
+        self.ranges, self.offset = _frozen(ranges.view(torch.int32)), _frozen(offset.view(torch.int32))
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def extra_repr(self) -> str:
+        return f"{self.shape[0]}, {self.shape[1]}"
+
+    def maxima(self) -> Tensor:
+        """The maxima of the blocks (⌈MK/64⌉,) in fp32, as far as `scales` remember them."""
+        numbers = self.workspace.tables(self.device).map.index_select(0, self.scales.int())
+        ranges = self.ranges.view(torch.float32).repeat_interleave(RANGE_BLOCK)[: len(numbers)]
+        return numbers * ranges + self.offset.view(torch.float32)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight (M, K) in this dtype, in memory of its own."""
+        return self._decode(torch.empty(self.shape, dtype=dtype, device=self.device))
+
+    def borrow(self, dtype: torch.dtype) -> Tensor:
+        """The weight (M, K) in this dtype, in the workspace: good until any weight with that workspace is borrowed."""
+        return self._decode(self.workspace.buffer(self.shape, dtype, self.device))
+
+    def multiplies(self, x: Tensor) -> bool:
+        """Whether `product` takes x (N, K): few rows, a GPU, and rows of W that are whole blocks."""
+        return len(x) <= FEW_ROWS and self.shape[1] % BLOCK == 0 and backend.on_triton(x)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x Wᵀ + bias (N, M) for few rows x (N, K), decoding W on the way."""
+        from .quantize_triton import product
+
+        return product(x, bias, *self._stored(), self.workspace.tables(self.device), self.shape[0])
+
+    def _stored(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.codes, self.scales, self.ranges.view(torch.float32), self.offset.view(torch.float32)
+
+    def _decode(self, out: Tensor) -> Tensor:
+        """Write the weight into `out` (M, K), contiguous; level · maximum is rounded once, from fp32."""
+        tables, flat = self.workspace.tables(self.device), out.view(-1)
+        if backend.on_triton(out):
+            from .quantize_triton import dequantize_
+
+            dequantize_(flat, *self._stored(), tables)
+            return out
+        maxima, codes = self.maxima(), self.codes.view(-1, BLOCK // 2)
+        for start in range(0, len(maxima), _PIECE):
+            blocks = slice(start, start + _PIECE)
+            values = tables.pairs.index_select(0, codes[blocks].reshape(-1).int()).view(-1, BLOCK)
+            piece = flat[start * BLOCK : (start + _PIECE) * BLOCK]
+            piece.copy_(values.mul_(maxima[blocks, None]).view(-1)[: len(piece)])
+        return out
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
