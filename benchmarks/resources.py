@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -68,7 +68,7 @@ def fake(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = True) ->
 def operations() -> dict[str, Callable[[], Any]]:
     """Each operation on fake tensors of the sizes of a Llama-8B (or, where it says so, GPT-2) layer."""
     from handtune import kernels
-    from handtune.kernels import lora_triton
+    from handtune.kernels import Segments, lora_triton
     from handtune.kernels.lora import Plan, fused_linear
 
     n, d, r = 4096, 4096, 16
@@ -82,6 +82,19 @@ def operations() -> dict[str, Callable[[], Any]]:
         bs = (fake(4096, r), fake(1024, r), fake(1024, r))
         return fused_linear(fake(n, d), fake(6144, d, grad=False), None, fake(3 * r, d), bs, plan, (fake(d), bias))
 
+    def losses(**settings: Any) -> Any:
+        index = torch.zeros(n, dtype=torch.long)
+        return kernels.linear_cross_entropy(fake(n, d), fake(128256, d, grad=False), index, index=index, **settings)
+
+    def several(rows: int, segments: Segments) -> Tensor:
+        adapters = 1 + max(segments.adapters)
+        a, b = fake(adapters, r, d), fake(adapters, d, r)
+        return kernels.lora_linear_batched(fake(rows, d), fake(d, d, grad=False), None, a, b, segments)
+
+    def heads(width: int = 128) -> tuple[Tensor, ...]:
+        return fake(1, n, 32, width), fake(1, n, 8, width), fake(1, n, 8, width)
+
+    four, each = Segments.of([0, -1, 1, 2], 1024), Segments.of(list(range(32)))
     return {
         "lora_linear": lambda: lora(d, 0.0),
         "lora_linear, dropout": lambda: lora(d, 0.1),
@@ -96,7 +109,36 @@ def operations() -> dict[str, Callable[[], Any]]:
         "rope": lambda: kernels.rope(
             fake(1, n, 32, 128), fake(1, n, 8, 128), *(fake(n, 64, dtype=torch.float32, grad=False) for _ in range(2))
         ),
+        "geglu_tanh": lambda: kernels.activate(fake(n, 28672), "geglu_tanh"),
+        "linear_cross_entropy": lambda: losses(),
+        "token losses, entropy": lambda: losses(reduction="none", with_entropy=True),
+        "4 adapters in a batch": lambda: several(4 * 1024, four),
+        "32 adapters, a token each": lambda: several(32, each),
+        "attention, window": lambda: kernels.attention(*heads(), window=1024),
+        "attention, alibi": lambda: kernels.attention(*heads(), alibi=fake(32, dtype=torch.float32, grad=False)),
+        "attention, bias": lambda: kernels.attention(*heads(64), bias=fake(1, 32, n, n)),
     }
+
+
+def operations_on_values() -> dict[str, Callable[[], Any]]:
+    """What looks at values or addresses, on small real tensors: block sizes do not depend on the sizes here."""
+    from handtune.kernels.adamw import Trained, adamw_
+    from handtune.kernels.quantize import NF4Weight, Workspace
+
+    def adamw() -> None:
+        weights = [torch.zeros(16, 64, requires_grad=True) for _ in range(2)]
+        for weight in weights:
+            weight.grad = torch.ones_like(weight)
+        copies = [weight.detach().bfloat16() for weight in weights]
+        trained = [Trained(weight, copy=copy) for weight, copy in zip(weights, copies, strict=True)]
+        adamw_(trained, 1e-3, (0.9, 0.999), 1e-8, torch.ones(()))
+
+    def nf4() -> None:
+        weight = NF4Weight(torch.randn(128, 64, dtype=torch.bfloat16), Workspace())
+        weight.dequantize(torch.bfloat16)
+        weight.product(torch.zeros(4, 64, dtype=torch.bfloat16), None)
+
+    return {"adamw": adamw, "nf4": nf4}
 
 
 @contextmanager
@@ -127,11 +169,11 @@ def recorded(capability: int) -> Iterator[list[Launch]]:
         yield launches
 
 
-def launches_of(operation: Callable[[], Any], capability: int) -> list[Launch]:
+def launches_of(operation: Callable[[], Any], capability: int, on_values: bool = False) -> list[Launch]:
     """The distinct kernels of an operation's forward and backward pass."""
-    with recorded(capability) as launches, FakeTensorMode():
+    with recorded(capability) as launches, nullcontext() if on_values else FakeTensorMode(allow_non_fake_inputs=True):
         out = operation()
-        outputs = [y for y in (out if isinstance(out, tuple) else (out,)) if y.requires_grad]
+        outputs = [y for y in (out if isinstance(out, tuple) else (out,)) if y is not None and y.requires_grad]
         if outputs:
             torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
     return list({f"{x.kernel.__name__} {_source_of(x)} {x.options}": x for x in launches}.values())
@@ -143,7 +185,8 @@ def _source_of(launch: Launch) -> tuple[dict, dict, dict]:
     for i, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
         aligned = isinstance(value, Tensor)
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or one:
             signature[parameter.name], constants[(i,)] = "constexpr", value
             continue
         if isinstance(value, Tensor):
@@ -151,7 +194,8 @@ def _source_of(launch: Launch) -> tuple[dict, dict, dict]:
         elif isinstance(value, float):
             kind = "fp32"
         else:
-            kind, aligned = ("i32" if abs(value) < 2**31 else "i64"), value % 16 == 0
+            kind = "i32" if abs(value) < 2**31 else "i64"
+            aligned = value % 16 == 0 and not parameter.do_not_specialize
         signature[parameter.name] = kind
         if aligned:
             alignments[(i,)] = [["tt.divisibility", 16]]
@@ -211,8 +255,8 @@ def main() -> None:
     usages = [
         compiled(name, launch, capability)
         for capability in SHARED_LIMIT
-        for name, operation in operations().items()
-        for launch in launches_of(operation, capability)
+        for name, operation in {**operations(), **operations_on_values()}.items()
+        for launch in launches_of(operation, capability, name in operations_on_values())
     ]
     print(table(usages))
     if options.out:

@@ -4,7 +4,10 @@
 
 No (T, S) mask is made for the structured cases. *Packed* rows (`cu_seqlens`) are segments laid end to end in one row;
 they never see each other, because each is computed by itself. A *window* is computed in blocks of queries, each against
-the keys it can reach. Only a `bias` goes through a dense mask.
+the keys it can reach. Only a `bias` goes through a dense mask, and on a GPU not even that.
+
+On a GPU torch's own kernels take what they are made for: plain rows, and packed ones in half precision. Everything else
+is computed by the kernels of `attend_triton.py`, which save q, k, v, the output and one number a query and head.
 
 On CPU, bf16 uses batched matrix products that keep q, k, v alone and rebuild the probabilities in the
 backward pass (as FlashAttention does, https://arxiv.org/abs/2205.14135): twice as fast there as torch's fused kernel.
@@ -16,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-QUERY_BLOCK = 256  # queries whose scores are alive at a time in the CPU half-precision path
+from . import backend
+from .attend_recomputed import Recomputed
 
 
 def attention(
@@ -28,6 +32,7 @@ def attention(
     max_seqlen: int | None = None,
     window: int | None = None,
     bias: Tensor | None = None,
+    alibi: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
 ) -> Tensor:
@@ -36,27 +41,37 @@ def attention(
     `causal`: query t sees keys up to S − T + t (the queries are the last T of S positions). `window`: of those, the
     last `window` (or |t − s| < window if not causal). `cu_seqlens` (n + 1,) int: B is 1 and the row is made of segments
     with these bounds; `max_seqlen` is their greatest length, needed on CUDA to avoid waiting for it. `bias`: additive
-    (float) or allowed (bool), broadcastable to (B, H, T, S), on top of `causal` and `window`. `scale` is 1/√hd where
-    not given.
+    (float) or allowed (bool), broadcastable to (B, H, T, S), on top of `causal` and `window`. `alibi` (H,): slopes of a
+    bias that grows with the position, slope_h · (s − t) (https://arxiv.org/abs/2108.12409), and takes no gradient.
+    `scale` is 1/√hd where not given. A query that may see nothing gives finite numbers without meaning.
 
     Raises ValueError where shapes don't fit or `bias` comes with `cu_seqlens`.
     """
-    _check(q, k, v, cu_seqlens, bias)
+    _check(q, k, v, cu_seqlens, bias, alibi)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if window is not None and window >= (k.shape[1] if max_seqlen is None else max_seqlen):
+        window = None
+    if _for_triton(q, k, v, cu_seqlens, window, bias, alibi, causal):
+        bias = None if bias is None else bias[(None,) * (4 - bias.dim())]
+        return _Flash.apply(q, k, v, bias, alibi, cu_seqlens, max_seqlen, window, causal, scale)
     if cu_seqlens is None:
-        return _rows(q, k, v, window, bias, causal, scale)
-    if q.is_cuda and window is None and q.dtype in (torch.float16, torch.bfloat16):
+        return _rows(q, k, v, window, _joined(bias, alibi, q, k), causal, scale)
+    if q.is_cuda and window is None and alibi is None and q.dtype in (torch.float16, torch.bfloat16):
         return _varlen(q, k, v, cu_seqlens, max_seqlen, causal, scale)
     lengths = cu_seqlens.diff().tolist()
     if len(set(lengths)) == 1:
         shape = (len(lengths), lengths[0])
-        rows = [x.unflatten(1, shape)[0] for x in (q, k, v)]
-        return _rows(rows[0], rows[1], rows[2], window, None, causal, scale).flatten(0, 1)[None]
+        rows = [x.squeeze(0).unflatten(0, shape) for x in (q, k, v)]  # views all the way back, too
+        bias = _joined(None, alibi, rows[0], rows[1])
+        return _rows(rows[0], rows[1], rows[2], window, bias, causal, scale).flatten(0, 1)[None]
     pieces = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
-    return torch.cat([_rows(qs, ks, vs, window, None, causal, scale) for qs, ks, vs in pieces], dim=1)
+    out = [_rows(qs, ks, vs, window, _joined(None, alibi, qs, ks), causal, scale) for qs, ks, vs in pieces]
+    return torch.cat(out, dim=1)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, bias: Tensor | None) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, bias: Tensor | None, alibi: Tensor | None
+) -> None:
     if q.dim() != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(
             f"q, k, v: expected (B, T, H, hd), (B, S, K, hd) twice; got {[tuple(x.shape) for x in (q, k, v)]}"
@@ -65,6 +80,62 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, bias: Ten
         raise ValueError(f"q: its {q.shape[2]} heads must be a multiple of k's {k.shape[2]}")
     if cu_seqlens is not None and (bias is not None or q.shape[0] != 1):
         raise ValueError(f"cu_seqlens: goes with one packed row and no bias; got q {tuple(q.shape)}")
+    if alibi is not None and alibi.shape != q.shape[2:3]:
+        raise ValueError(f"alibi: expected a slope for each of {q.shape[2]} heads; got {tuple(alibi.shape)}")
+
+
+def _for_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    window: int | None,
+    bias: Tensor | None,
+    alibi: Tensor | None,
+    causal: bool,
+) -> bool:
+    """Whether our kernels compute this: what torch's flash kernels don't, and under the interpreter all but one query.
+
+    A bias that wants its gradient added up over queries or keys stays with torch.
+    """
+    (t, hd), s = q.shape[1::2], k.shape[1]
+    if t == 1 or hd > 256 or not backend.on_triton(q, k, v):
+        return False
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled() and bias.shape[-2:] != (t, s):
+        return False
+    if backend.INTERPRETED or window is not None or bias is not None or alibi is not None:
+        return True
+    if cu_seqlens is not None:
+        return q.dtype == torch.float32 or hd % 8 != 0
+    return causal and t != s
+
+
+class _Flash(torch.autograd.Function):
+    """Attention by our Triton kernels."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, alibi, cu_seqlens, max_seqlen, window, causal: bool, scale: float) -> Tensor:
+        from . import attend_triton
+
+        if cu_seqlens is not None and max_seqlen is None:
+            max_seqlen = int(cu_seqlens.diff().max())
+        ctx.mask = max_seqlen, window, causal
+        ctx.scale = scale
+        out, lse = attend_triton.forward(q, k, v, attend_triton.Mask(bias, alibi, cu_seqlens, *ctx.mask), scale)
+        ctx.save_for_backward(q, k, v, out, lse, bias, alibi, cu_seqlens)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        from . import attend_backward_triton, attend_triton
+
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        mask = attend_triton.Mask(*tensors, *ctx.mask)
+        need_q, need_k, need_v, need_bias, *_ = ctx.needs_input_grad
+        wanted = (need_q, need_k or need_v, need_bias)
+        grads = attend_backward_triton.backward(grad, q, k, v, out, lse, mask, ctx.scale, wanted)
+        return *grads, *(None,) * 6
 
 
 def _varlen(
@@ -91,8 +162,7 @@ def _rows(
     if bias is not None or (causal and 1 < t != s):
         return _fused(q, k, v, _mask(slice(s - t, s), slice(0, s), None, bias, causal, q), False, scale)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and t > 1:
-        k, v = _as_many_heads(q, k, v)
-        return _Recomputed.apply(q, k, v, causal, scale)
+        return Recomputed.apply(q, k, v, causal, scale)
     return _fused(q, k, v, None, causal and t > 1, scale)
 
 
@@ -127,6 +197,18 @@ def _mask(queries: slice, keys: slice, window: int | None, bias: Tensor | None, 
     return bias.to(like.dtype).masked_fill(~allowed, least)
 
 
+def _joined(bias: Tensor | None, alibi: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """`bias` and ALiBi's in one tensor, (.., H, T, S)."""
+    if alibi is None:
+        return bias
+    t, s = q.shape[1], k.shape[1]
+    position = torch.arange(s - t, s, device=q.device)[:, None]
+    slopes = alibi.detach()[:, None, None] * (torch.arange(s, device=q.device) - position)
+    if bias is not None and bias.dtype == torch.bool:
+        return slopes.masked_fill(~bias, torch.finfo(slopes.dtype).min)
+    return slopes if bias is None else slopes + bias
+
+
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None, causal: bool, scale: float) -> Tensor:
     """Blocks of `window` queries against the keys they can reach: work and memory grow with T · window."""
     t, s = q.shape[1], k.shape[1]
@@ -143,72 +225,39 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None,
     return torch.cat(out, dim=1)
 
 
-class _Recomputed(torch.autograd.Function):
-    """Attention by matrix products over blocks of queries; q, k, v are all that is saved. All (B, T, H, hd)."""
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    window: int | None = None,
+    bias: Tensor | None = None,
+    alibi: Tensor | None = None,
+    causal: bool = True,
+    scale: float | None = None,
+) -> Tensor:
+    """The formula in plain torch with a dense mask, differentiated by autograd: the oracle of the tests.
 
-    @staticmethod
-    def forward(ctx, q, k, v, causal: bool, scale: float) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.causal, ctx.scale = causal, scale
-        heads = [_heads_first(x) for x in (q, k, v)]
-        out = torch.empty_like(q)  # (B, T, H, hd)
-        for rows, keys, p in _probabilities(heads[0], heads[1], causal, scale):
-            out[:, rows] = (p @ heads[2][:, keys]).unflatten(0, (len(q), -1)).transpose(1, 2)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        b = len(ctx.saved_tensors[0])
-        q, k, v = (_heads_first(x) for x in ctx.saved_tensors)
-        grad = _heads_first(grad)
-        blocks = range(0, q.shape[1], QUERY_BLOCK)
-        dq = torch.empty_like(q)
-        dk, dv = (
-            (torch.empty_like(k), torch.empty_like(v))
-            if len(blocks) == 1
-            else (torch.zeros_like(k), torch.zeros_like(v))
-        )
-        for rows, keys, p in _probabilities(q, k, ctx.causal, ctx.scale):
-            dp = grad[:, rows] @ v[:, keys].transpose(1, 2)
-            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(ctx.scale)
-            torch.bmm(ds, k[:, keys], out=dq[:, rows])
-            if len(blocks) == 1:
-                torch.bmm(p.transpose(1, 2), grad, out=dv)
-                torch.bmm(ds.transpose(1, 2), q, out=dk)
-            else:
-                dv[:, keys].baddbmm_(p.transpose(1, 2), grad[:, rows])
-                dk[:, keys].baddbmm_(ds.transpose(1, 2), q[:, rows])
-        return *(x.unflatten(0, (b, -1)).transpose(1, 2) for x in (dq, dk, dv)), None, None
-
-
-def _heads_first(x: Tensor) -> Tensor:
-    """(B, T, H, hd) to (B·H, T, hd), contiguous for the batched products."""
-    return x.transpose(1, 2).reshape(-1, x.shape[1], x.shape[3])
-
-
-def _probabilities(q: Tensor, k: Tensor, causal: bool, scale: float):
-    """Yield (query rows, key columns, softmax (B·H, rows, columns)) block by block."""
-    t, s = q.shape[1], k.shape[1]
-    for start in range(0, t, QUERY_BLOCK):
-        rows = slice(start, min(start + QUERY_BLOCK, t))
-        keys = slice(0, rows.stop if causal else s)
-        if causal:
-            later = torch.full((rows.stop - start, keys.stop), float("-inf"), dtype=q.dtype).triu_(start + 1)
-            scores = torch.baddbmm(later, q[:, rows], k[:, keys].transpose(1, 2), alpha=scale)
-        else:
-            scores = (q[:, rows] @ k[:, keys].transpose(1, 2)).mul_(scale)
-        yield rows, keys, scores.softmax(-1)
-
-
-def attention_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, causal: bool = True) -> Tensor:
-    """The formula in plain torch with a dense mask, differentiated by autograd: the oracle of the tests."""
-    heads = q.shape[2] // k.shape[2]
+    A query that may see nothing gives zeros.
+    """
+    heads, (t, hd), s = q.shape[2] // k.shape[2], q.shape[1::2], k.shape[1]
     k, v = (x.repeat_interleave(heads, dim=2) for x in (k, v))
-    scores = torch.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
-    if bias is not None:
-        scores = scores + bias
-    if causal:
-        t, s = scores.shape[-2:]
-        scores = scores.masked_fill(torch.ones(t, s, dtype=torch.bool).triu(s - t + 1), float("-inf"))
-    return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v)
+    scores = torch.einsum("bthd,bshd->bhts", q, k) * (hd**-0.5 if scale is None else scale)
+    key = torch.arange(s, device=q.device)
+    distance = torch.arange(s - t, s, device=q.device)[:, None] - key
+    allowed = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
+    if window is not None:
+        allowed = allowed & (distance.abs() < window)
+    if cu_seqlens is not None:
+        segment = torch.bucketize(key, cu_seqlens[1:].to(key), right=True)
+        allowed = allowed & (segment[:, None] == segment)
+    if alibi is not None:
+        scores = scores - alibi.to(q)[:, None, None] * distance
+    if bias is not None and bias.dtype == torch.bool:
+        allowed = allowed & bias
+    elif bias is not None:
+        scores, allowed = scores + bias, allowed & (bias > float("-inf"))
+    p = scores.masked_fill(~allowed, torch.finfo(q.dtype).min).softmax(-1) * allowed
+    return torch.einsum("bhts,bshd->bthd", p, v)

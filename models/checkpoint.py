@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("handtune")
 
-Family = type[GPT2] | type[Bert] | type[Llama]
+Model = GPT2 | Bert | Llama
+Family = type[Model]
 FAMILIES: dict[str, Family] = {"gpt2": GPT2, "gpt3": GPT2, "bert": Bert, "llama": Llama}
 HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "vocab.txt", "merges.txt")
-Model = GPT2 | Bert | Llama
 
 
 def load(
@@ -58,7 +58,8 @@ def load(
     folder = _folder(path)
     published = read_json(folder / "config.json")
     family = _family(published, folder)
-    config = _config(published, family, folder)
+    shards = Shards(folder)
+    config = _config(published, family, shards)
     task = task or _task_of(published, family, folder)
     known, stored_depth = _stored_head(published, family, folder)
     names = () if task == "reward" else _label_names(labels, known)
@@ -66,7 +67,6 @@ def load(
     pooling, normalize = read_pooling(folder) if task == "embedding" else ("mean", False)
     with torch.device("meta"):
         model = family(config, task, names, depth, pooling, normalize)
-    shards = Shards(folder)
     model.to(_dtype(dtype, published, shards, target := _device(device)))
     model.to_empty(device=target)
     model.tie()
@@ -185,11 +185,15 @@ def _task_of(published: dict[str, Any], family: Family, folder: Path) -> str:
     raise ValueError(f"{folder / 'config.json'}: architectures {names} names no known task; pass task= one of {tasks}")
 
 
-def _config(published: dict[str, Any], family: Family, folder: Path) -> Any:
+def _config(published: dict[str, Any], family: Family, shards: Shards) -> Any:
+    """The configuration; where it doesn't say whether it is tied, a language model without output matrix is."""
+    language_model = family.architectures.get("causal-lm") in (published.get("architectures") or ())
+    if language_model and published.get("tie_word_embeddings") is None and "lm_head.weight" not in shards.names():
+        published = {**published, "tie_word_embeddings": True}
     try:
         return family.read_config(published)
     except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+        raise ValueError(f"{shards.folder / 'config.json'}: {error}") from error
 
 
 def _stored_head(published: dict[str, Any], family: Family, folder: Path) -> tuple[tuple[str, ...], int]:
@@ -262,9 +266,9 @@ def _task_config(model: Model) -> dict[str, Any]:
     return out
 
 
-def _canonical(name: str, prefix: str) -> str:
-    """A published name without the base prefix and in today's spelling, so that all variants meet."""
-    name = name.removeprefix(prefix)
+def _canonical(name: str, prefix: str | tuple[str, ...]) -> str:
+    """A published name without the base prefix (one word) and in today's spelling, so that all variants meet."""
+    name = name.partition(".")[2] if name.startswith(prefix) else name
     return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name))
 
 
@@ -299,9 +303,20 @@ def _fill(model: Model, shards: Shards, new_head: bool) -> None:
         name for short, name in stored.items() if short not in used and not any(fnmatchcase(short, p) for p in skipped)
     ]
     _complain(shards.folder, {"missing": missing, "left over": left, "of another shape": misshaped})
+    if model.task == "causal-lm" and model.config.tied and "lm_head.weight" in stored:
+        _refuse_another_head(shards.tensor(stored["lm_head.weight"]), model, shards.folder)
     model.head_is_new = bool(head_missing)
     if head_missing:
         log.warning("new, to be trained, for %s: %s", model.task, ", ".join(sorted(head_missing)))
+
+
+def _refuse_another_head(stored: Tensor, model: Model, folder: Path) -> None:
+    """ValueError where a tied model comes with an output matrix that isn't its embedding: which is meant, who knows."""
+    if not torch.equal(stored.to(model.embed.tokens.weight), model.embed.tokens.weight):
+        raise ValueError(
+            f"{folder}: lm_head.weight is not the token embedding, but config.json has tie_word_embeddings = true; "
+            "set it to false, or take the tensor out"
+        )
 
 
 def _row_blocks(parameter: nn.Parameter, source: Published) -> tuple[Tensor, ...]:

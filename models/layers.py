@@ -53,8 +53,8 @@ def positions(
     Raises ValueError where rows are longer than the model's `limit` of positions.
     """
     t = input_ids.shape[1]
-    if cu_seqlens is None and past + t > limit:
-        raise ValueError(f"rows of {past + t} tokens exceed the model's {limit} positions; cut them to {limit}")
+    if cu_seqlens is None:
+        refuse_longer(past + t, limit)
     if attention_mask is not None:
         return (attention_mask.long().cumsum(1) - 1).clamp_(min=0)[:, -t:]
     index = torch.arange(past, past + t, device=input_ids.device)
@@ -62,6 +62,12 @@ def positions(
         starts = cu_seqlens[:-1].long()
         index = index - starts.repeat_interleave(cu_seqlens.diff().long(), output_size=t)
     return index[None]
+
+
+def refuse_longer(length: int, limit: int) -> None:
+    """ValueError where rows of `length` tokens are longer than the model's `limit` of positions."""
+    if length > limit:
+        raise ValueError(f"rows of {length} tokens exceed the model's {limit} positions; cut them to {limit}")
 
 
 @torch.no_grad()

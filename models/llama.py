@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..kernels import Linear, RMSNorm, attention, feed_forward, norm_linear, rope
 from .heads import EmbeddingHead, MLPHead, n_outputs, pool_tokens
-from .layers import KVCache, Published, initialize, key_bias, overridden, positions, read_fields
+from .layers import KVCache, Published, initialize, key_bias, overridden, positions, read_fields, refuse_longer
 from .rope import Rope, read_rope, write_rope
 from .tokens import SpecialTokens
 
@@ -45,6 +45,8 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         if self.head_width is None and self.d_model % self.n_head:
             raise ValueError(f"hidden_size {self.d_model} is not a multiple of num_attention_heads {self.n_head}")
+        if (width := self.head_width or self.d_model // self.n_head) % 2:
+            raise ValueError(f"head_dim {width} is odd, but rotary positions turn pairs of entries")
         if self.n_head % (self.n_kv_head or self.n_head):
             raise ValueError(
                 f"num_attention_heads {self.n_head} is not a multiple of num_key_value_heads {self.n_kv_head}"
@@ -143,6 +145,7 @@ class Llama(nn.Module):
     """Llama with the head of a task (see `forward` for shapes)."""
 
     presets: ClassVar = PRESETS
+    base_prefix = ("model.", "transformer.")  # the second is transformers' under question answering
     lora_targets: ClassVar = {
         "attention": ("layers.*.qkv", "layers.*.o"),
         "mlp": ("layers.*.gate_up", "layers.*.down"),
@@ -172,7 +175,6 @@ class Llama(nn.Module):
         if task not in self.architectures:
             raise ValueError(f"task {task!r}: Llama can do {', '.join(self.architectures)}")
         self.config, self.task, self.labels, self.head_layers = config, task, labels, head_layers
-        self.base_prefix = "transformer." if task == "question-answering" else "model."  # as transformers names it
         self.pooling = pooling if task == "embedding" else "last"
         self.tokens = SpecialTokens()
         self.head_is_new = True  # until a checkpoint fills it
@@ -200,8 +202,12 @@ class Llama(nn.Module):
         """
         settings = overridden(PRESETS, name, overrides, {field.name for field in fields(LlamaConfig)})
         model = cls(LlamaConfig(**settings), task, labels)
-        initialize(model)
+        model.initialize()
         return model
+
+    def initialize(self) -> None:
+        """Fresh weights: N(0, 0.02²), as published configurations say."""
+        initialize(self)
 
     def initialize_head(self) -> None:
         """Fresh weights for a head that a checkpoint may lack."""
@@ -231,9 +237,14 @@ class Llama(nn.Module):
     ) -> Tensor:
         """States before the head (B, T, D) for token ids (B, T); `attention_mask` is (B, S), S counting the cache.
 
-        Llama knows no token types: `token_type_ids` are ignored.
+        Llama knows no token types: `token_type_ids` are ignored. No table ends at `max_positions`, so that longer rows,
+        or packed segments, would give states without meaning: they are refused (ValueError).
         """
         past = cache.length if cache is not None else 0
+        longest = past + input_ids.shape[1]
+        if cu_seqlens is not None:
+            longest = max_seqlen if max_seqlen is not None else int(cu_seqlens.diff().max())
+        refuse_longer(longest, self.config.max_positions)
         if position_ids is None:
             position_ids = positions(input_ids, attention_mask, cu_seqlens, self.config.max_positions, past)
         width = self.config.head_width or self.config.d_model // self.config.n_head
@@ -261,7 +272,7 @@ class Llama(nn.Module):
 
     def key_map(self) -> dict[str, Published]:
         """Our parameter names → their names in published checkpoints of this task."""
-        base = "" if self.task == "embedding" else self.base_prefix
+        base = {"embedding": "", "question-answering": self.base_prefix[1]}.get(self.task, self.base_prefix[0])
         table = {
             "embed.tokens.weight": Published((f"{base}embed_tokens.weight",)),
             "norm.weight": Published((f"{base}norm.weight",)),

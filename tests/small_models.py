@@ -10,7 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 from torch import Tensor
-from transformers import BertConfig, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import BertConfig, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from handtune.engine.batches import packed
 from handtune.models import load
@@ -68,7 +68,7 @@ CLASSES = {
 }
 
 
-def theirs(config: GPT2Config | BertConfig | LlamaConfig, task: str, seed: int = 0) -> PreTrainedModel:
+def theirs(config: PretrainedConfig, task: str, seed: int = 0) -> PreTrainedModel:
     """transformers' model for the task, in eval mode. All weights are random: a bias of zero hides errors."""
     torch.manual_seed(seed)
     if task in LABELS:
@@ -80,7 +80,7 @@ def theirs(config: GPT2Config | BertConfig | LlamaConfig, task: str, seed: int =
     return model.eval()
 
 
-def both(folder: Path, config: GPT2Config | BertConfig | LlamaConfig, task: str, seed: int = 0) -> tuple[PreTrainedModel, Any]:
+def both(folder: Path, config: PretrainedConfig, task: str, seed: int = 0) -> tuple[PreTrainedModel, Any]:
     """transformers' model, and ours loaded from what transformers saved in `folder`."""
     model = theirs(config, task, seed)
     model.save_pretrained(folder)

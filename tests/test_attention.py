@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from handtune.kernels import attend, attention
+from handtune.kernels import attend_recomputed, attention
 from handtune.kernels.attend import attention_reference
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -16,7 +16,7 @@ BOUND = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 3e-2}
 
 @pytest.fixture(params=[256, 4], ids=["one block", "blocks of 4"])
 def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attend, "QUERY_BLOCK", request.param)
+    monkeypatch.setattr(attend_recomputed, "QUERY_BLOCK", request.param)
 
 
 def qkv(b: int, t: int, h: int = 2, hd: int = 4, s: int | None = None, kv: int | None = None) -> tuple[Tensor, ...]:
@@ -138,6 +138,53 @@ def test_a_packed_segment_is_the_segment_alone(dtype: torch.dtype, causal: bool,
 
 
 @DTYPES
+@CAUSAL
+@pytest.mark.parametrize("settings", [{}, {"window": 3}, {"bias": torch.rand(2, 1, 5, 9) < 0.7}], ids=str)
+def test_alibi(dtype: torch.dtype, causal: bool, settings: dict) -> None:
+    """A slope a head, times the distance to the key: alone, in a window, and on top of a bias."""
+    slopes = torch.tensor([0.5, 0.125])
+    distance = torch.arange(9) - torch.arange(4, 9)[:, None]
+    allowed = seen(5, 9, causal, settings.get("window"))
+    if "bias" in settings:
+        settings = {"bias": settings["bias"] | torch.eye(9, dtype=torch.bool)[4:]}
+        allowed = allowed & settings["bias"]
+    mask = slopes.double()[:, None, None] * distance + additive(allowed)
+    check(qkv(2, 5, s=9), dtype, mask, causal=causal, alibi=slopes, **settings)
+
+
+@DTYPES
+@pytest.mark.parametrize("lengths", [(4, 4), (5, 1, 3)], ids=str)
+def test_alibi_packed(dtype: torch.dtype, lengths: tuple[int, ...]) -> None:
+    slopes, n = torch.tensor([0.5, 0.125]), sum(lengths)
+    distance = torch.arange(n) - torch.arange(n)[:, None]
+    mask = slopes.double()[:, None, None] * distance + additive(seen(n, n, True, None, lengths))
+    check(qkv(1, n), dtype, mask, alibi=slopes, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int())
+
+
+def test_alibi_adds_to_an_additive_bias_and_gives_its_gradient() -> None:
+    slopes, tensors = torch.tensor([0.5, 0.125], dtype=torch.float64), qkv(1, 6)
+    ours, theirs = (torch.linspace(0, 1, 36).view(6, 6).double().requires_grad_() for _ in range(2))
+    attention(*tensors, bias=ours, alibi=slopes).sum().backward()
+    distance = torch.arange(6) - torch.arange(6)[:, None]
+    mask = theirs + slopes[:, None, None] * distance + additive(seen(6, 6, True))
+    attention_reference(*tensors, bias=mask, causal=False).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+@CAUSAL
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_reference_knows_the_masks_by_itself(causal: bool, window: int | None) -> None:
+    """What the kernels' tests compare with is the definition, entry by entry; a query that sees nothing gives zeros."""
+    tensors, lengths = qkv(1, 9), (4, 5)
+    for segments, bounds in (((), None), (lengths, torch.tensor([0, 4, 9]))):
+        got = attention_reference(*tensors, causal=causal, window=window, cu_seqlens=bounds)
+        mask = additive(seen(9, 9, causal, window, segments))
+        torch.testing.assert_close(got, attention_reference(*tensors, bias=mask, causal=False))
+    blind = attention_reference(*tensors, bias=torch.arange(9)[:, None] != 2)
+    assert not blind[:, 2].any() and blind[:, 3].any()
+
+
+@DTYPES
 def test_left_padding(dtype: torch.dtype) -> None:
     """Padded queries see nothing and stay finite, gradients too; real ones are as without padding."""
     tensors = tuple(t.to(dtype) for t in qkv(2, 7))
@@ -194,25 +241,26 @@ def test_house_rules(dtype: torch.dtype, settings: dict) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=BOUND[dtype])
 
 
+@pytest.mark.parametrize("kv", [2, 1])
 @pytest.mark.parametrize(("causal", "s"), [(True, 6), (False, 6), (False, 9)])
 @pytest.mark.usefixtures("_blocks")
-def test_gradcheck_of_the_recomputing_path(causal: bool, s: int) -> None:
-    inputs = leaves(qkv(2, 6, hd=3, s=s), torch.float64)
-    recomputed = lambda *t: attend._Recomputed.apply(*t, causal, 0.7)  # noqa: E731
+def test_gradcheck_of_the_recomputing_path(causal: bool, s: int, kv: int) -> None:
+    inputs = leaves(qkv(2, 6, hd=3, s=s, kv=kv), torch.float64)
+    recomputed = lambda *t: attend_recomputed.Recomputed.apply(*t, causal, 0.7)  # noqa: E731
     assert torch.autograd.gradcheck(recomputed, inputs, check_undefined_grad=False)
 
 
 def test_bf16_keeps_q_k_v_and_no_probabilities() -> None:
-    inputs = [torch.randn(1, 32, 2, 4, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
-    kept: set[int] = set()
+    inputs = [torch.randn(1, 32, heads, 4, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2)]
+    kept: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        kept.add(tensor.untyped_storage().data_ptr())
+        kept.append(tensor.untyped_storage().nbytes())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         attention(*inputs)
-    assert kept == {t.untyped_storage().data_ptr() for t in inputs}
+    assert kept == [t.untyped_storage().nbytes() for t in inputs]
 
 
 @pytest.mark.parametrize(
@@ -225,6 +273,7 @@ def test_bf16_keeps_q_k_v_and_no_probabilities() -> None:
         (((1, 4, 3, 8), (1, 4, 2, 8), (1, 4, 2, 8)), {}, "its 3 heads must be a multiple of k's 2"),
         (((1, 4, 2, 8),) * 3, {"cu_seqlens": torch.tensor([0, 4]), "bias": torch.zeros(4, 4)}, "cu_seqlens: goes with"),
         (((2, 4, 2, 8),) * 3, {"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens: goes with one packed row"),
+        (((2, 4, 2, 8),) * 3, {"alibi": torch.ones(3)}, "alibi: expected a slope for each of 2 heads"),
     ],
 )
 def test_refusals(shapes: tuple, settings: dict, says: str) -> None:

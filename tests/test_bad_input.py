@@ -79,9 +79,9 @@ def test_models_that_are_none(job, bases, complaint, tmp_path) -> None:
     assert line == f"{empty}: no config.json there; a checkpoint folder in Hugging Face layout has one"
     line = complaint("train", job, f"model.path={tmp_path / 'nowhere'}")
     assert line == f"{tmp_path / 'nowhere'}: no such folder"
-    llama = changed_config(bases["gpt2"], tmp_path / "mamba", model_type="mamba")
-    line = complaint("train", job, f"model.path={llama}")
-    assert f"{llama}/config.json: model_type 'mamba' is not an architecture of handtune (" in line
+    mamba = changed_config(bases["gpt2"], tmp_path / "mamba", model_type="mamba")
+    line = complaint("train", job, f"model.path={mamba}")
+    assert f"{mamba}/config.json: model_type 'mamba' is not an architecture of handtune (" in line
     headless = without(bases["gpt2"], tmp_path / "headless", "tokenizer.json")
     line = complaint("train", job, f"model.path={headless}")
     assert line == f"{headless}: no tokenizer.json, and text needs one"

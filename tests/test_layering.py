@@ -16,9 +16,9 @@ BY_NAME = {"import_module", "__import__"}
 
 EXPORTS = {
     "kernels": [
-        "LayerNorm", "Linear", "LowRank", "RMSNorm", "Segments", "activate", "activation_linear", "attention", "feed_forward",
-        "layer_norm", "linear_cross_entropy", "lora_conv2d", "lora_linear", "lora_linear_batched", "norm_linear",
-        "rms_norm", "rope", "swiglu",
+        "LayerNorm", "Linear", "LowRank", "RMSNorm", "Segments", "activate", "activation_linear", "attention",
+        "feed_forward", "layer_norm", "linear_cross_entropy", "lora_conv2d", "lora_linear", "lora_linear_batched",
+        "norm_linear", "rms_norm", "rope", "swiglu",
     ],
     "models": ["Bert", "GPT2", "Llama", "load", "save"],
     "engine": [

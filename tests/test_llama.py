@@ -1,12 +1,16 @@
 """Llama against transformers: logits, gradients, generation, what is saved; LoRA against PEFT."""
 
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from small_models import (
     assert_same_gradients,
     assert_same_logits,
@@ -22,8 +26,9 @@ from small_tokenizers import byte_level
 from transformers import LlamaForCausalLM
 
 from handtune.cli import main
-from handtune.engine import LoRAConfig, add_lora, generate, load_adapter, save_adapter
+from handtune.engine import LoRAConfig, add_lora, generate, load_adapter, merge_lora, save_adapter
 from handtune.engine.batches import packed
+from handtune.engine.lora import slots
 from handtune.engine.losses import causal_lm_loss
 from handtune.models import Llama, load, save
 
@@ -67,9 +72,84 @@ def test_language_model_gradients_are_those_of_transformers(tmp_path, overrides)
     F.cross_entropy(logits, targets, reduction="sum").backward()
     batch = {"inputs": packed([row[:-1] for row in rows]), "targets": targets, "index": torch.arange(len(targets))}
     causal_lm_loss(model, batch)[0].backward()
-    zero = tuple(f"layers.{i}.qkv.bias" for i in range(2)) if overrides.get("attention_bias") else ()
-    if not zero:  # a bias of k moves all scores of a query alike: a part of that gradient is noise
-        assert_same_gradients(reference, model)
+    assert_same_gradients(reference, model)
+
+
+@pytest.mark.parametrize("name", ["one key/value head", "llama3 scaling"])
+@torch.no_grad()
+def test_packed_rows_have_the_losses_of_rows_alone(tmp_path, name):
+    _, model = both(tmp_path, tiny_llama(**CONFIGS[name]), "causal-lm")
+    rows = token_rows((9, 2, 17, 30))
+    alone = [F.cross_entropy(model(torch.tensor([r[:-1]]))[0], torch.tensor(r[1:]), reduction="none") for r in rows]
+    together = model(**packed([row[:-1] for row in rows]))[0]
+    targets = torch.tensor([token for row in rows for token in row[1:]])
+    losses = F.cross_entropy(together, targets, reduction="none")
+    torch.testing.assert_close(losses, torch.cat(alone), rtol=0, atol=2e-5)
+
+
+def change_files(folder: Path, tensors: Callable[[dict], Any] = len, **fields: Any) -> None:
+    """Change the tensors and config.json of a checkpoint; a field of None is taken out."""
+    path, weights = folder / "config.json", load_file(folder / "model.safetensors")
+    config = {**json.loads(path.read_text()), **fields}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    tensors(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def test_shards_are_the_single_file(tmp_path):
+    reference, model = both(tmp_path / "one", tiny_llama(), "causal-lm")
+    reference.save_pretrained(tmp_path / "many", max_shard_size="8KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    again, _ = load(tmp_path / "many", device="cpu")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def test_constant_buffers_of_old_files_are_ignored(tmp_path, caplog):
+    both(tmp_path, tiny_llama(), "causal-lm")
+    names = ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
+    change_files(tmp_path, lambda tensors: tensors.update({name: torch.ones(2) for name in names}))
+    caplog.set_level(logging.WARNING, "handtune")
+    load(tmp_path, device="cpu")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("stored", TASKS)
+@pytest.mark.parametrize("task", TASKS)
+def test_the_backbone_serves_every_task(tmp_path, stored, task):
+    """transformers calls it `transformer.` under question answering, and `model.` under all other heads."""
+    _, source = both(tmp_path, tiny_llama(), stored)
+    model, _ = load(tmp_path, task, device="cpu", labels=3 if task.endswith("classification") else None)
+    state = source.state_dict()
+    assert all(torch.equal(p, state[name]) for name, p in model.named_parameters() if not name.startswith("head."))
+
+
+def test_without_an_output_matrix_a_language_model_is_tied(tmp_path, caplog):
+    _, model = both(tmp_path, tiny_llama(tie_word_embeddings=True), "causal-lm")
+    change_files(tmp_path, tie_word_embeddings=None)
+    caplog.set_level(logging.WARNING, "handtune")
+    again, _ = load(tmp_path, device="cpu")
+    assert again.head.weight is again.embed.tokens.weight
+    assert again.config == model.config
+    change_files(tmp_path, tie_word_embeddings=True)
+    both(tmp_path / "own", tiny_llama(), "causal-lm")
+    change_files(tmp_path / "own", tie_word_embeddings=None)
+    assert not load(tmp_path / "own", device="cpu")[0].config.tied
+    assert not caplog.records
+    change_files(tmp_path / "own", lambda tensors: tensors.pop("lm_head.weight"), tie_word_embeddings=False)
+    assert load(tmp_path / "own", device="cpu")[0].head_is_new
+    assert caplog.messages == ["new, to be trained, for causal-lm: lm_head.weight"]
+
+
+def test_a_tied_model_with_another_output_matrix_is_refused(tmp_path):
+    """transformers 4 takes the embedding for the output matrix then, and transformers 5 the stored matrix."""
+    both(tmp_path, tiny_llama(tie_word_embeddings=True), "causal-lm")
+    tokens = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    change_files(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tokens.clone()}))
+    assert load(tmp_path, device="cpu")[0].config.tied
+    change_files(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tokens + 1}))
+    with pytest.raises(ValueError, match=r"lm_head\.weight is not the token embedding, but .* set it to false"):
+        load(tmp_path, device="cpu")
+    assert load(tmp_path, "embedding", device="cpu")[0].task == "embedding"
 
 
 def test_both_spellings_of_the_rotation_are_read(tmp_path):
@@ -102,7 +182,7 @@ def test_transformers_loads_what_is_saved(tmp_path, task, overrides):
         assert (again.task, again.config, again.labels) == (model.task, model.config, model.labels)
 
 
-@pytest.mark.parametrize("name", ["one key/value head", "tied", "llama3 scaling", "heads wider than the model"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_greedy_generation_is_transformers_token_by_token(tmp_path, name):
     reference, model = both(tmp_path, tiny_llama(**CONFIGS[name]), "causal-lm")
     inputs = padded(token_rows((5, 1, 9, 3)), "left")
@@ -123,23 +203,32 @@ def test_bfloat16_is_close(tmp_path):
     assert (rounded.float() - exact).norm() < 0.03 * exact.norm()
 
 
+# Parameters, query and key/value heads, positions, θ, and the factor of llama3 scaling.
 SIZES = {
-    "SmolLM2-135M": 134_515_008,
-    "SmolLM2-360M": 361_821_120,
-    "SmolLM2-1.7B": 1_711_376_384,
-    "TinyLlama-1.1B": 1_100_048_384,
-    "Llama-2-7B": 6_738_415_616,
-    "Llama-3.2-1B": 1_235_814_400,
-    "Llama-3.2-3B": 3_212_749_824,
-    "Llama-3.1-8B": 8_030_261_248,
+    "SmolLM2-135M": (134_515_008, 9, 3, 8192, 100e3, 1),
+    "SmolLM2-360M": (361_821_120, 15, 5, 8192, 100e3, 1),
+    "SmolLM2-1.7B": (1_711_376_384, 32, 32, 8192, 130e3, 1),
+    "TinyLlama-1.1B": (1_100_048_384, 32, 4, 2048, 10e3, 1),
+    "Llama-2-7B": (6_738_415_616, 32, 32, 4096, 10e3, 1),
+    "Llama-3.2-1B": (1_235_814_400, 32, 8, 131072, 500e3, 32),
+    "Llama-3.2-3B": (3_212_749_824, 24, 8, 131072, 500e3, 32),
+    "Llama-3.1-8B": (8_030_261_248, 32, 8, 131072, 500e3, 8),
 }
 
 
-@pytest.mark.parametrize(("name", "count"), SIZES.items())
-def test_published_sizes(name, count):
+@pytest.mark.parametrize(("name", "published"), SIZES.items())
+def test_published_sizes(name, published):
     with torch.device("meta"):
         model = Llama.from_name(name)
-    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    c, count = model.config, sum(parameter.numel() for parameter in model.parameters())
+    heads = (c.n_head, c.n_kv_head or c.n_head)
+    assert (count, *heads, c.max_positions, c.rope.theta, c.rope.factor) == published
+    assert c.eps == 1e-5
+    assert (c.rope.low, c.rope.high, c.rope.original) == (1, 4, 8192)
+
+
+def test_presets_are_exactly_these():
+    assert list(Llama.presets) == list(SIZES)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +238,7 @@ def test_published_sizes(name, count):
         (lambda: Llama.from_name("SmolLM2-135M", n_layers=2), "n_layers: no such configuration field"),
         (lambda: Llama.from_name("SmolLM2-135M", n_kv_head=2), "9 is not a multiple of num_key_value_heads 2"),
         (lambda: Llama.from_name("SmolLM2-135M", n_layer=1, task="masked-lm"), "task 'masked-lm': Llama can do"),
+        (lambda: Llama.from_name("SmolLM2-135M", n_layer=1, head_width=5), "head_dim 5 is odd"),
     ],
 )
 def test_wrong_settings_are_named(call, message):
@@ -156,14 +246,53 @@ def test_wrong_settings_are_named(call, message):
         call()
 
 
+@torch.no_grad()
+def test_rows_beyond_the_positions_are_refused():
+    """However they come: the rotation itself would go on for ever."""
+    sizes = {"vocab_size": 61, "max_positions": 40, "n_layer": 1, "n_head": 6, "n_kv_head": 2, "d_model": 24}
+    model = Llama.from_name("SmolLM2-135M", **sizes, d_ff=40).eval()
+    ids, cache = torch.ones(1, 41, dtype=torch.long), model.new_cache(1, 50)
+    line = packed([[1] * 41, [2] * 3])
+    model(ids[:, :40])
+    model(**packed([[1] * 40, [2] * 40]))
+    model.hidden(ids[:, :40], cache=cache)
+    for call in (
+        lambda: model(ids),
+        lambda: model(ids, position_ids=torch.arange(41)[None]),
+        lambda: model(**line),
+        lambda: model(line["input_ids"], cu_seqlens=line["cu_seqlens"]),
+        lambda: model.hidden(ids[:, :1], cache=cache),
+    ):
+        with pytest.raises(ValueError, match="rows of 41 tokens exceed the model's 40 positions; cut them to 40"):
+            call()
+    with pytest.raises(ValueError, match="exceed the model's 40 positions"):
+        generate(model, ids[:, :30], max_new_tokens=11)
+
+
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS = {"all": PROJECTIONS, "some": ["q_proj", "v_proj", "up_proj"], "one": ["q_proj"]}
 
 
-@pytest.mark.parametrize("targets", [PROJECTIONS, ["q_proj", "v_proj", "up_proj"]], ids=["all", "some"])
+def factor_gradients(model: Llama) -> dict[str, torch.Tensor]:
+    """Gradients of the adapter's factors under PEFT's names."""
+    found = {}
+    for slot in slots(model):
+        if "default" in slot.module.lora:
+            factors = slot.module.lora["default"]
+            paths = dict(zip((part.name for part in slot.module.parts), slot.published, strict=True))
+            for part, a, b in zip(factors.parts, factors.a.grad.split(factors.ranks), factors.b, strict=True):
+                path = f"base_model.model.{paths[part.name]}"
+                found[f"{path}.lora_A.default.weight"], found[f"{path}.lora_B.default.weight"] = a, b.grad
+    return found
+
+
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
 def test_adapters_and_their_gradients_are_pefts(tmp_path, targets):
-    """PEFT's adapter, loaded by us: the same logits and gradients. Ours, stored and loaded by PEFT: the same logits."""
+    """PEFT's adapter, loaded by us: the same logits and gradients. Ours, stored and loaded by PEFT: the same logits.
+
+    Merged and stored as a plain checkpoint, which transformers loads, too.
+    """
     reference, model = both(tmp_path / "base", tiny_llama(), "causal-lm")
-    base = model(**padded(token_rows())).detach()
     adapted = peft.get_peft_model(reference, peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -176,22 +305,46 @@ def test_adapters_and_their_gradients_are_pefts(tmp_path, targets):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     for logits in (ours, theirs):
         logits.square().sum().backward()
-    gradients = {n: p.grad for n, p in adapted.named_parameters() if "lora_" in n}
-    block, layer = model.layers[0].qkv.lora["default"], "base_model.model.model.layers.0.self_attn"
-    for part, a, b in zip(block.parts, block.a.grad.split(block.ranks), block.b, strict=True):
-        expected = [gradients[f"{layer}.{part.name}.lora_{factor}.default.weight"] for factor in "AB"]
-        torch.testing.assert_close(a, expected[0], rtol=1e-4, atol=1e-4 * expected[0].abs().max().item())
-        torch.testing.assert_close(b.grad, expected[1], rtol=1e-4, atol=1e-4 * expected[1].abs().max().item())
+    expected = {n: p.grad for n, p in adapted.named_parameters() if "lora_" in n}
+    found = factor_gradients(model)
+    assert set(found) == set(expected)
+    assert len(found) == 2 * 2 * len(targets)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-4 * gradient.abs().max().item())
     save_adapter(model, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "ours")
     with torch.no_grad():
         torch.testing.assert_close(again(**inputs).logits[mask], theirs, rtol=1e-6, atol=1e-6)
-    fresh, _ = load(tmp_path / "base")
-    add_lora(fresh, LoRAConfig(rank=3, targets=targets))
-    assert torch.equal(fresh(**padded(token_rows())), base)
+    merge_lora(model)
+    save(model, None, tmp_path / "merged")
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**inputs).logits[mask], theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_the_command_line_trains_a_llama(tmp_path: Path, capsys):
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+def test_a_fresh_adapter_is_the_base_and_pefts(tmp_path, targets):
+    """Bitwise the base at step 0, with the gradients that PEFT has there; its file is one that PEFT loads."""
+    reference, model = both(tmp_path / "base", tiny_llama(), "causal-lm")
+    inputs = padded(token_rows())
+    mask = inputs["attention_mask"].bool()
+    base = model(**inputs).detach()
+    add_lora(model, LoRAConfig(rank=3, alpha=5, targets=targets))
+    ours = model(**inputs)
+    assert torch.equal(ours, base)
+    save_adapter(model, tmp_path / "ours")
+    adapted = peft.PeftModel.from_pretrained(reference, tmp_path / "ours", is_trainable=True)
+    for logits in (ours[mask], adapted(**inputs).logits[mask]):
+        logits.square().sum().backward()
+    found = factor_gradients(model)
+    expected = {n: p.grad for n, p in adapted.named_parameters() if "lora_" in n}
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        assert ("lora_A" in name) == (not gradient.any()), name
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-4 * gradient.abs().max().item())
+
+
+def test_the_command_line_trains_a_llama(tmp_path):
     tokenizer = byte_level()
     sizes = {"vocab_size": tokenizer.get_vocab_size(), "max_position_embeddings": 128, "eos_token_id": 0}
     sizes["initializer_range"] = 0.5  # a frozen head of small weights can't be talked into anything
@@ -206,3 +359,12 @@ def test_the_command_line_trains_a_llama(tmp_path: Path, capsys):
     assert main(["train", str(config)]) == 0
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert result["metrics"]["loss"] < 0.8 * result["before"]["loss"]
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+    ids = torch.tensor([tokenizer.encode(CHAT[0]["prompt"]).ids])
+    with torch.no_grad():
+        before = base(ids).logits
+        theirs = peft.PeftModel.from_pretrained(base, tmp_path / "run/adapter").eval()(ids).logits
+        model, _ = load(tmp_path / "base", device="cpu")
+        load_adapter(model, tmp_path / "run/adapter")
+        torch.testing.assert_close(model(ids), theirs, rtol=1e-4, atol=1e-4)
+    assert (theirs - before).abs().max() > 0.1

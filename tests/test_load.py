@@ -372,7 +372,7 @@ DAMAGES = {
     "config cut": (damage("config.json", '{"model_type": '), CONFIG + "not valid JSON .*; restore the file"),
     "config not text": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe{"), CONFIG + "not valid JSON"),
     "config a list": (damage("config.json", "[]"), CONFIG + "expected an object, found list"),
-    "architecture": (fields(model_type="llama"), CONFIG + r"model_type 'llama' is not .* \(gpt2, gpt3, bert\)"),
+    "architecture": (fields(model_type="mamba"), CONFIG + r"model_type 'mamba' is not .* \(gpt2, gpt3, bert, llama\)"),
     "no architecture": (fields(model_type=None), CONFIG + "model_type None is not an architecture"),
     "head unknown": (fields(architectures=["GPT2DoubleHeadsModel"]), CONFIG + r"architectures \[.* pass task= one of"),
     "cross attention": (fields(add_cross_attention=True), CONFIG + "add_cross_attention = True is not implemented"),

@@ -7,13 +7,14 @@ import pytest
 
 pytest.importorskip("triton")
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
-from resources import SHARED_LIMIT, compiled, launches_of, operations, table
+from resources import SHARED_LIMIT, compiled, launches_of, operations, operations_on_values, table
 
 
 @pytest.mark.parametrize("capability", SHARED_LIMIT)
-@pytest.mark.parametrize("name", operations())
+@pytest.mark.parametrize("name", [*operations(), *operations_on_values()])
 def test_kernels_fit(name: str, capability: int) -> None:
-    launches = launches_of(operations()[name], capability)
+    on_values = operations_on_values()
+    launches = launches_of({**operations(), **on_values}[name], capability, name in on_values)
     assert launches
     usages = [compiled(name, launch, capability) for launch in launches]
     assert all(usage.fits for usage in usages), table(usages)

@@ -1,4 +1,4 @@
-"""The contract of the kernels catches mistakes: each one planted here, in a copy of the source, makes a test of it fail."""
+"""The kernels' contract catches mistakes: each one planted here, in a copy of the source, makes a test of it fail."""
 
 import importlib.util
 import sys
