@@ -21,6 +21,8 @@ class ModelConfig:
     """Where the model comes from: `path` (a folder or hub id), or a `preset` with `overrides`, freshly initialised.
 
     `tokenizer` is the tokenizer.json of a preset. `task` and `labels` follow from method and data where not given.
+    `quantize` = "nf4" keeps the projections in 4 bits, frozen (QLoRA: it goes with a [lora] table). `recompute` makes
+    the feed-forwards again in the backward pass instead of keeping their widest tensor (the price: kernels/mlp.py).
     """
 
     path: str | None = None
@@ -32,6 +34,12 @@ class ModelConfig:
     device: str = "auto"
     labels: list[str] | None = None
     head_layers: int | None = None
+    quantize: str | None = None
+    recompute: bool = False
+
+    def __post_init__(self) -> None:
+        if self.quantize not in (None, "nf4"):
+            raise ValueError(f'model.quantize = {self.quantize!r}: expected "nf4", or leave it out')
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,8 @@ class RunConfig:
             raise ValueError(f"method {self.method!r} is unknown; known: {', '.join(OBJECTIVES)}")
         if (self.model.path is None) == (self.model.preset is None):
             raise ValueError("model: give path (a folder or hub id) or preset (a fresh model), one of the two")
+        if self.model.quantize is not None and self.lora is None:
+            raise ValueError("model.quantize freezes the weights in 4 bits: add a [lora] table, whose adapter trains")
 
     def as_dict(self) -> dict[str, Any]:
         """The configuration as plain values."""

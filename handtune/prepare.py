@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .engine import add_lora, freeze, unfreeze
+from .engine import add_lora, freeze, quantize, unfreeze
 from .engine.batches import Batches, Collate, Examples, Masking
 from .engine.chat import ChatTemplate
 from .engine.config import DataConfig, RunConfig
@@ -17,7 +17,7 @@ from .engine.data import label_names, read_rows, split_rows
 from .engine.encode import encode
 from .engine.objectives import OBJECTIVES, Objective
 from .engine.rows import row_shape
-from .models import load
+from .models import Bert, load
 from .models.checkpoint import fresh
 
 EVAL_TOKENS = 8192
@@ -157,9 +157,21 @@ def _model(config: RunConfig, objective: Objective, labels: tuple[str, ...]) -> 
     if task != objective.task:
         raise ValueError(f"model.task = {task!r}, but method {config.method!r} trains {objective.task!r}")
     if wanted.path is not None:
-        return load(wanted.path, task, wanted.dtype, wanted.device, labels or None, head_layers=wanted.head_layers)
-    assert wanted.preset is not None
-    return fresh(wanted.preset, wanted.tokenizer, task, labels, config.train.seed, **wanted.overrides)
+        model, words = load(
+            wanted.path, task, wanted.dtype, wanted.device, labels or None, head_layers=wanted.head_layers
+        )
+    else:
+        assert wanted.preset is not None
+        model, words = fresh(wanted.preset, wanted.tokenizer, task, labels, config.train.seed, **wanted.overrides)
+    if wanted.quantize is not None:
+        freeze(model, "*")
+        quantize(model)
+    if wanted.recompute:
+        if isinstance(model, Bert):
+            raise ValueError("model.recompute: BERT has no norm in front of a feed-forward to make it again from")
+        for block in model.layers:
+            block.recompute = True  # type: ignore[assignment]
+    return model, words
 
 
 def template_of(model: Any) -> ChatTemplate | None:

@@ -54,11 +54,7 @@ def _gated(name: str, gate: Activation) -> Activation:
 
             return activations_triton.backward(grad, u, name)
         g, v = u.chunk(2, dim=-1)
-        out = torch.empty_like(u)
-        grad_g, grad_v = out.chunk(2, dim=-1)
-        torch.mul(grad, gate.forward(g), out=grad_v)
-        grad_g.copy_(gate.backward(grad * v, g))
-        return out
+        return torch.cat((gate.backward(grad * v, g), gate.forward(g).mul_(grad)), -1)
 
     return Activation(forward, backward, gated=True)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backend
-from .attend_recomputed import Recomputed
+from .attend_cpu import FusedGrouped, Recomputed
 
 
 def attention(
@@ -163,6 +163,8 @@ def _rows(
         return _fused(q, k, v, _mask(slice(s - t, s), slice(0, s), None, bias, causal, q), False, scale)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and t > 1:
         return Recomputed.apply(q, k, v, causal, scale)
+    if q.device.type == "cpu" and q.shape[2] != k.shape[2]:
+        return FusedGrouped.apply(q, k, v, causal and t > 1, scale)
     return _fused(q, k, v, None, causal and t > 1, scale)
 
 

@@ -17,11 +17,9 @@ from . import backend
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(-2).to(x.dtype), sign * sin.unsqueeze(-2).to(x.dtype)
-    out = torch.empty_like(x)
-    low, high = out.chunk(2, dim=-1)
-    torch.mul(first, cos, out=low).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=high).addcmul_(first, sin)
-    return out
+    low = (first * cos).addcmul_(second, sin, value=-1)
+    high = (second * cos).addcmul_(first, sin)
+    return torch.cat((low, high), -1)
 
 
 def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple[Tensor, Tensor]:

@@ -156,6 +156,14 @@ def test_merge_of_a_classifier_keeps_its_labels(head_layers, bases, tmp_path, ca
     assert len(nameless.head.hidden) == head_layers - 1
 
 
+def test_lora_on_four_bits_with_feed_forwards_recomputed(bases, tmp_path, capsys) -> None:
+    model = {"path": str(bases["gpt2"]), "quantize": "nf4", "recompute": True}
+    run("train", configuration(tmp_path, "sft", bases, model=model, lora={"rank": 4}, train={"epochs": 40, "lr": 0.01}))
+    result = result_of(tmp_path)
+    assert result["metrics"]["loss"] < 0.9 * result["before"]["loss"]
+    assert evaluated(capsys, tmp_path / "run")["loss"] == pytest.approx(result["metrics"]["loss"], rel=1e-4)
+
+
 def test_generate(bases, tmp_path, capsys) -> None:
     """A run that has learned its rows by heart continues their prompts; greedy, in batches, to the end or a stop."""
     train = {"epochs": 120, "batch_rows": 4, "lr": 0.01, "best": "last"}

@@ -280,6 +280,7 @@ def factor_gradients(model: Llama) -> dict[str, torch.Tensor]:
         if "default" in slot.module.lora:
             factors = slot.module.lora["default"]
             paths = dict(zip((part.name for part in slot.module.parts), slot.published, strict=True))
+            assert all(path.endswith(name) for name, path in paths.items())
             for part, a, b in zip(factors.parts, factors.a.grad.split(factors.ranks), factors.b, strict=True):
                 path = f"base_model.model.{paths[part.name]}"
                 found[f"{path}.lora_A.default.weight"], found[f"{path}.lora_B.default.weight"] = a, b.grad

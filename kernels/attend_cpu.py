@@ -1,8 +1,12 @@
-"""Attention in bf16 on a CPU: products over blocks of queries, with the probabilities rebuilt in the backward pass.
+"""Attention on a CPU, where torch's own falls short (`attend.py` has the maths).
 
-Twice as fast there as torch's fused kernel (`attend.py` has the maths). Saved are q, k, v alone, laid out as the
-products want them, heads first. Query heads that share a key/value head are rows of one product with it, so that keys
-and values are never repeated, and the sums of their gradients over the heads come out of the products.
+`Recomputed`, for bf16: products over blocks of queries, with the probabilities rebuilt in the backward pass; twice as
+fast as torch's fused kernel. Saved are q, k, v alone, laid out as the products want them, heads first. Query heads that
+share a key/value head are rows of one product with it, so that keys and values are never repeated, and the sums of
+their gradients over the heads come out of the products.
+
+`FusedGrouped`, for fp32 with fewer key/value heads than query heads: torch's fused kernel, which wants as many, but
+saving k and v as they are, and repeating them for the time of each pass.
 """
 
 import torch
@@ -40,6 +44,36 @@ class Recomputed(torch.autograd.Function):
             dk[:, 0, keys].baddbmm_(ds.transpose(1, 2), q[:, :, at].flatten(1, 2), beta=beta)
             dqs.append(ds @ k[:, 0, keys])
         return *(_heads_last(x, ctx.batch) for x in (_joined(dqs[::-1], q), dk, dv)), None, None
+
+
+class FusedGrouped(torch.autograd.Function):
+    """`forward(q, k, v, causal, scale)` for q (B, T, H, hd), k and v (B, S, K, hd)."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+        ctx.causal, ctx.scale = causal, scale
+        out, lse = _flash(*_repeated(q, k, v), 0.0, causal, scale=scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        q, k, v, out, lse = ctx.saved_tensors
+        tensors = (grad.transpose(1, 2), *_repeated(q, k, v), out, lse)
+        dq, *rest = _flash_backward(*tensors, 0.0, ctx.causal, scale=ctx.scale)
+        dk, dv = (x.unflatten(1, (k.shape[2], -1)).sum(2).transpose(1, 2) for x in rest)  # over the heads that share
+        return dq.transpose(1, 2), dk, dv, None, None
+
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def _repeated(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    """(B, H, ·, hd) of each."""
+    heads = q.shape[2] // k.shape[2]
+    return [q.transpose(1, 2), *(x.transpose(1, 2).repeat_interleave(heads, 1) for x in (k, v))]
 
 
 def _heads_first(x: Tensor, kv_heads: int) -> Tensor:
