@@ -134,6 +134,7 @@ class Block(nn.Module):
         qkv = norm_linear(x, self.norm1, self.qkv).unflatten(-1, (-1, self.head_width))  # (B, T, H + 2K, hd)
         q, k, v = qkv.split(self.heads, dim=2)
         q, k = rope(q, k, *tables)
+        v = v.contiguous()  # or attention, which keeps v, would keep the q and k from before the rotation with it
         if cache is not None:
             k, v = cache.append(self.index, k, v)
         out = attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, bias=bias)

@@ -160,7 +160,7 @@ def test_lora_on_four_bits_with_feed_forwards_recomputed(bases, tmp_path, capsys
     model = {"path": str(bases["gpt2"]), "quantize": "nf4", "recompute": True}
     run("train", configuration(tmp_path, "sft", bases, model=model, lora={"rank": 4}, train={"epochs": 40, "lr": 0.01}))
     result = result_of(tmp_path)
-    assert result["metrics"]["loss"] < 0.9 * result["before"]["loss"]
+    assert result["metrics"]["loss"] < 0.95 * result["before"]["loss"]
     assert evaluated(capsys, tmp_path / "run")["loss"] == pytest.approx(result["metrics"]["loss"], rel=1e-4)
 
 

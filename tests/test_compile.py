@@ -27,7 +27,7 @@ def test_a_block_compiles_without_a_graph_break(family: str) -> None:
     block = model.train().layers[0]
     for name, parameter in block.named_parameters():
         if ".b." in name:
-            torch.nn.init.normal_(parameter)
+            torch.nn.init.normal_(parameter, std=0.1)
     compiled = torch.compile(lambda x: block(x, *rest), fullgraph=True, backend="aot_eager")
     x, grad = torch.randn(2, 16, 32), torch.randn(2, 16, 32)
     found = []
@@ -38,4 +38,4 @@ def test_a_block_compiles_without_a_graph_break(family: str) -> None:
         y.backward(grad)
         found.append([y.detach(), leaf.grad, *(p.grad.clone() for p in block.parameters() if p.requires_grad)])
     for ours, plain in zip(*found, strict=True):
-        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
