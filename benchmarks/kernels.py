@@ -17,6 +17,7 @@ import importlib.util
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -76,7 +77,8 @@ def environment(device: str) -> dict[str, Any]:
 
         smi = torch.cuda.get_device_properties(0)
         versions |= {"triton": triton.__version__, "device": smi.name, "cuda": torch.version.cuda}
-        versions |= {"driver": torch.cuda.driver_version() if hasattr(torch.cuda, "driver_version") else ""}
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        versions["driver"] = subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
     return versions
 
 
@@ -344,14 +346,14 @@ def attention(new: Function, t: int, d: int, window: int) -> Case:
     q, k, v = new(1, t, heads, 128), new(1, t, heads, 128), new(1, t, heads, 128)
     position = torch.arange(t, device=q.device)
     distance = position[:, None] - position
-    mask = torch.zeros(t, t, device=q.device, dtype=q.dtype).masked_fill(distance >= window, float("-inf"))
+    hidden = (distance >= window) | (distance < 0)
+    mask = torch.zeros(t, t, device=q.device, dtype=q.dtype).masked_fill(hidden, float("-inf"))
 
     def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        causal = mask.masked_fill(distance < 0, float("-inf"))
-        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), causal).transpose(1, 2)
+        return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), mask).transpose(1, 2)
 
     providers = with_peers(
-        lambda q, k, v: attention(q, k, v, window=window), lambda q, k, v: attention_reference(q, k, v, mask)
+        lambda q, k, v: attention(q, k, v, window=window), lambda q, k, v: attention_reference(q, k, v, window=window)
     )
     providers["sdpa"] = sdpa
     flops = 4.0 * t * window * heads * 128

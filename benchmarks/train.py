@@ -35,7 +35,7 @@ PROVIDERS = {
     "12 %": ("handtune", "peft", "floor"),
     "alpaca": ("handtune", "peft", "peft, grouped"),
 }
-ON_CUDA = ("peft, checkpointed", "peft, liger", "handtune, nf4")
+ON_CUDA = ("peft, adapters in bf16", "peft, checkpointed", "peft, liger", "handtune, nf4")
 
 
 def main() -> None:
@@ -101,6 +101,7 @@ class Worker:
 def measure(work: str, folder: str, options: argparse.Namespace) -> dict[str, Any]:
     """All providers on one kind of work, in turn; medians and peaks."""
     names = PROVIDERS[work] + (ON_CUDA if options.device == "cuda" and work == "half" else ())
+    names = tuple(name for name in names if "liger" not in name or "llama" in options.model)
     workers, losses = {}, {}
     for name in names:
         workers[name] = Worker(name, work, folder, options)
@@ -147,7 +148,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 def environment(options: argparse.Namespace) -> dict[str, Any]:
     """Device, versions and settings, for the record."""
     code = (
-        "import torch, transformers, peft, json; cuda = torch.cuda.is_available();"
+        f"import torch, transformers, peft, json; cuda = {options.device == 'cuda'};"
         "print(json.dumps({'torch': torch.__version__, 'transformers': transformers.__version__,"
         "'peft': peft.__version__, 'threads': torch.get_num_threads(),"
         "'device': torch.cuda.get_device_name() if cuda else ''}))"

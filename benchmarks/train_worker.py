@@ -4,6 +4,7 @@ handtune                  this engine: packed rows, its losses, its optimizer; "
                           once more in the backward pass; "nf4": on a base quantised to 4 bits
 peft                      transformers + PEFT: padded rows, labels −100 outside the completion, torch's AdamW;
                           "grouped": rows of similar length together; "checkpointed": with gradient checkpointing;
+                              "adapters in bf16": not widened to fp32, as PEFT does by default;
                           "liger": with Liger's kernels in the model, where they are installed
 floor                     the matrix products and the attention of a step, and nothing else
 """
@@ -82,16 +83,19 @@ def serve(task: Task) -> None:
     import torch
 
     torch.manual_seed(0)
-    start = memory_now()
+    start = memory_now(task.device)
     step, parameters = PROVIDERS[task.provider.partition(",")[0]](task)
-    weights = memory_now()
-    reset_peak()
+    weights = memory_now(task.device)
+    reset_peak(task.device)
     for line in sys.stdin:
         began = time.perf_counter()
         if line.strip() == "facts":
             answer: dict[str, Any] = {"tokens": real_tokens(batches_of(task)), "flops": flops(task), "rate": rate(task)}
             if parameters is not None:
-                answer |= {"peak_over_start": peak() - start, "peak_over_weights": peak() - weights}
+                answer |= {
+                    "peak_over_start": peak(task.device) - start,
+                    "peak_over_weights": peak(task.device) - weights,
+                }
                 answer["saved_per_token"] = saved_bytes(step, parameters) / real_tokens(batches_of(task)[:1])
         else:
             answer = {"loss": step(None)}
@@ -178,22 +182,22 @@ def status(field: str) -> int:
     raise RuntimeError(f"no {field} in /proc/self/status")
 
 
-def memory_now() -> int:
+def memory_now(device: str) -> int:
     import torch
 
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else status("VmRSS")
+    return torch.cuda.memory_allocated() if device == "cuda" else status("VmRSS")
 
 
-def peak() -> int:
+def peak(device: str) -> int:
     import torch
 
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else status("VmHWM")
+    return torch.cuda.max_memory_allocated() if device == "cuda" else status("VmHWM")
 
 
-def reset_peak() -> None:
+def reset_peak(device: str) -> None:
     import torch
 
-    if torch.cuda.is_available():
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")
@@ -220,7 +224,7 @@ def saved_bytes(step: Callable[[int | None], float], parameters: list[Any]) -> i
 
 
 def handtune_steps(task: Task) -> tuple[Callable[[int | None], float], list[Any]]:
-    from handtune.engine import LoRAConfig, add_lora, quantize
+    from handtune.engine import LoRAConfig, add_lora, freeze, quantize
     from handtune.engine.batches import Collate, to_device
     from handtune.engine.losses import causal_lm_loss
     from handtune.engine.optim import Optimizer
@@ -228,6 +232,7 @@ def handtune_steps(task: Task) -> tuple[Callable[[int | None], float], list[Any]
 
     model, _ = load(task.folder, device=task.device)
     if task.provider.endswith("nf4"):
+        freeze(model, "*")
         quantize(model)
     if task.provider.endswith("recompute"):
         for block in model.layers:
@@ -270,7 +275,8 @@ def peft_steps(task: Task) -> tuple[Callable[[int | None], float], list[Any]]:
     if task.provider.endswith("checkpointed"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = peft.get_peft_model(model, config).train()
+    narrow = task.provider.endswith("adapters in bf16")
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=not narrow).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
     batches = batches_of(task)

@@ -21,7 +21,7 @@ _COPIES = {torch.bfloat16: 1, torch.float16: 2}
 
 @triton.jit
 def _adamw_kernel(
-    weight_of, table, rates, factor, beta1, beta2, eps,
+    weight_of, table, rates, factor, rest1, beta2, rest2, eps,
     COLUMNS: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row of `table`: addresses of w, c⁻¹g, m, v and the copy; the copy's kind, entries, first block."""
@@ -40,8 +40,8 @@ def _adamw_kernel(
     v = tl.load(exp_avg_sq, mask=inside, other=0.0)
     if FACTOR:
         g = g * tl.load(factor)
-    m = m + (1 - beta1) * (g - m)
-    v = beta2 * v + (1 - beta2) * g * g
+    m = m + rest1 * (g - m)
+    v = beta2 * v + rest2 * g * g
     w = w * shrink - rate * m / (tl.sqrt(v) * spread + eps)
     tl.store(exp_avg, m, mask=inside)
     tl.store(exp_avg_sq, v, mask=inside)
@@ -70,7 +70,7 @@ def update_(due: Due, lr: float, betas: tuple[float, float], eps: float, factor:
     counts = (table[:, 6] + block - 1) // block
     weight_of = torch.repeat_interleave(counts, output_size=first)
     _adamw_kernel[(first,)](
-        weight_of, table, rates_there, factor, *betas, eps,
+        weight_of, table, rates_there, factor, 1 - betas[0], betas[1], 1 - betas[1], eps,
         COLUMNS=len(rows[0]), FACTOR=factor is not None, BLOCK=block, num_warps=warps,
     )  # fmt: skip
 

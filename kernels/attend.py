@@ -14,6 +14,9 @@ backward pass (as FlashAttention does, https://arxiv.org/abs/2205.14135): twice 
 In fp32 the fused kernel is the faster one.
 """
 
+import inspect
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -106,8 +109,18 @@ def _for_triton(
     if backend.INTERPRETED or window is not None or bias is not None or alibi is not None:
         return True
     if cu_seqlens is not None:
-        return q.dtype == torch.float32 or hd % 8 != 0
+        return q.dtype == torch.float32 or hd % 8 != 0 or not _varlen_takes_a_window()
     return causal and t != s
+
+
+@cache
+def _varlen_takes_a_window() -> bool:
+    """Whether torch's packed attention is there in the form that is called here; older versions lack it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
 
 
 class _Flash(torch.autograd.Function):

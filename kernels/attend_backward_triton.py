@@ -89,7 +89,7 @@ def _dq_kernel(
     kv = batch * k_b + first * k_s + head // group * k_h
     slope = tl.load(slopes + head).to(tl.float32) if ALIBI else 0.0
     if BIAS:
-        bias += batch * bias_b + head * bias_h
+        bias += batch * bias_b + tl.cast(head, tl.int64) * bias_h
     low, full_low, full_high, high = reach(
         start + shift, min(start + BLOCK_T, queries) + shift, before, after, keys, BLOCK_S
     )
@@ -147,7 +147,7 @@ def _dkv_kernel(
             slope = tl.load(slopes + head).to(tl.float32) if ALIBI else 0.0
             logits = logits_of(
                 tl.dot(k_block, tl.trans(q_block), input_precision="tf32x3"), query[None, :], key[:, None],
-                bias + batch * bias_b + head * bias_h if BIAS else bias, slope,
+                bias + batch * bias_b + tl.cast(head, tl.int64) * bias_h if BIAS else bias, slope,
                 queries, keys, scale, before, after, bias_t, bias_s, BIAS, ALIBI, EDGES,
             )  # fmt: skip
             p = tl.exp2(logits - level)
@@ -184,7 +184,7 @@ def _dbias_kernel(
         slope = tl.load(slopes + head).to(tl.float32) if ALIBI else 0.0
         logits = logits_of(
             tl.dot(q_block, tl.trans(k_block), input_precision="tf32x3"), query[:, None], key[None, :],
-            bias + batch * bias_b + head * bias_h, slope, t, s, scale, before, after, bias_t, bias_s,
+            bias + batch * bias_b + tl.cast(head, tl.int64) * bias_h, slope, t, s, scale, before, after, bias_t, bias_s,
             PAIR_BIAS, ALIBI, True,
         )  # fmt: skip
         do = load_rows(grad + here, start, t, row, HD, D, BLOCK_T)

@@ -114,9 +114,9 @@ def logits_of(
         logits -= slope * LOG2E * distance.to(tl.float32)
     if BIAS:
         if BIAS == KEY_BIAS:
-            value = tl.load(bias + key * bias_s, mask=key < s, other=0)
+            value = tl.load(bias + key.to(tl.int64) * bias_s, mask=key < s, other=0)
         else:
-            pair = bias + query.to(tl.int64) * bias_t + key * bias_s
+            pair = bias + query.to(tl.int64) * bias_t + key.to(tl.int64) * bias_s
             value = tl.load(pair, mask=(query < t) & (key < s), other=0)
         if bias.dtype.element_ty == tl.int1:
             logits = tl.where(value, logits, float("-inf"))
@@ -144,7 +144,7 @@ def _forward_kernel(
     kv = batch * k_b + first * k_s + head // group * k_h
     slope = tl.load(slopes + head).to(tl.float32) if ALIBI else 0.0
     if BIAS:
-        bias += batch * bias_b + head * bias_h
+        bias += batch * bias_b + tl.cast(head, tl.int64) * bias_h
     low, full_low, full_high, high = reach(
         start + shift, min(start + BLOCK_T, queries) + shift, before, after, keys, BLOCK_S
     )

@@ -3,7 +3,7 @@
 Each operation asks `on_triton(...)` at each call. The answer is yes for CUDA tensors on a GPU from Ampere on (and for
 CPU tensors under Triton's interpreter, `TRITON_INTERPRET=1`, which is how the kernels are tested without a GPU). Both
 ways go through the same `autograd.Function` and save the same tensors. Block sizes come from tables in the `_triton`
-files, looked up by `entry`: nothing is tuned while it runs, so that two runs are bitwise equal.
+files, looked up by `entry`: nothing is tuned while it runs, so that two runs of a kernel are bitwise equal.
 """
 
 import os
@@ -20,12 +20,22 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def on_triton(*tensors: Tensor | None) -> bool:
-    """Whether Triton kernels take these tensors. Says why not, once, where a GPU could not be used."""
+    """Whether Triton kernels take these tensors. Says why not, once, where a GPU could not be used.
+
+    Raises ValueError for tensors on a GPU that is not the current one.
+    """
     given = [tensor for tensor in tensors if tensor is not None]
     if given[0].device.type != ("cpu" if INTERPRETED else "cuda"):
         return False
     fits = all(tensor.numel() and tensor.dtype in DTYPES for tensor in given)
-    return fits and _usable(given[0].device)
+    return fits and _usable(given[0].device) and _is_current(given[0].device)
+
+
+def _is_current(device: torch.device) -> bool:
+    """True; Triton launches on the current device whatever its arguments, so that another one is an error."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        raise ValueError(f"tensors on {device}, which is not the current device: torch.cuda.set_device({device.index})")
+    return True
 
 
 @cache

@@ -8,6 +8,7 @@ function that sees both can avoid keeping what lies between them. A frozen weigh
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,33 +139,32 @@ class Linear(nn.Module):
 
 
 def _project(
-    h: Tensor,
-    linear: Linear,
-    norm: LayerNorm | RMSNorm | None = None,
-    activation: Activation | None = None,
-    seed: int | None = None,
+    h: Tensor, linear: Linear, norm: LayerNorm | RMSNorm | None = None, activation: Activation | None = None
 ) -> Tensor:
+    return fused_linear(h, *projection(h.dtype, linear, norm, activation))
+
+
+def projection(
+    dtype: torch.dtype, linear: Linear, norm: LayerNorm | RMSNorm | None = None, activation: Activation | None = None
+) -> tuple[Any, ...]:
+    """What `fused_linear` needs besides h, as the module stands now: weights, the active adapter, a mask's seed."""
     eps = norm.eps if norm is not None else 0.0
     in_front = norm.parameters_in_order() if norm is not None else None
     weight = linear.quantized or linear.matrix
     if linear.active is None:
         plan = Plan(eps=eps, activation=activation)
-        return fused_linear(h, weight, linear.bias, None, (), plan, in_front)
+        return weight, linear.bias, None, (), plan, in_front
     adapter: LowRank = linear.lora[linear.active]  # type: ignore[assignment]
     dropout = adapter.dropout if linear.training else 0.0
-    if dropout and seed is None:
-        seed = draw_seed()
-    plan = Plan(adapter.rows, adapter.scales, eps, activation, dropout, seed or 0)
-    a, bs = adapter.factors(h.dtype)
-    return fused_linear(h, weight, linear.bias, a, bs, plan, in_front)
+    seed = draw_seed() if dropout else 0
+    plan = Plan(adapter.rows, adapter.scales, eps, activation, dropout, seed)
+    a, bs = adapter.factors(dtype)
+    return weight, linear.bias, a, bs, plan, in_front
 
 
-def norm_linear(h: Tensor, norm: LayerNorm | RMSNorm, linear: Linear, *, seed: int | None = None) -> Tensor:
-    """linear(norm(h)) for h (..., K), saving h and the row statistics instead of the normalised rows.
-
-    `seed` fixes the adapter's dropout mask (None draws one).
-    """
-    return _project(h, linear, norm=norm, seed=seed)
+def norm_linear(h: Tensor, norm: LayerNorm | RMSNorm, linear: Linear) -> Tensor:
+    """linear(norm(h)) for h (..., K), saving h and the row statistics instead of the normalised rows."""
+    return _project(h, linear, norm=norm)
 
 
 def activation_linear(u: Tensor, activation: str, linear: Linear) -> Tensor:

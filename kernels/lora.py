@@ -43,6 +43,9 @@ from .quantize import NF4Weight
 
 # By arithmetic: 2Y of traffic cost as much as a product that is 37 % slower at K 1024, 18 % at 2048 (bf16, H200).
 FUSED_WIDTH = 1024
+FUSED_OUTPUT = 2**22  # entries of y that make enough tiles to fill a GPU
+WIDEST = 64  # ranks that share an x, together: more would not fit in registers
+WIDEST_PART = 32  # of one part: beyond it two products move less, since the sweep stores dS a block of columns
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx, h, norm_weight, norm_bias, weight, bias, a, plan: Plan, *bs):
         x, s = h, None
         stats: tuple[Tensor, ...] = ()
-        if norm_weight is not None and a is not None and backend.on_triton(h, a):
+        if norm_weight is not None and a is not None and _on_triton(h, a, rank=len(a)):
             from .norms_triton import normalize_down
 
             x, stats, s = normalize_down(h, norm_weight, norm_bias, plan.eps, a, plan.dropout, plan.seed)
@@ -129,15 +132,21 @@ class _LoRALinear(torch.autograd.Function):
         return grad_h, grad_nw, grad_nb, grad_weight, grad_bias, grad_a, None, *grad_bs
 
 
-def _fused(x: Tensor, weight: Tensor) -> bool:
+def _fused(x: Tensor, weight: Tensor, rank: int) -> bool:
     """Whether the one-kernel product is the better way to x Wᵀ + S Bᵀ."""
-    fast = x.dtype != torch.float32 or backend.INTERPRETED  # whose product in full precision has no tensor cores
-    return fast and x.shape[1] <= FUSED_WIDTH and backend.on_triton(x, weight)
+    enough = len(x) * len(weight) >= FUSED_OUTPUT or backend.INTERPRETED
+    return enough and x.shape[1] <= FUSED_WIDTH and _on_triton(x, weight, rank=rank)
+
+
+def _on_triton(*tensors: Tensor, rank: int) -> bool:
+    """Whether Triton makes the low-rank products. In fp32, at full precision, no tensor core would."""
+    fast = tensors[0].dtype != torch.float32 or backend.INTERPRETED
+    return fast and rank <= WIDEST and backend.on_triton(*tensors)
 
 
 def _down(x: Tensor, a: Tensor, plan: Plan) -> Tensor:
     """S = drop(x) Aᵀ."""
-    if backend.on_triton(x, a):
+    if _on_triton(x, a, rank=len(a)):
         from .lora_triton import down
 
         return down(x, a, plan.dropout, plan.seed)
@@ -152,7 +161,7 @@ def _up(
         y = weight.product(x, bias)
     else:
         dense = weight.borrow(x.dtype) if isinstance(weight, NF4Weight) else weight
-        if s is not None and _fused(x, dense):
+        if s is not None and _fused(x, dense, s.shape[1]):
             from .lora_triton import linear
 
             return linear(x, dense, bias, s, _block_diagonal(bs, plan, len(dense)))
@@ -180,12 +189,12 @@ def _input_gradient(grad: Tensor, weight: Tensor, grad_s: Tensor | None, a: Tens
     """dx = dy W + drop(dS A)."""
     if grad_s is None or a is None:
         return grad @ weight
-    if not plan.dropout and _fused(grad, weight):
+    if not plan.dropout and _fused(grad, weight, len(a)):
         from .lora_triton import linear
 
         return linear(grad, weight.T, None, grad_s, a.T)
     grad_x = grad @ weight
-    if plan.dropout and backend.on_triton(grad_x):
+    if plan.dropout and _on_triton(grad_x, rank=len(a)):
         from .lora_triton import correct_
 
         correct_(grad_x, grad_s, a.T, plan.dropout, plan.seed)
@@ -198,7 +207,7 @@ def _input_gradient(grad: Tensor, weight: Tensor, grad_s: Tensor | None, a: Tens
 
 def _outer(grad_s: Tensor, x: Tensor, plan: Plan) -> Tensor:
     """dA = dSᵀ drop(x)."""
-    if backend.on_triton(x, grad_s):
+    if _on_triton(x, grad_s, rank=grad_s.shape[1]):
         from .lora_triton import outer
 
         return outer(grad_s, x, plan.dropout, plan.seed).to(x.dtype)
@@ -212,7 +221,7 @@ def _factors_backward(
     if s is None:
         return None, []
     column = 0
-    on_triton = backend.on_triton(grad, s)
+    on_triton = _on_triton(grad, s, rank=s.shape[1]) and max(b.shape[1] for b in bs) <= WIDEST_PART
     grad = grad.contiguous() if on_triton else grad
     grad_ss: list[Tensor] = []
     grad_bs: list[Tensor | None] = []

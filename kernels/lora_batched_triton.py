@@ -34,7 +34,7 @@ def _places(table, order, BLOCK_N: tl.constexpr):
     return tl.load(entry).to(tl.int64), place, inside, tl.load(order + place, mask=inside, other=0).to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _down_kernel(
     x, a, s, order, blocks, k, rank, seed, p,
     R: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -61,7 +61,7 @@ def _down_kernel(
     tl.store(target, total.to(s.dtype.element_ty), mask=inside[:, None] & (low < rank)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _up_kernel(
     y, s, b, order, blocks, m, rank, y_row, s_row, b_adapter, b_row, b_column, seed, p,
     R: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -152,7 +152,7 @@ def _sweep_kernel(
     tl.store(target, total, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _outer_kernel(
     x, ds, da_pieces, order, pieces, k, rank, seed, p,
     R: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

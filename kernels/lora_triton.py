@@ -78,7 +78,7 @@ def _linear_kernel(
     tl.store(y + row[:, None] * m + column[None, :], total.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _correct_kernel(
     y, s, b, n, m, rank, b_row, b_column, seed, p,
     R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -102,7 +102,7 @@ def _correct_kernel(
     tl.store(y + position, after.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _down_kernel(
     x, a, s, n, k, rank, seed, p,
     R: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -155,7 +155,7 @@ def _sweep_kernel(
     tl.store(db_pieces + place, total, mask=(column < m)[:, None] & (low < rank)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _outer_kernel(
     x, ds, da_pieces, n, k, rank, seed, p,
     R: tl.constexpr, DROPOUT: tl.constexpr, PIECE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

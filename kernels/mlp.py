@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .linear import Linear, activation_linear, norm_linear
-from .lora import draw_seed
+from .linear import Linear, activation_linear, norm_linear, projection
+from .lora import fused_linear
 from .norms import LayerNorm, RMSNorm
 
 
@@ -22,13 +22,15 @@ def feed_forward(
     """down(activation(up(norm(x)))) for x (..., D); see above for `recompute`."""
     if not (recompute and torch.is_grad_enabled()):
         return activation_linear(norm_linear(x, norm, up), activation, down)
-    seed = draw_seed()  # one dropout mask for both times
-    u = norm_linear(x, norm, up, seed=seed)
+    arguments = projection(x.dtype, up, norm)  # of now: the backward pass may find another adapter active
+    u = fused_linear(x, *arguments)
+    device = x.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     place, size = u.data_ptr(), u.numel()
 
     def again() -> Tensor:
-        with torch.no_grad():
-            return norm_linear(x, norm, up, seed=seed)
+        with torch.no_grad(), torch.autocast(device, autocast, enabled=autocast is not None):
+            return fused_linear(x, *arguments)
 
     def pack(kept: Tensor) -> Tensor | Callable[[], Tensor]:
         return again if kept.data_ptr() == place and kept.numel() == size else kept

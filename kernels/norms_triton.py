@@ -57,7 +57,7 @@ def _norm_kernel(
     tl.store(out + place, _apply(v, mu, r, scale, shift, CENTERED, dtype).to(dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def _norm_down_kernel(
     x, weight, bias, a, out, s, mean, rstd, n, d, rank, eps, seed, p,
     CENTERED: tl.constexpr, DROPOUT: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -201,7 +201,8 @@ def backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dx, and (if `weights`) dw and db."""
     grad, x, d = grad.contiguous(), x.contiguous(), x.shape[-1]
-    n, rows, block = x.numel() // d, backend.entry(ROWS, x), triton.next_power_of_2(d)
+    n, block = x.numel() // d, triton.next_power_of_2(d)
+    rows = backend.entry(ROWS, x) if weights else 1  # several, where there is a sum over rows to make
     dx, pieces = torch.empty_like(x), triton.cdiv(n, rows)
     dw = torch.empty(pieces, d, dtype=torch.float32, device=x.device) if weights else None
     db = torch.empty_like(dw) if dw is not None and bias is not None else None
