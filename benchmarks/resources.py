@@ -73,7 +73,7 @@ def operations() -> dict[str, Callable[[], Any]]:
 
     n, d, r = 4096, 4096, 16
 
-    def lora(k: int, dropout: float) -> Tensor:
+    def lora(k: int, dropout: float, r: int = r) -> Tensor:
         tensors = (fake(n, k), fake(d, k, grad=False), None, fake(r, k), fake(d, r))
         return kernels.lora_linear(*tensors, dropout=dropout, seed=1)
 
@@ -98,6 +98,8 @@ def operations() -> dict[str, Callable[[], Any]]:
     return {
         "lora_linear": lambda: lora(d, 0.0),
         "lora_linear, dropout": lambda: lora(d, 0.1),
+        "lora_linear, R 32, dropout": lambda: lora(d, 0.1, 32),
+        "lora_linear, R 64, dropout": lambda: lora(d, 0.1, 64),
         "lora_linear, GPT-2": lambda: lora(768, 0.0),
         "lora_linear, GPT-2, dropout": lambda: lora(768, 0.1),
         "fused product": lambda: lora_triton.linear(fake(n, d), fake(d, d), None, fake(n, r), fake(d, r)),
