@@ -58,14 +58,15 @@ def main() -> None:
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     bandwidth, rate = ceilings(options.device, dtype)
     print(f"copy {bandwidth / 1e9:.0f} GB/s, square product {rate / 1e12:.2f} TFLOP/s, {dtype}")
-    results = {}
+    facts = {"benchmark": "kernels", **environment(options.device), "copy": bandwidth, "product": rate}
+    results: dict[str, Any] = {}
     for name, build in cases(options.device, dtype).items():
         if options.only in name:
             results[name] = measure(build(), options, bandwidth, rate)
-            print(table(name, results[name]))
-    facts = {"benchmark": "kernels", **environment(options.device), "copy": bandwidth, "product": rate}
-    if options.out:
-        Path(options.out).write_text(json.dumps({**facts, "results": results}, indent=1) + "\n", encoding="utf-8")
+            print(table(name, results[name]), flush=True)
+            if options.out:  # after each, so that a run broken off keeps what it has
+                text = json.dumps({**facts, "results": results}, indent=1)
+                Path(options.out).write_text(text + "\n", encoding="utf-8")
     if options.plot:
         plot(results, options.plot)
 
@@ -82,8 +83,13 @@ def environment(device: str) -> dict[str, Any]:
     return versions
 
 
+LAUNCHED = 4_000_000  # GPU cycles, about 2 ms: what the host needs, at most, to launch a call
+
+
 class Clock:
-    """Seconds of a call: by events on a GPU, whose L2 cache is overwritten before; by the wall clock on a CPU."""
+    """Seconds of a call: by the wall clock on a CPU; by events on a GPU, which first overwrites its L2 cache and then
+    sleeps until the host has launched everything, so that launches are not part of the time.
+    """
 
     def __init__(self, device: str):
         self.cuda = device == "cuda"
@@ -96,6 +102,7 @@ class Clock:
             return time.perf_counter() - began
         self.flush.zero_()
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(LAUNCHED)
         begin.record()
         call()
         end.record()
@@ -186,6 +193,7 @@ def cases(device: str, dtype: torch.dtype) -> dict[str, Callable[[], Case]]:
     return {
         **{f"lora_linear {k}×{m}": (lambda k=k, m=m: lora(new, n, k, m)) for k, m in shapes},
         f"lora_linear {d}×{d}, dropout": lambda: lora(new, n, d, d, 0.05),
+        f"rms_norm + lora_linear {d}×{d}": lambda: norm_lora(new, n, d),
         f"rms_norm {d}": lambda: rms_norm(new, n, d),
         f"layer_norm {d}": lambda: layer_norm(new, n, d),
         f"swiglu {f}": lambda: swiglu(new, n, f),
@@ -222,7 +230,13 @@ def liger(module: str, name: str) -> Function:
     return getattr(importlib.import_module(f"liger_kernel.ops.{module}"), name).apply
 
 
+def unsloth_lora() -> Function:
+    fast_lora = importlib.import_module("unsloth.kernels.fast_lora")
+    return lambda x, w, a, b: fast_lora.LoRA_W.apply(x[None], w, None, a, b, 2.0)[0]
+
+
 PEERS: dict[str, tuple[str, Callable[[], Function]]] = {
+    "unsloth lora": ("unsloth", unsloth_lora),
     "liger rms_norm": ("liger_kernel", lambda: lambda x, w: liger("rms_norm", "LigerRMSNormFunction")(x, w, 1e-6)),
     "liger layer_norm": (
         "liger_kernel",
@@ -244,7 +258,7 @@ PEERS: dict[str, tuple[str, Callable[[], Function]]] = {
 
 
 def lora(new: Function, n: int, k: int, m: int, dropout: float = 0.0, rank: int = 16) -> Case:
-    from handtune.kernels import lora, lora_linear
+    from handtune.kernels import lora_linear, lora_products
 
     x, w, a, b = new(n, k), new(m, k, grad=False, scale=k**-0.5), new(rank, k, scale=k**-0.5), new(m, rank)
 
@@ -254,9 +268,11 @@ def lora(new: Function, n: int, k: int, m: int, dropout: float = 0.0, rank: int 
     def formula(x: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return F.linear(x, w) + 2.0 * F.linear(F.linear(F.dropout(x, dropout), a), b)
 
-    providers = with_peers(ours, formula)
+    providers = with_peers(
+        by_design(lora_products, ours, lora_products.FUSED_WIDTH), formula, *(() if dropout else ("unsloth lora",))
+    )
     if x.is_cuda and not dropout:
-        providers |= {f"handtune, {way}": by_design(lora, ours, wide) for way, wide in DESIGNS.items()}
+        providers |= {f"handtune, {way}": by_design(lora_products, ours, wide) for way, wide in DESIGNS.items()}
     providers["frozen linear"] = lambda x, w, a, b: F.linear(x, w)
     product, low = 2.0 * n * k * m, 2.0 * n * rank * (k + m)
     y = n * m * x.element_size()
@@ -268,16 +284,36 @@ DESIGNS = {"addmm": 0, "one kernel": 10**9}  # up to which width of x the one Tr
 
 
 def by_design(module: Any, function: Function, width: int) -> Function:
-    """The function with the other of the two ways to the sum."""
+    """The function with one of the ways to the sum; it holds until the next call, so for the backward pass too."""
 
     def call(*inputs: Tensor) -> Any:
-        before, module.FUSED_WIDTH = module.FUSED_WIDTH, width
-        try:
-            return function(*inputs)
-        finally:
-            module.FUSED_WIDTH = before
+        module.FUSED_WIDTH = width
+        return function(*inputs)
 
     return call
+
+
+def norm_lora(new: Function, n: int, d: int, rank: int = 16) -> Case:
+    """The LoRA linear as in a block: the norm before it hands S on, and is made again in the backward pass."""
+    from handtune.kernels import rms_norm
+    from handtune.kernels.lora import fused_linear
+    from handtune.kernels.lora_products import Plan
+
+    x, g, w = new(n, d), new(d, grad=False), new(d, d, grad=False, scale=d**-0.5)
+    a, b = new(rank, d, scale=d**-0.5), new(d, rank)
+
+    def ours(x: Tensor, g: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return fused_linear(x, w, None, a, (b,), Plan((0,), (2.0,), eps=1e-6), (g, None))
+
+    def formula(x: Tensor, g: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        x = F.rms_norm(x, (d,), g, 1e-6)
+        return F.linear(x, w) + 2.0 * F.linear(F.linear(x, a), b)
+
+    providers = with_peers(ours, formula)
+    providers["norm, frozen linear"] = lambda x, g, w, a, b: F.linear(rms_norm(x, g, 1e-6), w)
+    product, low = 2.0 * n * d * d, 4.0 * n * rank * d
+    moved = (size(x, w, a, b, x), size(x, w, a, b, x, x))
+    return Case([x, g, w, a, b], providers, moved, (product + low, product + 2 * low), floor="norm, frozen linear")
 
 
 def rms_norm(new: Function, n: int, d: int) -> Case:

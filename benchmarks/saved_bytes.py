@@ -55,8 +55,8 @@ def counted() -> Iterator[dict[int, int]]:
 
 
 def kept(model: Any, call: Callable[[], Any]) -> int:
-    """Bytes kept for the backward pass of `call`, the model's own parameters left out, and their bf16 copies."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    """Bytes kept for the backward pass of `call`, without the model's own weights and the adapters' bf16 copies."""
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     copies = {p.numel() * 2 for name, p in model.named_parameters() if "lora" in name}
     with counted() as found:
         call()

@@ -8,16 +8,20 @@ step at 50 % and at 12 % prompt (rows of one length, loss on the completion), an
 lengths follow Alpaca's (8 rows a batch): against a peer that pads, and one that also groups rows by length.
 
 Every provider (`train_worker.py`) lives in a process of its own, so that its peak memory is its own; the parent lets
-them step in turn, so that the machine's mood hits all alike. Speed is the median over rounds. Memory is the peak above
-process start and above the loaded weights (VmHWM, reset in between; on CUDA the allocator's). Saved bytes are the
-storages that autograd keeps for the backward pass, each counted once, weights left out. The floor is the step's matrix
-products (the adapters' too) and the faster of two attentions alone, timed in the same run: nobody can be faster with
-these operations. Absolute times are those of one machine; the ratios count. On CUDA the FLOPs a second of the model's
-own products, and their share of the rate that a square product reaches, are shown too.
+them step in turn, so that the machine's mood hits all alike (on a GPU, where they would not fit together, they come one
+after the other). Speed is the median over rounds. Memory is the peak above process start and above the loaded weights
+(VmHWM, reset in between; on CUDA the allocator's). On CPU it is measured twice: as glibc's allocator comes, whose heap
+keeps freed holes, and "tight", with MALLOC_MMAP_THRESHOLD_=65536, where freed memory goes back at once. Saved bytes are
+the storages that autograd keeps for the backward pass, each counted once, weights left out. The floor is the step's
+matrix products (the adapters' too) and the faster of two attentions alone, timed in the same run: nobody can be faster
+with these operations. Absolute times are those of one machine; the ratios count. The FLOPs a second are those of the
+model's own products, MFU their share of the rate that a square product reaches.
 """
 
 import argparse
+import contextlib
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -81,44 +85,64 @@ def make_model(folder: Path, options: argparse.Namespace) -> None:
 class Worker:
     """A provider's process, which runs one step (or epoch) for each line it is sent."""
 
-    def __init__(self, provider: str, work: str, folder: str, options: argparse.Namespace):
+    def __init__(self, provider: str, work: str, folder: str, options: argparse.Namespace, tight: bool = False):
         settings = [options.dtype, options.device, str(options.rows), str(options.length)]
         command = [sys.executable, str(HERE / "train_worker.py"), provider, work, folder, *settings]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        environment = {**os.environ, **({"MALLOC_MMAP_THRESHOLD_": "65536"} if tight else {})}
+        self.messages, pipe = Path(folder, "messages of " + provider), subprocess.PIPE
+        with self.messages.open("w") as file:
+            self.process = subprocess.Popen(command, text=True, env=environment, stdin=pipe, stdout=pipe, stderr=file)
 
-    def ask(self, what: str) -> dict[str, Any] | None:
-        """The answer; None where the provider is not installed or ran out of memory."""
+    def ask(self, what: str) -> dict[str, Any]:
+        """The answer; {"not measured": reason} where the provider is not installed or ran out of memory."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(what + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            return None
         answer = self.process.stdout.readline()
-        return json.loads(answer) if answer else None
+        if answer:
+            return json.loads(answer)
+        self.process.wait()
+        last = self.messages.read_text().strip().splitlines()[-1:]
+        return {"not measured": last[0] if last else f"exit status {self.process.returncode}"}
+
+    def stop(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 def measure(work: str, folder: str, options: argparse.Namespace) -> dict[str, Any]:
-    """All providers on one kind of work, in turn; medians and peaks."""
+    """All providers on one kind of work; medians and peaks."""
     names = PROVIDERS[work] + (ON_CUDA if options.device == "cuda" and work == "half" else ())
     names = tuple(name for name in names if "liger" not in name or "llama" in options.model)
-    workers, losses = {}, {}
-    for name in names:
-        workers[name] = Worker(name, work, folder, options)
-        losses[name] = workers[name].ask("warm")
-    workers = {name: worker for name, worker in workers.items() if losses[name] is not None}
-    if "handtune" not in workers or "peft" not in workers:
-        raise SystemExit("handtune or peft died; see its message above")
-    seconds: dict[str, list[float]] = {name: [] for name in workers}
+    out: dict[str, Any] = {}
+    for group in [[name] for name in names] if options.device == "cuda" else [list(names)]:
+        out |= in_turn(group, work, folder, options)
+    if options.device == "cpu":
+        for name, row in out.items():
+            if "peak_over_weights" in row:
+                worker = Worker(name, work, folder, options, tight=True)
+                answers = [worker.ask(what) for what in ("warm", "run", "facts")]
+                row["peak_over_weights_tight"] = answers[-1]["peak_over_weights"]
+                worker.stop()
+    return out
+
+
+def in_turn(names: list[str], work: str, folder: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Every provider's warm-up, then rounds in which each does one step."""
+    workers = {name: Worker(name, work, folder, options) for name in names}
+    out = {name: worker.ask("warm") for name, worker in workers.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(options.rounds):
         for name, worker in workers.items():
-            seconds[name].append((worker.ask("run") or {})["seconds"])
-    out = {}
+            if "not measured" not in out[name]:
+                seconds[name].append(worker.ask("run")["seconds"])
     for name, worker in workers.items():
-        facts, median = worker.ask("facts") or {}, statistics.median(seconds[name])
-        speed = {"tokens_per_second": facts["tokens"] / median, "flops_per_second": facts["flops"] / median}
-        out[name] = {**speed, "seconds": seconds[name], "loss": (losses[name] or {})["loss"], **facts}
-        worker.process.kill()
+        if "not measured" not in out[name]:
+            facts, median = worker.ask("facts"), statistics.median(seconds[name])
+            speed = {"tokens_per_second": facts["tokens"] / median, "flops_per_second": facts["flops"] / median}
+            out[name] = {**speed, "seconds": seconds[name], "loss": out[name]["loss"], **facts}
+        worker.stop()
     return out
 
 
@@ -126,23 +150,31 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     """The results as text, with the ratios to PEFT."""
     lines = []
     for work, providers in results.items():
-        head = f"{'tokens/s':>10}{'×':>7}{'floor':>7}{'peak over weights':>19}{'×':>6}{'saved/token':>13}{'×':>6}"
-        lines.append(f"\n{WORKS[work]}\n{'':20}{head}{'TFLOP/s':>9}{'MFU':>6}")
-        peer, floor = providers["peft"], providers.get("floor")
+        head = f"{'tokens/s':>10}{'×':>7}{'floor':>7}{'peak over weights':>19}{'×':>6}{'tight':>10}{'×':>6}"
+        lines.append(f"\n{WORKS[work]}\n{'':20}{head}{'saved/token':>13}{'×':>6}{'TFLOP/s':>9}{'MFU':>6}")
         for name, row in providers.items():
-            speed = row["tokens_per_second"]
-            line = f"{name:20}{speed:10.0f}{speed / peer['tokens_per_second']:7.2f}"
-            line += f"{speed / floor['tokens_per_second']:7.0%}" if floor else f"{'':7}"
-            if "peak_over_weights" in row:
-                line += f"{row['peak_over_weights'] / 2**20:15.0f} MiB"
-                line += f"{row['peak_over_weights'] / peer['peak_over_weights']:6.2f}"
-                line += f"{row['saved_per_token'] / 1024:9.1f} KiB"
-                line += f"{row['saved_per_token'] / peer['saved_per_token']:6.2f}"
-                line += f"{row['flops_per_second'] / 1e12:9.2f}"
-                line += f"{row['flops_per_second'] / row['rate']:6.0%}"
-                line += f"   first loss {row['loss']:.5f}"
-            lines.append(line)
+            reason = row.get("not measured")
+            lines.append(f"{name:20}" + (f"  not measured: {reason}" if reason else cells(row, providers)))
     return "\n".join(lines)
+
+
+def cells(row: dict[str, Any], providers: dict[str, Any]) -> str:
+    """One provider's figures, and what they are of PEFT's; of the floor's for the speed."""
+
+    def ratio(key: str) -> str:
+        peer = providers["peft"].get(key)
+        return f"{row[key] / peer:6.2f}" if peer else f"{'':6}"
+
+    speed, floor = row["tokens_per_second"], providers.get("floor", {}).get("tokens_per_second")
+    line = f"{speed:10.0f}{ratio('tokens_per_second'):>7}" + (f"{speed / floor:7.0%}" if floor else f"{'':7}")
+    if "peak_over_weights" not in row:
+        return line
+    line += f"{row['peak_over_weights'] / 2**20:15.0f} MiB{ratio('peak_over_weights')}"
+    tight = "peak_over_weights_tight"
+    line += f"{row[tight] / 2**20:6.0f} MiB{ratio(tight)}" if tight in row else f"{'':16}"
+    line += f"{row['saved_per_token'] / 1024:9.1f} KiB{ratio('saved_per_token')}"
+    line += f"{row['flops_per_second'] / 1e12:9.2f}{row['flops_per_second'] / row['rate']:6.0%}"
+    return f"{line}   first loss {row['loss']:.5f}"
 
 
 def environment(options: argparse.Namespace) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from saved_bytes import kept
+
 RANK, ALPHA = 16, 32
 SFT_ROWS, SFT_BATCH = 32, 8
 WORKS = {
@@ -84,23 +86,20 @@ def serve(task: Task) -> None:
 
     torch.manual_seed(0)
     start = memory_now(task.device)
-    step, parameters = PROVIDERS[task.provider.partition(",")[0]](task)
+    step, model = PROVIDERS[task.provider.partition(",")[0]](task)
     weights = memory_now(task.device)
     reset_peak(task.device)
     for line in sys.stdin:
         began = time.perf_counter()
         if line.strip() == "facts":
             answer: dict[str, Any] = {"tokens": real_tokens(batches_of(task)), "flops": flops(task), "rate": rate(task)}
-            if parameters is not None:
-                answer |= {
-                    "peak_over_start": peak(task.device) - start,
-                    "peak_over_weights": peak(task.device) - weights,
-                }
-                answer["saved_per_token"] = saved_bytes(step, parameters) / real_tokens(batches_of(task)[:1])
+            if model is not None:
+                highest = peak(task.device)
+                answer |= {"peak_over_start": highest - start, "peak_over_weights": highest - weights}
+                answer["saved_per_token"] = kept(model, lambda: step(1)) / real_tokens(batches_of(task)[:1])
         else:
             answer = {"loss": step(None)}
-            if task.device == "cuda":
-                torch.cuda.synchronize()
+            synchronize(task.device)
             answer["seconds"] = time.perf_counter() - began
         print(json.dumps(answer), flush=True)
 
@@ -163,16 +162,22 @@ def rate(task: Task) -> float:
     """FLOPs a second of a square product."""
     import torch
 
-    n = 8192 if task.device == "cuda" else 1024
+    n = 8192 if task.device == "cuda" else 2048
     a = torch.randn(n, n, device=task.device, dtype=getattr(torch, task.dtype))
     times = []
     for _ in range(5):
         began = time.perf_counter()
         a @ a
-        if task.device == "cuda":
-            torch.cuda.synchronize()
+        synchronize(task.device)
         times.append(time.perf_counter() - began)
     return 2 * n**3 / min(times)
+
+
+def synchronize(device: str) -> None:
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def status(field: str) -> int:
@@ -203,27 +208,7 @@ def reset_peak(device: str) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def saved_bytes(step: Callable[[int | None], float], parameters: list[Any]) -> int:
-    """Bytes that autograd keeps for one batch's backward pass: each storage once, the parameters' left out."""
-    import torch
-
-    own = {p.untyped_storage().data_ptr() for p in parameters}
-    found: dict[int, int] = {}
-    alive = []
-
-    def pack(tensor: Any) -> Any:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-            alive.append(storage)  # kept, so that no address is used twice
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step(1)
-    return sum(found.values())
-
-
-def handtune_steps(task: Task) -> tuple[Callable[[int | None], float], list[Any]]:
+def handtune_steps(task: Task) -> tuple[Callable[[int | None], float], Any]:
     from handtune.engine import LoRAConfig, add_lora, freeze, quantize
     from handtune.engine.batches import Collate, to_device
     from handtune.engine.losses import causal_lm_loss
@@ -257,10 +242,10 @@ def handtune_steps(task: Task) -> tuple[Callable[[int | None], float], list[Any]
             first = first or loss.item() / targets
         return first or 0.0
 
-    return step, list(model.parameters())
+    return step, model
 
 
-def peft_steps(task: Task) -> tuple[Callable[[int | None], float], list[Any]]:
+def peft_steps(task: Task) -> tuple[Callable[[int | None], float], Any]:
     import peft
     import torch
     import transformers
@@ -305,7 +290,7 @@ def peft_steps(task: Task) -> tuple[Callable[[int | None], float], list[Any]]:
             first = first or loss.item()
         return first or 0.0
 
-    return step, list(model.parameters())
+    return step, model
 
 
 def floor_steps(task: Task) -> tuple[Callable[[int | None], float], None]:
@@ -336,8 +321,10 @@ def floor_steps(task: Task) -> tuple[Callable[[int | None], float], None]:
 
     def timed(attend: Callable[[], None]) -> float:
         attend()
+        synchronize(task.device)
         began = time.perf_counter()
         attend()
+        synchronize(task.device)
         return time.perf_counter() - began
 
     attend = min((fused, lambda: attention(q, k, v).backward(grad)), key=timed)

@@ -16,6 +16,7 @@ In fp32 the fused kernel is the faster one.
 
 import inspect
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,18 +110,19 @@ def _for_triton(
     if backend.INTERPRETED or window is not None or bias is not None or alibi is not None:
         return True
     if cu_seqlens is not None:
-        return q.dtype == torch.float32 or hd % 8 != 0 or not _varlen_takes_a_window()
+        wanted = {"scale", "window_size"} | ({"enable_gqa"} if q.shape[2] != k.shape[2] else set())
+        return q.dtype == torch.float32 or hd % 8 != 0 or not wanted <= _varlen_arguments()
     return causal and t != s
 
 
 @cache
-def _varlen_takes_a_window() -> bool:
-    """Whether torch's packed attention is there in the form that is called here; older versions lack it."""
+def _varlen_arguments() -> frozenset[str]:
+    """The arguments that torch's packed attention takes here; older versions lack some, or the whole."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return False
-    return {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 class _Flash(torch.autograd.Function):
@@ -157,10 +159,11 @@ def _varlen(
     """Packed segments on CUDA, in one launch."""
     from torch.nn.attention.varlen import varlen_attn
 
-    k, v = _as_many_heads(q, k, v)
     longest = int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
-    window = (-1, 0) if causal else (-1, -1)
-    out = varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=window)
+    settings: dict[str, Any] = {"scale": scale, "window_size": (-1, 0) if causal else (-1, -1)}
+    if q.shape[2] != k.shape[2]:
+        settings["enable_gqa"] = True
+    out = varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, longest, longest, **settings)
     assert isinstance(out, Tensor)  # a tuple only where more is asked for
     return out[None]
 
@@ -179,12 +182,6 @@ def _rows(
     if q.device.type == "cpu" and q.shape[2] != k.shape[2]:
         return FusedGrouped.apply(q, k, v, causal and t > 1, scale)
     return _fused(q, k, v, None, causal and t > 1, scale)
-
-
-def _as_many_heads(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """k and v with each head repeated until there are as many as in q."""
-    heads = q.shape[2] // k.shape[2]
-    return (k, v) if heads == 1 else (k.repeat_interleave(heads, dim=2), v.repeat_interleave(heads, dim=2))
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:

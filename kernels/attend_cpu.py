@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-QUERY_BLOCK = 256  # positions whose scores are alive at a time
+QUERY_BLOCK = 128  # positions whose scores are alive at a time
 
 
 class Recomputed(torch.autograd.Function):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .lora import Plan, _drop, draw_seed
+from .lora_products import Plan, draw_seed, drop
 
 Pair = tuple[int, int]
 
@@ -38,7 +38,7 @@ class _Plan:
     seed: int
 
     def drop(self, x: Tensor) -> Tensor:
-        return _drop(x, Plan(dropout=self.dropout, seed=self.seed))
+        return drop(x, Plan(dropout=self.dropout, seed=self.seed))
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .activations import ACTIVATIONS, Activation
-from .lora import Plan, draw_seed, fused_linear
+from .lora import fused_linear
+from .lora_products import Plan, draw_seed
 from .norms import LayerNorm, RMSNorm
 from .quantize import NF4Weight, Workspace
 

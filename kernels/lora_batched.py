@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backend
-from .lora import Plan, _drop, draw_seed
+from .lora_products import Plan, draw_seed, drop
 from .segments import Segments
 
 
@@ -82,7 +82,7 @@ def _parts(bs: Sequence[Tensor], rows: Sequence[int]) -> Iterator[tuple[Tensor, 
 
 
 def _masked(x: Tensor, plan: _Plan) -> Tensor:
-    return _drop(x, Plan(dropout=plan.dropout, seed=plan.seed))
+    return drop(x, Plan(dropout=plan.dropout, seed=plan.seed))
 
 
 def _down(x: Tensor, a: Tensor, plan: _Plan, on_triton: bool) -> Tensor:

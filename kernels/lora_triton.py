@@ -19,7 +19,7 @@ from torch import Tensor
 from . import backend
 
 # BLOCK_N, BLOCK_M, BLOCK_K, warps, stages of the product, by capability; the next lower entry holds.
-_PRODUCT = {0: (16, 32, 16, 1, 1), 80: (128, 128, 32, 8, 3), 90: (128, 256, 64, 8, 3), 100: (128, 256, 64, 8, 3)}
+_PRODUCT = {0: (16, 32, 16, 1, 1), 80: (128, 128, 32, 8, 3), 90: (128, 256, 64, 8, 3)}
 # Rows and columns of the tile that the memory-bound kernels stream, warps; rows a piece of a sum over N.
 _STREAM = {0: (16, 16, 1), 80: (64, 128, 4), 100: (32, 128, 4)}
 _PIECE = {0: 32, 80: 1024}

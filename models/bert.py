@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..kernels import LayerNorm, Linear, activation_linear, attention
 from .gpt2 import ACTIVATIONS
 from .heads import EmbeddingHead, MaskedLMHead, MLPHead, n_outputs, pool_tokens
-from .layers import Published, initialize, key_bias, overridden, positions, read_fields
+from .layers import Published, initialize, key_bias, overridden, positions, read_fields, refuse_longer
 from .tokens import SpecialTokens
 
 
@@ -196,8 +196,9 @@ class Bert(nn.Module):
         max_seqlen: int | None = None,
     ) -> Tensor:
         """States before the head (B, T, D) for token ids (B, T) and a mask (B, T) of ones and zeros."""
+        refuse_longer(input_ids, cu_seqlens, max_seqlen, self.config.max_positions)
         if position_ids is None:
-            position_ids = positions(input_ids, attention_mask, cu_seqlens, self.config.max_positions)
+            position_ids = positions(input_ids, attention_mask, cu_seqlens)
         x = self.embed(input_ids, token_type_ids, position_ids)
         bias = key_bias(attention_mask)
         for block in self.layers:

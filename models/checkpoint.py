@@ -123,7 +123,7 @@ def save(model: Model, tokenizer: "Tokenizer | None", path: str | Path) -> None:
     for key, source in model.key_map().items():
         blocks = own[key].detach().split(source.rows) if source.rows else (own[key].detach(),)
         for name, block in zip(source.names, blocks, strict=True):
-            tensors[name] = (block.T if source.transposed else block).contiguous().cpu()
+            tensors[name] = source.theirs(block).cpu()
     config = {**model.write_config(), **_task_config(model)}
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     config = {**config, **model.tokens.to_config(), "dtype": dtype}
@@ -292,8 +292,7 @@ def _fill(model: Model, shards: Shards, new_head: bool) -> None:
             if name not in stored:
                 (head_missing if key.startswith("head.") else missing).append(name)
                 continue
-            tensor = shards.tensor(stored[name])
-            tensor = tensor.T if source.transposed and tensor.dim() == 2 else tensor
+            tensor = source.ours(shards.tensor(stored[name]))
             if tensor.shape != rows.shape:
                 misshaped.append(f"{stored[name]} {tuple(tensor.shape)}, expected {tuple(rows.shape)}")
             else:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..kernels import LayerNorm, Linear, attention, feed_forward, norm_linear
 from .heads import EmbeddingHead, MLPHead, n_outputs, pool_tokens
-from .layers import KVCache, Published, initialize, key_bias, overridden, positions, read_fields
+from .layers import KVCache, Published, initialize, key_bias, overridden, positions, read_fields, refuse_longer
 from .tokens import SpecialTokens
 
 ACTIVATIONS = {
@@ -244,8 +244,9 @@ class GPT2(nn.Module):
     ) -> Tensor:
         """States before the head (B, T, D) for token ids (B, T); `attention_mask` is (B, S), S counting the cache."""
         past = cache.length if cache is not None else 0
+        refuse_longer(input_ids, cu_seqlens, max_seqlen, self.config.max_positions, past)
         if position_ids is None:
-            position_ids = positions(input_ids, attention_mask, cu_seqlens, self.config.max_positions, past)
+            position_ids = positions(input_ids, attention_mask, cu_seqlens, past)
         x = self.embed.tokens(input_ids) + self.embed.positions(position_ids)
         if token_type_ids is not None:
             x = x + self.embed.tokens(token_type_ids)

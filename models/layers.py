@@ -14,12 +14,34 @@ class Published:
     """How one of our parameters is stored in published checkpoints.
 
     `names` are the tensors whose rows, in this order, make up ours; `rows` the number of rows of each (empty where
-    there is one). `transposed`: stored (in, out), as Conv1D does.
+    there is one). `transposed`: stored (in, out), as Conv1D does. `shape`: stored with more dimensions than ours, as
+    (D, H, hd) for (D, H·hd). `interleaved` (H, n): the rows of n parts are stored head by head, (H, n, hd), and ours
+    part by part, (n, H, hd).
     """
 
     names: tuple[str, ...]
     rows: tuple[int, ...] = ()
     transposed: bool = False
+    shape: tuple[int, ...] = ()
+    interleaved: tuple[int, int] | None = None
+
+    def ours(self, stored: Tensor) -> Tensor:
+        """A stored tensor in our layout, as a view where it can be."""
+        if self.shape and stored.shape == self.shape:
+            stored = stored.flatten(1)
+        if self.transposed and stored.dim() == 2:
+            stored = stored.T
+        if self.interleaved and len(stored) % (self.interleaved[0] * self.interleaved[1]) == 0:
+            return stored.unflatten(0, (*self.interleaved, -1)).transpose(0, 1).flatten(0, 2)
+        return stored
+
+    def theirs(self, block: Tensor) -> Tensor:
+        """Our rows as they are stored, contiguous."""
+        if self.interleaved:
+            block = block.unflatten(0, (*self.interleaved[::-1], -1)).transpose(0, 1).flatten(0, 2)
+        if self.transposed:
+            block = block.T
+        return (block.reshape(self.shape) if self.shape else block).contiguous()
 
 
 class KVCache:
@@ -45,16 +67,20 @@ def key_bias(attention_mask: Tensor | None) -> Tensor | None:
     return attention_mask.bool()[:, None, None, :]
 
 
-def positions(
-    input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, limit: int, past: int = 0
-) -> Tensor:
-    """Position ids (B or 1, T): counted over the real tokens of each row, or from each segment's start.
+def refuse_longer(
+    input_ids: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, limit: int, past: int = 0
+) -> None:
+    """ValueError where rows, or packed segments, are longer than the model's `limit` of positions."""
+    longest = past + input_ids.shape[1]
+    if cu_seqlens is not None:
+        longest = int(cu_seqlens.diff().max()) if max_seqlen is None else max_seqlen
+    if longest > limit:
+        raise ValueError(f"rows of {longest} tokens exceed the model's {limit} positions; cut them to {limit}")
 
-    Raises ValueError where rows are longer than the model's `limit` of positions.
-    """
+
+def positions(input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, past: int = 0) -> Tensor:
+    """Position ids (B or 1, T): counted over the real tokens of each row, or from each segment's start."""
     t = input_ids.shape[1]
-    if cu_seqlens is None:
-        refuse_longer(past + t, limit)
     if attention_mask is not None:
         return (attention_mask.long().cumsum(1) - 1).clamp_(min=0)[:, -t:]
     index = torch.arange(past, past + t, device=input_ids.device)
@@ -62,12 +88,6 @@ def positions(
         starts = cu_seqlens[:-1].long()
         index = index - starts.repeat_interleave(cu_seqlens.diff().long(), output_size=t)
     return index[None]
-
-
-def refuse_longer(length: int, limit: int) -> None:
-    """ValueError where rows of `length` tokens are longer than the model's `limit` of positions."""
-    if length > limit:
-        raise ValueError(f"rows of {length} tokens exceed the model's {limit} positions; cut them to {limit}")
 
 
 @torch.no_grad()

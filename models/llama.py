@@ -242,12 +242,9 @@ class Llama(nn.Module):
         or packed segments, would give states without meaning: they are refused (ValueError).
         """
         past = cache.length if cache is not None else 0
-        longest = past + input_ids.shape[1]
-        if cu_seqlens is not None:
-            longest = max_seqlen if max_seqlen is not None else int(cu_seqlens.diff().max())
-        refuse_longer(longest, self.config.max_positions)
+        refuse_longer(input_ids, cu_seqlens, max_seqlen, self.config.max_positions, past)
         if position_ids is None:
-            position_ids = positions(input_ids, attention_mask, cu_seqlens, self.config.max_positions, past)
+            position_ids = positions(input_ids, attention_mask, cu_seqlens, past)
         width = self.config.head_width or self.config.d_model // self.config.n_head
         x, bias = self.embed(input_ids), key_bias(attention_mask)
         tables = self.config.rope.tables(position_ids, width)

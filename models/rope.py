@@ -55,6 +55,10 @@ def read_rope(published: dict[str, Any]) -> Rope:
     Raises ValueError for a kind of scaling that is not implemented, or a value that is not a number.
     """
     found = published.get("rope_parameters") or published.get("rope_scaling") or {}
+    if not isinstance(found, dict):
+        raise ValueError(f"rope_parameters = {found!r}; expected a table")
+    if (share := found.get("partial_rotary_factor", published.get("partial_rotary_factor", 1.0))) != 1.0:
+        raise ValueError(f"partial_rotary_factor = {share!r} is not implemented; known: 1.0")
     kind = found.get("rope_type", found.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise ValueError(f"rope_type = {kind!r} is not implemented; known: default, llama3")
