@@ -109,7 +109,7 @@ def normalize_backward(
         return None, grad_weight, None
     wide = wide * weight
     inner = (wide * normed).mean(-1, keepdim=True)
-    return (wide - normed * inner).mul_(rstd).to(x.dtype), grad_weight, None
+    return wide.addcmul_(normed, inner, value=-1).mul_(rstd).to(x.dtype), grad_weight, None
 
 
 class _Norm(torch.autograd.Function):

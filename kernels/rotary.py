@@ -17,9 +17,11 @@ from . import backend
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(-2).to(x.dtype), sign * sin.unsqueeze(-2).to(x.dtype)
-    low = (first * cos).addcmul_(second, sin, value=-1)
-    high = (second * cos).addcmul_(first, sin)
-    return torch.cat((low, high), -1)
+    out = x * torch.cat((cos, cos), -1)
+    low, high = out.chunk(2, dim=-1)
+    low.addcmul_(second, sin, value=-1)
+    high.addcmul_(first, sin)
+    return out
 
 
 def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) -> tuple[Tensor, Tensor]:
