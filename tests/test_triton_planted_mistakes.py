@@ -34,7 +34,7 @@ MISTAKES = {
         lambda patch: contract.test_writes_into_nothing_that_is_not_its_own("rms_norm"),
     ),
     "the scale of the second part taken for the first": (
-        "lora",
+        "lora_products",
         "column : column + b.shape[1]] = b * scale",
         "column : column + b.shape[1]] = b * plan.scales[0]",
         lambda patch: contract.test_agrees_with_float64("lora parts", torch.float32, (13,), 7, patch),
@@ -65,7 +65,7 @@ def test_a_planted_mistake_is_caught(what: str, tmp_path: Path, monkeypatch: pyt
     name = f"handtune.kernels.{file}"
     spec = importlib.util.spec_from_file_location(name, tmp_path / f"{file}.py")
     broken = importlib.util.module_from_spec(spec)
-    if file == "lora":  # reached through names that are bound already
+    if file == "lora_products":  # reached through names that are bound already
         spec.loader.exec_module(broken)
         monkeypatch.setattr(sys.modules[name], "_block_diagonal", broken._block_diagonal)
     else:
