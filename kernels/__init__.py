@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .activations import activate as activate
     from .activations import swiglu as swiglu
     from .attend import attention as attention
+    from .conv import Conv2d as Conv2d
     from .conv import lora_conv2d as lora_conv2d
     from .cross_entropy import linear_cross_entropy as linear_cross_entropy
     from .linear import Linear as Linear
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .segments import Segments as Segments
 
 _HOME = {
+    "Conv2d": "conv",
     "Linear": "linear",
     "LowRank": "linear",
     "LayerNorm": "norms",

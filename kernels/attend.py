@@ -172,7 +172,11 @@ def _rows(
     q: Tensor, k: Tensor, v: Tensor, window: int | None, bias: Tensor | None, causal: bool, scale: float
 ) -> Tensor:
     """Attention of whole rows (B, T, H, hd)."""
+    if q.shape[1] == 1 and window is not None:  # the last position sees the last keys, and no mask is needed
+        k, v, bias, window = k[:, -window:], v[:, -window:], None if bias is None else bias[..., -window:], None
     t, s = q.shape[1], k.shape[1]
+    if t == 1 and q.shape[2] != k.shape[2] and q.device.type == "cpu":
+        return _one_query(q, k, v, bias, scale)
     if window is not None and window < s:
         return _windowed(q, k, v, window, bias, causal, scale)
     if bias is not None or (causal and 1 < t != s):
@@ -182,6 +186,19 @@ def _rows(
     if q.device.type == "cpu" and q.shape[2] != k.shape[2]:
         return FusedGrouped.apply(q, k, v, causal and t > 1, scale)
     return _fused(q, k, v, None, causal and t > 1, scale)
+
+
+def _one_query(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """A single position (B, 1, H, hd): the heads that share keys take the place of positions, (B, H / K, K, hd).
+
+    Keys and values are read once a group then, not once a head: on a CPU 2 to 20 times as fast, with a long cache.
+    """
+    if bias is not None:
+        bias = _mask(slice(k.shape[1] - 1, k.shape[1]), slice(0, k.shape[1]), None, bias, True, q)
+        bias = bias[(None,) * (4 - bias.dim())]  # (B or 1, H or 1, 1, S)
+        bias = bias.unflatten(1, (k.shape[2], -1)).squeeze(3) if bias.shape[1] > 1 else bias
+    shared = q.unflatten(2, (k.shape[2], -1)).squeeze(1).transpose(1, 2)
+    return _fused(shared, k, v, bias, False, scale).transpose(1, 2).reshape(q.shape)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:

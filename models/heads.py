@@ -14,17 +14,20 @@ from ..kernels import LayerNorm, Linear, activate
 TASKS = (
     "causal-lm",
     "masked-lm",
+    "seq2seq-lm",
     "sequence-classification",
     "token-classification",
     "question-answering",
+    "image-classification",
     "embedding",
     "reward",
 )
+LABELLED = ("sequence-classification", "token-classification", "image-classification")
 
 
 def n_outputs(task: str, labels: tuple[str, ...]) -> int:
     """Width of the task's output; ValueError where the task needs labels and has none."""
-    if task in ("sequence-classification", "token-classification"):
+    if task in LABELLED:
         if not labels:
             raise ValueError(f"task {task!r} needs labels: pass labels=[...] (names) or their number")
         return len(labels)

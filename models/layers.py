@@ -16,7 +16,8 @@ class Published:
     `names` are the tensors whose rows, in this order, make up ours; `rows` the number of rows of each (empty where
     there is one). `transposed`: stored (in, out), as Conv1D does. `shape`: stored with more dimensions than ours, as
     (D, H, hd) for (D, H·hd). `interleaved` (H, n): the rows of n parts are stored head by head, (H, n, hd), and ours
-    part by part, (n, H, hd).
+    part by part, (n, H, hd). `also`: another spelling of the names, read but not written. `optional`: zero where the
+    checkpoint lacks it.
     """
 
     names: tuple[str, ...]
@@ -24,6 +25,8 @@ class Published:
     transposed: bool = False
     shape: tuple[int, ...] = ()
     interleaved: tuple[int, int] | None = None
+    also: tuple[str, ...] = ()
+    optional: bool = False
 
     def ours(self, stored: Tensor) -> Tensor:
         """A stored tensor in our layout, as a view where it can be."""
@@ -35,13 +38,17 @@ class Published:
             return stored.unflatten(0, (*self.interleaved, -1)).transpose(0, 1).flatten(0, 2)
         return stored
 
+    def as_stored(self, block: Tensor) -> Tensor:
+        """Our rows as a view of them whose entries come in the order of the stored ones; its shape may be another."""
+        transposed = self.transposed and block.dim() == 2
+        if self.interleaved:
+            block = block.unflatten(0, (*self.interleaved[::-1], -1)).transpose(0, 1)
+        return block.movedim(-1, 0) if transposed else block
+
     def theirs(self, block: Tensor) -> Tensor:
         """Our rows as they are stored, contiguous."""
-        if self.interleaved:
-            block = block.unflatten(0, (*self.interleaved[::-1], -1)).transpose(0, 1).flatten(0, 2)
-        if self.transposed:
-            block = block.T
-        return (block.reshape(self.shape) if self.shape else block).contiguous()
+        shape = block.T.shape if self.transposed and block.dim() == 2 else block.shape
+        return self.as_stored(block).reshape(self.shape or shape).contiguous()
 
 
 class KVCache:
@@ -58,6 +65,13 @@ class KVCache:
         keys, values = self.buffer[layer]
         keys[:, self.length : stop], values[:, self.length : stop] = k, v
         return keys[:, :stop], values[:, :stop]
+
+    def reorder(self, rows: Tensor) -> None:
+        """Go on with these rows (B,) in the place of the present ones, a row once, several times or not at all."""
+        kept = self.buffer[:, :, rows, : self.length]
+        if len(rows) != self.buffer.shape[2]:
+            self.buffer = self.buffer.new_empty((*kept.shape[:3], *self.buffer.shape[3:]))
+        self.buffer[:, :, :, : self.length] = kept
 
 
 def key_bias(attention_mask: Tensor | None) -> Tensor | None:
@@ -88,6 +102,17 @@ def positions(input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tens
         starts = cu_seqlens[:-1].long()
         index = index - starts.repeat_interleave(cu_seqlens.diff().long(), output_size=t)
     return index[None]
+
+
+def unpacked(input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Segments of one row (1, N) as rows: ids and mask (n, T) padded on the right, and each token's place in them."""
+    lengths = cu_seqlens.diff().long()
+    n, width = len(lengths), int(lengths.max()) if max_seqlen is None else max_seqlen
+    rows = torch.arange(n, device=input_ids.device).repeat_interleave(lengths, output_size=input_ids.shape[1])
+    place = rows * width + positions(input_ids, None, cu_seqlens)[0]
+    ids, mask = (torch.zeros(n * width, dtype=torch.long, device=input_ids.device) for _ in range(2))
+    ids, mask = ids.index_copy(0, place, input_ids[0]), mask.index_fill(0, place, 1)
+    return ids.view(n, width), mask.view(n, width), place
 
 
 @torch.no_grad()

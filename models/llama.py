@@ -1,9 +1,10 @@
-"""Llama: pre-norm decoders with rotary positions, grouped key/value heads and a gated feed-forward.
+"""Llama, Mistral, Qwen2, Qwen3: pre-norm decoders with rotary positions, shared key/value heads, gated feed-forward.
 
-Touvron et al. 2023, arXiv:2302.13971 and 2307.09288; Llama Team 2024, arXiv:2407.21783. Norms are RMSNorm.
+Touvron et al. 2023, arXiv:2302.13971 and 2307.09288; Llama Team 2024, arXiv:2407.21783; what the other families add is
+in `llama_configs.py`. Norms are RMSNorm.
 
     x₀ = E[token]
-    q, k, v = QKV norm₁(x),  q and k turned by their positions
+    q, k, v = QKV norm₁(x),  q and k normalised head by head (Qwen3), then turned by their positions
     x  = x + O attention(q, k, v)          H query heads share K key/value heads
     x  = x + D (silu(G norm₂(x)) ⊙ U norm₂(x))
     logits = H norm(x)                     H is E in the tied ones
@@ -12,87 +13,16 @@ q, k, v are one product here, and so are gate and up; published checkpoints stor
 entries in a head is that of the Hugging Face layout: a pair that turns together lies hd/2 apart.
 """
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..kernels import Linear, RMSNorm, attention, feed_forward, norm_linear, rope
 from .heads import EmbeddingHead, MLPHead, n_outputs, pool_tokens
-from .layers import KVCache, Published, initialize, key_bias, overridden, positions, read_fields, refuse_longer
-from .rope import Rope, read_rope, write_rope
+from .layers import KVCache, Published, initialize, key_bias, overridden, positions, refuse_longer
+from .llama_configs import PRESETS, LlamaConfig, read_config, write_config
 from .tokens import SpecialTokens
-
-
-@dataclass(frozen=True)
-class LlamaConfig:
-    """Sizes in the project's vocabulary. `n_kv_head` is n_head and `head_width` d_model / n_head where None."""
-
-    vocab_size: int = 32000
-    max_positions: int = 2048
-    n_layer: int = 32
-    n_head: int = 32
-    n_kv_head: int | None = None
-    d_model: int = 4096
-    d_ff: int = 11008
-    head_width: int | None = None
-    eps: float = 1e-6
-    rope: Rope = field(default_factory=Rope)
-    tied: bool = False
-    attention_bias: bool = False
-    mlp_bias: bool = False
-
-    def __post_init__(self) -> None:
-        if self.head_width is None and self.d_model % self.n_head:
-            raise ValueError(f"hidden_size {self.d_model} is not a multiple of num_attention_heads {self.n_head}")
-        if (width := self.head_width or self.d_model // self.n_head) % 2:
-            raise ValueError(f"head_dim {width} is odd, but rotary positions turn pairs of entries")
-        if self.n_head % (self.n_kv_head or self.n_head):
-            raise ValueError(
-                f"num_attention_heads {self.n_head} is not a multiple of num_key_value_heads {self.n_kv_head}"
-            )
-
-
-def _smol(n_layer: int, d_model: int, n_head: int, n_kv_head: int, d_ff: int) -> dict[str, Any]:
-    return {
-        "vocab_size": 49152, "max_positions": 8192, "n_layer": n_layer, "n_head": n_head, "n_kv_head": n_kv_head,
-        "d_model": d_model, "d_ff": d_ff, "eps": 1e-5, "rope": Rope(100000.0), "tied": True,
-    }  # fmt: skip
-
-
-def _llama3(n_layer: int, d_model: int, n_head: int, d_ff: int, factor: float, tied: bool) -> dict[str, Any]:
-    return {
-        "vocab_size": 128256, "max_positions": 131072, "n_layer": n_layer, "n_head": n_head, "n_kv_head": 8,
-        "d_model": d_model, "d_ff": d_ff, "eps": 1e-5, "rope": Rope(500000.0, factor), "tied": tied,
-    }  # fmt: skip
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "SmolLM2-135M": _smol(30, 576, 9, 3, 1536),
-    "SmolLM2-360M": _smol(32, 960, 15, 5, 2560),
-    "SmolLM2-1.7B": {**_smol(24, 2048, 32, 32, 8192), "rope": Rope(130000.0)},
-    "TinyLlama-1.1B": {"n_layer": 22, "n_kv_head": 4, "d_model": 2048, "d_ff": 5632, "eps": 1e-5},
-    "Llama-2-7B": {"max_positions": 4096, "eps": 1e-5},
-    "Llama-3.2-1B": _llama3(16, 2048, 32, 8192, 32.0, True),
-    "Llama-3.2-3B": _llama3(28, 3072, 24, 8192, 32.0, True),
-    "Llama-3.1-8B": _llama3(32, 4096, 32, 14336, 8.0, False),
-}
-
-# published field -> ours
-CONFIG_KEYS = {
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_positions",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "num_key_value_heads": "n_kv_head",
-    "hidden_size": "d_model",
-    "intermediate_size": "d_ff",
-    "head_dim": "head_width",
-    "rms_norm_eps": "eps",
-    "tie_word_embeddings": "tied",
-    "attention_bias": "attention_bias",
-    "mlp_bias": "mlp_bias",
-}
 
 
 class Embed(nn.Module):
@@ -111,12 +41,14 @@ class Block(nn.Module):
 
     def __init__(self, config: LlamaConfig, index: int):
         super().__init__()
-        d, f, hd = config.d_model, config.d_ff, config.head_width or config.d_model // config.n_head
-        self.index, self.head_width = index, hd
+        d, f, hd = config.d_model, config.d_ff, config.width
+        self.index, self.head_width, self.window = index, hd, config.window_of(index)
         self.heads = (config.n_head, config.n_kv_head or config.n_head, config.n_kv_head or config.n_head)
         q, k, v = (h * hd for h in self.heads)
         self.norm1, self.norm2 = RMSNorm(d, config.eps), RMSNorm(d, config.eps)
-        self.qkv = Linear(d, q + k + v, config.attention_bias, parts=(("q_proj", q), ("k_proj", k), ("v_proj", v)))
+        self.qkv = Linear(d, q + k + v, config.qkv_bias, parts=(("q_proj", q), ("k_proj", k), ("v_proj", v)))
+        self.q_norm = RMSNorm(hd, config.eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(hd, config.eps) if config.qk_norm else None
         self.o = Linear(q, d, config.attention_bias)
         self.gate_up = Linear(d, 2 * f, config.mlp_bias, parts=(("gate_proj", f), ("up_proj", f)))
         self.down = Linear(f, d, config.mlp_bias)
@@ -133,17 +65,20 @@ class Block(nn.Module):
     ) -> Tensor:
         qkv = norm_linear(x, self.norm1, self.qkv).unflatten(-1, (-1, self.head_width))  # (B, T, H + 2K, hd)
         q, k, v = qkv.split(self.heads, dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)  # which keep all of qkv for their backward pass
+        else:
+            v = v.contiguous()  # or attention, which keeps v, would keep the q and k from before the rotation with it
         q, k = rope(q, k, *tables)
-        v = v.contiguous()  # or attention, which keeps v, would keep the q and k from before the rotation with it
         if cache is not None:
             k, v = cache.append(self.index, k, v)
-        out = attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, bias=bias)
+        out = attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, window=self.window, bias=bias)
         x = x + self.o(out.flatten(2))
         return x + feed_forward(x, self.norm2, self.gate_up, "swiglu", self.down, self.recompute)
 
 
 class Llama(nn.Module):
-    """Llama with the head of a task (see `forward` for shapes)."""
+    """A model of the Llama kind with the head of a task (see `forward` for shapes)."""
 
     presets: ClassVar = PRESETS
     base_prefix = ("model.", "transformer.")  # the second is transformers' under question answering
@@ -151,13 +86,13 @@ class Llama(nn.Module):
         "attention": ("layers.*.qkv", "layers.*.o"),
         "mlp": ("layers.*.gate_up", "layers.*.down"),
     }
-    architectures: ClassVar = {
-        "causal-lm": "LlamaForCausalLM",
-        "sequence-classification": "LlamaForSequenceClassification",
-        "reward": "LlamaForSequenceClassification",
-        "token-classification": "LlamaForTokenClassification",
-        "question-answering": "LlamaForQuestionAnswering",
-        "embedding": "LlamaModel",
+    architectures: ClassVar = {  # {}: the family
+        "causal-lm": "{}ForCausalLM",
+        "sequence-classification": "{}ForSequenceClassification",
+        "reward": "{}ForSequenceClassification",
+        "token-classification": "{}ForTokenClassification",
+        "question-answering": "{}ForQuestionAnswering",
+        "embedding": "{}Model",
     }
     ignored = ("*rotary_emb.inv_freq",)
     other_heads = ("lm_head.*", "score.*", "qa_outputs.*")
@@ -223,8 +158,7 @@ class Llama(nn.Module):
     def new_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `batch` rows of up to `length` positions."""
         c, like = self.config, self.embed.tokens.weight
-        width = c.head_width or c.d_model // c.n_head
-        return KVCache(c.n_layer, batch, length, c.n_kv_head or c.n_head, width, like)
+        return KVCache(c.n_layer, batch, length, c.n_kv_head or c.n_head, c.width, like)
 
     def hidden(
         self,
@@ -245,9 +179,8 @@ class Llama(nn.Module):
         refuse_longer(input_ids, cu_seqlens, max_seqlen, self.config.max_positions, past)
         if position_ids is None:
             position_ids = positions(input_ids, attention_mask, cu_seqlens, past)
-        width = self.config.head_width or self.config.d_model // self.config.n_head
         x, bias = self.embed(input_ids), key_bias(attention_mask)
-        tables = self.config.rope.tables(position_ids, width)
+        tables = self.config.rope.tables(position_ids, self.config.width)
         for block in self.layers:
             x = block(x, tables, bias, cu_seqlens, max_seqlen, cache)
         if cache is not None:
@@ -270,7 +203,9 @@ class Llama(nn.Module):
 
     def key_map(self) -> dict[str, Published]:
         """Our parameter names → their names in published checkpoints of this task."""
-        base = {"embedding": "", "question-answering": self.base_prefix[1]}.get(self.task, self.base_prefix[0])
+        base = "" if self.task == "embedding" else self.base_prefix[0]
+        if self.task == "question-answering" and self.config.family != "Mistral":
+            base = self.base_prefix[1]
         table = {
             "embed.tokens.weight": Published((f"{base}embed_tokens.weight",)),
             "norm.weight": Published((f"{base}norm.weight",)),
@@ -279,6 +214,9 @@ class Llama(nn.Module):
             layer = f"{base}layers.{i}"
             table[f"layers.{i}.norm1.weight"] = Published((f"{layer}.input_layernorm.weight",))
             table[f"layers.{i}.norm2.weight"] = Published((f"{layer}.post_attention_layernorm.weight",))
+            if self.config.qk_norm:
+                table[f"layers.{i}.q_norm.weight"] = Published((f"{layer}.self_attn.q_norm.weight",))
+                table[f"layers.{i}.k_norm.weight"] = Published((f"{layer}.self_attn.k_norm.weight",))
             for kind in ("weight", "bias"):
                 for ours, theirs, linear in self._projections(i):
                     if kind == "weight" or linear.bias is not None:
@@ -307,11 +245,8 @@ class Llama(nn.Module):
     @classmethod
     def read_config(cls, published: dict[str, Any]) -> LlamaConfig:
         """The configuration in a published config.json."""
-        given = {key: value for key, value in published.items() if value is not None}
-        return LlamaConfig(**read_fields(LlamaConfig, given, CONFIG_KEYS), rope=read_rope(published))
+        return read_config(published)
 
     def write_config(self) -> dict[str, Any]:
         """config.json as transformers writes it."""
-        ours = asdict(self.config)
-        out = {theirs: ours[name] for theirs, name in CONFIG_KEYS.items() if ours[name] is not None}
-        return {"model_type": "llama", **out, "hidden_act": "silu", **write_rope(self.config.rope)}
+        return write_config(self.config)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from .tensor_file import Stored, read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -29,21 +30,21 @@ def read_json(path: Path, kind: type = dict) -> Any:
 
 
 class Shards:
-    """The tensors of a checkpoint folder by name, read on demand.
+    """The tensors of a checkpoint folder by name: where each one lies. None is read here.
 
     Raises FileNotFoundError where there are no weights, ValueError where a file is damaged, the index names a file
-    outside the folder, or there are only pickle files.
+    outside the folder, a tensor is in two shards, or there are only pickle files.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._files: dict[Path, Any] = {}
-        self._home: dict[str, Path] = {}
+        self._stored: dict[str, Stored] = {}
         for path in self._paths():
-            file = self._open(path)
-            for name in file.keys():  # noqa: SIM118 - a safetensors handle is no dict
-                self._home[name] = path
-        if not self._home:
+            for name, stored in read_header(path).items():
+                if name in self._stored:
+                    raise ValueError(f"{path}: {name} is in {self._stored[name].path.name} too; take out one of them")
+                self._stored[name] = stored
+        if not self._stored:
             raise ValueError(f"{folder}: its safetensors files hold no tensor")
 
     def _paths(self) -> list[Path]:
@@ -71,27 +72,17 @@ class Shards:
             raise FileNotFoundError(f"{path}: the index names this shard, but it is not there; download it again")
         return path
 
-    def _open(self, path: Path) -> Any:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            self._files[path] = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"{path}: damaged or cut short ({error}); download or copy it again") from error
-        return self._files[path]
-
     def names(self) -> list[str]:
         """The names of all tensors."""
-        return list(self._home)
+        return list(self._stored)
 
-    def tensor(self, name: str) -> Tensor:
-        """The tensor called `name`, on the CPU."""
-        return self._files[self._home[name]].get_tensor(name)
+    def find(self, name: str) -> Stored:
+        """The tensor called `name`."""
+        return self._stored[name]
 
     def dtype(self) -> torch.dtype:
         """The dtype of the largest part of the checkpoint: its first matrix."""
-        for name in self._home:
-            tensor = self.tensor(name)
-            if tensor.is_floating_point() and tensor.dim() > 1:
-                return tensor.dtype
+        for stored in self._stored.values():
+            if stored.dtype.is_floating_point and len(stored.shape) > 1:
+                return stored.dtype
         return torch.float32

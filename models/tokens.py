@@ -1,4 +1,4 @@
-"""Special tokens and chat template of a checkpoint, and its tokenizer.json."""
+"""Special tokens and chat template of a checkpoint, and its tokenizer."""
 
 import json
 from dataclasses import dataclass, field
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .shards import read_json
+from .vocabulary import build_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -48,9 +49,9 @@ class SpecialTokens:
 
 
 def load_tokenizer(folder: Path) -> "Tokenizer | None":
-    """The folder's tokenizer without its stored padding and truncation, or None where there is none."""
+    """The folder's tokenizer, its tokenizer.json or what its vocabulary files describe; None where there is neither."""
     path = folder / "tokenizer.json"
-    return load_tokenizer_file(path) if path.is_file() else None
+    return load_tokenizer_file(path) if path.is_file() else build_tokenizer(folder)
 
 
 def load_tokenizer_file(path: Path) -> "Tokenizer":

@@ -53,6 +53,12 @@ CLASSES = {
     ("gpt2", "question-answering"): transformers.GPT2ForQuestionAnswering,
     ("gpt2", "embedding"): transformers.GPT2Model,
     ("gpt2", "reward"): transformers.GPT2ForSequenceClassification,
+    ("bloom", "causal-lm"): transformers.BloomForCausalLM,
+    ("bloom", "sequence-classification"): transformers.BloomForSequenceClassification,
+    ("bloom", "token-classification"): transformers.BloomForTokenClassification,
+    ("bloom", "question-answering"): transformers.BloomForQuestionAnswering,
+    ("bloom", "embedding"): transformers.BloomModel,
+    ("bloom", "reward"): transformers.BloomForSequenceClassification,
     ("llama", "causal-lm"): transformers.LlamaForCausalLM,
     ("llama", "sequence-classification"): transformers.LlamaForSequenceClassification,
     ("llama", "token-classification"): transformers.LlamaForTokenClassification,
@@ -65,7 +71,17 @@ CLASSES = {
     ("bert", "question-answering"): transformers.BertForQuestionAnswering,
     ("bert", "embedding"): transformers.BertModel,
     ("bert", "reward"): transformers.BertForSequenceClassification,
+    ("t5", "seq2seq-lm"): transformers.T5ForConditionalGeneration,
+    ("t5", "sequence-classification"): transformers.T5ForSequenceClassification,
+    ("t5", "token-classification"): transformers.T5ForTokenClassification,
+    ("t5", "question-answering"): transformers.T5ForQuestionAnswering,
+    ("t5", "embedding"): transformers.T5EncoderModel,
+    ("t5", "reward"): transformers.T5ForSequenceClassification,
 }
+for kind in ("Mistral", "Qwen2", "Qwen3"):
+    for (model_type, task), its_class in [*CLASSES.items()]:
+        if model_type == "llama":
+            CLASSES[kind.lower(), task] = getattr(transformers, its_class.__name__.replace("Llama", kind))
 
 
 def theirs(config: PretrainedConfig, task: str, seed: int = 0) -> PreTrainedModel:
@@ -175,7 +191,7 @@ def assert_same_gradients(reference: PreTrainedModel, model: Any, zero: tuple[st
     assert set(own) == set(table)
     for key, source in table.items():
         parts = [published.pop(name) for name in source.names]
-        expected = torch.cat([part.T if source.transposed else part for part in parts])
+        expected = torch.cat([source.ours(part) for part in parts])
         error, size = (own[key].grad - expected).abs().max(), expected.abs().max()
         assert error <= (1e-4 if key in zero else 1e-4 * size), f"{key}: off by {error:.1e}, of at most {size:.1e}"
         assert (size <= 1e-4) == (key in zero), f"{key}: at most {size:.1e}"

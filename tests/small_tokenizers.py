@@ -1,4 +1,4 @@
-"""Two small tokenizers of the two kinds that matter: GPT-2's (byte-level, no special tokens placed) and BERT's."""
+"""Small tokenizers of the kinds that matter: GPT-2's (byte-level, no special tokens placed), BERT's and T5's."""
 
 import re
 from functools import cache
@@ -49,4 +49,20 @@ def word_piece() -> Tokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
+    return tokenizer
+
+
+@cache
+def sentence_piece(sentinels: int = 20) -> Tokenizer:
+    """T5's kind: <pad> </s> <unk>, pieces with the space in front, <extra_id_0> the last id; text </s>."""
+    words = sorted({piece for line in _SENTENCES for piece in re.findall(r"\w+|[^\w\s]", line)})
+    letters = sorted(set("".join(words)))
+    special = ["<pad>", "</s>", "<unk>"]
+    extra = [f"<extra_id_{i}>" for i in reversed(range(sentinels))]
+    scored = [("▁", -2.0), *((f"▁{word}", -4.0) for word in words), *((letter, -8.0) for letter in letters)]
+    tokenizer = Tokenizer(models.Unigram([*((name, 0.0) for name in special), *scored], unk_id=2))
+    tokenizer.add_special_tokens([*special, *extra])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return tokenizer

@@ -87,6 +87,33 @@ def test_queries_are_the_last_of_more_keys(dtype: torch.dtype, causal: bool, t: 
 
 
 @DTYPES
+@pytest.mark.parametrize(("h", "kv"), [(3, 3), (6, 2), (4, 1)])
+@pytest.mark.parametrize("window", [None, 1, 4, 20])
+def test_one_query_with_a_cache(dtype: torch.dtype, h: int, kv: int, window: int | None) -> None:
+    """As in generation: with left-padded rows, with a bias for each head, with slopes."""
+    tensors, allowed = qkv(2, 1, h, s=9, kv=kv), seen(1, 9, True, window)
+    check(tensors, dtype, additive(allowed), window=window)
+    mask = torch.arange(9) >= torch.tensor([0, 3])[:, None]
+    mask[:, -1] = True
+    check(tensors, dtype, additive(allowed & mask[:, None, None, :]), window=window, bias=mask[:, None, None, :])
+    heads = torch.randn(h, 1, 9, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    check(tensors, dtype, additive(allowed) + heads.double(), window=window, bias=heads)
+    slopes = torch.linspace(0.1, 1, h)
+    falling = slopes.double()[:, None, None] * (torch.arange(9) - 8)
+    check(tensors, dtype, additive(allowed) + falling, window=window, alibi=slopes)
+
+
+@torch.no_grad()
+def test_one_query_reads_the_window_alone() -> None:
+    """Not the rest of the cache under a mask: what is not a number there would spread."""
+    q, k, v = (x.float() for x in qkv(2, 1, 6, s=9, kv=2))
+    k[:, :5] = v[:, :5] = float("nan")
+    mask = torch.ones(2, 1, 1, 9, dtype=torch.bool)
+    assert attention(q, k, v, window=4).isfinite().all()
+    assert attention(q, k, v, window=4, bias=mask).isfinite().all()
+
+
+@DTYPES
 @CAUSAL
 @pytest.mark.parametrize("window", [1, 3, 4, 10, 11, 50])
 @pytest.mark.parametrize("t", [11, 4])

@@ -16,15 +16,15 @@ BY_NAME = {"import_module", "__import__"}
 
 EXPORTS = {
     "kernels": [
-        "LayerNorm", "Linear", "LowRank", "RMSNorm", "Segments", "activate", "activation_linear", "attention",
+        "Conv2d", "LayerNorm", "Linear", "LowRank", "RMSNorm", "Segments", "activate", "activation_linear", "attention",
         "feed_forward", "layer_norm", "linear_cross_entropy", "lora_conv2d", "lora_linear", "lora_linear_batched",
         "norm_linear", "rms_norm", "rope", "swiglu",
     ],
-    "models": ["Bert", "GPT2", "Llama", "load", "save"],
+    "models": ["Bert", "Bloom", "GPT2", "Llama", "ResNet", "T5", "XLNet", "add_tokens", "load", "save"],
     "engine": [
         "LoRAConfig", "TrainConfig", "add_lora", "evaluate", "freeze", "generate", "load_adapter", "load_checkpoint",
-        "merge_lora", "quantize", "save_adapter", "save_checkpoint", "set_adapter", "train", "trainable_report",
-        "unfreeze", "unmerge_lora", "use_adapter",
+        "merge_lora", "quantize", "save_adapter", "save_checkpoint", "set_adapter", "train", "train_rows",
+        "trainable_report", "unfreeze", "unmerge_lora", "use_adapter",
     ],
 }  # fmt: skip
 

@@ -31,6 +31,7 @@ from handtune.engine.batches import packed
 from handtune.engine.lora import slots
 from handtune.engine.losses import causal_lm_loss
 from handtune.models import Llama, load, save
+from handtune.models.rope import Llama3
 
 TASKS = ("causal-lm", "sequence-classification", "token-classification", "question-answering", "embedding", "reward")
 LLAMA3 = {
@@ -152,22 +153,6 @@ def test_a_tied_model_with_another_output_matrix_is_refused(tmp_path):
     assert load(tmp_path, "embedding", device="cpu")[0].task == "embedding"
 
 
-def test_both_spellings_of_the_rotation_are_read(tmp_path):
-    """`rope_theta` and `rope_scaling` of older checkpoints; `rope_parameters` of newer ones."""
-    _, model = both(tmp_path, tiny_llama(rope_parameters={**LLAMA3, "rope_theta": 100.0}), "causal-lm")
-    path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
-    del config["rope_parameters"]
-    for old in ({"rope_scaling": LLAMA3}, {"rope_scaling": {**LLAMA3, "type": "llama3"}}):
-        path.write_text(json.dumps({**config, **old, "rope_theta": 100.0}))
-        assert load(tmp_path)[0].config == model.config
-    path.write_text(json.dumps({**config, "rope_scaling": {"type": "yarn", "factor": 2.0}}))
-    with pytest.raises(
-        ValueError, match=r"config\.json: rope_type = 'yarn' is not implemented; known: default, llama3"
-    ):
-        load(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("task", "overrides"), [*((task, {}) for task in TASKS), *(("causal-lm", each) for each in CONFIGS.values())]
 )
@@ -203,16 +188,26 @@ def test_bfloat16_is_close(tmp_path):
     assert (rounded.float() - exact).norm() < 0.03 * exact.norm()
 
 
-# Parameters, query and key/value heads, positions, θ, and the factor of llama3 scaling.
+# Parameters, query and key/value heads, positions, θ, the factor of llama3 scaling, ε, the window.
 SIZES = {
-    "SmolLM2-135M": (134_515_008, 9, 3, 8192, 100e3, 1),
-    "SmolLM2-360M": (361_821_120, 15, 5, 8192, 100e3, 1),
-    "SmolLM2-1.7B": (1_711_376_384, 32, 32, 8192, 130e3, 1),
-    "TinyLlama-1.1B": (1_100_048_384, 32, 4, 2048, 10e3, 1),
-    "Llama-2-7B": (6_738_415_616, 32, 32, 4096, 10e3, 1),
-    "Llama-3.2-1B": (1_235_814_400, 32, 8, 131072, 500e3, 32),
-    "Llama-3.2-3B": (3_212_749_824, 24, 8, 131072, 500e3, 32),
-    "Llama-3.1-8B": (8_030_261_248, 32, 8, 131072, 500e3, 8),
+    "SmolLM2-135M": (134_515_008, 9, 3, 8192, 100e3, 1, 1e-5, None),
+    "SmolLM2-360M": (361_821_120, 15, 5, 8192, 100e3, 1, 1e-5, None),
+    "SmolLM2-1.7B": (1_711_376_384, 32, 32, 8192, 130e3, 1, 1e-5, None),
+    "TinyLlama-1.1B": (1_100_048_384, 32, 4, 2048, 10e3, 1, 1e-5, None),
+    "Llama-2-7B": (6_738_415_616, 32, 32, 4096, 10e3, 1, 1e-5, None),
+    "Llama-3.2-1B": (1_235_814_400, 32, 8, 131072, 500e3, 32, 1e-5, None),
+    "Llama-3.2-3B": (3_212_749_824, 24, 8, 131072, 500e3, 32, 1e-5, None),
+    "Llama-3.1-8B": (8_030_261_248, 32, 8, 131072, 500e3, 8, 1e-5, None),
+    "Mistral-7B-v0.1": (7_241_732_096, 32, 8, 32768, 10e3, 1, 1e-5, 4096),
+    "Mistral-7B-v0.3": (7_248_023_552, 32, 8, 32768, 1e6, 1, 1e-5, None),
+    "Qwen2.5-0.5B": (494_032_768, 14, 2, 32768, 1e6, 1, 1e-6, None),
+    "Qwen2.5-1.5B": (1_543_714_304, 12, 2, 131072, 1e6, 1, 1e-6, None),
+    "Qwen2.5-3B": (3_085_938_688, 16, 2, 32768, 1e6, 1, 1e-6, None),
+    "Qwen2.5-7B": (7_615_616_512, 28, 4, 131072, 1e6, 1, 1e-6, None),
+    "Qwen3-0.6B": (596_049_920, 16, 8, 40960, 1e6, 1, 1e-6, None),
+    "Qwen3-1.7B": (1_720_574_976, 16, 8, 40960, 1e6, 1, 1e-6, None),
+    "Qwen3-4B": (4_022_468_096, 32, 8, 40960, 1e6, 1, 1e-6, None),
+    "Qwen3-8B": (8_190_735_360, 32, 8, 40960, 1e6, 1, 1e-6, None),
 }
 
 
@@ -221,10 +216,11 @@ def test_published_sizes(name, published):
     with torch.device("meta"):
         model = Llama.from_name(name)
     c, count = model.config, sum(parameter.numel() for parameter in model.parameters())
+    factor = c.rope.scaling.factor if c.rope.scaling else 1
     heads = (c.n_head, c.n_kv_head or c.n_head)
-    assert (count, *heads, c.max_positions, c.rope.theta, c.rope.factor) == published
-    assert c.eps == 1e-5
-    assert (c.rope.low, c.rope.high, c.rope.original) == (1, 4, 8192)
+    assert (count, *heads, c.max_positions, c.rope.theta, factor, c.eps, c.window) == published
+    if factor != 1:
+        assert c.rope.scaling == Llama3(factor, low=1, high=4, original=8192)
 
 
 def test_presets_are_exactly_these():

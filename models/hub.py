@@ -1,0 +1,48 @@
+"""Where a checkpoint lies: a folder, or a repository of the hub, of which only what is read here is downloaded."""
+
+import re
+from pathlib import Path
+
+WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "vocab.txt", "merges.txt")
+# The same weights in other layouts: in folders of their own, or as Mistral's own code reads them.
+UNWANTED = ("*/*.safetensors", "consolidated*.safetensors")
+
+
+def checkpoint_folder(path: str | Path) -> Path:
+    """The local folder of a checkpoint; a hub id is downloaded (or found in the hub's cache) first.
+
+    Raises FileNotFoundError where there is no such folder or repository, or no config.json in it.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return _with_config(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} is a file; give the checkpoint's folder")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)):
+        raise FileNotFoundError(f"{folder}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(str(path), allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)))
+    except Exception as error:  # which ones depends on the HTTP client, and that on the library's version
+        raise FileNotFoundError(f"{path}: no such folder, and the hub did not give it ({_reason(error)})") from error
+    return _with_config(folder)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong and what to do, in one line; of other errors, the first line of what the library says."""
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "it is gated: accept its terms on its page, then log in with `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such repository, or it is private: check the name, or log in with `hf auth login`"
+    if isinstance(error, LocalEntryNotFoundError):
+        return "the hub can't be reached, and its cache doesn't have it: go online once, or give a folder"
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def _with_config(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no config.json there; a checkpoint folder in Hugging Face layout has one")
+    return folder

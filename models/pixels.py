@@ -1,0 +1,125 @@
+"""What a checkpoint says of the images it reads: size, crop, resampling, normalisation.
+
+Three spellings are in use. `preprocessor_config.json` of transformers says either "scale the short edge to
+size / crop_pct, cut `size` out of the middle" (ConvNeXt's processor, which the ResNets of the hub come with; from 384
+pixels on it squeezes the image to a square instead), or "scale the short edge to `size`, cut `crop_size`" (BiT's and
+most others), or "squeeze to height and width" (ViT's). timm has it in config.json under `pretrained_cfg`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .shards import read_json
+
+FILE = "preprocessor_config.json"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RESAMPLINGS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # Pillow's numbers
+WARPS_FROM = 384  # pixels; ConvNeXt's processor
+# What would change the pixels if it were otherwise.
+REQUIRED = {"do_resize": (True,), "do_rescale": (True,), "rescale_factor": (1 / 255, 0.00392156862745098)}
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How an image becomes (C, size, size): scaled to `edge` on its short side, `size` cut out of the middle.
+
+    `squeeze`: scaled to edge × edge, whatever its shape. `resample` is Pillow's number of the filter. `mean` and `std`,
+    one a channel, are those of values between 0 and 1.
+    """
+
+    size: int = 224
+    edge: int = 256
+    squeeze: bool = False
+    resample: int = 3
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if not 0 < self.size <= self.edge:
+            raise ValueError(f"a window of {self.size} pixels can't be cut out of an image scaled to {self.edge}")
+        if len(self.mean) != len(self.std) or not all(self.std):
+            raise ValueError(f"mean {self.mean} and std {self.std}: expected one of each a channel, and no std of zero")
+
+    def at(self, size: int) -> "Pixels":
+        """The same at another size; what is cut off stays in proportion."""
+        edge = size * self.edge // self.size
+        return Pixels(size, edge, self.squeeze, self.resample, self.mean, self.std)
+
+    @classmethod
+    def read(cls, folder: Path, config: dict[str, Any]) -> "Pixels | None":
+        """From preprocessor_config.json or timm's `pretrained_cfg`; None where there is neither.
+
+        Raises ValueError for a damaged file and for a step that is not implemented.
+        """
+        path = folder / FILE
+        try:
+            if path.is_file():
+                return cls(**_from_processor(read_json(path)))
+            if isinstance(timm := config.get("pretrained_cfg"), dict):
+                path = folder / "config.json"
+                return cls(**_from_timm(timm))
+        except (TypeError, KeyError, ZeroDivisionError) as error:
+            raise ValueError(f"{path}: the size or normalisation of images is damaged ({error!r})") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return None
+
+    def write(self, folder: Path) -> None:
+        """Write preprocessor_config.json as BiT's processor, which names every step."""
+        out = {
+            "image_processor_type": "BitImageProcessor",
+            "do_resize": True,
+            "size": {"height": self.edge, "width": self.edge} if self.squeeze else {"shortest_edge": self.edge},
+            "resample": self.resample,
+            "do_center_crop": True,
+            "crop_size": {"height": self.size, "width": self.size},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "do_convert_rgb": len(self.mean) == 3,
+        }
+        (folder / FILE).write_text(json.dumps(out, indent=2) + "\n", encoding="utf-8")
+
+
+def _from_processor(stored: dict[str, Any]) -> dict[str, Any]:
+    for field, accepted in REQUIRED.items():
+        if stored.get(field, accepted[0]) not in accepted:
+            raise ValueError(f"{field} = {stored[field]!r} is not implemented")
+    normalize = stored.get("do_normalize", True)
+    mean = stored.get("image_mean", IMAGENET_MEAN) if normalize else (0.0,) * 3
+    std = stored.get("image_std", IMAGENET_STD) if normalize else (1.0,) * 3
+    out = {"mean": tuple(mean), "std": tuple(std), "resample": int(stored.get("resample", 3))}
+    kind = str(stored.get("image_processor_type") or stored.get("feature_extractor_type"))
+    size = stored["size"]
+    squeeze = isinstance(size, dict) and "height" in size
+    edge = _square("size", size) if squeeze else int(size["shortest_edge"] if isinstance(size, dict) else size)
+    if kind.startswith("ConvNext"):
+        if edge >= WARPS_FROM:
+            return {**out, "size": edge, "edge": edge, "squeeze": True}
+        return {**out, "size": edge, "edge": int(edge / stored.get("crop_pct", 224 / 256))}
+    if stored.get("do_center_crop"):
+        return {**out, "size": _square("crop_size", stored["crop_size"]), "edge": edge, "squeeze": squeeze}
+    if not squeeze:
+        raise ValueError(f"size = {size} without do_center_crop, images of several shapes, is not implemented")
+    return {**out, "size": edge, "edge": edge, "squeeze": True}
+
+
+def _square(field: str, size: Any) -> int:
+    """The side of a square that is given as a number, or as height and width."""
+    sides = [size["height"], size["width"]] if isinstance(size, dict) else [size, size]
+    if sides[0] != sides[1]:
+        raise ValueError(f"{field} = {size} is not a square, which is not implemented")
+    return int(sides[0])
+
+
+def _from_timm(stored: dict[str, Any]) -> dict[str, Any]:
+    size, crop = int(stored["input_size"][-1]), stored.get("crop_pct") or 1.0
+    mode, resample = stored.get("crop_mode") or "center", stored.get("interpolation", "bicubic")
+    if mode not in ("center", "squash") or resample not in RESAMPLINGS:
+        raise ValueError(f"crop_mode = {mode!r}, interpolation = {resample!r} is not implemented")
+    out = {"mean": tuple(stored["mean"]), "std": tuple(stored["std"]), "resample": RESAMPLINGS[resample]}
+    return {**out, "size": size, "edge": int(size / crop), "squeeze": mode == "squash"}

@@ -1,0 +1,73 @@
+"""Which task a checkpoint is for, and which head it carries: what config.json says of them, read and written."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .heads import LABELLED, n_outputs
+
+if TYPE_CHECKING:
+    from .checkpoint import Family, Model
+
+
+def class_name(family: "Family", task: str, model_type: str) -> str:
+    """transformers' class for the task: where one class of ours is several families, theirs begin with the family."""
+    return family.architectures[task].format(model_type.capitalize())
+
+
+def task_of(published: dict[str, Any], family: "Family", folder: Path) -> str:
+    """The task that config.json's `architectures` names. ValueError where it names none."""
+    names = published.get("architectures") or []
+    if published.get("handtune_task") in family.architectures:
+        return published["handtune_task"]
+    for task in family.architectures:
+        if class_name(family, task, published["model_type"]) in names or (
+            task == "masked-lm" and "BertForPreTraining" in names
+        ):
+            return task
+    tasks = ", ".join(family.architectures)
+    raise ValueError(f"{folder / 'config.json'}: architectures {names} names no known task; pass task= one of {tasks}")
+
+
+def stored_head(published: dict[str, Any], family: "Family", folder: Path) -> tuple[tuple[str, ...], int]:
+    """Label names and depth of the head that is there. transformers leaves out the table of two unnamed labels."""
+    table, depth = published.get("id2label"), published.get("head_layers", 1)
+    kind = published["model_type"]
+    names = {class_name(family, task, kind) for task in LABELLED if task in family.architectures}
+    if table is None and names & set(published.get("architectures") or ()):
+        table = {i: f"LABEL_{i}" for i in range(published.get("num_labels", 2))}
+    try:
+        return tuple(str(table[key]) for key in sorted(table, key=int)) if table else (), int(depth)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{folder / 'config.json'}: id2label or head_layers is damaged ({error})") from error
+
+
+def label_names(labels: list[str] | tuple[str, ...] | int | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    """The labels asked for by name or number, or else those `known`. ValueError where they are not different names."""
+    if isinstance(labels, int):
+        if labels < 1:
+            raise ValueError(f"labels {labels}: expected names, or a positive number")
+        labels = [str(i) for i in range(labels)]
+    if isinstance(labels, str) or len(set(labels or ())) != len(labels or ()):
+        raise ValueError(f"labels {labels!r}: expected different names, or their number")
+    return tuple(labels or known)
+
+
+def reusable_head(model: "Model", published: dict[str, Any], width: int) -> bool:
+    """Whether the stored head, `width` labels wide, is this task's: heads of several tasks go by the same name."""
+    stored = published.get("architectures")
+    if stored and class_name(type(model), model.task, published["model_type"]) not in stored:
+        return False
+    return model.task not in (*LABELLED, "reward") or width == n_outputs(model.task, model.labels)
+
+
+def task_config(model: "Model", model_type: str) -> dict[str, Any]:
+    """The fields of config.json that tell the task, its labels and the head's depth."""
+    out: dict[str, Any] = {"architectures": [class_name(type(model), model.task, model_type)]}
+    if model.task == "reward":
+        out |= {"handtune_task": "reward", "num_labels": 1}
+    if model.head_layers > 1:
+        out["head_layers"] = model.head_layers
+    if model.labels:
+        out["id2label"] = {str(i): name for i, name in enumerate(model.labels)}
+        out["label2id"] = {name: i for i, name in enumerate(model.labels)}
+    return out
