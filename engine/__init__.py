@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .lora import LoRAConfig as LoRAConfig
     from .lora import add_lora as add_lora
     from .quantization import quantize as quantize
+    from .token_rows import train_rows as train_rows
 
 _HOME = {
     "LoRAConfig": "lora",
@@ -42,6 +43,7 @@ _HOME = {
     "save_checkpoint": "checkpoint",
     "set_adapter": "adapters",
     "train": "loop",
+    "train_rows": "token_rows",
     "trainable_report": "freezing",
     "unfreeze": "freezing",
     "unmerge_lora": "adapters",

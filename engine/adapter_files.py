@@ -2,7 +2,8 @@
 
 Tensors stand under the published module paths (`base_model.model.<path>.lora_A.weight`), so that PEFT loads what is
 saved here and the other way round. The parts of a fused projection are split into the modules that PEFT knows, and
-joined again. Of PEFT's fields, one that changes the arithmetic and is not implemented is refused by name.
+joined again; where a checkpoint has rows in another order than ours, so have the B's. Of PEFT's fields, one that
+changes the arithmetic and is not implemented is refused by name.
 """
 
 import json
@@ -10,35 +11,38 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..kernels import Linear, LowRank
-from ..kernels.linear import Part
+from ..kernels.conv import ConvFactors
+from .adapter_factors import plan_factors, stored, stored_factor
 from .adapters import adapter_names, set_adapter
+from .beside import places_beside, put_beside, trained_beside
 from .lora import (
     EmbeddingFactors,
     KnownModel,
     LoRAConfig,
-    LoRAEmbedding,
     Slot,
-    candidates,
     check_name,
     ensure_slot,
-    is_conv1d,
     refuse_merged,
     refuse_tied,
     slots,
 )
+from .token_rows import STORED, put_rows, take_rows, trained_ids
 
 TASK_TYPES = {
     "causal-lm": "CAUSAL_LM",
+    "seq2seq-lm": "SEQ_2_SEQ_LM",
     "sequence-classification": "SEQ_CLS",
     "reward": "SEQ_CLS",
     "token-classification": "TOKEN_CLS",
     "question-answering": "QUESTION_ANS",
     "embedding": "FEATURE_EXTRACTION",
 }
+# The type of an adapter on tensors that are no module for PEFT, which would leave them out without a word: so it
+# refuses the whole. Merged and saved, such a model is one that everybody loads.
+OURS = "HANDTUNE_LORA"
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -49,7 +53,9 @@ _NEUTRAL = {
     "layers_to_transform", "layers_pattern", "fan_in_fan_out", "runtime_config", "qalora_group_size",
     "ensure_weight_tying",
 }  # fmt: skip
-_READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights"}
+_READ = {
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "trainable_token_indices",
+}  # fmt: skip
 # Initialisations that leave the base weights alone; the others (PiSSA, OLoRA) go with a base that they changed.
 _INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 
@@ -69,52 +75,47 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     transposed = False
     for slot in slots(model):
         if name in slot.module.lora:
-            for published, rank, scale, weights in _published_factors(slot, name):
+            for published, rank, scale, weights in _published_factors(model, slot, name):
                 modules[published] = (rank, scale * rank)
                 tensors |= {f"{PREFIX}{published}.{key}": w.detach().cpu().contiguous() for key, w in weights.items()}
-            transposed |= _stored_transposed(model, slot)
-    extra = _trained_besides(model)
+            source = stored(model, slot.path)
+            transposed |= source.transposed if source else isinstance(slot.module, Linear) and slot.module.transposed
+    extra = trained_beside(model)
     tensors |= {f"{PREFIX}{key}": value for key, value in extra.items()}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    config = _peft_config(model, name, modules, sorted({key.rpartition(".")[0] for key in extra}), transposed)
+    saved = sorted({key.rpartition(".")[0] for key in extra if not key.endswith(STORED)})
+    config = _peft_config(model, name, modules, saved, transposed)
+    config["trainable_token_indices"] = trained_ids(model) or None
+    if any(name in slot.module.lora and _stored_raw(model, slot) for slot in slots(model)):
+        config["peft_type"] = OURS
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _published_factors(slot: Slot, name: str) -> Iterator[tuple[str, int, float, dict[str, Tensor]]]:
+def _published_factors(model: nn.Module, slot: Slot, name: str) -> Iterator[tuple[str, int, float, dict[str, Tensor]]]:
     """For each adapted part: published module path, rank, scale, and its two factors under PEFT's names."""
     factors = slot.module.lora[name]
     if isinstance(factors, EmbeddingFactors):
         weights: dict[str, Tensor] = {"lora_embedding_A": factors.a, "lora_embedding_B": factors.b}
         yield slot.published[0], factors.a.shape[0], factors.scale, weights
+    elif isinstance(factors, ConvFactors):
+        weights = {"lora_A.weight": factors.a, "lora_B.weight": factors.b}
+        yield slot.published[0], factors.a.shape[0], factors.scale, weights
     elif isinstance(factors, LowRank) and isinstance(slot.module, Linear):
         blocks = zip(
             factors.parts, factors.ranks, factors.scales, factors.a.split(factors.ranks), factors.b, strict=True
         )
+        stored = stored_factor(model, slot.path)
         for part, rank, scale, a, b in blocks:
-            yield slot.published[slot.module.parts.index(part)], rank, scale, {"lora_A.weight": a, "lora_B.weight": b}
+            weights = {"lora_A.weight": a, "lora_B.weight": stored.theirs(b) if stored else b}
+            yield slot.published[slot.module.parts.index(part)], rank, scale, weights
 
 
-def _stored_transposed(model: nn.Module, slot: Slot) -> bool:
-    if isinstance(model, KnownModel):
-        return model.key_map()[f"{slot.path}.weight"].transposed
-    return isinstance(slot.module, Linear) and slot.module.transposed
-
-
-def _trained_besides(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters outside the adapters, as published tensors."""
-    out: dict[str, Tensor] = {}
-    names = model.key_map() if isinstance(model, KnownModel) else {}
-    for key, parameter in model.named_parameters():
-        if not parameter.requires_grad or ".lora." in key:
-            continue
-        source = names.get(key)
-        rows = source.rows if source and source.rows else (len(parameter),)
-        value = parameter.detach().cpu()
-        for published, block in zip(source.names if source else (key,), value.split(rows), strict=True):
-            out[published] = (block.T if source and source.transposed else block).contiguous()
-    return out
+def _stored_raw(model: nn.Module, slot: Slot) -> bool:
+    """Whether the published checkpoint has a bare tensor there, and no module that PEFT could adapt."""
+    source = stored(model, slot.path)
+    return source is not None and any(not published.endswith(".weight") for published in source.names)
 
 
 def _peft_config(
@@ -143,7 +144,7 @@ def _peft_config(
 
 def _dropout(model: nn.Module, name: str) -> float:
     found = [slot.module.lora[name] for slot in slots(model) if name in slot.module.lora]
-    return next((factors.dropout for factors in found if isinstance(factors, LowRank)), 0.0)
+    return next((factors.dropout for factors in found if isinstance(factors, LowRank | ConvFactors)), 0.0)
 
 
 def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
@@ -164,27 +165,31 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     refuse_merged(model)
     config = _lora_config(published, folder / CONFIG)
     tensors = _read_weights(folder / WEIGHTS)
-    plan, rest = _plan(model, tensors, config, folder / WEIGHTS)
-    besides = _besides(model, rest, folder / WEIGHTS)
+    plan, rest = plan_factors(model, tensors, config, folder / WEIGHTS)
+    try:
+        rows = take_rows(model, rest, published.get("trainable_token_indices"))
+        beside = places_beside(model, rest)
+    except ValueError as error:
+        raise ValueError(f"{folder / WEIGHTS}: {error}") from error
     refuse_tied(model, [path for path, _ in plan])
-    if besides and adapter_names(model):
-        raise ValueError(f"{folder} brings a head of its own, which would replace that of the adapter already attached")
+    if (beside or rows) and adapter_names(model):
+        raise ValueError(
+            f"{folder} brings a head or token rows of its own, which would replace those of the one already attached"
+        )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for slot_path, factors in plan:
         module = ensure_slot(model, slot_path)
         module.lora[name] = factors.to(module.weight.device).train(module.training)
-    with torch.no_grad():
-        for parameter, rows, value in besides:
-            rows.copy_(value)
-            parameter.requires_grad_(True)
+    put_beside(beside)
+    put_rows(model, rows)
     set_adapter(model, name)
 
 
 def _lora_config(published: Any, path: Path) -> LoRAConfig:
     if not isinstance(published, dict):
         raise ValueError(f"{path}: expected an object with PEFT's fields, got {published!r:.40}; restore the file")
-    if published.get("peft_type", "LORA") != "LORA":
+    if published.get("peft_type", "LORA") not in ("LORA", OURS):
         raise ValueError(f"{path}: peft_type {published['peft_type']!r} is not implemented; only LORA is")
     for field, value in published.items():
         if field not in _NEUTRAL | _READ and value not in (None, False, {}, [], "none"):
@@ -224,101 +229,3 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         if not value.isfinite().all():
             raise ValueError(f"{path}: {key} holds NaN or infinity; the adapter is damaged")
     return {key.removeprefix(PREFIX): value for key, value in tensors.items()}
-
-
-def _plan(
-    model: nn.Module, tensors: dict[str, Tensor], config: LoRAConfig, path: Path
-) -> tuple[list[tuple[str, nn.Module]], dict[str, Tensor]]:
-    """The factors to attach, by module path, made from the tensors; and the tensors that are no factors."""
-    plan: list[tuple[str, nn.Module]] = []
-    rest = dict(tensors)
-    for module_path, module, published in candidates(model):
-        factors: nn.Module | None
-        if isinstance(module, nn.Embedding | LoRAEmbedding):
-            factors = _embedding_factors(module, published[0], rest, config, path)
-        else:
-            factors = _projection_factors(module, published, rest, config, path)
-        if factors is not None:
-            plan.append((module_path, factors))
-    if not plan:
-        raise ValueError(f"{path}: none of its tensors belongs to this model; it was made for another base")
-    return plan, rest
-
-
-def _embedding_factors(
-    module: nn.Embedding | LoRAEmbedding, name: str, rest: dict[str, Tensor], config: LoRAConfig, path: Path
-) -> EmbeddingFactors | None:
-    v, d = module.num_embeddings, module.embedding_dim
-    pair = _pair(rest, name, "lora_embedding_{}", (v, d), config, path)
-    if pair is None:
-        return None
-    a, b = pair
-    factors = EmbeddingFactors(v, d, len(a), config.scale_of(name))
-    factors.a.data, factors.b.data = a.float(), b.float()
-    return factors
-
-
-def _projection_factors(
-    module: nn.Module, published: tuple[str, ...], rest: dict[str, Tensor], config: LoRAConfig, path: Path
-) -> LowRank | None:
-    if isinstance(module, Linear):
-        fan_in, parts = module.in_features, module.parts
-    else:
-        assert isinstance(module.weight, Tensor)  # a foreign projection, see candidates
-        fan_out, fan_in = module.weight.shape[::-1] if is_conv1d(module) else module.weight.shape
-        parts = (Part("", 0, fan_out),)
-    found = []
-    for part, name in zip(parts, published, strict=True):
-        if pair := _pair(rest, name, "lora_{}.weight", (fan_in, part.size), config, path):
-            found.append((part, config.scale_of(name), *pair))
-    if not found:
-        return None
-    blocks, scales, a_blocks, b_blocks = zip(*found, strict=True)
-    factors = LowRank(fan_in, list(blocks), [len(a) for a in a_blocks], list(scales), config.dropout)
-    factors.a.data = torch.cat([a.float() for a in a_blocks])
-    for own, b in zip(factors.b, b_blocks, strict=True):
-        own.data = b.float()
-    return factors
-
-
-def _pair(
-    rest: dict[str, Tensor], name: str, kind: str, sizes: tuple[int, int], config: LoRAConfig, path: Path
-) -> tuple[Tensor, Tensor] | None:
-    """Take the factors A (R, sizes[0]) and B (sizes[1], R) of one published module out of `rest`, if they are there."""
-    keys = [f"{name}.{kind.format(factor)}" for factor in "AB"]
-    a, b = (rest.pop(key, None) for key in keys)
-    if a is None and b is None:
-        return None
-    if a is None or b is None:
-        there, lacking = keys if b is None else reversed(keys)
-        raise ValueError(f"{path}: {there} is there without {lacking}; the adapter is damaged")
-    rank = a.shape[0] if a.dim() else 0
-    _expect(path, name, (tuple(a.shape), tuple(b.shape)), ((rank, sizes[0]), (sizes[1], rank)))
-    if rank != config.rank_of(name):
-        raise ValueError(f"{path}: {name} has rank {rank}, but {CONFIG} says {config.rank_of(name)}")
-    return a, b
-
-
-def _expect(path: Path, name: str, got: tuple, wanted: tuple) -> None:
-    if got != wanted:
-        raise ValueError(f"{path}: {name} has factors of shape {got}, the model needs {wanted}; it is for another base")
-
-
-def _besides(model: nn.Module, rest: dict[str, Tensor], path: Path) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
-    """Where each stored plain parameter goes: (our parameter, rows of it, value)."""
-    names = model.key_map() if isinstance(model, KnownModel) else {}
-    home: dict[str, tuple[nn.Parameter, Tensor, bool]] = {}
-    for key, parameter in model.named_parameters():
-        source = names.get(key)
-        rows = source.rows if source and source.rows else (len(parameter),)
-        for published, block in zip(source.names if source else (key,), parameter.data.split(rows), strict=True):
-            home[published] = (parameter, block, bool(source and source.transposed))
-    out = []
-    for key, value in rest.items():
-        if key not in home:
-            raise ValueError(f"{path}: {key} has no place in this model; it was made for another base or task")
-        parameter, block, transposed = home[key]
-        value = value.T if transposed else value
-        _expect(path, key, tuple(value.shape), tuple(block.shape))
-        out.append((parameter, block, value))
-    return out

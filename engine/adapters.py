@@ -10,9 +10,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..kernels import Linear, LowRank
+from ..kernels import Conv2d, Linear, LowRank
+from ..kernels.conv import ConvFactors
 from ..kernels.linear import Merged
-from .lora import EmbeddingFactors, LoRAEmbedding, refuse_merged, slots
+from .lora import Adaptable, EmbeddingFactors, refuse_merged, slots
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -50,7 +51,7 @@ def _require(model: nn.Module, name: str | None) -> None:
 def merge_lora(model: nn.Module, *, keep_base: bool = True) -> None:
     """Add the active adapter into the weights. `keep_base` keeps a copy of the adapted weights for `unmerge_lora`.
 
-    Raises ValueError where no adapter is active, or one sits on a quantised weight.
+    Raises ValueError where no adapter is active, or one sits on a quantised weight or a convolution in groups.
     """
     active = [slot for slot in slots(model) if slot.module.active is not None]
     if not active:
@@ -61,6 +62,11 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> None:
                 f"{slot.path} is quantised to 4 bits, too coarse for a merged weight: save_adapter(model, path), load "
                 "the base in bfloat16, load_adapter and merge_lora there"
             )
+        if isinstance(slot.module, Conv2d) and slot.module.groups > 1:
+            raise ValueError(
+                f"{slot.path} is a convolution in {slot.module.groups} groups: each reads all channels through the "
+                "adapter, but not through the weight, so that it can't be merged; save_adapter(model, path) instead"
+            )
     for slot in active:
         module, name = slot.module, slot.module.active
         assert name is not None
@@ -70,12 +76,14 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> None:
         module.merged, module.active = Merged(name, base), None
 
 
-def _deltas(module: Linear | LoRAEmbedding, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+def _deltas(module: Adaptable, name: str) -> Iterator[tuple[Tensor, Tensor]]:
     """Blocks of the weight as (rows, fan-in) views, each with its correction in fp32."""
     factors = module.lora[name]
     if isinstance(factors, LowRank) and isinstance(module, Linear):
         for part, delta in factors.delta():
             yield module.matrix.data[part.start : part.start + part.size], delta
+    elif isinstance(factors, ConvFactors):
+        yield module.weight.data, factors.delta()
     elif isinstance(factors, EmbeddingFactors):
         yield module.weight.data, factors.scale * (factors.b @ factors.a).T
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 IGNORE = -100
 Batch = dict[str, Any]
+CollateFn = Callable[[list[Any]], Any]
 
 
 class Examples(Protocol):
@@ -31,7 +32,8 @@ class Examples(Protocol):
 
 def example_size(example: Mapping[str, Any]) -> int:
     """Tokens of an encoded example, of all its texts."""
-    return sum(len(example[key]) for key in ("input_ids", "anchor", "positive", "negative") if key in example)
+    texts = ("input_ids", "target_ids", "anchor", "positive", "negative")
+    return sum(len(example[key]) for key in texts if key in example)
 
 
 class Batches:
@@ -45,7 +47,7 @@ class Batches:
     def __init__(
         self,
         examples: Examples,
-        collate: Callable[[list[Any]], Any],
+        collate: CollateFn,
         *,
         rows: int | None = None,
         tokens: int | None = None,

@@ -42,8 +42,12 @@ def _marked(
     note = f"{len(ids)} tokens"
     if objective == "classify":
         return f"{note}, label {_name(example['label'], labels)}", [(text, False) for text in _texts(ids, tokenizer)]
-    if objective == "masked-lm":
+    if objective in ("masked-lm", "span-corruption"):
         return f"{note}, masked anew in each epoch", [(text, False) for text in _texts(ids, tokenizer)]
+    if objective == "seq2seq":
+        written = [(text, True) for text in _texts(example["target_ids"], tokenizer)]
+        pieces = [(text, False) for text in _texts(ids, tokenizer)] + [("writes:", False), *written]
+        return f"{note} to read, {len(written)} to write", pieces
     if objective == "qa":
         start, end = example["start"], example["end"]
         note = f"{note}, row {example['row'] + 1}, " + (f"answer at {start} to {end}" if start else "no answer here")

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from .loop import TrainConfig
 from .lora import LoRAConfig
-from .objectives import OBJECTIVES
+from .objectives import METHODS
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,35 @@ class ModelConfig:
 class DataConfig:
     """Rows to train on (a file or several), and `eval`: a file, or the share of the rows held out.
 
-    `max_length` is in tokens (None: the model's positions). `packing` lays rows end to end instead of padding them.
+    `max_length` is in tokens (None: the model's positions). `packing` lays rows end to end instead of padding them,
+    where the objective can; sources and targets of an encoder-decoder are padded, each at most `max_length` long. Of
+    images: `image_size` is the side of what the model sees, in pixels (None: the model's own); `augment` shifts and
+    mirrors them in training, which is wrong where left and right mean something.
     """
 
     train: str | list[str]
     eval: str | float | None = None
     max_length: int | None = None
     packing: bool = True
+    image_size: int | None = None
+    augment: bool = True
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"data.image_size = {self.image_size}: expected a positive number of pixels")
 
 
 @dataclass(frozen=True)
 class FreezeConfig:
-    """Globs of parameters not to train, and those of them to train `except`ed."""
+    """Globs of parameters not to train, and those of them to train `except`ed.
+
+    `token_rows`: tokens whose rows of the embedding (and of a head of its own) train although the others don't: those
+    that `add_tokens` added, say, beside an adapter.
+    """
 
     names: list[str] = field(default_factory=list)
     except_: list[str] = field(default_factory=list)
+    token_rows: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -77,8 +91,8 @@ class RunConfig:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in OBJECTIVES:
-            raise ValueError(f"method {self.method!r} is unknown; known: {', '.join(OBJECTIVES)}")
+        if self.method not in METHODS:
+            raise ValueError(f"method {self.method!r} is unknown; known: {', '.join(METHODS)}")
         if (self.model.path is None) == (self.model.preset is None):
             raise ValueError("model: give path (a folder or hub id) or preset (a fresh model), one of the two")
         if self.model.quantize is not None and self.lora is None:

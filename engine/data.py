@@ -1,4 +1,4 @@
-"""Rows of training data out of a file: JSONL, JSON, CSV, TSV, plain text, CoNLL.
+"""Rows of training data out of a file: JSONL, JSON, CSV, TSV, plain text, CoNLL; or out of a folder of images.
 
 `read_rows` gives a list of dicts that all have one of the shapes listed in `rows.py`. What it can't read it refuses,
 with file, line and remedy; nothing is skipped but blank lines.
@@ -9,6 +9,7 @@ with file, line and remedy; nothing is skipped but blank lines.
     .tsv              header line, or none where there are two columns `text<TAB>label`; a quote is a character
     .txt              the whole file is one document
     .conll .iob .iob2 a token and its tag a line (first and last column, tab or spaces), a blank line ends a sentence
+    a folder          a folder a class, each with its images (see `images.py`)
 """
 
 import csv
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .images import image_rows
 from .rows import KNOWN_FIELDS, normalise, row_shape
 
 __all__ = ["label_names", "read_rows", "row_shape", "split_rows"]
@@ -34,6 +36,8 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     Raises FileNotFoundError, or ValueError with one line that names the file, the line or row, and the remedy.
     """
     path = Path(path)
+    if path.is_dir() and path.suffix.lower() not in _READERS:
+        return image_rows(path)
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"{path}: unknown kind of file {path.suffix!r}; use one of {' '.join(_READERS)}")

@@ -9,16 +9,18 @@
     tag         tokens/tags                                 input_ids, targets: a word's tag on its first sub-token
     qa          question/context/answers                    input_ids, token_type_ids, start, end, row, offsets
     embed       anchor/positive(/negative)                  anchor, positive (, negative)
+    seq2seq     prompt/completion                           input_ids, target_ids
+    span-corruption   as masked-lm                          input_ids
 
 Targets of causal objectives are shifted: targets[i] follows position i, or is -100 where no loss is wanted. A row of n
 tokens gives n - 1 positions, and `max_length` counts positions: what the model sees.
 
 What doesn't fit in max_length:
-- text (pretrain, sft, masked-lm) is split into windows; no token is lost;
+- text (pretrain, sft, masked-lm, span-corruption) is split into windows; no token is lost;
 - sft with a mask: what precedes the first target loses its beginning, down to one token. If that doesn't do, it keeps
   at most a quarter of the window and the end is cut. Both count as truncated;
 - qa: the context is split into windows that overlap by 128 tokens, a question is cut to half a window;
-- classify, tag, embed: the end is cut, of a pair first the longer text's.
+- classify, tag, embed: the end is cut, of a pair first the longer text's; seq2seq: the end of prompt and completion.
 
 Special tokens: those of the tokenizer's post-processor for masked-lm, classify, tag, qa, embed. Causal objectives get
 none but `eos` at the end of text and completions (in sft not after messages, where the template ends turns), so that a
@@ -264,6 +266,8 @@ _ENCODERS: dict[str, dict[str, _Encoder]] = {
     "pretrain": dict.fromkeys(("text", "text/label", "prompt/completion", "messages"), _whole),
     "sft": {"prompt/completion": _completion, "messages": _chat, "text": _whole},
     "masked-lm": dict.fromkeys(("text", "text/label", "prompt/completion"), tasks.masked_lm),
+    "seq2seq": {"prompt/completion": tasks.seq2seq},
+    "span-corruption": dict.fromkeys(("text", "text/label", "prompt/completion"), tasks.windows),
     "classify": dict.fromkeys(("text/label", "text/text_pair/label"), tasks.classify),
     "tag": {"tokens/tags": tasks.tag},
     "qa": {"question/context/answers": tasks.qa},

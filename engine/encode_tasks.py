@@ -1,8 +1,9 @@
-"""Encoding for the objectives that read a text both ways: masked-lm, classify, tag, qa, embed. See `encode.py`.
+"""Encoding for the objectives that read a text both ways: masked-lm, classify, tag, qa, embed, and those of
+encoder-decoders, seq2seq and span-corruption. See `encode.py`.
 
-Here the tokenizer's post-processor places the special tokens ([CLS] text [SEP]; a tokenizer without one places none),
-and windows and cuts take tokens away from the text between them. `Encoding.sequence_ids` tells which are which: None
-for special tokens, 0 for the first text, 1 for the second.
+Here, but for encoder-decoders, the tokenizer's post-processor places the special tokens ([CLS] text [SEP]; a tokenizer
+without one places none), and windows and cuts take tokens away from the text between them. `Encoding.sequence_ids`
+tells which are which: None for special tokens, 0 for the first text, 1 for the second.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -155,6 +156,30 @@ def _qa_window(
         "row": row,
         "offsets": [offsets[i] if window[0] <= i <= window[-1] else None for i in kept],
     }
+
+
+def seq2seq(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
+    """A prompt to read and a completion to write, each ended by `eos`. A completion that is cut has no end."""
+    end = [] if settings.eos is None else [settings.eos]
+    limit = _room(len(end), settings)
+    prompts, completions = (
+        settings.tokenizer.encode_batch([row[field] for _, row in rows], add_special_tokens=False)
+        for field in ("prompt", "completion")
+    )
+    for prompt, completion in zip(prompts, completions, strict=True):
+        source, target = prompt.ids[:limit] + end, (completion.ids + end)[: settings.max_length]
+        truncated = len(prompt.ids) > limit or len(completion.ids) > limit
+        examples = [{"input_ids": source, "target_ids": target}] if source and completion.ids else []
+        yield Encoded(examples, len(source) + len(target), len(target), truncated, masked=not completion.ids)
+
+
+def windows(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
+    """A text in windows without special tokens, of which spans are taken out later; every token can become a target."""
+    texts = [joined_text(row) for _, row in rows]
+    for encoding in settings.tokenizer.encode_batch(texts, add_special_tokens=False):
+        ids, length = encoding.ids, settings.max_length
+        examples = [{"input_ids": ids[start : start + length]} for start in range(0, len(ids), length)]
+        yield Encoded(examples, len(ids), len(ids))
 
 
 def embed(rows: Numbered, settings: Settings) -> Iterator[Encoded]:

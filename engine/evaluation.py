@@ -18,7 +18,7 @@ def evaluate(model: nn.Module, data: Iterable[Any], loss_fn: LossFn, score: Scor
     (masked-LM noise) come from a fixed seed, so that evaluations can be compared. ValueError where there is no target.
     """
     device = next(model.parameters()).device
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     if isinstance(data, Batches):
         data.rewind()  # an evaluation that was broken off does not go on
@@ -32,7 +32,8 @@ def evaluate(model: nn.Module, data: Iterable[Any], loss_fn: LossFn, score: Scor
                     loss, n = score.update(model, batch) if score is not None else loss_fn(model, batch)
                     total, count = total + loss.double(), count + int(n)
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     if count == 0:
         raise ValueError("the evaluation data has no target: nothing was left after masking")
     mean = float(total) / count

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ..kernels.quantize import NF4Weight
+from .token_rows import trained_rows
 
 
 def match(model: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Parameter]:
@@ -52,6 +53,19 @@ def unfreeze_due(model: nn.Module, schedule: Mapping[str, float], epoch: float) 
     unfreeze(model, *due)
 
 
+def train_mode(model: nn.Module) -> None:
+    """`model.train()`, but batch norms whose parameters are all frozen keep their statistics, as in `eval()`.
+
+    Statistics that drift under frozen weights change the model behind an adapter's back. The batch norms of this
+    project do so by themselves; this is for torch's, in foreign modules.
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            own = list(module.parameters(recurse=False))
+            module.train(not own or any(parameter.requires_grad for parameter in own))
+
+
 @dataclass(frozen=True)
 class TrainableReport:
     """What trains, in parameters, and what training takes beside activations, in bytes."""
@@ -75,15 +89,18 @@ class TrainableReport:
 
 
 def trainable_report(model: nn.Module) -> TrainableReport:
-    """Count what trains. Optimizer bytes are AdamW's: two fp32 moments, and an fp32 master of a narrower weight."""
+    """Count what trains. Optimizer bytes are AdamW's: two fp32 moments, and a master of narrower weights or rows."""
     trainable = total = weights = gradients = optimizer = 0
     modules: dict[str, int] = {}
+    chosen = trained_rows(model)
     for name, parameter in model.named_parameters():
         n, width = parameter.numel(), parameter.element_size()
         total, weights = total + n, weights + n * width
         if parameter.requires_grad:
-            trainable, gradients = trainable + n, gradients + n * width
-            optimizer += n * (8 if width >= 4 else 12)
+            gradients += n * width
+            n = len(chosen[name]) * parameter.shape[1] if name in chosen else n
+            trainable += n
+            optimizer += n * (8 if width >= 4 and name not in chosen else 12)
             group = "LoRA" if ".lora." in name else name.split(".")[0]
             modules[group] = modules.get(group, 0) + n
     for module in model.modules():

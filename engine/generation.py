@@ -1,7 +1,8 @@
-"""Generation with a key/value cache: greedy, or sampled with temperature, top-k and top-p.
+"""Generation with a key/value cache: greedy, sampled with temperature, top-k and top-p, or by beam search (`beam.py`).
 
 Top-p is nucleus sampling (Holtzman et al. 2019, arXiv:1904.09751): the fewest tokens whose probabilities reach p.
-Prompts of different lengths are padded on the left, so that all rows go on at the same column.
+Prompts of different lengths are padded on the left, so that all rows go on at the same column. An encoder-decoder reads
+the prompt, and what it writes begins with its start token.
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from .beam import beam_search
+from .decoding import Decoding
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -39,40 +43,61 @@ def generate(
     pad_id: int | None = None,
     stop: Sequence[str] = (),
     tokenizer: "Tokenizer | None" = None,
+    beams: int = 1,
+    length_penalty: float = 1.0,
 ) -> Tensor:
     """Continue `input_ids` (B, T), left-padded where `attention_mask` (B, T) is 0; (B, T + n), n ≤ max_new_tokens.
 
+    What an encoder-decoder gives is (B, 1 + n): its start token and the new ones.
+
     `temperature` 0 is greedy. `top_k` > 0 keeps the k likeliest tokens, `top_p` < 1 the likeliest that together have
     probability p. A row ends with `eos_id`, or when its new text (decoded by `tokenizer`) contains one of the `stop`
-    strings; what follows is `pad_id` (by default `eos_id`, else 0). The same seed gives the same tokens.
+    strings; what follows is `pad_id` (by default `eos_id`, else 0). The same seed gives the same tokens. Several
+    `beams` look for the likeliest text instead; `length_penalty` weighs its length, as `beam.py` says.
 
-    Raises ValueError for settings out of range, for a model of another task than causal-lm, and where prompt and new
-    tokens exceed the model's positions.
+    Raises ValueError for settings out of range, for a model of another task than causal-lm and seq2seq-lm, and where
+    prompt and new tokens exceed the model's positions.
     """
     _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, stop, tokenizer)
-    b, t = input_ids.shape
+    if beams < 1 or (beams > 1 and (temperature != 0 or stop)):
+        raise ValueError(f"beams = {beams} look for the likeliest text: set temperature = 0, and no stop strings")
     pad = pad_id if pad_id is not None else (eos_id if eos_id is not None else 0)
-    generator = torch.Generator(input_ids.device).manual_seed(seed)
-    cache = model.new_cache(b, t + max_new_tokens)
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    padded = not bool(mask.all())
-    tokens, done, step = input_ids, torch.zeros(b, dtype=torch.bool, device=input_ids.device), input_ids
     training = model.training
     model.eval()
-    for i in range(max_new_tokens):
-        states = model.hidden(step, mask if padded else None, cache=cache)
-        logits = model.head(states[:, -1]).float()
-        step = choose(logits, temperature, top_k, top_p, generator).masked_fill_(done, pad)[:, None]
-        tokens, mask = torch.cat((tokens, step), 1), torch.cat((mask, mask.new_ones(b, 1)), 1)
-        if eos_id is not None:
-            done |= step[:, 0] == eos_id
-        if tokenizer is not None and stop:
-            texts = tokenizer.decode_batch(tokens[:, t:].tolist())
-            done |= torch.tensor([any(s in text for s in stop) for text in texts], device=done.device)
-        if (eos_id is not None or stop) and i + 1 < max_new_tokens and bool(done.all()):
-            break
+    decoding = Decoding(model, input_ids, attention_mask, max_new_tokens)
+    if beams > 1:
+        tokens = beam_search(decoding, beams, max_new_tokens, eos_id, pad, length_penalty)
+    else:
+        tokens = _one_by_one(decoding, max_new_tokens, (temperature, top_k, top_p), seed, eos_id, pad, stop, tokenizer)
     model.train(training)
     return tokens
+
+
+def _one_by_one(
+    decoding: Decoding,
+    max_new_tokens: int,
+    how: tuple[float, int, float],
+    seed: int,
+    eos_id: int | None,
+    pad: int,
+    stop: Sequence[str],
+    tokenizer: "Tokenizer | None",
+) -> Tensor:
+    """Each text grows by the one token chosen, until it ends."""
+    (rows, first), device = decoding.tokens.shape, decoding.tokens.device
+    generator = torch.Generator(device).manual_seed(seed)
+    done = torch.zeros(rows, dtype=torch.bool, device=device)
+    for i in range(max_new_tokens):
+        step = choose(decoding.logits(), *how, generator).masked_fill_(done, pad)
+        decoding.extend(step)
+        if eos_id is not None:
+            done |= step == eos_id
+        if tokenizer is not None and stop:
+            texts = tokenizer.decode_batch(decoding.tokens[:, first:].tolist())
+            done |= torch.tensor([any(s in text for s in stop) for text in texts], device=device)
+        if (eos_id is not None or stop) and i + 1 < max_new_tokens and bool(done.all()):
+            break
+    return decoding.tokens
 
 
 def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
@@ -97,8 +122,10 @@ def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) 
 
 
 def _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, stop, tokenizer) -> None:
-    if model.task != "causal-lm":
-        raise ValueError(f'the model\'s task is {model.task}; to generate, load it with task="causal-lm"')
+    if model.task not in ("causal-lm", "seq2seq-lm"):
+        raise ValueError(
+            f'the model\'s task is {model.task}; to generate, load it with task="causal-lm", or "seq2seq-lm"'
+        )
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids: expected (B, T) with at least one token, got {tuple(input_ids.shape)}")
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
@@ -109,7 +136,7 @@ def _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, stop, to
     if stop and tokenizer is None:
         raise ValueError("stop strings need the tokenizer: pass tokenizer=")
     limit = model.config.max_positions
-    if input_ids.shape[1] + max_new_tokens > limit:
+    if limit is not None and input_ids.shape[1] + max_new_tokens > limit:
         raise ValueError(
             f"prompt of {input_ids.shape[1]} tokens and {max_new_tokens} new ones exceed the model's {limit} positions;"
             " shorten one of them"

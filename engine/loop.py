@@ -24,7 +24,7 @@ from tqdm import tqdm
 from .batches import Batches, count_tokens, to_device
 from .evaluation import evaluate
 from .features import with_features
-from .freezing import match, unfreeze_due
+from .freezing import match, train_mode, unfreeze_due
 from .guards import explained_memory_error, interruptible, passes, require_finite
 from .lora import slots
 from .losses import LossFn
@@ -32,6 +32,7 @@ from .objectives import Score
 from .optim import SCHEDULES, Optimizer, lr_factor
 from .progress import keep_best, restore_best, resume, save
 from .record import Record, peak_memory
+from .token_rows import trained_rows
 
 DEFAULT_ROWS = 16
 
@@ -157,6 +158,7 @@ def train(
     optimizer = Optimizer(
         trained.items(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
         lr_scale=config.lr_scale, lr_decay=config.lr_decay, buffers=dict(model.named_buffers()),
+        rows=trained_rows(model),
     )  # fmt: skip
     if not config.unfreeze:
         data, eval_data = with_features(model, data), None if eval_data is None else with_features(model, eval_data)
@@ -173,7 +175,7 @@ def train(
         if config.best != "last":
             keep_best(record, optimizer, progress, config.best or "loss")
 
-    model.train()
+    train_mode(model)
     bar = tqdm(total=total, initial=progress.step, unit="step", disable=None)
     with interruptible() as interrupt, explained_memory_error(device, data), bar:
         if eval_data is not None and progress.step == 0:
@@ -181,7 +183,9 @@ def train(
         steps, stop = passes(data), interrupt.is_set() or progress.stalled(config.patience)
         while progress.step < total and not stop:
             before_step, micros = time.perf_counter(), next(steps)
-            unfreeze_due(model, config.unfreeze, progress.step / per_epoch)
+            if config.unfreeze:
+                unfreeze_due(model, config.unfreeze, progress.step / per_epoch)
+                train_mode(model)
             lr = config.lr * lr_factor(config.schedule, progress.step, total, warmup, config.decay, config.lr_floor)
             loss_sum = torch.zeros((), dtype=torch.float64, device=device)
             targets = tokens = 0

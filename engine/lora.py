@@ -1,9 +1,9 @@
 """Adding low-rank adapters to a model: ours or anybody's. Hu et al. 2021, arXiv:2106.09685
 
 `add_lora` finds the layers that the targets name and fills their adapter slot. Our own projections have one already; a
-foreign `nn.Linear` or transformers' `Conv1D` is replaced by a `Linear` that holds the same parameters under the same
-names, so that state dicts, weight tying and the optimizer of the base are untouched. The base is frozen; what else is
-to train (a fresh head) is unfrozen by name.
+foreign `nn.Linear`, transformers' `Conv1D` or `nn.Conv2d` is replaced by a layer of ours that holds the same parameters
+under the same names, so that state dicts, weight tying and the optimizer of the base are untouched. The base is frozen;
+what else is to train (a fresh head) is unfrozen by name.
 """
 
 import re
@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import Linear, LowRank
+from ..kernels import Conv2d, Linear, LowRank
+from ..kernels.conv import ConvFactors
 from ..kernels.linear import Merged
 
 FOREIGN_HEADS = ("lm_head", "head", "score", "classifier", "qa_outputs", "embed_out", "cls")
@@ -40,10 +41,11 @@ class LoRAConfig:
     """What an adapter looks like.
 
     The correction is scaled by `alpha` / `rank`, or alpha / √rank with `rslora` (Kalajdzievski 2023, arXiv:2312.03732).
-    `targets`: "all-linear" (every projection but the output head), "attention", "mlp", or names and shell globs that
-    match a whole module path or its end, in our spelling or the published one. `rank_pattern` and `alpha_pattern` give
-    single modules (regular expressions on the end of their path) another rank or alpha. `dropout` acts on the input of
-    the low-rank branch.
+    `targets`: "all-linear" (every projection but the output head; a ResNet's convolutions), a group of the model's own
+    `lora_targets` ("attention", "mlp", "convolutions"), or names and shell globs that match a whole module path or its
+    end, in our spelling or the published one. In a foreign model "all-linear" is PEFT's, without convolutions.
+    `rank_pattern` and `alpha_pattern` give single modules (regular expressions on the end of their path) another rank
+    or alpha. `dropout` acts on the input of the low-rank branch.
     """
 
     rank: int = 16
@@ -110,11 +112,14 @@ class LoRAEmbedding(nn.Module):
         return out + factors.scale * (low @ factors.b.T.to(out.dtype))
 
 
+Adaptable = Linear | Conv2d | LoRAEmbedding
+
+
 class Slot(NamedTuple):
     """A module that can carry adapters: its path, the module, and the published path of each of its parts."""
 
     path: str
-    module: Linear | LoRAEmbedding
+    module: Adaptable
     published: tuple[str, ...]
 
 
@@ -122,7 +127,7 @@ def slots(model: nn.Module) -> Iterator[Slot]:
     """All modules that have an adapter slot."""
     names = model.key_map() if isinstance(model, KnownModel) else {}
     for path, module in model.named_modules():
-        if isinstance(module, Linear | LoRAEmbedding):
+        if isinstance(module, Adaptable):
             yield Slot(path, module, _published(path, names))
 
 
@@ -141,6 +146,8 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> tup
     refuse_merged(model)
     chosen = matches(model, config.targets)
     refuse_tied(model, [path for path, _, _ in chosen])
+    for path, _, published in chosen:
+        refuse_misfit(model, path, config.rank_of(published[0]))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for path, parts, published in chosen:
@@ -150,6 +157,8 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> tup
         if isinstance(module, LoRAEmbedding):
             vocab, d_model = module.num_embeddings, module.embedding_dim
             factors: nn.Module = EmbeddingFactors(vocab, d_model, ranks[0], scales[0], module.weight.device)
+        elif isinstance(module, Conv2d):
+            factors = ConvFactors(module, ranks[0], scales[0], config.dropout)
         else:
             blocks = [module.parts[i] for i in parts]
             factors = LowRank(module.in_features, blocks, ranks, scales, config.dropout, module.weight.device)
@@ -167,14 +176,28 @@ def check_name(model: nn.Module, name: str) -> None:
         raise ValueError(f"adapter {name!r} exists already; choose another name")
 
 
-def ensure_slot(model: nn.Module, path: str) -> Linear | LoRAEmbedding:
+def refuse_misfit(model: nn.Module, path: str, rank: int) -> None:
+    """ValueError where the module at `path` is a convolution that an adapter of this rank can't sit on."""
+    module = model.get_submodule(path)
+    try:
+        if isinstance(module, nn.Conv2d):
+            Conv2d.around(module)
+        if isinstance(module, nn.Conv2d | Conv2d) and rank % module.groups:
+            raise ValueError(f"rank {rank} can't be divided among the {module.groups} groups of the convolution")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; choose another rank, or leave it out of the targets") from error
+
+
+def ensure_slot(model: nn.Module, path: str) -> Adaptable:
     """The module at `path` with an adapter slot, replaced by one that has it where needed."""
     module = model.get_submodule(path)
-    if isinstance(module, Linear | LoRAEmbedding):
+    if isinstance(module, Adaptable):
         return module
-    new: Linear | LoRAEmbedding
+    new: Adaptable
     if isinstance(module, nn.Embedding):
         new = LoRAEmbedding(module)
+    elif isinstance(module, nn.Conv2d):
+        new = Conv2d.around(module)
     else:
         bias = None if module.bias is None else module.get_parameter("bias")
         new = Linear.around(module.get_parameter("weight"), bias, transposed=is_conv1d(module))
@@ -202,10 +225,11 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ..
     """Every module that could carry an adapter: path, module, published paths of its parts."""
     names = model.key_map() if isinstance(model, KnownModel) else {}
     for path, module in model.named_modules():
-        ours = isinstance(module, Linear | LoRAEmbedding)
+        ours = isinstance(module, Adaptable)
         plain = "weight" in dict(module.named_parameters(recurse=False))  # not computed, as under weight_norm
         plain = plain or (isinstance(module, Linear) and module.quantized is not None)
-        if plain and (ours or type(module) is nn.Linear or _is_look_up(module) or is_conv1d(module)):
+        foreign = type(module) in (nn.Linear, nn.Conv2d) or _is_look_up(module) or is_conv1d(module)
+        if plain and (ours or foreign):
             yield path, module, _published(path, names)
 
 
@@ -234,20 +258,18 @@ def _names(path: str, target: str) -> bool:
 
 
 def _expand(model: nn.Module, targets: str | tuple[str, ...] | list[str]) -> list[str]:
-    """The targets as globs: the groups "all-linear", "attention" and "mlp" spelled out."""
+    """The targets as globs: "all-linear" and the model's own groups spelled out."""
     out: list[str] = []
+    groups = model.lora_targets if isinstance(model, KnownModel) else {}
     for target in (targets,) if isinstance(targets, str) else targets:
-        if target not in ("all-linear", "attention", "mlp"):
-            out.append(target)
-        elif isinstance(model, KnownModel):
-            groups = model.lora_targets
-            out += groups[target] if target in groups else [glob for globs in groups.values() for glob in globs]
+        if target in groups:
+            out += groups[target]
         elif target == "all-linear":
-            owners = weight_owners(model)
-            for path, module, _ in candidates(model):
-                tied = len(owners.get(id(module.weight), ())) > 1  # a quantised weight has no other owner
-                if not _is_embedding(module) and not _is_head(path) and not tied:
-                    out.append(path)
+            out += [glob for globs in groups.values() for glob in globs] if groups else _projections(model)
+        elif target not in ("attention", "mlp"):
+            out.append(target)
+        elif groups:
+            raise ValueError(f"target {target!r}: {type(model).__name__} has no such group, but {', '.join(groups)}")
         else:
             raise ValueError(
                 f'target {target!r} is known for handtune\'s own models only; name the layers, e.g. "q_proj"'
@@ -255,8 +277,17 @@ def _expand(model: nn.Module, targets: str | tuple[str, ...] | list[str]) -> lis
     return out
 
 
-def _is_embedding(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding | LoRAEmbedding)
+def _projections(model: nn.Module) -> list[str]:
+    """What "all-linear" means for a foreign module: its projections but the output head and what is tied to another."""
+    owners, out = weight_owners(model), []
+    for path, module, _ in candidates(model):
+        tied = len(owners.get(id(module.weight), ())) > 1  # a quantised weight has no other owner
+        other = isinstance(module, nn.Embedding | LoRAEmbedding | nn.Conv2d | Conv2d)
+        if not other and not _is_head(path) and not tied:
+            out.append(path)
+    if not out:
+        raise ValueError('target "all-linear" matches no projection; name the layers, convolutions for example "conv*"')
+    return out
 
 
 def _is_head(path: str) -> bool:

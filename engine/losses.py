@@ -33,7 +33,7 @@ def pooled(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 def causal_lm_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
-    """Cross-entropy of the next token, at the positions that have a target."""
+    """Cross-entropy of the next token (an encoder-decoder's in what it writes), at the positions with a target."""
     states = features(model, batch)
     loss = linear_cross_entropy(states, model.head.weight, batch["targets"], model.head.bias, index=batch["index"])
     return loss, len(batch["targets"])

@@ -9,6 +9,7 @@ source of its definition, because "F1" means something else in each of the field
     answers(predictions, golds)                      exact_match, f1 (words)
     retrieval(anchors, positives)                    accuracy@1, mrr
     perplexity(loss)                                 exp(loss)
+    rouge(predictions, golds)                        rouge1, rouge2, rougeL (summaries)
 """
 
 import math
@@ -142,6 +143,28 @@ def perplexity(loss: float) -> float:
     """
     largest = sys.float_info.max
     return largest if loss >= math.log(largest) else math.exp(loss)
+
+
+def rouge(predictions: Sequence[str], golds: Sequence[str]) -> dict[str, float]:
+    """ROUGE-1, ROUGE-2 and ROUGE-L of texts, each the mean F1 over the rows, by the package rouge-score.
+
+    F1 over words, over pairs of neighbouring words, and over the longest common subsequence of words (Lin 2004,
+    "ROUGE: A Package for Automatic Evaluation of Summaries"). Words are lower-cased and stemmed by Porter's rules.
+
+    predictions, golds: N strings each. Returns rouge1, rouge2, rougeL, fractions. Raises ValueError for no rows or
+    unequal lengths, or where rouge-score is not installed.
+    """
+    _same_length("rouge", "predictions", predictions, "golds", golds)
+    if not len(golds):
+        raise ValueError("rouge: no texts to score; give at least one prediction")
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError:
+        raise ValueError("ROUGE is computed by rouge-score; pip install handtune[rouge]") from None
+    kinds = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(list(kinds), use_stemmer=True)
+    scores = [scorer.score(gold, prediction) for prediction, gold in zip(predictions, golds, strict=True)]
+    return {kind: sum(score[kind].fmeasure for score in scores) / len(scores) for kind in kinds}
 
 
 def _ratio(part: int, whole: int) -> float:

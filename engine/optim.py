@@ -57,7 +57,8 @@ class Optimizer:
     """AdamW over the named parameters, on fp32 masters.
 
     A step is `accumulate()` after each micro-batch's backward pass and `step(...)` at the end. `buffers` (running
-    statistics, say) are not touched, but belong to the state.
+    statistics, say) are not touched, but belong to the state. `rows`: of the parameters named there only these rows
+    train, on a master (n, ...) of their own, and the others are never written to.
     """
 
     def __init__(
@@ -70,15 +71,17 @@ class Optimizer:
         lr_scale: dict[str, float],
         lr_decay: float,
         buffers: Mapping[str, Tensor] | None = None,
+        rows: Mapping[str, Tensor] | None = None,
     ):
         self.parameters, self.buffers = dict(named), dict(buffers or {})
+        self.rows = {name: ids for name, ids in (rows or {}).items() if name in self.parameters}
         numbers = [int(m[1]) for name in self.parameters if (m := re.search(r"(?:^|\.)layers\.(\d+)\.", name))]
         n_layer = max(numbers, default=-1) + 1
         if lr_decay != 1.0 and not n_layer:
             raise ValueError("lr_decay: no trained parameter is called layers.N, as those of handtune's models are")
         for parameter in self.parameters.values():
             parameter.grad = None  # what an interrupted step left behind
-        self.masters = {name: self._master(p) for name, p in self.parameters.items()}
+        self.masters = {name: self._master(p, self.rows.get(name)) for name, p in self.parameters.items()}
         self.betas, self.eps = betas, eps
         self.factor: Tensor | None = None
         self.trained = {
@@ -86,21 +89,25 @@ class Optimizer:
                 master,
                 scale=lr_scale_of(name, lr_scale, lr_decay, n_layer),
                 decay=weight_decay if master.dim() > 1 else 0.0,
-                copy=None if master is self.parameters[name] else self.parameters[name],
+                copy=None if master is self.parameters[name] or name in self.rows else self.parameters[name],
             )
             for name, master in self.masters.items()
         }
 
     @staticmethod
-    def _master(parameter: nn.Parameter) -> Tensor:
+    def _master(parameter: nn.Parameter, rows: Tensor | None) -> Tensor:
+        if rows is not None:
+            chosen = parameter.detach()[rows]
+            return (chosen.float() if chosen.element_size() < 4 else chosen).requires_grad_(True)
         return parameter.detach().float().requires_grad_(True) if parameter.element_size() < 4 else parameter
 
     def accumulate(self) -> None:
-        """Move the gradients of narrow parameters into their masters' fp32 gradients."""
+        """Move the gradients of narrow parameters, and of chosen rows, into their masters' gradients."""
         for name, parameter in self.parameters.items():
             master = self.masters[name]
             if master is not parameter and parameter.grad is not None:
-                wide = parameter.grad.float()
+                gradient = parameter.grad[self.rows[name]] if name in self.rows else parameter.grad
+                wide = gradient.to(master.dtype)
                 master.grad = wide if master.grad is None else master.grad.add_(wide)
                 parameter.grad = None
 
@@ -121,7 +128,14 @@ class Optimizer:
     def step(self, lr: float) -> None:
         """One update at learning rate `lr`; the gradients are gone afterwards."""
         adamw_(self.trained.values(), lr, self.betas, self.eps, self.factor)
+        self._write_rows()
         self.zero_grad()
+
+    @torch.no_grad()
+    def _write_rows(self) -> None:
+        for name, ids in self.rows.items():
+            parameter = self.parameters[name]
+            parameter.index_copy_(0, ids, self.masters[name].to(parameter.dtype))
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -159,3 +173,4 @@ class Optimizer:
             if f"step.{name}" in state:
                 for key in _STATE:
                     getattr(one, key).copy_(state[f"{key}.{name}"])
+        self._write_rows()

@@ -31,7 +31,9 @@ def quantize(model: nn.Module, targets: str | tuple[str, ...] | list[str] = "all
     for path, parts, published in matches(model, targets):
         module = model.get_submodule(path)
         if not isinstance(module, Linear) or path.partition(".")[0] == "head":
-            raise ValueError(f"{path}: heads and embeddings stay as they are; name projections of the layers")
+            raise ValueError(
+                f"{path}: heads and embeddings stay as they are, and so do convolutions; name projections of the layers"
+            )
         if len(parts) < len(published):
             raise ValueError(f"{published[parts[0]]} is a part of {path}, which is quantised whole: name that")
         chosen[path] = module

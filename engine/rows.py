@@ -9,6 +9,7 @@
     tokens/tags                    two lists of strings of one length
     question/context/answers       answers is {"text": [str, ...], "answer_start": [int, ...]}; empty: no answer
     anchor/positive[/negative]     strings
+    image/label                    path of an image file, and its class
 
 Converted: ShareGPT (`conversations` of `from`/`value`, an optional `system`, optional `chosen`/`rejected`), Alpaca
 (`instruction`/`input`/`output` becomes the prompt "instruction, blank line, input, blank line" and a completion),
@@ -30,6 +31,7 @@ _SHAPES = [
     ("prompt", "completion"),
     ("anchor", "positive", "negative"),
     ("anchor", "positive"),
+    ("image", "label"),
     ("text",),
 ]
 _RENAMED = {

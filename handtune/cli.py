@@ -34,6 +34,9 @@ def parser() -> argparse.ArgumentParser:
     evaluate = add("evaluate", "Evaluate a finished run on held-out rows.")
     evaluate.add_argument("run", help="the run's folder")
     evaluate.add_argument("--data", help="another file of rows (default: the run's own held-out rows)")
+    evaluate.add_argument(
+        "--rouge", action="store_true", help="compare generated texts with the rows' completions, too"
+    )
 
     generate = add("generate", "Continue prompts.")
     generate.add_argument("model", help="a checkpoint's folder or hub id, or the folder of a run")
@@ -42,9 +45,11 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompts", help="a file of rows with prompts (prompt, messages or text)")
     generate.add_argument("--out", help="write prompt/completion rows (JSONL) here instead of printing")
     generate.add_argument("--max-new-tokens", type=int, default=64)
-    generate.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default 1)")
+    generate.add_argument("--temperature", type=float, help="0 is greedy (default 1, with beams 0)")
     generate.add_argument("--top-k", type=int, default=0)
     generate.add_argument("--top-p", type=float, default=1.0)
+    generate.add_argument("--beams", type=int, default=1, help="look for the likeliest text with so many beams")
+    generate.add_argument("--length-penalty", type=float, default=1.0, help="of beams: above 1 favours long texts")
     generate.add_argument("--stop", action="append", default=[], help="end at this text (may be repeated)")
     generate.add_argument("--batch-rows", type=int, default=16)
     generate.add_argument("--seed", type=int, default=0)

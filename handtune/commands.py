@@ -4,24 +4,26 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .engine import evaluate, generate, load_adapter, merge_lora, save_adapter, train, trainable_report
+from .engine import evaluate, load_adapter, merge_lora, save_adapter, train, trainable_report
 from .engine.adapter_files import TASK_TYPES
 from .engine.batches import Batches
 from .engine.chat import ChatTemplate
 from .engine.check_data import show
+from .engine.completions import completions
 from .engine.config import RunConfig, from_table, read_config
 from .engine.data import read_rows
-from .engine.generation import left_padded
 from .engine.loop import DEFAULT_ROWS, Result
-from .engine.objectives import OBJECTIVES
+from .engine.metrics import rouge
+from .engine.objectives import objective_of
 from .engine.record import Record, write_json
 from .models import load, save
-from .prepare import Prepared, choose_trained, prepare, template_of
+from .models.checkpoint import objectives_of
+from .prepare import Prepared, choose_trained, prepare, run_objective, template_of
 
 
 def run_train(options: argparse.Namespace) -> int:
@@ -30,12 +32,12 @@ def run_train(options: argparse.Namespace) -> int:
     out = Path(config.out)
     record = Record(out)
     about: dict[str, Any] = {
-        "name": config.name or out.name, "method": config.method, "task": OBJECTIVES[config.method].task,
+        "name": config.name or out.name, "method": config.method, "task": run_objective(config).task,
         "model": config.model.path or config.model.preset, "config": config.as_dict(),
     }  # fmt: skip
     record.start(about, about["config"])
     ready = prepare(config, out / "corpus")
-    record.amend(trains=choose_trained(ready.model, config), labels=list(ready.labels))
+    record.amend(trains=choose_trained(ready, config), labels=list(ready.labels))
     print(trainable_report(ready.model))
     settings = config.train
     if settings.batch_rows is None and settings.batch_tokens is None:
@@ -44,7 +46,7 @@ def run_train(options: argparse.Namespace) -> int:
         settings = replace(settings, best=ready.objective.best)
     data = Batches(
         ready.examples, ready.collate, rows=settings.batch_rows, tokens=settings.batch_tokens,
-        micro_rows=settings.micro_rows, micro_tokens=settings.micro_tokens, by_length=not config.data.packing,
+        micro_rows=settings.micro_rows, micro_tokens=settings.micro_tokens, by_length=ready.by_length,
         seed=settings.seed,
     )  # fmt: skip
     result = train(
@@ -87,6 +89,8 @@ def check_data(options: argparse.Namespace) -> int:
     config = read_config(options.config, options.override)
     with tempfile.TemporaryDirectory() as cache:
         ready = prepare(config, Path(cache))
+        if ready.objective.encoding == "images":
+            return 0  # the counts of each class have been said, and every image was decoded
         first = [ready.examples[i] for i in range(min(options.rows, len(ready.examples)))]
     color = sys.stdout.isatty()
     print(show(first, ready.tokenizer, ready.objective.encoding, len(first), color, ready.labels))
@@ -106,14 +110,32 @@ def run_evaluate(options: argparse.Namespace) -> int:
     batches = ready.eval_batches()
     assert batches is not None
     metrics = evaluate(ready.model, batches, ready.objective.loss, ready.score())
+    if options.rouge:
+        metrics |= _rouge(ready)
     print(json.dumps(metrics, indent=1))
     return 0
 
 
-def _config_of(run: Path) -> RunConfig:
+def _rouge(ready: Prepared) -> dict[str, float]:
+    """ROUGE of what the model writes for held-out prompts: greedily, at most twice as long as the longest gold text."""
+    pairs = [(row["prompt"], row["completion"]) for row in ready.eval_rows if "completion" in row]
+    if not pairs:
+        raise ValueError("--rouge compares texts: it needs held-out rows with prompt and completion")
+    golds = [gold for _, gold in pairs]
+    longest = max(len(encoding.ids) for encoding in ready.tokenizer.encode_batch(golds))
+    prompts = [prompt for prompt, _ in pairs]
+    return rouge(completions(ready.model, ready.tokenizer, prompts, 2 * longest, temperature=0), golds)
+
+
+def _facts_of(run: Path) -> dict[str, Any]:
+    """What a run's run.json says."""
     if not (run / "run.json").is_file():
         raise FileNotFoundError(f"{run}: no run.json there; give the folder of a run")
-    facts = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    return json.loads((run / "run.json").read_text(encoding="utf-8"))
+
+
+def _config_of(run: Path) -> RunConfig:
+    facts = _facts_of(run)
     table = facts["config"]
     if facts.get("labels"):
         table["model"]["labels"] = facts["labels"]
@@ -144,25 +166,20 @@ def run_generate(options: argparse.Namespace) -> int:
     """`handtune generate`: continue prompts, printed or written as rows."""
     model, tokenizer = _generator(options)
     prompts = list(_prompts(options, model))
-    rows = []
-    for start in range(0, len(prompts), options.batch_rows):
-        texts = prompts[start : start + options.batch_rows]
-        ids, mask = left_padded(
-            [tokenizer.encode(text, add_special_tokens=False).ids or [model.tokens.eos_id or 0] for text in texts]
-        )
-        device = next(model.parameters()).device
-        tokens = generate(
-            model, ids.to(device), mask.to(device), options.max_new_tokens, options.temperature, options.top_k,
-            options.top_p, options.seed + start, eos_id=model.tokens.eos_id, stop=options.stop, tokenizer=tokenizer,
-        )  # fmt: skip
-        for text, row in zip(texts, tokens[:, ids.shape[1] :].tolist(), strict=True):
-            rows.append({"prompt": text, "completion": _ended(row, model.tokens.eos_id, options.stop, tokenizer)})
+    temperature = options.temperature if options.temperature is not None else float(options.beams == 1)
+    written = completions(
+        model, tokenizer, prompts, options.max_new_tokens, batch_rows=options.batch_rows, stop=options.stop,
+        seed=options.seed, temperature=temperature, top_k=options.top_k, top_p=options.top_p, beams=options.beams,
+        length_penalty=options.length_penalty,
+    )  # fmt: skip
+    rows = [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, written, strict=True)]
     if options.out:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         Path(options.out).write_text(lines, encoding="utf-8")
         print(f"{len(rows)} rows written to {options.out}")
     else:
-        print("\n\n".join(row["prompt"] + row["completion"] for row in rows))
+        answers = model.task == "seq2seq-lm"  # which are texts of their own, no continuation
+        print("\n\n".join(row["completion"] if answers else row["prompt"] + row["completion"] for row in rows))
     return 0
 
 
@@ -173,7 +190,8 @@ def _generator(options: argparse.Namespace) -> tuple[Any, Any]:
         base = _config_of(path).model.path
         adapter = adapter or (path / "adapter" if (path / "adapter").is_dir() else None)
         path = path / "model" if (path / "model").is_dir() else Path(base or "")
-    model, tokenizer = load(path if path.exists() else options.model, "causal-lm", options.dtype)
+    place = path if path.exists() else options.model
+    model, tokenizer = load(place, objective_of("sft", objectives_of(place, None)).task, options.dtype)
     if tokenizer is None:
         raise ValueError(f"{path}: no tokenizer.json there, and prompts need one")
     if adapter:
@@ -195,13 +213,6 @@ def _prompts(options: argparse.Namespace, model: Any) -> Iterator[str]:
             yield row.get("prompt", row.get("text", ""))
 
 
-def _ended(ids: list[int], eos: int | None, stop: Sequence[str], tokenizer: Any) -> str:
-    """The text of a completion up to its end token or stop string."""
-    text = tokenizer.decode(ids[: ids.index(eos)] if eos in ids else ids)
-    cuts = [at for word in stop if (at := text.find(word)) >= 0]
-    return text[: min(cuts)] if cuts else text
-
-
 def run_merge(options: argparse.Namespace) -> int:
     """`handtune merge`: the adapter added into the base, written as a plain checkpoint."""
     model, tokenizer = load(options.model, **_head_of(Path(options.adapter)))
@@ -215,9 +226,8 @@ def run_merge(options: argparse.Namespace) -> int:
 def _head_of(adapter: Path) -> dict[str, Any]:
     """Task, labels and depth of the head that an adapter needs: from the run it lies in, else from its own files."""
     if (adapter.parent / "run.json").is_file():
-        config = _config_of(adapter.parent)
-        head = {"labels": config.model.labels, "head_layers": config.model.head_layers}
-        return {"task": OBJECTIVES[config.method].task, **head}
+        wanted = _config_of(adapter.parent).model
+        return {"task": _facts_of(adapter.parent)["task"], "labels": wanted.labels, "head_layers": wanted.head_layers}
     if not ((adapter / "adapter_config.json").is_file() and (adapter / "adapter_model.safetensors").is_file()):
         return {}  # load_adapter says what is missing
     from safetensors import safe_open
@@ -228,7 +238,11 @@ def _head_of(adapter: Path) -> dict[str, Any]:
         return {"task": task}
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-    widths = [shape[0] for key, shape in shapes.items() if key.endswith(("classifier.weight", "score.weight"))]
+    widths = [
+        shape[0]
+        for key, shape in shapes.items()
+        if key.endswith(("classifier.weight", "score.weight", "out_proj.weight"))
+    ]
     hidden = sum(".hidden." in key and key.endswith(".weight") for key in shapes)  # classifier.hidden.0.weight, ...
     return {"task": task, "labels": widths[0] if widths else None, "head_layers": 1 + hidden}
 

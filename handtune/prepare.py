@@ -8,19 +8,21 @@ from typing import Any
 
 import torch
 
-from .engine import add_lora, freeze, quantize, unfreeze
-from .engine.batches import Batches, Collate, Examples, Masking
+from .engine import add_lora, freeze, quantize, train_rows, unfreeze
+from .engine.batches import Batches, Collate, CollateFn, Examples
 from .engine.chat import ChatTemplate
 from .engine.config import DataConfig, RunConfig
 from .engine.corpus import TokenCorpus, token_corpus
 from .engine.data import label_names, read_rows, split_rows
 from .engine.encode import encode
-from .engine.objectives import OBJECTIVES, Objective
+from .engine.images import ImageCollate, ImageExamples, class_counts
+from .engine.objectives import Objective, objective_of
 from .engine.rows import row_shape
-from .models import Bert, load
-from .models.checkpoint import fresh
+from .models import Bert, ResNet, XLNet, load
+from .models.checkpoint import fresh, objectives_of
+from .models.vocabulary import CONVERT
 
-EVAL_TOKENS = 8192
+EVAL_TOKENS, EVAL_IMAGES = 8192, 64
 
 
 @dataclass
@@ -34,7 +36,13 @@ class Prepared:
     examples: Examples
     eval_rows: Sequence[Any]
     eval_examples: Examples
-    collate: Collate
+    collate: CollateFn
+
+    @property
+    def by_length(self) -> bool:
+        """Whether rows of similar length are put together: where they are padded."""
+        packed = isinstance(self.collate, Collate) and self.collate.layout == "packed"
+        return not packed and not isinstance(self.collate, ImageCollate)
 
     def score(self) -> Any:
         return self.objective.score(self.labels, self.eval_examples, self.eval_rows)
@@ -42,13 +50,21 @@ class Prepared:
     def eval_batches(self) -> Batches | None:
         if len(self.eval_examples) == 0:
             return None
+        if isinstance(self.collate, ImageCollate):
+            middle = ImageCollate(self.collate.pixels)
+            return Batches(self.eval_examples, middle, rows=EVAL_IMAGES, shuffle=False)
         return Batches(self.eval_examples, self.collate, tokens=EVAL_TOKENS, shuffle=False)
+
+
+def run_objective(config: RunConfig) -> Objective:
+    """What the run's method means for its model."""
+    return objective_of(config.method, objectives_of(config.model.path, config.model.preset))
 
 
 def prepare(config: RunConfig, cache: Path) -> Prepared:
     """Read the data, load the model, encode; says what was read, dropped, truncated and masked."""
     torch.manual_seed(config.train.seed)  # of a new head and a new adapter
-    objective = OBJECTIVES[config.method]
+    objective = run_objective(config)
     if config.method == "embed" and (config.train.micro_rows or config.train.micro_tokens):
         raise ValueError(
             "train.micro_rows, micro_tokens: embed takes its negatives from the whole step; lower batch_rows"
@@ -56,11 +72,16 @@ def prepare(config: RunConfig, cache: Path) -> Prepared:
     corpus = config.method == "pretrain" and all(_is_corpus(Path(file)) for file in _files(config.data))
     rows, eval_rows = ([], []) if corpus else _rows(config.data, config.train.seed)
     labels = tuple(config.model.labels or ())
-    if not labels and objective.encoding in ("classify", "tag"):
+    if not labels and objective.encoding in ("classify", "tag", "images"):
         labels = tuple(label_names(rows))
     model, tokenizer = _model(config, objective, labels)
+    if objective.encoding == "images":
+        return _images(config, objective, model, labels, rows, eval_rows)
+    if config.data.image_size is not None:
+        raise ValueError(f"data.image_size: method {config.method!r} of this model reads text, no images")
     if tokenizer is None:
-        raise ValueError(f"{config.model.path or config.model.preset}: no tokenizer.json, and text needs one")
+        remedy = CONVERT if config.model.path else "name one with model.tokenizer"
+        raise ValueError(f"{config.model.path or config.model.preset}: no tokenizer.json, and text needs one; {remedy}")
     if (highest := max(tokenizer.get_vocab().values(), default=0)) >= (size := model.config.vocab_size):
         raise ValueError(
             f"{config.model.path or config.model.tokenizer}: the tokenizer counts to {highest}, the model has "
@@ -68,7 +89,11 @@ def prepare(config: RunConfig, cache: Path) -> Prepared:
         )
     limit = model.config.max_positions
     length = limit if config.data.max_length is None else config.data.max_length
-    if length > limit:
+    if length is None:
+        raise ValueError(
+            "data.max_length: the model takes rows of any length; say how long they may be, 512 for example"
+        )
+    if limit is not None and length > limit:
         raise ValueError(f"data.max_length = {length} exceeds the model's {limit} positions; choose at most {limit}")
 
     def encoded(what: str, part: Sequence[Any]) -> Sequence[Any]:
@@ -89,9 +114,32 @@ def prepare(config: RunConfig, cache: Path) -> Prepared:
         examples, eval_examples = encoded("train", rows), encoded("eval", eval_rows) if eval_rows else []
         if not eval_rows and config.data.eval is not None:
             examples, eval_examples = _split_windows(examples, config.data.eval)
-    masking = _masking(tokenizer) if config.method == "masked-lm" else None
-    collate = Collate("packed" if config.data.packing else "padded", model.tokens.pad_id or 0, masking)
+    collate = objective.collate(model, tokenizer, config.data.packing)
     return Prepared(model, tokenizer, objective, labels, examples, eval_rows, eval_examples, collate)
+
+
+def _images(
+    config: RunConfig, objective: Objective, model: Any, labels: tuple[str, ...], rows: list[Any], eval_rows: list[Any]
+) -> Prepared:
+    """A run on images: each is decoded once, so that a broken one is named before training begins."""
+    if config.train.batch_tokens or config.train.micro_tokens or config.data.max_length:
+        raise ValueError(
+            "train.batch_tokens, train.micro_tokens, data.max_length: images have no tokens; use train.batch_rows, "
+            "train.micro_rows, data.image_size"
+        )
+    if config.data.image_size is not None:
+        model.pixels = model.pixels.at(config.data.image_size)
+    parts = {}
+    for what, part in (("train", rows), ("eval", eval_rows)):
+        try:
+            parts[what] = ImageExamples(part, labels, model.pixels)
+            parts[what].check()
+        except ValueError as error:
+            raise ValueError(f"data.{what}: {error}") from error
+        if part:
+            print(f"{what}: {class_counts(part)}", file=sys.stderr)
+    collate = ImageCollate(model.pixels, config.data.augment)
+    return Prepared(model, None, objective, labels, parts["train"], eval_rows, parts["eval"], collate)
 
 
 def _files(data: DataConfig) -> list[str]:
@@ -167,8 +215,9 @@ def _model(config: RunConfig, objective: Objective, labels: tuple[str, ...]) -> 
         freeze(model, "*")
         quantize(model)
     if wanted.recompute:
-        if isinstance(model, Bert):
-            raise ValueError("model.recompute: BERT has no norm in front of a feed-forward to make it again from")
+        if isinstance(model, Bert | ResNet | XLNet):
+            name = type(model).__name__
+            raise ValueError(f"model.recompute: {name} has no norm in front of a feed-forward to make it again from")
         for block in model.layers:
             block.recompute = True  # type: ignore[assignment]
     return model, words
@@ -183,32 +232,36 @@ def template_of(model: Any) -> ChatTemplate | None:
     return ChatTemplate(source, **texts)
 
 
-def _masking(tokenizer: Any) -> Masking:
-    mask = tokenizer.token_to_id("[MASK]")
-    if mask is None:
-        raise ValueError("masked-lm needs a tokenizer with a [MASK] token, and this one has none")
-    special = tuple(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
-    return Masking(mask, tokenizer.get_vocab_size(), special)
-
-
-def choose_trained(model: Any, config: RunConfig) -> str:
+def choose_trained(ready: Prepared, config: RunConfig) -> str:
     """Freeze and adapt as the configuration says; gives a few words for what trains."""
+    model, objective = ready.model, ready.objective
     if config.lora is not None:
         add_lora(model, config.lora)
-        if OBJECTIVES[config.method].new_head or model.head_is_new:
+        if objective.new_head or model.head_is_new:
             unfreeze(model, "head.*")
-            freeze(model, "embed.tokens.weight")  # which a masked-LM head is tied to
+            if objective.encoding != "images":
+                freeze(model, "embed.tokens.weight")  # which a masked-LM head is tied to
     if config.freeze.names:
         freeze(model, *config.freeze.names)
     if config.freeze.except_:
         unfreeze(model, *config.freeze.except_)
+    if config.freeze.token_rows:
+        train_rows(model, _ids_of(config.freeze.token_rows, ready.tokenizer))
     if config.lora is not None:
         return f"LoRA r={config.lora.rank}"
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    if not frozen:
+    if not frozen and not config.freeze.token_rows:
         return "full"
     return (
         "frozen features"
         if all(n.startswith("head.") for n, p in model.named_parameters() if p.requires_grad)
         else "part"
     )
+
+
+def _ids_of(tokens: list[str], tokenizer: Any) -> list[int]:
+    known: dict[str, int] = {} if tokenizer is None else tokenizer.get_vocab()
+    for token in tokens:
+        if token not in known:
+            raise ValueError(f"freeze.token_rows: there is no token {token!r}; add_tokens adds it, then save the model")
+    return [known[token] for token in tokens]

@@ -121,7 +121,7 @@ def peft_pairs(reference: nn.Module, model: nn.Module) -> list[tuple[str, Tensor
     pairs = []
     for slot in slots(model):
         if "default" in slot.module.lora:
-            for published, _, _, weights in _published_factors(slot, "default"):
+            for published, _, _, weights in _published_factors(model, slot, "default"):
                 for kind, ours in weights.items():
                     infix = kind.replace(".weight", ".default.weight") if "embedding" not in kind else f"{kind}.default"
                     pairs.append((f"{published}.{kind}", own[f"base_model.model.{published}.{infix}"], ours))

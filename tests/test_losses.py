@@ -11,7 +11,7 @@ from small_tokenizers import word_piece
 from handtune.engine import evaluate, losses
 from handtune.engine.batches import Batches, Collate, Masking
 from handtune.engine.data import label_names
-from handtune.engine.objectives import OBJECTIVES, AnswerScore, RetrievalScore, TaggingScore, best_span
+from handtune.engine.objectives import METHODS, OBJECTIVES, AnswerScore, RetrievalScore, TaggingScore, best_span
 
 TAGS = ("O", "B-ANIMAL", "B-PLACE")
 
@@ -223,6 +223,7 @@ def test_retrieval_ranks_over_all_batches() -> None:
 
 
 def test_every_method_is_described() -> None:
-    assert sorted(OBJECTIVES) == ["classify", "embed", "masked-lm", "pretrain", "qa", "sft", "tag"]
+    assert sorted(METHODS) == ["classify", "embed", "masked-lm", "pretrain", "qa", "sft", "tag"]
+    assert set(METHODS) <= set(OBJECTIVES)
     assert label_names(TAGGED)[0] == "O"
     assert word_piece().token_to_id("[MASK]") == 4

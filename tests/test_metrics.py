@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from handtune.engine.metrics import answers, classification, entity_f1, perplexity, retrieval
+from handtune.engine.metrics import answers, classification, entity_f1, perplexity, retrieval, rouge
 
 # classification
 
@@ -259,6 +259,21 @@ def test_perplexity():
         assert math.isfinite(perplexity(loss))
         json.dumps(perplexity(loss), allow_nan=False)
     assert perplexity(709.0) < perplexity(710.0) == perplexity(float("inf"))
+
+
+def test_rouge_worked_example():
+    """Of 3 words 2 are among the gold 5, of 2 pairs 1 among the gold 4; "the cat" is the longest common subsequence."""
+    got = rouge(["The cat sat."], ["the cats on the mat"])
+    assert got == {"rouge1": pytest.approx(0.5), "rouge2": pytest.approx(1 / 3), "rougeL": pytest.approx(0.5)}
+    assert rouge(["The cat sat.", "no"], ["the cats on the mat", "yes"])["rouge1"] == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="1 predictions for 2 golds"):
+        rouge(["a"], ["a", "b"])
+
+
+def test_rouge_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    with pytest.raises(ValueError, match=r"pip install handtune\[rouge\]"):
+        rouge(["a"], ["a"])
 
 
 def test_metrics_need_no_torch():

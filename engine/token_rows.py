@@ -1,0 +1,126 @@
+"""Training chosen rows of the vocabulary: added tokens learn, and all the others stay as they are, bit for bit.
+
+The embedding takes part in the forward and the backward pass as one matrix, whether the head is tied to it or not, so
+that no module and no loss needs to know. What differs is the optimizer: its fp32 master, its moments, its decay and its
+step are those of the chosen rows (n, D), taken from the whole gradient and written back after each step (`optim.py`).
+
+In an adapter's files they stand as PEFT writes them: `trainable_token_indices`, and the rows as
+`<module>.token_adapter.trainable_tokens_delta` (n, D), which for all its name holds the rows themselves.
+
+The price is that gradient (V, D), which stands in memory for the time of a backward pass, and the product that makes
+it in the head. No state of it is kept.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .lora import KnownModel, LoRAEmbedding
+
+ROWS = "trained_rows"  # the buffer that holds the ids; not stored
+STORED = ".token_adapter.trainable_tokens_delta"
+
+
+def train_rows(model: nn.Module, ids: Sequence[int]) -> None:
+    """Train the rows `ids` of the token embedding, and of a head that is not tied to it, and no others of them.
+
+    After `add_lora` or `freeze`, which freeze the embedding; from here on, to unfreeze it is to train these rows.
+    Raises ValueError for ids that are not rows of the model, a model that is not of this project or has no token
+    embedding, or one with an adapter on it.
+    """
+    modules = _matrices(model)
+    size = len(modules[0].get_parameter("weight"))
+    if wrong := sorted({number for number in ids if not 0 <= number < size}) or not ids:
+        raise ValueError(f"ids {wrong if ids else '[]'}: expected token ids from 0 to {size - 1}, at least one")
+    for module in modules:
+        _choose(module, sorted(set(ids)))
+
+
+def _choose(module: nn.Module, ids: list[int]) -> None:
+    weight = module.get_parameter("weight").requires_grad_(True)
+    module.register_buffer(ROWS, torch.tensor(ids, device=weight.device), persistent=False)
+
+
+def _matrices(model: nn.Module) -> list[nn.Module]:
+    """The modules that hold a matrix with a row for each token, the embedding first."""
+    if not isinstance(model, KnownModel):
+        raise ValueError(f"{type(model).__name__} is not a model of handtune; only their token rows are known")
+    embedding = dict(model.named_modules()).get("embed.tokens")
+    if isinstance(embedding, LoRAEmbedding) or not isinstance(embedding, nn.Module):
+        raise ValueError("embed.tokens carries an adapter or isn't there: no rows of it can train by themselves")
+    weight = embedding.get_parameter("weight")
+    own = dict(model.head.named_parameters(recurse=False)).get("weight")
+    untied = own is not None and own is not weight and own.shape == weight.shape
+    return [embedding, model.head] if untied else [embedding]
+
+
+def trained_rows(model: nn.Module) -> dict[str, Tensor]:
+    """The ids of the rows that train, by the name of the parameter, where not all of them do."""
+    found = {}
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2] == ROWS:
+            found[f"{name.removesuffix(ROWS)}weight"] = buffer
+    return found
+
+
+def trained_ids(model: nn.Module) -> dict[str, list[int]]:
+    """The same as PEFT's `trainable_token_indices`: the ids by published module."""
+    names = model.key_map() if isinstance(model, KnownModel) else {}
+    return {
+        names[key].names[0].removesuffix(".weight"): ids.tolist()
+        for key, ids in trained_rows(model).items()
+        if model.get_parameter(key).requires_grad
+    }
+
+
+class StoredRows(NamedTuple):
+    """Rows of a matrix as an adapter's file has them: the module's path, the ids, the rows (n, D)."""
+
+    path: str
+    ids: list[int]
+    rows: Tensor
+
+
+def take_rows(model: nn.Module, stored: dict[str, Tensor], table: Any) -> list[StoredRows]:
+    """Take the token rows out of an adapter's tensors; `table` is its `trainable_token_indices`.
+
+    Raises ValueError where they don't fit each other or the model.
+    """
+    names = model.key_map() if isinstance(model, KnownModel) else {}
+    homes = {name: key for key, source in names.items() for name in source.names}
+    found = []
+    for key in [key for key in stored if key.endswith(STORED)]:
+        module, rows = key.removesuffix(STORED), stored.pop(key)
+        ids = table if isinstance(table, list) else _of_module(table, module)
+        path = homes.get(f"{module}.weight", "").removesuffix(".weight")
+        if path not in ("embed.tokens", "head"):
+            raise ValueError(f"{key} has no place in this model; it was made for another base")
+        size, width = model.get_submodule(path).get_parameter("weight").shape
+        fits = isinstance(ids, list) and all(type(i) is int and 0 <= i < size for i in ids)
+        if not fits or tuple(rows.shape) != (len(ids), width):
+            raise ValueError(
+                f"{key} {tuple(rows.shape)} with trainable_token_indices {ids} does not fit a matrix of "
+                f"{(size, width)}; give the base that it was trained on"
+            )
+        found.append(StoredRows(path, ids, rows))
+    if table and not found:
+        raise ValueError(f"trainable_token_indices = {table!r}, but their rows are not there; the adapter is damaged")
+    return found
+
+
+def _of_module(table: Any, module: str) -> Any:
+    """The ids under a module's name or the end of it."""
+    entries = table.items() if isinstance(table, dict) else ()
+    return next((ids for name, ids in entries if module == name or module.endswith(f".{name}")), None)
+
+
+@torch.no_grad()
+def put_rows(model: nn.Module, found: list[StoredRows]) -> None:
+    """Write the rows into their matrices; they alone train from here on."""
+    for path, ids, rows in found:
+        module = model.get_submodule(path)
+        weight = module.get_parameter("weight")
+        weight.data[ids] = rows.to(weight)
+        _choose(module, sorted(ids))
