@@ -175,7 +175,7 @@ def _rows(
     if q.shape[1] == 1 and window is not None:  # the last position sees the last keys, and no mask is needed
         k, v, bias, window = k[:, -window:], v[:, -window:], None if bias is None else bias[..., -window:], None
     t, s = q.shape[1], k.shape[1]
-    if t == 1 and q.shape[2] != k.shape[2] and q.device.type == "cpu":
+    if t == 1 and q.device.type == "cpu" and (q.shape[2] != k.shape[2] or q.dtype == torch.bfloat16):
         return _one_query(q, k, v, bias, scale)
     if window is not None and window < s:
         return _windowed(q, k, v, window, bias, causal, scale)
@@ -191,13 +191,18 @@ def _rows(
 def _one_query(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """A single position (B, 1, H, hd): the heads that share keys take the place of positions, (B, H / K, K, hd).
 
-    Keys and values are read once a group then, not once a head: on a CPU 2 to 20 times as fast, with a long cache.
+    Keys and values are read once a group then, not once a head: on a CPU 2 to 20 times as fast, with a long cache. In
+    bf16 the plain products are faster there than the fused kernel (16 rows of 160 keys: 1.6 against 2.7 ms).
     """
     if bias is not None:
         bias = _mask(slice(k.shape[1] - 1, k.shape[1]), slice(0, k.shape[1]), None, bias, True, q)
         bias = bias[(None,) * (4 - bias.dim())]  # (B or 1, H or 1, 1, S)
         bias = bias.unflatten(1, (k.shape[2], -1)).squeeze(3) if bias.shape[1] > 1 else bias
     shared = q.unflatten(2, (k.shape[2], -1)).squeeze(1).transpose(1, 2)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        scores = (shared.transpose(1, 2) * scale) @ k.permute(0, 2, 3, 1)  # (B, K, H / K, S)
+        scores = scores if bias is None else scores + bias
+        return (scores.softmax(-1) @ v.transpose(1, 2)).reshape(q.shape)
     return _fused(shared, k, v, bias, False, scale).transpose(1, 2).reshape(q.shape)
 
 

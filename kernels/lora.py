@@ -32,26 +32,31 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .lora_products import Plan, down, draw_seed, factors_backward, input_gradient, outer, takes_triton, up
-from .norms import normalize, normalize_backward, rebuild
+from .norms import Stats, normalize, normalize_backward, rebuild
 from .quantize import NF4Weight
+
+
+def _evaluate(h, norm_weight, norm_bias, weight, bias, a, plan: Plan, *bs) -> tuple[Tensor, Tensor | None, Stats]:
+    """y, S and the statistics of the norm."""
+    x, s = h, None
+    stats: Stats = ()
+    if norm_weight is not None and a is not None and takes_triton(h, a, rank=len(a)):
+        from .norms_triton import normalize_down
+
+        x, stats, s = normalize_down(h, norm_weight, norm_bias, plan.eps, a, plan.dropout, plan.seed)
+    elif norm_weight is not None:
+        x, stats = normalize(h, norm_weight, norm_bias, plan.eps)
+    elif plan.activation is not None:
+        x = plan.activation.forward(h)
+    if a is not None and s is None:
+        s = down(x, a, plan)
+    return up(x, weight, bias, s, bs, plan), s, stats
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, norm_weight, norm_bias, weight, bias, a, plan: Plan, *bs):
-        x, s = h, None
-        stats: tuple[Tensor, ...] = ()
-        if norm_weight is not None and a is not None and takes_triton(h, a, rank=len(a)):
-            from .norms_triton import normalize_down
-
-            x, stats, s = normalize_down(h, norm_weight, norm_bias, plan.eps, a, plan.dropout, plan.seed)
-        elif norm_weight is not None:
-            x, stats = normalize(h, norm_weight, norm_bias, plan.eps)
-        elif plan.activation is not None:
-            x = plan.activation.forward(h)
-        if a is not None and s is None:
-            s = down(x, a, plan)
-        y = up(x, weight, bias, s, bs, plan)
+        y, s, stats = _evaluate(h, norm_weight, norm_bias, weight, bias, a, plan, *bs)
         ctx.plan = plan
         from_h = norm_weight is not None or plan.activation is not None
         keep_h = from_h or ctx.needs_input_grad[3] or ctx.needs_input_grad[5]  # all frozen: dx = dy W needs no h
@@ -120,8 +125,12 @@ def fused_linear(
     if torch.is_autocast_enabled(h.device.type):  # which knows F.linear, but not the in-place addition
         dtype = torch.get_autocast_dtype(h.device.type)
         tensors = [x.to(dtype) if isinstance(x, Tensor) else x for x in tensors]
-    with torch.autocast(h.device.type, enabled=False):
+        with torch.autocast(h.device.type, enabled=False):
+            y = _LoRALinear.apply(*tensors[:6], plan, *tensors[6:])
+    elif torch.is_grad_enabled():
         y = _LoRALinear.apply(*tensors[:6], plan, *tensors[6:])
+    else:  # token by token, the Function's own cost counts
+        y = _evaluate(*tensors[:6], plan, *tensors[6:])[0]
     return y.view(*h.shape[:-1], weight.shape[0])
 
 
