@@ -68,12 +68,12 @@ def _owners(model: Any) -> list[tuple[nn.Module, str]]:
 
 @torch.no_grad()
 def _grow(model: Any, owners: list[tuple[nn.Module, str]], known: int, size: int, new: list[int]) -> None:
-    """Bring each of `owners` to `size` rows; the `new` ones get the mean of the first `known`."""
+    """Bring each of `owners` to `size` rows; the `new` ones, and all that no token had, get the mean of the `known`."""
     for module, name in owners:
         old = module.get_parameter(name)
         rows = old.new_zeros((size, *old.shape[1:]))
         rows[: len(old)] = old
-        rows[new] = _mean(old[:known])
+        rows[sorted({*new, *range(len(old), size)})] = _mean(old[:known])
         module.register_parameter(name, nn.Parameter(rows, old.requires_grad))
     model.embed.tokens.num_embeddings = size
     if isinstance(model.head, Linear):

@@ -34,7 +34,7 @@ class Published:
             stored = stored.flatten(1)
         if self.transposed and stored.dim() == 2:
             stored = stored.T
-        if self.interleaved and len(stored) % (self.interleaved[0] * self.interleaved[1]) == 0:
+        if self.interleaved and stored.dim() and len(stored) % (self.interleaved[0] * self.interleaved[1]) == 0:
             return stored.unflatten(0, (*self.interleaved, -1)).transpose(0, 1).flatten(0, 2)
         return stored
 

@@ -18,7 +18,10 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RESAMPLINGS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # Pillow's numbers
 WARPS_FROM = 384  # pixels; ConvNeXt's processor
 # What would change the pixels if it were otherwise.
-REQUIRED = {"do_resize": (True,), "do_rescale": (True,), "rescale_factor": (1 / 255, 0.00392156862745098)}
+REQUIRED = {
+    "do_resize": (True,), "do_rescale": (True,), "rescale_factor": (1 / 255, 0.00392156862745098),
+    "do_flip_channel_order": (False, None),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class SpecialTokens:
         eos = config.get("eos_token_id")
         return cls(
             config.get("bos_token_id"),
-            eos[0] if isinstance(eos, list) else eos,
+            next(iter(eos), None) if isinstance(eos, list) else eos,
             config.get("pad_token_id"),
             template,
             {key: value for key, value in settings.items() if key != "chat_template"},
