@@ -15,8 +15,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import count
-from multiprocessing import forkserver
+from multiprocessing import connection, forkserver
 from pathlib import Path
+from threading import Lock
 
 import pytest
 from killed_runs import DONE, RUNS, assert_same_end, live
@@ -28,6 +29,7 @@ from handtune.engine.checkpoint import checkpoints
 
 ROOT = Path(__file__).parent.parent
 FORK = multiprocessing.get_context("forkserver")
+POLL = Lock()  # starting a process also asks for the end of all others, and an end is told only once
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,11 +44,13 @@ def fork_server():
 def one_life(run: str, out: Path, place: Path, seconds: float | None = None, **how) -> bool:
     """Let the run live until it ends, or for so many seconds after its start; whether it was killed."""
     process = FORK.Process(target=live, args=(run, str(out), str(place)), kwargs=how)
-    process.start()
-    process.join(seconds)
-    if process.exitcode is None:
+    with POLL:
+        process.start()
+    if not connection.wait([process.sentinel], seconds):
         process.kill()
-    process.join(60)
+        connection.wait([process.sentinel], 60)
+    with POLL:
+        process.join(0)
     assert process.exitcode in (0, -signal.SIGKILL), f"exit code {process.exitcode}"
     return process.exitcode != 0
 
