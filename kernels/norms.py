@@ -70,7 +70,11 @@ def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tup
         return out, (mean, rstd)
     wide = _wide(x)
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * rstd).to(x.dtype) * weight, (rstd,)
+    return _scaled(wide, rstd, x.dtype, weight), (rstd,)
+
+
+def _scaled(wide: Tensor, rstd: Tensor, dtype: torch.dtype, weight: Tensor) -> Tensor:
+    return (wide * rstd).to(dtype) * weight
 
 
 def rebuild(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, stats: Stats) -> Tensor:
@@ -79,7 +83,9 @@ def rebuild(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, stats: S
         from . import norms_triton
 
         return norms_triton.rebuild(x, weight, bias, stats)
-    return normalize(x, weight, bias, eps)[0]
+    if bias is not None:
+        return normalize(x, weight, bias, eps)[0]
+    return _scaled(_wide(x), stats[0], x.dtype, weight)
 
 
 def normalize_backward(
@@ -100,16 +106,16 @@ def normalize_backward(
         mean, rstd = stats
         return _aten.native_layer_norm_backward(grad, x, (x.shape[-1],), mean, rstd, weight, bias, list(needs))
     (rstd,) = stats
-    normed = _wide(x) * rstd
-    wide = _wide(grad)
+    wide_x, wide = _wide(x), _wide(grad)
     grad_weight = None
     if needs[1]:
-        grad_weight = (wide * normed.to(x.dtype)).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+        normed = (wide_x * rstd).to(x.dtype)
+        grad_weight = (wide * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
     if not needs[0]:
         return None, grad_weight, None
     wide = wide * weight
-    inner = (wide * normed).mean(-1, keepdim=True)
-    return wide.addcmul_(normed, inner, value=-1).mul_(rstd).to(x.dtype), grad_weight, None
+    inner = (wide * wide_x).sum(-1, keepdim=True).mul_(rstd.pow(3) / x.shape[-1])  # rstd mean(g ⊙ x̂) of x = x̂ / rstd
+    return wide.mul_(rstd).addcmul_(wide_x, inner, value=-1).to(x.dtype), grad_weight, None
 
 
 class _Norm(torch.autograd.Function):
