@@ -4,10 +4,13 @@ A text of n new tokens scores Σ log p(tokenᵢ) / n^penalty: without the divisi
 above 1 favours long ones. (It is transformers' formula; that of Wu et al. 2016, arXiv:1609.08144, is another.)
 
 At each step the 2K likeliest continuations of a row's K beginnings are looked at, so that K remain to go on with even
-if the K best of them end. A text that ends counts only if it is among the K best continuations of its step; the K best
-of all that ended are kept. A row is closed once K texts have ended and its likeliest open beginning, scored at its
-present length, is no better than the worst of them. That is a guess where length pays: transformers' default, too.
+if one of each beginning ends; where n tokens can end a text, (1 + n) K. A text that ends counts only if it is among the
+K best continuations of its step; the K best of all that ended are kept. A row is closed once K texts have ended and its
+likeliest open beginning, scored at its present length, is no better than the worst of them. That is a guess where
+length pays: transformers' default, too.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +22,7 @@ NEVER = -1e9  # the score of what must not be chosen; finite, so that difference
 
 
 def beam_search(
-    decoding: Decoding, beams: int, max_new_tokens: int, eos_id: int | None, pad: int, length_penalty: float
+    decoding: Decoding, beams: int, max_new_tokens: int, end_ids: Sequence[int], pad: int, length_penalty: float
 ) -> Tensor:
     """The best text of each row (B, T + n), n ≤ `max_new_tokens`, filled up with `pad` after its end."""
     first = decoding.tokens.shape[1]
@@ -32,11 +35,11 @@ def beam_search(
     best = Finished(decoding.tokens.unflatten(0, (rows, beams)), max_new_tokens, pad)
     for n in range(1, max_new_tokens + 1):
         found = (logits.log_softmax(-1).unflatten(0, (rows, beams)) + scores[..., None]).flatten(1)
-        values, index = found.topk(2 * beams)  # (B, 2K)
+        values, index = found.topk(max(2, 1 + len(end_ids)) * beams)  # (B, 2K) or more
         beam, token = index // logits.shape[-1], index % logits.shape[-1]
         ends = torch.full_like(token, n == max_new_tokens, dtype=torch.bool)
-        if eos_id is not None:
-            ends |= token == eos_id
+        for end in end_ids:
+            ends |= token == end
         texts = decoding.tokens.unflatten(0, (rows, beams))[every, beam]  # (B, 2K, T + n - 1)
         best.add(torch.cat((texts, token[..., None]), -1)[:, :beams], values[:, :beams] / n**length_penalty, ends)
         scores, kept = values.masked_fill(ends, NEVER).topk(beams)

@@ -22,16 +22,16 @@ def completions(
     `batch_rows` prompts are computed at a time; `how`: temperature, top_k, top_p, beams and length_penalty as in
     `generate`, whose errors come through.
     """
-    end, device = model.tokens.eos_id, next(model.parameters()).device
+    ends, device = model.tokens.ends, next(model.parameters()).device
     written: list[str] = []
     for start in range(0, len(prompts), batch_rows):
         ids, mask = left_padded([_prompt(text, model, tokenizer) for text in prompts[start : start + batch_rows]])
         tokens = generate(
-            model, ids.to(device), mask.to(device), max_new_tokens, seed=seed + start, eos_id=end, stop=stop,
+            model, ids.to(device), mask.to(device), max_new_tokens, seed=seed + start, eos_id=ends, stop=stop,
             tokenizer=tokenizer, **how,
         )  # fmt: skip
         first = 1 if model.task == "seq2seq-lm" else ids.shape[1]
-        written += [_ended(row, end, stop, tokenizer) for row in tokens[:, first:].tolist()]
+        written += [_ended(row, ends, stop, tokenizer) for row in tokens[:, first:].tolist()]
     return written
 
 
@@ -43,8 +43,8 @@ def _prompt(text: str, model: Any, tokenizer: Any) -> list[int]:
     return ids or [end or 0]
 
 
-def _ended(ids: list[int], eos: int | None, stop: Sequence[str], tokenizer: Any) -> str:
-    """The text of a completion up to its end token or stop string."""
-    text = tokenizer.decode(ids[: ids.index(eos)] if eos in ids else ids)
+def _ended(ids: list[int], ends: Sequence[int], stop: Sequence[str], tokenizer: Any) -> str:
+    """The text of a completion up to its first end token or stop string."""
+    text = tokenizer.decode(ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))])
     cuts = [at for word in stop if (at := text.find(word)) >= 0]
     return text[: min(cuts)] if cuts else text

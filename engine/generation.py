@@ -39,7 +39,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     *,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     pad_id: int | None = None,
     stop: Sequence[str] = (),
     tokenizer: "Tokenizer | None" = None,
@@ -51,9 +51,10 @@ def generate(
     What an encoder-decoder gives is (B, 1 + n): its start token and the new ones.
 
     `temperature` 0 is greedy. `top_k` > 0 keeps the k likeliest tokens, `top_p` < 1 the likeliest that together have
-    probability p. A row ends with `eos_id`, or when its new text (decoded by `tokenizer`) contains one of the `stop`
-    strings; what follows is `pad_id` (by default `eos_id`, else 0). The same seed gives the same tokens. Several
-    `beams` look for the likeliest text instead; `length_penalty` weighs its length, as `beam.py` says.
+    probability p. A row ends with `eos_id` (one of several, where they are a sequence), or when its new text (decoded
+    by `tokenizer`) contains one of the `stop` strings; what follows is `pad_id` (by default the first `eos_id`, else
+    0). The same seed gives the same tokens. Several `beams` look for the likeliest text instead; `length_penalty`
+    weighs its length, as `beam.py` says.
 
     Raises ValueError for settings out of range, for a model of another task than causal-lm and seq2seq-lm, and where
     prompt and new tokens exceed the model's positions.
@@ -61,14 +62,15 @@ def generate(
     _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, stop, tokenizer)
     if beams < 1 or (beams > 1 and (temperature != 0 or stop)):
         raise ValueError(f"beams = {beams} look for the likeliest text: set temperature = 0, and no stop strings")
-    pad = pad_id if pad_id is not None else (eos_id if eos_id is not None else 0)
+    ends = [eos_id] if isinstance(eos_id, int) else list(eos_id or ())
+    pad = pad_id if pad_id is not None else next(iter(ends), 0)
     training = model.training
     model.eval()
     decoding = Decoding(model, input_ids, attention_mask, max_new_tokens)
     if beams > 1:
-        tokens = beam_search(decoding, beams, max_new_tokens, eos_id, pad, length_penalty)
+        tokens = beam_search(decoding, beams, max_new_tokens, ends, pad, length_penalty)
     else:
-        tokens = _one_by_one(decoding, max_new_tokens, (temperature, top_k, top_p), seed, eos_id, pad, stop, tokenizer)
+        tokens = _one_by_one(decoding, max_new_tokens, (temperature, top_k, top_p), seed, ends, pad, stop, tokenizer)
     model.train(training)
     return tokens
 
@@ -78,7 +80,7 @@ def _one_by_one(
     max_new_tokens: int,
     how: tuple[float, int, float],
     seed: int,
-    eos_id: int | None,
+    ends: Sequence[int],
     pad: int,
     stop: Sequence[str],
     tokenizer: "Tokenizer | None",
@@ -90,12 +92,12 @@ def _one_by_one(
     for i in range(max_new_tokens):
         step = choose(decoding.logits(), *how, generator).masked_fill_(done, pad)
         decoding.extend(step)
-        if eos_id is not None:
-            done |= step == eos_id
+        for end in ends:
+            done |= step == end
         if tokenizer is not None and stop:
             texts = tokenizer.decode_batch(decoding.tokens[:, first:].tolist())
             done |= torch.tensor([any(s in text for s in stop) for text in texts], device=device)
-        if (eos_id is not None or stop) and i + 1 < max_new_tokens and bool(done.all()):
+        if (ends or stop) and i + 1 < max_new_tokens and bool(done.all()):
             break
     return decoding.tokens
 

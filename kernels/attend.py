@@ -44,7 +44,7 @@ def attention(
 
     `causal`: query t sees keys up to S − T + t (the queries are the last T of S positions). `window`: of those, the
     last `window` (or |t − s| < window if not causal). `cu_seqlens` (n + 1,) int: B is 1 and the row is made of segments
-    with these bounds; `max_seqlen` is their greatest length, needed on CUDA to avoid waiting for it. `bias`: additive
+    with these bounds; `max_seqlen` is their greatest length, given on CUDA to avoid waiting for it. `bias`: additive
     (float) or allowed (bool), broadcastable to (B, H, T, S), on top of `causal` and `window`. `alibi` (H,): slopes of a
     bias that grows with the position, slope_h · (s − t) (https://arxiv.org/abs/2108.12409), and takes no gradient.
     `scale` is 1/√hd where not given. A query that may see nothing gives finite numbers without meaning.
@@ -53,7 +53,9 @@ def attention(
     """
     _check(q, k, v, cu_seqlens, bias, alibi)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if window is not None and window >= (k.shape[1] if max_seqlen is None else max_seqlen):
+    if cu_seqlens is None:
+        max_seqlen = k.shape[1]
+    if window is not None and window >= (max_seqlen or k.shape[1]):
         window = None
     if _for_triton(q, k, v, cu_seqlens, window, bias, alibi, causal):
         bias = None if bias is None else bias[(None,) * (4 - bias.dim())]
@@ -228,7 +230,7 @@ def _mask(queries: slice, keys: slice, window: int | None, bias: Tensor | None, 
     if bias is None or bias.dtype == torch.bool:
         allowed = allowed if bias is None else allowed & bias
         return torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(~allowed, least)
-    return bias.to(like.dtype).masked_fill(~allowed, least)
+    return bias.to(like.dtype).clamp(min=least).masked_fill(~allowed, least)
 
 
 def _joined(bias: Tensor | None, alibi: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:

@@ -123,7 +123,20 @@ class Bert(nn.Module):
         "embedding": "BertModel",
     }
     ignored = ("*embeddings.position_ids",)
-    other_heads = ("cls.*", "classifier.*", "qa_outputs.*", "pooler.*")
+    heads: ClassVar = {
+        "cls.predictions.*": ("masked-lm",),
+        "cls.seq_relationship.*": (),  # the next-sentence head of pretraining
+        "classifier.*": ("sequence-classification", "reward", "token-classification"),
+        "qa_outputs.*": ("question-answering",),
+        "pooler.*": ("sequence-classification", "reward"),
+    }
+    copies: ClassVar = {
+        "cls.predictions.decoder.weight": (
+            "embed.tokens.weight",
+            "the token embedding; a masked-LM output matrix of its own is not implemented",
+        ),
+        "cls.predictions.decoder.bias": ("head.bias", "cls.predictions.bias; take one of them out"),
+    }
     required: ClassVar = {
         "position_embedding_type": ("absolute", None),
         "is_decoder": (False,),
@@ -247,7 +260,7 @@ class Bert(nn.Module):
             for kind in ("weight", "bias"):
                 table[f"head.dense.{kind}"] = Published((f"cls.predictions.transform.dense.{kind}",))
                 table[f"head.norm.{kind}"] = Published((f"cls.predictions.transform.LayerNorm.{kind}",))
-            table["head.bias"] = Published(("cls.predictions.bias",))
+            table["head.bias"] = Published(("cls.predictions.bias",), also=("cls.predictions.decoder.bias",))
             return table
         name = "qa_outputs" if self.task == "question-answering" else "classifier"
         for key, _ in self.head.named_parameters():

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..kernels import LayerNorm, Linear, attention, feed_forward, norm_linear
 from .heads import EmbeddingHead, MLPHead, n_outputs, pool_tokens
-from .layers import KVCache, Published, initialize, key_bias, overridden, read_fields
+from .layers import TIED, KVCache, Published, initialize, key_bias, overridden, own_spelling, read_fields
 from .tokens import SpecialTokens
 
 
@@ -158,8 +158,14 @@ class Bloom(nn.Module):
         "embedding": "BloomModel",
     }
     ignored = ("*.self_attention.scale_mask_softmax.causal_mask",)
-    other_heads = ("lm_head.*", "score.*", "classifier.*", "qa_outputs.*")
-    required: ClassVar = {"apply_residual_connection_post_layernorm": (False,)}
+    heads: ClassVar = {
+        "lm_head.*": ("causal-lm",),
+        "score.*": ("sequence-classification", "reward"),
+        "classifier.*": ("token-classification",),
+        "qa_outputs.*": ("question-answering",),
+    }
+    copies: ClassVar = {"lm_head.weight": ("embed.tokens.weight", TIED)}
+    required: ClassVar = {"apply_residual_connection_post_layernorm": (False,), "is_causal": (True, None)}
 
     def __init__(
         self,
@@ -297,9 +303,7 @@ class Bloom(nn.Module):
                 f"slow_but_exact = true is not implemented with pretraining_tp = {given['pretraining_tp']!r}: it leaves"
                 " biases out; set it to false, as in the published checkpoints"
             )
-        for other, name in ALIASES.items():
-            if other in given and given.setdefault(name, given[other]) != given[other]:
-                raise ValueError(f"{name} = {given[name]!r}, but {other} = {given[other]!r}; remove the wrong one")
+        given = own_spelling(given, ALIASES)
         return BloomConfig(**read_fields(BloomConfig, {**SILENT, **given}, CONFIG_KEYS))
 
     def write_config(self) -> dict[str, Any]:

@@ -4,7 +4,6 @@ A model says how its tensors are published (`key_map`), and `filling.py` puts th
 found in `hub.py`, which task it is for in `tasks.py`. What stands here is the order of all this, and the families.
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from ..kernels import Linear
 from .bert import Bert
 from .bloom import Bloom
-from .filling import blocks, fill, own_tensors
+from .filling import allocate, blocks, fill, own_tensors
 from .gpt2 import GPT2
 from .hub import checkpoint_folder
 from .llama import Llama
@@ -22,9 +21,9 @@ from .pixels import Pixels
 from .pooling import read_pooling, write_pooling
 from .resnet import ResNet
 from .resnet_names import from_timm
-from .shards import SINGLE, Shards, read_json
+from .shards import SINGLE, Shards, read_json, write_json
 from .t5 import T5
-from .tasks import class_name, label_names, reusable_head, stored_head, task_config, task_of
+from .tasks import class_name, head_rows, label_names, reorder_head, stored_head, task_config, task_of
 from .tensor_file import write_file
 from .tokens import SpecialTokens, load_tokenizer, load_tokenizer_file, save_tokenizer
 from .xlnet import XLNet
@@ -65,16 +64,17 @@ def load(
 
     `task`: one of the tasks of `models/heads.py`; None takes it from config.json's `architectures`. `dtype`: "auto" is
     the checkpoint's own (fp16 becomes fp32 on a CPU). `device`: "auto" is CUDA where there is one. `labels`: names, or
-    their number, for a task that classifies. `head_layers`: depth of the head. A stored head of another task, another
-    number of labels or another depth than asked for is made anew.
+    their number, for a task that classifies. `head_layers`: depth of the head. A stored head of another task, other
+    labels or another depth than asked for is made anew; of the same labels in another order its rows are reordered.
 
     Raises FileNotFoundError for a missing folder or config.json, ValueError for everything that doesn't fit.
     """
     folder = checkpoint_folder(path)
     published = _published(folder)
     family = _family(published, folder)
-    shards = Shards(folder)
+    shards = Shards(folder)  # opened; the weights are read last, so that nothing else can be wrong after that
     config = _config(published, family, shards)
+    words, tokens = load_tokenizer(folder), SpecialTokens.read(folder, published)
     task = task or task_of(published, family, folder)
     known, stored_depth = stored_head(published, family, folder)
     names = () if task == "reward" else label_names(labels, known)
@@ -82,15 +82,17 @@ def load(
     pooling, normalize = read_pooling(folder) if task == "embedding" else ("mean", False)
     with torch.device("meta"):
         model = family(config, task, names, depth, pooling, normalize)
-    model.to(_dtype(dtype, published, shards, target := _device(device)))
-    model.to_empty(device=target)
-    model.tie()
-    fill(model, shards, new_head=depth != stored_depth or not reusable_head(model, published, len(known)))
-    model.tokens = SpecialTokens.read(folder, published)
+    model.tokens = tokens
     if isinstance(model, ResNet):
-        model.pixels = Pixels.read(folder, published) or model.pixels
+        model.pixels = Pixels.read(folder, published, model.config.n_channels) or model.pixels
+    target = _device(device)
+    allocate(model, _dtype(dtype, published, shards, target), target)
+    rows = head_rows(model, published, known) if depth == stored_depth else None
+    fill(model, shards, new_head=rows is None)
+    if rows and rows != sorted(rows):
+        reorder_head(model.head, rows)
     model.eval()
-    return model, load_tokenizer(folder)
+    return model, words
 
 
 def objectives_of(path: str | Path | None, preset: str | None) -> dict[str, str]:
@@ -152,7 +154,7 @@ def save(model: Model, tokenizer: "Tokenizer | None", path: str | Path) -> None:
     temporary = folder / "model.safetensors.tmp"
     write_file(temporary, tensors)
     temporary.replace(folder / SINGLE)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config)
     if isinstance(model, ResNet):
         model.pixels.write(folder)
     elif model.task == "embedding":
@@ -180,6 +182,11 @@ def _family(published: dict[str, Any], folder: Path) -> Family:
     for field, accepted in family.required.items():
         if field in published and published[field] not in accepted:
             raise ValueError(f"{folder / 'config.json'}: {field} = {published[field]!r} is not implemented")
+    if (way := published.get("quantization_config")) is not None:
+        raise ValueError(
+            f"{folder / 'config.json'}: quantization_config = {way!r} is not implemented; load the checkpoint that was "
+            "quantised, with model.quantize if it should be small"
+        )
     return family
 
 
@@ -219,6 +226,8 @@ def _device(device: str | torch.device) -> torch.device:
 def _dtype(dtype: str | torch.dtype, published: dict[str, Any], shards: Shards, device: torch.device) -> torch.dtype:
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if isinstance(dtype, torch.dtype):
+        if dtype not in (*names.values(), torch.float64):
+            raise ValueError(f"dtype {dtype}: expected float32, bfloat16, float16 or float64")
         return dtype
     if dtype != "auto":
         if dtype not in names:

@@ -1,15 +1,19 @@
 """Filling a model from a checkpoint: published names are matched with ours, and each tensor read into its rows.
 
 Nothing is guessed: a tensor that is missing, left over or of another shape is an error that lists it. The exceptions
-are few and said: a task's head that the checkpoint lacks is initialised and announced, and the heads of other tasks and
-constant buffers are skipped.
+are few and said: a task's head that the checkpoint lacks is initialised and announced, the heads of other tasks are
+left out and named, and constant buffers are skipped.
+
+A model says in `heads` which tasks a stored head is for: one that is not the asked task's is left out, but a tensor of
+the task's own head that has no place is left over. And in `copies` which tensors may be stored a second time, a tied
+output matrix above all: a copy that is none is an error, because nobody knows which of the two is meant.
 """
 
 import logging
 import re
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -34,63 +38,103 @@ def blocks(tensor: Tensor, source: Published) -> tuple[Tensor, ...]:
     return tensor.detach().split(source.rows) if source.rows else (tensor.detach(),)
 
 
+def allocate(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Memory on `device` for the tensors of a model on the meta device, with nothing in it yet.
+
+    Each has its own once: `Module.to_empty` gives a tied matrix two. Parameters are of `dtype`; statistics, which are
+    buffers, are never narrower than fp32, because a running mean takes steps that bf16 rounds away.
+    """
+    made: dict[Tensor, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter not in made:
+                made[parameter] = nn.Parameter(torch.empty_like(parameter, dtype=dtype, device=device))
+            setattr(module, name, made[parameter])
+        for name, buffer in module.named_buffers(recurse=False):
+            kind = torch.promote_types(dtype, torch.float32) if buffer.is_floating_point() else buffer.dtype
+            setattr(module, name, torch.empty_like(buffer, dtype=kind, device=device))
+
+
 @torch.no_grad()
 def fill(model: "Model", shards: Shards, new_head: bool) -> None:
     """Copy every tensor of the key map from the shards into its rows; make the head where it is not there, or `new`.
 
-    Raises ValueError with a list of what is missing, left over, of another shape or kind, or there twice.
+    Raises ValueError with a list of what is missing, left over, of another shape or kind, or there twice, and for a
+    copy that is none.
     """
-    table = model.key_map()
-    spelled = {other: name for source in table.values() for other, name in zip(source.also, source.names, strict=False)}
-    stored: dict[str, str] = {}
-    twice: list[str] = []
-    for name in shards.names():
-        short = _canonical(spelled.get(name, name), model.base_prefix)
-        if short in stored:
-            twice.append(f"{stored[short]} and {name}")
-        stored[short] = name
-    own = own_tensors(model)
-    model.initialize_head()
-    missing: list[str] = []
+    table, own = model.key_map(), own_tensors(model)
+    stored, twice = _by_short_name(model, shards, table)
+    places = {key: [_canonical(name, model.base_prefix) for name in source.names] for key, source in table.items()}
+    made = {key for key in table if new_head and key.startswith(("head.out.", "head.hidden."))}
+    absent = {
+        key: [name for name in names if key in made or (name not in stored and not table[key].optional)]
+        for key, names in places.items()
+    }
+    head_missing = [name for key, names in absent.items() if key.startswith("head.") for name in names]
+    missing = [name for key, names in absent.items() if not key.startswith("head.") for name in names]
+    if head_missing:
+        model.initialize_head()
     misshaped: list[str] = []
-    head_missing: list[str] = []
-    used: set[str] = set()
     for key, source in table.items():
-        names = [_canonical(name, model.base_prefix) for name in source.names]
-        used.update(names)
-        if new_head and key.startswith(("head.out.", "head.hidden.")):
-            head_missing += names
-            continue
-        for name, rows in zip(names, blocks(own[key], source), strict=True):
-            if name not in stored and source.optional:
-                rows.zero_()
+        for name, rows in zip(places[key], blocks(own[key], source), strict=True):
+            if name in absent[key]:
                 continue
             if name not in stored:
-                (head_missing if key.startswith("head.") else missing).append(name)
-                continue
-            tensor = shards.find(stored[name])
-            if problem := _misfit(tensor, rows, source):
+                rows.zero_()
+            elif problem := _misfit(shards.find(stored[name]), rows, source):
                 misshaped.append(f"{stored[name]} {problem}")
             else:
-                read_into(tensor, source.as_stored(rows))
-    skipped = (*model.ignored, *model.other_heads)
-    left = [
-        name for short, name in stored.items() if short not in used and not any(fnmatchcase(short, p) for p in skipped)
-    ]
+                read_into(shards.find(stored[name]), source.as_stored(rows))
+    used = {name for names in places.values() for name in names}
+    spare = {short: name for short, name in stored.items() if short not in used}
+    left, copies, others = _sort_out(model, spare, new_head)
     _complain(
         shards.folder,
         {"missing": missing, "left over": left, "of another shape": misshaped, "under two spellings": twice},
     )
-    config: Any = model.config  # of a language model, where it is asked
-    for output in ("lm_head.weight", "lm_loss.weight"):  # the second is XLNet's
-        if model.task == "causal-lm" and config.tied and output in stored:
-            _refuse_another_head(output, shards.find(stored[output]), model, shards.folder)
-    for copy in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):  # as T5 may be stored
-        if copy in stored and not _is_embedding(shards.find(stored[copy]), model):
-            raise ValueError(f"{shards.folder}: {copy} is not shared.weight; two embeddings are not implemented")
+    for short in copies:
+        key, said = model.copies[short]
+        stored_copy = shards.find(spare[short])
+        if stored_copy.shape != own[key].shape or not holds(stored_copy, own[key]):
+            raise ValueError(f"{shards.folder}: {spare[short]} is not {said}")
     model.head_is_new = bool(head_missing)
+    if others:
+        log.warning("left out, of other tasks than %s: %s", model.task, ", ".join(others))
     if head_missing:
         log.warning("new, to be trained, for %s: %s", model.task, ", ".join(sorted(head_missing)))
+
+
+def _by_short_name(model: "Model", shards: Shards, table: dict[str, Published]) -> tuple[dict[str, str], list[str]]:
+    """The stored names by their short form, in which all variants meet; and the pairs that do so in one checkpoint."""
+    spelled = {other: name for source in table.values() for other, name in zip(source.also, source.names, strict=False)}
+    stored: dict[str, str] = {}
+    twice: list[str] = []
+    for name in shards.names():
+        short = _canonical(name, model.base_prefix)
+        if name in spelled and not (short in model.copies and spelled[name] in shards.names()):
+            short = _canonical(spelled[name], model.base_prefix)
+        if short in stored:
+            twice.append(f"{stored[short]} and {name}")
+        stored[short] = name
+    return stored, twice
+
+
+def _sort_out(model: "Model", spare: dict[str, str], new_head: bool) -> tuple[list[str], list[str], list[str]]:
+    """Of the tensors without a place: what is left over, what must be a copy, and heads of other tasks (first words).
+
+    Where the whole head is `new`, it takes the place of all that belongs to the stored one; but not a language model's.
+    """
+    replaced = new_head and not model.task.endswith("-lm")
+    left, copies, others = [], [], []
+    for short, name in spare.items():
+        pattern = next((pattern for pattern in model.heads if fnmatchcase(short, pattern)), None)
+        if pattern is not None and model.task not in model.heads[pattern]:
+            others.append(pattern.removesuffix(".*"))
+        elif short in model.copies:
+            copies.append(short)
+        elif not (pattern and replaced) and not any(fnmatchcase(short, ignored) for ignored in model.ignored):
+            left.append(name)
+    return left, copies, sorted(set(others))
 
 
 def _canonical(name: str, prefix: str | tuple[str, ...]) -> str:
@@ -107,20 +151,6 @@ def _misfit(stored: Stored, rows: Tensor, source: Published) -> str:
     if rows.is_floating_point() and not stored.dtype.is_floating_point:
         return f"of {stored.dtype}, expected floating-point numbers"
     return ""
-
-
-def _refuse_another_head(name: str, stored: Stored, model: "Model", folder: Path) -> None:
-    """ValueError where a tied model comes with an output matrix that isn't its embedding: which is meant, who knows."""
-    if not _is_embedding(stored, model):
-        raise ValueError(
-            f"{folder}: {name} is not the token embedding, but config.json has tie_word_embeddings = true; "
-            "set it to false, or take the tensor out"
-        )
-
-
-def _is_embedding(stored: Stored, model: Any) -> bool:
-    embedding = model.embed.tokens.weight
-    return stored.shape == embedding.shape and holds(stored, embedding)
 
 
 def _complain(folder: Path, problems: dict[str, list[str]]) -> None:

@@ -22,7 +22,18 @@ from torch import Tensor, nn
 
 from ..kernels import LayerNorm, Linear, attention, feed_forward, norm_linear
 from .heads import EmbeddingHead, MLPHead, n_outputs, pool_tokens
-from .layers import KVCache, Published, initialize, key_bias, overridden, positions, read_fields, refuse_longer
+from .layers import (
+    TIED,
+    KVCache,
+    Published,
+    initialize,
+    key_bias,
+    overridden,
+    own_spelling,
+    positions,
+    read_fields,
+    refuse_longer,
+)
 from .tokens import SpecialTokens
 
 ACTIVATIONS = {
@@ -100,6 +111,12 @@ CONFIG_KEYS = {
     "scale_attn_by_inverse_layer_idx": "scale_by_layer",
     "local_window": "window",
 }
+ALIASES = {
+    "hidden_size": "n_embd",
+    "max_position_embeddings": "n_positions",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
 
 
 class Embed(nn.Module):
@@ -164,8 +181,14 @@ class GPT2(nn.Module):
         "embedding": "GPT2Model",
     }
     ignored = ("*.attn.bias", "*.attn.masked_bias")
-    other_heads = ("lm_head.*", "score.*", "classifier.*", "qa_outputs.*")
-    required: ClassVar = {"add_cross_attention": (False,), "is_encoder_decoder": (False,)}
+    heads: ClassVar = {
+        "lm_head.*": ("causal-lm",),
+        "score.*": ("sequence-classification", "reward"),
+        "classifier.*": ("token-classification",),
+        "qa_outputs.*": ("question-answering",),
+    }
+    copies: ClassVar = {"lm_head.weight": ("embed.tokens.weight", TIED)}
+    required: ClassVar = {"add_cross_attention": (False,), "is_encoder_decoder": (False,), "is_causal": (True, None)}
 
     def __init__(
         self,
@@ -305,7 +328,7 @@ class GPT2(nn.Module):
     @classmethod
     def read_config(cls, published: dict[str, Any]) -> GPT2Config:
         """The configuration in a published config.json."""
-        return GPT2Config(**read_fields(GPT2Config, published, CONFIG_KEYS))
+        return GPT2Config(**read_fields(GPT2Config, own_spelling(published, ALIASES), CONFIG_KEYS))
 
     def write_config(self) -> dict[str, Any]:
         """config.json as transformers writes it. A banded model is "gpt3", which transformers refuses to mistake."""

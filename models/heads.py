@@ -36,13 +36,14 @@ def n_outputs(task: str, labels: tuple[str, ...]) -> int:
 
 def pool_tokens(kind: str, states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """One vector a row (B, D) from states (B, T, D), or (1, N, D) packed. `kind`: "first", "last", "mean", "max"."""
+    wide = torch.promote_types(states.dtype, torch.float32)  # in which a mean is summed
     if cu_seqlens is not None:
         starts, ends, flat = cu_seqlens[:-1].long(), cu_seqlens[1:].long(), states[0]
         if kind == "first":
             return flat[starts]
         if kind == "last":
             return flat[ends - 1]
-        return torch.segment_reduce(flat.float(), kind, lengths=ends - starts).to(states.dtype)
+        return torch.segment_reduce(flat.to(wide), kind, lengths=ends - starts).to(states.dtype)
     b, t, _ = states.shape
     if attention_mask is None:
         attention_mask = torch.ones(b, t, dtype=torch.long, device=states.device)
@@ -53,8 +54,8 @@ def pool_tokens(kind: str, states: Tensor, attention_mask: Tensor | None, cu_seq
         return states[rows, t - 1 - mask.flip(1).int().argmax(1)]
     if kind == "max":
         return states.masked_fill(~mask[..., None], torch.finfo(states.dtype).min).amax(1)
-    weights = mask[..., None].float()
-    return ((states.float() * weights).sum(1) / weights.sum(1).clamp(min=1e-9)).to(states.dtype)
+    weights = mask[..., None].to(wide)
+    return ((states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)).to(states.dtype)
 
 
 class MLPHead(nn.Module):

@@ -1,17 +1,22 @@
 """Where a checkpoint lies: a folder, or a repository of the hub, of which only what is read here is downloaded."""
 
 import re
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "vocab.txt", "merges.txt")
+from .shards import PICKLES, pickle_refused
+
+# A sentencepiece model is small, and downloaded to be named where there is no tokenizer.json, and to be kept.
+WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "vocab.txt", "merges.txt", "*.model")
 # The same weights in other layouts: in folders of their own, or as Mistral's own code reads them.
-UNWANTED = ("*/*.safetensors", "consolidated*.safetensors")
+UNWANTED = ("*/*.safetensors", "consolidated*.safetensors", "*/*.model")
 
 
 def checkpoint_folder(path: str | Path) -> Path:
     """The local folder of a checkpoint; a hub id is downloaded (or found in the hub's cache) first.
 
-    Raises FileNotFoundError where there is no such folder or repository, or no config.json in it.
+    Raises FileNotFoundError where there is no such folder or repository, or no config.json in it, and ValueError where
+    the repository has its weights as pickles only.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -26,7 +31,20 @@ def checkpoint_folder(path: str | Path) -> Path:
         folder = Path(snapshot_download(str(path), allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)))
     except Exception as error:  # which ones depends on the HTTP client, and that on the library's version
         raise FileNotFoundError(f"{path}: no such folder, and the hub did not give it ({_reason(error)})") from error
+    if not any(folder.glob("*.safetensors")) and (pickles := _pickles(str(path))):
+        raise pickle_refused(f"{path}/{pickles[0]}")
     return _with_config(folder)
+
+
+def _pickles(repository: str) -> list[str]:
+    """The pickle files in a repository, which are not downloaded; none where it can't be asked."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        names = list_repo_files(repository)
+    except Exception:  # offline, say: then the weights are missing, which is said where they are read
+        return []
+    return sorted(name for name in names if "/" not in name and any(fnmatchcase(name, pattern) for pattern in PICKLES))
 
 
 def _reason(error: Exception) -> str:

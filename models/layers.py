@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from ..kernels import Linear
 
+# Of a tied output matrix that is stored and is not the embedding. Which of the two is meant, who knows.
+TIED = "the token embedding, but config.json has tie_word_embeddings = true; set it to false, or take the tensor out"
+
 
 @dataclass(frozen=True)
 class Published:
@@ -96,9 +99,18 @@ def refuse_longer(
 
 
 def positions(input_ids: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, past: int = 0) -> Tensor:
-    """Position ids (B or 1, T): counted over the real tokens of each row, or from each segment's start."""
+    """Position ids (B or 1, T): counted over the real tokens of each row, or from each segment's start.
+
+    Raises ValueError for a mask that does not say of each cached and new position whether it is real, or beside
+    `cu_seqlens`.
+    """
     t = input_ids.shape[1]
     if attention_mask is not None:
+        if cu_seqlens is not None or attention_mask.shape[1] != past + t:
+            raise ValueError(
+                f"attention_mask {tuple(attention_mask.shape)}: expected (B, S) with S = {past} cached "
+                f"+ {t} new positions, and none beside cu_seqlens, whose segments have no padding"
+            )
         return (attention_mask.long().cumsum(1) - 1).clamp_(min=0)[:, -t:]
     index = torch.arange(past, past + t, device=input_ids.device)
     if cu_seqlens is not None:
@@ -129,6 +141,22 @@ def initialize(module: nn.Module, std: float = 0.02) -> None:
                 parameter.zero_()
             elif parameter.dim() == 1:
                 parameter.fill_(1.0)
+
+
+def own_spelling(published: dict[str, Any], aliases: dict[str, str]) -> dict[str, Any]:
+    """config.json with the fields that transformers also takes under another name (`aliases`: that one → the field).
+
+    Raises ValueError where both are there and contradict each other.
+    """
+    given = dict(published)
+    for other, name in aliases.items():
+        if given.get(other) is None:
+            continue
+        if given.get(name) is None:
+            given[name] = given[other]
+        if given[name] != given[other]:
+            raise ValueError(f"{name} = {given[name]!r}, but {other} = {given[other]!r}; remove the wrong one")
+    return given
 
 
 def read_fields(kind: type, published: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:

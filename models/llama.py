@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..kernels import Linear, RMSNorm, attention, feed_forward, norm_linear, rope
 from .heads import EmbeddingHead, MLPHead, n_outputs, pool_tokens
-from .layers import KVCache, Published, initialize, key_bias, overridden, positions, refuse_longer
+from .layers import TIED, KVCache, Published, initialize, key_bias, overridden, positions, refuse_longer
 from .llama_configs import PRESETS, LlamaConfig, read_config, write_config
 from .tokens import SpecialTokens
 
@@ -95,8 +95,19 @@ class Llama(nn.Module):
         "embedding": "{}Model",
     }
     ignored = ("*rotary_emb.inv_freq",)
-    other_heads = ("lm_head.*", "score.*", "qa_outputs.*")
-    required: ClassVar = {"hidden_act": ("silu",), "pretraining_tp": (1,)}
+    heads: ClassVar = {
+        "lm_head.*": ("causal-lm",),
+        "score.*": ("sequence-classification", "reward", "token-classification"),
+        "qa_outputs.*": ("question-answering",),
+    }
+    copies: ClassVar = {"lm_head.weight": ("embed.tokens.weight", TIED)}
+    required: ClassVar = {
+        "is_causal": (True, None),
+        "hidden_act": ("silu",),
+        "pretraining_tp": (1,),
+        "dual_chunk_attention_config": (None,),  # of Qwen2.5-1M
+        "use_mrope": (False, None),
+    }
 
     def __init__(
         self,

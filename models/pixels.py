@@ -4,14 +4,16 @@ Three spellings are in use. `preprocessor_config.json` of transformers says eith
 size / crop_pct, cut `size` out of the middle" (ConvNeXt's processor, which the ResNets of the hub come with; from 384
 pixels on it squeezes the image to a square instead), or "scale the short edge to `size`, cut `crop_size`" (BiT's and
 most others), or "squeeze to height and width" (ViT's). timm has it in config.json under `pretrained_cfg`.
+
+A step that is null is left out, as transformers does; a step that is missing is what the processor's class does. Mean,
+deviation and sizes, whose defaults are others in each class, must be there.
 """
 
-import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .shards import read_json
+from .shards import read_json, write_json
 
 FILE = "preprocessor_config.json"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -20,7 +22,7 @@ WARPS_FROM = 384  # pixels; ConvNeXt's processor
 # What would change the pixels if it were otherwise.
 REQUIRED = {
     "do_resize": (True,), "do_rescale": (True,), "rescale_factor": (1 / 255, 0.00392156862745098),
-    "do_flip_channel_order": (False, None),
+    "do_flip_channel_order": (False, None), "do_pad": (False, None),
 }  # fmt: skip
 
 
@@ -50,19 +52,24 @@ class Pixels:
         edge = size * self.edge // self.size
         return Pixels(size, edge, self.squeeze, self.resample, self.mean, self.std)
 
+    def grey(self) -> "Pixels":
+        """The same for one channel, whose mean and deviation are the means of those of the three, as in timm."""
+        return replace(self, mean=(sum(self.mean) / len(self.mean),), std=(sum(self.std) / len(self.std),))
+
     @classmethod
-    def read(cls, folder: Path, config: dict[str, Any]) -> "Pixels | None":
+    def read(cls, folder: Path, config: dict[str, Any], n_channels: int = 3) -> "Pixels | None":
         """From preprocessor_config.json or timm's `pretrained_cfg`; None where there is neither.
 
-        Raises ValueError for a damaged file and for a step that is not implemented.
+        Raises ValueError for a damaged file, for a step that is not implemented, and for other channels than the
+        model's.
         """
         path = folder / FILE
         try:
             if path.is_file():
-                return cls(**_from_processor(read_json(path)))
+                return cls(**_from_processor(read_json(path), n_channels))
             if isinstance(timm := config.get("pretrained_cfg"), dict):
                 path = folder / "config.json"
-                return cls(**_from_timm(timm))
+                return cls(**_from_timm(timm, n_channels))
         except (TypeError, KeyError, ZeroDivisionError) as error:
             raise ValueError(f"{path}: the size or normalisation of images is damaged ({error!r})") from error
         except ValueError as error:
@@ -85,26 +92,34 @@ class Pixels:
             "image_std": list(self.std),
             "do_convert_rgb": len(self.mean) == 3,
         }
-        (folder / FILE).write_text(json.dumps(out, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / FILE, out)
 
 
-def _from_processor(stored: dict[str, Any]) -> dict[str, Any]:
+def _from_processor(stored: dict[str, Any], n_channels: int) -> dict[str, Any]:
     for field, accepted in REQUIRED.items():
         if stored.get(field, accepted[0]) not in accepted:
             raise ValueError(f"{field} = {stored[field]!r} is not implemented")
-    normalize = stored.get("do_normalize", True)
-    mean = stored.get("image_mean", IMAGENET_MEAN) if normalize else (0.0,) * 3
-    std = stored.get("image_std", IMAGENET_STD) if normalize else (1.0,) * 3
-    out = {"mean": tuple(mean), "std": tuple(std), "resample": int(stored.get("resample", 3))}
-    kind = str(stored.get("image_processor_type") or stored.get("feature_extractor_type"))
+    if not stored.get("do_normalize", True):
+        stored = {**stored, "image_mean": 0.0, "image_std": 1.0}
+    mean, std = (_channels(field, stored.get(field), n_channels) for field in ("image_mean", "image_std"))
+    kind = str(stored.get("image_processor_type", stored.get("feature_extractor_type")))
+    default = {"resample": 3} if kind.startswith(("ConvNext", "Bit")) else {}
+    out = {"mean": mean, "std": std, "resample": int({**default, **stored}["resample"])}
     size = stored["size"]
+    if isinstance(size, dict):
+        size = {side: pixels for side, pixels in size.items() if pixels is not None}
+    if isinstance(size, dict) and set(size) not in ({"shortest_edge"}, {"height", "width"}):
+        raise ValueError(f"size = {size} is not implemented; known: shortest_edge alone, or height and width")
     squeeze = isinstance(size, dict) and "height" in size
     edge = _square("size", size) if squeeze else int(size["shortest_edge"] if isinstance(size, dict) else size)
     if kind.startswith("ConvNext"):
+        if squeeze or stored.get("do_center_crop"):
+            crop = stored.get("do_center_crop", False)
+            raise ValueError(f"size = {size}, do_center_crop = {crop} of a {kind} is not implemented")
         if edge >= WARPS_FROM:
             return {**out, "size": edge, "edge": edge, "squeeze": True}
-        return {**out, "size": edge, "edge": int(edge / stored.get("crop_pct", 224 / 256))}
-    if stored.get("do_center_crop"):
+        return {**out, "size": edge, "edge": int(edge / (stored.get("crop_pct") or 224 / 256))}
+    if stored.get("do_center_crop", kind.startswith("Bit")):
         return {**out, "size": _square("crop_size", stored["crop_size"]), "edge": edge, "squeeze": squeeze}
     if not squeeze:
         raise ValueError(f"size = {size} without do_center_crop, images of several shapes, is not implemented")
@@ -119,10 +134,20 @@ def _square(field: str, size: Any) -> int:
     return int(sides[0])
 
 
-def _from_timm(stored: dict[str, Any]) -> dict[str, Any]:
-    size, crop = int(stored["input_size"][-1]), stored.get("crop_pct") or 1.0
-    mode, resample = stored.get("crop_mode") or "center", stored.get("interpolation", "bicubic")
+def _channels(field: str, values: Any, n_channels: int) -> tuple[float, ...]:
+    """One value a channel; a number is for all of them."""
+    values = [values] * n_channels if isinstance(values, int | float) else values
+    if not isinstance(values, list | tuple) or len(values) != n_channels:
+        raise ValueError(f"{field} = {values!r}: expected one value for each of the model's {n_channels} channels")
+    return tuple(values)
+
+
+def _from_timm(stored: dict[str, Any], n_channels: int) -> dict[str, Any]:
+    size, crop = int(stored["input_size"][-1]), stored.get("crop_pct") or 224 / 256
+    mode, resample = stored.get("crop_mode") or "center", stored.get("interpolation") or "bicubic"
     if mode not in ("center", "squash") or resample not in RESAMPLINGS:
         raise ValueError(f"crop_mode = {mode!r}, interpolation = {resample!r} is not implemented")
-    out = {"mean": tuple(stored["mean"]), "std": tuple(stored["std"]), "resample": RESAMPLINGS[resample]}
+    mean = _channels("mean", stored.get("mean") or IMAGENET_MEAN, n_channels)
+    std = _channels("std", stored.get("std") or IMAGENET_STD, n_channels)
+    out = {"mean": mean, "std": std, "resample": RESAMPLINGS[resample]}
     return {**out, "size": size, "edge": int(size / crop), "squeeze": mode == "squash"}

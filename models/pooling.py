@@ -1,9 +1,8 @@
 """How an embedding model pools, as sentence-transformers writes it down: modules.json and 1_Pooling/config.json."""
 
-import json
 from pathlib import Path
 
-from .shards import read_json
+from .shards import read_json, write_json
 
 MODES = {"cls_token": "first", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "last"}  # published -> ours
 KINDS = "sentence_transformers.models."
@@ -37,8 +36,8 @@ def write_pooling(folder: Path, pooling: str, normalize: bool, d_model: int) -> 
     """Write modules.json and 1_Pooling/config.json, so that sentence-transformers pools as this model does."""
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * normalize
     listing = [{"idx": i, "name": str(i), "path": path, "type": KINDS + kind} for i, (path, kind) in enumerate(modules)]
-    (folder / "modules.json").write_text(json.dumps(listing, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "modules.json", listing)
     config: dict[str, int | bool] = {"word_embedding_dimension": d_model}
     config |= {f"pooling_mode_{theirs}": ours == pooling for theirs, ours in MODES.items()}
     (folder / "1_Pooling").mkdir(exist_ok=True)
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "1_Pooling" / "config.json", config)

@@ -93,6 +93,9 @@ class BatchNorm(nn.Module):
 
     With the statistics fixed it is x · scale + shift, whose backward pass needs no x: between two convolutions that are
     frozen or adapted, only what the second one reads is kept, half of what torch's batch norm makes of it.
+
+    A model loaded in bf16 keeps its statistics in fp32, and saves them so: a running mean moves by a tenth of the way,
+    which bf16, three digits wide, rounds away once it is near. transformers reads them in the dtype it is asked for.
     """
 
     def __init__(self, channels: int):
@@ -106,7 +109,8 @@ class BatchNorm(nn.Module):
         mean, var = self.get_buffer("running_mean"), self.get_buffer("running_var")
         if self.training and (self.weight.requires_grad or self.bias.requires_grad):
             self.get_buffer("num_batches_tracked").add_(1)
-            return F.batch_norm(x, mean, var, self.weight, self.bias, True, MOMENTUM, EPS)
+            weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)  # all four of one dtype, x of any
+            return F.batch_norm(x, mean, var, weight, bias, True, MOMENTUM, EPS)
         wide = torch.promote_types(var.dtype, torch.float32)
         scale = self.weight.to(wide) * (var.to(wide) + EPS).rsqrt()
         shift = self.bias.to(wide) - mean.to(wide) * scale
@@ -178,7 +182,8 @@ class ResNet(nn.Module):
     lora_targets: ClassVar = {"convolutions": ("layers.*.conv*",)}
     architectures: ClassVar = {"image-classification": "ResNetForImageClassification", "embedding": "ResNetModel"}
     ignored = ()
-    other_heads = ("classifier.*", "fc.*")
+    heads: ClassVar = {"classifier.*": ("image-classification",), "fc.*": ("image-classification",)}
+    copies: ClassVar[dict[str, tuple[str, str]]] = {}
     required: ClassVar = {"hidden_act": ("relu",), "layer_type": ("basic", "bottleneck")}
 
     def __init__(
@@ -195,7 +200,8 @@ class ResNet(nn.Module):
             raise ValueError(f"task {task!r}: ResNet can do {', '.join(self.architectures)}")
         self.config, self.task, self.labels, self.head_layers = config, task, labels, head_layers
         self.tokens = SpecialTokens()
-        self.pixels = Pixels(SMALL, SMALL) if config.small_images else Pixels()
+        pixels = Pixels(SMALL, SMALL) if config.small_images else Pixels()
+        self.pixels = pixels.grey() if config.n_channels == 1 else pixels
         self.head_is_new = True  # until a checkpoint fills it
         self.embed = Stem(config)
         self.layers = nn.ModuleList()

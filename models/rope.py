@@ -29,7 +29,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearScaling:
     """Every pair `factor` times slower."""
 
     factor: float
@@ -136,9 +136,9 @@ class Llama3:
         return share * plain + (1 - share) * plain / self.factor
 
 
-Scaling = Linear | Dynamic | Yarn | LongRope | Llama3
+Scaling = LinearScaling | Dynamic | Yarn | LongRope | Llama3
 KINDS: dict[str, type[Scaling]] = {
-    "linear": Linear,
+    "linear": LinearScaling,
     "dynamic": Dynamic,
     "yarn": Yarn,
     "longrope": LongRope,
@@ -241,6 +241,10 @@ def _scaling(kind: str, table: dict[str, Any], published: dict[str, Any], head_w
     elif kind != "linear":  # a field outside of the table goes first
         table = {**table, ORIGINAL: published.get(ORIGINAL) or table.get(ORIGINAL, limit)}
     values = {KEYS[key]: _checked(key, value, head_width) for key, value in table.items()}
+    if kind == "dynamic" and head_width == 2:
+        raise ValueError(
+            "head_dim = 2 with rope_type = 'dynamic': its one pair turns at the same speed for every theta"
+        )
     if kind in ("yarn", "longrope"):
         values.setdefault("factor", max(limit / values["original"], 1.0))
     for field in fields(KINDS[kind]):

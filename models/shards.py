@@ -15,6 +15,27 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
+def write_text(path: Path, text: str | bytes) -> None:
+    """Write a file beside its place and move it there: a reader finds the old one or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
+    temporary.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file in the same way."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def pickle_refused(path: str | Path) -> ValueError:
+    """What to say of a checkpoint whose weights are there only in the pickle file at `path`."""
+    return ValueError(
+        f"{path}: a pickle checkpoint can run code when loaded and is refused; convert it with transformers: "
+        "AutoModel.from_pretrained(folder).save_pretrained(folder, safe_serialization=True), or with the class of its "
+        "task, AutoModelForCausalLM for example, which keeps the head"
+    )
+
+
 def read_json(path: Path, kind: type = dict) -> Any:
     """The contents of a JSON file. ValueError where it is damaged or no `kind`, FileNotFoundError if missing."""
     try:
@@ -57,10 +78,7 @@ class Shards:
                 raise ValueError(f"{index}: not a shard index, which has a weight_map of file names; restore the file")
             return [self._inside(index, name) for name in sorted(set(table.values()))]
         if pickles := [path.name for pattern in PICKLES for path in sorted(self.folder.glob(pattern))]:
-            raise ValueError(
-                f"{self.folder / pickles[0]}: a pickle checkpoint can run code when loaded and is refused; convert it "
-                "with transformers: AutoModel.from_pretrained(folder).save_pretrained(folder, safe_serialization=True)"
-            )
+            raise pickle_refused(self.folder / pickles[0])
         raise FileNotFoundError(f"{self.folder}: no {SINGLE} or {INDEX} there; the weights are missing")
 
     def _inside(self, index: Path, name: str) -> Path:
@@ -81,8 +99,13 @@ class Shards:
         return self._stored[name]
 
     def dtype(self) -> torch.dtype:
-        """The dtype of the largest part of the checkpoint: its first matrix."""
-        for stored in self._stored.values():
+        """The dtype of the largest part of the checkpoint: its first matrix. ValueError where none computes in it."""
+        for name, stored in self._stored.items():
             if stored.dtype.is_floating_point and len(stored.shape) > 1:
+                if stored.dtype.itemsize < 2:
+                    raise ValueError(
+                        f"{stored.path}: {name} is stored as {stored.dtype}, in which nothing is computed, and "
+                        'config.json names no dtype; pass dtype="bfloat16" or "float32"'
+                    )
                 return stored.dtype
         return torch.float32

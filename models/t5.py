@@ -12,17 +12,15 @@ arXiv:2210.11416.
 The position bias (`relative.py`) is one table a stack, shared by its blocks. Blocks are `encoder.layers.N` and
 `decoder.layers.N`; the glob `*layers.N.*` means both.
 
-Published checkpoints need care in two places. The head is the embedding if and only if `lm_head.weight` is missing:
-`tie_word_embeddings` doesn't say, because transformers 5 always writes it as true. And a head that is an embedding
-wants smaller states: they are multiplied by d_model^-½ if `scale_decoder_outputs` says so; where that is absent, unless
-`tie_word_embeddings` is false. The two are independent. Published too, and unused: an EncDecAttention bias table in
-decoder block 0. In float16 T5's feed-forwards overflow: it is refused; bfloat16 and float32 are fine.
+How a published checkpoint says whether the head is the embedding, and whether its states are scaled, is a story of its
+own (`t5_config.py`). Published too, and unused: an EncDecAttention bias table in decoder block 0. In float16 T5's
+feed-forwards overflow: it is refused; bfloat16 and float32 are fine.
 
 The bias depends on row and column, so that rows can't be laid end to end (`attention` takes no bias with segments):
 packed rows are accepted, but computed padded. Dropout, which T5 was trained with, is not applied; adapters have theirs.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -30,85 +28,10 @@ from torch import Tensor, nn
 
 from ..kernels import Linear
 from .heads import EmbeddingHead, MLPHead, n_outputs, pool_tokens
-from .layers import KVCache, Published, initialize, overridden, read_fields, unpacked
-from .t5_blocks import FEED_FORWARDS, Block, Cache, Embed, Stack, shifted
+from .layers import KVCache, Published, initialize, overridden, unpacked
+from .t5_blocks import Block, Cache, Embed, Stack, shifted
+from .t5_config import PRESETS, T5Config, read_config, write_config
 from .tokens import SpecialTokens
-
-
-@dataclass(frozen=True)
-class T5Config:
-    """Sizes in the project's vocabulary. `n_decoder_layer` is n_layer where None; `start_id` begins every target.
-
-    `tied`: the head is the embedding. `scaled`: states are multiplied by d_model^-½ before the head.
-    """
-
-    vocab_size: int = 32128
-    n_layer: int = 6
-    n_decoder_layer: int | None = None
-    n_head: int = 8
-    head_width: int = 64
-    d_model: int = 512
-    d_ff: int = 2048
-    feed_forward: str = "relu"
-    n_buckets: int = 32
-    max_distance: int = 128
-    eps: float = 1e-6
-    start_id: int = 0
-    tied: bool = True
-    scaled: bool = True
-
-    max_positions: ClassVar[None] = None  # relative positions have no end
-
-    def __post_init__(self) -> None:
-        if self.feed_forward not in FEED_FORWARDS:
-            known = ", ".join(FEED_FORWARDS)
-            raise ValueError(f"feed_forward_proj = {self.feed_forward!r} is not implemented; known: {known}")
-        if self.n_buckets < 4 or self.max_distance <= self.n_buckets // 2:
-            raise ValueError(
-                f"relative_attention_num_buckets {self.n_buckets} and relative_attention_max_distance "
-                f"{self.max_distance}: expected at least 4 buckets, and a distance greater than half of them"
-            )
-        if not 0 <= self.start_id < self.vocab_size:
-            raise ValueError(f"decoder_start_token_id = {self.start_id}: expected one of {self.vocab_size} tokens")
-
-
-def _t5(n_layer: int, d_model: int, d_ff: int, n_head: int, head_width: int = 64) -> dict[str, Any]:
-    return {"n_layer": n_layer, "d_model": d_model, "d_ff": d_ff, "n_head": n_head, "head_width": head_width}
-
-
-_1_1 = {"feed_forward": "gated-gelu", "tied": False, "scaled": False}
-_SIZES_1_1 = {
-    "small": {**_t5(8, 512, 1024, 6), **_1_1},
-    "base": {**_t5(12, 768, 2048, 12), **_1_1},
-    "large": {**_t5(24, 1024, 2816, 16), **_1_1},
-    "xl": {**_t5(24, 2048, 5120, 32), **_1_1},
-    "xxl": {**_t5(24, 4096, 10240, 64), **_1_1},
-}
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "t5-small": {},
-    "t5-base": _t5(12, 768, 3072, 12),
-    "t5-large": _t5(24, 1024, 4096, 16),
-    "t5-3b": _t5(24, 1024, 16384, 32, 128),
-    "t5-11b": _t5(24, 1024, 65536, 128, 128),
-    **{f"t5-v1_1-{size}": sizes for size, sizes in _SIZES_1_1.items()},
-    **{f"flan-t5-{size}": sizes for size, sizes in _SIZES_1_1.items()},
-}
-
-# published field -> ours
-CONFIG_KEYS = {
-    "vocab_size": "vocab_size",
-    "num_layers": "n_layer",
-    "num_decoder_layers": "n_decoder_layer",
-    "num_heads": "n_head",
-    "d_kv": "head_width",
-    "d_model": "d_model",
-    "d_ff": "d_ff",
-    "feed_forward_proj": "feed_forward",
-    "relative_attention_num_buckets": "n_buckets",
-    "relative_attention_max_distance": "max_distance",
-    "layer_norm_epsilon": "eps",
-}
 
 
 class T5(nn.Module):
@@ -134,9 +57,19 @@ class T5(nn.Module):
         "question-answering": "T5ForQuestionAnswering",
         "embedding": "T5EncoderModel",
     }
-    ignored = ("*coder.embed_tokens.weight", "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight")
-    other_heads: tuple[str, ...] = ("lm_head.*", "classification_head.*", "classifier.*", "qa_outputs.*")
-    required: ClassVar = {"is_decoder": (False,)}
+    ignored = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
+    heads: ClassVar = {
+        "lm_head.*": ("seq2seq-lm",),
+        "classification_head.*": ("sequence-classification", "reward"),
+        "classifier.*": ("token-classification",),
+        "qa_outputs.*": ("question-answering",),
+        "decoder.*": ("seq2seq-lm", "sequence-classification", "reward", "question-answering"),
+    }
+    copies: ClassVar = {
+        f"{stack}.embed_tokens.weight": ("embed.tokens.weight", "shared.weight; two embeddings are not implemented")
+        for stack in ("encoder", "decoder")
+    }
+    required: ClassVar = {"is_decoder": (False,), "is_causal": (True, None)}
 
     def __init__(
         self,
@@ -159,8 +92,6 @@ class T5(nn.Module):
         self.decoder: Stack | None = None
         if task not in ("embedding", "token-classification"):
             self.decoder = Stack(config, config.n_decoder_layer or config.n_layer, decoder=True)
-        else:
-            self.other_heads = (*self.other_heads, "decoder.*")
         self.head: nn.Module
         if task == "seq2seq-lm":
             self.head = Linear(config.d_model, config.vocab_size, bias=False)
@@ -304,32 +235,8 @@ class T5(nn.Module):
     @classmethod
     def read_config(cls, published: dict[str, Any]) -> T5Config:
         """The configuration in a published config.json, to which `load` adds `own_head`: is there an lm_head.weight."""
-        given = {key: value for key, value in published.items() if value is not None}
-        found = read_fields(T5Config, given, CONFIG_KEYS)
-        scaled = bool(given.get("scale_decoder_outputs", given.get("tie_word_embeddings") is not False))
-        start = given.get("decoder_start_token_id", given.get("pad_token_id", 0))
-        config = T5Config(**found, tied=not given.get("own_head", False), scaled=scaled, start_id=start)
-        for field, expected in _derived(config).items():
-            if field in given and given[field] != expected:
-                raise ValueError(f"{field} = {given[field]!r} contradicts feed_forward_proj = {config.feed_forward!r}")
-        return config
+        return read_config(published)
 
     def write_config(self) -> dict[str, Any]:
-        """config.json as transformers writes it; version 4 reads the scale from `tie_word_embeddings`."""
-        ours = asdict(self.config)
-        out = {theirs: ours[name] for theirs, name in CONFIG_KEYS.items() if ours[name] is not None}
-        return {
-            "model_type": "t5",
-            **out,
-            **_derived(self.config),
-            "is_encoder_decoder": self.decoder is not None,
-            "decoder_start_token_id": self.config.start_id,
-            "tie_word_embeddings": self.config.tied,
-            "scale_decoder_outputs": self.config.scaled,
-        }
-
-
-def _derived(config: T5Config) -> dict[str, Any]:
-    """The fields that transformers writes beside feed_forward_proj, and that follow from it."""
-    gate, _, name = config.feed_forward.rpartition("-")
-    return {"is_gated_act": bool(gate), "dense_act_fn": "gelu_new" if gate and name == "gelu" else name}
+        """config.json as transformers writes it."""
+        return write_config(self.config, encoder_decoder=self.decoder is not None)

@@ -10,7 +10,7 @@ from .layers import KVCache, Published, key_bias
 from .relative import RelativeBias
 
 if TYPE_CHECKING:
-    from .t5 import T5Config
+    from .t5_config import T5Config
 
 # feed_forward_proj -> the activation of kernels/activations.py; "gated-gelu" has always meant the tanh form.
 FEED_FORWARDS = {

@@ -1,12 +1,18 @@
 """Which task a checkpoint is for, and which head it carries: what config.json says of them, read and written."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
 
 from .heads import LABELLED, n_outputs
 
 if TYPE_CHECKING:
     from .checkpoint import Family, Model
+
+log = logging.getLogger("handtune")
 
 
 def class_name(family: "Family", task: str, model_type: str) -> str:
@@ -42,22 +48,46 @@ def stored_head(published: dict[str, Any], family: "Family", folder: Path) -> tu
 
 
 def label_names(labels: list[str] | tuple[str, ...] | int | None, known: tuple[str, ...]) -> tuple[str, ...]:
-    """The labels asked for by name or number, or else those `known`. ValueError where they are not different names."""
+    """The labels asked for by name or number, or else those `known`, which a number alone leaves as they are.
+
+    Raises ValueError where they are not different names.
+    """
     if isinstance(labels, int):
         if labels < 1:
             raise ValueError(f"labels {labels}: expected names, or a positive number")
-        labels = [str(i) for i in range(labels)]
+        labels = known if labels == len(known) else [str(i) for i in range(labels)]
     if isinstance(labels, str) or len(set(labels or ())) != len(labels or ()):
         raise ValueError(f"labels {labels!r}: expected different names, or their number")
     return tuple(labels or known)
 
 
-def reusable_head(model: "Model", published: dict[str, Any], width: int) -> bool:
-    """Whether the stored head, `width` labels wide, is this task's: heads of several tasks go by the same name."""
-    stored = published.get("architectures")
+def head_rows(model: "Model", published: dict[str, Any], known: tuple[str, ...]) -> list[int] | None:
+    """For each output of the task's head the row of the stored one, whose labels are `known`; None: make it anew.
+
+    The stored head is another task's where `architectures` says so: heads of several tasks go by the same name. The
+    same labels in another order are the same head; other labels, be they as many, are another. Only the names that
+    transformers gives to labels without one (LABEL_0, ...) may be replaced, which is announced.
+    """
+    stored, asked = published.get("architectures"), model.labels
     if stored and class_name(type(model), model.task, published["model_type"]) not in stored:
-        return False
-    return model.task not in (*LABELLED, "reward") or width == n_outputs(model.task, model.labels)
+        return None
+    if model.task not in (*LABELLED, "reward"):
+        return []
+    if len(known) != n_outputs(model.task, asked):
+        return None
+    if model.task == "reward" or asked == known:
+        return list(range(len(known)))
+    if known == tuple(f"LABEL_{i}" for i in range(len(known))):
+        log.warning("the stored labels have no names; they are taken for %s, in this order", ", ".join(asked))
+        return list(range(len(known)))
+    return [known.index(label) for label in asked] if set(asked) == set(known) else None
+
+
+@torch.no_grad()
+def reorder_head(head: nn.Module, rows: list[int]) -> None:
+    """Put the outputs of a task's head into another order, each taken from its row of `rows`."""
+    for parameter in head.get_submodule("out").parameters():
+        parameter.copy_(parameter[rows])
 
 
 def task_config(model: "Model", model_type: str) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def build_tokenizer(folder: Path) -> "Tokenizer | None":
         raise ValueError(f"{found}: of a {name}, which is not built from such files, without tokenizer.json; {CONVERT}")
     _add_special_tokens(tokenizer, folder, {**defaults, **settings})
     if name == "BertTokenizer":
-        _set_frame(tokenizer, {**defaults, **settings})
+        _set_frame(tokenizer, folder, {**defaults, **settings})
     return tokenizer
 
 
@@ -122,10 +122,15 @@ def _word_piece(path: Path, settings: dict[str, Any]) -> "Tokenizer":
     return tokenizer
 
 
-def _set_frame(tokenizer: "Tokenizer", settings: dict[str, Any]) -> None:
-    """[CLS] text [SEP], or [CLS] text [SEP] text [SEP] with segment ids 0 and 1."""
+def _set_frame(tokenizer: "Tokenizer", folder: Path, settings: dict[str, Any]) -> None:
+    """[CLS] text [SEP], or [CLS] text [SEP] text [SEP] with segment ids 0 and 1. ValueError where one is null."""
     from tokenizers import processors
 
+    for name in ("cls_token", "sep_token"):
+        if not settings[name]:
+            raise ValueError(
+                f"{folder / 'tokenizer_config.json'}: {name} = {settings[name]!r}: a text needs it; name one"
+            )
     first, end = (_text(settings[name]) for name in ("cls_token", "sep_token"))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[first, "$A", end],

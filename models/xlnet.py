@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from ..kernels import Linear
 from .heads import EmbeddingHead, MLPHead, n_outputs, pool_tokens
-from .layers import Published, initialize, overridden, unpacked
+from .layers import TIED, Published, initialize, overridden, unpacked
 from .tokens import SpecialTokens
 from .xlnet_blocks import Block, Memory, sinusoids, target_positions, views
 from .xlnet_config import PRESETS, XLNetConfig, read_config, write_config
@@ -70,7 +70,14 @@ class XLNet(nn.Module):
         "embedding": "XLNetModel",
     }
     ignored = ()
-    other_heads = ("lm_loss.*", "sequence_summary.*", "logits_proj.*", "classifier.*", "qa_outputs.*")
+    heads: ClassVar = {
+        "lm_loss.*": ("causal-lm",),
+        "sequence_summary.*": ("sequence-classification", "reward"),
+        "logits_proj.*": ("sequence-classification", "reward"),
+        "classifier.*": ("token-classification",),
+        "qa_outputs.*": ("question-answering",),
+    }
+    copies: ClassVar = {"lm_loss.weight": ("embed.tokens.weight", TIED)}
     required: ClassVar = {
         "untie_r": (True,),
         "summary_type": ("last",),

@@ -306,3 +306,8 @@ def test_bf16_keeps_q_k_v_and_no_probabilities() -> None:
 def test_refusals(shapes: tuple, settings: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         attention(*(torch.zeros(shape) for shape in shapes), **settings)
+
+
+def test_max_seqlen_says_nothing_of_unpacked_rows():
+    q, k, v = (torch.randn(2, 8, 2, 4) for _ in range(3))
+    torch.testing.assert_close(attention(q, k, v, window=3, max_seqlen=3), attention(q, k, v, window=3))

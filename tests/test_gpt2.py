@@ -263,4 +263,18 @@ def test_no_file_is_left_beside_what_is_saved(tmp_path):
     _, model = both(tmp_path / "theirs", tiny_gpt2(), "causal-lm")
     for _ in range(2):  # saving over an older checkpoint works
         save(model, None, tmp_path / "ours")
-    assert sorted(path.name for path in Path(tmp_path / "ours").iterdir()) == ["config.json", "model.safetensors"]
+    names = ["config.json", "generation_config.json", "model.safetensors"]  # the second is kept as it was
+    assert sorted(path.name for path in Path(tmp_path / "ours").iterdir()) == names
+
+
+@torch.no_grad()
+def test_a_mask_that_does_not_fit_is_refused():
+    """A mask of the new tokens alone, or one beside packed rows, would give them other positions."""
+    model = GPT2.from_name("gpt2", n_layer=1, d_model=16, n_head=2, vocab_size=11, max_positions=8).eval()
+    ids, ones = torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"attention_mask \(1, 4\).*none beside cu_seqlens"):
+        model(ids, ones, cu_seqlens=torch.tensor([0, 2, 4], dtype=torch.int32))
+    cache = model.new_cache(1, 8)
+    model(ids, ones, cache=cache)
+    with pytest.raises(ValueError, match=r"S = 4 cached \+ 1 new positions"):
+        model(ids[:, :1], ones[:, :1], cache=cache)

@@ -90,7 +90,9 @@ def test_a_language_model_gives_embeddings(tmp_path, config, task, caplog):
     reference, _ = both(tmp_path, config(), task)
     caplog.set_level(logging.WARNING, "handtune")
     model = on_cpu(tmp_path, "embedding")
-    assert not caplog.records
+    assert caplog.messages == {
+        "causal-lm": [], "masked-lm": ["left out, of other tasks than embedding: cls.predictions"]
+    }[task]  # fmt: skip
     inputs = padded(token_rows())
     with torch.no_grad():
         expected = their_logits(reference.base_model, "embedding", inputs)
@@ -147,7 +149,8 @@ def test_heads_of_other_tasks_are_skipped(tmp_path, caplog):
     reference.save_pretrained(tmp_path)
     caplog.set_level(logging.WARNING, "handtune")
     model = on_cpu(tmp_path)
-    assert (model.task, caplog.records) == ("masked-lm", [])
+    assert model.task == "masked-lm"
+    assert caplog.messages == ["left out, of other tasks than masked-lm: cls.seq_relationship, pooler"]
     inputs = padded(token_rows())
     with torch.no_grad():
         expected = reference(**inputs).prediction_logits[inputs["attention_mask"].bool()]
@@ -160,7 +163,10 @@ def test_the_pretrained_pooler_is_kept_under_a_new_classifier(tmp_path, caplog):
     reference.save_pretrained(tmp_path)
     caplog.set_level(logging.WARNING, "handtune")
     model = on_cpu(tmp_path, "sequence-classification", labels=3)
-    assert caplog.messages == ["new, to be trained, for sequence-classification: classifier.bias, classifier.weight"]
+    assert caplog.messages == [
+        "left out, of other tasks than sequence-classification: cls.predictions, cls.seq_relationship",
+        "new, to be trained, for sequence-classification: classifier.bias, classifier.weight",
+    ]
     assert torch.equal(model.head.pooler.weight, reference.bert.pooler.dense.weight)
     assert 0.01 < model.head.out.weight.std() < 0.03
     assert not model.head.out.bias.any()
@@ -180,10 +186,12 @@ def test_a_classifier_of_two_unnamed_labels_keeps_its_head(tmp_path, caplog):
     reference.save_pretrained(tmp_path)
     assert "id2label" not in json.loads((tmp_path / "config.json").read_text())
     caplog.set_level(logging.WARNING, "handtune")
-    for model in (on_cpu(tmp_path), on_cpu(tmp_path, labels=2), on_cpu(tmp_path, labels=["bad", "good"])):
-        assert torch.equal(model.head.out.weight, reference.score.weight)
+    for settings, names in (({}, ("LABEL_0", "LABEL_1")), ({"labels": 2}, ("LABEL_0", "LABEL_1"))):
+        model = on_cpu(tmp_path, **settings)
+        assert torch.equal(model.head.out.weight, reference.score.weight) and model.labels == names
     assert not caplog.records
-    assert on_cpu(tmp_path).labels == ("LABEL_0", "LABEL_1")
+    assert torch.equal(on_cpu(tmp_path, labels=["bad", "good"]).head.out.weight, reference.score.weight)
+    assert caplog.messages == ["the stored labels have no names; they are taken for bad, good, in this order"]
 
 
 @pytest.mark.parametrize(
@@ -523,10 +531,11 @@ def test_a_hub_id_is_downloaded_without_pickles(checkpoint, monkeypatch):
     read = {
         "config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
-        "merges.txt", "vocab.txt", "modules.json", "1_Pooling/config.json",
+        "merges.txt", "vocab.txt", "modules.json", "1_Pooling/config.json", "spiece.model", "tokenizer.model",
+        "additional_chat_templates/tool_use.jinja",
     }  # fmt: skip
     other = {
-        "pytorch_model.bin", "tf_model.h5", "model.pt", "spiece.model", "tokenizer.model", "README.md", "LICENSE.txt",
+        "pytorch_model.bin", "tf_model.h5", "model.pt", "README.md", "LICENSE.txt", "original/tokenizer.model",
         "original/model.safetensors", "consolidated.safetensors", "consolidated.00.pth", "onnx/model.onnx",
     }  # fmt: skip
     assert set(filter_repo_objects([*read, *other], **patterns)) == read

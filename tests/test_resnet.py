@@ -126,7 +126,11 @@ def test_a_folder_of_timm(tmp_path):
         ({"model_args": {"stem_width": 32}}, r"model_args = \{'stem_width': 32\} is not implemented"),
         ({"model_args": {"global_pool": "max"}}, "global_pool = 'max' is not implemented"),
         ({"pretrained_cfg": {"input_size": [3, 64, 64], "interpolation": "random"}}, "interpolation = 'random'"),
-        ({"pretrained_cfg": {"input_size": [3, 64, 64]}}, "normalisation of images is damaged"),
+        ({"pretrained_cfg": {"interpolation": "bilinear"}}, "normalisation of images is damaged"),
+        (
+            {"pretrained_cfg": {"input_size": [3, 64, 64], "mean": [0.5]}},
+            r"mean = \[0.5\]: expected one value for each",
+        ),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -216,8 +220,52 @@ def test_inputs_that_are_no_images_are_refused():
 def test_other_dtypes(tmp_path, dtype):
     reference, _ = both(tmp_path)
     model, _ = load(tmp_path, dtype=dtype, device="cpu")
-    assert model(images()).dtype == dtype and model.embed.norm.running_var.dtype == dtype
+    assert model(images()).dtype == dtype
+    assert {b.dtype for b in model.buffers()} == {torch.int64, torch.promote_types(dtype, torch.float32)}
     close(model(images()), reference(images()).logits, 0.3 if dtype == torch.bfloat16 else 1e-4, "logits")
+
+
+def test_statistics_are_not_rounded_with_the_weights(tmp_path):
+    """In a model loaded in bf16 they stay the checkpoint's, move in fp32, and are saved so; transformers reads them."""
+    reference, _ = both(tmp_path / "theirs")
+    model, _ = load(tmp_path / "theirs", dtype="bfloat16", device="cpu")
+    expected, names = reference.state_dict(), {key: source.names[0] for key, source in model.key_map().items()}
+    for key, buffer in model.named_buffers():
+        assert torch.equal(buffer, expected[names[key]]), key
+    model.train()
+    rounded = nn.BatchNorm2d(8).eval()
+    x = images(16, 16, channels=8).bfloat16()
+    rounded.load_state_dict(model.embed.norm.state_dict())
+    close(model.embed.norm(x).detach(), rounded.train()(x.float()).detach(), 0.05, "normalised by the batch")
+    for name, buffer in model.embed.norm.named_buffers():
+        torch.testing.assert_close(buffer, rounded.get_buffer(name), rtol=1e-4, atol=1e-5)
+    model(images()).float().sum().backward()
+    assert {p.grad.dtype for p in model.parameters()} == {torch.bfloat16}
+    save(model.eval(), None, tmp_path / "ours")
+    again, _ = load(tmp_path / "ours", device="cpu")
+    assert again.embed.conv.weight.dtype == torch.bfloat16
+    assert all(torch.equal(again.get_buffer(name), buffer) for name, buffer in model.named_buffers())
+    assert torch.equal(again(images()), model(images()))
+    back = transformers.ResNetForImageClassification.from_pretrained(tmp_path / "ours", dtype=torch.float32)
+    assert all(torch.equal(back.state_dict()[names[name]], buffer) for name, buffer in model.named_buffers())
+    close(model(images()).float(), back(images()).logits, 0.3, "logits")
+
+
+def test_a_bf16_model_trains_through_the_loop(tmp_path):
+    both(tmp_path)
+    model, _ = load(tmp_path, dtype="bfloat16", device="cpu")
+    rows = [(image, i % 2) for i, image in enumerate(images(32, 32, rows=8))]
+
+    def collate(rows):
+        return torch.stack([image for image, _ in rows]), torch.tensor([label for _, label in rows])
+
+    def loss_fn(model, batch):
+        return F.cross_entropy(model(batch[0]).float(), batch[1], reduction="sum"), len(batch[1])
+
+    config = TrainConfig(epochs=6, batch_rows=4, lr=1e-2)
+    result = train(model, rows, loss_fn, config, eval_data=rows, collate=collate, out=tmp_path / "out")
+    assert result.metrics["loss"] < 0.7 * result.before["loss"]
+    assert model.embed.norm.running_var.dtype == torch.float32
 
 
 def test_frozen_norms_are_in_training_what_they_are_in_evaluation():

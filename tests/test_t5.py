@@ -162,6 +162,14 @@ def test_tying_and_scaling_are_read_apart(tmp_path, fields, scaled, tied):
         close(model(**inputs), reference(**inputs).logits, 1e-4, "as transformers reads it")
 
 
+def test_the_head_that_another_tasks_checkpoint_left_behind_is_made_anew(tmp_path, caplog):
+    both_t5(tmp_path, "sequence-classification")
+    changed(tmp_path, tie_word_embeddings=False)
+    model, _ = load(tmp_path, "seq2seq-lm", device="cpu")
+    assert model.head_is_new and model.head.weight is not model.embed.tokens.weight
+    assert "new, to be trained, for seq2seq-lm: lm_head.weight" in caplog.text
+
+
 def test_what_old_checkpoints_carry_besides(tmp_path):
     _, model = both_t5(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
