@@ -260,6 +260,17 @@ def count_tokens(batch: Any) -> int:
     return sum(count_tokens(value) for value in batch.values())
 
 
+def count_images(batch: Any) -> int:
+    """Images of a batch, also one that holds their features instead; 0 where it has none."""
+    if not isinstance(batch, Mapping):
+        return 0
+    if "images" in batch:
+        return batch["images"]
+    if isinstance(pixels := batch.get("pixel_values"), Tensor):
+        return len(pixels)
+    return sum(count_images(value) for value in batch.values())
+
+
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on `device`, also those in dictionaries, tuples and lists."""
     if isinstance(batch, Tensor):

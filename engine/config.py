@@ -21,6 +21,7 @@ class ModelConfig:
     """Where the model comes from: `path` (a folder or hub id), or a `preset` with `overrides`, freshly initialised.
 
     `tokenizer` is the tokenizer.json of a preset. `task` and `labels` follow from method and data where not given.
+    `add_tokens` are special tokens that vocabulary and embedding grow by; their rows train, whatever else is frozen.
     `quantize` = "nf4" keeps the projections in 4 bits, frozen (QLoRA: it goes with a [lora] table). `recompute` makes
     the feed-forwards again in the backward pass instead of keeping their widest tensor (the price: kernels/mlp.py).
     """
@@ -29,6 +30,7 @@ class ModelConfig:
     preset: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
     tokenizer: str | None = None
+    add_tokens: list[str] = field(default_factory=list)
     task: str | None = None
     dtype: str = "auto"
     device: str = "auto"
@@ -68,8 +70,8 @@ class DataConfig:
 class FreezeConfig:
     """Globs of parameters not to train, and those of them to train `except`ed.
 
-    `token_rows`: tokens whose rows of the embedding (and of a head of its own) train although the others don't: those
-    that `add_tokens` added, say, beside an adapter.
+    `token_rows`: tokens whose rows of the embedding (and of a head of its own) train although the others don't. Those
+    of `model.add_tokens` need not be named.
     """
 
     names: list[str] = field(default_factory=list)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .arithmetic import settle_arithmetic
 from .batches import Batches, to_device
 from .losses import LossFn
 from .objectives import Score
@@ -17,6 +18,7 @@ def evaluate(model: nn.Module, data: Iterable[Any], loss_fn: LossFn, score: Scor
     `data` yields batches, or lists of micro-batches. With a `score` its `update` replaces `loss_fn`. Random choices
     (masked-LM noise) come from a fixed seed, so that evaluations can be compared. ValueError where there is no target.
     """
+    settle_arithmetic()
     device = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

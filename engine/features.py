@@ -1,6 +1,6 @@
 """Frozen features: when only the head trains, the model below it runs once over the data, not once an epoch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .batches import Batches, Collate, Examples, to_device
+from .images import ImageCollate
 from .lora import KnownModel, slots
 from .losses import pooled
 
-CHUNK_TOKENS = 8192
+CHUNK_TOKENS, CHUNK_IMAGES = 8192, 64
 MAX_BYTES = 2 * 2**30
 
 
@@ -31,21 +32,30 @@ def head_only(model: nn.Module) -> bool:
 def with_features(model: nn.Module, data: Any) -> Any:
     """The same batches with the head's inputs computed once, where that is exact; else `data` itself.
 
-    Exact means: `Batches` of packed encoded examples without fresh noise, and a model of which only the head trains.
+    Exact means: `Batches` of packed encoded examples without fresh noise, or of images without augmentation, and a
+    model of which only the head trains.
     """
-    usable = isinstance(data, Batches) and isinstance(data.collate, Collate) and data.collate.masking is None
-    if not usable or data.collate.layout != "packed" or "input_ids" not in data.examples[0] or not head_only(model):
+    if not isinstance(data, Batches) or not _repeats(data) or not head_only(model):
         return data
-    features = compute_features(model, data.examples, data.collate)
-    if features is None:
+    found = _of_images(model, data) if isinstance(data.collate, ImageCollate) else _of_text(model, data)
+    if found is None:
         return data
-    examples = _Featured(data.examples, features)
+    examples: Examples = found
     cached = Batches(
         examples, data.collate, rows=data.rows, tokens=data.tokens, micro_rows=data.micro_rows,
         micro_tokens=data.micro_tokens, shuffle=data.shuffle, by_length=data.by_length, seed=data.seed, size=data.size,
     )  # fmt: skip
     cached.load_state_dict(data.state_dict())
     return cached
+
+
+def _repeats(data: Batches) -> bool:
+    """Whether an example gives the head the same input each time."""
+    collate = data.collate
+    if isinstance(collate, ImageCollate):
+        return not collate.augment
+    noisy = not isinstance(collate, Collate) or collate.masking is not None or collate.layout != "packed"
+    return not noisy and "input_ids" in data.examples[0]
 
 
 class _Featured:
@@ -64,23 +74,52 @@ class _Featured:
         return (self[i] for i in range(len(self)))
 
 
+def _of_text(model: Any, data: Batches) -> Examples | None:
+    assert isinstance(data.collate, Collate)
+    features = compute_features(model, data.examples, data.collate)
+    return None if features is None else _Featured(data.examples, features)
+
+
+def _of_images(model: Any, data: Batches) -> Examples | None:
+    """The examples with vectors (D,) in the place of their images, which need not be decoded again."""
+    chunks = Batches(data.examples, data.collate, rows=CHUNK_IMAGES, shuffle=False)
+    labels: list[int] = []
+
+    def rows(batch: Any, states: Tensor) -> list[Tensor]:
+        labels.extend(batch["labels"].tolist())
+        return list(states)
+
+    features = _below_the_head(model, chunks, rows)
+    if features is None:
+        return None
+    return [{"label": label, "features": vector} for label, vector in zip(labels, features, strict=True)]
+
+
 def compute_features(model: Any, examples: Examples, collate: Collate) -> list[Tensor] | None:
     """For each example what the head reads: a vector (D,), or the states of its tokens (T, D); on the CPU.
 
     None where the first chunk shows that all would take more than `MAX_BYTES`.
     """
-    device = next(model.parameters()).device
-    training = model.training
+
+    def rows(batch: Any, states: Tensor) -> list[Tensor]:
+        return list(states[0].split(batch["lengths"]) if states.dim() == 3 else states)
+
+    return _below_the_head(model, Batches(examples, collate, tokens=CHUNK_TOKENS, shuffle=False), rows)
+
+
+@torch.no_grad()
+def _below_the_head(model: Any, chunks: Batches, rows: Callable[[Any, Tensor], list[Tensor]]) -> list[Tensor] | None:
+    """What the head reads of each example, `rows(batch, states)` cutting a chunk; None if it would be too large."""
+    device, training, total = next(model.parameters()).device, model.training, len(chunks.examples)
     model.eval()
     out: list[Tensor] = []
-    with torch.no_grad(), tqdm(total=len(examples), desc="features", unit="row", disable=None) as bar:
-        for (batch,) in Batches(examples, collate, tokens=CHUNK_TOKENS, shuffle=False):
-            states = pooled(model, to_device(batch["inputs"], device)).cpu()
-            rows = states[0].split(batch["lengths"]) if states.dim() == 3 else states.unbind(0)
-            out += [row.clone() for row in rows]
-            if sum(row.nbytes for row in out) / len(out) * len(examples) > MAX_BYTES:
-                model.train(training)
-                return None
-            bar.update(len(batch["lengths"]))
+    with tqdm(total=total, desc="features", unit="row", disable=None) as bar:
+        for (batch,) in chunks:
+            found = rows(batch, pooled(model, to_device(batch["inputs"], device)).cpu())
+            out += [row.clone() for row in found]
+            bar.update(len(found))
+            if sum(row.nbytes for row in out) / len(out) * total > MAX_BYTES:
+                out = []
+                break
     model.train(training)
-    return out
+    return out or None

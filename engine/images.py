@@ -87,7 +87,7 @@ def decode(path: str | Path, pixels: Pixels) -> Tensor:
 
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert(MODES[len(pixels.mean)])
+            image = _eight_bits(ImageOps.exif_transpose(file)).convert(MODES[len(pixels.mean)])
     except FileNotFoundError:
         raise
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
@@ -95,6 +95,20 @@ def decode(path: str | Path, pixels: Pixels) -> Tensor:
     image = image.resize(_scaled(image.size, pixels), pixels.resample)
     array = np.array(image)
     return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
+
+
+def _eight_bits(image: Any) -> Any:
+    """A grey image of 16 bits a pixel brought to 8; Pillow would make all above 255 white. Others as they are."""
+    from PIL import Image
+
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range; save it with 8 bits")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("its pixels have more than 16 bits; save it with 8")
+    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def _scaled(size: tuple[int, int], pixels: Pixels) -> tuple[int, int]:
@@ -154,17 +168,22 @@ class ImageExamples:
 
 @dataclass(frozen=True)
 class ImageCollate:
-    """Examples → {"inputs": {"pixel_values": (B, C, size, size)}, "labels": (B,)}; at random if `augment`."""
+    """Examples → {"inputs": {"pixel_values": (B, C, size, size)}, "labels": (B,), "images": B}; at random if `augment`.
+
+    Examples that come with their "features" (D,) have those in the place of the inputs, as (B, D).
+    """
 
     pixels: Pixels
     augment: bool = False
 
     def __call__(self, examples: list[dict[str, Any]]) -> Batch:
+        batch = {"labels": torch.tensor([example["label"] for example in examples]), "images": len(examples)}
+        if "features" in examples[0]:
+            return {**batch, "features": torch.stack([example["features"] for example in examples])}
         images = [example["image"] for example in examples]
         chances = torch.rand(len(images), 3).tolist() if self.augment else [None] * len(images)
         windows = [self._window(image, chance) for image, chance in zip(images, chances, strict=True)]
-        labels = torch.tensor([example["label"] for example in examples])
-        return {"inputs": {"pixel_values": torch.stack(windows)}, "labels": labels}
+        return {**batch, "inputs": {"pixel_values": torch.stack(windows)}}
 
     def _window(self, image: Tensor, chance: list[float] | None) -> Tensor:
         """The window (C, size, size), normalised. `chance`: three numbers in [0, 1) for its place and a mirror."""

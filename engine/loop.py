@@ -10,7 +10,6 @@ step was cut. And all state (weights and moments, random generators, the place i
 one checkpoint, so that a run killed anywhere and started again ends with the same bits as one that ran through.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field
@@ -21,7 +20,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .batches import Batches, count_tokens, to_device
+from .arithmetic import settle_arithmetic
+from .batches import Batches, count_images, count_tokens, to_device
 from .evaluation import evaluate
 from .features import with_features
 from .freezing import match, train_mode, unfreeze_due
@@ -144,9 +144,7 @@ def train(
     finite, MemoryError where memory runs out, OSError where the disk does.
     """
     start, device = time.perf_counter(), next(model.parameters()).device
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
-        torch.use_deterministic_algorithms(True)
+    settle_arithmetic(config.deterministic)
     torch.manual_seed(config.seed)
     trained = _trained(model, config)
     data = _batches(data, collate, config, shuffle=True)
@@ -188,25 +186,27 @@ def train(
                 train_mode(model)
             lr = config.lr * lr_factor(config.schedule, progress.step, total, warmup, config.decay, config.lr_floor)
             loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-            targets = tokens = 0
+            targets = tokens = images = 0
             for batch in micros if isinstance(micros, list) else [micros]:
                 loss, count = loss_fn(model, to_device(batch, device))
                 loss.backward()
                 optimizer.accumulate()
-                loss_sum, targets, tokens = loss_sum + loss.detach(), targets + int(count), tokens + count_tokens(batch)
+                loss_sum, targets = loss_sum + loss.detach(), targets + int(count)
+                tokens, images = tokens + count_tokens(batch), images + count_images(batch)
             norm = optimizer.scale_gradients(max(1, targets), config.clip)
             loss_value, norm_value = torch.stack((loss_sum, norm.double())).tolist()
             require_finite(loss_value, norm_value, progress.step + 1, record)
             optimizer.step(lr)
             progress.step += 1
             progress.loss_sum, progress.targets = progress.loss_sum + loss_value, progress.targets + targets
-            mean, speed = loss_value / max(1, targets), tokens / (time.perf_counter() - before_step)
+            mean, (unit, amount) = loss_value / max(1, targets), ("images", images) if images else ("tokens", tokens)
+            speed = amount / (time.perf_counter() - before_step)
             record.log(
                 step=progress.step, epoch=progress.step / per_epoch, loss=mean, lr=lr, grad_norm=norm_value,
-                targets=targets, tokens=tokens, tokens_per_second=speed, peak_memory=peak_memory(),
+                targets=targets, **{unit: amount, f"{unit}_per_second": speed}, peak_memory=peak_memory(),
                 seconds=time.perf_counter() - start,
             )  # fmt: skip
-            shown = {"loss": f"{mean:.3f}", "lr": f"{lr:.1e}", "tok/s": f"{speed:.0f}"}
+            shown = {"loss": f"{mean:.3f}", "lr": f"{lr:.1e}", "images/s" if images else "tok/s": f"{speed:.0f}"}
             bar.set_postfix({**shown, "mem": f"{peak_memory() / 2**30:.1f}G"}, refresh=False)
             bar.update()
             if eval_data is not None and (progress.step % eval_every == 0 or progress.step == total):

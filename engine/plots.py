@@ -22,9 +22,9 @@ LINES = ("solid", "dashed", "dotted")  # the seventh run has the first one's col
 SERIES = [f"#0a0b0{i}" for i in range(N_COLOURS)]
 TEXT, RULE = "#0a0c00", "#0a0c01"
 
-NOT_PLOTTED = {"step", "epoch", "loss", "targets", "tokens", "seconds"}
-NOISY = {"grad_norm", "tokens_per_second"}  # drawn with their moving average, as the loss is
-FROM_ZERO = {"lr", "peak_memory", "tokens_per_second", "grad_norm"}  # amounts: an axis cut off below would exaggerate
+NOT_PLOTTED = {"step", "epoch", "loss", "targets", "tokens", "images", "seconds"}
+NOISY = {"grad_norm", "tokens_per_second", "images_per_second"}  # drawn with their moving average, as the loss is
+FROM_ZERO = {"lr", "peak_memory", *NOISY}  # amounts: an axis cut off below would exaggerate
 SCALE = {"peak_memory": (1e-9, " GB"), **dict.fromkeys(PERCENT, (100.0, " %"))}
 MAX_POINTS = 1500  # more than this in one curve makes the page heavy and shows nothing new
 

@@ -38,6 +38,16 @@ def train_rows(model: nn.Module, ids: Sequence[int]) -> None:
         _choose(module, sorted(set(ids)))
 
 
+def train_added_rows(model: nn.Module, ids: Sequence[int]) -> None:
+    """Train the rows `ids`, of tokens just added, also where the matrix is frozen; one that trains does so as a whole.
+
+    Raises ValueError for a model that is not of this project or has no token embedding, or one with an adapter on it.
+    """
+    for module in _matrices(model):
+        if not module.get_parameter("weight").requires_grad:
+            _choose(module, sorted(set(ids)))
+
+
 def _choose(module: nn.Module, ids: list[int]) -> None:
     weight = module.get_parameter("weight").requires_grad_(True)
     module.register_buffer(ROWS, torch.tensor(ids, device=weight.device), persistent=False)

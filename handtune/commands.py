@@ -21,8 +21,10 @@ from .engine.loop import DEFAULT_ROWS, Result
 from .engine.metrics import rouge
 from .engine.objectives import objective_of
 from .engine.record import Record, write_json
-from .models import load, save
+from .models import ResNet, add_tokens, load, save
 from .models.checkpoint import objectives_of
+from .models.pixels import Pixels
+from .models.tokens import load_tokenizer_file, save_tokenizer
 from .prepare import Prepared, choose_trained, prepare, run_objective, template_of
 
 
@@ -65,6 +67,10 @@ def _store(ready: Prepared, config: RunConfig, out: Path, result: Result) -> Non
     place = out / ("adapter" if config.lora is not None else "model")
     if config.lora is not None:
         save_adapter(ready.model, place)
+        if config.model.add_tokens:
+            save_tokenizer(ready.tokenizer, ready.model.tokens, place)
+        if isinstance(ready.model, ResNet):
+            ready.model.pixels.write(place)
     else:
         save(ready.model, ready.tokenizer, place)
     counts = trainable_report(ready.model)
@@ -195,8 +201,20 @@ def _generator(options: argparse.Namespace) -> tuple[Any, Any]:
     if tokenizer is None:
         raise ValueError(f"{path}: no tokenizer.json there, and prompts need one")
     if adapter:
-        load_adapter(model, adapter)
+        _put_adapter(model, tokenizer, Path(adapter))
     return model, tokenizer
+
+
+def _put_adapter(model: Any, tokenizer: Any, adapter: Path) -> None:
+    """Load an adapter onto its base, after what lies beside it: tokens it was trained with, its size of images."""
+    if tokenizer is not None and (adapter / "tokenizer.json").is_file():
+        known, wanted = tokenizer.get_vocab(), load_tokenizer_file(adapter / "tokenizer.json").get_vocab()
+        new = sorted(wanted.keys() - known.keys(), key=wanted.__getitem__)
+        if add_tokens(model, tokenizer, new) != [wanted[token] for token in new]:
+            raise ValueError(f"{adapter}: its tokenizer.json counts tokens differently from the base; it is of another")
+    if isinstance(model, ResNet):
+        model.pixels = Pixels.read(adapter, {}, model.config.n_channels) or model.pixels
+    load_adapter(model, adapter)
 
 
 def _prompts(options: argparse.Namespace, model: Any) -> Iterator[str]:
@@ -216,7 +234,7 @@ def _prompts(options: argparse.Namespace, model: Any) -> Iterator[str]:
 def run_merge(options: argparse.Namespace) -> int:
     """`handtune merge`: the adapter added into the base, written as a plain checkpoint."""
     model, tokenizer = load(options.model, **_head_of(Path(options.adapter)))
-    load_adapter(model, options.adapter)
+    _put_adapter(model, tokenizer, Path(options.adapter))
     merge_lora(model, keep_base=False)
     save(model, tokenizer, options.out)
     print(f"merged checkpoint written to {options.out}")

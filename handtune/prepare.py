@@ -18,7 +18,8 @@ from .engine.encode import encode
 from .engine.images import ImageCollate, ImageExamples, class_counts
 from .engine.objectives import Objective, objective_of
 from .engine.rows import row_shape
-from .models import Bert, ResNet, XLNet, load
+from .engine.token_rows import train_added_rows
+from .models import Bert, ResNet, XLNet, add_tokens, load
 from .models.checkpoint import fresh, objectives_of
 from .models.vocabulary import CONVERT
 
@@ -74,6 +75,8 @@ def prepare(config: RunConfig, cache: Path) -> Prepared:
     labels = tuple(config.model.labels or ())
     if not labels and objective.encoding in ("classify", "tag", "images"):
         labels = tuple(label_names(rows))
+    if objective.encoding in ("classify", "images") and len(labels) == 1:
+        raise ValueError(f"data.train: all rows are of one class, {labels[0]!r}; there is nothing to tell apart")
     model, tokenizer = _model(config, objective, labels)
     if objective.encoding == "images":
         return _images(config, objective, model, labels, rows, eval_rows)
@@ -211,6 +214,11 @@ def _model(config: RunConfig, objective: Objective, labels: tuple[str, ...]) -> 
     else:
         assert wanted.preset is not None
         model, words = fresh(wanted.preset, wanted.tokenizer, task, labels, config.train.seed, **wanted.overrides)
+    if wanted.add_tokens:
+        try:
+            add_tokens(model, words, wanted.add_tokens)
+        except ValueError as error:
+            raise ValueError(f"model.add_tokens: {error}") from error
     if wanted.quantize is not None:
         freeze(model, "*")
         quantize(model)
@@ -246,7 +254,9 @@ def choose_trained(ready: Prepared, config: RunConfig) -> str:
     if config.freeze.except_:
         unfreeze(model, *config.freeze.except_)
     if config.freeze.token_rows:
-        train_rows(model, _ids_of(config.freeze.token_rows, ready.tokenizer))
+        train_rows(model, _ids_of([*config.freeze.token_rows, *config.model.add_tokens], ready.tokenizer))
+    elif config.model.add_tokens:
+        train_added_rows(model, _ids_of(config.model.add_tokens, ready.tokenizer))
     if config.lora is not None:
         return f"LoRA r={config.lora.rank}"
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
@@ -263,5 +273,5 @@ def _ids_of(tokens: list[str], tokenizer: Any) -> list[int]:
     known: dict[str, int] = {} if tokenizer is None else tokenizer.get_vocab()
     for token in tokens:
         if token not in known:
-            raise ValueError(f"freeze.token_rows: there is no token {token!r}; add_tokens adds it, then save the model")
+            raise ValueError(f"freeze.token_rows: there is no token {token!r}; model.add_tokens adds it")
     return [known[token] for token in tokens]

@@ -14,10 +14,17 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from small_runs import TEXTS, assert_same_weights, bert, examples, gpt2
+from small_tokenizers import byte_level, sentence_piece
 from torch import nn
 
 from handtune.engine import LoRAConfig, TrainConfig, add_lora, losses, train
-from handtune.engine.batches import Collate, Masking
+from handtune.engine.batches import Batches, Collate, Masking
+from handtune.engine.encode import encode
+from handtune.engine.images import ImageCollate
+from handtune.engine.permutation import PermutationCollate
+from handtune.engine.seq2seq import Seq2SeqCollate, SpanCorruption
+from handtune.models import T5, Bloom, ResNet, XLNet
+from handtune.models.pixels import Pixels
 
 torch.set_num_threads(1)
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports for seconds at its first call: before the forks
@@ -58,7 +65,56 @@ def lora(out: Path) -> Any:
     return model, train(model, rows, losses.causal_lm_loss, config, collate=Collate(), out=out)
 
 
+def seq2seq(out: Path) -> Any:
+    """Every weight of a T5; spans drawn anew each time a row comes up."""
+    torch.manual_seed(0)
+    words = sentence_piece()
+    sizes = {"n_layer": 2, "d_model": 32, "n_head": 2, "head_width": 16, "d_ff": 64}
+    model = T5.from_name("t5-small", vocab_size=words.get_vocab_size(), **sizes)
+    rows = encode(TEXTS * 3, words, "span-corruption", max_length=24)[0]
+    collate = Seq2SeqCollate(0, 0, SpanCorruption.of(words, 1))
+    config = TrainConfig(epochs=6, batch_rows=4, micro_rows=3, lr=1e-2, eval_every=5, save_every=2, seed=3)
+    return model, train(model, rows, losses.causal_lm_loss, config, eval_data=rows[:4], collate=collate, out=out)
+
+
+def permutation(out: Path) -> Any:
+    """An XLNet whose upper layer waits for its turn; orders drawn anew each time a row comes up."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": byte_level().get_vocab_size(), "n_layer": 2, "n_head": 2, "d_model": 32, "d_ff": 64}
+    model, rows = XLNet.from_name("xlnet-base-cased", **sizes), examples(TEXTS * 3, "pretrain")
+    config = TrainConfig(
+        epochs=5, batch_rows=4, micro_rows=2, lr=1e-2, eval_every=4, save_every=2, keep=2, seed=4,
+        unfreeze={"*": 0, "layers.1.*": 1},
+    )  # fmt: skip
+    collate = PermutationCollate()
+    return model, train(model, rows, losses.causal_lm_loss, config, eval_data=rows[:4], collate=collate, out=out)
+
+
+def bloom(out: Path) -> Any:
+    """An adapter with dropout on a bf16 BLOOM, packed rows."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": byte_level().get_vocab_size(), "n_layer": 2, "n_head": 2, "d_model": 32}
+    model, rows = Bloom.from_name("bloom-560m", **sizes).bfloat16(), examples(TEXTS * 3, "pretrain")
+    add_lora(model, LoRAConfig(rank=4, dropout=0.1))
+    config = TrainConfig(epochs=5, batch_tokens=70, micro_tokens=40, lr=1e-2, eval_every=7, save_every=2, seed=6)
+    return model, train(model, rows, losses.causal_lm_loss, config, eval_data=rows[:4], collate=Collate(), out=out)
+
+
+def images(out: Path) -> Any:
+    """Every weight of a ResNet with its batch norms' statistics; windows and mirrors drawn anew for each image."""
+    torch.manual_seed(0)
+    sizes = {"stem_width": 8, "widths": (8, 16), "depths": (1, 1), "small_images": True}
+    model, pixels = ResNet.from_name("resnet18", labels=("dark", "bright"), **sizes), Pixels(12, 12)
+    pictures = torch.randint(0, 200, (24, 3, 16, 16), dtype=torch.uint8)
+    rows = [{"image": picture + 40 * (i % 2), "label": i % 2} for i, picture in enumerate(pictures)]
+    data = Batches(rows, ImageCollate(pixels, augment=True), rows=8, micro_rows=4, seed=2)
+    held = Batches(rows[:6], ImageCollate(pixels), rows=6, shuffle=False)
+    config = TrainConfig(epochs=6, batch_rows=8, lr=1e-2, eval_every=4, save_every=2, seed=2)
+    return model, train(model, data, losses.classification_loss, config, eval_data=held, out=out)
+
+
 RUNS: dict[str, Callable[[Path], Any]] = {"masked_lm": masked_lm, "lora": lora}
+MORE_RUNS = {"seq2seq": seq2seq, "permutation": permutation, "bloom": bloom, "images": images}
 
 
 def live(run: str, out: str, place: str, die_at: int | None = None, slow: bool = False) -> None:
@@ -71,12 +127,13 @@ def live(run: str, out: str, place: str, die_at: int | None = None, slow: bool =
     np.random.seed(2)
     if die_at is not None or slow:
         _slow_or_deadly_files(die_at)
-    model, result = RUNS[run](Path(out))
+    model, result = (RUNS | MORE_RUNS)[run](Path(out))
     facts = {key: value for key, value in asdict(result).items() if key not in ("seconds", "peak_memory")}
     target = Path(place)
     target.mkdir(exist_ok=True)
     (target / "result.txt").write_text(repr(facts))
-    save_file({name: p.detach().contiguous() for name, p in model.named_parameters()}, target / "tmp")
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, target / "tmp")
     (target / "tmp").rename(target / DONE)
 
 

@@ -108,7 +108,7 @@ def write_config(path: Path, **tables: Any) -> Path:
 
 def logged(out: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock and the machine."""
-    timing = ("seconds", "tokens_per_second", "peak_memory")
+    timing = ("seconds", "tokens_per_second", "images_per_second", "peak_memory")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [{key: value for key, value in line.items() if key not in timing} for line in lines]
 

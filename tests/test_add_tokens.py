@@ -1,15 +1,19 @@
 """Adding tokens to a model and its tokenizer."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from small_growing import NEW, SIZE, model_of, words
 from small_models import padded, token_rows
+from small_runs import gpt2_folder, write_config, write_rows
 
-from handtune.engine import LoRAConfig, add_lora
+from handtune.cli import main
+from handtune.engine import LoRAConfig, add_lora, load_adapter
 from handtune.models import add_tokens, load, save
 
 KINDS = pytest.mark.parametrize(
@@ -128,3 +132,98 @@ def test_what_cannot_grow(tmp_path):
         with pytest.raises(ValueError, match="adapter"):
             add_tokens(model, tokenizer, NEW)
     assert len(tokenizer.get_vocab()) == SIZE == untied.config.vocab_size
+
+
+ROWS = [{"prompt": f"question {i}: ", "completion": f"{NEW[0]} x {i} {NEW[1]}"} for i in range(8)]
+
+
+def run_of(folder: Path, base: Path, name: str = "run", **tables: Any) -> Path:
+    """Trains on rows with new tokens that the base doesn't have; gives the run's folder."""
+    rows = str(write_rows(folder / "rows.jsonl", ROWS))
+    config = write_config(
+        folder / f"{name}.toml", method="sft", out=str(folder / name), data={"train": rows, "eval": rows},
+        model={"path": str(base), "add_tokens": NEW}, train={"epochs": 4, "batch_rows": 4, "lr": 0.02}, **tables,
+    )  # fmt: skip
+    assert main(["train", str(config)]) == 0
+    return folder / name
+
+
+def test_a_run_that_adds_tokens_beside_an_adapter(tmp_path, capsys):
+    """Its rows train and go with the adapter, as does its tokenizer: evaluated, merged, generated with by name."""
+    base = gpt2_folder(tmp_path / "base")
+    run = run_of(tmp_path, base, lora={"rank": 2})
+    result = json.loads((run / "result.json").read_text())
+    assert result["metrics"]["loss"] < 0.9 * result["before"]["loss"]
+    rows = load_file(run / "adapter/adapter_model.safetensors")[
+        "base_model.model.transformer.wte.token_adapter.trainable_tokens_delta"
+    ]
+    mean = load(base, device="cpu")[0].embed.tokens.weight.mean(0)
+    assert len(rows) == 2 and bool((rows != mean).any(1).all())
+    capsys.readouterr()
+    assert main(["evaluate", str(run)]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(result["metrics"]["loss"], rel=1e-4)
+    assert main(["merge", str(base), str(run / "adapter"), str(tmp_path / "merged")]) == 0
+    merged, tokenizer = load(tmp_path / "merged", device="cpu")
+    assert merged.config.vocab_size == len(tokenizer.get_vocab()) == SIZE + 2
+    assert torch.equal(merged.embed.tokens.weight[SIZE:], rows)
+    answers = []
+    for path in ([run], [base, "--adapter", run / "adapter"], [tmp_path / "merged"]):
+        capsys.readouterr()
+        words = ["--prompt", f"question 1: {NEW[0]}", "--max-new-tokens", "6", "--temperature", "0"]
+        assert main(["generate", *map(str, path), *words]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] == answers[2]
+    with pytest.raises(ValueError, match="does not fit a matrix"):
+        load_adapter(load(base, device="cpu")[0], run / "adapter")  # the base alone, without the tokens
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_run_that_adds_tokens_to_a_frozen_embedding(tmp_path, tied):
+    """The new rows train and the old ones stay; a head of its own that isn't frozen trains as a whole."""
+    base, names = tmp_path / "base", ["embed.*", "layers.0.*"]
+    model = model_of(base, "llama", tie_word_embeddings=tied)
+    save(model, words(), base)
+    run = run_of(tmp_path, base, freeze={"names": names})
+    trained, tokenizer = load(run / "model", device="cpu")
+    assert trained.config.vocab_size == len(tokenizer.get_vocab()) == SIZE + 2
+    assert json.loads((run / "model/config.json").read_text())["vocab_size"] == SIZE + 2
+    old = model.embed.tokens.weight
+    assert torch.equal(trained.embed.tokens.weight[:SIZE], old)
+    assert bool((trained.embed.tokens.weight[SIZE:] != old.mean(0)).any(1).all())
+    if not tied:
+        assert bool((trained.head.weight[:SIZE] != model.head.weight).any(1).all())
+    read = transformers.AutoModelForCausalLM.from_pretrained(run / "model")
+    assert read.config.vocab_size == SIZE + 2
+
+
+def test_tokens_named_twice_and_all_training(tmp_path):
+    """Without anything frozen the whole embedding trains; `freeze.token_rows` are rows beside the added ones."""
+    base = gpt2_folder(tmp_path / "base")
+    old = load(base, device="cpu")[0].embed.tokens.weight
+    whole = load(run_of(tmp_path, base, "whole") / "model", device="cpu")[0].embed.tokens.weight
+    assert bool((whole[:SIZE] != old).any(1).all())
+    chosen = {"names": ["*"], "token_rows": [NEW[0], "x"]}
+    rows = load(run_of(tmp_path, base, "rows", freeze=chosen) / "model", device="cpu")[0].embed.tokens.weight
+    changed = (rows[:SIZE] != old).any(1).nonzero()[:, 0].tolist()
+    assert changed == [words().token_to_id("x")]
+    assert bool((rows[SIZE:] != old.mean(0)).any(1).all())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("model.add_tokens=['']", "model.add_tokens: tokens ['']: expected a list of texts"),
+        ("model.add_tokens='x'", "add_tokens: expected [str, ...], got 'x'"),
+        ("lora.targets=['embed.tokens']", "embed.tokens carries an adapter"),
+    ],
+)
+def test_a_run_that_cannot_add_tokens(tmp_path, capsys, change, says):
+    base = model_of(tmp_path / "base", tie_word_embeddings=False)
+    save(base, words(), tmp_path / "base")
+    rows = str(write_rows(tmp_path / "rows.jsonl", ROWS))
+    config = write_config(
+        tmp_path / "run.toml", method="sft", out=str(tmp_path / "run"), data={"train": rows},
+        model={"path": str(tmp_path / "base"), "add_tokens": NEW},
+    )  # fmt: skip
+    assert main(["train", str(config), change]) == 2
+    assert says in capsys.readouterr().err

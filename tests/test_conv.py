@@ -133,6 +133,26 @@ def test_agrees_with_peft(geometry: dict) -> None:
     assert base.weight.grad is None
 
 
+@every_layout
+def test_bf16_is_as_exact_as_peft(layout: torch.memory_format) -> None:
+    """Against fp64: the gradients of both factors, summed over many images, are no further off than PEFT's."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=8, lora_alpha=8, target_modules=["conv"], init_lora_weights=False)
+    model = peft.get_peft_model(Net(kernel_size=3, padding=1), config, autocast_adapter_dtype=False).bfloat16()
+    layer = model.base_model.model.conv
+    base, a, b = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    x = torch.randn(64, 4, 14, 14).bfloat16().contiguous(memory_format=layout)
+    incoming = torch.randn(64, 6, 14, 14).bfloat16().contiguous(memory_format=layout)
+    model(x).backward(incoming)
+    ours, exact = ([t.detach().to(dtype).requires_grad_() for t in (a, b)] for dtype in (torch.bfloat16, torch.float64))
+    lora_conv2d(x, base.weight, base.bias, *ours, padding=1).backward(incoming)
+    wide = (t.detach().double() for t in (x, base.weight, base.bias))
+    lora_conv2d_reference(*wide, *exact, padding=1).backward(incoming.double())
+    for mine, peer, truth in zip(ours, (a, b), exact, strict=True):
+        error, theirs = ((t.grad.double() - truth.grad).norm() for t in (mine, peer))
+        assert error <= 1.1 * theirs
+
+
 @pytest.mark.parametrize("wanted", ["x", "weight", "a", "b", "bias"])
 def test_computes_only_the_gradients_that_are_wanted(wanted: str) -> None:
     tensors = [t.detach().requires_grad_(name == wanted) for name, t in zip(NAMES, inputs(), strict=True)]

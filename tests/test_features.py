@@ -1,5 +1,7 @@
 """Frozen features: computed once where that is exact, and then the same result as computing them each time."""
 
+import json
+
 import pytest
 import torch
 from small_runs import QUESTIONS, SENTIMENT, TAGGED, assert_same_weights, bert, examples, gpt2, weights
@@ -7,7 +9,10 @@ from small_runs import QUESTIONS, SENTIMENT, TAGGED, assert_same_weights, bert, 
 from handtune.engine import LoRAConfig, TrainConfig, add_lora, freeze, losses, train, unfreeze
 from handtune.engine.batches import Batches, Collate, Masking
 from handtune.engine.features import compute_features, head_only, with_features
-from handtune.engine.objectives import OBJECTIVES
+from handtune.engine.images import ImageCollate
+from handtune.engine.objectives import OBJECTIVES, ClassificationScore
+from handtune.models import ResNet
+from handtune.models.pixels import Pixels
 
 TAGS = ("O", "B-ANIMAL", "B-PLACE")
 
@@ -108,3 +113,77 @@ def test_features_are_what_the_head_reads(name) -> None:
                 objective.loss(model, batch)[0].item(), rel=1e-5
             )
     assert not any(features.requires_grad for features in found)
+
+
+def image_case(augment: bool = False):
+    """A ResNet whose head alone trains, and its pictures, which count how often one is looked at."""
+    torch.manual_seed(0)
+    sizes = {"stem_width": 8, "widths": (8, 16), "depths": (1, 1), "small_images": True}
+    model, pixels = ResNet.from_name("resnet18", labels=("dark", "bright"), **sizes), Pixels(12, 12)
+    freeze(model, "*")
+    unfreeze(model, "head.*")
+    pictures = torch.randint(0, 200, (20, 3, 14, 14), dtype=torch.uint8)
+    rows = Counted([{"image": picture + 50 * (i % 2), "label": i % 2} for i, picture in enumerate(pictures)])
+    data = Batches(rows, ImageCollate(pixels, augment), rows=6, seed=3)
+    return model, rows, data, Batches(rows, ImageCollate(pixels), rows=5, shuffle=False)
+
+
+class Counted:
+    """Examples that count how often one is looked at."""
+
+    def __init__(self, examples: list):
+        self.examples, self.looks = examples, 0
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int):
+        self.looks += 1
+        return self.examples[index]
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+
+def look(hidden, calls: list[int]):
+    """A model's `hidden` that notes how many images it is given."""
+
+    def noted(pixel_values):
+        calls.append(len(pixel_values))
+        return hidden(pixel_values)
+
+    return noted
+
+
+def test_images_without_augmentation_are_seen_once(monkeypatch, tmp_path) -> None:
+    """The same training, as of text; images a second are counted although no image is read."""
+    ends = []
+    for cached in (True, False):
+        model, rows, data, held = image_case()
+        start, calls, hidden = weights(model), [], model.hidden
+        monkeypatch.setattr(model, "hidden", look(hidden, calls))
+        config = TrainConfig(epochs=6, lr=3e-2, eps=1e-4, unfreeze={} if cached else {"head.*": 0})
+        score = lambda: ClassificationScore(2)  # noqa: E731
+        out = tmp_path / str(cached)
+        result = train(model, data, losses.classification_loss, config, eval_data=held, score=score, out=out)
+        steps = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines() if '"lr"' in text]
+        assert [step["images"] for step in steps] == [6, 6, 6, 2] * 6 and "tokens" not in steps[0]
+        assert all(step["images_per_second"] > 0 for step in steps)
+        ends.append((weights(model), result, calls, rows.looks))
+    (ours, first, few, looks), (theirs, second, many, _) = ends
+    assert few == [20, 20] and looks == 40 and len(many) > 40
+    assert first.metrics["loss"] == pytest.approx(second.metrics["loss"], rel=1e-4)
+    assert_same_weights(ours, theirs, 2e-3)
+    assert not torch.equal(ours["head.out.weight"], start["head.out.weight"])
+
+
+def test_images_that_differ_each_time_are_not_cached(monkeypatch) -> None:
+    model, _, data, held = image_case(augment=True)
+    assert with_features(model, data) is data
+    cached = with_features(model, held)  # evaluation has no augmentation
+    (batch,), (images,) = next(iter(cached)), next(iter(held))
+    assert "features" in batch and "inputs" not in batch and torch.equal(batch["labels"], images["labels"])
+    monkeypatch.setattr("handtune.engine.features.MAX_BYTES", 20 * 16 * 4 - 1)
+    assert with_features(model, held) is held and model.training
+    unfreeze(model, "layers.1.norm2.*")  # its statistics would move
+    assert with_features(model, held) is held

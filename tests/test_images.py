@@ -1,4 +1,4 @@
-"""Images: folders as rows, decoding as transformers does it, augmentation, training through the command line."""
+"""Images in training: broken ones, what is kept, windows, resuming, the command line."""
 
 import importlib.util
 import json
@@ -11,128 +11,17 @@ from PIL import Image
 from small_images import class_folders, picture
 from small_models import close
 from small_runs import bert_folder, logged, write_config, write_rows
-from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
-from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from handtune.cli import main
 from handtune.engine import TrainConfig, train
 from handtune.engine.batches import Batches
-from handtune.engine.data import label_names, read_rows, split_rows
-from handtune.engine.images import ImageCollate, ImageExamples, class_counts, decode
+from handtune.engine.data import read_rows
+from handtune.engine.images import ImageCollate, ImageExamples
 from handtune.engine.losses import classification_loss
 from handtune.models import ResNet, load, save
 from handtune.models.pixels import Pixels
 
 SMALL = {"stem_width": 8, "widths": [8, 16], "depths": [1, 1], "small_images": True}
-
-
-def test_a_folder_gives_rows_and_labels(tmp_path):
-    class_folders(tmp_path, ("sky", "sea", "rows"), 4)
-    (tmp_path / ".DS_Store").write_text("hidden")
-    (tmp_path / "sea" / ".hidden.png").write_text("hidden")
-    rows = read_rows(tmp_path)
-    assert [row["label"] for row in rows] == ["rows"] * 4 + ["sea"] * 4 + ["sky"] * 4
-    assert rows[0]["image"] == str(tmp_path / "rows" / "000.png")
-    assert label_names(rows) == ["rows", "sea", "sky"]
-    assert class_counts(rows) == "12 images in 3 classes: rows 4, sea 4, sky 4"
-    train_rows, held_out = split_rows(rows, 0.25, seed=0)
-    assert class_counts(held_out) == "3 images in 3 classes: rows 1, sea 1, sky 1" and len(train_rows) == 9
-
-
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [
-        ("", "no class folders in it; expected one folder a class"),
-        ("sky/notes.txt", r"sky/notes\.txt: no image file \(\.bmp, .*; move it out of the class folder"),
-        ("sky/more/0.png", r"sky/more: no image file"),
-        ("0.png", r"0\.png: beside the class folders, so of no class"),
-        ("empty/", "empty: a class without images"),
-    ],
-)
-def test_a_folder_that_is_no_folder_of_classes(tmp_path, name, says):
-    if name:
-        class_folders(tmp_path, ("sky",), 1)
-        path = tmp_path / name
-        (path if name.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
-        if not name.endswith("/"):
-            path.write_text("")
-    with pytest.raises(ValueError, match=says):
-        read_rows(tmp_path)
-
-
-PROCESSORS = {
-    "ConvNeXt": ConvNextImageProcessorPil(size={"shortest_edge": 28}, crop_pct=0.875, resample=3),
-    "ConvNeXt from 384 on": ConvNextImageProcessorPil(size={"shortest_edge": 384}),
-    "BiT": BitImageProcessorPil(
-        size={"shortest_edge": 40}, crop_size={"height": 31, "width": 31}, resample=2, image_mean=[0.5, 0.4, 0.3]
-    ),
-    "ViT": ViTImageProcessorPil(size={"height": 30, "width": 30}, image_std=[0.2, 0.3, 0.4]),
-    "not normalised": BitImageProcessorPil(
-        size={"shortest_edge": 33}, crop_size={"height": 32, "width": 32}, do_normalize=False
-    ),
-}
-
-
-@pytest.mark.parametrize("processor", PROCESSORS.values(), ids=PROCESSORS)
-def test_images_are_those_of_transformers_processors(tmp_path, processor):
-    """Read from its file, and read by it from ours."""
-    processor.save_pretrained(tmp_path / "theirs")
-    pixels = Pixels.read(tmp_path / "theirs", {})
-    (tmp_path / "ours").mkdir()
-    pixels.write(tmp_path / "ours")
-    assert Pixels.read(tmp_path / "ours", {}) == pixels
-    back = BitImageProcessorPil.from_pretrained(tmp_path / "ours")
-    generator = np.random.default_rng(0)
-    for width, height in ((50, 37), (29, 64), (40, 40), (20, 17)):
-        image = Image.fromarray(generator.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        image.save(tmp_path / "image.png")
-        example = {"image": decode(tmp_path / "image.png", pixels), "label": 0}
-        ours = ImageCollate(pixels)([example])["inputs"]["pixel_values"]
-        for theirs in (processor, back):
-            close(ours, theirs(image, return_tensors="pt")["pixel_values"], 1e-5, f"{width} × {height}")
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"do_resize": False}, "do_resize = False is not implemented"),
-        ({"rescale_factor": 1 / 127.5}, "rescale_factor = "),
-        ({"do_center_crop": False}, "without do_center_crop, images of several shapes, is not implemented"),
-        ({"crop_size": {"height": 8, "width": 9}}, "is not a square"),
-        ({"crop_size": {"height": 300, "width": 300}}, "a window of 300 pixels can't be cut out of an image scaled to"),
-        ({"image_std": [0.2, 0.2]}, "expected one of each a channel"),
-        ({"size": {"longest_edge": 256}}, "is damaged"),
-    ],
-    ids=str,
-)
-def test_a_processor_that_does_something_else_is_refused(tmp_path, change, says):
-    Pixels().write(tmp_path)
-    path = tmp_path / "preprocessor_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(ValueError, match=says):
-        Pixels.read(tmp_path, {})
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "I;16", "LA"])
-def test_every_kind_of_image_becomes_three_channels(tmp_path, mode):
-    image = Image.new(mode, (20, 10)) if mode == "I;16" else picture("sky", 0).convert(mode)
-    path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
-    image.save(path)
-    found = decode(path, Pixels(8, 8))
-    assert found.dtype == torch.uint8 and found.shape[0] == 3 and min(found.shape[1:]) == 8
-    assert decode(path, Pixels(8, 8, mean=(0.5,), std=(0.5,))).shape[0] == 1
-
-
-def test_a_photograph_is_turned_upright(tmp_path):
-    """The camera's orientation in EXIF: 6 is lying on its left side."""
-    image = picture("sky", 0)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    image.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
-    image.save(tmp_path / "plain.png")
-    pixels = Pixels(16, 16)
-    assert torch.equal(decode(tmp_path / "turned.png", pixels), decode(tmp_path / "plain.png", pixels))
 
 
 def broken(folder):
@@ -231,6 +120,28 @@ def test_a_killed_run_resumes_with_the_same_augmentation(tmp_path):
     assert logged(tmp_path / "True") == logged(tmp_path / "False")
 
 
+@pytest.mark.parametrize("method", ["images", "text"])
+def test_one_class_alone_is_refused(tmp_path, capsys, method):
+    if method == "images":
+        data, model = class_folders(tmp_path / "data", ("sky",), 3), {"preset": "resnet18", "overrides": SMALL}
+    else:
+        data = write_rows(tmp_path / "rows.jsonl", [{"text": "a", "label": "sky"}, {"text": "b", "label": "sky"}])
+        model = {"path": str(bert_folder(tmp_path / "bert"))}
+    (tmp_path / "config.toml").write_text(toml("classify", tmp_path / "run", model, {"train": str(data)}))
+    assert main(["train", str(tmp_path / "config.toml")]) == 2
+    assert "data.train: all rows are of one class, 'sky'; there is nothing to tell apart" in capsys.readouterr().err
+
+
+def test_the_bar_shows_images_a_second(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("handtune.engine.loop.tqdm.set_postfix", lambda bar, values, **_: shown.append(values))
+    rows = read_rows(class_folders(tmp_path, count=4))
+    model, pixels = small_resnet(), Pixels(16, 16)
+    data = Batches(ImageExamples(rows, model.labels, pixels), ImageCollate(pixels), rows=4)
+    train(model, data, classification_loss, TrainConfig())
+    assert len(shown) == 2 and all(float(values["images/s"]) > 0 and "tok/s" not in values for values in shown)
+
+
 def toml(method, out, model, data, **tables) -> str:
     """A configuration as text; `overrides` of the model are a table of their own."""
     model = dict(model)
@@ -261,7 +172,7 @@ def test_full_and_lora_learn_through_the_command_line(tmp_path, capsys):
     assert result["labels"] == ["sea", "sky"] and sum(map(sum, result["confusion"])) == 16
 
     base = {"path": str(tmp_path / "full" / "model")}
-    data, settings = {"train": str(second), "eval": 0.25}, {**settings, "epochs": 20, "batch_rows": 8}
+    data, settings = {"train": str(second), "eval": 0.25, "image_size": 12}, {**settings, "epochs": 20, "batch_rows": 8}
     lora = {"rank": 4, "alpha": 8}
     config = toml("classify", tmp_path / "lora", base, data, lora=lora, train=settings)
     (tmp_path / "lora.toml").write_text(config)
@@ -274,7 +185,7 @@ def test_full_and_lora_learn_through_the_command_line(tmp_path, capsys):
     merged = tmp_path / "merged"
     assert main(["merge", base["path"], str(tmp_path / "lora" / "adapter"), str(merged)]) == 0
     again, _ = load(merged, device="cpu")
-    assert again.pixels.size == 16 and again.labels == ("columns", "rows")
+    assert again.pixels.size == 12 and again.labels == ("columns", "rows")
     rows = read_rows(second)
     batch = ImageCollate(again.pixels)([*ImageExamples(rows, again.labels, again.pixels)])
     found = again(**batch["inputs"]).argmax(-1)

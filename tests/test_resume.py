@@ -14,13 +14,14 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
 from itertools import count
 from multiprocessing import connection, forkserver
 from pathlib import Path
 from threading import Lock
 
 import pytest
-from killed_runs import DONE, RUNS, assert_same_end, live
+from killed_runs import DONE, MORE_RUNS, RUNS, assert_same_end, live
 from safetensors.torch import load_file
 from small_runs import CHAT, assert_same_weights, gpt2_folder, logged, write_config, write_rows
 
@@ -57,21 +58,24 @@ def one_life(run: str, out: Path, place: Path, seconds: float | None = None, **h
 
 @pytest.fixture(scope="module")
 def truth(tmp_path_factory):
-    """The runs without a kill: for each its folder, where its end is stored, and how long it takes."""
-    found = {}
-    for run in RUNS:
+    """A run without a kill, made when it is first asked for: its folder, where its end is stored, how long it takes."""
+
+    @cache
+    def found(run: str) -> tuple[Path, Path, float]:
         folder = tmp_path_factory.mktemp(run)
         one_life(run, folder / "warm", folder / "warm-end")  # the fork server starts with the first life
         start = time.perf_counter()
         assert not one_life(run, folder / "run", folder / "end")
-        found[run] = folder / "run", folder / "end", time.perf_counter() - start
+        seconds = time.perf_counter() - start
         assert_same_end(folder / "warm-end", folder / "end")
+        return folder / "run", folder / "end", seconds
+
     return found
 
 
 def assert_same_run(run: str, out: Path, place: Path, truth) -> None:
     """Weights, result, log, best and last checkpoint are those of the run without a kill, but for the clock."""
-    folder, end, _ = truth[run]
+    folder, end, _ = truth(run)
     assert_same_end(place, end)
     assert logged(out) == logged(folder)
     names = {p.relative_to(folder) for p in folder.rglob("*") if p.is_file()}
@@ -92,7 +96,7 @@ def kill_at_random(run: str, folder: Path, truth, seed: int, kills: int) -> int:
         out, end = folder / f"{number}-run", folder / f"{number}-end"
         while not (end / DONE).exists():
             shutil.rmtree(end, ignore_errors=True)
-            longest = truth[run][2] * (0.4 if deaths < kills else 10)
+            longest = truth(run)[2] * (0.4 if deaths < kills else 10)
             deaths += one_life(run, out, end, clock.uniform(0.05, longest), slow=clock.random() < 0.6)
         assert_same_run(run, out, end, truth)
         if deaths >= kills:
@@ -103,10 +107,32 @@ def kill_at_random(run: str, folder: Path, truth, seed: int, kills: int) -> int:
 @pytest.mark.parametrize("run", RUNS)
 def test_killed_at_random_moments(run, truth, tmp_path) -> None:
     """Two runs side by side; with both methods at least 32 kills."""
+    truth(run)  # before there are two threads to ask for it
     folders = [tmp_path / str(i) for i in range(2)]
     with ThreadPoolExecutor(2) as pool:
         deaths = list(pool.map(lambda i: kill_at_random(run, folders[i], truth, i, 8), range(2)))
     assert sum(deaths) >= 16
+
+
+def test_images_killed_once(truth, tmp_path) -> None:
+    """Dead in the middle, and finished by a second life."""
+    out, end = tmp_path / "run", tmp_path / "end"
+    assert one_life("images", out, end, die_at=50)
+    assert newest(out) > 0
+    assert not one_life("images", out, end)
+    assert_same_run("images", out, end, truth)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("run", MORE_RUNS)
+def test_other_families_killed_at_random_moments(run, truth, tmp_path) -> None:
+    kill_at_random(run, tmp_path, truth, 200, 20)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("run", MORE_RUNS)
+def test_other_families_killed_before_each_operation(run, truth, tmp_path) -> None:
+    assert sweep(run, tmp_path, truth, fresh=False) > 25
 
 
 @pytest.mark.deep

@@ -274,4 +274,4 @@ def test_token_rows_from_the_command_line(tmp_path, capsys):
     assert main(["evaluate", str(tmp_path / "run")]) == 0
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(result["metrics"]["loss"], rel=1e-4)
     assert main(["train", str(config), "freeze.token_rows=['nothing']", f"out={tmp_path / 'other'}"]) == 2
-    assert "freeze.token_rows: there is no token 'nothing'; add_tokens adds it" in capsys.readouterr().err
+    assert "freeze.token_rows: there is no token 'nothing'; model.add_tokens adds it" in capsys.readouterr().err
