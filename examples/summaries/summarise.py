@@ -8,12 +8,11 @@ is made here: its tokenizer and its span-corruption pretraining see the training
 At the end stand ROUGE-1, ROUGE-2 and ROUGE-L (`pip install handtune[rouge]`) on training rows and on the held-out ones,
 and on these also of a summary that takes no model: the clause's first words, as many as a summary has on average.
 
-What to expect. ROUGE counts words shared with the one summary that we wrote. The model made here has read a few
-thousand words in its life. It learns the training summaries by heart, which shows that the machinery works, and writes
-nonsense about a clause that it has not seen. Measured with 42 training rows: ROUGE-1 is 1.00 on them and 0.08 on
-held-out ones, where the first words have 0.37, and held-out perplexity rises in training. To copy a sum or a party from
-the source, let alone to sum up, takes far more text: that comes with a pretrained T5, and on so few held-out rows even
-its score is a rough one.
+What to expect. ROUGE counts words shared with the one summary that we wrote. The model made here has read twelve
+thousand words, fifty times over. It learns the training summaries by heart, which shows that the machinery works, and
+writes nonsense about a clause that it has not seen: README.md has the numbers, and the first words are far ahead of it.
+To copy a sum or a party from the source, let alone to sum up, takes far more text: that comes with a pretrained T5, and
+on so few held-out rows even its score is a rough one. All this takes three minutes of processor time.
 """
 
 import json
