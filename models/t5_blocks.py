@@ -1,33 +1,18 @@
 """What T5 is made of: its blocks, the two stacks of them, and the cache of a decoder that generates. See `t5.py`."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from ..kernels import Linear, RMSNorm, attention, feed_forward, norm_linear
 from .layers import KVCache, Published, key_bias
 from .relative import RelativeBias
-
-if TYPE_CHECKING:
-    from .t5_config import T5Config
-
-# feed_forward_proj -> the activation of kernels/activations.py; "gated-gelu" has always meant the tanh form.
-FEED_FORWARDS = {
-    "relu": "relu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "silu": "silu",
-    "gated-gelu": "geglu_tanh",
-    "gated-gelu_new": "geglu_tanh",
-    "gated-silu": "swiglu",
-}
+from .t5_config import FEED_FORWARDS, T5Config
 
 
 class Embed(nn.Module):
     """Token embedding, of source and target."""
 
-    def __init__(self, config: "T5Config"):
+    def __init__(self, config: T5Config):
         super().__init__()
         self.tokens = nn.Embedding(config.vocab_size, config.d_model)
 
@@ -53,7 +38,7 @@ class Cache:
 class Block(nn.Module):
     """One layer: attention, in the decoder attention to the source, feed-forward, each behind its norm and added."""
 
-    def __init__(self, config: "T5Config", index: int, decoder: bool):
+    def __init__(self, config: T5Config, index: int, decoder: bool):
         super().__init__()
         d, f, inner = config.d_model, config.d_ff, config.n_head * config.head_width
         self.index, self.n_head, self.decoder = index, config.n_head, decoder
@@ -128,7 +113,7 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """The encoder, or the decoder."""
 
-    def __init__(self, config: "T5Config", n_layer: int, decoder: bool):
+    def __init__(self, config: T5Config, n_layer: int, decoder: bool):
         super().__init__()
         self.layers = nn.ModuleList(Block(config, i, decoder) for i in range(n_layer))
         self.norm = RMSNorm(config.d_model, config.eps)

@@ -11,9 +11,19 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from .layers import own_spelling, read_fields
-from .t5_blocks import FEED_FORWARDS
 
 LM = "T5ForConditionalGeneration"
+
+# feed_forward_proj -> the activation of kernels/activations.py; "gated-gelu" has always meant the tanh form.
+FEED_FORWARDS = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "silu": "silu",
+    "gated-gelu": "geglu_tanh",
+    "gated-gelu_new": "geglu_tanh",
+    "gated-silu": "swiglu",
+}
 
 
 @dataclass(frozen=True)
