@@ -30,8 +30,10 @@ class Examples(Protocol):
     def __iter__(self) -> Iterator[Any]: ...
 
 
-def example_size(example: Mapping[str, Any]) -> int:
-    """Tokens of an encoded example, of all its texts."""
+def example_size(example: Any) -> int:
+    """Tokens of an encoded example, of all its texts; 0 for a row of another kind."""
+    if not isinstance(example, Mapping):
+        return 0
     texts = ("input_ids", "target_ids", "anchor", "positive", "negative")
     return sum(len(example[key]) for key in texts if key in example)
 
@@ -41,7 +43,7 @@ class Batches:
 
     A step is `rows` examples, or as many as fit in `tokens` (at least one); a micro-batch likewise. Without `shuffle`
     the order is the sequence's. `by_length` sorts within windows of 50 steps, for padded layouts; the order of steps
-    stays random. `size(example)` counts tokens.
+    stays random. `size(example)` counts tokens. ValueError where a row counts none under a budget of tokens.
     """
 
     def __init__(
@@ -70,6 +72,11 @@ class Batches:
         self.epoch = self.position = 0
         counts_tokens = tokens or micro_tokens or by_length
         self._sizes = np.array([size(example) for example in examples]) if counts_tokens else None
+        if self._sizes is not None and (tokens or micro_tokens) and not self._sizes.all():
+            raise ValueError(
+                f"row {int((self._sizes == 0).argmax()) + 1} counts 0 tokens, so that no number of rows fills a budget "
+                "of tokens: give rows with input_ids, or cut by batch_rows and micro_rows"
+            )
 
     def steps(self, epochs: int) -> int:
         """The number of steps in the first `epochs` epochs."""

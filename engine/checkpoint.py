@@ -31,7 +31,7 @@ def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], facts: dict[st
     remove(temporary)
     try:
         temporary.mkdir()
-        save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, temporary / TENSORS)
+        save_file(_apart(tensors), temporary / TENSORS)
         (temporary / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         for file in (temporary / TENSORS, temporary / FACTS, temporary):
             _flush(file)
@@ -48,6 +48,17 @@ def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], facts: dict[st
     temporary.rename(path)
     _flush(path.parent)
     remove(old)
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, those that share memory with an earlier one copied: the format has no views."""
+    out, seen = {}, set()
+    for key, value in tensors.items():
+        own = value.detach().cpu().contiguous()
+        place = own.untyped_storage().data_ptr()
+        out[key] = own.clone() if place in seen else own
+        seen.add(out[key].untyped_storage().data_ptr())
+    return out
 
 
 def _recover(path: Path) -> None:
@@ -69,9 +80,20 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     try:
         return load_file(path / TENSORS), json.loads((path / FACTS).read_text(encoding="utf-8"))
     except (SafetensorError, ValueError) as error:
-        raise ValueError(
-            f"{path}: the checkpoint is damaged ({error}); remove it, an earlier one is used then"
-        ) from error
+        raise ValueError(f"{path}: the checkpoint is damaged ({error}); {_remedy(path)}") from error
+
+
+def _remedy(path: Path) -> str:
+    """What becomes of the run without this checkpoint."""
+    found = checkpoints(path.parent)
+    if path not in found:
+        return "restore it from a copy, or run again with another out"
+    if earlier := found[: found.index(path)]:
+        return f"remove it, and the run goes on from {earlier[-1].name}"
+    return (
+        "restore it from a copy: there is no earlier one. If you remove it, the run begins again at step 0, and what"
+        " it logged is lost; with train.keep = 2 a run keeps an earlier one too"
+    )
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

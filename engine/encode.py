@@ -66,8 +66,9 @@ class Rows:
 class EncodeReport:
     """What became of the rows.
 
-    `dropped` rows gave no example (the `masked` among them because no target was left); `tokens` counts positions over
-    all examples, `targets` target tokens, or labels, windows, pairs where those are the targets.
+    `dropped` rows gave no example (the `masked` among them because no target was left; in an evaluation a question may
+    be masked and kept); `tokens` counts positions over all examples, `targets` target tokens, or labels, windows, pairs
+    where those are the targets.
     """
 
     objective: str
@@ -96,11 +97,13 @@ def encode(
     labels: Sequence[str] | None = None,
     eos: int | None = None,
     template: ChatTemplate | None = None,
+    evaluation: bool = False,
 ) -> tuple[list[dict[str, Any]], EncodeReport]:
     """Encode rows of `read_rows` for `objective`; see the module's docstring for examples and rules.
 
     labels: class or tag names in the order of their ids; None takes `label_names(rows)`.
     eos: id of the end-of-text token. template: for messages; None is `chat.DEFAULT_TEMPLATE`, turns ended by `eos`.
+    evaluation: for a score, which counts all rows: also a question whose answer no window holds stays (without loss).
     Raises ValueError, rows counted from 1, for rows of the wrong shape, an unknown label, a template that fails on a
     row, and if no target is left.
     """
@@ -116,7 +119,9 @@ def encode(
         labels = label_names(rows)
     if template is None and any("messages" in row for row in rows):
         template = _default_template(tokenizer, eos)
-    settings = Settings(tokenizer, max_length, {name: i for i, name in enumerate(labels or ())}, eos, template)
+    settings = Settings(
+        tokenizer, max_length, {name: i for i, name in enumerate(labels or ())}, eos, template, evaluation
+    )
     examples: list[dict[str, Any]] = []
     outcomes = []
     for outcome in _encode_batches(rows, encoders, settings):

@@ -21,13 +21,17 @@ QA_OVERLAP = 128  # context tokens that a window shares with the one before it
 
 @dataclass(frozen=True)
 class Settings:
-    """What every encoder gets besides rows. `eos` is a token id; `labels` maps a label or tag to its id."""
+    """What every encoder gets besides rows. `eos` is a token id; `labels` maps a label or tag to its id.
+
+    `evaluation`: the examples are to be scored, and may lack a target for the loss.
+    """
 
     tokenizer: "Tokenizer"
     max_length: int
     labels: Mapping[str, int]
     eos: int | None
     template: "ChatTemplate | None"
+    evaluation: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,11 @@ def tag(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
 
 
 def qa(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
-    """Windows over the context, each after the whole question. A row whose answer no window holds whole is dropped."""
+    """Windows over the context, each after the whole question.
+
+    A row whose answer no window holds whole is dropped. In an evaluation it stays, to be answered and scored: its
+    windows have start and end -100, which no loss counts.
+    """
     pairs = [(row["question"], row["context"]) for _, row in rows]
     for (index, row), encoding in zip(rows, settings.tokenizer.encode_batch(pairs), strict=True):
         sequence = encoding.sequence_ids
@@ -125,8 +133,11 @@ def qa(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
             kept = [i for i in range(len(sequence)) if i not in outside]
             examples.append(_qa_window(encoding, kept, window, answer, index))
         if row["answers"]["text"] and not any(example["start"] for example in examples):
-            # Kept, it would teach that there is no answer.
-            yield Encoded([], truncated=True, masked=True)
+            # Start and end 0 would teach, or measure, that there is no answer.
+            masked = [example | {"start": IGNORED, "end": IGNORED} for example in examples]
+            kept_rows = masked if settings.evaluation else []
+            tokens = sum(len(example["input_ids"]) for example in kept_rows)
+            yield Encoded(kept_rows, tokens, truncated=True, masked=True)
         else:
             tokens = sum(len(example["input_ids"]) for example in examples)
             yield Encoded(examples, tokens, len(examples), truncated=question_cut)

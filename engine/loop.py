@@ -29,7 +29,7 @@ from .guards import explained_memory_error, interruptible, passes, require_finit
 from .lora import slots
 from .losses import LossFn
 from .objectives import Score
-from .optim import SCHEDULES, Optimizer, lr_factor
+from .optim import SCHEDULES, Optimizer, layer_count, lr_factor
 from .progress import keep_best, restore_best, resume, save
 from .record import Record, peak_memory
 from .token_rows import trained_rows
@@ -48,7 +48,8 @@ class TrainConfig:
     below the head. `unfreeze` maps globs to the epoch from which they train. `eval_every` and `save_every` count
     steps (None: each epoch). With a run folder, the checkpoint of the best value of the metric `best` (None: the
     loss) is kept and given back ("last": the last weights are); training stops after `patience` evaluations without a
-    better one. The last `keep` checkpoints are kept. `deterministic` makes CUDA repeat itself bitwise, at a price.
+    better one. The last `keep` checkpoints are kept, each of three times the trained weights in fp32.
+    `deterministic` makes CUDA repeat itself bitwise, at a price.
     """
 
     epochs: int = 1
@@ -96,9 +97,20 @@ class TrainConfig:
             raise ValueError("batch_rows and batch_tokens: a step is cut by rows or by tokens; give one of the two")
 
 
+def needs_evaluation(config: TrainConfig) -> list[str]:
+    """The fields that are set and mean nothing without evaluation data. `best = "last"` looks at none."""
+    names = [name for name in ("eval_every", "patience") if getattr(config, name) is not None]
+    return names + (["best"] if config.best not in (None, "last") else [])
+
+
 @dataclass(frozen=True)
 class Result:
-    """What a training run came to. `best` is the step, metric and value of the weights that the model now has."""
+    """What a training run came to.
+
+    `best` is the step, metric and value, `metrics` the evaluation, of the weights that the model now has. An
+    `interrupted` run goes on later: the model has the weights of its last step, `metrics` are of the last evaluation
+    before it, and `best` of the best one so far.
+    """
 
     steps: int
     train_loss: float
@@ -140,12 +152,15 @@ def train(
     same call on it resumes; without one the last weights stay, best or not. `about`: facts and
     configuration for its run.json. Ctrl-C finishes the step and saves; a second one stops at once.
 
-    Raises ValueError where nothing trains or the folder holds another run, FloatingPointError where the loss is not
+    Raises ValueError where nothing trains, the loss reaches nothing that trains, the folder holds another run, or
+    `eval_every`, `patience` or `best` is set without `eval_data`; FloatingPointError where the loss is not
     finite, MemoryError where memory runs out, OSError where the disk does.
     """
     start, device = time.perf_counter(), next(model.parameters()).device
     settle_arithmetic(config.deterministic)
     torch.manual_seed(config.seed)
+    if eval_data is None and (idle := needs_evaluation(config)):
+        raise ValueError(f"{', '.join(idle)}: there is no evaluation data to go by; give eval_data, or leave this out")
     trained = _trained(model, config)
     data = _batches(data, collate, config, shuffle=True)
     eval_data = None if eval_data is None else _batches(eval_data, collate, config, shuffle=False)
@@ -155,8 +170,8 @@ def train(
     record.start(about or {}, (about or {}).get("config") or {"train": asdict(config)})
     optimizer = Optimizer(
         trained.items(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
-        lr_scale=config.lr_scale, lr_decay=config.lr_decay, buffers=dict(model.named_buffers()),
-        rows=trained_rows(model),
+        lr_scale=config.lr_scale, lr_decay=config.lr_decay, buffers=_buffers(model),
+        rows=trained_rows(model), n_layer=layer_count(name for name, _ in model.named_parameters()),
     )  # fmt: skip
     if not config.unfreeze:
         data, eval_data = with_features(model, data), None if eval_data is None else with_features(model, eval_data)
@@ -219,7 +234,7 @@ def train(
     if not interrupted:
         restore_best(record, optimizer, progress)
     model.eval()
-    metrics = progress.best.get("metrics", progress.metrics)
+    metrics = progress.metrics if interrupted else progress.best.get("metrics", progress.metrics)
     best = {key: value for key, value in progress.best.items() if key != "metrics"}
     return Result(
         progress.step, progress.loss_sum / max(1, progress.targets), metrics, progress.before, best,
@@ -241,6 +256,12 @@ def _trained(model: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
     if not any(parameter.requires_grad for parameter in trained.values()):
         raise ValueError("unfreeze: nothing trains from the beginning; let a part start at epoch 0")
     return trained
+
+
+def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that the module stores with its weights; the others it makes again itself."""
+    stored = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in stored}
 
 
 def _batches(data: Any, collate: Callable[[list[Any]], Any] | None, config: TrainConfig, shuffle: bool) -> Any:

@@ -85,7 +85,7 @@ def span_logits(model: Any, batch: Batch) -> Tensor:
 
 
 def qa_loss_of(logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
-    """The same from logits (B, T, 2)."""
+    """The same from logits (B, T, 2). A row whose start and end are -100 adds nothing, but counts."""
     start, end = logits.unbind(-1)
     loss = F.cross_entropy(start, batch["starts"], reduction="sum") + F.cross_entropy(
         end, batch["ends"], reduction="sum"

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from . import losses, metrics
-from .batches import Batch, Collate, CollateFn, Examples, Masking
+from .batches import IGNORE, Batch, Collate, CollateFn, Examples, Masking
 from .permutation import PermutationCollate
 from .seq2seq import Seq2SeqCollate, SpanCorruption
 
@@ -79,31 +79,42 @@ class TaggingScore:
 
 
 class AnswerScore:
-    """Exact match and F1 of answers; the best span over all windows of a question counts.
+    """Exact match and F1 of answers over all `rows`; the best span over all windows of a question counts.
 
-    `examples` are the encoded windows in the order of the evaluation, `rows` the questions.
+    `examples` are the encoded windows in the order of the evaluation, `rows` the questions. Where some of them have no
+    answer (SQuAD 2.0), "" is predicted when start + end at the first token ([CLS], which training points to where a
+    window holds no answer) are higher in every window than the best span: the rule of the SQuAD 2.0 scripts of BERT
+    (Devlin et al. 2018, arXiv:1810.04805, section 4.3), with threshold 0. A question without a window, because its
+    context is empty, gets "" too.
     """
 
     def __init__(self, examples: Examples, rows: Sequence[Any]):
         self.examples, self.rows, self.next = examples, rows, 0
         self.best: dict[int, tuple[float, str]] = {}
+        self.null: dict[int, float] = {}  # of each question the lowest start + end at the first token
+        self.some_unanswerable = any(not row["answers"]["text"] for row in rows)
 
     def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
-        logits = losses.span_logits(model, batch)
+        logits, first = losses.span_logits(model, batch), self.next
         for row in logits.cpu().numpy():
             example = self.examples[self.next]
             self.next += 1
-            value, text = best_span(
-                row[: len(example["offsets"])], example["offsets"], self.rows[example["row"]]["context"]
-            )
-            if value > self.best.get(example["row"], (-np.inf, ""))[0]:
-                self.best[example["row"]] = value, text
-        return losses.qa_loss_of(logits, batch)
+            asked, offsets = example["row"], example["offsets"]
+            value, text = best_span(row[: len(offsets)], offsets, self.rows[asked]["context"])
+            if value > self.best.get(asked, (-np.inf, ""))[0]:
+                self.best[asked] = value, text
+            self.null[asked] = min(float(row[0].sum()), self.null.get(asked, np.inf))
+        loss, _ = losses.qa_loss_of(logits, batch)
+        return loss, sum(self.examples[i]["start"] != IGNORE for i in range(first, self.next))
+
+    def answer(self, asked: int) -> str:
+        """The prediction for a question, by its number in `rows`."""
+        value, text = self.best.get(asked, (-np.inf, ""))
+        return "" if self.some_unanswerable and self.null.get(asked, np.inf) > value else text
 
     def result(self, loss: float) -> dict[str, Any]:
-        asked = sorted(self.best)
-        golds = [self.rows[row]["answers"]["text"] for row in asked]
-        return metrics.answers([self.best[row][1] for row in asked], golds)
+        golds = [row["answers"]["text"] for row in self.rows]
+        return metrics.answers([self.answer(asked) for asked in range(len(golds))], golds)
 
 
 def best_span(logits: np.ndarray, offsets: Sequence[Any], context: str) -> tuple[float, str]:

@@ -53,12 +53,19 @@ def lr_scale_of(name: str, scales: dict[str, float], layer_decay: float, n_layer
     return factor
 
 
+def layer_count(names: Iterable[str]) -> int:
+    """How many layers parameters of these names have: one more than the highest N of a layers.N, or 0."""
+    numbers = [int(found[1]) for name in names if (found := re.search(r"(?:^|\.)layers\.(\d+)\.", name))]
+    return max(numbers, default=-1) + 1
+
+
 class Optimizer:
     """AdamW over the named parameters, on fp32 masters.
 
     A step is `accumulate()` after each micro-batch's backward pass and `step(...)` at the end. `buffers` (running
     statistics, say) are not touched, but belong to the state. `rows`: of the parameters named there only these rows
-    train, on a master (n, ...) of their own, and the others are never written to.
+    train, on a master (n, ...) of their own, and the others are never written to. `n_layer`: the layers that `lr_decay`
+    counts, those of the whole model, also where the upper ones are frozen; None takes those of the named parameters.
     """
 
     def __init__(
@@ -72,16 +79,16 @@ class Optimizer:
         lr_decay: float,
         buffers: Mapping[str, Tensor] | None = None,
         rows: Mapping[str, Tensor] | None = None,
+        n_layer: int | None = None,
     ):
         self.parameters, self.buffers = dict(named), dict(buffers or {})
         self.rows = {name: ids for name, ids in (rows or {}).items() if name in self.parameters}
-        numbers = [int(m[1]) for name in self.parameters if (m := re.search(r"(?:^|\.)layers\.(\d+)\.", name))]
-        n_layer = max(numbers, default=-1) + 1
-        if lr_decay != 1.0 and not n_layer:
+        if lr_decay != 1.0 and not layer_count(self.parameters):
             raise ValueError("lr_decay: no trained parameter is called layers.N, as those of handtune's models are")
         for parameter in self.parameters.values():
             parameter.grad = None  # what an interrupted step left behind
         self.masters = {name: self._master(p, self.rows.get(name)) for name, p in self.parameters.items()}
+        n_layer = layer_count(self.parameters) if n_layer is None else n_layer
         self.betas, self.eps = betas, eps
         self.factor: Tensor | None = None
         self.trained = {
@@ -118,9 +125,15 @@ class Optimizer:
     def scale_gradients(self, count: float, clip: float | None) -> Tensor:
         """Divide the summed gradients by `count` and clip their joint norm to `clip`; gives the norm before that.
 
-        It happens in `step`: a pass over the gradients is saved, where they are read there anyway.
+        It happens in `step`: a pass over the gradients is saved, where they are read there anyway. ValueError where
+        there is none.
         """
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self.gradients()))) / count
+        if not (gradients := self.gradients()):
+            raise ValueError(
+                "the loss reaches no trained parameter: none has a gradient after this step; compute the loss from what"
+                " the trained parts give, without detach() or no_grad(), or unfreeze the parts that it is computed from"
+            )
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / count
         factor = torch.ones_like(norm) if clip is None else (clip / (norm + 1e-6)).clamp(max=1.0)
         self.factor = factor / count
         return norm

@@ -1,8 +1,9 @@
 """From a configuration to what a run needs: rows read and encoded, model loaded, frozen and adapted."""
 
+import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from .engine.corpus import TokenCorpus, token_corpus
 from .engine.data import label_names, read_rows, split_rows
 from .engine.encode import encode
 from .engine.images import ImageCollate, ImageExamples, class_counts
+from .engine.loop import needs_evaluation
 from .engine.objectives import Objective, objective_of
-from .engine.rows import row_shape
+from .engine.rows import normalise, row_shape
 from .engine.token_rows import train_added_rows
 from .models import Bert, ResNet, XLNet, add_tokens, load
 from .models.checkpoint import fresh, objectives_of
@@ -65,7 +67,12 @@ def run_objective(config: RunConfig) -> Objective:
 def prepare(config: RunConfig, cache: Path) -> Prepared:
     """Read the data, load the model, encode; says what was read, dropped, truncated and masked."""
     torch.manual_seed(config.train.seed)  # of a new head and a new adapter
+    if config.data.eval is None and (idle := needs_evaluation(config.train)):
+        names = ", ".join(f"train.{name}" for name in idle)
+        raise ValueError(f"{names}: no rows are held out to evaluate on; name them with data.eval, or leave this out")
     objective = run_objective(config)
+    if config.data.eval is None:
+        objective = replace(objective, best="last")  # nothing tells which weights are better
     if config.method == "embed" and (config.train.micro_rows or config.train.micro_tokens):
         raise ValueError(
             "train.micro_rows, micro_tokens: embed takes its negatives from the whole step; lower batch_rows"
@@ -103,7 +110,7 @@ def prepare(config: RunConfig, cache: Path) -> Prepared:
         template = template_of(model) if any("messages" in row for row in part) else None
         settings = {"max_length": length, "labels": labels, "eos": model.tokens.eos_id, "template": template}
         try:
-            examples, said = encode(part, tokenizer, objective.encoding, **settings)
+            examples, said = encode(part, tokenizer, objective.encoding, evaluation=what == "eval", **settings)
         except ValueError as error:
             raise ValueError(f"data.{what}: {error}") from error
         print(f"{what}: {said}", file=sys.stderr)
@@ -155,7 +162,11 @@ def _is_corpus(path: Path) -> bool:
     if path.suffix != ".jsonl" or not path.is_file():
         return path.suffix == ".txt"
     with path.open("rb") as file:
-        return b'"text"' in file.readline() and row_shape(read_rows(path)[0]) == "text"
+        line = file.readline()
+    try:
+        return row_shape(normalise(json.loads(line))) == "text"
+    except (ValueError, TypeError):
+        return False  # `read_rows` says what is wrong with it
 
 
 def _corpora(data: DataConfig, tokenizer: Any, cache: Path, length: int, eos: int | None) -> tuple[TokenCorpus, Any]:

@@ -244,7 +244,7 @@ def test_a_damaged_checkpoint(job, complaint, tmp_path) -> None:
     (last / "tensors.safetensors").write_bytes(b"nothing")
     line = complaint("train", job, "train.keep=2", "train.save_every=1")
     assert line.startswith(f"{last}: the checkpoint is damaged")
-    assert "remove it, an earlier one is used then" in line
+    assert line.endswith("remove it, and the run goes on from step-00000001")
     for file in last.iterdir():
         file.unlink()
     last.rmdir()
@@ -296,3 +296,10 @@ def test_as_a_process(job, change) -> None:
     assert done.stderr.startswith("handtune: ")
     assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_what_needs_rows_held_out_is_named_as_in_the_file(job, complaint) -> None:
+    line = complaint("train", job, "train.patience=1", "train.eval_every=2", "train.best=loss")
+    assert line.startswith("train.eval_every, train.patience, train.best: no rows are held out")
+    assert "data.eval" in line
+    assert main(["train", str(job), "train.best=last"]) == 0

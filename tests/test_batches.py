@@ -197,3 +197,14 @@ def test_packed_rows_never_see_each_other(build) -> None:
             assert (together[number] - alone).abs().max() < 2e-6
             if number:
                 assert torch.equal(together[number], changed[number])
+
+
+def test_rows_without_tokens_do_not_fill_a_budget_of_tokens() -> None:
+    """They would all count 0, and the whole data set be one step."""
+    rows = [{"x": torch.zeros(4)} for _ in range(6)]
+    for data in (rows, [row["x"] for row in rows], [{"input_ids": [1]}, *rows]):
+        for budget in ({"tokens": 8}, {"rows": 2, "micro_tokens": 8}):
+            with pytest.raises(ValueError, match=r"row [12] counts 0 tokens.*give rows with input_ids, or cut by"):
+                Batches(data, list, **budget)
+    assert len(Batches(rows, list, rows=2).plan(0)) == 3
+    assert len(Batches(rows, list, tokens=2, size=lambda row: 1).plan(0)) == 3

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from handtune.engine import TrainConfig, train
+from handtune.engine import TrainConfig, load_checkpoint, train
 
 
 def test_buffers_belong_to_the_state(tmp_path) -> None:
@@ -38,3 +38,32 @@ def test_buffers_belong_to_the_state(tmp_path) -> None:
     resumed = run(tmp_path / "killed", None)
     for name, value in alone.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+class Shared(nn.Module):
+    """One buffer is a view of another; a third one is not stored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 1)
+        whole = torch.zeros(8)
+        self.register_buffer("part", whole[:4])
+        self.register_buffer("whole", whole)
+        self.register_buffer("cache", torch.zeros(2), persistent=False)
+
+
+def test_shared_buffers_are_kept_and_those_that_are_not_stored_are_not(tmp_path) -> None:
+    rows = [torch.full((3,), float(i)) for i in range(4)]
+
+    def loss_fn(module: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, int]:
+        module.whole += 1  # type: ignore[operator]
+        return module.linear(batch).square().sum(), len(batch)  # type: ignore[operator]
+
+    model = Shared()
+    train(model, rows, loss_fn, TrainConfig(batch_rows=2), collate=torch.stack, out=tmp_path / "run")
+    tensors, _ = load_checkpoint(tmp_path / "run/checkpoints/step-00000002")
+    assert {key for key in tensors if ".buffer." in key} == {"optimizer.buffer.part", "optimizer.buffer.whole"}
+    again = Shared()
+    train(again, rows, loss_fn, TrainConfig(batch_rows=2), collate=torch.stack, out=tmp_path / "run")
+    assert again.part.tolist() == [2.0] * 4
+    assert again.whole.tolist() == [2.0] * 8

@@ -140,8 +140,34 @@ def test_what_is_no_checkpoint(tmp_path) -> None:
     (tmp_path / "a/tensors.safetensors").write_bytes(b"\x10")
     (tmp_path / "b/state.json").write_text("{")
     for name in ("a", "b"):
-        with pytest.raises(ValueError, match=rf"{name}: the checkpoint is damaged .*an earlier one is used then"):
+        with pytest.raises(ValueError, match=rf"{name}: the checkpoint is damaged .*run again with another out"):
             load_checkpoint(tmp_path / name)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="the checkpoint could not be written|Not a directory|File exists"):
         save_checkpoint(tmp_path / "file/a", TENSORS, {})
+
+
+def test_a_damaged_checkpoint_says_what_becomes_of_the_run(tmp_path) -> None:
+    """Of two, the earlier one is used once the damaged one is gone; of one, the run would begin again."""
+    for keep in (1, 2):
+        out = tmp_path / str(keep)
+        line(epochs=2, save_every=5, keep=keep, out=out)
+        newest = checkpoints(out / "checkpoints")[-1]
+        (newest / "tensors.safetensors").write_bytes(b"\x10")
+        with pytest.raises(ValueError, match="step-00000010: the checkpoint is damaged") as error:
+            line(epochs=2, save_every=5, keep=keep, out=out)
+        if keep == 1:
+            assert "there is no earlier one" in str(error.value)
+            assert "begins again at step 0, and what it logged is lost" in str(error.value)
+        else:
+            assert str(error.value).endswith("remove it, and the run goes on from step-00000005")
+        shutil.rmtree(newest)
+        model, result = line(epochs=2, save_every=5, keep=keep, out=out)
+        assert (result.steps, len(model.seen)) == (10, 10 if keep == 1 else 5)
+
+
+def test_tensors_that_share_memory_are_stored_apart(tmp_path) -> None:
+    whole = torch.arange(8.0)
+    tensors = {"a": whole[:4], "b": whole, "c": whole[4:], "d": whole.view(2, 4).T, "e": whole[:0], "f": whole[:0]}
+    save_checkpoint(tmp_path / "a", tensors, {})
+    assert_holds(tmp_path / "a", tensors, {})

@@ -10,6 +10,7 @@ from small_tokenizers import byte_level
 
 from handtune.engine import corpus as corpus_module
 from handtune.engine.corpus import TokenCorpus, token_corpus
+from handtune.prepare import _is_corpus
 
 END = 0
 STORY = "The cat sat on the mat,\nand the dog looked at the cat.\n\nhello good morning\n"
@@ -141,3 +142,17 @@ def test_missing_and_no_sources(tmp_path):
         build(tmp_path, tmp_path / "gone.txt")
     with pytest.raises(ValueError, match="no sources"):
         build(tmp_path)
+
+
+def test_a_corpus_is_known_by_its_first_row(tmp_path):
+    """Whatever follows is not read for that: it may be many gigabytes."""
+    for first, known in (
+        ('{"text": "a"}', True),
+        ('{"text": "a", "label": "b"}', False),
+        ('{"prompt": "a", "completion": "text"}', False),
+        ('{"text": 1}', False),
+        ('["text"]', False),
+        ("text", False),
+    ):
+        (tmp_path / "a.jsonl").write_text(f"{first}\n{{broken", encoding="utf-8")
+        assert _is_corpus(tmp_path / "a.jsonl") == known, first

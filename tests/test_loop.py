@@ -279,3 +279,36 @@ def test_metrics_count_targets_and_tokens(tmp_path) -> None:
     (entry,) = logged(tmp_path / "run")
     assert entry["tokens"] == sum(len(row["input_ids"]) for row in rows)
     assert entry["targets"] == sum(t >= 0 for row in rows for t in row["targets"])
+
+
+def test_layers_that_are_frozen_count_for_the_learning_rate() -> None:
+    """Of four layers the upper two are frozen: the lowest one is still four layers below the head."""
+
+    def moved(upper: bool) -> torch.Tensor:
+        model = gpt2(n_layer=4)
+        freeze(model, "*")
+        unfreeze(model, "layers.0.*", *(["layers.3.*"] if upper else []))
+        before = model.layers[0].norm1.weight.detach().clone()
+        config = TrainConfig(max_steps=1, lr_decay=0.5, lr=0.1, warmup=0, schedule="constant", weight_decay=0.0)
+        train(model, examples(CHAT, "sft"), losses.causal_lm_loss, config, collate=Collate())
+        return model.layers[0].norm1.weight.detach() - before
+
+    assert moved(False).abs().max().item() == pytest.approx(0.1 * 0.5**4, rel=1e-3)
+    assert moved(False).abs().max().item() == pytest.approx(moved(True).abs().max().item(), rel=1e-3)
+
+
+def test_a_loss_that_reaches_nothing_is_named() -> None:
+    def loss_fn(model, batch):
+        return (model(batch).detach().sum() + torch.zeros(1, requires_grad=True)).sum(), len(batch)
+
+    with pytest.raises(ValueError, match="the loss reaches no trained parameter"):
+        line(loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize("settings", [{"patience": 2}, {"best": "loss"}, {"eval_every": 3}])
+def test_what_needs_evaluation_data_is_refused_without(settings) -> None:
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"^{name}: there is no evaluation data"):
+        line(**settings)
+    line(eval_data=ROWS, **settings)
+    assert line(best="last")[1].best == {}

@@ -11,6 +11,7 @@ from small_tokenizers import word_piece
 from handtune.engine import evaluate, losses
 from handtune.engine.batches import Batches, Collate, Masking
 from handtune.engine.data import label_names
+from handtune.engine.encode import encode
 from handtune.engine.objectives import METHODS, OBJECTIVES, AnswerScore, RetrievalScore, TaggingScore, best_span
 
 TAGS = ("O", "B-ANIMAL", "B-PLACE")
@@ -227,3 +228,65 @@ def test_every_method_is_described() -> None:
     assert set(METHODS) <= set(OBJECTIVES)
     assert label_names(TAGGED)[0] == "O"
     assert word_piece().token_to_id("[MASK]") == 4
+
+
+UNANSWERABLE = {**QUESTIONS[0], "answers": {"text": [], "answer_start": []}}
+
+
+def answer_score(rows, tables, encoded=None):
+    """Score logits (T, 2), one for each window; gives the score and what it came to."""
+    encoded = examples(rows, "qa") if encoded is None else encoded
+    batch = [Collate()([row]) for row in encoded]
+    for one in batch:
+        one["features"] = torch.zeros(1, 1)
+    score = AnswerScore(encoded, rows)
+    return score, evaluate(Oracle([table[None] for table in tables]), batch, losses.qa_loss, score)
+
+
+def tables_of(encoded) -> list[torch.Tensor]:
+    """What training teaches: start and end of the answer, or position 0."""
+    tables = [torch.full((len(row["input_ids"]), 2), -5.0) for row in encoded]
+    for row, table in zip(encoded, tables, strict=True):
+        table[max(0, row["start"]), 0] = table[max(0, row["end"]), 1] = 5.0
+    return tables
+
+
+def test_unanswerable_questions_can_be_right() -> None:
+    rows = [UNANSWERABLE, *QUESTIONS, UNANSWERABLE]
+    tables = tables_of(examples(rows, "qa"))
+    score, found = answer_score(rows, tables)
+    assert found["exact_match"] == found["f1"] == 1.0
+    assert [score.answer(i) for i in range(3)] == ["", "mat", "book"]
+    tables[-1][-2] = 6.0  # a span that beats it
+    assert answer_score(rows, tables)[1]["exact_match"] == pytest.approx(5 / 6)
+
+
+def test_no_answer_needs_all_windows_of_the_question() -> None:
+    """Two windows, in both of which [CLS] (10 and 6, then 10 and 2) is to be higher than the best span (4)."""
+    (one,) = examples([UNANSWERABLE], "qa")
+    rows = [UNANSWERABLE]
+    tables = [torch.full((len(one["input_ids"]), 2), -5.0) for _ in range(2)]
+    tables[0][0] = tables[1][0] = 5.0
+    assert answer_score(rows, tables, [one, one])[0].answer(0) == ""
+    tables[1][0], tables[1][-2] = 3.0, 2.0
+    assert answer_score(rows, tables, [one, one])[0].answer(0) == ""
+    tables[1][0] = 1.0
+    assert answer_score(rows, tables, [one, one])[0].answer(0) == "mat"
+
+
+def test_questions_whose_answer_no_window_holds_count() -> None:
+    """In an evaluation they stay, without loss, and can be right or wrong; a context without words is answered ""."""
+    lost = {**QUESTIONS[0], "answers": {"text": [" "], "answer_start": [3]}}
+    empty = {**UNANSWERABLE, "context": ""}
+    rows = [lost, *QUESTIONS]
+    assert len(examples(rows, "qa")) == 4
+    encoded, report = encode(rows, word_piece(), "qa", max_length=64, evaluation=True)
+    assert (len(encoded), report.kept, report.dropped.count, report.targets) == (5, 5, 0, 4)
+    assert (encoded[0]["start"], encoded[0]["end"]) == (-100, -100)
+    tables = tables_of(encoded)
+    tables[0][-2] = 6.0  # the last word of the context, which " " is not
+    _, found = answer_score(rows, tables, encoded)
+    assert found["exact_match"] == pytest.approx(4 / 5)
+    assert found["loss"] == pytest.approx(answer_score(QUESTIONS, tables[1:])[1]["loss"])
+    assert answer_score([*QUESTIONS, empty], tables[1:], examples(QUESTIONS, "qa"))[1]["exact_match"] == 1.0
+    assert answer_score([*QUESTIONS, QUESTIONS[0]], tables[1:], examples(QUESTIONS, "qa"))[1]["exact_match"] == 0.8

@@ -184,3 +184,39 @@ def test_a_run_that_never_began_may_change_its_configuration(tmp_path) -> None:
 def test_settings_that_make_no_sense(settings, message) -> None:
     with pytest.raises(ValueError, match=message):
         TrainConfig(**settings)
+
+
+def test_after_ctrl_c_the_result_is_of_the_weights_that_are_there(tmp_path) -> None:
+    """The run was best before its first step; the model has the weights of step 3, evaluated there."""
+
+    def interrupting(model, batch):
+        if len(model.seen) == 5 + 2 + 10 + 2:  # three evaluations of 5 batches, in the third step
+            os.kill(os.getpid(), signal.SIGINT)
+        return squares(model, batch)
+
+    away = [-row for row in ROWS]
+    model, result = line(away, eval_data=ROWS, eval_every=1, loss_fn=interrupting, out=tmp_path / "run")
+    assert result.interrupted
+    assert model.weight.abs().max() > 0
+    last = [entry for entry in logged(tmp_path / "run") if "eval" in entry][-1]
+    assert (last["step"], last["eval"]) == (result.steps, result.metrics)
+    assert (result.best["step"], result.best["value"]) == (0, result.before["loss"])
+
+
+@pytest.mark.usefixtures("_interrupts_arrive")
+@pytest.mark.parametrize("at", [3, 12, 24])
+def test_an_evaluation_that_is_broken_off_is_made_again(tmp_path, at) -> None:
+    """Ctrl-C twice in the evaluation before training, after the first epoch, after the second."""
+    whole, expected = line(epochs=3, eval_data=ROWS, out=tmp_path / "whole")
+
+    def breaking(model, batch):
+        if len(model.seen) == at - 1:
+            raise KeyboardInterrupt
+        return squares(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        line(epochs=3, eval_data=ROWS, loss_fn=breaking, out=tmp_path / "run")
+    model, result = line(epochs=3, eval_data=ROWS, out=tmp_path / "run")
+    assert (result.steps, result.metrics, result.best) == (15, expected.metrics, expected.best)
+    assert torch.equal(model.weight, whole.weight)
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")

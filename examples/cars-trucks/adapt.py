@@ -90,10 +90,13 @@ def epochs(n: int) -> int:
 
 
 def few(folder: Path, n: int, seed: int, out: Path) -> Path:
-    """Class folders with `n` images of each class, drawn at random; of one seed, the fewer are among the more."""
+    """Class folders with `n` images of each class, drawn at random; of one seed, the fewer are among the more.
+
+    Hidden files and folders (.DS_Store, say) are left out, as they are in training.
+    """
     shutil.rmtree(out, ignore_errors=True)
-    for path in sorted(path for path in folder.iterdir() if path.is_dir()):
-        images = sorted(path.iterdir())
+    for path in sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")):
+        images = sorted(image for image in path.iterdir() if not image.name.startswith("."))
         if len(images) < n:
             raise SystemExit(f"{path}: {len(images)} images, and {n} are wanted; choose fewer with --images")
         random.Random(seed).shuffle(images)
