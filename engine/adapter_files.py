@@ -7,6 +7,7 @@ changes the arithmetic and is not implemented is refused by name.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from ..kernels import Linear, LowRank
 from ..kernels.conv import ConvFactors
 from .adapter_factors import plan_factors, stored, stored_factor
 from .adapters import adapter_names, set_adapter
-from .beside import places_beside, put_beside, trained_beside
+from .beside import BASE, places_beside, put_beside, trained_beside
 from .lora import (
     EmbeddingFactors,
     KnownModel,
@@ -55,6 +56,7 @@ _NEUTRAL = {
 }  # fmt: skip
 _READ = {
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "trainable_token_indices",
+    "bias",
 }  # fmt: skip
 # Initialisations that leave the base weights alone; the others (PiSSA, OLoRA) go with a base that they changed.
 _INITS = (None, True, False, "gaussian", "orthogonal", "eva")
@@ -63,8 +65,8 @@ _INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
     """Write the adapter called `name` to the folder `path` in PEFT's format.
 
-    Parameters that train besides it (a classification head) are stored too, under their plain published names. Raises
-    ValueError where there is no such adapter.
+    What trains besides it (norms, biases, token rows) is stored too, under plain published names, and the head of a
+    classifier or of question answering in any case. Raises ValueError where there is no such adapter.
     """
     from safetensors.torch import save_file
 
@@ -80,13 +82,14 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
                 tensors |= {f"{PREFIX}{published}.{key}": w.detach().cpu().contiguous() for key, w in weights.items()}
             source = stored(model, slot.path)
             transposed |= source.transposed if source else isinstance(slot.module, Linear) and slot.module.transposed
-    extra = trained_beside(model)
+    extra = trained_beside(model, modules)
     tensors |= {f"{PREFIX}{key}": value for key, value in extra.items()}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    saved = sorted({key.rpartition(".")[0] for key in extra if not key.endswith(STORED)})
+    saved = sorted({key.rpartition(".")[0] for key in extra if not key.endswith(STORED) and BASE not in key})
     config = _peft_config(model, name, modules, saved, transposed)
+    config["bias"] = "lora_only" if any(key.endswith(f"{BASE}bias") for key in extra) else "none"
     config["trainable_token_indices"] = trained_ids(model) or None
     if any(name in slot.module.lora and _stored_raw(model, slot) for slot in slots(model)):
         config["peft_type"] = OURS
@@ -132,14 +135,18 @@ def _peft_config(
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
         "lora_dropout": _dropout(model, name),
-        "bias": "none",
         "fan_in_fan_out": transposed,
         "target_modules": sorted(modules),
         "modules_to_save": saved or None,
-        "rank_pattern": {path: r for path, (r, _) in modules.items() if r != rank},
-        "alpha_pattern": {path: a for path, (_, a) in modules.items() if a != alpha},
+        "rank_pattern": {_exactly(path): r for path, (r, _) in modules.items() if r != rank},
+        "alpha_pattern": {_exactly(path): a for path, (_, a) in modules.items() if a != alpha},
         "use_rslora": False,
     }
+
+
+def _exactly(path: str) -> str:
+    """A pattern for this module and no other, since PEFT takes one for the end of a path."""
+    return f"^{re.escape(path)}"
 
 
 def _dropout(model: nn.Module, name: str) -> float:
@@ -174,7 +181,8 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     refuse_tied(model, [path for path, _ in plan])
     if (beside or rows) and adapter_names(model):
         raise ValueError(
-            f"{folder} brings a head or token rows of its own, which would replace those of the one already attached"
+            f"{folder} brings a head or token rows of its own, which would replace those of the one already attached; "
+            "load it onto a base of its own"
         )
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -1,9 +1,12 @@
-"""What trains beside an adapter (a fresh head, norms, a layer) and is stored in its file under plain published names.
+"""What is stored beside an adapter under plain published names: what trained with it, and the head that it needs.
 
-A norm that trains takes its running statistics with it: they moved as its weight did, and belong to it.
+A module of which anything trains is stored whole, because PEFT loads whole modules: a norm that trains takes its
+running statistics with it, which moved as its weight did. Of a projection with an adapter only what trains is stored,
+as PEFT's `base_layer`. The head of a task that PEFT gives one of its own goes with the adapter whether it trains or
+not: it is of no use without.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -12,19 +15,31 @@ from torch import Tensor, nn
 from .lora import KnownModel
 from .token_rows import STORED, trained_rows
 
+WITH_HEAD = ("sequence-classification", "reward", "token-classification", "question-answering")
+BASE = ".base_layer."
 
-def trained_beside(model: nn.Module) -> dict[str, Tensor]:
-    """Trainable parameters outside the adapters, and the buffers of their modules, as published tensors."""
+
+def trained_beside(model: nn.Module, adapted: Container[str]) -> dict[str, Tensor]:
+    """Published tensors: of modules that train outside the adapters, and of the head.
+
+    `adapted`: the published modules that the stored adapter sits on.
+    """
     trained = {key for key, p in model.named_parameters() if p.requires_grad and ".lora." not in key}
     modules = {key.rpartition(".")[0] for key in trained}
+    with_head = isinstance(model, KnownModel) and model.task in WITH_HEAD
     chosen = trained_rows(model)
     out: dict[str, Tensor] = {}
-    for key, tensor, published, rows, source in _published_rows(model):
-        if key in trained or (not isinstance(tensor, nn.Parameter) and key.rpartition(".")[0] in modules):
-            value = rows.detach().cpu()
-            if key in chosen:
-                out[f"{published.removesuffix('.weight')}{STORED}"] = value[chosen[key].cpu()]
-                continue
+    for key, _, published, rows, source in _published_rows(model):
+        value, (module, _, kind) = rows.detach().cpu(), published.rpartition(".")
+        if key in chosen and key in trained:
+            out[f"{module}{STORED}"] = value[chosen[key].cpu()]
+            continue
+        if module in adapted:
+            published, wanted = f"{module}{BASE}{kind}", key in trained
+        else:
+            in_head = with_head and key.startswith(("head.out.", "head.hidden."))
+            wanted = in_head or key.rpartition(".")[0] in modules
+        if wanted:
             out[published] = (source.theirs(value) if source else value).contiguous()
     return out
 
@@ -32,11 +47,12 @@ def trained_beside(model: nn.Module) -> dict[str, Tensor]:
 def places_beside(model: nn.Module, stored: dict[str, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Where each stored plain tensor goes: (our parameter or buffer, rows of it, value in our layout).
 
-    Raises ValueError for one that has no place in the model, or another shape.
+    A copy of what the model has is passed over: a head is stored whether it trained or not, and by PEFT the matrix of
+    an adapted embedding. Raises ValueError for one that has no place in the model, or another shape.
     """
     home = {published: (tensor, rows, source) for _, tensor, published, rows, source in _published_rows(model)}
     out = []
-    for key, value in stored.items():
+    for key, value in ((key.replace(BASE, "."), value) for key, value in stored.items()):
         if key not in home:
             raise ValueError(f"{key} has no place in this model; it was made for another base or task")
         tensor, rows, source = home[key]
@@ -45,7 +61,8 @@ def places_beside(model: nn.Module, stored: dict[str, Tensor]) -> list[tuple[Ten
             raise ValueError(
                 f"{key} has shape {tuple(value.shape)}, the model needs {tuple(rows.shape)}; it is for another base"
             )
-        out.append((tensor, rows, value))
+        if not torch.equal(value.to(rows), rows):
+            out.append((tensor, rows, value))
     return out
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .engine import evaluate, load_adapter, merge_lora, save_adapter, train, trainable_report
-from .engine.adapter_files import TASK_TYPES
+from .engine.adapter_files import CONFIG, TASK_TYPES, WEIGHTS
 from .engine.batches import Batches
 from .engine.chat import ChatTemplate
 from .engine.check_data import show
@@ -24,6 +24,8 @@ from .engine.record import Record, write_json
 from .models import ResNet, add_tokens, load, save
 from .models.checkpoint import objectives_of
 from .models.pixels import Pixels
+from .models.shards import read_json
+from .models.tensor_file import read_header
 from .models.tokens import load_tokenizer_file, save_tokenizer
 from .prepare import Prepared, choose_trained, prepare, run_objective, template_of
 
@@ -246,16 +248,13 @@ def _head_of(adapter: Path) -> dict[str, Any]:
     if (adapter.parent / "run.json").is_file():
         wanted = _config_of(adapter.parent).model
         return {"task": _facts_of(adapter.parent)["task"], "labels": wanted.labels, "head_layers": wanted.head_layers}
-    if not ((adapter / "adapter_config.json").is_file() and (adapter / "adapter_model.safetensors").is_file()):
+    if not ((adapter / CONFIG).is_file() and (adapter / WEIGHTS).is_file()):
         return {}  # load_adapter says what is missing
-    from safetensors import safe_open
-
     kinds = {kind: task for task, kind in reversed(TASK_TYPES.items())}  # of several tasks the first one
-    task = kinds.get(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("task_type"))
+    task = kinds.get(read_json(adapter / CONFIG).get("task_type"))
     if task not in ("sequence-classification", "token-classification"):
         return {"task": task}
-    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
-        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    shapes = {key: stored.shape for key, stored in read_header(adapter / WEIGHTS).items()}
     widths = [
         shape[0]
         for key, shape in shapes.items()

@@ -303,3 +303,14 @@ def test_what_needs_rows_held_out_is_named_as_in_the_file(job, complaint) -> Non
     assert line.startswith("train.eval_every, train.patience, train.best: no rows are held out")
     assert "data.eval" in line
     assert main(["train", str(job), "train.best=last"]) == 0
+
+
+def test_merging_a_damaged_adapter(bases, complaint, tmp_path) -> None:
+    for name, damaged in (("adapter_config.json", b"{"), ("adapter_model.safetensors", b"nothing")):
+        adapter = tmp_path / name.partition(".")[0]
+        adapter.mkdir()
+        (adapter / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 4, "task_type": "SEQ_CLS"}')
+        (adapter / "adapter_model.safetensors").write_bytes(b"")
+        (adapter / name).write_bytes(damaged)
+        assert str(adapter / name) in complaint("merge", bases["bert"], adapter, tmp_path / "merged")
+        assert not (tmp_path / "merged").exists()

@@ -1,0 +1,219 @@
+"""Adapters of every family carried over to PEFT and back, with all that can go into a file: outputs agree to 1e-5."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_adapters import shaken
+from small_models import both, tiny_bert, tiny_gpt2, tiny_llama, token_rows
+from small_resnets import both as both_resnets
+from small_resnets import images
+from small_t5 import both_t5
+from torch import Tensor, nn
+from transformers import BloomConfig
+
+from handtune.engine import LoRAConfig, add_lora, freeze, load_adapter, save_adapter, unfreeze
+
+IDS = torch.tensor(token_rows((7, 7)))
+TEXT = {"input_ids": IDS}
+
+
+def tiny_bloom() -> BloomConfig:
+    return BloomConfig(vocab_size=61, hidden_size=24, n_layer=2, n_head=3, pad_token_id=0, hidden_dropout=0.0)
+
+
+class Family(NamedTuple):
+    """How PEFT's and our model are made, what they are given, and what may be adapted, by its published name."""
+
+    make: Callable[[Path], Any]
+    inputs: dict[str, Tensor]
+    projections: list[str]
+    layer: str  # a pattern for one of them in the second layer
+    norm: str
+    embedding: str | None = None
+
+
+FAMILIES = {
+    "gpt2": Family(
+        lambda f: both(f, tiny_gpt2(), "causal-lm"), TEXT,
+        ["c_attn", "c_proj", "c_fc"], r"h\.1\.attn\.c_attn", "ln_2", "wpe",
+    ),
+    "bert": Family(
+        lambda f: both(f, tiny_bert(), "sequence-classification"), TEXT,
+        ["query", "value", "output.dense"], r"layer\.1\..*\.query", "LayerNorm", "position_embeddings",
+    ),
+    "bloom": Family(
+        lambda f: both(f, tiny_bloom(), "causal-lm"), TEXT,
+        ["query_key_value", "dense"], r"h\.1\..*\.query_key_value", "ln_f",
+    ),
+    "t5": Family(both_t5, TEXT | {"decoder_input_ids": IDS}, ["q", "v", "wo"], r"block\.1\..*\.q", "final_layer_norm"),
+    "llama": Family(
+        lambda f: both(f, tiny_llama(), "causal-lm"), TEXT,
+        ["q_proj", "v_proj", "down_proj"], r"layers\.1\..*\.q_proj", "input_layernorm", "embed_tokens",
+    ),
+    "resnet": Family(
+        both_resnets, {"pixel_values": images(32, 32)},
+        ["convolution"], r"stages\.1\..*\.convolution", "normalization",
+    ),
+}  # fmt: skip
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        out = model.eval()(**inputs)
+    return out if isinstance(out, Tensor) else out.logits
+
+
+def assert_close(ours: Tensor, theirs: Tensor) -> None:
+    bound = 1e-5 * max(1.0, theirs.abs().max().item())
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=bound)
+
+
+def pefts(kind: str, family: str) -> dict[str, Any] | None:
+    _, _, projections, layer, norm, embedding = FAMILIES[family]
+    plain: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": projections}
+    more: dict[str, dict[str, Any] | None] = {
+        "plain": {},
+        "patterns": {"rank_pattern": {layer: 2}, "alpha_pattern": {layer: 7}, "use_rslora": True},
+        "regex": {"target_modules": rf".*{layer}"},
+        "biases of all": {"bias": "all"},
+        "biases of adapted layers": {"bias": "lora_only"},
+        "norms": {"modules_to_save": [norm]},
+        "an embedding": {"target_modules": [*projections, embedding]} if embedding else None,
+        "one layer": None if family in ("t5", "resnet") else {"layers_to_transform": [1]},
+    }
+    return None if more[kind] is None else plain | (more[kind] or {})
+
+
+@every_family
+@pytest.mark.parametrize(
+    "kind",
+    ["plain", "patterns", "regex", "biases of all", "biases of adapted layers", "norms", "an embedding", "one layer"],
+)
+def test_we_load_pefts(family: str, kind: str, tmp_path: Path) -> None:
+    settings = pefts(kind, family)
+    if settings is None:
+        return  # the family has nothing of the kind
+    make, inputs, *_ = FAMILIES[family]
+    reference, model = make(tmp_path / "base")
+    reference = shaken(peft.get_peft_model(reference, peft.LoraConfig(**settings)))
+    reference.eval().save_pretrained(tmp_path / "adapter")
+    base = logits(model, inputs)
+    load_adapter(model, tmp_path / "adapter")
+    expected = logits(reference, inputs)
+    assert (expected - base).abs().max() > 1e-2
+    assert_close(logits(model, inputs), expected)
+    save_adapter(model, tmp_path / "again")  # what was loaded is stored again
+    back = peft.PeftModel.from_pretrained(make(tmp_path / "other")[0], str(tmp_path / "again"))
+    assert_close(logits(back, inputs), expected)
+
+
+OURS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "plain": ({}, ()),
+    "patterns": ({"rslora": True, "rank_pattern": 2, "alpha_pattern": 7}, ()),
+    "biases of adapted layers": ({}, ("BIASES",)),
+    "norms": ({}, ("*norm*",)),
+    "weights under an adapter": ({}, ("WEIGHTS",)),
+}
+
+
+@every_family
+@pytest.mark.parametrize("kind", OURS)
+def test_peft_loads_ours(family: str, kind: str, tmp_path: Path) -> None:
+    make, inputs, projections, layer, _, _ = FAMILIES[family]
+    settings, unfrozen = OURS[kind]
+    patterns = {key: {layer: value} for key, value in settings.items() if key.endswith("pattern")}
+    reference, model = make(tmp_path / "base")
+    paths = add_lora(model, LoRAConfig(rank=3, alpha=5, targets=projections, **{**settings, **patterns}))
+    ends = {"BIASES": "bias", "WEIGHTS": "weight"}
+    for glob in unfrozen:
+        wanted = [f"{path}.{ends[glob]}" for path in paths] if glob in ends else [glob]
+        known = dict(model.named_parameters())
+        if wanted := [name for name in wanted if name in known or glob not in ends]:
+            unfreeze(model, *wanted)
+    shaken(model)
+    save_adapter(model, tmp_path / "adapter")
+    adapted = peft.PeftModel.from_pretrained(reference, str(tmp_path / "adapter"))
+    assert_close(logits(adapted, inputs), logits(model, inputs))
+    again = make(tmp_path / "other")[1]
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+
+
+@pytest.mark.parametrize("task", ["sequence-classification", "token-classification", "question-answering", "reward"])
+def test_the_head_goes_with_the_adapter(task: str, tmp_path: Path) -> None:
+    """Also where it is frozen, or was frozen again: PEFT's models for these tasks ask for it."""
+    config = tiny_gpt2()
+    reference, model = both(tmp_path / "base", config, task)
+    add_lora(model, LoRAConfig(rank=2))
+    unfreeze(model, "head.*")
+    shaken(model)
+    freeze(model, "*")
+    save_adapter(model, tmp_path / "adapter")
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["task_type"]
+    adapted = peft.PeftModel.from_pretrained(reference, str(tmp_path / "adapter"))
+    out = adapted.eval()(**TEXT)
+    theirs = torch.stack((out.start_logits, out.end_logits), -1) if task == "question-answering" else out.logits
+    ours = logits(model, TEXT)
+    assert_close(ours, theirs[:, 0] if task == "reward" else theirs)
+
+
+def test_a_second_adapter_with_the_same_head_is_welcome(tmp_path: Path) -> None:
+    """Of two that were trained under a frozen head; one that brings another head would change the first."""
+    model = both(tmp_path / "base", tiny_gpt2(), "sequence-classification")[1]
+    for name in ("a", "b"):
+        add_lora(model, LoRAConfig(rank=2), name)
+        save_adapter(shaken(model), tmp_path / name, name)
+    unfreeze(model, "head.*")
+    save_adapter(shaken(model), tmp_path / "c", "b")
+    model = both(tmp_path / "base", tiny_gpt2(), "sequence-classification")[1]
+    load_adapter(model, tmp_path / "a", "a")
+    load_adapter(model, tmp_path / "b", "b")
+    with pytest.raises(ValueError, match="brings a head or token rows of its own"):
+        load_adapter(model, tmp_path / "c", "c")
+
+
+def test_modules_are_stored_whole(tmp_path: Path) -> None:
+    """PEFT loads whole modules: of a norm whose weight alone trains the bias goes along, and so do statistics."""
+    model = both(tmp_path / "base", tiny_gpt2(), "causal-lm")[1]
+    add_lora(model, LoRAConfig(rank=2))
+    unfreeze(model, "layers.0.norm1.weight")
+    save_adapter(shaken(model), tmp_path / "adapter")
+    stored = {
+        key.removeprefix("base_model.model.") for key in load_file(tmp_path / "adapter/adapter_model.safetensors")
+    }
+    assert {key for key in stored if "ln_" in key} == {"transformer.h.0.ln_1.weight", "transformer.h.0.ln_1.bias"}
+    reference = both(tmp_path / "base", tiny_gpt2(), "causal-lm")[0]
+    adapted = peft.PeftModel.from_pretrained(reference, str(tmp_path / "adapter"))
+    assert_close(logits(adapted, TEXT), logits(model, TEXT))
+
+
+class Nested(nn.Module):
+    """Two modules whose paths end alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1 = nn.Linear(6, 6)
+        self.block = nn.ModuleDict({"fc1": nn.Linear(6, 6)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc1(self.block["fc1"](x))
+
+
+def test_patterns_name_one_module(tmp_path: Path) -> None:
+    model = Nested()
+    add_lora(model, LoRAConfig(rank=4, targets=["fc1"], rank_pattern={"block.fc1": 2}, alpha_pattern={"block.fc1": 9}))
+    save_adapter(shaken(model), tmp_path)
+    x = torch.randn(3, 6)
+    adapted = peft.PeftModel.from_pretrained(Nested(), str(tmp_path))
+    assert_close(adapted(x), model(x))
+    again = Nested()
+    load_adapter(again, tmp_path)
+    assert torch.equal(again(x), model(x))
