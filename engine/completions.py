@@ -1,9 +1,9 @@
 """Texts for prompts: what stands between `generate`, which knows tokens, and people."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .generation import generate, left_padded
+from .generation import generate, left_padded, stop_texts
 
 
 def completions(
@@ -16,23 +16,31 @@ def completions(
     stop: Sequence[str] = (),
     seed: int = 0,
     **how: Any,
-) -> list[str]:
+) -> Iterator[str]:
     """What the model writes after each prompt (or, an encoder-decoder, on having read it), without its end.
 
-    `batch_rows` prompts are computed at a time; `how`: temperature, top_k, top_p, beams and length_penalty as in
-    `generate`, whose errors come through.
+    `batch_rows` prompts are computed at a time, each batch by a seed of its own (`seed` and the number of its first
+    row), so that a prompt given again is answered anew. `how`: temperature, top_k, top_p, beams and length_penalty as
+    in `generate`, whose errors come through. ValueError where a prompt is too long, before any is answered.
     """
-    ends, device = model.tokens.ends, next(model.parameters()).device
-    written: list[str] = []
-    for start in range(0, len(prompts), batch_rows):
-        ids, mask = left_padded([_prompt(text, model, tokenizer) for text in prompts[start : start + batch_rows]])
-        tokens = generate(
-            model, ids.to(device), mask.to(device), max_new_tokens, seed=seed + start, eos_id=ends, stop=stop,
+    ends, device = list(model.tokens.ends), next(model.parameters()).device
+    words = stop_texts(tokenizer, stop, ends)
+    ids = [_prompt(text, model, tokenizer) for text in prompts]
+    limit = model.config.max_positions
+    for row, tokens in enumerate(ids, 1):
+        if limit is not None and len(tokens) + max_new_tokens - 1 > limit:
+            raise ValueError(
+                f"prompt {row} has {len(tokens)} tokens, and {max_new_tokens} new ones would exceed the model's "
+                f"{limit} positions; shorten one of them"
+            )
+    for start in range(0, len(ids), batch_rows):
+        batch, mask = left_padded(ids[start : start + batch_rows])
+        found = generate(
+            model, batch.to(device), mask.to(device), max_new_tokens, seed=seed + start, eos_id=ends, stop=words,
             tokenizer=tokenizer, **how,
         )  # fmt: skip
-        first = 1 if model.task == "seq2seq-lm" else ids.shape[1]
-        written += [_ended(row, ends, stop, tokenizer) for row in tokens[:, first:].tolist()]
-    return written
+        first = 1 if model.task == "seq2seq-lm" else batch.shape[1]
+        yield from (_ended(row, ends, words, tokenizer) for row in found[:, first:].tolist())
 
 
 def _prompt(text: str, model: Any, tokenizer: Any) -> list[int]:

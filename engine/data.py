@@ -17,14 +17,14 @@ import io
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .images import image_rows
-from .rows import KNOWN_FIELDS, normalise, row_shape
+from .rows import KNOWN_FIELDS, normalise, prompt_row, row_shape
 
-__all__ = ["label_names", "read_rows", "row_shape", "split_rows"]
+__all__ = ["label_names", "read_prompts", "read_rows", "row_shape", "split_rows"]
 
 Row = TypeVar("Row", bound=Mapping[str, Any])
 Placed = Iterator[tuple[str, Any]]  # where a row was found ("line 7"), and the row as it stands there
@@ -38,18 +38,9 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     path = Path(path)
     if path.is_dir() and path.suffix.lower() not in _READERS:
         return image_rows(path)
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise ValueError(f"{path}: unknown kind of file {path.suffix!r}; use one of {' '.join(_READERS)}")
     rows: list[dict[str, Any]] = []
     shape = first = ""
-    for place, raw in reader(read_text(path), path):
-        try:
-            if not isinstance(raw, dict):
-                raise ValueError(f"expected an object, found {type(raw).__name__}; every row is {{field: value}}")
-            row = normalise(raw)
-        except ValueError as error:
-            raise ValueError(f"{path} {place}: {error}") from None
+    for place, row in _placed_rows(path, normalise):
         if not rows:
             shape, first = row_shape(row), place
         elif row_shape(row) != shape:
@@ -57,9 +48,34 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
                 f"{path} {place}: a {row_shape(row)} row, but {first} is {shape}; put each shape in a file of its own"
             )
         rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: no rows in it; give a file with at least one")
     return rows
+
+
+def read_prompts(path: str | Path) -> list[dict[str, Any]]:
+    """Read the rows of `path` to be continued: each has a prompt, whatever else stands there, or messages, or a text.
+
+    Raises FileNotFoundError, or ValueError, like `read_rows`.
+    """
+    return [row for _, row in _placed_rows(Path(path), prompt_row)]
+
+
+def _placed_rows(path: Path, as_row: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Placed:
+    """Every row, with its place in the file."""
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(f"{path}: unknown kind of file {path.suffix!r}; use one of {' '.join(_READERS)}")
+    found = False
+    for place, raw in reader(read_text(path), path):
+        found = True
+        try:
+            if not isinstance(raw, dict):
+                raise ValueError(f"expected an object, found {type(raw).__name__}; every row is {{field: value}}")
+            row = as_row(raw)
+        except ValueError as error:
+            raise ValueError(f"{path} {place}: {error}") from None
+        yield place, row
+    if not found:
+        raise ValueError(f"{path}: no rows in it; give a file with at least one")
 
 
 def read_text(path: Path) -> str:

@@ -8,6 +8,7 @@ from torch import nn
 
 from .arithmetic import settle_arithmetic
 from .batches import Batches, to_device
+from .guards import in_eval_mode
 from .losses import LossFn
 from .objectives import Score
 
@@ -20,22 +21,16 @@ def evaluate(model: nn.Module, data: Iterable[Any], loss_fn: LossFn, score: Scor
     """
     settle_arithmetic()
     device = next(model.parameters()).device
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     if isinstance(data, Batches):
         data.rewind()  # an evaluation that was broken off does not go on
     total, count = torch.zeros((), dtype=torch.float64, device=device), 0
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            torch.manual_seed(0)
-            for item in data:
-                for batch in item if isinstance(item, list) else [item]:
-                    batch = to_device(batch, device)
-                    loss, n = score.update(model, batch) if score is not None else loss_fn(model, batch)
-                    total, count = total + loss.double(), count + int(n)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with in_eval_mode(model), torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        for item in data:
+            for batch in item if isinstance(item, list) else [item]:
+                batch = to_device(batch, device)
+                loss, n = score.update(model, batch) if score is not None else loss_fn(model, batch)
+                total, count = total + loss.double(), count + int(n)
     if count == 0:
         raise ValueError("the evaluation data has no target: nothing was left after masking")
     mean = float(total) / count

@@ -13,9 +13,12 @@ from torch import Tensor
 
 from .beam import beam_search
 from .decoding import Decoding
+from .guards import in_eval_mode
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+SPARE = 8  # tokens decoded before those that can hold a stop string: the first ones decode differently at a start
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
@@ -52,9 +55,9 @@ def generate(
 
     `temperature` 0 is greedy. `top_k` > 0 keeps the k likeliest tokens, `top_p` < 1 the likeliest that together have
     probability p. A row ends with `eos_id` (one of several, where they are a sequence), or when its new text (decoded
-    by `tokenizer`) contains one of the `stop` strings; what follows is `pad_id` (by default the first `eos_id`, else
-    0). The same seed gives the same tokens. Several `beams` look for the likeliest text instead; `length_penalty`
-    weighs its length, as `beam.py` says.
+    by `tokenizer`) contains one of the `stop` strings, or its tokens one that is a special token; what follows is
+    `pad_id` (by default the first `eos_id`, else 0). The same seed gives the same tokens. Several `beams` look for the
+    likeliest text instead; `length_penalty` weighs its length, as `beam.py` says.
 
     Raises ValueError for settings out of range, for a model of another task than causal-lm and seq2seq-lm, and where
     prompt and new tokens exceed the model's positions.
@@ -64,15 +67,24 @@ def generate(
         raise ValueError(f"beams = {beams} look for the likeliest text: set temperature = 0, and no stop strings")
     ends = [eos_id] if isinstance(eos_id, int) else list(eos_id or ())
     pad = pad_id if pad_id is not None else next(iter(ends), 0)
-    training = model.training
-    model.eval()
-    decoding = Decoding(model, input_ids, attention_mask, max_new_tokens)
-    if beams > 1:
-        tokens = beam_search(decoding, beams, max_new_tokens, ends, pad, length_penalty)
-    else:
-        tokens = _one_by_one(decoding, max_new_tokens, (temperature, top_k, top_p), seed, ends, pad, stop, tokenizer)
-    model.train(training)
-    return tokens
+    words = () if tokenizer is None else stop_texts(tokenizer, stop, ends)
+    with in_eval_mode(model):
+        decoding = Decoding(model, input_ids, attention_mask, max_new_tokens)
+        if beams > 1:
+            return beam_search(decoding, beams, max_new_tokens, ends, pad, length_penalty)
+        return _one_by_one(decoding, max_new_tokens, (temperature, top_k, top_p), seed, ends, pad, words, tokenizer)
+
+
+def stop_texts(tokenizer: "Tokenizer", stop: Sequence[str], ends: list[int]) -> list[str]:
+    """The stop strings that are texts; one that is a special token is added to the end tokens `ends`.
+
+    Raises ValueError for one that holds a special token among others, which no decoded text does.
+    """
+    special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    if mixed := [word for word in stop if word not in special and any(token in word for token in special)]:
+        raise ValueError(f"stop {mixed[0]!r} holds a special token and more; give the special token alone")
+    ends += [special[word] for word in stop if word in special]
+    return [word for word in stop if word not in special]
 
 
 def _one_by_one(
@@ -88,6 +100,7 @@ def _one_by_one(
     """Each text grows by the one token chosen, until it ends."""
     (rows, first), device = decoding.tokens.shape, decoding.tokens.device
     generator = torch.Generator(device).manual_seed(seed)
+    reach = max((len(word.encode()) for word in stop), default=0) + SPARE  # tokens that the end of a stop can be in
     done = torch.zeros(rows, dtype=torch.bool, device=device)
     for i in range(max_new_tokens):
         step = choose(decoding.logits(), *how, generator).masked_fill_(done, pad)
@@ -95,7 +108,7 @@ def _one_by_one(
         for end in ends:
             done |= step == end
         if tokenizer is not None and stop:
-            texts = tokenizer.decode_batch(decoding.tokens[:, first:].tolist())
+            texts = tokenizer.decode_batch(decoding.tokens[:, first:][:, -reach:].tolist())
             done |= torch.tensor([any(s in text for s in stop) for text in texts], device=device)
         if (ends or stop) and i + 1 < max_new_tokens and bool(done.all()):
             break
@@ -138,7 +151,7 @@ def _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, stop, to
     if stop and tokenizer is None:
         raise ValueError("stop strings need the tokenizer: pass tokenizer=")
     limit = model.config.max_positions
-    if limit is not None and input_ids.shape[1] + max_new_tokens > limit:
+    if limit is not None and input_ids.shape[1] + max_new_tokens - 1 > limit:  # the last one is not read again
         raise ValueError(
             f"prompt of {input_ids.shape[1]} tokens and {max_new_tokens} new ones exceed the model's {limit} positions;"
             " shorten one of them"

@@ -3,11 +3,12 @@
 import math
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from .batches import Batches
@@ -38,18 +39,30 @@ def interruptible() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def explained_memory_error(device: torch.device, data: Any) -> Iterator[None]:
-    """Out of memory as a MemoryError that says what to set to what."""
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; afterwards each module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def explained_memory_error(device: torch.device, remedy: Callable[[], str]) -> Iterator[None]:
+    """Out of memory as a MemoryError that says what to do."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         known = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not known and not any(words in str(error) for words in NO_MEMORY):
             raise
-        raise MemoryError(f"out of memory on {device}: {_smaller(data)}") from error
+        raise MemoryError(f"out of memory on {device}: {remedy()}") from error
 
 
-def _smaller(data: Any) -> str:
+def smaller_batches(data: Any) -> str:
     """The next smaller micro-batch, as a setting."""
     if not isinstance(data, Batches):
         return "make micro-batches of half the size, several of them a step"

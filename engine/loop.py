@@ -13,6 +13,7 @@ one checkpoint, so that a run killed anywhere and started again ends with the sa
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,7 +26,7 @@ from .batches import Batches, count_images, count_tokens, to_device
 from .evaluation import evaluate
 from .features import with_features
 from .freezing import match, train_mode, unfreeze_due
-from .guards import explained_memory_error, interruptible, passes, require_finite
+from .guards import explained_memory_error, interruptible, passes, require_finite, smaller_batches
 from .lora import slots
 from .losses import LossFn
 from .objectives import Score
@@ -190,7 +191,7 @@ def train(
 
     train_mode(model)
     bar = tqdm(total=total, initial=progress.step, unit="step", disable=None)
-    with interruptible() as interrupt, explained_memory_error(device, data), bar:
+    with interruptible() as interrupt, explained_memory_error(device, partial(smaller_batches, data)), bar:
         if eval_data is not None and progress.step == 0:
             evaluate_now()
         steps, stop = passes(data), interrupt.is_set() or progress.stalled(config.patience)

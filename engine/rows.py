@@ -85,6 +85,14 @@ def normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {field: _label(row) if field == "label" else _text(row, field) for field in shape.split("/")}
 
 
+def prompt_row(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A row to be continued: its `prompt`, `messages` or `text`. ValueError where it has none of them."""
+    row = {"prompt": _text(raw, "prompt")} if "prompt" in raw else normalise(raw)
+    if not row.keys() & {"prompt", "messages", "text"}:
+        raise ValueError(f"the fields {', '.join(raw)} hold no prompt; rename one of them to prompt")
+    return row
+
+
 def _text(row: Mapping[str, Any], field: str) -> str:
     value = row[field]
     if not isinstance(value, str):

@@ -84,7 +84,7 @@ def prepare(config: RunConfig, cache: Path) -> Prepared:
         labels = tuple(label_names(rows))
     if objective.encoding in ("classify", "images") and len(labels) == 1:
         raise ValueError(f"data.train: all rows are of one class, {labels[0]!r}; there is nothing to tell apart")
-    model, tokenizer = _model(config, objective, labels)
+    model, tokenizer = run_model(config, labels)
     if objective.encoding == "images":
         return _images(config, objective, model, labels, rows, eval_rows)
     if config.data.image_size is not None:
@@ -213,8 +213,9 @@ def _split_windows(examples: Examples, share: Any) -> tuple[Examples, Examples]:
     return windows[:cut], windows[cut:]
 
 
-def _model(config: RunConfig, objective: Objective, labels: tuple[str, ...]) -> tuple[Any, Any]:
-    wanted = config.model
+def run_model(config: RunConfig, labels: tuple[str, ...]) -> tuple[Any, Any]:
+    """The model that a run starts from, and its tokenizer or None."""
+    wanted, objective = config.model, run_objective(config)
     task = wanted.task or objective.task
     if task != objective.task:
         raise ValueError(f"model.task = {task!r}, but method {config.method!r} trains {objective.task!r}")

@@ -207,7 +207,7 @@ def test_left_padding():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_new_tokens": 36}, "prompt of 5 tokens and 36 new ones exceed the model's 40 positions; shorten one"),
+        ({"max_new_tokens": 37}, "prompt of 5 tokens and 37 new ones exceed the model's 40 positions; shorten one"),
         ({"max_new_tokens": 0}, "max_new_tokens ≥ 1; got 1.0, 0, 1.0, 0"),
         ({"temperature": -0.1}, "expected temperature ≥ 0"),
         ({"top_k": -1}, "top_k ≥ 0"),

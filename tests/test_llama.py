@@ -262,7 +262,8 @@ def test_rows_beyond_the_positions_are_refused():
         with pytest.raises(ValueError, match="rows of 41 tokens exceed the model's 40 positions; cut them to 40"):
             call()
     with pytest.raises(ValueError, match="exceed the model's 40 positions"):
-        generate(model, ids[:, :30], max_new_tokens=11)
+        generate(model, ids[:, :30], max_new_tokens=12)
+    assert generate(model, ids[:, :30], max_new_tokens=11).shape == (1, 41)  # the last one is not read again
 
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -129,7 +129,7 @@ def test_a_completion_ends_at_the_first_of_them(tmp_path):
     model, words = load(tmp_path, device="cpu")
     cuts = [min(row.index(end) for end in model.tokens.ends if end in row) for row in new]
     expected = [words.decode(row[:cut]) for row, cut in zip(new, cuts, strict=True)]
-    assert completions(model, words, prompts, 12, temperature=0) == expected
+    assert list(completions(model, words, prompts, 12, temperature=0)) == expected
 
 
 # Tokenizer files

@@ -1,0 +1,96 @@
+"""What runs and adapters have stored: a run's configuration and weights, an adapter with what lies beside it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .engine import load_adapter
+from .engine.adapter_files import CONFIG, TASK_TYPES, WEIGHTS
+from .engine.config import RunConfig, from_table
+from .models import ResNet, add_tokens, load
+from .models.pixels import Pixels
+from .models.shards import read_json
+from .models.tensor_file import read_header
+from .models.tokens import load_tokenizer_file
+
+
+def facts_of(run: Path) -> dict[str, Any]:
+    """What a run's run.json says."""
+    if not (run / "run.json").is_file():
+        raise FileNotFoundError(f"{run}: no run.json there; give the folder of a run")
+    return json.loads((run / "run.json").read_text(encoding="utf-8"))
+
+
+def config_of(run: Path) -> RunConfig:
+    """The configuration of a run, with its model's path as it leads there from here."""
+    facts = facts_of(run)
+    table = facts["config"]
+    if facts.get("labels"):
+        table["model"]["labels"] = facts["labels"]
+    config = from_table(RunConfig, _written(table), str(run / "run.json"))
+    base = config.model.path
+    if base is None or Path(base).exists():
+        return config
+    own, out = run.resolve(), Path(config.out)
+    root = own.parents[len(out.parts) - 1] if own.parts[-len(out.parts) :] == out.parts else own
+    there = root / base  # `out` and the path were written from one folder
+    return replace(config, model=replace(config.model, path=str(there))) if there.exists() else config
+
+
+def _written(table: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration as its TOML file would say it: without the empty values, fields as written there."""
+    out = {}
+    for key, value in table.items():
+        if value is not None:
+            out[key.rstrip("_")] = _written(value) if isinstance(value, dict) else value
+    return out
+
+
+def put_weights(run: Path, model: Any) -> None:
+    """The run's adapter on the model, or its stored weights in it. ValueError where the run has not finished."""
+    require_finished(run)
+    if (run / "adapter").is_dir():
+        load_adapter(model, run / "adapter")
+        return
+    stored, _ = load(run / "model", model.task, labels=list(model.labels) or None)
+    model.load_state_dict(stored.state_dict())
+
+
+def require_finished(run: Path) -> None:
+    """ValueError where the run has stored neither adapter nor model."""
+    if not ((run / "adapter").is_dir() or (run / "model").is_dir()):
+        raise ValueError(f"{run}: neither adapter nor model there; the run has not finished: train it to its end first")
+
+
+def put_adapter(model: Any, tokenizer: Any, adapter: Path) -> None:
+    """Load an adapter onto its base, after what lies beside it: tokens it was trained with, its size of images."""
+    if tokenizer is not None and (adapter / "tokenizer.json").is_file():
+        known, wanted = tokenizer.get_vocab(), load_tokenizer_file(adapter / "tokenizer.json").get_vocab()
+        new = sorted(wanted.keys() - known.keys(), key=wanted.__getitem__)
+        if add_tokens(model, tokenizer, new) != [wanted[token] for token in new]:
+            raise ValueError(f"{adapter}: its tokenizer.json counts tokens differently from the base; it is of another")
+    if isinstance(model, ResNet):
+        model.pixels = Pixels.read(adapter, {}, model.config.n_channels) or model.pixels
+    load_adapter(model, adapter)
+
+
+def head_of(adapter: Path) -> dict[str, Any]:
+    """Task, labels and depth of the head that an adapter needs: from the run it lies in, else from its own files."""
+    if (adapter.parent / "run.json").is_file():
+        wanted = config_of(adapter.parent).model
+        return {"task": facts_of(adapter.parent)["task"], "labels": wanted.labels, "head_layers": wanted.head_layers}
+    if not ((adapter / CONFIG).is_file() and (adapter / WEIGHTS).is_file()):
+        return {}  # load_adapter says what is missing
+    kinds = {kind: task for task, kind in reversed(TASK_TYPES.items())}  # of several tasks the first one
+    task = kinds.get(read_json(adapter / CONFIG).get("task_type"))
+    if task not in ("sequence-classification", "token-classification"):
+        return {"task": task}
+    shapes = {key: stored.shape for key, stored in read_header(adapter / WEIGHTS).items()}
+    widths = [
+        shape[0]
+        for key, shape in shapes.items()
+        if key.endswith(("classifier.weight", "score.weight", "out_proj.weight"))
+    ]
+    hidden = sum(".hidden." in key and key.endswith(".weight") for key in shapes)  # classifier.hidden.0.weight, ...
+    return {"task": task, "labels": widths[0] if widths else None, "head_layers": 1 + hidden}

@@ -1,0 +1,202 @@
+"""`handtune generate` and its neighbours: runs from anywhere, files that stay whole, options that are not ignored."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import CHAT, gpt2, gpt2_folder, write_config, write_rows
+from small_tokenizers import byte_level
+from tokenizers import Tokenizer
+
+from handtune.cli import main
+from handtune.engine import completions as completions_module
+from handtune.engine import generate
+from handtune.engine.completions import completions
+
+
+def run(*arguments: object) -> None:
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+@pytest.fixture
+def refused(capsys):
+    def command(*arguments: object) -> str:
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 2
+        return capsys.readouterr().err.splitlines()[-1].removeprefix("handtune: ")
+
+    return command
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return gpt2_folder(tmp_path / "base")
+
+
+def trained(tmp_path: Path, **tables) -> Path:
+    """A short LoRA run, made in `tmp_path` with relative paths only."""
+    settings = {
+        "method": "sft", "out": "runs/a", "model": {"path": "base"}, "lora": {"rank": 2},
+        "data": {"train": str(write_rows(tmp_path / "rows.jsonl", CHAT))}, "train": {"epochs": 1, "batch_rows": 2},
+    }  # fmt: skip
+    before = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        run("train", write_config(tmp_path / "a.toml", **{**settings, **tables}))
+    finally:
+        os.chdir(before)
+    return tmp_path / "runs/a"
+
+
+ASK = ("--prompt", "the cat", "--temperature", 0, "--max-new-tokens", 4)
+
+
+def test_a_run_is_found_from_another_folder(base: Path, tmp_path: Path, capsys) -> None:
+    """Its base was named from where it was trained; that is found again by where the run lies."""
+    folder = trained(tmp_path)
+    capsys.readouterr()
+    run("generate", folder, *ASK)
+    said = capsys.readouterr().out
+    run("generate", base, "--adapter", folder / "adapter", *ASK)
+    assert capsys.readouterr().out == said
+    rows = write_rows(tmp_path / "rows.jsonl", CHAT)
+    run("evaluate", folder, "--data", rows)
+
+
+def test_a_run_that_began_with_a_preset(tmp_path: Path, capsys) -> None:
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    sizes = {"n_layer": 1, "n_head": 2, "d_model": 16, "max_positions": 64}
+    path = tmp_path / "a.toml"
+    path.write_text(
+        f'method = "sft"\nout = "{tmp_path / "run"}"\n'
+        f'[model]\npreset = "gpt2"\ntokenizer = "{tmp_path / "tokenizer.json"}"\n'
+        f'[data]\ntrain = "{write_rows(tmp_path / "rows.jsonl", CHAT)}"\n[lora]\nrank = 2\n[train]\nepochs = 1\n'
+    )
+    overrides = [f"model.overrides.{key}={value}" for key, value in sizes.items()]
+    run("train", path, *overrides)
+    run("generate", tmp_path / "run", *ASK)
+
+
+def test_an_unfinished_run_does_not_answer_from_its_base(base: Path, tmp_path: Path, refused) -> None:
+    folder = trained(tmp_path)
+    (folder / "adapter").rename(folder / "gone")
+    assert "the run has not finished" in refused("generate", folder, *ASK)
+    assert "the run has not finished" in refused("evaluate", folder, "--data", tmp_path / "rows.jsonl")
+
+
+def test_what_is_there_is_not_written_over(base: Path, tmp_path: Path, refused) -> None:
+    adapter = trained(tmp_path) / "adapter"
+    before = (base / "model.safetensors").read_bytes()
+    assert refused("merge", base, adapter, base).startswith(f"{base} holds something already")
+    assert (base / "model.safetensors").read_bytes() == before
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "the"}])
+    said = refused("generate", base, "--prompts", prompts, "--out", tmp_path / "base/../prompts.jsonl")
+    assert "is the file of the prompts" in said
+    assert json.loads(prompts.read_text()) == {"prompt": "the"}
+
+
+def test_rows_are_written_as_they_come(base: Path, tmp_path: Path, monkeypatch) -> None:
+    """What a run that is broken off has written stays; prompts that are too long are found before the first answer."""
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"the {word}", "more": 1} for word in "abcde"])
+    out, calls = tmp_path / "out.jsonl", []
+
+    def breaking(*arguments, **settings):
+        calls.append(settings["seed"])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(*arguments, **settings)
+
+    monkeypatch.setattr(completions_module, "generate", breaking)
+    ask = ("generate", base, "--prompts", prompts, "--out", out, "--batch-rows", "2", "--max-new-tokens", "4")
+    assert main([str(argument) for argument in ask]) == 130
+    assert [json.loads(line)["prompt"] for line in out.read_text().splitlines()] == ["the a", "the b", "the c", "the d"]
+    assert calls == [0, 2, 4]
+    model, words = gpt2(), byte_level()
+    with pytest.raises(ValueError, match="prompt 2 has .* would exceed the model's 64 positions"):
+        next(completions(model, words, ["a", "the cat " * 60], 8))
+    assert len(calls) == 3
+
+
+def test_prompts_need_no_completion(base: Path, tmp_path: Path, refused, capsys) -> None:
+    rows = [{"prompt": "the cat"}, {"text": "a dog"}, {"messages": [{"role": "user", "content": "who?"}]}]
+    run("generate", base, "--prompts", write_rows(tmp_path / "a.jsonl", rows), *ASK[2:])
+    said = capsys.readouterr().out
+    assert said.startswith("the cat")
+    assert "\n\na dog" in said
+    bad = write_rows(tmp_path / "b.jsonl", [{"anchor": "a", "positive": "b"}])
+    assert "anchor, positive hold no prompt" in refused("generate", base, "--prompts", bad)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--beams", 2, "--top-k", 5), "--beams look for the likeliest text"),
+        (("--beams", 2, "--temperature", 0.7), "--beams look for the likeliest text"),
+        (("--beams", 2, "--stop", "x"), "--beams look for the likeliest text"),
+        (("--temperature", 0, "--top-p", 0.9), "--top-p: at --temperature 0 nothing is sampled"),
+        (("--length-penalty", 2), "--length-penalty weighs the texts of a beam search"),
+        (("--batch-rows", 0), "--batch-rows 0: expected a positive number"),
+    ],
+)
+def test_options_without_effect_are_refused(options, says, base: Path, refused) -> None:
+    assert refused("generate", base, "--prompt", "the", *options).startswith(says)
+
+
+def test_out_of_memory_is_one_line(base: Path, refused, monkeypatch) -> None:
+    def none_left(*arguments, **settings):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(completions_module, "generate", none_left)
+    said = refused("generate", base, *ASK)
+    assert said == "out of memory on cpu: set --batch-rows 8 (it is 16)"
+
+
+def test_special_tokens_stop() -> None:
+    """A text without its special tokens never contains one; its id ends the text. One among others is refused."""
+    model, words = gpt2(), Tokenizer.from_str(byte_level().to_str())
+    ids = torch.tensor([words.encode("the cat sat").ids])
+    free = generate(model, ids, max_new_tokens=8, temperature=0)[0, ids.shape[1] :].tolist()
+    stop = words.id_to_token(free[3])  # which becomes a special one
+    words.add_special_tokens([stop])
+    assert words.token_to_id(stop) == free[3]
+    rows = generate(model, ids, max_new_tokens=8, temperature=0, stop=[stop], tokenizer=words)
+    assert rows[0, ids.shape[1] :].tolist() == free[: free.index(free[3]) + 1]
+    with pytest.raises(ValueError, match="holds a special token and more"):
+        generate(model, ids, max_new_tokens=8, stop=[f"{stop}\n"], tokenizer=words)
+
+
+def test_modules_keep_their_modes() -> None:
+    """A frozen norm in eval mode inside a model that trains stays so, also where generation fails."""
+    model = gpt2().train()
+    model.layers[0].eval()
+    before = [module.training for module in model.modules()]
+    ids = torch.tensor([[1, 2, 3]])
+    generate(model, ids, max_new_tokens=2)
+    assert [module.training for module in model.modules()] == before
+
+    def failing(*arguments, **settings):
+        raise RuntimeError
+
+    model.layers[1].forward = failing  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError):
+        generate(model, ids, max_new_tokens=2)
+    assert [module.training for module in model.modules()] == before
+
+
+def test_a_stop_is_found_in_the_last_tokens_alone() -> None:
+    """What is decoded at a step does not grow with the text."""
+    model, words = gpt2(max_positions=300), byte_level()
+    seen = []
+
+    class Counting:
+        def decode_batch(self, rows):
+            seen.append(max(len(row) for row in rows))
+            return words.decode_batch(rows)
+
+        def get_added_tokens_decoder(self):
+            return words.get_added_tokens_decoder()
+
+    generate(model, torch.tensor([[1, 2, 3]]), max_new_tokens=200, stop=["\x00never"], tokenizer=Counting())
+    assert max(seen) <= 20
