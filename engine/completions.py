@@ -23,7 +23,7 @@ def completions(
     row), so that a prompt given again is answered anew. `how`: temperature, top_k, top_p, beams and length_penalty as
     in `generate`, whose errors come through. ValueError where a prompt is too long, before any is answered.
     """
-    ends, device = list(model.tokens.ends), next(model.parameters()).device
+    ends = list(model.tokens.ends)
     words = stop_texts(tokenizer, stop, ends)
     ids = [_prompt(text, model, tokenizer) for text in prompts]
     limit = model.config.max_positions
@@ -33,6 +33,21 @@ def completions(
                 f"prompt {row} has {len(tokens)} tokens, and {max_new_tokens} new ones would exceed the model's "
                 f"{limit} positions; shorten one of them"
             )
+    return _answers(model, tokenizer, ids, max_new_tokens, batch_rows, ends, words, seed, how)
+
+
+def _answers(
+    model: Any,
+    tokenizer: Any,
+    ids: list[list[int]],
+    max_new_tokens: int,
+    batch_rows: int,
+    ends: list[int],
+    words: list[str],
+    seed: int,
+    how: dict[str, Any],
+) -> Iterator[str]:
+    device = next(model.parameters()).device
     for start in range(0, len(ids), batch_rows):
         batch, mask = left_padded(ids[start : start + batch_rows])
         found = generate(

@@ -119,23 +119,29 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
 
 def _rouge(ready: Prepared) -> dict[str, float]:
-    """ROUGE of what the model writes for held-out prompts: greedily, at most twice as long as the longest gold text,
-    and no longer than its positions allow after the longest prompt.
+    """ROUGE of what the model writes for held-out prompts: greedily, to its end token, at most twice as long as the
+    longest gold text, or, after a long prompt, as far as the model's positions go.
     """
     pairs = [(row["prompt"], row["completion"]) for row in ready.eval_rows if "completion" in row]
     if not pairs:
         raise ValueError("--rouge compares texts: it needs held-out rows with prompt and completion")
     prompts, golds = zip(*pairs, strict=True)
-    room = 2 * _longest(ready, golds)
-    limit = ready.model.config.max_positions
-    if limit is not None:
-        room = min(room, limit + 1 - _longest(ready, prompts))
-    return rouge(list(completions(ready.model, ready.tokenizer, prompts, max(1, room), temperature=0)), golds)
+    room, limit = 2 * max(_lengths(ready, golds)), ready.model.config.max_positions
+    rooms = [room if limit is None else min(room, limit - length) for length in _lengths(ready, prompts)]
+    if min(rooms) < 1:
+        raise ValueError(f"--rouge: held-out prompt {rooms.index(min(rooms)) + 1} fills the model's {limit} positions")
+    written = [""] * len(prompts)
+    for size in set(rooms):
+        rows = [i for i, own in enumerate(rooms) if own == size]
+        texts = completions(ready.model, ready.tokenizer, [prompts[i] for i in rows], size, temperature=0)
+        for i, text in zip(rows, texts, strict=True):
+            written[i] = text
+    return rouge(written, golds)
 
 
-def _longest(ready: Prepared, texts: Sequence[str]) -> int:
-    """The most tokens that one of them has, an end token included."""
-    return 1 + max(len(encoding.ids) for encoding in ready.tokenizer.encode_batch(texts, add_special_tokens=False))
+def _lengths(ready: Prepared, texts: Sequence[str]) -> list[int]:
+    """The tokens of each, an end token included."""
+    return [1 + len(encoding.ids) for encoding in ready.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
 
 def run_merge(options: argparse.Namespace) -> int:

@@ -29,12 +29,10 @@ def config_of(run: Path) -> RunConfig:
     if facts.get("labels"):
         table["model"]["labels"] = facts["labels"]
     config = from_table(RunConfig, _written(table), str(run / "run.json"))
-    base = config.model.path
-    if base is None or Path(base).exists():
+    base, out, own = config.model.path, Path(config.out), run.resolve()
+    if base is None or Path(base).exists() or out.is_absolute() or own.parts[-len(out.parts) :] != out.parts:
         return config
-    own, out = run.resolve(), Path(config.out)
-    root = own.parents[len(out.parts) - 1] if own.parts[-len(out.parts) :] == out.parts else own
-    there = root / base  # `out` and the path were written from one folder
+    there = own.parents[len(out.parts) - 1] / base  # `out` and the path were written from one folder
     return replace(config, model=replace(config.model, path=str(there))) if there.exists() else config
 
 

@@ -79,6 +79,40 @@ def test_a_run_that_began_with_a_preset(tmp_path: Path, capsys) -> None:
     run("generate", tmp_path / "run", *ASK)
 
 
+@pytest.mark.parametrize("out", ["runs/a", "ABSOLUTE"])
+def test_a_base_that_is_no_folder(out: str, base: Path, tmp_path: Path, monkeypatch, refused) -> None:
+    """A hub id stays one, whether the run was put in a relative or an absolute place."""
+    folder = trained(tmp_path, out=str(tmp_path / "runs/a") if out == "ABSOLUTE" else out)
+    facts = json.loads((folder / "run.json").read_text())
+    facts["config"]["model"]["path"] = "somebody/model"
+    (folder / "run.json").write_text(json.dumps(facts))
+    asked = []
+
+    def fetched(path):
+        asked.append(str(path))
+        return base
+
+    monkeypatch.setattr("handtune.models.checkpoint.checkpoint_folder", fetched)
+    run("generate", folder, *ASK)
+    assert set(asked) == {"somebody/model"}
+
+
+def test_rouge_of_prompts_of_all_lengths(base: Path, tmp_path: Path, capsys) -> None:
+    """A prompt that leaves little room shortens its own answer and no other."""
+    folder = trained(tmp_path)
+    rows = [*CHAT, {"prompt": "the cat " * 6 + "sat on", "completion": " the mat"}]
+    capsys.readouterr()
+    seen = {}
+    for name, part in (("all", rows), ("short", CHAT)):
+        path = write_rows(tmp_path / f"{name}.jsonl", part)
+        before = Path.cwd()
+        os.chdir(tmp_path)
+        run("evaluate", folder, "--data", path, "--rouge")
+        os.chdir(before)
+        seen[name] = json.loads(capsys.readouterr().out)["rouge1"]
+    assert seen["all"] * len(rows) >= seen["short"] * len(CHAT) - 1e-9
+
+
 def test_an_unfinished_run_does_not_answer_from_its_base(base: Path, tmp_path: Path, refused) -> None:
     folder = trained(tmp_path)
     (folder / "adapter").rename(folder / "gone")
@@ -115,8 +149,16 @@ def test_rows_are_written_as_they_come(base: Path, tmp_path: Path, monkeypatch) 
     assert calls == [0, 2, 4]
     model, words = gpt2(), byte_level()
     with pytest.raises(ValueError, match="prompt 2 has .* would exceed the model's 64 positions"):
-        next(completions(model, words, ["a", "the cat " * 60], 8))
+        completions(model, words, ["a", "the cat " * 60], 8)
     assert len(calls) == 3
+
+
+def test_a_refusal_leaves_what_was_written_before(base: Path, tmp_path: Path, refused) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text("old")
+    for wrong in (("--prompt", "the cat " * 60), ("--prompt", "the", "--stop", "<|end|> more")):
+        refused("generate", base, "--out", out, *wrong)
+        assert out.read_text() == "old"
 
 
 def test_prompts_need_no_completion(base: Path, tmp_path: Path, refused, capsys) -> None:
