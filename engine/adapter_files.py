@@ -18,12 +18,14 @@ from ..kernels import Linear, LowRank
 from ..kernels.conv import ConvFactors
 from .adapter_factors import plan_factors, stored, stored_factor
 from .adapters import adapter_names, set_adapter
+from .belongings import belongings, claim
 from .beside import BASE, places_beside, put_beside, trained_beside
 from .lora import (
     EmbeddingFactors,
     KnownModel,
     LoRAConfig,
     Slot,
+    active_adapters,
     check_name,
     ensure_slot,
     refuse_merged,
@@ -65,8 +67,9 @@ _INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
     """Write the adapter called `name` to the folder `path` in PEFT's format.
 
-    What trains besides it (norms, biases, token rows) is stored too, under plain published names, and the head of a
-    classifier or of question answering in any case. Raises ValueError where there is no such adapter.
+    What trains besides it while it is active (norms, biases, token rows), or did in `train`, is stored too, under plain
+    published names, and the head of a classifier or of question answering in any case. Raises ValueError where there is
+    no such adapter.
     """
     from safetensors.torch import save_file
 
@@ -82,7 +85,10 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
                 tensors |= {f"{PREFIX}{published}.{key}": w.detach().cpu().contiguous() for key, w in weights.items()}
             source = stored(model, slot.path)
             transposed |= source.transposed if source else isinstance(slot.module, Linear) and slot.module.transposed
-    extra = trained_beside(model, modules)
+    if name in active_adapters(model):
+        claim(model, [name])
+    trained = belongings(model, name)
+    extra = trained_beside(model, trained, modules)
     tensors |= {f"{PREFIX}{key}": value for key, value in extra.items()}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +96,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     saved = sorted({key.rpartition(".")[0] for key in extra if not key.endswith(STORED) and BASE not in key})
     config = _peft_config(model, name, modules, saved, transposed)
     config["bias"] = "lora_only" if any(key.endswith(f"{BASE}bias") for key in extra) else "none"
-    config["trainable_token_indices"] = trained_ids(model) or None
+    config["trainable_token_indices"] = trained_ids(model, trained) or None
     if any(name in slot.module.lora and _stored_raw(model, slot) for slot in slots(model)):
         config["peft_type"] = OURS
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -157,8 +163,8 @@ def _dropout(model: nn.Module, name: str) -> float:
 def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
     """Attach the adapter stored in the folder `path` (PEFT's format) as `name` and make it active.
 
-    Its parameters, and those stored beside it (a head), can be trained on; the base is frozen. Raises
-    FileNotFoundError or ValueError, with the model unchanged, where a file is missing or damaged, a field is not
+    Its parameters, and those stored beside it that differ from the model's, can be trained on; the base is frozen.
+    Raises FileNotFoundError or ValueError, with the model unchanged, where a file is missing or damaged, a field is not
     implemented, a tensor doesn't fit the model, or an adapter is merged into the weights.
     """
     folder = Path(path)
@@ -184,6 +190,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
             f"{folder} brings a head or token rows of its own, which would replace those of the one already attached; "
             "load it onto a base of its own"
         )
+    claim(model, active_adapters(model))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for slot_path, factors in plan:
@@ -192,6 +199,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     put_beside(beside)
     put_rows(model, rows)
     set_adapter(model, name)
+    claim(model, [name])
 
 
 def _lora_config(published: Any, path: Path) -> LoRAConfig:
@@ -204,6 +212,8 @@ def _lora_config(published: Any, path: Path) -> LoRAConfig:
             raise ValueError(f"{path}: {field} = {value!r} is not implemented")
     if (init := published.get("init_lora_weights")) not in _INITS:
         raise ValueError(f"{path}: init_lora_weights = {init!r} is not implemented; it changes the base model")
+    if published.get("bias") not in (None, "none", "all", "lora_only"):
+        raise ValueError(f"{path}: bias = {published['bias']!r} is not implemented")
     for field in ("r", "lora_alpha"):
         if not isinstance(published.get(field), int | float):
             raise ValueError(f"{path}: {field} = {published.get(field)!r}; expected a number")

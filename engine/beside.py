@@ -6,7 +6,7 @@ as PEFT's `base_layer`. The head of a task that PEFT gives one of its own goes w
 not: it is of no use without.
 """
 
-from collections.abc import Container, Iterator
+from collections.abc import Collection, Container, Iterator
 from typing import Any
 
 import torch
@@ -19,12 +19,11 @@ WITH_HEAD = ("sequence-classification", "reward", "token-classification", "quest
 BASE = ".base_layer."
 
 
-def trained_beside(model: nn.Module, adapted: Container[str]) -> dict[str, Tensor]:
-    """Published tensors: of modules that train outside the adapters, and of the head.
+def trained_beside(model: nn.Module, trained: Collection[str], adapted: Container[str]) -> dict[str, Tensor]:
+    """Published tensors: of the modules of the parameters called `trained`, and of the head.
 
     `adapted`: the published modules that the stored adapter sits on.
     """
-    trained = {key for key, p in model.named_parameters() if p.requires_grad and ".lora." not in key}
     modules = {key.rpartition(".")[0] for key in trained}
     with_head = isinstance(model, KnownModel) and model.task in WITH_HEAD
     chosen = trained_rows(model)

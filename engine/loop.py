@@ -23,11 +23,12 @@ from tqdm import tqdm
 
 from .arithmetic import settle_arithmetic
 from .batches import Batches, count_images, count_tokens, to_device
+from .belongings import claim
 from .evaluation import evaluate
 from .features import with_features
 from .freezing import match, train_mode, unfreeze_due
 from .guards import explained_memory_error, interruptible, passes, require_finite, smaller_batches
-from .lora import slots
+from .lora import active_adapters, slots
 from .losses import LossFn
 from .objectives import Score
 from .optim import SCHEDULES, Optimizer, layer_count, lr_factor
@@ -163,6 +164,7 @@ def train(
     if eval_data is None and (idle := needs_evaluation(config)):
         raise ValueError(f"{', '.join(idle)}: there is no evaluation data to go by; give eval_data, or leave this out")
     trained = _trained(model, config)
+    claim(model, active_adapters(model))
     data = _batches(data, collate, config, shuffle=True)
     eval_data = None if eval_data is None else _batches(eval_data, collate, config, shuffle=False)
     if out is not None and not isinstance(data, Resumable):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..kernels import Conv2d, Linear, LowRank
 from ..kernels.conv import ConvFactors
 from ..kernels.linear import Merged
+from .belongings import claim
 
 FOREIGN_HEADS = ("lm_head", "head", "score", "classifier", "qa_outputs", "embed_out", "cls")
 
@@ -131,6 +132,11 @@ def slots(model: nn.Module) -> Iterator[Slot]:
             yield Slot(path, module, _published(path, names))
 
 
+def active_adapters(model: nn.Module) -> set[str]:
+    """The names of the adapters that are applied somewhere."""
+    return {slot.module.active for slot in slots(model) if slot.module.active is not None}
+
+
 def _published(path: str, names: dict[str, Any]) -> tuple[str, ...]:
     source = names.get(f"{path}.weight")
     return tuple(name.removesuffix(".weight") for name in source.names) if source else (path,)
@@ -148,6 +154,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> tup
     refuse_tied(model, [path for path, _, _ in chosen])
     for path, _, published in chosen:
         refuse_misfit(model, path, config.rank_of(published[0]))
+    claim(model, active_adapters(model))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for path, parts, published in chosen:

@@ -11,7 +11,7 @@ The price is that gradient (V, D), which stands in memory for the time of a back
 it in the head. No state of it is kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -75,13 +75,13 @@ def trained_rows(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def trained_ids(model: nn.Module) -> dict[str, list[int]]:
-    """The same as PEFT's `trainable_token_indices`: the ids by published module."""
+def trained_ids(model: nn.Module, trained: Container[str]) -> dict[str, list[int]]:
+    """PEFT's `trainable_token_indices`: the ids by published module, of the parameters called `trained`."""
     names = model.key_map() if isinstance(model, KnownModel) else {}
     return {
         names[key].names[0].removesuffix(".weight"): ids.tolist()
         for key, ids in trained_rows(model).items()
-        if model.get_parameter(key).requires_grad
+        if key in trained
     }
 
 

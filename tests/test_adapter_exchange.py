@@ -17,7 +17,9 @@ from small_t5 import both_t5
 from torch import Tensor, nn
 from transformers import BloomConfig
 
-from handtune.engine import LoRAConfig, add_lora, freeze, load_adapter, save_adapter, unfreeze
+from handtune.engine import LoRAConfig, TrainConfig, add_lora, freeze, load_adapter, save_adapter, train, unfreeze
+from handtune.engine.batches import Collate
+from handtune.engine.losses import causal_lm_loss
 
 IDS = torch.tensor(token_rows((7, 7)))
 TEXT = {"input_ids": IDS}
@@ -217,3 +219,29 @@ def test_patterns_name_one_module(tmp_path: Path) -> None:
     again = Nested()
     load_adapter(again, tmp_path)
     assert torch.equal(again(x), model(x))
+
+
+def test_what_trained_with_an_adapter_stays_with_it(tmp_path: Path) -> None:
+    """Norms trained with a belong to a, whatever is frozen or loaded afterwards, and not to b."""
+    rows = [{"input_ids": row.tolist(), "targets": [*row[1:].tolist(), -100]} for row in IDS]
+    make = FAMILIES["gpt2"].make
+    model = make(tmp_path / "base")[1]
+    add_lora(model, LoRAConfig(rank=2), "a")
+    unfreeze(model, "layers.0.norm1.*")
+    train(model, rows, causal_lm_loss, TrainConfig(lr=0.1), collate=Collate())
+    freeze(model, "*")
+    expected = logits(model, TEXT)
+    save_adapter(model, tmp_path / "a", "a")
+    add_lora(model, LoRAConfig(rank=2), "b")
+    for name in ("a", "b"):
+        save_adapter(model, tmp_path / f"{name}2", name)
+    stored = {name: load_file(tmp_path / name / "adapter_model.safetensors") for name in ("a", "a2", "b2")}
+    assert stored["a"].keys() == stored["a2"].keys()
+    assert sum("ln_1" in key for key in stored["a"]) == 2
+    assert not any("ln_1" in key for key in stored["b2"])
+    again = make(tmp_path / "other")[1]
+    load_adapter(again, tmp_path / "a2", "a")
+    assert torch.equal(logits(again, TEXT), expected)
+    add_lora(again, LoRAConfig(rank=2), "b")
+    save_adapter(again, tmp_path / "a3", "a")
+    assert load_file(tmp_path / "a3/adapter_model.safetensors").keys() == stored["a"].keys()

@@ -21,6 +21,7 @@ FILES = "adapter_config.json", "adapter_model.safetensors"
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "use_dora": ({"use_dora": True}, "use_dora = True is not implemented"),
+    "bias": ({"bias": "some"}, "bias = 'some' is not implemented"),
     "lora_bias": ({"lora_bias": True}, "lora_bias = True"),
     "layer_replication": ({"layer_replication": [[0, 2]]}, "layer_replication"),
     "target_parameters": ({"target_parameters": ["x"]}, "target_parameters"),
