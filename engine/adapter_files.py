@@ -25,7 +25,7 @@ from .lora import (
     KnownModel,
     LoRAConfig,
     Slot,
-    active_adapters,
+    adapters_in_use,
     check_name,
     ensure_slot,
     refuse_merged,
@@ -85,7 +85,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
                 tensors |= {f"{PREFIX}{published}.{key}": w.detach().cpu().contiguous() for key, w in weights.items()}
             source = stored(model, slot.path)
             transposed |= source.transposed if source else isinstance(slot.module, Linear) and slot.module.transposed
-    if name in active_adapters(model):
+    if name in adapters_in_use(model):
         claim(model, [name])
     trained = belongings(model, name)
     extra = trained_beside(model, trained, modules)
@@ -190,7 +190,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
             f"{folder} brings a head or token rows of its own, which would replace those of the one already attached; "
             "load it onto a base of its own"
         )
-    claim(model, active_adapters(model))
+    claim(model, adapters_in_use(model))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for slot_path, factors in plan:

@@ -1,19 +1,20 @@
-"""Switching adapters on and off, and merging one into the weights.
+"""Switching adapters on and off, for all rows or row by row, and merging one into the weights.
 
 Merging is computed in fp32 and cast once. It is undone from a kept copy, not by subtraction: (W + Δ) − Δ differs from W
 in the last bit for about one weight in 25 in bf16.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import Conv2d, Linear, LowRank
+from ..kernels.adapter_rows import AdapterRows
 from ..kernels.conv import ConvFactors
 from ..kernels.linear import Merged
-from .lora import Adaptable, EmbeddingFactors, refuse_merged, slots
+from .lora import Adaptable, EmbeddingFactors, KnownModel, refuse_merged, slots
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -29,16 +30,40 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 
 
 @contextmanager
-def use_adapter(model: nn.Module, name: str | None) -> Iterator[None]:
-    """Apply the adapter called `name` (None: the base model) inside the `with` block only."""
-    _require(model, name)
+def use_adapter(
+    model: nn.Module, name: str | Sequence[str | None] | None, lengths: Sequence[int] | None = None
+) -> Iterator[None]:
+    """Apply an adapter inside the `with` block only: the one called `name`, or None for the base model.
+
+    A list names one for each row of the batches computed there, so that one batch serves many adapters, at the price of
+    about one; each row comes out as with its adapter alone. `lengths`, their tokens, are needed where rows lie end to
+    end. In beam search a row's beams have its adapter. In training the gradients go to each row's own adapter.
+
+    Raises ValueError where there is no such adapter, one is merged into the weights, or, for a list, one changes the
+    output head of a language model. And in the model, for a batch of another number of rows, or, in training, where
+    adapters differ in dropout.
+    """
     before = [(slot.module, slot.module.active) for slot in slots(model)]
-    set_adapter(model, name)
+    if name is None or isinstance(name, str):
+        set_adapter(model, name)
+    else:
+        _set_by_row(model, AdapterRows(name, lengths))
     try:
         yield
     finally:
-        for module, active in before:
-            module.active = active
+        for module, was in before:
+            module.active = was
+
+
+def _set_by_row(model: nn.Module, rows: AdapterRows) -> None:
+    for name in (None, *rows.adapters):
+        _require(model, name)
+    chosen = [(slot, rows if rows.on(slot.module.lora) else None) for slot in slots(model)]
+    in_head = [slot.path for slot, active in chosen if active is not None and slot.path.partition(".")[0] == "head"]
+    if in_head and isinstance(model, KnownModel) and model.task.endswith("-lm"):
+        raise ValueError(f"{in_head[0]}: the head sees chosen positions, not rows; an adapter on it must be used alone")
+    for slot, active in chosen:
+        slot.module.active = active
 
 
 def _require(model: nn.Module, name: str | None) -> None:
@@ -54,6 +79,8 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> None:
     Raises ValueError where no adapter is active, or one sits on a quantised weight or a convolution in groups.
     """
     active = [slot for slot in slots(model) if slot.module.active is not None]
+    if any(isinstance(slot.module.active, AdapterRows) for slot in active):
+        raise ValueError("each row has an adapter of its own here; set_adapter(model, name) to the one to merge")
     if not active:
         raise ValueError("no adapter is active: add_lora, load_adapter or set_adapter first")
     for slot in active:
@@ -69,7 +96,7 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> None:
             )
     for slot in active:
         module, name = slot.module, slot.module.active
-        assert name is not None
+        assert isinstance(name, str)
         base = module.weight.detach().clone() if keep_base else None
         for rows, delta in _deltas(module, name):
             rows.copy_(rows.to(torch.promote_types(rows.dtype, torch.float32)) + delta)

@@ -201,7 +201,8 @@ class Collate:
 
     `batch["inputs"]` are the model's keyword arguments; `batch["lengths"]` the tokens of each row. Token targets become
     `index` (flat positions that have one) and `targets` (n,), with `counts`, how many each row has; labels become
-    `labels` (B,); spans `starts` and `ends` (B,). Text pairs become one set of inputs each, under their names.
+    `labels` (B,); spans `starts` and `ends` (B,); an `adapter`, the name of each row's, `adapters`. Text pairs become
+    one set of inputs each, under their names.
     """
 
     layout: str = "packed"
@@ -229,6 +230,8 @@ class Collate:
         if "start" in first:
             batch["starts"] = torch.tensor([example["start"] for example in examples])
             batch["ends"] = torch.tensor([example["end"] for example in examples])
+        if "adapter" in first:
+            batch["adapters"] = [example["adapter"] for example in examples]
         if "features" in first:
             batch["features"] = _features([example["features"] for example in examples])
         return batch

@@ -28,8 +28,8 @@ from .evaluation import evaluate
 from .features import with_features
 from .freezing import match, train_mode, unfreeze_due
 from .guards import explained_memory_error, interruptible, passes, require_finite, smaller_batches
-from .lora import active_adapters, slots
-from .losses import LossFn
+from .lora import adapters_in_use, slots
+from .losses import ByAdapter, LossFn
 from .objectives import Score
 from .optim import SCHEDULES, Optimizer, layer_count, lr_factor
 from .progress import keep_best, restore_best, resume, save
@@ -163,8 +163,8 @@ def train(
     torch.manual_seed(config.seed)
     if eval_data is None and (idle := needs_evaluation(config)):
         raise ValueError(f"{', '.join(idle)}: there is no evaluation data to go by; give eval_data, or leave this out")
-    trained = _trained(model, config)
-    claim(model, active_adapters(model))
+    trained = _trained(model, config, isinstance(loss_fn, ByAdapter))
+    claim(model, adapters_in_use(model))
     data = _batches(data, collate, config, shuffle=True)
     eval_data = None if eval_data is None else _batches(eval_data, collate, config, shuffle=False)
     if out is not None and not isinstance(data, Resumable):
@@ -245,11 +245,11 @@ def train(
     )  # fmt: skip
 
 
-def _trained(model: nn.Module, config: TrainConfig) -> dict[str, nn.Parameter]:
+def _trained(model: nn.Module, config: TrainConfig, by_adapter: bool) -> dict[str, nn.Parameter]:
     """The parameters that train now or later, by name."""
     for slot in slots(model):
         for name, factors in slot.module.lora.items():
-            if name != slot.module.active and any(p.requires_grad for p in factors.parameters()):
+            if not by_adapter and name != slot.module.active and any(p.requires_grad for p in factors.parameters()):
                 raise ValueError(f"adapter {name!r} would train but is not active: set_adapter(model, {name!r}) first")
     match(model, config.lr_scale)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad} | match(model, config.unfreeze)

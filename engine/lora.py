@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import Conv2d, Linear, LowRank
+from ..kernels.adapter_rows import AdapterRows
 from ..kernels.conv import ConvFactors
 from ..kernels.linear import Merged
 from .belongings import claim
@@ -101,14 +102,19 @@ class LoRAEmbedding(nn.Module):
         self.weight, self.padding_idx = base.weight, base.padding_idx
         self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
         self.lora = nn.ModuleDict()
-        self.active: str | None = None
+        self.active: str | AdapterRows | None = None
         self.merged: Merged | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
+        if isinstance(self.active, AdapterRows):
+            return self.active.apply(ids, ids.dim(), self.active.on(self.lora), self._look_up)
+        return self._look_up(ids, self.active)
+
+    def _look_up(self, ids: Tensor, adapter: str | None) -> Tensor:
         out = F.embedding(ids, self.weight, self.padding_idx)
-        if self.active is None:
+        if adapter is None:
             return out
-        factors: EmbeddingFactors = self.lora[self.active]  # type: ignore[assignment]
+        factors: EmbeddingFactors = self.lora[adapter]  # type: ignore[assignment]
         low = F.embedding(ids, factors.a.T.to(out.dtype))
         return out + factors.scale * (low @ factors.b.T.to(out.dtype))
 
@@ -132,9 +138,14 @@ def slots(model: nn.Module) -> Iterator[Slot]:
             yield Slot(path, module, _published(path, names))
 
 
-def active_adapters(model: nn.Module) -> set[str]:
-    """The names of the adapters that are applied somewhere."""
-    return {slot.module.active for slot in slots(model) if slot.module.active is not None}
+def adapters_in_use(model: nn.Module) -> set[str]:
+    """The names of the adapters that are applied somewhere, to all rows or by row, or train."""
+    found: set[str] = set()
+    for _, module, _ in slots(model):
+        active = module.active
+        found |= set(active.adapters) if isinstance(active, AdapterRows) else {active} - {None}
+        found |= {name for name, factors in module.lora.items() if any(p.requires_grad for p in factors.parameters())}
+    return found
 
 
 def _published(path: str, names: dict[str, Any]) -> tuple[str, ...]:
@@ -154,7 +165,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> tup
     refuse_tied(model, [path for path, _, _ in chosen])
     for path, _, published in chosen:
         refuse_misfit(model, path, config.rank_of(published[0]))
-    claim(model, active_adapters(model))
+    claim(model, adapters_in_use(model))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for path, parts, published in chosen:

@@ -12,12 +12,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
-from ..kernels import linear_cross_entropy
+from ..kernels import Linear, linear_cross_entropy
+from ..kernels.linear import projection
+from ..kernels.lora import fused_linear
+from .adapters import use_adapter
 from .batches import Batch
 
 LossFn = Callable[[Any, Batch], tuple[Tensor, int]]
 TEMPERATURE = 0.05  # of the cosines in `embedding_loss`, sentence-transformers' choice
+
+
+class ByAdapter:
+    """A loss over rows of several adapters, each trained by its own: `batch["adapters"]` names each row's, or None."""
+
+    def __init__(self, loss: LossFn):
+        self.loss = loss
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+        with use_adapter(model, batch["adapters"], batch.get("lengths")):
+            return self.loss(model, batch)
 
 
 def features(model: nn.Module, batch: Batch) -> Tensor:
@@ -34,9 +49,26 @@ def pooled(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 def causal_lm_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
     """Cross-entropy of the next token (an encoder-decoder's in what it writes), at the positions with a target."""
-    states = features(model, batch)
-    loss = linear_cross_entropy(states, model.head.weight, batch["targets"], model.head.bias, index=batch["index"])
-    return loss, len(batch["targets"])
+    states, head, targets = features(model, batch), model.head, batch["targets"]
+    if head.active is None:
+        loss = linear_cross_entropy(states, head.weight, targets, head.bias, index=batch["index"])
+    else:
+        loss = _adapted_cross_entropy(states.flatten(0, -2)[batch["index"]], head, targets)
+    return loss, len(targets)
+
+
+def _adapted_cross_entropy(states: Tensor, head: Linear, targets: Tensor) -> Tensor:
+    """The sum for states (n, D) of a head with an adapter: logits 64 MiB at a time, made again for the gradient."""
+    chunk = max(1, 2**24 // head.out_features)
+
+    def loss_of(rows: Tensor, targets: Tensor, arguments: tuple[Any, ...]) -> Tensor:
+        return F.cross_entropy(fused_linear(rows, *arguments).float(), targets, reduction="sum")
+
+    losses = [
+        checkpoint(loss_of, rows, part, projection(rows.dtype, head), use_reentrant=False)
+        for rows, part in zip(states.split(chunk), targets.split(chunk), strict=True)
+    ]
+    return torch.stack(losses).sum()
 
 
 def masked_lm_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:

@@ -94,7 +94,9 @@ ACTIVATIONS = {
 }
 
 
-class _Activate(torch.autograd.Function):
+class Activate(torch.autograd.Function):
+    """An activation of u, of which only u is saved."""
+
     @staticmethod
     def forward(ctx, u: Tensor, activation: Activation) -> Tensor:
         ctx.activation = activation
@@ -117,7 +119,7 @@ def activate(u: Tensor, name: str) -> Tensor:
         raise ValueError(f"activation {name!r} is unknown; known: {', '.join(sorted(ACTIVATIONS))}")
     if ACTIVATIONS[name].gated and u.shape[-1] % 2:
         raise ValueError(f"gate_up: the last dimension must be even (gate and up), got {tuple(u.shape)}")
-    return _Activate.apply(u, ACTIVATIONS[name])
+    return Activate.apply(u, ACTIVATIONS[name])
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

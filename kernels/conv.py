@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .adapter_rows import AdapterRows
 from .linear import Merged
 from .lora_products import Plan, draw_seed, drop
 
@@ -227,7 +228,7 @@ class Conv2d(nn.Module):
     def _set_up(self, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> None:
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.lora = nn.ModuleDict()
-        self.active: str | None = None
+        self.active: str | AdapterRows | None = None
         self.merged: Merged | None = None
 
     @classmethod
@@ -245,9 +246,14 @@ class Conv2d(nn.Module):
         return new
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.active is None:
+        if isinstance(self.active, AdapterRows):
+            return self.active.apply(x, 1, self.active.on(self.lora), self._convolve)
+        return self._convolve(x, self.active)
+
+    def _convolve(self, x: Tensor, adapter: str | None) -> Tensor:
+        if adapter is None:
             return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        factors: ConvFactors = self.lora[self.active]  # type: ignore[assignment]
+        factors: ConvFactors = self.lora[adapter]  # type: ignore[assignment]
         return lora_conv2d(
             x, self.weight, self.bias, factors.a.to(x.dtype), factors.b.to(x.dtype), stride=self.stride,
             padding=self.padding, dilation=self.dilation, groups=self.groups, scale=factors.scale,

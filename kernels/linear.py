@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .activations import ACTIVATIONS, Activation
+from .activations import ACTIVATIONS, Activate, Activation
+from .adapter_rows import AdapterRows
 from .lora import fused_linear
+from .lora_batched import lora_linear_batched
 from .lora_products import Plan, draw_seed
 from .norms import LayerNorm, RMSNorm
 from .quantize import NF4Weight, Workspace
@@ -76,7 +78,7 @@ class Linear(nn.Module):
 
     `parts` names blocks of rows (name, size) in order; by default the whole matrix is one unnamed part. `transposed`
     says that the weight is stored (K, M), as in transformers' Conv1D. Adapters live in `lora` by name, of which
-    `active` is applied. Once quantised, `weight` is an `NF4Weight`, and `quantized` the same.
+    `active` is applied, or each row's own. Once quantised, `weight` is an `NF4Weight`, and `quantized` the same.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, parts: tuple[tuple[str, int], ...] = ()):
@@ -88,7 +90,7 @@ class Linear(nn.Module):
     def _set_up(self, in_features: int, out_features: int, parts: tuple[tuple[str, int], ...]) -> None:
         self.in_features, self.out_features, self.transposed = in_features, out_features, False
         self.lora = nn.ModuleDict()
-        self.active: str | None = None
+        self.active: str | AdapterRows | None = None
         self.merged: Merged | None = None
         start, blocks = 0, []
         for name, size in parts or (("", out_features),):
@@ -142,7 +144,35 @@ class Linear(nn.Module):
 def _project(
     h: Tensor, linear: Linear, norm: LayerNorm | RMSNorm | None = None, activation: Activation | None = None
 ) -> Tensor:
+    if isinstance(linear.active, AdapterRows):
+        return _project_by_row(h, linear, linear.active, norm, activation)
     return fused_linear(h, *projection(h.dtype, linear, norm, activation))
+
+
+def _project_by_row(
+    h: Tensor,
+    linear: Linear,
+    rows: AdapterRows,
+    norm: LayerNorm | RMSNorm | None,
+    activation: Activation | None,
+) -> Tensor:
+    """Each row with its own adapter. What stands in front is evaluated before, and its output is kept."""
+    x = h if norm is None else norm(h)
+    x = x if activation is None else Activate.apply(x, activation)
+    known = rows.on(linear.lora)
+    dropout = _same_dropout(linear, known) if linear.training else 0.0
+    a, bs, starts = rows.stacks(linear, known, x.dtype)
+    segments = rows.segments(x.shape, known, x.device)
+    weight = linear.quantized or linear.matrix
+    return lora_linear_batched(x, weight, linear.bias, a, bs, segments, rows=starts, dropout=dropout)
+
+
+def _same_dropout(linear: Linear, names: tuple[str, ...]) -> float:
+    factors: list[LowRank] = [linear.lora[name] for name in names]  # type: ignore[misc]
+    shares = sorted({own.dropout for own in factors})
+    if len(shares) > 1:
+        raise ValueError(f"adapters of one batch must have the same dropout in training, got {shares}")
+    return shares[0]
 
 
 def projection(
@@ -152,7 +182,7 @@ def projection(
     eps = norm.eps if norm is not None else 0.0
     in_front = norm.parameters_in_order() if norm is not None else None
     weight = linear.quantized or linear.matrix
-    if linear.active is None:
+    if not isinstance(linear.active, str):
         plan = Plan(eps=eps, activation=activation)
         return weight, linear.bias, None, (), plan, in_front
     adapter: LowRank = linear.lora[linear.active]  # type: ignore[assignment]

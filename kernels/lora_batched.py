@@ -20,6 +20,7 @@ How rows are grouped is told in `segments.py`; parts and dropout are those of `l
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backend
-from .lora_products import Plan, draw_seed, drop
+from .lora_products import Plan, draw_seed, drop, up
+from .quantize import NF4Weight
 from .segments import Segments
 
 
@@ -41,16 +43,24 @@ class _Plan:
     seed: int
 
 
+def _evaluate(x, weight, bias, a, plan: _Plan, *bs) -> tuple[Tensor, Tensor]:
+    """y and S."""
+    y = up(x, weight, bias, None, (), Plan())
+    on_triton = backend.on_triton(x, a, *bs)
+    s = _down(x, a, plan, on_triton)
+    _up_(y, s, bs, plan, on_triton)
+    return y, s
+
+
 class _LoRALinearBatched(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, a, plan: _Plan, *bs):
-        y = F.linear(x, weight, bias)
+        y, s = _evaluate(x, weight, bias, a, plan, *bs)
         ctx.on_triton = backend.on_triton(x, a, *bs)
-        s = _down(x, a, plan, ctx.on_triton)
-        _up_(y, s, bs, plan, ctx.on_triton)
         keep_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
         ctx.plan = plan
-        ctx.save_for_backward(x if keep_x else None, weight, a, s, *bs)
+        ctx.packed = weight if isinstance(weight, NF4Weight) else None  # decoded in each pass, never kept
+        ctx.save_for_backward(x if keep_x else None, None if ctx.packed is not None else weight, a, s, *bs)
         return y
 
     @staticmethod
@@ -63,6 +73,8 @@ class _LoRALinearBatched(torch.autograd.Function):
         if need_x or need_a or any(need_bs):
             sweep = _sweep_triton if ctx.on_triton else _sweep
             grad_s, grad_bs = sweep(grad, s, bs, ctx.plan, need_bs)
+        if ctx.packed is not None and need_x:
+            weight = ctx.packed.borrow(grad.dtype)
         return (
             _input_gradient(grad, weight, grad_s, a, ctx.plan, ctx.on_triton) if need_x else None,
             grad.T @ x if need_w else None,
@@ -168,7 +180,7 @@ def _input_gradient(grad: Tensor, weight: Tensor, grad_s: Tensor, a: Tensor, pla
 
 def lora_linear_batched(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | NF4Weight,
     bias: Tensor | None,
     a: Tensor,
     b: Tensor | Sequence[Tensor],
@@ -194,17 +206,27 @@ def lora_linear_batched(
     _check_segments(flat, a, segments)
     if dropout and seed is None:
         seed = draw_seed()
-    tensors = [flat, weight, bias, a, *bs]
+    tensors: list[Any] = [flat, weight, bias, a, *bs]
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        tensors = [None if t is None else t.to(dtype) for t in tensors]
+        tensors = [t.to(dtype) if isinstance(t, Tensor) else t for t in tensors]
+    plan = _Plan(segments, rows, dropout, seed or 0)
     with torch.autocast(x.device.type, enabled=False):
-        y = _LoRALinearBatched.apply(*tensors[:4], _Plan(segments, rows, dropout, seed or 0), *tensors[4:])
+        if torch.is_grad_enabled():
+            y = _LoRALinearBatched.apply(*tensors[:4], plan, *tensors[4:])
+        else:  # token by token, the Function's own cost counts
+            y = _evaluate(*tensors[:4], plan, *tensors[4:])[0]
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
 def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, bs: tuple[Tensor, ...], rows: tuple, dropout: float
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    bias: Tensor | None,
+    a: Tensor,
+    bs: tuple[Tensor, ...],
+    rows: tuple,
+    dropout: float,
 ) -> None:
     m, k = weight.shape
     if x.shape[-1] != k:
@@ -223,7 +245,7 @@ def _check(
     if sum(b.shape[2] for b in bs) != a.shape[1]:
         raise ValueError(f"b: ranks {[b.shape[2] for b in bs]} must add up to the ranks of a {tuple(a.shape)}")
     for name, tensor in (("weight", weight), ("a", a), *(("b", b) for b in bs)):
-        if tensor.dtype != x.dtype or tensor.device != x.device:
+        if isinstance(tensor, Tensor) and (tensor.dtype != x.dtype or tensor.device != x.device):
             raise ValueError(f"{name}: {tensor.dtype} on {tensor.device}, but x is {x.dtype} on {x.device}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")

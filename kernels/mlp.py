@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .adapter_rows import AdapterRows
 from .linear import Linear, activation_linear, norm_linear, projection
 from .lora import fused_linear
 from .norms import LayerNorm, RMSNorm
@@ -19,8 +20,8 @@ from .norms import LayerNorm, RMSNorm
 def feed_forward(
     x: Tensor, norm: LayerNorm | RMSNorm, up: Linear, activation: str, down: Linear, recompute: bool = False
 ) -> Tensor:
-    """down(activation(up(norm(x)))) for x (..., D); see above for `recompute`."""
-    if not (recompute and torch.is_grad_enabled()):
+    """down(activation(up(norm(x)))) for x (..., D); see above for `recompute`, which adapters by row ignore."""
+    if not (recompute and torch.is_grad_enabled()) or isinstance(up.active, AdapterRows):
         return activation_linear(norm_linear(x, norm, up), activation, down)
     arguments = projection(x.dtype, up, norm)  # of now: the backward pass may find another adapter active
     u = fused_linear(x, *arguments)

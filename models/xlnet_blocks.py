@@ -180,7 +180,8 @@ class Block(nn.Module):
     def keys(self, context: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """k and v (B, S, H, hd) of the states that may be seen, and the projected distances (1 or 2, P, H, hd)."""
         k, v = self.kv(context).unflatten(-1, (2, self.n_head, -1)).unbind(2)
-        return k, v, self.r(table).unflatten(-1, (self.n_head, -1))
+        r = self.r(table[None])[0]  # one table for all rows, which adapters by row can't be on
+        return k, v, r.unflatten(-1, (self.n_head, -1))
 
     def key_map(self, theirs: str) -> dict[str, Published]:
         """Our parameter names → their names in the published layer `theirs`."""
