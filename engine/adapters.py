@@ -56,8 +56,7 @@ def use_adapter(
 
 
 def _set_by_row(model: nn.Module, rows: AdapterRows) -> None:
-    for name in (None, *rows.adapters):
-        _require(model, name)
+    _require(model, *rows.adapters)
     chosen = [(slot, rows if rows.on(slot.module.lora) else None) for slot in slots(model)]
     in_head = [slot.path for slot, active in chosen if active is not None and slot.path.partition(".")[0] == "head"]
     if in_head and isinstance(model, KnownModel) and model.task.endswith("-lm"):
@@ -66,10 +65,12 @@ def _set_by_row(model: nn.Module, rows: AdapterRows) -> None:
         slot.module.active = active
 
 
-def _require(model: nn.Module, name: str | None) -> None:
+def _require(model: nn.Module, *names: str | None) -> None:
     refuse_merged(model)
-    if name is not None and name not in (known := adapter_names(model)):
-        raise ValueError(f"there is no adapter {name!r}; attached: {', '.join(known) or 'none'}")
+    known = {None, *adapter_names(model)}
+    if lacking := [name for name in names if name not in known]:
+        attached = ", ".join(sorted(name for name in known if name is not None))
+        raise ValueError(f"there is no adapter {lacking[0]!r}; attached: {attached or 'none'}")
 
 
 @torch.no_grad()

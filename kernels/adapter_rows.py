@@ -94,17 +94,24 @@ def _stacked(linear: "Linear", names: tuple[str, ...], dtype: torch.dtype) -> St
     parts = [part for part in linear.parts if any(part in blocks for blocks in found)]
     a_stacks, b_stacks = [], []
     for part in parts:
-        none = torch.empty(0, linear.in_features), torch.empty(part.size, 0)
-        pairs = [blocks.get(part) or none for blocks in found]
-        rank = max(len(a) for a, _ in pairs)
-        like = next(a for a, _ in pairs if len(a))
-        a_stacks.append(torch.stack([F.pad(a.to(like), (0, 0, 0, rank - len(a))) for a, _ in pairs]))
-        b_stacks.append(torch.stack([F.pad(b.to(like), (0, rank - b.shape[1])) for _, b in pairs]))
-    return torch.cat(a_stacks, 1), b_stacks, tuple(part.start for part in parts)
+        rank = max(len(blocks[part][0]) for blocks in found if part in blocks)
+        like = next(blocks[part][0] for blocks in found if part in blocks)
+        none = like.new_zeros(rank, linear.in_features), like.new_zeros(part.size, rank), 1.0
+        a_blocks, b_blocks, scales = zip(*(blocks.get(part, none) for blocks in found), strict=True)
+        a_stacks.append(torch.stack([_padded(a, 0, rank) for a in a_blocks]))
+        b_stack = torch.stack([_padded(b, 1, rank) for b in b_blocks])
+        b_stacks.append(b_stack.mul_(like.new_tensor(scales)[:, None, None]))
+    a_stack = a_stacks[0] if len(parts) == 1 else torch.cat(a_stacks, 1)
+    return a_stack, b_stacks, tuple(part.start for part in parts)
 
 
-def _blocks(factors: "LowRank", dtype: torch.dtype) -> dict["Part", tuple[Tensor, Tensor]]:
-    """Of each part that an adapter sits on, A (R, K) and s B (M, R)."""
+def _padded(x: Tensor, dim: int, size: int) -> Tensor:
+    lacking = size - x.shape[dim]
+    return F.pad(x, (0, 0, 0, lacking) if dim == 0 else (0, lacking)) if lacking else x
+
+
+def _blocks(factors: "LowRank", dtype: torch.dtype) -> dict["Part", tuple[Tensor, Tensor, float]]:
+    """Of each part that an adapter sits on, A (R, K), B (M, R) and s."""
     a, bs = factors.factors(dtype)
-    blocks = zip(factors.parts, a.split([b.shape[1] for b in bs]), bs, factors.scales, strict=True)
-    return {part: (a_block, b * scale) for part, a_block, b, scale in blocks}
+    a_blocks = a.split([b.shape[1] for b in bs]) if len(bs) > 1 else (a,)
+    return dict(zip(factors.parts, zip(a_blocks, bs, factors.scales, strict=True), strict=True))
