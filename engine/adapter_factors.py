@@ -17,6 +17,7 @@ from ..kernels.conv import ConvFactors
 from ..kernels.linear import Part
 from .lora import EmbeddingFactors, KnownModel, LoRAConfig, LoRAEmbedding, candidates, is_conv1d
 
+MAGNITUDE = "lora_magnitude_vector"  # DoRA's
 Shapes = Callable[[int], tuple[tuple[int, ...], tuple[int, ...]]]  # rank → shapes of A and B
 
 
@@ -62,6 +63,8 @@ def _embedding_factors(
     a, b = pair
     factors = EmbeddingFactors(v, d, len(a), config.scale_of(name))
     factors.a.data, factors.b.data = a.float(), b.float()
+    if config.dora:
+        factors.m = nn.Parameter(_magnitude(rest, name, (d,), path))
     return factors
 
 
@@ -82,6 +85,8 @@ def _conv_factors(
     a, b = pair
     factors = ConvFactors(conv, len(a), config.scale_of(name), config.dropout)
     factors.a.data, factors.b.data = a.float(), b.float()
+    if config.dora:
+        factors.m = nn.Parameter(_magnitude(rest, name, (1, m, 1, 1), path).flatten())
     return factors
 
 
@@ -106,7 +111,23 @@ def _projection_factors(
     factors.a.data = torch.cat([a.float() for a in a_blocks])
     for own, b in zip(factors.b, b_blocks, strict=True):
         own.data = (stored.ours(b) if stored else b).float()
+    if config.dora:
+        names = [published[parts.index(part)] for part in blocks]
+        columns = [
+            _magnitude(rest, name, (part.size,), path)[:, None] for part, name in zip(blocks, names, strict=True)
+        ]
+        factors.m = nn.ParameterList([(stored.ours(column) if stored else column)[:, 0] for column in columns])
     return factors
+
+
+def _magnitude(rest: dict[str, Tensor], name: str, shape: tuple[int, ...], path: Path) -> Tensor:
+    """Take DoRA's magnitudes of one published module out of `rest`. ValueError where they are not there."""
+    key = f"{name}.{MAGNITUDE}"
+    if key not in rest:
+        raise ValueError(f"{path}: use_dora is set, but {key} is not there; the adapter is damaged")
+    m = rest.pop(key)
+    _expect(path, name, tuple(m.shape), shape)
+    return m.float()
 
 
 def _matrices(fan_in: int, fan_out: int, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..kernels import Linear, LowRank
 from ..kernels.conv import ConvFactors
-from .adapter_factors import plan_factors, stored, stored_factor
+from .adapter_factors import MAGNITUDE, plan_factors, stored, stored_factor
 from .adapters import adapter_names, set_adapter
 from .belongings import belongings, claim
 from .beside import BASE, places_beside, put_beside, trained_beside
@@ -58,7 +58,7 @@ _NEUTRAL = {
 }  # fmt: skip
 _READ = {
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "trainable_token_indices",
-    "bias",
+    "bias", "use_dora",
 }  # fmt: skip
 # Initialisations that leave the base weights alone; the others (PiSSA, OLoRA) go with a base that they changed.
 _INITS = (None, True, False, "gaussian", "orthogonal", "eva")
@@ -103,22 +103,24 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
 
 
 def _published_factors(model: nn.Module, slot: Slot, name: str) -> Iterator[tuple[str, int, float, dict[str, Tensor]]]:
-    """For each adapted part: published module path, rank, scale, and its two factors under PEFT's names."""
+    """For each adapted part: published module path, rank, scale, and its factors under PEFT's names."""
     factors = slot.module.lora[name]
     if isinstance(factors, EmbeddingFactors):
         weights: dict[str, Tensor] = {"lora_embedding_A": factors.a, "lora_embedding_B": factors.b}
+        weights |= {} if factors.m is None else {MAGNITUDE: factors.m}
         yield slot.published[0], factors.a.shape[0], factors.scale, weights
     elif isinstance(factors, ConvFactors):
         weights = {"lora_A.weight": factors.a, "lora_B.weight": factors.b}
+        weights |= {} if factors.m is None else {MAGNITUDE: factors.m.view(1, -1, 1, 1)}
         yield slot.published[0], factors.a.shape[0], factors.scale, weights
     elif isinstance(factors, LowRank) and isinstance(slot.module, Linear):
-        blocks = zip(
-            factors.parts, factors.ranks, factors.scales, factors.a.split(factors.ranks), factors.b, strict=True
-        )
         stored = stored_factor(model, slot.path)
-        for part, rank, scale, a, b in blocks:
+        for i, (part, scale, a, b) in enumerate(factors.blocks()):
             weights = {"lora_A.weight": a, "lora_B.weight": stored.theirs(b) if stored else b}
-            yield slot.published[slot.module.parts.index(part)], rank, scale, weights
+            if factors.m is not None:
+                column = factors.m[i][:, None]
+                weights[MAGNITUDE] = (stored.theirs(column) if stored else column)[:, 0]
+            yield slot.published[slot.module.parts.index(part)], len(a), scale, weights
 
 
 def _stored_raw(model: nn.Module, slot: Slot) -> bool:
@@ -147,6 +149,7 @@ def _peft_config(
         "rank_pattern": {_exactly(path): r for path, (r, _) in modules.items() if r != rank},
         "alpha_pattern": {_exactly(path): a for path, (_, a) in modules.items() if a != alpha},
         "use_rslora": False,
+        "use_dora": any(factors.m is not None for factors in _factors(model, name)),
     }
 
 
@@ -155,9 +158,12 @@ def _exactly(path: str) -> str:
     return f"^{re.escape(path)}"
 
 
+def _factors(model: nn.Module, name: str) -> list[Any]:
+    return [slot.module.lora[name] for slot in slots(model) if name in slot.module.lora]
+
+
 def _dropout(model: nn.Module, name: str) -> float:
-    found = [slot.module.lora[name] for slot in slots(model) if name in slot.module.lora]
-    return next((factors.dropout for factors in found if isinstance(factors, LowRank | ConvFactors)), 0.0)
+    return next((own.dropout for own in _factors(model, name) if isinstance(own, LowRank | ConvFactors)), 0.0)
 
 
 def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
@@ -226,6 +232,7 @@ def _lora_config(published: Any, path: Path) -> LoRAConfig:
             alpha=published["lora_alpha"],
             dropout=published.get("lora_dropout") or 0.0,
             rslora=bool(published.get("use_rslora")),
+            dora=bool(published.get("use_dora")),
             rank_pattern=published.get("rank_pattern") or {},
             alpha_pattern=published.get("alpha_pattern") or {},
         )

@@ -62,6 +62,12 @@ def _set_by_row(model: nn.Module, rows: AdapterRows) -> None:
     if in_head and isinstance(model, KnownModel) and model.task.endswith("-lm"):
         raise ValueError(f"{in_head[0]}: the head sees chosen positions, not rows; an adapter on it must be used alone")
     for slot, active in chosen:
+        for name in () if active is None else active.on(slot.module.lora):
+            if slot.module.lora[name].m is not None:
+                raise ValueError(
+                    f"{name!r} is a DoRA, which can't be mixed with others in a batch: use it for all rows"
+                )
+    for slot, active in chosen:
         slot.module.active = active
 
 
@@ -99,21 +105,19 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> None:
         module, name = slot.module, slot.module.active
         assert isinstance(name, str)
         base = module.weight.detach().clone() if keep_base else None
-        for rows, delta in _deltas(module, name):
-            rows.copy_(rows.to(torch.promote_types(rows.dtype, torch.float32)) + delta)
+        for rows, value in merged_rows(module, name):
+            rows.copy_(value)
         module.merged, module.active = Merged(name, base), None
 
 
-def _deltas(module: Adaptable, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Blocks of the weight as (rows, fan-in) views, each with its correction in fp32."""
+def merged_rows(module: Adaptable, name: str) -> list[tuple[Tensor, Tensor]]:
+    """Blocks of the weight as (rows, fan-in) views, each with what it becomes with the adapter in it, in fp32."""
     factors = module.lora[name]
     if isinstance(factors, LowRank) and isinstance(module, Linear):
-        for part, delta in factors.delta():
-            yield module.matrix.data[part.start : part.start + part.size], delta
-    elif isinstance(factors, ConvFactors):
-        yield module.weight.data, factors.delta()
-    elif isinstance(factors, EmbeddingFactors):
-        yield module.weight.data, factors.scale * (factors.b @ factors.a).T
+        matrix = module.matrix.data
+        return [(matrix[part.start : part.start + part.size], rows) for part, rows in factors.merged(matrix)]
+    assert isinstance(factors, ConvFactors | EmbeddingFactors)
+    return [(module.weight.data, factors.merged(module.weight.data))]
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from .evaluation import evaluate
 from .features import with_features
 from .freezing import match, train_mode, unfreeze_due
 from .guards import explained_memory_error, interruptible, passes, require_finite, smaller_batches
-from .lora import adapters_in_use, slots
+from .lora import adapters_in_use, lr_ratios, slots
 from .losses import ByAdapter, LossFn
 from .objectives import Score
 from .optim import SCHEDULES, Optimizer, layer_count, lr_factor
@@ -173,7 +173,7 @@ def train(
     record.start(about or {}, (about or {}).get("config") or {"train": asdict(config)})
     optimizer = Optimizer(
         trained.items(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
-        lr_scale=config.lr_scale, lr_decay=config.lr_decay, buffers=_buffers(model),
+        lr_scale=config.lr_scale, lr_ratios=lr_ratios(model), lr_decay=config.lr_decay, buffers=_buffers(model),
         rows=trained_rows(model), n_layer=layer_count(name for name, _ in model.named_parameters()),
     )  # fmt: skip
     if not config.unfreeze:

@@ -13,14 +13,13 @@ from fnmatch import fnmatchcase
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import Conv2d, Linear, LowRank
 from ..kernels.adapter_rows import AdapterRows
 from ..kernels.conv import ConvFactors
-from ..kernels.linear import Merged
 from .belongings import claim
+from .lora_embedding import EmbeddingFactors, LoRAEmbedding
 
 FOREIGN_HEADS = ("lm_head", "head", "score", "classifier", "qa_outputs", "embed_out", "cls")
 
@@ -48,6 +47,11 @@ class LoRAConfig:
     end, in our spelling or the published one. In a foreign model "all-linear" is PEFT's, without convolutions.
     `rank_pattern` and `alpha_pattern` give single modules (regular expressions on the end of their path) another rank
     or alpha. `dropout` acts on the input of the low-rank branch.
+
+    `dora` trains the magnitudes of the adapted weights apart from their directions (arXiv:2402.09353). `lr_ratio` is
+    LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B learns so many times as fast as A. `init = "pissa"` starts from the
+    largest singular triples of the weights instead of from zero (arXiv:2404.02948), of projections only; the base is
+    left alone, and the adapter's file has twice the rank.
     """
 
     rank: int = 16
@@ -57,6 +61,9 @@ class LoRAConfig:
     rslora: bool = False
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    dora: bool = False
+    lr_ratio: float = 1.0
+    init: str = "kaiming"
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -66,6 +73,10 @@ class LoRAConfig:
                 raise ValueError(f"rank_pattern: expected positive numbers, got {rank} for {key!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
+        if not 0 < self.lr_ratio < float("inf"):
+            raise ValueError(f"lr_ratio: expected a positive number, got {self.lr_ratio}")
+        if self.init not in ("kaiming", "pissa"):
+            raise ValueError(f'init: expected "kaiming" or "pissa", got {self.init!r}')
         if not self.targets:
             raise ValueError('targets: name at least one, for example "all-linear"')
 
@@ -84,42 +95,8 @@ def _ends_with(path: str, pattern: str) -> bool:
     return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
 
 
-class EmbeddingFactors(nn.Module):
-    """An adapter on an embedding: `a` (R, V), zero, and `b` (D, R), N(0, 1), as PEFT starts them. fp32 masters."""
-
-    def __init__(self, vocab: int, d_model: int, rank: int, scale: float, device: torch.device | None = None):
-        super().__init__()
-        self.a = nn.Parameter(torch.zeros(rank, vocab, device=device))
-        self.b = nn.Parameter(torch.randn(d_model, rank, device=device))
-        self.scale = scale
-
-
-class LoRAEmbedding(nn.Module):
-    """An embedding with an adapter slot; holds the wrapped embedding's own weight (V, D)."""
-
-    def __init__(self, base: nn.Embedding):
-        super().__init__()
-        self.weight, self.padding_idx = base.weight, base.padding_idx
-        self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
-        self.lora = nn.ModuleDict()
-        self.active: str | AdapterRows | None = None
-        self.merged: Merged | None = None
-
-    def forward(self, ids: Tensor) -> Tensor:
-        if isinstance(self.active, AdapterRows):
-            return self.active.apply(ids, ids.dim(), self.active.on(self.lora), self._look_up)
-        return self._look_up(ids, self.active)
-
-    def _look_up(self, ids: Tensor, adapter: str | None) -> Tensor:
-        out = F.embedding(ids, self.weight, self.padding_idx)
-        if adapter is None:
-            return out
-        factors: EmbeddingFactors = self.lora[adapter]  # type: ignore[assignment]
-        low = F.embedding(ids, factors.a.T.to(out.dtype))
-        return out + factors.scale * (low @ factors.b.T.to(out.dtype))
-
-
 Adaptable = Linear | Conv2d | LoRAEmbedding
+Factors = LowRank | ConvFactors | EmbeddingFactors
 
 
 class Slot(NamedTuple):
@@ -138,12 +115,49 @@ def slots(model: nn.Module) -> Iterator[Slot]:
             yield Slot(path, module, _published(path, names))
 
 
+def _refuse_variant(model: nn.Module, path: str, config: LoRAConfig) -> None:
+    """ValueError where the module at `path` can't have what the configuration asks for."""
+    module = model.get_submodule(path)
+    if config.init == "pissa" and isinstance(module, nn.Embedding | LoRAEmbedding | nn.Conv2d | Conv2d):
+        raise ValueError(f'{path}: init "pissa" is for projections; leave it out of the targets, or choose "kaiming"')
+    if config.dora and isinstance(module, nn.Conv2d | Conv2d) and module.groups > 1:
+        raise ValueError(f"{path}: a convolution in {module.groups} groups has no DoRA; leave it out of the targets")
+
+
+@torch.no_grad()
+def _vary(factors: Factors, module: Adaptable, config: LoRAConfig) -> None:
+    """PiSSA, LoRA+ and DoRA for fresh factors."""
+    factors.lr_ratio = config.lr_ratio
+    if isinstance(module, Linear):
+        weight = module.matrix if module.quantized is None else module.quantized.dequantize(torch.float32)
+    else:
+        weight = module.weight
+    if config.init == "pissa" and isinstance(factors, LowRank):
+        factors.start_from(weight)
+    if config.dora:
+        factors.add_magnitudes(weight)
+
+
+def lr_ratios(model: nn.Module) -> dict[str, float]:
+    """LoRA+: the factor on the learning rate of each B that has one, by the parameter's name."""
+    out: dict[str, float] = {}
+    for path, module, _ in slots(model):
+        for name, factors in module.lora.items():
+            assert isinstance(factors, Factors)
+            if factors.lr_ratio != 1.0:
+                keys = [key for key, _ in factors.named_parameters() if key == "b" or key.startswith("b.")]
+                out |= {f"{path}.lora.{name}.{key}": factors.lr_ratio for key in keys}
+    return out
+
+
 def adapters_in_use(model: nn.Module) -> set[str]:
     """The names of the adapters that are applied somewhere, to all rows or by row, or train."""
     found: set[str] = set()
     for _, module, _ in slots(model):
-        active = module.active
-        found |= set(active.adapters) if isinstance(active, AdapterRows) else {active} - {None}
+        if isinstance(module.active, AdapterRows):
+            found |= set(module.active.adapters)
+        elif module.active is not None:
+            found.add(module.active)
         found |= {name for name, factors in module.lora.items() if any(p.requires_grad for p in factors.parameters())}
     return found
 
@@ -165,6 +179,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> tup
     refuse_tied(model, [path for path, _, _ in chosen])
     for path, _, published in chosen:
         refuse_misfit(model, path, config.rank_of(published[0]))
+        _refuse_variant(model, path, config)
     claim(model, adapters_in_use(model))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -174,12 +189,13 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> tup
         scales = [config.scale_of(published[i]) for i in parts]
         if isinstance(module, LoRAEmbedding):
             vocab, d_model = module.num_embeddings, module.embedding_dim
-            factors: nn.Module = EmbeddingFactors(vocab, d_model, ranks[0], scales[0], module.weight.device)
+            factors: Factors = EmbeddingFactors(vocab, d_model, ranks[0], scales[0], module.weight.device)
         elif isinstance(module, Conv2d):
             factors = ConvFactors(module, ranks[0], scales[0], config.dropout)
         else:
             blocks = [module.parts[i] for i in parts]
             factors = LowRank(module.in_features, blocks, ranks, scales, config.dropout, module.weight.device)
+        _vary(factors, module, config)
         module.lora[name] = factors.train(module.training)
     for slot in slots(model):
         slot.module.active = name if name in slot.module.lora else None

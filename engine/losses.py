@@ -15,8 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels import Linear, linear_cross_entropy
-from ..kernels.linear import projection
-from ..kernels.lora import fused_linear
+from ..kernels.linear import as_it_stands
 from .adapters import use_adapter
 from .batches import Batch
 
@@ -61,11 +60,11 @@ def _adapted_cross_entropy(states: Tensor, head: Linear, targets: Tensor) -> Ten
     """The sum for states (n, D) of a head with an adapter: logits 64 MiB at a time, made again for the gradient."""
     chunk = max(1, 2**24 // head.out_features)
 
-    def loss_of(rows: Tensor, targets: Tensor, arguments: tuple[Any, ...]) -> Tensor:
-        return F.cross_entropy(fused_linear(rows, *arguments).float(), targets, reduction="sum")
+    def loss_of(rows: Tensor, targets: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
+        return F.cross_entropy(project(rows).float(), targets, reduction="sum")
 
     losses = [
-        checkpoint(loss_of, rows, part, projection(rows.dtype, head), use_reentrant=False)
+        checkpoint(loss_of, rows, part, as_it_stands(rows.dtype, head), use_reentrant=False)
         for rows, part in zip(states.split(chunk), targets.split(chunk), strict=True)
     ]
     return torch.stack(losses).sum()

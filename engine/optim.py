@@ -66,6 +66,7 @@ class Optimizer:
     statistics, say) are not touched, but belong to the state. `rows`: of the parameters named there only these rows
     train, on a master (n, ...) of their own, and the others are never written to. `n_layer`: the layers that `lr_decay`
     counts, those of the whole model, also where the upper ones are frozen; None takes those of the named parameters.
+    `lr_ratios`: one more factor on the learning rate, by name.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Optimizer:
         buffers: Mapping[str, Tensor] | None = None,
         rows: Mapping[str, Tensor] | None = None,
         n_layer: int | None = None,
+        lr_ratios: Mapping[str, float] | None = None,
     ):
         self.parameters, self.buffers = dict(named), dict(buffers or {})
         self.rows = {name: ids for name, ids in (rows or {}).items() if name in self.parameters}
@@ -94,7 +96,7 @@ class Optimizer:
         self.trained = {
             name: Trained(
                 master,
-                scale=lr_scale_of(name, lr_scale, lr_decay, n_layer),
+                scale=lr_scale_of(name, lr_scale, lr_decay, n_layer) * (lr_ratios or {}).get(name, 1.0),
                 decay=weight_decay if master.dim() > 1 else 0.0,
                 copy=None if master is self.parameters[name] or name in self.rows else self.parameters[name],
             )

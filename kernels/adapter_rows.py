@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .segments import Segments
 
 if TYPE_CHECKING:
-    from .linear import Linear, LowRank, Part
+    from .linear import Linear, LowRank
 
 Stacks = tuple[Tensor, list[Tensor], tuple[int, ...]]  # A (G, ΣR, K), each part's s B (G, M, R), its first row in y
 
@@ -90,7 +90,8 @@ class AdapterRows:
 
 def _stacked(linear: "Linear", names: tuple[str, ...], dtype: torch.dtype) -> Stacks:
     """Each adapter's factors on all parts that one of them has, padded with zeros to the highest rank among them."""
-    found = [_blocks(linear.lora[name], dtype) for name in names]  # type: ignore[arg-type]
+    factors: list[LowRank] = [linear.lora[name] for name in names]  # type: ignore[misc]
+    found = [{part: (a, b, scale) for part, scale, a, b in own.blocks(dtype)} for own in factors]
     parts = [part for part in linear.parts if any(part in blocks for blocks in found)]
     a_stacks, b_stacks = [], []
     for part in parts:
@@ -108,10 +109,3 @@ def _stacked(linear: "Linear", names: tuple[str, ...], dtype: torch.dtype) -> St
 def _padded(x: Tensor, dim: int, size: int) -> Tensor:
     lacking = size - x.shape[dim]
     return F.pad(x, (0, 0, 0, lacking) if dim == 0 else (0, lacking)) if lacking else x
-
-
-def _blocks(factors: "LowRank", dtype: torch.dtype) -> dict["Part", tuple[Tensor, Tensor, float]]:
-    """Of each part that an adapter sits on, A (R, K), B (M, R) and s."""
-    a, bs = factors.factors(dtype)
-    a_blocks = a.split([b.shape[1] for b in bs]) if len(bs) > 1 else (a,)
-    return dict(zip(factors.parts, zip(a_blocks, bs, factors.scales, strict=True), strict=True))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .adapter_rows import AdapterRows
+from .dora import rescale, row_norms
 from .linear import Merged
 from .lora_products import Plan, draw_seed, drop
 
@@ -205,10 +206,28 @@ class ConvFactors(nn.Module):
         self.a = nn.Parameter(torch.empty(rank, c * conv.groups, *kernel, device=device).uniform_(-bound, bound))
         self.b = nn.Parameter(torch.zeros(m, rank // conv.groups, 1, 1, device=device))
 
-    def delta(self) -> Tensor:
-        """s B A in fp32, (M, C, k, k). Several groups have none: each would read all channels."""
+        self.m: nn.Parameter | None = None  # DoRA's magnitudes (M,), see `dora.py`
+        self.lr_ratio = 1.0  # of B's learning rate to A's
+
+    @torch.no_grad()
+    def add_magnitudes(self, weight: Tensor) -> None:
+        """Train the magnitudes of the weight (M, C, k, k), too; they start as they are. One group only."""
+        self.m = nn.Parameter(self._norms(weight))
+
+    def _norms(self, weight: Tensor) -> Tensor:
+        return row_norms(weight.flatten(1), self.a.flatten(1), self.b.flatten(1), self.scale)
+
+    def gain(self, weight: Tensor) -> Tensor:
+        """DoRA's g (M,) for the weight (M, C, k, k)."""
+        assert self.m is not None
+        return self.m / self._norms(weight)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """What the weight (M, C, k, k) becomes, in fp32. Several groups have no such: each would read all channels."""
         assert self.groups == 1
-        return self.scale * torch.einsum("mr,rcij->mcij", self.b[:, :, 0, 0].float(), self.a.float())
+        delta = torch.einsum("mr,rcij->mcij", self.b[:, :, 0, 0].float(), self.a.float())
+        value = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.scale * delta
+        return value if self.m is None else value * self.gain(weight)[:, None, None, None]
 
 
 class Conv2d(nn.Module):
@@ -254,11 +273,12 @@ class Conv2d(nn.Module):
         if adapter is None:
             return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
         factors: ConvFactors = self.lora[adapter]  # type: ignore[assignment]
-        return lora_conv2d(
+        y = lora_conv2d(
             x, self.weight, self.bias, factors.a.to(x.dtype), factors.b.to(x.dtype), stride=self.stride,
             padding=self.padding, dilation=self.dilation, groups=self.groups, scale=factors.scale,
             dropout=factors.dropout if self.training else 0.0,
         )  # fmt: skip
+        return y if factors.m is None else rescale(y, factors.gain(self.weight), self.bias, dim=1)
 
     def extra_repr(self) -> str:
         m, c, *kernel = self.weight.shape

@@ -7,6 +7,7 @@ function that sees both can avoid keeping what lies between them. A frozen weigh
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from .activations import ACTIVATIONS, Activate, Activation
 from .adapter_rows import AdapterRows
+from .dora import gain_of, rescale, row_norms
 from .lora import fused_linear
 from .lora_batched import lora_linear_batched
 from .lora_products import Plan, draw_seed
@@ -34,7 +36,9 @@ class Part:
 class LowRank(nn.Module):
     """One adapter's factors on one `Linear`: `a` (ΣRᵢ, K), and for each adapted part a `b` (Mᵢ, Rᵢ). fp32 masters.
 
-    A is Kaiming uniform with a = √5, which is U(±1/√K); B is zero, so that the sum starts as the base model.
+    A is Kaiming uniform with a = √5, which is U(±1/√K); B is zero, so that the sum starts as the base model. With DoRA
+    (`dora.py`) there is an `m` (Mᵢ,) for each part, too. With PiSSA (`start_from`) both factors start from the weight,
+    and that start, `a_start` and `b_start`, is subtracted: the base stays as it is.
     """
 
     def __init__(
@@ -53,16 +57,82 @@ class LowRank(nn.Module):
         self.b = nn.ParameterList(
             torch.zeros(part.size, rank, device=device) for part, rank in zip(parts, ranks, strict=True)
         )
+        self.m: nn.ParameterList | None = None
         self.rows = tuple(part.start for part in parts)
+        self.pissa = False
+        self.lr_ratio = 1.0  # of B's learning rate to A's
+        self.kept_gain: tuple[Any, Tensor] | None = None
+
+    @torch.no_grad()
+    def start_from(self, matrix: Tensor) -> None:
+        """Start from the R largest singular triples of each part of the weight (M, K), so that s B A is their sum.
+
+        PiSSA: Meng et al. 2024, https://arxiv.org/abs/2404.02948
+        """
+        a_blocks = []
+        for part, rank, scale, b in zip(self.parts, self.ranks, self.scales, self.b, strict=True):
+            u, values, v = torch.linalg.svd(matrix[part.start : part.start + part.size].float(), full_matrices=False)
+            root = (values[:rank] / scale).sqrt()
+            b.copy_(u[:, :rank] * root)
+            a_blocks.append(v[:rank] * root[:, None])
+        self.a.copy_(torch.cat(a_blocks))
+        self.pissa = True
+        self.register_buffer("a_start", self.a.detach().clone())
+        self.register_buffer("b_start", torch.cat([b.detach().flatten() for b in self.b]))
+
+    @torch.no_grad()
+    def add_magnitudes(self, matrix: Tensor) -> None:
+        """Train the magnitudes of the adapted rows of the weight (M, K), too; they start as they are."""
+        self.m = nn.ParameterList(self._norms(matrix))
 
     def factors(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        """A and the B's in the compute dtype; the gradients flow back into the fp32 masters."""
-        return self.a.to(dtype), [b.to(dtype) for b in self.b]
+        """A and the B's in the compute dtype; the gradients flow back into the fp32 masters.
 
-    def delta(self) -> list[tuple[Part, Tensor]]:
-        """For each adapted part, s B A in fp32, (Mᵢ, K)."""
-        blocks = zip(self.parts, self.scales, self.b, self.a.split(self.ranks), strict=True)
-        return [(part, scale * (b.float() @ a.float())) for part, scale, b, a in blocks]
+        With PiSSA each part has its rank twice: of what trains, and of the start that is subtracted.
+        """
+        if not self.pissa:
+            return self.a.to(dtype), [b.to(dtype) for b in self.b]
+        trained, fixed = self.a.split(self.ranks), self.get_buffer("a_start").split(self.ranks)
+        a = torch.cat([block for pair in zip(trained, fixed, strict=True) for block in pair])
+        starts = self.get_buffer("b_start").split([b.numel() for b in self.b])
+        bs = [torch.cat((b, -start.view_as(b)), 1).to(dtype) for b, start in zip(self.b, starts, strict=True)]
+        return a.to(dtype), bs
+
+    def blocks(self, dtype: torch.dtype = torch.float32) -> list[tuple[Part, float, Tensor, Tensor]]:
+        """For each adapted part s, A (R, K) and B (Mᵢ, R)."""
+        a, bs = self.factors(dtype)
+        a_blocks = a.split([b.shape[1] for b in bs]) if len(bs) > 1 else (a,)
+        return list(zip(self.parts, self.scales, a_blocks, bs, strict=True))
+
+    def _norms(self, matrix: Tensor) -> list[Tensor]:
+        return [
+            row_norms(matrix[part.start : part.start + part.size], a, b, scale) for part, scale, a, b in self.blocks()
+        ]
+
+    def gain(self, matrix: Tensor | NF4Weight) -> Tensor:
+        """DoRA's g (M,) for the weight (M, K)."""
+        assert self.m is not None
+        weights = list(matrix.parameters()) if isinstance(matrix, NF4Weight) else [matrix]
+        used = (*weights, self.a, *self.b, *self.m)
+        key = [(x._version, x.data_ptr()) for x in used]
+        if not torch.is_grad_enabled() and self.kept_gain is not None and self.kept_gain[0] == key:
+            return self.kept_gain[1]
+        dense = matrix.dequantize(torch.float32) if isinstance(matrix, NF4Weight) else matrix
+        gain = gain_of(list(self.m), self._norms(dense), self.rows, matrix.shape[0])
+        self.kept_gain = None if torch.is_grad_enabled() else (key, gain)
+        return gain
+
+    def merged(self, matrix: Tensor) -> list[tuple[Part, Tensor]]:
+        """For each adapted part what its rows of the weight (M, K) become, in fp32."""
+        wide = torch.promote_types(matrix.dtype, torch.float32)
+        out = []
+        for i, (part, scale, a, b) in enumerate(self.blocks()):
+            rows = matrix[part.start : part.start + part.size]
+            value = rows.to(wide) + scale * (b @ a)
+            if self.m is not None:
+                value *= (self.m[i] / row_norms(rows, a, b, scale))[:, None]
+            out.append((part, value))
+        return out
 
 
 @dataclass(frozen=True)
@@ -146,7 +216,7 @@ def _project(
 ) -> Tensor:
     if isinstance(linear.active, AdapterRows):
         return _project_by_row(h, linear, linear.active, norm, activation)
-    return fused_linear(h, *projection(h.dtype, linear, norm, activation))
+    return as_it_stands(h.dtype, linear, norm, activation)(h)
 
 
 def _project_by_row(
@@ -175,22 +245,24 @@ def _same_dropout(linear: Linear, names: tuple[str, ...]) -> float:
     return shares[0]
 
 
-def projection(
+def as_it_stands(
     dtype: torch.dtype, linear: Linear, norm: LayerNorm | RMSNorm | None = None, activation: Activation | None = None
-) -> tuple[Any, ...]:
-    """What `fused_linear` needs besides h, as the module stands now: weights, the active adapter, a mask's seed."""
-    eps = norm.eps if norm is not None else 0.0
+) -> Callable[[Tensor], Tensor]:
+    """The projection of h with the adapter that is active now, and the same dropout mask each time, also later on."""
     in_front = norm.parameters_in_order() if norm is not None else None
-    weight = linear.quantized or linear.matrix
+    weight, eps = linear.quantized or linear.matrix, norm.eps if norm is not None else 0.0
     if not isinstance(linear.active, str):
         plan = Plan(eps=eps, activation=activation)
-        return weight, linear.bias, None, (), plan, in_front
+        return lambda h: fused_linear(h, weight, linear.bias, None, (), plan, in_front)
     adapter: LowRank = linear.lora[linear.active]  # type: ignore[assignment]
     dropout = adapter.dropout if linear.training else 0.0
     seed = draw_seed() if dropout else 0
     plan = Plan(adapter.rows, adapter.scales, eps, activation, dropout, seed)
     a, bs = adapter.factors(dtype)
-    return weight, linear.bias, a, bs, plan, in_front
+    if adapter.m is None:
+        return lambda h: fused_linear(h, weight, linear.bias, a, bs, plan, in_front)
+    gain = adapter.gain(weight)
+    return lambda h: rescale(fused_linear(h, weight, linear.bias, a, bs, plan, in_front), gain, linear.bias)
 
 
 def norm_linear(h: Tensor, norm: LayerNorm | RMSNorm, linear: Linear) -> Tensor:

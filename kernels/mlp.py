@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from .adapter_rows import AdapterRows
-from .linear import Linear, activation_linear, norm_linear, projection
-from .lora import fused_linear
+from .linear import Linear, activation_linear, as_it_stands, norm_linear
 from .norms import LayerNorm, RMSNorm
 
 
@@ -23,15 +22,15 @@ def feed_forward(
     """down(activation(up(norm(x)))) for x (..., D); see above for `recompute`, which adapters by row ignore."""
     if not (recompute and torch.is_grad_enabled()) or isinstance(up.active, AdapterRows):
         return activation_linear(norm_linear(x, norm, up), activation, down)
-    arguments = projection(x.dtype, up, norm)  # of now: the backward pass may find another adapter active
-    u = fused_linear(x, *arguments)
+    project = as_it_stands(x.dtype, up, norm)  # now: the backward pass may find another adapter active
+    u = project(x)
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     place, size = u.data_ptr(), u.numel()
 
     def again() -> Tensor:
         with torch.no_grad(), torch.autocast(device, autocast, enabled=autocast is not None):
-            return fused_linear(x, *arguments)
+            return project(x)
 
     def pack(kept: Tensor) -> Tensor | Callable[[], Tensor]:
         return again if kept.data_ptr() == place and kept.numel() == size else kept

@@ -20,7 +20,10 @@ from handtune.models import load
 FILES = "adapter_config.json", "adapter_model.safetensors"
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "use_dora": ({"use_dora": True}, "use_dora = True is not implemented"),
+    "use_dora": (
+        {"use_dora": True},
+        "use_dora is set, but transformer.h.0.attn.c_attn.lora_magnitude_vector is not there",
+    ),
     "bias": ({"bias": "some"}, "bias = 'some' is not implemented"),
     "lora_bias": ({"lora_bias": True}, "lora_bias = True"),
     "layer_replication": ({"layer_replication": [[0, 2]]}, "layer_replication"),

@@ -1,0 +1,82 @@
+"""DoRA: direction and magnitude of a weight apart. Liu et al. 2024, https://arxiv.org/abs/2402.09353
+
+For W (M, K) with a correction s B A and a trained magnitude m (M,), row by row,
+
+    V = W + s B A,     W' = m V / ‖V‖,     y = x W'ᵀ + b = g ⊙ (x Vᵀ) + b,     g = m / ‖V‖
+
+The norm is a constant for the gradient (section 4.3 of the paper), which goes into A and B through x Vᵀ and into m
+through g. m starts as ‖W‖, so that g is 1 and y the base model's, bit for bit. Dropout acts on x in the low-rank branch
+alone, as without DoRA; PEFT does so too.
+
+V is never made. With y₀ = x Vᵀ + b, which `lora_linear` gives, y = g y₀ + (1 − g) b; its gradient in g is
+Σ dy (y − b) / g, so that y is all that is kept. And from the factors,
+
+    ‖V‖² = ‖W‖² + 2 s Σ (W Aᵀ) ⊙ B + s² Σ (B (A Aᵀ)) ⊙ B          sums over the columns of each row
+
+which is a product with W of R columns: for n rows of x, R/n of what the layer itself takes. Without gradients g is kept
+until a factor or the weight changes: decoding token by token would otherwise pay R times the layer.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@torch.no_grad()
+def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """‖W + s B A‖ of each row (M,) in fp32, for weight (M, K), a (R, K), b (M, R)."""
+    a, b = a.float(), b.float()
+    square = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+    cross = ((weight @ a.to(weight.dtype).T).float() * b).sum(1)
+    own = ((b @ (a @ a.T)) * b).sum(1)
+    return (square + 2 * scale * cross + scale**2 * own).clamp_(min=0).sqrt_()
+
+
+class _Rescale(torch.autograd.Function):
+    """y = g y₀ + (1 − g) b, for y₀ with M entries along `dim`, g (M,) and b (M,) or None."""
+
+    @staticmethod
+    def forward(ctx, y, g, bias, dim: int):
+        along, ctx.dim = _along(y, dim), dim
+        y = torch.mul(y, g.view(along), out=torch.empty_like(y))  # g in fp32: rounded to bf16 it would mostly be 1
+        if bias is not None:
+            y.add_(((1 - g) * bias).view(along))
+        ctx.save_for_backward(y, g, bias)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        y, g, bias = ctx.saved_tensors
+        need_y, need_g, need_bias, _ = ctx.needs_input_grad
+        along, others = _along(y, ctx.dim), [d for d in range(y.dim()) if d != ctx.dim % y.dim()]
+        grad_g = grad_bias = None
+        if need_g:
+            product = grad * (y if bias is None else y - bias.view(along))
+            grad_g = product.sum(others, dtype=g.dtype) / g
+        if need_bias:
+            grad_bias = (grad.sum(others, dtype=g.dtype) * (1 - g)).to(bias.dtype)
+        return (grad * g.view(along)).to(grad.dtype) if need_y else None, grad_g, grad_bias, None
+
+
+def _along(y: Tensor, dim: int) -> list[int]:
+    """The shape in which M entries lie along `dim` of y."""
+    shape = [1] * y.dim()
+    shape[dim] = -1
+    return shape
+
+
+def rescale(y: Tensor, gain: Tensor, bias: Tensor | None, dim: int = -1) -> Tensor:
+    """g y + (1 − g) bias, for y with M entries along `dim`, gain (M,) in fp32 and bias (M,) or None; see above."""
+    return _Rescale.apply(y, gain, bias, dim)
+
+
+def gain_of(magnitudes: Sequence[Tensor], norms: Sequence[Tensor], starts: Sequence[int], size: int) -> Tensor:
+    """g (M,) in fp32: m / ‖V‖ in the rows of each part, which begin at `starts`, and 1 elsewhere."""
+    blocks, end = [], 0
+    for m, norm, start in zip(magnitudes, norms, starts, strict=True):
+        blocks += [norm.new_ones(start - end), m / norm]
+        end = start + len(m)
+    return torch.cat([*blocks, norms[0].new_ones(size - end)])

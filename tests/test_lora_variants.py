@@ -1,0 +1,273 @@
+"""DoRA, LoRA+ and PiSSA, each by the identity that it rests on; DoRA's and PiSSA's files exchanged with PEFT."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from small_adapters import assert_unchanged, shaken, snapshot
+from small_models import both, tiny_bert, tiny_gpt2, tiny_llama, token_rows
+from small_resnets import both as both_resnets
+from small_resnets import images
+from test_adapter_exchange import assert_close, logits, tiny_bloom
+from torch import Tensor
+
+from handtune.engine import (
+    LoRAConfig,
+    TrainConfig,
+    add_lora,
+    freeze,
+    load_adapter,
+    merge_lora,
+    quantize,
+    save_adapter,
+    train,
+    unmerge_lora,
+    use_adapter,
+)
+from handtune.engine.batches import Collate
+from handtune.engine.losses import causal_lm_loss
+from handtune.kernels import Linear
+
+IDS = torch.tensor(token_rows((7, 7)))
+TEXT = {"input_ids": IDS}
+Made = Callable[[Path], Any]
+FAMILIES: dict[str, tuple[Made, dict[str, Tensor], list[str]]] = {
+    "gpt2": (lambda f: both(f, tiny_gpt2(), "causal-lm"), TEXT, ["c_attn", "c_fc", "wpe"]),
+    "bert": (lambda f: both(f, tiny_bert(), "masked-lm"), TEXT, ["query", "value", "output.dense"]),
+    "bloom": (lambda f: both(f, tiny_bloom(), "causal-lm"), TEXT, ["query_key_value", "dense"]),
+    "llama": (lambda f: both(f, tiny_llama(), "causal-lm"), TEXT, ["q_proj", "v_proj", "down_proj"]),
+    "resnet": (both_resnets, {"pixel_values": images(32, 32)}, ["convolution"]),
+}
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@every_family
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_dora_starts_as_the_base_model_bit_for_bit(family: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    make, inputs, targets = FAMILIES[family]
+    model = make(tmp_path)[1].to(dtype)
+    inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
+    base = logits(model, inputs)
+    embeddings = {"wpe"}  # PEFT starts an embedding's B at random, and A at zero
+    add_lora(model, LoRAConfig(rank=2, targets=[target for target in targets if target not in embeddings], dora=True))
+    assert torch.equal(logits(model, inputs), base)
+
+
+@every_family
+def test_dora_is_pefts_both_ways(family: str, tmp_path: Path) -> None:
+    make, inputs, targets = FAMILIES[family]
+    reference, model = make(tmp_path / "base")
+    reference = peft.get_peft_model(
+        reference, peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, use_dora=True)
+    )
+    shaken(reference).eval().save_pretrained(tmp_path / "theirs")
+    load_adapter(model, tmp_path / "theirs")
+    assert_close(logits(model, inputs), logits(reference, inputs))
+    ours = make(tmp_path / "base")[1]
+    add_lora(ours, LoRAConfig(rank=2, alpha=3, targets=targets, dora=True, rank_pattern={targets[0]: 4}))
+    save_adapter(shaken(ours), tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(make(tmp_path / "base")[0], str(tmp_path / "ours"))
+    assert_close(logits(ours, inputs), logits(back, inputs))
+
+
+def test_dora_gradients_are_pefts(tmp_path: Path) -> None:
+    """Of A, B and m, the norm a constant; the bias gets its gradient, too."""
+    reference, model = both(tmp_path / "base", tiny_gpt2(), "causal-lm")
+    targets = ["c_attn", "c_fc"]
+    reference = shaken(
+        peft.get_peft_model(reference, peft.LoraConfig(r=3, target_modules=targets, use_dora=True, bias="lora_only"))
+    )
+    reference.eval().save_pretrained(tmp_path / "theirs")
+    load_adapter(model, tmp_path / "theirs")
+    weights = torch.randn(*IDS.shape, 61, generator=torch.Generator().manual_seed(1))
+    (reference(IDS).logits * weights).sum().backward()
+    (model(IDS) * weights).sum().backward()
+    for i, layer in enumerate(model.layers):
+        theirs = reference.base_model.model.transformer.h[i]
+        for slot, own in ((layer.qkv, theirs.attn.c_attn), (layer.up, theirs.mlp.c_fc)):
+            factors = slot.lora["default"]
+            pairs = (
+                (factors.a.grad, own.lora_A.default.weight.grad),
+                (factors.b[0].grad, own.lora_B.default.weight.grad),
+                (factors.m[0].grad, own.lora_magnitude_vector.default.weight.grad),
+                (slot.bias.grad, own.base_layer.bias.grad),
+            )
+            for ours, expected in pairs:
+                torch.testing.assert_close(
+                    ours / expected.abs().max(), expected / expected.abs().max(), rtol=0, atol=1e-4
+                )
+
+
+@every_family
+def test_dora_merges(family: str, tmp_path: Path) -> None:
+    """Each row of the merged weight has the trained magnitude; unmerging is bitwise."""
+    make, inputs, targets = FAMILIES[family]
+    model = make(tmp_path)[1]
+    add_lora(model, LoRAConfig(rank=2, targets=targets, dora=True))
+    expected = logits(shaken(model), inputs)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    merge_lora(model)
+    assert_close(logits(model, inputs), expected)
+    for module in model.modules():
+        if isinstance(module, Linear) and module.merged is not None:
+            factors = module.lora["default"]
+            for part, m in zip(factors.parts, factors.m, strict=True):
+                norms = module.matrix[part.start : part.start + part.size].norm(dim=1)
+                torch.testing.assert_close(norms, m.abs(), rtol=1e-4, atol=1e-5)
+    unmerge_lora(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_dora_in_decoding_follows_every_change(tmp_path: Path) -> None:
+    """Without gradients the gain is kept, until a factor changes in whatever way."""
+    model = both(tmp_path, tiny_gpt2(), "causal-lm")[1]
+    add_lora(model, LoRAConfig(rank=2, dora=True))
+    shaken(model)
+    rows = [{"input_ids": row.tolist(), "targets": [*row[1:].tolist(), -100]} for row in IDS]
+    for change in ("train", "in place", "data"):
+        old = logits(model, TEXT)
+        assert torch.equal(logits(model, TEXT), old)
+        if change == "train":
+            train(model, rows, causal_lm_loss, TrainConfig(lr=0.1), collate=Collate())
+        for parameter in model.layers[0].qkv.lora.parameters():
+            with torch.no_grad():
+                if change == "in place":
+                    parameter.mul_(1.5)
+                elif change == "data":
+                    parameter.data = parameter.data * 1.5
+        model.eval()
+        new = logits(model, TEXT)
+        assert (new - old).abs().max() > 1e-3
+        assert_close(new, model(IDS).detach())
+
+
+def test_dora_on_four_bits_and_recomputed(tmp_path: Path) -> None:
+    model = both(tmp_path, tiny_llama(hidden_size=32, num_attention_heads=4), "causal-lm")[1]
+    freeze(model, "*")
+    quantize(model)
+    base = logits(model, TEXT)
+    add_lora(model, LoRAConfig(rank=2, dora=True))
+    assert torch.equal(logits(model, TEXT), base)
+    shaken(model)
+    model(IDS).square().sum().backward()
+    plain = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for block in model.layers:
+        block.recompute = True
+    model(IDS).square().sum().backward()
+    assert set(plain) == {key for key, p in model.named_parameters() if p.grad is not None}
+    for key, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, plain[key])
+
+
+def steps_of(tmp_path: Path, out: Path | None = None, **settings: Any) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = both(tmp_path / "base", tiny_gpt2(), "causal-lm")[1]
+    add_lora(model, LoRAConfig(rank=2, **settings))
+    start = {key: p.detach().clone() for key, p in model.named_parameters() if p.requires_grad}
+    rows = [{"input_ids": row.tolist(), "targets": [*row[1:].tolist(), -100]} for row in IDS]
+    config = TrainConfig(lr=1e-3, warmup=0, schedule="constant", weight_decay=0.0, clip=None, batch_rows=2)
+    train(model, rows, causal_lm_loss, config, collate=Collate(), out=out)
+    return {key: p.detach() - start[key] for key, p in model.named_parameters() if p.requires_grad}
+
+
+def test_lora_plus_moves_b_by_the_ratio(tmp_path: Path) -> None:
+    """The first update of AdamW is lr · g/(|g| + ε): with the ratio it is that many times as long, in B alone."""
+    one, many = steps_of(tmp_path), steps_of(tmp_path, lr_ratio=16.0)
+    for key, moved in many.items():
+        is_b = ".b." in key
+        torch.testing.assert_close(moved, one[key] * (16 if is_b else 1), rtol=1e-4, atol=1e-9)
+        assert not is_b or moved.abs().max() > 0.01
+
+
+def test_pissa_starts_from_the_largest_singular_triples(tmp_path: Path) -> None:
+    """s B A is the best approximation of its rank (Eckart and Young 1936); the model is the base's within rounding."""
+    model = both(tmp_path, tiny_llama(), "causal-lm")[1]
+    base, weights = logits(model, TEXT), {key: value.clone() for key, value in model.state_dict().items()}
+    add_lora(model, LoRAConfig(rank=3, alpha=7, init="pissa", targets=["q_proj", "v_proj", "up_proj"]))
+    torch.testing.assert_close(logits(model, TEXT), base, rtol=0, atol=2e-5)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in weights.items())
+    checked = 0
+    for module in model.modules():
+        if isinstance(module, Linear) and module.lora:
+            factors = module.lora["default"]
+            for i, part in enumerate(factors.parts):
+                rows = module.weight[part.start : part.start + part.size]
+                low = factors.scales[i] * factors.b[i] @ factors.a.split(factors.ranks)[i]
+                values = torch.linalg.svdvals(rows.float())
+                torch.testing.assert_close((rows - low).norm(), values[3:].norm(), rtol=1e-4, atol=1e-5)
+                checked += 1
+    assert checked == 6
+
+
+def test_pissa_trains_is_stored_and_switched_off(tmp_path: Path) -> None:
+    """As a LoRA of twice the rank, which PEFT and we load on the same base; other adapters see the base as it was."""
+    make = FAMILIES["gpt2"][0]
+    model = make(tmp_path / "base")[1]
+    base = logits(model, TEXT)
+    add_lora(model, LoRAConfig(rank=3, init="pissa"))
+    rows = [{"input_ids": row.tolist(), "targets": [*row[1:].tolist(), -100]} for row in IDS]
+    train(model, rows, causal_lm_loss, TrainConfig(lr=0.01, epochs=3), collate=Collate())
+    expected = logits(model, TEXT)
+    assert (expected - base).abs().max() > 1e-2
+    with use_adapter(model, None):
+        assert torch.equal(logits(model, TEXT), base)
+    with use_adapter(model, ["default", None]):
+        mixed = logits(model, TEXT)
+    assert_close(mixed[0], expected[0])
+    assert_close(mixed[1], base[1])
+    save_adapter(model, tmp_path / "adapter")
+    back = peft.PeftModel.from_pretrained(make(tmp_path / "base")[0], str(tmp_path / "adapter"))
+    assert_close(logits(back, TEXT), expected)
+    again = make(tmp_path / "base")[1]
+    load_adapter(again, tmp_path / "adapter")
+    assert_close(logits(again, TEXT), expected)
+    merge_lora(again)
+    assert_close(logits(again, TEXT), expected)
+
+
+@pytest.mark.parametrize("settings", [{"init": "pissa"}, {"dora": True, "lr_ratio": 4.0}], ids=["pissa", "dora"])
+def test_a_resumed_run_is_the_same_run(settings: dict[str, Any], tmp_path: Path) -> None:
+    def run(out: Path, stop_at: int | None = None) -> dict[str, Tensor]:
+        model = both(tmp_path / "base", tiny_gpt2(), "causal-lm")[1]
+        torch.manual_seed(0)
+        add_lora(model, LoRAConfig(rank=2, **settings))
+        rows = [{"input_ids": row.tolist(), "targets": [*row[1:].tolist(), -100]} for row in IDS]
+        config = TrainConfig(lr=1e-2, epochs=4, save_every=1, schedule="constant", warmup=0, batch_rows=1)
+        seen = []
+
+        def loss(model: Any, batch: Any) -> tuple[Tensor, int]:
+            seen.append(1)
+            if len(seen) == stop_at:
+                raise RuntimeError("broken off")
+            return causal_lm_loss(model, batch)
+
+        train(model, rows, loss, config, collate=Collate(), out=out)
+        return {key: value.clone() for key, value in model.state_dict().items()} | {"steps": torch.tensor(len(seen))}
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="broken off"):
+        run(tmp_path / "halves", stop_at=5)
+    again = run(tmp_path / "halves")
+    assert (int(whole.pop("steps")), int(again.pop("steps"))) == (8, 4)
+    assert all(torch.equal(again[key], whole[key]) for key in whole)
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    model = both(tmp_path, tiny_gpt2(), "causal-lm")[1]
+    before = snapshot(model)
+    for settings, says in (
+        ({"init": "pizza"}, 'init: expected "kaiming" or "pissa"'),
+        ({"lr_ratio": 0.0}, "lr_ratio: expected a positive number"),
+        ({"init": "pissa", "targets": ["wpe"]}, 'init "pissa" is for projections'),
+    ):
+        with pytest.raises(ValueError, match=says):
+            add_lora(model, LoRAConfig(**settings))
+        assert_unchanged(model, before)
+    add_lora(model, LoRAConfig(rank=2, dora=True), "d")
+    with pytest.raises(ValueError, match="'d' is a DoRA"), use_adapter(model, ["d", None]):
+        pass
