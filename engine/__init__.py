@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .adapters import use_adapter as use_adapter
     from .checkpoint import load_checkpoint as load_checkpoint
     from .checkpoint import save_checkpoint as save_checkpoint
+    from .combine import combine_adapters as combine_adapters
     from .evaluation import evaluate as evaluate
     from .freezing import freeze as freeze
     from .freezing import trainable_report as trainable_report
@@ -32,6 +33,7 @@ _HOME = {
     "LoRAConfig": "lora",
     "TrainConfig": "loop",
     "add_lora": "lora",
+    "combine_adapters": "combine",
     "evaluate": "evaluation",
     "freeze": "freezing",
     "generate": "generation",

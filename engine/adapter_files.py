@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import Linear, LowRank
@@ -47,6 +48,8 @@ TASK_TYPES = {
 # refuses the whole. Merged and saved, such a model is one that everybody loads.
 OURS = "HANDTUNE_LORA"
 PREFIX = "base_model.model."
+# Of an adapted module its published path, rank, scale, and factors under PEFT's names.
+Published = tuple[str, int, float, dict[str, Tensor]]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # PEFT's fields that say nothing about the arithmetic, and those that are read here.
@@ -64,32 +67,34 @@ _READ = {
 _INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
-def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
+def save_adapter(model: nn.Module, path: str | Path, name: str = "default", *, portable: bool = False) -> None:
     """Write the adapter called `name` to the folder `path` in PEFT's format.
 
     What trains besides it while it is active (norms, biases, token rows), or did in `train`, is stored too, under plain
-    published names, and the head of a classifier or of question answering in any case. Raises ValueError where there is
-    no such adapter.
+    published names, and the head of a classifier or of question answering in any case. `portable` is for servers that
+    read `r` and `lora_alpha` alone: one rank, to which others are filled up with zeros, and a scale of 1.
+
+    Raises ValueError where there is no such adapter; and a portable one, where it has more than factors of projections,
+    which such a server would leave out without a word.
     """
     from safetensors.torch import save_file
 
     if name not in (known := adapter_names(model)):
         raise ValueError(f"there is no adapter {name!r}; attached: {', '.join(known) or 'none'}")
-    tensors: dict[str, Tensor] = {}
-    modules: dict[str, tuple[int, float]] = {}
-    transposed = False
-    for slot in slots(model):
-        if name in slot.module.lora:
-            for published, rank, scale, weights in _published_factors(model, slot, name):
-                modules[published] = (rank, scale * rank)
-                tensors |= {f"{PREFIX}{published}.{key}": w.detach().cpu().contiguous() for key, w in weights.items()}
-            source = stored(model, slot.path)
-            transposed |= source.transposed if source else isinstance(slot.module, Linear) and slot.module.transposed
+    adapted = [slot for slot in slots(model) if name in slot.module.lora]
+    found = [one for slot in adapted for one in _published_factors(model, slot, name)]
+    raw = any(_stored_raw(model, slot) for slot in adapted)
+    transposed = any(_stored_transposed(model, slot) for slot in adapted)
+    modules = {published: (rank, scale * rank) for published, rank, scale, _ in found}
     if name in adapters_in_use(model):
         claim(model, [name])
     trained = belongings(model, name)
     extra = trained_beside(model, trained, modules)
-    tensors |= {f"{PREFIX}{key}": value for key, value in extra.items()}
+    if portable:
+        found = _of_one_rank(found, [OURS] if raw else list(extra))
+        modules = {published: (rank, scale * rank) for published, rank, scale, _ in found}
+    tensors = {f"{published}.{key}": value for published, *_, weights in found for key, value in weights.items()}
+    tensors = {f"{PREFIX}{key}": value.detach().cpu().contiguous() for key, value in (tensors | extra).items()}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -97,12 +102,33 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     config = _peft_config(model, name, modules, saved, transposed)
     config["bias"] = "lora_only" if any(key.endswith(f"{BASE}bias") for key in extra) else "none"
     config["trainable_token_indices"] = trained_ids(model, trained) or None
-    if any(name in slot.module.lora and _stored_raw(model, slot) for slot in slots(model)):
+    if raw:
         config["peft_type"] = OURS
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _published_factors(model: nn.Module, slot: Slot, name: str) -> Iterator[tuple[str, int, float, dict[str, Tensor]]]:
+def _of_one_rank(found: list[Published], more: list[str]) -> list[Published]:
+    """The factors filled up with zeros to one rank, their scales multiplied into the B's. `more`: what else is stored.
+
+    ValueError where that, or a factor, is something that not every server applies.
+    """
+    for path, _, _, weights in found:
+        plain = {key for key, value in weights.items() if key.endswith(".weight") and value.dim() == 2}
+        more = more + [f"{path}.{key}" for key in weights if key not in plain]
+    if more:
+        raise ValueError(
+            f"portable: a server that reads only r and lora_alpha would leave out {more[0]}, and answer wrongly; merge "
+            "the adapter into its base instead"
+        )
+    top, out = max(rank for _, rank, _, _ in found), []
+    for path, rank, scale, weights in found:
+        a = F.pad(weights["lora_A.weight"], (0, 0, 0, top - rank))
+        b = F.pad(weights["lora_B.weight"] * scale, (0, top - rank))
+        out.append((path, top, 1.0, {"lora_A.weight": a, "lora_B.weight": b}))
+    return out
+
+
+def _published_factors(model: nn.Module, slot: Slot, name: str) -> Iterator[Published]:
     """For each adapted part: published module path, rank, scale, and its factors under PEFT's names."""
     factors = slot.module.lora[name]
     if isinstance(factors, EmbeddingFactors):
@@ -127,6 +153,11 @@ def _stored_raw(model: nn.Module, slot: Slot) -> bool:
     """Whether the published checkpoint has a bare tensor there, and no module that PEFT could adapt."""
     source = stored(model, slot.path)
     return source is not None and any(not published.endswith(".weight") for published in source.names)
+
+
+def _stored_transposed(model: nn.Module, slot: Slot) -> bool:
+    source = stored(model, slot.path)
+    return source.transposed if source else isinstance(slot.module, Linear) and slot.module.transposed
 
 
 def _peft_config(
