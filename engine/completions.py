@@ -1,8 +1,10 @@
 """Texts for prompts: what stands between `generate`, which knows tokens, and people."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
+from .adapters import use_adapter
 from .generation import generate, left_padded, stop_texts
 
 
@@ -15,12 +17,14 @@ def completions(
     batch_rows: int = 16,
     stop: Sequence[str] = (),
     seed: int = 0,
+    adapters: Sequence[str | None] | None = None,
     **how: Any,
 ) -> Iterator[str]:
     """What the model writes after each prompt (or, an encoder-decoder, on having read it), without its end.
 
     `batch_rows` prompts are computed at a time, each batch by a seed of its own (`seed` and the number of its first
-    row), so that a prompt given again is answered anew. `how`: temperature, top_k, top_p, beams and length_penalty as
+    row), so that a prompt given again is answered anew. `adapters` names one for each prompt, or None for the base
+    model; without them the active one answers. `how`: temperature, top_k, top_p, beams and length_penalty as
     in `generate`, whose errors come through. ValueError where a prompt is too long, before any is answered.
     """
     ends = list(model.tokens.ends)
@@ -33,7 +37,7 @@ def completions(
                 f"prompt {row} has {len(tokens)} tokens, and {max_new_tokens} new ones would exceed the model's "
                 f"{limit} positions; shorten one of them"
             )
-    return _answers(model, tokenizer, ids, max_new_tokens, batch_rows, ends, words, seed, how)
+    return _answers(model, tokenizer, ids, max_new_tokens, batch_rows, ends, words, seed, adapters, how)
 
 
 def _answers(
@@ -45,15 +49,18 @@ def _answers(
     ends: list[int],
     words: list[str],
     seed: int,
+    adapters: Sequence[str | None] | None,
     how: dict[str, Any],
 ) -> Iterator[str]:
     device = next(model.parameters()).device
     for start in range(0, len(ids), batch_rows):
         batch, mask = left_padded(ids[start : start + batch_rows])
-        found = generate(
-            model, batch.to(device), mask.to(device), max_new_tokens, seed=seed + start, eos_id=ends, stop=words,
-            tokenizer=tokenizer, **how,
-        )  # fmt: skip
+        by_row = nullcontext() if adapters is None else use_adapter(model, adapters[start : start + batch_rows])
+        with by_row:
+            found = generate(
+                model, batch.to(device), mask.to(device), max_new_tokens, seed=seed + start, eos_id=ends, stop=words,
+                tokenizer=tokenizer, **how,
+            )  # fmt: skip
         first = 1 if model.task == "seq2seq-lm" else batch.shape[1]
         yield from (_ended(row, ends, words, tokenizer) for row in found[:, first:].tolist())
 

@@ -40,7 +40,12 @@ def parser() -> argparse.ArgumentParser:
 
     generate = add("generate", "Continue prompts.")
     generate.add_argument("model", help="a checkpoint's folder or hub id, or the folder of a run")
-    generate.add_argument("--adapter", help="the folder of an adapter")
+    generate.add_argument(
+        "--adapter",
+        action="append",
+        default=[],
+        help="an adapter's folder; several: rows of --prompts name theirs",
+    )
     generate.add_argument("--prompt", action="append", help="a prompt (may be repeated)")
     generate.add_argument("--prompts", help="a file of rows with a prompt, messages or a text each")
     generate.add_argument("--out", help="write prompt/completion rows (JSONL) here instead of printing")

@@ -22,13 +22,14 @@ from .stored import config_of, put_adapter, require_finished
 def run_generate(options: argparse.Namespace) -> int:
     """`handtune generate`: continue prompts, printed or written as rows, batch by batch."""
     _check(options)
-    model, tokenizer = _generator(options)
-    prompts = list(_prompts(options, model))
+    model, tokenizer, known = _generator(options)
+    rows = list(_rows(options))
+    prompts, adapters = [_prompt(row, model) for row in rows], _adapters(rows, known)
     temperature = options.temperature if options.temperature is not None else float(options.beams == 1)
     written = completions(
         model, tokenizer, prompts, options.max_new_tokens, batch_rows=options.batch_rows, stop=options.stop,
         seed=options.seed, temperature=temperature, top_k=options.top_k, top_p=options.top_p, beams=options.beams,
-        length_penalty=1.0 if options.length_penalty is None else options.length_penalty,
+        length_penalty=1.0 if options.length_penalty is None else options.length_penalty, adapters=adapters,
     )  # fmt: skip
     with explained_memory_error(next(model.parameters()).device, lambda: _smaller(options)):
         if options.out:
@@ -66,37 +67,61 @@ def _smaller(options: argparse.Namespace) -> str:
     return "even one prompt is too much; shorten it, or use --dtype bfloat16"
 
 
-def _generator(options: argparse.Namespace) -> tuple[Any, Any]:
-    """The model to generate with: a checkpoint, with an adapter or without, or what a run produced."""
-    path, place, adapter = Path(options.model), options.model, options.adapter
+def _generator(options: argparse.Namespace) -> tuple[Any, Any, dict[str, str]]:
+    """The model to generate with, a checkpoint or what a run produced; and adapters, by folder, as they are called."""
+    path, place = Path(options.model), options.model
+    folders = [Path(adapter) for adapter in options.adapter]
+    config = None
     if (path / "run.json").is_file():
         require_finished(path)
         if (path / "model").is_dir():
             place = path / "model"
         else:
-            config = config_of(path)
-            if options.dtype != "auto":
-                config = replace(config, model=replace(config.model, dtype=options.dtype))
-            model, tokenizer = run_model(config, tuple(config.model.labels or ()))
-            put_adapter(model, tokenizer, Path(adapter or path / "adapter"))
-            return model, tokenizer
-    model, tokenizer = load(place, objective_of("sft", objectives_of(place, None)).task, options.dtype)
+            config, folders = config_of(path), folders or [path / "adapter"]
+    if config is not None:
+        if options.dtype != "auto":
+            config = replace(config, model=replace(config.model, dtype=options.dtype))
+        model, tokenizer = run_model(config, tuple(config.model.labels or ()))
+    else:
+        model, tokenizer = load(place, objective_of("sft", objectives_of(place, None)).task, options.dtype)
     if tokenizer is None:
         raise ValueError(f"{place}: no tokenizer.json there, and prompts need one")
-    if adapter:
-        put_adapter(model, tokenizer, Path(adapter))
-    return model, tokenizer
+    known: dict[str, str] = {}
+    for folder in folders:
+        called = folder.resolve().name
+        if called in known:
+            raise ValueError(f"--adapter {folder}: there is another called {called!r}; rename one of the folders")
+        known[called] = called.replace(".", "_")
+        put_adapter(model, tokenizer, folder, known[called])
+    return model, tokenizer, known
 
 
-def _prompts(options: argparse.Namespace, model: Any) -> Iterator[str]:
-    yield from options.prompt or []
-    rows = read_prompts(options.prompts) if options.prompts else []
-    if not rows and not options.prompt:
-        yield sys.stdin.read().rstrip("\n")
-    for row in rows:
-        if "messages" in row:
-            template = template_of(model) or ChatTemplate()
-            messages = row["messages"]
-            yield template.render(messages[:-1] if messages[-1]["role"] == "assistant" else messages, True)
-        else:
-            yield row["prompt"] if "prompt" in row else row["text"]
+def _adapters(rows: list[dict[str, Any]], known: dict[str, str]) -> list[str] | None:
+    """The adapter of each row, or None where one or none is for all. ValueError where a row leaves it open."""
+    if len(known) < 2 and not any("adapter" in row for row in rows):
+        return None
+    out = []
+    for number, row in enumerate(rows, 1):
+        if row.get("adapter") not in known:
+            raise ValueError(
+                f"prompt {number}: adapter {row.get('adapter')!r} is not among the given ones "
+                f"({', '.join(known) or 'none'}); name one in each row of --prompts, as adapter"
+            )
+        out.append(known[row["adapter"]])
+    return out
+
+
+def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What is to be continued: what options say, or else standard input."""
+    yield from ({"prompt": prompt} for prompt in options.prompt or [])
+    if options.prompts:
+        yield from read_prompts(options.prompts)
+    elif not options.prompt:
+        yield {"prompt": sys.stdin.read().rstrip("\n")}
+
+
+def _prompt(row: dict[str, Any], model: Any) -> str:
+    if "messages" not in row:
+        return row["prompt"] if "prompt" in row else row["text"]
+    template, messages = template_of(model) or ChatTemplate(), row["messages"]
+    return template.render(messages[:-1] if messages[-1]["role"] == "assistant" else messages, True)

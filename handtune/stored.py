@@ -61,8 +61,8 @@ def require_finished(run: Path) -> None:
         raise ValueError(f"{run}: neither adapter nor model there; the run has not finished: train it to its end first")
 
 
-def put_adapter(model: Any, tokenizer: Any, adapter: Path) -> None:
-    """Load an adapter onto its base, after what lies beside it: tokens it was trained with, its size of images."""
+def put_adapter(model: Any, tokenizer: Any, adapter: Path, name: str = "default") -> None:
+    """Load an adapter onto its base as `name`, after what lies beside it: tokens it trained with, its size of images."""
     if tokenizer is not None and (adapter / "tokenizer.json").is_file():
         known, wanted = tokenizer.get_vocab(), load_tokenizer_file(adapter / "tokenizer.json").get_vocab()
         new = sorted(wanted.keys() - known.keys(), key=wanted.__getitem__)
@@ -70,7 +70,7 @@ def put_adapter(model: Any, tokenizer: Any, adapter: Path) -> None:
             raise ValueError(f"{adapter}: its tokenizer.json counts tokens differently from the base; it is of another")
     if isinstance(model, ResNet):
         model.pixels = Pixels.read(adapter, {}, model.config.n_channels) or model.pixels
-    load_adapter(model, adapter)
+    load_adapter(model, adapter, name)
 
 
 def head_of(adapter: Path) -> dict[str, Any]:

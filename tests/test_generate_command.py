@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_adapters import shaken
 from small_runs import CHAT, gpt2, gpt2_folder, write_config, write_rows
 from small_tokenizers import byte_level
 from tokenizers import Tokenizer
 
 from handtune.cli import main
+from handtune.engine import LoRAConfig, add_lora, generate, save_adapter
 from handtune.engine import completions as completions_module
-from handtune.engine import generate
 from handtune.engine.completions import completions
+from handtune.models import load
 
 
 def run(*arguments: object) -> None:
@@ -169,6 +171,34 @@ def test_prompts_need_no_completion(base: Path, tmp_path: Path, refused, capsys)
     assert "\n\na dog" in said
     bad = write_rows(tmp_path / "b.jsonl", [{"anchor": "a", "positive": "b"}])
     assert "anchor, positive hold no prompt" in refused("generate", base, "--prompts", bad)
+
+
+def test_each_row_has_its_adapter(base: Path, tmp_path: Path, refused) -> None:
+    """Two adapters on one base, in one batch, each row as with its adapter alone."""
+    folders = []
+    for number, name in enumerate(("law-1.0", "tone")):
+        model = load(base, device="cpu")[0]
+        add_lora(model, LoRAConfig(rank=2 + number), name="default")
+        save_adapter(shaken(model, number), tmp_path / name)
+        folders.append(tmp_path / name)
+    prompts = ["the cat", "a dog sat", "who wrote", "the mat"]
+    adapters = ["law-1.0", "tone", "tone", "law-1.0"]
+    rows = [{"prompt": prompt, "adapter": name} for prompt, name in zip(prompts, adapters, strict=True)]
+    file, out = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
+    ask = ("--temperature", 0, "--max-new-tokens", 6)
+    run("generate", base, "--adapter", folders[0], "--adapter", folders[1], "--prompts", file, "--out", out, *ask)
+    together = [json.loads(line) for line in out.read_text().splitlines()]
+    said = set()
+    for row, name, prompt in zip(together, adapters, prompts, strict=True):
+        run("generate", base, "--adapter", tmp_path / name, "--prompt", prompt, "--out", out, *ask)
+        assert json.loads(out.read_text()) == row
+        said.add(row["completion"])
+    assert len(said) > 1
+    both = ("--adapter", folders[0], "--adapter", folders[1])
+    assert "prompt 1: adapter None is not among" in refused("generate", base, *both, "--prompt", "the")
+    wrong = write_rows(tmp_path / "wrong.jsonl", [*rows, {"prompt": "the", "adapter": "x"}])
+    assert "prompt 5: adapter 'x' is not among" in refused("generate", base, *both, "--prompts", wrong)
+    assert "another called 'tone'" in refused("generate", base, *both, "--adapter", folders[1], "--prompts", file)
 
 
 @pytest.mark.parametrize(
