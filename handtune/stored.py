@@ -62,7 +62,7 @@ def require_finished(run: Path) -> None:
 
 
 def put_adapter(model: Any, tokenizer: Any, adapter: Path, name: str = "default") -> None:
-    """Load an adapter onto its base as `name`, after what lies beside it: tokens it trained with, its size of images."""
+    """Load an adapter onto its base as `name`, after what lies beside it: tokens that it trained with, image size."""
     if tokenizer is not None and (adapter / "tokenizer.json").is_file():
         known, wanted = tokenizer.get_vocab(), load_tokenizer_file(adapter / "tokenizer.json").get_vocab()
         new = sorted(wanted.keys() - known.keys(), key=wanted.__getitem__)
