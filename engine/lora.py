@@ -77,6 +77,8 @@ class LoRAConfig:
             raise ValueError(f"lr_ratio: expected a positive number, got {self.lr_ratio}")
         if self.init not in ("kaiming", "pissa"):
             raise ValueError(f'init: expected "kaiming" or "pissa", got {self.init!r}')
+        if self.init == "pissa" and min([self.alpha, *self.alpha_pattern.values()]) <= 0:
+            raise ValueError('alpha: init "pissa" divides by it; give a positive one')
         if not self.targets:
             raise ValueError('targets: name at least one, for example "all-linear"')
 
@@ -115,11 +117,17 @@ def slots(model: nn.Module) -> Iterator[Slot]:
             yield Slot(path, module, _published(path, names))
 
 
-def _refuse_variant(model: nn.Module, path: str, config: LoRAConfig) -> None:
+def _refuse_variant(model: nn.Module, path: str, config: LoRAConfig, rank: int) -> None:
     """ValueError where the module at `path` can't have what the configuration asks for."""
     module = model.get_submodule(path)
     if config.init == "pissa" and isinstance(module, nn.Embedding | LoRAEmbedding | nn.Conv2d | Conv2d):
         raise ValueError(f'{path}: init "pissa" is for projections; leave it out of the targets, or choose "kaiming"')
+    if config.init == "pissa" and isinstance(module, Linear):
+        most = min(module.in_features, *(part.size for part in module.parts))
+    elif config.init == "pissa":
+        most = min(module.get_parameter("weight").shape)
+    if config.init == "pissa" and rank > most:
+        raise ValueError(f'{path}: init "pissa" has {most} singular values to start from; choose rank {most} or less')
     if config.dora and isinstance(module, nn.Conv2d | Conv2d) and module.groups > 1:
         raise ValueError(f"{path}: a convolution in {module.groups} groups has no DoRA; leave it out of the targets")
 
@@ -177,9 +185,9 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> tup
     refuse_merged(model)
     chosen = matches(model, config.targets)
     refuse_tied(model, [path for path, _, _ in chosen])
-    for path, _, published in chosen:
+    for path, parts, published in chosen:
         refuse_misfit(model, path, config.rank_of(published[0]))
-        _refuse_variant(model, path, config)
+        _refuse_variant(model, path, config, max(config.rank_of(published[i]) for i in parts))
     claim(model, adapters_in_use(model))
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -6,15 +6,16 @@ For W (M, K) with a correction s B A and a trained magnitude m (M,), row by row,
 
 The norm is a constant for the gradient (section 4.3 of the paper), which goes into A and B through x Vᵀ and into m
 through g. m starts as ‖W‖, so that g is 1 and y the base model's, bit for bit. Dropout acts on x in the low-rank branch
-alone, as without DoRA; PEFT does so too.
+alone, as without DoRA; PEFT also drops part of the base's share in training, (g − 1) W drop(x), so that the two agree
+without dropout, and in eval mode.
 
 V is never made. With y₀ = x Vᵀ + b, which `lora_linear` gives, y = g y₀ + (1 − g) b; its gradient in g is
-Σ dy (y − b) / g, so that y is all that is kept. And from the factors,
+Σ dy (y − b) / g, so that y is all that is kept; a magnitude of exactly 0 gets none. And from the factors,
 
     ‖V‖² = ‖W‖² + 2 s Σ (W Aᵀ) ⊙ B + s² Σ (B (A Aᵀ)) ⊙ B          sums over the columns of each row
 
-which is a product with W of R columns: for n rows of x, R/n of what the layer itself takes. Without gradients g is kept
-until a factor or the weight changes: decoding token by token would otherwise pay R times the layer.
+which is a product with W of R columns, in W's dtype: for n rows of x, R/n of what the layer itself takes. Without
+gradients g is kept until a factor or the weight changes: decoding token by token would otherwise pay R times the layer.
 """
 
 from collections.abc import Sequence
@@ -23,15 +24,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+TINY = 1e-30  # a row of zeros has a magnitude, too: 0/0 would spread
+
 
 @torch.no_grad()
 def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """‖W + s B A‖ of each row (M,) in fp32, for weight (M, K), a (R, K), b (M, R)."""
+    """‖W + s B A‖ of each row (M,) in fp32 (never 0), for weight (M, K), a (R, K), b (M, R)."""
     a, b = a.float(), b.float()
     square = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
     cross = ((weight @ a.to(weight.dtype).T).float() * b).sum(1)
     own = ((b @ (a @ a.T)) * b).sum(1)
-    return (square + 2 * scale * cross + scale**2 * own).clamp_(min=0).sqrt_()
+    return (square + 2 * scale * cross + scale**2 * own).clamp_(min=TINY).sqrt_()
 
 
 class _Rescale(torch.autograd.Function):
@@ -55,7 +58,7 @@ class _Rescale(torch.autograd.Function):
         grad_g = grad_bias = None
         if need_g:
             product = grad * (y if bias is None else y - bias.view(along))
-            grad_g = product.sum(others, dtype=g.dtype) / g
+            grad_g = (product.sum(others, dtype=g.dtype) / g).masked_fill_(g == 0, 0.0)
         if need_bias:
             grad_bias = (grad.sum(others, dtype=g.dtype) * (1 - g)).to(bias.dtype)
         return (grad * g.view(along)).to(grad.dtype) if need_y else None, grad_g, grad_bias, None

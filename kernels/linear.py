@@ -9,7 +9,6 @@ function that sees both can avoid keeping what lies between them. A frozen weigh
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +60,7 @@ class LowRank(nn.Module):
         self.rows = tuple(part.start for part in parts)
         self.pissa = False
         self.lr_ratio = 1.0  # of B's learning rate to A's
-        self.kept_gain: tuple[Any, Tensor] | None = None
+        self.kept_gain: tuple[list[tuple[int, int]], Tensor] | None = None
 
     @torch.no_grad()
     def start_from(self, matrix: Tensor) -> None:
@@ -110,16 +109,17 @@ class LowRank(nn.Module):
         ]
 
     def gain(self, matrix: Tensor | NF4Weight) -> Tensor:
-        """DoRA's g (M,) for the weight (M, K)."""
+        """DoRA's g (M,) for the weight (M, K). Without gradients it is kept until a tensor is written to."""
         assert self.m is not None
-        weights = list(matrix.parameters()) if isinstance(matrix, NF4Weight) else [matrix]
-        used = (*weights, self.a, *self.b, *self.m)
-        key = [(x._version, x.data_ptr()) for x in used]
-        if not torch.is_grad_enabled() and self.kept_gain is not None and self.kept_gain[0] == key:
-            return self.kept_gain[1]
+        key = None
+        if not torch.is_grad_enabled():
+            weights = list(matrix.parameters()) if isinstance(matrix, NF4Weight) else [matrix]
+            key = [(x._version, x.data_ptr()) for x in (*weights, self.a, *self.b, *self.m)]
+            if self.kept_gain is not None and self.kept_gain[0] == key:
+                return self.kept_gain[1]
         dense = matrix.dequantize(torch.float32) if isinstance(matrix, NF4Weight) else matrix
         gain = gain_of(list(self.m), self._norms(dense), self.rows, matrix.shape[0])
-        self.kept_gain = None if torch.is_grad_enabled() else (key, gain)
+        self.kept_gain = None if key is None else (key, gain)
         return gain
 
     def merged(self, matrix: Tensor) -> list[tuple[Part, Tensor]]:

@@ -4,8 +4,9 @@ A model says how its tensors are published (`key_map`), and `filling.py` puts th
 found in `hub.py`, which task it is for in `tasks.py`. What stands here is the order of all this, and the families.
 """
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from .bloom import Bloom
 from .filling import allocate, blocks, fill, own_tensors
 from .gpt2 import GPT2
 from .hub import checkpoint_folder
+from .layers import Published
 from .llama import Llama
 from .pixels import Pixels
 from .pooling import read_pooling, write_pooling
@@ -24,7 +26,7 @@ from .resnet_names import from_timm
 from .shards import SINGLE, Shards, read_json, write_json
 from .t5 import T5
 from .tasks import class_name, head_rows, label_names, reorder_head, stored_head, task_config, task_of
-from .tensor_file import write_file
+from .tensor_file import Made, write_file
 from .tokens import SpecialTokens, load_tokenizer, load_tokenizer_file, save_tokenizer
 from .xlnet import XLNet
 
@@ -69,6 +71,38 @@ def load(
 
     Raises FileNotFoundError for a missing folder or config.json, ValueError for everything that doesn't fit.
     """
+    opened = open_checkpoint(path, task, labels, head_layers=head_layers)
+    model, target = opened.model, _device(device)
+    allocate(model, _dtype(dtype, opened.published, opened.shards, target), target)
+    rows = opened.head_rows
+    fill(model, opened.shards, new_head=rows is None)
+    if rows and rows != sorted(rows):
+        reorder_head(model.head, rows)
+    model.eval()
+    return model, opened.tokenizer
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that is opened but not read: the model on the meta device, and where its weights lie.
+
+    `head_rows`: which rows of the stored head the model's labels want; None where the head is to be made anew.
+    """
+
+    model: Model
+    tokenizer: "Tokenizer | None"
+    shards: Shards
+    published: dict[str, Any]
+    head_rows: list[int] | None
+
+
+def open_checkpoint(
+    path: str | Path,
+    task: str | None = None,
+    labels: list[str] | tuple[str, ...] | int | None = None,
+    *,
+    head_layers: int | None = None,
+) -> Checkpoint:
+    """All that `load` does before it needs memory for the weights; raises what it raises."""
     folder = checkpoint_folder(path)
     published = _published(folder)
     family = _family(published, folder)
@@ -85,14 +119,8 @@ def load(
     model.tokens = tokens
     if isinstance(model, ResNet):
         model.pixels = Pixels.read(folder, published, model.config.n_channels) or model.pixels
-    target = _device(device)
-    allocate(model, _dtype(dtype, published, shards, target), target)
     rows = head_rows(model, published, known) if depth == stored_depth else None
-    fill(model, shards, new_head=rows is None)
-    if rows and rows != sorted(rows):
-        reorder_head(model.head, rows)
-    model.eval()
-    return model, words
+    return Checkpoint(model, words, shards, published, rows)
 
 
 def objectives_of(path: str | Path | None, preset: str | None) -> dict[str, str]:
@@ -144,17 +172,26 @@ def save(model: Model, tokenizer: "Tokenizer | None", path: str | Path) -> None:
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     own = own_tensors(model)
-    tensors: dict[str, tuple[Tensor, tuple[int, ...]]] = {}
+    tensors: dict[str, Made] = {}
     for key, source in model.key_map().items():
         for name, rows in zip(source.names, blocks(own[key], source), strict=True):
-            tensors[name] = source.as_stored(rows), source.theirs(rows.to("meta")).shape
-    dtype = str(next(iter(tensors.values()))[0].dtype).removeprefix("torch.")
-    config = model.write_config()
-    config = {**config, **task_config(model, config["model_type"]), **model.tokens.to_config(), "dtype": dtype}
+            tensors[name] = Made(stored_shape(source, rows), rows.dtype, partial(source.as_stored, rows))
     temporary = folder / "model.safetensors.tmp"
     write_file(temporary, tensors)
     temporary.replace(folder / SINGLE)
-    write_json(folder / "config.json", config)
+    save_around(model, tokenizer, folder, next(iter(tensors.values())).dtype)
+
+
+def stored_shape(source: Published, rows: Tensor) -> tuple[int, ...]:
+    """The shape in which our rows are stored."""
+    return tuple(source.theirs(rows.to("meta")).shape)
+
+
+def save_around(model: Model, tokenizer: "Tokenizer | None", folder: Path, dtype: torch.dtype) -> None:
+    """Write what a checkpoint's folder holds besides the weights, which are of this dtype."""
+    config = model.write_config()
+    config = {**config, **task_config(model, config["model_type"]), **model.tokens.to_config()}
+    write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
     if isinstance(model, ResNet):
         model.pixels.write(folder)
     elif model.task == "embedding":

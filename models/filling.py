@@ -11,6 +11,7 @@ output matrix above all: a copy that is none is an error, because nobody knows w
 
 import logging
 import re
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,53 +56,75 @@ def allocate(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None
             setattr(module, name, torch.empty_like(buffer, dtype=kind, device=device))
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where each tensor of a model is stored, by its published name (an optional one may not be).
+
+    `new`: those of a head that is to be made. `copies`: what is stored a second time, with our name of the first and
+    what to say if it is no copy.
+    """
+
+    stored: dict[str, Stored]
+    new: list[str]
+    copies: list[tuple[str, Stored, str]]
+
+
 @torch.no_grad()
 def fill(model: "Model", shards: Shards, new_head: bool) -> None:
     """Copy every tensor of the key map from the shards into its rows; make the head where it is not there, or `new`.
 
-    Raises ValueError with a list of what is missing, left over, of another shape or kind, or there twice, and for a
-    copy that is none.
+    Raises ValueError as `place` does, before anything is read; and for a copy that is none.
+    """
+    placement, own = place(model, shards, new_head), own_tensors(model)
+    if placement.new:
+        model.initialize_head()
+    for key, source in model.key_map().items():
+        for name, rows in zip(source.names, blocks(own[key], source), strict=True):
+            if name in placement.stored:
+                read_into(placement.stored[name], source.as_stored(rows))
+            elif name not in placement.new:
+                rows.zero_()  # an optional one
+    for key, copy, said in placement.copies:
+        if copy.shape != own[key].shape or not holds(copy, own[key]):
+            raise ValueError(f"{shards.folder}: {said}")
+    model.head_is_new = bool(placement.new)
+    if placement.new:
+        log.warning("new, to be trained, for %s: %s", model.task, ", ".join(sorted(placement.new)))
+
+
+def place(model: "Model", shards: Shards, new_head: bool) -> Placement:
+    """Match the tensors of the key map with those of the shards; says which heads of other tasks are left out.
+
+    Raises ValueError with a list of what is missing, left over, of another shape or kind, or there twice.
     """
     table, own = model.key_map(), own_tensors(model)
-    stored, twice = _by_short_name(model, shards, table)
-    places = {key: [_canonical(name, model.base_prefix) for name in source.names] for key, source in table.items()}
-    made = {key for key in table if new_head and key.startswith(("head.out.", "head.hidden."))}
-    absent = {
-        key: [name for name in names if key in made or (name not in stored and not table[key].optional)]
-        for key, names in places.items()
-    }
-    head_missing = [name for key, names in absent.items() if key.startswith("head.") for name in names]
-    missing = [name for key, names in absent.items() if not key.startswith("head.") for name in names]
-    if head_missing:
-        model.initialize_head()
+    short_names, twice = _by_short_name(model, shards, table)
+    found: dict[str, Stored] = {}
+    new: list[str] = []
+    missing: list[str] = []
     misshaped: list[str] = []
+    used: set[str] = set()
     for key, source in table.items():
-        for name, rows in zip(places[key], blocks(own[key], source), strict=True):
-            if name in absent[key]:
-                continue
-            if name not in stored:
-                rows.zero_()
-            elif problem := _misfit(shards.find(stored[name]), rows, source):
-                misshaped.append(f"{stored[name]} {problem}")
-            else:
-                read_into(shards.find(stored[name]), source.as_stored(rows))
-    used = {name for names in places.values() for name in names}
-    spare = {short: name for short, name in stored.items() if short not in used}
+        made = new_head and key.startswith(("head.out.", "head.hidden."))
+        for name, rows in zip(source.names, blocks(own[key], source), strict=True):
+            short = _canonical(name, model.base_prefix)
+            used.add(short)
+            if made or (short not in short_names and not source.optional):
+                (new if key.startswith("head.") else missing).append(name)
+            elif short in short_names:
+                found[name] = shards.find(short_names[short])
+                if problem := _misfit(found[name], rows, source):
+                    misshaped.append(f"{short_names[short]} {problem}")
+    spare = {short: name for short, name in short_names.items() if short not in used}
     left, copies, others = _sort_out(model, spare, new_head)
     _complain(
         shards.folder,
         {"missing": missing, "left over": left, "of another shape": misshaped, "under two spellings": twice},
     )
-    for short in copies:
-        key, said = model.copies[short]
-        stored_copy = shards.find(spare[short])
-        if stored_copy.shape != own[key].shape or not holds(stored_copy, own[key]):
-            raise ValueError(f"{shards.folder}: {spare[short]} is not {said}")
-    model.head_is_new = bool(head_missing)
     if others:
         log.warning("left out, of other tasks than %s: %s", model.task, ", ".join(others))
-    if head_missing:
-        log.warning("new, to be trained, for %s: %s", model.task, ", ".join(sorted(head_missing)))
+    second = [(*model.copies[short], spare[short]) for short in copies]
+    return Placement(found, new, [(key, shards.find(name), f"{name} is not {said}") for key, said, name in second])
 
 
 def _by_short_name(model: "Model", shards: Shards, table: dict[str, Published]) -> tuple[dict[str, str], list[str]]:

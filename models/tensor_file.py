@@ -12,7 +12,7 @@ the model and no more. Writing likewise.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -152,24 +152,57 @@ def _memory(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def write_file(path: Path, tensors: dict[str, tuple[Tensor, tuple[int, ...]]]) -> None:
-    """Write tensors (views of any layout and device, whose entries come in order), each with its shape in the file.
+@dataclass(frozen=True)
+class Made:
+    """A tensor that is made when its turn to be written comes: what it will be, and how to make it."""
 
-    Wider dtypes stand first, so that each tensor starts at a multiple of its item size, as the format asks for.
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_file(path: Path, tensors: Mapping[str, Stored | Made]) -> None:
+    """Write tensors: those of another file are copied block by block, the others made one at a time.
+
+    What `make` gives may be a view of any layout and device, whose entries come in order. Wider dtypes stand first, so
+    that each tensor starts at a multiple of its item size, as the format asks for.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name][0].element_size(), name))
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name in order:
-        tensor, shape = tensors[name]
-        first, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(shape), "data_offsets": [first, end]}
+        one = tensors[name]
+        first, end = end, end + one.nbytes
+        header[name] = {"dtype": NAMES[one.dtype], "shape": list(one.shape), "data_offsets": [first, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            tensor = tensors[name][0].detach()
-            tensor = tensor if tensor.dim() else tensor[None]
-            for rows in tensor.split(_rows(tensor, tensor.element_size())):
-                file.write(_memory(rows.cpu().contiguous()))
+            one = tensors[name]
+            for block in _stored_blocks(one) if isinstance(one, Stored) else _made_blocks(one):
+                file.write(block)
+
+
+def _stored_blocks(stored: Stored) -> Iterator[bytes]:
+    """The bytes of a tensor in a file, piece by piece."""
+    left = stored.nbytes
+    with stored.path.open("rb", buffering=0) as file:
+        file.seek(stored.start)
+        while left:
+            block = file.read(min(left, TO_DEVICE))
+            if not block:
+                raise _damaged(stored.path, "it ended while it was read")
+            left -= len(block)
+            yield block
+
+
+def _made_blocks(made: Made) -> Iterator[memoryview]:
+    tensor = made.make().detach()
+    tensor = tensor if tensor.dim() else tensor[None]
+    for rows in tensor.split(_rows(tensor, tensor.element_size())):
+        yield _memory(rows.cpu().contiguous())

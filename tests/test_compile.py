@@ -18,12 +18,12 @@ BLOCKS = {
 }
 
 
-@pytest.mark.parametrize("family", BLOCKS)
-def test_a_block_compiles_without_a_graph_break(family: str) -> None:
+@pytest.mark.parametrize(("family", "dora"), [*((family, False) for family in BLOCKS), ("bert", True)])
+def test_a_block_compiles_without_a_graph_break(family: str, dora: bool) -> None:
     build, rest = BLOCKS[family]
     torch.manual_seed(0)
     model = build()
-    add_lora(model, LoRAConfig(rank=4))
+    add_lora(model, LoRAConfig(rank=4, dora=dora))
     block = model.train().layers[0]
     for name, parameter in block.named_parameters():
         if ".b." in name:

@@ -164,6 +164,21 @@ def test_dora_on_four_bits_and_recomputed(tmp_path: Path) -> None:
             torch.testing.assert_close(p.grad, plain[key])
 
 
+def test_dora_of_rows_and_magnitudes_of_zero(tmp_path: Path) -> None:
+    """A row of zeros stays one, and nothing turns into NaN."""
+    model = both(tmp_path, tiny_gpt2(), "causal-lm")[1]
+    with torch.no_grad():
+        model.layers[0].qkv.weight[:3] = 0
+    base = logits(model, TEXT)
+    add_lora(model, LoRAConfig(rank=2, dora=True))
+    assert torch.equal(logits(model, TEXT), base)
+    with torch.no_grad():
+        model.layers[0].qkv.lora["default"].m[0][5] = 0
+    model(IDS).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert logits(model, TEXT).isfinite().all()
+
+
 def steps_of(tmp_path: Path, out: Path | None = None, **settings: Any) -> dict[str, Tensor]:
     torch.manual_seed(0)
     model = both(tmp_path / "base", tiny_gpt2(), "causal-lm")[1]
@@ -264,6 +279,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ({"init": "pizza"}, 'init: expected "kaiming" or "pissa"'),
         ({"lr_ratio": 0.0}, "lr_ratio: expected a positive number"),
         ({"init": "pissa", "targets": ["wpe"]}, 'init "pissa" is for projections'),
+        ({"init": "pissa", "alpha": 0}, 'alpha: init "pissa" divides by it'),
+        ({"init": "pissa", "rank": 25}, 'init "pissa" has 24 singular values to start from'),
     ):
         with pytest.raises(ValueError, match=says):
             add_lora(model, LoRAConfig(**settings))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from handtune.models import tensor_file
 from handtune.models.layers import Published
-from handtune.models.tensor_file import DTYPES, holds, read_header, read_into, write_file
+from handtune.models.tensor_file import DTYPES, Made, holds, read_header, read_into, write_file
 
 
 def tensors() -> dict[str, Tensor]:
@@ -51,7 +51,7 @@ def test_what_the_library_writes_is_read(tmp_path, buffer):
 
 def test_what_is_written_the_library_reads(tmp_path, buffer):
     given = tensors()
-    write_file(tmp_path / "x", {name: (tensor, tuple(tensor.shape)) for name, tensor in given.items()})
+    write_file(tmp_path / "x", {name: Made(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in given.items()})
     found = load_file(tmp_path / "x")
     assert set(found) == set(given)
     assert all(same(found[name], tensor) for name, tensor in given.items())
@@ -90,7 +90,7 @@ def test_every_layout_there_and_back(tmp_path, buffer, ours, source, dtype):
     assert holds(read_header(tmp_path / "x")["x"], source.as_stored(rows))
     matrix[3] += 1
     assert not holds(read_header(tmp_path / "x")["x"], source.as_stored(rows))
-    write_file(tmp_path / "y", {"y": (source.as_stored(rows), tuple(stored.shape))})
+    write_file(tmp_path / "y", {"y": Made(tuple(stored.shape), rows.dtype, lambda: source.as_stored(rows))})
     assert torch.equal(load_file(tmp_path / "y")["y"], source.theirs(rows))
 
 
