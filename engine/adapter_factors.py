@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..kernels import Conv2d, Linear, LowRank
 from ..kernels.conv import ConvFactors
 from ..kernels.linear import Part
-from .lora import EmbeddingFactors, KnownModel, LoRAConfig, LoRAEmbedding, candidates, is_conv1d
+from .lora import EmbeddingFactors, Factors, KnownModel, LoRAConfig, LoRAEmbedding, candidates, is_conv1d
 
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's
 Shapes = Callable[[int], tuple[tuple[int, ...], tuple[int, ...]]]  # rank → shapes of A and B
@@ -34,12 +34,12 @@ def stored_factor(model: nn.Module, path: str) -> Any:
 
 def plan_factors(
     model: nn.Module, tensors: dict[str, Tensor], config: LoRAConfig, path: Path
-) -> tuple[list[tuple[str, nn.Module]], dict[str, Tensor]]:
+) -> tuple[list[tuple[str, Factors]], dict[str, Tensor]]:
     """The factors to attach, by module path, made from the tensors; and the tensors that are no factors."""
-    plan: list[tuple[str, nn.Module]] = []
+    plan: list[tuple[str, Factors]] = []
     rest = dict(tensors)
     for module_path, module, published in candidates(model):
-        factors: nn.Module | None
+        factors: Factors | None
         if isinstance(module, nn.Embedding | LoRAEmbedding):
             factors = _embedding_factors(module, published[0], rest, config, path)
         elif isinstance(module, nn.Conv2d | Conv2d):
@@ -84,7 +84,7 @@ def _conv_factors(
         raise ValueError(f"{path}: {name}: {error}") from error
     a, b = pair
     factors = ConvFactors(conv, len(a), config.scale_of(name), config.dropout)
-    factors.a.data, factors.b.data = a.float(), b.float()
+    factors.a, factors.b = nn.Parameter(a.float()), nn.Parameter(b.float())
     if config.dora:
         factors.m = nn.Parameter(_magnitude(rest, name, (1, m, 1, 1), path).flatten())
     return factors

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from .belongings import belongings, claim
 from .beside import BASE, places_beside, put_beside, trained_beside
 from .lora import (
     EmbeddingFactors,
+    Factors,
     KnownModel,
     LoRAConfig,
     Slot,
@@ -33,7 +34,7 @@ from .lora import (
     refuse_tied,
     slots,
 )
-from .token_rows import STORED, put_rows, take_rows, trained_ids
+from .token_rows import STORED, StoredRows, put_rows, take_rows, trained_ids
 
 TASK_TYPES = {
     "causal-lm": "CAUSAL_LM",
@@ -197,6 +198,38 @@ def _dropout(model: nn.Module, name: str) -> float:
     return next((own.dropout for own in _factors(model, name) if isinstance(own, LowRank | ConvFactors)), 0.0)
 
 
+class StoredAdapter(NamedTuple):
+    """An adapter's files, read and matched with a model: factors by module path, and what is stored beside them.
+
+    `plain`: tensors by published name; `rows`: token rows.
+    """
+
+    factors: list[tuple[str, Factors]]
+    plain: dict[str, Tensor]
+    rows: list[StoredRows]
+
+
+def read_adapter(model: nn.Module, path: str | Path) -> StoredAdapter:
+    """Read the adapter in the folder `path`, for a model that may be on the meta device. Raises as `load_adapter`."""
+    folder = Path(path)
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"{folder}: no {CONFIG} there; give the folder that save_adapter (or PEFT) wrote")
+    try:
+        published = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder / CONFIG}: not valid JSON ({error}); restore the file") from error
+    config = _lora_config(published, folder / CONFIG)
+    tensors = _read_weights(folder / WEIGHTS)
+    plan, rest = plan_factors(model, tensors, config, folder / WEIGHTS)
+    try:
+        rows = take_rows(model, rest, published.get("trainable_token_indices"))
+        places_beside(model, rest)
+    except ValueError as error:
+        raise ValueError(f"{folder / WEIGHTS}: {error}") from error
+    refuse_tied(model, [path for path, _ in plan])
+    return StoredAdapter(plan, {key.replace(BASE, "."): value for key, value in rest.items()}, rows)
+
+
 def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
     """Attach the adapter stored in the folder `path` (PEFT's format) as `name` and make it active.
 
@@ -204,37 +237,23 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     Raises FileNotFoundError or ValueError, with the model unchanged, where a file is missing or damaged, a field is not
     implemented, a tensor doesn't fit the model, or an adapter is merged into the weights.
     """
-    folder = Path(path)
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"{folder}: no {CONFIG} there; give the folder that save_adapter (or PEFT) wrote")
     check_name(model, name)
-    try:
-        published = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder / CONFIG}: not valid JSON ({error}); restore the file") from error
     refuse_merged(model)
-    config = _lora_config(published, folder / CONFIG)
-    tensors = _read_weights(folder / WEIGHTS)
-    plan, rest = plan_factors(model, tensors, config, folder / WEIGHTS)
-    try:
-        rows = take_rows(model, rest, published.get("trainable_token_indices"))
-        beside = places_beside(model, rest)
-    except ValueError as error:
-        raise ValueError(f"{folder / WEIGHTS}: {error}") from error
-    refuse_tied(model, [path for path, _ in plan])
-    if (beside or rows) and adapter_names(model):
+    stored = read_adapter(model, path)
+    beside = places_beside(model, stored.plain)
+    if (beside or stored.rows) and adapter_names(model):
         raise ValueError(
-            f"{folder} brings a head or token rows of its own, which would replace those of the one already attached; "
+            f"{path} brings a head or token rows of its own, which would replace those of the one already attached; "
             "load it onto a base of its own"
         )
     claim(model, adapters_in_use(model))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for slot_path, factors in plan:
+    for slot_path, factors in stored.factors:
         module = ensure_slot(model, slot_path)
         module.lora[name] = factors.to(module.weight.device).train(module.training)
     put_beside(beside)
-    put_rows(model, rows)
+    put_rows(model, stored.rows)
     set_adapter(model, name)
     claim(model, [name])
 

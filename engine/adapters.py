@@ -114,8 +114,8 @@ def merged_rows(module: Adaptable, name: str) -> list[tuple[Tensor, Tensor]]:
     """Blocks of the weight as (rows, fan-in) views, each with what it becomes with the adapter in it, in fp32."""
     factors = module.lora[name]
     if isinstance(factors, LowRank) and isinstance(module, Linear):
-        matrix = module.matrix.data
-        return [(matrix[part.start : part.start + part.size], rows) for part, rows in factors.merged(matrix)]
+        blocks = [(part, module.matrix.data[part.start : part.start + part.size]) for part in factors.parts]
+        return [(rows, factors.merged(part, rows)) for part, rows in blocks]
     assert isinstance(factors, ConvFactors | EmbeddingFactors)
     return [(module.weight.data, factors.merged(module.weight.data))]
 

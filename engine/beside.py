@@ -60,7 +60,7 @@ def places_beside(model: nn.Module, stored: dict[str, Tensor]) -> list[tuple[Ten
             raise ValueError(
                 f"{key} has shape {tuple(value.shape)}, the model needs {tuple(rows.shape)}; it is for another base"
             )
-        if not torch.equal(value.to(rows), rows):
+        if rows.is_meta or not torch.equal(value.to(rows), rows):
             out.append((tensor, rows, value))
     return out
 

@@ -18,6 +18,7 @@ from .engine.loop import DEFAULT_ROWS, Result
 from .engine.metrics import rouge
 from .engine.record import Record, write_json
 from .generator import run_generate
+from .merge import merge
 from .models import ResNet, load, save
 from .models.tokens import save_tokenizer
 from .prepare import Prepared, choose_trained, prepare, run_objective
@@ -149,10 +150,12 @@ def run_merge(options: argparse.Namespace) -> int:
     out = Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} holds something already; give a new folder for the merged checkpoint")
-    model, tokenizer = load(options.model, **head_of(Path(options.adapter)))
-    put_adapter(model, tokenizer, Path(options.adapter))
-    merge_lora(model, keep_base=False)
-    save(model, tokenizer, options.out)
+    adapter = Path(options.adapter)
+    if not merge(options.model, adapter, out):
+        model, tokenizer = load(options.model, **head_of(adapter))
+        put_adapter(model, tokenizer, adapter)
+        merge_lora(model, keep_base=False)
+        save(model, tokenizer, options.out)
     print(f"merged checkpoint written to {options.out}")
     return 0
 

@@ -122,17 +122,15 @@ class LowRank(nn.Module):
         self.kept_gain = None if key is None else (key, gain)
         return gain
 
-    def merged(self, matrix: Tensor) -> list[tuple[Part, Tensor]]:
-        """For each adapted part what its rows of the weight (M, K) become, in fp32."""
-        wide = torch.promote_types(matrix.dtype, torch.float32)
-        out = []
-        for i, (part, scale, a, b) in enumerate(self.blocks()):
-            rows = matrix[part.start : part.start + part.size]
-            value = rows.to(wide) + scale * (b @ a)
-            if self.m is not None:
-                value *= (self.m[i] / row_norms(rows, a, b, scale))[:, None]
-            out.append((part, value))
-        return out
+    def merged(self, part: Part, rows: Tensor) -> Tensor:
+        """What an adapted part's rows of the weight (Mᵢ, K) become, in fp32."""
+        index = self.parts.index(part)
+        _, scale, a, b = self.blocks()[index]
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        value = torch.addmm(rows.to(wide), b.to(wide), a.to(wide), alpha=scale)
+        if self.m is not None:
+            value *= (self.m[index] / row_norms(rows, a, b, scale))[:, None]
+        return value
 
 
 @dataclass(frozen=True)

@@ -188,6 +188,13 @@ def write_file(path: Path, tensors: Mapping[str, Stored | Made]) -> None:
                 file.write(block)
 
 
+def same(one: Stored, other: Stored) -> bool:
+    """Whether two stored tensors are equal, bit for bit."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    return all(a == b for a, b in zip(_stored_blocks(one), _stored_blocks(other), strict=True))
+
+
 def _stored_blocks(stored: Stored) -> Iterator[bytes]:
     """The bytes of a tensor in a file, piece by piece."""
     left = stored.nbytes

@@ -1,0 +1,133 @@
+"""`handtune merge`: an adapter added into its base, tensor by tensor, for a base that need not fit in memory.
+
+Nothing is loaded: the base is opened (`open_checkpoint`), and the merged checkpoint written in its shards, in their
+dtypes. What the adapter leaves alone is copied from file to file; what it changes is read, changed in fp32 and written,
+one tensor at a time; what it brings (a head, norms) takes the place of the stored one, or goes into the last shard.
+"""
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .engine.adapter_files import StoredAdapter, read_adapter
+from .engine.lora import Factors
+from .kernels import Conv2d, Linear, LowRank
+from .models import ResNet
+from .models.checkpoint import Checkpoint, open_checkpoint, save_around, stored_shape
+from .models.filling import Placement, blocks, own_tensors, place
+from .models.layers import Published
+from .models.pixels import Pixels
+from .models.shards import INDEX, SINGLE, write_json
+from .models.tensor_file import Made, Stored, read_into, same, write_file
+from .stored import head_of
+
+Source = Stored | Made
+
+
+@torch.no_grad()
+def merge(base: str, adapter: Path, out: Path) -> bool:
+    """Write the merged checkpoint to the folder `out`; False, and nothing, where that takes the model in memory.
+
+    That is where the adapter adds tokens, or orders the labels of a stored head anew. Raises what loading raises;
+    ValueError where the base lacks a head that the adapter doesn't bring, or for a convolution in groups.
+    """
+    opened = open_checkpoint(base, **head_of(adapter))
+    rows = opened.head_rows
+    if (adapter / "tokenizer.json").is_file() or (rows and rows != sorted(rows)):
+        return False
+    model = opened.model
+    if isinstance(model, ResNet):
+        model.pixels = Pixels.read(adapter, {}, model.config.n_channels) or model.pixels
+    stored, placement = read_adapter(model, adapter), place(model, opened.shards, new_head=rows is None)
+    tensors = _tensors(opened, placement, stored)
+    for key, copy, said in placement.copies:
+        if not same(copy, placement.stored[model.key_map()[key].names[0]]):
+            raise ValueError(f"{base}: {said}")
+    temporary = out.with_name(out.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a merge that was killed
+    temporary.mkdir(parents=True)
+    try:
+        _write(tensors, placement, temporary)
+        save_around(model, opened.tokenizer, temporary, opened.shards.dtype())
+        temporary.replace(out)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return True
+
+
+def _tensors(opened: Checkpoint, placement: Placement, adapter: StoredAdapter) -> dict[str, Source]:
+    """What each tensor of the merged checkpoint is made of, by its published name."""
+    model, own = opened.model, own_tensors(opened.model)
+    factors = dict(adapter.factors)
+    token_rows = {f"{rows.path}.weight": rows for rows in adapter.rows}
+    out: dict[str, Source] = {}
+    for key, source in model.key_map().items():
+        path = key.removesuffix(".weight")
+        for i, (name, block) in enumerate(zip(source.names, blocks(own[key], source), strict=True)):
+            stored, shape = placement.stored.get(name), stored_shape(source, block)
+            if name in adapter.plain:
+                dtype = opened.shards.dtype() if stored is None else stored.dtype
+                out[name] = Made(shape, dtype, partial(adapter.plain[name].to, dtype))
+            elif stored is None and name in placement.new:
+                raise ValueError(f"{name}: neither the base nor the adapter has it; merge the adapter that trained it")
+            elif stored is None:
+                out[name] = Made(shape, opened.shards.dtype(), partial(torch.zeros, shape, dtype=opened.shards.dtype()))
+            elif key in token_rows:
+                out[name] = Made(shape, stored.dtype, partial(_with_rows, stored, block, *token_rows[key][1:]))
+            elif path in factors and key.endswith(".weight") and _changes(model, path, factors[path], i):
+                out[name] = Made(
+                    shape, stored.dtype, partial(_merged, model, path, factors[path], i, source, stored, block)
+                )
+            else:
+                out[name] = stored
+    return out
+
+
+def _changes(model: Any, path: str, factors: Factors, index: int) -> bool:
+    """Whether the adapter changes this part of the module."""
+    module = model.get_submodule(path)
+    if isinstance(module, Conv2d) and module.groups > 1:
+        raise ValueError(f"{path} is a convolution in {module.groups} groups, into which no adapter can be merged")
+    return not isinstance(factors, LowRank) or module.parts[index] in factors.parts
+
+
+def _merged(
+    model: Any, path: str, factors: Factors, index: int, source: Published, stored: Stored, block: Tensor
+) -> Tensor:
+    """The rows with the adapter in them, as they are stored."""
+    rows = torch.empty(block.shape, dtype=stored.dtype)
+    read_into(stored, source.as_stored(rows))
+    module = model.get_submodule(path)
+    if isinstance(factors, LowRank) and isinstance(module, Linear):
+        value = factors.merged(module.parts[index], rows)
+    else:
+        assert not isinstance(factors, LowRank)
+        value = factors.merged(rows)
+    rows.copy_(value)
+    return source.as_stored(rows)
+
+
+def _with_rows(stored: Stored, block: Tensor, ids: list[int], rows: Tensor) -> Tensor:
+    """An embedding with the token rows that the adapter trained."""
+    matrix = torch.empty(block.shape, dtype=stored.dtype)
+    read_into(stored, matrix)
+    matrix[ids] = rows.to(stored.dtype)
+    return matrix
+
+
+def _write(tensors: dict[str, Source], placement: Placement, folder: Path) -> None:
+    """In the files that the base has them in; what is new in the last one."""
+    files = sorted({stored.path.name for stored in placement.stored.values()})
+    if len(files) == 1:
+        write_file(folder / SINGLE, tensors)
+        return
+    homes = {name: placement.stored[name].path.name if name in placement.stored else files[-1] for name in tensors}
+    for file in files:
+        write_file(folder / file, {name: source for name, source in tensors.items() if homes[name] == file})
+    size = sum(source.nbytes for source in tensors.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": homes})

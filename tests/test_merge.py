@@ -1,0 +1,163 @@
+"""`handtune merge` writes, tensor by tensor, what loading, merging and saving writes; in little memory; in shards."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from small_adapters import shaken
+from small_models import both, tiny_bert, tiny_gpt2, tiny_llama
+from small_resnets import both as both_resnets
+from small_t5 import both_t5
+from small_xlnet import both as both_xlnets
+from test_adapter_exchange import tiny_bloom
+
+from handtune.cli import main
+from handtune.engine import LoRAConfig, add_lora, load_adapter, merge_lora, save_adapter, unfreeze
+from handtune.models import load, save
+from handtune.models.tensor_file import read_header
+
+FAMILIES: dict[str, tuple[Callable[[Path], Any], str | None, dict[str, Any], tuple[str, ...]]] = {
+    "gpt2": (lambda f: both(f, tiny_gpt2(), "causal-lm"), None, {"targets": ["c_attn", "c_fc", "wpe"]}, ("*norm1*",)),
+    "gpt2 with a new head": (
+        lambda f: both(f, tiny_gpt2(), "causal-lm"), "sequence-classification", {}, ("head.*",),
+    ),
+    "bert": (lambda f: both(f, tiny_bert(), "masked-lm"), None, {"targets": ["query", "output.dense"]}, ()),
+    "bloom, DoRA": (lambda f: both(f, tiny_bloom(), "causal-lm"), None, {"dora": True}, ()),
+    "llama": (lambda f: both(f, tiny_llama(), "causal-lm"), None, {"targets": ["q_proj", "v_proj", "up_proj"]}, ()),
+    "t5": (both_t5, None, {}, ()),
+    "xlnet": (both_xlnets, None, {}, ()),
+    "resnet": (both_resnets, None, {"targets": ["convolution"]}, ("*norm*",)),
+}  # fmt: skip
+
+
+def adapted(folder: Path, family: str) -> Any:
+    """A base and an adapter in `folder`; gives what load, merge and save make of them."""
+    make, task, settings, unfrozen = FAMILIES[family]
+    make(folder / "base")
+    labels = ["x", "y", "z"] if task else None
+    model = load(folder / "base", task, labels=labels, device="cpu")[0]
+    add_lora(model, LoRAConfig(rank=2, **settings))
+    if unfrozen:
+        unfreeze(model, *unfrozen)
+    save_adapter(shaken(model), folder / "adapter")
+    whole, words = load(folder / "base", task, labels=3 if task else None, device="cpu")
+    load_adapter(whole, folder / "adapter")
+    merge_lora(whole, keep_base=False)
+    save(whole, words, folder / "expected")
+    return whole
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_files_are_those_of_loading_merging_and_saving(family: str, tmp_path: Path) -> None:
+    adapted(tmp_path, family)
+    assert main(["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "out")]) == 0
+    names = sorted(path.name for path in (tmp_path / "expected").iterdir())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    for name in names:
+        if name.endswith(".safetensors"):
+            ours, expected = load_file(tmp_path / "out" / name), load_file(tmp_path / "expected" / name)
+            assert ours.keys() == expected.keys()
+            for key, value in expected.items():
+                assert ours[key].dtype == value.dtype
+                assert torch.equal(ours[key], value), key
+        else:
+            assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes(), name
+    assert not (tmp_path / "out.tmp").exists()
+
+
+def test_shards_stay_shards(tmp_path: Path) -> None:
+    whole = adapted(tmp_path, "llama")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    reference.save_pretrained(tmp_path / "sharded", max_shard_size="10KB")
+    assert main(["merge", str(tmp_path / "sharded"), str(tmp_path / "adapter"), str(tmp_path / "out")]) == 0
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    files = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
+    assert len(files) > 2
+    assert set(index["weight_map"].values()) == files
+    headers = {file: read_header(tmp_path / "out" / file) for file in files}
+    assert index["metadata"]["total_size"] == sum(one.nbytes for header in headers.values() for one in header.values())
+    assert all(name in headers[file] for name, file in index["weight_map"].items())
+    again = load(tmp_path / "out", device="cpu")[0]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = torch.arange(1, 9)[None]
+    torch.testing.assert_close(again(ids), whole(ids))
+    torch.testing.assert_close(theirs(ids).logits, whole(ids), rtol=0, atol=1e-4)
+
+
+def test_the_dtype_of_the_base_stays(tmp_path: Path) -> None:
+    """fp16 is not widened on its way through the CPU; the correction is added in fp32 and rounded once."""
+    reference, _ = both(tmp_path / "wide", tiny_llama(), "causal-lm")
+    reference.to(torch.float16).save_pretrained(tmp_path / "base")
+    model = load(tmp_path / "wide", device="cpu")[0]
+    add_lora(model, LoRAConfig(rank=2, targets=["down_proj"]))
+    save_adapter(shaken(model), tmp_path / "adapter")
+    assert main(["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "out")]) == 0
+    base, out = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
+    factors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "float16"
+    for key, value in out.items():
+        assert value.dtype == torch.float16
+        if "down_proj" in key:
+            a, b = (factors[f"base_model.model.{key.removesuffix('.weight')}.lora_{x}.weight"] for x in "AB")
+            scale = 32.0 / 2
+            torch.testing.assert_close(value, (base[key].float() + scale * (b @ a)).half(), rtol=1e-3, atol=1e-3)
+        else:
+            assert torch.equal(value, base[key])
+
+
+def test_it_takes_the_memory_of_a_few_tensors(tmp_path: Path) -> None:
+    """A base of 120 MB, whose largest adapted tensor has 4 MB: at most 60 MB beyond a merge of a tiny one."""
+    wide = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_key_value_heads": 8}
+    peaks = []
+    for name, sizes in (("tiny", {"num_hidden_layers": 1}), ("wide", {**wide, "num_attention_heads": 8})):
+        folder = tmp_path / name
+        torch.manual_seed(0)
+        transformers.LlamaForCausalLM(tiny_llama(**sizes)).save_pretrained(folder / "base")
+        model = load(folder / "base", device="cpu")[0]
+        add_lora(model, LoRAConfig(rank=16))
+        save_adapter(model, folder / "adapter")
+        code = (
+            "import sys; from handtune.cli import main; assert main(sys.argv[1:]) == 0\n"
+            "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+        )
+        command = [sys.executable, "-c", code, "merge", *(str(folder / part) for part in ("base", "adapter", "out"))]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        peaks.append(int(done.stdout.split()[-1]) / 1024)
+    assert (tmp_path / "wide/base/model.safetensors").stat().st_size > 120e6
+    assert peaks[1] - peaks[0] < 60, peaks
+
+
+def test_what_is_refused_leaves_nothing(tmp_path: Path, capsys) -> None:
+    adapted(tmp_path, "gpt2")
+    other = tmp_path / "other"
+    both(other, tiny_gpt2(n_embd=36), "causal-lm")
+    assert main(["merge", str(other), str(tmp_path / "adapter"), str(tmp_path / "out")]) == 2
+    assert "it is for another base" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.tmp").exists()
+
+
+def test_a_merge_that_is_broken_off_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    """A full disk, Ctrl-C; what a killed one left is no obstacle to the next."""
+    adapted(tmp_path, "llama")
+    (tmp_path / "out.tmp").mkdir()
+    (tmp_path / "out.tmp/model.safetensors").write_bytes(b"half")
+    command = ["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "out")]
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("handtune.merge.save_around", full)
+        assert main(command) == 2
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.tmp").exists()
+    assert main(command) == 0
+    assert load(tmp_path / "out", device="cpu")
