@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from .generation import generate as generate
     from .loop import TrainConfig as TrainConfig
     from .loop import train as train
-    from .lora import LoRAConfig as LoRAConfig
     from .lora import add_lora as add_lora
+    from .lora_config import LoRAConfig as LoRAConfig
     from .quantization import quantize as quantize
     from .token_rows import train_rows as train_rows
 
 _HOME = {
-    "LoRAConfig": "lora",
+    "LoRAConfig": "lora_config",
     "TrainConfig": "loop",
     "add_lora": "lora",
     "combine_adapters": "combine",

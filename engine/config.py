@@ -12,7 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from .loop import TrainConfig
-from .lora import LoRAConfig
+from .lora_config import LoRAConfig
 from .objectives import METHODS
 
 

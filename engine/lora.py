@@ -6,9 +6,7 @@ under the same names, so that state dicts, weight tying and the optimizer of the
 what else is to train (a fresh head) is unfrozen by name.
 """
 
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -19,6 +17,7 @@ from ..kernels import Conv2d, Linear, LowRank
 from ..kernels.adapter_rows import AdapterRows
 from ..kernels.conv import ConvFactors
 from .belongings import claim
+from .lora_config import LoRAConfig
 from .lora_embedding import EmbeddingFactors, LoRAEmbedding
 
 FOREIGN_HEADS = ("lm_head", "head", "score", "classifier", "qa_outputs", "embed_out", "cls")
@@ -35,66 +34,6 @@ class KnownModel(Protocol):
     def key_map(self) -> dict[str, Any]: ...
     def hidden(self, input_ids: Tensor, **inputs: Any) -> Tensor: ...
     def pool(self, states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor: ...
-
-
-@dataclass(frozen=True)
-class LoRAConfig:
-    """What an adapter looks like.
-
-    The correction is scaled by `alpha` / `rank`, or alpha / √rank with `rslora` (Kalajdzievski 2023, arXiv:2312.03732).
-    `targets`: "all-linear" (every projection but the output head; a ResNet's convolutions), a group of the model's own
-    `lora_targets` ("attention", "mlp", "convolutions"), or names and shell globs that match a whole module path or its
-    end, in our spelling or the published one. In a foreign model "all-linear" is PEFT's, without convolutions.
-    `rank_pattern` and `alpha_pattern` give single modules (regular expressions on the end of their path) another rank
-    or alpha. `dropout` acts on the input of the low-rank branch.
-
-    `dora` trains the magnitudes of the adapted weights apart from their directions (arXiv:2402.09353). `lr_ratio` is
-    LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B learns so many times as fast as A. `init = "pissa"` starts from the
-    largest singular triples of the weights instead of from zero (arXiv:2404.02948), of projections only; the base is
-    left alone, and the adapter's file has twice the rank.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    targets: str | tuple[str, ...] | list[str] = "all-linear"
-    dropout: float = 0.0
-    rslora: bool = False
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    dora: bool = False
-    lr_ratio: float = 1.0
-    init: str = "kaiming"
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank: expected a positive number, got {self.rank}")
-        for key, rank in self.rank_pattern.items():
-            if rank < 1:
-                raise ValueError(f"rank_pattern: expected positive numbers, got {rank} for {key!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
-        if not 0 < self.lr_ratio < float("inf"):
-            raise ValueError(f"lr_ratio: expected a positive number, got {self.lr_ratio}")
-        if self.init not in ("kaiming", "pissa"):
-            raise ValueError(f'init: expected "kaiming" or "pissa", got {self.init!r}')
-        if self.init == "pissa" and min([self.alpha, *self.alpha_pattern.values()]) <= 0:
-            raise ValueError('alpha: init "pissa" divides by it; give a positive one')
-        if not self.targets:
-            raise ValueError('targets: name at least one, for example "all-linear"')
-
-    def rank_of(self, path: str) -> int:
-        """Rank of the module with this published path."""
-        return next((r for key, r in self.rank_pattern.items() if _ends_with(path, key)), self.rank)
-
-    def scale_of(self, path: str) -> float:
-        """Scale of the module with this published path."""
-        alpha = next((a for key, a in self.alpha_pattern.items() if _ends_with(path, key)), self.alpha)
-        rank = self.rank_of(path)
-        return alpha / (rank**0.5 if self.rslora else rank)
-
-
-def _ends_with(path: str, pattern: str) -> bool:
-    return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
 
 
 Adaptable = Linear | Conv2d | LoRAEmbedding
