@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapter_files import load_adapter as load_adapter
     from .adapter_files import save_adapter as save_adapter
+    from .adapters import drop_adapter as drop_adapter
     from .adapters import merge_lora as merge_lora
     from .adapters import set_adapter as set_adapter
     from .adapters import unmerge_lora as unmerge_lora
@@ -34,6 +35,7 @@ _HOME = {
     "TrainConfig": "loop",
     "add_lora": "lora",
     "combine_adapters": "combine",
+    "drop_adapter": "adapters",
     "evaluate": "evaluation",
     "freeze": "freezing",
     "generate": "generation",

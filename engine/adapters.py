@@ -14,6 +14,7 @@ from ..kernels import Conv2d, Linear, LowRank
 from ..kernels.adapter_rows import AdapterRows
 from ..kernels.conv import ConvFactors
 from ..kernels.linear import Merged
+from .belongings import forget
 from .lora import Adaptable, EmbeddingFactors, KnownModel, refuse_merged, slots
 
 
@@ -77,6 +78,22 @@ def _require(model: nn.Module, *names: str | None) -> None:
     if lacking := [name for name in names if name not in known]:
         attached = ", ".join(sorted(name for name in known if name is not None))
         raise ValueError(f"there is no adapter {lacking[0]!r}; attached: {attached or 'none'}")
+
+
+def drop_adapter(model: nn.Module, name: str) -> None:
+    """Take the adapter called `name` off the model; the others stay. What trained beside it stays in the model.
+
+    Raises ValueError, with the model unchanged, where there is no such adapter, it is in use, or one is merged.
+    """
+    _require(model, name)
+    holders = [slot.module for slot in slots(model) if name in slot.module.lora]
+    for module in holders:
+        by_row = isinstance(module.active, AdapterRows) and name in module.active.adapters
+        if module.active == name or by_row:
+            raise ValueError(f"adapter {name!r} is in use: set_adapter(model, None), or another, first")
+    for module in holders:
+        del module.lora[name]
+    forget(model, name)
 
 
 @torch.no_grad()

@@ -21,3 +21,8 @@ def claim(model: nn.Module, adapters: Iterable[str]) -> None:
 def belongings(model: nn.Module, adapter: str) -> set[str]:
     """The names of the parameters that belong to an adapter."""
     return _BELONGINGS.get(model, {}).get(adapter, set())
+
+
+def forget(model: nn.Module, adapter: str) -> None:
+    """Nothing belongs to this adapter any more."""
+    _BELONGINGS.get(model, {}).pop(adapter, None)

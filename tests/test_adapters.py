@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from handtune.engine import (
     LoRAConfig,
     add_lora,
+    drop_adapter,
     load_adapter,
     merge_lora,
     save_adapter,
@@ -158,3 +159,26 @@ def test_unknown_names(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="adapter 'b' exists already"):
         load_adapter(model, tmp_path / "a", "b")
     assert_unchanged(model, before)
+
+
+def test_an_adapter_is_dropped_and_the_others_stay() -> None:
+    model = gpt2()
+    base = logits(model)
+    for name in ("a", "b"):
+        add_lora(model, LoRAConfig(rank=2), name)
+        shaken(model, ord(name))
+    set_adapter(model, "a")
+    of_a = logits(model)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="adapter 'a' is in use"):
+        drop_adapter(model, "a")
+    with use_adapter(model, ["b", None]), pytest.raises(ValueError, match="adapter 'b' is in use"):
+        drop_adapter(model, "b")
+    with pytest.raises(ValueError, match="no adapter 'c'; attached: a, b"):
+        drop_adapter(model, "c")
+    assert_unchanged(model, before)
+    drop_adapter(model, "b")
+    assert adapter_names(model) == ["a"]
+    assert torch.equal(logits(model), of_a)
+    add_lora(model, LoRAConfig(rank=3), "b")
+    assert torch.equal(logits(model), base)
