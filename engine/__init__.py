@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .loop import train as train
     from .lora import add_lora as add_lora
     from .lora_config import LoRAConfig as LoRAConfig
+    from .quantization import projections as projections
     from .quantization import quantize as quantize
     from .token_rows import train_rows as train_rows
 
@@ -42,6 +43,7 @@ _HOME = {
     "load_adapter": "adapter_files",
     "load_checkpoint": "checkpoint",
     "merge_lora": "adapters",
+    "projections": "quantization",
     "quantize": "quantization",
     "save_adapter": "adapter_files",
     "save_checkpoint": "checkpoint",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .engine import add_lora, freeze, quantize, train_rows, unfreeze
+from .engine import add_lora, freeze, projections, quantize, train_rows, unfreeze
 from .engine.batches import Batches, Collate, CollateFn, Examples
 from .engine.chat import ChatTemplate
 from .engine.config import DataConfig, RunConfig
@@ -221,8 +221,9 @@ def run_model(config: RunConfig, labels: tuple[str, ...]) -> tuple[Any, Any]:
         raise ValueError(f"model.task = {task!r}, but method {config.method!r} trains {objective.task!r}")
     if wanted.path is not None:
         model, words = load(
-            wanted.path, task, wanted.dtype, wanted.device, labels or None, head_layers=wanted.head_layers
-        )
+            wanted.path, task, wanted.dtype, wanted.device, labels or None, head_layers=wanted.head_layers,
+            quantize=projections if wanted.quantize is not None else None,
+        )  # fmt: skip
     else:
         assert wanted.preset is not None
         model, words = fresh(wanted.preset, wanted.tokenizer, task, labels, config.train.seed, **wanted.overrides)

@@ -4,6 +4,7 @@ A model says how its tensors are published (`key_map`), and `filling.py` puts th
 found in `hub.py`, which task it is for in `tasks.py`. What stands here is the order of all this, and the families.
 """
 
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..kernels import Linear
+from ..kernels.quantize import Workspace
 from .bert import Bert
 from .bloom import Bloom
-from .filling import allocate, blocks, fill, own_tensors
+from .filling import Packing, allocate, blocks, fill, own_tensors
 from .gpt2 import GPT2
 from .hub import checkpoint_folder
 from .layers import Published
@@ -61,6 +63,7 @@ def load(
     labels: list[str] | tuple[str, ...] | int | None = None,
     *,
     head_layers: int | None = None,
+    quantize: Callable[[Model], Iterable[str]] | None = None,
 ) -> tuple[Model, "Tokenizer | None"]:
     """The model at `path` (a folder in Hugging Face layout, or a hub id) in eval mode, and its tokenizer or None.
 
@@ -68,14 +71,18 @@ def load(
     the checkpoint's own (fp16 becomes fp32 on a CPU). `device`: "auto" is CUDA where there is one. `labels`: names, or
     their number, for a task that classifies. `head_layers`: depth of the head. A stored head of another task, other
     labels or another depth than asked for is made anew; of the same labels in another order its rows are reordered.
+    `quantize` chooses projections, given the empty model, that are kept in NF4 and frozen (`engine.projections`: what
+    `quantize` would take): each is packed as it is read, so that the whole model is never there in full.
 
     Raises FileNotFoundError for a missing folder or config.json, ValueError for everything that doesn't fit.
     """
     opened = open_checkpoint(path, task, labels, head_layers=head_layers)
-    model, target = opened.model, _device(device)
-    allocate(model, _dtype(dtype, opened.published, opened.shards, target), target)
-    rows = opened.head_rows
-    fill(model, opened.shards, new_head=rows is None)
+    model, target, rows = opened.model, _device(device), opened.head_rows
+    kind = _dtype(dtype, opened.published, opened.shards, target)
+    chosen = {f"{path}.weight": model.get_submodule(path) for path in (quantize(model) if quantize else ())}
+    packed = Packing({key: m for key, m in chosen.items() if isinstance(m, Linear)}, kind, target, Workspace())
+    allocate(model, kind, target, without=set(packed.modules.values()))
+    fill(model, opened.shards, new_head=rows is None, packed=packed)
     if rows and rows != sorted(rows):
         reorder_head(model.head, rows)
     model.eval()

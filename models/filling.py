@@ -11,6 +11,7 @@ output matrix above all: a copy that is none is an error, because nobody knows w
 
 import logging
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..kernels import Linear
+from ..kernels.quantize import Workspace
 from .layers import Published
 from .shards import Shards
 from .tensor_file import Stored, holds, read_into
@@ -39,8 +42,10 @@ def blocks(tensor: Tensor, source: Published) -> tuple[Tensor, ...]:
     return tensor.detach().split(source.rows) if source.rows else (tensor.detach(),)
 
 
-def allocate(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def allocate(model: nn.Module, dtype: torch.dtype, device: torch.device, without: Container[nn.Module] = ()) -> None:
     """Memory on `device` for the tensors of a model on the meta device, with nothing in it yet.
+
+    The weights of the modules in `without` get none.
 
     Each has its own once: `Module.to_empty` gives a tied matrix two. Parameters are of `dtype`; statistics, which are
     buffers, are never narrower than fp32, because a running mean takes steps that bf16 rounds away.
@@ -48,6 +53,8 @@ def allocate(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None
     made: dict[Tensor, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
+            if name == "weight" and module in without:
+                continue
             if parameter not in made:
                 made[parameter] = nn.Parameter(torch.empty_like(parameter, dtype=dtype, device=device))
             setattr(module, name, made[parameter])
@@ -69,9 +76,25 @@ class Placement:
     copies: list[tuple[str, Stored, str]]
 
 
+@dataclass(frozen=True)
+class Packing:
+    """Projections to be quantised as they are read, by the names of their weights; these are read in `dtype`."""
+
+    modules: dict[str, Linear]
+    dtype: torch.dtype
+    device: torch.device
+    workspace: Workspace
+
+    def room_for(self, weight: Tensor) -> nn.Parameter:
+        room = torch.empty_like(weight, dtype=self.dtype, device=self.device)
+        return nn.Parameter(room, requires_grad=False)
+
+
 @torch.no_grad()
-def fill(model: "Model", shards: Shards, new_head: bool) -> None:
+def fill(model: "Model", shards: Shards, new_head: bool, packed: Packing) -> None:
     """Copy every tensor of the key map from the shards into its rows; make the head where it is not there, or `new`.
+
+    Of what is to be `packed` each weight is read and quantised before the next: one of them is there in full at a time.
 
     Raises ValueError as `place` does, before anything is read; and for a copy that is none.
     """
@@ -79,11 +102,20 @@ def fill(model: "Model", shards: Shards, new_head: bool) -> None:
     if placement.new:
         model.initialize_head()
     for key, source in model.key_map().items():
+        packing = packed.modules.get(key)
+        if packing is not None:
+            own[key] = packing.weight = packed.room_for(own[key])
         for name, rows in zip(source.names, blocks(own[key], source), strict=True):
             if name in placement.stored:
                 read_into(placement.stored[name], source.as_stored(rows))
             elif name not in placement.new:
                 rows.zero_()  # an optional one
+        if packing is not None:
+            del own[key]
+            try:
+                packing.quantize_(packed.workspace)
+            except ValueError as error:
+                raise ValueError(f"{key}: {error}") from error
     for key, copy, said in placement.copies:
         if copy.shape != own[key].shape or not holds(copy, own[key]):
             raise ValueError(f"{shards.folder}: {said}")

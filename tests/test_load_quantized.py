@@ -1,0 +1,81 @@
+"""Loading in 4 bits: bitwise what loading and quantising gives, and never the whole model in full."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from small_models import both, tiny_bert, tiny_gpt2, tiny_llama, token_rows
+from small_t5 import both_t5
+from small_xlnet import both as both_xlnets
+
+from handtune.engine import LoRAConfig, add_lora, freeze, projections, quantize
+from handtune.kernels.quantize import NF4Weight
+from handtune.models import load
+
+FAMILIES: dict[str, Callable[[Path], Any]] = {
+    "gpt2": lambda f: both(f, tiny_gpt2(n_embd=32, n_head=4), "causal-lm"),
+    "bert": lambda f: both(f, tiny_bert(hidden_size=32, num_attention_heads=4), "sequence-classification"),
+    "llama": lambda f: both(f, tiny_llama(hidden_size=32, num_attention_heads=4), "causal-lm"),
+    "t5": both_t5,
+    "xlnet": both_xlnets,
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bitwise_what_quantising_a_loaded_model_gives(family: str, dtype: str, tmp_path: Path) -> None:
+    FAMILIES[family](tmp_path)
+    slow, _ = load(tmp_path, dtype=dtype, device="cpu")
+    freeze(slow, "*")
+    paths = quantize(slow)
+    model, _ = load(tmp_path, dtype=dtype, device="cpu", quantize=projections)
+    assert {n for n, m in model.named_modules() if isinstance(m, NF4Weight)} == {f"{path}.weight" for path in paths}
+    own, expected = model.state_dict(), slow.state_dict()
+    assert own.keys() == expected.keys()
+    assert all(torch.equal(own[key], value) for key, value in expected.items())
+    packed = [m for m in model.modules() if isinstance(m, NF4Weight)]
+    assert len({id(m.workspace) for m in packed}) == 1
+    assert not any(p.requires_grad for m in packed for p in m.parameters())
+    ids = torch.tensor(token_rows((7, 7)))
+    inputs = {"input_ids": ids, "decoder_input_ids": ids} if family == "t5" else {"input_ids": ids}
+    add_lora(model, LoRAConfig(rank=2))
+    with torch.no_grad():
+        assert torch.equal(model(**inputs), slow(**inputs))
+
+
+def test_what_is_wrong_is_said(tmp_path: Path) -> None:
+    reference, _ = both(tmp_path, tiny_llama(), "causal-lm")
+    with torch.no_grad():
+        reference.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    reference.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layers.1.\w+.weight: .* holds NaN or infinity can't be quantised"):
+        load(tmp_path, device="cpu", quantize=projections)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux, whose kernel tells a process's peak")
+def test_the_whole_model_is_never_there_in_full(tmp_path: Path) -> None:
+    """100 MB of projections in bf16: 4 bits of them, and one in full, beyond what a tiny model takes."""
+    wide = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_key_value_heads": 8}
+    peaks = {}
+    for name, sizes in (("tiny", {}), ("wide", {**wide, "num_attention_heads": 8})):
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(tiny_llama(**sizes)).to(torch.bfloat16)
+        model.save_pretrained(tmp_path / name)
+        for how in ("in full", "in 4 bits"):
+            code = (
+                "import sys; from handtune.engine import projections; from handtune.models import load\n"
+                f"load(sys.argv[1], device='cpu', quantize={'projections' if how == 'in 4 bits' else None})\n"
+                "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+            )
+            command = [sys.executable, "-c", code, str(tmp_path / name)]
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+            peaks[name, how] = int(done.stdout.split()[-1]) / 1024
+    size = (tmp_path / "wide/model.safetensors").stat().st_size / 2**20
+    assert size > 90
+    assert peaks["wide", "in full"] - peaks["tiny", "in full"] > 0.9 * size
+    assert peaks["wide", "in 4 bits"] - peaks["tiny", "in 4 bits"] < 0.28 * size + 30, (size, peaks)
