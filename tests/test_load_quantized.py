@@ -1,5 +1,6 @@
 """Loading in 4 bits: bitwise what loading and quantising gives, and never the whole model in full."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -71,8 +72,9 @@ def test_the_whole_model_is_never_there_in_full(tmp_path: Path) -> None:
         torch.manual_seed(0)
         transformers.LlamaForCausalLM(tiny_llama(**sizes)).to(torch.bfloat16).save_pretrained(tmp_path / name)
         command = [sys.executable, "-c", code, str(tmp_path / name)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        tight = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # without the holes that glibc's heap keeps
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=tight)
         peaks.append(int(done.stdout.split()[-1]) / 1024)
     size = (tmp_path / "wide/model.safetensors").stat().st_size / 2**20
     assert size > 95
-    assert peaks[1] - peaks[0] < 0.28 * size + 50, (size, peaks)
+    assert peaks[1] - peaks[0] < 0.28 * size + 30, (size, peaks)
