@@ -5,9 +5,9 @@
 Layers of GPT-2 small or of TinyLlama-1.1B with random weights and an R 16 adapter a row on all projections, the same in
 PEFT, which reads what `save_adapter` wrote; how far the logits differ is shown. `tokens` tokens a row pass through the
 model without gradients, as often as in a generation: what a `use_adapter` block prepares in its first pass, the stacked
-factors, is timed apart, in later passes. Training is a pass forward and backward over one batch of all rows against one
-pass a row with its adapter, of which the gradients are the same; PEFT refuses mixed batches there. They take turns;
-medians.
+factors, is timed apart, in later passes. The base alone, against PEFT's mixed batch, is what adapters that cost nothing
+would come to. Training is a pass forward and backward over one batch of all rows against one pass a row with its
+adapter, of which the gradients are the same; PEFT refuses mixed batches there. They take turns; medians.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def providers(folder: Path, model: str, dtype: torch.dtype, options: argparse.Na
 
 
 def serve(ours: Any, theirs: nn.Module, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of a pass: one adapter for all rows, one a row, and PEFT's mixed batch; and the largest difference."""
+    """Seconds of a pass: no adapter, one for all rows, one a row, and PEFT's mixed batch; and the largest difference."""
     from handtune.engine import use_adapter
 
     names = names_of(options)
@@ -116,7 +116,7 @@ def serve(ours: Any, theirs: nn.Module, tokens: int, options: argparse.Namespace
         for _ in range(options.rounds):
             timed("first pass", first, seconds, options)
             timed("peft", peft_mixed, seconds, options)
-            for name, chosen in (("one", names[0]), ("mixed", names)):
+            for name, chosen in (("base", None), ("one", names[0]), ("mixed", names)):
                 with use_adapter(ours, chosen):
                     logits = ours(ids)
                     timed(name, lambda: ours(ids), seconds, options)
@@ -170,20 +170,21 @@ def timed(name: str, call: Callable[[], Any], seconds: dict[str, list[float]], o
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    heads = ("× one adapter", "first pass", "× PEFT mixed", "× one by one", "difference")
+    heads = ("× one adapter", "first pass", "× PEFT mixed", "× PEFT, base", "× one by one", "difference")
     lines = [f"{'':32}" + "".join(f"{head:>15}" for head in heads)]
     for name, row in results.items():
         median = {side: statistics.median(times) for side, times in row["seconds"].items()}
-        shown = ["", "", "", "", ""]
+        shown = [""] * len(heads)
         if "one" in median:
-            shown[:3] = [
+            shown[:4] = [
                 f"{median['mixed'] / median['one']:.2f}",
                 f"{median['first pass'] / median['one']:.2f}",
                 f"{median['peft'] / median['mixed']:.2f}",
+                f"{median['peft'] / median['base']:.2f}",
             ]
-            shown[4] = f"{row['largest difference']:.1e}"
+            shown[5] = f"{row['largest difference']:.1e}"
         else:
-            shown[3] = f"{median['one by one'] / median['mixed']:.2f}"
+            shown[4] = f"{median['one by one'] / median['mixed']:.2f}"
         lines.append(f"{name:32}" + "".join(f"{value:>15}" for value in shown))
     return "\n".join(lines)
 

@@ -170,7 +170,7 @@ def _peft_config(
     return {
         "peft_type": "LORA",
         "task_type": TASK_TYPES.get(model.task) if isinstance(model, KnownModel) else None,
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": model.source if isinstance(model, KnownModel) else None,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,

@@ -29,6 +29,7 @@ class KnownModel(Protocol):
 
     lora_targets: ClassVar[dict[str, tuple[str, ...]]]
     task: str
+    source: str | None
     head: nn.Module
 
     def key_map(self) -> dict[str, Any]: ...

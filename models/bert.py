@@ -159,6 +159,7 @@ class Bert(nn.Module):
         self.config, self.task, self.labels, self.head_layers = config, task, labels, head_layers
         self.pooling = pooling if task == "embedding" else "first"
         self.tokens = SpecialTokens()
+        self.source: str | None = None  # the folder or hub id that it was loaded from
         self.head_is_new = True  # until a checkpoint fills it
         self.embed = Embed(config)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))

@@ -123,7 +123,7 @@ def open_checkpoint(
     pooling, normalize = read_pooling(folder) if task == "embedding" else ("mean", False)
     with torch.device("meta"):
         model = family(config, task, names, depth, pooling, normalize)
-    model.tokens = tokens
+    model.tokens, model.source = tokens, str(path)
     if isinstance(model, ResNet):
         model.pixels = Pixels.read(folder, published, model.config.n_channels) or model.pixels
     rows = head_rows(model, published, known) if depth == stored_depth else None

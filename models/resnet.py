@@ -200,6 +200,7 @@ class ResNet(nn.Module):
             raise ValueError(f"task {task!r}: ResNet can do {', '.join(self.architectures)}")
         self.config, self.task, self.labels, self.head_layers = config, task, labels, head_layers
         self.tokens = SpecialTokens()
+        self.source: str | None = None  # the folder or hub id that it was loaded from
         pixels = Pixels(SMALL, SMALL) if config.small_images else Pixels()
         self.pixels = pixels.grey() if config.n_channels == 1 else pixels
         self.head_is_new = True  # until a checkpoint fills it

@@ -86,6 +86,7 @@ class T5(nn.Module):
         self.config, self.task, self.labels, self.head_layers = config, task, labels, head_layers
         self.pooling = pooling if task == "embedding" else "last"
         self.tokens = SpecialTokens()
+        self.source: str | None = None  # the folder or hub id that it was loaded from
         self.head_is_new = True  # until a checkpoint fills it
         self.embed = Embed(config)
         self.encoder = Stack(config, config.n_layer, decoder=False)

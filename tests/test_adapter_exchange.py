@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,12 +15,24 @@ from small_models import both, tiny_bert, tiny_gpt2, tiny_llama, token_rows
 from small_resnets import both as both_resnets
 from small_resnets import images
 from small_t5 import both_t5
+from small_xlnet import both as both_xlnets
 from torch import Tensor, nn
 from transformers import BloomConfig
 
-from handtune.engine import LoRAConfig, TrainConfig, add_lora, freeze, load_adapter, save_adapter, train, unfreeze
+from handtune.engine import (
+    LoRAConfig,
+    TrainConfig,
+    add_lora,
+    freeze,
+    load_adapter,
+    merge_lora,
+    save_adapter,
+    train,
+    unfreeze,
+)
 from handtune.engine.batches import Collate
 from handtune.engine.losses import causal_lm_loss
+from handtune.models import load, save
 
 IDS = torch.tensor(token_rows((7, 7)))
 TEXT = {"input_ids": IDS}
@@ -77,34 +90,37 @@ def assert_close(ours: Tensor, theirs: Tensor) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=bound)
 
 
-def pefts(kind: str, family: str) -> dict[str, Any] | None:
+def pefts(family: str) -> dict[str, dict[str, Any]]:
+    """Settings of PEFT's by name: what can go into an adapter of this family."""
     _, _, projections, layer, norm, embedding = FAMILIES[family]
     plain: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": projections}
-    more: dict[str, dict[str, Any] | None] = {
+    kinds: dict[str, dict[str, Any]] = {
         "plain": {},
         "patterns": {"rank_pattern": {layer: 2}, "alpha_pattern": {layer: 7}, "use_rslora": True},
         "regex": {"target_modules": rf".*{layer}"},
+        "DoRA": {"use_dora": True},
         "biases of all": {"bias": "all"},
         "biases of adapted layers": {"bias": "lora_only"},
         "norms": {"modules_to_save": [norm]},
-        "an embedding": {"target_modules": [*projections, embedding]} if embedding else None,
-        "one layer": None if family in ("t5", "resnet") else {"layers_to_transform": [1]},
     }
-    return None if more[kind] is None else plain | (more[kind] or {})
+    if embedding:
+        kinds["an embedding"] = {"target_modules": [*projections, embedding]}
+    if family not in ("t5", "resnet"):  # their layers have no number in PEFT's eyes
+        kinds["one layer"] = {"layers_to_transform": [1]}
+    if family != "resnet":
+        kinds["token rows"] = {"trainable_token_indices": [2, 5]}
+    if family == "bert":
+        kinds["a head"] = {"modules_to_save": ["classifier"]}
+    return {kind: plain | settings for kind, settings in kinds.items()}
 
 
-@every_family
 @pytest.mark.parametrize(
-    "kind",
-    ["plain", "patterns", "regex", "biases of all", "biases of adapted layers", "norms", "an embedding", "one layer"],
+    ("family", "kind"), [(family, kind) for family in FAMILIES for kind in pefts(family)], ids=lambda name: name
 )
 def test_we_load_pefts(family: str, kind: str, tmp_path: Path) -> None:
-    settings = pefts(kind, family)
-    if settings is None:
-        return  # the family has nothing of the kind
     make, inputs, *_ = FAMILIES[family]
     reference, model = make(tmp_path / "base")
-    reference = shaken(peft.get_peft_model(reference, peft.LoraConfig(**settings)))
+    reference = shaken(peft.get_peft_model(reference, peft.LoraConfig(**pefts(family)[kind])))
     reference.eval().save_pretrained(tmp_path / "adapter")
     base = logits(model, inputs)
     load_adapter(model, tmp_path / "adapter")
@@ -119,6 +135,7 @@ def test_we_load_pefts(family: str, kind: str, tmp_path: Path) -> None:
 OURS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "plain": ({}, ()),
     "patterns": ({"rslora": True, "rank_pattern": 2, "alpha_pattern": 7}, ()),
+    "DoRA": ({"dora": True}, ()),
     "biases of adapted layers": ({}, ("BIASES",)),
     "norms": ({}, ("*norm*",)),
     "weights under an adapter": ({}, ("WEIGHTS",)),
@@ -146,6 +163,44 @@ def test_peft_loads_ours(family: str, kind: str, tmp_path: Path) -> None:
     again = make(tmp_path / "other")[1]
     load_adapter(again, tmp_path / "adapter")
     assert torch.equal(logits(again, inputs), logits(model, inputs))
+
+
+def test_xlnets_adapters_go_round(tmp_path: Path) -> None:
+    """Its attention weights are bare tensors, which PEFT can't adapt: it refuses the file; merged, everybody loads it."""
+    reference, model = both_xlnets(tmp_path / "base")
+    add_lora(model, LoRAConfig(rank=3, alpha=5, rank_pattern={"layers.1.*": 2}, dora=True))
+    unfreeze(model, "*norm*")
+    expected = logits(shaken(model), TEXT)
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(KeyError, match="HANDTUNE_LORA"):
+        peft.PeftModel.from_pretrained(reference, str(tmp_path / "adapter"))
+    again, _ = load(tmp_path / "base")
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(logits(again, TEXT), expected)
+    merge_lora(again)
+    assert_close(logits(again, TEXT), expected)
+    save(again, None, tmp_path / "merged")
+    assert_close(logits(type(reference).from_pretrained(tmp_path / "merged"), TEXT), expected)
+
+
+def test_peft_finds_the_base_by_itself(tmp_path: Path) -> None:
+    model = both(tmp_path / "base", tiny_gpt2(), "causal-lm")[1]
+    add_lora(model, LoRAConfig(rank=3))
+    save_adapter(shaken(model), tmp_path / "adapter")
+    found = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert_close(logits(found, TEXT), logits(model, TEXT))
+
+
+def test_an_adapter_on_the_output_head(tmp_path: Path) -> None:
+    make = partial(both, config=tiny_llama(tie_word_embeddings=False), task="causal-lm")
+    reference, model = make(tmp_path / "base")
+    reference = shaken(peft.get_peft_model(reference, peft.LoraConfig(r=3, target_modules=["q_proj", "lm_head"])))
+    reference.eval().save_pretrained(tmp_path / "theirs")
+    load_adapter(model, tmp_path / "theirs")
+    assert_close(logits(model, TEXT), logits(reference, TEXT))
+    save_adapter(model, tmp_path / "ours")
+    back = peft.PeftModel.from_pretrained(make(tmp_path / "other")[0], str(tmp_path / "ours"))
+    assert_close(logits(back, TEXT), logits(model, TEXT))
 
 
 @pytest.mark.parametrize("task", ["sequence-classification", "token-classification", "question-answering", "reward"])

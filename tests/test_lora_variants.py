@@ -11,6 +11,7 @@ from small_adapters import assert_unchanged, shaken, snapshot
 from small_models import both, tiny_bert, tiny_gpt2, tiny_llama, token_rows
 from small_resnets import both as both_resnets
 from small_resnets import images
+from small_t5 import both_t5
 from test_adapter_exchange import assert_close, logits, tiny_bloom
 from torch import Tensor
 
@@ -38,6 +39,7 @@ FAMILIES: dict[str, tuple[Made, dict[str, Tensor], list[str]]] = {
     "gpt2": (lambda f: both(f, tiny_gpt2(), "causal-lm"), TEXT, ["c_attn", "c_fc", "wpe"]),
     "bert": (lambda f: both(f, tiny_bert(), "masked-lm"), TEXT, ["query", "value", "output.dense"]),
     "bloom": (lambda f: both(f, tiny_bloom(), "causal-lm"), TEXT, ["query_key_value", "dense"]),
+    "t5": (both_t5, TEXT | {"decoder_input_ids": IDS}, ["q", "v", "wo"]),
     "llama": (lambda f: both(f, tiny_llama(), "causal-lm"), TEXT, ["q_proj", "v_proj", "down_proj"]),
     "resnet": (both_resnets, {"pixel_values": images(32, 32)}, ["convolution"]),
 }
