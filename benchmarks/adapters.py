@@ -96,7 +96,7 @@ def providers(folder: Path, model: str, dtype: torch.dtype, options: argparse.Na
 
 
 def serve(ours: Any, theirs: nn.Module, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of a pass: no adapter, one for all rows, one a row, and PEFT's mixed batch; and the largest difference."""
+    """Seconds of a pass: no adapter, one for all rows, one a row, and PEFT's mixed batch; the largest difference."""
     from handtune.engine import use_adapter
 
     names = names_of(options)

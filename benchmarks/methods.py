@@ -45,7 +45,7 @@ def main() -> None:
     share = 100 * counted["adapter"] / counted["parameters"]
     facts = {"benchmark": "methods", **environment(), "model": Path(options.model).name, "train": options.train.name}
     facts |= {"test": options.test.name, "epochs": options.epochs, "rows": options.rows}
-    print(f"{table(results)}\n\nan R 16 adapter of GPT-2 small: {counted['adapter']:,} parameters, {share:.2f} % of its base")
+    print(f"{table(results)}\n\nR 16 on GPT-2 small: {counted['adapter']:,} parameters, {share:.2f} % of its base")
     if options.out:
         text = json.dumps({**facts, "results": results, "GPT-2 small, R 16": counted}, indent=1)
         Path(options.out).write_text(text + "\n", encoding="utf-8")

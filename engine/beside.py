@@ -1,9 +1,9 @@
 """What is stored beside an adapter under plain published names: what trained with it, and the head that it needs.
 
 A module of which anything trains is stored whole, because PEFT loads whole modules: a norm that trains takes its
-running statistics with it, which moved as its weight did. Of a projection with an adapter only what trains is stored,
-as PEFT's `base_layer`. The head of a task that PEFT gives one of its own goes with the adapter whether it trains or
-not: it is of no use without.
+running statistics with it, which moved as its weight did. PEFT takes its name for the end of a path: what else ends so
+is stored, too. Of a projection with an adapter only what trains is stored, as PEFT's `base_layer`. The head of a task
+that PEFT gives one of its own goes with the adapter whether it trains or not: it is of no use without.
 """
 
 from collections.abc import Collection, Container, Iterator
@@ -24,23 +24,34 @@ def trained_beside(model: nn.Module, trained: Collection[str], adapted: Containe
 
     `adapted`: the published modules that the stored adapter sits on.
     """
-    modules = {key.rpartition(".")[0] for key in trained}
-    with_head = isinstance(model, KnownModel) and model.task in WITH_HEAD
+    modules, places = {_module(key) for key in trained}, list(_published_rows(model))
     chosen = trained_rows(model)
+    head = ("head.out.", "head.hidden.") if isinstance(model, KnownModel) and model.task in WITH_HEAD else ()
+    whole = {
+        _module(published)
+        for key, _, published, _, _ in places
+        if key.startswith(head) or (_module(key) in modules and key not in chosen)
+    }
+    ends = tuple(path for path in whole if path and path not in adapted)
     out: dict[str, Tensor] = {}
-    for key, _, published, rows, source in _published_rows(model):
-        value, (module, _, kind) = rows.detach().cpu(), published.rpartition(".")
+    for key, _, published, rows, source in places:
+        value, (module, _, kind) = rows.detach(), published.rpartition(".")
         if key in chosen and key in trained:
-            out[f"{module}{STORED}"] = value[chosen[key].cpu()]
+            out[f"{module}{STORED}"] = value[chosen[key]].cpu()
             continue
         if module in adapted:
             published, wanted = f"{module}{BASE}{kind}", key in trained
         else:
-            in_head = with_head and key.startswith(("head.out.", "head.hidden."))
-            wanted = in_head or key.rpartition(".")[0] in modules
+            wanted = module in whole or module.endswith(ends)
         if wanted:
+            value = value.cpu()
             out[published] = (source.theirs(value) if source else value).contiguous()
     return out
+
+
+def _module(key: str) -> str:
+    """The path of the module that a tensor belongs to."""
+    return key.rpartition(".")[0]
 
 
 def places_beside(model: nn.Module, stored: dict[str, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:

@@ -166,7 +166,7 @@ def test_peft_loads_ours(family: str, kind: str, tmp_path: Path) -> None:
 
 
 def test_xlnets_adapters_go_round(tmp_path: Path) -> None:
-    """Its attention weights are bare tensors, which PEFT can't adapt: it refuses the file; merged, everybody loads it."""
+    """Its attention weights are bare tensors, which PEFT can't adapt, and refuses the file; all load it merged."""
     reference, model = both_xlnets(tmp_path / "base")
     add_lora(model, LoRAConfig(rank=3, alpha=5, rank_pattern={"layers.1.*": 2}, dora=True))
     unfreeze(model, "*norm*")
@@ -249,6 +249,21 @@ def test_modules_are_stored_whole(tmp_path: Path) -> None:
     reference = both(tmp_path / "base", tiny_gpt2(), "causal-lm")[0]
     adapted = peft.PeftModel.from_pretrained(reference, str(tmp_path / "adapter"))
     assert_close(logits(adapted, TEXT), logits(model, TEXT))
+
+
+def test_names_that_end_alike(tmp_path: Path) -> None:
+    """PEFT takes "norm" for every module whose path ends so, and misses what it doesn't find of them."""
+    reference, model = both(tmp_path / "base", tiny_llama(), "embedding")
+    add_lora(model, LoRAConfig(rank=2))
+    unfreeze(model, "norm.weight")
+    shaken(model)
+    save_adapter(model, tmp_path / "adapter")
+    adapted = peft.PeftModel.from_pretrained(reference, str(tmp_path / "adapter"))
+    states = adapted.eval()(**TEXT).last_hidden_state
+    assert_close(model.hidden(IDS).detach(), states.detach())
+    again, _ = load(tmp_path / "base", "embedding")
+    load_adapter(again, tmp_path / "adapter")
+    assert [name for name, p in again.named_parameters() if p.requires_grad and ".lora." not in name] == ["norm.weight"]
 
 
 class Nested(nn.Module):
