@@ -40,9 +40,9 @@ def use_adapter(
     about one; each row comes out as with its adapter alone. `lengths`, their tokens, are needed where rows lie end to
     end. In beam search a row's beams have its adapter. In training the gradients go to each row's own adapter.
 
-    Raises ValueError where there is no such adapter, one is merged into the weights, or, for a list, one changes the
-    output head of a language model. And in the model, for a batch of another number of rows, or, in training, where
-    adapters differ in dropout.
+    Raises ValueError where there is no such adapter, one is merged into the weights, or, for a list, one is a DoRA or
+    changes the output head of a language model. And in the model, for a batch of another number of rows, or, in
+    training, where adapters differ in dropout.
     """
     before = [(slot.module, slot.module.active) for slot in slots(model)]
     if name is None or isinstance(name, str):

@@ -16,9 +16,9 @@ class LoRAConfig:
     or alpha. `dropout` acts on the input of the low-rank branch.
 
     `dora` trains the magnitudes of the adapted weights apart from their directions (arXiv:2402.09353). `lr_ratio` is
-    LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B learns so many times as fast as A. `init = "pissa"` starts from the
-    largest singular triples of the weights instead of from zero (arXiv:2404.02948), of projections only; the base is
-    left alone, and the adapter's file has twice the rank.
+    LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B learns so many times as fast as A; an adapter's file says nothing of
+    it. `init = "pissa"` starts from the largest singular triples of the weights instead of from zero
+    (arXiv:2404.02948), of projections only; the base is left alone, and the adapter's file has twice the rank.
     """
 
     rank: int = 16

@@ -1,5 +1,6 @@
 """DoRA, LoRA+ and PiSSA, each by the identity that it rests on; DoRA's and PiSSA's files exchanged with PEFT."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,23 @@ def test_dora_on_four_bits_and_recomputed(tmp_path: Path) -> None:
             torch.testing.assert_close(p.grad, plain[key])
 
 
+def test_dora_drops_what_the_low_rank_branch_reads(tmp_path: Path) -> None:
+    """In training y is g (x Wᵀ + s drop(x) Aᵀ Bᵀ) + b, with the norm of the whole weight in g."""
+    model = both(tmp_path, tiny_gpt2(), "causal-lm")[1]
+    add_lora(model, LoRAConfig(rank=2, dropout=0.5, dora=True))
+    layer = shaken(model).layers[0].qkv
+    layer.bias.data.normal_()
+    factors, x, outs = layer.lora["default"], torch.randn(7, 24), []
+    gain, magnitudes = factors.gain(layer.weight).detach(), factors.m
+    for m in (magnitudes, None):
+        factors.m = m
+        torch.manual_seed(3)
+        outs.append(layer.train()(x).detach())
+    torch.testing.assert_close(outs[0], gain * (outs[1] - layer.bias) + layer.bias)
+    assert (outs[0] - outs[1]).abs().max() > 0.1
+    assert (layer.eval()(x) - outs[1]).abs().max() > 0.1
+
+
 def test_dora_of_rows_and_magnitudes_of_zero(tmp_path: Path) -> None:
     """A row of zeros stays one, and nothing turns into NaN."""
     model = both(tmp_path, tiny_gpt2(), "causal-lm")[1]
@@ -181,24 +199,30 @@ def test_dora_of_rows_and_magnitudes_of_zero(tmp_path: Path) -> None:
     assert logits(model, TEXT).isfinite().all()
 
 
-def steps_of(tmp_path: Path, out: Path | None = None, **settings: Any) -> dict[str, Tensor]:
+def steps_of(tmp_path: Path, training: dict[str, Any] | None = None, **settings: Any) -> dict[str, Tensor]:
+    """How far a step moves each parameter."""
     torch.manual_seed(0)
     model = both(tmp_path / "base", tiny_gpt2(), "causal-lm")[1]
     add_lora(model, LoRAConfig(rank=2, **settings))
     start = {key: p.detach().clone() for key, p in model.named_parameters() if p.requires_grad}
     rows = [{"input_ids": row.tolist(), "targets": [*row[1:].tolist(), -100]} for row in IDS]
-    config = TrainConfig(lr=1e-3, warmup=0, schedule="constant", weight_decay=0.0, clip=None, batch_rows=2)
-    train(model, rows, causal_lm_loss, config, collate=Collate(), out=out)
+    usual = {"lr": 1e-3, "warmup": 0, "schedule": "constant", "weight_decay": 0.0, "clip": None, "batch_rows": 2}
+    train(model, rows, causal_lm_loss, TrainConfig(**{**usual, **(training or {})}), collate=Collate())
     return {key: p.detach() - start[key] for key, p in model.named_parameters() if p.requires_grad}
 
 
 def test_lora_plus_moves_b_by_the_ratio(tmp_path: Path) -> None:
-    """The first update of AdamW is lr · g/(|g| + ε): with the ratio it is that many times as long, in B alone."""
+    """The first update of AdamW is lr · g/(|g| + ε): with the ratio it is that many times as long, in B alone.
+
+    Other factors on the learning rate come on top of it.
+    """
     one, many = steps_of(tmp_path), steps_of(tmp_path, lr_ratio=16.0)
+    scaled = steps_of(tmp_path, lr_ratio=16.0, training={"lr_scale": {"layers.0.*": 0.25}, "lr_decay": 0.5})
     for key, moved in many.items():
         is_b = ".b." in key
         torch.testing.assert_close(moved, one[key] * (16 if is_b else 1), rtol=1e-4, atol=1e-9)
         assert not is_b or moved.abs().max() > 0.01
+        torch.testing.assert_close(scaled[key], moved * (1 / 16 if "layers.0." in key else 1 / 2), rtol=1e-4, atol=1e-9)
 
 
 def test_pissa_starts_from_the_largest_singular_triples(tmp_path: Path) -> None:
@@ -219,6 +243,34 @@ def test_pissa_starts_from_the_largest_singular_triples(tmp_path: Path) -> None:
                 torch.testing.assert_close((rows - low).norm(), values[3:].norm(), rtol=1e-4, atol=1e-5)
                 checked += 1
     assert checked == 6
+
+
+@pytest.mark.parametrize("kind", ["bf16", "four bits", "DoRA"])
+def test_pissa_on_other_weights_and_with_dora(kind: str, tmp_path: Path) -> None:
+    """It starts as the model it is added to; its file gives the same model again, in PEFT, too."""
+    reference, model = both(tmp_path / "base", tiny_llama(hidden_size=32, num_attention_heads=4), "causal-lm")
+    if kind == "bf16":
+        reference, model = reference.bfloat16(), model.bfloat16()
+    freeze(model, "*")
+    if kind == "four bits":
+        quantize(model)
+    base, like = logits(model, TEXT), copy.deepcopy(model)
+    add_lora(model, LoRAConfig(rank=3, init="pissa", dora=kind == "DoRA"))
+    bound = (0.06 if kind == "bf16" else 1e-5) * base.abs().max().item()
+    torch.testing.assert_close(logits(model, TEXT), base, rtol=0, atol=bound)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data.add_(torch.randn_like(p), alpha=0.1)
+    expected = logits(model, TEXT)
+    assert (expected - base).abs().max() > 5 * bound
+    save_adapter(model, tmp_path / "adapter")
+    load_adapter(like, tmp_path / "adapter")
+    torch.testing.assert_close(logits(like, TEXT), expected, rtol=0, atol=bound)
+    if kind != "four bits":
+        merge_lora(like)
+        torch.testing.assert_close(logits(like, TEXT), expected, rtol=0, atol=bound)
+        back = peft.PeftModel.from_pretrained(reference, str(tmp_path / "adapter"))
+        torch.testing.assert_close(logits(back, TEXT), expected, rtol=0, atol=bound)
 
 
 def test_pissa_trains_is_stored_and_switched_off(tmp_path: Path) -> None:
