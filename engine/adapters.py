@@ -38,7 +38,8 @@ def use_adapter(
 
     A list names one for each row of the batches computed there, so that one batch serves many adapters, at the price of
     about one; each row comes out as with its adapter alone. `lengths`, their tokens, are needed where rows lie end to
-    end. In beam search a row's beams have its adapter. In training the gradients go to each row's own adapter.
+    end. In beam search a row's beams have its adapter. In training the gradients go to each row's own adapter. Without
+    gradients the adapters stay as the first pass in the block finds them.
 
     Raises ValueError where there is no such adapter, one is merged into the weights, or, for a list, one is a DoRA or
     changes the output head of a language model. And in the model, for a batch of another number of rows, or, in

@@ -14,17 +14,30 @@ V is never made. With y₀ = x Vᵀ + b, which `lora_linear` gives, y = g y₀ +
 
     ‖V‖² = ‖W‖² + 2 s Σ (W Aᵀ) ⊙ B + s² Σ (B (A Aᵀ)) ⊙ B          sums over the columns of each row
 
-which is a product with W of R columns, in W's dtype: for n rows of x, R/n of what the layer itself takes. Without
-gradients g is kept until a factor or the weight changes: decoding token by token would otherwise pay R times the layer.
+which is a product with W of R columns, in W's dtype: for n rows of x, R/n of what the layer itself takes. Decoding
+token by token would pay R times the layer: in a block of `gains_kept` g is computed once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 TINY = 1e-30  # a row of zeros has a magnitude, too: 0/0 would spread
+GAINS: ContextVar[dict[object, Tensor] | None] = ContextVar("gains", default=None)  # by the factors' module
+
+
+@contextmanager
+def gains_kept() -> Iterator[None]:
+    """A block in which no weight changes, so that without gradients each layer's g need not be computed again."""
+    before = GAINS.set({})
+    try:
+        yield
+    finally:
+        GAINS.reset(before)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .activations import ACTIVATIONS, Activate, Activation
 from .adapter_rows import AdapterRows
-from .dora import gain_of, rescale, row_norms
+from .dora import GAINS, gain_of, rescale, row_norms
 from .lora import fused_linear
 from .lora_batched import lora_linear_batched
 from .lora_products import Plan, draw_seed
@@ -60,7 +60,6 @@ class LowRank(nn.Module):
         self.rows = tuple(part.start for part in parts)
         self.pissa = False
         self.lr_ratio = 1.0  # of B's learning rate to A's
-        self.kept_gain: tuple[list[tuple[int, int]], Tensor] | None = None
 
     @torch.no_grad()
     def start_from(self, matrix: Tensor) -> None:
@@ -109,17 +108,15 @@ class LowRank(nn.Module):
         ]
 
     def gain(self, matrix: Tensor | NF4Weight) -> Tensor:
-        """DoRA's g (M,) for the weight (M, K). Without gradients it is kept until a tensor is written to."""
+        """DoRA's g (M,) for the weight (M, K)."""
         assert self.m is not None
-        key = None
-        if not torch.is_grad_enabled():
-            weights = list(matrix.parameters()) if isinstance(matrix, NF4Weight) else [matrix]
-            key = [(x._version, x.data_ptr()) for x in (*weights, self.a, *self.b, *self.m)]
-            if self.kept_gain is not None and self.kept_gain[0] == key:
-                return self.kept_gain[1]
+        kept = None if torch.is_grad_enabled() else GAINS.get()
+        if kept is not None and self in kept:
+            return kept[self]
         dense = matrix.dequantize(torch.float32) if isinstance(matrix, NF4Weight) else matrix
         gain = gain_of(list(self.m), self._norms(dense), self.rows, matrix.shape[0])
-        self.kept_gain = None if key is None else (key, gain)
+        if kept is not None:
+            kept[self] = gain
         return gain
 
     def merged(self, part: Part, rows: Tensor) -> Tensor:
