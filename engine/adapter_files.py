@@ -301,6 +301,8 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged or cut short ({error}); copy it again") from error
     for key, value in tensors.items():
-        if not value.isfinite().all():
+        if not value.is_floating_point():
+            raise ValueError(f"{path}: {key} holds {value.dtype}, no weights; the adapter is damaged")
+        if not value.float().isfinite().all():
             raise ValueError(f"{path}: {key} holds NaN or infinity; the adapter is damaged")
     return {key.removeprefix(PREFIX): value for key, value in tensors.items()}

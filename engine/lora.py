@@ -28,6 +28,7 @@ class KnownModel(Protocol):
     """What the engine may ask of a model of this project; a foreign module has none of it."""
 
     lora_targets: ClassVar[dict[str, tuple[str, ...]]]
+    copies: ClassVar[dict[str, tuple[str, str]]]
     task: str
     source: str | None
     head: nn.Module
@@ -229,10 +230,16 @@ def matches(
             hits += len(parts)
             found[path] = sorted({*found.get(path, []), *parts})
         if not hits:
+            copies = model.copies if isinstance(model, KnownModel) else {}
+            refuse_tied(model, [_module(key) for copy, (key, _) in copies.items() if _names(_module(copy), target)])
             known = sorted({name for path, _, published in everything for name in (path, *published)})
             shown = ", ".join(known[:12]) + (f" and {len(known) - 12} more" if len(known) > 12 else "")
             raise ValueError(f"LoRA target {target!r} matches no layer; there are {shown}")
     return [(path, found[path], published) for path, _, published in everything if found.get(path)]
+
+
+def _module(key: str) -> str:
+    return key.removesuffix(".weight")
 
 
 def _names(path: str, target: str) -> bool:

@@ -103,6 +103,10 @@ def nan(tensors: dict[str, Tensor], key: str) -> None:
     tensors[key][0, 0] = float("nan")
 
 
+def counted(tensors: dict[str, Tensor], key: str) -> None:
+    tensors[key] = tensors[key].int()
+
+
 def wide(tensors: dict[str, Tensor], key: str) -> None:
     tensors[key] = torch.zeros(3, 25)
 
@@ -123,6 +127,7 @@ def stranger(tensors: dict[str, Tensor], key: str) -> None:
     ("damage", "says"),
     [
         (nan, "lora_A.weight holds NaN or infinity"),
+        (counted, "lora_A.weight holds torch.int32"),
         (wide, "has factors of shape ((3, 25), (72, 3)), the model needs ((3, 24), (72, 3))"),
         (lonely, "c_attn.lora_A.weight is there without transformer.h.0.attn.c_attn.lora_B.weight"),
         (flat, "has factors of shape ((), (72, 3))"),

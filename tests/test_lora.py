@@ -317,6 +317,7 @@ def test_rslora_scales_by_the_root_of_the_rank() -> None:
         ("our GPT-2", {"targets": ["q_proj"]}, "new", r"'q_proj' matches no layer; there are .*layers\.0\.down"),
         ("our GPT-2", {"targets": ["qkv", "wat"]}, "new", "'wat' matches no layer"),
         ("our GPT-2", {"targets": ["head"]}, "new", r"head is tied to embed\.tokens"),
+        ("our GPT-2", {"targets": ["lm_head"]}, "new", r"embed\.tokens is tied to head"),
         ("our GPT-2", {"targets": ["qkv", "wte"]}, "new", r"embed\.tokens is tied to head"),
         ("our BERT", {"targets": ["word_embeddings"]}, "new", r"embed\.tokens is tied to head"),
         ("their GPT-2", {"targets": ["lm_head"]}, "new", r"lm_head is tied to transformer\.wte"),
