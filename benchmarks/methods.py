@@ -71,7 +71,7 @@ def train(out: Path, changes: list[str], options: argparse.Namespace) -> dict[st
     """One run; what it came to, and its accuracy after so many seconds of training."""
     rows = len(options.train.read_text(encoding="utf-8").splitlines())
     every = max(1, rows // (options.rows * EVALUATIONS))
-    table = out.with_suffix(".toml")
+    table = out.with_name(f"{out.name}.toml")
     table.write_text(
         f'method = "classify"\nout = {json.dumps(str(out))}\n'
         f"[model]\npath = {json.dumps(options.model)}\n"

@@ -34,7 +34,7 @@ def example_size(example: Any) -> int:
     """Tokens of an encoded example, of all its texts; 0 for a row of another kind."""
     if not isinstance(example, Mapping):
         return 0
-    texts = ("input_ids", "target_ids", "anchor", "positive", "negative")
+    texts = ("input_ids", "target_ids", "anchor", "positive", "negative", "chosen", "rejected")
     return sum(len(example[key]) for key in texts if key in example)
 
 

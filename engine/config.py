@@ -80,6 +80,17 @@ class FreezeConfig:
 
 
 @dataclass(frozen=True)
+class DPOConfig:
+    """`beta`: what a nat of log-probability ratio is worth in reward; the smaller, the further the model may move."""
+
+    beta: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0:
+            raise ValueError(f"dpo.beta: expected a positive number, got {self.beta}")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """The whole file."""
 
@@ -90,6 +101,7 @@ class RunConfig:
     lora: LoRAConfig | None = None
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    dpo: DPOConfig = field(default_factory=DPOConfig)
     name: str | None = None
 
     def __post_init__(self) -> None:

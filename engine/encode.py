@@ -9,6 +9,7 @@
     tag         tokens/tags                                 input_ids, targets: a word's tag on its first sub-token
     qa          question/context/answers                    input_ids, token_type_ids, start, end, row, offsets
     embed       anchor/positive(/negative)                  anchor, positive (, negative)
+    pairs       prompt/chosen/rejected                      chosen, rejected, starts, margin, tie: see `pairs.py`
     seq2seq     prompt/completion                           input_ids, target_ids
     span-corruption   as masked-lm                          input_ids
 
@@ -39,6 +40,7 @@ from . import encode_tasks as tasks
 from .chat import ChatTemplate, token_mask
 from .data import label_names
 from .encode_tasks import IGNORED, Encoded, Numbered, Settings
+from .pairs import comparisons, joined
 from .rows import row_shape
 
 if TYPE_CHECKING:
@@ -117,7 +119,7 @@ def encode(
     _check_shapes(rows, objective, encoders)
     if labels is None and objective in ("classify", "tag"):
         labels = label_names(rows)
-    if template is None and any("messages" in row for row in rows):
+    if template is None and any("messages" in row or isinstance(row.get("prompt"), list) for row in rows):
         template = _default_template(tokenizer, eos)
     settings = Settings(
         tokenizer, max_length, {name: i for i, name in enumerate(labels or ())}, eos, template, evaluation
@@ -208,27 +210,9 @@ def _ended(ids: list[int], settings: Settings) -> list[int]:
 
 
 def _completion(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
-    prompts = _encode_texts([row["prompt"] for _, row in rows], settings)
-    wholes = _encode_texts([row["prompt"] + row["completion"] for _, row in rows], settings)
-    for (_, row), prompt, whole in zip(rows, prompts, wholes, strict=True):
-        ids, seam = whole.ids, len(prompt.ids)
-        if ids[:seam] != prompt.ids:
-            ids, seam = _joined_at_seam(row, prompt, whole, settings)
+    for ids, seam in joined([(row["prompt"], row["completion"]) for _, row in rows], settings):
         ids = _ended(ids, settings)
         yield _with_loss(ids, [i >= seam for i in range(len(ids))], settings)
-
-
-def _joined_at_seam(
-    row: Mapping[str, Any], prompt: "Encoding", whole: "Encoding", settings: Settings
-) -> tuple[list[int], int]:
-    """Ids and the first one in the loss, where a token of the whole text lies across prompt and completion."""
-    tokenizer = settings.tokenizer
-    ids = prompt.ids + tokenizer.encode(row["completion"], add_special_tokens=False).ids
-    if tokenizer.decode(ids, skip_special_tokens=False) == tokenizer.decode(whole.ids, skip_special_tokens=False):
-        return ids, len(prompt.ids)
-    # Tokenizers that put a space in front of every text: the two parts make another text than the whole.
-    end = len(row["prompt"])
-    return whole.ids, next((i for i, (_, last) in enumerate(whole.offsets) if last > end), len(whole.ids))
 
 
 def _chat(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
@@ -277,4 +261,5 @@ _ENCODERS: dict[str, dict[str, _Encoder]] = {
     "tag": {"tokens/tags": tasks.tag},
     "qa": {"question/context/answers": tasks.qa},
     "embed": dict.fromkeys(("anchor/positive", "anchor/positive/negative"), tasks.embed),
+    "pairs": {"prompt/chosen/rejected": comparisons},
 }

@@ -6,6 +6,7 @@ the batch when nothing below the head trains.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -143,3 +144,58 @@ def embeddings(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Embeddings of the anchors (B, D), and of the positives followed by the negatives."""
     found = [model.head(pooled(model, batch[name])) for name in ("anchor", "positive", "negative") if name in batch]
     return found[0], torch.cat(found[1:])
+
+
+def pair_loss(differences: Tensor, ties: Tensor) -> Tensor:
+    """The sum of −log σ(d) (Bradley and Terry 1952) for d (B,), how much better the chosen side is.
+
+    A tie is half a win for each side.
+    """
+    return (F.softplus(-differences) + 0.5 * ties * differences).sum()  # (−log σ(d) − log σ(−d)) / 2 = −log σ(d) + d/2
+
+
+def reward_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
+    """The loss of a reward model on comparisons: its scores' differences, less the margin, should be positive."""
+    return reward_loss_of(reward_differences(model, batch), batch)
+
+
+def reward_differences(model: Any, batch: Batch) -> Tensor:
+    """How much higher the chosen sides score, (B,)."""
+    chosen, rejected = model.head(features(model, batch)).float().chunk(2)
+    return chosen - rejected
+
+
+def reward_loss_of(differences: Tensor, batch: Batch) -> tuple[Tensor, int]:
+    """The same from the differences (B,)."""
+    margins = batch["margins"].masked_fill(batch["ties"], 0.0)
+    return pair_loss(differences - margins, batch["ties"]), len(differences)
+
+
+def answer_logps(model: Any, batch: Batch) -> Tensor:
+    """The log-probability of each row's answer, the sum over its tokens, in fp32."""
+    if model.head.active is not None:
+        raise ValueError("an adapter on the output head can't be trained on comparisons; leave it out of lora.targets")
+    states, head = features(model, batch), model.head
+    losses = linear_cross_entropy(
+        states, head.weight, batch["targets"], head.bias, index=batch["index"], reduction="none"
+    )
+    return -torch.stack([part.sum() for part in losses.split(batch["counts"])])
+
+
+@dataclass(frozen=True)
+class DPOLoss:
+    """Direct preference optimisation: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, equation 7.
+
+    The implied reward is β log π/ρ, ρ the reference model, whose log-probabilities the batch brings. Its margin counts
+    as a reward model's does (ODPO: Amini et al. 2024, https://arxiv.org/abs/2402.10571).
+    """
+
+    beta: float = 0.1
+
+    def __call__(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
+        return reward_loss_of(self.differences(model, batch), batch)
+
+    def differences(self, model: Any, batch: Batch) -> Tensor:
+        """How much higher the chosen sides' implied reward is, (B,)."""
+        chosen, rejected = (answer_logps(model, batch) - batch["reference"]).chunk(2)
+        return self.beta * (chosen - rejected)

@@ -8,6 +8,7 @@ source of its definition, because "F1" means something else in each of the field
     entity_f1(predicted, gold)                       precision, recall, f1 (entities), token_accuracy
     answers(predictions, golds)                      exact_match, f1 (words)
     retrieval(anchors, positives)                    accuracy@1, mrr
+    comparisons(differences, ties)                   accuracy, calibration_error
     perplexity(loss)                                 exp(loss)
     rouge(predictions, golds)                        rouge1, rouge2, rougeL (summaries)
 """
@@ -133,6 +134,26 @@ def retrieval(anchors: ArrayLike, positives: ArrayLike) -> dict[str, float]:
         first += ((better == 0) / level).sum()
         reciprocal += ((reciprocals[better + level] - reciprocals[better]) / level).sum()
     return {"accuracy@1": float(first / len(a)), "mrr": float(reciprocal / len(a))}
+
+
+def comparisons(differences: ArrayLike, ties: ArrayLike) -> dict[str, float]:
+    """How often the chosen side of a comparison scores higher, and how well the margin tells how sure that is.
+
+    A difference d of 0 is half right; ties don't count. The probability that the chosen side is better is σ(d) (Bradley
+    and Terry 1952); the calibration error is the mean distance between the probability of the side that scores higher
+    and the share of them that were chosen, over ten bins of equal width, weighted by their rows (Guo et al. 2017,
+    arXiv:1706.04599).
+
+    differences, ties: (N,). Returns accuracy, calibration_error. Raises ValueError where there are only ties.
+    """
+    d = np.asarray(differences, dtype=np.float64)[~np.asarray(ties, dtype=bool)]
+    if not len(d):
+        raise ValueError("comparisons: no rows to score but ties; give some with a better side")
+    right = (d > 0) + 0.5 * (d == 0)
+    sure = 1 / (1 + np.exp(-np.abs(d)))  # from 0.5 up
+    bins = np.minimum(((sure - 0.5) * 20).astype(int), 9)
+    gaps = np.bincount(bins, sure - right, minlength=10)
+    return {"accuracy": float(right.mean()), "calibration_error": float(np.abs(gaps).sum() / len(d))}
 
 
 def perplexity(loss: float) -> float:

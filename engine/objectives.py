@@ -9,6 +9,7 @@ the predictions; `result()` gives the metrics that people expect for the task.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from . import losses, metrics
 from .batches import IGNORE, Batch, Collate, CollateFn, Examples, Masking
+from .pairs import PairCollate
 from .permutation import PermutationCollate
 from .seq2seq import Seq2SeqCollate, SpanCorruption
 
@@ -148,6 +150,24 @@ class RetrievalScore:
         return metrics.retrieval(np.concatenate(self.anchors), np.concatenate(self.positives))
 
 
+class PairScore:
+    """Accuracy and calibration on held-out comparisons; `differences(model, batch)` says how much better each is."""
+
+    def __init__(self, differences: Callable[[Any, Batch], Tensor]):
+        self.of = differences
+        self.differences: list[float] = []
+        self.ties: list[bool] = []
+
+    def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
+        found = self.of(model, batch)
+        self.differences += found.tolist()
+        self.ties += batch["ties"].tolist()
+        return losses.reward_loss_of(found, batch)
+
+    def result(self, loss: float) -> dict[str, Any]:
+        return metrics.comparisons(self.differences, self.ties)
+
+
 def _rows(model: Any, tokenizer: Any, packing: bool) -> CollateFn:
     return Collate("packed" if packing else "padded", model.tokens.pad_id or 0)
 
@@ -181,6 +201,10 @@ def _corrupted_spans(model: Any, tokenizer: Any, packing: bool) -> CollateFn:
     return Seq2SeqCollate(model.tokens.pad_id or 0, model.config.start_id, corruption)
 
 
+def _both_sides(model: Any, tokenizer: Any, packing: bool) -> CollateFn:
+    return PairCollate()
+
+
 @dataclass(frozen=True)
 class Objective:
     """A training method: the model's `task`, how rows are encoded, the loss, the score, the metric that names the best.
@@ -200,15 +224,22 @@ class Objective:
     def new_head(self) -> bool:
         """Whether the task's head usually begins untrained, and so trains beside an adapter."""
         heads = ("sequence-classification", "token-classification", "question-answering", "image-classification")
-        return self.task in heads
+        return self.task in (*heads, "reward")
 
 
 def _perplexity(loss: losses.LossFn) -> Callable[..., Score]:
     return lambda labels, examples, rows: PerplexityScore(loss)
 
 
+def dpo(beta: float) -> Objective:
+    """Direct preference optimisation; its examples need the reference model's log-probabilities (`add_reference`)."""
+    loss = losses.DPOLoss(beta)
+    score = partial(PairScore, loss.differences)
+    return Objective("causal-lm", "pairs", loss, lambda labels, examples, rows: score(), collate=_both_sides)
+
+
 # What a configuration may name as its method; each is an objective of that name, if the model doesn't say otherwise.
-METHODS = ("pretrain", "sft", "masked-lm", "classify", "tag", "qa", "embed")
+METHODS = ("pretrain", "sft", "masked-lm", "classify", "tag", "qa", "embed", "reward", "dpo")
 OBJECTIVES = {
     "pretrain": Objective("causal-lm", "pretrain", losses.causal_lm_loss, _perplexity(losses.causal_lm_loss)),
     "sft": Objective("causal-lm", "sft", losses.causal_lm_loss, _perplexity(losses.causal_lm_loss)),
@@ -262,6 +293,14 @@ OBJECTIVES = {
     "embed": Objective(
         "embedding", "embed", losses.embedding_loss, lambda labels, examples, rows: RetrievalScore(), "accuracy@1"
     ),
+    "reward": Objective(
+        "reward",
+        "pairs",
+        losses.reward_loss,
+        lambda labels, examples, rows: PairScore(losses.reward_differences),
+        collate=_both_sides,
+    ),
+    "dpo": dpo(0.1),
 }
 
 

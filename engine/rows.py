@@ -3,7 +3,7 @@
     text                           a document
     prompt/completion              two strings, trained as one text; nothing is put between them
     messages                       [{"role": "system" | "user" | "assistant" | "tool", "content": str, ...}, ...]
-    prompt/chosen/rejected         three strings, or three lists of messages
+    prompt/chosen/rejected         three strings, or three lists of messages; and, optional, tie (bool), margin (number)
     text/label                     label is a string
     text/text_pair/label
     tokens/tags                    two lists of strings of one length
@@ -17,6 +17,7 @@ Converted: ShareGPT (`conversations` of `from`/`value`, an optional `system`, op
 Fields that don't belong to a row's shape are dropped; a message keeps all of its keys.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -162,6 +163,20 @@ def _conversation(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _preference(raw: Mapping[str, Any]) -> dict[str, Any]:
+    row = _sides(raw)
+    if raw.get("margin") is not None:
+        if type(raw["margin"]) not in (int, float) or not math.isfinite(raw["margin"]):
+            raise ValueError(f"field 'margin' must be a finite number, not {raw['margin']!r}")
+        row["margin"] = float(raw["margin"])
+    if raw.get("tie") is not None:
+        if type(raw["tie"]) is not bool:
+            raise ValueError(f"field 'tie' must be true or false, not {raw['tie']!r}")
+        row["tie"] = raw["tie"]
+    return row
+
+
+def _sides(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Prompt, chosen and rejected of a comparison."""
     if "messages" in raw or "conversations" in raw:
         return {"prompt": _conversation(raw), "chosen": _reply(raw, "chosen"), "rejected": _reply(raw, "rejected")}
     if isinstance(raw["chosen"], str) and isinstance(raw.get("prompt"), str):

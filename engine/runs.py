@@ -19,6 +19,7 @@ Row = dict[str, Any]
 # What a task is judged by: the first pair that a run has measured heads its columns.
 MAIN_METRICS = (
     ("accuracy", "macro_f1"),
+    ("accuracy", "calibration_error"),
     ("exact_match", "f1"),
     ("f1", "token_accuracy"),
     ("accuracy@1", "mrr"),

@@ -18,7 +18,8 @@ from .engine.data import label_names, read_rows, split_rows
 from .engine.encode import encode
 from .engine.images import ImageCollate, ImageExamples, class_counts
 from .engine.loop import needs_evaluation
-from .engine.objectives import Objective, objective_of
+from .engine.objectives import Objective, dpo, objective_of
+from .engine.pairs import add_reference
 from .engine.rows import normalise, row_shape
 from .engine.token_rows import train_added_rows
 from .models import Bert, ResNet, XLNet, add_tokens, load
@@ -61,6 +62,8 @@ class Prepared:
 
 def run_objective(config: RunConfig) -> Objective:
     """What the run's method means for its model."""
+    if config.method == "dpo":
+        return dpo(config.dpo.beta)
     return objective_of(config.method, objectives_of(config.model.path, config.model.preset))
 
 
@@ -107,7 +110,11 @@ def prepare(config: RunConfig, cache: Path) -> Prepared:
         raise ValueError(f"data.max_length = {length} exceeds the model's {limit} positions; choose at most {limit}")
 
     def encoded(what: str, part: Sequence[Any]) -> Sequence[Any]:
-        template = template_of(model) if any("messages" in row for row in part) else None
+        template = (
+            template_of(model)
+            if any("messages" in row or isinstance(row.get("prompt"), list) for row in part)
+            else None
+        )
         settings = {"max_length": length, "labels": labels, "eos": model.tokens.eos_id, "template": template}
         try:
             examples, said = encode(part, tokenizer, objective.encoding, evaluation=what == "eval", **settings)
@@ -124,6 +131,9 @@ def prepare(config: RunConfig, cache: Path) -> Prepared:
         examples, eval_examples = encoded("train", rows), encoded("eval", eval_rows) if eval_rows else []
         if not eval_rows and config.data.eval is not None:
             examples, eval_examples = _split_windows(examples, config.data.eval)
+    if config.method == "dpo":
+        for part in (examples, eval_examples):
+            add_reference(model, part)
     collate = objective.collate(model, tokenizer, config.data.packing)
     return Prepared(model, tokenizer, objective, labels, examples, eval_rows, eval_examples, collate)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import Linear
+from .heads import MLPHead
 
 # Of a tied output matrix that is stored and is not the embedding. Which of the two is meant, who knows.
 TIED = "the token embedding, but config.json has tie_word_embeddings = true; set it to false, or take the tensor out"
@@ -132,7 +133,10 @@ def unpacked(input_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) -> t
 
 @torch.no_grad()
 def initialize(module: nn.Module, std: float = 0.02) -> None:
-    """N(0, std²) for matrices, zero for biases, one for norm weights: GPT-2's and BERT's initialisation."""
+    """N(0, std²) for matrices, zero for biases, one for norm weights: GPT-2's and BERT's initialisation.
+
+    A head of D columns that scores a text begins with N(0, 1/(D + 1)) (Stiennon et al. 2020, arXiv:2009.01325).
+    """
     for child in module.modules():
         if isinstance(child, Linear | nn.Embedding):
             child.weight.normal_(0.0, std)
@@ -141,6 +145,9 @@ def initialize(module: nn.Module, std: float = 0.02) -> None:
                 parameter.zero_()
             elif parameter.dim() == 1:
                 parameter.fill_(1.0)
+    for child in module.modules():
+        if isinstance(child, MLPHead) and child.scalar:
+            child.out.weight.normal_(0.0, (child.out.in_features + 1) ** -0.5)
 
 
 def own_spelling(published: dict[str, Any], aliases: dict[str, str]) -> dict[str, Any]:

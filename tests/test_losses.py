@@ -224,7 +224,7 @@ def test_retrieval_ranks_over_all_batches() -> None:
 
 
 def test_every_method_is_described() -> None:
-    assert sorted(METHODS) == ["classify", "embed", "masked-lm", "pretrain", "qa", "sft", "tag"]
+    assert sorted(METHODS) == ["classify", "dpo", "embed", "masked-lm", "pretrain", "qa", "reward", "sft", "tag"]
     assert set(METHODS) <= set(OBJECTIVES)
     assert label_names(TAGGED)[0] == "O"
     assert word_piece().token_to_id("[MASK]") == 4

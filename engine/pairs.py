@@ -1,0 +1,140 @@
+"""Comparisons as training examples: a prompt with the answer that was chosen and the one that was rejected.
+
+An example holds both sides whole (prompt, answer, end of text) and where each answer begins, so that a reward model can
+read a side to its last token, and DPO the log-probabilities of an answer's tokens. A row may say `tie` (neither is
+better) and `margin`, how much better the chosen one is at least, in units of the reward (Llama 2, arXiv:2307.09288,
+section 3.2.2). Rows whose sides are equal, or one of them empty, teach nothing and are dropped.
+
+Where a side is longer than `max_length`, both lose as much of the prompt's beginning, but for its last quarter of
+`max_length`; what then still is too long loses its end.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .adapters import use_adapter
+from .batches import Batch, Batches, Examples, packed, to_device
+from .chat import ChatTemplate
+from .encode_tasks import Encoded, Numbered, Settings
+from .guards import in_eval_mode
+from .losses import answer_logps
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+
+SIDES = ("chosen", "rejected")
+CHUNK = 8192  # tokens of a pass without gradients
+
+
+def joined(pairs: Sequence[tuple[str, str]], settings: Settings) -> Iterator[tuple[list[int], int]]:
+    """Of texts (prompt, completion) the tokens of both together, and how many of them are the prompt's.
+
+    The prompt is tokenised alone, as generation will see it.
+    """
+    prompts = settings.tokenizer.encode_batch([prompt for prompt, _ in pairs], add_special_tokens=False)
+    wholes = settings.tokenizer.encode_batch([prompt + end for prompt, end in pairs], add_special_tokens=False)
+    for (text, completion), prompt, whole in zip(pairs, prompts, wholes, strict=True):
+        if whole.ids[: len(prompt.ids)] == prompt.ids:
+            yield whole.ids, len(prompt.ids)
+        else:
+            yield _joined_at_seam(text, completion, prompt, whole, settings)
+
+
+def _joined_at_seam(
+    text: str, completion: str, prompt: "Encoding", whole: "Encoding", settings: Settings
+) -> tuple[list[int], int]:
+    """The same where a token of the whole text lies across prompt and completion."""
+    tokenizer = settings.tokenizer
+    ids = prompt.ids + tokenizer.encode(completion, add_special_tokens=False).ids
+    if tokenizer.decode(ids, skip_special_tokens=False) == tokenizer.decode(whole.ids, skip_special_tokens=False):
+        return ids, len(prompt.ids)
+    # Tokenizers that put a space in front of every text: the two parts make another text than the whole.
+    return whole.ids, next((i for i, (_, last) in enumerate(whole.offsets) if last > len(text)), len(whole.ids))
+
+
+def comparisons(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
+    """Examples of `prompt/chosen/rejected` rows: `chosen` and `rejected` token ids, `starts` of the answers in them."""
+    texts = [_texts(index, row, settings) for index, row in rows]
+    sides = [list(joined([(text[0], text[1 + side]) for text in texts], settings)) for side in range(2)]
+    for (_, row), text, chosen, rejected in zip(rows, texts, *sides, strict=True):
+        ids, starts = [chosen[0], rejected[0]], [chosen[1], rejected[1]]
+        if settings.eos is not None and isinstance(row["prompt"], str):  # a chat template ends its turns itself
+            ids = [one if one[-1:] == [settings.eos] else [*one, settings.eos] for one in ids]
+        if text[1] == text[2] or not (text[1] and text[2]):
+            yield Encoded([], masked=True)
+            continue
+        over = max(0, max(map(len, ids)) - settings.max_length)
+        cut = min(over, *(max(0, start - settings.max_length // 4) for start in starts))
+        kept = [one[cut:][: settings.max_length] for one in ids]
+        if kept[0] == kept[1]:
+            yield Encoded([], truncated=True, masked=True)
+            continue
+        example = dict(zip(SIDES, kept, strict=True)) | {"starts": [start - cut for start in starts]}
+        example |= {"margin": row.get("margin", 0.0), "tie": row.get("tie", False)}
+        yield Encoded([example], sum(map(len, kept)), 1, truncated=over > 0)
+
+
+def _texts(index: int, row: Mapping[str, Any], settings: Settings) -> tuple[str, str, str]:
+    """Prompt, chosen and rejected as text."""
+    if isinstance(row["prompt"], str):
+        return row["prompt"], row["chosen"], row["rejected"]
+    template = settings.template or ChatTemplate()
+    try:
+        prompt = template.render(row["prompt"], add_generation_prompt=True)
+        wholes = [template.render([*row["prompt"], *row[side]]) for side in SIDES]
+    except ValueError as error:
+        raise ValueError(f"row {index + 1}: {error}") from None
+    if not all(whole.startswith(prompt) for whole in wholes):
+        raise ValueError(f"row {index + 1}: the chat template changes the prompt when an answer follows it")
+    return prompt, wholes[0][len(prompt) :], wholes[1][len(prompt) :]
+
+
+class PairCollate:
+    """Batches of comparisons: the chosen sides, then the rejected ones, 2B rows packed end to end.
+
+    `index` and `targets` (n,) are the answers' tokens and the positions that predict them, `counts` how many each side
+    has; `margins` and `ties` (B,); `reference` (2B,) the reference model's log-probabilities of the answers, where the
+    examples have them.
+    """
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
+        rows = [example[side] for side in SIDES for example in examples]
+        starts = [example["starts"][side] for side in range(2) for example in examples]
+        begins = np.cumsum([0, *(len(row) for row in rows[:-1])])
+        first = [max(start, 1) for start in starts]  # nothing predicts the first token of a row
+        index = [
+            begin + np.arange(start - 1, len(row) - 1) for begin, start, row in zip(begins, first, rows, strict=True)
+        ]
+        targets = [np.asarray(row[start:], dtype=np.int64) for row, start in zip(rows, first, strict=True)]
+        batch: Batch = {
+            "inputs": packed(rows),
+            "lengths": [len(row) for row in rows],
+            "index": torch.from_numpy(np.concatenate(index)),
+            "targets": torch.from_numpy(np.concatenate(targets)),
+            "counts": [len(target) for target in targets],
+            "margins": torch.tensor([float(example["margin"]) for example in examples]),
+            "ties": torch.tensor([bool(example["tie"]) for example in examples]),
+        }
+        if "reference" in examples[0]:
+            batch["reference"] = torch.tensor([example["reference"][side] for side in range(2) for example in examples])
+        return batch
+
+
+@torch.no_grad()
+def add_reference(model: Any, examples: Examples) -> None:
+    """Give each comparison the log-probabilities of its answers by the model as it is, without adapters.
+
+    Before training that is the reference of DPO: computed once, it costs no second model and no pass a step.
+    """
+    device, chunks = next(model.parameters()).device, Batches(examples, PairCollate(), tokens=CHUNK, shuffle=False)
+    found: list[list[float]] = []
+    with in_eval_mode(model), use_adapter(model, None):
+        for (batch,) in tqdm(chunks, desc="reference", unit="batch", disable=None):
+            chosen, rejected = answer_logps(model, to_device(batch, device)).chunk(2)
+            found += torch.stack((chosen, rejected), 1).tolist()
+    for example, reference in zip(examples, found, strict=True):
+        example["reference"] = reference
