@@ -34,6 +34,7 @@ from .lora import (
     refuse_tied,
     slots,
 )
+from .record import write_json
 from .token_rows import STORED, StoredRows, put_rows, take_rows, trained_ids
 
 TASK_TYPES = {
@@ -45,8 +46,8 @@ TASK_TYPES = {
     "question-answering": "QUESTION_ANS",
     "embedding": "FEATURE_EXTRACTION",
 }
-# The type of an adapter on tensors that are no module for PEFT, which would leave them out without a word: so it
-# refuses the whole. Merged and saved, such a model is one that everybody loads.
+# The type of an adapter on tensors that are no module for PEFT, or with such tensors stored beside it, which PEFT would
+# leave out without a word: so it refuses the whole. Merged and saved, such a model is one that everybody loads.
 OURS = "HANDTUNE_LORA"
 PREFIX = "base_model.model."
 # Of an adapted module its published path, rank, scale, and factors under PEFT's names.
@@ -88,8 +89,8 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default", *, p
     transposed = any(_stored_transposed(model, slot) for slot in adapted)
     modules = {published: (rank, scale * rank) for published, rank, scale, _ in found}
     if name in adapters_in_use(model):
-        claim(model, [name])
-    trained = belongings(model, name)
+        claim(model)
+    trained = belongings(model)
     extra = trained_beside(model, trained, modules)
     if portable:
         found = _of_one_rank(found, [OURS] if raw else list(extra))
@@ -98,14 +99,18 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default", *, p
     tensors = {f"{PREFIX}{key}": value.detach().cpu().contiguous() for key, value in (tensors | extra).items()}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     saved = sorted({key.rpartition(".")[0] for key in extra if not key.endswith(STORED) and BASE not in key})
     config = _peft_config(model, name, modules, saved, transposed)
     config["bias"] = "lora_only" if any(key.endswith(f"{BASE}bias") for key in extra) else "none"
     config["trainable_token_indices"] = trained_ids(model, trained) or None
-    if raw:
+    nested = any(path.startswith(f"{module}.") for module in saved for path in modules)
+    if raw or nested or "" in saved:
         config["peft_type"] = OURS
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    new = folder / f"{WEIGHTS}.tmp"
+    save_file(tensors, new, metadata={"format": "pt"})
+    (folder / CONFIG).unlink(missing_ok=True)  # killed from here on, it is no adapter rather than half of two
+    new.replace(folder / WEIGHTS)
+    write_json(folder / CONFIG, config)
 
 
 def _of_one_rank(found: list[Published], more: list[str]) -> list[Published]:
@@ -246,7 +251,13 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
             f"{path} brings a head or token rows of its own, which would replace those of the one already attached; "
             "load it onto a base of its own"
         )
-    claim(model, adapters_in_use(model))
+    if others := sorted(belongings(model) - _brought(model, stored)):
+        raise ValueError(
+            f"{others[0]} has trained beside another adapter, and {path} is for the model as it was before; load it "
+            "onto a base of its own"
+        )
+    if adapters_in_use(model):
+        claim(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for slot_path, factors in stored.factors:
@@ -255,7 +266,17 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     put_beside(beside)
     put_rows(model, stored.rows)
     set_adapter(model, name)
-    claim(model, [name])
+    claim(model)
+
+
+def _brought(model: nn.Module, stored: StoredAdapter) -> set[str]:
+    """Our names of the parameters that an adapter's files hold."""
+    names: dict[str, Any] = model.key_map() if isinstance(model, KnownModel) else {}
+    out = {f"{rows.path}.weight" for rows in stored.rows}
+    for key, _ in model.named_parameters():
+        if all(name in stored.plain for name in (names[key].names if key in names else (key,))):
+            out.add(key)
+    return out
 
 
 def _lora_config(published: Any, path: Path) -> LoRAConfig:
@@ -294,6 +315,11 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if not path.is_file() and (pickled := path.with_name("adapter_model.bin")).is_file():
+        raise FileNotFoundError(
+            f"{pickled} is a pickle, which can run code and is not read; convert it where you trust it: "
+            f"safetensors.torch.save_file(torch.load({pickled.name!r}, weights_only=True), {path.name!r})"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not there; an adapter folder holds it beside {CONFIG}")
     try:
@@ -301,7 +327,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged or cut short ({error}); copy it again") from error
     for key, value in tensors.items():
-        if not value.is_floating_point():
+        if ".lora_" in key and not value.is_floating_point():
             raise ValueError(f"{path}: {key} holds {value.dtype}, no weights; the adapter is damaged")
         if not value.float().isfinite().all():
             raise ValueError(f"{path}: {key} holds NaN or infinity; the adapter is damaged")

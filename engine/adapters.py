@@ -6,6 +6,7 @@ in the last bit for about one weight in 25 in bf16.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from ..kernels import Conv2d, Linear, LowRank
 from ..kernels.adapter_rows import AdapterRows
 from ..kernels.conv import ConvFactors
 from ..kernels.linear import Merged
-from .belongings import forget
+from .belongings import disown
 from .lora import Adaptable, EmbeddingFactors, KnownModel, refuse_merged, slots
 
 
@@ -37,15 +38,16 @@ def use_adapter(
     """Apply an adapter inside the `with` block only: the one called `name`, or None for the base model.
 
     A list names one for each row of the batches computed there, so that one batch serves many adapters, at the price of
-    about one; each row comes out as with its adapter alone. `lengths`, their tokens, are needed where rows lie end to
-    end. In beam search a row's beams have its adapter. In training the gradients go to each row's own adapter. Without
-    gradients the adapters stay as the first pass in the block finds them.
+    about one; each row comes out as with its adapter alone. Modules must have rows first, (B, ...). `lengths`, their
+    tokens, are needed where rows lie end to end. In beam search a row's beams have its adapter. In training the
+    gradients go to each row's own adapter. Without gradients the adapters stay as the first pass in the block finds
+    them.
 
     Raises ValueError where there is no such adapter, one is merged into the weights, or, for a list, one is a DoRA or
-    changes the output head of a language model. And in the model, for a batch of another number of rows, or, in
-    training, where adapters differ in dropout.
+    changes what sees no rows, a language model's output head or a table of positions. And in the model, for a batch of
+    another number of rows, or, in training, where adapters differ in dropout.
     """
-    before = [(slot.module, slot.module.active) for slot in slots(model)]
+    before = {slot.module: slot.module.active for slot in slots(model)}
     if name is None or isinstance(name, str):
         set_adapter(model, name)
     else:
@@ -53,8 +55,32 @@ def use_adapter(
     try:
         yield
     finally:
-        for module, was in before:
-            module.active = was
+        _restore(model, before)
+
+
+@contextmanager
+def beams_of_rows(model: nn.Module, beams: int) -> Iterator[None]:
+    """Inside, each row that has an adapter of its own may become so many rows of the batch."""
+    by_row = next((s.module.active for s in slots(model) if isinstance(s.module.active, AdapterRows)), None)
+    if by_row is None:
+        yield
+        return
+    by_row.beams = beams
+    try:
+        yield
+    finally:
+        by_row.beams = 1
+
+
+def _restore(model: nn.Module, before: dict[Adaptable, str | AdapterRows | None]) -> None:
+    """What was active before a block, as far as it is there: in the block adapters may have come, gone, been merged."""
+    outer = next((was for was in before.values() if was is not None), None)
+    merged = any(slot.module.merged is not None for slot in slots(model))
+    for slot in slots(model):
+        module = slot.module
+        was = before.get(module, outer)
+        known = was in module.lora if isinstance(was, str) else was is not None and bool(was.on(module.lora))
+        module.active = was if known and not merged else None
 
 
 def _set_by_row(model: nn.Module, rows: AdapterRows) -> None:
@@ -63,7 +89,10 @@ def _set_by_row(model: nn.Module, rows: AdapterRows) -> None:
     in_head = [slot.path for slot, active in chosen if active is not None and slot.path.partition(".")[0] == "head"]
     if in_head and isinstance(model, KnownModel) and model.task.endswith("-lm"):
         raise ValueError(f"{in_head[0]}: the head sees chosen positions, not rows; an adapter on it must be used alone")
+    positional = model.of_positions if isinstance(model, KnownModel) else ()
     for slot, active in chosen:
+        if active is not None and any(fnmatchcase(slot.path, glob) for glob in positional):
+            raise ValueError(f"{slot.path} sees positions, not rows; an adapter on it must be used alone")
         for name in () if active is None else active.on(slot.module.lora):
             if slot.module.lora[name].m is not None:
                 raise ValueError(
@@ -94,12 +123,14 @@ def drop_adapter(model: nn.Module, name: str) -> None:
             raise ValueError(f"adapter {name!r} is in use: set_adapter(model, None), or another, first")
     for module in holders:
         del module.lora[name]
-    forget(model, name)
 
 
 @torch.no_grad()
 def merge_lora(model: nn.Module, *, keep_base: bool = True) -> None:
     """Add the active adapter into the weights. `keep_base` keeps a copy of the adapted weights for `unmerge_lora`.
+
+    Without it the merged weights are the model's from here on: all its adapters are taken off, also those that are not
+    merged, since they were made for other weights. It can be saved, trained and adapted like any other.
 
     Raises ValueError where no adapter is active, or one sits on a quantised weight or a convolution in groups.
     """
@@ -125,7 +156,11 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> None:
         base = module.weight.detach().clone() if keep_base else None
         for rows, value in merged_rows(module, name):
             rows.copy_(value)
-        module.merged, module.active = Merged(name, base), None
+        module.merged, module.active = None if base is None else Merged(name, base), None
+    if not keep_base:
+        for slot in slots(model):
+            slot.module.lora.clear()
+        disown(model)
 
 
 def merged_rows(module: Adaptable, name: str) -> list[tuple[Tensor, Tensor]]:
@@ -140,13 +175,10 @@ def merged_rows(module: Adaptable, name: str) -> list[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def unmerge_lora(model: nn.Module) -> None:
-    """Put the weights back, bitwise, and make the adapter active again. ValueError where no copy was kept."""
+    """Put the weights back, bitwise, and make the adapter active again. ValueError where none is merged."""
     merged = [(slot.module, slot.module.merged) for slot in slots(model) if slot.module.merged is not None]
     if not merged:
-        raise ValueError("no adapter is merged")
-    if any(state.base is None for _, state in merged):
-        raise ValueError("merged with keep_base=False: the base weights are gone; load the model again")
+        raise ValueError("no adapter is merged, or the base was not kept (keep_base=False)")
     for module, state in merged:
-        assert state.base is not None
         module.weight.copy_(state.base)
         module.active, module.merged = state.name, None

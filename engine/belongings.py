@@ -1,28 +1,26 @@
-"""What trains beside an adapter's factors belongs to it: a head, norms, token rows. Kept in mind for its file, since
-what trains changes: weights are frozen for use, and another adapter freezes them to train itself.
-"""
+"""What trained beside adapters: a head, norms, token rows. Kept in mind for the adapters' files.
 
-from collections.abc import Iterable
-from weakref import WeakKeyDictionary
+Whether a parameter trains changes (weights are frozen for use, and an adapter that is added freezes all others); that
+it has trained does not. An adapter is of no use without what stands beside it in the model that it was trained in, even
+where that was trained with another adapter. The model itself bears the names, so that copies of it have them, too.
+"""
 
 from torch import nn
 
-_BELONGINGS: WeakKeyDictionary[nn.Module, dict[str, set[str]]] = WeakKeyDictionary()
+_KEY = "_trained_beside_adapters"
 
 
-def claim(model: nn.Module, adapters: Iterable[str]) -> None:
-    """From here on, the parameters that train now, outside of adapters, belong to each of these adapters."""
+def claim(model: nn.Module) -> None:
+    """From here on the parameters outside of adapters that train now count as trained beside them."""
     trained = {key for key, p in model.named_parameters() if p.requires_grad and ".lora." not in key}
-    known = _BELONGINGS.setdefault(model, {})
-    for name in adapters:
-        known[name] = known.get(name, set()) | trained
+    vars(model)[_KEY] = belongings(model) | trained
 
 
-def belongings(model: nn.Module, adapter: str) -> set[str]:
-    """The names of the parameters that belong to an adapter."""
-    return _BELONGINGS.get(model, {}).get(adapter, set())
+def belongings(model: nn.Module) -> frozenset[str]:
+    """The names of the parameters that have trained beside the model's adapters."""
+    return frozenset(vars(model).get(_KEY, ()))
 
 
-def forget(model: nn.Module, adapter: str) -> None:
-    """Nothing belongs to this adapter any more."""
-    _BELONGINGS.get(model, {}).pop(adapter, None)
+def disown(model: nn.Module) -> None:
+    """Nothing counts as trained beside adapters: the weights as they are now are the base."""
+    vars(model).pop(_KEY, None)

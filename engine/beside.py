@@ -2,8 +2,9 @@
 
 A module of which anything trains is stored whole, because PEFT loads whole modules: a norm that trains takes its
 running statistics with it, which moved as its weight did. PEFT takes its name for the end of a path: what else ends so
-is stored, too. Of a projection with an adapter only what trains is stored, as PEFT's `base_layer`. The head of a task
-that PEFT gives one of its own goes with the adapter whether it trains or not: it is of no use without.
+is stored, too, and what lies inside. Of a projection with an adapter only what trains is stored, as PEFT's
+`base_layer`. The head of a task that PEFT gives one of its own goes with the adapter whether it trains or not: it is of
+no use without.
 """
 
 from collections.abc import Collection, Container, Iterator
@@ -33,6 +34,7 @@ def trained_beside(model: nn.Module, trained: Collection[str], adapted: Containe
         if key.startswith(head) or (_module(key) in modules and key not in chosen)
     }
     ends = tuple(path for path in whole if path and path not in adapted)
+    inside = tuple(f"{path}." for path in ends)
     out: dict[str, Tensor] = {}
     for key, _, published, rows, source in places:
         value, (module, _, kind) = rows.detach(), published.rpartition(".")
@@ -42,7 +44,7 @@ def trained_beside(model: nn.Module, trained: Collection[str], adapted: Containe
         if module in adapted:
             published, wanted = f"{module}{BASE}{kind}", key in trained
         else:
-            wanted = module in whole or module.endswith(ends)
+            wanted = module in whole or module.endswith(ends) or module.startswith(inside)
         if wanted:
             value = value.cpu()
             out[published] = (source.theirs(value) if source else value).contiguous()
@@ -63,6 +65,8 @@ def places_beside(model: nn.Module, stored: dict[str, Tensor]) -> list[tuple[Ten
     home = {published: (tensor, rows, source) for _, tensor, published, rows, source in _published_rows(model)}
     out = []
     for key, value in ((key.replace(BASE, "."), value) for key, value in stored.items()):
+        if key not in home and key.endswith(".num_batches_tracked"):
+            continue  # of a batch norm, for a momentum that none here has
         if key not in home:
             raise ValueError(f"{key} has no place in this model; it was made for another base or task")
         tensor, rows, source = home[key]

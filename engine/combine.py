@@ -40,7 +40,8 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str, 
         used = {key: weight for key, weight in weights.items() if key in slot.module.lora}
         if used:
             made.append((slot.module, _combined(slot.path, slot.module, used, rank)))
-    claim(model, adapters_in_use(model))
+    if adapters_in_use(model):
+        claim(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for module, factors in made:

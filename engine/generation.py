@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.dora import gains_kept
+from .adapters import beams_of_rows
 from .beam import beam_search
 from .decoding import Decoding
 from .guards import in_eval_mode
@@ -69,7 +70,7 @@ def generate(
     ends = [eos_id] if isinstance(eos_id, int) else list(eos_id or ())
     pad = pad_id if pad_id is not None else next(iter(ends), 0)
     words = () if tokenizer is None else stop_texts(tokenizer, stop, ends)
-    with in_eval_mode(model), gains_kept():
+    with in_eval_mode(model), gains_kept(), beams_of_rows(model, beams):
         decoding = Decoding(model, input_ids, attention_mask, max_new_tokens)
         if beams > 1:
             return beam_search(decoding, beams, max_new_tokens, ends, pad, length_penalty)

@@ -164,7 +164,8 @@ def train(
     if eval_data is None and (idle := needs_evaluation(config)):
         raise ValueError(f"{', '.join(idle)}: there is no evaluation data to go by; give eval_data, or leave this out")
     trained = _trained(model, config, isinstance(loss_fn, ByAdapter))
-    claim(model, adapters_in_use(model))
+    if adapters_in_use(model):
+        claim(model)
     data = _batches(data, collate, config, shuffle=True)
     eval_data = None if eval_data is None else _batches(eval_data, collate, config, shuffle=False)
     if out is not None and not isinstance(data, Resumable):

@@ -29,6 +29,7 @@ class KnownModel(Protocol):
 
     lora_targets: ClassVar[dict[str, tuple[str, ...]]]
     copies: ClassVar[dict[str, tuple[str, str]]]
+    of_positions: ClassVar[tuple[str, ...]]  # globs of modules that see positions or distances, and no rows
     task: str
     source: str | None
     head: nn.Module
@@ -58,17 +59,24 @@ def slots(model: nn.Module) -> Iterator[Slot]:
             yield Slot(path, module, _published(path, names))
 
 
-def _refuse_variant(model: nn.Module, path: str, config: LoRAConfig, rank: int) -> None:
-    """ValueError where the module at `path` can't have what the configuration asks for."""
+def _refuse_variant(model: nn.Module, path: str, config: LoRAConfig, ranks: dict[int, int]) -> None:
+    """ValueError where the module at `path` can't have what the configuration asks for. `ranks`: of its parts."""
     module = model.get_submodule(path)
     if config.init == "pissa" and isinstance(module, nn.Embedding | LoRAEmbedding | nn.Conv2d | Conv2d):
         raise ValueError(f'{path}: init "pissa" is for projections; leave it out of the targets, or choose "kaiming"')
-    if config.init == "pissa" and isinstance(module, Linear):
-        most = min(module.in_features, *(part.size for part in module.parts))
-    elif config.init == "pissa":
-        most = min(module.get_parameter("weight").shape)
-    if config.init == "pissa" and rank > most:
-        raise ValueError(f'{path}: init "pissa" has {most} singular values to start from; choose rank {most} or less')
+    for part, rank in ranks.items() if config.init == "pissa" else ():
+        rows, columns = (
+            module.get_parameter("weight").shape
+            if not isinstance(module, Linear)
+            else (
+                module.parts[part].size,
+                module.in_features,
+            )
+        )
+        if rank > (most := min(rows, columns)):
+            raise ValueError(
+                f'{path}: init "pissa" has {most} singular values to start from; choose rank {most} or less'
+            )
     if config.dora and isinstance(module, nn.Conv2d | Conv2d) and module.groups > 1:
         raise ValueError(f"{path}: a convolution in {module.groups} groups has no DoRA; leave it out of the targets")
 
@@ -128,8 +136,9 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> tup
     refuse_tied(model, [path for path, _, _ in chosen])
     for path, parts, published in chosen:
         refuse_misfit(model, path, config.rank_of(published[0]))
-        _refuse_variant(model, path, config, max(config.rank_of(published[i]) for i in parts))
-    claim(model, adapters_in_use(model))
+        _refuse_variant(model, path, config, {i: config.rank_of(published[i]) for i in parts})
+    if adapters_in_use(model):
+        claim(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for path, parts, published in chosen:
@@ -184,17 +193,19 @@ def ensure_slot(model: nn.Module, path: str) -> Adaptable:
     else:
         bias = None if module.bias is None else module.get_parameter("bias")
         new = Linear.around(module.get_parameter("weight"), bias, transposed=is_conv1d(module))
-    parent_path, _, child = path.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    setattr(parent, child, new.train(module.training))
-    if isinstance(parent, nn.TransformerEncoderLayer):
-        parent.activation_relu_or_gelu = 0  # no fast path: in eval mode it reads the weights past the adapter
+    new.train(module.training)
+    for place in [place for place, other in model.named_modules(remove_duplicate=False) if other is module]:
+        parent_path, _, child = place.rpartition(".")
+        parent = model.get_submodule(parent_path)
+        setattr(parent, child, new)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            parent.activation_relu_or_gelu = 0  # no fast path: in eval mode it reads the weights past the adapter
     return new
 
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D: a linear layer whose weight is stored (in, out)."""
-    if type(module).__name__ != "Conv1D" or not isinstance(module.nf, int):
+    if type(module).__name__ != "Conv1D" or not isinstance(vars(module).get("nf"), int):
         return False
     return isinstance(module.weight, Tensor) and module.weight.dim() == 2
 
@@ -286,12 +297,7 @@ def _is_head(path: str) -> bool:
 
 def refuse_merged(model: nn.Module) -> None:
     """ValueError where an adapter stands in the weights: another would sit on the sum, and be wrong after unmerging."""
-    merged = [slot.module.merged for slot in slots(model) if slot.module.merged is not None]
-    if any(state.base is None for state in merged):
-        raise ValueError(
-            "an adapter is merged into the weights (keep_base=False); save the model and load it again first"
-        )
-    if merged:
+    if any(slot.module.merged is not None for slot in slots(model)):
         raise ValueError("an adapter is merged into the weights; unmerge_lora(model) first")
 
 

@@ -33,11 +33,19 @@ class LoRAConfig:
     init: str = "kaiming"
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank: expected a positive number, got {self.rank}")
-        for key, rank in self.rank_pattern.items():
-            if rank < 1:
-                raise ValueError(f"rank_pattern: expected positive numbers, got {rank} for {key!r}")
+        for place, rank in (("rank", self.rank), *(("rank_pattern", rank) for rank in self.rank_pattern.values())):
+            if type(rank) is not int or rank < 1:
+                raise ValueError(f"{place}: expected a positive whole number, got {rank!r}")
+        for place, alpha in (("alpha", self.alpha), *(("alpha_pattern", a) for a in self.alpha_pattern.values())):
+            if not isinstance(alpha, int | float):
+                raise ValueError(f"{place}: expected a number, got {alpha!r}")
+        for place in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, place):
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    said = f"{pattern!r} is no regular expression ({error}), which is what stands here, not a glob"
+                    raise ValueError(f"{place}: {said}") from error
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
         if not 0 < self.lr_ratio < float("inf"):

@@ -87,14 +87,16 @@ def normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prompt_row(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """A row to be continued: its `prompt`, `messages` or `text`, and the name of its `adapter` if there is one.
+    """A row to be continued: its `prompt`, `messages` or `text`, and the name of its `adapter` (null: the base).
 
     ValueError where it has no prompt.
     """
     row = {"prompt": _text(raw, "prompt")} if "prompt" in raw else normalise(raw)
     if not row.keys() & {"prompt", "messages", "text"}:
         raise ValueError(f"the fields {', '.join(raw)} hold no prompt; rename one of them to prompt")
-    return row if raw.get("adapter") is None else row | {"adapter": _text(raw, "adapter")}
+    if "adapter" not in raw:
+        return row
+    return row | {"adapter": None if raw["adapter"] is None else _text(raw, "adapter")}
 
 
 def _text(row: Mapping[str, Any], field: str) -> str:

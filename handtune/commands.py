@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .engine import evaluate, merge_lora, save_adapter, train, trainable_report
+from .engine import evaluate, save_adapter, train, trainable_report
 from .engine.batches import Batches
 from .engine.check_data import show
 from .engine.completions import completions
@@ -19,10 +19,10 @@ from .engine.metrics import rouge
 from .engine.record import Record, write_json
 from .generator import run_generate
 from .merge import merge
-from .models import ResNet, load, save
+from .models import ResNet, save
 from .models.tokens import save_tokenizer
 from .prepare import Prepared, choose_trained, prepare, run_objective
-from .stored import config_of, head_of, put_adapter, put_weights
+from .stored import config_of, put_weights
 
 
 def run_train(options: argparse.Namespace) -> int:
@@ -147,15 +147,7 @@ def _lengths(ready: Prepared, texts: Sequence[str]) -> list[int]:
 
 def run_merge(options: argparse.Namespace) -> int:
     """`handtune merge`: the adapter added into the base, written as a plain checkpoint."""
-    out = Path(options.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} holds something already; give a new folder for the merged checkpoint")
-    adapter = Path(options.adapter)
-    if not merge(options.model, adapter, out):
-        model, tokenizer = load(options.model, **head_of(adapter))
-        put_adapter(model, tokenizer, adapter)
-        merge_lora(model, keep_base=False)
-        save(model, tokenizer, options.out)
+    merge(options.model, Path(options.adapter), Path(options.out))
     print(f"merged checkpoint written to {options.out}")
     return 0
 

@@ -88,20 +88,24 @@ def _generator(options: argparse.Namespace) -> tuple[Any, Any, dict[str, str]]:
         raise ValueError(f"{place}: no tokenizer.json there, and prompts need one")
     known: dict[str, str] = {}
     for folder in folders:
-        called = folder.resolve().name
+        whole = folder.resolve()
+        called = whole.parent.name if whole.name == "adapter" else whole.name  # that of a run goes by the run's name
         if called in known:
-            raise ValueError(f"--adapter {folder}: there is another called {called!r}; rename one of the folders")
-        known[called] = called.replace(".", "_")
+            raise ValueError(f"--adapter {folder}: there is another called {called!r}; give one another name")
+        known[called] = f"{len(known)}: {called.replace('.', '_')}"
         put_adapter(model, tokenizer, folder, known[called])
     return model, tokenizer, known
 
 
-def _adapters(rows: list[dict[str, Any]], known: dict[str, str]) -> list[str] | None:
+def _adapters(rows: list[dict[str, Any]], known: dict[str, str]) -> list[str | None] | None:
     """The adapter of each row, or None where one or none is for all. ValueError where a row leaves it open."""
     if len(known) < 2 and not any("adapter" in row for row in rows):
         return None
-    out = []
+    out: list[str | None] = []
     for number, row in enumerate(rows, 1):
+        if "adapter" in row and row["adapter"] is None:
+            out.append(None)
+            continue
         if row.get("adapter") not in known:
             raise ValueError(
                 f"prompt {number}: adapter {row.get('adapter')!r} is not among the given ones "

@@ -6,6 +6,8 @@ one tensor at a time; what it brings (a head, norms) takes the place of the stor
 """
 
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,51 +15,77 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .engine import merge_lora
 from .engine.adapter_files import StoredAdapter, read_adapter
 from .engine.lora import Factors
 from .kernels import Conv2d, Linear, LowRank
-from .models import ResNet
+from .models import ResNet, load, save
 from .models.checkpoint import Checkpoint, open_checkpoint, save_around, stored_shape
 from .models.filling import Placement, blocks, own_tensors, place
 from .models.layers import Published
 from .models.pixels import Pixels
 from .models.shards import INDEX, SINGLE, write_json
 from .models.tensor_file import Made, Stored, read_into, same, write_file
-from .stored import head_of
+from .stored import adds_tokens, head_of, put_adapter
 
 Source = Stored | Made
+UNFINISHED = ".merging"
 
 
 @torch.no_grad()
-def merge(base: str, adapter: Path, out: Path) -> bool:
-    """Write the merged checkpoint to the folder `out`; False, and nothing, where that takes the model in memory.
+def merge(base: str, adapter: Path, out: Path) -> None:
+    """Write the merged checkpoint to the folder `out`, which is empty or new.
 
-    That is where the adapter adds tokens, or orders the labels of a stored head anew. Raises what loading raises;
-    ValueError where the base lacks a head that the adapter doesn't bring, or for a convolution in groups.
+    In memory where the adapter adds tokens, or orders the labels of a stored head anew. Raises what loading raises;
+    ValueError where `out` holds something, where the base lacks a head that the adapter doesn't bring, or for a
+    convolution in groups.
     """
     opened = open_checkpoint(base, **head_of(adapter))
-    rows = opened.head_rows
-    if (adapter / "tokenizer.json").is_file() or (rows and rows != sorted(rows)):
-        return False
+    with _filling(out) as folder:
+        if adds_tokens(adapter, opened.tokenizer) or (opened.head_rows or []) != sorted(opened.head_rows or []):
+            model, tokenizer = load(base, dtype=opened.shards.dtype(), **head_of(adapter))
+            put_adapter(model, tokenizer, adapter)
+            merge_lora(model, keep_base=False)
+            save(model, tokenizer, folder)
+        else:
+            _stream(opened, base, adapter, folder)
+
+
+@contextmanager
+def _filling(out: Path) -> Iterator[Path]:
+    """A folder inside `out` to write to. In the end what is in it moves up, config.json last; or else nothing is left.
+
+    Inside, because `out` may be a file system of its own, and to be there already need not mean that it is ours to
+    remove. What a merge that was killed has left there is.
+    """
+    out = out.resolve()
+    if out.exists() and (not out.is_dir() or any(file.name != UNFINISHED for file in out.iterdir())):
+        raise ValueError(f"{out} holds something already; give a new folder for the merged checkpoint")
+    folder, is_new = out / UNFINISHED, not out.exists()
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
+            file.replace(out / file.name)
+    except BaseException:
+        shutil.rmtree(out if is_new else folder, ignore_errors=True)
+        raise
+    folder.rmdir()
+
+
+def _stream(opened: Checkpoint, base: str, adapter: Path, folder: Path) -> None:
+    """The merged checkpoint, tensor by tensor."""
     model = opened.model
     if isinstance(model, ResNet):
         model.pixels = Pixels.read(adapter, {}, model.config.n_channels) or model.pixels
-    stored, placement = read_adapter(model, adapter), place(model, opened.shards, new_head=rows is None)
+    stored, placement = read_adapter(model, adapter), place(model, opened.shards, new_head=opened.head_rows is None)
     tensors = _tensors(opened, placement, stored)
     for key, copy, said in placement.copies:
         if not same(copy, placement.stored[model.key_map()[key].names[0]]):
             raise ValueError(f"{base}: {said}")
-    temporary = out.with_name(out.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a merge that was killed
-    temporary.mkdir(parents=True)
-    try:
-        _write(tensors, placement, temporary)
-        save_around(model, opened.tokenizer, temporary, opened.shards.dtype())
-        temporary.replace(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return True
+    _write(tensors, placement, folder)
+    save_around(model, opened.tokenizer, folder, opened.shards.dtype())
 
 
 def _tensors(opened: Checkpoint, placement: Placement, adapter: StoredAdapter) -> dict[str, Source]:
@@ -69,21 +97,22 @@ def _tensors(opened: Checkpoint, placement: Placement, adapter: StoredAdapter) -
     for key, source in model.key_map().items():
         path = key.removesuffix(".weight")
         for i, (name, block) in enumerate(zip(source.names, blocks(own[key], source), strict=True)):
-            stored, shape = placement.stored.get(name), stored_shape(source, block)
-            if name in adapter.plain:
-                dtype = opened.shards.dtype() if stored is None else stored.dtype
-                out[name] = Made(shape, dtype, partial(adapter.plain[name].to, dtype))
-            elif stored is None and name in placement.new:
+            stored, shape, plain = placement.stored.get(name), stored_shape(source, block), adapter.plain.get(name)
+            dtype = opened.shards.dtype() if stored is None else stored.dtype
+            if stored is None and plain is None and name in placement.new:
                 raise ValueError(f"{name}: neither the base nor the adapter has it; merge the adapter that trained it")
-            elif stored is None:
-                out[name] = Made(shape, opened.shards.dtype(), partial(torch.zeros, shape, dtype=opened.shards.dtype()))
-            elif key in token_rows:
-                out[name] = Made(shape, stored.dtype, partial(_with_rows, stored, block, *token_rows[key][1:]))
+            if stored is None and plain is None:
+                out[name] = Made(shape, dtype, partial(torch.zeros, shape, dtype=dtype))
             elif path in factors and key.endswith(".weight") and _changes(model, path, factors[path], i):
-                out[name] = Made(
-                    shape, stored.dtype, partial(_merged, model, path, factors[path], i, source, stored, block)
-                )
+                rows = partial(_rows, source, block, dtype, stored, plain)
+                out[name] = Made(shape, dtype, partial(_merged, model, path, factors[path], i, source, rows))
+            elif plain is not None:
+                out[name] = Made(shape, dtype, partial(plain.to, dtype))
+            elif key in token_rows:
+                assert stored is not None
+                out[name] = Made(shape, dtype, partial(_with_rows, stored, block, *token_rows[key][1:]))
             else:
+                assert stored is not None
                 out[name] = stored
     return out
 
@@ -96,13 +125,22 @@ def _changes(model: Any, path: str, factors: Factors, index: int) -> bool:
     return not isinstance(factors, LowRank) or module.parts[index] in factors.parts
 
 
+def _rows(source: Published, block: Tensor, dtype: torch.dtype, stored: Stored | None, plain: Tensor | None) -> Tensor:
+    """The rows before the adapter, in our layout: as stored in the base, or as the adapter brings them."""
+    rows = torch.empty(block.shape, dtype=dtype)
+    if plain is not None:
+        source.as_stored(rows).copy_(plain)
+    else:
+        assert stored is not None
+        read_into(stored, source.as_stored(rows))
+    return rows
+
+
 def _merged(
-    model: Any, path: str, factors: Factors, index: int, source: Published, stored: Stored, block: Tensor
+    model: Any, path: str, factors: Factors, index: int, source: Published, rows_of: Callable[[], Tensor]
 ) -> Tensor:
     """The rows with the adapter in them, as they are stored."""
-    rows = torch.empty(block.shape, dtype=stored.dtype)
-    read_into(stored, source.as_stored(rows))
-    module = model.get_submodule(path)
+    rows, module = rows_of(), model.get_submodule(path)
     if isinstance(factors, LowRank) and isinstance(module, Linear):
         value = factors.merged(module.parts[index], rows)
     else:

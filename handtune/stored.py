@@ -57,13 +57,13 @@ def put_weights(run: Path, model: Any) -> None:
 
 def require_finished(run: Path) -> None:
     """ValueError where the run has stored neither adapter nor model."""
-    if not ((run / "adapter").is_dir() or (run / "model").is_dir()):
+    if not ((run / "adapter" / CONFIG).is_file() or (run / "model" / "config.json").is_file()):
         raise ValueError(f"{run}: neither adapter nor model there; the run has not finished: train it to its end first")
 
 
 def put_adapter(model: Any, tokenizer: Any, adapter: Path, name: str = "default") -> None:
     """Load an adapter onto its base as `name`, after what lies beside it: tokens that it trained with, image size."""
-    if tokenizer is not None and (adapter / "tokenizer.json").is_file():
+    if adds_tokens(adapter, tokenizer):
         known, wanted = tokenizer.get_vocab(), load_tokenizer_file(adapter / "tokenizer.json").get_vocab()
         new = sorted(wanted.keys() - known.keys(), key=wanted.__getitem__)
         if add_tokens(model, tokenizer, new) != [wanted[token] for token in new]:
@@ -71,6 +71,14 @@ def put_adapter(model: Any, tokenizer: Any, adapter: Path, name: str = "default"
     if isinstance(model, ResNet):
         model.pixels = Pixels.read(adapter, {}, model.config.n_channels) or model.pixels
     load_adapter(model, adapter, name)
+
+
+def adds_tokens(adapter: Path, tokenizer: Any) -> bool:
+    """Whether an adapter brings a tokenizer with tokens that its base's doesn't have; some bring a copy of the same."""
+    file = adapter / "tokenizer.json"
+    if tokenizer is None or not file.is_file():
+        return False
+    return bool(load_tokenizer_file(file).get_vocab().keys() - tokenizer.get_vocab().keys())
 
 
 def head_of(adapter: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ Stacks = tuple[Tensor, list[Tensor], tuple[int, ...]]  # A (G, ΣR, K), each par
 class AdapterRows:
     """One adapter, or None, for each of the B sequences of a batch.
 
-    `lengths`: their tokens, where they may lie end to end, (1, N, K).
+    `lengths`: their tokens, where they may lie end to end, (1, N, K). `beams`: how many rows a sequence may have.
     """
 
     def __init__(self, names: Sequence[str | None], lengths: Sequence[int] | None = None):
@@ -32,6 +32,7 @@ class AdapterRows:
             raise ValueError(f"lengths: one of each row, got {len(lengths)} for {len(names)} rows")
         self.names, self.lengths = tuple(names), None if lengths is None else tuple(lengths)
         self.adapters = tuple(dict.fromkeys(name for name in self.names if name is not None))
+        self.beams = 1
         self._segments: dict[Any, Segments] = {}
         self._stacks: dict[nn.Module, Stacks] = {}
 
@@ -47,7 +48,7 @@ class AdapterRows:
         rows, total = len(self.names), math.prod(shape)
         if self.lengths is not None and len(shape) == 2 and shape[0] == 1 and total == sum(self.lengths):
             return list(self.lengths)
-        if not rows or shape[0] % rows:
+        if shape[0] not in (rows, rows * self.beams):
             raise ValueError(
                 f"adapters are named for {rows} rows, but a layer that has one of them sees an input of {tuple(shape)} "
                 "rows: give a name for each, and the lengths of those that lie end to end; a layer that does not see "

@@ -132,10 +132,10 @@ class LowRank(nn.Module):
 
 @dataclass(frozen=True)
 class Merged:
-    """That the adapter `name` stands in the weight, with the weight as it was before (None: not kept)."""
+    """That the adapter `name` stands in the weight, with the weight as it was before."""
 
     name: str
-    base: Tensor | None
+    base: Tensor
 
 
 class Linear(nn.Module):

@@ -145,6 +145,7 @@ class Bloom(nn.Module):
 
     presets: ClassVar = PRESETS
     base_prefix = "transformer."
+    of_positions: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar = {
         "attention": ("layers.*.qkv", "layers.*.o"),
         "mlp": ("layers.*.up", "layers.*.down"),

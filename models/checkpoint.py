@@ -167,12 +167,13 @@ def save(model: Model, tokenizer: "Tokenizer | None", path: str | Path) -> None:
     Raises ValueError where an adapter is attached and not merged: it would be lost silently. And where a weight is
     quantised: what it was is lost already.
     """
+    merged = any(getattr(module, "merged", None) for module in model.modules())
     for name, module in model.named_modules():
         if isinstance(module, Linear) and module.quantized is not None:
             raise ValueError(
                 f"{name} is quantised to 4 bits: save_adapter(model, path), load the base in bfloat16 and save that"
             )
-        if len(getattr(module, "lora", ())) and not getattr(module, "merged", None):
+        if len(getattr(module, "lora", ())) and not merged:
             raise ValueError(
                 f"{name} carries an adapter: merge_lora(model) first, or save_adapter(model, path) instead"
             )

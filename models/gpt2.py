@@ -168,6 +168,7 @@ class GPT2(nn.Module):
 
     presets: ClassVar = PRESETS
     base_prefix = "transformer."
+    of_positions: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar = {
         "attention": ("layers.*.qkv", "layers.*.o"),
         "mlp": ("layers.*.up", "layers.*.down"),

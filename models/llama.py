@@ -82,6 +82,7 @@ class Llama(nn.Module):
 
     presets: ClassVar = PRESETS
     base_prefix = ("model.", "transformer.")  # the second is transformers' under question answering
+    of_positions: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar = {
         "attention": ("layers.*.qkv", "layers.*.o"),
         "mlp": ("layers.*.gate_up", "layers.*.down"),

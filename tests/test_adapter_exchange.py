@@ -1,5 +1,6 @@
 """Adapters of every family carried over to PEFT and back, with all that can go into a file: outputs agree to 1e-5."""
 
+import copy
 import json
 from collections.abc import Callable
 from functools import partial
@@ -291,8 +292,8 @@ def test_patterns_name_one_module(tmp_path: Path) -> None:
     assert torch.equal(again(x), model(x))
 
 
-def test_what_trained_with_an_adapter_stays_with_it(tmp_path: Path) -> None:
-    """Norms trained with a belong to a, whatever is frozen or loaded afterwards, and not to b."""
+def test_what_trained_beside_adapters_goes_with_them(tmp_path: Path) -> None:
+    """Norms trained with a, whatever is frozen or attached afterwards; and with b, which was trained on top of them."""
     rows = [{"input_ids": row.tolist(), "targets": [*row[1:].tolist(), -100]} for row in IDS]
     make = FAMILIES["gpt2"].make
     model = make(tmp_path / "base")[1]
@@ -300,18 +301,59 @@ def test_what_trained_with_an_adapter_stays_with_it(tmp_path: Path) -> None:
     unfreeze(model, "layers.0.norm1.*")
     train(model, rows, causal_lm_loss, TrainConfig(lr=0.1), collate=Collate())
     freeze(model, "*")
-    expected = logits(model, TEXT)
-    save_adapter(model, tmp_path / "a", "a")
+    expected = {"a": logits(model, TEXT)}
     add_lora(model, LoRAConfig(rank=2), "b")
-    for name in ("a", "b"):
-        save_adapter(model, tmp_path / f"{name}2", name)
-    stored = {name: load_file(tmp_path / name / "adapter_model.safetensors") for name in ("a", "a2", "b2")}
-    assert stored["a"].keys() == stored["a2"].keys()
-    assert sum("ln_1" in key for key in stored["a"]) == 2
-    assert not any("ln_1" in key for key in stored["b2"])
-    again = make(tmp_path / "other")[1]
-    load_adapter(again, tmp_path / "a2", "a")
-    assert torch.equal(logits(again, TEXT), expected)
-    add_lora(again, LoRAConfig(rank=2), "b")
-    save_adapter(again, tmp_path / "a3", "a")
-    assert load_file(tmp_path / "a3/adapter_model.safetensors").keys() == stored["a"].keys()
+    expected["b"] = logits(shaken(model), TEXT)
+    for name, source in (("a", model), ("b", copy.deepcopy(model))):
+        save_adapter(source, tmp_path / name, name)
+        stored = load_file(tmp_path / name / "adapter_model.safetensors")
+        assert sum("ln_1" in key for key in stored) == 2
+        again = make(tmp_path / "base")[1]
+        load_adapter(again, tmp_path / name, name)
+        assert torch.equal(logits(again, TEXT), expected[name])
+    clean = make(tmp_path / "base")[1]
+    add_lora(clean, LoRAConfig(rank=2), "c")
+    save_adapter(shaken(clean), tmp_path / "c", "c")
+    with pytest.raises(ValueError, match=r"layers\.0\.norm1\.\w+ has trained beside another adapter"):
+        load_adapter(again, tmp_path / "c", "c")
+
+
+class Normed(nn.Module):
+    """A convolution, a batch norm that counts its batches, and a parameter of the module itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn, self.scale = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x)) * self.scale
+
+
+def test_integers_and_bare_parameters_beside_an_adapter(tmp_path: Path) -> None:
+    model, x = Normed(), torch.randn(2, 3, 8, 8)
+    add_lora(model, LoRAConfig(rank=2, targets=["conv"]))
+    unfreeze(model, "bn.*")
+    shaken(model)
+    model(x)
+    save_adapter(model.eval(), tmp_path / "norm")
+    again = Normed().eval()
+    load_adapter(again, tmp_path / "norm")
+    assert torch.equal(again(x), model(x))
+    assert_close(peft.PeftModel.from_pretrained(Normed(), str(tmp_path / "norm")).eval()(x), model(x))
+    unfreeze(model, "scale")
+    model.scale.data.fill_(3.0)
+    save_adapter(model, tmp_path / "bare")  # PEFT knows no module for it, and must not leave it out
+    again = Normed().eval()
+    load_adapter(again, tmp_path / "bare")
+    assert torch.equal(again(x), model(x))
+    with pytest.raises(KeyError, match="HANDTUNE_LORA"):
+        peft.PeftModel.from_pretrained(Normed(), str(tmp_path / "bare"))
+
+
+def test_a_module_in_two_places_has_its_adapter_in_both() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.GELU())
+    model.append(model[0])
+    add_lora(model, LoRAConfig(rank=2, targets=["0"]))
+    assert model[0] is model[2]
+    assert len(model[0].lora) == 1

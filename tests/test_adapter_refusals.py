@@ -35,7 +35,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another method": ({"peft_type": "LOHA"}, "peft_type 'LOHA' is not implemented"),
     "a rank that is none": ({"r": "many"}, "r = 'many'"),
     "no rank": ({"r": None}, "r = None"),
-    "a rank of zero": ({"r": 0}, "rank: expected a positive number"),
+    "a rank of zero": ({"r": 0}, "rank: expected a positive whole number"),
     "a pattern that is none": ({"rank_pattern": ["c_fc"]}, "rank_pattern = ['c_fc']"),
     "no alpha": ({"lora_alpha": None}, "lora_alpha = None"),
     "another rank": ({"r": 4}, "has rank 3, but adapter_config.json says 4"),

@@ -243,6 +243,8 @@ def test_refusals(tmp_path) -> None:
     wrong = pytest.raises(ValueError, match=r"named for 3 rows, but .* sees an input of \(4, 6\) rows")
     with wrong, use_adapter(model, ["a", "b", "c"]):
         model(ids)
+    with pytest.raises(ValueError, match="named for 2 rows"), use_adapter(model, ["a", "b"]):
+        model(ids)  # four rows, which might be two beams each, but nobody searches
     with pytest.raises(ValueError, match="each row has an adapter of its own here"), use_adapter(model, ["a"]):
         merge_lora(model)
     assert_unchanged(model, before)
@@ -251,12 +253,16 @@ def test_refusals(tmp_path) -> None:
         pass
     dropping = adapted(both(tmp_path, tiny_gpt2(), "causal-lm")[1], {"a": LoRAConfig(), "b": LoRAConfig(dropout=0.1)})
     with use_adapter(dropping, ["a", "b"]):
-        dropping.eval()(ids)
+        dropping.eval()(ids[:2])
         with pytest.raises(ValueError, match=r"the same dropout in training, got \[0.0, 0.1\]"):
-            dropping.train()(ids)
+            dropping.train()(ids[:2])
     untied = adapted(both(tmp_path, tiny_llama(), "causal-lm")[1], {"a": LoRAConfig(targets="lm_head")})
     with pytest.raises(ValueError, match="head: the head sees chosen positions"), use_adapter(untied, ["a", None]):
         pass
+    for make, target in ((both_t5, "relative_attention_bias"), (both_xlnets, "r")):
+        of_positions = adapted(make(tmp_path / target)[1], {"a": LoRAConfig(rank=2, targets=[target])})
+        with pytest.raises(ValueError, match="sees positions, not rows"), use_adapter(of_positions, ["a", None]):
+            pass
 
 
 def test_an_adapter_on_the_output_head_counts_in_the_loss(tmp_path) -> None:

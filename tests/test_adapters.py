@@ -21,7 +21,7 @@ from handtune.engine import (
     use_adapter,
 )
 from handtune.engine.adapters import adapter_names
-from handtune.models import GPT2
+from handtune.models import GPT2, load, save
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -58,12 +58,54 @@ def test_merge_without_keeping_the_base() -> None:
     with_adapter = logits(model)
     merge_lora(model, keep_base=False)
     close(logits(model), with_adapter)
-    with pytest.raises(ValueError, match="keep_base=False: the base weights are gone"):
+    with pytest.raises(ValueError, match="no adapter is merged, or the base was not kept"):
         unmerge_lora(model)
-    for act in (lambda: set_adapter(model, None), lambda: add_lora(model, LoRAConfig(), "second")):
-        with pytest.raises(ValueError, match="save the model and load it again"):
-            act()
+    add_lora(model, LoRAConfig(), "second")  # it is a plain model now
+    assert adapter_names(model) == ["second"]
     close(logits(model), with_adapter)
+
+
+def test_the_others_go_with_a_base_that_is_not_kept(tmp_path: Path) -> None:
+    """They were made for other weights, and would keep the model from being saved."""
+    model = gpt2()
+    add_lora(model, LoRAConfig(targets=["qkv"]), "a")
+    add_lora(model, LoRAConfig(), "b")
+    set_adapter(shaken(model), "a")
+    expected = logits(model)
+    merge_lora(model, keep_base=False)
+    assert adapter_names(model) == []
+    save(model, None, tmp_path)
+    close(logits(load(tmp_path, device="cpu")[0]), expected)
+
+
+def test_a_merged_model_is_saved_beside_other_adapters(tmp_path: Path) -> None:
+    model = gpt2()
+    add_lora(model, LoRAConfig(), "b")
+    add_lora(model, LoRAConfig(targets=["qkv"]), "a")
+    expected = logits(shaken(model))
+    merge_lora(model)
+    save(model, None, tmp_path)
+    close(logits(load(tmp_path, device="cpu")[0]), expected)
+
+
+def test_what_happens_inside_a_block_stays() -> None:
+    """An adapter merged, dropped or added there: the block's end brings back what it can, and applies nothing twice."""
+    model = adapted()
+    expected = logits(model)
+    with use_adapter(model, "default"):
+        merge_lora(model)
+    close(logits(model), expected)
+    unmerge_lora(model)
+    add_lora(model, LoRAConfig(targets=["qkv"]), "b")
+    set_adapter(model, "default")
+    with use_adapter(model, "b"):
+        drop_adapter(model, "default")
+    close(logits(model), logits(gpt2()))
+    foreign = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    add_lora(foreign, LoRAConfig(rank=2, targets=["0"]), "one")
+    with use_adapter(foreign, None):
+        add_lora(foreign, LoRAConfig(rank=2), "two")
+    assert [module.active for module in foreign] == ["one", None]
 
 
 def test_merge_errors() -> None:

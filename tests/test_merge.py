@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -16,12 +17,13 @@ from small_adapters import shaken
 from small_models import both, tiny_bert, tiny_gpt2, tiny_llama
 from small_resnets import both as both_resnets
 from small_t5 import both_t5
+from small_tokenizers import byte_level
 from small_xlnet import both as both_xlnets
 from test_adapter_exchange import tiny_bloom
 
 from handtune.cli import main
-from handtune.engine import LoRAConfig, add_lora, load_adapter, merge_lora, save_adapter, unfreeze
-from handtune.models import load, save
+from handtune.engine import LoRAConfig, add_lora, load_adapter, merge_lora, save_adapter, train_rows, unfreeze
+from handtune.models import add_tokens, load, save
 from handtune.models.tensor_file import read_header
 
 FAMILIES: dict[str, tuple[Callable[[Path], Any], str | None, dict[str, Any], tuple[str, ...]]] = {
@@ -31,6 +33,7 @@ FAMILIES: dict[str, tuple[Callable[[Path], Any], str | None, dict[str, Any], tup
     ),
     "bert": (lambda f: both(f, tiny_bert(), "masked-lm"), None, {"targets": ["query", "output.dense"]}, ()),
     "bloom, DoRA": (lambda f: both(f, tiny_bloom(), "causal-lm"), None, {"dora": True}, ()),
+    "llama that trained under its adapter": (lambda f: both(f, tiny_llama(), "causal-lm"), None, {}, ("layers.0.*",)),
     "llama": (lambda f: both(f, tiny_llama(), "causal-lm"), None, {"targets": ["q_proj", "v_proj", "up_proj"]}, ()),
     "t5": (both_t5, None, {}, ()),
     "xlnet": (both_xlnets, None, {}, ()),
@@ -70,7 +73,6 @@ def test_the_files_are_those_of_loading_merging_and_saving(family: str, tmp_path
                 assert torch.equal(ours[key], value), key
         else:
             assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes(), name
-    assert not (tmp_path / "out.tmp").exists()
 
 
 def test_shards_stay_shards(tmp_path: Path) -> None:
@@ -143,14 +145,13 @@ def test_what_is_refused_leaves_nothing(tmp_path: Path, capsys) -> None:
     assert main(["merge", str(other), str(tmp_path / "adapter"), str(tmp_path / "out")]) == 2
     assert "it is for another base" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.tmp").exists()
 
 
 def test_a_merge_that_is_broken_off_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
     """A full disk, Ctrl-C; what a killed one left is no obstacle to the next."""
     adapted(tmp_path, "llama")
-    (tmp_path / "out.tmp").mkdir()
-    (tmp_path / "out.tmp/model.safetensors").write_bytes(b"half")
+    (tmp_path / "out/.merging").mkdir(parents=True)
+    (tmp_path / "out/.merging/model.safetensors").write_bytes(b"half")
     command = ["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "out")]
 
     def full(*arguments: Any) -> None:
@@ -159,7 +160,58 @@ def test_a_merge_that_is_broken_off_leaves_nothing(tmp_path: Path, monkeypatch) 
     with monkeypatch.context() as patch:
         patch.setattr("handtune.merge.save_around", full)
         assert main(command) == 2
-    assert not (tmp_path / "out").exists()
-    assert not (tmp_path / "out.tmp").exists()
+    assert not any((tmp_path / "out").iterdir())
     assert main(command) == 0
     assert load(tmp_path / "out", device="cpu")
+
+
+def test_a_matrix_stored_beside_its_factors(tmp_path: Path) -> None:
+    """PEFT stores an adapted head or embedding whole, as base_layer: it is what the factors are added to."""
+    reference, _ = both(tmp_path / "base", tiny_llama(tie_word_embeddings=False), "causal-lm")
+    targets = ["lm_head", "embed_tokens", "q_proj"]
+    reference = shaken(peft.get_peft_model(reference, peft.LoraConfig(r=3, target_modules=targets)))
+    reference.eval().save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    assert main(["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "out")]) == 0
+    ids = torch.arange(1, 9)[None]
+    expected = reference(ids).logits
+    torch.testing.assert_close(load(tmp_path / "out", device="cpu")[0](ids), expected, rtol=0, atol=1e-4)
+
+
+def test_a_copy_of_the_tokenizer_changes_nothing(tmp_path: Path) -> None:
+    """Trainers store it with adapters; only one with more tokens takes the model in memory, and no dtype widens."""
+    reference, _ = both(tmp_path / "wide", tiny_gpt2(vocab_size=300), "causal-lm")
+    reference.to(torch.float16).save_pretrained(tmp_path / "base", max_shard_size="10KB")
+    byte_level().save(str(tmp_path / "base/tokenizer.json"))
+    model, words = load(tmp_path / "base", device="cpu")
+    add_lora(model, LoRAConfig(rank=2))
+    save_adapter(shaken(model), tmp_path / "adapter")
+    byte_level().save(str(tmp_path / "adapter/tokenizer.json"))
+    assert main(["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "out")]) == 0
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    model, words = load(tmp_path / "base", device="cpu")
+    add_tokens(model, words, ["<new>"])
+    add_lora(model, LoRAConfig(rank=2))
+    train_rows(model, [words.token_to_id("<new>")])
+    save_adapter(shaken(model), tmp_path / "grown")
+    words.save(str(tmp_path / "grown/tokenizer.json"))
+    assert main(["merge", str(tmp_path / "base"), str(tmp_path / "grown"), str(tmp_path / "more")]) == 0
+    stored = load_file(tmp_path / "more/model.safetensors")
+    assert len(stored["transformer.wte.weight"]) > words.token_to_id("<new>")
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+
+
+def test_out_may_be_there_and_what_lies_beside_it_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted(tmp_path, "gpt2")
+    for name in ("mine.tmp", "mounted", "linked"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "mine.tmp/precious").write_text("x")
+    (tmp_path / "mounted/.merging").mkdir()
+    (tmp_path / "mounted/.merging/half").write_text("of a merge that was killed")
+    (tmp_path / "link").symlink_to(tmp_path / "linked")
+    monkeypatch.chdir(tmp_path / "mounted")
+    for out in (tmp_path / "mine", ".", tmp_path / "link"):
+        assert main(["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(out)]) == 0
+        assert {path.name for path in Path(out).iterdir()} >= {"config.json", "model.safetensors"}
+        assert not (Path(out) / ".merging").exists()
+    assert (tmp_path / "mine.tmp/precious").read_text() == "x"
+    assert main(["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "link")]) == 2
