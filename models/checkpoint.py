@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import Linear
+from ..kernels.linear import Merged
 from ..kernels.quantize import Workspace
 from .bert import Bert
 from .bloom import Bloom
@@ -167,7 +168,7 @@ def save(model: Model, tokenizer: "Tokenizer | None", path: str | Path) -> None:
     Raises ValueError where an adapter is attached and not merged: it would be lost silently. And where a weight is
     quantised: what it was is lost already.
     """
-    merged = any(getattr(module, "merged", None) for module in model.modules())
+    merged = any(isinstance(getattr(module, "merged", None), Merged) for module in model.modules())
     for name, module in model.named_modules():
         if isinstance(module, Linear) and module.quantized is not None:
             raise ValueError(
