@@ -22,8 +22,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 WAYS: dict[str, tuple[list[str], list[float]]] = {
-    "full": ([], [5e-5, 1e-4, 2e-4]),
-    "LoRA, R 16": (["lora.rank=16", "lora.alpha=32"], [5e-4, 1e-3, 2e-3]),
+    "full": ([], [1e-4, 2e-4, 4e-4]),
+    "LoRA, R 16": (["lora.rank=16", "lora.alpha=32"], [1e-3, 2e-3, 4e-3]),
 }
 EVALUATIONS = 10  # an epoch
 
