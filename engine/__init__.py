@@ -27,12 +27,16 @@ if TYPE_CHECKING:
     from .loop import train as train
     from .lora import add_lora as add_lora
     from .lora_config import LoRAConfig as LoRAConfig
+    from .ppo_config import PPOConfig as PPOConfig
+    from .ppo_loop import ppo as ppo
     from .quantization import projections as projections
     from .quantization import quantize as quantize
+    from .reward import load_reward as load_reward
     from .token_rows import train_rows as train_rows
 
 _HOME = {
     "LoRAConfig": "lora_config",
+    "PPOConfig": "ppo_config",
     "TrainConfig": "loop",
     "add_lora": "lora",
     "combine_adapters": "combine",
@@ -42,7 +46,9 @@ _HOME = {
     "generate": "generation",
     "load_adapter": "adapter_files",
     "load_checkpoint": "checkpoint",
+    "load_reward": "reward",
     "merge_lora": "adapters",
+    "ppo": "ppo_loop",
     "projections": "quantization",
     "quantize": "quantization",
     "save_adapter": "adapter_files",

@@ -62,7 +62,7 @@ def _answers(
                 tokenizer=tokenizer, **how,
             )  # fmt: skip
         first = 1 if model.task == "seq2seq-lm" else batch.shape[1]
-        yield from (_ended(row, ends, words, tokenizer) for row in found[:, first:].tolist())
+        yield from (text_of(row, ends, words, tokenizer) for row in found[:, first:].tolist())
 
 
 def _prompt(text: str, model: Any, tokenizer: Any) -> list[int]:
@@ -73,7 +73,7 @@ def _prompt(text: str, model: Any, tokenizer: Any) -> list[int]:
     return ids or [end or 0]
 
 
-def _ended(ids: list[int], ends: Sequence[int], stop: Sequence[str], tokenizer: Any) -> str:
+def text_of(ids: list[int], ends: Sequence[int], stop: Sequence[str], tokenizer: Any) -> str:
     """The text of a completion up to its first end token or stop string."""
     text = tokenizer.decode(ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))])
     cuts = [at for word in stop if (at := text.find(word)) >= 0]

@@ -14,6 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from .loop import TrainConfig
 from .lora_config import LoRAConfig
 from .objectives import METHODS
+from .ppo_config import PPOConfig
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,35 @@ class RunConfig:
         return asdict(self)
 
 
-def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+@dataclass(frozen=True)
+class PPORunConfig:
+    """The whole file of `handtune ppo`.
+
+    `prompts`: files of rows with a prompt, messages or a text each. `reward`: the folder of a reward model (a run, an
+    adapter for the same base, or a checkpoint), or a Python function, "module:function"; of several the scores are
+    added up. `best_of`: samples of the reference for each of some prompts, whose best show what choosing alone gives.
+    """
+
+    out: str
+    model: ModelConfig
+    prompts: str | list[str]
+    reward: str | list[str]
+    ppo: PPOConfig = field(default_factory=PPOConfig)
+    best_of: int = 0
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.model.path is None:
+            raise ValueError("model.path: ppo trains a model that can write already; name its folder or hub id")
+        if self.best_of < 0:
+            raise ValueError(f"best_of: expected zero or a positive number, got {self.best_of}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The configuration as plain values."""
+        return asdict(self)
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = (), kind: type = RunConfig) -> Any:
     """The configuration in the TOML file at `path`, changed by overrides like "train.lr=1e-4".
 
     Raises FileNotFoundError where there is no file, ValueError for anything in it that doesn't fit.
@@ -131,7 +160,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ValueError(f"{path}: not valid TOML ({error})") from error
     for override in overrides:
         _override(table, override)
-    return from_table(RunConfig, table, str(path))
+    return from_table(kind, table, str(path))
 
 
 def _override(table: dict[str, Any], override: str) -> None:

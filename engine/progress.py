@@ -38,7 +38,7 @@ def save(record: Record, progress: Progress, optimizer: Optimizer, data: Any, ke
     if record.checkpoints is None:
         return
     tensors = {f"optimizer.{key}": value for key, value in optimizer.state_dict().items()}
-    states, facts = _generators()
+    states, facts = generators()
     facts = {"progress": asdict(progress), "data": data.state_dict(), "random": facts}
     save_checkpoint(checkpoint_path(record.checkpoints, progress.step), tensors | states, facts)
     prune(record.checkpoints, keep)
@@ -56,7 +56,7 @@ def resume(record: Record, optimizer: Optimizer, data: Any, keep: int) -> Progre
     weights = {key.removeprefix("optimizer."): v for key, v in tensors.items() if key.startswith("optimizer.")}
     optimizer.load_state_dict(weights)
     data.load_state_dict(facts["data"])
-    _set_generators(tensors, facts["random"])
+    set_generators(tensors, facts["random"])
     prune(record.checkpoints, keep)  # a kill after the last save leaves one too many
     return progress
 
@@ -67,7 +67,7 @@ def last_good(record: Record) -> str:
     return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
 
 
-def _generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
+def generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The states of all random generators that a loss or collate function may draw from: tensors, and facts."""
     states = {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -76,7 +76,8 @@ def _generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
     return states, {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
 
 
-def _set_generators(states: dict[str, Tensor], facts: dict[str, Any]) -> None:
+def set_generators(states: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Put back what `generators` gave."""
     torch.set_rng_state(states["random.cpu"])
     if "random.cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["random.cuda"])

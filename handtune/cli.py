@@ -38,6 +38,23 @@ def parser() -> argparse.ArgumentParser:
         "--rouge", action="store_true", help="compare generated texts with the rows' completions, too"
     )
 
+    compare = add("compare", "Collect comparisons of a model's own completions; the same command goes on.")
+    compare.add_argument("model", nargs="?", help="a checkpoint's folder or hub id, or the folder of a run")
+    compare.add_argument("--prompts", help="a file of rows with a prompt, messages or a text each")
+    compare.add_argument("--pairs", help="instead of a model: rows of prompt and completions, or chosen and rejected")
+    compare.add_argument("--out", required=True, help="the comparisons (JSONL); the session lies beside it")
+    compare.add_argument("--terminal", action="store_true", help="here, and not in a browser")
+    compare.add_argument("--labeler", help="module:function answers: (prompt, left, right) → left, right, tie or skip")
+    compare.add_argument("--repeat", type=float, default=0.1, help="share of pairs shown twice (default 0.1)")
+    compare.add_argument("--port", type=int, default=0, help="of the page, on 127.0.0.1 (default: any)")
+    compare.add_argument("--adapter", action="append", default=[], help="an adapter's folder")
+    compare.add_argument("--max-new-tokens", type=int, default=64)
+    compare.add_argument("--temperature", type=float, default=1.0)
+    compare.add_argument("--stop", action="append", default=[], help="end at this text (may be repeated)")
+    compare.add_argument("--batch-rows", type=int, default=16)
+    compare.add_argument("--seed", type=int, default=0)
+    compare.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+
     generate = add("generate", "Continue prompts.")
     generate.add_argument("model", help="a checkpoint's folder or hub id, or the folder of a run")
     generate.add_argument(
@@ -59,6 +76,11 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--batch-rows", type=int, default=16)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+
+    ppo = add("ppo", "Improve a model on rewards, as a TOML file says; the same command on the same folder resumes.")
+    ppo.add_argument("config", help="the TOML file")
+    ppo.add_argument("override", nargs="*", help="a change to it, like ppo.kl=0.05")
+    ppo.add_argument("--quiet", action="store_true", help="show no samples")
 
     merge = add("merge", "Merge an adapter into its base and write a plain checkpoint.")
     merge.add_argument("model", help="the base: a folder or hub id")

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from .comparing import run_compare
 from .engine import evaluate, save_adapter, train, trainable_report
 from .engine.batches import Batches
 from .engine.check_data import show
@@ -22,6 +23,7 @@ from .merge import merge
 from .models import ResNet, save
 from .models.tokens import save_tokenizer
 from .prepare import Prepared, choose_trained, prepare, run_objective
+from .rlhf import run_ppo
 from .stored import config_of, put_weights
 
 
@@ -166,8 +168,10 @@ def run_report(options: argparse.Namespace) -> int:
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": run_train,
     "check-data": check_data,
+    "compare": run_compare,
     "evaluate": run_evaluate,
     "generate": run_generate,
     "merge": run_merge,
+    "ppo": run_ppo,
     "report": run_report,
 }

@@ -22,9 +22,9 @@ from .stored import config_of, put_adapter, require_finished
 def run_generate(options: argparse.Namespace) -> int:
     """`handtune generate`: continue prompts, printed or written as rows, batch by batch."""
     _check(options)
-    model, tokenizer, known = _generator(options)
+    model, tokenizer, known = generator_of(options)
     rows = list(_rows(options))
-    prompts, adapters = [_prompt(row, model) for row in rows], _adapters(rows, known)
+    prompts, adapters = [prompt_of(row, model) for row in rows], _adapters(rows, known)
     temperature = options.temperature if options.temperature is not None else float(options.beams == 1)
     written = completions(
         model, tokenizer, prompts, options.max_new_tokens, batch_rows=options.batch_rows, stop=options.stop,
@@ -67,7 +67,7 @@ def _smaller(options: argparse.Namespace) -> str:
     return "even one prompt is too much; shorten it, or use --dtype bfloat16"
 
 
-def _generator(options: argparse.Namespace) -> tuple[Any, Any, dict[str, str]]:
+def generator_of(options: argparse.Namespace) -> tuple[Any, Any, dict[str, str]]:
     """The model to generate with, a checkpoint or what a run produced; and adapters, by folder, as they are called."""
     path, place = Path(options.model), options.model
     folders = [Path(adapter) for adapter in options.adapter]
@@ -124,7 +124,8 @@ def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"prompt": sys.stdin.read().rstrip("\n")}
 
 
-def _prompt(row: dict[str, Any], model: Any) -> str:
+def prompt_of(row: dict[str, Any], model: Any) -> str:
+    """The text that a row wants to be continued."""
     if "messages" not in row:
         return row["prompt"] if "prompt" in row else row["text"]
     template, messages = template_of(model) or ChatTemplate(), row["messages"]

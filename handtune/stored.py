@@ -1,7 +1,10 @@
 """What runs and adapters have stored: a run's configuration and weights, an adapter with what lies beside it."""
 
 import json
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,10 @@ def config_of(run: Path) -> RunConfig:
     """The configuration of a run, with its model's path as it leads there from here."""
     facts = facts_of(run)
     table = facts["config"]
+    if facts.get("method") == "ppo":  # a policy writes as what it was made from does
+        table = {"method": "sft", "data": {"train": table["prompts"]}, "lora": table["ppo"]["lora"], **{
+            key: table[key] for key in ("out", "model")
+        }}  # fmt: skip
     if facts.get("labels"):
         table["model"]["labels"] = facts["labels"]
     config = from_table(RunConfig, _written(table), str(run / "run.json"))
@@ -100,3 +107,20 @@ def head_of(adapter: Path) -> dict[str, Any]:
     ]
     hidden = sum(".hidden." in key and key.endswith(".weight") for key in shapes)  # classifier.hidden.0.weight, ...
     return {"task": task, "labels": widths[0] if widths else None, "head_layers": 1 + hidden}
+
+
+def function_of(spec: str) -> Callable[..., Any]:
+    """The Python function called "module:function", of a module on the path or in the current folder."""
+    module, sign, name = spec.partition(":")
+    if not sign:
+        raise ValueError(f"{spec!r}: there is no such folder, and it is no Python function, module:function")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{spec!r}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    if not callable(found):
+        raise ValueError(f"{spec!r} is no function")
+    return found  # type: ignore[no-any-return]

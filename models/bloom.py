@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..kernels import LayerNorm, Linear, attention, feed_forward, norm_linear
 from .heads import EmbeddingHead, MLPHead, n_outputs, pool_tokens
-from .layers import TIED, KVCache, Published, initialize, key_bias, overridden, own_spelling, read_fields
+from .layers import ALL, TIED, KVCache, Published, initialize, key_bias, overridden, own_spelling, read_fields
 from .tokens import SpecialTokens
 
 
@@ -240,20 +240,24 @@ class Bloom(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         cache: KVCache | None = None,
+        entering: Tensor | None = None,
+        layers: slice = ALL,
     ) -> Tensor:
         """States before the head (B, T, D) for token ids (B, T); `attention_mask` is (B, S), S counting the cache.
+
+        Only `layers`, where given, on the states (B, T, D) `entering` them; up to one, the states that enter it.
 
         BLOOM knows neither token types nor positions: `token_type_ids` and `position_ids` are ignored. Distances count
         the real tokens between two.
         """
         slopes = alibi_slopes(self.config.n_head, input_ids.device)
         bias = mask_bias(attention_mask, slopes)
-        x = self.embed(input_ids)
-        for block in self.layers:
+        x = self.embed(input_ids) if entering is None else entering
+        for block in tuple(self.layers)[layers]:
             x = block(x, slopes, bias, cu_seqlens, max_seqlen, cache)
         if cache is not None:
             cache.length += input_ids.shape[1]
-        return self.norm(x)
+        return self.norm(x) if layers.stop is None else x
 
     def pool(self, states: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """What the head reads: every position (B, T, D), or one vector a row (B, D)."""

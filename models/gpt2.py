@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ..kernels import LayerNorm, Linear, attention, feed_forward, norm_linear
 from .heads import EmbeddingHead, MLPHead, n_outputs, pool_tokens
 from .layers import (
+    ALL,
     TIED,
     KVCache,
     Published,
@@ -266,21 +267,28 @@ class GPT2(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         cache: KVCache | None = None,
+        entering: Tensor | None = None,
+        layers: slice = ALL,
     ) -> Tensor:
-        """States before the head (B, T, D) for token ids (B, T); `attention_mask` is (B, S), S counting the cache."""
+        """States before the head (B, T, D) for token ids (B, T); `attention_mask` is (B, S), S counting the cache.
+
+        Only `layers`, where given, on the states (B, T, D) `entering` them; up to one, the states that enter it.
+        """
         past = cache.length if cache is not None else 0
         refuse_longer(input_ids, cu_seqlens, max_seqlen, self.config.max_positions, past)
         if position_ids is None:
             position_ids = positions(input_ids, attention_mask, cu_seqlens, past)
-        x = self.embed.tokens(input_ids) + self.embed.positions(position_ids)
-        if token_type_ids is not None:
-            x = x + self.embed.tokens(token_type_ids)
+        if entering is None:
+            entering = self.embed.tokens(input_ids) + self.embed.positions(position_ids)
+            if token_type_ids is not None:
+                entering = entering + self.embed.tokens(token_type_ids)
+        x = entering
         bias = key_bias(attention_mask)
-        for block in self.layers:
+        for block in tuple(self.layers)[layers]:
             x = block(x, bias, cu_seqlens, max_seqlen, cache)
         if cache is not None:
             cache.length += input_ids.shape[1]
-        return self.norm(x)
+        return self.norm(x) if layers.stop is None else x
 
     def pool(self, states: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """What the head reads: every position (B, T, D), or one vector a row (B, D)."""

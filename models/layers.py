@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from ..kernels import Linear
 from .heads import MLPHead
 
+ALL = slice(None)  # layers
+
 # Of a tied output matrix that is stored and is not the embedding. Which of the two is meant, who knows.
 TIED = "the token embedding, but config.json has tie_word_embeddings = true; set it to false, or take the tensor out"
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..kernels import Linear, RMSNorm, attention, feed_forward, norm_linear, rope
 from .heads import EmbeddingHead, MLPHead, n_outputs, pool_tokens
-from .layers import TIED, KVCache, Published, initialize, key_bias, overridden, positions, refuse_longer
+from .layers import ALL, TIED, KVCache, Published, initialize, key_bias, overridden, positions, refuse_longer
 from .llama_configs import PRESETS, LlamaConfig, read_config, write_config
 from .tokens import SpecialTokens
 
@@ -182,8 +182,12 @@ class Llama(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         cache: KVCache | None = None,
+        entering: Tensor | None = None,
+        layers: slice = ALL,
     ) -> Tensor:
         """States before the head (B, T, D) for token ids (B, T); `attention_mask` is (B, S), S counting the cache.
+
+        Only `layers`, where given, on the states (B, T, D) `entering` them; up to one, the states that enter it.
 
         Llama knows no token types: `token_type_ids` are ignored. No table ends at `max_positions`, so that longer rows,
         or packed segments, would give states without meaning: they are refused (ValueError).
@@ -192,13 +196,13 @@ class Llama(nn.Module):
         refuse_longer(input_ids, cu_seqlens, max_seqlen, self.config.max_positions, past)
         if position_ids is None:
             position_ids = positions(input_ids, attention_mask, cu_seqlens, past)
-        x, bias = self.embed(input_ids), key_bias(attention_mask)
+        x, bias = self.embed(input_ids) if entering is None else entering, key_bias(attention_mask)
         tables = self.config.rope.tables(position_ids, self.config.width)
-        for block in self.layers:
+        for block in tuple(self.layers)[layers]:
             x = block(x, tables, bias, cu_seqlens, max_seqlen, cache)
         if cache is not None:
             cache.length += input_ids.shape[1]
-        return self.norm(x)
+        return self.norm(x) if layers.stop is None else x
 
     def pool(self, states: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """What the head reads: every position (B, T, D), or one vector a row (B, D)."""

@@ -1,0 +1,187 @@
+"""Comparisons by people: pairs of completions shown side by side, answers written down so that none is lost or doubled.
+
+A *session* is a folder: `items.jsonl`, what is to be compared, fixed when the session begins, and `answers.jsonl`, a
+line an answer, appended and flushed to the disk before the next pair is shown. Nothing is ever rewritten; taking an
+answer back is a line, too. So a session may be killed at any moment, and goes on where it was.
+
+Which completion stands on the left is drawn at random, and some pairs come twice, later and turned around: how often
+the two answers agree is what the comparisons are worth. Whoever answers, a person in a browser (`compare_page.py`) or
+at the terminal, or a function, goes through `Session.answer`.
+"""
+
+import json
+import os
+import random
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+LEFT, RIGHT, TIE, SKIP = "left", "right", "tie", "skip"
+ANSWERS = (LEFT, RIGHT, TIE, SKIP)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A pair as it is shown. `repeats`: the number of the item that it shows again, turned around."""
+
+    id: int
+    prompt: str
+    left: str
+    right: str
+    repeats: int | None = None
+
+
+def make_items(
+    pairs: Iterable[tuple[str, str, str]], repeat: float = 0.1, seed: int = 0
+) -> tuple[list[Item], list[int]]:
+    """Items of (prompt, completion, completion), sides drawn at random; and the numbers (from 1) of those left out.
+
+    Left out are pairs whose sides are equal, or one of them empty. A share `repeat` of the items comes again in the
+    end. ValueError where no pair is left.
+    """
+    draw = random.Random(seed)
+    items: list[Item] = []
+    dropped: list[int] = []
+    for number, (prompt, a, b) in enumerate(pairs, 1):
+        if a == b or not a.strip() or not b.strip():
+            dropped.append(number)
+            continue
+        left, right = (a, b) if draw.random() < 0.5 else (b, a)
+        items.append(Item(len(items), prompt, left, right))
+    if not items:
+        raise ValueError("there is no pair to compare: all have equal sides, or an empty one")
+    again = draw.sample(items, round(repeat * len(items)))
+    items += [Item(len(items) + i, item.prompt, item.right, item.left, item.id) for i, item in enumerate(again)]
+    return items, dropped
+
+
+class Session:
+    """The items and answers of a session folder; safe to use from several threads.
+
+    `items`: for a new session; one that has begun keeps its own. Raises ValueError for a folder that holds other
+    things, and where items are given for a session that has others.
+    """
+
+    def __init__(self, folder: str | Path, items: Sequence[Item] | None = None):
+        self.folder, self.lock = Path(folder), threading.Lock()
+        listing = self.folder / "items.jsonl"
+        if listing.is_file():
+            self.items = [Item(**row) for row in _lines(listing)]
+            if items is not None and list(items) != self.items:
+                raise ValueError(f"{folder} holds a session about other pairs; choose another --out")
+        elif items is None:
+            raise ValueError(f"{folder}: no session there (items.jsonl is missing)")
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and holds no session; choose another --out")
+        else:
+            self.items = list(items)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            temporary = listing.with_suffix(".tmp")
+            with temporary.open("w", encoding="utf-8") as file:
+                for item in self.items:
+                    file.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(listing)
+        self.answers: dict[int, str] = {}  # by item, in the order of their answers
+        for row in _lines(self.folder / "answers.jsonl", cut_short=True):
+            self._take(row)
+
+    def _take(self, row: Mapping[str, Any]) -> None:
+        if row["answer"] is None:
+            self.answers.pop(row["item"], None)
+        else:
+            self.answers[row["item"]] = row["answer"]
+
+    def next(self) -> Item | None:
+        """The first item without an answer."""
+        return next((item for item in self.items if item.id not in self.answers), None)
+
+    def answer(self, item: int, answer: str, seconds: float | None = None) -> bool:
+        """Write an answer down; False, and nothing, where the item has one (another tab was faster).
+
+        ValueError for an item or an answer that there is not.
+        """
+        if not 0 <= item < len(self.items) or answer not in ANSWERS:
+            raise ValueError(
+                f"item {item!r}, answer {answer!r}: expected one of the {len(self.items)} items, {ANSWERS}"
+            )
+        with self.lock:
+            if item in self.answers:
+                return False
+            self._append({"item": item, "answer": answer} | ({} if seconds is None else {"seconds": seconds}))
+        return True
+
+    def undo(self) -> int | None:
+        """Take the last answer back; its item, or None where there is none."""
+        with self.lock:
+            last = next(reversed(self.answers), None)
+            if last is not None:
+                self._append({"item": last, "answer": None})
+        return last
+
+    def _append(self, row: dict[str, Any]) -> None:
+        path = self.folder / "answers.jsonl"
+        with path.open("ab+") as file:
+            if file.tell() and not _ends_line(path):
+                file.write(b"\n")  # a kill cut the last line short
+            file.write((json.dumps(row) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
+        self._take(row)
+
+    def progress(self) -> dict[str, Any]:
+        """How far the session is, and how often repeated items were answered alike."""
+        same = total = 0
+        for item in self.items:
+            if item.repeats is None:
+                continue
+            first, second = self.answers.get(item.repeats), self.answers.get(item.id)
+            if first in (None, SKIP) or second in (None, SKIP):
+                continue
+            total += 1
+            same += second == {LEFT: RIGHT, RIGHT: LEFT, TIE: TIE}[str(first)]
+        done = len(self.answers)
+        return {"done": done, "total": len(self.items), "repeated": total, "agreement": same / total if total else None}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The answers as rows that `train` reads: prompt, chosen, rejected, and tie where neither is better."""
+        out = []
+        for item in self.items:
+            answer = self.answers.get(item.id, SKIP)
+            if answer == SKIP:
+                continue
+            chosen, rejected = (item.right, item.left) if answer == RIGHT else (item.left, item.right)
+            row = {"prompt": item.prompt, "chosen": chosen, "rejected": rejected}
+            out.append(row | ({"tie": True} if answer == TIE else {}))
+        return out
+
+    def export(self, path: str | Path) -> int:
+        """Write `rows` as JSONL; how many."""
+        path, rows = Path(path), self.rows()
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+        temporary.replace(path)
+        return len(rows)
+
+
+def _lines(path: Path, cut_short: bool = False) -> list[Any]:
+    """The rows of a JSONL file, none where there is no file; with `cut_short` a line that isn't whole doesn't count."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if not cut_short:
+                raise ValueError(f"{path}: damaged ({error}); restore it") from error
+    return rows
+
+
+def _ends_line(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"

@@ -1,0 +1,247 @@
+"""Proximal policy optimisation of a language model: Schulman et al. 2017, arXiv:1707.06347, as RLHF uses it.
+
+    sample → score → a reward for each token, less its KL from the reference → advantages → clipped updates
+
+Policy and critic are adapters of one frozen base, and the reference is that base with adapters off; a reward model may
+stand on it, too. So all four cost one model in memory, and where the adapters sit in the upper layers only, the lower
+ones are computed once a round (`rollouts.py`). With `group` there is no critic: completions of one prompt are compared
+with each other (GRPO: Shao et al. 2024, arXiv:2402.03300). What happens in a round stands in `ppo_round.py`.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .adapters import adapter_names, set_adapter
+from .advantages import AdaptiveKL
+from .arithmetic import settle_arithmetic
+from .batches import Batches
+from .checkpoint import checkpoint_path, checkpoints, load_checkpoint, prune, save_checkpoint
+from .completions import text_of
+from .guards import explained_memory_error, interruptible, passes
+from .lora import add_lora
+from .optim import Optimizer, lr_factor
+from .ppo_config import PPOConfig
+from .ppo_round import Round
+from .progress import generators, set_generators
+from .record import Record, peak_memory
+from .reward import ADAPTER as REWARD
+from .reward import Reward, RewardFn
+from .rollouts import CRITIC, POLICY, Actors, Rollout
+from .shared import shared_layers, with_head
+
+
+@dataclass(frozen=True)
+class PPOResult:
+    """What a run came to: the `stats` of its last round, and `best`, those of the round of the highest objective, score
+    less β KL. `stopped` says why it ended before its episodes: "kl", "interrupted", or None.
+    """
+
+    episodes: int
+    stats: dict[str, float]
+    best: dict[str, float]
+    seconds: float
+    stopped: str | None
+
+
+@dataclass
+class Progress:
+    """How far a run is: the facts of a checkpoint."""
+
+    round: int = 0
+    episodes: int = 0
+    seconds: float = 0.0
+    beta: float = 0.0
+    stopped: str | None = None
+    stats: dict[str, float] = field(default_factory=dict)
+    best: dict[str, float] = field(default_factory=dict)
+
+
+def ppo(
+    model: Any,
+    prompts: Sequence[Any],
+    reward: RewardFn | Sequence[RewardFn],
+    config: PPOConfig,
+    *,
+    tokenizer: Any = None,
+    out: str | Path | None = None,
+    about: dict[str, Any] | None = None,
+    show: Callable[[str], None] | None = None,
+) -> PPOResult:
+    """Train a causal language model to write what `reward` scores high, without moving far from what it is.
+
+    `prompts` are texts, where there is a `tokenizer`, else token ids. `reward(prompts, completions)` gives a number for
+    each completion, texts or token ids likewise; a `Reward`; or several, whose scores are added up. The policy is left
+    as the active adapter "policy". `out`: the run folder; the same call on it resumes. `show` gets a sample a round.
+
+    Raises ValueError for a model with adapters other than a reward's (merge them first), an empty prompt, none that
+    leaves room for a completion, and a reward that gives anything but a finite number each.
+    """
+    start = time.perf_counter()
+    settle_arithmetic()
+    torch.manual_seed(config.seed)
+    run = _Run(model, prompts, [reward] if callable(reward) else reward, config, tokenizer)
+    record = Record(out)
+    record.start(about or {}, (about or {}).get("config") or {"ppo": asdict(config)})
+    progress = run.resume(record)
+    start -= progress.seconds
+    total = -(-config.episodes // config.rollout_rows)
+    bar = tqdm(total=config.episodes, initial=progress.episodes, unit="episode", disable=None)
+    with interruptible() as interrupt, explained_memory_error(run.round.device, _smaller(config)), bar:
+        steps = passes(run.batches)
+        while progress.round < total and progress.stopped is None:
+            lr = config.lr * lr_factor(config.schedule, progress.round, total, 0, 0.2, 0.0)
+            before = run.weights()  # which the round's rollout, and so its objective, is of
+            rollout, stats = run.round(next(steps)[0], lr)
+            progress.round, progress.episodes = progress.round + 1, progress.episodes + len(rollout.ids)
+            progress.stats, progress.seconds = stats, time.perf_counter() - start
+            record.log(step=progress.round, episodes=progress.episodes, **stats, sample=run.shown(rollout),
+                       peak_memory=peak_memory(), seconds=progress.seconds)  # fmt: skip
+            if show is not None:
+                show(run.shown(rollout))
+            bar.set_postfix({key: f"{stats[key]:.3f}" for key in ("score", "kl")}, refresh=False)
+            bar.update(len(rollout.ids))
+            if config.kl_stop is not None and stats["kl"] > config.kl_stop:
+                progress.stopped = "kl"
+                run.optimizer.load_state_dict(run.best)
+            elif not progress.best or stats["objective"] > progress.best["objective"]:
+                progress.best, run.best = {"round": progress.round, **stats}, before
+            ends = interrupt.is_set() or progress.stopped is not None or progress.round == total
+            if ends or progress.round % config.save_every == 0:
+                run.save(record, progress)
+            if ends:
+                break
+    set_adapter(model, POLICY)
+    stopped = progress.stopped or ("interrupted" if progress.round < total else None)
+    return PPOResult(progress.episodes, progress.stats, progress.best, time.perf_counter() - start, stopped)
+
+
+def _smaller(config: PPOConfig) -> Callable[[], str]:
+    rows = config.micro_rows or config.batch_rows
+    return lambda: f"set ppo.micro_rows = {max(1, rows // 2)} (it is {rows}), or ppo.rollout_rows lower"
+
+
+class _Run:
+    """The model with what PPO adds to it, the prompts, and the state that a checkpoint holds."""
+
+    def __init__(
+        self, model: Any, prompts: Sequence[Any], rewards: Sequence[RewardFn], config: PPOConfig, tokenizer: Any
+    ):
+        self.model, self.config, self.tokenizer, self.rewards = model, config, tokenizer, list(rewards)
+        rows = config.rollout_rows // (config.group or 1)
+        self.batches = Batches(self._fitting(prompts), list, rows=rows, seed=config.seed, size=len)
+        critic = self._attach()
+        named = [(n, p) for n, p in model.named_parameters() if f".lora.{POLICY}." in n or f".lora.{CRITIC}." in n]
+        if critic is not None:
+            named += [(f"critic.head.{n}", p) for n, p in critic.head.named_parameters()]
+        for _, parameter in named:
+            parameter.requires_grad_(True)
+        # Adam's ε is OpenAI's: near ratios of 1 gradients are small, and 1e-8 would make steps of their noise.
+        self.optimizer = Optimizer(
+            named, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0, lr_scale={}, lr_decay=1.0
+        )  # fmt: skip
+        self.kl = AdaptiveKL(config.kl, config.kl_target, config.kl_horizon)
+        share = shared_layers(model, (POLICY, CRITIC, REWARD))
+        actors = Actors(model, critic, share, config.temperature)
+        self.round = Round(actors, self.rewards, self.optimizer, self.kl, config, tokenizer)
+        self.best: dict[str, Tensor] = {}
+
+    def _fitting(self, prompts: Sequence[Any]) -> list[list[int]]:
+        """Token ids of the prompts that leave room for a completion."""
+        if self.tokenizer is not None:
+            ids = [encoding.ids for encoding in self.tokenizer.encode_batch(list(prompts), add_special_tokens=False)]
+        else:
+            ids = [list(prompt) for prompt in prompts]
+        if empty := [i for i, row in enumerate(ids, 1) if not row]:
+            raise ValueError(f"prompt {empty[0]} is empty; give it at least one token")
+        limit, room = self.model.config.max_positions, self.config.max_new_tokens
+        fitting = [row for row in ids if limit is None or len(row) + room <= limit]
+        if not fitting:
+            raise ValueError(f"no prompt leaves room for {room} new tokens in the model's {limit} positions")
+        if len(fitting) < len(ids):
+            tqdm.write(
+                f"{len(ids) - len(fitting)} of {len(ids)} prompts are too long for {room} new tokens, and left out"
+            )
+        return fitting
+
+    def _attach(self) -> Any:
+        """Adapters for policy and critic; the critic, or None."""
+        model, config = self.model, self.config
+        if model.task != "causal-lm" or model.head.active is not None:
+            raise ValueError("ppo trains a causal language model, whose output head has no adapter")
+        if others := [name for name in adapter_names(model) if name != REWARD]:
+            raise ValueError(
+                f"the model carries the adapter {others[0]!r}, but the reference is the model without adapters: "
+                "merge_lora(model, keep_base=False) first"
+            )
+        critic = None
+        if config.group is None:
+            critic = with_head(model, "reward")
+            torch.nn.init.zeros_(critic.head.out.weight)  # it expects nothing, until it has learnt something
+            add_lora(model, config.lora, CRITIC)
+        add_lora(model, config.lora, POLICY)
+        model.eval()  # without dropout: a ratio would compare two masks
+        return critic
+
+    def weights(self) -> dict[str, Tensor]:
+        """A copy of what trains."""
+        state = self.optimizer.state_dict()
+        return {key: value.clone() for key, value in state.items() if key.startswith("weight.")}
+
+    def shown(self, rollout: Rollout) -> str:
+        """The first completion of a rollout, and its score."""
+        prompt, completion = rollout.prompts[0], rollout.completions[0]
+        if self.tokenizer is None:
+            return f"{prompt} → {completion}: {float(rollout.scores[0]):.3f}"
+        text = text_of(completion, self.round.ends, (), self.tokenizer)
+        return f"{self.tokenizer.decode(prompt)!r} → {text!r}: {float(rollout.scores[0]):.3f}"
+
+    def normalise(self) -> None:
+        """Shift and scale the reward models that are not normalised yet, on samples of the reference policy."""
+        fresh = [own for own in self.rewards if isinstance(own, Reward) and own.scale is None]
+        if not (fresh and self.config.normalise):
+            return
+        every = self.batches.examples
+        samples = self.round.sample([every[i % len(every)] for i in range(self.config.normalise)], None)
+        for own in fresh:
+            own.normalise(samples.prompts, samples.completions)
+
+    def save(self, record: Record, progress: Progress) -> None:
+        if record.checkpoints is None:
+            return
+        progress.beta = self.kl.beta
+        tensors = {f"optimizer.{key}": value for key, value in self.optimizer.state_dict().items()}
+        tensors |= {f"best.{key}": value for key, value in self.best.items()}
+        states, random = generators()
+        scales = [(own.shift, own.scale) for own in self.rewards if isinstance(own, Reward)]
+        facts = {"progress": asdict(progress), "data": self.batches.state_dict(), "random": random, "rewards": scales}
+        save_checkpoint(checkpoint_path(record.checkpoints, progress.round), tensors | states, facts)
+        prune(record.checkpoints, self.config.keep)
+
+    def resume(self, record: Record) -> Progress:
+        """From the newest checkpoint, or from the beginning."""
+        found = checkpoints(record.checkpoints) if record.checkpoints else []
+        if not found:
+            record.rewind(-1)
+            self.normalise()
+            return Progress()
+        tensors, facts = load_checkpoint(found[-1])
+        progress = Progress(**facts["progress"])
+        record.rewind(progress.round)
+        self.optimizer.load_state_dict(_under("optimizer.", tensors))
+        self.best, self.kl.beta = _under("best.", tensors), progress.beta
+        self.batches.load_state_dict(facts["data"])
+        for own, scale in zip((own for own in self.rewards if isinstance(own, Reward)), facts["rewards"], strict=True):
+            own.shift, own.scale = scale
+        set_generators(tensors, facts["random"])
+        return progress
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -1,0 +1,202 @@
+"""A round of PPO: sample, score, and improve the policy on what was sampled (`ppo_loop.py` has the whole).
+
+The details that decide whether it works are numbered. Most are known from Huang et al. 2023, "The N implementation
+details of RLHF with PPO" (https://huggingface.co/blog/the_n_implementation_details_of_rlhf_with_ppo), who read them off
+lm-human-preferences, OpenAI's code of Ziegler et al. 2019, arXiv:1909.08593.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from .adapters import set_adapter
+from .advantages import AdaptiveKL, by_group, explained_variance, gae, kl_estimate, policy_loss, value_loss, whiten
+from .completions import text_of
+from .optim import Optimizer
+from .ppo_config import PPOConfig
+from .reward import Reward, RewardFn, checked_scores
+from .rollouts import POLICY, Actors, Rollout, cut, sample
+
+PER_TOKEN = ("logps", "reference", "entropy", "values")
+
+
+class Round:
+    """What every round of a run has in common: who takes part, and how."""
+
+    def __init__(
+        self,
+        actors: Actors,
+        rewards: Sequence[RewardFn],
+        optimizer: Optimizer,
+        kl: AdaptiveKL,
+        config: PPOConfig,
+        tokenizer: Any,
+    ):
+        self.actors, self.rewards, self.optimizer, self.kl = actors, list(rewards), optimizer, kl
+        self.config, self.tokenizer = config, tokenizer
+        self.model, self.critic = actors.model, actors.critic
+        self.device = next(self.model.parameters()).device
+        self.ends = list(self.model.tokens.ends)
+
+    def __call__(self, prompts: Sequence[Sequence[int]], lr: float) -> tuple[Rollout, dict[str, float]]:
+        """One round on these prompts (token ids); the rollout, and what is worth knowing about it."""
+        began = time.perf_counter()
+        prompts = [prompt for prompt in prompts for _ in range(self.config.group or 1)]
+        rollout = self.sample(prompts, POLICY)
+        sampled, n = time.perf_counter(), len(prompts)
+        # 1. The order of the first epoch is drawn before anything is computed: the log-probabilities that updates are
+        # compared with come from its micro-batches, so that before the first step the ratio is exactly 1.
+        orders = [torch.randperm(n).tolist() for _ in range(self.config.epochs)]
+        self.assess(rollout, orders[0])
+        advantages, returns = self.advantages(rollout)
+        stats, assessed = self.about(rollout, returns), time.perf_counter()
+        stats |= self.update(rollout, orders, advantages, returns, lr)
+        self.kl.update(stats["kl"], n)
+        ended = time.perf_counter()
+        stats |= {"lr": lr, "rollout_seconds": sampled - began, "assess_seconds": assessed - sampled}
+        return rollout, stats | {"update_seconds": ended - assessed, "episodes_per_second": n / (ended - began)}
+
+    def sample(self, prompts: Sequence[Sequence[int]], adapter: str | None) -> Rollout:
+        """2. Completions at the temperature that is trained at, of the whole distribution: no top-k, no top-p."""
+        set_adapter(self.model, adapter)
+        config = self.config
+        return sample(
+            self.model, prompts, config.max_new_tokens, config.temperature, self.ends, rows=config.rollout_rows
+        )
+
+    @torch.no_grad()
+    def assess(self, rollout: Rollout, order: Sequence[int]) -> None:
+        """Fill in what is fixed for the round: log-probabilities, values, scores."""
+        n, share = len(rollout.ids), self.actors.share
+        on_base = next((own for own in self.rewards if isinstance(own, Reward) and own.on(self.model)), None)
+        rollout.states = [torch.empty(0)] * n if share else []
+        found = {name: [torch.empty(0)] * n for name in PER_TOKEN}
+        scores = torch.zeros(n, device=self.device)
+        for rows in self.micro_batches(order):
+            batch = rollout.batch(rows, self.device, with_states=False)
+            if share:
+                batch["states"] = self.actors.lower(batch["inputs"])
+                _put(rollout.states, rows, batch["states"][0].split(batch["lengths"]))
+            logps, entropy = self.actors.logps(batch, POLICY)
+            reference, _ = self.actors.logps(batch, None)
+            values = torch.zeros_like(logps) if self.critic is None else self.actors.values(batch)
+            for name, tokens in zip(PER_TOKEN, (logps, reference, entropy, values), strict=True):
+                _put(found[name], rows, tokens.split(batch["counts"]))
+            if on_base is not None:
+                scores[list(rows)] = on_base.score(batch["inputs"], **self.actors.above(batch))
+        for name, tokens_of in found.items():
+            setattr(rollout, name, pad_sequence(tokens_of, batch_first=True))
+        lengths = torch.tensor(rollout.lengths, device=self.device)
+        rollout.mask = (torch.arange(rollout.logps.shape[1], device=self.device) < lengths[:, None]).float()
+        rollout.scores = scores + self.called(rollout, [own for own in self.rewards if own is not on_base])
+
+    def called(self, rollout: Rollout, rewards: Sequence[RewardFn]) -> Tensor:
+        """The scores of rewards that are called with texts, or, without a tokenizer, with token ids, added up."""
+        prompts: Sequence[Any] = rollout.prompts
+        completions: Sequence[Any] = rollout.completions
+        if self.tokenizer is not None and rewards:
+            prompts = [self.tokenizer.decode(ids) for ids in prompts]
+            completions = [text_of(ids, self.ends, (), self.tokenizer) for ids in completions]
+        total = torch.zeros(len(completions), device=self.device)
+        for reward in rewards:
+            total += checked_scores(reward, prompts, completions).to(self.device)
+        if self.config.no_end is not None:  # 3. A completion that was cut off pays for it
+            total -= self.config.no_end * (~torch.tensor(rollout.ended, device=self.device)).float()
+        return total
+
+    def advantages(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Advantages and returns (N, T)."""
+        config, mask = self.config, rollout.mask
+        if config.group is not None:
+            return by_group(rollout.scores, config.group)[:, None] * mask, torch.zeros_like(mask)
+        # 4. Each token pays for its own divergence from the reference; the score comes with the last token.
+        rewards = -self.kl.beta * kl_estimate(config.kl_estimate, rollout.logps, rollout.reference) * mask
+        last = torch.tensor(rollout.lengths, device=self.device)[:, None] - 1
+        rewards.scatter_add_(1, last, rollout.scores[:, None])
+        advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.lam)
+        return whiten(advantages, mask), returns  # 5. The critic learns returns that are not whitened
+
+    def update(
+        self, rollout: Rollout, orders: Sequence[Sequence[int]], advantages: Tensor, returns: Tensor, lr: float
+    ) -> dict[str, float]:
+        """The epochs of clipped updates; how they went."""
+        sums: dict[str, float] = defaultdict(float)
+        steps, low, high = 0, 1.0, 1.0
+        for rows in (rows for order in orders for rows in cut(order, self.config.batch_rows)):
+            tokens, moved = sum(rollout.lengths[i] for i in rows), 0.0
+            for part in cut(rows, self.config.micro_rows or self.config.batch_rows):
+                found = self.backward(rollout, part, advantages, returns)
+                low, high = min(low, found.pop("ratio_min")), max(high, found.pop("ratio_max"))
+                for name, value in found.items():
+                    sums[name] += value / tokens
+                moved += found["approx_kl"] / tokens
+            # 6. Losses are means over the tokens of a step, whatever the lengths of its rows
+            sums["grad_norm"] += float(self.optimizer.scale_gradients(tokens, self.config.max_norm))
+            self.optimizer.step(lr)
+            steps += 1
+            if self.config.update_stop is not None and moved > self.config.update_stop:
+                break
+        means = {name: value / steps for name, value in sums.items()}
+        return means | {"ratio_min": low, "ratio_max": high, "steps": float(steps)}
+
+    def backward(self, rollout: Rollout, rows: Sequence[int], advantages: Tensor, returns: Tensor) -> dict[str, float]:
+        """The gradients of a micro-batch, of sums over its tokens; and sums of what is worth knowing."""
+        config, batch = self.config, rollout.batch(rows, self.device)
+        old, advantage = rollout.flat(rollout.logps, rows), rollout.flat(advantages, rows)
+        logps, _ = self.actors.logps(batch, POLICY)
+        losses, ratio = policy_loss(logps, old, advantage, config.clip)
+        if config.group is not None:  # GRPO pays for its divergence in the loss: arXiv:2402.03300, equation 3
+            losses = losses + self.kl.beta * kl_estimate("k3", logps, rollout.flat(rollout.reference, rows))
+        losses.sum().backward()
+        ratio, moved = ratio.detach(), (logps - old).detach()
+        sums = {
+            "policy_loss": losses.detach().sum(),
+            "approx_kl": (torch.expm1(moved) - moved).sum(),
+            "clip_fraction": ((ratio - 1).abs() > config.clip).sum(),
+            "ratio": ratio.sum(),
+            "ratio_min": ratio.min(),
+            "ratio_max": ratio.max(),
+        }
+        if self.critic is not None:
+            values, before = self.actors.values(batch), rollout.flat(rollout.values, rows)
+            value_losses = value_loss(values, before, rollout.flat(returns, rows), config.value_clip)
+            (config.value_weight * value_losses.sum()).backward()
+            sums["value_loss"] = value_losses.detach().sum()
+            sums["value_clip_fraction"] = ((values.detach() - before).abs() > config.value_clip).sum()
+        self.optimizer.accumulate()
+        numbers = torch.stack([value.float() for value in sums.values()]).tolist()  # one wait for the device
+        return dict(zip(sums, numbers, strict=True))
+
+    def micro_batches(self, rows: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Rows in the micro-batches of their steps."""
+        for step in cut(rows, self.config.batch_rows):
+            yield from cut(step, self.config.micro_rows or self.config.batch_rows)
+
+    def about(self, rollout: Rollout, returns: Tensor) -> dict[str, float]:
+        """A rollout in numbers. The KL is in nats a completion, the entropy in nats a token."""
+        mask, n = rollout.mask, len(rollout.ids)
+        kl = float(((rollout.logps - rollout.reference) * mask).sum() / n)
+        score = float(rollout.scores.mean())
+        stats = {
+            "score": score,
+            "score_std": float(rollout.scores.std(correction=0)),
+            "kl": kl,
+            "beta": self.kl.beta,
+            "objective": score - self.kl.beta * kl,
+            "entropy": float((rollout.entropy * mask).sum() / mask.sum()),
+            "length": float(mask.sum() / n),
+            "ended": sum(rollout.ended) / n,
+        }
+        if self.critic is not None:
+            stats["explained_variance"] = float(explained_variance(rollout.values, returns, mask))
+        return stats
+
+
+def _put(into: list[Tensor], rows: Sequence[int], parts: Sequence[Tensor]) -> None:
+    for i, part in zip(rows, parts, strict=True):
+        into[i] = part

@@ -1,0 +1,146 @@
+"""Rollouts: what a policy writes, and what it, its critic, the reference and the reward make of it.
+
+Prompts are padded on the left to be continued. Everything after that works on the same rows packed end to end: no
+padding is computed, positions begin anew in each row, and which other rows lie beside it changes nothing but the order
+of sums. Where the lower layers are nobody's, neither adapted nor trained, their states are computed once a rollout and
+kept: policy, critic, reference, reward and every epoch go on from there.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels import linear_cross_entropy
+from .adapters import use_adapter
+from .batches import IGNORE, Batch, Collate, to_device
+from .generation import generate, left_padded
+
+POLICY, CRITIC = "policy", "critic"
+
+
+@dataclass
+class Rollout:
+    """N completions: token ids whole, where each completion starts, whether it `ended` by itself;
+    `lengths` are the completions' tokens.
+
+    The tensors are (N, T), a column a token of a completion, filled up on the right: `mask`, log-probabilities of the
+    policy that wrote it and of the reference, entropies of the policy, the critic's values; `scores` (N,). `states`:
+    of the lower layers, (tokens, D) a row.
+    """
+
+    ids: list[list[int]]
+    starts: list[int]
+    ended: list[bool]
+    states: list[Tensor] = field(default_factory=list)
+    mask: Tensor = field(default_factory=lambda: torch.empty(0))
+    logps: Tensor = field(default_factory=lambda: torch.empty(0))
+    reference: Tensor = field(default_factory=lambda: torch.empty(0))
+    entropy: Tensor = field(default_factory=lambda: torch.empty(0))
+    values: Tensor = field(default_factory=lambda: torch.empty(0))
+    scores: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __post_init__(self) -> None:
+        self.lengths = [len(row) - start for row, start in zip(self.ids, self.starts, strict=True)]
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        return [row[:start] for row, start in zip(self.ids, self.starts, strict=True)]
+
+    @property
+    def completions(self) -> list[list[int]]:
+        return [row[start:] for row, start in zip(self.ids, self.starts, strict=True)]
+
+    def batch(self, rows: Sequence[int], device: torch.device, with_states: bool = True) -> Batch:
+        """These rows packed: `inputs`, and of the completions' tokens `index`, `targets` and `counts`.
+
+        And the `states` that enter the layers above, where the rollout has them, and where they are wanted.
+        """
+        examples = []
+        for i in rows:
+            ids, start = self.ids[i], self.starts[i]
+            targets = [*[IGNORE] * (start - 1), *ids[start:], IGNORE]  # a position's target is the token after it
+            examples.append({"input_ids": ids, "targets": targets})
+        batch: Batch = to_device(Collate()(examples), device)
+        if self.states and with_states:
+            batch["states"] = torch.cat([self.states[i] for i in rows])[None]
+        return batch
+
+    def flat(self, values: Tensor, rows: Sequence[int]) -> Tensor:
+        """Of values (N, T) the tokens of these rows one after another, as `batch` has them."""
+        return torch.cat([values[i, : self.lengths[i]] for i in rows])
+
+
+def sample(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    ends: Sequence[int],
+    rows: int,
+) -> Rollout:
+    """Completions of `prompts` (token ids) by the active adapter, `rows` at a time; torch's generator draws."""
+    device = next(model.parameters()).device
+    ids, ended = [], []
+    for start in range(0, len(prompts), rows):
+        tokens, mask = left_padded(prompts[start : start + rows])
+        seed, width = int(torch.randint(2**62, ())), tokens.shape[1]
+        found = generate(
+            model, tokens.to(device), mask.to(device), max_new_tokens, temperature, seed=seed, eos_id=ends
+        )  # fmt: skip
+        for prompt, row in zip(prompts[start : start + rows], found[:, width:].tolist(), strict=True):
+            stop = next((i for i, token in enumerate(row) if token in ends), None)
+            ids.append([*prompt, *(row if stop is None else row[: stop + 1])])
+            ended.append(stop is not None)
+    return Rollout(ids, [len(prompt) for prompt in prompts], ended)
+
+
+@dataclass
+class Actors:
+    """Who looks at a rollout: the policy's `model`, the `critic` on its base (None without), how many lower layers they
+    `share` with the reference, and the temperature that the policy samples at.
+    """
+
+    model: Any
+    critic: Any
+    share: int
+    temperature: float
+
+    def lower(self, inputs: dict[str, Any]) -> Tensor:
+        """The states (1, N, D) that enter the lowest layer that isn't shared."""
+        with torch.no_grad(), use_adapter(self.model, None):
+            return self.model.hidden(**inputs, layers=slice(0, self.share))
+
+    def logps(self, batch: Batch, adapter: str | None) -> tuple[Tensor, Tensor]:
+        """Of the completions' tokens the log-probabilities (n,), and the entropies where they were drawn, in fp32."""
+        head = self.model.head
+        states = self._states(self.model, batch, adapter)
+        if self.temperature != 1.0:
+            states = states / self.temperature
+        losses, entropy = linear_cross_entropy(
+            states, head.weight, batch["targets"], head.bias, index=batch["index"], reduction="none", with_entropy=True
+        )
+        return -losses, entropy
+
+    def values(self, batch: Batch) -> Tensor:
+        """What the critic expects before each token (n,), in fp32."""
+        states = self._states(self.critic, batch, CRITIC)[0, batch["index"]]
+        return self.critic.head(states).float()
+
+    def _states(self, model: Any, batch: Batch, adapter: str | None) -> Tensor:
+        with use_adapter(model, adapter):
+            return model.hidden(**batch["inputs"], **self.above(batch))
+
+    def above(self, batch: Batch) -> dict[str, Any]:
+        """How `hidden` goes on from the states of the shared layers, where the batch has them."""
+        if "states" not in batch:
+            return {}
+        return {"entering": batch["states"], "layers": slice(self.share, None)}
+
+
+def cut(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Pieces of at most `size` of an order."""
+    for start in range(0, len(order), size):
+        yield order[start : start + size]

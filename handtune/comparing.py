@@ -1,0 +1,123 @@
+"""`handtune compare`: people, or a function, compare a model's own completions; what comes out is read by `train`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from .engine.compare import LEFT, RIGHT, SKIP, TIE, Item, Session, make_items
+from .engine.compare_page import ComparisonServer
+from .engine.completions import completions
+from .engine.data import read_prompts, read_text
+from .generator import generator_of, prompt_of
+from .stored import function_of
+
+KEYS = {"a": LEFT, "b": RIGHT, "t": TIE, "s": SKIP}
+
+
+def run_compare(options: argparse.Namespace) -> int:
+    """`handtune compare`: begin a session or go on with it, in a browser, at the terminal or by a function."""
+    out = Path(options.out)
+    folder = out.with_name(out.name + ".session")
+    session = Session(folder) if (folder / "items.jsonl").is_file() else _new_session(options, folder)
+    try:
+        if options.labeler:
+            _by_function(session, function_of(options.labeler))
+        elif options.terminal:
+            _at_the_terminal(session)
+        else:
+            _in_a_browser(session, options.port)
+    except KeyboardInterrupt:
+        print()
+    facts = session.progress()
+    said = f"{facts['done']} of {facts['total']} answered"
+    if facts["agreement"] is not None:
+        said += f", {100 * facts['agreement']:.0f} % agreement on {facts['repeated']} repeated"
+    print(f"{said}; {session.export(out)} comparisons written to {out}")
+    return 0
+
+
+def _new_session(options: argparse.Namespace, folder: Path) -> Session:
+    if (options.model is None) == (options.pairs is None):
+        raise ValueError("give a MODEL with --prompts, whose completions are compared, or --pairs, a file of pairs")
+    pairs = _pairs(Path(options.pairs)) if options.pairs else _sampled(options)
+    items, dropped = make_items(pairs, options.repeat, options.seed)
+    if dropped:
+        shown = ", ".join(map(str, dropped[:5])) + (", ..." if len(dropped) > 5 else "")
+        print(f"left out, because both sides are equal or one is empty: {len(dropped)} ({shown})", file=sys.stderr)
+    return Session(folder, items)
+
+
+def _pairs(path: Path) -> Iterator[tuple[str, str, str]]:
+    """Of a JSONL file: rows of prompt and completions, of which the first two count, or of chosen and rejected."""
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row: dict[str, Any] = json.loads(line)
+            a, b = row["completions"][:2] if "completions" in row else (row["chosen"], row["rejected"])
+            pair = row["prompt"], a, b
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} line {number}: expected prompt and completions, or chosen and rejected"
+            ) from error
+        if not all(isinstance(text, str) for text in pair):
+            raise ValueError(f"{path} line {number}: prompt and completions must be texts")
+        yield pair
+
+
+def _sampled(options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
+    """Two completions of each prompt."""
+    if options.prompts is None:
+        raise ValueError("--prompts: a file of rows with a prompt, messages or a text each")
+    model, tokenizer, _ = generator_of(options)
+    prompts = [prompt_of(row, model) for row in read_prompts(options.prompts)]
+    sides = [
+        completions(
+            model, tokenizer, prompts, options.max_new_tokens, batch_rows=options.batch_rows, stop=options.stop,
+            seed=options.seed + side * len(prompts), temperature=options.temperature,
+        )
+        for side in range(2)
+    ]  # fmt: skip
+    return zip(prompts, *sides, strict=True)
+
+
+def _by_function(session: Session, choose: Callable[[str, str, str], str]) -> None:
+    """`choose(prompt, left, right)` answers "left", "right", "tie" or "skip"."""
+    while (item := session.next()) is not None:
+        session.answer(item.id, choose(item.prompt, item.left, item.right))
+
+
+def _at_the_terminal(session: Session) -> None:
+    while (item := session.next()) is not None:
+        facts = session.progress()
+        sides = f"── A ──\n{item.left}\n\n── B ──\n{item.right}"
+        print(f"\n[{facts['done'] + 1} of {facts['total']}]\n{item.prompt}\n\n{sides}\n")
+        _ask(session, item)
+
+
+def _ask(session: Session, item: Item) -> None:
+    """One answer, or one taken back."""
+    while True:
+        try:
+            key = input("better: a, b · t equal · s skip · u take back · q quit > ").strip().lower()
+        except EOFError:
+            raise KeyboardInterrupt from None
+        if key == "q":
+            raise KeyboardInterrupt
+        if key == "u":
+            if session.undo() is None:
+                print("there is nothing to take back")
+                continue
+            return
+        if key in KEYS:
+            session.answer(item.id, KEYS[key])
+            return
+
+
+def _in_a_browser(session: Session, port: int) -> None:
+    with ComparisonServer(session, port) as server:
+        print(f"open {server.url}\nand press Ctrl-C here when done", flush=True)
+        server.serve_forever()

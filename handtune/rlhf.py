@@ -1,0 +1,80 @@
+"""`handtune ppo`: a policy improved on rewards, from its configuration to the stored adapter."""
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .engine import freeze, load_reward, ppo, projections, quantize, save_adapter, trainable_report
+from .engine.adapter_files import CONFIG
+from .engine.config import PPORunConfig, read_config
+from .engine.data import read_prompts
+from .engine.record import peak_memory, write_json
+from .engine.reward import Reward, RewardFn
+from .engine.rollouts import POLICY
+from .generator import prompt_of
+from .models import load
+from .models.shards import read_json
+from .stored import function_of
+
+
+def run_ppo(options: argparse.Namespace) -> int:
+    """`handtune ppo`: one run from its configuration to the stored adapter."""
+    config: PPORunConfig = read_config(options.config, options.override, PPORunConfig)
+    out, wanted = Path(config.out), config.model
+    assert wanted.path is not None
+    model, tokenizer = load(
+        wanted.path, "causal-lm", wanted.dtype, wanted.device, quantize=projections if wanted.quantize else None
+    )
+    if tokenizer is None:
+        raise ValueError(f"{wanted.path}: no tokenizer.json there, and prompts need one")
+    if wanted.quantize:
+        freeze(model, "*")
+        quantize(model)
+    rewards = [config.reward] if isinstance(config.reward, str) else config.reward
+    files = [config.prompts] if isinstance(config.prompts, str) else config.prompts
+    prompts = [prompt_of(row, model) for file in files for row in read_prompts(file)]
+    about = {
+        "name": config.name or out.name, "method": "ppo", "task": "causal-lm", "model": wanted.path,
+        "config": config.as_dict(), "trains": f"LoRA r={config.ppo.lora.rank}",
+    }  # fmt: skip
+    show = None if options.quiet else tqdm.write
+    result = ppo(
+        model, prompts, [_reward(spec, model, tokenizer) for spec in rewards], config.ppo, tokenizer=tokenizer, out=out,
+        about=about, show=show,
+    )  # fmt: skip
+    if result.stopped == "interrupted":
+        print(f"stopped after {result.episodes} episodes; the same command goes on from there")
+        return 130
+    save_adapter(model, out / "adapter", POLICY)
+    stored = sum(file.stat().st_size for file in (out / "adapter").iterdir())
+    counts = trainable_report(model)
+    values = {**asdict(result), "metrics": result.stats, "trainable": counts.trainable, "parameters": counts.total}
+    write_json(out / "result.json", {**values, "stored_bytes": stored, "peak_memory": peak_memory()})
+    if result.stopped:
+        print(f"stopped: the KL of {result.stats['kl']:.2f} exceeds ppo.kl_stop; the best policy before is kept")
+    print(f"{result.episodes} episodes in {result.seconds:.0f} s, score {result.stats['score']:.4f}, "
+          f"KL {result.stats['kl']:.4f} nats; stored in {out / 'adapter'} ({stored / 2**20:.2f} MiB)")  # fmt: skip
+    return 0
+
+
+def _reward(spec: str, policy: Any, tokenizer: Any) -> RewardFn:
+    """The reward of this name: a folder, or "module:function"."""
+    path = Path(spec)
+    if not path.exists():
+        return function_of(spec)
+    adapter = path / "adapter" if (path / "adapter").is_dir() else path
+    if (adapter / CONFIG).is_file():
+        base = read_json(adapter / CONFIG).get("base_model_name_or_path")
+        if base is not None and Path(base).resolve() != Path(policy.source).resolve():
+            raise ValueError(
+                f"{spec}: this reward model was trained on {base}, and would score otherwise on {policy.source}; train "
+                "it on the policy's base, or merge it into its own and give that folder"
+            )
+        return load_reward(policy, adapter, tokenizer)
+    model, words = load(path / "model" if (path / "model").is_dir() else path, "reward")
+    if model.head_is_new:
+        raise ValueError(f'{spec}: this checkpoint has no reward head; train one with method = "reward"')
+    return Reward(model, words)

@@ -1,0 +1,330 @@
+"""PPO against known truths: the first ratio, the optimum of a task that can be enumerated, resuming, and refusals."""
+
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_adapters import gpt2
+from small_models import both, tiny_llama
+from test_adapter_exchange import tiny_bloom
+from torch import Tensor
+
+from handtune.engine import LoRAConfig, PPOConfig, add_lora, load_reward, ppo, save_adapter, use_adapter
+from handtune.engine.advantages import AdaptiveKL
+from handtune.engine.ppo_loop import _Run
+from handtune.engine.reward import Reward, checked_scores
+from handtune.engine.shared import shared_layers, with_head
+from handtune.models import GPT2
+
+PROMPTS = [[3], [5, 9, 2], [7, 7], [1, 2, 3, 4, 5]]
+
+
+def evens(prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+    """The share of even tokens."""
+    return [sum(token % 2 == 0 for token in ids) / len(ids) for ids in completions]
+
+
+def writer() -> GPT2:
+    """A model whose logits can move: the embedding of a fresh one is small, and so are its logits."""
+    model = gpt2()
+    with torch.no_grad():
+        model.embed.tokens.weight.mul_(15)
+    return model
+
+
+SMALL: dict[str, Any] = {
+    "episodes": 48, "rollout_rows": 16, "batch_rows": 8, "max_new_tokens": 6, "epochs": 2, "lr": 1e-2,
+    "lora": LoRAConfig(rank=4),
+}  # fmt: skip
+
+
+def run_of(model: Any, **settings: Any) -> _Run:
+    torch.manual_seed(0)
+    return _Run(model, PROMPTS * 4, [evens], PPOConfig(**{**SMALL, **settings}), None)
+
+
+def moved(run: _Run) -> None:
+    """Adapters that do something, as after some rounds."""
+    for name, parameter in run.optimizer.parameters.items():
+        if not name.startswith("critic.head"):
+            parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+
+
+FAMILIES = {
+    "gpt2": lambda folder: gpt2(),
+    "llama": lambda folder: both(folder, tiny_llama(), "causal-lm")[1],
+    "bloom": lambda folder: both(folder, tiny_bloom(), "causal-lm")[1],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("targets", ["all-linear", "layers.1.*"], ids=["all layers", "the upper layer"])
+@pytest.mark.parametrize("micro", [None, 3], ids=["whole steps", "micro-batches"])
+def test_the_first_ratio_is_exactly_one(family: str, targets: str, micro: int | None, tmp_path: Path) -> None:
+    """Rows of different lengths, before the first step of the optimizer: ratio 1, KL 0, to the last bit."""
+    model = FAMILIES[family](tmp_path)
+    model.tokens = model.tokens.__class__(eos_id=11)
+    lora = LoRAConfig(rank=4, targets=[targets])
+    run = run_of(model, micro_rows=micro, temperature=0.7, lora=lora, max_new_tokens=20)
+    moved(run)
+    rollout = run.round.sample(PROMPTS * 4, "policy")
+    assert len(set(rollout.lengths)) > 1
+    order = torch.randperm(16).tolist()
+    run.round.assess(rollout, order)
+    assert (rollout.logps - rollout.reference).abs().max() > 1e-3
+    advantages, returns = run.round.advantages(rollout)
+    for rows in (order[:8][i : i + (micro or 8)] for i in range(0, 8, micro or 8)):
+        found = run.round.backward(rollout, rows, advantages, returns)
+        assert (found["ratio_min"], found["ratio_max"], found["approx_kl"]) == (1.0, 1.0, 0.0)
+        assert found["clip_fraction"] == 0.0
+        assert found["value_clip_fraction"] == 0.0
+
+
+def test_log_probabilities_row_by_row() -> None:
+    """Policy, reference and critic as a plain forward pass gives them, row by row, at the temperature sampled at."""
+    model = gpt2()
+    run = run_of(model, temperature=0.7, lora=LoRAConfig(rank=4, targets=["layers.1.*"]))
+    moved(run)
+    torch.nn.init.normal_(run.round.critic.head.out.weight)
+    assert run.round.actors.share == 1
+    rollout = run.round.sample(PROMPTS * 4, "policy")
+    run.round.assess(rollout, range(16))
+    for i, (ids, start) in enumerate(zip(rollout.ids, rollout.starts, strict=True)):
+        n, row = len(ids) - start, torch.tensor([ids])
+        for name, found in (("policy", rollout.logps), (None, rollout.reference)):
+            with torch.no_grad(), use_adapter(model, name):
+                logps = (model(row)[0, start - 1 : -1] / 0.7).log_softmax(-1)
+            torch.testing.assert_close(found[i, :n], logps.gather(1, row[0, start:, None])[:, 0])
+            if name:
+                torch.testing.assert_close(rollout.entropy[i, :n], -(logps.exp() * logps).sum(1))
+        with torch.no_grad(), use_adapter(model, "critic"):
+            values = run.round.critic.head(model.hidden(row))[0, start - 1 : -1]
+        torch.testing.assert_close(rollout.values[i, :n], values)
+    assert torch.equal(rollout.mask.sum(1), torch.tensor(rollout.lengths).float())
+
+
+class Enumerable:
+    """Four tokens out of eight: all 4,096 completions, their scores of unit deviation, and the best policy's value."""
+
+    def __init__(self, beta: float, independent: bool = False):
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 8, "n_layer": 2, "n_head": 2, "d_model": 128, "max_positions": 8}
+        self.beta, self.model = beta, GPT2.from_name("gpt2", tied=False, **sizes).eval()
+        with torch.no_grad():
+            self.model.head.weight.mul_(3)  # a reference that has its preferences
+        self.all = torch.tensor(list(itertools.product(range(8), repeat=4)))
+        self.unary, self.pairs, self.own = torch.randn(4, 8), torch.randn(3, 8, 8), torch.randn(4096)
+        self.independent = independent
+        raw = self.raw(self.all)
+        self.mean, self.spread = raw.mean(), raw.std(correction=0)
+        self.scores = ((raw - self.mean) / self.spread).double()
+        self.reference = self.logps(None)
+        self.start = float((self.reference.exp() * self.scores).sum())
+        self.best = float(beta * torch.logsumexp(self.reference + self.scores / beta, 0))
+
+    def raw(self, ids: Tensor) -> Tensor:
+        if self.independent:
+            return self.own[(ids * torch.tensor([512, 64, 8, 1])).sum(1)]
+        unary = sum(self.unary[t, ids[:, t]] for t in range(4))
+        return unary + sum(self.pairs[t, ids[:, t], ids[:, t + 1]] for t in range(3))
+
+    def reward(self, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:
+        return (self.raw(torch.tensor(completions)) - self.mean) / self.spread
+
+    @torch.no_grad()
+    def logps(self, adapter: str | None) -> Tensor:
+        """Of every completion."""
+        ids = torch.cat((torch.zeros(4096, 1, dtype=torch.long), self.all), 1)
+        with use_adapter(self.model, adapter):
+            logits = self.model(ids)[:, :-1].double()
+        return logits.log_softmax(-1).gather(2, self.all[..., None])[..., 0].sum(1)
+
+    def value(self) -> float:
+        """What the policy is expected to score, less β KL, summed over all completions."""
+        logps = self.logps("policy")
+        return float((logps.exp() * (self.scores - self.beta * (logps - self.reference))).sum())
+
+
+def test_ppo_comes_near_the_optimum_of_an_enumerable_task() -> None:
+    """J* = β log E_ρ[exp(r/β)] is the best there is; some seconds take it most of the way, from below."""
+    task = Enumerable(beta=0.3)
+    settings = {"episodes": 12 * 512, "rollout_rows": 512, "batch_rows": 128, "max_new_tokens": 4, "lr": 3e-3}
+    rest = {"kl": task.beta, "max_norm": None, "lora": LoRAConfig(rank=32)}
+    ppo(task.model, [[0]] * 512, task.reward, PPOConfig(**settings, **rest))
+    value = task.value()
+    assert task.start + 0.85 * (task.best - task.start) < value <= task.best + 1e-6
+
+
+def test_group_advantages_learn_without_a_critic() -> None:
+    model = writer()
+    config = PPOConfig(**{**SMALL, "episodes": 640, "rollout_rows": 64, "group": 8, "kl": 0.01})
+    result = ppo(model, PROMPTS * 2, evens, config)
+    assert result.stats["score"] > 0.8
+    assert not any(".lora.critic." in name for name, _ in model.named_parameters())
+    assert "explained_variance" not in result.stats
+
+
+def weights_of(model: Any) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if ".lora." in name}
+
+
+def test_a_run_stopped_and_resumed_is_the_same_run(tmp_path: Path) -> None:
+    config = PPOConfig(**{**SMALL, "episodes": 96, "save_every": 2, "kl_target": 0.5, "kl_horizon": 100})
+    whole = gpt2()
+    expected = ppo(whole, PROMPTS * 4, evens, config, out=tmp_path / "whole")
+    calls = []
+
+    def breaks(prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+        calls.append(1)
+        if len(calls) == 4:
+            raise RuntimeError("broken off")
+        return evens(prompts, completions)
+
+    with pytest.raises(RuntimeError, match="broken off"):
+        ppo(gpt2(), PROMPTS * 4, breaks, config, out=tmp_path / "halves")
+    again = gpt2()
+    result = ppo(again, PROMPTS * 4, evens, config, out=tmp_path / "halves")
+    assert {k: v for k, v in result.stats.items() if "second" not in k} == {
+        k: v for k, v in expected.stats.items() if "second" not in k
+    }
+    assert result.best["round"] == expected.best["round"]
+    ours, theirs = weights_of(again), weights_of(whole)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    logs = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "halves")]
+    lines = [[json.loads(line) for line in log] for log in logs]
+    assert [line["step"] for line in lines[1]] == list(range(1, 7))
+    assert [line["kl"] for line in lines[0]] == [line["kl"] for line in lines[1]]
+    assert ppo(gpt2(), PROMPTS * 4, evens, config, out=tmp_path / "whole").episodes == 96  # it has ended: nothing more
+
+
+def test_a_policy_that_runs_away_is_stopped_and_its_best_given_back(tmp_path: Path) -> None:
+    model = writer()
+    config = PPOConfig(**{**SMALL, "episodes": 640, "lr": 0.1, "kl": 0.0, "kl_stop": 3.0, "max_norm": None})
+    result = ppo(model, PROMPTS * 4, evens, config, out=tmp_path)
+    assert result.stopped == "kl"
+    assert result.stats["kl"] > 3.0 >= result.best["kl"]
+    assert result.episodes < 640
+    run = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert run["kl"] == result.stats["kl"]
+
+
+def test_the_base_is_there_once() -> None:
+    """Policy, critic, reference and reward hold one set of base weights, counted in bytes of storages."""
+    model = gpt2()
+    base = sum(p.untyped_storage().nbytes() for p in model.parameters())
+    view = with_head(model, "reward")
+    add_lora(view, LoRAConfig(rank=2), "reward")
+    run = run_of(model)
+    models = (model, view, run.round.critic)
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for m in models for p in m.parameters()}
+    adapters = sum(p.nbytes for name, p in model.named_parameters() if ".lora." in name)
+    heads = sum(p.nbytes for m in (view, run.round.critic) for p in m.head.parameters())
+    assert sum(storages.values()) == base + adapters + heads
+
+
+def test_how_many_layers_are_shared() -> None:
+    model = gpt2()
+    for targets, expected in (["layers.1.*"], 1), (["layers.1.down"], 1), (["qkv"], 0):
+        fresh = gpt2()
+        add_lora(fresh, LoRAConfig(rank=2, targets=targets), "policy")
+        assert shared_layers(fresh, ("policy", "critic")) == expected
+    assert shared_layers(model, ("policy",)) == 2
+    add_lora(model, LoRAConfig(rank=2, targets=["wpe"]), "policy")
+    assert shared_layers(model, ("policy",)) == 0
+
+
+def test_a_reward_model_on_the_policys_base(tmp_path: Path) -> None:
+    """Trained on a model of its own, saved, loaded onto a policy's base: the same scores, alone and in a round."""
+    alone = with_head(gpt2(), "reward")
+    add_lora(alone, LoRAConfig(rank=3, targets=["layers.1.*"]), "reward")
+    for name, p in alone.named_parameters():
+        if ".lora." in name:
+            p.data.normal_(0, 0.2)
+    reward = Reward(alone)
+    reward.normalise(PROMPTS * 2, [[4, 5, 6], [1], [2, 3], [9, 9]] * 2)
+    assert reward(PROMPTS, [[4, 5, 6], [1], [2, 3], [9, 9]]).mean() == pytest.approx(0.0, abs=1e-5)
+    reward.save(tmp_path / "reward")
+    model = gpt2()
+    loaded = load_reward(model, tmp_path / "reward")
+    assert (loaded.shift, loaded.scale) == (reward.shift, reward.scale)
+    completions = [[4, 5, 6], [1], [2, 3], [9, 9]]
+    torch.testing.assert_close(loaded(PROMPTS, completions), reward(PROMPTS, completions))
+    config = PPOConfig(**{**SMALL, "lora": LoRAConfig(rank=4, targets=["layers.1.*"])})
+    run = _Run(model, PROMPTS * 4, [loaded, evens], config, None)
+    assert run.round.actors.share == 1
+    rollout = run.round.sample(PROMPTS * 4, "policy")
+    run.round.assess(rollout, range(16))
+    both_scores = reward(rollout.prompts, rollout.completions) + torch.tensor(evens([], rollout.completions))
+    torch.testing.assert_close(rollout.scores, both_scores, rtol=1e-4, atol=1e-5)
+
+
+def test_a_reward_that_is_not_normalised_yet_is_by_the_reference() -> None:
+    model = gpt2()
+    reward = Reward(with_head(model, "reward"))
+    add_lora(reward.model, LoRAConfig(rank=2), "reward")
+    config = PPOConfig(**{**SMALL, "episodes": 16, "normalise": 64})
+    result = ppo(model, PROMPTS * 4, reward, config)
+    assert reward.scale is not None
+    assert abs(result.stats["score"]) < 1.0
+    assert 0.5 < result.stats["score_std"] < 2.0
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        ([1.0, math.nan, 2.0], r"the reward of completion 2, \[8\], is nan"),
+        ([1.0], r"the reward gave \(1,\) for 3 completions"),
+        (torch.zeros(3, 1), r"the reward gave \(3, 1\) for 3 completions"),
+        ("no", "must give a number for each completion"),
+        (None, "must give a number for each completion"),
+    ],
+    ids=str,
+)
+def test_rewards_that_are_none(found: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        checked_scores(lambda prompts, completions: found, [[1]] * 3, [[7], [8], [9]])
+
+
+def test_refusals(tmp_path: Path) -> None:
+    config = PPOConfig(**SMALL)
+    with pytest.raises(ValueError, match="prompt 2 is empty"):
+        ppo(gpt2(), [[1], []], evens, config)
+    with pytest.raises(ValueError, match="no prompt leaves room for 6 new tokens in the model's 40 positions"):
+        ppo(gpt2(), [[1] * 35], evens, config)
+    adapted = gpt2()
+    add_lora(adapted, LoRAConfig(rank=2), "sft")
+    with pytest.raises(ValueError, match="carries the adapter 'sft', but the reference is the model without"):
+        ppo(adapted, PROMPTS, evens, config)
+    for change, says in (
+        ({"group": 3}, "group = 3: it takes at least 2, and a number that divides"),
+        ({"kl_estimate": "k2"}, 'kl_estimate: expected "k1" or "k3"'),
+        ({"lam": 1.5}, "lam: expected a number between 0 and 1"),
+        ({"episodes": 0}, "episodes: expected a positive number"),
+        ({"kl": -1.0}, "kl: expected zero or a positive number"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            PPOConfig(**{**SMALL, **change})
+    assert AdaptiveKL(0.1).target is None
+    headless = tmp_path / "adapter"
+    policy = gpt2()
+    add_lora(policy, LoRAConfig(rank=2), "a")
+    save_adapter(policy, headless, "a")
+    with pytest.raises(ValueError, match=r"there is no score\.weight, the head of a reward model"):
+        load_reward(gpt2(), headless)
+
+
+def test_completions_without_end_pay_for_it() -> None:
+    model = gpt2()
+    model.tokens = model.tokens.__class__(eos_id=11)
+    run = run_of(model, no_end=5.0)
+    rollout = run.round.sample(PROMPTS * 4, "policy")
+    run.round.assess(rollout, range(16))
+    plain = torch.tensor(evens([], rollout.completions))
+    expected = plain - 5.0 * torch.tensor([not ended for ended in rollout.ended])
+    torch.testing.assert_close(rollout.scores, expected)
+    assert all((ids[-1] == 11) == ended for ids, ended in zip(rollout.ids, rollout.ended, strict=True))
