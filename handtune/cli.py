@@ -82,6 +82,17 @@ def parser() -> argparse.ArgumentParser:
     ppo.add_argument("override", nargs="*", help="a change to it, like ppo.kl=0.05")
     ppo.add_argument("--quiet", action="store_true", help="show no samples")
 
+    label = add("label", "Label texts by a causal model, with a confidence; people can review the least certain.")
+    label.add_argument("model", help="a checkpoint's folder or hub id, or the folder of a run")
+    label.add_argument("data", help="a file of rows with a text")
+    label.add_argument("--labels", nargs="+", required=True, help="names, or name=words: what stands for each")
+    label.add_argument("--template", default="{text}\\n{label}", help=r"a sentence (default {text}\n{label})")
+    label.add_argument("--out", required=True, help="rows of text, label, confidence and second (JSONL)")
+    label.add_argument("--sort", action="store_true", help="the least certain first")
+    label.add_argument("--adapter", action="append", default=[], help="an adapter's folder")
+    label.add_argument("--batch-rows", type=int, default=16)
+    label.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+
     merge = add("merge", "Merge an adapter into its base and write a plain checkpoint.")
     merge.add_argument("model", help="the base: a folder or hub id")
     merge.add_argument("adapter", help="the adapter's folder")

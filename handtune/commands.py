@@ -19,6 +19,7 @@ from .engine.loop import DEFAULT_ROWS, Result
 from .engine.metrics import rouge
 from .engine.record import Record, write_json
 from .generator import run_generate
+from .labelling import run_label
 from .merge import merge
 from .models import ResNet, save
 from .models.tokens import save_tokenizer
@@ -171,6 +172,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "compare": run_compare,
     "evaluate": run_evaluate,
     "generate": run_generate,
+    "label": run_label,
     "merge": run_merge,
     "ppo": run_ppo,
     "report": run_report,

@@ -51,21 +51,27 @@ def _new_session(options: argparse.Namespace, folder: Path) -> Session:
 
 
 def _pairs(path: Path) -> Iterator[tuple[str, str, str]]:
-    """Of a JSONL file: rows of prompt and completions, of which the first two count, or of chosen and rejected."""
+    """Of a JSONL file: rows of prompt and completions (the first two), of chosen and rejected, or of `label`."""
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            row: dict[str, Any] = json.loads(line)
-            a, b = row["completions"][:2] if "completions" in row else (row["chosen"], row["rejected"])
-            pair = row["prompt"], a, b
+            pair = _pair(json.loads(line))
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} line {number}: expected prompt and completions, or chosen and rejected"
-            ) from error
+            known = "prompt and completions, prompt, chosen and rejected, or text, label and second"
+            raise ValueError(f"{path} line {number}: expected {known}") from error
         if not all(isinstance(text, str) for text in pair):
-            raise ValueError(f"{path} line {number}: prompt and completions must be texts")
+            raise ValueError(f"{path} line {number}: what is compared must be texts")
         yield pair
+
+
+def _pair(row: dict[str, Any]) -> tuple[str, str, str]:
+    if "second" in row:  # of `handtune label`
+        return row["text"], row["label"], row["second"]
+    if "completions" in row:
+        first, second = row["completions"][:2]
+        return row["prompt"], first, second
+    return row["prompt"], row["chosen"], row["rejected"]
 
 
 def _sampled(options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:

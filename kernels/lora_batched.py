@@ -105,7 +105,11 @@ def _down(x: Tensor, a: Tensor, plan: _Plan, on_triton: bool) -> Tensor:
         return down(x, a, plan.segments, plan.dropout, plan.seed)
     s, x = x.new_empty(plan.segments.cells, a.shape[1]), _masked(x, plan)
     for step in plan.segments.steps:
-        torch.bmm(step.take(x), step.pick(a).mT, out=step.low(s))
+        rows, low = step.take(x), step.low(s)
+        if step.shape[1] == 1 and x.dtype == torch.float32:  # a token a row: MKL reads A twice as fast from the left
+            torch.bmm(step.pick(a), rows.mT, out=low.mT)
+        else:
+            torch.bmm(rows, step.pick(a).mT, out=low)
         step.clear_padding_(s)
     return s
 

@@ -1,0 +1,43 @@
+"""`handtune label`: a causal model labels texts, in rows that `train` reads and people can review."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .engine.data import read_prompts
+from .engine.labelling import label_texts
+from .generator import generator_of
+
+
+def run_label(options: argparse.Namespace) -> int:
+    """`handtune label`: rows of text, label and confidence, the least certain first where they are to be reviewed."""
+    words = dict(_named(spec) for spec in options.labels)
+    texts = [row["text"] if "text" in row else row["prompt"] for row in _rows(options.data)]
+    model, tokenizer, _ = generator_of(options)
+    if model.task != "causal-lm":
+        raise ValueError(f"{options.model}: labels are chosen by a causal language model, and this is for {model.task}")
+    template = options.template.replace("\\n", "\n")
+    found = label_texts(model, tokenizer, texts, words, template, options.batch_rows)
+    rows = [{"text": text, **one._asdict()} for text, one in zip(texts, found, strict=True)]
+    if options.sort:
+        rows.sort(key=lambda row: row["confidence"])
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    Path(options.out).write_text("".join(lines), encoding="utf-8")
+    counts = ", ".join(f"{name} {sum(one.label == name for one in found)}" for name in words)
+    print(f"{len(rows)} rows written to {options.out}: {counts}")
+    return 0
+
+
+def _named(spec: str) -> tuple[str, str]:
+    """A label and its words, of "label" or "label=words"."""
+    name, sign, words = spec.partition("=")
+    return name, words if sign else name
+
+
+def _rows(path: str) -> list[dict[str, Any]]:
+    rows = read_prompts(path)
+    for number, row in enumerate(rows, 1):
+        if not row.keys() & {"text", "prompt"}:
+            raise ValueError(f"{path} row {number}: no text in it")
+    return rows
