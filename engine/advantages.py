@@ -4,6 +4,7 @@ No model, no randomness, only numbers. Where implementations differ, lm-human-pr
 Ziegler et al. 2019 and Stiennon et al. 2020.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,23 @@ def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Ten
     """Half the squared error of each token's value, or, where that is larger, of one within `clip` of the old value."""
     kept = old + (values - old).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns).square(), (kept - returns).square())
+
+
+def best_of(scores: Tensor) -> list[tuple[int, float, float]]:
+    """What choosing the best of n samples gives, n = 1, 2, 4, ... up to N, from the scores (P, N) of N for each prompt.
+
+    Of each n its KL from the sampling policy in nats, log n − (n − 1)/n (Stiennon et al. 2020, arXiv:2009.01325,
+    appendix G.3), and the expected score: the mean of the largest over all choices of n among the N.
+    """
+    ordered, total = scores.double().sort(1).values, scores.shape[1]
+    out = []
+    for n in (2**k for k in range(total.bit_length())):
+        weights = [
+            math.comb(i, n - 1) / math.comb(total, n) for i in range(total)
+        ]  # that the i lower ones hold the rest
+        mean = float((ordered @ torch.tensor(weights, dtype=torch.float64, device=scores.device)).mean())
+        out.append((n, math.log(n) - (n - 1) / n, mean))
+    return out
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

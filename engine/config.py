@@ -124,7 +124,7 @@ class PPORunConfig:
 
     `prompts`: files of rows with a prompt, messages or a text each. `reward`: the folder of a reward model (a run, an
     adapter for the same base, or a checkpoint), or a Python function, "module:function"; of several the scores are
-    added up. `best_of`: samples of the reference for each of some prompts, whose best show what choosing alone gives.
+    added up.
     """
 
     out: str
@@ -132,14 +132,11 @@ class PPORunConfig:
     prompts: str | list[str]
     reward: str | list[str]
     ppo: PPOConfig = field(default_factory=PPOConfig)
-    best_of: int = 0
     name: str | None = None
 
     def __post_init__(self) -> None:
         if self.model.path is None:
             raise ValueError("model.path: ppo trains a model that can write already; name its folder or hub id")
-        if self.best_of < 0:
-            raise ValueError(f"best_of: expected zero or a positive number, got {self.best_of}")
 
     def as_dict(self) -> dict[str, Any]:
         """The configuration as plain values."""

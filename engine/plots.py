@@ -55,6 +55,20 @@ def evaluation_figures(runs: Sequence[Run]) -> list[str]:
     return _figure_per_key([run.evals for run in runs], "marks")
 
 
+def frontier_figures(runs: Sequence[Run]) -> list[str]:
+    """Score over KL, round by round, with what choosing the best of n samples of the reference gives beside it."""
+    curves = []
+    for i, run in enumerate(runs):
+        points = [
+            (row["kl"], row["score"]) for row in run.steps if is_number(row.get("kl")) and is_number(row.get("score"))
+        ]
+        curves.append(Curve(i, sorted(points), "faint"))
+        curves.append(Curve(i, [(kl, score) for _, kl, score in run.info.get("best_of") or []], "marks"))
+    beside = any(run.info.get("best_of") for run in runs)
+    note = "over KL from the reference, in nats a completion" + ("; marked: the best of 1, 2, 4, ... samples" * beside)
+    return _figure("score", curves, note=note, full=True, number=1)
+
+
 def training_figures(runs: Sequence[Run]) -> list[str]:
     """One figure for each number that was logged with the steps: learning rate, tokens per second, peak memory, ..."""
     return _figure_per_key([run.steps for run in runs], "line")

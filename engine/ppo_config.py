@@ -17,7 +17,8 @@ class PPOConfig:
     `kl_stop` nats a completion the run ends with the best weights before. `update_stop`: nats a token that a round's
     updates may move the policy before its epochs end. `no_end`: what a completion without end loses in score. `group`:
     that many completions of each prompt are compared with each other, in the place of a critic (GRPO). `normalise`:
-    samples of the reference that a reward model is normalised on, where it isn't yet. `lora`: the adapters of policy
+    samples of the reference that a reward model is normalised on, where it isn't yet. `best_of`: samples of the
+    reference for each of `best_of_prompts` prompts, which show what choosing the best of n gives (0: none). `lora`: the adapters of policy
     and critic. A checkpoint every `save_every` rounds, of which `keep` are kept.
     """
 
@@ -45,6 +46,8 @@ class PPOConfig:
     no_end: float | None = None
     group: int | None = None
     normalise: int = 256
+    best_of: int = 0
+    best_of_prompts: int = 32
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     save_every: int = 10
     keep: int = 1
@@ -54,6 +57,7 @@ class PPOConfig:
         for name in (
             "episodes", "rollout_rows", "batch_rows", "micro_rows", "epochs", "max_new_tokens", "temperature", "lr",
             "clip", "value_clip", "max_norm", "kl_target", "kl_horizon", "kl_stop", "update_stop", "save_every", "keep",
+            "best_of_prompts",
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -61,7 +65,7 @@ class PPOConfig:
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a number between 0 and 1, got {getattr(self, name)}")
-        for name in ("kl", "value_weight", "no_end", "normalise", "seed"):
+        for name in ("kl", "value_weight", "no_end", "normalise", "best_of", "seed"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name}: expected zero or a positive number, got {value}")

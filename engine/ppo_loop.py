@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .adapters import adapter_names, set_adapter
-from .advantages import AdaptiveKL
+from .advantages import AdaptiveKL, best_of
 from .arithmetic import settle_arithmetic
 from .batches import Batches
 from .checkpoint import checkpoint_path, checkpoints, load_checkpoint, prune, save_checkpoint
@@ -212,6 +212,14 @@ class _Run:
         for own in fresh:
             own.normalise(samples.prompts, samples.completions)
 
+    def best_of(self) -> list[tuple[int, float, float]]:
+        """What choosing among samples of the reference gives: n, KL and score. PPO should do better at the same KL."""
+        every, n = self.batches.examples, self.config.best_of
+        prompts = [every[i] for i in range(min(len(every), self.config.best_of_prompts)) for _ in range(n)]
+        samples = self.round.sample(prompts, None)
+        self.round.assess(samples, range(len(prompts)))
+        return best_of(samples.scores.view(-1, n))
+
     def save(self, record: Record, progress: Progress) -> None:
         if record.checkpoints is None:
             return
@@ -230,6 +238,8 @@ class _Run:
         if not found:
             record.rewind(-1)
             self.normalise()
+            if self.config.best_of:
+                record.amend(best_of=self.best_of())
             return Progress()
         tensors, facts = load_checkpoint(found[-1])
         progress = Progress(**facts["progress"])

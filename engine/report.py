@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .metrics import LOWER_IS_BETTER
-from .plots import evaluation_figures, is_number, legend_line, loss_figures, training_figures
+from .plots import evaluation_figures, frontier_figures, is_number, legend_line, loss_figures, training_figures
 from .runs import (
     Row,
     Run,
@@ -32,6 +32,7 @@ from .runs import (
 
 __all__ = ["comparison_table", "report"]
 
+SAMPLES = 10  # of a run
 MAX_CLASSES = 25  # a larger confusion matrix is unreadable: its most frequent confusions are listed instead
 
 STYLE = """
@@ -108,8 +109,10 @@ def _page(runs: list[Run]) -> str:
         _comparison(runs),
         _notes(runs),
         _section("Loss", legend, loss_figures(runs)),
+        _section("Reward", legend, frontier_figures(runs)),
         _section("Evaluation", legend, evaluation_figures(runs)),
         _section("Training", legend, training_figures(runs)),
+        _samples(runs),
         _matrices(runs),
         _differences(runs),
         "<h2>Configuration</h2>",
@@ -132,6 +135,20 @@ def _section(title: str, legend: str, figures: list[str]) -> str:
 def _notes(runs: list[Run]) -> str:
     items = "".join(f"<li><b>{_e(run.name)}</b>: {_e(note)}</li>" for run in runs for note in run.notes)
     return f"<ul>{items}</ul>" if items else ""
+
+
+def _samples(runs: list[Run]) -> str:
+    """What a policy wrote, over the run."""
+    parts = ""
+    for run in runs:
+        rows = [row for row in run.steps if isinstance(row.get("sample"), str)]
+        chosen = [rows[round(i * (len(rows) - 1) / (SAMPLES - 1))] for i in range(SAMPLES)] if rows else []
+        shown = {row["step"]: row["sample"] for row in chosen}
+        body = "".join(f'<tr><th scope="row">{step:,}</th><td>{_e(text)}</td></tr>' for step, text in shown.items())
+        if body:
+            caption = f"<caption><b>{_e(run.name)}</b></caption>" if len(runs) > 1 else ""
+            parts += f'<table class="facts">{caption}<tbody>{body}</tbody></table>'
+    return f"<h2>Samples</h2><p>round, prompt → completion: score</p>{parts}" if parts else ""
 
 
 def _number(text: str, kind: str = "") -> str:

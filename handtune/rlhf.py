@@ -1,6 +1,7 @@
 """`handtune ppo`: a policy improved on rewards, from its configuration to the stored adapter."""
 
 import argparse
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,25 @@ def run_ppo(options: argparse.Namespace) -> int:
     save_adapter(model, out / "adapter", POLICY)
     stored = sum(file.stat().st_size for file in (out / "adapter").iterdir())
     counts = trainable_report(model)
-    values = {**asdict(result), "metrics": result.stats, "trainable": counts.trainable, "parameters": counts.total}
+    values = {
+        **asdict(result),
+        "before": _first_round(out),
+        "metrics": result.stats,
+        "trainable": counts.trainable,
+        "parameters": counts.total,
+    }
     write_json(out / "result.json", {**values, "stored_bytes": stored, "peak_memory": peak_memory()})
     if result.stopped:
         print(f"stopped: the KL of {result.stats['kl']:.2f} exceeds ppo.kl_stop; the best policy before is kept")
     print(f"{result.episodes} episodes in {result.seconds:.0f} s, score {result.stats['score']:.4f}, "
           f"KL {result.stats['kl']:.4f} nats; stored in {out / 'adapter'} ({stored / 2**20:.2f} MiB)")  # fmt: skip
     return 0
+
+
+def _first_round(out: Path) -> dict[str, Any]:
+    """The numbers of a run's first round, before anything was learnt."""
+    with (out / "metrics.jsonl").open(encoding="utf-8") as file:
+        return {key: value for key, value in json.loads(file.readline()).items() if isinstance(value, int | float)}
 
 
 def _reward(spec: str, policy: Any, tokenizer: Any) -> RewardFn:
