@@ -75,9 +75,7 @@ def best_of(scores: Tensor) -> list[tuple[int, float, float]]:
     ordered, total = scores.double().sort(1).values, scores.shape[1]
     out = []
     for n in (2**k for k in range(total.bit_length())):
-        weights = [
-            math.comb(i, n - 1) / math.comb(total, n) for i in range(total)
-        ]  # that the i lower ones hold the rest
+        weights = [math.comb(i, n - 1) / math.comb(total, n) for i in range(total)]  # the rest are among i lower ones
         mean = float((ordered @ torch.tensor(weights, dtype=torch.float64, device=scores.device)).mean())
         out.append((n, math.log(n) - (n - 1) / n, mean))
     return out

@@ -59,9 +59,8 @@ def frontier_figures(runs: Sequence[Run]) -> list[str]:
     """Score over KL, round by round, with what choosing the best of n samples of the reference gives beside it."""
     curves = []
     for i, run in enumerate(runs):
-        points = [
-            (row["kl"], row["score"]) for row in run.steps if is_number(row.get("kl")) and is_number(row.get("score"))
-        ]
+        rows = [row for row in run.steps if is_number(row.get("kl")) and is_number(row.get("score"))]
+        points = [(row["kl"], row["score"]) for row in rows]
         curves.append(Curve(i, sorted(points), "faint"))
         curves.append(Curve(i, [(kl, score) for _, kl, score in run.info.get("best_of") or []], "marks"))
     beside = any(run.info.get("best_of") for run in runs)

@@ -18,8 +18,8 @@ class PPOConfig:
     updates may move the policy before its epochs end. `no_end`: what a completion without end loses in score. `group`:
     that many completions of each prompt are compared with each other, in the place of a critic (GRPO). `normalise`:
     samples of the reference that a reward model is normalised on, where it isn't yet. `best_of`: samples of the
-    reference for each of `best_of_prompts` prompts, which show what choosing the best of n gives (0: none). `lora`: the adapters of policy
-    and critic. A checkpoint every `save_every` rounds, of which `keep` are kept.
+    reference for each of `best_of_prompts` prompts, which show what choosing the best of n gives (0: none). `lora`: the
+    adapters of policy and critic. A checkpoint every `save_every` rounds, of which `keep` are kept.
     """
 
     episodes: int = 10_000

@@ -29,13 +29,7 @@ MAIN_METRICS = (
 PERCENT = {"accuracy", "macro_f1", "exact_match", "f1", "precision", "recall", "token_accuracy", "accuracy@1"}
 NAMES = {"macro_f1": "macro F1", "f1": "F1", "mrr": "MRR", "lr": "learning rate", "peak_memory": "peak memory"}
 NAMES |= {"tokens_per_second": "tokens per second", "images_per_second": "images per second"}
-NAMES |= {
-    "grad_norm": "gradient norm",
-    "kl": "KL",
-    "approx_kl": "KL of the updates",
-    "beta": "β",
-    "ended": "with an end",
-}
+NAMES |= {"grad_norm": "gradient norm", "kl": "KL", "approx_kl": "KL of the updates", "beta": "β"}
 
 
 @dataclass

@@ -52,14 +52,9 @@ def run_ppo(options: argparse.Namespace) -> int:
     save_adapter(model, out / "adapter", POLICY)
     stored = sum(file.stat().st_size for file in (out / "adapter").iterdir())
     counts = trainable_report(model)
-    values = {
-        **asdict(result),
-        "before": _first_round(out),
-        "metrics": result.stats,
-        "trainable": counts.trainable,
-        "parameters": counts.total,
-    }
-    write_json(out / "result.json", {**values, "stored_bytes": stored, "peak_memory": peak_memory()})
+    facts = {"trainable": counts.trainable, "parameters": counts.total, "peak_memory": peak_memory()}
+    values = {**asdict(result), "before": _first_round(out), "metrics": result.stats, "stored_bytes": stored}
+    write_json(out / "result.json", values | facts)
     if result.stopped:
         print(f"stopped: the KL of {result.stats['kl']:.2f} exceeds ppo.kl_stop; the best policy before is kept")
     print(f"{result.episodes} episodes in {result.seconds:.0f} s, score {result.stats['score']:.4f}, "

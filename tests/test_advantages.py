@@ -1,5 +1,6 @@
 """The arithmetic of PPO against straightforward loops, formula by formula."""
 
+import itertools
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from handtune.engine.advantages import (
     AdaptiveKL,
+    best_of,
     by_group,
     explained_variance,
     gae,
@@ -119,3 +121,12 @@ def test_beta_goes_after_the_target() -> None:
     fixed = AdaptiveKL(0.1)
     fixed.update(60.0, 100)
     assert fixed.beta == 0.1
+
+
+def test_the_best_of_n_by_listing_all_choices() -> None:
+    scores = torch.tensor([[3.0, 1.0, 2.0, 7.0, 0.0], [0.0, 0.0, 5.0, 1.0, 1.0]])
+    for n, kl, score in best_of(scores):
+        tops = [max(chosen) for row in scores.tolist() for chosen in itertools.combinations(row, n)]
+        assert score == pytest.approx(sum(tops) / len(tops))
+        assert kl == pytest.approx(math.log(n) - (n - 1) / n)
+    assert [n for n, _, _ in best_of(scores)] == [1, 2, 4]
