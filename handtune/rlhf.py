@@ -53,7 +53,14 @@ def run_ppo(options: argparse.Namespace) -> int:
     stored = sum(file.stat().st_size for file in (out / "adapter").iterdir())
     counts = trainable_report(model)
     facts = {"trainable": counts.trainable, "parameters": counts.total, "peak_memory": peak_memory()}
-    values = {**asdict(result), "before": _first_round(out), "metrics": result.stats, "stored_bytes": stored}
+    best = {"step": result.best["round"], "metric": "objective", "value": result.best["objective"]}
+    values = {
+        **asdict(result),
+        "best": best,
+        "before": _first_round(out),
+        "metrics": result.stats,
+        "stored_bytes": stored,
+    }
     write_json(out / "result.json", values | facts)
     if result.stopped:
         print(f"stopped: the KL of {result.stats['kl']:.2f} exceeds ppo.kl_stop; the best policy before is kept")

@@ -1,0 +1,84 @@
+"""`handtune ppo` from its file to the stored policy, which generates, is reported, and can be resumed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import write_rows
+
+from handtune.cli import main
+
+PROMPTS = ["And the king said", "In those days", "The LORD spake unto", "Now it came to pass"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    model = Path("examples/kjv-gpt").resolve()
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS * 4])
+    (tmp_path / "taste.py").write_text(
+        "def short(prompts, completions):\n    return [-len(text) / 20 for text in completions]\n\n\n"
+        "def broken(prompts, completions):\n    return [float('nan')] * len(completions)\n"
+    )
+    (tmp_path / "ppo.toml").write_text(
+        f'out = "run"\nprompts = "prompts.jsonl"\nreward = "taste:short"\n[model]\npath = "{model}"\n'
+        'dtype = "float32"\n'
+        "[ppo]\nepisodes = 96\nrollout_rows = 16\nbatch_rows = 8\nmax_new_tokens = 8\nlr = 2e-3\nbest_of = 4\n"
+        'best_of_prompts = 4\n[ppo.lora]\nrank = 4\ntargets = "layers.[23].*"\n'
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_run_and_what_is_done_with_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ppo", "ppo.toml"]) == 0
+    result = json.loads(Path("run/result.json").read_text())
+    facts = json.loads(Path("run/run.json").read_text())
+    assert result["metrics"]["score"] > result["before"]["score"]
+    assert [n for n, _, _ in facts["best_of"]] == [1, 2, 4]
+    assert facts["best_of"][2][2] > facts["best_of"][0][2]
+    capsys.readouterr()
+    assert main(["ppo", "ppo.toml"]) == 0  # it has ended: the same again
+    assert json.loads(Path("run/result.json").read_text())["metrics"] == result["metrics"]
+    assert main(["generate", "run", "--prompt", PROMPTS[0], "--max-new-tokens", "4", "--temperature", "0"]) == 0
+    assert PROMPTS[0] in capsys.readouterr().out
+    assert main(["report", "run"]) == 0
+    page = Path("report.html").read_text()
+    assert "Samples" in page
+    assert "the best of 1, 2, 4" in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["reward=taste:broken"], "the reward of completion 1"),
+        (["reward=taste:none"], "'taste:none'"),
+        (["reward=nowhere"], "there is no such folder"),
+        (["ppo.group=3"], "group = 3"),
+        (["ppo.max_new_tokens=400"], "no prompt leaves room"),
+        (["model.path=nowhere"], "nowhere"),
+        (["ppo.top_k=5"], "unknown key 'top_k'"),
+    ],
+    ids=str,
+)
+def test_refused(folder: Path, changes: list[Any], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["ppo", "ppo.toml", *changes]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_reward_of_another_base(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its adapter would score otherwise on other weights; on its own base it is shared."""
+    rows = [{"prompt": prompt, "chosen": " and so", "rejected": " not at all"} for prompt in PROMPTS * 4]
+    write_rows(folder / "pairs.jsonl", rows)
+    model = json.dumps(str(Path(__file__).resolve().parent.parent / "examples/kjv-gpt"))
+    Path("reward.toml").write_text(
+        f'method = "reward"\nout = "reward"\n[model]\npath = {model}\n'
+        'dtype = "float32"\n[data]\ntrain = "pairs.jsonl"\n'
+        '[lora]\nrank = 4\ntargets = "layers.[23].*"\n'
+    )
+    assert main(["train", "reward.toml"]) == 0
+    assert main(["ppo", "ppo.toml", 'reward=["reward", "taste:short"]', "ppo.episodes=32", "ppo.normalise=16"]) == 0
+    config = json.loads(Path("reward/adapter/adapter_config.json").read_text())
+    Path("reward/adapter/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "elsewhere"}))
+    assert main(["ppo", "ppo.toml", "reward=reward", "out=other"]) == 2
+    assert "was trained on elsewhere" in capsys.readouterr().err
