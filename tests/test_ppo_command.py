@@ -16,12 +16,12 @@ PROMPTS = ["And the king said", "In those days", "The LORD spake unto", "Now it 
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = Path("examples/kjv-gpt").resolve()
     write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS * 4])
-    (tmp_path / "taste.py").write_text(
+    (tmp_path / "short_texts.py").write_text(
         "def short(prompts, completions):\n    return [-len(text) / 20 for text in completions]\n\n\n"
         "def broken(prompts, completions):\n    return [float('nan')] * len(completions)\n"
     )
     (tmp_path / "ppo.toml").write_text(
-        f'out = "run"\nprompts = "prompts.jsonl"\nreward = "taste:short"\n[model]\npath = "{model}"\n'
+        f'out = "run"\nprompts = "prompts.jsonl"\nreward = "short_texts:short"\n[model]\npath = "{model}"\n'
         'dtype = "float32"\n'
         "[ppo]\nepisodes = 96\nrollout_rows = 16\nbatch_rows = 8\nmax_new_tokens = 8\nlr = 2e-3\nbest_of = 4\n"
         'best_of_prompts = 4\n[ppo.lora]\nrank = 4\ntargets = "layers.[23].*"\n'
@@ -51,8 +51,8 @@ def test_a_run_and_what_is_done_with_it(folder: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        (["reward=taste:broken"], "the reward of completion 1"),
-        (["reward=taste:none"], "'taste:none'"),
+        (["reward=short_texts:broken"], "the reward of completion 1"),
+        (["reward=short_texts:none"], "'short_texts:none'"),
         (["reward=nowhere"], "there is no such folder"),
         (["ppo.group=3"], "group = 3"),
         (["ppo.max_new_tokens=400"], "no prompt leaves room"),
@@ -77,7 +77,9 @@ def test_a_reward_of_another_base(folder: Path, capsys: pytest.CaptureFixture[st
         '[lora]\nrank = 4\ntargets = "layers.[23].*"\n'
     )
     assert main(["train", "reward.toml"]) == 0
-    assert main(["ppo", "ppo.toml", 'reward=["reward", "taste:short"]', "ppo.episodes=32", "ppo.normalise=16"]) == 0
+    assert (
+        main(["ppo", "ppo.toml", 'reward=["reward", "short_texts:short"]', "ppo.episodes=32", "ppo.normalise=16"]) == 0
+    )
     config = json.loads(Path("reward/adapter/adapter_config.json").read_text())
     Path("reward/adapter/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "elsewhere"}))
     assert main(["ppo", "ppo.toml", "reward=reward", "out=other"]) == 2
