@@ -147,11 +147,14 @@ class Session:
         return {"done": done, "total": len(self.items), "repeated": total, "agreement": same / total if total else None}
 
     def rows(self) -> list[dict[str, Any]]:
-        """The answers as rows that `train` reads: prompt, chosen, rejected, and tie where neither is better."""
+        """The answers as rows that `train` reads: prompt, chosen, rejected, and tie where neither is better.
+
+        Without the repeated items, which would count twice, and could be held out although they were trained on.
+        """
         out = []
         for item in self.items:
             answer = self.answers.get(item.id, SKIP)
-            if answer == SKIP:
+            if answer == SKIP or item.repeats is not None:
                 continue
             chosen, rejected = (item.right, item.left) if answer == RIGHT else (item.left, item.right)
             row = {"prompt": item.prompt, "chosen": chosen, "rejected": rejected}

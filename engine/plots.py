@@ -22,7 +22,7 @@ LINES = ("solid", "dashed", "dotted")  # the seventh run has the first one's col
 SERIES = [f"#0a0b0{i}" for i in range(N_COLOURS)]
 TEXT, RULE = "#0a0c00", "#0a0c01"
 
-NOT_PLOTTED = {"step", "epoch", "loss", "targets", "tokens", "images", "seconds"}
+NOT_PLOTTED = {"step", "epoch", "loss", "targets", "tokens", "images", "episodes", "seconds"}
 NOISY = {"grad_norm", "tokens_per_second", "images_per_second"}  # drawn with their moving average, as the loss is
 FROM_ZERO = {"lr", "peak_memory", *NOISY}  # amounts: an axis cut off below would exaggerate
 SCALE = {"peak_memory": (1e-9, " GB"), **dict.fromkeys(PERCENT, (100.0, " %"))}
@@ -61,11 +61,11 @@ def frontier_figures(runs: Sequence[Run]) -> list[str]:
     for i, run in enumerate(runs):
         rows = [row for row in run.steps if is_number(row.get("kl")) and is_number(row.get("score"))]
         points = [(row["kl"], row["score"]) for row in rows]
-        curves.append(Curve(i, sorted(points), "faint"))
+        curves += _noisy(i, sorted(points))
         curves.append(Curve(i, [(kl, score) for _, kl, score in run.info.get("best_of") or []], "marks"))
     beside = any(run.info.get("best_of") for run in runs)
-    note = "over KL from the reference, in nats a completion" + ("; marked: the best of 1, 2, 4, ... samples" * beside)
-    return _figure("score", curves, note=note, full=True, number=1)
+    note = "round by round" + ("; marked: the best of 1, 2, 4, ... samples of the reference" * beside)
+    return _figure("score", curves, note=note, full=True, number=1, over="KL from the reference, nats a completion")
 
 
 def training_figures(runs: Sequence[Run]) -> list[str]:
@@ -123,19 +123,21 @@ def _smooth(points: Sequence[Point]) -> list[Point]:
     return smoothed
 
 
-def _figure(name: str, curves: list[Curve], note: str = "", full: bool = False, number: int = 0) -> list[str]:
+def _figure(
+    name: str, curves: list[Curve], note: str = "", full: bool = False, number: int = 0, over: str = "step"
+) -> list[str]:
     """A <figure> in a list, or nothing where no curve has a point. The note follows the title."""
     curves = [curve for curve in curves if curve.points]
     if not curves:
         return []
     title = html.escape(metric_name(name))
-    drawn = _draw(name, curves, (11.0, 3.3) if full else (5.3, 2.3), f"{name}{number}")
+    drawn = _draw(name, curves, (11.0, 3.3) if full else (5.3, 2.3), f"{name}{number}", over)
     kind = ' class="full"' if full else ""
     caption = f"<figcaption><b>{title}</b> {note}</figcaption>"
-    return [f'<figure{kind}>{caption}<div role="img" aria-label="{title} by step">{drawn}</div></figure>']
+    return [f'<figure{kind}>{caption}<div role="img" aria-label="{title} by {over}">{drawn}</div></figure>']
 
 
-def _draw(name: str, curves: list[Curve], inches: tuple[float, float], salt: str) -> str:
+def _draw(name: str, curves: list[Curve], inches: tuple[float, float], salt: str, over: str) -> str:
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -153,7 +155,7 @@ def _draw(name: str, curves: list[Curve], inches: tuple[float, float], salt: str
         axes.spines["bottom"].set_color(RULE)
         axes.grid(axis="y", color=RULE, linewidth=0.8)
         axes.tick_params(colors=TEXT, length=0, pad=5)
-        axes.set_xlabel("step", color=TEXT)
+        axes.set_xlabel(over, color=TEXT)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(_ticks(""))

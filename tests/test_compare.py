@@ -195,7 +195,7 @@ def test_a_function_answers(
     )
     monkeypatch.chdir(tmp_path)
     assert main(["compare", "--pairs", str(pairs_file(tmp_path)), "--out", "out.jsonl", "--labeler", "judge:best"]) == 0
-    assert "22 of 22 answered, 100 % agreement on 2 repeated; 22 comparisons written" in capsys.readouterr().out
+    assert "22 of 22 answered, 100 % agreement on 2 repeated; 20 comparisons written" in capsys.readouterr().out
     assert all(row["chosen"].startswith("good") for row in read_rows("out.jsonl"))
     assert main(["compare", "--pairs", "pairs.jsonl", "--out", "other.jsonl", "--labeler", "judge:worst"]) == 2
     assert "'judge:worst'" in capsys.readouterr().err
