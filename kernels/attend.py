@@ -11,7 +11,8 @@ is computed by the kernels of `attend_triton.py`, which save q, k, v, the output
 
 On CPU, bf16 uses batched matrix products that keep q, k, v alone and rebuild the probabilities in the
 backward pass (as FlashAttention does, https://arxiv.org/abs/2205.14135): twice as fast there as torch's fused kernel.
-In fp32 the fused kernel is the faster one.
+In fp32 the fused kernel is the faster one. Packed segments are computed one by one there, but short ones in one call,
+filled up with zeros: twice as fast for 64 rows of 4 to 11 tokens, and as fast at 40 tokens, where it is given up.
 """
 
 import inspect
@@ -25,6 +26,8 @@ from torch.autograd.function import once_differentiable
 
 from . import backend
 from .attend_cpu import FusedGrouped, Recomputed
+
+SHORT = 32  # tokens of packed segments that are computed in one call
 
 
 def attention(
@@ -70,6 +73,8 @@ def attention(
         rows = [x.squeeze(0).unflatten(0, shape) for x in (q, k, v)]  # views all the way back, too
         bias = _joined(None, alibi, rows[0], rows[1])
         return _rows(rows[0], rows[1], rows[2], window, bias, causal, scale).flatten(0, 1)[None]
+    if causal and max(lengths) <= SHORT:
+        return _short(q, k, v, cu_seqlens, max(lengths), window, alibi, scale)
     pieces = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
     out = [_rows(qs, ks, vs, window, _joined(None, alibi, qs, ks), causal, scale) for qs, ks, vs in pieces]
     return torch.cat(out, dim=1)
@@ -168,6 +173,28 @@ def _varlen(
     out = varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, longest, longest, **settings)
     assert isinstance(out, Tensor)  # a tuple only where more is asked for
     return out[None]
+
+
+def _short(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    longest: int,
+    window: int | None,
+    alibi: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Short packed segments in one call, filled up on the right: behind the last position, where nothing looks."""
+    lengths = cu_seqlens.diff()
+    row = torch.repeat_interleave(torch.arange(len(lengths), device=q.device), lengths)
+    place = torch.arange(q.shape[1], device=q.device) + row * longest - cu_seqlens[row]
+    rows = [
+        x.new_zeros((len(lengths) * longest, *x.shape[2:])).index_copy(0, place, x[0]).unflatten(0, (-1, longest))
+        for x in (q, k, v)
+    ]
+    out = _rows(rows[0], rows[1], rows[2], window, _joined(None, alibi, rows[0], rows[1]), True, scale)
+    return out.flatten(0, 1).index_select(0, place)[None]
 
 
 def _rows(
