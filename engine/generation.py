@@ -121,7 +121,10 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     """The next token of each row (B,) from logits (B, V)."""
     if temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial(probabilities(logits, temperature, top_k, top_p), 1, generator=generator)[:, 0]
+    # One uniform number a row: torch.multinomial draws one for each token of the vocabulary, 30 times as slow on a CPU.
+    mass = probabilities(logits, temperature, top_k, top_p).cumsum(-1, dtype=torch.float64)
+    drawn = torch.rand(len(mass), 1, generator=generator, device=mass.device, dtype=mass.dtype) * mass[:, -1:]
+    return torch.searchsorted(mass, drawn, right=True)[:, 0]  # never one without probability: it doesn't add any
 
 
 def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
