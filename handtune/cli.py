@@ -104,9 +104,20 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    """The options; changes to a configuration may stand behind them, too, where argparse alone refuses them."""
+    grammar = parser()
+    options, rest = grammar.parse_known_args(arguments)
+    if rest and ("override" not in options or any(word.startswith("-") for word in rest)):
+        grammar.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.override += rest
+    return options
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; gives the exit code: 0, 2 for a mistake of the user, 130 if interrupted."""
-    options = parser().parse_args(arguments)
+    options = parsed(arguments)
     from . import commands
 
     try:

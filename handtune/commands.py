@@ -25,7 +25,7 @@ from .models import ResNet, save
 from .models.tokens import save_tokenizer
 from .prepare import Prepared, choose_trained, prepare, run_objective
 from .rlhf import run_ppo
-from .stored import config_of, put_weights
+from .stored import config_of, facts_of, put_weights
 
 
 def run_train(options: argparse.Namespace) -> int:
@@ -109,6 +109,8 @@ def run_evaluate(options: argparse.Namespace) -> int:
     config = config_of(run)
     if options.data:  # in the place of the training rows too, which may be gone by now
         config = replace(config, data=replace(config.data, train=options.data, eval=options.data))
+    elif facts_of(run).get("method") == "ppo":
+        raise ValueError(f"{run}: ppo holds no rows out; give a file with --data")
     ready = prepare(config, run / "corpus")
     if len(ready.eval_examples) == 0:
         raise ValueError(f"{run}: the run held no rows out; give a file with --data")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .engine.compare import LEFT, RIGHT, SKIP, TIE, Item, Session, make_items
+from .engine.compare import ANSWERS, LEFT, RIGHT, SKIP, TIE, Item, Session, make_items
 from .engine.compare_page import ComparisonServer
 from .engine.completions import completions
 from .engine.data import read_prompts, read_text
@@ -93,7 +93,10 @@ def _sampled(options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
 def _by_function(session: Session, choose: Callable[[str, str, str], str]) -> None:
     """`choose(prompt, left, right)` answers "left", "right", "tie" or "skip"."""
     while (item := session.next()) is not None:
-        session.answer(item.id, choose(item.prompt, item.left, item.right))
+        answer = choose(item.prompt, item.left, item.right)
+        if answer not in ANSWERS:
+            raise ValueError(f"the labeler answered {answer!r:.60}; expected one of {', '.join(ANSWERS)}")
+        session.answer(item.id, answer)
 
 
 def _at_the_terminal(session: Session) -> None:

@@ -132,7 +132,7 @@ def prepare(config: RunConfig, cache: Path) -> Prepared:
         if not eval_rows and config.data.eval is not None:
             examples, eval_examples = _split_windows(examples, config.data.eval)
     if config.method == "dpo":
-        for part in (examples, eval_examples):
+        for part in filter(len, (examples, eval_examples)):
             add_reference(model, part)
     collate = objective.collate(model, tokenizer, config.data.packing)
     return Prepared(model, tokenizer, objective, labels, examples, eval_rows, eval_examples, collate)

@@ -23,7 +23,7 @@ from small_runs import (
 )
 from small_tokenizers import byte_level
 
-from handtune.cli import main
+from handtune.cli import main, parsed
 from handtune.engine import load_adapter
 from handtune.models import load
 
@@ -327,6 +327,14 @@ def test_version_and_usage() -> None:
     wrong = process("trian", "x.toml")
     assert wrong.returncode == 2
     assert "invalid choice: 'trian'" in wrong.stderr
+
+
+def test_changes_may_stand_behind_options(capsys) -> None:
+    assert parsed(["train", "run.toml", "a=1", "--debug", "b.c=2"]).override == ["a=1", "b.c=2"]
+    for wrong in ("train run.toml a=1 --quiet b=2", "merge base adapter out a=1"):
+        with pytest.raises(SystemExit):
+            parsed(wrong.split())
+        assert "unrecognized arguments" in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback(tmp_path) -> None:

@@ -192,6 +192,7 @@ def test_a_function_answers(
 ) -> None:
     (tmp_path / "judge.py").write_text(
         "def best(prompt, left, right):\n    return 'left' if 'good' in left else 'right'\n"
+        "def torn(prompt, left, right):\n    return 'maybe'\n"
     )
     monkeypatch.chdir(tmp_path)
     assert main(["compare", "--pairs", str(pairs_file(tmp_path)), "--out", "out.jsonl", "--labeler", "judge:best"]) == 0
@@ -199,6 +200,8 @@ def test_a_function_answers(
     assert all(row["chosen"].startswith("good") for row in read_rows("out.jsonl"))
     assert main(["compare", "--pairs", "pairs.jsonl", "--out", "other.jsonl", "--labeler", "judge:worst"]) == 2
     assert "'judge:worst'" in capsys.readouterr().err
+    assert main(["compare", "--pairs", "pairs.jsonl", "--out", "other.jsonl", "--labeler", "judge:torn"]) == 2
+    assert "the labeler answered 'maybe'; expected one of left, right, tie, skip" in capsys.readouterr().err
 
 
 def test_at_the_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

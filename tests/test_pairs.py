@@ -223,6 +223,8 @@ def test_from_the_command_line(method: str, tmp_path: Path, capsys: pytest.Captu
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path / "run")]) == 0
     assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(result["metrics"]["loss"], rel=1e-4)
+    config.write_text(config.read_text().replace("eval = 0.25\n", ""))
+    assert main(["train", str(config), f"out={tmp_path / 'without held-out rows'}"]) == 0
 
 
 def test_dpo_needs_a_head_without_adapter() -> None:

@@ -42,6 +42,11 @@ def test_a_run_and_what_is_done_with_it(folder: Path, capsys: pytest.CaptureFixt
     assert json.loads(Path("run/result.json").read_text())["metrics"] == result["metrics"]
     assert main(["generate", "run", "--prompt", PROMPTS[0], "--max-new-tokens", "4", "--temperature", "0"]) == 0
     assert PROMPTS[0] in capsys.readouterr().out
+    assert main(["evaluate", "run"]) == 2
+    assert "ppo holds no rows out" in capsys.readouterr().err
+    write_rows(folder / "held_out.jsonl", [{"prompt": "And the king said", "completion": " unto them"}])
+    assert main(["evaluate", "run", "--data", "held_out.jsonl"]) == 0
+    assert json.loads(capsys.readouterr().out)["perplexity"] > 1
     assert main(["report", "run"]) == 0
     page = Path("report.html").read_text()
     assert "Samples" in page
