@@ -1,7 +1,7 @@
 """The arithmetic of PPO, on tensors (N, T) of N completions filled up on the right, with a mask of what is there.
 
 No model, no randomness, only numbers. Where implementations differ, lm-human-preferences is followed, OpenAI's code of
-Ziegler et al. 2019 and Stiennon et al. 2020.
+Ziegler et al. 2019 and Stiennon et al. 2020. Numbers are those of the list in `ppo_round.py`.
 """
 
 import math
@@ -28,7 +28,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """x with mean 0 and standard deviation 1 (that of the population) over the mask, 0 outside."""
+    """x with mean 0 and standard deviation 1 (that of the population) over the mask, 0 outside (11)."""
     count = mask.sum()
     mean = (x * mask).sum() / count
     variance = ((x - mean).square() * mask).sum() / count
@@ -56,7 +56,7 @@ def kl_estimate(kind: str, logps: Tensor, reference: Tensor) -> Tensor:
 
 def policy_loss(logps: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """PPO's clipped loss of each token, and the ratio π/π_old: Schulman et al. 2017, arXiv:1707.06347, equation 7."""
-    ratio = (logps - old).clamp(-FAR, FAR).exp()
+    ratio = (logps - old).clamp(-FAR, FAR).exp()  # 13
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)), ratio
 
 
@@ -90,7 +90,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass
 class AdaptiveKL:
-    """β such that the KL of a completion comes to `target` nats: Ziegler et al. 2019, arXiv:1909.08593, equation 5.
+    """9: β such that the KL of a completion comes to `target` nats: Ziegler et al. 2019, arXiv:1909.08593, equation 5.
 
     Per `horizon` completions it moves at most by a fifth. Without target it stays.
     """

@@ -5,12 +5,14 @@
 Policy and critic are adapters of one frozen base, and the reference is that base with adapters off; a reward model may
 stand on it, too. So all four cost one model in memory, and where the adapters sit in the upper layers only, the lower
 ones are computed once a round (`rollouts.py`). With `group` there is no critic: completions of one prompt are compared
-with each other (GRPO: Shao et al. 2024, arXiv:2402.03300). What happens in a round stands in `ppo_round.py`.
+with each other (GRPO: Shao et al. 2024, arXiv:2402.03300). What happens in a round stands in `ppo_round.py`, with a
+list of details; their numbers stand beside them here, too.
 """
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +96,11 @@ def ppo(
     total = -(-config.episodes // config.rollout_rows)
     bar = tqdm(total=config.episodes, initial=progress.episodes, unit="episode", disable=None)
     with interruptible() as interrupt, explained_memory_error(run.round.device, _smaller(config)), bar:
-        steps = passes(run.batches)
+        prompt, each_round = (batch[0][0] for batch in passes(run.batches)), config.rollout_rows // (config.group or 1)
         while progress.round < total and progress.stopped is None:
             lr = config.lr * lr_factor(config.schedule, progress.round, total, 0, 0.2, 0.0)
             before = run.weights()  # which the round's rollout, and so its objective, is of
-            rollout, stats = run.round(next(steps)[0], lr)
+            rollout, stats = run.round(list(islice(prompt, each_round)), lr)
             progress.round, progress.episodes = progress.round + 1, progress.episodes + len(rollout.ids)
             progress.stats, progress.seconds = stats, time.perf_counter() - start
             record.log(step=progress.round, episodes=progress.episodes, **stats, sample=run.shown(rollout),
@@ -107,7 +109,7 @@ def ppo(
                 show(run.shown(rollout))
             bar.set_postfix({key: f"{stats[key]:.3f}" for key in ("score", "kl")}, refresh=False)
             bar.update(len(rollout.ids))
-            if config.kl_stop is not None and stats["kl"] > config.kl_stop:
+            if config.kl_stop is not None and stats["kl"] > config.kl_stop:  # 16
                 progress.stopped = "kl"
                 run.optimizer.load_state_dict(run.best)
             elif not progress.best or stats["objective"] > progress.best["objective"]:
@@ -134,15 +136,15 @@ class _Run:
         self, model: Any, prompts: Sequence[Any], rewards: Sequence[RewardFn], config: PPOConfig, tokenizer: Any
     ):
         self.model, self.config, self.tokenizer, self.rewards = model, config, tokenizer, list(rewards)
-        rows = config.rollout_rows // (config.group or 1)
-        self.batches = Batches(self._fitting(prompts), list, rows=rows, seed=config.seed, size=len)
+        # One at a time, so that a round is whole where a pass over the prompts ends in it
+        self.batches = Batches(self._fitting(prompts), list, rows=1, seed=config.seed, size=len)
         critic = self._attach()
         named = [(n, p) for n, p in model.named_parameters() if f".lora.{POLICY}." in n or f".lora.{CRITIC}." in n]
         if critic is not None:
             named += [(f"critic.head.{n}", p) for n, p in critic.head.named_parameters()]
         for _, parameter in named:
             parameter.requires_grad_(True)
-        # Adam's ε is OpenAI's: near ratios of 1 gradients are small, and 1e-8 would make steps of their noise.
+        # 15: Adam's ε is OpenAI's. Near ratios of 1 gradients are small, and 1e-8 would make steps of their noise.
         self.optimizer = Optimizer(
             named, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0, lr_scale={}, lr_decay=1.0
         )  # fmt: skip
@@ -183,10 +185,10 @@ class _Run:
         critic = None
         if config.group is None:
             critic = with_head(model, "reward")
-            torch.nn.init.zeros_(critic.head.out.weight)  # it expects nothing, until it has learnt something
+            torch.nn.init.zeros_(critic.head.out.weight)  # 7: it expects nothing, until it has learnt something
             add_lora(model, config.lora, CRITIC)
         add_lora(model, config.lora, POLICY)
-        model.eval()  # without dropout: a ratio would compare two masks
+        model.eval()  # 4: with dropout, a ratio would compare two masks
         return critic
 
     def weights(self) -> dict[str, Tensor]:

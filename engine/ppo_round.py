@@ -1,8 +1,26 @@
 """A round of PPO: sample, score, and improve the policy on what was sampled (`ppo_loop.py` has the whole).
 
-The details that decide whether it works are numbered. Most are known from Huang et al. 2023, "The N implementation
-details of RLHF with PPO" (https://huggingface.co/blog/the_n_implementation_details_of_rlhf_with_ppo), who read them off
-lm-human-preferences, OpenAI's code of Ziegler et al. 2019, arXiv:1909.08593.
+The details that decide whether it works, by the numbers that stand beside them in the code. H: Huang et al. 2023, "The
+N implementation details of RLHF with PPO" (https://huggingface.co/blog/the_n_implementation_details_of_rlhf_with_ppo),
+read off the code of Z: Ziegler et al. 2019, arXiv:1909.08593. S: Schulman et al. 2017, arXiv:1707.06347. T: Stiennon et
+al. 2020, arXiv:2009.01325. Without a letter: ours.
+
+     1  old log-probabilities come from the updates' own forward pass and micro-batches: the first ratio is exactly 1
+     2  completions of the whole distribution, at the temperature that is trained at: no top-k, no top-p          H
+     3  prompts padded on the left, positions counted from their first token (rollouts.py)                        H
+     4  no dropout, in updates either (ppo_loop.py)                                                               Z, H
+     5  log-probabilities in fp32, of the completions' tokens alone, without all logits at once (rollouts.py)
+     6  the reward is read at the last token that is there (reward.py)                                            H
+     7  its head begins with N(0, 1/(D + 1)) (models/layers.py), the critic's with zeros (ppo_loop.py)            T, H
+     8  its score has mean 0 and deviation 1 on samples of the reference (reward.py)                              Z, H
+     9  each token pays for its own divergence; β is fixed, or adapts (advantages.py)                             Z
+    10  a completion that was cut off pays for it                                                                 H, T
+    11  GAE with γ 1 and λ 0.95; returns before whitening; whitening over what is there (advantages.py)           Z, H
+    12  ratio and values clipped by 0.2, the value's loss weighs 0.1, four epochs, each in an order of its own    S, Z
+    13  log-ratios are clamped before they are exponentiated (advantages.py)
+    14  losses are means over the tokens of a step, whatever the lengths of its rows
+    15  gradients are clipped; Adam's ε is 1e-5 (ppo_loop.py)                                                     H
+    16  updates end early where they have moved the policy far; a run, where its KL runs away (ppo_loop.py)
 """
 
 import time
@@ -16,6 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .adapters import set_adapter
 from .advantages import AdaptiveKL, by_group, explained_variance, gae, kl_estimate, policy_loss, value_loss, whiten
+from .batches import packed, to_device
 from .completions import text_of
 from .optim import Optimizer
 from .ppo_config import PPOConfig
@@ -49,8 +68,7 @@ class Round:
         prompts = [prompt for prompt in prompts for _ in range(self.config.group or 1)]
         rollout = self.sample(prompts, POLICY)
         sampled, n = time.perf_counter(), len(prompts)
-        # 1. The order of the first epoch is drawn before anything is computed: the log-probabilities that updates are
-        # compared with come from its micro-batches, so that before the first step the ratio is exactly 1.
+        # 1: the first epoch's order is drawn before anything is computed, so that its micro-batches are known.
         orders = [torch.randperm(n).tolist() for _ in range(self.config.epochs)]
         self.assess(rollout, orders[0])
         advantages, returns = self.advantages(rollout)
@@ -62,7 +80,7 @@ class Round:
         return rollout, stats | {"update_seconds": ended - assessed, "episodes_per_second": n / (ended - began)}
 
     def sample(self, prompts: Sequence[Sequence[int]], adapter: str | None) -> Rollout:
-        """2. Completions at the temperature that is trained at, of the whole distribution: no top-k, no top-p."""
+        """Completions at the temperature that is trained at, of the whole distribution (2)."""
         set_adapter(self.model, adapter)
         config = self.config
         return sample(
@@ -78,17 +96,18 @@ class Round:
         found = {name: [torch.empty(0)] * n for name in PER_TOKEN}
         scores = torch.zeros(n, device=self.device)
         for rows in self.micro_batches(order):
-            batch = rollout.batch(rows, self.device, with_states=False)
+            whole, states = to_device(packed([rollout.ids[i] for i in rows]), self.device), None
             if share:
-                batch["states"] = self.actors.lower(batch["inputs"])
-                _put(rollout.states, rows, batch["states"][0].split(batch["lengths"]))
-            logps, entropy = self.actors.logps(batch, POLICY)
-            reference, _ = self.actors.logps(batch, None)
+                states = self.actors.lower(whole)
+                _put(rollout.states, rows, states[0].split([len(rollout.ids[i]) for i in rows]))
+            if on_base is not None:
+                scores[list(rows)] = on_base.score(whole, **self.actors.above(states))
+            batch = rollout.batch(rows, self.device)
+            logps, entropy = self.actors.logps_and_entropy(batch, POLICY)
+            reference = self.actors.logps(batch, None)
             values = torch.zeros_like(logps) if self.critic is None else self.actors.values(batch)
             for name, tokens in zip(PER_TOKEN, (logps, reference, entropy, values), strict=True):
                 _put(found[name], rows, tokens.split(batch["counts"]))
-            if on_base is not None:
-                scores[list(rows)] = on_base.score(batch["inputs"], **self.actors.above(batch))
         for name, tokens_of in found.items():
             setattr(rollout, name, pad_sequence(tokens_of, batch_first=True))
         lengths = torch.tensor(rollout.lengths, device=self.device)
@@ -105,7 +124,7 @@ class Round:
         total = torch.zeros(len(completions), device=self.device)
         for reward in rewards:
             total += checked_scores(reward, prompts, completions).to(self.device)
-        if self.config.no_end is not None:  # 3. A completion that was cut off pays for it
+        if self.config.no_end is not None:  # 10
             total -= self.config.no_end * (~torch.tensor(rollout.ended, device=self.device)).float()
         return total
 
@@ -114,17 +133,17 @@ class Round:
         config, mask = self.config, rollout.mask
         if config.group is not None:
             return by_group(rollout.scores, config.group)[:, None] * mask, torch.zeros_like(mask)
-        # 4. Each token pays for its own divergence from the reference; the score comes with the last token.
+        # 9: each token pays for its own divergence from the reference, and the score comes with the last token.
         rewards = -self.kl.beta * kl_estimate(config.kl_estimate, rollout.logps, rollout.reference) * mask
         last = torch.tensor(rollout.lengths, device=self.device)[:, None] - 1
         rewards.scatter_add_(1, last, rollout.scores[:, None])
         advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.lam)
-        return whiten(advantages, mask), returns  # 5. The critic learns returns that are not whitened
+        return whiten(advantages, mask), returns  # 11: the critic learns returns that are not whitened
 
     def update(
         self, rollout: Rollout, orders: Sequence[Sequence[int]], advantages: Tensor, returns: Tensor, lr: float
     ) -> dict[str, float]:
-        """The epochs of clipped updates; how they went."""
+        """The epochs of clipped updates (12); how they went."""
         sums: dict[str, float] = defaultdict(float)
         steps, low, high = 0, 1.0, 1.0
         for rows in (rows for order in orders for rows in cut(order, self.config.batch_rows)):
@@ -135,11 +154,11 @@ class Round:
                 for name, value in found.items():
                     sums[name] += value / tokens
                 moved += found["approx_kl"] / tokens
-            # 6. Losses are means over the tokens of a step, whatever the lengths of its rows
+            # 14 and 15: gradients of a mean over the step's tokens, clipped
             sums["grad_norm"] += float(self.optimizer.scale_gradients(tokens, self.config.max_norm))
             self.optimizer.step(lr)
             steps += 1
-            if self.config.update_stop is not None and moved > self.config.update_stop:
+            if self.config.update_stop is not None and moved > self.config.update_stop:  # 16
                 break
         means = {name: value / steps for name, value in sums.items()}
         return means | {"ratio_min": low, "ratio_max": high, "steps": float(steps)}
@@ -148,7 +167,7 @@ class Round:
         """The gradients of a micro-batch, of sums over its tokens; and sums of what is worth knowing."""
         config, batch = self.config, rollout.batch(rows, self.device)
         old, advantage = rollout.flat(rollout.logps, rows), rollout.flat(advantages, rows)
-        logps, _ = self.actors.logps(batch, POLICY)
+        logps = self.actors.logps(batch, POLICY)
         losses, ratio = policy_loss(logps, old, advantage, config.clip)
         if config.group is not None:  # GRPO pays for its divergence in the loss: arXiv:2402.03300, equation 3
             losses = losses + self.kl.beta * kl_estimate("k3", logps, rollout.flat(rollout.reference, rows))

@@ -56,7 +56,7 @@ class Reward:
         own = use_adapter(self.model, ADAPTER) if ADAPTER in adapter_names(self.model) else nullcontext()
         with in_eval_mode(self.model), own:
             states = self.model.hidden(**inputs, **how)
-            found = self.model.head(self.model.pool(states, None, inputs["cu_seqlens"]))
+            found = self.model.head(self.model.pool(states, None, inputs["cu_seqlens"]))  # 6, of `ppo_round.py`'s list
         return found.float() * (1.0 if self.scale is None else self.scale) + self.shift
 
     def on(self, policy: Any) -> bool:
@@ -64,7 +64,7 @@ class Reward:
         return self.model.embed is policy.embed
 
     def normalise(self, prompts: Sequence[Any], completions: Sequence[Any]) -> None:
-        """Choose shift and scale for mean 0 and standard deviation 1 on these, samples of the reference policy.
+        """8: choose shift and scale for mean 0 and standard deviation 1 on these, samples of the reference policy.
 
         ValueError where all of them score the same.
         """

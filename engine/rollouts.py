@@ -53,19 +53,19 @@ class Rollout:
     def completions(self) -> list[list[int]]:
         return [row[start:] for row, start in zip(self.ids, self.starts, strict=True)]
 
-    def batch(self, rows: Sequence[int], device: torch.device, with_states: bool = True) -> Batch:
-        """These rows packed: `inputs`, and of the completions' tokens `index`, `targets` and `counts`.
+    def batch(self, rows: Sequence[int], device: torch.device) -> Batch:
+        """These rows packed, each without its last token, from which nothing is predicted: `inputs`, and of the
+        completions' tokens `index`, `targets` and `counts`.
 
-        And the `states` that enter the layers above, where the rollout has them, and where they are wanted.
+        And the `states` that enter the layers above, where the rollout has them.
         """
         examples = []
         for i in rows:
             ids, start = self.ids[i], self.starts[i]
-            targets = [*[IGNORE] * (start - 1), *ids[start:], IGNORE]  # a position's target is the token after it
-            examples.append({"input_ids": ids, "targets": targets})
+            examples.append({"input_ids": ids[:-1], "targets": [*[IGNORE] * (start - 1), *ids[start:]]})
         batch: Batch = to_device(Collate()(examples), device)
-        if self.states and with_states:
-            batch["states"] = torch.cat([self.states[i] for i in rows])[None]
+        if self.states:
+            batch["states"] = torch.cat([self.states[i][:-1] for i in rows])[None]
         return batch
 
     def flat(self, values: Tensor, rows: Sequence[int]) -> Tensor:
@@ -85,7 +85,7 @@ def sample(
     device = next(model.parameters()).device
     ids, ended = [], []
     for start in range(0, len(prompts), rows):
-        tokens, mask = left_padded(prompts[start : start + rows])
+        tokens, mask = left_padded(prompts[start : start + rows])  # 3
         seed, width = int(torch.randint(2**62, ())), tokens.shape[1]
         found = generate(
             model, tokens.to(device), mask.to(device), max_new_tokens, temperature, seed=seed, eos_id=ends
@@ -113,31 +113,38 @@ class Actors:
         with torch.no_grad(), use_adapter(self.model, None):
             return self.model.hidden(**inputs, layers=slice(0, self.share))
 
-    def logps(self, batch: Batch, adapter: str | None) -> tuple[Tensor, Tensor]:
-        """Of the completions' tokens the log-probabilities (n,), and the entropies where they were drawn, in fp32."""
-        head = self.model.head
-        states = self._states(self.model, batch, adapter)
+    def logps(self, batch: Batch, adapter: str | None) -> Tensor:
+        """The log-probabilities (n,) of the completions' tokens, in fp32 (5)."""
+        return -linear_cross_entropy(**self._predicting(batch, adapter))
+
+    def logps_and_entropy(self, batch: Batch, adapter: str | None) -> tuple[Tensor, Tensor]:
+        """The same, and the entropies (n,) of the distributions that the tokens were drawn from."""
+        losses, entropy = linear_cross_entropy(**self._predicting(batch, adapter), with_entropy=True)
+        return -losses, entropy
+
+    def _predicting(self, batch: Batch, adapter: str | None) -> dict[str, Any]:
+        """The arguments of the cross-entropy of each token of the completions."""
+        states, head = self._states(self.model, batch, adapter), self.model.head
         if self.temperature != 1.0:
             states = states / self.temperature
-        losses, entropy = linear_cross_entropy(
-            states, head.weight, batch["targets"], head.bias, index=batch["index"], reduction="none", with_entropy=True
-        )
-        return -losses, entropy
+        every = torch.arange(len(states), device=states.device)  # has a target, so that a GPU needn't be asked
+        return {
+            "x": states, "weight": head.weight, "bias": head.bias, "targets": batch["targets"], "index": every,
+            "reduction": "none",
+        }  # fmt: skip
 
     def values(self, batch: Batch) -> Tensor:
         """What the critic expects before each token (n,), in fp32."""
-        states = self._states(self.critic, batch, CRITIC)[0, batch["index"]]
-        return self.critic.head(states).float()
+        return self.critic.head(self._states(self.critic, batch, CRITIC)).float()
 
     def _states(self, model: Any, batch: Batch, adapter: str | None) -> Tensor:
+        """The states (n, D) that predict the completions' tokens."""
         with use_adapter(model, adapter):
-            return model.hidden(**batch["inputs"], **self.above(batch))
+            return model.hidden(**batch["inputs"], **self.above(batch.get("states")), read=batch["index"])[0]
 
-    def above(self, batch: Batch) -> dict[str, Any]:
-        """How `hidden` goes on from the states of the shared layers, where the batch has them."""
-        if "states" not in batch:
-            return {}
-        return {"entering": batch["states"], "layers": slice(self.share, None)}
+    def above(self, states: Tensor | None) -> dict[str, Any]:
+        """How `hidden` goes on from the states (1, N, D) of the shared layers, where there are some."""
+        return {} if states is None else {"entering": states, "layers": slice(self.share, None)}
 
 
 def cut(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:

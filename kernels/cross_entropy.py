@@ -12,8 +12,9 @@ so the softmax is never normalised and no one-hot is made (one entry a row chang
 once, swept once by the maximum and once by the exponential, and read by the product.
 
 `reduction="sum"` computes the gradient together with the loss, since the logits are there just then: only dx (N, D)
-waits for the backward pass, and the incoming scalar scales it. `reduction="none"` gives one loss a row, whose gradients
-may differ, so its backward pass computes the chunk again. Chunking: Hsu et al., https://arxiv.org/abs/2410.10989
+waits for the backward pass, and the incoming scalar scales it. `reduction="none"` gives one loss a row, and each row of
+dx is scaled by its own. Only where W or b want gradients, which sum over rows, does its backward pass compute the chunk
+again. Chunking: Hsu et al., https://arxiv.org/abs/2410.10989
 
 On a GPU the chunk's logits stay as the product stored them, in bf16 say: one kernel reads them for the losses, another
 overwrites them with dz (`cross_entropy_triton.py`). There, `index` spares the host from waiting for the device.
@@ -147,19 +148,26 @@ def _widened(z: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _TokenLosses(torch.autograd.Function):
-    """One loss a row; the backward pass makes the logits once more. Optionally the entropy, which has no gradient."""
+    """One loss a row, and optionally the entropy, which has no gradient.
+
+    Of x alone, a row's gradient is made with its loss, and scaled later; of the head, the logits are made once more.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, with_entropy: bool):
         losses = torch.empty(len(x), dtype=_wide(x), device=x.device)
         lse = torch.empty_like(losses)
         entropy = torch.empty_like(losses) if with_entropy else None
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[:3] == (True, False, False) else None
         chunk_losses = _losses_on_triton if backend.on_triton(x, weight, bias) else _losses_in_torch
-        for rows, *of_rows in chunk_losses(x, weight, bias, targets, with_entropy):
+        for rows, dz, *of_rows in chunk_losses(x, weight, bias, targets, with_entropy, grad_x is not None):
             for whole, part in zip((losses, lse, entropy), of_rows, strict=True):
                 if whole is not None:
                     whole[rows] = part
-        ctx.save_for_backward(x, weight, bias, targets, lse)
+            if grad_x is not None:
+                grad_x[rows] = dz.to(x.dtype) @ weight
+        ctx.of_x_alone = grad_x is not None
+        ctx.save_for_backward(*((grad_x,) if ctx.of_x_alone else (x, weight, bias, targets, lse)))
         if entropy is not None:
             ctx.mark_non_differentiable(entropy)
         return losses, entropy
@@ -167,6 +175,9 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, _):
+        if ctx.of_x_alone:
+            (grad_x,) = ctx.saved_tensors
+            return (grad_x * grad[:, None]).to(grad_x.dtype), None, None, None, None
         x, weight, bias, targets, lse = ctx.saved_tensors
         grads = _zero_gradients(x, weight, bias, ctx.needs_input_grad)
         chunk_gradients = _gradients_on_triton if backend.on_triton(x, weight, bias) else _gradients_in_torch
@@ -176,20 +187,28 @@ class _TokenLosses(torch.autograd.Function):
         return *(None if g is None else g.to(like.dtype) for g, like in zip(grads, likes, strict=True)), None, None
 
 
-def _losses_in_torch(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, with_entropy: bool):
-    """Yield rows, and their losses, log-sum-exps and, where wanted, entropies."""
+def _losses_in_torch(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, with_entropy: bool, with_gradient: bool
+):
+    """Yield rows, their dz, losses, log-sum-exps and entropies; of the first and the last, what is wanted."""
     for rows, logits in _logit_chunks(x, weight):
-        z = _widened(logits, bias)
+        z, target = _widened(logits, bias), targets[rows, None]
         lse = z.logsumexp(1)
-        losses = lse - z.gather(1, targets[rows, None])[:, 0]
-        yield rows, losses, lse, lse - (z - lse[:, None]).exp_().mul_(z).sum(1) if with_entropy else None
+        losses, dz = lse - z.gather(1, target)[:, 0], None
+        entropy = lse - (z - lse[:, None]).exp_().mul_(z).sum(1) if with_entropy else None
+        if with_gradient:
+            dz = z.sub_(lse[:, None]).exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=z.dtype))
+        yield rows, dz, losses, lse, entropy
 
 
-def _losses_on_triton(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, with_entropy: bool):
+def _losses_on_triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, with_entropy: bool, with_gradient: bool
+):
     from . import cross_entropy_triton as kernels
 
     for rows, z in kernels.logit_chunks(x, weight):
-        yield rows, *kernels.losses(z, bias, targets[rows], with_entropy)
+        losses, lse, entropy = kernels.losses(z, bias, targets[rows], with_entropy)
+        yield rows, kernels.gradient_(z, bias, targets[rows], lse) if with_gradient else None, losses, lse, entropy
 
 
 def _gradients_in_torch(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor, grad: Tensor):

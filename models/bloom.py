@@ -130,13 +130,17 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
         cache: KVCache | None,
+        read: Tensor | None = None,
     ) -> Tensor:
         qkv = norm_linear(x, self.norm1, self.qkv)
         q, k, v = qkv.unflatten(-1, (3, self.n_head, -1)).unbind(2)  # (B, T, H, hd)
         if cache is not None:
             k, v = cache.append(self.index, k, v)
         out = attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, bias=bias, alibi=slopes)
-        x = x + self.o(out.flatten(2))
+        out = out.flatten(2)
+        if read is not None:
+            x, out = x[:, read], out[:, read]
+        x = x + self.o(out)
         return x + feed_forward(x, self.norm2, self.up, "gelu_tanh", self.down, self.recompute)
 
 
@@ -242,10 +246,12 @@ class Bloom(nn.Module):
         cache: KVCache | None = None,
         entering: Tensor | None = None,
         layers: slice = ALL,
+        read: Tensor | None = None,
     ) -> Tensor:
         """States before the head (B, T, D) for token ids (B, T); `attention_mask` is (B, S), S counting the cache.
 
         Only `layers`, where given, on the states (B, T, D) `entering` them; up to one, the states that enter it.
+        Only the states at the positions `read` (n,), where given, (B, n, D): the last layer feeds forward no others.
 
         BLOOM knows neither token types nor positions: `token_type_ids` and `position_ids` are ignored. Distances count
         the real tokens between two.
@@ -254,7 +260,7 @@ class Bloom(nn.Module):
         bias = mask_bias(attention_mask, slopes)
         x = self.embed(input_ids) if entering is None else entering
         for block in tuple(self.layers)[layers]:
-            x = block(x, slopes, bias, cu_seqlens, max_seqlen, cache)
+            x = block(x, slopes, bias, cu_seqlens, max_seqlen, cache, read if block is self.layers[-1] else None)
         if cache is not None:
             cache.length += input_ids.shape[1]
         return self.norm(x) if layers.stop is None else x

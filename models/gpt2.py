@@ -151,7 +151,13 @@ class Block(nn.Module):
         self.recompute = False  # see kernels/mlp.py
 
     def forward(
-        self, x: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        cache: KVCache | None,
+        read: Tensor | None = None,
     ) -> Tensor:
         qkv = norm_linear(x, self.norm1, self.qkv)
         q, k, v = qkv.unflatten(-1, (3, self.n_head, self.head_width)).unbind(2)  # (B, T, H, hd)
@@ -160,7 +166,10 @@ class Block(nn.Module):
         out = attention(
             q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, window=self.window, bias=bias, scale=self.scale
         )
-        x = x + self.o(out.flatten(2))
+        out = out.flatten(2)
+        if read is not None:
+            x, out = x[:, read], out[:, read]
+        x = x + self.o(out)
         return x + feed_forward(x, self.norm2, self.up, self.activation, self.down, self.recompute)
 
 
@@ -269,10 +278,12 @@ class GPT2(nn.Module):
         cache: KVCache | None = None,
         entering: Tensor | None = None,
         layers: slice = ALL,
+        read: Tensor | None = None,
     ) -> Tensor:
         """States before the head (B, T, D) for token ids (B, T); `attention_mask` is (B, S), S counting the cache.
 
         Only `layers`, where given, on the states (B, T, D) `entering` them; up to one, the states that enter it.
+        Only the states at the positions `read` (n,), where given, (B, n, D): the last layer feeds forward no others.
         """
         past = cache.length if cache is not None else 0
         refuse_longer(input_ids, cu_seqlens, max_seqlen, self.config.max_positions, past)
@@ -285,7 +296,7 @@ class GPT2(nn.Module):
         x = entering
         bias = key_bias(attention_mask)
         for block in tuple(self.layers)[layers]:
-            x = block(x, bias, cu_seqlens, max_seqlen, cache)
+            x = block(x, bias, cu_seqlens, max_seqlen, cache, read if block is self.layers[-1] else None)
         if cache is not None:
             cache.length += input_ids.shape[1]
         return self.norm(x) if layers.stop is None else x

@@ -62,6 +62,7 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
         cache: KVCache | None,
+        read: Tensor | None = None,
     ) -> Tensor:
         qkv = norm_linear(x, self.norm1, self.qkv).unflatten(-1, (-1, self.head_width))  # (B, T, H + 2K, hd)
         q, k, v = qkv.split(self.heads, dim=2)
@@ -73,7 +74,10 @@ class Block(nn.Module):
         if cache is not None:
             k, v = cache.append(self.index, k, v)
         out = attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, window=self.window, bias=bias)
-        x = x + self.o(out.flatten(2))
+        out = out.flatten(2)
+        if read is not None:
+            x, out = x[:, read], out[:, read]
+        x = x + self.o(out)
         return x + feed_forward(x, self.norm2, self.gate_up, "swiglu", self.down, self.recompute)
 
 
@@ -184,10 +188,12 @@ class Llama(nn.Module):
         cache: KVCache | None = None,
         entering: Tensor | None = None,
         layers: slice = ALL,
+        read: Tensor | None = None,
     ) -> Tensor:
         """States before the head (B, T, D) for token ids (B, T); `attention_mask` is (B, S), S counting the cache.
 
         Only `layers`, where given, on the states (B, T, D) `entering` them; up to one, the states that enter it.
+        Only the states at the positions `read` (n,), where given, (B, n, D): the last layer feeds forward no others.
 
         Llama knows no token types: `token_type_ids` are ignored. No table ends at `max_positions`, so that longer rows,
         or packed segments, would give states without meaning: they are refused (ValueError).
@@ -199,7 +205,7 @@ class Llama(nn.Module):
         x, bias = self.embed(input_ids) if entering is None else entering, key_bias(attention_mask)
         tables = self.config.rope.tables(position_ids, self.config.width)
         for block in tuple(self.layers)[layers]:
-            x = block(x, tables, bias, cu_seqlens, max_seqlen, cache)
+            x = block(x, tables, bias, cu_seqlens, max_seqlen, cache, read if block is self.layers[-1] else None)
         if cache is not None:
             cache.length += input_ids.shape[1]
         return self.norm(x) if layers.stop is None else x

@@ -157,7 +157,8 @@ def test_products_only_for_wanted_gradients_and_kept_rows() -> None:
     assert products(False, True, "sum") == 2
     assert products(True, True, "sum") == 3
     assert products(True, True, "sum", n_ignored=4) == pytest.approx(1.8)
-    assert products(True, False, "none") == 3
+    assert products(True, False, "none") == 2
+    assert products(False, True, "none") == 3
     assert products(True, True, "none") == 4
     assert products(True, True, "sum", grad=False) == 1  # evaluating a head that is being trained
 

@@ -71,7 +71,7 @@ FAMILIES = {
 def test_the_first_ratio_is_exactly_one(family: str, targets: str, micro: int | None, tmp_path: Path) -> None:
     """Rows of different lengths, before the first step of the optimizer: ratio 1, KL 0, to the last bit."""
     model = FAMILIES[family](tmp_path)
-    model.tokens = model.tokens.__class__(eos_id=11)
+    model.tokens = model.tokens.__class__(eos_id=11, more_ends=(33, 44))
     lora = LoRAConfig(rank=4, targets=[targets])
     run = run_of(model, micro_rows=micro, temperature=0.7, lora=lora, max_new_tokens=20)
     moved(run)
@@ -88,9 +88,10 @@ def test_the_first_ratio_is_exactly_one(family: str, targets: str, micro: int | 
         assert found["value_clip_fraction"] == 0.0
 
 
-def test_log_probabilities_row_by_row() -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probabilities_row_by_row(family: str, tmp_path: Path) -> None:
     """Policy, reference and critic as a plain forward pass gives them, row by row, at the temperature sampled at."""
-    model = gpt2()
+    model = FAMILIES[family](tmp_path)
     run = run_of(model, temperature=0.7, lora=LoRAConfig(rank=4, targets=["layers.1.*"]))
     moved(run)
     torch.nn.init.normal_(run.round.critic.head.out.weight)
@@ -122,6 +123,17 @@ def test_ppo_comes_near_the_optimum_of_an_enumerable_task(beta: float, rounds: i
     assert least <= task.share()
     assert task.value() <= task.best + 1e-6
     assert seconds < 60
+
+
+def test_rounds_are_whole_where_prompts_are_few() -> None:
+    seen: list[int] = []
+
+    def reward(prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+        seen.append(len(prompts))
+        return evens(prompts, completions)
+
+    assert ppo(gpt2(), PROMPTS[:3], reward, PPOConfig(**SMALL)).episodes == 48
+    assert seen == [16] * 3
 
 
 def test_group_advantages_learn_without_a_critic() -> None:
