@@ -92,7 +92,7 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 class AdaptiveKL:
     """9: β such that the KL of a completion comes to `target` nats: Ziegler et al. 2019, arXiv:1909.08593, equation 5.
 
-    Per `horizon` completions it moves at most by a fifth. Without target it stays.
+    Per `horizon` completions, more than a round has, it moves at most by a fifth. Without target it stays.
     """
 
     beta: float

@@ -123,7 +123,10 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
         return logits.argmax(-1)
     # One uniform number a row: torch.multinomial draws one for each token of the vocabulary, 30 times as slow on a CPU.
     mass = probabilities(logits, temperature, top_k, top_p).cumsum(-1, dtype=torch.float64)
-    drawn = torch.rand(len(mass), 1, generator=generator, device=mass.device, dtype=mass.dtype) * mass[:, -1:]
+    total = mass[:, -1:]
+    if not bool(total.isfinite().all()):
+        raise FloatingPointError("the model's logits are not finite: it has diverged, or its dtype is too narrow")
+    drawn = torch.rand(total.shape, generator=generator, device=mass.device, dtype=mass.dtype) * total
     return torch.searchsorted(mass, drawn, right=True)[:, 0]  # never one without probability: it doesn't add any
 
 

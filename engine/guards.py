@@ -73,11 +73,11 @@ def smaller_batches(data: Any) -> str:
     return f"set train.{name} = {size // 2} (it is {size}); the step and its result stay the same"
 
 
-def require_finite(loss: float, norm: float, step: int, record: Record) -> None:
-    """FloatingPointError where the loss or its gradient isn't finite; the weights are still those before this step."""
+def require_finite(loss: float, norm: float, step: str, record: Record, lr: str) -> None:
+    """FloatingPointError where the loss or its gradient isn't finite, told with the setting `lr` to lower."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(
-            f"step {step}: the loss is {loss}, its gradient norm {norm}; {last_good(record)}; try a smaller train.lr"
+            f"{step}: the loss is {loss}, its gradient norm {norm}; {last_good(record)}; try a smaller {lr}"
         )
 
 

@@ -214,7 +214,8 @@ def train(
                 tokens, images = tokens + count_tokens(batch), images + count_images(batch)
             norm = optimizer.scale_gradients(max(1, targets), config.clip)
             loss_value, norm_value = torch.stack((loss_sum, norm.double())).tolist()
-            require_finite(loss_value, norm_value, progress.step + 1, record)
+            # the weights are still those before this step
+            require_finite(loss_value, norm_value, f"step {progress.step + 1}", record, "train.lr")
             optimizer.step(lr)
             progress.step += 1
             progress.loss_sum, progress.targets = progress.loss_sum + loss_value, progress.targets + targets

@@ -73,5 +73,9 @@ class PPOConfig:
             raise ValueError(f"schedule {self.schedule!r} is unknown; known: {', '.join(SCHEDULES)}")
         if self.kl_estimate not in ("k1", "k3"):
             raise ValueError(f'kl_estimate: expected "k1" or "k3", got {self.kl_estimate!r}')
+        if self.kl_target is not None and self.kl_horizon < self.rollout_rows:
+            raise ValueError(
+                f"kl_horizon = {self.kl_horizon}: it takes at least a round's completions, {self.rollout_rows}"
+            )
         if self.group is not None and (self.group < 2 or self.rollout_rows % self.group):
             raise ValueError(f"group = {self.group}: it takes at least 2, and a number that divides rollout_rows")

@@ -25,9 +25,8 @@ from .advantages import AdaptiveKL, best_of
 from .arithmetic import settle_arithmetic
 from .batches import Batches
 from .checkpoint import checkpoint_path, checkpoints, load_checkpoint, prune, save_checkpoint
-from .completions import text_of
-from .guards import explained_memory_error, interruptible, passes
-from .lora import add_lora
+from .guards import explained_memory_error, interruptible, passes, require_finite
+from .lora import add_lora, lr_ratios, matches
 from .optim import Optimizer, lr_factor
 from .ppo_config import PPOConfig
 from .ppo_round import Round
@@ -101,6 +100,7 @@ def ppo(
             lr = config.lr * lr_factor(config.schedule, progress.round, total, 0, 0.2, 0.0)
             before = run.weights()  # which the round's rollout, and so its objective, is of
             rollout, stats = run.round(list(islice(prompt, each_round)), lr)
+            require_finite(stats["policy_loss"], stats["grad_norm"], f"round {progress.round + 1}", record, "ppo.lr")
             progress.round, progress.episodes = progress.round + 1, progress.episodes + len(rollout.ids)
             progress.stats, progress.seconds = stats, time.perf_counter() - start
             record.log(step=progress.round, episodes=progress.episodes, **stats, sample=run.shown(rollout),
@@ -146,12 +146,13 @@ class _Run:
             parameter.requires_grad_(True)
         # 15: Adam's ε is OpenAI's. Near ratios of 1 gradients are small, and 1e-8 would make steps of their noise.
         self.optimizer = Optimizer(
-            named, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0, lr_scale={}, lr_decay=1.0
+            named, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0, lr_scale={}, lr_ratios=lr_ratios(model),
+            lr_decay=1.0,
         )  # fmt: skip
         self.kl = AdaptiveKL(config.kl, config.kl_target, config.kl_horizon)
         share = shared_layers(model, (POLICY, CRITIC, REWARD))
         actors = Actors(model, critic, share, config.temperature)
-        self.round = Round(actors, self.rewards, self.optimizer, self.kl, config, tokenizer)
+        self.round = Round(actors, self.rewards, self.optimizer, self.kl, config, tokenizer, self.given)
         self.best: dict[str, Tensor] = {}
 
     def _fitting(self, prompts: Sequence[Any]) -> list[list[int]]:
@@ -162,6 +163,7 @@ class _Run:
             ids = [list(prompt) for prompt in prompts]
         if empty := [i for i, row in enumerate(ids, 1) if not row]:
             raise ValueError(f"prompt {empty[0]} is empty; give it at least one token")
+        self.given = {tuple(row): prompt for row, prompt in zip(ids, prompts, strict=True)}
         limit, room = self.model.config.max_positions, self.config.max_new_tokens
         fitting = [row for row in ids if limit is None or len(row) + room <= limit]
         if not fitting:
@@ -182,12 +184,15 @@ class _Run:
                 f"the model carries the adapter {others[0]!r}, but the reference is the model without adapters: "
                 "merge_lora(model, keep_base=False) first"
             )
+        if outside := [path for path, _, _ in matches(model, config.lora.targets) if not path.startswith("layers.")]:
+            raise ValueError(f"lora.targets: ppo adapts the layers, which its models share; {outside[0]!r} is in none")
         critic = None
         if config.group is None:
             critic = with_head(model, "reward")
             torch.nn.init.zeros_(critic.head.out.weight)  # 7: it expects nothing, until it has learnt something
             add_lora(model, config.lora, CRITIC)
         add_lora(model, config.lora, POLICY)
+        set_adapter(model, None)  # where nobody asks for another, as a reward without one, it is the reference
         model.eval()  # 4: with dropout, a ratio would compare two masks
         return critic
 
@@ -198,11 +203,8 @@ class _Run:
 
     def shown(self, rollout: Rollout) -> str:
         """The first completion of a rollout, and its score."""
-        prompt, completion = rollout.prompts[0], rollout.completions[0]
-        if self.tokenizer is None:
-            return f"{prompt} → {completion}: {float(rollout.scores[0]):.3f}"
-        text = text_of(completion, self.round.ends, (), self.tokenizer)
-        return f"{self.tokenizer.decode(prompt)!r} → {text!r}: {float(rollout.scores[0]):.3f}"
+        prompts, completions = self.round.as_given(rollout)
+        return f"{prompts[0]!r} → {completions[0]!r}: {float(rollout.scores[0]):.3f}"
 
     def normalise(self) -> None:
         """Shift and scale the reward models that are not normalised yet, on samples of the reference policy."""
@@ -212,7 +214,8 @@ class _Run:
         every = self.batches.examples
         samples = self.round.sample([every[i % len(every)] for i in range(self.config.normalise)], None)
         for own in fresh:
-            own.normalise(samples.prompts, samples.completions)
+            on_base = own.on(self.model)
+            own.normalise(*((samples.prompts, samples.completions) if on_base else self.round.as_given(samples)))
 
     def best_of(self) -> list[tuple[int, float, float]]:
         """What choosing among samples of the reference gives: n, KL and score. PPO should do better at the same KL."""

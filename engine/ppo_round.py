@@ -25,14 +25,14 @@ al. 2020, arXiv:2009.01325. Without a letter: ours.
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .adapters import set_adapter
+from .adapters import use_adapter
 from .advantages import AdaptiveKL, by_group, explained_variance, gae, kl_estimate, policy_loss, value_loss, whiten
 from .batches import packed, to_device
 from .completions import text_of
@@ -55,9 +55,10 @@ class Round:
         kl: AdaptiveKL,
         config: PPOConfig,
         tokenizer: Any,
+        given: Mapping[tuple[int, ...], Any],
     ):
         self.actors, self.rewards, self.optimizer, self.kl = actors, list(rewards), optimizer, kl
-        self.config, self.tokenizer = config, tokenizer
+        self.config, self.tokenizer, self.given = config, tokenizer, given
         self.model, self.critic = actors.model, actors.critic
         self.device = next(self.model.parameters()).device
         self.ends = list(self.model.tokens.ends)
@@ -81,11 +82,11 @@ class Round:
 
     def sample(self, prompts: Sequence[Sequence[int]], adapter: str | None) -> Rollout:
         """Completions at the temperature that is trained at, of the whole distribution (2)."""
-        set_adapter(self.model, adapter)
         config = self.config
-        return sample(
-            self.model, prompts, config.max_new_tokens, config.temperature, self.ends, rows=config.rollout_rows
-        )
+        with use_adapter(self.model, adapter):
+            return sample(
+                self.model, prompts, config.max_new_tokens, config.temperature, self.ends, rows=config.rollout_rows
+            )
 
     @torch.no_grad()
     def assess(self, rollout: Rollout, order: Sequence[int]) -> None:
@@ -114,13 +115,16 @@ class Round:
         rollout.mask = (torch.arange(rollout.logps.shape[1], device=self.device) < lengths[:, None]).float()
         rollout.scores = scores + self.called(rollout, [own for own in self.rewards if own is not on_base])
 
+    def as_given(self, rollout: Rollout) -> tuple[list[Any], list[Any]]:
+        """Prompts as the caller gave them, and completions likewise: as texts, where there is a tokenizer."""
+        completions: list[Any] = rollout.completions
+        if self.tokenizer is not None:
+            completions = [text_of(ids, self.ends, (), self.tokenizer) for ids in completions]
+        return [self.given[tuple(ids)] for ids in rollout.prompts], completions
+
     def called(self, rollout: Rollout, rewards: Sequence[RewardFn]) -> Tensor:
         """The scores of rewards that are called with texts, or, without a tokenizer, with token ids, added up."""
-        prompts: Sequence[Any] = rollout.prompts
-        completions: Sequence[Any] = rollout.completions
-        if self.tokenizer is not None and rewards:
-            prompts = [self.tokenizer.decode(ids) for ids in prompts]
-            completions = [text_of(ids, self.ends, (), self.tokenizer) for ids in completions]
+        prompts, completions = self.as_given(rollout)
         total = torch.zeros(len(completions), device=self.device)
         for reward in rewards:
             total += checked_scores(reward, prompts, completions).to(self.device)
@@ -136,7 +140,7 @@ class Round:
         # 9: each token pays for its own divergence from the reference, and the score comes with the last token.
         rewards = -self.kl.beta * kl_estimate(config.kl_estimate, rollout.logps, rollout.reference) * mask
         last = torch.tensor(rollout.lengths, device=self.device)[:, None] - 1
-        rewards.scatter_add_(1, last, rollout.scores[:, None])
+        rewards.scatter_add_(1, last, rollout.scores[:, None].to(rewards.dtype))
         advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.lam)
         return whiten(advantages, mask), returns  # 11: the critic learns returns that are not whitened
 

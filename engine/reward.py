@@ -42,6 +42,8 @@ class Reward:
         rows = []
         for prompt, completion in zip(prompts, completions, strict=True):
             if isinstance(prompt, str):
+                if self.tokenizer is None:
+                    raise ValueError("a reward model without a tokenizer was given texts: Reward(model, tokenizer)")
                 ids = [self.tokenizer.encode(text, add_special_tokens=False).ids for text in (prompt, completion)]
                 rows.append(ids[0] + ids[1] + end)
             else:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from small_adapters import gpt2
 from small_models import both, tiny_llama
+from small_tokenizers import byte_level
 from test_adapter_exchange import tiny_bloom
 from torch import Tensor
 
@@ -250,6 +251,44 @@ def test_a_reward_that_is_not_normalised_yet_is_by_the_reference() -> None:
     assert 0.5 < result.stats["score_std"] < 2.0
 
 
+def test_rewards_see_what_was_given(tmp_path: Path) -> None:
+    """Prompts with their special tokens; a reward model of another base is normalised on what it will score."""
+    model, tokenizer, seen = gpt2(vocab_size=500), byte_level(), set()
+    model.tokens = model.tokens.__class__(eos_id=0)
+    prompts = ["<|im_start|>user The cat<|im_end|>", " the dog", "Question: who"]
+    own = Reward(with_head(gpt2(vocab_size=500), "reward"), tokenizer)
+
+    def length(prompts: Sequence[str], completions: Sequence[str]) -> list[float]:
+        seen.update(prompts)
+        return [len(text) / 10 for text in completions]
+
+    config = PPOConfig(**{**SMALL, "normalise": 400, "episodes": 16})
+    ppo(model, prompts, [own, length], config, tokenizer=tokenizer)
+    assert seen == set(prompts)
+    run = _Run(gpt2(vocab_size=500), prompts, [own], config, tokenizer)
+    run.round.ends = [0]
+    rollout = run.round.sample([*run.given] * 100, None)
+    scores = own(*run.round.as_given(rollout))
+    assert abs(scores.mean()) < 0.2
+    assert 0.8 < scores.std() < 1.25
+    with pytest.raises(ValueError, match="a reward model without a tokenizer was given texts"):
+        ppo(gpt2(vocab_size=500), prompts, Reward(own.model), config, tokenizer=tokenizer)
+
+
+def test_a_reward_without_adapter_scores_by_the_base() -> None:
+    model = gpt2()
+    reward = Reward(with_head(model, "reward"), scale=1.0)
+    run = _Run(model, PROMPTS * 4, [reward, evens], PPOConfig(**SMALL), None)
+    moved(run)
+    rollout = run.round.sample(PROMPTS * 4, "policy")
+    run.round.assess(rollout, range(16))
+    with use_adapter(model, None):
+        expected = reward(rollout.prompts, rollout.completions)
+    torch.testing.assert_close(rollout.scores - torch.tensor(evens([], rollout.completions)), expected)
+    with use_adapter(model, "policy"):
+        assert not torch.allclose(expected, reward(rollout.prompts, rollout.completions), atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("found", "says"),
     [
@@ -282,10 +321,14 @@ def test_refusals(tmp_path: Path) -> None:
         ({"lam": 1.5}, "lam: expected a number between 0 and 1"),
         ({"episodes": 0}, "episodes: expected a positive number"),
         ({"kl": -1.0}, "kl: expected zero or a positive number"),
+        ({"kl_target": 4.0, "kl_horizon": 10}, "kl_horizon = 10: it takes at least a round's completions, 16"),
     ):
         with pytest.raises(ValueError, match=says):
             PPOConfig(**{**SMALL, **change})
     assert AdaptiveKL(0.1).target is None
+    untied = both(tmp_path, tiny_llama(), "causal-lm")[1]
+    with pytest.raises(ValueError, match="ppo adapts the layers, which its models share; 'head' is in none"):
+        ppo(untied, PROMPTS, evens, PPOConfig(**{**SMALL, "lora": LoRAConfig(rank=2, targets=["qkv", "head"])}))
     headless = tmp_path / "adapter"
     policy = gpt2()
     add_lora(policy, LoRAConfig(rank=2), "a")
@@ -304,3 +347,26 @@ def test_completions_without_end_pay_for_it() -> None:
     expected = plain - 5.0 * torch.tensor([not ended for ended in rollout.ended])
     torch.testing.assert_close(rollout.scores, expected)
     assert all((ids[-1] == 11) == ended for ids, ended in zip(rollout.ids, rollout.ended, strict=True))
+
+
+def test_a_policy_that_diverges_is_named() -> None:
+    wild = PPOConfig(**{**SMALL, "lr": 1e12, "schedule": "constant", "max_norm": None, "update_stop": None})
+    with pytest.raises(FloatingPointError, match=r"round 1: .*there is no checkpoint yet; try a smaller ppo\.lr"):
+        ppo(gpt2(), PROMPTS * 4, evens, wild)
+    model = gpt2()
+    model.norm.weight.data.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="the model's logits are not finite"):
+        ppo(model, PROMPTS * 4, evens, PPOConfig(**SMALL))
+
+
+def test_lora_plus_and_double_precision() -> None:
+    """`lr_ratio` reaches the optimizer; a model in fp64 trains, too."""
+    trained = []
+    for ratio, dtype in ((1.0, torch.float32), (4.0, torch.float32), (1.0, torch.float64)):
+        model = gpt2().to(dtype)
+        settings = {**SMALL, "lr": 1e-3, "episodes": 16, "lora": LoRAConfig(rank=4, lr_ratio=ratio)}
+        ppo(model, PROMPTS * 4, evens, PPOConfig(**settings))
+        trained.append({name: p.detach().float() for name, p in model.named_parameters() if ".lora.policy.b" in name})
+    plain, plus, double = (torch.cat([p.flatten() for p in found.values()]) for found in trained)
+    assert 3 < plus.norm() / plain.norm() < 5
+    assert 0.5 < double.norm() / plain.norm() < 2
