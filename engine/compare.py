@@ -13,10 +13,13 @@ import json
 import os
 import random
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 LEFT, RIGHT, TIE, SKIP = "left", "right", "tie", "skip"
 ANSWERS = (LEFT, RIGHT, TIE, SKIP)
@@ -58,7 +61,7 @@ def make_items(
 
 
 class Session:
-    """The items and answers of a session folder; safe to use from several threads.
+    """The items and answers of a session folder; safe to use from several threads, and in `alone` from one process.
 
     `items`: for a new session; one that has begun keeps its own. Raises ValueError for a folder that holds other
     things, and where items are given for a session that has others.
@@ -73,18 +76,20 @@ class Session:
                 raise ValueError(f"{folder} holds a session about other pairs; choose another --out")
         elif items is None:
             raise ValueError(f"{folder}: no session there (items.jsonl is missing)")
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise ValueError(f"{folder} is not empty and holds no session; choose another --out")
         else:
-            self.items = list(items)
+            self.items, temporary = list(items), listing.with_suffix(".tmp")
             self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = listing.with_suffix(".tmp")
+            if set(self.folder.iterdir()) - {temporary}:  # that is what a kill just here leaves
+                raise ValueError(f"{folder} is not empty and holds no session; choose another --out")
             with temporary.open("w", encoding="utf-8") as file:
                 for item in self.items:
                     file.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(listing)
+        self._read()
+
+    def _read(self) -> None:
         self.answers: dict[int, str] = {}  # by item, in the order of their answers
         for row in _lines(self.folder / "answers.jsonl", cut_short=True):
             self._take(row)
@@ -95,6 +100,18 @@ class Session:
         else:
             self.answers[row["item"]] = row["answer"]
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other process answers. ValueError where one does already."""
+        lock = FileLock(self.folder / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(f"{self.folder}: another process collects answers there; end it first") from None
+        with lock:
+            self._read()  # what one that has just ended may have written
+            yield
+
     def next(self) -> Item | None:
         """The first item without an answer."""
         return next((item for item in self.items if item.id not in self.answers), None)
@@ -104,7 +121,7 @@ class Session:
 
         ValueError for an item or an answer that there is not.
         """
-        if not 0 <= item < len(self.items) or answer not in ANSWERS:
+        if type(item) is not int or not 0 <= item < len(self.items) or answer not in ANSWERS:
             raise ValueError(
                 f"item {item!r}, answer {answer!r}: expected one of the {len(self.items)} items, {ANSWERS}"
             )

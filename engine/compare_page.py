@@ -7,6 +7,7 @@ that carry the token of the printed link, and reads no more than MOST bytes of a
 
 import hmac
 import json
+import math
 import secrets
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -48,8 +49,12 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 30
 
     def do_GET(self) -> None:
-        address = urlsplit(self.path)
         if not self._from_here():
+            return
+        try:
+            address = urlsplit(self.path)
+        except ValueError as error:
+            self._send(HTTPStatus.BAD_REQUEST, f"{error}\n")
             return
         if address.path == "/" and self._knows(parse_qs(address.query).get("token", [""])[0]):
             nonce = secrets.token_urlsafe(12)
@@ -77,14 +82,14 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"expected a length of at most {MOST} bytes\n")
             return
         try:
-            body = json.loads(self.rfile.read(length) or b"{}")
+            body = json.loads(self.rfile.read(length))
             if self.path == "/answer":
-                self.server.session.answer(body["item"], body["answer"], body.get("seconds"))
+                self.server.session.answer(body["item"], body["answer"], _seconds(body.get("seconds")))
             elif self.path == "/undo":
                 self.server.session.undo()
             else:
                 raise ValueError(f"there is no {self.path}")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             self._send(HTTPStatus.BAD_REQUEST, f"{error}\n")
             return
         self._json(self.server.state())
@@ -118,3 +123,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: the terminal is the person's."""
+
+
+def _seconds(value: Any) -> float | None:
+    if value is None or (isinstance(value, int | float) and math.isfinite(value)):
+        return value
+    raise ValueError(f"seconds {value!r:.60}: expected a number")

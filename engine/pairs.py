@@ -62,8 +62,8 @@ def comparisons(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
     sides = [list(joined([(text[0], text[1 + side]) for text in texts], settings)) for side in range(2)]
     for (_, row), text, chosen, rejected in zip(rows, texts, *sides, strict=True):
         ids, starts = [chosen[0], rejected[0]], [chosen[1], rejected[1]]
-        if settings.eos is not None and isinstance(row["prompt"], str):  # a chat template ends its turns itself
-            ids = [one if one[-1:] == [settings.eos] else [*one, settings.eos] for one in ids]
+        if settings.eos is not None:
+            ids = [_ended(one, start, settings.eos, row) for one, start in zip(ids, starts, strict=True)]
         if text[1] == text[2] or not (text[1] and text[2]):
             yield Encoded([], masked=True)
             continue
@@ -76,6 +76,14 @@ def comparisons(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
         example = dict(zip(SIDES, kept, strict=True)) | {"starts": [start - cut for start in starts]}
         example |= {"margin": row.get("margin", 0.0), "tie": row.get("tie", False)}
         yield Encoded([example], sum(map(len, kept)), 1, truncated=over > 0)
+
+
+def _ended(ids: list[int], start: int, eos: int, row: Mapping[str, Any]) -> list[int]:
+    """A side to its end token. A chat template puts one itself, and often a line end behind it, which nobody writes."""
+    if isinstance(row["prompt"], str):
+        return ids if ids[-1:] == [eos] else [*ids, eos]
+    last = next((i for i in reversed(range(start, len(ids))) if ids[i] == eos), len(ids) - 1)
+    return ids[: last + 1]
 
 
 def _texts(index: int, row: Mapping[str, Any], settings: Settings) -> tuple[str, str, str]:

@@ -19,7 +19,9 @@ from torch import Tensor
 from .adapter_files import load_adapter, read_adapter, save_adapter
 from .adapters import adapter_names, use_adapter
 from .batches import packed, to_device
+from .encode_tasks import Settings
 from .guards import in_eval_mode
+from .pairs import joined
 from .shared import with_head
 
 RewardFn = Callable[[Sequence[Any], Sequence[Any]], Any]
@@ -38,19 +40,19 @@ class Reward:
         self.model, self.tokenizer, self.shift, self.scale = model, tokenizer, shift, scale
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:
-        end = [] if self.model.tokens.eos_id is None else [self.model.tokens.eos_id]
-        rows = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            if isinstance(prompt, str):
-                if self.tokenizer is None:
-                    raise ValueError("a reward model without a tokenizer was given texts: Reward(model, tokenizer)")
-                ids = [self.tokenizer.encode(text, add_special_tokens=False).ids for text in (prompt, completion)]
-                rows.append(ids[0] + ids[1] + end)
-            else:
-                rows.append([*prompt, *completion])
+        pairs = list(zip(prompts, completions, strict=True))
+        rows = self._tokens(pairs) if isinstance(prompts[0], str) else [[*a, *b] for a, b in pairs]
         device = next(self.model.parameters()).device
         chunks = [to_device(packed(rows[i : i + ROWS]), device) for i in range(0, len(rows), ROWS)]
         return torch.cat([self.score(inputs) for inputs in chunks])
+
+    def _tokens(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """Texts as in training: `pairs.comparisons`."""
+        if self.tokenizer is None:
+            raise ValueError("a reward model without a tokenizer was given texts: Reward(model, tokenizer)")
+        end = [] if self.model.tokens.eos_id is None else [self.model.tokens.eos_id]
+        rows = [ids for ids, _ in joined(pairs, Settings(self.tokenizer, 0, {}, None, None))]
+        return [ids if ids[-1:] == end else ids + end for ids in rows]
 
     @torch.no_grad()
     def score(self, inputs: dict[str, Any], **how: Any) -> Tensor:

@@ -20,26 +20,39 @@ KEYS = {"a": LEFT, "b": RIGHT, "t": TIE, "s": SKIP}
 def run_compare(options: argparse.Namespace) -> int:
     """`handtune compare`: begin a session or go on with it, in a browser, at the terminal or by a function."""
     out = Path(options.out)
-    folder = out.with_name(out.name + ".session")
-    session = Session(folder) if (folder / "items.jsonl").is_file() else _new_session(options, folder)
-    try:
-        if options.labeler:
-            _by_function(session, function_of(options.labeler))
-        elif options.terminal:
-            _at_the_terminal(session)
-        else:
-            _in_a_browser(session, options.port)
-    except KeyboardInterrupt:
-        print()
+    session = _session(options, out, out.with_name(out.name + ".session"))
+    with session.alone():
+        try:
+            if options.labeler:
+                _by_function(session, function_of(options.labeler))
+            elif options.terminal:
+                _at_the_terminal(session)
+            else:
+                _in_a_browser(session, options.port)
+        except KeyboardInterrupt:
+            print()
+        written = session.export(out)
     facts = session.progress()
     said = f"{facts['done']} of {facts['total']} answered"
     if facts["agreement"] is not None:
         said += f", {100 * facts['agreement']:.0f} % agreement on {facts['repeated']} repeated"
-    print(f"{said}; {session.export(out)} comparisons written to {out}")
+    print(f"{said}; {written} comparisons written to {out}")
     return 0
 
 
-def _new_session(options: argparse.Namespace, folder: Path) -> Session:
+def _session(options: argparse.Namespace, out: Path, folder: Path) -> Session:
+    """The session that has begun for `out`, whatever model it is of now; or a new one."""
+    if (folder / "items.jsonl").is_file():
+        session = Session(folder, _items(options) if options.pairs else None)
+        print(f"going on with {folder}, which has {len(session.answers)} of {len(session.items)} answers",
+              file=sys.stderr)  # fmt: skip
+        return session
+    if out.exists():
+        raise ValueError(f"{out} exists, and isn't of a session that could go on; choose another --out")
+    return Session(folder, _items(options))
+
+
+def _items(options: argparse.Namespace) -> list[Item]:
     if (options.model is None) == (options.pairs is None):
         raise ValueError("give a MODEL with --prompts, whose completions are compared, or --pairs, a file of pairs")
     pairs = _pairs(Path(options.pairs)) if options.pairs else _sampled(options)
@@ -47,7 +60,7 @@ def _new_session(options: argparse.Namespace, folder: Path) -> Session:
     if dropped:
         shown = ", ".join(map(str, dropped[:5])) + (", ..." if len(dropped) > 5 else "")
         print(f"left out, because both sides are equal or one is empty: {len(dropped)} ({shown})", file=sys.stderr)
-    return Session(folder, items)
+    return items
 
 
 def _pairs(path: Path) -> Iterator[tuple[str, str, str]]:
@@ -60,8 +73,10 @@ def _pairs(path: Path) -> Iterator[tuple[str, str, str]]:
         except (ValueError, KeyError, TypeError) as error:
             known = "prompt and completions, prompt, chosen and rejected, or text, label and second"
             raise ValueError(f"{path} line {number}: expected {known}") from error
-        if not all(isinstance(text, str) for text in pair):
-            raise ValueError(f"{path} line {number}: what is compared must be texts")
+        try:
+            "".join(pair).encode()
+        except (TypeError, UnicodeEncodeError) as error:
+            raise ValueError(f"{path} line {number}: what is compared must be texts, {error}") from None
         yield pair
 
 

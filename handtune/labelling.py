@@ -12,6 +12,8 @@ from .generator import generator_of
 
 def run_label(options: argparse.Namespace) -> int:
     """`handtune label`: rows of text, label and confidence, the least certain first where they are to be reviewed."""
+    if Path(options.out).resolve() == Path(options.data).resolve():
+        raise ValueError(f"--out {options.out} is the file of the texts; give another")
     words = dict(_named(spec) for spec in options.labels)
     texts = [row["text"] if "text" in row else row["prompt"] for row in _rows(options.data)]
     model, tokenizer, _ = generator_of(options)

@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import math
 import re
 import signal
 import subprocess
@@ -60,8 +61,9 @@ def test_a_session_goes_on_after_anything(tmp_path: Path) -> None:
     assert [row["chosen"] for row in read_rows(tmp_path / "rows.jsonl")] == [row["chosen"] for row in rows]
     with pytest.raises(ValueError, match="a session about other pairs"):
         Session(tmp_path / "s", items[:3])
-    with pytest.raises(ValueError, match=r"expected one of the 20 items"):
-        again.answer(99, "left")
+    for wrong in (99, -1, 0.5, "1"):
+        with pytest.raises(ValueError, match=r"expected one of the 20 items"):
+            again.answer(wrong, "left")
     with pytest.raises(ValueError, match="is not empty and holds no session"):
         Session(tmp_path, items)
 
@@ -134,6 +136,11 @@ def test_strangers_are_refused(server: ComparisonServer) -> None:
     assert ask("POST", "/answer", b"[1, 2")[0] == 400
     assert ask("POST", "/answer", {"item": 0, "answer": "maybe"})[0] == 400
     assert ask("POST", "/elsewhere", {})[0] == 400
+    assert ask("POST", "/answer", b"[" * 60_000)[0] == 400
+    assert ask("POST", "/undo", b"")[0] == 400
+    for seconds in (math.nan, {"a": 1}):
+        assert ask("POST", "/answer", answer | {"seconds": seconds})[0] == 400
+    assert ask("GET", "http://[/")[0] == 400
     assert server.session.answers == {}
     assert server.server_address[0] == "127.0.0.1"
     assert ask("POST", "/answer", answer, Origin=ours)[0] == 200
@@ -232,3 +239,30 @@ def test_the_samples_of_a_model(
     assert main(["compare", "--out", "new.jsonl"]) == 2
     assert "give a MODEL with --prompts" in capsys.readouterr().err
     assert main(["compare", model, "--out", "new.jsonl"]) == 2
+
+
+def test_nothing_that_was_there_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    """Files that are no session's, a session about other pairs, one that another process answers, a torn beginning."""
+    monkeypatch.setattr("builtins.input", lambda prompt: "q")
+    pairs, out = pairs_file(tmp_path), tmp_path / "out.jsonl"
+    before = pairs.read_bytes()
+    assert main(["compare", "--pairs", str(pairs), "--out", str(pairs), "--terminal"]) == 2
+    assert "pairs.jsonl exists, and isn't of a session that could go on" in capsys.readouterr().err
+    assert pairs.read_bytes() == before
+    folder = tmp_path / "out.jsonl.session"
+    folder.mkdir()
+    (folder / "items.tmp").write_text('{"id": 0, "pro')  # a kill while it began
+    command = ["compare", "--pairs", str(pairs), "--out", str(out), "--terminal"]
+    assert main(command) == 0
+    assert main(command) == 0
+    assert "going on with" in capsys.readouterr().err
+    with Session(folder).alone():
+        assert main(command) == 2
+    assert "another process collects answers there; end it first" in capsys.readouterr().err
+    other = write_rows(tmp_path / "other.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    assert main(["compare", "--pairs", str(other), "--out", str(out), "--terminal"]) == 2
+    assert "a session about other pairs" in capsys.readouterr().err
+    other.write_text(r'{"prompt": "p", "chosen": "a", "rejected": "\ud800"}')
+    assert main(["compare", "--pairs", str(other), "--out", str(tmp_path / "new.jsonl"), "--terminal"]) == 2
+    assert "other.jsonl line 1: what is compared must be texts" in capsys.readouterr().err
+    assert not (tmp_path / "new.jsonl.session").exists()

@@ -77,7 +77,7 @@ def test_conversations() -> None:
     for side, start in zip(("chosen", "rejected"), example["starts"], strict=True):
         assert byte_level().decode(example[side][:start]) == prompt
         whole = template.render([*row["prompt"], *row[side]])
-        assert byte_level().decode(example[side]) == whole
+        assert byte_level().decode(example[side]) == whole.removesuffix("\n")  # which nobody writes
 
 
 @pytest.mark.parametrize(
