@@ -150,7 +150,7 @@ class _Run:
             lr_decay=1.0,
         )  # fmt: skip
         self.kl = AdaptiveKL(config.kl, config.kl_target, config.kl_horizon)
-        share = shared_layers(model, (POLICY, CRITIC, REWARD))
+        share = shared_layers(model, (POLICY, CRITIC))
         actors = Actors(model, critic, share, config.temperature)
         self.round = Round(actors, self.rewards, self.optimizer, self.kl, config, tokenizer, self.given)
         self.best: dict[str, Tensor] = {}

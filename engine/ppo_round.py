@@ -38,8 +38,10 @@ from .batches import packed, to_device
 from .completions import text_of
 from .optim import Optimizer
 from .ppo_config import PPOConfig
+from .reward import ADAPTER as REWARD
 from .reward import Reward, RewardFn, checked_scores
 from .rollouts import POLICY, Actors, Rollout, cut, sample
+from .shared import shared_layers
 
 PER_TOKEN = ("logps", "reference", "entropy", "values")
 
@@ -93,6 +95,7 @@ class Round:
         """Fill in what is fixed for the round: log-probabilities, values, scores."""
         n, share = len(rollout.ids), self.actors.share
         on_base = next((own for own in self.rewards if isinstance(own, Reward) and own.on(self.model)), None)
+        lower = shared_layers(self.model, (REWARD,)) < share  # the reward model adapts layers that the others share
         rollout.states = [torch.empty(0)] * n if share else []
         found = {name: [torch.empty(0)] * n for name in PER_TOKEN}
         scores = torch.zeros(n, device=self.device)
@@ -102,7 +105,7 @@ class Round:
                 states = self.actors.lower(whole)
                 _put(rollout.states, rows, states[0].split([len(rollout.ids[i]) for i in rows]))
             if on_base is not None:
-                scores[list(rows)] = on_base.score(whole, **self.actors.above(states))
+                scores[list(rows)] = on_base.score(whole, **self.actors.above(None if lower else states))
             batch = rollout.batch(rows, self.device)
             logps, entropy = self.actors.logps_and_entropy(batch, POLICY)
             reference = self.actors.logps(batch, None)

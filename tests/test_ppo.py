@@ -215,10 +215,11 @@ def test_how_many_layers_are_shared() -> None:
     assert shared_layers(model, ("policy",)) == 0
 
 
-def test_a_reward_model_on_the_policys_base(tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", ["layers.1.*", "all-linear"])
+def test_a_reward_model_on_the_policys_base(targets: str, tmp_path: Path) -> None:
     """Trained on a model of its own, saved, loaded onto a policy's base: the same scores, alone and in a round."""
     alone = with_head(gpt2(), "reward")
-    add_lora(alone, LoRAConfig(rank=3, targets=["layers.1.*"]), "reward")
+    add_lora(alone, LoRAConfig(rank=3, targets=[targets]), "reward")
     for name, p in alone.named_parameters():
         if ".lora." in name:
             p.data.normal_(0, 0.2)
