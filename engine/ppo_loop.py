@@ -211,16 +211,21 @@ class _Run:
         fresh = [own for own in self.rewards if isinstance(own, Reward) and own.scale is None]
         if not (fresh and self.config.normalise):
             return
-        every = self.batches.examples
-        samples = self.round.sample([every[i % len(every)] for i in range(self.config.normalise)], None)
+        samples = self.round.sample(self._drawn(self.config.normalise), None)
         for own in fresh:
             on_base = own.on(self.model)
             own.normalise(*((samples.prompts, samples.completions) if on_base else self.round.as_given(samples)))
 
+    def _drawn(self, n: int) -> list[list[int]]:
+        """n prompts at random, none of them again before all others came."""
+        every = self.batches.examples
+        order = torch.cat([torch.randperm(len(every)) for _ in range(0, n, len(every))])
+        return [every[i] for i in order[:n].tolist()]
+
     def best_of(self) -> list[tuple[int, float, float]]:
         """What choosing among samples of the reference gives: n, KL and score. PPO should do better at the same KL."""
-        every, n = self.batches.examples, self.config.best_of
-        prompts = [every[i] for i in range(min(len(every), self.config.best_of_prompts)) for _ in range(n)]
+        count, n = min(len(self.batches.examples), self.config.best_of_prompts), self.config.best_of
+        prompts = [prompt for prompt in self._drawn(count) for _ in range(n)]
         samples = self.round.sample(prompts, None)
         self.round.assess(samples, range(len(prompts)))
         return best_of(samples.scores.view(-1, n))

@@ -45,8 +45,13 @@ def classifier() -> tuple[Any, Any]:
     return model, tokenizer
 
 
-@torch.no_grad()
 def positive(prompts: list[str], completions: list[str]) -> torch.Tensor:
+    """Sentiment as a reward: doubled, it weighs about as much as a reward model's scores, whose deviation is 1."""
+    return 2 * sentiment(prompts, completions)
+
+
+@torch.no_grad()
+def sentiment(prompts: list[str], completions: list[str]) -> torch.Tensor:
     """How sure the classifier is that a headline is positive, less how sure that it is negative: from -1 to 1."""
     model, tokenizer = classifier()
     texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]

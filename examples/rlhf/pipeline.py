@@ -33,7 +33,7 @@ def main() -> None:
     step("the writer", "train", "examples/rlhf/sft.toml")
     step("the classifier", "train", "examples/headlines/headlines.toml", f"out={RUNS}/classifier",
          f"model.path={minilm}", "lora.rank=16", "lora.alpha=32", "train.lr=1e-3")  # fmt: skip
-    beginnings("train", (2, 3, 4))
+    beginnings("train", (2, 3, 4, 5, 6))
     beginnings("test", (3,))
     step("comparisons", "compare", f"{RUNS}/sft", "--prompts", f"{RUNS}/prompts-train.jsonl", *SAMPLING, "--out",
          f"{RUNS}/comparisons.jsonl", "--labeler", "judges:better")  # fmt: skip
@@ -69,7 +69,7 @@ def summary() -> str:
     """
     os.chdir(ROOT)
     sys.path[:0] = [str(ROOT), str(HERE)]
-    from judges import known, positive
+    from judges import known, sentiment
 
     lines = [f"\n{'':10}{'sentiment':>12}{'known words':>14}{'distinct pairs':>16}{'words':>8}"]
     for name in ("before", "after"):
@@ -77,7 +77,7 @@ def summary() -> str:
         prompts, texts = [row["prompt"] for row in rows], [row["completion"] for row in rows]
         pairs = [pair for text in texts for pair in pairwise(text.split())]
         facts = (
-            f"{positive(prompts, texts).mean():12.2f}",
+            f"{sentiment(prompts, texts).mean():12.2f}",
             f"{statistics.mean(map(known, prompts, texts)):14.2f}",
             f"{len(set(pairs)) / max(1, len(pairs)):16.2f}",
             f"{statistics.mean(len(text.split()) for text in texts):8.1f}",
