@@ -187,7 +187,10 @@ def test_killed_in_the_middle_and_started_again(tmp_path: Path) -> None:
                 state = ask("POST", "/answer", {"item": item, "answer": answer})[1]
                 seen[item] = answer
             process.send_signal(signal.SIGKILL if stop_after < 20 else signal.SIGINT)
-            process.wait(20)
+            try:
+                process.wait(20)
+            finally:
+                process.kill()
     assert Session(tmp_path / "out.jsonl.session").answers == seen
     rows = read_rows(tmp_path / "out.jsonl")
     assert len(rows) == 20
