@@ -117,7 +117,10 @@ def test_each_gradient_alone(reduction: str) -> None:
         alone = [t.detach().requires_grad_(i == wanted) for i, t in enumerate(tensors)]
         grads = run(ours(reduction), alone, targets, reduction)[1:]
         assert [g is None for g in grads] == [i != wanted for i in range(3)]
-        assert torch.equal(grads[wanted], together[wanted])
+        if (reduction, wanted) == ("none", 0):  # made with the losses, and scaled afterwards
+            torch.testing.assert_close(grads[0], together[0], rtol=1e-5, atol=1e-6)
+        else:
+            assert torch.equal(grads[wanted], together[wanted])
     with launched() as kernels, torch.no_grad():
         ours(reduction)(*tensors[:2], targets)
     assert set(kernels) == {"_loss_kernel"}
