@@ -105,10 +105,10 @@ class Session:
         """Inside, no other process answers. ValueError where one does already."""
         lock = FileLock(self.folder / "lock")
         try:
-            lock.acquire(timeout=0)
+            held = lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(f"{self.folder}: another process collects answers there; end it first") from None
-        with lock:
+        with held:
             self._read()  # what one that has just ended may have written
             yield
 

@@ -62,7 +62,7 @@ def generate(
     likeliest text instead; `length_penalty` weighs its length, as `beam.py` says.
 
     Raises ValueError for settings out of range, for a model of another task than causal-lm and seq2seq-lm, and where
-    prompt and new tokens exceed the model's positions.
+    prompt and new tokens exceed the model's positions; FloatingPointError where what is sampled from isn't finite.
     """
     _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, stop, tokenizer)
     if beams < 1 or (beams > 1 and (temperature != 0 or stop)):

@@ -81,8 +81,9 @@ def ppo(
     each completion, texts or token ids likewise; a `Reward`; or several, whose scores are added up. The policy is left
     as the active adapter "policy". `out`: the run folder; the same call on it resumes. `show` gets a sample a round.
 
-    Raises ValueError for a model with adapters other than a reward's (merge them first), an empty prompt, none that
-    leaves room for a completion, and a reward that gives anything but a finite number each.
+    Raises ValueError for a model with adapters other than a reward's (merge them first), LoRA targets outside its
+    layers, an empty prompt, none that leaves room for a completion, and a reward that gives anything but one finite
+    number each; FloatingPointError where training diverges.
     """
     start = time.perf_counter()
     settle_arithmetic()
