@@ -123,7 +123,7 @@ class ChatTemplate:
                     f"the chat template renders messages[{turn}] differently within the conversation (it "
                     "rewrites earlier turns), so the assistant's tokens are unknown; put {% generation %} marks into it"
                 )
-            end = len(before) + len(_without_trailing_space(after[len(before) :], message["content"]))
+            end = len(before) + len(without_trailing_space(after[len(before) :], message["content"]))
             if end > len(before):
                 spans.append((len(before), end))
         return text, spans
@@ -134,7 +134,7 @@ def _roles(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     return roles if len(roles) <= 6 else [*roles[:5], "..."]
 
 
-def _without_trailing_space(turn: str, content: str) -> str:
+def without_trailing_space(turn: str, content: str) -> str:
     """Cut the line end after an end-of-turn marker, where generation stops. Without a marker, it is the line end."""
     stripped = turn.rstrip()
     return turn if stripped.endswith(content.rstrip()) else stripped

@@ -100,11 +100,13 @@ def encode(
     eos: int | None = None,
     template: ChatTemplate | None = None,
     evaluation: bool = False,
+    more_ends: Sequence[int] = (),
 ) -> tuple[list[dict[str, Any]], EncodeReport]:
     """Encode rows of `read_rows` for `objective`; see the module's docstring for examples and rules.
 
     labels: class or tag names in the order of their ids; None takes `label_names(rows)`.
-    eos: id of the end-of-text token. template: for messages; None is `chat.DEFAULT_TEMPLATE`, turns ended by `eos`.
+    eos: id of the end-of-text token. more_ends: of those that end a chat's turn, where they are others.
+    template: for messages; None is `chat.DEFAULT_TEMPLATE`, turns ended by `eos`.
     evaluation: for a score, which counts all rows: also a question whose answer no window holds stays (without loss).
     Raises ValueError, rows counted from 1, for rows of the wrong shape, an unknown label, a template that fails on a
     row, and if no target is left.
@@ -122,8 +124,9 @@ def encode(
     if template is None and any("messages" in row or isinstance(row.get("prompt"), list) for row in rows):
         template = _default_template(tokenizer, eos)
     settings = Settings(
-        tokenizer, max_length, {name: i for i, name in enumerate(labels or ())}, eos, template, evaluation
-    )
+        tokenizer, max_length, {name: i for i, name in enumerate(labels or ())}, eos, template, evaluation,
+        tuple(more_ends),
+    )  # fmt: skip
     examples: list[dict[str, Any]] = []
     outcomes = []
     for outcome in _encode_batches(rows, encoders, settings):
@@ -188,7 +191,7 @@ def _whole(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
     length = settings.max_length
     texts = [_whole_text(index, row, settings) for index, row in rows]
     for encoding in _encode_texts(texts, settings):
-        ids = _ended(encoding.ids, settings)
+        ids = tasks.ended(encoding.ids, 0, settings)
         examples = [
             {"input_ids": ids[i : min(i + length, len(ids) - 1)], "targets": ids[i + 1 : i + length + 1]}
             for i in range(0, len(ids) - 1, length)
@@ -205,13 +208,9 @@ def _encode_texts(texts: list[str], settings: Settings) -> "list[Encoding]":
     return settings.tokenizer.encode_batch(texts, add_special_tokens=False)
 
 
-def _ended(ids: list[int], settings: Settings) -> list[int]:
-    return ids if settings.eos is None or ids[-1:] == [settings.eos] else [*ids, settings.eos]
-
-
 def _completion(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
     for ids, seam in joined([(row["prompt"], row["completion"]) for _, row in rows], settings):
-        ids = _ended(ids, settings)
+        ids = tasks.ended(ids, seam, settings)
         yield _with_loss(ids, [i >= seam for i in range(len(ids))], settings)
 
 

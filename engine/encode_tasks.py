@@ -23,7 +23,8 @@ QA_OVERLAP = 128  # context tokens that a window shares with the one before it
 class Settings:
     """What every encoder gets besides rows. `eos` is a token id; `labels` maps a label or tag to its id.
 
-    `evaluation`: the examples are to be scored, and may lack a target for the loss.
+    `evaluation`: the examples are to be scored, and may lack a target for the loss. `more_ends`: tokens that end what a
+    chat model writes, too.
     """
 
     tokenizer: "Tokenizer"
@@ -32,6 +33,7 @@ class Settings:
     eos: int | None
     template: "ChatTemplate | None"
     evaluation: bool = False
+    more_ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,18 @@ class Encoded:
 
 
 Numbered = Sequence[tuple[int, Mapping[str, Any]]]  # (index of the row, row)
+
+
+def ended(ids: list[int], start: int, settings: Settings) -> list[int]:
+    """A text with the token behind it that ends it; the first `start` tokens are its prompt's.
+
+    Of several that a model knows, it is the one that ended the last turn in the prompt, as its chats are written, else
+    `eos`.
+    """
+    ends = (settings.eos, *settings.more_ends)
+    if settings.eos is None or (ids and ids[-1] in ends):
+        return ids
+    return [*ids, next((token for token in reversed(ids[:start]) if token in ends), settings.eos)]
 
 
 def masked_lm(rows: Numbered, settings: Settings) -> Iterator[Encoded]:

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from .adapters import use_adapter
 from .batches import Batch, Batches, Examples, packed, to_device
-from .chat import ChatTemplate
-from .encode_tasks import Encoded, Numbered, Settings
+from .chat import ChatTemplate, without_trailing_space
+from .encode_tasks import Encoded, Numbered, Settings, ended
 from .guards import in_eval_mode
 from .losses import answer_logps
 
@@ -62,8 +62,8 @@ def comparisons(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
     sides = [list(joined([(text[0], text[1 + side]) for text in texts], settings)) for side in range(2)]
     for (_, row), text, chosen, rejected in zip(rows, texts, *sides, strict=True):
         ids, starts = [chosen[0], rejected[0]], [chosen[1], rejected[1]]
-        if settings.eos is not None:
-            ids = [_ended(one, start, settings.eos, row) for one, start in zip(ids, starts, strict=True)]
+        if isinstance(row["prompt"], str):  # a chat template ends turns itself
+            ids = [ended(one, start, settings) for one, start in zip(ids, starts, strict=True)]
         if text[1] == text[2] or not (text[1] and text[2]):
             yield Encoded([], masked=True)
             continue
@@ -78,16 +78,8 @@ def comparisons(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
         yield Encoded([example], sum(map(len, kept)), 1, truncated=over > 0)
 
 
-def _ended(ids: list[int], start: int, eos: int, row: Mapping[str, Any]) -> list[int]:
-    """A side to its end token. A chat template puts one itself, and often a line end behind it, which nobody writes."""
-    if isinstance(row["prompt"], str):
-        return ids if ids[-1:] == [eos] else [*ids, eos]
-    last = next((i for i in reversed(range(start, len(ids))) if ids[i] == eos), len(ids) - 1)
-    return ids[: last + 1]
-
-
 def _texts(index: int, row: Mapping[str, Any], settings: Settings) -> tuple[str, str, str]:
-    """Prompt, chosen and rejected as text."""
+    """Prompt, chosen and rejected as text; of a chat's answers what the model writes, to the end of the turn."""
     if isinstance(row["prompt"], str):
         return row["prompt"], row["chosen"], row["rejected"]
     template = settings.template or ChatTemplate()
@@ -98,7 +90,12 @@ def _texts(index: int, row: Mapping[str, Any], settings: Settings) -> tuple[str,
         raise ValueError(f"row {index + 1}: {error}") from None
     if not all(whole.startswith(prompt) for whole in wholes):
         raise ValueError(f"row {index + 1}: the chat template changes the prompt when an answer follows it")
-    return prompt, wholes[0][len(prompt) :], wholes[1][len(prompt) :]
+    contents = [row[side][-1]["content"] for side in SIDES]
+    chosen, rejected = (
+        without_trailing_space(whole[len(prompt) :], content) if content.strip() else ""
+        for whole, content in zip(wholes, contents, strict=True)
+    )
+    return prompt, chosen, rejected
 
 
 class PairCollate:

@@ -19,7 +19,7 @@ from torch import Tensor
 from .adapter_files import load_adapter, read_adapter, save_adapter
 from .adapters import adapter_names, use_adapter
 from .batches import packed, to_device
-from .encode_tasks import Settings
+from .encode_tasks import Settings, ended
 from .guards import in_eval_mode
 from .pairs import joined
 from .shared import with_head
@@ -50,9 +50,9 @@ class Reward:
         """Texts as in training: `pairs.comparisons`."""
         if self.tokenizer is None:
             raise ValueError("a reward model without a tokenizer was given texts: Reward(model, tokenizer)")
-        end = [] if self.model.tokens.eos_id is None else [self.model.tokens.eos_id]
-        rows = [ids for ids, _ in joined(pairs, Settings(self.tokenizer, 0, {}, None, None))]
-        return [ids if ids[-1:] == end else ids + end for ids in rows]
+        tokens = self.model.tokens
+        settings = Settings(self.tokenizer, 0, {}, tokens.eos_id, None, more_ends=tokens.more_ends)
+        return [ended(ids, start, settings) for ids, start in joined(pairs, settings)]
 
     @torch.no_grad()
     def score(self, inputs: dict[str, Any], **how: Any) -> Tensor:

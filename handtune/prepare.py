@@ -115,9 +115,11 @@ def prepare(config: RunConfig, cache: Path) -> Prepared:
             if any("messages" in row or isinstance(row.get("prompt"), list) for row in part)
             else None
         )
-        settings = {"max_length": length, "labels": labels, "eos": model.tokens.eos_id, "template": template}
         try:
-            examples, said = encode(part, tokenizer, objective.encoding, evaluation=what == "eval", **settings)
+            examples, said = encode(
+                part, tokenizer, objective.encoding, max_length=length, labels=labels, eos=model.tokens.eos_id,
+                more_ends=model.tokens.more_ends, template=template, evaluation=what == "eval",
+            )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"data.{what}: {error}") from error
         print(f"{what}: {said}", file=sys.stderr)

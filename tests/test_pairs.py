@@ -22,7 +22,10 @@ from handtune.engine.losses import DPOLoss, answer_logps, pair_loss, reward_loss
 from handtune.engine.metrics import comparisons
 from handtune.engine.objectives import OBJECTIVES
 from handtune.engine.pairs import PairCollate, add_reference
+from handtune.engine.reward import Reward
+from handtune.engine.shared import with_head
 from handtune.models import GPT2
+from handtune.models.tokens import SpecialTokens
 
 
 def encoded(rows: list[dict[str, Any]], max_length: int = 60, **how: Any) -> tuple[list[dict[str, Any]], Any]:
@@ -78,6 +81,36 @@ def test_conversations() -> None:
         assert byte_level().decode(example[side][:start]) == prompt
         whole = template.render([*row["prompt"], *row[side]])
         assert byte_level().decode(example[side]) == whole.removesuffix("\n")  # which nobody writes
+    with pytest.raises(ValueError, match="no target left"):
+        encoded([row | {"chosen": [{"role": "assistant", "content": ""}]}], template=template)
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("ends", [("<|im_end|>",), ("<|end|>", "<|im_end|>")], ids=str)
+def test_answers_end_as_the_model_ends_them(ends: tuple[str, ...]) -> None:
+    """A chat's turns may end by another token than texts: in training, of rendered chats, too, and in scoring."""
+    tokenizer, template = byte_level(), ChatTemplate(CHATML)
+    first, *more = (tokenizer.token_to_id(end) for end in ends)
+    asked = [{"role": "user", "content": "hi"}]
+    sides = {"chosen": [{"role": "assistant", "content": "yes"}], "rejected": [{"role": "assistant", "content": "no"}]}
+    prompt = template.render(asked, add_generation_prompt=True)
+    written = tokenizer.encode(prompt + "yes<|im_end|>").ids
+    for row in ({"prompt": asked, **sides}, {"prompt": prompt, "chosen": "yes", "rejected": "no"}):
+        (example,), _ = encoded([row], eos=first, more_ends=more, template=template)
+        assert example["chosen"] == written
+    (plain,), _ = encoded([{"prompt": "hi", "chosen": "yes", "rejected": "no"}], eos=first, more_ends=more)
+    assert plain["chosen"] == [*tokenizer.encode("hiyes").ids, first]
+    model = gpt2(vocab_size=500)
+    model.tokens = SpecialTokens(eos_id=first, more_ends=tuple(more))
+    reward = Reward(with_head(model, "reward"), tokenizer)
+    scores = reward([prompt, "hi"], ["yes", "yes"])
+    by_tokens = [reward([row[:-1]], [row[-1:]]) for row in (written, plain["chosen"])]
+    torch.testing.assert_close(scores, torch.cat(by_tokens))
 
 
 @pytest.mark.parametrize(
