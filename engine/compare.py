@@ -70,24 +70,29 @@ class Session:
     def __init__(self, folder: str | Path, items: Sequence[Item] | None = None):
         self.folder, self.lock = Path(folder), threading.Lock()
         listing = self.folder / "items.jsonl"
-        if listing.is_file():
-            self.items = [Item(**row) for row in _lines(listing)]
-            if items is not None and list(items) != self.items:
-                raise ValueError(f"{folder} holds a session about other pairs; choose another --out")
-        elif items is None:
+        if items is not None and not listing.is_file():
+            self._begin(items, listing)
+        if not listing.is_file():
             raise ValueError(f"{folder}: no session there (items.jsonl is missing)")
-        else:
-            self.items, temporary = list(items), listing.with_suffix(".tmp")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if set(self.folder.iterdir()) - {temporary}:  # that is what a kill just here leaves
-                raise ValueError(f"{folder} is not empty and holds no session; choose another --out")
+        self.items = [Item(**row) for row in _lines(listing)]
+        if items is not None and list(items) != self.items:
+            raise ValueError(f"{folder} holds a session about other pairs; choose another --out")
+        self._read()
+
+    def _begin(self, items: Sequence[Item], listing: Path) -> None:
+        temporary = listing.with_suffix(".tmp")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if set(self.folder.iterdir()) - {listing, temporary, self.folder / "lock"}:  # a kill just here leaves these
+            raise ValueError(f"{self.folder} is not empty and holds no session; choose another --out")
+        with self._locked():
+            if listing.is_file():  # another process was faster
+                return
             with temporary.open("w", encoding="utf-8") as file:
-                for item in self.items:
+                for item in items:
                     file.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(listing)
-        self._read()
 
     def _read(self) -> None:
         self.answers: dict[int, str] = {}  # by item, in the order of their answers
@@ -103,13 +108,17 @@ class Session:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Inside, no other process answers. ValueError where one does already."""
-        lock = FileLock(self.folder / "lock")
+        with self._locked():
+            self._read()  # what one that has just ended may have written
+            yield
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
         try:
-            held = lock.acquire(timeout=0)
+            held = FileLock(self.folder / "lock").acquire(timeout=0)
         except Timeout:
             raise ValueError(f"{self.folder}: another process collects answers there; end it first") from None
         with held:
-            self._read()  # what one that has just ended may have written
             yield
 
     def next(self) -> Item | None:

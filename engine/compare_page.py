@@ -81,16 +81,20 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self._send(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"expected a length of at most {MOST} bytes\n")
             return
+        sent = self.rfile.read(length)
         try:
-            body = json.loads(self.rfile.read(length))
+            body = json.loads(sent)
             if self.path == "/answer":
                 self.server.session.answer(body["item"], body["answer"], _seconds(body.get("seconds")))
             elif self.path == "/undo":
                 self.server.session.undo()
             else:
                 raise ValueError(f"there is no {self.path}")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             self._send(HTTPStatus.BAD_REQUEST, f"{error}\n")
+            return
+        except OSError as error:  # a full disk
+            self._send(HTTPStatus.INTERNAL_SERVER_ERROR, f"the answer could not be written: {error}\n")
             return
         self._json(self.server.state())
 

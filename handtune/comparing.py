@@ -84,6 +84,8 @@ def _pair(row: dict[str, Any]) -> tuple[str, str, str]:
     if "second" in row:  # of `handtune label`
         return row["text"], row["label"], row["second"]
     if "completions" in row:
+        if not isinstance(row["completions"], list):  # a text would be compared letter by letter
+            raise TypeError("completions: expected a list")
         first, second = row["completions"][:2]
         return row["prompt"], first, second
     return row["prompt"], row["chosen"], row["rejected"]

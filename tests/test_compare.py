@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from small_runs import write_rows
 
 from handtune.cli import main
@@ -138,12 +139,30 @@ def test_strangers_are_refused(server: ComparisonServer) -> None:
     assert ask("POST", "/elsewhere", {})[0] == 400
     assert ask("POST", "/answer", b"[" * 60_000)[0] == 400
     assert ask("POST", "/undo", b"")[0] == 400
-    for seconds in (math.nan, {"a": 1}):
+    for seconds in (math.nan, {"a": 1}, 10**400):
         assert ask("POST", "/answer", answer | {"seconds": seconds})[0] == 400
     assert ask("GET", "http://[/")[0] == 400
     assert server.session.answers == {}
     assert server.server_address[0] == "127.0.0.1"
     assert ask("POST", "/answer", answer, Origin=ours)[0] == 200
+
+
+def test_a_disk_that_takes_no_answer_is_said_on_the_page(server: ComparisonServer) -> None:
+    ask, answers = Client(server), server.session.folder / "answers.jsonl"
+    answers.mkdir()  # so that it can't be opened
+    assert ask("POST", "/answer", {"item": 0, "answer": "left"})[0] == 500
+    answers.rmdir()
+    assert ask("POST", "/answer", {"item": 0, "answer": "left"})[0] == 200
+    assert server.session.answers == {0: "left"}
+
+
+def test_a_session_is_begun_by_one(tmp_path: Path) -> None:
+    """While one process writes down what is compared, or answers, another one begins nothing there."""
+    items, folder = make_items(PAIRS, repeat=0)[0], tmp_path / "s"
+    folder.mkdir()
+    with FileLock(folder / "lock"), pytest.raises(ValueError, match="another process collects answers there"):
+        Session(folder, items)
+    assert Session(folder, items).items == items
 
 
 def test_many_tabs_at_once_answer_each_item_once(server: ComparisonServer) -> None:
@@ -265,6 +284,9 @@ def test_nothing_that_was_there_is_lost(tmp_path: Path, capsys: pytest.CaptureFi
     other = write_rows(tmp_path / "other.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
     assert main(["compare", "--pairs", str(other), "--out", str(out), "--terminal"]) == 2
     assert "a session about other pairs" in capsys.readouterr().err
+    other.write_text('{"prompt": "p", "completions": "hello"}')
+    assert main(["compare", "--pairs", str(other), "--out", str(tmp_path / "new.jsonl"), "--terminal"]) == 2
+    assert "other.jsonl line 1: expected prompt and completions" in capsys.readouterr().err
     other.write_text(r'{"prompt": "p", "chosen": "a", "rejected": "\ud800"}')
     assert main(["compare", "--pairs", str(other), "--out", str(tmp_path / "new.jsonl"), "--terminal"]) == 2
     assert "other.jsonl line 1: what is compared must be texts" in capsys.readouterr().err
