@@ -73,6 +73,8 @@ class PPOConfig:
             raise ValueError(f"schedule {self.schedule!r} is unknown; known: {', '.join(SCHEDULES)}")
         if self.kl_estimate not in ("k1", "k3"):
             raise ValueError(f'kl_estimate: expected "k1" or "k3", got {self.kl_estimate!r}')
+        if self.kl_target is not None and self.kl == 0:
+            raise ValueError("kl = 0 never adapts to kl_target, which moves it by factors; begin above 0")
         if self.kl_target is not None and self.kl_horizon < self.rollout_rows:
             raise ValueError(
                 f"kl_horizon = {self.kl_horizon}: it takes at least a round's completions, {self.rollout_rows}"

@@ -9,9 +9,13 @@ with each other (GRPO: Shao et al. 2024, arXiv:2402.03300). What happens in a ro
 list of details; their numbers stand beside them here, too.
 """
 
+import json
+import math
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +24,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .adapters import adapter_names, set_adapter
+from .adapters import adapter_names, drop_adapter, set_adapter
 from .advantages import AdaptiveKL, best_of
 from .arithmetic import settle_arithmetic
 from .batches import Batches
@@ -34,7 +38,7 @@ from .progress import generators, set_generators
 from .record import Record, peak_memory
 from .reward import ADAPTER as REWARD
 from .reward import Reward, RewardFn
-from .rollouts import CRITIC, POLICY, Actors, Rollout
+from .rollouts import CRITIC, POLICY, Actors, Prompt, Rollout
 from .shared import shared_layers, with_head
 
 
@@ -79,19 +83,20 @@ def ppo(
 
     `prompts` are texts, where there is a `tokenizer`, else token ids. `reward(prompts, completions)` gives a number for
     each completion, texts or token ids likewise; a `Reward`; or several, whose scores are added up. The policy is left
-    as the active adapter "policy". `out`: the run folder; the same call on it resumes. `show` gets a sample a round.
+    as the active adapter "policy". `out`: the run folder; the same call on it resumes, on the same model, too. `show`
+    gets a sample a round.
 
     Raises ValueError for a model with adapters other than a reward's (merge them first), LoRA targets outside its
-    layers, an empty prompt, none that leaves room for a completion, and a reward that gives anything but one finite
-    number each; FloatingPointError where training diverges.
+    layers, an empty prompt, none that leaves room for a completion, a reward that gives anything but one finite number
+    each, and a folder of a run with another configuration, base or prompts; FloatingPointError where training diverges.
     """
     start = time.perf_counter()
     settle_arithmetic()
     torch.manual_seed(config.seed)
-    run = _Run(model, prompts, [reward] if callable(reward) else reward, config, tokenizer)
     record = Record(out)
     record.start(about or {}, (about or {}).get("config") or {"ppo": asdict(config)})
-    progress = run.resume(record)
+    run = _Run(model, prompts, [reward] if callable(reward) else reward, config, tokenizer, record)
+    progress = run.begin()
     start -= progress.seconds
     total = -(-config.episodes // config.rollout_rows)
     bar = tqdm(total=config.episodes, initial=progress.episodes, unit="episode", disable=None)
@@ -101,7 +106,8 @@ def ppo(
             lr = config.lr * lr_factor(config.schedule, progress.round, total, 0, 0.2, 0.0)
             before = run.weights()  # which the round's rollout, and so its objective, is of
             rollout, stats = run.round(list(islice(prompt, each_round)), lr)
-            require_finite(stats["policy_loss"], stats["grad_norm"], f"round {progress.round + 1}", record, "ppo.lr")
+            loss = stats["policy_loss"] if run.round.sound(rollout) else math.nan
+            require_finite(loss, stats["grad_norm"], f"round {progress.round + 1}", record, "ppo.lr")
             progress.round, progress.episodes = progress.round + 1, progress.episodes + len(rollout.ids)
             progress.stats, progress.seconds = stats, time.perf_counter() - start
             record.log(step=progress.round, episodes=progress.episodes, **stats, sample=run.shown(rollout),
@@ -117,7 +123,7 @@ def ppo(
                 progress.best, run.best = {"round": progress.round, **stats}, before
             ends = interrupt.is_set() or progress.stopped is not None or progress.round == total
             if ends or progress.round % config.save_every == 0:
-                run.save(record, progress)
+                run.save(progress)
             if ends:
                 break
     set_adapter(model, POLICY)
@@ -134,11 +140,21 @@ class _Run:
     """The model with what PPO adds to it, the prompts, and the state that a checkpoint holds."""
 
     def __init__(
-        self, model: Any, prompts: Sequence[Any], rewards: Sequence[RewardFn], config: PPOConfig, tokenizer: Any
+        self,
+        model: Any,
+        prompts: Sequence[Any],
+        rewards: Sequence[RewardFn],
+        config: PPOConfig,
+        tokenizer: Any,
+        record: Record,
     ):
         self.model, self.config, self.tokenizer, self.rewards = model, config, tokenizer, list(rewards)
+        self.folder, self.record = record.checkpoints, record
         # One at a time, so that a round is whole where a pass over the prompts ends in it
-        self.batches = Batches(self._fitting(prompts), list, rows=1, seed=config.seed, size=len)
+        self.batches = Batches(self._fitting(prompts), list, rows=1, seed=config.seed)
+        self.stored = self._load()
+        if self.stored is not None:
+            _take_off(model)  # what this run has trained so far stands in its checkpoint
         critic = self._attach()
         named = [(n, p) for n, p in model.named_parameters() if f".lora.{POLICY}." in n or f".lora.{CRITIC}." in n]
         if critic is not None:
@@ -153,20 +169,20 @@ class _Run:
         self.kl = AdaptiveKL(config.kl, config.kl_target, config.kl_horizon)
         share = shared_layers(model, (POLICY, CRITIC))
         actors = Actors(model, critic, share, config.temperature)
-        self.round = Round(actors, self.rewards, self.optimizer, self.kl, config, tokenizer, self.given)
+        self.round = Round(actors, self.rewards, self.optimizer, self.kl, config, tokenizer)
         self.best: dict[str, Tensor] = {}
 
-    def _fitting(self, prompts: Sequence[Any]) -> list[list[int]]:
-        """Token ids of the prompts that leave room for a completion."""
+    def _fitting(self, prompts: Sequence[Any]) -> list[Prompt]:
+        """The prompts that leave room for a completion."""
         if self.tokenizer is not None:
             ids = [encoding.ids for encoding in self.tokenizer.encode_batch(list(prompts), add_special_tokens=False)]
         else:
             ids = [list(prompt) for prompt in prompts]
         if empty := [i for i, row in enumerate(ids, 1) if not row]:
             raise ValueError(f"prompt {empty[0]} is empty; give it at least one token")
-        self.given = {tuple(row): prompt for row, prompt in zip(ids, prompts, strict=True)}
         limit, room = self.model.config.max_positions, self.config.max_new_tokens
-        fitting = [row for row in ids if limit is None or len(row) + room <= limit]
+        every = [Prompt(row, prompt) for row, prompt in zip(ids, prompts, strict=True)]
+        fitting = [prompt for prompt in every if limit is None or len(prompt.ids) + room <= limit]
         if not fitting:
             raise ValueError(f"no prompt leaves room for {room} new tokens in the model's {limit} positions")
         if len(fitting) < len(ids):
@@ -183,7 +199,7 @@ class _Run:
         if others := [name for name in adapter_names(model) if name != REWARD]:
             raise ValueError(
                 f"the model carries the adapter {others[0]!r}, but the reference is the model without adapters: "
-                "merge_lora(model, keep_base=False) first"
+                f"merge_lora(model, keep_base=False), or drop_adapter(model, {others[0]!r}), first"
             )
         if outside := [path for path, _, _ in matches(model, config.lora.targets) if not path.startswith("layers.")]:
             raise ValueError(f"lora.targets: ppo adapts the layers, which its models share; {outside[0]!r} is in none")
@@ -214,10 +230,10 @@ class _Run:
             return
         samples = self.round.sample(self._drawn(self.config.normalise), None)
         for own in fresh:
-            on_base = own.on(self.model)
-            own.normalise(*((samples.prompts, samples.completions) if on_base else self.round.as_given(samples)))
+            ids = [prompt.ids for prompt in samples.prompts], samples.completions
+            own.normalise(*(ids if own.on(self.model) else self.round.as_given(samples)))
 
-    def _drawn(self, n: int) -> list[list[int]]:
+    def _drawn(self, n: int) -> list[Prompt]:
         """n prompts at random, none of them again before all others came."""
         every = self.batches.examples
         order = torch.cat([torch.randperm(len(every)) for _ in range(0, n, len(every))])
@@ -231,30 +247,65 @@ class _Run:
         self.round.assess(samples, range(len(prompts)))
         return best_of(samples.scores.view(-1, n))
 
-    def save(self, record: Record, progress: Progress) -> None:
-        if record.checkpoints is None:
+    def save(self, progress: Progress) -> None:
+        if self.folder is None:
             return
         progress.beta = self.kl.beta
         tensors = {f"optimizer.{key}": value for key, value in self.optimizer.state_dict().items()}
         tensors |= {f"best.{key}": value for key, value in self.best.items()}
         states, random = generators()
         scales = [(own.shift, own.scale) for own in self.rewards if isinstance(own, Reward)]
-        facts = {"progress": asdict(progress), "data": self.batches.state_dict(), "random": random, "rewards": scales}
-        save_checkpoint(checkpoint_path(record.checkpoints, progress.round), tensors | states, facts)
-        prune(record.checkpoints, self.config.keep)
+        facts = {
+            "progress": asdict(progress), "data": self.batches.state_dict(), "random": random, "rewards": scales,
+            **self.identity,
+        }  # fmt: skip
+        save_checkpoint(checkpoint_path(self.folder, progress.round), tensors | states, facts)
+        prune(self.folder, self.config.keep)
 
-    def resume(self, record: Record) -> Progress:
-        """From the newest checkpoint, or from the beginning."""
-        found = checkpoints(record.checkpoints) if record.checkpoints else []
-        if not found:
-            record.rewind(-1)
-            self.normalise()
-            if self.config.best_of:
-                record.amend(best_of=self.best_of())
-            return Progress()
+    @cached_property
+    def identity(self) -> dict[str, int]:
+        """What a checkpoint is of: numbers that change where a weight of the base does, or a prompt."""
+        integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        base = [p.detach() for name, p in self.model.named_parameters() if ".lora." not in name]
+        prompts = json.dumps([prompt.ids for prompt in self.batches.examples])
+        return {
+            "base": sum(int(weight.view(integers[weight.element_size()]).sum()) for weight in base),
+            "prompts": zlib.crc32(prompts.encode()),
+        }
+
+    def begin(self) -> Progress:
+        """From the newest checkpoint, or from the beginning; where that fails, the model is without adapters again."""
+        try:
+            with explained_memory_error(self.round.device, _smaller(self.config)):
+                return self._start() if self.stored is None else self._resume(*self.stored)
+        except BaseException:
+            _take_off(self.model)
+            raise
+        finally:
+            self.stored = None
+
+    def _start(self) -> Progress:
+        self.record.rewind(-1)
+        self.normalise()
+        if self.config.best_of:
+            self.record.amend(best_of=self.best_of())
+        return Progress()
+
+    def _load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The newest checkpoint, if there is one."""
+        if self.folder is None or not (found := checkpoints(self.folder)):
+            return None
         tensors, facts = load_checkpoint(found[-1])
+        for name, what in (("base", "base model"), ("prompts", "set of prompts")):
+            if facts[name] != self.identity[name]:
+                raise ValueError(
+                    f"{found[-1]} is of another {what} than this one; put the old one back, or choose another out"
+                )
+        return tensors, facts
+
+    def _resume(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Progress:
         progress = Progress(**facts["progress"])
-        record.rewind(progress.round)
+        self.record.rewind(progress.round)
         self.optimizer.load_state_dict(_under("optimizer.", tensors))
         self.best, self.kl.beta = _under("best.", tensors), progress.beta
         self.batches.load_state_dict(facts["data"])
@@ -262,6 +313,13 @@ class _Run:
             own.shift, own.scale = scale
         set_generators(tensors, facts["random"])
         return progress
+
+
+def _take_off(model: Any) -> None:
+    """Take policy and critic off the model."""
+    set_adapter(model, None)
+    for name in {POLICY, CRITIC} & set(adapter_names(model)):
+        drop_adapter(model, name)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

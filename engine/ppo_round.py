@@ -25,7 +25,7 @@ al. 2020, arXiv:2009.01325. Without a letter: ours.
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ from .optim import Optimizer
 from .ppo_config import PPOConfig
 from .reward import ADAPTER as REWARD
 from .reward import Reward, RewardFn, checked_scores
-from .rollouts import POLICY, Actors, Rollout, cut, sample
+from .rollouts import POLICY, Actors, Prompt, Rollout, cut, sample
 from .shared import shared_layers
 
 PER_TOKEN = ("logps", "reference", "entropy", "values")
@@ -57,16 +57,15 @@ class Round:
         kl: AdaptiveKL,
         config: PPOConfig,
         tokenizer: Any,
-        given: Mapping[tuple[int, ...], Any],
     ):
         self.actors, self.rewards, self.optimizer, self.kl = actors, list(rewards), optimizer, kl
-        self.config, self.tokenizer, self.given = config, tokenizer, given
+        self.config, self.tokenizer = config, tokenizer
         self.model, self.critic = actors.model, actors.critic
         self.device = next(self.model.parameters()).device
         self.ends = list(self.model.tokens.ends)
 
-    def __call__(self, prompts: Sequence[Sequence[int]], lr: float) -> tuple[Rollout, dict[str, float]]:
-        """One round on these prompts (token ids); the rollout, and what is worth knowing about it."""
+    def __call__(self, prompts: Sequence[Prompt], lr: float) -> tuple[Rollout, dict[str, float]]:
+        """One round on these prompts; the rollout, and what is worth knowing about it."""
         began = time.perf_counter()
         prompts = [prompt for prompt in prompts for _ in range(self.config.group or 1)]
         rollout = self.sample(prompts, POLICY)
@@ -82,7 +81,7 @@ class Round:
         stats |= {"lr": lr, "rollout_seconds": sampled - began, "assess_seconds": assessed - sampled}
         return rollout, stats | {"update_seconds": ended - assessed, "episodes_per_second": n / (ended - began)}
 
-    def sample(self, prompts: Sequence[Sequence[int]], adapter: str | None) -> Rollout:
+    def sample(self, prompts: Sequence[Prompt], adapter: str | None) -> Rollout:
         """Completions at the temperature that is trained at, of the whole distribution (2)."""
         config = self.config
         with use_adapter(self.model, adapter):
@@ -123,7 +122,7 @@ class Round:
         completions: list[Any] = rollout.completions
         if self.tokenizer is not None:
             completions = [text_of(ids, self.ends, (), self.tokenizer) for ids in completions]
-        return [self.given[tuple(ids)] for ids in rollout.prompts], completions
+        return [prompt.given for prompt in rollout.prompts], completions
 
     def called(self, rollout: Rollout, rewards: Sequence[RewardFn]) -> Tensor:
         """The scores of rewards that are called with texts, or, without a tokenizer, with token ids, added up."""
@@ -197,6 +196,13 @@ class Round:
         self.optimizer.accumulate()
         numbers = torch.stack([value.float() for value in sums.values()]).tolist()  # one wait for the device
         return dict(zip(sums, numbers, strict=True))
+
+    @torch.no_grad()
+    def sound(self, rollout: Rollout) -> bool:
+        """Whether policy and critic still give numbers after the last step, which no loss has seen."""
+        batch = rollout.batch([0], self.device)
+        found = self.actors.logps(batch, POLICY).sum()
+        return bool((found if self.critic is None else found + self.actors.values(batch).sum()).isfinite())
 
     def micro_batches(self, rows: Sequence[int]) -> Iterator[Sequence[int]]:
         """Rows in the micro-batches of their steps."""

@@ -21,18 +21,26 @@ from .generation import generate, left_padded
 POLICY, CRITIC = "policy", "critic"
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids, and the prompt as it was given, which rewards see."""
+
+    ids: list[int]
+    given: Any
+
+
 @dataclass
 class Rollout:
-    """N completions: token ids whole, where each completion starts, whether it `ended` by itself;
-    `lengths` are the completions' tokens.
+    """N completions of `prompts`: token ids whole, whether each `ended` by itself; `starts` are the prompts' lengths,
+    `lengths` the completions'.
 
     The tensors are (N, T), a column a token of a completion, filled up on the right: `mask`, log-probabilities of the
     policy that wrote it and of the reference, entropies of the policy, the critic's values; `scores` (N,). `states`:
     of the lower layers, (tokens, D) a row.
     """
 
+    prompts: Sequence[Prompt]
     ids: list[list[int]]
-    starts: list[int]
     ended: list[bool]
     states: list[Tensor] = field(default_factory=list)
     mask: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -43,11 +51,8 @@ class Rollout:
     scores: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __post_init__(self) -> None:
+        self.starts = [len(prompt.ids) for prompt in self.prompts]
         self.lengths = [len(row) - start for row, start in zip(self.ids, self.starts, strict=True)]
-
-    @property
-    def prompts(self) -> list[list[int]]:
-        return [row[:start] for row, start in zip(self.ids, self.starts, strict=True)]
 
     @property
     def completions(self) -> list[list[int]]:
@@ -75,26 +80,26 @@ class Rollout:
 
 def sample(
     model: Any,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     max_new_tokens: int,
     temperature: float,
     ends: Sequence[int],
     rows: int,
 ) -> Rollout:
-    """Completions of `prompts` (token ids) by the active adapter, `rows` at a time; torch's generator draws."""
+    """Completions of `prompts` by the active adapter, `rows` at a time; torch's generator draws."""
     device = next(model.parameters()).device
     ids, ended = [], []
-    for start in range(0, len(prompts), rows):
-        tokens, mask = left_padded(prompts[start : start + rows])  # 3
+    for some in cut(prompts, rows):
+        tokens, mask = left_padded([prompt.ids for prompt in some])  # 3
         seed, width = int(torch.randint(2**62, ())), tokens.shape[1]
         found = generate(
             model, tokens.to(device), mask.to(device), max_new_tokens, temperature, seed=seed, eos_id=ends
         )  # fmt: skip
-        for prompt, row in zip(prompts[start : start + rows], found[:, width:].tolist(), strict=True):
+        for prompt, row in zip(some, found[:, width:].tolist(), strict=True):
             stop = next((i for i, token in enumerate(row) if token in ends), None)
-            ids.append([*prompt, *(row if stop is None else row[: stop + 1])])
+            ids.append([*prompt.ids, *(row if stop is None else row[: stop + 1])])
             ended.append(stop is not None)
-    return Rollout(ids, [len(prompt) for prompt in prompts], ended)
+    return Rollout(prompts, ids, ended)
 
 
 @dataclass
@@ -147,7 +152,7 @@ class Actors:
         return {} if states is None else {"entering": states, "layers": slice(self.share, None)}
 
 
-def cut(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+def cut(order: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     """Pieces of at most `size` of an order."""
     for start in range(0, len(order), size):
         yield order[start : start + size]

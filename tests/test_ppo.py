@@ -1,7 +1,9 @@
 """PPO against known truths: the first ratio, the optimum of a task that can be enumerated, resuming, and refusals."""
 
+import copy
 import json
 import math
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +15,16 @@ from small_adapters import gpt2
 from small_models import both, tiny_llama
 from small_tokenizers import byte_level
 from test_adapter_exchange import tiny_bloom
+from tokenizers import Tokenizer, normalizers
 from torch import Tensor
 
-from handtune.engine import LoRAConfig, PPOConfig, add_lora, load_reward, ppo, save_adapter, use_adapter
+from handtune.engine import LoRAConfig, PPOConfig, add_lora, load_reward, merge_lora, ppo, save_adapter, use_adapter
+from handtune.engine.adapters import adapter_names
 from handtune.engine.advantages import AdaptiveKL
 from handtune.engine.ppo_loop import _Run
+from handtune.engine.record import Record
 from handtune.engine.reward import Reward, checked_scores
+from handtune.engine.rollouts import Rollout
 from handtune.engine.shared import shared_layers, with_head
 from handtune.models import GPT2
 
@@ -49,7 +55,12 @@ SMALL: dict[str, Any] = {
 
 def run_of(model: Any, **settings: Any) -> _Run:
     torch.manual_seed(0)
-    return _Run(model, PROMPTS * 4, [evens], PPOConfig(**{**SMALL, **settings}), None)
+    return _Run(model, PROMPTS * 4, [evens], PPOConfig(**{**SMALL, **settings}), None, Record(None))
+
+
+def sampled(run: _Run) -> Rollout:
+    """What the policy writes for each prompt."""
+    return run.round.sample(run.batches.examples, "policy")
 
 
 def moved(run: _Run) -> None:
@@ -76,7 +87,7 @@ def test_the_first_ratio_is_exactly_one(family: str, targets: str, micro: int | 
     lora = LoRAConfig(rank=4, targets=[targets])
     run = run_of(model, micro_rows=micro, temperature=0.7, lora=lora, max_new_tokens=20)
     moved(run)
-    rollout = run.round.sample(PROMPTS * 4, "policy")
+    rollout = sampled(run)
     assert len(set(rollout.lengths)) > 1
     order = torch.randperm(16).tolist()
     run.round.assess(rollout, order)
@@ -97,7 +108,7 @@ def test_log_probabilities_row_by_row(family: str, tmp_path: Path) -> None:
     moved(run)
     torch.nn.init.normal_(run.round.critic.head.out.weight)
     assert run.round.actors.share == 1
-    rollout = run.round.sample(PROMPTS * 4, "policy")
+    rollout = sampled(run)
     run.round.assess(rollout, range(16))
     for i, (ids, start) in enumerate(zip(rollout.ids, rollout.starts, strict=True)):
         n, row = len(ids) - start, torch.tensor([ids])
@@ -179,6 +190,50 @@ def test_a_run_stopped_and_resumed_is_the_same_run(tmp_path: Path) -> None:
     assert ppo(gpt2(), PROMPTS * 4, evens, config, out=tmp_path / "whole").episodes == 96  # it has ended: nothing more
 
 
+def test_the_same_model_goes_on_and_a_changed_one_does_not(tmp_path: Path) -> None:
+    """In one process, interrupted and called again; with the half-trained policy merged, or other prompts, refused."""
+    config = PPOConfig(**{**SMALL, "save_every": 1})
+    whole = gpt2()
+    ppo(whole, PROMPTS * 4, evens, config)
+    calls = []
+
+    def interrupted(prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+        calls.append(1)
+        if len(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return evens(prompts, completions)
+
+    model = gpt2()
+    assert ppo(model, PROMPTS * 4, interrupted, config, out=tmp_path / "run").stopped == "interrupted"
+    with pytest.raises(ValueError, match=r"the adapter 'critic'.* or drop_adapter\(model, 'critic'\), first"):
+        ppo(model, PROMPTS * 4, evens, config)
+    merged = copy.deepcopy(model)
+    merge_lora(merged, keep_base=False)
+    with pytest.raises(ValueError, match="is of another base model than this one; put the old one back"):
+        ppo(merged, PROMPTS * 4, evens, config, out=tmp_path / "run")
+    with pytest.raises(ValueError, match="another set of prompts than this one"):
+        ppo(gpt2(), [*PROMPTS[:3], [8, 8]] * 4, evens, config, out=tmp_path / "run")
+    with pytest.raises(ValueError, match="another set of prompts than this one"):
+        ppo(model, PROMPTS, evens, config, out=tmp_path / "run")
+    assert adapter_names(model) == ["critic", "policy"]
+    assert ppo(model, PROMPTS * 4, evens, config, out=tmp_path / "run").stopped is None
+    ours, theirs = weights_of(model), weights_of(whole)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_what_fails_at_the_beginning_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    def out_of_memory(prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = gpt2()
+    (tmp_path / "kept.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        ppo(model, PROMPTS, evens, PPOConfig(**SMALL), out=tmp_path)
+    with pytest.raises(MemoryError, match=r"out of memory on cpu: set ppo\.micro_rows = 4"):
+        ppo(model, PROMPTS, out_of_memory, PPOConfig(**SMALL, best_of=2))
+    assert adapter_names(model) == []
+
+
 def test_a_policy_that_runs_away_is_stopped_and_its_best_given_back(tmp_path: Path) -> None:
     model = writer()
     config = PPOConfig(**{**SMALL, "episodes": 640, "lr": 0.1, "kl": 0.0, "kl_stop": 3.0, "max_norm": None})
@@ -233,11 +288,11 @@ def test_a_reward_model_on_the_policys_base(targets: str, tmp_path: Path) -> Non
     completions = [[4, 5, 6], [1], [2, 3], [9, 9]]
     torch.testing.assert_close(loaded(PROMPTS, completions), reward(PROMPTS, completions))
     config = PPOConfig(**{**SMALL, "lora": LoRAConfig(rank=4, targets=["layers.1.*"])})
-    run = _Run(model, PROMPTS * 4, [loaded, evens], config, None)
+    run = _Run(model, PROMPTS * 4, [loaded, evens], config, None, Record(None))
     assert run.round.actors.share == 1
-    rollout = run.round.sample(PROMPTS * 4, "policy")
+    rollout = sampled(run)
     run.round.assess(rollout, range(16))
-    both_scores = reward(rollout.prompts, rollout.completions) + torch.tensor(evens([], rollout.completions))
+    both_scores = reward(*run.round.as_given(rollout)) + torch.tensor(evens([], rollout.completions))
     torch.testing.assert_close(rollout.scores, both_scores, rtol=1e-4, atol=1e-5)
 
 
@@ -266,12 +321,17 @@ def test_rewards_see_what_was_given(tmp_path: Path) -> None:
     config = PPOConfig(**{**SMALL, "normalise": 400, "episodes": 16})
     ppo(model, prompts, [own, length], config, tokenizer=tokenizer)
     assert seen == set(prompts)
-    run = _Run(gpt2(vocab_size=500), prompts, [own], config, tokenizer)
+    run = _Run(gpt2(vocab_size=500), prompts, [own], config, tokenizer, Record(None))
     run.round.ends = [0]
-    rollout = run.round.sample([*run.given] * 100, None)
+    rollout = run.round.sample(run.batches.examples * 100, None)
     scores = own(*run.round.as_given(rollout))
     assert abs(scores.mean()) < 0.2
     assert 0.8 < scores.std() < 1.25
+    alike = ["The Cat", "the cat"]  # of the same tokens
+    lower = Tokenizer.from_str(tokenizer.to_str())
+    lower.normalizer = normalizers.Lowercase()
+    run = _Run(gpt2(vocab_size=500), alike, [length], config, lower, Record(None))
+    assert run.round.as_given(sampled(run))[0] == alike
     with pytest.raises(ValueError, match="a reward model without a tokenizer was given texts"):
         ppo(gpt2(vocab_size=500), prompts, Reward(own.model), config, tokenizer=tokenizer)
 
@@ -279,15 +339,15 @@ def test_rewards_see_what_was_given(tmp_path: Path) -> None:
 def test_a_reward_without_adapter_scores_by_the_base() -> None:
     model = gpt2()
     reward = Reward(with_head(model, "reward"), scale=1.0)
-    run = _Run(model, PROMPTS * 4, [reward, evens], PPOConfig(**SMALL), None)
+    run = _Run(model, PROMPTS * 4, [reward, evens], PPOConfig(**SMALL), None, Record(None))
     moved(run)
-    rollout = run.round.sample(PROMPTS * 4, "policy")
+    rollout = sampled(run)
     run.round.assess(rollout, range(16))
     with use_adapter(model, None):
-        expected = reward(rollout.prompts, rollout.completions)
+        expected = reward(*run.round.as_given(rollout))
     torch.testing.assert_close(rollout.scores - torch.tensor(evens([], rollout.completions)), expected)
     with use_adapter(model, "policy"):
-        assert not torch.allclose(expected, reward(rollout.prompts, rollout.completions), atol=1e-3)
+        assert not torch.allclose(expected, reward(*run.round.as_given(rollout)), atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -322,6 +382,7 @@ def test_refusals(tmp_path: Path) -> None:
         ({"lam": 1.5}, "lam: expected a number between 0 and 1"),
         ({"episodes": 0}, "episodes: expected a positive number"),
         ({"kl": -1.0}, "kl: expected zero or a positive number"),
+        ({"kl": 0.0, "kl_target": 4.0}, "kl = 0 never adapts to kl_target"),
         ({"kl_target": 4.0, "kl_horizon": 10}, "kl_horizon = 10: it takes at least a round's completions, 16"),
     ):
         with pytest.raises(ValueError, match=says):
@@ -342,7 +403,7 @@ def test_completions_without_end_pay_for_it() -> None:
     model = gpt2()
     model.tokens = model.tokens.__class__(eos_id=11)
     run = run_of(model, no_end=5.0)
-    rollout = run.round.sample(PROMPTS * 4, "policy")
+    rollout = sampled(run)
     run.round.assess(rollout, range(16))
     plain = torch.tensor(evens([], rollout.completions))
     expected = plain - 5.0 * torch.tensor([not ended for ended in rollout.ended])
@@ -350,10 +411,14 @@ def test_completions_without_end_pay_for_it() -> None:
     assert all((ids[-1] == 11) == ended for ids, ended in zip(rollout.ids, rollout.ended, strict=True))
 
 
-def test_a_policy_that_diverges_is_named() -> None:
+def test_a_policy_that_diverges_is_named(tmp_path: Path) -> None:
     wild = PPOConfig(**{**SMALL, "lr": 1e12, "schedule": "constant", "max_norm": None, "update_stop": None})
     with pytest.raises(FloatingPointError, match=r"round 1: .*there is no checkpoint yet; try a smaller ppo\.lr"):
         ppo(gpt2(), PROMPTS * 4, evens, wild)
+    last = PPOConfig(**{**SMALL, "episodes": 16, "batch_rows": 16, "epochs": 1, "lr": 1e30, "schedule": "constant"})
+    with pytest.raises(FloatingPointError, match="round 1: the loss is nan"):  # which only the last step has made
+        ppo(gpt2(), PROMPTS * 4, evens, last, out=tmp_path)
+    assert not list(tmp_path.glob("checkpoints/*"))
     model = gpt2()
     model.norm.weight.data.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="the model's logits are not finite"):
