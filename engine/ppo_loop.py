@@ -230,8 +230,8 @@ class _Run:
             return
         samples = self.round.sample(self._drawn(self.config.normalise), None)
         for own in fresh:
-            ids = [prompt.ids for prompt in samples.prompts], samples.completions
-            own.normalise(*(ids if own.on(self.model) else self.round.as_given(samples)))
+            tokens = [prompt.ids for prompt in samples.prompts], samples.completions
+            own.normalise(*(tokens if own.on(self.model) else self.round.as_given(samples)))
 
     def _drawn(self, n: int) -> list[Prompt]:
         """n prompts at random, none of them again before all others came."""
@@ -274,7 +274,7 @@ class _Run:
         }
 
     def begin(self) -> Progress:
-        """From the newest checkpoint, or from the beginning; where that fails, the model is without adapters again."""
+        """From the newest checkpoint, or from the beginning; where that fails, policy and critic come off again."""
         try:
             with explained_memory_error(self.round.device, _smaller(self.config)):
                 return self._start() if self.stored is None else self._resume(*self.stored)

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..kernels import LayerNorm, Linear, activation_linear, attention
-from .gpt2 import ACTIVATIONS
+from .gpt2_config import ACTIVATIONS
 from .heads import EmbeddingHead, MaskedLMHead, MLPHead, n_outputs, pool_tokens
 from .layers import Published, initialize, key_bias, overridden, positions, read_fields, refuse_longer
 from .tokens import SpecialTokens

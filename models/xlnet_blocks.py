@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import LayerNorm, Linear, activation_linear, attention
-from .gpt2 import ACTIVATIONS
+from .gpt2_config import ACTIVATIONS
 from .layers import Published
 from .xlnet_config import XLNetConfig
 

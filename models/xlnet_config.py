@@ -7,7 +7,7 @@ Where a length is zero, or -1 for `clamp_len`, it is switched off: None here.
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from .gpt2 import ACTIVATIONS
+from .gpt2_config import ACTIVATIONS
 from .layers import read_fields
 
 

@@ -13,7 +13,7 @@ from transformers import BertForPreTraining
 from handtune.models import GPT2, Bert, Llama, load
 from handtune.models.bert import BertConfig
 from handtune.models.filling import allocate
-from handtune.models.gpt2 import GPT2Config
+from handtune.models.gpt2_config import GPT2Config
 from handtune.models.llama import LlamaConfig
 
 NAMES = ["north", "east", "south", "west"]

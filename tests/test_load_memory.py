@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from handtune.models import GPT2, Llama, load, save
-from handtune.models.gpt2 import GPT2Config
+from handtune.models.gpt2_config import GPT2Config
 from handtune.models.llama import LlamaConfig
 
 ROOT = Path(__file__).parent.parent
