@@ -23,12 +23,9 @@ What doesn't fit in max_length:
 - qa: the context is split into windows that overlap by 128 tokens, a question is cut to half a window;
 - classify, tag, embed: the end is cut, of a pair first the longer text's; seq2seq: the end of prompt and completion.
 
-Special tokens: those of the tokenizer's post-processor for masked-lm, classify, tag, qa, embed. Causal objectives get
-none but `eos` at the end of text and completions (in sft not after messages, where the template ends turns), so that a
-template's BOS is not doubled.
-
-A prompt is tokenised alone, as generation will see it, and not as the beginning of prompt + completion: byte-level
-tokenizers may merge differently across the seam ("\\n\\n" is one token at the end of a prompt, two in front of a word).
+Special tokens: those of the tokenizer's post-processor for masked-lm, classify, tag, qa, embed. Texts of causal
+objectives begin with what it puts in front (a template's BOS is not doubled), and text and completions end with `eos`
+(in sft not after messages, where the template ends turns). `text.py` says more, also of where a prompt ends.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,8 +37,9 @@ from . import encode_tasks as tasks
 from .chat import ChatTemplate, token_mask
 from .data import label_names
 from .encode_tasks import IGNORED, Encoded, Numbered, Settings
-from .pairs import comparisons, joined
+from .pairs import comparisons
 from .rows import row_shape
+from .text import append_eos, beginning, begun, tokenize_pairs
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -190,8 +188,9 @@ def _whole(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
     """Loss on every token; long texts become windows, each token but the first a target exactly once."""
     length = settings.max_length
     texts = [_whole_text(index, row, settings) for index, row in rows]
+    begin = beginning(settings.tokenizer)
     for encoding in _encode_texts(texts, settings):
-        ids = tasks.ended(encoding.ids, 0, settings)
+        ids = append_eos(begun(encoding.ids, begin), 0, settings.eos, settings.more_ends)
         examples = [
             {"input_ids": ids[i : min(i + length, len(ids) - 1)], "targets": ids[i + 1 : i + length + 1]}
             for i in range(0, len(ids) - 1, length)
@@ -209,15 +208,19 @@ def _encode_texts(texts: list[str], settings: Settings) -> "list[Encoding]":
 
 
 def _completion(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
-    for ids, seam in joined([(row["prompt"], row["completion"]) for _, row in rows], settings):
-        ids = tasks.ended(ids, seam, settings)
+    pairs = [(row["prompt"], row["completion"]) for _, row in rows]
+    for ids, seam in tokenize_pairs(settings.tokenizer, pairs):
+        ids = append_eos(ids, seam, settings.eos, settings.more_ends)
         yield _with_loss(ids, [i >= seam for i in range(len(ids))], settings)
 
 
 def _chat(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
+    begin = beginning(settings.tokenizer)
     rendered = [_chat_text(index, row, settings) for index, row in rows]
     for (_, spans), encoding in zip(rendered, _encode_texts([text for text, _ in rendered], settings), strict=True):
-        yield _with_loss(encoding.ids, token_mask(encoding.offsets, spans), settings)
+        ids, mask = encoding.ids, token_mask(encoding.offsets, spans)
+        whole = begun(ids, begin)
+        yield _with_loss(whole, [False] * (len(whole) - len(ids)) + mask, settings)
 
 
 def _chat_text(index: int, row: Mapping[str, Any], settings: Settings) -> tuple[str, list[tuple[int, int]]]:

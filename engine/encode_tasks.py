@@ -50,18 +50,6 @@ class Encoded:
 Numbered = Sequence[tuple[int, Mapping[str, Any]]]  # (index of the row, row)
 
 
-def ended(ids: list[int], start: int, settings: Settings) -> list[int]:
-    """A text with the token behind it that ends it; the first `start` tokens are its prompt's.
-
-    Of several that a model knows, it is the one that ended the last turn in the prompt, as its chats are written, else
-    `eos`.
-    """
-    ends = (settings.eos, *settings.more_ends)
-    if settings.eos is None or (ids and ids[-1] in ends):
-        return ids
-    return [*ids, next((token for token in reversed(ids[:start]) if token in ends), settings.eos)]
-
-
 def masked_lm(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
     """Windows of text between the special tokens; every token of the text can become a target."""
     texts = [joined_text(row) for _, row in rows]

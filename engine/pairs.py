@@ -10,7 +10,7 @@ Where a side is longer than `max_length`, both lose as much of the prompt's begi
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,51 +19,25 @@ from tqdm import tqdm
 from .adapters import use_adapter
 from .batches import Batch, Batches, Examples, packed, to_device
 from .chat import ChatTemplate, without_trailing_space
-from .encode_tasks import Encoded, Numbered, Settings, ended
+from .encode_tasks import Encoded, Numbered, Settings
 from .guards import in_eval_mode
 from .losses import answer_logps
-
-if TYPE_CHECKING:
-    from tokenizers import Encoding
+from .text import append_eos, tokenize_pairs
 
 SIDES = ("chosen", "rejected")
 CHUNK = 8192  # tokens of a pass without gradients
 
 
-def joined(pairs: Sequence[tuple[str, str]], settings: Settings) -> Iterator[tuple[list[int], int]]:
-    """Of texts (prompt, completion) the tokens of both together, and how many of them are the prompt's.
-
-    The prompt is tokenised alone, as generation will see it.
-    """
-    prompts = settings.tokenizer.encode_batch([prompt for prompt, _ in pairs], add_special_tokens=False)
-    wholes = settings.tokenizer.encode_batch([prompt + end for prompt, end in pairs], add_special_tokens=False)
-    for (text, completion), prompt, whole in zip(pairs, prompts, wholes, strict=True):
-        if whole.ids[: len(prompt.ids)] == prompt.ids:
-            yield whole.ids, len(prompt.ids)
-        else:
-            yield _joined_at_seam(text, completion, prompt, whole, settings)
-
-
-def _joined_at_seam(
-    text: str, completion: str, prompt: "Encoding", whole: "Encoding", settings: Settings
-) -> tuple[list[int], int]:
-    """The same where a token of the whole text lies across prompt and completion."""
-    tokenizer = settings.tokenizer
-    ids = prompt.ids + tokenizer.encode(completion, add_special_tokens=False).ids
-    if tokenizer.decode(ids, skip_special_tokens=False) == tokenizer.decode(whole.ids, skip_special_tokens=False):
-        return ids, len(prompt.ids)
-    # Tokenizers that put a space in front of every text: the two parts make another text than the whole.
-    return whole.ids, next((i for i, (_, last) in enumerate(whole.offsets) if last > len(text)), len(whole.ids))
-
-
 def comparisons(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
     """Examples of `prompt/chosen/rejected` rows: `chosen` and `rejected` token ids, `starts` of the answers in them."""
     texts = [_texts(index, row, settings) for index, row in rows]
-    sides = [list(joined([(text[0], text[1 + side]) for text in texts], settings)) for side in range(2)]
+    tokenizer = settings.tokenizer
+    sides = [list(tokenize_pairs(tokenizer, [(text[0], text[1 + side]) for text in texts])) for side in range(2)]
     for (_, row), text, chosen, rejected in zip(rows, texts, *sides, strict=True):
         ids, starts = [chosen[0], rejected[0]], [chosen[1], rejected[1]]
         if isinstance(row["prompt"], str):  # a chat template ends turns itself
-            ids = [ended(one, start, settings) for one, start in zip(ids, starts, strict=True)]
+            ends = settings.eos, settings.more_ends
+            ids = [append_eos(side, start, *ends) for side, start in zip(ids, starts, strict=True)]
         if text[1] == text[2] or not (text[1] and text[2]):
             yield Encoded([], masked=True)
             continue

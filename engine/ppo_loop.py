@@ -40,6 +40,7 @@ from .reward import ADAPTER as REWARD
 from .reward import Reward, RewardFn
 from .rollouts import CRITIC, POLICY, Actors, Prompt, Rollout
 from .shared import shared_layers, with_head
+from .text import prompt_tokens
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,7 @@ class _Run:
     def _fitting(self, prompts: Sequence[Any]) -> list[Prompt]:
         """The prompts that leave room for a completion."""
         if self.tokenizer is not None:
-            ids = [encoding.ids for encoding in self.tokenizer.encode_batch(list(prompts), add_special_tokens=False)]
+            ids = prompt_tokens(self.tokenizer, prompts)
         else:
             ids = [list(prompt) for prompt in prompts]
         if empty := [i for i, row in enumerate(ids, 1) if not row]:

@@ -121,7 +121,10 @@ class Round:
         """Prompts as the caller gave them, and completions likewise: as texts, where there is a tokenizer."""
         completions: list[Any] = rollout.completions
         if self.tokenizer is not None:
-            completions = [text_of(ids, self.ends, (), self.tokenizer) for ids in completions]
+            completions = [
+                text_of(ids, self.ends, (), self.tokenizer, prompt.ids)
+                for prompt, ids in zip(rollout.prompts, completions, strict=True)
+            ]
         return [prompt.given for prompt in rollout.prompts], completions
 
     def called(self, rollout: Rollout, rewards: Sequence[RewardFn]) -> Tensor:

@@ -19,10 +19,9 @@ from torch import Tensor
 from .adapter_files import load_adapter, read_adapter, save_adapter
 from .adapters import adapter_names, use_adapter
 from .batches import packed, to_device
-from .encode_tasks import Settings, ended
 from .guards import in_eval_mode
-from .pairs import joined
 from .shared import with_head
+from .text import append_eos, tokenize_pairs
 
 RewardFn = Callable[[Sequence[Any], Sequence[Any]], Any]
 ADAPTER, SCALE = "reward", "reward.json"
@@ -51,8 +50,10 @@ class Reward:
         if self.tokenizer is None:
             raise ValueError("a reward model without a tokenizer was given texts: Reward(model, tokenizer)")
         tokens = self.model.tokens
-        settings = Settings(self.tokenizer, 0, {}, tokens.eos_id, None, more_ends=tokens.more_ends)
-        return [ended(ids, start, settings) for ids, start in joined(pairs, settings)]
+        return [
+            append_eos(ids, start, tokens.eos_id, tokens.more_ends)
+            for ids, start in tokenize_pairs(self.tokenizer, pairs)
+        ]
 
     @torch.no_grad()
     def score(self, inputs: dict[str, Any], **how: Any) -> Tensor:

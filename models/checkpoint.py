@@ -116,7 +116,8 @@ def open_checkpoint(
     family = _family(published, folder)
     shards = Shards(folder)  # opened; the weights are read last, so that nothing else can be wrong after that
     config = _config(published, family, shards)
-    words, tokens = load_tokenizer(folder), SpecialTokens.read(folder, published)
+    words = load_tokenizer(folder)
+    tokens = SpecialTokens.read(folder, published, words)
     task = task or task_of(published, family, folder)
     known, stored_depth = stored_head(published, family, folder)
     names = () if task == "reward" else label_names(labels, known)
@@ -147,7 +148,7 @@ def fresh(
 ) -> tuple[Model, "Tokenizer | None"]:
     """A freshly initialised model of a published size, on the default device, with the tokenizer.json at `tokenizer`.
 
-    The vocabulary is the tokenizer's; its token "<|endoftext|>" or "</s>", where it has one, ends texts, "<pad>" pads.
+    The vocabulary is the tokenizer's, and so are the tokens that end and pad texts (`SpecialTokens.of_tokenizer`).
     """
     family = _family_of_preset(preset)
     words = load_tokenizer_file(Path(tokenizer)) if tokenizer is not None else None
@@ -156,9 +157,7 @@ def fresh(
     torch.manual_seed(seed)
     model = family.from_name(preset, task=task, labels=labels, **overrides).to(_device("auto"))
     if words is not None:
-        ends = [words.token_to_id(name) for name in ("<|endoftext|>", "</s>")]
-        end = next((i for i in ends if i is not None), None)
-        model.tokens = SpecialTokens(eos_id=end, pad_id=words.token_to_id("<pad>"))
+        model.tokens = SpecialTokens.of_tokenizer(words)
     return model.eval(), words
 
 

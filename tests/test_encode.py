@@ -2,7 +2,6 @@
 
 import pytest
 from small_tokenizers import byte_level, word_piece
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from handtune.engine.chat import ChatTemplate
 from handtune.engine.check_data import show
@@ -59,19 +58,6 @@ def test_training_begins_where_generation_does(prompt, completion):
 
 def test_the_seam_in_question_is_real():
     assert ids("who?\n\n")[-1] != ids("who?\n\nthe")[-2]
-
-
-def test_a_tokenizer_that_puts_a_space_before_every_text_is_split_by_offsets():
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.train_from_iterator(
-        ["the cat sat on the mat"] * 3, trainers.BpeTrainer(vocab_size=60, show_progress=False)
-    )
-    whole = tokenizer.encode("the cat sat").ids
-    examples, _ = encode([{"prompt": "the c", "completion": "at sat"}], tokenizer, "sft", max_length=50)
-    assert examples[0]["input_ids"] + examples[0]["targets"][-1:] == whole
-    assert tokenizer.decode([t for t in examples[0]["targets"] if t != -100]).endswith("sat")
 
 
 def test_end_token_is_not_doubled():
