@@ -18,8 +18,8 @@ tokens gives n - 1 positions, and `max_length` counts positions: what the model 
 
 What doesn't fit in max_length:
 - text (pretrain, sft, masked-lm, span-corruption) is split into windows; no token is lost;
-- sft with a mask: what precedes the first target loses its beginning, down to one token. If that doesn't do, it keeps
-  at most a quarter of the window and the end is cut. Both count as truncated;
+- sft with a mask, and pairs: the end is cut, or, as `truncate` says, the beginning (what begins every text stays), or
+  the row is dropped, as is one that has no target left then. All of them count as truncated;
 - qa: the context is split into windows that overlap by 128 tokens, a question is cut to half a window;
 - classify, tag, embed: the end is cut, of a pair first the longer text's; seq2seq: the end of prompt and completion.
 
@@ -29,63 +29,22 @@ objectives begin with what it puts in front (a template's BOS is not doubled), a
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from . import encode_tasks as tasks
 from .chat import ChatTemplate, token_mask
 from .data import label_names
-from .encode_tasks import IGNORED, Encoded, Numbered, Settings
+from .encode_report import Encoded, EncodeReport, Outcome
+from .encode_tasks import IGNORED, Numbered, Settings
 from .pairs import comparisons
-from .rows import row_shape
+from .rows import as_dialogue, row_shape
 from .text import append_eos, beginning, begun, tokenize_pairs
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
 _BATCH = 512  # rows whose encodings, with their offsets, are held at once
-_SHOWN = 5  # row numbers named in a report
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Some of the rows: how many, and the indices (from 0) of the first few. Printed counting from 1."""
-
-    count: int
-    first: tuple[int, ...]
-
-    def __str__(self) -> str:
-        if not self.count:
-            return "0"
-        numbers = ", ".join(str(index + 1) for index in self.first) + (", ..." if self.count > len(self.first) else "")
-        return f"{self.count:,} (row{'s' if self.count > 1 else ''} {numbers})"
-
-
-@dataclass(frozen=True)
-class EncodeReport:
-    """What became of the rows.
-
-    `dropped` rows gave no example (the `masked` among them because no target was left; in an evaluation a question may
-    be masked and kept); `tokens` counts positions over all examples, `targets` target tokens, or labels, windows, pairs
-    where those are the targets.
-    """
-
-    objective: str
-    read: int
-    kept: int
-    examples: int
-    dropped: Rows
-    truncated: Rows
-    masked: Rows
-    tokens: int
-    targets: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.read:,} rows read, {self.kept:,} kept as {self.examples:,} examples; dropped {self.dropped}, "
-            f"truncated {self.truncated}, fully masked {self.masked}; {self.tokens:,} tokens, {self.targets:,} targets"
-        )
 
 
 def encode(
@@ -99,12 +58,16 @@ def encode(
     template: ChatTemplate | None = None,
     evaluation: bool = False,
     more_ends: Sequence[int] = (),
+    truncate: str = "end",
+    chat: bool = False,
 ) -> tuple[list[dict[str, Any]], EncodeReport]:
     """Encode rows of `read_rows` for `objective`; see the module's docstring for examples and rules.
 
     labels: class or tag names in the order of their ids; None takes `label_names(rows)`.
     eos: id of the end-of-text token. more_ends: of those that end a chat's turn, where they are others.
     template: for messages; None is `chat.DEFAULT_TEMPLATE`, turns ended by `eos`.
+    truncate: what becomes of rows that are too long, see above.
+    chat: rows of prompt and completion go through `template`, as a question and its answer.
     evaluation: for a score, which counts all rows: also a question whose answer no window holds stays (without loss).
     Raises ValueError, rows counted from 1, for rows of the wrong shape, an unknown label, a template that fails on a
     row, and if no target is left.
@@ -117,31 +80,22 @@ def encode(
     if eos is not None and tokenizer.id_to_token(eos) is None:
         raise ValueError(f"the tokenizer has no token {eos} to end texts with; its ids end at {_last_id(tokenizer)}")
     _check_shapes(rows, objective, encoders)
+    if chat:
+        rows = [as_dialogue(row) if row_shape(row) == "prompt/completion" else row for row in rows]
     if labels is None and objective in ("classify", "tag"):
         labels = label_names(rows)
     if template is None and any("messages" in row or isinstance(row.get("prompt"), list) for row in rows):
         template = _default_template(tokenizer, eos)
     settings = Settings(
         tokenizer, max_length, {name: i for i, name in enumerate(labels or ())}, eos, template, evaluation,
-        tuple(more_ends),
+        tuple(more_ends), truncate,
     )  # fmt: skip
     examples: list[dict[str, Any]] = []
-    outcomes = []
-    for outcome in _encode_batches(rows, encoders, settings):
-        examples += outcome.examples
-        # The counts only: the examples are in one list, not two.
-        outcomes.append((bool(outcome.examples), outcome.truncated, outcome.masked, outcome.tokens, outcome.targets))
-    report = EncodeReport(
-        objective,
-        read=len(rows),
-        kept=sum(kept for kept, *_ in outcomes),
-        examples=len(examples),
-        dropped=_rows(not kept for kept, *_ in outcomes),
-        truncated=_rows(outcome[1] for outcome in outcomes),
-        masked=_rows(outcome[2] for outcome in outcomes),
-        tokens=sum(outcome[3] for outcome in outcomes if outcome[0]),
-        targets=sum(outcome[4] for outcome in outcomes if outcome[0]),
-    )
+    outcomes: list[Outcome] = []
+    for encoded in _encode_batches(rows, encoders, settings):
+        examples += encoded.examples
+        outcomes.append(encoded.outcome())  # the examples are in one list, not two
+    report = EncodeReport.of(objective, outcomes, len(examples))
     if not examples:
         raise ValueError(f"no target left to train on: {report}; check the rows, or raise data.max_length")
     return examples, report
@@ -159,11 +113,6 @@ def _default_template(tokenizer: "Tokenizer", eos: int | None) -> ChatTemplate:
     if tokenizer.encode(token, add_special_tokens=False).ids != [eos]:
         raise ValueError(f"messages: the text {token!r} doesn't tokenise to the end token {eos}; give a chat template")
     return ChatTemplate(eos_token=token)
-
-
-def _rows(flags: Iterator[bool]) -> Rows:
-    indices = [index for index, flag in enumerate(flags) if flag]
-    return Rows(len(indices), tuple(indices[:_SHOWN]))
 
 
 def _check_shapes(rows: Sequence[Mapping[str, Any]], objective: str, encoders: Mapping[str, Any]) -> None:
@@ -233,23 +182,27 @@ def _chat_text(index: int, row: Mapping[str, Any], settings: Settings) -> tuple[
 
 def _with_loss(ids: list[int], mask: list[bool], settings: Settings) -> Encoded:
     """One example, with loss on the tokens in `mask` (the first token has nothing that predicts it)."""
-    limit = settings.max_length + 1
-    kept = _kept(mask, limit)
-    ids, mask = ids[kept], mask[kept]
-    targets = [token if wanted else IGNORED for token, wanted in zip(ids[1:], mask[1:], strict=True)]
-    count = sum(mask[1:])
-    example = {"input_ids": ids[:-1], "targets": targets}
-    return Encoded([example] if count else [], len(targets), count, truncated=kept != slice(None), masked=not count)
+    whole = len(ids)
+    stay = _positions(ids, settings.max_length + 1, settings)
+    ids, mask = [ids[i] for i in stay], [mask[i] for i in stay]
+    targets = [token if trained else IGNORED for token, trained in zip(ids[1:], mask[1:], strict=True)]
+    count, truncated = sum(mask[1:]), len(stay) < whole
+    examples = [{"input_ids": ids[:-1], "targets": targets}] if count else []
+    return Encoded(examples, len(targets), count, truncated, masked=not count, length=whole - 1)
 
 
-def _kept(mask: list[bool], limit: int) -> slice:
-    """The part of a row that stays; see "What doesn't fit" above."""
-    if len(mask) <= limit:
-        return slice(None)
-    head = mask.index(True) if True in mask else len(mask)
-    rest = len(mask) - head
-    start = len(mask) - limit if rest < limit and head else head - min(head, max(1, limit // 4))
-    return slice(start, start + limit)
+def _positions(ids: list[int], limit: int, settings: Settings) -> Sequence[int]:
+    """The positions of a row that stay; see "What doesn't fit" above."""
+    length = len(ids)
+    if length <= limit:
+        return range(length)
+    if settings.truncate == "drop":
+        return range(0)
+    if settings.truncate == "end":
+        return range(limit)
+    begin = beginning(settings.tokenizer)
+    first = len(begin) if ids[: len(begin)] == begin else 0
+    return [*range(first), *range(length - limit + first, length)]
 
 
 _Encoder = Callable[[Numbered, Settings], Iterator[Encoded]]

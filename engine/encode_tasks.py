@@ -10,12 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .encode_report import Encoded
+
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
     from .chat import ChatTemplate
 
 IGNORED = -100
+TRUNCATE = ("end", "start", "drop")  # what may become of a row that is too long
 QA_OVERLAP = 128  # context tokens that a window shares with the one before it
 
 
@@ -24,7 +27,7 @@ class Settings:
     """What every encoder gets besides rows. `eos` is a token id; `labels` maps a label or tag to its id.
 
     `evaluation`: the examples are to be scored, and may lack a target for the loss. `more_ends`: tokens that end what a
-    chat model writes, too.
+    chat model writes, too. `truncate`: one of TRUNCATE, for dialogues, prompts with completions, and comparisons.
     """
 
     tokenizer: "Tokenizer"
@@ -34,17 +37,7 @@ class Settings:
     template: "ChatTemplate | None"
     evaluation: bool = False
     more_ends: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What became of one row: none of the `examples` means that it is dropped; `masked` if its loss was masked away."""
-
-    examples: list[dict[str, Any]]
-    tokens: int = 0
-    targets: int = 0
-    truncated: bool = False
-    masked: bool = False
+    truncate: str = "end"
 
 
 Numbered = Sequence[tuple[int, Mapping[str, Any]]]  # (index of the row, row)

@@ -5,8 +5,8 @@ read a side to its last token, and DPO the log-probabilities of an answer's toke
 better) and `margin`, how much better the chosen one is at least, in units of the reward (Llama 2, arXiv:2307.09288,
 section 3.2.2). Rows whose sides are equal, or one of them empty, teach nothing and are dropped.
 
-Where a side is longer than `max_length`, both lose as much of the prompt's beginning, but for its last quarter of
-`max_length`; what then still is too long loses its end.
+A side that is longer than `max_length` loses its end; with `truncate` "start" both sides lose as much of the prompt's
+beginning first, with "drop" the row is dropped. So is one of whose answers nothing is left.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,10 +19,11 @@ from tqdm import tqdm
 from .adapters import use_adapter
 from .batches import Batch, Batches, Examples, packed, to_device
 from .chat import ChatTemplate, without_trailing_space
-from .encode_tasks import Encoded, Numbered, Settings
+from .encode_report import Encoded
+from .encode_tasks import Numbered, Settings
 from .guards import in_eval_mode
 from .losses import answer_logps
-from .text import append_eos, tokenize_pairs
+from .text import append_eos, beginning, tokenize_pairs
 
 SIDES = ("chosen", "rejected")
 CHUNK = 8192  # tokens of a pass without gradients
@@ -31,7 +32,7 @@ CHUNK = 8192  # tokens of a pass without gradients
 def comparisons(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
     """Examples of `prompt/chosen/rejected` rows: `chosen` and `rejected` token ids, `starts` of the answers in them."""
     texts = [_texts(index, row, settings) for index, row in rows]
-    tokenizer = settings.tokenizer
+    tokenizer, begin = settings.tokenizer, beginning(settings.tokenizer)
     sides = [list(tokenize_pairs(tokenizer, [(text[0], text[1 + side]) for text in texts])) for side in range(2)]
     for (_, row), text, chosen, rejected in zip(rows, texts, *sides, strict=True):
         ids, starts = [chosen[0], rejected[0]], [chosen[1], rejected[1]]
@@ -41,15 +42,22 @@ def comparisons(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
         if text[1] == text[2] or not (text[1] and text[2]):
             yield Encoded([], masked=True)
             continue
-        over = max(0, max(map(len, ids)) - settings.max_length)
-        cut = min(over, *(max(0, start - settings.max_length // 4) for start in starts))
-        kept = [one[cut:][: settings.max_length] for one in ids]
-        if kept[0] == kept[1]:
-            yield Encoded([], truncated=True, masked=True)
+        length = max(map(len, ids))
+        over = max(0, length - settings.max_length)
+        if over and settings.truncate == "drop":
+            yield Encoded([], truncated=True, masked=True, length=length)
             continue
-        example = dict(zip(SIDES, kept, strict=True)) | {"starts": [start - cut for start in starts]}
+
+        # Both sides lose the same of the prompt, which stays one, and no answer loses its beginning.
+        cut = min(over, *(start - len(begin) for start in starts)) if settings.truncate == "start" else 0
+        kept = [[*begin, *side[len(begin) + cut :]][: settings.max_length] for side in ids]
+        starts = [start - cut for start in starts]
+        if kept[0] == kept[1] or any(len(side) <= start for side, start in zip(kept, starts, strict=True)):
+            yield Encoded([], truncated=True, masked=True, length=length)
+            continue
+        example = dict(zip(SIDES, kept, strict=True)) | {"starts": starts}
         example |= {"margin": row.get("margin", 0.0), "tie": row.get("tie", False)}
-        yield Encoded([example], sum(map(len, kept)), 1, truncated=over > 0)
+        yield Encoded([example], sum(map(len, kept)), 1, truncated=over > 0, length=length)
 
 
 def _texts(index: int, row: Mapping[str, Any], settings: Settings) -> tuple[str, str, str]:

@@ -237,3 +237,12 @@ def _question(row: Mapping[str, Any]) -> dict[str, Any]:
             )
     kept = {"text": list(answers["text"]), "answer_start": list(answers["answer_start"])}
     return {"question": _text(row, "question"), "context": context, "answers": kept}
+
+
+def as_dialogue(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A prompt/completion row as a question to a chat model, and its answer; the template puts what is between them."""
+    messages = [
+        {"role": "user", "content": row["prompt"].rstrip()},
+        {"role": "assistant", "content": row["completion"].lstrip()},
+    ]
+    return {"messages": messages}

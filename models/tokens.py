@@ -67,7 +67,7 @@ class SpecialTokens:
         file, and for ids that are none.
         """
         names = special_names(folder)
-        settings = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+        settings: dict[str, Any] = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
         generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else None
 
         # Of each kind the tokenizer's token goes first, and then what the model's files list.
@@ -81,6 +81,11 @@ class SpecialTokens:
                 log.warning("%s: its %s_token is %r (%d), but its model says %s; %r is taken",
                             folder, kind, text, named, other, text)  # fmt: skip
             ids[kind] = tuple(dict.fromkeys([*([] if named is None else [named]), *listed]))
+
+            # Where the tokenizer's files don't mention a token, null included, the model's name it for a template.
+            if f"{kind}_token" not in {**settings, **names} and tokenizer is not None and ids[kind]:
+                text = tokenizer.id_to_token(ids[kind][0])
+                names |= {} if text is None else {f"{kind}_token": text}
         if generation is not None:
             generation = {key: value for key, value in generation.items() if key not in IDS}
 
