@@ -43,28 +43,33 @@ _BLOCK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 class ChatTemplate:
     """A compiled chat template with its special tokens: `ChatTemplate(source, bos_token="<s>", eos_token="</s>")`.
 
-    `source` is the template's text, by default the plain role-marker template above. Raises ValueError where it isn't
-    valid Jinja.
+    A template that writes a special token (a name that ends in `_token`) which is not given here fails when it is
+    rendered. Raises ValueError where `source` isn't valid Jinja.
     """
 
-    def __init__(
-        self, source: str = DEFAULT_TEMPLATE, *, bos_token: str = "", eos_token: str = "", **tokens: str
-    ) -> None:
+    def __init__(self, source: str = DEFAULT_TEMPLATE, **special_tokens: str) -> None:
         self.source = source
-        self.special_tokens = {"bos_token": bos_token, "eos_token": eos_token, **tokens}
+        self.special_tokens = {"bos_token": "", "eos_token": "", **special_tokens}
         self.marked = _BLOCK.search(source) is not None
         self._template = _compile(source)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
-        """The conversation as text; with `add_generation_prompt` it ends where the assistant would go on."""
-        text = self._render(messages, add_generation_prompt)
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **arguments: Any
+    ) -> str:
+        """The conversation as text; with `add_generation_prompt` it ends where the assistant would go on.
+
+        arguments: what the template gets besides, as tools, documents, enable_thinking.
+        """
+        text = self._render(messages, add_generation_prompt, arguments)
         return _MARK.sub("", text) if self.marked else text
 
     def spans(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Span]]:
         """The conversation as text, and the spans of characters that the assistant wrote, in order."""
         return self._marked_spans(messages) if self.marked else self._prefix_spans(messages)
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, arguments: Mapping[str, Any]
+    ) -> str:
         # As transformers: an empty key is a missing key, templates print None otherwise.
         plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
         if self.marked and _MARK.search(json.dumps(plain, ensure_ascii=False)):
@@ -73,11 +78,9 @@ class ChatTemplate:
 
         try:
             text: str = self._template.render(
+                **{"tools": None, "documents": None, **self.special_tokens, **arguments},
                 messages=plain,
-                tools=None,
-                documents=None,
                 add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
             )
             return text
         except (
@@ -98,7 +101,7 @@ class ChatTemplate:
         pieces: list[str] = []
         spans: list[Span] = []
         length = start = 0
-        marked = self._render(messages, False)
+        marked = self._render(messages, False, {})
         last = 0
         for mark in _MARK.finditer(marked):
             pieces.append(marked[last : mark.start()])
@@ -111,13 +114,13 @@ class ChatTemplate:
         return "".join(pieces) + marked[last:], spans
 
     def _prefix_spans(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Span]]:
-        text = self._render(messages, False)
+        text = self._render(messages, False, {})
         spans = []
         for turn, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._render(messages[:turn], True)
-            after = self._render(messages[: turn + 1], False)
+            before = self._render(messages[:turn], True, {})
+            after = self._render(messages[: turn + 1], False, {})
             if not after.startswith(before) or not text.startswith(after):
                 raise ValueError(
                     f"the chat template renders messages[{turn}] differently within the conversation (it "
