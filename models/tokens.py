@@ -31,7 +31,8 @@ TEMPLATES = "additional_chat_templates"  # where transformers puts all but the d
 class SpecialTokens:
     """What a checkpoint says of its special tokens: ids where they are known, the chat template, the raw settings.
 
-    `eos_id` ends a text, `more_ends` are further tokens that do. `files`: what is kept as it is, by name.
+    `eos_id` ends a text, `more_ends` are further tokens that do. `files`: what is kept as it is, by name. `skipped_id`
+    is the pad id in front of which transformers' classifiers look for the last token of a text: config.json's.
     """
 
     bos_id: int | None = None
@@ -41,6 +42,7 @@ class SpecialTokens:
     settings: dict[str, Any] = field(default_factory=dict)
     more_ends: tuple[int, ...] = ()
     files: dict[str, bytes] = field(default_factory=dict, repr=False)
+    skipped_id: int | None = None
 
     @classmethod
     def read(cls, folder: Path, config: dict[str, Any]) -> "SpecialTokens":
@@ -64,7 +66,8 @@ class SpecialTokens:
         settings = {key: value for key, value in settings.items() if key != "chat_template"}
         template = templates.pop("default", None)
         named = {f"{TEMPLATES}/{name}.jinja": text.encode() for name, text in templates.items()}
-        return cls(bos, eos, pad, template, settings, tuple(found["eos"])[1:], {**_kept(folder), **named})
+        skipped = next(iter(_ids(config, "pad", folder / "config.json")), None)
+        return cls(bos, eos, pad, template, settings, tuple(found["eos"])[1:], {**_kept(folder), **named}, skipped)
 
     @property
     def ends(self) -> tuple[int, ...]:
