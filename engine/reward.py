@@ -3,8 +3,9 @@
 A reward is any callable: `reward(prompts, completions)` gives a number for each completion. `Reward` is a model trained
 on comparisons (`method = "reward"`), on a base of its own or on a policy's, where it costs an adapter and a head. Its
 score is read at the last token of prompt and completion (in front of eos, where eos is the pad token, too), and shifted
-and scaled so that the reference policy's own samples have mean 0 and standard deviation 1 (Ziegler et al. 2019, arXiv:1909.08593, section 2.1): Bradley and Terry's
-loss leaves both open, and β and value function are easier set for scores of that size.
+and scaled so that the reference policy's own samples have mean 0 and standard deviation 1 (Ziegler et al. 2019,
+arXiv:1909.08593, section 2.1): Bradley and Terry's loss leaves both open, and β and value function are easier set for
+scores of that size.
 """
 
 import json
