@@ -43,8 +43,9 @@ def features(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def pooled(model: Any, inputs: dict[str, Any]) -> Tensor:
-    """Hidden states of the inputs, pooled as the model's task wants."""
-    return model.pool(model.hidden(**inputs), inputs.get("attention_mask"), inputs.get("cu_seqlens"))
+    """Hidden states of the inputs, pooled as the model's task wants. Images have neither ids, mask nor bounds."""
+    ids, mask, bounds = (inputs.get(name) for name in ("input_ids", "attention_mask", "cu_seqlens"))
+    return model.pool(model.hidden(**inputs), ids, mask, bounds)
 
 
 def causal_lm_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:

@@ -2,9 +2,10 @@
 
 A reward is any callable: `reward(prompts, completions)` gives a number for each completion. `Reward` is a model trained
 on comparisons (`method = "reward"`), on a base of its own or on a policy's, where it costs an adapter and a head. Its
-score is read at the last token of prompt and completion, and shifted and scaled so that the reference policy's own
-samples have mean 0 and standard deviation 1 (Ziegler et al. 2019, arXiv:1909.08593, section 2.1): Bradley and Terry's
-loss leaves both open, and β and value function are easier set for scores of that size.
+score is read at the last token of prompt and completion (in front of eos, where eos is the pad token, too), and shifted
+and scaled so that the reference policy's own samples have mean 0 and standard deviation 1 (Ziegler et al. 2019,
+arXiv:1909.08593, section 2.1): Bradley and Terry's loss leaves both open, and β and value function are easier set for
+scores of that size.
 """
 
 import json
@@ -61,7 +62,8 @@ class Reward:
         own = use_adapter(self.model, ADAPTER) if ADAPTER in adapter_names(self.model) else nullcontext()
         with in_eval_mode(self.model), own:
             states = self.model.hidden(**inputs, **how)
-            found = self.model.head(self.model.pool(states, None, inputs["cu_seqlens"]))  # 6, of `ppo_round.py`'s list
+            pooled = self.model.pool(states, inputs["input_ids"], None, inputs["cu_seqlens"])  # 6 in `ppo_round.py`
+            found = self.model.head(pooled)
         return found.float() * (1.0 if self.scale is None else self.scale) + self.shift
 
     def on(self, policy: Any) -> bool:

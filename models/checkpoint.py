@@ -19,6 +19,7 @@ from .bert import Bert
 from .bloom import Bloom
 from .filling import Packing, allocate, blocks, fill, own_tensors
 from .gpt2 import GPT2
+from .heads import BY_TEXT
 from .hub import checkpoint_folder
 from .layers import Published
 from .llama import Llama
@@ -28,7 +29,16 @@ from .resnet import ResNet
 from .resnet_names import from_timm
 from .shards import SINGLE, Shards, read_json, write_json
 from .t5 import T5
-from .tasks import class_name, head_rows, label_names, reorder_head, stored_head, task_config, task_of
+from .tasks import (
+    class_name,
+    head_rows,
+    label_names,
+    padding_of_new_head,
+    reorder_head,
+    stored_head,
+    task_config,
+    task_of,
+)
 from .tensor_file import Made, write_file
 from .tokens import SpecialTokens, load_tokenizer, load_tokenizer_file, save_tokenizer
 from .xlnet import XLNet
@@ -129,6 +139,8 @@ def open_checkpoint(
     if isinstance(model, ResNet):
         model.pixels = Pixels.read(folder, published, model.config.n_channels) or model.pixels
     rows = head_rows(model, published, known) if depth == stored_depth else None
+    if rows is None or task not in BY_TEXT:
+        model.tokens = padding_of_new_head(tokens, words, task)
     return Checkpoint(model, words, shards, published, rows)
 
 
@@ -157,7 +169,7 @@ def fresh(
     torch.manual_seed(seed)
     model = family.from_name(preset, task=task, labels=labels, **overrides).to(_device("auto"))
     if words is not None:
-        model.tokens = SpecialTokens.of_tokenizer(words)
+        model.tokens = padding_of_new_head(SpecialTokens.of_tokenizer(words), words, task)
     return model.eval(), words
 
 
@@ -198,7 +210,7 @@ def stored_shape(source: Published, rows: Tensor) -> tuple[int, ...]:
 def save_around(model: Model, tokenizer: "Tokenizer | None", folder: Path, dtype: torch.dtype) -> None:
     """Write what a checkpoint's folder holds besides the weights, which are of this dtype."""
     config = model.write_config()
-    config = {**config, **task_config(model, config["model_type"]), **model.tokens.to_config()}
+    config |= task_config(model, config["model_type"])
     write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
     if isinstance(model, ResNet):
         model.pixels.write(folder)

@@ -46,7 +46,8 @@ class SpecialTokens:
     `eos_id` ends a text, `more_ends` are further tokens that end what the model writes. `names` are the texts of
     special tokens as chat templates know them, `{"eos_token": "</s>", ...}`. `settings` is tokenizer_config.json
     without the template, `generation` generation_config.json without the ids (None: there is none), `files` what is
-    kept as it is, by name.
+    kept as it is, by name. `skipped_id` is the pad id in front of which transformers' classifiers look for the last
+    token of a text: config.json's.
     """
 
     bos_id: int | None = None
@@ -58,6 +59,7 @@ class SpecialTokens:
     files: dict[str, bytes] = field(default_factory=dict, repr=False)
     names: dict[str, str] = field(default_factory=dict)
     generation: dict[str, Any] | None = None
+    skipped_id: int | None = None
 
     @classmethod
     def read(cls, folder: Path, config: dict[str, Any], tokenizer: "Tokenizer | None") -> "SpecialTokens":
@@ -96,6 +98,7 @@ class SpecialTokens:
             bos_id=next(iter(ids["bos"]), None), eos_id=next(iter(ids["eos"]), None),
             pad_id=next(iter(ids["pad"]), None), chat_template=template, settings=settings, more_ends=ids["eos"][1:],
             files={**_kept(folder), **more_templates}, names=names, generation=generation,
+            skipped_id=next(iter(_ids(config, "pad", folder / "config.json")), None),
         )  # fmt: skip
 
     @classmethod

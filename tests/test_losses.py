@@ -212,7 +212,7 @@ def test_retrieval_ranks_over_all_batches() -> None:
         def hidden(self, rows):
             return rows
 
-        def pool(self, states, mask, bounds):
+        def pool(self, states, ids, mask, bounds):
             return states
 
     rows = torch.eye(4)
