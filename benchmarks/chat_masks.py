@@ -14,6 +14,7 @@ A turn is "equal", or differs by rule, which is how a mark of the twin is read t
     behind the end      what the template writes behind the token that ends the turn is no target (a line end)
     the end             that token is a target: behind tool calls, Gemma's twin leaves it out
     the prompt's        what the generation prompt writes already is no target
+    the header          what stands before an answer and the generation prompt does not write is one
     empty thinking      an empty <think></think> that the template puts before an answer is no target
     thinking stays      the thinking in the row is a target, where the twin drops it
     as the last turn    a turn is trained as the last one of its dialogue, as which the model writes it
@@ -198,6 +199,11 @@ def rule(context: str, target: str, prompt: str, twin: tuple[str, str, str]) -> 
     if size:
         used.append("the prompt's")
     left = marks[size:]
+    tail = header[-12:]
+    gap = before[before.rfind(tail) + len(tail) :] if tail in before and not size else ""
+    if gap and target.startswith(gap) and not left.startswith(gap):
+        target = target[len(gap) :]
+        used.append("the header")
 
     # What stands between the header of the turn and the target: nothing, or what the prompt opens, or no thinking.
     between = context[len(header) :]
@@ -270,10 +276,11 @@ class Pair:
 
     def _is_true(self, reason: str, messages: list[Row], arguments: Row) -> bool:
         """Whether the reason of a refusal holds in transformers, too."""
-        if "begins" in reason:  # the answer otherwise than its prompt
-            turn = next(i for i, message in enumerate(messages) if message["role"] == "assistant")
-            prompt = self.original(messages[:turn], True, **arguments)[0]
-            return not self.original(messages[: turn + 1], **arguments)[0].startswith(OPENED.sub("", prompt))
+        if "begins" in reason:  # an answer otherwise than its prompt
+            turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+            asked = [OPENED.sub("", self.original(messages[:turn], True, **arguments)[0]) for turn in turns]
+            texts = [self.original(messages[: turn + 1], **arguments)[0] for turn in turns]
+            return not all(text.startswith(prompt) for text, prompt in zip(texts, asked, strict=True))
         without = [{key: value for key, value in message.items() if f"'{key}'" not in reason} for message in messages]
         named = {name: value for name, value in arguments.items() if f"'{name}'" not in reason}
         if "tool_calls" in reason:
