@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .comparing import run_compare
-from .engine import evaluate, save_adapter, train, trainable_report
+from .engine import evaluate, train, trainable_report
 from .engine.batches import Batches
 from .engine.check_data import show
 from .engine.completions import completions
@@ -18,14 +18,15 @@ from .engine.config import RunConfig, read_config
 from .engine.loop import DEFAULT_ROWS, Result
 from .engine.metrics import rouge
 from .engine.record import Record, write_json
+from .engine.text import prompt_tokens
 from .generator import run_generate
 from .labelling import run_label
 from .merge import merge
-from .models import ResNet, save
-from .models.tokens import save_tokenizer
+from .models import save
 from .prepare import Prepared, choose_trained, prepare, run_objective
+from .prompts import prompt_of
 from .rlhf import run_ppo
-from .stored import config_of, facts_of, put_weights
+from .stored import config_of, facts_of, put_weights, store_adapter
 
 
 def run_train(options: argparse.Namespace) -> int:
@@ -39,7 +40,7 @@ def run_train(options: argparse.Namespace) -> int:
     }  # fmt: skip
     record.start(about, about["config"])
     ready = prepare(config, out / "corpus")
-    record.amend(trains=choose_trained(ready, config), labels=list(ready.labels))
+    record.amend(trains=choose_trained(ready, config), labels=list(ready.labels), chat=ready.chat)
     print(trainable_report(ready.model))
     settings = config.train
     if settings.batch_rows is None and settings.batch_tokens is None:
@@ -66,11 +67,7 @@ def _store(ready: Prepared, config: RunConfig, out: Path, result: Result) -> Non
     """Write the adapter or model, and result.json; says what came out."""
     place = out / ("adapter" if config.lora is not None else "model")
     if config.lora is not None:
-        save_adapter(ready.model, place)
-        if config.model.add_tokens:
-            save_tokenizer(ready.tokenizer, ready.model.tokens, place)
-        if isinstance(ready.model, ResNet):
-            ready.model.pixels.write(place)
+        store_adapter(ready.model, ready.tokenizer, place)
     else:
         save(ready.model, ready.tokenizer, place)
     counts = trainable_report(ready.model)
@@ -128,7 +125,8 @@ def _rouge(ready: Prepared) -> dict[str, float]:
     """ROUGE of what the model writes for held-out prompts: greedily, to its end token, at most twice as long as the
     longest gold text, or, after a long prompt, as far as the model's positions go.
     """
-    pairs = [(row["prompt"], row["completion"]) for row in ready.eval_rows if "completion" in row]
+    rows = [row for row in ready.eval_rows if "completion" in row]
+    pairs = [(prompt_of(row, ready.model, ready.chat), row["completion"]) for row in rows]
     if not pairs:
         raise ValueError("--rouge compares texts: it needs held-out rows with prompt and completion")
     prompts, golds = zip(*pairs, strict=True)
@@ -147,7 +145,7 @@ def _rouge(ready: Prepared) -> dict[str, float]:
 
 def _lengths(ready: Prepared, texts: Sequence[str]) -> list[int]:
     """The tokens of each, an end token included."""
-    return [1 + len(encoding.ids) for encoding in ready.tokenizer.encode_batch(texts, add_special_tokens=False)]
+    return [1 + len(ids) for ids in prompt_tokens(ready.tokenizer, texts)]
 
 
 def run_merge(options: argparse.Namespace) -> int:

@@ -85,6 +85,7 @@ def _stream(opened: Checkpoint, base: str, adapter: Path, folder: Path) -> None:
         if not same(copy, placement.stored[model.key_map()[key].names[0]]):
             raise ValueError(f"{base}: {said}")
     _write(tensors, placement, folder)
+    model.tokens = model.tokens.with_adapter(adapter, opened.tokenizer)
     save_around(model, opened.tokenizer, folder, opened.shards.dtype())
 
 

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ import torch
 
 from .engine import add_lora, freeze, projections, quantize, train_rows, unfreeze
 from .engine.batches import Batches, Collate, CollateFn, Examples
-from .engine.chat import ChatTemplate
 from .engine.config import DataConfig, RunConfig
 from .engine.corpus import TokenCorpus, token_corpus
 from .engine.data import label_names, read_rows, split_rows
@@ -25,13 +24,14 @@ from .engine.token_rows import train_added_rows
 from .models import Bert, ResNet, XLNet, add_tokens, load
 from .models.checkpoint import fresh, objectives_of
 from .models.vocabulary import CONVERT
+from .prompts import adopt_template, goes_through_template, learn_turn_end, template_of
 
 EVAL_TOKENS, EVAL_IMAGES = 8192, 64
 
 
 @dataclass
 class Prepared:
-    """A run's model, examples and the way to score them."""
+    """A run's model, examples and the way to score them; `chat`: plain prompts go through the chat template."""
 
     model: Any
     tokenizer: Any
@@ -41,6 +41,7 @@ class Prepared:
     eval_rows: Sequence[Any]
     eval_examples: Examples
     collate: CollateFn
+    chat: bool = False
 
     @property
     def by_length(self) -> bool:
@@ -109,20 +110,23 @@ def prepare(config: RunConfig, cache: Path) -> Prepared:
     if limit is not None and length > limit:
         raise ValueError(f"data.max_length = {length} exceeds the model's {limit} positions; choose at most {limit}")
 
+    chat = goes_through_template(config, rows, model, tokenizer)
+    template = template_of(model) if chat or any(map(_is_dialogue, (*rows, *eval_rows))) else None
+    if template is not None and model.task == "causal-lm":
+        adopt_template(model)
+
     def encoded(what: str, part: Sequence[Any]) -> Sequence[Any]:
-        template = (
-            template_of(model)
-            if any("messages" in row or isinstance(row.get("prompt"), list) for row in part)
-            else None
-        )
         try:
-            examples, said = encode(
+            examples, report = encode(
                 part, tokenizer, objective.encoding, max_length=length, labels=labels, eos=model.tokens.eos_id,
                 more_ends=model.tokens.more_ends, template=template, evaluation=what == "eval",
+                truncate=config.data.truncate, chat=chat,
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"data.{what}: {error}") from error
-        print(f"{what}: {said}", file=sys.stderr)
+        print(f"{what}: {report}", file=sys.stderr)
+        if report.warning is not None:
+            print(f"{what}: {report.warning}", file=sys.stderr)
         return examples
 
     examples: Examples
@@ -137,7 +141,11 @@ def prepare(config: RunConfig, cache: Path) -> Prepared:
         for part in filter(len, (examples, eval_examples)):
             add_reference(model, part)
     collate = objective.collate(model, tokenizer, config.data.packing)
-    return Prepared(model, tokenizer, objective, labels, examples, eval_rows, eval_examples, collate)
+    return Prepared(model, tokenizer, objective, labels, examples, eval_rows, eval_examples, collate, chat)
+
+
+def _is_dialogue(row: Mapping[str, Any]) -> bool:
+    return "messages" in row or isinstance(row.get("prompt"), list)
 
 
 def _images(
@@ -253,16 +261,8 @@ def run_model(config: RunConfig, labels: tuple[str, ...]) -> tuple[Any, Any]:
             raise ValueError(f"model.recompute: {name} has no norm in front of a feed-forward to make it again from")
         for block in model.layers:
             block.recompute = True  # type: ignore[assignment]
+    learn_turn_end(model, words)
     return model, words
-
-
-def template_of(model: Any) -> ChatTemplate | None:
-    source = model.tokens.chat_template
-    if source is None:
-        return None
-    names = {key: value for key, value in model.tokens.settings.items() if key in ("bos_token", "eos_token")}
-    texts = {key: value["content"] if isinstance(value, dict) else value for key, value in names.items() if value}
-    return ChatTemplate(source, **texts)
 
 
 def choose_trained(ready: Prepared, config: RunConfig) -> str:

@@ -8,17 +8,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .engine import freeze, load_reward, ppo, projections, quantize, save_adapter, trainable_report
+from .engine import freeze, load_reward, ppo, projections, quantize, trainable_report
 from .engine.adapter_files import CONFIG
 from .engine.config import PPORunConfig, read_config
 from .engine.data import read_prompts
 from .engine.record import peak_memory, write_json
 from .engine.reward import Reward, RewardFn
 from .engine.rollouts import POLICY
-from .generator import prompt_of
 from .models import load
 from .models.shards import read_json
-from .stored import function_of
+from .prompts import learn_turn_end, prompt_of
+from .stored import function_of, store_adapter
 
 
 def run_ppo(options: argparse.Namespace) -> int:
@@ -34,6 +34,7 @@ def run_ppo(options: argparse.Namespace) -> int:
     if wanted.quantize:
         freeze(model, "*")
         quantize(model)
+    learn_turn_end(model, tokenizer)
     rewards = [config.reward] if isinstance(config.reward, str) else config.reward
     files = [config.prompts] if isinstance(config.prompts, str) else config.prompts
     prompts = [prompt_of(row, model) for file in files for row in read_prompts(file)]
@@ -49,7 +50,7 @@ def run_ppo(options: argparse.Namespace) -> int:
     if result.stopped == "interrupted":
         print(f"stopped after {result.episodes} episodes; the same command goes on from there")
         return 130
-    save_adapter(model, out / "adapter", POLICY)
+    store_adapter(model, tokenizer, out / "adapter", POLICY)
     stored = sum(file.stat().st_size for file in (out / "adapter").iterdir())
     counts = trainable_report(model)
     facts = {"trainable": counts.trainable, "parameters": counts.total, "peak_memory": peak_memory()}
@@ -92,4 +93,5 @@ def _reward(spec: str, policy: Any, tokenizer: Any) -> RewardFn:
     model, words = load(path / "model" if (path / "model").is_dir() else path, "reward")
     if model.head_is_new:
         raise ValueError(f'{spec}: this checkpoint has no reward head; train one with method = "reward"')
+    learn_turn_end(model, words)
     return Reward(model, words)

@@ -8,14 +8,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .engine import load_adapter
+from .engine import load_adapter, save_adapter
 from .engine.adapter_files import CONFIG, TASK_TYPES, WEIGHTS
 from .engine.config import RunConfig, from_table
 from .models import ResNet, add_tokens, load
 from .models.pixels import Pixels
 from .models.shards import read_json
 from .models.tensor_file import read_header
-from .models.tokens import load_tokenizer_file
+from .models.tokens import load_tokenizer_file, save_tokenizer
 
 
 def facts_of(run: Path) -> dict[str, Any]:
@@ -35,12 +35,19 @@ def config_of(run: Path) -> RunConfig:
         }}  # fmt: skip
     if facts.get("labels"):
         table["model"]["labels"] = facts["labels"]
+    if "chat" in facts:  # as the run decided, whatever rows it is evaluated on
+        table["data"]["chat"] = "on" if facts["chat"] else "off"
     config = from_table(RunConfig, _written(table), str(run / "run.json"))
     base, out, own = config.model.path, Path(config.out), run.resolve()
     if base is None or Path(base).exists() or out.is_absolute() or own.parts[-len(out.parts) :] != out.parts:
         return config
     there = own.parents[len(out.parts) - 1] / base  # `out` and the path were written from one folder
     return replace(config, model=replace(config.model, path=str(there))) if there.exists() else config
+
+
+def was_asked_as_chat(run: Path) -> bool:
+    """Whether a folder is that of a run whose plain prompts were trained through the chat template."""
+    return (run / "run.json").is_file() and bool(facts_of(run).get("chat"))
 
 
 def _written(table: dict[str, Any]) -> dict[str, Any]:
@@ -78,6 +85,20 @@ def put_adapter(model: Any, tokenizer: Any, adapter: Path, name: str = "default"
     if isinstance(model, ResNet):
         model.pixels = Pixels.read(adapter, {}, model.config.n_channels) or model.pixels
     load_adapter(model, adapter, name)
+    model.tokens = model.tokens.with_adapter(adapter, tokenizer)
+
+
+def store_adapter(model: Any, tokenizer: Any, adapter: Path, name: str = "default") -> None:
+    """Write an adapter, and beside it what it was trained with: tokenizer, chat template, ends of texts; image size."""
+    save_adapter(model, adapter, name)
+    if isinstance(model, ResNet):
+        model.pixels.write(adapter)
+    if tokenizer is None:
+        return
+    tokens = model.tokens
+    if model.task in ("causal-lm", "seq2seq-lm"):  # which write, and stop at the ends in generation_config.json
+        tokens = replace(tokens, generation=tokens.generation or {})
+    save_tokenizer(tokenizer, tokens, adapter)
 
 
 def adds_tokens(adapter: Path, tokenizer: Any) -> bool:
