@@ -7,6 +7,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ..kernels.quantize import NF4Weight
+from .belongings import claim
+from .lora import adapters_in_use
 from .token_rows import trained_rows
 
 
@@ -51,6 +53,17 @@ def unfreeze_due(model: nn.Module, schedule: Mapping[str, float], epoch: float) 
     due = [pattern for pattern, start in schedule.items() if epoch >= start]
     freeze(model, *(schedule.keys() - due))
     unfreeze(model, *due)
+
+
+def put_into_training(model: nn.Module, schedule: Mapping[str, float], epoch: float) -> None:
+    """The model in train mode, what is due by `epoch` (below 0: from the beginning) requiring a gradient.
+
+    From here on that counts as trained beside the model's adapters, also in a run that is resumed.
+    """
+    unfreeze_due(model, schedule, max(0.0, epoch))
+    train_mode(model)
+    if adapters_in_use(model):
+        claim(model)
 
 
 def train_mode(model: nn.Module) -> None:

@@ -93,9 +93,10 @@ def generator_of(options: argparse.Namespace) -> Generator:
     if config is not None:
         if options.dtype != "auto":
             config = replace(config, model=replace(config.model, dtype=options.dtype))
-        model, tokenizer = run_model(config, tuple(config.model.labels or ()))
+        model, tokenizer = run_model(config, tuple(config.model.labels or ()), head_follows=True)
     else:
-        model, tokenizer = load(place, objective_of("sft", objectives_of(place, None)).task, options.dtype)
+        task = objective_of("sft", objectives_of(place, None)).task
+        model, tokenizer = load(place, task, options.dtype, head_follows=bool(folders))
     if tokenizer is None:
         raise ValueError(f"{place}: no tokenizer.json there, and prompts need one")
     known: dict[str, str] = {}

@@ -43,7 +43,7 @@ def merge(base: str, adapter: Path, out: Path) -> None:
     opened = open_checkpoint(base, **head_of(adapter))
     with _filling(out) as folder:
         if adds_tokens(adapter, opened.tokenizer) or (opened.head_rows or []) != sorted(opened.head_rows or []):
-            model, tokenizer = load(base, dtype=opened.shards.dtype(), **head_of(adapter))
+            model, tokenizer = load(base, dtype=opened.shards.dtype(), head_follows=True, **head_of(adapter))
             put_adapter(model, tokenizer, adapter)
             merge_lora(model, keep_base=False)
             save(model, tokenizer, folder)

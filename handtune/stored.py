@@ -1,6 +1,7 @@
 """What runs and adapters have stored: a run's configuration and weights, an adapter with what lies beside it."""
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,6 +17,8 @@ from .models.pixels import Pixels
 from .models.shards import read_json
 from .models.tensor_file import read_header
 from .models.tokens import load_tokenizer_file, save_tokenizer
+
+log = logging.getLogger("handtune")
 
 
 def facts_of(run: Path) -> dict[str, Any]:
@@ -64,14 +67,20 @@ def put_weights(run: Path, model: Any) -> None:
     require_finished(run)
     if (run / "adapter").is_dir():
         load_adapter(model, run / "adapter")
+        _announce_missing_head(model, run / "adapter")
         return
     stored, _ = load(run / "model", model.task, labels=list(model.labels) or None)
     model.load_state_dict(stored.state_dict())
 
 
+def has_stored(run: Path) -> bool:
+    """Whether the run has stored an adapter or a model."""
+    return (run / "adapter" / CONFIG).is_file() or (run / "model" / "config.json").is_file()
+
+
 def require_finished(run: Path) -> None:
     """ValueError where the run has stored neither adapter nor model."""
-    if not ((run / "adapter" / CONFIG).is_file() or (run / "model" / "config.json").is_file()):
+    if not has_stored(run):
         raise ValueError(f"{run}: neither adapter nor model there; the run has not finished: train it to its end first")
 
 
@@ -86,6 +95,7 @@ def put_adapter(model: Any, tokenizer: Any, adapter: Path, name: str = "default"
         model.pixels = Pixels.read(adapter, {}, model.config.n_channels) or model.pixels
     load_adapter(model, adapter, name)
     model.tokens = model.tokens.with_adapter(adapter, tokenizer)
+    _announce_missing_head(model, adapter)
 
 
 def store_adapter(model: Any, tokenizer: Any, adapter: Path, name: str = "default") -> None:
@@ -99,6 +109,16 @@ def store_adapter(model: Any, tokenizer: Any, adapter: Path, name: str = "defaul
     if model.task in ("causal-lm", "seq2seq-lm"):  # which write, and stop at the ends in generation_config.json
         tokens = replace(tokens, generation=tokens.generation or {})
     save_tokenizer(tokenizer, tokens, adapter)
+
+
+def _announce_missing_head(model: Any, adapter: Path) -> None:
+    """Say so where a head was made for the adapter's task, and the adapter brings none."""
+    if not model.head_is_new:
+        return
+    head = {name for key, source in model.key_map().items() if key.startswith("head.") for name in source.names}
+    modules = {name.rpartition(".")[0] for name in head}
+    if not any(f".{module}." in f".{key}" for key in read_header(adapter / WEIGHTS) for module in modules):
+        log.warning("new, untrained, for %s, and not in %s: %s", model.task, adapter, ", ".join(sorted(head)))
 
 
 def adds_tokens(adapter: Path, tokenizer: Any) -> bool:
