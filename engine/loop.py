@@ -28,7 +28,7 @@ from .evaluation import evaluate
 from .features import with_features
 from .freezing import match, train_mode, unfreeze_due
 from .guards import explained_memory_error, interruptible, passes, require_finite, smaller_batches
-from .lora import adapters_in_use, lr_ratios, slots
+from .lora import active_adapter, lr_ratios, slots
 from .losses import ByAdapter, LossFn
 from .objectives import Score
 from .optim import SCHEDULES, Optimizer, layer_count, lr_factor
@@ -164,8 +164,7 @@ def train(
     if eval_data is None and (idle := needs_evaluation(config)):
         raise ValueError(f"{', '.join(idle)}: there is no evaluation data to go by; give eval_data, or leave this out")
     trained = _trained(model, config, isinstance(loss_fn, ByAdapter))
-    if adapters_in_use(model):
-        claim(model)
+    claim(model, active_adapter(model), trained.keys())
     data = _batches(data, collate, config, shuffle=True)
     eval_data = None if eval_data is None else _batches(eval_data, collate, config, shuffle=False)
     if out is not None and not isinstance(data, Resumable):
@@ -255,6 +254,8 @@ def _trained(model: nn.Module, config: TrainConfig, by_adapter: bool) -> dict[st
                 raise ValueError(f"adapter {name!r} would train but is not active: set_adapter(model, {name!r}) first")
     match(model, config.lr_scale)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad} | match(model, config.unfreeze)
+    if by_adapter and (shared := [name for name in trained if ".lora." not in name]):
+        raise ValueError(f"{shared[0]} would train for rows of all adapters: freeze it, or train one adapter at a time")
     if not trained:
         raise ValueError("nothing trains: add_lora(model, ...) or unfreeze(model, ...) first")
     unfreeze_due(model, config.unfreeze, 0.0)
