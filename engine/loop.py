@@ -23,6 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .batches import Batches, count_images, count_tokens, to_device
+from .belongings import claim
 from .evaluation import evaluate
 from .features import with_features
 from .freezing import match, put_into_training, unfreeze_due
@@ -36,7 +37,7 @@ from .guards import (
     smaller_batches,
     sum_and_count,
 )
-from .lora import lr_ratios, slots
+from .lora import active_adapter, lr_ratios, slots
 from .losses import ByAdapter, LossFn
 from .objectives import Score
 from .optim import SCHEDULES, Optimizer, layer_count, lr_factor
@@ -183,6 +184,7 @@ def train(
                 f"{', '.join(idle)}: there is no evaluation data to go by; give eval_data, or leave this out"
             )
         trained = _trained(model, config, isinstance(loss_fn, ByAdapter))
+        claim(model, active_adapter(model), trained.keys())
         data = _batches(data, collate, config, shuffle=True)
         eval_data = None if eval_data is None else _batches(eval_data, collate, config, shuffle=False)
         if out is not None and not isinstance(data, Resumable):
@@ -279,6 +281,8 @@ def _trained(model: nn.Module, config: TrainConfig, by_adapter: bool) -> dict[st
                 raise ValueError(f"adapter {name!r} would train but is not active: set_adapter(model, {name!r}) first")
     match(model, config.lr_scale)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad} | match(model, config.unfreeze)
+    if by_adapter and (shared := [name for name in trained if ".lora." not in name]):
+        raise ValueError(f"{shared[0]} would train for rows of all adapters: freeze it, or train one adapter at a time")
     if not trained:
         raise ValueError("nothing trains: add_lora(model, ...) or unfreeze(model, ...) first")
     unfreeze_due(model, config.unfreeze, 0.0)
