@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from ..kernels import Conv2d, Linear, LowRank
 from ..kernels.conv import ConvFactors
 from ..kernels.linear import Part
-from .lora import EmbeddingFactors, Factors, KnownModel, LoRAConfig, LoRAEmbedding, candidates, is_conv1d
+from .lora import KnownModel, LoRAConfig, candidates
+from .lora_embedding import EmbeddingFactors, LoRAEmbedding
+from .wrapping import Factors, is_conv1d
 
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's
 Shapes = Callable[[int], tuple[tuple[int, ...], tuple[int, ...]]]  # rank → shapes of A and B

@@ -19,23 +19,25 @@ from ..kernels import Linear, LowRank
 from ..kernels.conv import ConvFactors
 from .adapter_factors import MAGNITUDE, plan_factors, stored, stored_factor
 from .adapters import adapter_names, set_adapter
-from .belongings import belongings, claim
-from .beside import BASE, places_beside, put_beside, trained_beside
+from .belongings import claim, give
+from .beside import BASE, filled, places_beside, tensors_with, trained_beside, trained_rows_with
 from .lora import (
-    EmbeddingFactors,
-    Factors,
     KnownModel,
     LoRAConfig,
     Slot,
-    adapters_in_use,
+    active_adapter,
     check_name,
-    ensure_slot,
+    make_room,
     refuse_merged,
     refuse_tied,
     slots,
 )
+from .lora_config import is_finite
+from .lora_embedding import EmbeddingFactors
 from .record import write_json
-from .token_rows import STORED, StoredRows, put_rows, take_rows, trained_ids
+from .rounding import refuse_diverged
+from .token_rows import STORED, StoredRows, published_ids, take_rows, with_rows
+from .wrapping import Factors, ensure_slot, refuse_patched
 
 TASK_TYPES = {
     "causal-lm": "CAUSAL_LM",
@@ -72,12 +74,12 @@ _INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 def save_adapter(model: nn.Module, path: str | Path, name: str = "default", *, portable: bool = False) -> None:
     """Write the adapter called `name` to the folder `path` in PEFT's format.
 
-    What trains besides it while it is active (norms, biases, token rows), or did in `train`, is stored too, under plain
+    What belongs to it (norms, biases, token rows that trained with it, see `belongings.py`) is stored too, under plain
     published names, and the head of a classifier or of question answering in any case. `portable` is for servers that
     read `r` and `lora_alpha` alone: one rank, to which others are filled up with zeros, and a scale of 1.
 
-    Raises ValueError where there is no such adapter; and a portable one, where it has more than factors of projections,
-    which such a server would leave out without a word.
+    Raises ValueError, and writes nothing, where there is no such adapter, or it holds NaN or infinity; and a portable
+    one, where it has more than factors of projections, which such a server would leave out without a word.
     """
     from safetensors.torch import save_file
 
@@ -88,21 +90,22 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default", *, p
     raw = any(_stored_raw(model, slot) for slot in adapted)
     transposed = any(_stored_transposed(model, slot) for slot in adapted)
     modules = {published: (rank, scale * rank) for published, rank, scale, _ in found}
-    if name in adapters_in_use(model):
-        claim(model)
-    trained = belongings(model)
-    extra = trained_beside(model, trained, modules)
+    claim(model, active_adapter(model))
+    extra = trained_beside(model, name, modules)
     if portable:
         found = _of_one_rank(found, [OURS] if raw else list(extra))
         modules = {published: (rank, scale * rank) for published, rank, scale, _ in found}
     tensors = {f"{published}.{key}": value for published, *_, weights in found for key, value in weights.items()}
+    refuse_diverged(
+        tensors | extra, "nothing is stored; go back to an earlier checkpoint, with a smaller learning rate"
+    )
     tensors = {f"{PREFIX}{key}": value.detach().cpu().contiguous() for key, value in (tensors | extra).items()}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     saved = sorted({key.rpartition(".")[0] for key in extra if not key.endswith(STORED) and BASE not in key})
     config = _peft_config(model, name, modules, saved, transposed)
     config["bias"] = "lora_only" if any(key.endswith(f"{BASE}bias") for key in extra) else "none"
-    config["trainable_token_indices"] = trained_ids(model, trained) or None
+    config["trainable_token_indices"] = published_ids(model, trained_rows_with(model, name)) or None
     nested = any(path.startswith(f"{module}.") for module in saved for path in modules)
     if raw or nested or "" in saved:
         config["peft_type"] = OURS
@@ -238,45 +241,29 @@ def read_adapter(model: nn.Module, path: str | Path) -> StoredAdapter:
 def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
     """Attach the adapter stored in the folder `path` (PEFT's format) as `name` and make it active.
 
-    Its parameters, and those stored beside it that differ from the model's, can be trained on; the base is frozen.
+    Its parameters, and those stored beside it that differ from the base's, can be trained on; the base is frozen. They
+    belong to it: other adapters have theirs, and `set_adapter(model, None)` brings the base's back.
+
     Raises FileNotFoundError or ValueError, with the model unchanged, where a file is missing or damaged, a field is not
     implemented, a tensor doesn't fit the model, or an adapter is merged into the weights.
     """
     check_name(model, name)
     refuse_merged(model)
-    stored = read_adapter(model, path)
-    beside = places_beside(model, stored.plain)
-    if (beside or stored.rows) and adapter_names(model):
-        raise ValueError(
-            f"{path} brings a head or token rows of its own, which would replace those of the one already attached; "
-            "load it onto a base of its own"
-        )
-    if others := sorted(belongings(model) - _brought(model, stored)):
-        raise ValueError(
-            f"{others[0]} has trained beside another adapter, and {path} is for the model as it was before; load it "
-            "onto a base of its own"
-        )
-    if adapters_in_use(model):
-        claim(model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    stored, base = read_adapter(model, path), tensors_with(model, None)
+    for slot_path, _ in stored.factors:
+        refuse_patched(slot_path, model.get_submodule(slot_path))
+    try:
+        brought = filled(places_beside(model, stored.plain), base)
+        brought |= with_rows(stored.rows, base | brought)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+    make_room(model)
     for slot_path, factors in stored.factors:
         module = ensure_slot(model, slot_path)
         module.lora[name] = factors.to(module.weight.device).train(module.training)
-    put_beside(beside)
-    put_rows(model, stored.rows)
+    give(model, name, brought)
     set_adapter(model, name)
-    claim(model)
-
-
-def _brought(model: nn.Module, stored: StoredAdapter) -> set[str]:
-    """Our names of the parameters that an adapter's files hold."""
-    names: dict[str, Any] = model.key_map() if isinstance(model, KnownModel) else {}
-    out = {f"{rows.path}.weight" for rows in stored.rows}
-    for key, _ in model.named_parameters():
-        if all(name in stored.plain for name in (names[key].names if key in names else (key,))):
-            out.add(key)
-    return out
 
 
 def _lora_config(published: Any, path: Path) -> LoRAConfig:
@@ -292,8 +279,11 @@ def _lora_config(published: Any, path: Path) -> LoRAConfig:
     if published.get("bias") not in (None, "none", "all", "lora_only"):
         raise ValueError(f"{path}: bias = {published['bias']!r} is not implemented")
     for field in ("r", "lora_alpha"):
-        if not isinstance(published.get(field), int | float):
-            raise ValueError(f"{path}: {field} = {published.get(field)!r}; expected a number")
+        if not is_finite(published.get(field)):
+            raise ValueError(f"{path}: {field} = {published.get(field)!r}; expected a finite number")
+    for field in ("use_rslora", "use_dora", "fan_in_fan_out"):
+        if published.get(field) not in (None, True, False):
+            raise ValueError(f"{path}: {field} = {published[field]!r}; expected true or false")
     for field in ("rank_pattern", "alpha_pattern"):
         if not isinstance(published.get(field) or {}, dict):
             raise ValueError(f"{path}: {field} = {published[field]!r}; expected a table of module: number")
@@ -302,8 +292,8 @@ def _lora_config(published: Any, path: Path) -> LoRAConfig:
             rank=published["r"],
             alpha=published["lora_alpha"],
             dropout=published.get("lora_dropout") or 0.0,
-            rslora=bool(published.get("use_rslora")),
-            dora=bool(published.get("use_dora")),
+            rslora=published.get("use_rslora") or False,
+            dora=published.get("use_dora") or False,
             rank_pattern=published.get("rank_pattern") or {},
             alpha_pattern=published.get("alpha_pattern") or {},
         )

@@ -4,6 +4,7 @@ Merging is computed in fp32 and cast once. It is undone from a kept copy, not by
 in the last bit for about one weight in 25 in bf16.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -15,8 +16,11 @@ from ..kernels import Conv2d, Linear, LowRank
 from ..kernels.adapter_rows import AdapterRows
 from ..kernels.conv import ConvFactors
 from ..kernels.linear import Merged
-from .belongings import disown
-from .lora import Adaptable, EmbeddingFactors, KnownModel, refuse_merged, slots
+from .belongings import active_belongings, claim, disown, give_up, restore, same_owner, switch
+from .lora import KnownModel, active_adapter, refuse_merged, slots, train_only
+from .lora_embedding import EmbeddingFactors
+from .rounding import rounded
+from .wrapping import Adaptable
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -25,10 +29,48 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
-    """Apply the adapter called `name` from here on; None is the base model. ValueError where there is none such."""
-    _require(model, name)
+    """Apply the adapter called `name` from here on, with what belongs to it (`belongings.py`); None is the base model.
+
+    If it trained when it was last set, it trains again, and no other does. ValueError where there is none such, or
+    another thread is in a `use_adapter` block.
+    """
+    with _alone(model):
+        _require(model, name)
+        _activate(model, name)
+        train_only(model, name)
+
+
+def _activate(model: nn.Module, name: str | None) -> None:
+    claim(model, active_adapter(model))
+    switch(model, name)
     for slot in slots(model):
         slot.module.active = name if name is not None and name in slot.module.lora else None
+
+
+class _Turn:
+    """Which thread switches a model's adapters. A copy of the model has a turn of its own."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+
+    def __reduce__(self) -> tuple[type["_Turn"], tuple[()]]:
+        return _Turn, ()
+
+
+@contextmanager
+def _alone(model: nn.Module) -> Iterator[None]:
+    """ValueError where another thread is inside: which adapter is active stands in the model, and holds for all."""
+    first = next((slot.module for slot in slots(model)), None)
+    turn: _Turn = vars(first).setdefault("_turn", _Turn()) if first is not None else _Turn()
+    if not turn.lock.acquire(blocking=False):
+        raise ValueError(
+            "another thread is in a use_adapter block of this model, whose adapter would change under it: take turns, "
+            "or put the rows of both into one batch, use_adapter(model, [...])"
+        )
+    try:
+        yield
+    finally:
+        turn.lock.release()
 
 
 @contextmanager
@@ -41,21 +83,27 @@ def use_adapter(
     about one; each row comes out as with its adapter alone. Modules must have rows first, (B, ...). `lengths`, their
     tokens, are needed where rows lie end to end. In beam search a row's beams have its adapter. In training the
     gradients go to each row's own adapter. Without gradients the adapters stay as the first pass in the block finds
-    them.
+    them. What trains stays what it was.
 
-    Raises ValueError where there is no such adapter, one is merged into the weights, or, for a list, one is a DoRA or
-    changes what sees no rows, a language model's output head or a table of positions. And in the model, for a batch of
-    another number of rows, or, in training, where adapters differ in dropout.
+    The adapter holds for the model, whichever thread computes: one thread at a time can be in a block.
+
+    Raises ValueError where there is no such adapter, one is merged into the weights, another thread is in a block, or,
+    for a list, one is a DoRA, has a head, norms or token rows that others don't have, or changes what sees no rows, a
+    language model's output head or a table of positions. And in the model, for a batch of another number of rows, or,
+    in training, where adapters differ in dropout.
     """
-    before = {slot.module: slot.module.active for slot in slots(model)}
-    if name is None or isinstance(name, str):
-        set_adapter(model, name)
-    else:
-        _set_by_row(model, AdapterRows(name, lengths))
-    try:
-        yield
-    finally:
-        _restore(model, before)
+    with _alone(model):
+        before = {slot.module: slot.module.active for slot in slots(model)}
+        outer, owners = active_adapter(model), active_belongings(model)
+        if name is None or isinstance(name, str):
+            _require(model, name)
+            _activate(model, name)
+        else:
+            _set_by_row(model, AdapterRows(name, lengths))
+        try:
+            yield
+        finally:
+            _restore(model, before, owners, outer)
 
 
 @contextmanager
@@ -72,10 +120,21 @@ def beams_of_rows(model: nn.Module, beams: int) -> Iterator[None]:
         by_row.beams = 1
 
 
-def _restore(model: nn.Module, before: dict[Adaptable, str | AdapterRows | None]) -> None:
-    """What was active before a block, as far as it is there: in the block adapters may have come, gone, been merged."""
+def _restore(
+    model: nn.Module,
+    before: dict[Adaptable, str | AdapterRows | None],
+    owners: dict[nn.Module, str | None],
+    adapter: str | None,
+) -> None:
+    """What was active before a block, as far as it is there: in the block adapters may have come, gone, been merged.
+
+    `owners`: of what belongs to adapters; `adapter`: the one for all rows, if there was one.
+    """
     outer = next((was for was in before.values() if was is not None), None)
     merged = any(slot.module.merged is not None for slot in slots(model))
+    if not merged:
+        claim(model, active_adapter(model))
+        restore(model, owners, adapter)
     for slot in slots(model):
         module = slot.module
         was = before.get(module, outer)
@@ -98,6 +157,9 @@ def _set_by_row(model: nn.Module, rows: AdapterRows) -> None:
                 raise ValueError(
                     f"{name!r} is a DoRA, which can't be mixed with others in a batch: use it for all rows"
                 )
+    owner = same_owner(model, dict.fromkeys(rows.names))
+    claim(model, active_adapter(model))
+    switch(model, owner)
     for slot, active in chosen:
         slot.module.active = active
 
@@ -111,7 +173,7 @@ def _require(model: nn.Module, *names: str | None) -> None:
 
 
 def drop_adapter(model: nn.Module, name: str) -> None:
-    """Take the adapter called `name` off the model; the others stay. What trained beside it stays in the model.
+    """Take the adapter called `name` off the model, with what belongs to it; the others stay.
 
     Raises ValueError, with the model unchanged, where there is no such adapter, it is in use, or one is merged.
     """
@@ -123,6 +185,7 @@ def drop_adapter(model: nn.Module, name: str) -> None:
             raise ValueError(f"adapter {name!r} is in use: set_adapter(model, None), or another, first")
     for module in holders:
         del module.lora[name]
+    give_up(model, name)
 
 
 @torch.no_grad()
@@ -132,7 +195,8 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> None:
     Without it the merged weights are the model's from here on: all its adapters are taken off, also those that are not
     merged, since they were made for other weights. It can be saved, trained and adapted like any other.
 
-    Raises ValueError where no adapter is active, or one sits on a quantised weight or a convolution in groups.
+    Raises ValueError, with the model unchanged, where no adapter is active, one sits on a quantised weight or a
+    convolution in groups, or a merged weight would hold NaN, infinity, or more than its dtype can.
     """
     active = [slot for slot in slots(model) if slot.module.active is not None]
     if any(isinstance(slot.module.active, AdapterRows) for slot in active):
@@ -150,6 +214,10 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> None:
                 f"{slot.path} is a convolution in {slot.module.groups} groups: each reads all channels through the "
                 "adapter, but not through the weight, so that it can't be merged; save_adapter(model, path) instead"
             )
+        assert isinstance(slot.module.active, str)
+        for rows, value in merged_rows(slot.module, slot.module.active):
+            rounded(value, rows.dtype, slot.path)  # all of them, before the first one is written
+
     for slot in active:
         module, name = slot.module, slot.module.active
         assert isinstance(name, str)

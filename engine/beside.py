@@ -7,38 +7,65 @@ is stored, too, and what lies inside. Of a projection with an adapter only what 
 no use without.
 """
 
-from collections.abc import Collection, Container, Iterator
-from typing import Any
+from collections.abc import Container, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .lora import KnownModel
-from .token_rows import STORED, trained_rows
+from .belongings import ROWS, belongings_of, put_aside
+from .lora import KnownModel, slots
+from .rounding import rounded
+from .token_rows import STORED, rows_among
 
 WITH_HEAD = ("sequence-classification", "reward", "token-classification", "question-answering")
 BASE = ".base_layer."
 
 
-def trained_beside(model: nn.Module, trained: Collection[str], adapted: Container[str]) -> dict[str, Tensor]:
-    """Published tensors: of the modules of the parameters called `trained`, and of the head.
+def tensors_with(model: nn.Module, adapter: str | None) -> dict[str, Tensor]:
+    """The parameters and buffers by name as they are with an adapter, or None, wherever adapters stand now.
 
-    `adapted`: the published modules that the stored adapter sits on.
+    None is merged into them, and factors are not among them.
     """
-    modules, places = {_module(key) for key in trained}, list(_published_rows(model))
-    chosen = trained_rows(model)
+    out: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    out = {key: value for key, value in out.items() if ".lora." not in key}
+    for slot in slots(model):
+        if slot.module.merged is not None:
+            out[f"{slot.path}.weight"] = slot.module.merged.base
+    for key, value in put_aside(model, adapter).items():
+        if value is None:
+            out.pop(key, None)
+        elif key in out or _kind(key) == ROWS:  # a tied matrix has one name here
+            out[key] = value
+    return out
+
+
+def trained_rows_with(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """The ids of the token rows that belong to an adapter, by the name of the parameter."""
+    mine = belongings_of(model, adapter)
+    return {key: ids for key, ids in rows_among(tensors_with(model, adapter)).items() if key in mine}
+
+
+def trained_beside(model: nn.Module, adapter: str, adapted: Container[str]) -> dict[str, Tensor]:
+    """Published tensors: of the modules of the parameters that belong to the adapter, and of the head.
+
+    `adapted`: the published modules that the adapter sits on.
+    """
+    trained, chosen = belongings_of(model, adapter), trained_rows_with(model, adapter)
+    tensors = tensors_with(model, adapter)
+    modules, places = {_module(key) for key in trained}, list(_published_rows(model, tensors))
     head = ("head.out.", "head.hidden.") if isinstance(model, KnownModel) and model.task in WITH_HEAD else ()
     whole = {
         _module(published)
-        for key, _, published, _, _ in places
+        for key, published, _, _ in places
         if key.startswith(head) or (_module(key) in modules and key not in chosen)
     }
     ends = tuple(path for path in whole if path and path not in adapted)
     inside = tuple(f"{path}." for path in ends)
     out: dict[str, Tensor] = {}
-    for key, _, published, rows, source in places:
-        value, (module, _, kind) = rows.detach(), published.rpartition(".")
-        if key in chosen and key in trained:
+    for key, published, index, source in places:
+        value, (module, _, kind) = tensors[key].detach()[index], published.rpartition(".")
+        if key in chosen:
             out[f"{module}{STORED}"] = value[chosen[key]].cpu()
             continue
         if module in adapted:
@@ -56,48 +83,66 @@ def _module(key: str) -> str:
     return key.rpartition(".")[0]
 
 
-def places_beside(model: nn.Module, stored: dict[str, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Where each stored plain tensor goes: (our parameter or buffer, rows of it, value in our layout).
+def _kind(key: str) -> str:
+    """What a tensor is in its module, "weight" for example."""
+    return key.rpartition(".")[2]
 
-    A copy of what the model has is passed over: a head is stored whether it trained or not, and by PEFT the matrix of
+
+class Place(NamedTuple):
+    """Where a stored tensor goes: our name of the parameter or buffer, rows of it, and the value in our layout."""
+
+    key: str
+    index: Any
+    value: Tensor
+
+
+def places_beside(model: nn.Module, stored: dict[str, Tensor]) -> list[Place]:
+    """Where each stored plain tensor goes that differs from the base's.
+
+    A copy of what the base has is passed over: a head is stored whether it trained or not, and by PEFT the matrix of
     an adapted embedding. Raises ValueError for one that has no place in the model, or another shape.
     """
-    home = {published: (tensor, rows, source) for _, tensor, published, rows, source in _published_rows(model)}
+    base = tensors_with(model, None)
+    home = {published: (key, index, source) for key, published, index, source in _published_rows(model, base)}
     out = []
     for key, value in ((key.replace(BASE, "."), value) for key, value in stored.items()):
         if key not in home and key.endswith(".num_batches_tracked"):
             continue  # of a batch norm, for a momentum that none here has
         if key not in home:
             raise ValueError(f"{key} has no place in this model; it was made for another base or task")
-        tensor, rows, source = home[key]
+        name, index, source = home[key]
+        rows = base[name].detach()[index]
         value = source.ours(value) if source else value
         if value.shape != rows.shape:
             raise ValueError(
                 f"{key} has shape {tuple(value.shape)}, the model needs {tuple(rows.shape)}; it is for another base"
             )
         if rows.is_meta or not torch.equal(value.to(rows), rows):
-            out.append((tensor, rows, value))
+            out.append(Place(name, index, value))
     return out
 
 
-def _published_rows(model: nn.Module) -> Iterator[tuple[str, Tensor, str, Tensor, Any]]:
-    """Our name and tensor, a published name, the rows that go by it, and how they are stored (None: as they are)."""
+def _published_rows(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Any, Any]]:
+    """Our name of a tensor, a published name, the rows that go by it, and how they are stored (None: as they are)."""
     names: dict[str, Any] = model.key_map() if isinstance(model, KnownModel) else {}
     kept = model.state_dict()
-    tensors: dict[str, Tensor] = dict(model.named_parameters())
-    for key, tensor in (tensors | {key: buffer for key, buffer in model.named_buffers() if key in kept}).items():
-        if ".lora." in key:
+    for key in tensors:
+        if key not in kept:
             continue
-        source = names.get(key)
-        blocks = tensor.data.split(source.rows) if source and source.rows else (tensor.data,)
-        for published, rows in zip(source.names if source else (key,), blocks, strict=True):
-            yield key, tensor, published, rows, source
+        source, start = names.get(key), 0
+        if source is None or not source.rows:
+            yield key, source.names[0] if source else key, ..., source
+            continue
+        for published, size in zip(source.names, source.rows, strict=True):
+            yield key, published, slice(start, start + size), source
+            start += size
 
 
-@torch.no_grad()
-def put_beside(places: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Fill the places; the parameters among them train from here on."""
-    for tensor, rows, value in places:
-        rows.copy_(value)
-        if isinstance(tensor, nn.Parameter):
-            tensor.requires_grad_(True)
+def filled(places: list[Place], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that the places are in, with the values in them, by name; `tensors` are those of the base."""
+    out: dict[str, Tensor] = {}
+    for key, index, value in places:
+        if key not in out:
+            out[key] = tensors[key].detach().clone()
+        out[key][index] = rounded(value, out[key].dtype, key).to(out[key].device)
+    return out

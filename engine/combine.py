@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from ..kernels import Conv2d, Linear, LowRank
 from ..kernels.conv import ConvFactors
 from .adapters import adapter_names, set_adapter
-from .belongings import claim
-from .lora import Adaptable, EmbeddingFactors, Factors, LoRAEmbedding, adapters_in_use, check_name, refuse_merged, slots
+from .belongings import belongings_of
+from .lora import check_name, make_room, refuse_merged, slots
+from .lora_embedding import EmbeddingFactors, LoRAEmbedding
+from .wrapping import Adaptable, Factors
 
 Pair = tuple[Tensor, Tensor]  # A (R, K) and B (M, R)
 
@@ -26,10 +28,10 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str, 
     """Attach the weighted sum of the adapters named in `weights` as `name`, and make it active; the others stay.
 
     `combine_adapters(model, {"law": 0.7, "tone": 0.3}, "both")`. Without `rank` it is exact, and its rank the sum of
-    theirs; else each module gets at most that rank, the best approximation of the sum. What is stored beside adapters
-    (heads, norms) is the model's and takes no part.
+    theirs; else each module gets at most that rank, the best approximation of the sum.
 
-    Raises ValueError, with the model unchanged, for an adapter that isn't there or is a DoRA, a name that is taken,
+    Raises ValueError, with the model unchanged, for an adapter that isn't there, is a DoRA, or has more than factors (a
+    head, norms, token rows), a name that is taken,
     weights that are none or not finite, a rank below 1, or an adapter on a convolution in groups.
     """
     check_name(model, name)
@@ -40,10 +42,7 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str, 
         used = {key: weight for key, weight in weights.items() if key in slot.module.lora}
         if used:
             made.append((slot.module, _combined(slot.path, slot.module, used, rank)))
-    if adapters_in_use(model):
-        claim(model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    make_room(model)
     for module, factors in made:
         module.lora[name] = factors.train(module.training)
     set_adapter(model, name)
@@ -57,6 +56,11 @@ def _check(model: nn.Module, weights: Mapping[str, float], rank: int | None) -> 
         raise ValueError(f"there is no adapter {lacking[0]!r}; attached: {', '.join(known) or 'none'}")
     if rank is not None and rank < 1:
         raise ValueError(f"rank: expected a positive number, got {rank}")
+    for name in weights:
+        if trained := sorted(belongings_of(model, name)):
+            raise ValueError(
+                f"{trained[0]} belongs to {name!r}, and such a tensor can't be added up; merge it into the base instead"
+            )
     for slot in slots(model):
         for name in weights:
             if name in slot.module.lora and slot.module.lora[name].m is not None:

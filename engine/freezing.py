@@ -7,7 +7,10 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ..kernels.quantize import NF4Weight
+from .belongings import claim, every_tensor_aside
+from .lora import active_adapter, slots
 from .token_rows import trained_rows
+from .wrapping import Factors
 
 
 def match(model: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Parameter]:
@@ -25,13 +28,26 @@ def match(model: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Parameter]:
 
 
 def freeze(model: nn.Module, *patterns: str) -> None:
-    """Stop training the parameters that match: `freeze(model, "*")`. ValueError for a glob that matches nothing."""
-    for parameter in match(model, patterns).values():
+    """Stop training the parameters that match: `freeze(model, "*")`. ValueError for a glob that matches nothing.
+
+    Those of adapters that are not in use, too: they stay frozen once they are.
+    """
+    names = match(model, patterns)
+    for parameter in names.values():
         parameter.requires_grad_(False)
+
+    for name, tensor in every_tensor_aside(model):
+        if tensor.requires_grad and any(fnmatchcase(name, pattern) for pattern in patterns):
+            tensor.requires_grad_(False)
+    for slot in slots(model):
+        for adapter, factors in slot.module.lora.items():
+            assert isinstance(factors, Factors)
+            prefix = f"{slot.path}.lora.{adapter}."
+            factors.paused = tuple(key for key in factors.paused if f"{prefix}{key}" not in names)
 
 
 def unfreeze(model: nn.Module, *patterns: str) -> None:
-    """Train the parameters that match: `unfreeze(model, "head.*")`.
+    """Train the parameters that match: `unfreeze(model, "head.*")`. They belong to the adapter that is active.
 
     Raises ValueError for a glob that matches nothing, or a quantised weight.
     """
@@ -41,6 +57,7 @@ def unfreeze(model: nn.Module, *patterns: str) -> None:
             raise ValueError(f"{name} is of a quantised weight, which can't train: add_lora, or load it in bfloat16")
     for parameter in found.values():
         parameter.requires_grad_(True)
+    claim(model, active_adapter(model))
 
 
 def unfreeze_due(model: nn.Module, schedule: Mapping[str, float], epoch: float) -> None:
@@ -51,6 +68,12 @@ def unfreeze_due(model: nn.Module, schedule: Mapping[str, float], epoch: float) 
     due = [pattern for pattern, start in schedule.items() if epoch >= start]
     freeze(model, *(schedule.keys() - due))
     unfreeze(model, *due)
+
+
+def put_into_training(model: nn.Module, schedule: Mapping[str, float], epoch: float) -> None:
+    """The model in train mode, what is due by `epoch` (below 0: from the beginning) requiring a gradient."""
+    unfreeze_due(model, schedule, max(0.0, epoch))
+    train_mode(model)
 
 
 def train_mode(model: nn.Module) -> None:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import Conv2d, Linear, LowRank
-from ..kernels.adapter_rows import AdapterRows
 from ..kernels.conv import ConvFactors
-from .belongings import claim
+from .belongings import claim, switch
 from .lora_config import LoRAConfig
 from .lora_embedding import EmbeddingFactors, LoRAEmbedding
+from .wrapping import Adaptable, Factors, ensure_slot, is_conv1d, refuse_misfit
 
 FOREIGN_HEADS = ("lm_head", "head", "score", "classifier", "qa_outputs", "embed_out", "cls")
 
@@ -39,10 +39,6 @@ class KnownModel(Protocol):
     def pool(
         self, states: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, cu_seqlens: Tensor | None
     ) -> Tensor: ...
-
-
-Adaptable = Linear | Conv2d | LoRAEmbedding
-Factors = LowRank | ConvFactors | EmbeddingFactors
 
 
 class Slot(NamedTuple):
@@ -109,16 +105,37 @@ def lr_ratios(model: nn.Module) -> dict[str, float]:
     return out
 
 
-def adapters_in_use(model: nn.Module) -> set[str]:
-    """The names of the adapters that are applied somewhere, to all rows or by row, or train."""
-    found: set[str] = set()
+def active_adapter(model: nn.Module) -> str | None:
+    """The adapter that is applied to all rows, or merged; None where there is none, or one for each row."""
     for _, module, _ in slots(model):
-        if isinstance(module.active, AdapterRows):
-            found |= set(module.active.adapters)
-        elif module.active is not None:
-            found.add(module.active)
-        found |= {name for name, factors in module.lora.items() if any(p.requires_grad for p in factors.parameters())}
-    return found
+        if module.merged is not None:
+            return module.merged.name
+        if isinstance(module.active, str):
+            return module.active
+    return None
+
+
+def make_room(model: nn.Module) -> None:
+    """Freeze everything, with the base in the model, for an adapter that is about to be attached."""
+    claim(model, active_adapter(model))
+    switch(model, None)
+    train_only(model, None)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def train_only(model: nn.Module, name: str | None) -> None:
+    """The factors of the adapter called `name` train again if they did before, those of all others no longer."""
+    for _, module, _ in slots(model):
+        for other, factors in module.lora.items():
+            assert isinstance(factors, Factors)
+            if other == name:
+                for key in factors.paused:
+                    factors.get_parameter(key).requires_grad_(True)
+                factors.paused = ()
+            elif trained := tuple(key for key, p in factors.named_parameters() if p.requires_grad):
+                factors.paused = trained
+                factors.requires_grad_(False)
 
 
 def _published(path: str, names: dict[str, Any]) -> tuple[str, ...]:
@@ -128,6 +145,8 @@ def _published(path: str, names: dict[str, Any]) -> tuple[str, ...]:
 
 def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> tuple[str, ...]:
     """Attach a fresh adapter called `name`, make it active, freeze everything else; gives the adapted module paths.
+
+    It starts from the base, whatever another adapter has brought. What is unfrozen from here on belongs to it.
 
     Raises ValueError, and leaves the model as it was, where a target matches nothing, the name is taken, the target is
     tied to another layer, or an adapter is merged into the weights.
@@ -139,10 +158,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> tup
     for path, parts, published in chosen:
         refuse_misfit(model, path, config.rank_of(published[0]))
         _refuse_variant(model, path, config, {i: config.rank_of(published[i]) for i in parts})
-    if adapters_in_use(model):
-        claim(model)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    make_room(model)
     for path, parts, published in chosen:
         module = ensure_slot(model, path)
         ranks = [config.rank_of(published[i]) for i in parts]
@@ -164,52 +180,12 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> tup
 
 def check_name(model: nn.Module, name: str) -> None:
     """ValueError where an adapter can't be called `name`."""
-    if not name or "." in name:
-        raise ValueError(f"adapter name {name!r}: it must not be empty or contain a dot")
+    if not isinstance(name, str) or not name or "." in name:
+        raise ValueError(f"adapter name {name!r}: it must be a text, not empty and without a dot")
+    if hasattr(nn.ModuleDict, name) or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"adapter name {name!r} means something in torch's modules; choose another")
     if any(name in slot.module.lora for slot in slots(model)):
         raise ValueError(f"adapter {name!r} exists already; choose another name")
-
-
-def refuse_misfit(model: nn.Module, path: str, rank: int) -> None:
-    """ValueError where the module at `path` is a convolution that an adapter of this rank can't sit on."""
-    module = model.get_submodule(path)
-    try:
-        if isinstance(module, nn.Conv2d):
-            Conv2d.around(module)
-        if isinstance(module, nn.Conv2d | Conv2d) and rank % module.groups:
-            raise ValueError(f"rank {rank} can't be divided among the {module.groups} groups of the convolution")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; choose another rank, or leave it out of the targets") from error
-
-
-def ensure_slot(model: nn.Module, path: str) -> Adaptable:
-    """The module at `path` with an adapter slot, replaced by one that has it where needed."""
-    module = model.get_submodule(path)
-    if isinstance(module, Adaptable):
-        return module
-    new: Adaptable
-    if isinstance(module, nn.Embedding):
-        new = LoRAEmbedding(module)
-    elif isinstance(module, nn.Conv2d):
-        new = Conv2d.around(module)
-    else:
-        bias = None if module.bias is None else module.get_parameter("bias")
-        new = Linear.around(module.get_parameter("weight"), bias, transposed=is_conv1d(module))
-    new.train(module.training)
-    for place in [place for place, other in model.named_modules(remove_duplicate=False) if other is module]:
-        parent_path, _, child = place.rpartition(".")
-        parent = model.get_submodule(parent_path)
-        setattr(parent, child, new)
-        if isinstance(parent, nn.TransformerEncoderLayer):
-            parent.activation_relu_or_gelu = 0  # no fast path: in eval mode it reads the weights past the adapter
-    return new
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D: a linear layer whose weight is stored (in, out)."""
-    if type(module).__name__ != "Conv1D" or not isinstance(vars(module).get("nf"), int):
-        return False
-    return isinstance(module.weight, Tensor) and module.weight.dim() == 2
 
 
 def _is_look_up(module: nn.Module) -> bool:

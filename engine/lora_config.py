@@ -1,7 +1,9 @@
 """What an adapter looks like: the `[lora]` table of a run."""
 
+import math
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,11 @@ class LoRAConfig:
             if type(rank) is not int or rank < 1:
                 raise ValueError(f"{place}: expected a positive whole number, got {rank!r}")
         for place, alpha in (("alpha", self.alpha), *(("alpha_pattern", a) for a in self.alpha_pattern.values())):
-            if not isinstance(alpha, int | float):
-                raise ValueError(f"{place}: expected a number, got {alpha!r}")
+            if not is_finite(alpha):
+                raise ValueError(f"{place}: expected a finite number, got {alpha!r}")
+        for field_name in ("rslora", "dora"):
+            if type(value := getattr(self, field_name)) is not bool:
+                raise ValueError(f"{field_name}: expected true or false, got {value!r}")
         for place in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, place):
                 try:
@@ -46,10 +51,10 @@ class LoRAConfig:
                 except re.error as error:
                     said = f"{pattern!r} is no regular expression ({error}), which is what stands here, not a glob"
                     raise ValueError(f"{place}: {said}") from error
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout}")
-        if not 0 < self.lr_ratio < float("inf"):
-            raise ValueError(f"lr_ratio: expected a positive number, got {self.lr_ratio}")
+        if not is_finite(self.dropout) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout!r}")
+        if not is_finite(self.lr_ratio) or self.lr_ratio <= 0:
+            raise ValueError(f"lr_ratio: expected a positive number, got {self.lr_ratio!r}")
         if self.init not in ("kaiming", "pissa"):
             raise ValueError(f'init: expected "kaiming" or "pissa", got {self.init!r}')
         if self.init == "pissa" and min([self.alpha, *self.alpha_pattern.values()]) <= 0:
@@ -66,6 +71,14 @@ class LoRAConfig:
         alpha = next((a for key, a in self.alpha_pattern.items() if _ends_with(path, key)), self.alpha)
         rank = self.rank_of(path)
         return alpha / (rank**0.5 if self.rslora else rank)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a number, and neither NaN nor infinite nor beyond what a float can hold."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return False
 
 
 def _ends_with(path: str, pattern: str) -> bool:

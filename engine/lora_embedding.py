@@ -19,6 +19,7 @@ class EmbeddingFactors(nn.Module):
         self.scale = scale
         self.m: nn.Parameter | None = None  # DoRA's magnitudes of the columns (D,)
         self.lr_ratio = 1.0  # of B's learning rate to A's
+        self.paused: tuple[str, ...] = ()  # the parameters that train when it is the adapter in use
 
     @torch.no_grad()
     def add_magnitudes(self, weight: Tensor) -> None:

@@ -21,6 +21,7 @@ from .adapter_files import load_adapter, read_adapter, save_adapter
 from .adapters import adapter_names, use_adapter
 from .batches import packed, to_device
 from .guards import in_eval_mode
+from .lora_config import is_finite
 from .shared import with_head
 from .text import append_eos, tokenize_pairs
 
@@ -105,11 +106,20 @@ def load_reward(policy: Any, path: str | Path, tokenizer: Any = None) -> Reward:
     if stored.rows or (more := sorted(stored.plain.keys() - heads)):
         what = more[0] if not stored.rows else "token rows"
         raise ValueError(f"{path} brings {what}, which would change the policy, too; train adapter and head alone")
+    facts = Path(path) / SCALE
+    scale = _scale_of(facts) if facts.is_file() else {}
     load_adapter(model, path, ADAPTER)
     model.requires_grad_(False)
-    facts = Path(path) / SCALE
-    scale = json.loads(facts.read_text(encoding="utf-8")) if facts.is_file() else {}
     return Reward(model, tokenizer, **scale)
+
+
+def _scale_of(path: Path) -> dict[str, Any]:
+    """Shift and scale as `Reward.save` wrote them. ValueError where they are not finite numbers."""
+    scale = json.loads(path.read_text(encoding="utf-8"))
+    for field, value in scale.items():
+        if not is_finite(value) and (field, value) != ("scale", None):
+            raise ValueError(f"{path}: {field} = {value!r}; expected a finite number, train the reward model again")
+    return scale
 
 
 def checked_scores(reward: RewardFn, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:

@@ -11,15 +11,17 @@ The price is that gradient (V, D), which stands in memory for the time of a back
 it in the head. No state of it is kept.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .lora import KnownModel, LoRAEmbedding
+from .belongings import ROWS, claim
+from .lora import KnownModel, active_adapter
+from .lora_embedding import LoRAEmbedding
+from .rounding import rounded
 
-ROWS = "trained_rows"  # the buffer that holds the ids; not stored
 STORED = ".token_adapter.trainable_tokens_delta"
 
 
@@ -34,8 +36,7 @@ def train_rows(model: nn.Module, ids: Sequence[int]) -> None:
     size = len(modules[0].get_parameter("weight"))
     if wrong := sorted({number for number in ids if not 0 <= number < size}) or not ids:
         raise ValueError(f"ids {wrong if ids else '[]'}: expected token ids from 0 to {size - 1}, at least one")
-    for module in modules:
-        _choose(module, sorted(set(ids)))
+    _choose(model, modules, ids)
 
 
 def train_added_rows(model: nn.Module, ids: Sequence[int]) -> None:
@@ -43,14 +44,15 @@ def train_added_rows(model: nn.Module, ids: Sequence[int]) -> None:
 
     Raises ValueError for a model that is not of this project or has no token embedding, or one with an adapter on it.
     """
-    for module in _matrices(model):
-        if not module.get_parameter("weight").requires_grad:
-            _choose(module, sorted(set(ids)))
+    _choose(model, [module for module in _matrices(model) if not module.get_parameter("weight").requires_grad], ids)
 
 
-def _choose(module: nn.Module, ids: list[int]) -> None:
-    weight = module.get_parameter("weight").requires_grad_(True)
-    module.register_buffer(ROWS, torch.tensor(ids, device=weight.device), persistent=False)
+def _choose(model: nn.Module, modules: Sequence[nn.Module], ids: Sequence[int]) -> None:
+    """Train these rows of the modules' weights, which belong to the active adapter from here on."""
+    weights = [module.get_parameter("weight").requires_grad_(True) for module in modules]
+    claim(model, active_adapter(model))
+    for module, weight in zip(modules, weights, strict=True):
+        module.register_buffer(ROWS, torch.tensor(sorted(set(ids)), device=weight.device), persistent=False)
 
 
 def _matrices(model: nn.Module) -> list[nn.Module]:
@@ -68,21 +70,19 @@ def _matrices(model: nn.Module) -> list[nn.Module]:
 
 def trained_rows(model: nn.Module) -> dict[str, Tensor]:
     """The ids of the rows that train, by the name of the parameter, where not all of them do."""
-    found = {}
-    for name, buffer in model.named_buffers():
-        if name.rpartition(".")[2] == ROWS:
-            found[f"{name.removesuffix(ROWS)}weight"] = buffer
-    return found
+    return rows_among(dict(model.named_buffers()))
 
 
-def trained_ids(model: nn.Module, trained: Container[str]) -> dict[str, list[int]]:
-    """PEFT's `trainable_token_indices`: the ids by published module, of the parameters called `trained`."""
+def rows_among(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same, of tensors by their names in a model."""
+    ends = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] == ROWS}
+    return {f"{name.removesuffix(ROWS)}weight": ids for name, ids in ends.items()}
+
+
+def published_ids(model: nn.Module, rows: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """PEFT's `trainable_token_indices`: the ids by published module, of those by the name of our parameter."""
     names = model.key_map() if isinstance(model, KnownModel) else {}
-    return {
-        names[key].names[0].removesuffix(".weight"): ids.tolist()
-        for key, ids in trained_rows(model).items()
-        if key in trained
-    }
+    return {names[key].names[0].removesuffix(".weight"): ids.tolist() for key, ids in rows.items()}
 
 
 class StoredRows(NamedTuple):
@@ -126,11 +126,11 @@ def _of_module(table: Any, module: str) -> Any:
     return next((ids for name, ids in entries if module == name or module.endswith(f".{name}")), None)
 
 
-@torch.no_grad()
-def put_rows(model: nn.Module, found: list[StoredRows]) -> None:
-    """Write the rows into their matrices; they alone train from here on."""
+def with_rows(found: list[StoredRows], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The matrices with the rows in them, and the ids of these, by name; `tensors` are those of the base."""
+    out: dict[str, Tensor] = {}
     for path, ids, rows in found:
-        module = model.get_submodule(path)
-        weight = module.get_parameter("weight")
-        weight.data[ids] = rows.to(weight)
-        _choose(module, sorted(ids))
+        weight = tensors[f"{path}.weight"].detach().clone()
+        weight[ids] = rounded(rows, weight.dtype, f"{path}.weight").to(weight.device)
+        out |= {f"{path}.weight": weight, f"{path}.{ROWS}": torch.tensor(sorted(ids), device=weight.device)}
+    return out

@@ -16,7 +16,7 @@ def run_label(options: argparse.Namespace) -> int:
         raise ValueError(f"--out {options.out} is the file of the texts; give another")
     words = dict(_named(spec) for spec in options.labels)
     texts = [row["text"] if "text" in row else row["prompt"] for row in _rows(options.data)]
-    model, tokenizer, _ = generator_of(options)
+    model, tokenizer, *_ = generator_of(options)
     if model.task != "causal-lm":
         raise ValueError(f"{options.model}: labels are chosen by a causal language model, and this is for {model.task}")
     template = options.template.replace("\\n", "\n")

@@ -3,9 +3,11 @@
 Nothing is loaded: the base is opened (`open_checkpoint`), and the merged checkpoint written in its shards, in their
 dtypes. What the adapter leaves alone is copied from file to file; what it changes is read, changed in fp32 and written,
 one tensor at a time; what it brings (a head, norms) takes the place of the stored one, or goes into the last shard.
+Where the dtype is narrower than fp32, how much of the adapter's change is left in it is said on standard error.
 """
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +19,10 @@ from torch import Tensor
 
 from .engine import merge_lora
 from .engine.adapter_files import StoredAdapter, read_adapter
-from .engine.lora import Factors
+from .engine.adapters import merged_rows
+from .engine.lora import slots
+from .engine.rounding import Rounding, dtype_name, rounded
+from .engine.wrapping import Factors
 from .kernels import Conv2d, Linear, LowRank
 from .models import ResNet, load, save
 from .models.checkpoint import Checkpoint, open_checkpoint, save_around, stored_shape
@@ -40,15 +45,33 @@ def merge(base: str, adapter: Path, out: Path) -> None:
     ValueError where `out` holds something, where the base lacks a head that the adapter doesn't bring, or for a
     convolution in groups.
     """
-    opened = open_checkpoint(base, **head_of(adapter))
+    opened, rounding = open_checkpoint(base, **head_of(adapter)), Rounding()
     with _filling(out) as folder:
         if adds_tokens(adapter, opened.tokenizer) or (opened.head_rows or []) != sorted(opened.head_rows or []):
-            model, tokenizer = load(base, dtype=opened.shards.dtype(), **head_of(adapter))
+            model, tokenizer = load(base, dtype=opened.shards.dtype(), head_follows=True, **head_of(adapter))
             put_adapter(model, tokenizer, adapter)
+            _measure(model, rounding)
             merge_lora(model, keep_base=False)
             save(model, tokenizer, folder)
         else:
-            _stream(opened, base, adapter, folder)
+            _stream(opened, base, adapter, folder, rounding)
+    _say(rounding, opened.shards.dtype())
+
+
+def _say(rounding: Rounding, dtype: torch.dtype) -> None:
+    """How much of the change survived, on standard error, where something can be lost."""
+    if dtype.itemsize >= 4 or not rounding.change:
+        return
+    remedy = "" if rounding.survives > 0.9 else "; convert the base to float32 first, or use base and adapter unmerged"
+    print(f"{rounding.survives:.1%} of the adapter's change survives in {dtype_name(dtype)}{remedy}", file=sys.stderr)
+
+
+def _measure(model: Any, rounding: Rounding) -> None:
+    """Count what merging the active adapter of a loaded model will come to."""
+    for slot in slots(model):
+        if isinstance(slot.module.active, str):
+            for rows, value in merged_rows(slot.module, slot.module.active):
+                rounding.add(rows, value, value.to(rows.dtype))
 
 
 @contextmanager
@@ -74,21 +97,22 @@ def _filling(out: Path) -> Iterator[Path]:
     folder.rmdir()
 
 
-def _stream(opened: Checkpoint, base: str, adapter: Path, folder: Path) -> None:
+def _stream(opened: Checkpoint, base: str, adapter: Path, folder: Path, rounding: Rounding) -> None:
     """The merged checkpoint, tensor by tensor."""
     model = opened.model
     if isinstance(model, ResNet):
         model.pixels = Pixels.read(adapter, {}, model.config.n_channels) or model.pixels
     stored, placement = read_adapter(model, adapter), place(model, opened.shards, new_head=opened.head_rows is None)
-    tensors = _tensors(opened, placement, stored)
+    tensors = _tensors(opened, placement, stored, rounding)
     for key, copy, said in placement.copies:
         if not same(copy, placement.stored[model.key_map()[key].names[0]]):
             raise ValueError(f"{base}: {said}")
     _write(tensors, placement, folder)
+    model.tokens = model.tokens.with_adapter(adapter, opened.tokenizer)
     save_around(model, opened.tokenizer, folder, opened.shards.dtype())
 
 
-def _tensors(opened: Checkpoint, placement: Placement, adapter: StoredAdapter) -> dict[str, Source]:
+def _tensors(opened: Checkpoint, placement: Placement, adapter: StoredAdapter, rounding: Rounding) -> dict[str, Source]:
     """What each tensor of the merged checkpoint is made of, by its published name."""
     model, own = opened.model, own_tensors(opened.model)
     factors = dict(adapter.factors)
@@ -105,12 +129,14 @@ def _tensors(opened: Checkpoint, placement: Placement, adapter: StoredAdapter) -
                 out[name] = Made(shape, dtype, partial(torch.zeros, shape, dtype=dtype))
             elif path in factors and key.endswith(".weight") and _changes(model, path, factors[path], i):
                 rows = partial(_rows, source, block, dtype, stored, plain)
-                out[name] = Made(shape, dtype, partial(_merged, model, path, factors[path], i, source, rows))
+                merged = partial(_merged, model, path, factors[path], i, source, rows, name, rounding)
+                out[name] = Made(shape, dtype, merged)
             elif plain is not None:
-                out[name] = Made(shape, dtype, partial(plain.to, dtype))
+                out[name] = Made(shape, dtype, partial(_brought, plain, stored, dtype, name, rounding))
             elif key in token_rows:
                 assert stored is not None
-                out[name] = Made(shape, dtype, partial(_with_rows, stored, block, *token_rows[key][1:]))
+                with_rows = partial(_with_rows, stored, block, *token_rows[key][1:], name, rounding)
+                out[name] = Made(shape, dtype, with_rows)
             else:
                 assert stored is not None
                 out[name] = stored
@@ -129,7 +155,7 @@ def _rows(source: Published, block: Tensor, dtype: torch.dtype, stored: Stored |
     """The rows before the adapter, in our layout: as stored in the base, or as the adapter brings them."""
     rows = torch.empty(block.shape, dtype=dtype)
     if plain is not None:
-        source.as_stored(rows).copy_(plain)
+        source.as_stored(rows).copy_(rounded(plain, dtype, source.names[0]))
     else:
         assert stored is not None
         read_into(stored, source.as_stored(rows))
@@ -137,24 +163,44 @@ def _rows(source: Published, block: Tensor, dtype: torch.dtype, stored: Stored |
 
 
 def _merged(
-    model: Any, path: str, factors: Factors, index: int, source: Published, rows_of: Callable[[], Tensor]
+    model: Any,
+    path: str,
+    factors: Factors,
+    index: int,
+    source: Published,
+    rows_of: Callable[[], Tensor],
+    name: str,
+    rounding: Rounding,
 ) -> Tensor:
-    """The rows with the adapter in them, as they are stored."""
+    """The rows with the adapter in them, as they are stored under `name`."""
     rows, module = rows_of(), model.get_submodule(path)
     if isinstance(factors, LowRank) and isinstance(module, Linear):
         value = factors.merged(module.parts[index], rows)
     else:
         assert not isinstance(factors, LowRank)
         value = factors.merged(rows)
-    rows.copy_(value)
-    return source.as_stored(rows)
+    out = rounded(value, rows.dtype, name)
+    rounding.add(rows, value, out)
+    return source.as_stored(out)
 
 
-def _with_rows(stored: Stored, block: Tensor, ids: list[int], rows: Tensor) -> Tensor:
+def _brought(plain: Tensor, stored: Stored | None, dtype: torch.dtype, name: str, rounding: Rounding) -> Tensor:
+    """What the adapter brings whole, in the place of what is `stored`."""
+    out = rounded(plain, dtype, name)
+    if stored is not None and dtype.itemsize < 4:
+        before = torch.empty(stored.shape, dtype=stored.dtype)
+        read_into(stored, before)
+        rounding.add(before, plain, out)
+    return out
+
+
+def _with_rows(stored: Stored, block: Tensor, ids: list[int], rows: Tensor, name: str, rounding: Rounding) -> Tensor:
     """An embedding with the token rows that the adapter trained."""
     matrix = torch.empty(block.shape, dtype=stored.dtype)
     read_into(stored, matrix)
-    matrix[ids] = rows.to(stored.dtype)
+    out = rounded(rows, stored.dtype, name)
+    rounding.add(matrix[ids], rows, out)
+    matrix[ids] = out
     return matrix
 
 

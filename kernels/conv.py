@@ -208,6 +208,7 @@ class ConvFactors(nn.Module):
 
         self.m: nn.Parameter | None = None  # DoRA's magnitudes (M,), see `dora.py`
         self.lr_ratio = 1.0  # of B's learning rate to A's
+        self.paused: tuple[str, ...] = ()  # the parameters that train when it is the adapter in use
 
     @torch.no_grad()
     def add_magnitudes(self, weight: Tensor) -> None:

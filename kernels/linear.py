@@ -60,6 +60,7 @@ class LowRank(nn.Module):
         self.rows = tuple(part.start for part in parts)
         self.pissa = False
         self.lr_ratio = 1.0  # of B's learning rate to A's
+        self.paused: tuple[str, ...] = ()  # the parameters that train when it is the adapter in use
 
     @torch.no_grad()
     def start_from(self, matrix: Tensor) -> None:

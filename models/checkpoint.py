@@ -5,6 +5,7 @@ found in `hub.py`, which task it is for in `tasks.py`. What stands here is the o
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -75,6 +76,7 @@ def load(
     *,
     head_layers: int | None = None,
     quantize: Callable[[Model], Iterable[str]] | None = None,
+    head_follows: bool = False,
 ) -> tuple[Model, "Tokenizer | None"]:
     """The model at `path` (a folder in Hugging Face layout, or a hub id) in eval mode, and its tokenizer or None.
 
@@ -84,6 +86,7 @@ def load(
     labels or another depth than asked for is made anew; of the same labels in another order its rows are reordered.
     `quantize` chooses projections, given the empty model, that are kept in NF4 and frozen (`engine.projections`: what
     `quantize` would take): each is packed as it is read, so that the whole model is never there in full.
+    `head_follows`: a head that is made anew is not announced, since one will be loaded, with an adapter for example.
 
     Raises FileNotFoundError for a missing folder or config.json, ValueError for everything that doesn't fit.
     """
@@ -93,7 +96,7 @@ def load(
     chosen = {f"{path}.weight": model.get_submodule(path) for path in (quantize(model) if quantize else ())}
     packed = Packing({key: m for key, m in chosen.items() if isinstance(m, Linear)}, kind, target, Workspace())
     allocate(model, kind, target, without=set(packed.modules.values()))
-    fill(model, opened.shards, new_head=rows is None, packed=packed)
+    fill(model, opened.shards, new_head=rows is None, packed=packed, announce=not head_follows)
     if rows and rows != sorted(rows):
         reorder_head(model.head, rows)
     model.eval()
@@ -119,12 +122,18 @@ def open_checkpoint(
     labels: list[str] | tuple[str, ...] | int | None = None,
     *,
     head_layers: int | None = None,
+    weights: bool = True,
 ) -> Checkpoint:
-    """All that `load` does before it needs memory for the weights; raises what it raises."""
-    folder = checkpoint_folder(path)
+    """All that `load` does before it needs memory for the weights; raises what it raises.
+
+    Without `weights` they need not be there, nor are they downloaded: that is enough to see what the model reads.
+    """
+    folder = checkpoint_folder(path, weights)
     published = _published(folder)
     family = _family(published, folder)
-    shards = Shards(folder)  # opened; the weights are read last, so that nothing else can be wrong after that
+    shards = Shards(
+        folder, required=weights
+    )  # opened; the weights are read last, so that nothing else can be wrong after that
     config = _config(published, family, shards)
     words = load_tokenizer(folder)
     tokens = SpecialTokens.read(folder, published, words)
@@ -151,23 +160,34 @@ def objectives_of(path: str | Path | None, preset: str | None) -> dict[str, str]
     """
     if path is None:
         return OBJECTIVES.get(_family_of_preset(preset or ""), {})
-    folder = checkpoint_folder(path)
+    folder = checkpoint_folder(path, weights=False)
     return OBJECTIVES.get(_family(_published(folder), folder), {})
 
 
 def fresh(
-    preset: str, tokenizer: str | Path | None, task: str, labels: tuple[str, ...], seed: int, **overrides: Any
+    preset: str,
+    tokenizer: str | Path | None,
+    task: str,
+    labels: tuple[str, ...],
+    seed: int,
+    *,
+    weights: bool = True,
+    **overrides: Any,
 ) -> tuple[Model, "Tokenizer | None"]:
     """A freshly initialised model of a published size, on the default device, with the tokenizer.json at `tokenizer`.
 
     The vocabulary is the tokenizer's, and so are the tokens that end and pad texts (`SpecialTokens.of_tokenizer`).
+    Without `weights` the model is on the meta device.
     """
     family = _family_of_preset(preset)
     words = load_tokenizer_file(Path(tokenizer)) if tokenizer is not None else None
     if words is not None:
         overrides = {"vocab_size": words.get_vocab_size(), **overrides}
     torch.manual_seed(seed)
-    model = family.from_name(preset, task=task, labels=labels, **overrides).to(_device("auto"))
+    with nullcontext() if weights else torch.device("meta"):
+        model = family.from_name(preset, task=task, labels=labels, **overrides)
+    if weights:
+        model = model.to(_device("auto"))
     if words is not None:
         model.tokens = padding_of_new_head(SpecialTokens.of_tokenizer(words), words, task)
     return model.eval(), words

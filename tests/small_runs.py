@@ -97,11 +97,17 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 def write_config(path: Path, **tables: Any) -> Path:
-    """A configuration file. Values are plain: strings, numbers, lists, and tables one deep."""
+    """A configuration file. Values are plain: strings, numbers, lists, and tables two deep."""
+
+    def toml(value: Any) -> str:
+        if not isinstance(value, dict):
+            return json.dumps(value)
+        return "{ " + ", ".join(f"{json.dumps(key)} = {json.dumps(inner)}" for key, inner in value.items()) + " }"
+
     lines = [f"{key} = {json.dumps(value)}" for key, value in tables.items() if not isinstance(value, dict)]
     for key, value in tables.items():
         if isinstance(value, dict):
-            lines += [f"[{key}]", *(f"{name} = {json.dumps(inner)}" for name, inner in value.items())]
+            lines += [f"[{key}]", *(f"{name} = {toml(inner)}" for name, inner in value.items())]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 

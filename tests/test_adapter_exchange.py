@@ -28,6 +28,7 @@ from handtune.engine import (
     load_adapter,
     merge_lora,
     save_adapter,
+    set_adapter,
     train,
     unfreeze,
 )
@@ -222,19 +223,25 @@ def test_the_head_goes_with_the_adapter(task: str, tmp_path: Path) -> None:
     assert_close(ours, theirs[:, 0] if task == "reward" else theirs)
 
 
-def test_a_second_adapter_with_the_same_head_is_welcome(tmp_path: Path) -> None:
-    """Of two that were trained under a frozen head; one that brings another head would change the first."""
-    model = both(tmp_path / "base", tiny_gpt2(), "sequence-classification")[1]
-    for name in ("a", "b"):
+def test_each_adapter_has_its_head_here_and_in_peft(tmp_path: Path) -> None:
+    """Two that brought heads, and one under the base's; PEFT, with all three loaded, gives the same for each."""
+    reference, model = both(tmp_path / "base", tiny_gpt2(), "sequence-classification")
+    for seed, name in enumerate("abc"):
         add_lora(model, LoRAConfig(rank=2), name)
-        save_adapter(shaken(model), tmp_path / name, name)
-    unfreeze(model, "head.*")
-    save_adapter(shaken(model), tmp_path / "c", "b")
-    model = both(tmp_path / "base", tiny_gpt2(), "sequence-classification")[1]
-    load_adapter(model, tmp_path / "a", "a")
-    load_adapter(model, tmp_path / "b", "b")
-    with pytest.raises(ValueError, match="brings a head or token rows of its own"):
-        load_adapter(model, tmp_path / "c", "c")
+        if name != "c":
+            unfreeze(model, "head.*")
+        save_adapter(shaken(model, seed), tmp_path / name, name)
+    again = both(tmp_path / "base", tiny_gpt2(), "sequence-classification")[1]
+    theirs = peft.PeftModel.from_pretrained(reference, str(tmp_path / "a"), adapter_name="a")
+    for name in "abc":
+        load_adapter(again, tmp_path / name, name)
+        if name != "a":
+            theirs.load_adapter(str(tmp_path / name), name)
+    for name in "bca":
+        for one in (model, again, theirs):
+            one.set_adapter(name) if one is theirs else set_adapter(one, name)
+        assert torch.equal(logits(again, TEXT), logits(model, TEXT))
+        assert_close(logits(again, TEXT), logits(theirs, TEXT))
 
 
 def test_modules_are_stored_whole(tmp_path: Path) -> None:
@@ -292,30 +299,27 @@ def test_patterns_name_one_module(tmp_path: Path) -> None:
     assert torch.equal(again(x), model(x))
 
 
-def test_what_trained_beside_adapters_goes_with_them(tmp_path: Path) -> None:
-    """Norms trained with a, whatever is frozen or attached afterwards; and with b, which was trained on top of them."""
+def test_what_trained_with_an_adapter_goes_with_it(tmp_path: Path) -> None:
+    """Norms trained with a, whatever is frozen, attached or copied afterwards; b starts from the base, without them."""
     rows = [{"input_ids": row.tolist(), "targets": [*row[1:].tolist(), -100]} for row in IDS]
     make = FAMILIES["gpt2"].make
     model = make(tmp_path / "base")[1]
+    base = logits(model, TEXT)
     add_lora(model, LoRAConfig(rank=2), "a")
     unfreeze(model, "layers.0.norm1.*")
     train(model, rows, causal_lm_loss, TrainConfig(lr=0.1), collate=Collate())
     freeze(model, "*")
     expected = {"a": logits(model, TEXT)}
     add_lora(model, LoRAConfig(rank=2), "b")
+    assert torch.equal(logits(model, TEXT), base)
     expected["b"] = logits(shaken(model), TEXT)
-    for name, source in (("a", model), ("b", copy.deepcopy(model))):
+    again = make(tmp_path / "base")[1]
+    for name, source, norms in (("a", model, 2), ("b", copy.deepcopy(model), 0)):
         save_adapter(source, tmp_path / name, name)
         stored = load_file(tmp_path / name / "adapter_model.safetensors")
-        assert sum("ln_1" in key for key in stored) == 2
-        again = make(tmp_path / "base")[1]
+        assert sum("ln_1" in key for key in stored) == norms
         load_adapter(again, tmp_path / name, name)
         assert torch.equal(logits(again, TEXT), expected[name])
-    clean = make(tmp_path / "base")[1]
-    add_lora(clean, LoRAConfig(rank=2), "c")
-    save_adapter(shaken(clean), tmp_path / "c", "c")
-    with pytest.raises(ValueError, match=r"layers\.0\.norm1\.\w+ has trained beside another adapter"):
-        load_adapter(again, tmp_path / "c", "c")
 
 
 class Normed(nn.Module):

@@ -323,8 +323,8 @@ def test_rslora_scales_by_the_root_of_the_rank() -> None:
         ("their GPT-2", {"targets": ["lm_head"]}, "new", r"lm_head is tied to transformer\.wte"),
         ("their Llama", {"targets": ["c_attn"]}, "new", r"there are .*self_attn"),
         ("our GPT-2", {}, "first", "adapter 'first' exists already"),
-        ("our GPT-2", {}, "a.b", "must not be empty or contain a dot"),
-        ("our GPT-2", {}, "", "must not be empty or contain a dot"),
+        ("our GPT-2", {}, "a.b", "must be a text, not empty and without a dot"),
+        ("our GPT-2", {}, "", "must be a text, not empty and without a dot"),
     ],
     ids=str,
 )
@@ -355,7 +355,7 @@ def test_a_refusal_leaves_the_model_as_it_was(kind: str, config: dict, name: str
         ({"targets": []}, "targets: name at least one"),
         ({"rank_pattern": {"c_fc": 0}}, "rank_pattern: expected a positive whole number, got 0"),
         ({"alpha_pattern": {"*.c_attn": 5}}, "alpha_pattern: .* is no regular expression"),
-        ({"alpha": "much"}, "alpha: expected a number, got 'much'"),
+        ({"alpha": "much"}, "alpha: expected a finite number, got 'much'"),
     ],
     ids=str,
 )
