@@ -7,6 +7,7 @@ from typing import Any
 
 from .engine.chat import DEFAULT_TEMPLATE, ChatTemplate
 from .engine.chat_ends import turn_end
+from .engine.chat_fields import check_used
 from .engine.config import RunConfig
 from .engine.rows import as_dialogue, row_shape
 
@@ -60,11 +61,22 @@ def adopt_template(model: Any) -> None:
 
 
 def prompt_of(row: Mapping[str, Any], model: Any, chat: bool = False) -> str:
-    """The text that a row wants to be continued; with `chat` a plain prompt is asked through the template, too."""
+    """The text that a row wants to be continued; with `chat` a plain prompt is asked through the template, too.
+
+    ValueError where the template doesn't use all that the row says, or the row has something for a template and doesn't
+    go through one.
+    """
+    arguments = row.get("template_arguments", {})
     if chat and "messages" not in row:
         question = row["prompt"] if "prompt" in row else row["text"]
         row = {"messages": as_dialogue({"prompt": question, "completion": ""})["messages"][:1]}
     if "messages" not in row:
+        if arguments:
+            raise ValueError(f"only a chat template uses {', '.join(arguments)}; ask with messages, or take it out")
         return row["prompt"] if "prompt" in row else row["text"]
+
     messages = row["messages"]
-    return template_of(model).render(messages[:-1] if messages[-1]["role"] == "assistant" else messages, True)
+    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    template = template_of(model)
+    check_used(template, asked, arguments)
+    return template.render(asked, True, **arguments)
