@@ -52,7 +52,7 @@ def turn_end(template: ChatTemplate, tokenizer: "Tokenizer") -> int | None:
     return tokenizer.token_to_id(token) if token else None
 
 
-def learnt_end(template: ChatTemplate, tokenizer: "Tokenizer", calls: bool = False, **arguments: Any) -> TurnEnd:
+def learnt_end(template: ChatTemplate, tokenizer: "Tokenizer", calls: bool = False, /, **arguments: Any) -> TurnEnd:
     """The end of turns that answer, or, with `calls`, of those that call a tool.
 
     arguments: what the template gets besides messages. ValueError where it doesn't render such a turn.

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _LISTS = ("tools", "functions", "documents")
-_RESERVED = ("messages", "add_generation_prompt")  # what every template gets
+_RESERVED = ("messages", "add_generation_prompt", "self")  # what every template gets; Python's own
 _IN_PLACE_OF_CONTENT = ("tool_calls", "function_call", "refusal", "reasoning_content", "reasoning", "thinking")
 _OF_DIALOGUES = ("system", "history")  # fields of Alpaca's and ShareGPT's relatives
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .engine.chat import DEFAULT_TEMPLATE, ChatTemplate
+from .engine.chat import DEFAULT_TEMPLATE, ChatTemplate, Dialogue
 from .engine.chat_ends import turn_end
 from .engine.chat_fields import check_used
 from .engine.config import RunConfig
@@ -77,6 +77,6 @@ def prompt_of(row: Mapping[str, Any], model: Any, chat: bool = False) -> str:
 
     messages = row["messages"]
     asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    template = template_of(model)
-    check_used(template, asked, arguments)
-    return template.render(asked, True, **arguments)
+    dialogue = Dialogue(template_of(model), asked, arguments)
+    check_used(dialogue)
+    return dialogue.text(len(asked), True)

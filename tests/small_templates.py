@@ -69,9 +69,10 @@ CHATML = """\
 
 # Qwen3's kind: turns before the last question lose their thinking, the last turn has at least an empty one.
 THINKER = """\
-{%- if tools %}{{ '<|im_start|>system\\n' + (messages[0].content if messages[0].role == 'system' else '') + 'Tools:\\n' }}
+{%- set system = messages[0].content if messages[0].role == 'system' else '' %}
+{%- if tools %}{{ '<|im_start|>system\\n' + system + 'Tools:\\n' }}
     {%- for tool in tools %}{{ tool | tojson + '\\n' }}{% endfor %}{{ '<|im_end|>\\n' }}
-{%- elif messages[0].role == 'system' %}{{ '<|im_start|>system\\n' + messages[0].content + '<|im_end|>\\n' }}{% endif %}
+{%- elif system %}{{ '<|im_start|>system\\n' + system + '<|im_end|>\\n' }}{% endif %}
 {%- set ns = namespace(last=-1) %}
 {%- for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
 {%- for m in messages if m.role != 'system' %}
@@ -81,8 +82,9 @@ THINKER = """\
         {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
     {%- endif %}
     {%- if m.role == 'assistant' %}{{ '<|im_start|>assistant\\n' }}
-        {%- set index = loop.index0 + (1 if messages[0].role == 'system' else 0) %}
-        {%- if index > ns.last and (loop.last or thinking) %}{{ '<think>\\n' + thinking + '\\n</think>\\n\\n' }}{% endif %}
+        {%- if loop.index0 + (1 if system else 0) > ns.last and (loop.last or thinking) %}
+            {{- '<think>\\n' + thinking + '\\n</think>\\n\\n' }}
+        {%- endif %}
         {{- content }}
         {%- for call in m.tool_calls or [] %}
             {{- '<tool_call>' + call.function.name + call.function.arguments | tojson + '</tool_call>' }}
@@ -162,7 +164,8 @@ CHANNELS = """\
 # A template for images, too: content is a list of parts.
 PARTS = """\
 {%- for m in messages %}{{ m.role | capitalize + ': ' }}
-{%- for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{{ '<|end|>\\n' }}{% endfor %}
+{%- for part in m.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}
+{{- '<|end|>\\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}
 """
 

@@ -6,12 +6,12 @@ from itertools import product
 from typing import Any
 
 import pytest
-from small_templates import CHATML, HEADERS, KINDS, PLAIN, THINKER, TOKENS, TOOLS, Kind, tokenizer
+from small_templates import CHATML, KINDS, PLAIN, THINKER, TOKENS, TOOLS, Kind, tokenizer
 from small_tokenizers import byte_level
 
 from handtune.engine.chat import ChatTemplate
 from handtune.engine.chat_ends import turn_end
-from handtune.engine.chat_turns import Dialogues
+from handtune.engine.chat_turns import ChatTargets
 from handtune.engine.encode import encode
 from handtune.engine.rows import normalise
 
@@ -83,6 +83,8 @@ def test_every_turn_of_every_dialogue_is_trained_behind_its_prompt(name: str) ->
     kind, count = KINDS[name], 0
     shapes = product(range(1, 6), (False, True), {False, kind.tools}, kind.thinking, ANSWERS)
     for turns, system, tools, thinking, answers in shapes:
+        if answers == "odd" and (tools or thinking):
+            continue
         row = dialogue(turns, system, tools, thinking, answers)
         messages = row["messages"]
         stretches = dict(trained(row, kind))
@@ -121,7 +123,9 @@ def test_a_template_that_rewrites_earlier_turns_gives_an_example_for_each() -> N
     second = prompt + "It is calm.<|im_end|>\n" + prompt.replace("0", "1")
     assert thinking[1] == (second, "<think>\nLet me see, 1.\n</think>\n\nFrom the east.<|im_end|>")
     template, row = ChatTemplate(THINKER), dialogue(3, False, False, "", "usual")
-    (whole,) = Dialogues(template, tokenizer()).trained(row["messages"], [1, 3, 5])  # nothing is lost without thinking
+    (whole,) = ChatTargets(template, tokenizer()).trained(
+        row["messages"], [1, 3, 5]
+    )  # nothing is lost without thinking
     assert [whole.text[a:b] for a, b in whole.spans] == [f"{answer}<|im_end|>" for answer in ANSWERS["usual"][:3]]
     assert whole.text[: whole.spans[2][0]].endswith("assistant\n<think>\n\n</think>\n\n")
 
@@ -140,26 +144,29 @@ def test_a_dialogue_may_open_with_the_assistant(name: str) -> None:
     assert before.endswith(hugging_face_prompt(kind, messages[1:2], None).rpartition("?")[2].partition(">\n")[2][-9:])
 
 
-def test_marks_are_what_counts_and_each_turn_is_marked_as_the_last() -> None:
-    source = THINKER.replace("{{- content }}", "{% generation %}{{- content }}{% endgeneration %}")
-    kind = Kind(source, "", str)
+def test_marks_are_what_counts() -> None:
+    """And the turns that a template rewrites are marked as the last ones."""
+    kind = Kind(THINKER.replace("{{- content }}", "{% generation %}{{- content }}{% endgeneration %}"), "", str)
     assert [t for _, t in trained(dialogue(2, True, True, "", "usual"), kind)] == ANSWERS["usual"][:2]
-    marked = Kind(HEADERS.replace("{{ '<|header|>' + m.role", "{% generation %}{{ '<|header|>' + m.role") +
-                  "{% endgeneration %}", "", str)  # fmt: skip
-    with pytest.raises(ValueError, match="chat template line"):
-        trained(dialogue(1, True, False, "", "usual"), marked)
+    thought = "{{- '<think>\\n' + thinking + '\\n</think>\\n\\n' }}"
+    marked = THINKER.replace(thought, f"{{% generation %}}{thought}{{% endgeneration %}}")
+    stretches = trained(dialogue(2, False, False, "field", "usual"), Kind(marked, "", str))
+    assert [t for _, t in stretches] == [f"<think>\nLet me see, {i}.\n</think>\n\n" for i in range(2)]
+
+
+OTHER_HEADER = CHATML.replace("assistant\\n' }}{% endif", "assistant: ' }}{% endif")
+NO_END = CHATML.replace("'<|im_end|>", "('' if m.content == 'It is calm.' else '<|im_end|>') + '")
+SILENT = THINKER.replace("enable_thinking is defined and", "")
 
 
 @pytest.mark.parametrize(
-    ("source", "says"),
+    ("source", "thinking", "says"),
     [
-        (CHATML.replace("assistant\\n' }}{% endif", "assistant: ' }}{% endif"), r"begins messages\[1\] otherwise"),
-        (CHATML.replace("m.content + '<|im_end|>", "m.content + ('' if m.content == 'It is calm.' else '<|im_end|>') + '"),
-         r"ends messages\[1\] without the <\|im_end\|>"),
-        (THINKER.replace("enable_thinking is defined and", ""), "say in the row whether the model thinks"),
+        (OTHER_HEADER, "", r"begins messages\[1\] otherwise than its generation prompt .* marks into it"),
+        (NO_END, "", r"ends messages\[1\] without the <\|im_end\|> that ends other turns"),
+        (SILENT, "content", "say in the row whether the model thinks"),
     ],
-)  # fmt: skip
-def test_a_template_that_contradicts_itself_is_refused(source: str, says: str) -> None:
+)
+def test_a_template_that_contradicts_itself_is_refused(source: str, thinking: str, says: str) -> None:
     with pytest.raises(ValueError, match="row 1: .*" + says):
-        trained(dialogue(1, False, False, "content", "usual") if "Tools" in source else dialogue(1, False, False, "", "usual"),
-                Kind(source, "", str))  # fmt: skip
+        trained(dialogue(1, False, False, thinking, "usual"), Kind(source, "", str))
