@@ -68,7 +68,8 @@ def check_used(dialogue: Dialogue) -> None:
     answers = 0  # of tools, to the calls of the last turn
     for index, message in enumerate(messages):
         content = text_of(message.get("content") or "")
-        if content.strip() and content.strip() not in text:
+        # What a tool has said may well stand in the answer, too.
+        if content.strip() and (message["role"] == "tool" or content.strip() not in text):
             longer = _other(dialogue, index, {**message, "content": content + ANSWER})
             if longer is not None and ANSWER not in longer:
                 raise _refusal(index, f"does not write the content of this message of role {message['role']!r}")

@@ -59,14 +59,17 @@ def message_fields(message: Mapping[str, Any], place: str) -> dict[str, Any]:
     elif isinstance(content, list):
         message = {**message, "content": "".join(_part_text(part, place) for part in content)}
 
-    calls = message.get("tool_calls")
-    for call in calls if isinstance(calls, list) else [] if calls is None else [calls]:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            example = '{"function": {"name": ..., "arguments": {...}}}'
-            raise ValueError(f"{place}: tool_calls must be a list of calls, each {example}")
+    calls = [] if message.get("tool_calls") is None else message["tool_calls"]
+    if not isinstance(calls, list) or not all(map(_is_call, calls)):
+        example = '{"function": {"name": ..., "arguments": {...}}}'
+        raise ValueError(f"{place}: tool_calls must be a list of calls, each {example}")
     _check_unicode({key: value for key, value in message.items() if key not in ("role", "content")}, place)
     return dict(message)
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
 def _part_text(part: Any, place: str) -> str:
