@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .chat import ChatTemplate
+from .chat_forms import ANSWER, probe_call
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-ANSWER = "\ue0e4"  # a private-use character: what a rendered dialogue is searched for
 QUESTION: dict[str, Any] = {"role": "user", "content": "?"}
 
 
@@ -60,9 +60,9 @@ def learnt_end(template: ChatTemplate, tokenizer: "Tokenizer", calls: bool = Fal
     answer: dict[str, Any] = {"role": "assistant", "content": ANSWER}
     following = QUESTION
     if calls:
-        function = {"name": ANSWER, "arguments": {"value": "?"}}
-        answer = {"role": "assistant", "tool_calls": [{"id": "call00001", "type": "function", "function": function}]}
-        following = {"role": "tool", "name": "tool", "tool_call_id": "call00001", "content": "?"}
+        call = probe_call()
+        answer = {"role": "assistant", "tool_calls": [call]}
+        following = {"role": "tool", "name": "tool", "tool_call_id": call["id"], "content": "?"}
     last = _behind_answer(template, [QUESTION, answer], arguments)
     followed = _behind_answer(template, [QUESTION, answer, following], arguments)
 

@@ -3,7 +3,8 @@
     objective   rows                                        example
     pretrain    text, text/label, prompt/completion,        input_ids, targets: loss on every token
                 messages
-    sft         prompt/completion, messages, text           input_ids, targets: loss on completion or assistant only
+    sft         prompt/completion, messages, text           input_ids, targets: loss on completion or assistant only;
+                                                            of messages several, where a template rewrites earlier turns
     masked-lm   text, text/label, prompt/completion         input_ids
     classify    text/label, text/text_pair/label            input_ids, label (+ token_type_ids for pairs)
     tag         tokens/tags                                 input_ids, targets: a word's tag on its first sub-token
@@ -34,6 +35,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import encode_tasks as tasks
 from .chat import ChatTemplate, token_mask
+from .chat_fields import check_used, trained_turns
+from .chat_turns import Dialogues, Rendered
 from .data import label_names
 from .encode_report import Encoded, EncodeReport, Outcome
 from .encode_tasks import IGNORED, Numbered, Settings
@@ -82,9 +85,10 @@ def encode(
     _check_shapes(rows, objective, encoders)
     if chat:
         rows = [as_dialogue(row) if row_shape(row) == "prompt/completion" else row for row in rows]
+    _check_arguments(rows)
     if labels is None and objective in ("classify", "tag"):
         labels = label_names(rows)
-    if template is None and any("messages" in row or isinstance(row.get("prompt"), list) for row in rows):
+    if template is None and any(map(_is_dialogue, rows)):
         template = _default_template(tokenizer, eos)
     settings = Settings(
         tokenizer, max_length, {name: i for i, name in enumerate(labels or ())}, eos, template, evaluation,
@@ -108,7 +112,7 @@ def _last_id(tokenizer: "Tokenizer") -> int:
 def _default_template(tokenizer: "Tokenizer", eos: int | None) -> ChatTemplate:
     token = None if eos is None else tokenizer.id_to_token(eos)
     if token is None:
-        return ChatTemplate()
+        return ChatTemplate(eos_token="")
     # The template writes the end of a turn as text, which has to come back as that one token.
     if tokenizer.encode(token, add_special_tokens=False).ids != [eos]:
         raise ValueError(f"messages: the text {token!r} doesn't tokenise to the end token {eos}; give a chat template")
@@ -122,6 +126,19 @@ def _check_shapes(rows: Sequence[Mapping[str, Any]], objective: str, encoders: M
                 f"row {index + 1}: a {row_shape(row)} row, but {objective} needs {' or '.join(encoders)}; "
                 "change the data or the method"
             )
+
+
+def _check_arguments(rows: Sequence[Mapping[str, Any]]) -> None:
+    for index, row in enumerate(rows):
+        if (names := row.get("template_arguments")) and not _is_dialogue(row):
+            raise ValueError(
+                f"row {index + 1}: only a chat template uses {', '.join(names)}, and this row does not go through one; "
+                "take it out, or train the row as a chat (messages, or data.chat)"
+            )
+
+
+def _is_dialogue(row: Mapping[str, Any]) -> bool:
+    return "messages" in row or isinstance(row.get("prompt"), list)
 
 
 def _encode_batches(
@@ -149,7 +166,17 @@ def _whole(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
 
 
 def _whole_text(index: int, row: Mapping[str, Any], settings: Settings) -> str:
-    return _chat_text(index, row, settings)[0] if "messages" in row else tasks.joined_text(row)
+    if "messages" not in row:
+        return tasks.joined_text(row)
+    assert settings.template is not None  # encode() gives one where there are messages
+    messages, arguments = row["messages"], row.get("template_arguments", {})
+    try:
+        if len(trained_turns(messages)) < sum(message["role"] == "assistant" for message in messages):
+            raise ValueError("messages: pretrain trains on every token, also of turns that are not to be trained")
+        check_used(settings.template, messages, arguments)
+        return settings.template.render(messages, **arguments)
+    except ValueError as error:
+        raise ValueError(f"row {index + 1}: {error}") from None
 
 
 def _encode_texts(texts: list[str], settings: Settings) -> "list[Encoding]":
@@ -164,18 +191,26 @@ def _completion(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
 
 
 def _chat(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
-    begin = beginning(settings.tokenizer)
-    rendered = [_chat_text(index, row, settings) for index, row in rows]
-    for (_, spans), encoding in zip(rendered, _encode_texts([text for text, _ in rendered], settings), strict=True):
-        ids, mask = encoding.ids, token_mask(encoding.offsets, spans)
-        whole = begun(ids, begin)
-        yield _with_loss(whole, [False] * (len(whole) - len(ids)) + mask, settings)
-
-
-def _chat_text(index: int, row: Mapping[str, Any], settings: Settings) -> tuple[str, list[tuple[int, int]]]:
+    """One example of a dialogue, or several where the template rewrites what was said before: see `chat_turns.py`."""
     assert settings.template is not None  # encode() gives one where there are messages
+    dialogues = Dialogues(settings.template, settings.tokenizer)
+    rendered = [_rendered(index, row, dialogues) for index, row in rows]
+    encodings = iter(_encode_texts([part.text for parts in rendered for part in parts], settings))
+    begin = beginning(settings.tokenizer)
+    for parts in rendered:
+        encoded = []
+        for part in parts:
+            encoding = next(encodings)
+            ids, mask = encoding.ids, token_mask(encoding.offsets, part.spans)
+            whole = begun(ids, begin)
+            encoded.append(_with_loss(whole, [False] * (len(whole) - len(ids)) + mask, settings))
+        yield Encoded.together(encoded)
+
+
+def _rendered(index: int, row: Mapping[str, Any], dialogues: Dialogues) -> list[Rendered]:
+    messages = row["messages"]
     try:
-        return settings.template.spans(row["messages"])
+        return dialogues.trained(messages, trained_turns(messages), **row.get("template_arguments", {}))
     except ValueError as error:
         raise ValueError(f"row {index + 1}: {error}") from None
 

@@ -36,6 +36,18 @@ class Encoded:
     masked: bool = False
     length: int = 0
 
+    @classmethod
+    def together(cls, parts: Sequence["Encoded"]) -> "Encoded":
+        """One row of which there are several examples, each encoded by itself; of none, a row without a target."""
+        return cls(
+            [example for part in parts for example in part.examples],
+            tokens=sum(part.tokens for part in parts if part.examples),
+            targets=sum(part.targets for part in parts),
+            truncated=any(part.truncated for part in parts),
+            masked=all(part.masked for part in parts),
+            length=max((part.outcome().length for part in parts), default=0),
+        )
+
     def outcome(self) -> Outcome:
         """The same without the examples."""
         length = max(self.length, self.tokens)

@@ -18,7 +18,9 @@ from tqdm import tqdm
 
 from .adapters import use_adapter
 from .batches import Batch, Batches, Examples, packed, to_device
-from .chat import ChatTemplate, without_trailing_space
+from .chat_fields import trained_turns
+from .chat_forms import text_of
+from .chat_turns import Dialogues
 from .encode_report import Encoded
 from .encode_tasks import Numbered, Settings
 from .guards import in_eval_mode
@@ -64,20 +66,39 @@ def _texts(index: int, row: Mapping[str, Any], settings: Settings) -> tuple[str,
     """Prompt, chosen and rejected as text; of a chat's answers what the model writes, to the end of the turn."""
     if isinstance(row["prompt"], str):
         return row["prompt"], row["chosen"], row["rejected"]
-    template = settings.template or ChatTemplate()
+    assert settings.template is not None  # encode() gives one where there are messages
+    dialogues, arguments = Dialogues(settings.template, settings.tokenizer), row.get("template_arguments", {})
+    history = row["prompt"]
     try:
-        prompt = template.render(row["prompt"], add_generation_prompt=True)
-        wholes = [template.render([*row["prompt"], *row[side]]) for side in SIDES]
+        for side in SIDES:
+            _check_answer(row[side], side)
+        chosen, rejected = (dialogues.answered([*history, *row[side]], len(history), **arguments) for side in SIDES)
     except ValueError as error:
         raise ValueError(f"row {index + 1}: {error}") from None
-    if not all(whole.startswith(prompt) for whole in wholes):
-        raise ValueError(f"row {index + 1}: the chat template changes the prompt when an answer follows it")
-    contents = [row[side][-1]["content"] for side in SIDES]
-    chosen, rejected = (
-        without_trailing_space(whole[len(prompt) :], content) if content.strip() else ""
-        for whole, content in zip(wholes, contents, strict=True)
+
+    prompts = [prompt for prompt in chosen if prompt in rejected]
+    if not prompts:
+        raise ValueError(
+            f"row {index + 1}: the chat template asks otherwise for the chosen answer than for the rejected"
+        )
+    empty = {side: not any(_says_something(message) for message in row[side]) for side in SIDES}
+    return (
+        prompts[0],
+        "" if empty["chosen"] else chosen[prompts[0]],
+        "" if empty["rejected"] else rejected[prompts[0]],
     )
-    return prompt, chosen, rejected
+
+
+def _check_answer(messages: Sequence[Mapping[str, Any]], side: str) -> None:
+    if messages[0]["role"] != "assistant" or messages[-1]["role"] != "assistant":
+        raise ValueError(f"{side} must begin and end with a message of the assistant")
+    answers = sum(message["role"] == "assistant" for message in messages)
+    if len(trained_turns(messages)) < answers:
+        raise ValueError(f"{side}: an answer is compared as a whole; take weight or train out of its messages")
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    return bool(message.get("tool_calls") or text_of(message.get("content") or "").strip())
 
 
 class PairCollate:

@@ -2,7 +2,8 @@
 
     text                           a document
     prompt/completion              two strings, trained as one text; nothing is put between them
-    messages                       [{"role": "system" | "user" | "assistant" | "tool", "content": str, ...}, ...]
+    messages                       [{"role": "system" | "user" | "assistant" | "tool", "content": str, ...}, ...];
+                                   content may be a list of text parts, or absent beside tool_calls
     prompt/chosen/rejected         three strings, or three lists of messages; and, optional, tie (bool), margin (number)
     text/label                     label is a string
     text/text_pair/label
@@ -14,9 +15,12 @@
 Converted: ShareGPT (`conversations` of `from`/`value`, an optional `system`, optional `chosen`/`rejected`), Alpaca
 (`instruction`/`input`/`output` becomes the prompt "instruction, blank line, input, blank line" and a completion),
 `sentence` for `text`, `sentence1`/`sentence2` and `premise`/`hypothesis` for `text`/`text_pair`, `ner_tags` for `tags`.
-Fields that don't belong to a row's shape are dropped; a message keeps all of its keys.
+Fields that don't belong to a row's shape are dropped; a message keeps all of its keys. What a chat template gets
+besides messages (`tools`, `functions`, `documents`, `enable_thinking`, and what `chat_template_kwargs` holds) goes
+together into `template_arguments`.
 """
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -53,6 +57,9 @@ _ROLES = {
     "function": "tool",
     "observation": "tool",
 }
+_ARGUMENTS = ("tools", "functions", "documents")
+_RESERVED = ("messages", "add_generation_prompt")  # what every template gets
+_IN_PLACE_OF_CONTENT = ("tool_calls", "function_call", "refusal", "reasoning_content", "reasoning", "thinking")
 _CONVERTED = {"conversations", "instruction", "input", "output", "chosen", "rejected"}
 KNOWN_FIELDS = frozenset({field for shape in _SHAPES for field in shape} | set(_RENAMED) | _CONVERTED)
 
@@ -71,6 +78,12 @@ def normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ValueError with the field, what is wrong and what is expected; the caller adds file and line.
     """
+    row = _shaped(raw)
+    arguments = _template_arguments(raw) if row.keys() & {"messages", "prompt"} else {}
+    return row | {"template_arguments": arguments} if arguments else row
+
+
+def _shaped(raw: Mapping[str, Any]) -> dict[str, Any]:
     if "chosen" in raw and "rejected" in raw:
         return _preference(raw)
     if "messages" in raw or "conversations" in raw:
@@ -91,9 +104,11 @@ def prompt_row(raw: Mapping[str, Any]) -> dict[str, Any]:
 
     ValueError where it has no prompt.
     """
-    row = {"prompt": _text(raw, "prompt")} if "prompt" in raw else normalise(raw)
+    row: dict[str, Any] = {"prompt": _text(raw, "prompt")} if "prompt" in raw else normalise(raw)
     if not row.keys() & {"prompt", "messages", "text"}:
         raise ValueError(f"the fields {', '.join(raw)} hold no prompt; rename one of them to prompt")
+    if arguments := _template_arguments(raw):
+        row = row | {"template_arguments": arguments}
     if "adapter" not in raw:
         return row
     return row | {"adapter": None if raw["adapter"] is None else _text(raw, "adapter")}
@@ -138,6 +153,11 @@ def _message(message: Any, place: str) -> dict[str, Any]:
     if "from" in message and "value" in message:
         kept = {key: value for key, value in message.items() if key not in ("from", "value")}
         message = {"role": message["from"], "content": message["value"], **kept}
+    content = message.get("content")
+    if content is None and any(message.get(key) for key in _IN_PLACE_OF_CONTENT):
+        message = {key: value for key, value in message.items() if key != "content"} | {"content": ""}
+    elif isinstance(content, list):
+        message = {**message, "content": _joined_parts(content, place)}
     for key in ("role", "content"):
         if key not in message:
             raise ValueError(f"{place} has no {key!r}: a message has role and content (or from and value)")
@@ -147,7 +167,51 @@ def _message(message: Any, place: str) -> dict[str, Any]:
             raise ValueError(f"{place}: {error}") from None
     if message["role"] not in _ROLES:
         raise ValueError(f"{place}: role {message['role']!r} is unknown; use one of {', '.join(_ROLES)}")
+    if message.get("tool_calls") is not None:
+        _check_calls(message["tool_calls"], place)
     return {**message, "role": _ROLES[message["role"]]}
+
+
+def _joined_parts(parts: list[Any], place: str) -> str:
+    """Content that is a list of parts, {"type": "text", "text": ...}, as one text."""
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type", "text") != "text" or "text" not in part:
+            kind = part.get("type") if isinstance(part, dict) else _kind(part)
+            raise ValueError(f"{place}: content holds a part that is no text ({kind}); only text is read")
+    return "".join(_text(part, "text") for part in parts)
+
+
+def _check_calls(calls: Any, place: str) -> None:
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(
+                f'{place}: tool_calls must be a list of calls, {{"function": {{"name": ..., "arguments": ...}}}}'
+            )
+
+
+def _template_arguments(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row gives its chat template besides messages; empty values are none."""
+    arguments = raw.get("chat_template_kwargs") or {}
+    if not isinstance(arguments, dict) or any(name in arguments for name in _RESERVED):
+        raise ValueError("field 'chat_template_kwargs' must be an object of what else the template takes, by name")
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    for name in _ARGUMENTS:
+        value = raw.get(name)
+        if isinstance(value, str) and value.strip():  # as tables hold it
+            try:
+                value = json.loads(value)
+            except ValueError:
+                raise ValueError(f"field {name!r} must be a list of objects, or one as JSON, not other text") from None
+        if value and (not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value)):
+            raise ValueError(f"field {name!r} must be a list of objects, not {_kind(value)}")
+        if value:
+            arguments[name] = value
+    if (thinking := raw.get("enable_thinking")) is not None:
+        if not isinstance(thinking, bool):
+            raise ValueError(f"field 'enable_thinking' must be true or false, not {_kind(thinking)}")
+        arguments["enable_thinking"] = thinking
+    return arguments
 
 
 def _messages(value: Any, field: str) -> list[dict[str, Any]]:
@@ -245,4 +309,4 @@ def as_dialogue(row: Mapping[str, Any]) -> dict[str, Any]:
         {"role": "user", "content": row["prompt"].rstrip()},
         {"role": "assistant", "content": row["completion"].lstrip()},
     ]
-    return {"messages": messages}
+    return {**{name: row[name] for name in ("template_arguments",) if name in row}, "messages": messages}

@@ -175,7 +175,8 @@ def test_rows_without_targets_are_dropped_and_said():
 
 def test_a_template_error_names_the_row():
     template = ChatTemplate(
-        "{{ raise_exception('no') if messages | length == 1 }}x{% generation %}y{% endgeneration %}"
+        "{{ raise_exception('no') if messages | length == 1 }}"
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     )
     with pytest.raises(ValueError, match=r"row 2: the chat template cannot render 1 messages \(user\): no"):
         sft([{"messages": CHAT}, {"messages": CHAT[:1]}], template=template)
