@@ -41,7 +41,7 @@ from .chat import ChatTemplate, token_mask
 from .data import label_names
 from .encode_tasks import IGNORED, Encoded, Numbered, Settings
 from .pairs import comparisons, joined
-from .rows import row_shape
+from .rows import label_ids, row_shape
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -124,7 +124,7 @@ def encode(
     if template is None and any("messages" in row or isinstance(row.get("prompt"), list) for row in rows):
         template = _default_template(tokenizer, eos)
     settings = Settings(
-        tokenizer, max_length, {name: i for i, name in enumerate(labels or ())}, eos, template, evaluation,
+        tokenizer, max_length, label_ids(labels or ()), eos, template, evaluation,
         tuple(more_ends),
     )  # fmt: skip
     examples: list[dict[str, Any]] = []

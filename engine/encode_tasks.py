@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .rows import label_name
+
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
@@ -108,8 +110,7 @@ def tag(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
     sentences = [row["tokens"] for _, row in rows]
     encodings = settings.tokenizer.encode_batch(sentences, is_pretokenized=True)
     for (index, row), encoding in zip(rows, encodings, strict=True):
-        place = f"row {index + 1}: tag of token"
-        tags = [_label_id(name, f"{place} {i + 1}", settings) for i, name in enumerate(row["tags"])]
+        tags = [_label_id(tag, f"row {index + 1}: tag of token {i + 1}", settings) for i, tag in enumerate(row["tags"])]
         kept, ids, words = _fit(encoding, settings), encoding.ids, encoding.word_ids
         targets, last = [], None
         for i in kept:
@@ -253,8 +254,9 @@ def _fit(encoding: "Encoding", settings: Settings) -> list[int]:
     return kept
 
 
-def _label_id(name: str, place: str, settings: Settings) -> int:
+def _label_id(label: Any, what: str, settings: Settings) -> int:
+    name = label if isinstance(label, str) and label in settings.labels else label_name(label, what)
     if name not in settings.labels:
         known = ", ".join(list(settings.labels)[:20]) + (", ..." if len(settings.labels) > 20 else "")
-        raise ValueError(f"{place} {name!r} is not among the known labels ({known}); correct it, or give all labels")
+        raise ValueError(f"{what} {name!r} is not among the known labels ({known}); correct it, or give all labels")
     return settings.labels[name]
