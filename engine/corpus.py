@@ -198,8 +198,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 ) from None
             if "\0" in text:
                 raise ValueError(
-                    f"{path} line {number}: byte {read + line.index(0)} is zero, as in UTF-16 or a damaged file; save it "
-                    "as UTF-8"
+                    f"{path} line {number}: byte {read + line.index(0)} is zero, as in UTF-16 or a damaged file; "
+                    "save it as UTF-8"
                 )
             yield number, text.removeprefix("\ufeff") if number == 1 else text
             read += len(line)

@@ -107,7 +107,8 @@ def encode(
     labels: class or tag names in the order of their ids; None takes `label_names(rows)`.
     eos: id of the end-of-text token. more_ends: of those that end a chat's turn, where they are others.
     template: for messages; None is `chat.DEFAULT_TEMPLATE`, turns ended by `eos`.
-    evaluation: for a score, which counts all rows: also a question whose answer no window holds stays (without loss).
+    evaluation: for a score, which counts all rows: examples say their `row`, so that rows that gave none are known, and
+    of tagged sentences their `words`; a question whose answer no window holds stays (without loss).
     Raises ValueError, rows counted from 1, for rows of the wrong shape, an unknown label, a template that fails on a
     row, and if no target is left.
     """
@@ -129,8 +130,8 @@ def encode(
     )  # fmt: skip
     examples: list[dict[str, Any]] = []
     outcomes = []
-    for outcome in _encode_batches(rows, encoders, settings):
-        examples += outcome.examples
+    for index, outcome in enumerate(_encode_batches(rows, encoders, settings)):
+        examples += [example | {"row": index} for example in outcome.examples] if evaluation else outcome.examples
         # The counts only: the examples are in one list, not two.
         outcomes.append((bool(outcome.examples), outcome.truncated, outcome.masked, outcome.tokens, outcome.targets))
     report = EncodeReport(
@@ -145,7 +146,8 @@ def encode(
         targets=sum(outcome[4] for outcome in outcomes if outcome[0]),
     )
     if not examples:
-        raise ValueError(f"no target left to train on: {report}; check the rows, or raise data.max_length")
+        purpose = "evaluate" if evaluation else "train"
+        raise ValueError(f"no target left to {purpose} on: {report}; check the rows, or raise data.max_length")
     return examples, report
 
 

@@ -106,19 +106,26 @@ def classify(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
 
 
 def tag(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
-    """The tag of a word stands at its first sub-token."""
+    """The tag of a word stands at its first sub-token. In an evaluation `words` numbers the words that have one."""
     sentences = [row["tokens"] for _, row in rows]
     encodings = settings.tokenizer.encode_batch(sentences, is_pretokenized=True)
     for (index, row), encoding in zip(rows, encodings, strict=True):
         tags = [_label_id(tag, f"row {index + 1}: tag of token {i + 1}", settings) for i, tag in enumerate(row["tags"])]
         kept, ids, words = _fit(encoding, settings), encoding.ids, encoding.word_ids
-        targets, last = [], None
+        targets, tagged, last = [], [], None
         for i in kept:
             word = words[i]
-            targets.append(IGNORED if word is None or word == last else tags[word])
+            if word is None or word == last:
+                targets.append(IGNORED)
+            else:
+                targets.append(tags[word])
+                tagged.append(word)
             last = word
-        count = len(targets) - targets.count(IGNORED)
-        example = {"input_ids": [ids[i] for i in kept], "targets": targets}
+
+        count = len(tagged)
+        example: dict[str, Any] = {"input_ids": [ids[i] for i in kept], "targets": targets}
+        if settings.evaluation:
+            example["words"] = tagged
         yield Encoded([example] if count else [], len(kept), count, truncated=len(kept) < len(ids))
 
 

@@ -10,7 +10,7 @@ from .arithmetic import settle_arithmetic
 from .batches import Batches, to_device
 from .guards import in_eval_mode
 from .losses import LossFn
-from .objectives import Score
+from .scores import Score
 
 
 def evaluate(model: nn.Module, data: Iterable[Any], loss_fn: LossFn, score: Score | None = None) -> dict[str, Any]:

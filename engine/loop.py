@@ -30,10 +30,10 @@ from .freezing import match, train_mode, unfreeze_due
 from .guards import explained_memory_error, interruptible, passes, require_finite, smaller_batches
 from .lora import adapters_in_use, lr_ratios, slots
 from .losses import ByAdapter, LossFn
-from .objectives import Score
 from .optim import SCHEDULES, Optimizer, layer_count, lr_factor
 from .progress import keep_best, restore_best, resume, save
 from .record import Record, peak_memory
+from .scores import Score
 from .token_rows import trained_rows
 
 DEFAULT_ROWS = 16

@@ -81,10 +81,10 @@ def entity_f1(
     "-" or "_" in front of the type. Where tags have no such prefix (parts of speech), every word but O is an entity of
     its own, as with `conlleval -r`. A score with nothing to divide by is 0.
 
-    predicted, gold: one sequence of tags a row, equally long. A prediction of None is none: it belongs to no entity, and
-    is wrong whatever the gold tag is. names: all tags of the set, where more may occur than do here. Returns precision,
-    recall, f1, token_accuracy. Raises ValueError for no words, unequal lengths, and for tags from which `tags_are_plain`
-    can't tell what an entity is.
+    predicted, gold: one sequence of tags a row, equally long. None in the place of a predicted tag belongs to no
+    entity, and is wrong whatever the gold tag is. names: all tags of the set, where more may occur than do here.
+    Returns precision, recall, f1, token_accuracy. Raises ValueError for no words, unequal lengths, and for tags from
+    which `tags_are_plain` can't tell what an entity is.
     """
     _same_length("entity_f1", "predicted", predicted, "gold", gold)
     for row, (p, g) in enumerate(zip(predicted, gold, strict=True)):
@@ -127,8 +127,8 @@ def tags_are_plain(names: Iterable[str]) -> bool:
     if plain and len(plain) < len(tags):
         prefixed = next(tag for tag in tags if tag not in plain)
         raise ValueError(
-            f"tag {plain[0]!r} has no prefix and {prefixed!r} has one; write every tag as O, B-type or I-type, or, if none "
-            "is meant as a prefix, with another sign than - or _ behind its first letter"
+            f"tag {plain[0]!r} has no prefix and {prefixed!r} has one; write every tag as O, B-type or I-type, or, if "
+            "none is meant as a prefix, with another sign than - or _ behind the first letter"
         )
     return bool(plain)
 
@@ -171,9 +171,9 @@ def retrieval(
     order among them, so that a constant embedding earns chance level and not 1. The more rows, the harder the task:
     compare only scores over the same rows.
 
-    `texts` tells which positives are one: a text that stands in several rows is one candidate. Candidates that are right
-    for an anchor, too, because another row pairs them or because they are the anchor's own text, are left out of its
-    ranking (the filtered ranks of Bordes et al. 2013, section 4.2). Without `texts` all rows are taken for different.
+    `texts` tells which positives are one: a text that stands in several rows is one candidate. Candidates that are
+    right for an anchor, too, because another row pairs them or because they are the anchor's own text, are left out of
+    its ranking (the filtered ranks of Bordes et al. 2013, section 4.2). Without `texts` all rows count as different.
 
     anchors, positives: (N, D). texts: anchor and positive of each row, or anything that is equal where they are.
     n_missed: rows that have no embedding, and count as not found. Returns accuracy@1, mrr. Raises ValueError for other

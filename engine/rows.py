@@ -130,9 +130,9 @@ def _kind(value: Any) -> str:
 def label_name(value: Any, what: str = "field 'label'") -> str:
     """The name of the class, or tag, that a label stands for, the same for all ways to write it.
 
-    Whole numbers are named by their digits, be they numbers or text: 1, 1.0, 1e0 and "1.0" are the class 1, and -0 is 0;
-    but 01 and 3.10 are text, as they may be codes or versions. Truth values are true and false, in any case of letters.
-    All other text stands for itself, without the space around it.
+    Whole numbers are named by their digits, be they numbers or text: 1, 1.0, 1e0 and "1.0" are the class 1, and -0 is
+    0; but 01 and 3.10 are text, as they may be codes or versions. Truth values are true and false, in any case of
+    letters. All other text stands for itself, without the space around it.
 
     ValueError, which begins with `what`, for no label and for a missing one: null, NaN, an empty text, or the "nan" or
     "<NA>" that NaN becomes as text.

@@ -1,10 +1,10 @@
 """Words of a text in any script, for scores that count words; of ASCII text they are those of the package rouge-score.
 
-A word is a run of letters, digits and the marks that belong to them (the categories L, N and M of Unicode): an accent, or
-the vowel signs of Devanagari, do not end a word. Where a script puts no spaces between words (Chinese, Japanese, Thai,
-Lao, Khmer, Burmese), each character with its marks is a word, as in sacreBLEU's tokenizer for Chinese (Post 2018): finding
-the words of such a script takes a dictionary, and a score that depends on one can't be compared. Each pictograph is a
-word too. Punctuation and other symbols part words.
+A word is a run of letters, digits and the marks that belong to them (the categories L, N and M of Unicode): an accent,
+or the vowel signs of Devanagari, do not end a word. Where a script puts no spaces between words (Chinese, Japanese,
+Thai, Lao, Khmer, Burmese), each character with its marks is a word, as in sacreBLEU's tokenizer for Chinese (Post 2018,
+arXiv:1804.08771): it takes a dictionary to tell the words of such a script apart, and scores by different dictionaries
+can't be compared. Each pictograph is a word too. Punctuation and other symbols part words.
 
 Texts are lower-cased, and compared in the form NFC of Unicode, in which an accented letter is the same however it was
 typed. Invisible format characters (soft hyphens, joiners) count for nothing, but the zero-width space parts words.
