@@ -215,7 +215,7 @@ class T5(nn.Module):
             index = last_position(ends, attention_mask, cu_seqlens)
             if not bool(ends.flatten()[index].all()):
                 raise ValueError(
-                    f"a text without eos (id {self.tokens.eos_id}), where T5's classifier reads; put it behind each text"
+                    f"a text without eos (id {self.tokens.eos_id}), where T5's classifier reads: put it behind the text"
                 )
             return states.flatten(0, 1)[index]
         if self.task in (*BY_TEXT, "embedding"):

@@ -106,7 +106,7 @@ def padding_of_new_head(tokens: SpecialTokens, tokenizer: "Tokenizer | None", ta
     if tokens.pad_id is None:
         name = None if tokenizer is None else tokenizer.id_to_token(pad)
         settings = settings if name is None else {**settings, "pad_token": name}
-        log.warning("no pad token is named; id %d (%s) becomes it, and a text is read at its last other token", pad, name)
+        log.warning("no pad token is named: id %d (%s) becomes it; a text is read at its last other token", pad, name)
     return replace(tokens, pad_id=pad, skipped_id=pad, settings=settings)
 
 
