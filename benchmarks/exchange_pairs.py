@@ -116,7 +116,7 @@ def our_checkpoint(family: Family, task: str, padding: str, rule: str, folder: P
     if rule:
         rule = told_pooling(folder / "ours")
     theirs = class_of(family, config, task).from_pretrained(folder / "ours").eval()
-    words = transformers.AutoTokenizer.from_pretrained(folder / "ours")
+    words = transformers.PreTrainedTokenizerFast.from_pretrained(folder / "ours")
     return Pair(family, task, theirs, ours, words, tokenizer, rule)
 
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 GENERATION = "generation_config.json"
-KEPT = ("special_tokens_map.json", "added_tokens.json", GENERATION)
+SENTENCES = ("sentence_bert_config.json", "config_sentence_transformers.json")  # longest text, prompts
+KEPT = ("special_tokens_map.json", "added_tokens.json", GENERATION, *SENTENCES)
 VOCABULARIES = ("vocab.json", "merges.txt", "vocab.txt", "*.model")
 TEMPLATES = "additional_chat_templates"  # where transformers puts all but the default one
 

@@ -116,20 +116,20 @@ def test_cached_features_are_read_at_the_same_token(tmp_path):
 
 
 @torch.no_grad()
-def test_t5_reads_the_last_eos_and_refuses_a_text_without(tmp_path):
-    """As transformers does; behind it stand tokens that a template or a cut may leave there."""
+def test_t5_reads_the_last_eos_or_the_last_token_of_a_text_without(tmp_path):
+    """As transformers does, which refuses the latter; behind eos stand tokens that a template may leave there."""
     reference, model = both_t5(tmp_path, "sequence-classification")
     eos = reference.config.eos_token_id
     rows = [[*row, eos, *row[:2]] for row in token_rows((6, 1, 9), vocab=eos)]
     truth = torch.cat([reference(torch.tensor([row])).logits for row in rows])
     for inputs in (padded(rows), padded(rows, "left"), packed(rows)):
         torch.testing.assert_close(model(**inputs), truth, atol=1e-4, rtol=1e-4)
-    rows[1] = [3, 4]
-    for inputs in (padded(rows), packed(rows)):
-        with pytest.raises(
-            ValueError, match=r"a text without eos \(id 60\), where T5's classifier reads: put it behind"
-        ):
-            model(**inputs)
+    cut = [3, 4]
+    with pytest.raises(ValueError, match="at least one <eos>"):
+        reference(torch.tensor([cut]))
+    alone = model.head(model.hidden(torch.tensor([cut]))[:, -1])
+    for inputs in (padded([rows[0], cut]), padded([rows[0], cut], "left"), packed([rows[0], cut])):
+        torch.testing.assert_close(model(**inputs), torch.cat((truth[:1], alone)), atol=1e-4, rtol=1e-4)
 
 
 # A head that is new
