@@ -105,9 +105,7 @@ def padding_of_new_head(tokens: SpecialTokens, tokenizer: "Tokenizer | None", ta
     if tokens.pad_id is None:
         name = None if tokenizer is None else tokenizer.id_to_token(pad)
         tokens = tokens.padding_with(pad, name)
-        log.warning(
-            "no pad token is named; id %d (%s) becomes it, and a text is read at its last other token", pad, name
-        )
+        log.warning("no pad token is named: id %d (%s) becomes it; a text is read at its last other token", pad, name)
     return replace(tokens, skipped_id=pad)
 
 

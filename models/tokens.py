@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("handtune")
 
 GENERATION = "generation_config.json"
-KEPT = ("special_tokens_map.json", "added_tokens.json")
+SENTENCES = ("sentence_bert_config.json", "config_sentence_transformers.json")  # longest text, prompts
+KEPT = ("special_tokens_map.json", "added_tokens.json", *SENTENCES)
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 VOCABULARIES = ("vocab.json", "merges.txt", "vocab.txt", "*.model")
 TEMPLATES = "additional_chat_templates"  # where transformers puts all but the default one
