@@ -1,4 +1,4 @@
-"""A run is a guest: what the caller's process was set to, it is set to afterwards; and what a loss function must give."""
+"""A run is a guest: what the caller's process was set to, it is set to afterwards; and what a loss must give."""
 
 import os
 import random
