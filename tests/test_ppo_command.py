@@ -48,6 +48,12 @@ def test_a_run_and_what_is_done_with_it(folder: Path, capsys: pytest.CaptureFixt
     assert main(["ppo", "ppo.toml"]) == 0  # it has ended: nothing changes
     assert capsys.readouterr().out.startswith("finished already: nothing is left to train\nstored: the policy after")
     assert files() == before
+    given = Path("prompts.jsonl").read_text()
+    write_rows(folder / "prompts.jsonl", [{"prompt": PROMPTS[0]}])
+    assert main(["ppo", "ppo.toml"]) == 2
+    assert "when the run began; put the old data back" in capsys.readouterr().err
+    assert files() == before
+    Path("prompts.jsonl").write_text(given)
     Path("run/result.json").unlink()
     shutil.rmtree("run/adapter")
     assert main(["ppo", "ppo.toml"]) == 0  # as after a kill behind the last round: it is stored
