@@ -8,6 +8,7 @@ products do: exact unless `torch.set_float32_matmul_precision("high")` asks both
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ def settled_arithmetic(deterministic: bool = False) -> Iterator[None]:
 @contextmanager
 def _same_cudnn() -> Iterator[None]:
     """cuDNN's settings are afterwards what they were, in whichever of torch's two spellings they were made."""
-    cudnn = torch.backends.cudnn
+    cudnn: Any = torch.backends.cudnn  # the stubs don't know its newer spelling
     precisions = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
     flags = cudnn.deterministic, cudnn.benchmark
     try:

@@ -63,7 +63,7 @@ class MessageForm:
         return not writes(ANSWER) and writes([{"type": "text", "text": ANSWER}])
 
     def _takes_calls(self) -> tuple[bool, dict[str, Any]]:
-        """Whether arguments are text, and what stands for no content; an empty text where no form works."""
+        """Whether arguments are text, and what stands for no content: an empty text, if no calls are written."""
         question = self._formed({"role": "user", "content": "?"})
         for as_text, no_content in product((False, True), _NO_CONTENT):
             message = _with_calls([_with_arguments(probe_call(), as_text)]) | no_content

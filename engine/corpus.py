@@ -211,6 +211,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 raise ValueError(
                     f"{path} line {number}: byte {read + error.start} is not UTF-8; save the file as UTF-8"
                 ) from None
+            if "\0" in text:
+                raise ValueError(
+                    f"{path} line {number}: byte {read + line.index(0)} is zero, as in UTF-16 or a damaged file; "
+                    "save it as UTF-8"
+                )
             yield number, text.removeprefix("\ufeff") if number == 1 else text
             read += len(line)
 

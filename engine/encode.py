@@ -41,7 +41,7 @@ from .data import label_names
 from .encode_report import Encoded, EncodeReport, Outcome
 from .encode_tasks import IGNORED, Numbered, Settings
 from .pairs import comparisons
-from .rows import as_dialogue, row_shape
+from .rows import as_dialogue, label_ids, row_shape
 from .text import append_eos, beginning, begun, tokenize_pairs
 
 if TYPE_CHECKING:
@@ -71,7 +71,8 @@ def encode(
     template: for messages; None is `chat.DEFAULT_TEMPLATE`, turns ended by `eos`.
     truncate: what becomes of rows that are too long, see above.
     chat: rows of prompt and completion go through `template`, as a question and its answer.
-    evaluation: for a score, which counts all rows: also a question whose answer no window holds stays (without loss).
+    evaluation: for a score, which counts all rows: examples say their `row`, so that rows that gave none are known, and
+    of tagged sentences their `words`; a question whose answer no window holds stays (without loss).
     Raises ValueError, rows counted from 1, for rows of the wrong shape, an unknown label, a template that fails on a
     row, and if no target is left.
     """
@@ -91,17 +92,18 @@ def encode(
     if template is None and any(map(_is_dialogue, rows)):
         template = _default_template(tokenizer, eos)
     settings = Settings(
-        tokenizer, max_length, {name: i for i, name in enumerate(labels or ())}, eos, template, evaluation,
+        tokenizer, max_length, label_ids(labels or ()), eos, template, evaluation,
         tuple(more_ends), truncate,
     )  # fmt: skip
     examples: list[dict[str, Any]] = []
     outcomes: list[Outcome] = []
-    for encoded in _encode_batches(rows, encoders, settings):
-        examples += encoded.examples
+    for index, encoded in enumerate(_encode_batches(rows, encoders, settings)):
+        examples += [example | {"row": index} for example in encoded.examples] if evaluation else encoded.examples
         outcomes.append(encoded.outcome())  # the examples are in one list, not two
     report = EncodeReport.of(objective, outcomes, len(examples))
     if not examples:
-        raise ValueError(f"no target left to train on: {report}; check the rows, or raise data.max_length")
+        purpose = "evaluate" if evaluation else "train"
+        raise ValueError(f"no target left to {purpose} on: {report}; check the rows, or raise data.max_length")
     return examples, report
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .encode_report import Encoded
+from .rows import label_name
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -85,20 +86,26 @@ def classify(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
 
 
 def tag(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
-    """The tag of a word stands at its first sub-token."""
+    """The tag of a word stands at its first sub-token. In an evaluation `words` numbers the words that have one."""
     sentences = [row["tokens"] for _, row in rows]
     encodings = settings.tokenizer.encode_batch(sentences, is_pretokenized=True)
     for (index, row), encoding in zip(rows, encodings, strict=True):
-        place = f"row {index + 1}: tag of token"
-        tags = [_label_id(name, f"{place} {i + 1}", settings) for i, name in enumerate(row["tags"])]
+        tags = [_label_id(tag, f"row {index + 1}: tag of token {i + 1}", settings) for i, tag in enumerate(row["tags"])]
         kept, ids, words = _fit(encoding, settings), encoding.ids, encoding.word_ids
-        targets, last = [], None
+        targets, tagged, last = [], [], None
         for i in kept:
             word = words[i]
-            targets.append(IGNORED if word is None or word == last else tags[word])
+            if word is None or word == last:
+                targets.append(IGNORED)
+            else:
+                targets.append(tags[word])
+                tagged.append(word)
             last = word
-        count = len(targets) - targets.count(IGNORED)
-        example = {"input_ids": [ids[i] for i in kept], "targets": targets}
+
+        count = len(tagged)
+        example: dict[str, Any] = {"input_ids": [ids[i] for i in kept], "targets": targets}
+        if settings.evaluation:
+            example["words"] = tagged
         yield Encoded([example] if count else [], len(kept), count, truncated=len(kept) < len(ids))
 
 
@@ -234,8 +241,9 @@ def _fit(encoding: "Encoding", settings: Settings) -> list[int]:
     return kept
 
 
-def _label_id(name: str, place: str, settings: Settings) -> int:
+def _label_id(label: Any, what: str, settings: Settings) -> int:
+    name = label if isinstance(label, str) and label in settings.labels else label_name(label, what)
     if name not in settings.labels:
         known = ", ".join(list(settings.labels)[:20]) + (", ..." if len(settings.labels) > 20 else "")
-        raise ValueError(f"{place} {name!r} is not among the known labels ({known}); correct it, or give all labels")
+        raise ValueError(f"{what} {name!r} is not among the known labels ({known}); correct it, or give all labels")
     return settings.labels[name]

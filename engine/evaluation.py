@@ -9,7 +9,7 @@ from torch import nn
 from .batches import Batches, to_device
 from .guards import clean_guest, sum_and_count
 from .losses import LossFn
-from .objectives import Score
+from .scores import Score
 
 
 def evaluate(model: nn.Module, data: Iterable[Any], loss_fn: LossFn, score: Score | None = None) -> dict[str, Any]:

@@ -39,10 +39,10 @@ from .guards import (
 )
 from .lora import active_adapter, lr_ratios, slots
 from .losses import ByAdapter, LossFn
-from .objectives import Score
 from .optim import SCHEDULES, Optimizer, layer_count, lr_factor
 from .progress import keep_best, restore_best, resume, save, tell_resumed
 from .record import Record, peak_memory
+from .scores import Score
 from .token_rows import trained_rows
 
 DEFAULT_ROWS = 16

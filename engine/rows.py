@@ -5,7 +5,7 @@
     messages                       [{"role": "system" | "user" | "assistant" | "tool", "content": str, ...}, ...];
                                    content may be a list of text parts, or absent beside tool_calls
     prompt/chosen/rejected         three strings, or three lists of messages; and, optional, tie (bool), margin (number)
-    text/label                     label is a string
+    text/label                     label is a string, see `label_name`
     text/text_pair/label
     tokens/tags                    two lists of strings of one length
     question/context/answers       answers is {"text": [str, ...], "answer_start": [int, ...]}; empty: no answer
@@ -21,7 +21,8 @@ besides messages (`tools`, `documents`, `enable_thinking` and the like, see `row
 """
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .row_fields import message_fields, refuse_unused, template_arguments
@@ -96,7 +97,8 @@ def _shaped(raw: Mapping[str, Any]) -> dict[str, Any]:
         return _question(row)
     if shape == "tokens/tags":
         return _tokens(row)
-    return {field: _label(row) if field == "label" else _text(row, field) for field in shape.split("/")}
+    fields = shape.split("/")
+    return {field: label_name(row[field]) if field == "label" else _text(row, field) for field in fields}
 
 
 def prompt_row(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,27 +122,81 @@ def _text(row: Mapping[str, Any], field: str) -> str:
     value = row[field]
     if not isinstance(value, str):
         raise ValueError(f"field {field!r} must be text, not {_kind(value)}")
+    _check_unicode(value, f"field {field!r}")
+    return value
+
+
+def _check_unicode(value: str, what: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"field {field!r} holds half of a surrogate pair at character {error.start}; remove the \\ud... escape"
+            f"{what} holds half of a surrogate pair at character {error.start}; remove the \\ud... escape"
         ) from None
-    return value
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", bool: "true/false", int: "a number", float: "a number"}
-    return "null" if value is None else names.get(type(value), type(value).__name__)
+    names = {dict: "an object", list: "a list", bool: "true/false", int: "a number", float: "a number", str: "text"}
+    if value is None:
+        return "null"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN, a missing value" if math.isnan(value) else "infinite"
+    return names.get(type(value), type(value).__name__)
 
 
-def _label(row: Mapping[str, Any]) -> str:
-    value = row["label"]
-    if isinstance(value, bool):
-        return str(value).lower()
-    if not isinstance(value, (str, int, float)) or not str(value).strip():
-        raise ValueError(f"field 'label' must be text or a number, not {_kind(value) if value != '' else 'empty'}")
-    return str(value).strip()
+def label_name(value: Any, what: str = "field 'label'") -> str:
+    """The name of the class, or tag, that a label stands for, the same for all ways to write it.
+
+    Whole numbers are named by their digits, be they numbers or text: 1, 1.0, 1e0 and "1.0" are the class 1, and -0 is
+    0; but 01 and 3.10 are text, as they may be codes or versions. Truth values are true and false, in any case of
+    letters. All other text stands for itself, without the space around it.
+
+    ValueError, which begins with `what`, for no label and for a missing one: null, NaN, an empty text, or the "nan" or
+    "<NA>" that NaN becomes as text.
+    """
+    if isinstance(value, float) and math.isfinite(value):
+        value = repr(value)
+    if isinstance(value, (bool, int)):
+        value = str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"{what} must be text or a number, not {_kind(value)}")
+
+    _check_unicode(value, what)
+    name = value.strip()
+    if not name:
+        raise ValueError(f"{what} must be text or a number, not empty; name the class, or remove the row")
+    if name.lower().lstrip("+-") in ("nan", "<na>"):
+        raise ValueError(
+            f"{what} is {name!r}, which is what a missing value becomes as text; remove the row, or, if a class is "
+            "called so, give it another name"
+        )
+    if name.lower() in ("true", "false"):
+        return name.lower()
+    return _digits(name)
+
+
+def label_ids(labels: Sequence[str]) -> dict[str, int]:
+    """The numbers of classes or tags in their order, by `label_name`. ValueError where two names are one class."""
+    ids: dict[str, int] = {}
+    for i, label in enumerate(labels):
+        if (name := label_name(label, f"labels[{i}]")) in ids:
+            raise ValueError(f"labels {labels[ids[name]]!r} and {label!r} name one class, {name!r}; leave one out")
+        ids[name] = i
+    return ids
+
+
+def _digits(name: str) -> str:
+    """A whole number as its digits; other text as it is."""
+    number = re.fullmatch(r"([+-]?)(0|[1-9][0-9]*)((\.[0-9]*)?([eE][+-]?[0-9]{1,2})?)", name)
+    if not number:
+        return name
+    sign, digits, tail = number[1].replace("+", ""), number[2], number[3]
+    if tail:  # a fraction or a power of ten: a number only as far as floats hold it exactly
+        value = float(name)
+        if not value.is_integer() or abs(value) > 2**53:
+            return name
+        digits = str(abs(int(value)))
+    return digits if digits == "0" else sign + digits
 
 
 def _alpaca(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -240,12 +296,13 @@ def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:
     tokens, tags = row["tokens"], row["tags"]
     for field, values in (("tokens", tokens), ("tags", tags)):
         if not isinstance(values, list) or not values:
-            raise ValueError(f"field {field!r} must be a list with an entry per token, not {_kind(values)}")
+            kind = "empty" if values == [] else _kind(values)
+            raise ValueError(f"field {field!r} must be a list with an entry per token, not {kind}")
     if len(tokens) != len(tags):
         raise ValueError(f"{len(tokens)} tokens but {len(tags)} tags; every token needs one tag")
     return {
         "tokens": [_text({f"tokens[{i}]": token}, f"tokens[{i}]") for i, token in enumerate(tokens)],
-        "tags": [_label({"label": tag}) for tag in tags],
+        "tags": [label_name(tag, f"tags[{i}]") for i, tag in enumerate(tags)],
     }
 
 
@@ -257,7 +314,8 @@ def _question(row: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("field 'answers' must be a list of objects with text and answer_start")
     if len(answers["text"]) != len(answers["answer_start"]):
         raise ValueError("field 'answers': 'text' and 'answer_start' differ in length")
-    for text, start in zip(answers["text"], answers["answer_start"], strict=True):
+    starts = [int(at) if isinstance(at, float) and at.is_integer() else at for at in answers["answer_start"]]
+    for text, start in zip(answers["text"], starts, strict=True):
         if not isinstance(text, str) or not text or type(start) is not int or start < 0:
             raise ValueError(f"an answer needs a text and a character offset, found {text!r} at {start!r}")
         found = context[start : start + len(text)]
@@ -265,8 +323,8 @@ def _question(row: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"answer {text!r} is not at answer_start {start}, there is {found!r}; an offset counts characters"
             )
-    kept = {"text": list(answers["text"]), "answer_start": list(answers["answer_start"])}
-    return {"question": _text(row, "question"), "context": context, "answers": kept}
+    checked = {"text": list(answers["text"]), "answer_start": starts}
+    return {"question": _text(row, "question"), "context": context, "answers": checked}
 
 
 def as_dialogue(row: Mapping[str, Any]) -> dict[str, Any]:

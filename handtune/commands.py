@@ -23,10 +23,10 @@ from .generator import run_generate
 from .labelling import run_label
 from .merge import merge
 from .models import save
-from .prepare import Prepared, choose_trained, prepare, run_objective
+from .prepare import Prepared, choose_trained, data_files, prepare, run_objective
 from .prompts import prompt_of
 from .rlhf import run_ppo
-from .stored import config_of, facts_of, has_stored, put_weights, store_adapter
+from .stored import config_of, data_sizes, facts_of, has_stored, put_weights, require_same_data, store_adapter
 
 
 def run_train(options: argparse.Namespace) -> int:
@@ -34,12 +34,15 @@ def run_train(options: argparse.Namespace) -> int:
     config = read_config(options.config, options.override)
     out = Path(config.out)
     place, record = out / ("adapter" if config.lora is not None else "model"), Record(out)
+    sizes = data_sizes(data_files(config.data))
     if (values := record.finished(config.as_dict())) is not None and has_stored(out):
+        require_same_data(out, sizes)
         print(f"finished already: nothing is left to train\n{_stored(values, place)}")
         return 0
     about: dict[str, Any] = {
         "name": config.name or out.name, "method": config.method, "task": run_objective(config).task,
         "model": config.model.path or config.model.preset, "config": config.as_dict(),
+        "data_sizes": sizes,
     }  # fmt: skip
     record.start(about, about["config"])
     ready = prepare(config, out / "corpus")

@@ -83,7 +83,7 @@ def prepare(config: RunConfig, cache: Path, *, weights: bool = True, head_follow
         raise ValueError(
             "train.micro_rows, micro_tokens: embed takes its negatives from the whole step; lower batch_rows"
         )
-    corpus = config.method == "pretrain" and all(_is_corpus(Path(file)) for file in _files(config.data))
+    corpus = config.method == "pretrain" and all(_is_corpus(Path(file)) for file in data_files(config.data))
     rows, eval_rows = ([], []) if corpus else _rows(config.data, config.train.seed)
     labels = tuple(config.model.labels or ())
     if not labels and objective.encoding in ("classify", "tag", "images"):
@@ -174,7 +174,8 @@ def _images(
     return Prepared(model, None, objective, labels, parts["train"], eval_rows, parts["eval"], collate)
 
 
-def _files(data: DataConfig) -> list[str]:
+def data_files(data: DataConfig) -> list[str]:
+    """All files that a run reads rows from."""
     files = [data.train] if isinstance(data.train, str) else data.train
     return [*files, data.eval] if isinstance(data.eval, str) else files
 

@@ -18,7 +18,7 @@ from .engine.rollouts import POLICY
 from .models import load
 from .models.shards import read_json
 from .prompts import learn_turn_end, prompt_of
-from .stored import function_of, has_stored, store_adapter
+from .stored import data_sizes, function_of, has_stored, require_same_data, store_adapter
 
 
 def run_ppo(options: argparse.Namespace) -> int:
@@ -27,7 +27,9 @@ def run_ppo(options: argparse.Namespace) -> int:
     out, wanted = Path(config.out), config.model
     assert wanted.path is not None
     record = Record(out)
+    sizes = data_sizes(config.prompts)
     if (values := record.finished(config.as_dict())) is not None and has_stored(out):
+        require_same_data(out, sizes)
         print(f"finished already: nothing is left to train\n{_stored(values, out / 'adapter')}")
         return 0
     model, tokenizer = load(
@@ -44,7 +46,7 @@ def run_ppo(options: argparse.Namespace) -> int:
     prompts = [prompt_of(row, model) for file in files for row in read_prompts(file)]
     about = {
         "name": config.name or out.name, "method": "ppo", "task": "causal-lm", "model": wanted.path,
-        "config": config.as_dict(), "trains": f"LoRA r={config.ppo.lora.rank}",
+        "config": config.as_dict(), "trains": f"LoRA r={config.ppo.lora.rank}", "data_sizes": sizes,
     }  # fmt: skip
     show = None if options.quiet else tqdm.write
     result = ppo(

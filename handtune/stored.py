@@ -78,6 +78,23 @@ def has_stored(run: Path) -> bool:
     return (run / "adapter" / CONFIG).is_file() or (run / "model" / "config.json").is_file()
 
 
+def data_sizes(files: str | list[str]) -> dict[str, int]:
+    """The bytes of each data file that is there. A folder of images has none."""
+    paths = [files] if isinstance(files, str) else files
+    return {path: Path(path).stat().st_size for path in paths if Path(path).is_file()}
+
+
+def require_same_data(run: Path, sizes: dict[str, int]) -> None:
+    """ValueError where a data file of the run is not as long as it was when the run began."""
+    before = facts_of(run).get("data_sizes", {})
+    for path, size in sizes.items():
+        if before.get(path, size) != size:
+            raise ValueError(
+                f"{path}: {size} bytes, and {before[path]} when the run began; put the old data back, or choose "
+                "another out"
+            )
+
+
 def require_finished(run: Path) -> None:
     """ValueError where the run has stored neither adapter nor model."""
     if not has_stored(run):

@@ -208,16 +208,14 @@ class T5(nn.Module):
     ) -> Tensor:
         """What the head reads: every position (B, T, D), or one vector a row (B, D).
 
-        A text's class is read where transformers reads it, at the row's last eos: ValueError where a row has none.
+        A text's class is read where transformers reads it, at the row's last eos; transformers refuses a row without,
+        as one that was cut, which is read at its last token here.
         """
         if self.task in BY_TEXT and self.tokens.eos_id is not None:
             ends = input_ids == self.tokens.eos_id
-            index = last_position(ends, attention_mask, cu_seqlens)
-            if not bool(ends.flatten()[index].all()):
-                raise ValueError(
-                    f"a text without eos (id {self.tokens.eos_id}), where T5's classifier reads; put it behind each one"
-                )
-            return states.flatten(0, 1)[index]
+            end = last_position(ends, attention_mask, cu_seqlens)
+            last = last_position(torch.ones_like(ends), attention_mask, cu_seqlens)
+            return states.flatten(0, 1)[torch.where(ends.flatten()[end], end, last)]
         if self.task in (*BY_TEXT, "embedding"):
             return pool_tokens(self.pooling, states, attention_mask, cu_seqlens)
         return states

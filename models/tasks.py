@@ -102,14 +102,11 @@ def padding_of_new_head(tokens: SpecialTokens, tokenizer: "Tokenizer | None", ta
     if pad is None or task not in BY_TEXT:
         return replace(tokens, skipped_id=pad)
 
-    settings = tokens.settings
     if tokens.pad_id is None:
         name = None if tokenizer is None else tokenizer.id_to_token(pad)
-        settings = settings if name is None else {**settings, "pad_token": name}
-        log.warning(
-            "no pad token is named; id %d (%s) becomes it, and a text is read at its last other token", pad, name
-        )
-    return replace(tokens, pad_id=pad, skipped_id=pad, settings=settings)
+        tokens = tokens.padding_with(pad, name)
+        log.warning("no pad token is named: id %d (%s) becomes it; a text is read at its last other token", pad, name)
+    return replace(tokens, skipped_id=pad)
 
 
 @torch.no_grad()
@@ -121,11 +118,8 @@ def reorder_head(head: nn.Module, rows: list[int]) -> None:
 
 def task_config(model: "Model", model_type: str) -> dict[str, Any]:
     """The fields of config.json that tell the task, its labels and the head's depth, and the special tokens."""
-    out = model.tokens.to_config() | {"architectures": [class_name(type(model), model.task, model_type)]}
-    if model.task in BY_TEXT:
-        skipped = model.tokens.skipped_id
-        out = {key: value for key, value in out.items() if key != "pad_token_id"}
-        out |= {} if skipped is None else {"pad_token_id": skipped}
+    out = model.tokens.to_config(classifies=model.task in BY_TEXT)
+    out |= {"architectures": [class_name(type(model), model.task, model_type)]}
     if model.task == "reward":
         out |= {"handtune_task": "reward", "num_labels": 1}
     if model.head_layers > 1:

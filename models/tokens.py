@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("handtune")
 
 GENERATION = "generation_config.json"
-KEPT = ("special_tokens_map.json", "added_tokens.json")
+SENTENCES = ("sentence_bert_config.json", "config_sentence_transformers.json")  # longest text, prompts
+KEPT = ("special_tokens_map.json", "added_tokens.json", *SENTENCES)
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 VOCABULARIES = ("vocab.json", "merges.txt", "vocab.txt", "*.model")
 TEMPLATES = "additional_chat_templates"  # where transformers puts all but the default one
@@ -141,12 +142,20 @@ class SpecialTokens:
             files={**self.files, **own.files}, generation=own.generation or self.generation,
         )  # fmt: skip
 
-    def to_config(self) -> dict[str, Any]:
-        """The ids as config.json and generation_config.json name them; several end tokens are a list."""
+    def padding_with(self, token: int, text: str | None) -> "SpecialTokens":
+        """The same with a token that pads, also for the tokenizer, where its text is known."""
+        named = {} if text is None else {"pad_token": text}
+        return replace(self, pad_id=token, names=self.names | named, settings=self.settings | named)
+
+    def to_config(self, classifies: bool = False) -> dict[str, Any]:
+        """The ids as config.json and generation_config.json name them; several end tokens are a list.
+
+        The pad id of what `classifies` is the one in front of which it looks for a text's last token.
+        """
         eos = list(self.ends) if self.more_ends else self.eos_id
-        return {
-            key: value for key, value in zip(IDS, (self.bos_id, eos, self.pad_id), strict=True) if value is not None
-        }
+        pad = self.skipped_id if classifies else self.pad_id
+        ids = dict(zip(IDS, (self.bos_id, eos, pad), strict=True))
+        return {key: value for key, value in ids.items() if value is not None}
 
 
 def _first(*ids: int | None) -> int | None:

@@ -82,12 +82,13 @@ def bert_folder(path: Path, task: str = "masked-lm", **sizes: Any) -> Path:
 
 
 def examples(
-    rows: Sequence[dict[str, Any]], encoding: str, labels: Sequence[str] | None = None
+    rows: Sequence[dict[str, Any]], encoding: str, labels: Sequence[str] | None = None, **settings: Any
 ) -> list[dict[str, Any]]:
-    """Rows encoded by the tokenizer of the encoding's kind."""
+    """Rows encoded by the tokenizer of the encoding's kind, at most 64 tokens long."""
     causal = encoding in ("sft", "pretrain")
     tokenizer = byte_level() if causal else word_piece()
-    return encode(rows, tokenizer, encoding, max_length=64, labels=labels, eos=0 if causal else None)[0]
+    settings = {"max_length": 64, "labels": labels, "eos": 0 if causal else None, **settings}
+    return encode(rows, tokenizer, encoding, **settings)[0]
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:

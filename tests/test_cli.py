@@ -228,19 +228,6 @@ def test_report(bases, tmp_path, capsys) -> None:
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
-@pytest.mark.parametrize("method", ROWS)
-def test_check_data(method, bases, tmp_path, capsys) -> None:
-    """Shows rows and leaves nothing behind."""
-    path = configuration(tmp_path, method, bases)
-    before = sorted(tmp_path.rglob("*"))
-    run("check-data", path, "data.max_length=32", "-n", "2")
-    said = capsys.readouterr().out
-    assert "example 1 of " in said
-    assert "example 2 of " in said
-    assert "example 3 of " not in said
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 def test_evaluate_on_other_rows(bases, tmp_path, capsys) -> None:
     run("train", configuration(tmp_path, "classify", bases))
     own = evaluated(capsys, tmp_path / "run")

@@ -192,7 +192,7 @@ def test_squad_layout_is_flattened(tmp_path):
         ("a.jsonl", '{"messages": [{"role": "poet", "content": ""}]}', r"messages\[0\]: role 'poet' is unknown"),
         ("a.jsonl", '{"chosen": "a", "rejected": "b"}', "line 1: no 'prompt'"),
         ("a.csv", "text,label\na,1\nb,c,2\n", r"a.csv line 3: 3 fields where the header has 2 \(text, label\)"),
-        ("a.csv", 'text,label\n"a,1\n', "a.csv line 2: unexpected end of data"),
+        ("a.csv", 'text,label\n"a,1\n', "a.csv line 2: a quote that opens a field here is never closed"),
         ("a.csv", "review,stars\na,1\n", "a.csv line 1: no known column among review, stars"),
         ("a.csv", "text,text\na,1\n", "a.csv line 1: the column 'text' stands there twice"),
         ("a.tsv", "good\t1\nbad\tfilm\t0\n", "a.tsv line 2: 3 fields where line 1 has 2"),

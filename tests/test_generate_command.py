@@ -90,7 +90,7 @@ def test_a_base_that_is_no_folder(out: str, base: Path, tmp_path: Path, monkeypa
     (folder / "run.json").write_text(json.dumps(facts))
     asked = []
 
-    def fetched(path):
+    def fetched(path, weights=True):
         asked.append(str(path))
         return base
 

@@ -258,6 +258,8 @@ def test_pooling_comes_back(tmp_path, pooling, normalize):
     (tmp_path / "base" / "Pooling").mkdir()
     modes = {f"pooling_mode_{name}": name == names[pooling] for name in names.values()}
     (tmp_path / "base" / "Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 24, **modes}))
+    (tmp_path / "base" / "sentence_bert_config.json").write_text('{"max_seq_length": 20, "do_lower_case": false}')
+    (tmp_path / "base" / "config_sentence_transformers.json").write_text('{"prompts": {"query": "query: "}}')
     model = on_cpu(tmp_path / "base")
     rows = token_rows()
     with torch.no_grad():
@@ -271,6 +273,8 @@ def test_pooling_comes_back(tmp_path, pooling, normalize):
     save(model, None, tmp_path / "ours")
     again = on_cpu(tmp_path / "ours")
     assert (again.pooling, again.head.normalize) == (pooling, normalize)
+    for name in ("sentence_bert_config.json", "config_sentence_transformers.json"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
     assert same_outputs(again, model)
 
 

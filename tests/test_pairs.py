@@ -229,7 +229,7 @@ def test_a_reward_model_comes_near_what_noisy_labels_allow() -> None:
         for (a, b), swapped in zip(sides + 1, swap, strict=True):
             chosen, rejected = (a, b) if swapped else (b, a)
             ids = {"chosen": [0, *chosen.tolist()], "rejected": [0, *rejected.tolist()]}
-            rows.append({**ids, "starts": [1, 1], "margin": 0.0, "tie": False})
+            rows.append({**ids, "starts": [1, 1], "margin": 0.0, "tie": False, "row": len(rows)})
         return rows, np.where(swap, 1 - p, p)  # the probability of what was chosen
 
     model = GPT2.from_name("gpt2", task="reward", vocab_size=13, n_layer=1, n_head=2, d_model=32, max_positions=8)
