@@ -40,16 +40,19 @@ class TurnEnd:
     added: str = ""
 
 
-def turn_end(template: ChatTemplate, tokenizer: "Tokenizer") -> int | None:
+def turn_end(template: ChatTemplate, tokenizer: "Tokenizer", calls: bool = False) -> int | None:
     """The id of the token that ends an assistant's turn in `template`; None where its turns end in plain text.
 
-    None, too, for a template that cannot render a dialogue of a user and an assistant.
+    calls: of a turn that calls a tool, which may end by another token; None where that is no special one, as it may
+    close a single call. None, too, for a template that doesn't render such a turn.
     """
     try:
-        token = learnt_end(template, tokenizer).token
+        token = learnt_end(template, tokenizer, calls).token
     except ValueError:
         return None
-    return tokenizer.token_to_id(token) if token else None
+    end = tokenizer.token_to_id(token) if token else None
+    added = tokenizer.get_added_tokens_decoder()
+    return end if not calls or (end in added and added[end].special) else None
 
 
 def learnt_end(template: ChatTemplate, tokenizer: "Tokenizer", calls: bool = False, /, **arguments: Any) -> TurnEnd:

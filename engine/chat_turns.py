@@ -145,7 +145,7 @@ class ChatTargets:
         return _Turn(text, [(min(begins, stop), stop)], asked)
 
     def _end(self, calls: bool, arguments: Mapping[str, Any]) -> TurnEnd:
-        key = json.dumps([calls, arguments], sort_keys=True)
+        key = json.dumps([calls, arguments], sort_keys=True, default=str)
         if key not in self._ends:
             self._ends[key] = learnt_end(self.template, self._tokenizer, calls, **arguments)
         return self._ends[key]

@@ -51,6 +51,21 @@ def refuse_unused(raw: Mapping[str, Any]) -> None:
             raise ValueError(f"field {name!r} has no place in a row whose prompt is text; write the row as messages")
 
 
+def with_system(messages: list[dict[str, Any]], raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A dialogue with the system prompt that its row has in a field of its own. ValueError for two that differ."""
+    system = raw.get("system") or ""
+    if not isinstance(system, str):
+        raise ValueError(f"field 'system' must be text, not {system!r}")
+    _check_unicode(system, "field 'system'")
+    if not system:
+        return messages
+    if messages[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if messages[0]["content"] != system:
+        raise ValueError("field 'system' is another system prompt than the first message; leave one of them")
+    return messages
+
+
 def message_fields(message: Mapping[str, Any], place: str) -> dict[str, Any]:
     """A message with its content as text and its tool calls checked. `place` begins the errors."""
     content = message.get("content")

@@ -25,7 +25,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .row_fields import message_fields, refuse_unused, template_arguments
+from .row_fields import message_fields, refuse_unused, template_arguments, with_system
 
 # Where the fields of two shapes are present, the first in this list wins.
 _SHAPES = [
@@ -232,19 +232,7 @@ def _messages(value: Any, field: str) -> list[dict[str, Any]]:
 
 def _conversation(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     field = "messages" if "messages" in raw else "conversations"
-    return _with_system(_messages(raw[field], field), raw)
-
-
-def _with_system(messages: list[dict[str, Any]], raw: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A dialogue with the system prompt that its row has in a field of its own."""
-    if not raw.get("system"):
-        return messages
-    system = {"role": "system", "content": _text(raw, "system")}
-    if messages[0]["role"] != "system":
-        return [system, *messages]
-    if messages[0]["content"] != system["content"]:
-        raise ValueError("field 'system' is another system prompt than the first message; leave one of them")
-    return messages
+    return with_system(_messages(raw[field], field), raw)
 
 
 def _preference(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,19 +257,19 @@ def _sides(raw: Mapping[str, Any]) -> dict[str, Any]:
     chosen, rejected = _reply(raw, "chosen"), _reply(raw, "rejected")
     if isinstance(raw.get("prompt"), list):
         prompt = _messages(raw["prompt"], "prompt")
-        return {"prompt": _with_system(prompt, raw), "chosen": chosen, "rejected": rejected}
+        return {"prompt": with_system(prompt, raw), "chosen": chosen, "rejected": rejected}
     # Whole conversations on both sides: what they share is the prompt (some sets repeat its first turn as text).
     pairs = zip(chosen, rejected, strict=False)
     shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected)))
     if shared == 0 and isinstance(raw.get("prompt"), str):
         prompt = [{"role": "user", "content": _text(raw, "prompt")}]
-        return {"prompt": _with_system(prompt, raw), "chosen": chosen, "rejected": rejected}
+        return {"prompt": with_system(prompt, raw), "chosen": chosen, "rejected": rejected}
     if not 0 < shared < min(len(chosen), len(rejected)):
         raise ValueError(
             "no 'prompt', and 'chosen' and 'rejected' are not conversations that begin alike and end differently; "
             "add the field 'prompt'"
         )
-    prompt = _with_system(chosen[:shared], raw)
+    prompt = with_system(chosen[:shared], raw)
     return {"prompt": prompt, "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 

@@ -21,11 +21,12 @@ def template_of(model: Any) -> ChatTemplate:
 
 
 def learn_turn_end(model: Any, tokenizer: Any) -> None:
-    """Have the model's answers end with what its chat template puts behind one, too."""
+    """Have the model's answers end with what its chat template puts behind one, or behind a tool call, too."""
     if model.tokens.chat_template is not None and tokenizer is not None:
-        end = turn_end(template_of(model), tokenizer)
-        if end is not None:
-            model.tokens = model.tokens.ending_with(end)
+        template = template_of(model)
+        for end in (turn_end(template, tokenizer), turn_end(template, tokenizer, calls=True)):
+            if end is not None:
+                model.tokens = model.tokens.ending_with(end)
 
 
 def goes_through_template(config: RunConfig, rows: Sequence[Mapping[str, Any]], model: Any, tokenizer: Any) -> bool:

@@ -106,6 +106,13 @@ def test_the_token_that_ends_a_turn(name: str) -> None:
     assert turn_end(ChatTemplate(KINDS[name].source, **TOKENS), tokenizer()) == tokenizer().token_to_id(KINDS[name].end)
 
 
+def test_a_turn_that_calls_a_tool_may_end_by_a_token_of_its_own() -> None:
+    ends = {"thinker": "<|im_end|>", "endless": "<|observation|>", "channels": "<|call|>", "chatml": None}
+    for name, end in ends.items():
+        token = turn_end(compiled(KINDS[name].source), tokenizer(), calls=True)
+        assert token == (None if end is None else tokenizer().token_to_id(end))
+
+
 def test_the_end_of_a_turn_may_be_no_token_or_no_special_one() -> None:
     assert turn_end(ChatTemplate(PLAIN), tokenizer()) is None
     assert turn_end(ChatTemplate(CHATML), byte_level()) == byte_level().token_to_id("<|im_end|>")
