@@ -189,6 +189,7 @@ def test_comparisons_of_turns_with_calls_thinking_and_tools() -> None:
     assert prompt.endswith("assistant\n")
     assert chosen == "<think>\nHm.\n</think>\n\nAt 06:12.<|im_end|>"
     assert rejected == "<think>\n\n</think>\n\n> <|im_end|>"
+    assert pair({**ANSWER, "content": "> "}, {**ANSWER, "reasoning_content": "Hm."}) == (prompt, rejected, chosen)
     thought = {**ANSWER, "content": "<think>\nHm.\n</think>\n\nAt 06:12."}
     prompt, chosen, _ = pair(thought, {**thought, "content": "<think>\nUm.\n</think>\n\nAt six."}, DISTILLED)
     assert (prompt[-9:], chosen) == ("|><think>\n"[-9:], "Hm.\n</think>\n\nAt 06:12.</s>")
