@@ -60,7 +60,7 @@ OPENED = re.compile(r"<\w+>\s*\Z")
 Row = dict[str, Any]
 
 
-def dialogue(turns: int, system: bool, tools: bool, thinking: str, answers: str) -> Row:
+def dialogue(turns: int, system: bool, tools: str, thinking: str, answers: str) -> Row:
     """A row as a data file has it."""
     messages: list[Row] = [{"role": "system", "content": "Speak like a sailor."}] if system else []
     for i in range(turns):
@@ -78,7 +78,7 @@ def dialogue(turns: int, system: bool, tools: bool, thinking: str, answers: str)
         messages.append(answer)
     return {
         "messages": messages,
-        **({"tools": TOOLS} if tools else {}),
+        **({"tools": TOOLS} if tools == "tools" else {}),
         **({"enable_thinking": True} if thinking == "asked" else {}),
     }
 
@@ -276,8 +276,12 @@ class Pair:
 
     def _is_true(self, reason: str, messages: list[Row], arguments: Row) -> bool:
         """Whether the reason of a refusal holds in transformers, too."""
+        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        if match := re.search(r"without the (\S+) that ends", reason):
+            calling = [turn for turn in turns if "tool_calls" in messages[turn]]
+            texts = [self.original(messages[: turn + 1], **arguments)[0] for turn in calling]
+            return len({text.rstrip().endswith(match[1]) for text in texts}) == 2
         if "begins" in reason:  # an answer otherwise than its prompt
-            turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
             asked = [OPENED.sub("", self.original(messages[:turn], True, **arguments)[0]) for turn in turns]
             texts = [self.original(messages[: turn + 1], **arguments)[0] for turn in turns]
             return not all(text.startswith(prompt) for text, prompt in zip(texts, asked, strict=True))
@@ -293,13 +297,16 @@ class Pair:
 
 
 def rows(asks: bool) -> Iterator[tuple[str, Row]]:
-    """The dialogues, and in short what they have; `asks`: also with the wish that the model thinks."""
+    """The dialogues, and in short what they have; `asks`: also with the wish that the model thinks.
+
+    Calls of tools come with the list of tools and without, as some templates write calls and no list.
+    """
     thoughts = ("", "field", "content", *(["asked"] if asks else []))
-    for system, tools, thinking, answers in product((False, True), (False, True), thoughts, ANSWERS):
+    for system, tools, thinking, answers in product((False, True), ("", "calls", "tools"), thoughts, ANSWERS):
         if answers == "odd" and (tools or thinking):
             continue
         for turns in range(1, 6):
-            traits = [answers] * (answers == "odd") + ["system"] * system + ["tools"] * tools
+            traits = [answers] * (answers == "odd") + ["system"] * system + [tools] * bool(tools)
             traits += [f"thinking: {thinking}"] * bool(thinking)
             yield " + ".join(traits or ["plain"]), dialogue(turns, system, tools, thinking, answers)
 
