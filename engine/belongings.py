@@ -133,25 +133,27 @@ def _buffers(module: nn.Module) -> dict[str, Tensor | None]:
 
 def give(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> None:
     """Tensors, by their names in the model, that an adapter not active yet brings. The base must be in the model."""
-    new: dict[int, tuple[Tensor, Tensor]] = {}  # by the tensor it is to replace, of which a tied matrix is one
+    new: dict[int, Tensor] = {}  # by the tensor it is to replace, of which a tied matrix is one
     for path, module in model.named_modules():
         for table in (module._parameters, module._buffers):
             for name, old in table.items():
-                if old is not None and _joined(path, name) in tensors:
+                if old is not None and name != ROWS and _joined(path, name) in tensors:
                     value = tensors[_joined(path, name)]
-                    new[id(old)] = old, nn.Parameter(value) if isinstance(old, nn.Parameter) else value
+                    new[id(old)] = nn.Parameter(value) if isinstance(old, nn.Parameter) else value
     for path, module in model.named_modules():
-        found = {name: old for table in (module._parameters, module._buffers) for name, old in table.items()}
-        found = {name: old for name, old in found.items() if id(old) in new or _joined(path, name) in tensors}
-        ids = tensors.get(_joined(path, ROWS))
-        if not found and ids is None:
+        replaced: dict[str, Tensor | None] = {
+            name: new[id(old)]
+            for table in (module._parameters, module._buffers)
+            for name, old in table.items()
+            if id(old) in new
+        }
+        if not replaced:
             continue
+        if (ids := tensors.get(_joined(path, ROWS))) is not None:
+            replaced[ROWS] = ids
         belongings: Belongings = vars(module).setdefault(KEY, Belongings())
-        mine = belongings.by_adapter.setdefault(adapter, {})
-        for name, old in found.items():
-            belongings.base[name], mine[name] = old, new[id(old)][1]
-        if ids is not None:
-            belongings.base[ROWS], mine[ROWS] = _get(module, ROWS), ids
+        belongings.base |= {name: _get(module, name) for name in replaced}
+        belongings.by_adapter[adapter] = replaced
 
 
 def switch(model: nn.Module, adapter: str | None) -> None:
@@ -178,6 +180,15 @@ def belongings_of(model: nn.Module, adapter: str) -> set[str]:
     having = {path: own.by_adapter.get(adapter, {}) for path, _, own in _having(model)}
     names = {_joined(path, name) for path, tensors in having.items() for name in tensors}
     return names & {name for name, _ in model.named_parameters()}
+
+
+def owner_of(model: nn.Module, parameter: str) -> str | None:
+    """An adapter to which a parameter of this name belongs, or None."""
+    path, _, name = parameter.rpartition(".")
+    for holder, _, belongings in _having(model):
+        if holder == path:
+            return next((adapter for adapter, tensors in belongings.by_adapter.items() if name in tensors), None)
+    return None
 
 
 def put_aside(model: nn.Module, adapter: str | None) -> dict[str, Tensor | None]:
