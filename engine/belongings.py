@@ -12,6 +12,7 @@ for each adapter with token rows, or with an embedding.
 
 from collections.abc import Collection, Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 ROWS = "trained_rows"  # the buffer with the ids of the rows of a matrix that train, where not all do; not stored
@@ -99,12 +100,11 @@ def claim(model: nn.Module, adapter: str | None, names: Collection[str] = ()) ->
     """
     if adapter is None:
         return
-    mine = belongings_of(model, adapter)
-    new = {
-        parameter: nn.Parameter(parameter.detach().clone(), requires_grad=False)
-        for key, parameter in model.named_parameters()
-        if ".lora." not in key and key not in mine and (parameter.requires_grad or key in names)
+    trained = {
+        key: p for key, p in model.named_parameters() if ".lora." not in key and (p.requires_grad or key in names)
     }
+    mine = belongings_of(model, adapter) if trained else set()
+    new = {p: nn.Parameter(p.detach().clone(), requires_grad=False) for key, p in trained.items() if key not in mine}
     for module in model.modules() if new else ():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter in new:  # a tied matrix in each of the modules that have it
@@ -122,6 +122,30 @@ def _claim(module: nn.Module, adapter: str, name: str, copy: nn.Parameter) -> No
     for other, buffer in _buffers(module).items():
         if other not in tensors:
             belongings.base[other], tensors[other] = None if buffer is None else buffer.clone(), buffer
+
+
+def give_back(model: nn.Module, parameters: Collection[nn.Parameter]) -> None:
+    """These parameters no longer train: those of them that are still as in the base are the base's again."""
+    ids = {id(parameter) for parameter in parameters}
+    for _, module, belongings in _having(model):
+        if belongings.active is None:
+            continue
+        tensors = belongings.by_adapter[belongings.active]
+        for name, parameter in list(module._parameters.items()):
+            if name in tensors and id(parameter) in ids and _same(parameter, belongings.base[name]):
+                belongings.base[name] = parameter
+                del tensors[name]
+        buffers_only = not any(name in module._parameters for name in tensors)
+        if buffers_only and all(_same(_get(module, name), belongings.base[name]) for name in tensors):
+            belongings.base |= {name: _get(module, name) for name in belongings.base}
+            del belongings.by_adapter[belongings.active]
+            belongings.active = None
+            if not belongings.by_adapter:
+                del vars(module)[KEY]
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else a.shape == b.shape and torch.equal(a, b.to(a))
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor | None]:

@@ -188,6 +188,23 @@ def test_the_adapter_that_is_set_is_the_one_that_trains() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), model.parameters(), strict=True))
 
 
+def test_what_is_frozen_before_it_has_changed_is_the_bases(tmp_path: Path) -> None:
+    """A new head trains and the embedding tied to it does not, which is then no part of the adapter's file."""
+    model = both(tmp_path / "base", tiny_bert(), "masked-lm")[1]
+    add_lora(model, SMALL)
+    unfreeze(model, "head.*", "layers.0.norm1.*")
+    freeze(model, "embed.tokens.weight")
+    shaken(model)
+    freeze(model, "*")
+    save_adapter(model, tmp_path / "adapter")
+    stored = {key.rpartition(".")[0] for key in load_file(tmp_path / "adapter/adapter_model.safetensors")}
+    assert not any("embeddings" in name for name in stored)
+    assert sum("cls.predictions" in name for name in stored) > 2
+    add_lora(model, SMALL, "other")
+    set_adapter(model, None)
+    assert_same_base(model, both(tmp_path / "again", tiny_bert(), "masked-lm")[1].state_dict())
+
+
 def test_rows_of_a_batch_share_what_belongs_to_adapters(tmp_path: Path) -> None:
     model = both(tmp_path, tiny_bert(), "sequence-classification")[1]
     for seed, name in enumerate("abc"):
@@ -250,6 +267,7 @@ def test_moved_and_quantised_in_between() -> None:
     assert model.norm.weight.dtype == torch.float64
     torch.testing.assert_close(logits(model).float(), expected, rtol=0, atol=1e-4)
     unfreeze(model, "layers.0.up.weight")
+    model.layers[0].up.weight.data.add_(1)
     freeze(model, "*")
     with pytest.raises(ValueError, match=r"layers\.0\.up\.weight belongs to adapter 'default'"):
         quantize(model, "mlp")
