@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ from ..kernels.conv import ConvFactors
 from .adapter_factors import MAGNITUDE, plan_factors, stored, stored_factor
 from .adapters import adapter_names, set_adapter
 from .belongings import claim, give
-from .beside import BASE, filled, places_beside, tensors_with, trained_beside, trained_rows_with
+from .beside import BASE, filled, places_beside, plain_tensors, tensors_with, trained_beside, trained_rows_with
 from .lora import (
     KnownModel,
     LoRAConfig,
@@ -67,6 +68,8 @@ _READ = {
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "trainable_token_indices",
     "bias", "use_dora",
 }  # fmt: skip
+# Of a module that was saved whole PEFT may store what it is now and what it was, besides its plain name.
+_WRAPPED = (".modules_to_save.", ".original_module.")
 # Initialisations that leave the base weights alone; the others (PiSSA, OLoRA) go with a base that they changed.
 _INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 
@@ -102,7 +105,8 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default", *, p
     tensors = {f"{PREFIX}{key}": value.detach().cpu().contiguous() for key, value in (tensors | extra).items()}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    saved = sorted({key.rpartition(".")[0] for key in extra if not key.endswith(STORED) and BASE not in key})
+    whole = {key.rpartition(".")[0] for key in extra if not key.endswith(STORED) and BASE not in key}
+    saved = sorted(path for path in whole if not any(path.startswith(f"{other}.") for other in whole))
     config = _peft_config(model, name, modules, saved, transposed)
     config["bias"] = "lora_only" if any(key.endswith(f"{BASE}bias") for key in extra) else "none"
     config["trainable_token_indices"] = published_ids(model, trained_rows_with(model, name)) or None
@@ -231,11 +235,13 @@ def read_adapter(model: nn.Module, path: str | Path) -> StoredAdapter:
     plan, rest = plan_factors(model, tensors, config, folder / WEIGHTS)
     try:
         rows = take_rows(model, rest, published.get("trainable_token_indices"))
-        places_beside(model, rest)
+        base = tensors_with(model, None)
+        plain = plain_tensors(model, rest, base)
+        places_beside(model, plain, base)
     except ValueError as error:
         raise ValueError(f"{folder / WEIGHTS}: {error}") from error
     refuse_tied(model, [path for path, _ in plan])
-    return StoredAdapter(plan, {key.replace(BASE, "."): value for key, value in rest.items()}, rows)
+    return StoredAdapter(plan, plain, rows)
 
 
 def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
@@ -253,7 +259,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     for slot_path, _ in stored.factors:
         refuse_patched(slot_path, model.get_submodule(slot_path))
     try:
-        brought = filled(places_beside(model, stored.plain), base)
+        brought = filled(places_beside(model, stored.plain, base), base)
         brought |= with_rows(stored.rows, base | brought)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -321,4 +327,17 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path}: {key} holds {value.dtype}, no weights; the adapter is damaged")
         if not value.float().isfinite().all():
             raise ValueError(f"{path}: {key} holds NaN or infinity; the adapter is damaged")
-    return {key.removeprefix(PREFIX): value for key, value in tensors.items()}
+    try:
+        return _unwrapped({key.removeprefix(PREFIX): value for key, value in tensors.items()})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without the names of PEFT's wrapper of a saved module, and what that holds of the base."""
+    out = {key: value for key, value in tensors.items() if not any(name in key for name in _WRAPPED)}
+    for key, value in tensors.items():
+        plain = key.replace(_WRAPPED[0], ".")
+        if _WRAPPED[0] in key and not torch.equal(out.setdefault(plain, value), value):
+            raise ValueError(f"{key} and {plain} differ, and nobody knows which is meant; the adapter is damaged")
+    return out

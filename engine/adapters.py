@@ -31,13 +31,14 @@ def adapter_names(model: nn.Module) -> list[str]:
 def set_adapter(model: nn.Module, name: str | None) -> None:
     """Apply the adapter called `name` from here on, with what belongs to it (`belongings.py`); None is the base model.
 
-    If it trained when it was last set, it trains again, and no other does. ValueError where there is none such, or
-    another thread is in a `use_adapter` block.
+    An adapter that trained when it was last set trains again, and no other does; None leaves that as it is. ValueError
+    where there is none such, or another thread is in a `use_adapter` block.
     """
     with _alone(model):
         _require(model, name)
         _activate(model, name)
-        train_only(model, name)
+        if name is not None:
+            train_only(model, name)
 
 
 def _activate(model: nn.Module, name: str | None) -> None:

@@ -29,6 +29,8 @@ class KnownModel(Protocol):
 
     lora_targets: ClassVar[dict[str, tuple[str, ...]]]
     copies: ClassVar[dict[str, tuple[str, str]]]
+    heads: ClassVar[dict[str, tuple[str, ...]]]
+    base_prefix: ClassVar[str | tuple[str, ...]]
     of_positions: ClassVar[tuple[str, ...]]  # globs of modules that see positions or distances, and no rows
     task: str
     source: str | None
