@@ -7,6 +7,7 @@ from typing import Any
 
 from .engine.data import read_prompts
 from .engine.labelling import label_texts
+from .engine.rows import label_name
 from .generator import generator_of
 
 
@@ -34,7 +35,7 @@ def run_label(options: argparse.Namespace) -> int:
 def _named(spec: str) -> tuple[str, str]:
     """A label and its words, of "label" or "label=words"."""
     name, sign, words = spec.partition("=")
-    return name, words if sign else name
+    return label_name(name, f"--labels {spec!r}"), words if sign else name
 
 
 def _rows(path: str) -> list[dict[str, Any]]:
