@@ -157,6 +157,7 @@ def test_empty_columns_and_other_signs_of_spreadsheets(tmp_path):
         {"text": '5" disk', "label": "x"},
         {"text": "a\u2028b\x85c", "label": "y"},
     ]
+    assert read_rows(write(tmp_path, "a.tsv", table.replace(",", "\t")))[1]["text"] == "a\u2028b\x85c"
 
 
 def test_conll_tokens_hold_any_space_but_plain_ones(tmp_path):
@@ -246,6 +247,7 @@ def test_squad_layout_is_flattened(tmp_path):
         ("a.csv", 'text,label\n"a\nb,1\nc",2,3\n', "a.csv line 2: 3 fields where the header has 2"),
         ("a.csv", "text;label\na;1\n", "line 1: no known column among text;label; separate columns by commas"),
         ("a.csv", "text,label\na,\n", "a.csv line 2: field 'label' .* not empty"),
+        ("a.csv", 'text,label\n"a\n\nb",1\nc,nan\n', "a.csv line 5: field 'label' is 'nan'"),
         ("a.csv", "text,label\na,nan\n", "a.csv line 2: field 'label' is 'nan'"),
         ("a.csv", b"text,label\na\0,1\n", "a.csv line 2: byte 12 is zero, as in UTF-16"),
         ("a.csv", "text,label\na,1\n".encode("utf-16"), "line 1: byte 0 is not UTF-8; the file is UTF-16"),

@@ -166,6 +166,7 @@ def test_each_scheme_counts_the_same_entities():
     assert entity_f1(tags("B-X M-X M-X E-X"), tags("B-X I-X I-X L-X"))["f1"] == 1.0
     assert entity_f1([["U-LOC", "L-PER"]], [["U-LOC", "U-PER"]])["f1"] == 1.0  # no B among them
     assert entity_f1([["B-L", "I-L"]], [["B-L", "L-L"]])["f1"] == 1.0
+    assert entity_f1(tags("U-X L-X L-X I-X"), tags("U-X U-X U-X U-X"))["f1"] == 1.0  # both end what they mark
 
 
 @pytest.mark.parametrize(
