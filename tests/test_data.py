@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from handtune.engine.data import label_names, read_rows, row_shape, split_rows
+from handtune.engine.data import label_names, read_prompts, read_rows, row_shape, split_rows
 from handtune.engine.rows import label_ids, label_name
 from handtune.engine.tables import csv_records
 
@@ -356,6 +356,11 @@ def test_a_missing_label_is_no_class(value, says, tmp_path):
         read_rows(write(tmp_path, "a.jsonl", rows))
     with pytest.raises(ValueError, match="row 1: field 'label' "):
         label_names(rows)
+
+
+def test_texts_to_be_continued_or_labelled_need_no_label(tmp_path):
+    path = write(tmp_path, "a.csv", "text,label\na,\nb,nan\nc,x\n")
+    assert read_prompts(path) == [{"text": text} for text in "abc"]
 
 
 def test_labels_that_name_one_class_are_refused():
