@@ -163,8 +163,8 @@ def _name_of_text(text: str) -> str:
         raise ValueError("must be text or a number, not empty; name the class, or remove the row")
     if lower.lstrip("+-") in ("nan", "<na>"):
         raise ValueError(
-            f"is {name!r}, which is what a missing value becomes as text; leave out what has no label, or, if a class is "
-            "called so, give it another name"
+            f"is {name!r}, which is what a missing value becomes as text; leave out what has no label, or, if a class "
+            "is called so, give it another name"
         )
     return lower if lower in ("true", "false") else _digits(name)
 
