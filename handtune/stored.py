@@ -143,9 +143,9 @@ def store_adapter(model: Any, tokenizer: Any, adapter: Path, name: str = "defaul
 
 def _announce_missing_head(model: Any, adapter: Path) -> None:
     """Say so where a head was made for the adapter's task, and the adapter brings none."""
-    if not model.head_is_new:
-        return
     head = {name for key, source in model.key_map().items() if key.startswith("head.") for name in source.names}
+    if not model.head_is_new or not head:  # the head of a tied model is its embedding
+        return
     modules = {name.rpartition(".")[0] for name in head}
     if not any(f".{module}." in f".{key}" for key in read_header(adapter / WEIGHTS) for module in modules):
         log.warning("new, untrained, for %s, and not in %s: %s", model.task, adapter, ", ".join(sorted(head)))
