@@ -163,11 +163,11 @@ def retrieval(
     first = reciprocal = 0.0
     for begin in range(0, len(a), 1024):  # N × C cosines of a large set would not fit into memory at once
         cosine = a[begin : begin + 1024] @ p[first_rows].T  # (rows, C)
-        own = np.take_along_axis(cosine, np.array(targets[begin : begin + 1024])[:, None], axis=1)  # (rows, 1)
+        target = np.take_along_axis(cosine, np.array(targets[begin : begin + 1024])[:, None], axis=1)  # (rows, 1)
         for row, columns in enumerate(also_right[begin : begin + 1024]):
             cosine[row, columns] = -np.inf
-        better = (cosine > own + TIE).sum(1)
-        level = (np.abs(cosine - own) <= TIE).sum(1)  # at least 1: the own positive
+        better = (cosine > target + TIE).sum(1)
+        level = (np.abs(cosine - target) <= TIE).sum(1)  # at least 1: the own positive
         first += ((better == 0) / level).sum()
         reciprocal += ((reciprocals[better + level] - reciprocals[better]) / level).sum()
 
