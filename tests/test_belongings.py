@@ -70,11 +70,13 @@ def test_switching_brings_back_what_belongs_to_each(kind: str, tmp_path: Path) -
         if name != "c":
             brings(kind, model)
         expected[name] = logits(moved(model, seed))
+        if name == "a":
+            save_adapter(model, tmp_path / "at once", "a")
     assert len({tuple(value.flatten().tolist()) for value in expected.values()}) == 4
     for name in ("a", None, "c", "b", "a"):
         set_adapter(model, name)
         assert torch.equal(logits(model), expected[name])
-        for inner in (None, "b"):
+        for inner in (None, "a", "b"):
             with use_adapter(model, inner):
                 assert torch.equal(logits(model), expected[inner])
                 save_adapter(model, tmp_path / f"{name}-{inner}", "a")  # whatever is active
@@ -83,7 +85,7 @@ def test_switching_brings_back_what_belongs_to_each(kind: str, tmp_path: Path) -
 
     loaded = gpt2()
     files = [path for path in tmp_path.iterdir() if path.is_dir()]
-    assert len(files) == 8 and len({(path / "adapter_model.safetensors").read_bytes() for path in files}) == 1
+    assert len(files) == 13 and len({(path / "adapter_model.safetensors").read_bytes() for path in files}) == 1
     load_adapter(loaded, files[0], "a")
     save_adapter(model, tmp_path / "of b", "b")
     load_adapter(loaded, tmp_path / "of b", "b")
