@@ -39,6 +39,7 @@ from .record import write_json
 from .rounding import refuse_diverged
 from .tied import biased_output
 from .token_rows import STORED, StoredRows, published_ids, take_rows, with_rows
+from .turns import taking_turns
 from .wrapping import Factors, ensure_slot, refuse_patched
 
 TASK_TYPES = {
@@ -252,6 +253,7 @@ def read_adapter(model: nn.Module, path: str | Path) -> StoredAdapter:
     return StoredAdapter(plan, plain, rows)
 
 
+@taking_turns
 def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
     """Attach the adapter stored in the folder `path` (PEFT's format) as `name` and make it active.
 

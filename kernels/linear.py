@@ -146,8 +146,8 @@ class Linear(nn.Module):
     says that the weight is stored (K, M), as in transformers' Conv1D. Adapters live in `lora` by name, of which
     `active` is applied, or each row's own. Once quantised, `weight` is an `NF4Weight`, and `quantized` the same.
 
-    Its forward hooks fire where it is called as a module. The blocks of the models here hand it to `norm_linear` or
-    `activation_linear` instead, which pass them by: a hook goes on the block.
+    Its forward hooks fire where it is called as a module. Where a norm or an activation stands in front, the blocks of
+    the models here hand it to `norm_linear` or `activation_linear`, which pass hooks by: put them on the block.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, parts: tuple[tuple[str, int], ...] = ()):
