@@ -37,7 +37,9 @@ from .lora_config import is_finite
 from .lora_embedding import EmbeddingFactors
 from .record import write_json
 from .rounding import refuse_diverged
+from .tied import biased_output
 from .token_rows import STORED, StoredRows, published_ids, take_rows, with_rows
+from .turns import taking_turns
 from .wrapping import Factors, ensure_slot, refuse_patched
 
 TASK_TYPES = {
@@ -50,7 +52,8 @@ TASK_TYPES = {
     "embedding": "FEATURE_EXTRACTION",
 }
 # The type of an adapter on tensors that are no module for PEFT, or with such tensors stored beside it, which PEFT would
-# leave out without a word: so it refuses the whole. Merged and saved, such a model is one that everybody loads.
+# leave out without a word, or with token rows for which it leaves out a bias: so it refuses the whole. Merged and
+# saved, such a model is one that everybody loads.
 OURS = "HANDTUNE_LORA"
 PREFIX = "base_model.model."
 # Of an adapted module its published path, rank, scale, and factors under PEFT's names.
@@ -111,7 +114,8 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default", *, p
     config["bias"] = "lora_only" if any(key.endswith(f"{BASE}bias") for key in extra) else "none"
     config["trainable_token_indices"] = published_ids(model, trained_rows_with(model, name)) or None
     nested = any(path.startswith(f"{module}.") for module in saved for path in modules)
-    if raw or nested or "" in saved:
+    halved = bool(config["trainable_token_indices"]) and biased_output(model) is not None
+    if raw or nested or halved or "" in saved:
         config["peft_type"] = OURS
     new = folder / f"{WEIGHTS}.tmp"
     save_file(tensors, new, metadata={"format": "pt"})
@@ -235,6 +239,11 @@ def read_adapter(model: nn.Module, path: str | Path) -> StoredAdapter:
     plan, rest = plan_factors(model, tensors, config, folder / WEIGHTS)
     try:
         rows = take_rows(model, rest, published.get("trainable_token_indices"))
+        if rows and published.get("peft_type") != OURS and (output := biased_output(model)):
+            raise ValueError(
+                f"{output} has a bias, without which PEFT computes where token rows train, so that they mean something "
+                "else here; train them with the whole matrix in modules_to_save and ensure_weight_tying"
+            )
         base = tensors_with(model, None)
         plain = plain_tensors(model, rest, base)
         places_beside(model, plain, base)
@@ -244,6 +253,7 @@ def read_adapter(model: nn.Module, path: str | Path) -> StoredAdapter:
     return StoredAdapter(plan, plain, rows)
 
 
+@taking_turns
 def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
     """Attach the adapter stored in the folder `path` (PEFT's format) as `name` and make it active.
 

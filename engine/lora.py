@@ -18,6 +18,7 @@ from ..kernels.conv import ConvFactors
 from .belongings import claim, switch
 from .lora_config import LoRAConfig
 from .lora_embedding import EmbeddingFactors, LoRAEmbedding
+from .turns import taking_turns
 from .wrapping import Adaptable, Factors, ensure_slot, is_conv1d, refuse_misfit
 
 FOREIGN_HEADS = ("lm_head", "head", "score", "classifier", "qa_outputs", "embed_out", "cls")
@@ -145,6 +146,7 @@ def _published(path: str, names: dict[str, Any]) -> tuple[str, ...]:
     return tuple(name.removesuffix(".weight") for name in source.names) if source else (path,)
 
 
+@taking_turns
 def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> tuple[str, ...]:
     """Attach a fresh adapter called `name`, make it active, freeze everything else; gives the adapted module paths.
 

@@ -61,6 +61,18 @@ def _equal(a: Tensor, b: Tensor) -> bool:
     return not b.is_meta and a.shape == b.shape and torch.equal(a.to(b), b)
 
 
+def biased_output(model: nn.Module) -> str | None:
+    """The published module of an output matrix that has a bias and is tied to another module, or None.
+
+    PEFT computes it without the bias where token rows train (its TrainableTokensLayer).
+    """
+    copies = tied_copies(model)
+    table = model.key_map() if isinstance(model, KnownModel) else {}
+    known = {*copies, *(name for source in table.values() for name in source.names)}
+    modules = [copy.removesuffix(".weight") for copy in copies if copy.endswith(".weight")]
+    return next((module for module in modules if f"{module}.bias" in known), None)
+
+
 def copies_beside(model: nn.Module, stored: Collection[str]) -> dict[str, str]:
     """The further occurrences to store beside these published tensors, and what each is a copy of.
 

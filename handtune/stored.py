@@ -203,7 +203,7 @@ def head_of(adapter: Path) -> dict[str, Any]:
     task = kinds.get(read_json(adapter / CONFIG).get("task_type"))
     if task not in ("sequence-classification", "token-classification"):
         return {"task": task}
-    shapes = {key: stored.shape for key, stored in read_header(adapter / WEIGHTS).items()}
+    shapes = {_plain(key): stored.shape for key, stored in read_header(adapter / WEIGHTS).items()}
     widths = [
         shape[0]
         for key, shape in shapes.items()

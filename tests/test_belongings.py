@@ -70,11 +70,13 @@ def test_switching_brings_back_what_belongs_to_each(kind: str, tmp_path: Path) -
         if name != "c":
             brings(kind, model)
         expected[name] = logits(moved(model, seed))
+        if name == "a":
+            save_adapter(model, tmp_path / "at once", "a")
     assert len({tuple(value.flatten().tolist()) for value in expected.values()}) == 4
     for name in ("a", None, "c", "b", "a"):
         set_adapter(model, name)
         assert torch.equal(logits(model), expected[name])
-        for inner in (None, "b"):
+        for inner in (None, "a", "b"):
             with use_adapter(model, inner):
                 assert torch.equal(logits(model), expected[inner])
                 save_adapter(model, tmp_path / f"{name}-{inner}", "a")  # whatever is active
@@ -83,7 +85,7 @@ def test_switching_brings_back_what_belongs_to_each(kind: str, tmp_path: Path) -
 
     loaded = gpt2()
     files = [path for path in tmp_path.iterdir() if path.is_dir()]
-    assert len(files) == 8 and len({(path / "adapter_model.safetensors").read_bytes() for path in files}) == 1
+    assert len(files) == 13 and len({(path / "adapter_model.safetensors").read_bytes() for path in files}) == 1
     load_adapter(loaded, files[0], "a")
     save_adapter(model, tmp_path / "of b", "b")
     load_adapter(loaded, tmp_path / "of b", "b")
@@ -230,13 +232,19 @@ def test_rows_of_a_batch_share_what_belongs_to_adapters(tmp_path: Path) -> None:
     assert torch.equal(logits(model), alone)
 
 
-def test_two_threads_take_turns() -> None:
+def test_two_threads_take_turns(tmp_path: Path) -> None:
     model = adapted(SMALL)
+    save_adapter(model, tmp_path)
     ready, done, said = threading.Event(), threading.Event(), []
 
     def other() -> None:
         ready.wait(10)
-        for call in (lambda: use_adapter(model, None).__enter__(), lambda: set_adapter(model, None)):
+        for call in (
+            lambda: use_adapter(model, None).__enter__(),
+            lambda: set_adapter(model, None),
+            lambda: add_lora(model, SMALL, "b"),
+            lambda: load_adapter(model, tmp_path, "b"),
+        ):
             try:
                 call()
             except ValueError as error:
@@ -246,12 +254,13 @@ def test_two_threads_take_turns() -> None:
     thread = threading.Thread(target=other)
     thread.start()
     with use_adapter(model, "default"), use_adapter(copy.deepcopy(model), None):
-        expected = logits(model)
+        expected, before = logits(model), snapshot(model)
         ready.set()
         assert done.wait(10)
+        assert_unchanged(model, before)
         assert torch.equal(logits(model), expected)
     thread.join()
-    assert len(said) == 2 and all("another thread is in a use_adapter block" in text for text in said)
+    assert len(said) == 4 and all("another thread is in a use_adapter block" in text for text in said)
     set_adapter(model, None)
 
 

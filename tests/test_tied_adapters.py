@@ -19,7 +19,7 @@ from test_adapter_exchange import TEXT, assert_close, tiny_bloom
 from test_adapter_exchange import logits as logits_of
 
 from handtune.cli import main
-from handtune.engine import LoRAConfig, add_lora, load_adapter, save_adapter, unfreeze
+from handtune.engine import LoRAConfig, add_lora, load_adapter, save_adapter, train_rows, unfreeze
 from handtune.models import load
 
 BASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
@@ -83,6 +83,26 @@ def test_we_read_pefts(tied: bool, saved: list[str], tying: bool, refusal: str |
         load_adapter(model, tmp_path / "adapter")
     assert_unchanged(model, before)
     assert main(arguments) == 2
+
+
+def test_token_rows_under_an_output_matrix_with_a_bias(tmp_path: Path) -> None:
+    """PEFT computes it without the bias then: either side refuses the other's file, and we read ours."""
+    reference, model = both(tmp_path / "base", tiny_bert(), "masked-lm")
+    config = peft.LoraConfig(r=2, target_modules=["query"], trainable_token_indices=[3, 9])
+    shaken(peft.get_peft_model(reference, config)).save_pretrained(tmp_path / "theirs")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"cls\.predictions\.decoder has a bias, without which PEFT computes"):
+        load_adapter(model, tmp_path / "theirs")
+    assert_unchanged(model, before)
+    add_lora(model, LoRAConfig(rank=2, targets=["query"]))
+    train_rows(model, [3, 9])
+    model.embed.tokens.weight.data[[3, 9]] += 0.5
+    save_adapter(model, tmp_path / "ours")
+    again, reference = reversed(both(tmp_path / "other", tiny_bert(), "masked-lm"))
+    with pytest.raises(KeyError, match="HANDTUNE_LORA"):
+        peft.PeftModel.from_pretrained(reference, str(tmp_path / "ours"))
+    load_adapter(again, tmp_path / "ours")
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_what_wrappers_of_saved_modules_hold(tmp_path: Path) -> None:
