@@ -101,6 +101,38 @@ class ChatTemplate:
             raise ValueError(f"the chat template cannot render {len(messages)} messages ({roles}): {reason}") from None
 
 
+class Dialogue:
+    """Messages, and what else a template gets, under that template; each beginning is rendered once."""
+
+    def __init__(
+        self, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]
+    ) -> None:
+        self.template, self.messages, self.arguments = template, messages, arguments
+        self._rendered: dict[tuple[int, bool], tuple[str, list[Span]]] = {}
+
+    def marked(self, length: int, prompt: bool = False) -> tuple[str, list[Span]]:
+        """The first `length` messages as text, with the generation prompt or without, and what the template marks."""
+        key = length, prompt
+        if key not in self._rendered:
+            self._rendered[key] = self.template.render_marked(self.messages[:length], prompt, **self.arguments)
+        return self._rendered[key]
+
+    def text(self, length: int, prompt: bool = False) -> str:
+        """The first `length` messages as text."""
+        return self.marked(length, prompt)[0]
+
+    def tried(self, length: int, prompt: bool = False) -> str | None:
+        """The same; None where the template doesn't render it, as some don't without a user's message."""
+        try:
+            return self.text(length, prompt)
+        except ValueError:
+            return None
+
+    def with_message(self, index: int, message: Mapping[str, Any]) -> str:
+        """The text of the messages before `index` and another message there."""
+        return self.template.render([*self.messages[:index], message], **self.arguments)
+
+
 def _without_marks(marked: str) -> tuple[str, list[Span]]:
     pieces: list[str] = []
     spans: list[Span] = []

@@ -40,37 +40,42 @@ class TurnEnd:
     added: str = ""
 
 
-def turn_end(template: ChatTemplate, tokenizer: "Tokenizer") -> int | None:
+def turn_end(template: ChatTemplate, tokenizer: "Tokenizer", calls: bool = False) -> int | None:
     """The id of the token that ends an assistant's turn in `template`; None where its turns end in plain text.
 
-    None, too, for a template that cannot render a dialogue of a user and an assistant.
+    calls: of a turn that calls a tool, which may end by another token; None where that is no special one, as it may
+    close a single call. None, too, for a template that doesn't render such a turn.
     """
     try:
-        token = learnt_end(template, tokenizer).token
+        token = learnt_end(template, tokenizer, calls).token
     except ValueError:
         return None
-    return tokenizer.token_to_id(token) if token else None
+    end = tokenizer.token_to_id(token) if token else None
+    added = tokenizer.get_added_tokens_decoder()
+    return end if not calls or (end in added and added[end].special) else None
 
 
-def learnt_end(template: ChatTemplate, tokenizer: "Tokenizer", calls: bool = False, **arguments: Any) -> TurnEnd:
+def learnt_end(template: ChatTemplate, tokenizer: "Tokenizer", calls: bool = False, /, **arguments: Any) -> TurnEnd:
     """The end of turns that answer, or, with `calls`, of those that call a tool.
 
     arguments: what the template gets besides messages. ValueError where it doesn't render such a turn.
     """
     answer: dict[str, Any] = {"role": "assistant", "content": ANSWER}
-    following = QUESTION
+    last = _behind_answer(template, [QUESTION, answer], arguments)
+    followed = _behind_answer(template, [QUESTION, answer, QUESTION], arguments)
+    pairs = [(last, followed)]
     if calls:
         call = probe_call()
         answer = {"role": "assistant", "tool_calls": [call]}
-        following = {"role": "tool", "name": "tool", "tool_call_id": call["id"], "content": "?"}
-    last = _behind_answer(template, [QUESTION, answer], arguments)
-    followed = _behind_answer(template, [QUESTION, answer, following], arguments)
+        result = {"role": "tool", "name": "tool", "tool_call_id": call["id"], "content": "?"}
+        last = _behind_answer(template, [QUESTION, answer], arguments)
+        pairs.append((last, _behind_answer(template, [QUESTION, answer, result], arguments)))
 
     # Tokens that are special, or, where none ends the turn, any that the tokenizer knows as a whole.
     added = tokenizer.get_added_tokens_decoder().values()
     named = set(template.special_tokens.values())
-    end = _end_between(last, followed, _any_of(named | {token.content for token in added if token.special}))
-    return end if end.token else _end_between(last, followed, _any_of(named | {token.content for token in added}))
+    end = _end_between(pairs, _any_of(named | {token.content for token in added if token.special}))
+    return end if end.token else _end_between(pairs, _any_of(named | {token.content for token in added}))
 
 
 def _behind_answer(template: ChatTemplate, messages: list[dict[str, Any]], arguments: Mapping[str, Any]) -> str:
@@ -92,20 +97,33 @@ def _any_of(tokens: set[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def _end_between(last: str, followed: str, tokens: re.Pattern[str]) -> TurnEnd:
-    """The end from what stands behind the answer of a last turn, and behind the same one followed by another."""
+def _end_between(pairs: list[tuple[str, str]], tokens: re.Pattern[str]) -> TurnEnd:
+    """The end from what stands behind the answer of a last turn, and behind the same one followed by another.
+
+    pairs: of the two, for a turn that answers, and, to learn the end of one that calls, for that one, too.
+    """
+    answer_ends = bool(_shared(*pairs[0], tokens).strip())
+    last, followed = pairs[-1]
+    common = _shared(last, followed, tokens)
+    shared = common.rstrip()
+    matches = list(tokens.finditer(shared))
+    if matches and matches[-1].end() == len(shared):
+        return TurnEnd(matches[-1].group(), len(last) - len(shared))
+    if answer_ends:  # in plain text
+        return TurnEnd("", len(last) - len(shared))
+
+    if match := tokens.search(last, len(shared)):
+        return TurnEnd(match.group(), len(last) - match.end())
+    match = tokens.search(followed, len(shared))
+    if match and common == last and not followed[len(shared) : match.start()].strip():
+        return TurnEnd(match.group(), added=followed[len(common) : match.end()])
+    return TurnEnd("")
+
+
+def _shared(last: str, followed: str, tokens: re.Pattern[str]) -> str:
+    """What two texts have in common at their beginning."""
     common = shared_length(last, followed)
     for text in (last, followed):
         # Two tokens may begin alike, as <|end|> and <|user|> do: none is cut in two.
         common = min([common, *(match.start() for match in tokens.finditer(text) if match.end() > common)])
-    shared = last[:common].rstrip()
-
-    matches = list(tokens.finditer(shared))
-    if matches and matches[-1].end() == len(shared):
-        return TurnEnd(matches[-1].group(), len(last) - len(shared))
-    if match := tokens.search(last, len(shared)):
-        return TurnEnd(match.group(), len(last) - match.end())
-    match = tokens.search(followed, len(shared))
-    if match and common == len(last) and not followed[len(shared) : match.start()].strip():
-        return TurnEnd(match.group(), added=followed[common : match.end()])
-    return TurnEnd("", len(last) - len(shared) if shared else 0)
+    return last[:common]

@@ -13,7 +13,7 @@ each key that changes what a message says is left out once; where the text stays
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .chat import ChatTemplate
+from .chat import Dialogue
 from .chat_forms import ANSWER, text_of
 
 TRAINED = ("weight", "train", "training", "loss")
@@ -50,81 +50,75 @@ def trained_turns(messages: Messages) -> list[int]:
     return turns
 
 
-def check_used(template: ChatTemplate, messages: Messages, arguments: Mapping[str, Any]) -> None:
-    """ValueError where the template drops something that the messages or its `arguments` say."""
+def check_used(dialogue: Dialogue) -> None:
+    """ValueError where the template drops something that the messages or its other arguments say."""
+    template, messages, arguments = dialogue.template, dialogue.messages, dialogue.arguments
+    text = dialogue.text(len(messages))
     for name in arguments:
         unused = name not in template.variables
         if not unused and name in _SHOWN:
             without = {key: value for key, value in arguments.items() if key != name}
-            unused = template.render(messages, **arguments) == template.render(messages, **without)
+            unused = text == template.render(messages, **without)
         if unused:
             raise ValueError(
                 f"the chat template does not use the field {name!r}; take it out, or give another template"
             )
 
-    text = template.render(messages, **arguments)
     calls: list[Mapping[str, Any]] = []
     answers = 0  # of tools, to the calls of the last turn
     for index, message in enumerate(messages):
-        whole = _Message(template, messages, index, arguments)
-        content = text_of(message.get("content") or "").strip()
-        if content and content not in text and not whole.writes_content():
-            raise ValueError(
-                f"messages[{index}]: the chat template does not write the content of this message of role "
-                f"{message['role']!r}; take it out, or give another template"
-            )
+        content = text_of(message.get("content") or "")
+        # What a tool has said may well stand in the answer, too.
+        if content.strip() and (message["role"] == "tool" or content.strip() not in text):
+            longer = _other(dialogue, index, {**message, "content": content + ANSWER})
+            if longer is not None and ANSWER not in longer:
+                raise _refusal(index, f"does not write the content of this message of role {message['role']!r}")
         if message["role"] == "tool":
-            _check_answer(whole, calls, answers)
+            _check_answer(dialogue, index, calls, answers)
             answers += 1
             continue
         calls, answers = message.get("tool_calls") or [], 0
         for key in _MEANINGFUL:
-            if message.get(key) and not whole.uses(key):
-                raise whole.refusal(f"does not use {key!r}; take it out, or give another template")
+            if message.get(key) and not _uses(dialogue, index, key):
+                raise _refusal(index, f"does not use {key!r}")
 
 
-class _Message:
-    """A message of a dialogue, and what the template makes of it."""
+def _refusal(index: int, reason: str) -> ValueError:
+    return ValueError(f"messages[{index}]: the chat template {reason}; take it out, or give another template")
 
-    def __init__(self, template: ChatTemplate, messages: Messages, index: int, arguments: Mapping[str, Any]) -> None:
-        self.message = messages[index]
-        self._template, self._messages, self._index, self._arguments = template, messages, index, arguments
 
-    def refusal(self, reason: str) -> ValueError:
-        return ValueError(f"messages[{self._index}]: the chat template {reason}")
+def _uses(dialogue: Dialogue, index: int, key: str) -> bool:
+    """Whether the dialogue up to a message would be another text without this key of it."""
+    message = dialogue.messages[index]
+    names = _REASONING if key in _REASONING else (key,)
+    without = {name: value for name, value in message.items() if name not in names}
+    text = dialogue.tried(index + 1)
+    return text is None or text != _other(dialogue, index, without)
 
-    def uses(self, key: str) -> bool:
-        """Whether the dialogue up to the message would be another text without this key of it."""
-        names = _REASONING if key in _REASONING else (key,)
-        without = {name: value for name, value in self.message.items() if name not in names}
-        return self._rendered(self.message) != self._rendered(without)
 
-    def writes_content(self) -> bool:
-        content = text_of(self.message["content"]) + ANSWER
-        return ANSWER in (self._rendered({**self.message, "content": content}) or "")
-
-    def _rendered(self, message: Mapping[str, Any]) -> str | None:
-        """The dialogue that ends with the message, or goes on where a template doesn't end with it."""
-        for following in ([], self._messages[self._index + 1 :]):
-            try:
-                return self._template.render([*self._messages[: self._index], message, *following], **self._arguments)
-            except ValueError:
-                continue
+def _other(dialogue: Dialogue, index: int, message: Mapping[str, Any]) -> str | None:
+    try:
+        return dialogue.with_message(index, message)
+    except ValueError:
         return None
 
 
-def _check_answer(answer: _Message, calls: Sequence[Mapping[str, Any]], position: int) -> None:
+def _check_answer(dialogue: Dialogue, index: int, calls: Sequence[Mapping[str, Any]], position: int) -> None:
     """ValueError where a tool's message says which call it answers, and neither template nor order show it."""
-    message = answer.message
+    message = dialogue.messages[index]
     expected = calls[position] if position < len(calls) else {}
     if (number := message.get("tool_call_id")) is not None:
         ids = [call.get("id") for call in calls]
         if number not in ids and (not calls or any(ids)):
-            raise answer.refusal(f"cannot show that it answers the call {number!r}: no call before it has this id")
+            raise ValueError(f"messages[{index}]: tool_call_id {number!r} is the id of no call in the turn before it")
         if number in ids:
             expected = calls[ids.index(number)]
-        if number in ids and ids.index(number) != position and not answer.uses("tool_call_id"):
-            raise answer.refusal("does not use 'tool_call_id'; put the answers of tools in the order of the calls")
+            if ids.index(number) != position and not _uses(dialogue, index, "tool_call_id"):
+                raise ValueError(
+                    f"messages[{index}]: the chat template does not use 'tool_call_id'; put the answers of tools in "
+                    "the order of the calls"
+                )
+
     name = expected.get("function", expected).get("name")
-    if message.get("name") not in (None, name) and not answer.uses("name"):
-        raise answer.refusal(f"does not use 'name', and the call it answers is of {name!r}; correct it or take it out")
+    if message.get("name") not in (None, name) and not _uses(dialogue, index, "name"):
+        raise _refusal(index, f"does not use 'name' ({message['name']!r}, in answer to a call of {name!r})")

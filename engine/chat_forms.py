@@ -50,7 +50,7 @@ class MessageForm:
                 self._calls = self._takes_calls()
             as_text, no_content = self._calls
             formed["tool_calls"] = [_with_arguments(call, as_text) for call in formed["tool_calls"]]
-            if not content:
+            if not content and no_content != {"content": ""}:
                 formed.pop("content", None)
                 return formed | no_content
         formed["content"] = [{"type": "text", "text": content}] if self._parts else content

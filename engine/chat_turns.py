@@ -17,9 +17,10 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from .chat import ChatTemplate, Span
+from .chat import ChatTemplate, Dialogue, Span
 from .chat_ends import QUESTION, TurnEnd, learnt_end, shared_length
 from .chat_fields import check_used
 from .chat_forms import ANSWER, text_of
@@ -65,22 +66,23 @@ class _Turn:
         return [(self.prompt, len(beginning))] if text.startswith(beginning) else []
 
 
-class Dialogues:
-    """Dialogues under a chat template; `tokenizer` tells which texts are tokens that end a turn."""
+class ChatTargets:
+    """What is trained of dialogues under a template; `tokenizer` tells which texts are tokens that end a turn."""
 
     def __init__(self, template: ChatTemplate, tokenizer: "Tokenizer") -> None:
         self.template = template
         self._tokenizer = tokenizer
         self._ends: dict[str, TurnEnd] = {}
 
-    def trained(self, messages: Messages, turns: Sequence[int], **arguments: Any) -> list[Rendered]:
+    def trained(self, messages: Messages, turns: Sequence[int], /, **arguments: Any) -> list[Rendered]:
         """Examples in which each of `turns`, indices of the assistant's messages, is a target once.
 
         arguments: what the template gets besides messages. ValueError where the template fails, drops something that a
         message says, or begins a turn otherwise than its generation prompt does.
         """
-        check_used(self.template, messages, arguments)
-        left = {turn: self._turn(messages, turn, arguments) for turn in turns}
+        dialogue = Dialogue(self.template, messages, arguments)
+        check_used(dialogue)
+        left = {turn: self._turn(dialogue, turn) for turn in turns}
         left = {turn: rendered for turn, rendered in left.items() if rendered.spans}
 
         # From the last turn back: it takes along every turn before it that stands in its text.
@@ -92,111 +94,113 @@ class Dialogues:
             left = {turn: rendered for turn, rendered in left.items() if turn not in within}
         return examples[::-1]
 
-    def answered(self, messages: Messages, first: int, **arguments: Any) -> dict[str, str]:
+    def answered(self, messages: Messages, first: int, /, **arguments: Any) -> dict[str, str]:
         """The answer by its prompt, of a dialogue whose messages from `first` on answer, to the end of the last turn.
 
         Where the template puts an empty <think></think> before the answer, it belongs to the prompt, or else, as a
         second choice, to the answer. ValueError as for `trained`.
         """
-        check_used(self.template, messages, arguments)
-        turn = self._turn(messages, first, arguments)
-        last = turn if first == len(messages) - 1 else self._turn(messages, len(messages) - 1, arguments)
+        dialogue = Dialogue(self.template, messages, arguments)
+        check_used(dialogue)
+        turn, last = self._turn(dialogue, first), self._turn(dialogue, len(messages) - 1)
         if not turn.spans or not last.spans:
             return {}
         seams = [seam for seam in (turn.spans[0][0], turn.prompt) if seam is not None]
         end = last.spans[-1][1]
         return {last.text[:seam]: last.text[seam:end] for seam in seams if last.text.startswith(turn.text[:seam])}
 
-    def _turn(self, messages: Messages, turn: int, arguments: Mapping[str, Any]) -> _Turn:
+    def _turn(self, dialogue: Dialogue, turn: int) -> _Turn:
         """The dialogue up to a turn of the assistant, and what of it is the turn's target."""
-        history, message = messages[:turn], messages[turn]
-        text, marks = self.template.render_marked(messages[: turn + 1], **arguments)
+        message = dialogue.messages[turn]
+        text, marks = dialogue.marked(turn + 1)
         if self.template.marked:
-            shared = shared_length(text, self._tried(history, False, arguments) or "")
+            shared = shared_length(text, dialogue.tried(turn) or "")
             return _Turn(text, [span for span in marks if span[1] > shared])
 
-        prompt = self._tried(history, True, arguments)
         if _drops_thinking(message, text):
-            text = self._with_thinking(messages, turn, prompt, arguments)
-        end = self._end(bool(message.get("tool_calls")), arguments)
+            text = _with_thinking(dialogue, turn)
+        end = self._end(bool(message.get("tool_calls")), dialogue.arguments)
         text += end.added
         stop = len(text) - end.behind
         if not text[:stop].endswith(end.token):
             raise ValueError(
                 f"the chat template ends messages[{turn}] without the {end.token} that ends other turns; {_MARK_IT}"
             )
-        start = self._header(history, text, prompt, arguments)
+        start = self._header(dialogue, turn, text)
         if start is None:
-            thinks = "enable_thinking" in self.template.variables and "enable_thinking" not in arguments
+            thinks = "enable_thinking" in self.template.variables and "enable_thinking" not in dialogue.arguments
             remedy = "say in the row whether the model thinks, with enable_thinking" if thinks else _MARK_IT
             raise ValueError(
                 f"the chat template begins messages[{turn}] otherwise than its generation prompt does, so that the "
                 f"assistant's tokens are unknown; {remedy}"
             )
 
+        prompt = dialogue.tried(turn, True)
         asked = len(prompt) if prompt is not None and text.startswith(prompt) else start
         thinking = _EMPTY_THINKING.match(text, start)
         if thinking is None or text_of(message.get("content") or "").lstrip().startswith(f"<{thinking[1]}>"):
             return _Turn(text, [(asked, stop)], asked)
         # The template has put it there: as its own prompt for answers without thinking does, if it has one.
-        quiet = self._tried(history, True, {**arguments, "enable_thinking": False}) or ""
-        begins = len(quiet) if len(quiet) > start and text.startswith(quiet) else thinking.end()
+        begins = start + len(self._quiet) if self._quiet and text.startswith(self._quiet, start) else thinking.end()
         return _Turn(text, [(min(begins, stop), stop)], asked)
 
-    def _header(self, history: Messages, text: str, prompt: str | None, arguments: Mapping[str, Any]) -> int | None:
+    def _end(self, calls: bool, arguments: Mapping[str, Any]) -> TurnEnd:
+        key = json.dumps([calls, arguments], sort_keys=True, default=str)
+        if key not in self._ends:
+            self._ends[key] = learnt_end(self.template, self._tokenizer, calls, **arguments)
+        return self._ends[key]
+
+    @cached_property
+    def _quiet(self) -> str:
+        """What a prompt writes behind the header of a turn that shall not think; "" where a template has none."""
+        if "enable_thinking" not in self.template.variables:
+            return ""
+        header = _OPEN_THINKING.sub("", self.template.render([QUESTION], True))
+        quiet = self.template.render([QUESTION], True, enable_thinking=False)
+        return quiet.removeprefix(header) if quiet.startswith(header) else ""
+
+    def _header(self, dialogue: Dialogue, turn: int, text: str) -> int | None:
         """How many characters of `text` stand before the turn's thinking and answer; None where that can't be told."""
+        prompt = dialogue.tried(turn, True)
         if prompt is not None:
             # A prompt may open the thinking, too, where the turn has none.
             header = _OPEN_THINKING.sub("", prompt)
             if text.startswith(header):
                 return len(header)
-        if any(message["role"] == "user" for message in history):
+        if any(message["role"] == "user" for message in dialogue.messages[:turn]):
             return None
 
         # The dialogue opens with the assistant, for which a template may have no prompt: see how it begins other turns.
         answer = {"role": "assistant", "content": ANSWER}
-        asked = self.template.render([QUESTION], True, **arguments)
-        usual = self.template.render([QUESTION, answer], **arguments)
-        header = _OPEN_THINKING.sub("", asked)
-        opening = self.template.render([*history, answer], **arguments)
+        header = _OPEN_THINKING.sub("", self.template.render([QUESTION], True, **dialogue.arguments))
+        usual = self.template.render([QUESTION, answer], **dialogue.arguments)
+        opening = dialogue.with_message(turn, answer)
         before = usual[len(header) : usual.index(ANSWER)]
         start = opening.index(ANSWER) - len(before)
         alike = usual.startswith(header) and opening[start:].startswith(before) and text.startswith(opening[:start])
         return start if alike else None
-
-    def _with_thinking(self, messages: Messages, turn: int, prompt: str | None, arguments: Mapping[str, Any]) -> str:
-        """The dialogue with the thinking that the template drops from the last turn, behind the prompt that opens it.
-
-        DeepSeek's distilled models drop it because their history has none: what they write in a turn begins with it.
-        """
-        opened = _OPEN_THINKING.search(prompt or "")
-        if prompt is None or opened is None or messages[turn].get("tool_calls"):
-            raise ValueError(
-                f"messages[{turn}]: the chat template drops the thinking in its content; take it out, or give the "
-                "model a template that writes it"
-            )
-        answer = {"role": "assistant", "content": ANSWER}
-        without = self.template.render([*messages[:turn], answer], **arguments)
-        content = text_of(messages[turn]["content"]).lstrip()
-        if content.startswith(tag := opened.group().strip()):
-            content = content[len(tag) :].lstrip()
-        return prompt + content + without[without.index(ANSWER) + len(ANSWER) :]
-
-    def _tried(self, messages: Messages, prompt: bool, arguments: Mapping[str, Any]) -> str | None:
-        """The dialogue as text; None where the template doesn't render it, as some don't without a user's message."""
-        try:
-            return self.template.render(messages, prompt, **arguments)
-        except ValueError:
-            return None
-
-    def _end(self, calls: bool, arguments: Mapping[str, Any]) -> TurnEnd:
-        key = json.dumps([calls, arguments], sort_keys=True)
-        if key not in self._ends:
-            self._ends[key] = learnt_end(self.template, self._tokenizer, calls, **arguments)
-        return self._ends[key]
 
 
 def _drops_thinking(message: Mapping[str, Any], text: str) -> bool:
     """Whether a turn's content has thinking that is not in the dialogue's text."""
     thinking, closed, _ = text_of(message.get("content") or "").rpartition("</think>")
     return bool(closed) and thinking.rpartition("<think>")[2].strip() not in text
+
+
+def _with_thinking(dialogue: Dialogue, turn: int) -> str:
+    """The dialogue with the thinking that the template drops from the last turn, behind the prompt that opens it.
+
+    DeepSeek's distilled models drop it because their history has none: what they write in a turn begins with it.
+    """
+    message, prompt = dialogue.messages[turn], dialogue.tried(turn, True)
+    opened = _OPEN_THINKING.search(prompt or "")
+    if prompt is None or opened is None or message.get("tool_calls"):
+        raise ValueError(
+            f"messages[{turn}]: the chat template drops the thinking in its content; take it out, or give the model a "
+            "template that writes it"
+        )
+    without = dialogue.with_message(turn, {"role": "assistant", "content": ANSWER})
+    content = text_of(message["content"]).lstrip()
+    if content.startswith(tag := opened.group().strip()):
+        content = content[len(tag) :].lstrip()
+    return prompt + content + without[without.index(ANSWER) + len(ANSWER) :]

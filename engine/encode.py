@@ -34,9 +34,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from . import encode_tasks as tasks
-from .chat import ChatTemplate, token_mask
+from .chat import ChatTemplate, Dialogue, token_mask
 from .chat_fields import check_used, trained_turns
-from .chat_turns import Dialogues, Rendered
+from .chat_turns import ChatTargets, Rendered
 from .data import label_names
 from .encode_report import Encoded, EncodeReport, Outcome
 from .encode_tasks import IGNORED, Numbered, Settings
@@ -175,8 +175,9 @@ def _whole_text(index: int, row: Mapping[str, Any], settings: Settings) -> str:
     try:
         if len(trained_turns(messages)) < sum(message["role"] == "assistant" for message in messages):
             raise ValueError("messages: pretrain trains on every token, also of turns that are not to be trained")
-        check_used(settings.template, messages, arguments)
-        return settings.template.render(messages, **arguments)
+        dialogue = Dialogue(settings.template, messages, arguments)
+        check_used(dialogue)
+        return dialogue.text(len(messages))
     except ValueError as error:
         raise ValueError(f"row {index + 1}: {error}") from None
 
@@ -195,8 +196,8 @@ def _completion(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
 def _chat(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
     """One example of a dialogue, or several where the template rewrites what was said before: see `chat_turns.py`."""
     assert settings.template is not None  # encode() gives one where there are messages
-    dialogues = Dialogues(settings.template, settings.tokenizer)
-    rendered = [_rendered(index, row, dialogues) for index, row in rows]
+    targets = ChatTargets(settings.template, settings.tokenizer)
+    rendered = [_rendered(index, row, targets) for index, row in rows]
     encodings = iter(_encode_texts([part.text for parts in rendered for part in parts], settings))
     begin = beginning(settings.tokenizer)
     for parts in rendered:
@@ -209,10 +210,10 @@ def _chat(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
         yield Encoded.together(encoded)
 
 
-def _rendered(index: int, row: Mapping[str, Any], dialogues: Dialogues) -> list[Rendered]:
+def _rendered(index: int, row: Mapping[str, Any], targets: ChatTargets) -> list[Rendered]:
     messages = row["messages"]
     try:
-        return dialogues.trained(messages, trained_turns(messages), **row.get("template_arguments", {}))
+        return targets.trained(messages, trained_turns(messages), **row.get("template_arguments", {}))
     except ValueError as error:
         raise ValueError(f"row {index + 1}: {error}") from None
 

@@ -20,7 +20,7 @@ from .adapters import use_adapter
 from .batches import Batch, Batches, Examples, packed, to_device
 from .chat_fields import trained_turns
 from .chat_forms import text_of
-from .chat_turns import Dialogues
+from .chat_turns import ChatTargets
 from .encode_report import Encoded
 from .encode_tasks import Numbered, Settings
 from .guards import in_eval_mode
@@ -67,12 +67,12 @@ def _texts(index: int, row: Mapping[str, Any], settings: Settings) -> tuple[str,
     if isinstance(row["prompt"], str):
         return row["prompt"], row["chosen"], row["rejected"]
     assert settings.template is not None  # encode() gives one where there are messages
-    dialogues, arguments = Dialogues(settings.template, settings.tokenizer), row.get("template_arguments", {})
+    targets, arguments = ChatTargets(settings.template, settings.tokenizer), row.get("template_arguments", {})
     history = row["prompt"]
     try:
         for side in SIDES:
             _check_answer(row[side], side)
-        chosen, rejected = (dialogues.answered([*history, *row[side]], len(history), **arguments) for side in SIDES)
+        chosen, rejected = (targets.answered([*history, *row[side]], len(history), **arguments) for side in SIDES)
     except ValueError as error:
         raise ValueError(f"row {index + 1}: {error}") from None
 

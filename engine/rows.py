@@ -16,16 +16,17 @@ Converted: ShareGPT (`conversations` of `from`/`value`, an optional `system`, op
 (`instruction`/`input`/`output` becomes the prompt "instruction, blank line, input, blank line" and a completion),
 `sentence` for `text`, `sentence1`/`sentence2` and `premise`/`hypothesis` for `text`/`text_pair`, `ner_tags` for `tags`.
 Fields that don't belong to a row's shape are dropped; a message keeps all of its keys. What a chat template gets
-besides messages (`tools`, `functions`, `documents`, `enable_thinking`, and what `chat_template_kwargs` holds) goes
-together into `template_arguments`.
+besides messages (`tools`, `documents`, `enable_thinking` and the like, see `row_fields.py`) is together the row's
+`template_arguments`.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
+
+from .row_fields import message_fields, refuse_unused, template_arguments, with_system
 
 # Where the fields of two shapes are present, the first in this list wins.
 _SHAPES = [
@@ -59,9 +60,6 @@ _ROLES = {
     "function": "tool",
     "observation": "tool",
 }
-_ARGUMENTS = ("tools", "functions", "documents")
-_RESERVED = ("messages", "add_generation_prompt")  # what every template gets
-_IN_PLACE_OF_CONTENT = ("tool_calls", "function_call", "refusal", "reasoning_content", "reasoning", "thinking")
 _CONVERTED = {"conversations", "instruction", "input", "output", "chosen", "rejected"}
 KNOWN_FIELDS = frozenset({field for shape in _SHAPES for field in shape} | set(_RENAMED) | _CONVERTED)
 
@@ -81,7 +79,9 @@ def normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
     Raises ValueError with the field, what is wrong and what is expected; the caller adds file and line.
     """
     row = _shaped(raw)
-    arguments = _template_arguments(raw) if row.keys() & {"messages", "prompt"} else {}
+    if isinstance(row.get("prompt"), str):
+        refuse_unused(raw)
+    arguments = template_arguments(raw) if row.keys() & {"messages", "prompt"} else {}
     return row | {"template_arguments": arguments} if arguments else row
 
 
@@ -108,12 +108,13 @@ def prompt_row(raw: Mapping[str, Any]) -> dict[str, Any]:
     ValueError where it has no prompt.
     """
     if "prompt" in raw:
+        refuse_unused(raw)
         row: dict[str, Any] = {"prompt": _text(raw, "prompt")}
     else:
         row = normalise({field: value for field, value in raw.items() if field != "label"})  # it may be missing yet
     if not row.keys() & {"prompt", "messages", "text"}:
         raise ValueError(f"the fields {', '.join(raw)} hold no prompt; rename one of them to prompt")
-    if arguments := _template_arguments(raw):
+    if arguments := template_arguments(raw):
         row = row | {"template_arguments": arguments}
     if "adapter" not in raw:
         return row
@@ -220,11 +221,7 @@ def _message(message: Any, place: str) -> dict[str, Any]:
     if "from" in message and "value" in message:
         kept = {key: value for key, value in message.items() if key not in ("from", "value")}
         message = {"role": message["from"], "content": message["value"], **kept}
-    content = message.get("content")
-    if content is None and any(message.get(key) for key in _IN_PLACE_OF_CONTENT):
-        message = {key: value for key, value in message.items() if key != "content"} | {"content": ""}
-    elif isinstance(content, list):
-        message = {**message, "content": _joined_parts(content, place)}
+    message = message_fields(message, place)
     for key in ("role", "content"):
         if key not in message:
             raise ValueError(f"{place} has no {key!r}: a message has role and content (or from and value)")
@@ -234,51 +231,7 @@ def _message(message: Any, place: str) -> dict[str, Any]:
             raise ValueError(f"{place}: {error}") from None
     if message["role"] not in _ROLES:
         raise ValueError(f"{place}: role {message['role']!r} is unknown; use one of {', '.join(_ROLES)}")
-    if message.get("tool_calls") is not None:
-        _check_calls(message["tool_calls"], place)
     return {**message, "role": _ROLES[message["role"]]}
-
-
-def _joined_parts(parts: list[Any], place: str) -> str:
-    """Content that is a list of parts, {"type": "text", "text": ...}, as one text."""
-    for part in parts:
-        if not isinstance(part, dict) or part.get("type", "text") != "text" or "text" not in part:
-            kind = part.get("type") if isinstance(part, dict) else _kind(part)
-            raise ValueError(f"{place}: content holds a part that is no text ({kind}); only text is read")
-    return "".join(_text(part, "text") for part in parts)
-
-
-def _check_calls(calls: Any, place: str) -> None:
-    for call in calls if isinstance(calls, list) else [calls]:
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ValueError(
-                f'{place}: tool_calls must be a list of calls, {{"function": {{"name": ..., "arguments": ...}}}}'
-            )
-
-
-def _template_arguments(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row gives its chat template besides messages; empty values are none."""
-    arguments = raw.get("chat_template_kwargs") or {}
-    if not isinstance(arguments, dict) or any(name in arguments for name in _RESERVED):
-        raise ValueError("field 'chat_template_kwargs' must be an object of what else the template takes, by name")
-    arguments = {name: value for name, value in arguments.items() if value is not None}
-    for name in _ARGUMENTS:
-        value = raw.get(name)
-        if isinstance(value, str) and value.strip():  # as tables hold it
-            try:
-                value = json.loads(value)
-            except ValueError:
-                raise ValueError(f"field {name!r} must be a list of objects, or one as JSON, not other text") from None
-        if value and (not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value)):
-            raise ValueError(f"field {name!r} must be a list of objects, not {_kind(value)}")
-        if value:
-            arguments[name] = value
-    if (thinking := raw.get("enable_thinking")) is not None:
-        if not isinstance(thinking, bool):
-            raise ValueError(f"field 'enable_thinking' must be true or false, not {_kind(thinking)}")
-        arguments["enable_thinking"] = thinking
-    return arguments
 
 
 def _messages(value: Any, field: str) -> list[dict[str, Any]]:
@@ -289,10 +242,7 @@ def _messages(value: Any, field: str) -> list[dict[str, Any]]:
 
 def _conversation(raw: Mapping[str, Any]) -> list[dict[str, Any]]:
     field = "messages" if "messages" in raw else "conversations"
-    messages = _messages(raw[field], field)
-    if raw.get("system") and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": _text(raw, "system")})
-    return messages
+    return with_system(_messages(raw[field], field), raw)
 
 
 def _preference(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -316,18 +266,21 @@ def _sides(raw: Mapping[str, Any]) -> dict[str, Any]:
         return {field: _text(raw, field) for field in ("prompt", "chosen", "rejected")}
     chosen, rejected = _reply(raw, "chosen"), _reply(raw, "rejected")
     if isinstance(raw.get("prompt"), list):
-        return {"prompt": _messages(raw["prompt"], "prompt"), "chosen": chosen, "rejected": rejected}
+        prompt = _messages(raw["prompt"], "prompt")
+        return {"prompt": with_system(prompt, raw), "chosen": chosen, "rejected": rejected}
     # Whole conversations on both sides: what they share is the prompt (some sets repeat its first turn as text).
     pairs = zip(chosen, rejected, strict=False)
     shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(chosen), len(rejected)))
     if shared == 0 and isinstance(raw.get("prompt"), str):
-        return {"prompt": [{"role": "user", "content": _text(raw, "prompt")}], "chosen": chosen, "rejected": rejected}
+        prompt = [{"role": "user", "content": _text(raw, "prompt")}]
+        return {"prompt": with_system(prompt, raw), "chosen": chosen, "rejected": rejected}
     if not 0 < shared < min(len(chosen), len(rejected)):
         raise ValueError(
             "no 'prompt', and 'chosen' and 'rejected' are not conversations that begin alike and end differently; "
             "add the field 'prompt'"
         )
-    return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+    prompt = with_system(chosen[:shared], raw)
+    return {"prompt": prompt, "chosen": chosen[shared:], "rejected": rejected[shared:]}
 
 
 def _reply(raw: Mapping[str, Any], field: str) -> list[dict[str, Any]]:

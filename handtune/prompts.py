@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .engine.chat import DEFAULT_TEMPLATE, ChatTemplate
+from .engine.chat import DEFAULT_TEMPLATE, ChatTemplate, Dialogue
 from .engine.chat_ends import turn_end
+from .engine.chat_fields import check_used
 from .engine.config import RunConfig
 from .engine.rows import as_dialogue, row_shape
 
@@ -20,11 +21,12 @@ def template_of(model: Any) -> ChatTemplate:
 
 
 def learn_turn_end(model: Any, tokenizer: Any) -> None:
-    """Have the model's answers end with what its chat template puts behind one, too."""
+    """Have the model's answers end with what its chat template puts behind one, or behind a tool call, too."""
     if model.tokens.chat_template is not None and tokenizer is not None:
-        end = turn_end(template_of(model), tokenizer)
-        if end is not None:
-            model.tokens = model.tokens.ending_with(end)
+        template = template_of(model)
+        for end in (turn_end(template, tokenizer), turn_end(template, tokenizer, calls=True)):
+            if end is not None:
+                model.tokens = model.tokens.ending_with(end)
 
 
 def goes_through_template(config: RunConfig, rows: Sequence[Mapping[str, Any]], model: Any, tokenizer: Any) -> bool:
@@ -60,11 +62,22 @@ def adopt_template(model: Any) -> None:
 
 
 def prompt_of(row: Mapping[str, Any], model: Any, chat: bool = False) -> str:
-    """The text that a row wants to be continued; with `chat` a plain prompt is asked through the template, too."""
+    """The text that a row wants to be continued; with `chat` a plain prompt is asked through the template, too.
+
+    ValueError where the template doesn't use all that the row says, or the row has something for a template and doesn't
+    go through one.
+    """
+    arguments = row.get("template_arguments", {})
     if chat and "messages" not in row:
         question = row["prompt"] if "prompt" in row else row["text"]
         row = {"messages": as_dialogue({"prompt": question, "completion": ""})["messages"][:1]}
     if "messages" not in row:
+        if arguments:
+            raise ValueError(f"only a chat template uses {', '.join(arguments)}; ask with messages, or take it out")
         return row["prompt"] if "prompt" in row else row["text"]
+
     messages = row["messages"]
-    return template_of(model).render(messages[:-1] if messages[-1]["role"] == "assistant" else messages, True)
+    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    dialogue = Dialogue(template_of(model), asked, arguments)
+    check_used(dialogue)
+    return dialogue.text(len(asked), True)
