@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # the package from a bare clone
 
@@ -54,6 +55,12 @@ class Cell:
 
     error: float | None
     reason: str = ""
+
+    def stored(self) -> Any:
+        """As it stands in a file: a number, the reason for there being none, or both."""
+        if self.error is None:
+            return self.reason
+        return [self.error, self.reason] if self.reason else self.error
 
 
 def texts_of(family: Family, padding: str) -> dict[str, list[str]]:
@@ -186,7 +193,9 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.getLogger("handtune").setLevel(logging.ERROR)  # of heads that are new, once a model
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
-    began, results, notes = time.perf_counter(), {}, {}
+    began = time.perf_counter()
+    notes: dict[str, int] = {}
+    results: dict[str, dict[str, dict[str, Cell]]] = {}
     print(f"{'':34}" + "".join(f"{f'{side}, {by}':>19}" for by in STORED_BY for side in SIDES))
     for name in options.families or FAMILIES:
         for head in HEADS:
@@ -194,17 +203,23 @@ def main() -> None:
             for by in STORED_BY:
                 with tempfile.TemporaryDirectory() as folder:
                     row[by] = cells(name, head, by, Path(folder))
-            results[f"{name}, {head}"] = {by: {side: vars(cell) for side, cell in row[by].items()} for by in STORED_BY}
+            results[f"{name}, {head}"] = row
             print_row(f"{name}, {head}", [cell for by in STORED_BY for cell in row[by].values()], notes)
+
     print("\n" + "\n".join(f"{number}) {reason}" for reason, number in notes.items()))
-    errors = [
-        c["error"] for row in results.values() for by in row.values() for c in by.values() if c["error"] is not None
-    ]
+    every = [cell for row in results.values() for by in row.values() for cell in by.values()]
+    errors = [cell.error for cell in every if cell.error is not None]
     print(f"\n{len(errors)} cells, the largest difference {max(errors, default=0):.1e} (bound {BOUND:.0e}), "
           f"{time.perf_counter() - began:.0f} s")  # fmt: skip
     if options.out:
-        facts = {"benchmark": "exchange", "bound": BOUND, **versions(), "results": results}
-        Path(options.out).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        write(Path(options.out), {"benchmark": "exchange", "bound": BOUND, **versions()}, results)
+
+
+def write(path: Path, facts: dict[str, Any], results: dict[str, Any]) -> None:
+    """The facts and results as JSON, a line for each family and head."""
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row, default=Cell.stored)}" for name, row in results.items())
+    head = json.dumps(facts, indent=1).removesuffix("\n}")
+    path.write_text(f'{head},\n "results": {{\n{lines}\n }}\n}}\n', encoding="utf-8")
 
 
 def print_row(name: str, row: list[Cell], notes: dict[str, int]) -> None:

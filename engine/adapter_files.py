@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ from ..kernels.conv import ConvFactors
 from .adapter_factors import MAGNITUDE, plan_factors, stored, stored_factor
 from .adapters import adapter_names, set_adapter
 from .belongings import claim, give
-from .beside import BASE, filled, places_beside, tensors_with, trained_beside, trained_rows_with
+from .beside import BASE, filled, places_beside, plain_tensors, tensors_with, trained_beside, trained_rows_with
 from .lora import (
     KnownModel,
     LoRAConfig,
@@ -36,7 +37,9 @@ from .lora_config import is_finite
 from .lora_embedding import EmbeddingFactors
 from .record import write_json
 from .rounding import refuse_diverged
+from .tied import biased_output
 from .token_rows import STORED, StoredRows, published_ids, take_rows, with_rows
+from .turns import taking_turns
 from .wrapping import Factors, ensure_slot, refuse_patched
 
 TASK_TYPES = {
@@ -49,7 +52,8 @@ TASK_TYPES = {
     "embedding": "FEATURE_EXTRACTION",
 }
 # The type of an adapter on tensors that are no module for PEFT, or with such tensors stored beside it, which PEFT would
-# leave out without a word: so it refuses the whole. Merged and saved, such a model is one that everybody loads.
+# leave out without a word, or with token rows for which it leaves out a bias: so it refuses the whole. Merged and
+# saved, such a model is one that everybody loads.
 OURS = "HANDTUNE_LORA"
 PREFIX = "base_model.model."
 # Of an adapted module its published path, rank, scale, and factors under PEFT's names.
@@ -67,6 +71,8 @@ _READ = {
     "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "trainable_token_indices",
     "bias", "use_dora",
 }  # fmt: skip
+# Of a module that was saved whole PEFT may store what it is now and what it was, besides its plain name.
+_WRAPPED = (".modules_to_save.", ".original_module.")
 # Initialisations that leave the base weights alone; the others (PiSSA, OLoRA) go with a base that they changed.
 _INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 
@@ -102,12 +108,14 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default", *, p
     tensors = {f"{PREFIX}{key}": value.detach().cpu().contiguous() for key, value in (tensors | extra).items()}
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    saved = sorted({key.rpartition(".")[0] for key in extra if not key.endswith(STORED) and BASE not in key})
+    whole = {key.rpartition(".")[0] for key in extra if not key.endswith(STORED) and BASE not in key}
+    saved = sorted(path for path in whole if not any(path.startswith(f"{other}.") for other in whole))
     config = _peft_config(model, name, modules, saved, transposed)
     config["bias"] = "lora_only" if any(key.endswith(f"{BASE}bias") for key in extra) else "none"
     config["trainable_token_indices"] = published_ids(model, trained_rows_with(model, name)) or None
     nested = any(path.startswith(f"{module}.") for module in saved for path in modules)
-    if raw or nested or "" in saved:
+    halved = bool(config["trainable_token_indices"]) and biased_output(model) is not None
+    if raw or nested or halved or "" in saved:
         config["peft_type"] = OURS
     new = folder / f"{WEIGHTS}.tmp"
     save_file(tensors, new, metadata={"format": "pt"})
@@ -231,13 +239,21 @@ def read_adapter(model: nn.Module, path: str | Path) -> StoredAdapter:
     plan, rest = plan_factors(model, tensors, config, folder / WEIGHTS)
     try:
         rows = take_rows(model, rest, published.get("trainable_token_indices"))
-        places_beside(model, rest)
+        if rows and published.get("peft_type") != OURS and (output := biased_output(model)):
+            raise ValueError(
+                f"{output} has a bias, without which PEFT computes where token rows train, so that they mean something "
+                "else here; train them with the whole matrix in modules_to_save and ensure_weight_tying"
+            )
+        base = tensors_with(model, None)
+        plain = plain_tensors(model, rest, base)
+        places_beside(model, plain, base)
     except ValueError as error:
         raise ValueError(f"{folder / WEIGHTS}: {error}") from error
     refuse_tied(model, [path for path, _ in plan])
-    return StoredAdapter(plan, {key.replace(BASE, "."): value for key, value in rest.items()}, rows)
+    return StoredAdapter(plan, plain, rows)
 
 
+@taking_turns
 def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
     """Attach the adapter stored in the folder `path` (PEFT's format) as `name` and make it active.
 
@@ -253,7 +269,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     for slot_path, _ in stored.factors:
         refuse_patched(slot_path, model.get_submodule(slot_path))
     try:
-        brought = filled(places_beside(model, stored.plain), base)
+        brought = filled(places_beside(model, stored.plain, base), base)
         brought |= with_rows(stored.rows, base | brought)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -321,4 +337,17 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path}: {key} holds {value.dtype}, no weights; the adapter is damaged")
         if not value.float().isfinite().all():
             raise ValueError(f"{path}: {key} holds NaN or infinity; the adapter is damaged")
-    return {key.removeprefix(PREFIX): value for key, value in tensors.items()}
+    try:
+        return _unwrapped({key.removeprefix(PREFIX): value for key, value in tensors.items()})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without the names of PEFT's wrapper of a saved module, and what that holds of the base."""
+    out = {key: value for key, value in tensors.items() if not any(name in key for name in _WRAPPED)}
+    for key, value in tensors.items():
+        plain = key.replace(_WRAPPED[0], ".")
+        if _WRAPPED[0] in key and not torch.equal(out.setdefault(plain, value), value):
+            raise ValueError(f"{key} and {plain} differ, and nobody knows which is meant; the adapter is damaged")
+    return out

@@ -4,7 +4,6 @@ Merging is computed in fp32 and cast once. It is undone from a kept copy, not by
 in the last bit for about one weight in 25 in bf16.
 """
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -20,6 +19,7 @@ from .belongings import active_belongings, claim, disown, give_up, restore, same
 from .lora import KnownModel, active_adapter, refuse_merged, slots, train_only
 from .lora_embedding import EmbeddingFactors
 from .rounding import rounded
+from .turns import alone, taking_turns
 from .wrapping import Adaptable
 
 
@@ -28,15 +28,16 @@ def adapter_names(model: nn.Module) -> list[str]:
     return sorted({name for slot in slots(model) for name in slot.module.lora})
 
 
+@taking_turns
 def set_adapter(model: nn.Module, name: str | None) -> None:
     """Apply the adapter called `name` from here on, with what belongs to it (`belongings.py`); None is the base model.
 
-    If it trained when it was last set, it trains again, and no other does. ValueError where there is none such, or
-    another thread is in a `use_adapter` block.
+    An adapter that trained when it was last set trains again, and no other does; None leaves that as it is. ValueError
+    where there is none such, or another thread is in a `use_adapter` block.
     """
-    with _alone(model):
-        _require(model, name)
-        _activate(model, name)
+    _require(model, name)
+    _activate(model, name)
+    if name is not None:
         train_only(model, name)
 
 
@@ -45,32 +46,6 @@ def _activate(model: nn.Module, name: str | None) -> None:
     switch(model, name)
     for slot in slots(model):
         slot.module.active = name if name is not None and name in slot.module.lora else None
-
-
-class _Turn:
-    """Which thread switches a model's adapters. A copy of the model has a turn of its own."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-
-    def __reduce__(self) -> tuple[type["_Turn"], tuple[()]]:
-        return _Turn, ()
-
-
-@contextmanager
-def _alone(model: nn.Module) -> Iterator[None]:
-    """ValueError where another thread is inside: which adapter is active stands in the model, and holds for all."""
-    first = next((slot.module for slot in slots(model)), None)
-    turn: _Turn = vars(first).setdefault("_turn", _Turn()) if first is not None else _Turn()
-    if not turn.lock.acquire(blocking=False):
-        raise ValueError(
-            "another thread is in a use_adapter block of this model, whose adapter would change under it: take turns, "
-            "or put the rows of both into one batch, use_adapter(model, [...])"
-        )
-    try:
-        yield
-    finally:
-        turn.lock.release()
 
 
 @contextmanager
@@ -92,7 +67,7 @@ def use_adapter(
     language model's output head or a table of positions. And in the model, for a batch of another number of rows, or,
     in training, where adapters differ in dropout.
     """
-    with _alone(model):
+    with alone(model):
         before = {slot.module: slot.module.active for slot in slots(model)}
         outer, owners = active_adapter(model), active_belongings(model)
         if name is None or isinstance(name, str):
@@ -172,6 +147,7 @@ def _require(model: nn.Module, *names: str | None) -> None:
         raise ValueError(f"there is no adapter {lacking[0]!r}; attached: {attached or 'none'}")
 
 
+@taking_turns
 def drop_adapter(model: nn.Module, name: str) -> None:
     """Take the adapter called `name` off the model, with what belongs to it; the others stay.
 
@@ -188,6 +164,7 @@ def drop_adapter(model: nn.Module, name: str) -> None:
     give_up(model, name)
 
 
+@taking_turns
 @torch.no_grad()
 def merge_lora(model: nn.Module, *, keep_base: bool = True) -> None:
     """Add the active adapter into the weights. `keep_base` keeps a copy of the adapted weights for `unmerge_lora`.
@@ -241,6 +218,7 @@ def merged_rows(module: Adaptable, name: str) -> list[tuple[Tensor, Tensor]]:
     return [(module.weight.data, factors.merged(module.weight.data))]
 
 
+@taking_turns
 @torch.no_grad()
 def unmerge_lora(model: nn.Module) -> None:
     """Put the weights back, bitwise, and make the adapter active again. ValueError where none is merged."""

@@ -12,6 +12,7 @@ for each adapter with token rows, or with an embedding.
 
 from collections.abc import Collection, Iterator, Mapping
 
+import torch
 from torch import Tensor, nn
 
 ROWS = "trained_rows"  # the buffer with the ids of the rows of a matrix that train, where not all do; not stored
@@ -99,12 +100,11 @@ def claim(model: nn.Module, adapter: str | None, names: Collection[str] = ()) ->
     """
     if adapter is None:
         return
-    mine = belongings_of(model, adapter)
-    new = {
-        parameter: nn.Parameter(parameter.detach().clone(), requires_grad=False)
-        for key, parameter in model.named_parameters()
-        if ".lora." not in key and key not in mine and (parameter.requires_grad or key in names)
+    trained = {
+        key: p for key, p in model.named_parameters() if ".lora." not in key and (p.requires_grad or key in names)
     }
+    mine = belongings_of(model, adapter) if trained else set()
+    new = {p: nn.Parameter(p.detach().clone(), requires_grad=False) for key, p in trained.items() if key not in mine}
     for module in model.modules() if new else ():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter in new:  # a tied matrix in each of the modules that have it
@@ -124,6 +124,30 @@ def _claim(module: nn.Module, adapter: str, name: str, copy: nn.Parameter) -> No
             belongings.base[other], tensors[other] = None if buffer is None else buffer.clone(), buffer
 
 
+def give_back(model: nn.Module, parameters: Collection[nn.Parameter]) -> None:
+    """These parameters no longer train: those of them that are still as in the base are the base's again."""
+    ids = {id(parameter) for parameter in parameters}
+    for _, module, belongings in _having(model):
+        if belongings.active is None:
+            continue
+        tensors = belongings.by_adapter[belongings.active]
+        for name, parameter in list(module._parameters.items()):
+            if name in tensors and id(parameter) in ids and _same(parameter, belongings.base[name]):
+                belongings.base[name] = parameter
+                del tensors[name]
+        buffers_only = not any(name in module._parameters for name in tensors)
+        if buffers_only and all(_same(_get(module, name), belongings.base[name]) for name in tensors):
+            belongings.base |= {name: _get(module, name) for name in belongings.base}
+            del belongings.by_adapter[belongings.active]
+            belongings.active = None
+            if not belongings.by_adapter:
+                del vars(module)[KEY]
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else a.shape == b.shape and torch.equal(a, b.to(a))
+
+
 def _buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """What goes with a parameter: the buffers that are stored, and the ids of the rows that train, or None."""
     stored = {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
@@ -133,25 +157,27 @@ def _buffers(module: nn.Module) -> dict[str, Tensor | None]:
 
 def give(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> None:
     """Tensors, by their names in the model, that an adapter not active yet brings. The base must be in the model."""
-    new: dict[int, tuple[Tensor, Tensor]] = {}  # by the tensor it is to replace, of which a tied matrix is one
+    new: dict[int, Tensor] = {}  # by the tensor it is to replace, of which a tied matrix is one
     for path, module in model.named_modules():
         for table in (module._parameters, module._buffers):
             for name, old in table.items():
-                if old is not None and _joined(path, name) in tensors:
+                if old is not None and name != ROWS and _joined(path, name) in tensors:
                     value = tensors[_joined(path, name)]
-                    new[id(old)] = old, nn.Parameter(value) if isinstance(old, nn.Parameter) else value
+                    new[id(old)] = nn.Parameter(value) if isinstance(old, nn.Parameter) else value
     for path, module in model.named_modules():
-        found = {name: old for table in (module._parameters, module._buffers) for name, old in table.items()}
-        found = {name: old for name, old in found.items() if id(old) in new or _joined(path, name) in tensors}
-        ids = tensors.get(_joined(path, ROWS))
-        if not found and ids is None:
+        replaced: dict[str, Tensor | None] = {
+            name: new[id(old)]
+            for table in (module._parameters, module._buffers)
+            for name, old in table.items()
+            if id(old) in new
+        }
+        if not replaced:
             continue
+        if (ids := tensors.get(_joined(path, ROWS))) is not None:
+            replaced[ROWS] = ids
         belongings: Belongings = vars(module).setdefault(KEY, Belongings())
-        mine = belongings.by_adapter.setdefault(adapter, {})
-        for name, old in found.items():
-            belongings.base[name], mine[name] = old, new[id(old)][1]
-        if ids is not None:
-            belongings.base[ROWS], mine[ROWS] = _get(module, ROWS), ids
+        belongings.base |= {name: _get(module, name) for name in replaced}
+        belongings.by_adapter[adapter] = replaced
 
 
 def switch(model: nn.Module, adapter: str | None) -> None:
@@ -178,6 +204,15 @@ def belongings_of(model: nn.Module, adapter: str) -> set[str]:
     having = {path: own.by_adapter.get(adapter, {}) for path, _, own in _having(model)}
     names = {_joined(path, name) for path, tensors in having.items() for name in tensors}
     return names & {name for name, _ in model.named_parameters()}
+
+
+def owner_of(model: nn.Module, parameter: str) -> str | None:
+    """An adapter to which a parameter of this name belongs, or None."""
+    path, _, name = parameter.rpartition(".")
+    for holder, _, belongings in _having(model):
+        if holder == path:
+            return next((adapter for adapter, tensors in belongings.by_adapter.items() if name in tensors), None)
+    return None
 
 
 def put_aside(model: nn.Module, adapter: str | None) -> dict[str, Tensor | None]:

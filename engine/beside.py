@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .belongings import ROWS, belongings_of, put_aside
 from .lora import KnownModel, slots
 from .rounding import rounded
+from .tied import copies_beside, tied_copies, without_copies
 from .token_rows import STORED, rows_among
 
 WITH_HEAD = ("sequence-classification", "reward", "token-classification", "question-answering")
@@ -75,6 +76,10 @@ def trained_beside(model: nn.Module, adapter: str, adapted: Container[str]) -> d
         if wanted:
             value = value.cpu()
             out[published] = (source.theirs(value) if source else value).contiguous()
+    of = {published: (tensors[key].detach()[index].cpu(), source) for key, published, index, source in places}
+    for copy, first in copies_beside(model, out).items():
+        value, source = of[first]
+        out[copy] = (source.theirs(value) if source else value).clone()  # a file has no two names for one tensor
     return out
 
 
@@ -96,16 +101,25 @@ class Place(NamedTuple):
     value: Tensor
 
 
-def places_beside(model: nn.Module, stored: dict[str, Tensor]) -> list[Place]:
-    """Where each stored plain tensor goes that differs from the base's.
+def plain_tensors(model: nn.Module, stored: dict[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is stored beside an adapter, by published names, of tied matrices the first one.
+
+    `base`: the base's tensors, by our names. ValueError where of tied matrices one is stored without the others.
+    """
+    home = {published: key for key, published, _, _ in _published_rows(model, base)}
+    first = {name: base[home[name]] for name in tied_copies(model).values() if name in home}
+    return without_copies(model, {key.replace(BASE, "."): value for key, value in stored.items()}, first)
+
+
+def places_beside(model: nn.Module, stored: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> list[Place]:
+    """Where each of these plain tensors goes that differs from the base's, of which `base` has all by our names.
 
     A copy of what the base has is passed over: a head is stored whether it trained or not, and by PEFT the matrix of
     an adapted embedding. Raises ValueError for one that has no place in the model, or another shape.
     """
-    base = tensors_with(model, None)
     home = {published: (key, index, source) for key, published, index, source in _published_rows(model, base)}
     out = []
-    for key, value in ((key.replace(BASE, "."), value) for key, value in stored.items()):
+    for key, value in stored.items():
         if key not in home and key.endswith(".num_batches_tracked"):
             continue  # of a batch norm, for a momentum that none here has
         if key not in home:

@@ -18,11 +18,13 @@ from .adapters import adapter_names, set_adapter
 from .belongings import belongings_of
 from .lora import check_name, make_room, refuse_merged, slots
 from .lora_embedding import EmbeddingFactors, LoRAEmbedding
+from .turns import taking_turns
 from .wrapping import Adaptable, Factors
 
 Pair = tuple[Tensor, Tensor]  # A (R, K) and B (M, R)
 
 
+@taking_turns
 @torch.no_grad()
 def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str, rank: int | None = None) -> None:
     """Attach the weighted sum of the adapters named in `weights` as `name`, and make it active; the others stay.

@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ..kernels.quantize import NF4Weight
-from .belongings import claim, every_tensor_aside
+from .belongings import claim, every_tensor_aside, give_back
 from .lora import active_adapter, slots
 from .token_rows import trained_rows
 from .wrapping import Factors
@@ -30,12 +30,14 @@ def match(model: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Parameter]:
 def freeze(model: nn.Module, *patterns: str) -> None:
     """Stop training the parameters that match: `freeze(model, "*")`. ValueError for a glob that matches nothing.
 
-    Those of adapters that are not in use, too: they stay frozen once they are.
+    Those of adapters that are not in use, too: they stay frozen once they are. What has not changed yet no longer
+    belongs to the active adapter.
     """
     names = match(model, patterns)
     for parameter in names.values():
         parameter.requires_grad_(False)
 
+    give_back(model, names.values())
     for name, tensor in every_tensor_aside(model):
         if tensor.requires_grad and any(fnmatchcase(name, pattern) for pattern in patterns):
             tensor.requires_grad_(False)

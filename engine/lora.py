@@ -18,6 +18,7 @@ from ..kernels.conv import ConvFactors
 from .belongings import claim, switch
 from .lora_config import LoRAConfig
 from .lora_embedding import EmbeddingFactors, LoRAEmbedding
+from .turns import taking_turns
 from .wrapping import Adaptable, Factors, ensure_slot, is_conv1d, refuse_misfit
 
 FOREIGN_HEADS = ("lm_head", "head", "score", "classifier", "qa_outputs", "embed_out", "cls")
@@ -29,6 +30,8 @@ class KnownModel(Protocol):
 
     lora_targets: ClassVar[dict[str, tuple[str, ...]]]
     copies: ClassVar[dict[str, tuple[str, str]]]
+    heads: ClassVar[dict[str, tuple[str, ...]]]
+    base_prefix: ClassVar[str | tuple[str, ...]]
     of_positions: ClassVar[tuple[str, ...]]  # globs of modules that see positions or distances, and no rows
     task: str
     source: str | None
@@ -143,6 +146,7 @@ def _published(path: str, names: dict[str, Any]) -> tuple[str, ...]:
     return tuple(name.removesuffix(".weight") for name in source.names) if source else (path,)
 
 
+@taking_turns
 def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> tuple[str, ...]:
     """Attach a fresh adapter called `name`, make it active, freeze everything else; gives the adapted module paths.
 

@@ -133,7 +133,7 @@ def embedding_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
     A text that several rows share is one candidate; others that are right for an anchor, too, are left out of its
     comparison (`candidates.py`).
     """
-    return embedding_loss_of(*embeddings(model, batch), batch["targets"], batch["also_right"])
+    return embedding_loss_of(*embeddings(model, batch), batch.get("targets"), batch.get("also_right"))
 
 
 def embedding_loss_of(
@@ -141,8 +141,8 @@ def embedding_loss_of(
 ) -> tuple[Tensor, int]:
     """The same from embeddings of anchors (B, D) and candidates (C, D).
 
-    targets: (B,) the candidate that is each anchor's positive; without it candidate i is that of anchor i. also_right:
-    (B, C) bool, the candidates that an anchor is not compared with.
+    targets: (B,) the candidate that is each anchor's positive; without them candidate i is that of anchor i.
+    also_right: (B, C) bool, the candidates that an anchor is not compared with.
     """
     cosines = F.normalize(anchors.float(), dim=-1) @ F.normalize(candidates.float(), dim=-1).T  # (B, C)
     if targets is None:

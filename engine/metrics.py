@@ -28,15 +28,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .candidates import candidates
-from .word_tokenizer import WordTokenizer
-
-Entity = tuple[int, int, str]  # first word, one past the last word, type
+from .tag_schemes import entities, tags_are_plain
+from .word_tokenizer import WordTokenizer, with_spaces
 
 LOWER_IS_BETTER = ("loss", "perplexity")
 NO_PREDICTION = -1  # in the place of a predicted class
 TIE = 1e-6  # cosines closer than this are one score: a float32 model's noise must not decide a rank
-PREFIXED = re.compile("([BIESLUM])[-_](.*)")  # a tag with its place in an entity, and the entity's type
-BIOES = {"L": "E", "U": "S", "M": "I"}  # the marks of BILOU and BMES as those of BIOES
 
 
 def classification(predictions: ArrayLike, labels: ArrayLike, n_classes: int) -> dict[str, Any]:
@@ -95,8 +92,8 @@ def entity_f1(
         raise ValueError("entity_f1: no words to score; give at least one row with tags")
 
     plain = tags_are_plain({*names, *(tag for rows in (predicted, gold) for tags in rows for tag in tags if tag)})
-    guesses = [_entities([tag or "O" for tag in tags], plain) for tags in predicted]
-    golds = [_entities(tags, plain) for tags in gold]
+    guesses = [entities([tag or "O" for tag in tags], plain) for tags in predicted]
+    golds = [entities(tags, plain) for tags in gold]
     hits = sum(len(a & b) for a, b in zip(guesses, golds, strict=True))
     n_guesses, n_golds = sum(map(len, guesses)), sum(map(len, golds))
     right = sum(a == b for p, g in zip(predicted, gold, strict=True) for a, b in zip(p, g, strict=True))
@@ -108,36 +105,12 @@ def entity_f1(
     }
 
 
-def tags_are_plain(names: Iterable[str]) -> bool:
-    """Whether no tag of a set says where in an entity its word stands, as parts of speech don't.
-
-    Marks without a type (B, I, O) are a scheme where an I or an end can follow a B; other single letters are plain.
-    Raises ValueError where tags with a prefix and without stand side by side, and where tags are numbers: which of them
-    is O can't be told, and if it were taken for an entity, F1 would be far too good.
-    """
-    tags = sorted(set(names) - {"O"})
-    if tags and all(re.fullmatch("[0-9]+", tag) for tag in tags):
-        raise ValueError(
-            f"tags are numbers ({', '.join(tags[:5])}), and F1 needs to know which of them is O; write their names"
-        )
-    if tags and all(re.fullmatch("[BIESLUM]", tag) for tag in tags):
-        return not ({"I"} == set(tags) or ("B" in tags and set("IMEL") & set(tags)))
-
-    plain = [tag for tag in tags if not PREFIXED.fullmatch(tag)]
-    if plain and len(plain) < len(tags):
-        prefixed = next(tag for tag in tags if tag not in plain)
-        raise ValueError(
-            f"tag {plain[0]!r} has no prefix and {prefixed!r} has one; write every tag as O, B-type or I-type, or, if "
-            "none is meant as a prefix, with another sign than - or _ behind the first letter"
-        )
-    return bool(plain)
-
-
 def answers(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, float]:
     """Exact match and word F1 of extracted answers, each the best over a row's gold answers, then the mean over rows.
 
     The definition is that of SQuAD v1.1's evaluate-v1.1.py (Rajpurkar et al. 2016, section 6.1): answers are lowercased
-    and lose ASCII punctuation, the words a, an, the, and surplus whitespace; F1 is over the two bags of words. A row
+    and lose ASCII punctuation, the words a, an, the, and surplus whitespace; F1 is over the two bags of words, of which
+    each character of a script without spaces is one (as in MLQA's script: Lewis et al. 2020, arXiv:1910.07475). A row
     without gold answer is unanswerable: then only an empty prediction is right (SQuAD v2.0). Fractions, where the
     script prints percent.
 
@@ -190,11 +163,11 @@ def retrieval(
     first = reciprocal = 0.0
     for begin in range(0, len(a), 1024):  # N × C cosines of a large set would not fit into memory at once
         cosine = a[begin : begin + 1024] @ p[first_rows].T  # (rows, C)
-        own = np.take_along_axis(cosine, np.array(targets[begin : begin + 1024])[:, None], axis=1)  # (rows, 1)
+        target = np.take_along_axis(cosine, np.array(targets[begin : begin + 1024])[:, None], axis=1)  # (rows, 1)
         for row, columns in enumerate(also_right[begin : begin + 1024]):
             cosine[row, columns] = -np.inf
-        better = (cosine > own + TIE).sum(1)
-        level = (np.abs(cosine - own) <= TIE).sum(1)  # at least 1: the own positive
+        better = (cosine > target + TIE).sum(1)
+        level = (np.abs(cosine - target) <= TIE).sum(1)  # at least 1: the own positive
         first += ((better == 0) / level).sum()
         reciprocal += ((reciprocals[better + level] - reciprocals[better]) / level).sum()
 
@@ -276,37 +249,10 @@ def _class_ids(name: str, values: ArrayLike, n_classes: int, lowest: int = 0) ->
     return ids.astype(np.int64)
 
 
-def _entities(tags: Sequence[str], plain: bool) -> set[Entity]:
-    """The entities of one row by conlleval's startOfChunk and endOfChunk."""
-    entities: set[Entity] = set()
-    first, before, before_kind = -1, "O", ""  # first < 0: no entity is open
-    for i, tag in enumerate([*tags, "O"]):
-        mark, kind = _mark_and_kind(tag, plain)
-        opens = mark in "BS" or kind != before_kind or before in "OES"
-        if first >= 0 and (opens or mark == "O"):
-            entities.add((first, i, before_kind))
-            first = -1
-        if opens and mark != "O":
-            first = i
-        before, before_kind = mark, kind
-    return entities
-
-
-def _mark_and_kind(tag: str, plain: bool) -> tuple[str, str]:
-    """Where in an entity a word stands, as B, I, E, S or O, and the entity's type."""
-    if tag == "O":
-        return "O", ""
-    if plain:
-        return "S", tag
-    match = PREFIXED.fullmatch(tag)
-    mark, kind = match.groups() if match else (tag, "")
-    return BIOES.get(mark, mark), kind
-
-
 def _words(text: str) -> list[str]:
     """An answer's words after SQuAD's normalisation, in its order: lowercase, punctuation, articles, whitespace."""
     bare = "".join(c for c in text.lower() if c not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+    return with_spaces(re.sub(r"\b(a|an|the)\b", " ", bare)).split()
 
 
 def _word_f1(predicted: list[str], gold: list[str]) -> float:

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..kernels import Linear
 from ..kernels.quantize import NF4Weight, Workspace
+from .belongings import owner_of
 from .lora import KnownModel, matches, refuse_merged, refuse_tied
 
 
@@ -38,8 +39,9 @@ def quantize(model: nn.Module, targets: str | tuple[str, ...] | list[str] = "all
 
     `targets` are those of `LoRAConfig`. Of what they name, only what is frozen and not quantised yet is changed.
 
-    Raises ValueError, with the model unchanged, as `projections` does, where all that the targets name trains, or where
-    an adapter is merged into the weights. And, half done, where a weight holds NaN or infinity.
+    Raises ValueError, with the model unchanged, as `projections` does, where all that the targets name trains, where an
+    adapter is merged into the weights, or where one has such a weight of its own. And, half done, where a weight holds
+    NaN or infinity.
     """
     refuse_merged(model)
     chosen: dict[str, Linear] = {path: model.get_submodule(path) for path in projections(model, targets)}  # type: ignore
@@ -49,6 +51,9 @@ def quantize(model: nn.Module, targets: str | tuple[str, ...] | list[str] = "all
     new = {path: module for path, module in frozen.items() if module.quantized is None}
     packed = [module for module in model.modules() if isinstance(module, NF4Weight)]
     workspace = packed[0].workspace if packed else Workspace()
+    for path in new:
+        if owner := owner_of(model, f"{path}.weight"):
+            raise ValueError(f"{path}.weight belongs to adapter {owner!r}: drop_adapter(model, {owner!r}) first")
     for path, module in new.items():
         try:
             module.quantize_(workspace)

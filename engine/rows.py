@@ -23,6 +23,7 @@ besides messages (`tools`, `documents`, `enable_thinking` and the like, see `row
 import math
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from .row_fields import message_fields, refuse_unused, template_arguments, with_system
@@ -106,9 +107,11 @@ def prompt_row(raw: Mapping[str, Any]) -> dict[str, Any]:
 
     ValueError where it has no prompt.
     """
-    row: dict[str, Any] = {"prompt": _text(raw, "prompt")} if "prompt" in raw else normalise(raw)
     if "prompt" in raw:
         refuse_unused(raw)
+        row: dict[str, Any] = {"prompt": _text(raw, "prompt")}
+    else:
+        row = normalise({field: value for field, value in raw.items() if field != "label"})  # it may be missing yet
     if not row.keys() & {"prompt", "messages", "text"}:
         raise ValueError(f"the fields {', '.join(raw)} hold no prompt; rename one of them to prompt")
     if arguments := template_arguments(raw):
@@ -162,17 +165,24 @@ def label_name(value: Any, what: str = "field 'label'") -> str:
         raise ValueError(f"{what} must be text or a number, not {_kind(value)}")
 
     _check_unicode(value, what)
-    name = value.strip()
+    try:
+        return _name_of_text(value)
+    except ValueError as error:
+        raise ValueError(f"{what} {error}") from None
+
+
+@lru_cache(maxsize=4096)  # a set of data repeats few labels many times
+def _name_of_text(text: str) -> str:
+    name = text.strip()
+    lower = name.lower()
     if not name:
-        raise ValueError(f"{what} must be text or a number, not empty; name the class, or remove the row")
-    if name.lower().lstrip("+-") in ("nan", "<na>"):
+        raise ValueError("must be text or a number, not empty; name the class, or remove the row")
+    if lower.lstrip("+-") in ("nan", "<na>"):
         raise ValueError(
-            f"{what} is {name!r}, which is what a missing value becomes as text; remove the row, or, if a class is "
-            "called so, give it another name"
+            f"is {name!r}, which is what a missing value becomes as text; leave out what has no label, or, if a class "
+            "is called so, give it another name"
         )
-    if name.lower() in ("true", "false"):
-        return name.lower()
-    return _digits(name)
+    return lower if lower in ("true", "false") else _digits(name)
 
 
 def label_ids(labels: Sequence[str]) -> dict[str, int]:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from . import losses, metrics
 from .batches import IGNORE, Batch, Examples
-from .rows import label_ids
+from .rows import label_ids, label_name
+from .tag_schemes import tags_are_plain
 
 MAX_ANSWER_TOKENS = 30
 
@@ -70,7 +71,7 @@ class ClassificationScore:
 def text_classification(labels: Sequence[str], examples: Examples, rows: Sequence[Any]) -> ClassificationScore:
     """The score of rows with a label, those without text included."""
     ids = label_ids(labels)
-    return ClassificationScore(len(labels), [ids[row["label"]] for row in without_example(examples, rows)])
+    return ClassificationScore(len(labels), [ids[label_name(row["label"])] for row in without_example(examples, rows)])
 
 
 class TaggingScore:
@@ -82,9 +83,9 @@ class TaggingScore:
 
     def __init__(self, names: Sequence[str], examples: Examples, rows: Sequence[Any]):
         self.names, self.examples, self.next = list(label_ids(names)), examples, 0
-        self.gold: list[list[str]] = [row["tags"] for row in rows]
+        self.gold = [[label_name(tag) for tag in row["tags"]] for row in rows]
         self.predicted: list[list[str | None]] = [[None] * len(tags) for tags in self.gold]
-        metrics.tags_are_plain(self.names)
+        tags_are_plain(self.names)
 
     def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
         logits = losses.tag_logits(model, batch)

@@ -24,7 +24,7 @@ FIELD_END = re.compile("[,\r\n]")
 def csv_rows(text: str, path: Path) -> Rows:
     """Rows of a CSV file. ValueError that names the line for a quote that is never closed and a row of other width."""
     remedy = "quote a field that holds a comma, double a quote inside quotes, or use JSONL"
-    yield from _named(_csv_records(text, path), path, remedy)
+    yield from _named(csv_records(text, path), path, remedy)
 
 
 def tsv_rows(text: str, path: Path) -> Rows:
@@ -38,21 +38,23 @@ def tsv_rows(text: str, path: Path) -> Rows:
         yield from _named(iter(records), path, remedy)
 
 
-def _csv_records(text: str, path: Path) -> Iterator[Record]:
+def csv_records(text: str, path: Path) -> Iterator[Record]:
+    """The rows of a CSV file with all their fields, the header line among them. ValueError for a misplaced quote."""
     position, line = 0, 1
     while position < len(text):
         # Most lines hold no quote, and are split at once.
         end = _end(LINE_END, text, position)
-        if text.find('"', position, end) < 0:
-            fields = text[position:end].split(",")
+        begin, line_breaks = position, 1
+        if text.find('"', begin, end) < 0:
+            fields = text[begin:end].split(",")
         else:
-            fields, end = _quoted_record(text, position, path)
+            fields, end = _quoted_record(text, begin, path)
+            line_breaks += len(LINE_BREAK.findall(text, begin, end))
 
         if any(fields):
             yield line, fields
-        end += 2 if text.startswith("\r\n", end) else 1
-        line += len(LINE_BREAK.findall(text, position, end))
-        position = end
+        line += line_breaks
+        position = end + (2 if text.startswith("\r\n", end) else 1)
 
 
 def _quoted_record(text: str, position: int, path: Path) -> tuple[list[str], int]:

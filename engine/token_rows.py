@@ -21,6 +21,7 @@ from .belongings import ROWS, claim
 from .lora import KnownModel, active_adapter
 from .lora_embedding import LoRAEmbedding
 from .rounding import rounded
+from .tied import tied_copies
 
 STORED = ".token_adapter.trainable_tokens_delta"
 
@@ -105,6 +106,11 @@ def take_rows(model: nn.Module, stored: dict[str, Tensor], table: Any) -> list[S
         module, rows = key.removesuffix(STORED), stored.pop(key)
         ids = table if isinstance(table, list) else _of_module(table, module)
         path = homes.get(f"{module}.weight", "").removesuffix(".weight")
+        if f"{module}.weight" in (tied := tied_copies(model)):
+            raise ValueError(
+                f"{key} is of {module}, and the base ties that to {tied[f'{module}.weight'].removesuffix('.weight')}, "
+                "so that they would be two; train rows of the latter"
+            )
         if path not in ("embed.tokens", "head"):
             raise ValueError(f"{key} has no place in this model; it was made for another base")
         size, width = model.get_submodule(path).get_parameter("weight").shape

@@ -43,6 +43,11 @@ class WordTokenizer:
         ]
 
 
+def with_spaces(text: str) -> str:
+    """`text` with spaces around each character of a script that puts none between words."""
+    return UNSPACED.sub(r" \g<0> ", text)
+
+
 def split(text: str) -> list[str]:
     """The words of `text` by the rules above, lower-cased."""
     out: list[str] = []

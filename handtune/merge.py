@@ -31,7 +31,7 @@ from .models.layers import Published
 from .models.pixels import Pixels
 from .models.shards import INDEX, SINGLE, write_json
 from .models.tensor_file import Made, Stored, read_into, same, write_file
-from .stored import adds_tokens, head_of, put_adapter
+from .stored import adds_tokens, head_of, put_adapter, resized_vocabulary
 
 Source = Stored | Made
 UNFINISHED = ".merging"
@@ -41,13 +41,15 @@ UNFINISHED = ".merging"
 def merge(base: str, adapter: Path, out: Path) -> None:
     """Write the merged checkpoint to the folder `out`, which is empty or new.
 
-    In memory where the adapter adds tokens, or orders the labels of a stored head anew. Raises what loading raises;
-    ValueError where `out` holds something, where the base lacks a head that the adapter doesn't bring, or for a
-    convolution in groups.
+    In memory where the adapter adds tokens, has another vocabulary, or orders the labels of a stored head anew. Raises
+    what loading raises; ValueError where `out` holds something, where the base lacks a head that the adapter doesn't
+    bring, for a convolution in groups, or where a merged number is none, or more than the base's dtype can hold.
     """
     opened, rounding = open_checkpoint(base, **head_of(adapter)), Rounding()
     with _filling(out) as folder:
-        if adds_tokens(adapter, opened.tokenizer) or (opened.head_rows or []) != sorted(opened.head_rows or []):
+        reordered = (opened.head_rows or []) != sorted(opened.head_rows or [])
+        resized = resized_vocabulary(adapter, opened.model) is not None
+        if adds_tokens(adapter, opened.tokenizer) or resized or reordered:
             model, tokenizer = load(base, dtype=opened.shards.dtype(), head_follows=True, **head_of(adapter))
             put_adapter(model, tokenizer, adapter)
             _measure(model, rounding)

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from .engine import load_adapter, save_adapter
-from .engine.adapter_files import CONFIG, TASK_TYPES, WEIGHTS
+from .engine.adapter_files import CONFIG, PREFIX, TASK_TYPES, WEIGHTS
+from .engine.adapters import adapter_names
 from .engine.config import RunConfig, from_table
 from .models import ResNet, add_tokens, load
+from .models.growing import resize
 from .models.pixels import Pixels
 from .models.shards import read_json
 from .models.tensor_file import read_header
@@ -102,12 +104,23 @@ def require_finished(run: Path) -> None:
 
 
 def put_adapter(model: Any, tokenizer: Any, adapter: Path, name: str = "default") -> None:
-    """Load an adapter onto its base as `name`, after what lies beside it: tokens that it trained with, image size."""
+    """Load an adapter onto its base as `name`, after what lies beside it: tokens that it trained with, image size.
+
+    Raises ValueError as `load_adapter` does, where its vocabulary doesn't fit the base's, and where the base has been
+    given another size for an adapter that was loaded before.
+    """
+    size = resized_vocabulary(adapter, model)
+    if (adds_tokens(adapter, tokenizer) or size is not None) and adapter_names(model):
+        raise ValueError(f"{adapter} has a vocabulary other than the base with the adapters before it; load it alone")
     if adds_tokens(adapter, tokenizer):
         known, wanted = tokenizer.get_vocab(), load_tokenizer_file(adapter / "tokenizer.json").get_vocab()
         new = sorted(wanted.keys() - known.keys(), key=wanted.__getitem__)
         if add_tokens(model, tokenizer, new) != [wanted[token] for token in new]:
             raise ValueError(f"{adapter}: its tokenizer.json counts tokens differently from the base; it is of another")
+    if (size := resized_vocabulary(adapter, model)) is not None:
+        if tokenizer is not None and (highest := max(tokenizer.get_vocab().values(), default=0)) >= size:
+            raise ValueError(f"{adapter}: its embedding has {size} rows, but its tokenizer counts to {highest}")
+        resize(model, size)
     if isinstance(model, ResNet):
         model.pixels = Pixels.read(adapter, {}, model.config.n_channels) or model.pixels
     load_adapter(model, adapter, name)
@@ -130,12 +143,45 @@ def store_adapter(model: Any, tokenizer: Any, adapter: Path, name: str = "defaul
 
 def _announce_missing_head(model: Any, adapter: Path) -> None:
     """Say so where a head was made for the adapter's task, and the adapter brings none."""
-    if not model.head_is_new:
-        return
     head = {name for key, source in model.key_map().items() if key.startswith("head.") for name in source.names}
+    if not model.head_is_new or not head:  # the head of a tied model is its embedding
+        return
     modules = {name.rpartition(".")[0] for name in head}
     if not any(f".{module}." in f".{key}" for key in read_header(adapter / WEIGHTS) for module in modules):
         log.warning("new, untrained, for %s, and not in %s: %s", model.task, adapter, ", ".join(sorted(head)))
+
+
+def resized_vocabulary(adapter: Path, model: Any) -> int | None:
+    """How many tokens the matrices have that an adapter brings, where they are not as many as the model's.
+
+    Raises ValueError where it brings one of them without the others, whose rows nobody knows then.
+    """
+    if not (adapter / WEIGHTS).is_file() or "embed.tokens.weight" not in model.key_map():
+        return None
+    stored = {_plain(key): tensor.shape for key, tensor in read_header(adapter / WEIGHTS).items()}
+    table = model.key_map()
+    names = [table[key].names[0] for key in ("embed.tokens.weight", "head.weight", "head.bias") if key in table]
+    if model.task not in ("causal-lm", "masked-lm", "seq2seq-lm"):
+        names = names[:1]
+    sizes = {name: stored[name][0] for name in names if name in stored}
+    other = sorted({size for size in sizes.values() if size != model.config.vocab_size})
+    if not other:
+        return None
+    if len(other) > 1 or len(sizes) < len(names):
+        lacking = next((name for name in names if stored.get(name, (0,))[0] != other[0]), names[0])
+        raise ValueError(
+            f"{adapter / WEIGHTS}: it was trained with {other[0]} tokens, the base has {model.config.vocab_size}, and "
+            f"{lacking} is not stored with as many rows: store it again with save_embedding_layers = true"
+        )
+    return other[0]
+
+
+def _plain(key: str) -> str:
+    """The published name of a tensor that PEFT stored."""
+    plain = key.removeprefix(PREFIX)
+    for wrapped in (".modules_to_save.", ".base_layer."):
+        plain = plain.replace(wrapped, ".")
+    return plain
 
 
 def adds_tokens(adapter: Path, tokenizer: Any) -> bool:
@@ -157,7 +203,7 @@ def head_of(adapter: Path) -> dict[str, Any]:
     task = kinds.get(read_json(adapter / CONFIG).get("task_type"))
     if task not in ("sequence-classification", "token-classification"):
         return {"task": task}
-    shapes = {key: stored.shape for key, stored in read_header(adapter / WEIGHTS).items()}
+    shapes = {_plain(key): stored.shape for key, stored in read_header(adapter / WEIGHTS).items()}
     widths = [
         shape[0]
         for key, shape in shapes.items()

@@ -145,6 +145,9 @@ class Linear(nn.Module):
     `parts` names blocks of rows (name, size) in order; by default the whole matrix is one unnamed part. `transposed`
     says that the weight is stored (K, M), as in transformers' Conv1D. Adapters live in `lora` by name, of which
     `active` is applied, or each row's own. Once quantised, `weight` is an `NF4Weight`, and `quantized` the same.
+
+    Its forward hooks fire where it is called as a module. Where a norm or an activation stands in front, the blocks of
+    the models here hand it to `norm_linear` or `activation_linear`, which pass hooks by: put them on the block.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, parts: tuple[tuple[str, int], ...] = ()):

@@ -20,7 +20,7 @@ from .bert import Bert
 from .bloom import Bloom
 from .filling import Packing, allocate, blocks, fill, own_tensors
 from .gpt2 import GPT2
-from .heads import BY_TEXT, LABELLED
+from .heads import BY_TEXT
 from .hub import checkpoint_folder
 from .layers import Published
 from .llama import Llama
@@ -140,7 +140,8 @@ def open_checkpoint(
     task = task or task_of(published, family, folder)
     known, stored_depth = stored_head(published, family, folder)
     names = label_names(labels, known)
-    names = names if task in LABELLED else ()  # those of another head: transformers' answers would have as many bounds
+    if task in ("reward", "question-answering"):  # whose outputs transformers would make as many as there are labels
+        names = ()
     depth = stored_depth if head_layers is None else head_layers
     pooling, normalize = read_pooling(folder) if task == "embedding" else ("mean", False)
     with torch.device("meta"):

@@ -49,6 +49,17 @@ def add_tokens(model: Any, tokenizer: "Tokenizer | None", tokens: Sequence[str])
     return ids
 
 
+def resize(model: Any, size: int) -> None:
+    """Bring the embedding and the output matrix to `size` rows, for one that has them all to be put in; in place.
+
+    What is there stays, the mean of it fills up, and what is beyond goes. Raises ValueError as `add_tokens` does.
+    """
+    owners = _owners(model)
+    known = min(size, model.config.vocab_size)
+    _grow(model, owners, known, size, [])
+    model.config = replace(model.config, vocab_size=size)
+
+
 def _owners(model: Any) -> list[tuple[nn.Module, str]]:
     """The parameters with a row for each token, as (module, name), each once; or a ValueError."""
     embedding = dict(model.named_modules()).get("embed.tokens")
@@ -72,7 +83,7 @@ def _grow(model: Any, owners: list[tuple[nn.Module, str]], known: int, size: int
     for module, name in owners:
         old = module.get_parameter(name)
         rows = old.new_zeros((size, *old.shape[1:]))
-        rows[: len(old)] = old
+        rows[: len(old)] = old[:size]
         rows[sorted({*new, *range(len(old), size)})] = _mean(old[:known])
         module.register_parameter(name, nn.Parameter(rows, old.requires_grad))
     model.embed.tokens.num_embeddings = size

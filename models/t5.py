@@ -67,8 +67,9 @@ class T5(nn.Module):
         "decoder.*": ("seq2seq-lm", "sequence-classification", "reward", "question-answering"),
     }
     copies: ClassVar = {
-        f"{stack}.embed_tokens.weight": ("embed.tokens.weight", "shared.weight; two embeddings are not implemented")
-        for stack in ("encoder", "decoder")
+        "encoder.embed_tokens.weight": ("embed.tokens.weight", "shared.weight; two embeddings are not implemented"),
+        "decoder.embed_tokens.weight": ("embed.tokens.weight", "shared.weight; two embeddings are not implemented"),
+        "lm_head.weight": ("embed.tokens.weight", "shared.weight"),  # where it is stored at all, it is a matrix apart
     }
     required: ClassVar = {"is_decoder": (False,), "is_causal": (True, None)}
 

@@ -76,14 +76,13 @@ def llama_like(begins: bool = True) -> Tokenizer:
     vocabulary = {piece: i for i, piece in enumerate([*pieces, "▁", *letters])}
     merges: list[tuple[str, str]] = []
 
-    # Each word grows letter by letter, with and without the space in front.
-    for word in sorted({word for line in _SENTENCES for word in re.findall(r"\w+", line)}):
-        for letters_of in (f"▁{word}", word):
-            for end in range(1, len(letters_of)):
-                pair = letters_of[:end], letters_of[end]
-                if (merged := "".join(pair)) not in vocabulary:
-                    vocabulary[merged] = len(vocabulary)
-                    merges.append(pair)
+    # Each word grows letter by letter, first with the space in front.
+    words = sorted({word for line in _SENTENCES for word in re.findall(r"\w+", line)})
+    for word in [*(f"▁{word}" for word in words), *words]:
+        for end in range(1, len(word)):
+            if word[: end + 1] not in vocabulary:
+                vocabulary[word[: end + 1]] = len(vocabulary)
+                merges.append((word[:end], word[end]))
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(

@@ -23,6 +23,7 @@ from transformers import (
 
 from handtune.engine import LoRAConfig, add_lora, merge_lora
 from handtune.models import GPT2, load, save
+from handtune.models.checkpoint import open_checkpoint
 
 
 def on_cpu(folder: Path, *arguments: Any, **settings: Any) -> Any:
@@ -543,6 +544,10 @@ def test_a_hub_id_is_downloaded_without_pickles(checkpoint, monkeypatch):
         "original/model.safetensors", "consolidated.safetensors", "consolidated.00.pth", "onnx/model.onnx",
     }  # fmt: skip
     assert set(filter_repo_objects([*read, *other], **patterns)) == read
+
+    open_checkpoint("someone/tiny-gpt2", weights=False)  # to look at data, say
+    described = {name for name in read if not name.endswith(".safetensors")}
+    assert set(filter_repo_objects([*read, *other], **asked[-1][1])) == described
 
 
 def test_a_download_that_fails_is_one_line(monkeypatch, tmp_path):

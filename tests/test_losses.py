@@ -101,6 +101,22 @@ def test_embedding_loss_is_info_nce() -> None:
     assert loss_fn(model, Collate()(rows))[1] == 6
 
 
+def test_twins_do_not_repel_each_other() -> None:
+    """A row's answer in another row is no wrong answer: the loss of right embeddings goes to 0, without a gradient."""
+    model = Lookup(torch.eye(4)[[0, 1, 2, 2, 3]] * 3)
+    rows = pairs_of((0, 0, 4), (0, 0, 4), (1, 1, 0), (2, 3, 3))  # two twins; a negative that is its row's positive
+    loss, count = losses.embedding_loss(model, Collate()(rows))
+    assert (count, loss.item()) == (4, pytest.approx(0.0, abs=1e-6))
+    torch.testing.assert_close(gradients(model, loss)["weight"], torch.zeros(5, 4), atol=1e-6, rtol=0)
+    # Without the twin's row, which adds what the first one does, nothing else changes.
+    vectors = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    first, together = (losses.embedding_loss(Lookup(vectors), Collate()(part))[0] for part in (rows[1:], rows))
+    twin = losses.embedding_loss(Lookup(vectors), Collate()([rows[0], *rows[2:]]))[0]
+    one = F.cross_entropy(F.cosine_similarity(vectors[:1], vectors[[0, 1, 3, 4]])[None] / 0.05, torch.tensor([0]))
+    assert first.item() == pytest.approx(twin.item(), rel=1e-5)
+    assert together.item() - first.item() == pytest.approx(one.item(), abs=1e-4)
+
+
 def test_evaluation_is_one_mean_over_all_targets() -> None:
     """Not a mean of the batches' means, and the same however the rows are cut."""
     model, rows, loss_fn = case("sft")

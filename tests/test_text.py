@@ -4,12 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from small_tokenizers import byte_level, llama_like, sentence_piece
 from transformers import PreTrainedTokenizerFast
 
+from handtune.engine import generate
 from handtune.engine.corpus import token_corpus
 from handtune.engine.encode import encode
 from handtune.engine.text import append_eos, beginning, completion_text, prompt_tokens, tokenize_pairs
+from handtune.models import GPT2
 
 BOS, EOS = 1, 2
 PAIRS = [
@@ -45,6 +48,28 @@ def test_a_completion_alone_would_lose_its_space() -> None:
     (ids, start), *_ = tokenize_pairs(tokenizer, [("the cat", " sat")])
     assert tokenizer.decode(ids[start:]) == "sat"
     assert completion_text(tokenizer, ids[:start], ids[start:]) == " sat"
+
+
+class AlwaysTheSame(torch.nn.Module):
+    """A head that finds one token the likeliest."""
+
+    def __init__(self, token: int, size: int) -> None:
+        super().__init__()
+        self.logits = torch.nn.functional.one_hot(torch.tensor(token), size).float()
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.logits.expand(*states.shape[:-1], -1)
+
+
+def test_a_stop_string_begins_with_a_space() -> None:
+    """It is found in the first new token, too, which alone would be decoded without it."""
+    tokenizer = llama_like()
+    word = tokenizer.encode("the cat sat", add_special_tokens=False).ids[-1]
+    model = GPT2.from_name("gpt2", n_layer=1, n_head=1, d_model=8, vocab_size=tokenizer.get_vocab_size())
+    model.head = AlwaysTheSame(word, tokenizer.get_vocab_size())
+    prompt = torch.tensor([prompt_tokens(tokenizer, ["the cat"])[0]])
+    out = generate(model, prompt, max_new_tokens=5, temperature=0, stop=[" sat"], tokenizer=tokenizer)
+    assert out.shape[1] == prompt.shape[1] + 1
 
 
 def test_texts_begin_as_transformers_has_them() -> None:

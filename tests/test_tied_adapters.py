@@ -1,0 +1,169 @@
+"""Adapters that bring an embedding or an output matrix, on bases that tie the two: PEFT's numbers, or a refusal."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from small_adapters import assert_unchanged, close, logits, shaken, snapshot
+from small_growing import SIZE
+from small_models import both, theirs, tiny_bert, tiny_gpt2, tiny_llama
+from small_t5 import both_t5
+from small_tokenizers import byte_level
+from test_adapter_exchange import TEXT, assert_close, tiny_bloom
+from test_adapter_exchange import logits as logits_of
+
+from handtune.cli import main
+from handtune.engine import LoRAConfig, add_lora, load_adapter, save_adapter, train_rows, unfreeze
+from handtune.models import load
+
+BASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
+    "llama": (lambda f: both(f, tiny_llama(tie_word_embeddings=True), "causal-lm"), TEXT),
+    "gpt2": (lambda f: both(f, tiny_gpt2(), "causal-lm"), TEXT),
+    "bert": (lambda f: both(f, tiny_bert(), "masked-lm"), TEXT),
+    "bloom": (lambda f: both(f, tiny_bloom(), "causal-lm"), TEXT),
+    "t5": (both_t5, TEXT | {"decoder_input_ids": TEXT["input_ids"]}),
+}
+
+
+@pytest.mark.parametrize("part", ["embed.tokens.*", "head.*"])
+@pytest.mark.parametrize("base", BASES)
+def test_peft_reads_our_tied_matrices(base: str, part: str, tmp_path: Path) -> None:
+    make, inputs = BASES[base]
+    reference, model = make(tmp_path / "base")
+    add_lora(model, LoRAConfig(rank=2, alpha=4))
+    unfreeze(model, part)
+    expected = logits_of(shaken(model), inputs)
+    save_adapter(model, tmp_path / "adapter")
+    assert_close(logits_of(peft.PeftModel.from_pretrained(reference, str(tmp_path / "adapter")), inputs), expected)
+    again = make(tmp_path / "other")[1]
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(logits_of(again, inputs), expected)
+
+
+TIED_APART = "to which the base ties it"
+OF_PEFT: dict[str, tuple[bool, list[str], bool, str | None]] = {
+    "the embedding of a tied base": (True, ["embed_tokens"], False, TIED_APART),
+    "its head": (True, ["lm_head"], False, TIED_APART),
+    "both": (True, ["embed_tokens", "lm_head"], False, "are two matrices in this adapter, and one in the base"),
+    "both, tied": (True, ["embed_tokens"], True, None),
+    "the head, tied": (True, ["lm_head"], True, None),
+    "the embedding of an untied base": (False, ["embed_tokens"], False, None),
+    "its head apart": (False, ["lm_head"], False, None),
+    "both apart": (False, ["embed_tokens", "lm_head"], False, None),
+}
+
+
+def pefts(folder: Path, tied: bool, saved: list[str], tying: bool) -> Any:
+    """PEFT's model, shaken, whose adapter lies in `folder`/adapter, and our base for it."""
+    reference, model = both(folder / "base", tiny_llama(tie_word_embeddings=tied), "causal-lm")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved, ensure_weight_tying=tying)
+    reference = shaken(peft.get_peft_model(reference, config)).eval()
+    reference.save_pretrained(folder / "adapter")
+    return reference, model
+
+
+@pytest.mark.parametrize(("tied", "saved", "tying", "refusal"), OF_PEFT.values(), ids=OF_PEFT)
+def test_we_read_pefts(tied: bool, saved: list[str], tying: bool, refusal: str | None, tmp_path: Path) -> None:
+    reference, model = pefts(tmp_path, tied, saved, tying)
+    arguments = ["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "out")]
+    if refusal is None:
+        load_adapter(model, tmp_path / "adapter")
+        close(logits(model), logits(reference))
+        assert main(arguments) == 0
+        close(logits(load(tmp_path / "out", device="cpu")[0]), logits(reference))
+        return
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=refusal):
+        load_adapter(model, tmp_path / "adapter")
+    assert_unchanged(model, before)
+    assert main(arguments) == 2
+
+
+def test_token_rows_under_an_output_matrix_with_a_bias(tmp_path: Path) -> None:
+    """PEFT computes it without the bias then: either side refuses the other's file, and we read ours."""
+    reference, model = both(tmp_path / "base", tiny_bert(), "masked-lm")
+    config = peft.LoraConfig(r=2, target_modules=["query"], trainable_token_indices=[3, 9])
+    shaken(peft.get_peft_model(reference, config)).save_pretrained(tmp_path / "theirs")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"cls\.predictions\.decoder has a bias, without which PEFT computes"):
+        load_adapter(model, tmp_path / "theirs")
+    assert_unchanged(model, before)
+    add_lora(model, LoRAConfig(rank=2, targets=["query"]))
+    train_rows(model, [3, 9])
+    model.embed.tokens.weight.data[[3, 9]] += 0.5
+    save_adapter(model, tmp_path / "ours")
+    again, reference = reversed(both(tmp_path / "other", tiny_bert(), "masked-lm"))
+    with pytest.raises(KeyError, match="HANDTUNE_LORA"):
+        peft.PeftModel.from_pretrained(reference, str(tmp_path / "ours"))
+    load_adapter(again, tmp_path / "ours")
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_what_wrappers_of_saved_modules_hold(tmp_path: Path) -> None:
+    """PEFT may store X.modules_to_save.weight beside X.weight, and X.original_module.weight, which is the base's."""
+    reference, _ = pefts(tmp_path, False, ["lm_head"], False)
+    file, key = tmp_path / "adapter" / "adapter_model.safetensors", "base_model.model.lm_head"
+    plain = load_file(file)
+    head = plain[f"{key}.weight"]
+    wrapped = {f"{key}.modules_to_save.weight": head.clone(), f"{key}.original_module.weight": torch.zeros(5, 3)}
+    for stored in (plain | wrapped, {k: v for k, v in plain.items() if "lm_head" not in k} | wrapped):
+        save_file(stored, file)
+        model = load(tmp_path / "base", device="cpu")[0]
+        load_adapter(model, tmp_path / "adapter")
+        close(logits(model), logits(reference))
+    save_file(plain | wrapped | {f"{key}.modules_to_save.weight": head + 1}, file)
+    with pytest.raises(ValueError, match=r"modules_to_save\.weight and lm_head\.weight differ"):
+        load_adapter(load(tmp_path / "base", device="cpu")[0], tmp_path / "adapter")
+
+
+def of_another_size(folder: Path, tied: bool, size: int, more: tuple[str, ...], **settings: Any) -> Any:
+    """PEFT's model, trained after its base of SIZE tokens was brought to `size`; its files are in `folder`."""
+    base = theirs(tiny_llama(vocab_size=SIZE, tie_word_embeddings=tied), "causal-lm")
+    base.save_pretrained(folder / "base")
+    byte_level().save(str(folder / "base/tokenizer.json"))
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+    base.resize_token_embeddings(size, mean_resizing=False)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **settings)
+    reference = shaken(peft.get_peft_model(base, config)).eval()
+    reference.save_pretrained(folder / "adapter")
+    if more:
+        grown = type(byte_level()).from_str(byte_level().to_str())
+        grown.add_special_tokens(list(more))
+        grown.save(str(folder / "adapter/tokenizer.json"))
+    return reference
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("size", "more"),
+    [(SIZE + 2, ("<a>", "<b>")), (SIZE + 13, ("<a>",)), (SIZE + 3, ()), (SIZE - 5, ())],
+    ids=["as the tokenizer", "padded to a multiple", "without a tokenizer", "smaller"],
+)
+def test_a_vocabulary_of_another_size(tied: bool, size: int, more: tuple[str, ...], tmp_path: Path) -> None:
+    reference = of_another_size(tmp_path, tied, size, more)
+    if size < SIZE:  # the base's tokenizer counts beyond it
+        (tmp_path / "base/tokenizer.json").unlink()
+    arguments = ["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "out")]
+    assert main(arguments) == 0
+    ids = torch.tensor([[1, size - 1, 5, size - 2, 7]])
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        assert_close(merged(ids).logits, reference(input_ids=ids).logits)
+        assert_close(load(tmp_path / "out", device="cpu")[0](ids), reference(input_ids=ids).logits)
+    with pytest.raises(ValueError, match="the model needs"):
+        load_adapter(load(tmp_path / "base", device="cpu")[0], tmp_path / "adapter")
+
+
+def test_one_matrix_of_another_size_without_the_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    of_another_size(tmp_path, False, SIZE + 2, ("<a>", "<b>"))
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if "lm_head" not in key}, file)
+    assert main(["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "out")]) == 2
+    assert f"trained with {SIZE + 2} tokens, the base has {SIZE}, and lm_head.weight" in capsys.readouterr().err
+    assert json.loads((tmp_path / "base/config.json").read_text())["vocab_size"] == SIZE
