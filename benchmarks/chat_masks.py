@@ -86,8 +86,8 @@ def dialogue(turns: int, system: bool, tools: str, thinking: str, answers: str) 
 class Oracle:
     """transformers' rendering of a template, in whichever form of messages it shows all that they say."""
 
-    def __init__(self, source: str) -> None:
-        self.source = source
+    def __init__(self, jinja: str) -> None:
+        self.jinja = jinja
 
     def __call__(
         self, messages: list[Row], prompt: bool = False, **arguments: Any
@@ -99,7 +99,7 @@ class Oracle:
             try:
                 (text,), (marks,) = render_jinja_template(
                     [[_formed(message, as_text, nothing, parts) for message in messages]],
-                    chat_template=self.source, add_generation_prompt=prompt, return_assistant_tokens_mask=True,
+                    chat_template=self.jinja, add_generation_prompt=prompt, return_assistant_tokens_mask=True,
                     **TOKENS, **arguments,
                 )  # fmt: skip
             except Exception as caught:
@@ -127,7 +127,7 @@ def _formed(message: Row, as_text: bool, nothing: Row, parts: bool) -> Row:
     return formed
 
 
-def tokenizer_for(source: str) -> Any:
+def tokenizer_for(jinja: str) -> Any:
     """Bytes, and the special tokens that stand in a template."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
@@ -137,7 +137,7 @@ def tokenizer_for(source: str) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     special = set(
-        re.findall(r"<[|｜][^<>{}\s']+?[|｜]>|<[a-z_]+\|>|<\|[a-z_]+>|</?s>|<\w+_of_\w+>|<sop>|\[gMASK\]", source)
+        re.findall(r"<[|｜][^<>{}\s']+?[|｜]>|<[a-z_]+\|>|<\|[a-z_]+>|</?s>|<\w+_of_\w+>|<sop>|\[gMASK\]", jinja)
     )
     tokenizer.add_special_tokens(sorted({*special, *TOKENS.values()} - PLAIN))
     tokenizer.add_tokens([AddedToken(token, special=False) for token in sorted(PLAIN)])
@@ -217,8 +217,8 @@ def rule(context: str, target: str, prompt: str, twin: tuple[str, str, str]) -> 
         used.append("empty thinking")
 
     whole = between + target
-    if (rest := whole.removeprefix(left)) and len(rest) == len(whole) - len(left) and after.startswith(rest):
-        return (*used, "the end") if TOKEN.fullmatch(rest) else None
+    if (ending := whole.removeprefix(left)) and len(ending) == len(whole) - len(left) and after.startswith(ending):
+        return (*used, "the end") if TOKEN.fullmatch(ending) else None
     behind = left.removeprefix(whole)
     if len(behind) != len(left) - len(whole) or behind.replace(TOKENS["eos_token"], "").strip():
         return None
@@ -239,10 +239,10 @@ class Pair:
     def __init__(self, folder: Path, name: str) -> None:
         from handtune.engine.chat import ChatTemplate
 
-        source = (folder / f"{name}.jinja").read_text(encoding="utf-8")
-        self.template = ChatTemplate(source, **TOKENS)
-        self.tokenizer = tokenizer_for(source)
-        self.original = Oracle(source)
+        jinja = (folder / f"{name}.jinja").read_text(encoding="utf-8")
+        self.template = ChatTemplate(jinja, **TOKENS)
+        self.tokenizer = tokenizer_for(jinja)
+        self.original = Oracle(jinja)
         self.twin = Oracle((folder / f"{name}_training.jinja").read_text(encoding="utf-8"))
 
     def outcome(self, row: Row) -> tuple[str, str]:
@@ -263,15 +263,15 @@ class Pair:
             prompt = self.original(messages[:turn], True, **arguments)[0]
             fitting = [stretch for stretch in stretches if answers_to(prompt, stretch[0])]
             twins = marked(self.twin, messages, turn, **arguments)
-            found = [
+            readings = [
                 (*by, *(["as the last turn"] if last else []))
                 for last, twin in enumerate(twins)
                 for context, target in fitting
                 if (by := rule(context, target, prompt, twin)) is not None
             ]
-            if not found:
+            if not readings:
                 return "wrong", f"turn {turn}: {[text for _, text in fitting]!r} where {[twin[0] for twin in twins]!r}"
-            used |= set(found[0])
+            used |= set(readings[0])
         return ("by rule", ", ".join(sorted(used))) if used else ("equal", "")
 
     def _is_true(self, reason: str, messages: list[Row], arguments: Row) -> bool:
@@ -288,7 +288,7 @@ class Pair:
         without = [{key: value for key, value in message.items() if f"'{key}'" not in reason} for message in messages]
         named = {name: value for name, value in arguments.items() if f"'{name}'" not in reason}
         if "tool_calls" in reason:
-            return "tool_calls" not in self.original.source
+            return "tool_calls" not in self.original.jinja
         try:
             same = self.original(messages, **arguments) == self.original(without, **named)
             return "does not use" in reason and same

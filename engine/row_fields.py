@@ -66,19 +66,19 @@ def with_system(messages: list[dict[str, Any]], raw: Mapping[str, Any]) -> list[
     return messages
 
 
-def message_fields(message: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """A message with its content as text and its tool calls checked. `place` begins the errors."""
+def message_fields(message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A message with its content as text and its tool calls checked. `where` begins the errors."""
     content = message.get("content")
     if content is None and any(message.get(key) for key in _IN_PLACE_OF_CONTENT):
         message = {**message, "content": ""}
     elif isinstance(content, list):
-        message = {**message, "content": "".join(_part_text(part, place) for part in content)}
+        message = {**message, "content": "".join(_part_text(part, where) for part in content)}
 
     calls = [] if message.get("tool_calls") is None else message["tool_calls"]
     if not isinstance(calls, list) or not all(map(_is_call, calls)):
         example = '{"function": {"name": ..., "arguments": {...}}}'
-        raise ValueError(f"{place}: tool_calls must be a list of calls, each {example}")
-    _check_unicode({key: value for key, value in message.items() if key not in ("role", "content")}, place)
+        raise ValueError(f"{where}: tool_calls must be a list of calls, each {example}")
+    _check_unicode({key: value for key, value in message.items() if key not in ("role", "content")}, where)
     return dict(message)
 
 
@@ -87,15 +87,15 @@ def _is_call(call: Any) -> bool:
     return isinstance(function, dict) and isinstance(function.get("name"), str)
 
 
-def _part_text(part: Any, place: str) -> str:
+def _part_text(part: Any, where: str) -> str:
     if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     kind = part.get("type") if isinstance(part, dict) else part
-    raise ValueError(f"{place}: content holds a part that is no text ({kind!r}), and only text is read; take it out")
+    raise ValueError(f"{where}: content holds a part that is no text ({kind!r}), and only text is read; take it out")
 
 
-def _check_unicode(value: Any, place: str) -> None:
+def _check_unicode(value: Any, where: str) -> None:
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{place} holds half of a surrogate pair; remove the \\ud... escape") from None
+        raise ValueError(f"{where} holds half of a surrogate pair; remove the \\ud... escape") from None

@@ -26,7 +26,7 @@ SPECIAL = (
 class Kind:
     """A template; what it can render; and its answers."""
 
-    source: str
+    jinja: str
     end: str
     answers: Callable[[Message], str]
     tools: bool = False

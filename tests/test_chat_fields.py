@@ -30,21 +30,21 @@ ANSWER = {"role": "assistant", "content": "At 06:12."}
 PLAIN = [ASKED, ANSWER]
 
 
-def trained(row: Row, source: str = THINKER, objective: str = "sft") -> list[str]:
+def trained(row: Row, jinja: str = THINKER, objective: str = "sft") -> list[str]:
     """What has a loss, of each example."""
-    template = ChatTemplate(source, **TOKENS)
+    template = ChatTemplate(jinja, **TOKENS)
     examples, _ = encode([normalise(row)], tokenizer(), objective, max_length=5000, eos=1, template=template)
     return [tokenizer().decode([t for t in example["targets"] if t >= 0], False) for example in examples]
 
 
-def text(row: Row, source: str = THINKER) -> str:
-    examples, _ = encode([normalise(row)], tokenizer(), "sft", max_length=5000, template=ChatTemplate(source, **TOKENS))
+def text(row: Row, jinja: str = THINKER) -> str:
+    examples, _ = encode([normalise(row)], tokenizer(), "sft", max_length=5000, template=ChatTemplate(jinja, **TOKENS))
     return tokenizer().decode(examples[-1]["input_ids"], False)
 
 
-def refused(row: Row, says: str, source: str = THINKER, objective: str = "sft") -> None:
+def refused(row: Row, says: str, jinja: str = THINKER, objective: str = "sft") -> None:
     with pytest.raises(ValueError, match=says):
-        trained(row, source, objective)
+        trained(row, jinja, objective)
 
 
 def test_what_a_template_gets_besides_messages_is_shown_or_refused() -> None:
@@ -167,10 +167,10 @@ def test_content_is_text_parts_of_text_or_beside_calls_nothing() -> None:
         normalise({"messages": [ASKED, {**ANSWER, "content": None}]})
 
 
-def pair(chosen: Row, rejected: Row, source: str = THINKER, **more: Any) -> tuple[str, str, str]:
+def pair(chosen: Row, rejected: Row, jinja: str = THINKER, **more: Any) -> tuple[str, str, str]:
     """Prompt and both answers of a comparison as they are encoded."""
     row = normalise({"prompt": [ASKED], "chosen": [chosen], "rejected": [rejected], **more})
-    (example,), _ = encode([row], tokenizer(), "pairs", max_length=5000, template=ChatTemplate(source, **TOKENS))
+    (example,), _ = encode([row], tokenizer(), "pairs", max_length=5000, template=ChatTemplate(jinja, **TOKENS))
     start, other = example["starts"]
     prompt = tokenizer().decode(example["chosen"][:start], False)
     assert prompt == tokenizer().decode(example["rejected"][:other], False)
@@ -199,16 +199,16 @@ def test_comparisons_of_turns_with_calls_thinking_and_tools() -> None:
         pair(ASKED, ANSWER)
 
 
-def model_with(source: str | None) -> Any:
-    return SimpleNamespace(tokens=SpecialTokens(eos_id=1, chat_template=source, names=TOKENS))
+def model_with(jinja: str | None) -> Any:
+    return SimpleNamespace(tokens=SpecialTokens(eos_id=1, chat_template=jinja, names=TOKENS))
 
 
-@pytest.mark.parametrize("source", [THINKER, HEADERS, DISTILLED, None])
-def test_a_prompt_is_the_beginning_of_what_is_trained(source: str | None) -> None:
+@pytest.mark.parametrize("jinja", [THINKER, HEADERS, DISTILLED, None])
+def test_a_prompt_is_the_beginning_of_what_is_trained(jinja: str | None) -> None:
     messages = [{"role": "system", "content": "Be kind."}, *PLAIN, {**ASKED, "content": "And at Fowey?"}]
-    prompt = prompt_of({"messages": messages}, model_with(source))
+    prompt = prompt_of({"messages": messages}, model_with(jinja))
     whole = text(
-        {"messages": [*messages, {**ANSWER, "content": "<think>\nHm.\n</think>\n\nNo."}]}, source or DEFAULT_TEMPLATE
+        {"messages": [*messages, {**ANSWER, "content": "<think>\nHm.\n</think>\n\nNo."}]}, jinja or DEFAULT_TEMPLATE
     )
     assert whole.startswith(prompt)
     assert len(prompt) > 40

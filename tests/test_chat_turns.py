@@ -28,23 +28,23 @@ def dialogue(turns: int, system: bool, tools: bool, thinking: str, answers: str)
             function = {"name": "tide_table", "arguments": {"harbour": f"Wick {i}"}}
             messages.append({"role": "assistant", "tool_calls": [{"id": f"c{i}", "function": function}]})
             messages.append({"role": "tool", "tool_call_id": f"c{i}", "content": "06:12"})
-        said = {"content": answer}
+        spoken = {"content": answer}
         if thinking == "field":
-            said = {"content": answer, "reasoning_content": f"Let me see, {i}."}
+            spoken = {"content": answer, "reasoning_content": f"Let me see, {i}."}
         if thinking == "content":
-            said = {"content": f"<think>\nLet me see, {i}.\n</think>\n\n{answer}"}
-        messages.append({"role": "assistant", **said})
+            spoken = {"content": f"<think>\nLet me see, {i}.\n</think>\n\n{answer}"}
+        messages.append({"role": "assistant", **spoken})
     return {"messages": messages, **({"tools": TOOLS} if tools else {})}
 
 
 @cache
-def compiled(source: str) -> ChatTemplate:
-    return ChatTemplate(source, **TOKENS)
+def compiled(jinja: str) -> ChatTemplate:
+    return ChatTemplate(jinja, **TOKENS)
 
 
 def trained(row: dict[str, Any], kind: Kind) -> list[tuple[str, str]]:
     """Each stretch of tokens with a loss as text, and the text before it; the examples one after the other."""
-    examples, _ = encode([normalise(row)], tokenizer(), "sft", max_length=5000, template=compiled(kind.source))
+    examples, _ = encode([normalise(row)], tokenizer(), "sft", max_length=5000, template=compiled(kind.jinja))
     stretches = []
     for example in examples:
         ids = [example["input_ids"][0]]
@@ -58,13 +58,13 @@ def trained(row: dict[str, Any], kind: Kind) -> list[tuple[str, str]]:
 
 def hugging_face_prompt(kind: Kind, messages: list[dict[str, Any]], tools: Any) -> str:
     utils = pytest.importorskip("transformers.utils.chat_template_utils")
-    if "part.type" in kind.source:
+    if "part.type" in kind.jinja:
         messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
-    messages = [{"content": None if "content is none" in kind.source else "", **m} for m in messages]
-    if "call.function.arguments +" in kind.source:
+    messages = [{"content": None if "content is none" in kind.jinja else "", **m} for m in messages]
+    if "call.function.arguments +" in kind.jinja:
         messages = [_with_text(message) for message in messages]
     texts, _ = utils.render_jinja_template(
-        [messages], chat_template=kind.source, tools=tools, add_generation_prompt=True, **TOKENS
+        [messages], chat_template=kind.jinja, tools=tools, add_generation_prompt=True, **TOKENS
     )
     return texts[0]
 
@@ -103,13 +103,13 @@ def test_every_turn_of_every_dialogue_is_trained_behind_its_prompt(name: str) ->
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_token_that_ends_a_turn(name: str) -> None:
-    assert turn_end(ChatTemplate(KINDS[name].source, **TOKENS), tokenizer()) == tokenizer().token_to_id(KINDS[name].end)
+    assert turn_end(ChatTemplate(KINDS[name].jinja, **TOKENS), tokenizer()) == tokenizer().token_to_id(KINDS[name].end)
 
 
 def test_a_turn_that_calls_a_tool_may_end_by_a_token_of_its_own() -> None:
     ends = {"thinker": "<|im_end|>", "endless": "<|observation|>", "channels": "<|call|>", "chatml": None}
     for name, end in ends.items():
-        token = turn_end(compiled(KINDS[name].source), tokenizer(), calls=True)
+        token = turn_end(compiled(KINDS[name].jinja), tokenizer(), calls=True)
         assert token == (None if end is None else tokenizer().token_to_id(end))
 
 
@@ -167,13 +167,13 @@ SILENT = THINKER.replace("enable_thinking is defined and", "")
 
 
 @pytest.mark.parametrize(
-    ("source", "thinking", "says"),
+    ("jinja", "thinking", "says"),
     [
         (OTHER_HEADER, "", r"begins messages\[1\] otherwise than its generation prompt .* marks into it"),
         (NO_END, "", r"ends messages\[1\] without the <\|im_end\|> that ends other turns"),
         (SILENT, "content", "say in the row whether the model thinks"),
     ],
 )
-def test_a_template_that_contradicts_itself_is_refused(source: str, thinking: str, says: str) -> None:
+def test_a_template_that_contradicts_itself_is_refused(jinja: str, thinking: str, says: str) -> None:
     with pytest.raises(ValueError, match="row 1: .*" + says):
-        trained(dialogue(1, False, False, thinking, "usual"), Kind(source, "", str))
+        trained(dialogue(1, False, False, thinking, "usual"), Kind(jinja, "", str))
