@@ -29,7 +29,7 @@ class Perfect(torch.nn.Module):
     def hidden(self, input_ids, **others):
         return input_ids[..., None].float()
 
-    def pool(self, states, mask, bounds):
+    def pool(self, states, ids, mask, bounds):
         return states
 
     def head(self, states: torch.Tensor) -> torch.Tensor:
@@ -90,7 +90,7 @@ def test_a_perfect_retrieval_of_some_rows() -> None:
             rows = input_ids[0].split(cu_seqlens.diff().tolist())
             return torch.stack([known[tuple(row.tolist())] for row in rows])
 
-        def pool(self, states, mask, bounds):
+        def pool(self, states, ids, mask, bounds):
             return states
 
     found = evaluate(Known(), Batches(encoded, Collate(), rows=2, shuffle=False), losses.embedding_loss, score)
