@@ -107,13 +107,8 @@ def lr_ratios(model: nn.Module) -> dict[str, float]:
 
 
 def active_adapter(model: nn.Module) -> str | None:
-    """The adapter that is applied to all rows, or merged; None where there is none, or one for each row."""
-    for _, module, _ in slots(model):
-        if module.merged is not None:
-            return module.merged.name
-        if isinstance(module.active, str):
-            return module.active
-    return None
+    """The adapter that is applied to all rows; None where there is none, one for each row, or one is merged."""
+    return next((module.active for _, module, _ in slots(model) if isinstance(module.active, str)), None)
 
 
 def make_room(model: nn.Module) -> None:
