@@ -1,4 +1,4 @@
-"""How CUDA computes in fp32, and whether it repeats itself: settings of the process, made before a run or evaluation.
+"""How CUDA computes in fp32, and whether it repeats itself: settings of the process, made for a run or an evaluation.
 
 A product of fp32 matrices is by default one of fp32 numbers. A convolution isn't: cuDNN may round what it reads to
 TF32, 10 bits of mantissa, because `torch.backends.cudnn.allow_tf32` begins as True. Here convolutions do what matrix
@@ -6,15 +6,64 @@ products do: exact unless `torch.set_float32_matmul_precision("high")` asks both
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 
-def settle_arithmetic(deterministic: bool = False) -> None:
-    """Convolutions as exact as matrix products; if `deterministic`, everything on CUDA repeats itself bitwise."""
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.benchmark = False  # which would choose the algorithm by the clock
+
+@contextmanager
+def settled_arithmetic(deterministic: bool = False) -> Iterator[None]:
+    """Convolutions as exact as matrix products; if `deterministic`, everything on CUDA repeats itself bitwise.
+
+    After the block the process has the settings that it had before.
+    """
+    with _same_cudnn(), _same_algorithms():
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        if deterministic:
+            os.environ.setdefault(WORKSPACE, ":4096:8")  # without it cuBLAS refuses to be deterministic
+            torch.use_deterministic_algorithms(True)
+            torch.backends.cudnn.deterministic = True
+            torch.backends.cudnn.benchmark = False  # which would choose the algorithm by the clock
+        yield
+
+
+@contextmanager
+def _same_cudnn() -> Iterator[None]:
+    """cuDNN's settings are afterwards what they were, in whichever of torch's two spellings they were made."""
+    cudnn: Any = torch.backends.cudnn  # the stubs don't know its newer spelling
+    precisions = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    flags = cudnn.deterministic, cudnn.benchmark
+    try:
+        allow_tf32 = cudnn.allow_tf32
+    except RuntimeError:  # it can't be read where the newer spelling was used for one of the two alone
+        allow_tf32 = None
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = flags
+        if allow_tf32 is not None:
+            cudnn.allow_tf32 = allow_tf32
+        if (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) != precisions:
+            cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = precisions
+
+
+@contextmanager
+def _same_algorithms() -> Iterator[None]:
+    """Whether torch insists on deterministic algorithms is afterwards as before, and so is cuBLAS's workspace."""
+    insists, warns = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    workspace = os.environ.get(WORKSPACE)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(insists, warn_only=warns)
+        if workspace is None:
+            os.environ.pop(WORKSPACE, None)
+        else:
+            os.environ[WORKSPACE] = workspace

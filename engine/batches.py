@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .candidates import candidates
+
 IGNORE = -100
 Batch = dict[str, Any]
 CollateFn = Callable[[list[Any]], Any]
@@ -202,7 +204,9 @@ class Collate:
     `batch["inputs"]` are the model's keyword arguments; `batch["lengths"]` the tokens of each row. Token targets become
     `index` (flat positions that have one) and `targets` (n,), with `counts`, how many each row has; labels become
     `labels` (B,); spans `starts` and `ends` (B,); an `adapter`, the name of each row's, `adapters`. Text pairs become
-    one set of inputs each, under their names.
+    inputs under the names `anchor` (B rows), `positive` and `negative` (together C rows): each text that differs once,
+    and a negative that is also a positive only there. `targets` (B,) are the numbers of the anchors' positives, and
+    `also_right` (B, C) says which others are no wrong answers (`candidates.py`).
     """
 
     layout: str = "packed"
@@ -212,8 +216,7 @@ class Collate:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
         first = examples[0]
         if "anchor" in first:
-            names = [name for name in ("anchor", "positive", "negative") if name in first]
-            return {name: self._inputs([example[name] for example in examples]) for name in names}
+            return self._pairs(examples)
         types = [example["token_type_ids"] for example in examples] if "token_type_ids" in first else None
         inputs = self._inputs([example["input_ids"] for example in examples], types)
         batch: Batch = {"inputs": inputs, "lengths": [len(example["input_ids"]) for example in examples]}
@@ -235,6 +238,26 @@ class Collate:
         if "features" in first:
             batch["features"] = _features([example["features"] for example in examples])
         return batch
+
+    def _pairs(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
+        texts = {
+            name: [tuple(example[name]) for example in examples]
+            for name in ("anchor", "positive", "negative")
+            if name in examples[0]
+        }
+        anchors, positives, negatives = texts["anchor"], texts["positive"], texts.get("negative", [])
+        first, targets, right = candidates(anchors, positives, negatives)
+
+        batch: Batch = {"anchor": self._inputs(anchors)}
+        n = len(positives)
+        batch["positive"] = self._inputs([positives[i] for i in first if i < n])
+        if new := [negatives[i - n] for i in first if i >= n]:
+            batch["negative"] = self._inputs(new)
+
+        also_right = torch.zeros(len(anchors), len(first), dtype=torch.bool)
+        for row, columns in enumerate(right):
+            also_right[row, columns] = True
+        return {**batch, "targets": torch.tensor(targets), "also_right": also_right}
 
     def _inputs(self, rows: list, types: list | None = None) -> dict[str, Any]:
         return packed(rows, types) if self.layout == "packed" else padded(rows, self.pad_id, types)

@@ -1,28 +1,27 @@
-"""Chat templates: messages to text, and which characters of that text the assistant wrote.
+"""Chat templates: messages to text, and which characters of that text a template marks as the assistant's.
 
 A template is a Jinja program that comes with a model and is not trusted: it runs in jinja2's
 ImmutableSandboxedEnvironment, set up as transformers does (trim_blocks, lstrip_blocks, loop controls,
-`raise_exception`, `strftime_now`, `tojson`).
+`raise_exception`, `strftime_now`, `tojson`). One thing is stricter: a special token that a template writes and nobody
+defines is an error, where transformers writes nothing.
 
-The assistant's characters are found in one of two ways:
-
-- `{% generation %} ... {% endgeneration %}` in the template marks them.
-- Without marks, prefixes are differenced. The conversation is rendered up to each assistant turn with
-  add_generation_prompt (what the model would be given) and through that turn; the turn is what the second text adds to
-  the first, end-of-turn marker included, line ends after that marker not. Both must begin the whole text. Where they
-  don't, the template rewrites earlier turns (drops their reasoning, say), and no guess is made: ValueError.
+`{% generation %} ... {% endgeneration %}` in a template marks what the assistant writes. Most templates have no such
+marks; `chat_turns.py` tells what the assistant writes there.
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any
+
+from .chat_forms import MessageForm
 
 Span = tuple[int, int]  # first character, and the one after the last
 
-# For models without a template of their own. The space after "Assistant:" is the assistant's: as a word's leading space
-# it belongs to the word's token, and the prompt then ends where a token ends.
+# For models without a template. The space after "Assistant:" is the assistant's: as a word's leading space it belongs
+# to the word's token, and the prompt then ends where a token ends.
 DEFAULT_TEMPLATE = """\
 {% for message in messages %}
 {% if message['role'] == 'assistant' %}
@@ -38,46 +37,53 @@ DEFAULT_TEMPLATE = """\
 _OPEN, _CLOSE = "\ue0e0\ue0e1\ue0e0", "\ue0e2\ue0e1\ue0e2"
 _MARK = re.compile(f"{_OPEN}|{_CLOSE}")
 _BLOCK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+_SPECIAL_TOKEN = re.compile(r"[a-z]+_token")
 
 
 class ChatTemplate:
     """A compiled chat template with its special tokens: `ChatTemplate(source, bos_token="<s>", eos_token="</s>")`.
 
-    `source` is the template's text, by default the plain role-marker template above. Raises ValueError where it isn't
-    valid Jinja.
+    `source` is the template's text, by default the plain one above, whose turns `eos_token` ends. `marked` tells
+    whether it has generation marks, `variables` are the names that it reads from outside. Raises ValueError where
+    `source` isn't valid Jinja.
     """
 
-    def __init__(
-        self, source: str = DEFAULT_TEMPLATE, *, bos_token: str = "", eos_token: str = "", **tokens: str
-    ) -> None:
+    def __init__(self, source: str = DEFAULT_TEMPLATE, **special_tokens: str) -> None:
         self.source = source
-        self.special_tokens = {"bos_token": bos_token, "eos_token": eos_token, **tokens}
+        self.special_tokens = special_tokens
         self.marked = _BLOCK.search(source) is not None
-        self._template = _compile(source)
+        self._template, self.variables = _compile(source)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
-        """The conversation as text; with `add_generation_prompt` it ends where the assistant would go on."""
-        text = self._render(messages, add_generation_prompt)
-        return _MARK.sub("", text) if self.marked else text
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **arguments: Any
+    ) -> str:
+        """The conversation as text; with `add_generation_prompt` it ends where the assistant would go on.
 
-    def spans(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Span]]:
-        """The conversation as text, and the spans of characters that the assistant wrote, in order."""
-        return self._marked_spans(messages) if self.marked else self._prefix_spans(messages)
+        arguments: what the template gets besides, as tools, documents, enable_thinking. ValueError where the template
+        fails, refuses the messages, or writes a special token that it wasn't given.
+        """
+        return self.render_marked(messages, add_generation_prompt, **arguments)[0]
 
-    def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        # As transformers: an empty key is a missing key, templates print None otherwise.
-        plain = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        if self.marked and _MARK.search(json.dumps(plain, ensure_ascii=False)):
+    def render_marked(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **arguments: Any
+    ) -> tuple[str, list[Span]]:
+        """The conversation as text, and the characters that the template marks as the assistant's, in order."""
+        plain = self._form(messages)
+        if self.marked and _MARK.search(json.dumps([plain, arguments], ensure_ascii=False)):
             raise ValueError("a message holds the private-use characters that mark the assistant's text; remove them")
+        return _without_marks(self._run(plain, add_generation_prompt, arguments))
+
+    @cached_property
+    def _form(self) -> MessageForm:
+        return MessageForm(lambda messages: self._run(messages, False, {}))
+
+    def _run(self, messages: list[dict[str, Any]], add_generation_prompt: bool, arguments: Mapping[str, Any]) -> str:
         from jinja2 import TemplateError
 
+        given = {"tools": None, "documents": None, **self.special_tokens, **arguments}
         try:
             text: str = self._template.render(
-                messages=plain,
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
+                **given | {"messages": messages, "add_generation_prompt": add_generation_prompt}
             )
             return text
         except (
@@ -91,42 +97,55 @@ class ChatTemplate:
         ) as error:
             # A template is a program, and these are its bugs or its refusals.
             reason = " ".join(str(error).split()) or type(error).__name__
-            roles = ", ".join(_roles(plain)) or "none"
-            raise ValueError(f"the chat template cannot render {len(plain)} messages ({roles}): {reason}") from None
+            roles = ", ".join(_roles(messages)) or "none"
+            raise ValueError(f"the chat template cannot render {len(messages)} messages ({roles}): {reason}") from None
 
-    def _marked_spans(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Span]]:
-        pieces: list[str] = []
-        spans: list[Span] = []
-        length = start = 0
-        marked = self._render(messages, False)
-        last = 0
-        for mark in _MARK.finditer(marked):
-            pieces.append(marked[last : mark.start()])
-            length += len(pieces[-1])
-            last = mark.end()
-            if mark.group() == _OPEN:
-                start = length
-            elif length > start:
-                spans.append((start, length))
-        return "".join(pieces) + marked[last:], spans
 
-    def _prefix_spans(self, messages: Sequence[Mapping[str, Any]]) -> tuple[str, list[Span]]:
-        text = self._render(messages, False)
-        spans = []
-        for turn, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._render(messages[:turn], True)
-            after = self._render(messages[: turn + 1], False)
-            if not after.startswith(before) or not text.startswith(after):
-                raise ValueError(
-                    f"the chat template renders messages[{turn}] differently within the conversation (it "
-                    "rewrites earlier turns), so the assistant's tokens are unknown; put {% generation %} marks into it"
-                )
-            end = len(before) + len(without_trailing_space(after[len(before) :], message["content"]))
-            if end > len(before):
-                spans.append((len(before), end))
-        return text, spans
+class Dialogue:
+    """Messages, and what else a template gets, under that template; each beginning is rendered once."""
+
+    def __init__(
+        self, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]
+    ) -> None:
+        self.template, self.messages, self.arguments = template, messages, arguments
+        self._rendered: dict[tuple[int, bool], tuple[str, list[Span]]] = {}
+
+    def marked(self, length: int, prompt: bool = False) -> tuple[str, list[Span]]:
+        """The first `length` messages as text, with the generation prompt or without, and what the template marks."""
+        key = length, prompt
+        if key not in self._rendered:
+            self._rendered[key] = self.template.render_marked(self.messages[:length], prompt, **self.arguments)
+        return self._rendered[key]
+
+    def text(self, length: int, prompt: bool = False) -> str:
+        """The first `length` messages as text."""
+        return self.marked(length, prompt)[0]
+
+    def tried(self, length: int, prompt: bool = False) -> str | None:
+        """The same; None where the template doesn't render it, as some don't without a user's message."""
+        try:
+            return self.text(length, prompt)
+        except ValueError:
+            return None
+
+    def with_message(self, index: int, message: Mapping[str, Any]) -> str:
+        """The text of the messages before `index` and another message there."""
+        return self.template.render([*self.messages[:index], message], **self.arguments)
+
+
+def _without_marks(marked: str) -> tuple[str, list[Span]]:
+    pieces: list[str] = []
+    spans: list[Span] = []
+    length = start = last = 0
+    for mark in _MARK.finditer(marked):
+        pieces.append(marked[last : mark.start()])
+        length += len(pieces[-1])
+        last = mark.end()
+        if mark.group() == _OPEN:
+            start = length
+        elif length > start:
+            spans.append((start, length))
+    return "".join(pieces) + marked[last:], spans
 
 
 def _roles(messages: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -134,25 +153,33 @@ def _roles(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     return roles if len(roles) <= 6 else [*roles[:5], "..."]
 
 
-def without_trailing_space(turn: str, content: str) -> str:
-    """Cut the line end after an end-of-turn marker, where generation stops. Without a marker, it is the line end."""
-    stripped = turn.rstrip()
-    return turn if stripped.endswith(content.rstrip()) else stripped
-
-
-def _compile(source: str) -> Any:
+def _compile(source: str) -> tuple[Any, frozenset[str]]:
+    """The compiled template, and the names of the variables that it reads from outside."""
     import jinja2
+    import jinja2.meta
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    class MissingToken(jinja2.Undefined):
+        # False, undefined and replaceable by `default` as any undefined name, but not written as if it were empty.
+        def __str__(self) -> str:
+            if self._undefined_obj is jinja2.utils.missing and _SPECIAL_TOKEN.fullmatch(self._undefined_name or ""):
+                raise jinja2.UndefinedError(
+                    f"it writes {self._undefined_name}, which the tokenizer does not define; "
+                    "name it in tokenizer_config.json"
+                )
+            return super().__str__()
+
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], undefined=MissingToken
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     environment.globals["assistant_wrote"] = _assistant_wrote
+    source = _BLOCK.sub(_call_block, source)
     try:
-        return environment.from_string(_BLOCK.sub(_call_block, source))
+        variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
+        return environment.from_string(source), frozenset(variables)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"chat template line {error.lineno}: {error.message}; correct the template") from None
 

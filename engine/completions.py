@@ -6,6 +6,7 @@ from typing import Any
 
 from .adapters import use_adapter
 from .generation import generate, left_padded, stop_texts
+from .text import completion_text, prompt_tokens
 
 
 def completions(
@@ -29,7 +30,7 @@ def completions(
     """
     ends = list(model.tokens.ends)
     words = stop_texts(tokenizer, stop, ends)
-    ids = [_prompt(text, model, tokenizer) for text in prompts]
+    ids = _prompts(prompts, model, tokenizer)
     limit = model.config.max_positions
     for row, tokens in enumerate(ids, 1):
         if limit is not None and len(tokens) + max_new_tokens - 1 > limit:
@@ -61,20 +62,26 @@ def _answers(
                 model, batch.to(device), mask.to(device), max_new_tokens, seed=seed + start, eos_id=ends, stop=words,
                 tokenizer=tokenizer, **how,
             )  # fmt: skip
-        first = 1 if model.task == "seq2seq-lm" else batch.shape[1]
-        yield from (text_of(row, ends, words, tokenizer) for row in found[:, first:].tolist())
+        answers = model.task == "seq2seq-lm"  # which are texts of their own
+        first = 1 if answers else batch.shape[1]
+        for prompt, row in zip(ids[start : start + batch_rows], found[:, first:].tolist(), strict=True):
+            yield text_of(row, ends, words, tokenizer, () if answers else prompt)
 
 
-def _prompt(text: str, model: Any, tokenizer: Any) -> list[int]:
-    """A prompt's tokens as they were in training: for an encoder-decoder with the end token behind them."""
-    ids, end = tokenizer.encode(text, add_special_tokens=False).ids, model.tokens.eos_id
+def _prompts(texts: Sequence[str], model: Any, tokenizer: Any) -> list[list[int]]:
+    """The prompts' tokens as they were in training: for an encoder-decoder with the end token behind them."""
+    end = model.tokens.eos_id
     if model.task == "seq2seq-lm" and end is not None:
-        return [*ids, end]
-    return ids or [end or 0]
+        encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [[*encoding.ids, end] for encoding in encodings]
+    return [ids or [end or 0] for ids in prompt_tokens(tokenizer, texts)]
 
 
-def text_of(ids: list[int], ends: Sequence[int], stop: Sequence[str], tokenizer: Any) -> str:
-    """The text of a completion up to its first end token or stop string."""
-    text = tokenizer.decode(ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))])
+def text_of(
+    ids: Sequence[int], ends: Sequence[int], stop: Sequence[str], tokenizer: Any, prompt: Sequence[int] = ()
+) -> str:
+    """The text of a completion, behind the tokens of its prompt, up to its first end token or stop string."""
+    end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    text = completion_text(tokenizer, prompt, ids[:end])
     cuts = [at for word in stop if (at := text.find(word)) >= 0]
     return text[: min(cuts)] if cuts else text

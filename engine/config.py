@@ -11,6 +11,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from .encode_tasks import TRUNCATE
 from .loop import TrainConfig
 from .lora_config import LoRAConfig
 from .objectives import METHODS
@@ -50,19 +51,28 @@ class DataConfig:
     """Rows to train on (a file or several), and `eval`: a file, or the share of the rows held out.
 
     `max_length` is in tokens (None: the model's positions). `packing` lays rows end to end instead of padding them,
-    where the objective can; sources and targets of an encoder-decoder are padded, each at most `max_length` long. Of
-    images: `image_size` is the side of what the model sees, in pixels (None: the model's own); `augment` shifts and
-    mirrors them in training, which is wrong where left and right mean something.
+    where the objective can; sources and targets of an encoder-decoder are padded, each at most `max_length` long.
+
+    `truncate`: of a dialogue, a prompt with its completion or a comparison that is longer, the "end" is cut, or the
+    "start", or it is dropped ("drop"). `chat`: whether rows of prompt and completion are trained through the model's
+    chat template ("auto": where it has one; "on", "off"). Of images: `image_size` is the side of what the model sees,
+    in pixels (None: the model's own); `augment` shifts and mirrors them in training, which is wrong where left and
+    right mean something.
     """
 
     train: str | list[str]
     eval: str | float | None = None
     max_length: int | None = None
+    truncate: str = "end"
+    chat: str = "auto"
     packing: bool = True
     image_size: int | None = None
     augment: bool = True
 
     def __post_init__(self) -> None:
+        for name, value, known in (("truncate", self.truncate, TRUNCATE), ("chat", self.chat, ("auto", "on", "off"))):
+            if value not in known:
+                raise ValueError(f"data.{name} = {value!r}: expected one of {', '.join(known)}")
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"data.image_size = {self.image_size}: expected a positive number of pixels")
 

@@ -8,8 +8,7 @@ another cache and an old one is never read by mistake. Caches that are no longer
 Both files are written under a temporary name, synced and renamed, the JSON last: where it exists the tokens are whole.
 
 Sources are read in pieces of some 256 KB, so memory stays bounded by the longest line. A piece ends after a line that
-isn't blank and in front of one that begins with a word, where tokenizers of the GPT-2 and Llama 3 kind split anyway;
-tokenizers that put a space in front of every text do so at the start of each piece.
+isn't blank and in front of one that begins with a word, where tokenizers of the GPT-2 and Llama 3 kind split anyway.
 """
 
 import hashlib
@@ -25,12 +24,14 @@ import numpy as np
 import numpy.typing as npt
 
 from .data import parse_json
+from .text import beginning, begun
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_FORMAT = 1
+_FORMAT = 2
 _PIECE = 256 * 1024  # characters
+_ANCHOR = "\n"
 _BATCH = 4  # pieces tokenised at once, on as many cores
 
 Piece = tuple[str, bool]  # text, and whether a document ends with it
@@ -81,6 +82,7 @@ def token_corpus(
         "format": _FORMAT,
         "sources": [_identity(source) for source in sources],
         "tokenizer": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
+        "begin": beginning(tokenizer),
         "eos": eos,
         "dtype": dtype.name,
     }
@@ -165,12 +167,25 @@ def _replace(path: Path, chunks: Iterable[bytes]) -> None:
 def _tokens(
     sources: Sequence[str | Path], tokenizer: "Tokenizer", eos: int | None, dtype: "np.dtype[Any]"
 ) -> Iterator[npt.NDArray[Any]]:
+    """The tokens of each piece; a document's first one begins as texts do, its last one ends with `eos`."""
     pieces = (piece for source in sources for piece in _pieces(source))
+    begin, front = beginning(tokenizer), tokenizer.encode(_ANCHOR, add_special_tokens=False).ids
+    is_first = True
     while batch := list(islice(pieces, _BATCH)):
-        # The fast variant computes no offsets.
-        encodings = tokenizer.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
-        for (_, ends), encoding in zip(batch, encodings, strict=True):
+        firsts = [is_first, *(ends for _, ends in batch[:-1])]
+        is_first = batch[-1][1]
+
+        # Inside a document a piece is tokenised behind a line end, as it stands there.
+        texts = [text if first else _ANCHOR + text for first, (text, _) in zip(firsts, batch, strict=True)]
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # which computes no offsets
+        for first, (text, ends), encoding in zip(firsts, batch, encodings, strict=True):
             ids = encoding.ids
+            if first:
+                ids = begun(ids, begin)
+            elif ids[: len(front)] == front:
+                ids = ids[len(front) :]
+            else:
+                ids = tokenizer.encode(text, add_special_tokens=False).ids
             yield np.asarray([*ids, eos] if ends and eos is not None else ids, dtype=dtype)
 
 
@@ -196,6 +211,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 raise ValueError(
                     f"{path} line {number}: byte {read + error.start} is not UTF-8; save the file as UTF-8"
                 ) from None
+            if "\0" in text:
+                raise ValueError(
+                    f"{path} line {number}: byte {read + line.index(0)} is zero, as in UTF-16 or a damaged file; "
+                    "save it as UTF-8"
+                )
             yield number, text.removeprefix("\ufeff") if number == 1 else text
             read += len(line)
 

@@ -5,26 +5,28 @@ with file, line and remedy; nothing is skipped but blank lines.
 
     .jsonl .ndjson    an object a line
     .json             an array of objects, or {"data": [...]}, SQuAD's nesting included
-    .csv              header line, fields quoted as in RFC 4180
+    .csv              header line, fields quoted as in RFC 4180 (see `tables.py`)
     .tsv              header line, or none where there are two columns `text<TAB>label`; a quote is a character
     .txt              the whole file is one document
-    .conll .iob .iob2 a token and its tag a line (first and last column, tab or spaces), a blank line ends a sentence
+    .conll .iob .iob2 a token and its tag a line (first and last column), a blank line ends a sentence; columns are
+                      parted by tabs or else by plain spaces, so that a token may hold any other kind of space
     a folder          a folder a class, each with its images (see `images.py`)
 """
 
-import csv
-import io
 import json
 import random
-from collections import Counter
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from .images import image_rows
-from .rows import KNOWN_FIELDS, normalise, prompt_row, row_shape
+from .rows import label_name, normalise, prompt_row, row_shape
+from .tables import csv_rows, tsv_rows
 
 __all__ = ["label_names", "read_prompts", "read_rows", "row_shape", "split_rows"]
+
+BLANKS = " \t"  # what parts columns; any other kind of space is a character of a token
 
 Row = TypeVar("Row", bound=Mapping[str, Any])
 Placed = Iterator[tuple[str, Any]]  # where a row was found ("line 7"), and the row as it stands there
@@ -91,7 +93,11 @@ def read_text(path: Path) -> str:
         # Counted in the object decoded, which lacks the mark.
         offset = error.start + len(data) - len(error.object)
         line = data.count(b"\n", 0, offset) + 1
-        raise ValueError(f"{path} line {line}: byte {offset} is not UTF-8; save the file as UTF-8") from None
+        utf16 = "the file is UTF-16; " if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        raise ValueError(f"{path} line {line}: byte {offset} is not UTF-8; {utf16}save the file as UTF-8") from None
+    if (offset := data.find(b"\0")) >= 0:
+        line = data.count(b"\n", 0, offset) + 1
+        raise ValueError(f"{path} line {line}: byte {offset} is zero, as in UTF-16 or a damaged file; save it as UTF-8")
     if not text.strip():
         raise ValueError(f"{path}: the file is empty; give a file with at least one row")
     return text
@@ -100,12 +106,22 @@ def read_text(path: Path) -> str:
 def parse_json(text: str, path: Path, place: str = "") -> Any:
     """Parse `text`; a ValueError names the line (`place` where the text is one line of a file) and column."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_fields)
     except json.JSONDecodeError as error:
         line = place or f"line {error.lineno}"
         raise ValueError(f"{path} {line}: not JSON ({error.msg}, column {error.colno}); correct the line") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}{place and ' '}{place}: JSON that cannot be read ({error}); correct it") from None
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. ValueError where a field stands in it twice: one of the two would be dropped unseen."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {repeated!r} stands twice in {json.dumps(fields, ensure_ascii=False)[:60]}")
+    return fields
 
 
 def _jsonl(text: str, path: Path) -> Placed:
@@ -147,67 +163,6 @@ def _squad(articles: list[Any], path: Path) -> Placed:
         ) from None
 
 
-def _csv(text: str, path: Path) -> Placed:
-    yield from _table(csv.reader(io.StringIO(text, newline=""), strict=True), path)
-
-
-def _tsv(text: str, path: Path) -> Placed:
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter="\t", quoting=csv.QUOTE_NONE)
-    yield from _table(lines, path, headless=True)
-
-
-def _table(lines: Any, path: Path, headless: bool = False) -> Placed:
-    """Rows of a csv.reader. `headless` admits a file of two columns that starts with data."""
-    fields: list[str] = []
-    try:
-        for values in lines:
-            if not any(values):
-                continue
-            if not fields and headless and len(values) == 2 and not KNOWN_FIELDS & set(values):
-                yield from _headless(values, lines, path)
-                return
-            if not fields:
-                fields = _header(values, path)
-            elif len(values) != len(fields):
-                raise ValueError(
-                    f"{path} line {lines.line_num}: {len(values)} fields where the header has {len(fields)} "
-                    f"({', '.join(fields)}); quote a field that holds the separator, or use JSONL"
-                )
-            else:
-                yield f"line {lines.line_num}", dict(zip(fields, values, strict=True))
-    except csv.Error as error:
-        raise ValueError(f"{path} line {lines.line_num}: {error}; check the quotes, or use JSONL") from None
-
-
-def _header(values: list[str], path: Path) -> list[str]:
-    fields = [value.strip() for value in values]
-    if not KNOWN_FIELDS & set(fields):
-        raise ValueError(
-            f"{path} line 1: no known column among {', '.join(fields)}; the first line names the columns, as text,label"
-        )
-    if repeated := [field for field, count in Counter(fields).items() if count > 1]:
-        raise ValueError(f"{path} line 1: the column {repeated[0]!r} stands there twice; rename one")
-    return fields
-
-
-def _headless(first: list[str], lines: Any, path: Path) -> Placed:
-    """Two columns without a header: text, label."""
-    found = [(1, first)] + [(lines.line_num, values) for values in lines if any(values)]
-    for number, values in found:
-        if len(values) != 2:
-            raise ValueError(
-                f"{path} line {number}: {len(values)} fields where line 1 has 2 (text, label); remove tabs"
-            )
-    counts = Counter(values[1] for _, values in found)
-    # A header with names of its own would pass for a row, and add a class that is one word of that header.
-    if counts[first[1]] == 1 and len(counts) > 1 and min(n for label, n in counts.items() if label != first[1]) > 1:
-        raise ValueError(
-            f"{path} line 1: {first[1]!r} occurs nowhere else as a label; if the line is a header, name its columns "
-            "text and label, if it is data, put the header text<TAB>label above it"
-        )
-    yield from ((f"line {number}", {"text": values[0], "label": values[1]}) for number, values in found)
-
-
 def _txt(text: str, path: Path) -> Placed:
     yield "", {"text": text}
 
@@ -218,21 +173,21 @@ def _conll(text: str, path: Path) -> Placed:
     width = start = 0
     for number, line in enumerate(text.split("\n"), 1):
         line = line.rstrip("\r")
-        if not line.strip() or line.startswith("-DOCSTART-"):
+        if not line.strip(BLANKS) or line.startswith("-DOCSTART-"):
             if tokens:
                 yield f"line {start}", {"tokens": tokens, "tags": tags}
             tokens, tags = [], []
             continue
-        columns = line.split("\t") if "\t" in line else line.split()
+        columns = line.split("\t") if "\t" in line else re.split(" +", line.strip(" "))
         width = width or len(columns)
-        if len(columns) != width or width < 2 or not columns[0] or not columns[-1].strip():
+        if len(columns) != width or width < 2 or not columns[0].strip(BLANKS) or not columns[-1].strip(BLANKS):
             raise ValueError(
                 f"{path} line {number}: expected a token and its tag{f' in {width} columns' if width > 2 else ''}, "
                 f"found {line[:60]!r}; write token<TAB>tag, and a blank line between sentences"
             )
         start = start if tokens else number
         tokens.append(columns[0])
-        tags.append(columns[-1].strip())
+        tags.append(columns[-1].strip(BLANKS))
     if tokens:
         yield f"line {start}", {"tokens": tokens, "tags": tags}
 
@@ -241,8 +196,8 @@ _READERS = {
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".json": _json,
-    ".csv": _csv,
-    ".tsv": _tsv,
+    ".csv": csv_rows,
+    ".tsv": tsv_rows,
     ".txt": _txt,
     ".conll": _conll,
     ".iob": _conll,
@@ -276,12 +231,18 @@ def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row],
 
 
 def label_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Sorted distinct labels, or tags with "O" first; whole numbers sort by value. ValueError if rows have neither."""
+    """Sorted distinct labels, or tags with "O" first; whole numbers sort by value.
+
+    ValueError if rows have neither, or a label is missing, as `rows.label_name` says.
+    """
     names: set[str] = set()
     for number, row in enumerate(rows, 1):
         if "tags" not in row and "label" not in row:
             raise ValueError(f"row {number}: a {row_shape(row)} row has neither label nor tags; add the field")
-        names.update(row["tags"] if "tags" in row else [row["label"]])
-    if all(name.lstrip("-").isdecimal() for name in names):
-        return sorted(names, key=lambda name: (int(name.lstrip("-")) * (-1 if name.startswith("-") else 1), name))
+        try:
+            names.update(map(label_name, row["tags"] if "tags" in row else [row["label"]]))
+        except ValueError as error:
+            raise ValueError(f"row {number}: {error}") from None
+    if all(re.fullmatch("-?[0-9]+", name) for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
     return sorted(names, key=lambda name: (name != "O", name))

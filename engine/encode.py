@@ -3,7 +3,8 @@
     objective   rows                                        example
     pretrain    text, text/label, prompt/completion,        input_ids, targets: loss on every token
                 messages
-    sft         prompt/completion, messages, text           input_ids, targets: loss on completion or assistant only
+    sft         prompt/completion, messages, text           input_ids, targets: loss on completion or assistant only;
+                                                            of messages several, where a template rewrites earlier turns
     masked-lm   text, text/label, prompt/completion         input_ids
     classify    text/label, text/text_pair/label            input_ids, label (+ token_type_ids for pairs)
     tag         tokens/tags                                 input_ids, targets: a word's tag on its first sub-token
@@ -18,76 +19,35 @@ tokens gives n - 1 positions, and `max_length` counts positions: what the model 
 
 What doesn't fit in max_length:
 - text (pretrain, sft, masked-lm, span-corruption) is split into windows; no token is lost;
-- sft with a mask: what precedes the first target loses its beginning, down to one token. If that doesn't do, it keeps
-  at most a quarter of the window and the end is cut. Both count as truncated;
+- sft with a mask, and pairs: the end is cut, or, as `truncate` says, the beginning (what begins every text stays), or
+  the row is dropped, as is one that has no target left then. All of them count as truncated;
 - qa: the context is split into windows that overlap by 128 tokens, a question is cut to half a window;
 - classify, tag, embed: the end is cut, of a pair first the longer text's; seq2seq: the end of prompt and completion.
 
-Special tokens: those of the tokenizer's post-processor for masked-lm, classify, tag, qa, embed. Causal objectives get
-none but `eos` at the end of text and completions (in sft not after messages, where the template ends turns), so that a
-template's BOS is not doubled.
-
-A prompt is tokenised alone, as generation will see it, and not as the beginning of prompt + completion: byte-level
-tokenizers may merge differently across the seam ("\\n\\n" is one token at the end of a prompt, two in front of a word).
+Special tokens: those of the tokenizer's post-processor for masked-lm, classify, tag, qa, embed. Texts of causal
+objectives begin with what it puts in front (a template's BOS is not doubled), and text and completions end with `eos`
+(in sft not after messages, where the template ends turns). `text.py` says more, also of where a prompt ends.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from . import encode_tasks as tasks
-from .chat import ChatTemplate, token_mask
+from .chat import ChatTemplate, Dialogue, token_mask
+from .chat_fields import check_used, trained_turns
+from .chat_turns import ChatTargets, Rendered
 from .data import label_names
-from .encode_tasks import IGNORED, Encoded, Numbered, Settings
-from .pairs import comparisons, joined
-from .rows import row_shape
+from .encode_report import Encoded, EncodeReport, Outcome
+from .encode_tasks import IGNORED, Numbered, Settings
+from .pairs import comparisons
+from .rows import as_dialogue, label_ids, row_shape
+from .text import append_eos, beginning, begun, tokenize_pairs
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
 _BATCH = 512  # rows whose encodings, with their offsets, are held at once
-_SHOWN = 5  # row numbers named in a report
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Some of the rows: how many, and the indices (from 0) of the first few. Printed counting from 1."""
-
-    count: int
-    first: tuple[int, ...]
-
-    def __str__(self) -> str:
-        if not self.count:
-            return "0"
-        numbers = ", ".join(str(index + 1) for index in self.first) + (", ..." if self.count > len(self.first) else "")
-        return f"{self.count:,} (row{'s' if self.count > 1 else ''} {numbers})"
-
-
-@dataclass(frozen=True)
-class EncodeReport:
-    """What became of the rows.
-
-    `dropped` rows gave no example (the `masked` among them because no target was left; in an evaluation a question may
-    be masked and kept); `tokens` counts positions over all examples, `targets` target tokens, or labels, windows, pairs
-    where those are the targets.
-    """
-
-    objective: str
-    read: int
-    kept: int
-    examples: int
-    dropped: Rows
-    truncated: Rows
-    masked: Rows
-    tokens: int
-    targets: int
-
-    def __str__(self) -> str:
-        return (
-            f"{self.read:,} rows read, {self.kept:,} kept as {self.examples:,} examples; dropped {self.dropped}, "
-            f"truncated {self.truncated}, fully masked {self.masked}; {self.tokens:,} tokens, {self.targets:,} targets"
-        )
 
 
 def encode(
@@ -101,13 +61,18 @@ def encode(
     template: ChatTemplate | None = None,
     evaluation: bool = False,
     more_ends: Sequence[int] = (),
+    truncate: str = "end",
+    chat: bool = False,
 ) -> tuple[list[dict[str, Any]], EncodeReport]:
     """Encode rows of `read_rows` for `objective`; see the module's docstring for examples and rules.
 
     labels: class or tag names in the order of their ids; None takes `label_names(rows)`.
     eos: id of the end-of-text token. more_ends: of those that end a chat's turn, where they are others.
     template: for messages; None is `chat.DEFAULT_TEMPLATE`, turns ended by `eos`.
-    evaluation: for a score, which counts all rows: also a question whose answer no window holds stays (without loss).
+    truncate: what becomes of rows that are too long, see above.
+    chat: rows of prompt and completion go through `template`, as a question and its answer.
+    evaluation: for a score, which counts all rows: examples say their `row`, so that rows that gave none are known, and
+    of tagged sentences their `words`; a question whose answer no window holds stays (without loss).
     Raises ValueError, rows counted from 1, for rows of the wrong shape, an unknown label, a template that fails on a
     row, and if no target is left.
     """
@@ -119,33 +84,26 @@ def encode(
     if eos is not None and tokenizer.id_to_token(eos) is None:
         raise ValueError(f"the tokenizer has no token {eos} to end texts with; its ids end at {_last_id(tokenizer)}")
     _check_shapes(rows, objective, encoders)
+    if chat:
+        rows = [as_dialogue(row) if row_shape(row) == "prompt/completion" else row for row in rows]
+    _check_arguments(rows)
     if labels is None and objective in ("classify", "tag"):
         labels = label_names(rows)
-    if template is None and any("messages" in row or isinstance(row.get("prompt"), list) for row in rows):
+    if template is None and any(map(_is_dialogue, rows)):
         template = _default_template(tokenizer, eos)
     settings = Settings(
-        tokenizer, max_length, {name: i for i, name in enumerate(labels or ())}, eos, template, evaluation,
-        tuple(more_ends),
+        tokenizer, max_length, label_ids(labels or ()), eos, template, evaluation,
+        tuple(more_ends), truncate,
     )  # fmt: skip
     examples: list[dict[str, Any]] = []
-    outcomes = []
-    for outcome in _encode_batches(rows, encoders, settings):
-        examples += outcome.examples
-        # The counts only: the examples are in one list, not two.
-        outcomes.append((bool(outcome.examples), outcome.truncated, outcome.masked, outcome.tokens, outcome.targets))
-    report = EncodeReport(
-        objective,
-        read=len(rows),
-        kept=sum(kept for kept, *_ in outcomes),
-        examples=len(examples),
-        dropped=_rows(not kept for kept, *_ in outcomes),
-        truncated=_rows(outcome[1] for outcome in outcomes),
-        masked=_rows(outcome[2] for outcome in outcomes),
-        tokens=sum(outcome[3] for outcome in outcomes if outcome[0]),
-        targets=sum(outcome[4] for outcome in outcomes if outcome[0]),
-    )
+    outcomes: list[Outcome] = []
+    for index, encoded in enumerate(_encode_batches(rows, encoders, settings)):
+        examples += [example | {"row": index} for example in encoded.examples] if evaluation else encoded.examples
+        outcomes.append(encoded.outcome())  # the examples are in one list, not two
+    report = EncodeReport.of(objective, outcomes, len(examples))
     if not examples:
-        raise ValueError(f"no target left to train on: {report}; check the rows, or raise data.max_length")
+        purpose = "evaluate" if evaluation else "train"
+        raise ValueError(f"no target left to {purpose} on: {report}; check the rows, or raise data.max_length")
     return examples, report
 
 
@@ -156,16 +114,11 @@ def _last_id(tokenizer: "Tokenizer") -> int:
 def _default_template(tokenizer: "Tokenizer", eos: int | None) -> ChatTemplate:
     token = None if eos is None else tokenizer.id_to_token(eos)
     if token is None:
-        return ChatTemplate()
+        return ChatTemplate(eos_token="")
     # The template writes the end of a turn as text, which has to come back as that one token.
     if tokenizer.encode(token, add_special_tokens=False).ids != [eos]:
         raise ValueError(f"messages: the text {token!r} doesn't tokenise to the end token {eos}; give a chat template")
     return ChatTemplate(eos_token=token)
-
-
-def _rows(flags: Iterator[bool]) -> Rows:
-    indices = [index for index, flag in enumerate(flags) if flag]
-    return Rows(len(indices), tuple(indices[:_SHOWN]))
 
 
 def _check_shapes(rows: Sequence[Mapping[str, Any]], objective: str, encoders: Mapping[str, Any]) -> None:
@@ -175,6 +128,19 @@ def _check_shapes(rows: Sequence[Mapping[str, Any]], objective: str, encoders: M
                 f"row {index + 1}: a {row_shape(row)} row, but {objective} needs {' or '.join(encoders)}; "
                 "change the data or the method"
             )
+
+
+def _check_arguments(rows: Sequence[Mapping[str, Any]]) -> None:
+    for index, row in enumerate(rows):
+        if (names := row.get("template_arguments")) and not _is_dialogue(row):
+            raise ValueError(
+                f"row {index + 1}: only a chat template uses {', '.join(names)}, and this row does not go through one; "
+                "take it out, or train the row as a chat (messages, or data.chat)"
+            )
+
+
+def _is_dialogue(row: Mapping[str, Any]) -> bool:
+    return "messages" in row or isinstance(row.get("prompt"), list)
 
 
 def _encode_batches(
@@ -190,8 +156,9 @@ def _whole(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
     """Loss on every token; long texts become windows, each token but the first a target exactly once."""
     length = settings.max_length
     texts = [_whole_text(index, row, settings) for index, row in rows]
+    begin = beginning(settings.tokenizer)
     for encoding in _encode_texts(texts, settings):
-        ids = tasks.ended(encoding.ids, 0, settings)
+        ids = append_eos(begun(encoding.ids, begin), 0, settings.eos, settings.more_ends)
         examples = [
             {"input_ids": ids[i : min(i + length, len(ids) - 1)], "targets": ids[i + 1 : i + length + 1]}
             for i in range(0, len(ids) - 1, length)
@@ -201,7 +168,18 @@ def _whole(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
 
 
 def _whole_text(index: int, row: Mapping[str, Any], settings: Settings) -> str:
-    return _chat_text(index, row, settings)[0] if "messages" in row else tasks.joined_text(row)
+    if "messages" not in row:
+        return tasks.joined_text(row)
+    assert settings.template is not None  # encode() gives one where there are messages
+    messages, arguments = row["messages"], row.get("template_arguments", {})
+    try:
+        if len(trained_turns(messages)) < sum(message["role"] == "assistant" for message in messages):
+            raise ValueError("messages: pretrain trains on every token, also of turns that are not to be trained")
+        dialogue = Dialogue(settings.template, messages, arguments)
+        check_used(dialogue)
+        return dialogue.text(len(messages))
+    except ValueError as error:
+        raise ValueError(f"row {index + 1}: {error}") from None
 
 
 def _encode_texts(texts: list[str], settings: Settings) -> "list[Encoding]":
@@ -209,44 +187,60 @@ def _encode_texts(texts: list[str], settings: Settings) -> "list[Encoding]":
 
 
 def _completion(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
-    for ids, seam in joined([(row["prompt"], row["completion"]) for _, row in rows], settings):
-        ids = tasks.ended(ids, seam, settings)
+    pairs = [(row["prompt"], row["completion"]) for _, row in rows]
+    for ids, seam in tokenize_pairs(settings.tokenizer, pairs):
+        ids = append_eos(ids, seam, settings.eos, settings.more_ends)
         yield _with_loss(ids, [i >= seam for i in range(len(ids))], settings)
 
 
 def _chat(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
-    rendered = [_chat_text(index, row, settings) for index, row in rows]
-    for (_, spans), encoding in zip(rendered, _encode_texts([text for text, _ in rendered], settings), strict=True):
-        yield _with_loss(encoding.ids, token_mask(encoding.offsets, spans), settings)
-
-
-def _chat_text(index: int, row: Mapping[str, Any], settings: Settings) -> tuple[str, list[tuple[int, int]]]:
+    """One example of a dialogue, or several where the template rewrites what was said before: see `chat_turns.py`."""
     assert settings.template is not None  # encode() gives one where there are messages
+    targets = ChatTargets(settings.template, settings.tokenizer)
+    rendered = [_rendered(index, row, targets) for index, row in rows]
+    encodings = iter(_encode_texts([part.text for parts in rendered for part in parts], settings))
+    begin = beginning(settings.tokenizer)
+    for parts in rendered:
+        encoded = []
+        for part in parts:
+            encoding = next(encodings)
+            ids, mask = encoding.ids, token_mask(encoding.offsets, part.spans)
+            whole = begun(ids, begin)
+            encoded.append(_with_loss(whole, [False] * (len(whole) - len(ids)) + mask, settings))
+        yield Encoded.together(encoded)
+
+
+def _rendered(index: int, row: Mapping[str, Any], targets: ChatTargets) -> list[Rendered]:
+    messages = row["messages"]
     try:
-        return settings.template.spans(row["messages"])
+        return targets.trained(messages, trained_turns(messages), **row.get("template_arguments", {}))
     except ValueError as error:
         raise ValueError(f"row {index + 1}: {error}") from None
 
 
 def _with_loss(ids: list[int], mask: list[bool], settings: Settings) -> Encoded:
     """One example, with loss on the tokens in `mask` (the first token has nothing that predicts it)."""
-    limit = settings.max_length + 1
-    kept = _kept(mask, limit)
-    ids, mask = ids[kept], mask[kept]
-    targets = [token if wanted else IGNORED for token, wanted in zip(ids[1:], mask[1:], strict=True)]
-    count = sum(mask[1:])
-    example = {"input_ids": ids[:-1], "targets": targets}
-    return Encoded([example] if count else [], len(targets), count, truncated=kept != slice(None), masked=not count)
+    whole = len(ids)
+    stay = _positions(ids, settings.max_length + 1, settings)
+    ids, mask = [ids[i] for i in stay], [mask[i] for i in stay]
+    targets = [token if trained else IGNORED for token, trained in zip(ids[1:], mask[1:], strict=True)]
+    count, truncated = sum(mask[1:]), len(stay) < whole
+    examples = [{"input_ids": ids[:-1], "targets": targets}] if count else []
+    return Encoded(examples, len(targets), count, truncated, masked=not count, length=whole - 1)
 
 
-def _kept(mask: list[bool], limit: int) -> slice:
-    """The part of a row that stays; see "What doesn't fit" above."""
-    if len(mask) <= limit:
-        return slice(None)
-    head = mask.index(True) if True in mask else len(mask)
-    rest = len(mask) - head
-    start = len(mask) - limit if rest < limit and head else head - min(head, max(1, limit // 4))
-    return slice(start, start + limit)
+def _positions(ids: list[int], limit: int, settings: Settings) -> Sequence[int]:
+    """The positions of a row that stay; see "What doesn't fit" above."""
+    length = len(ids)
+    if length <= limit:
+        return range(length)
+    if settings.truncate == "drop":
+        return range(0)
+    if settings.truncate == "end":
+        return range(limit)
+    begin = beginning(settings.tokenizer)
+    first = len(begin) if ids[: len(begin)] == begin else 0
+    return [*range(first), *range(length - limit + first, length)]
 
 
 _Encoder = Callable[[Numbered, Settings], Iterator[Encoded]]

@@ -10,12 +10,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .encode_report import Encoded
+from .rows import label_name
+
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
     from .chat import ChatTemplate
 
 IGNORED = -100
+TRUNCATE = ("end", "start", "drop")  # what may become of a row that is too long
 QA_OVERLAP = 128  # context tokens that a window shares with the one before it
 
 
@@ -24,7 +28,7 @@ class Settings:
     """What every encoder gets besides rows. `eos` is a token id; `labels` maps a label or tag to its id.
 
     `evaluation`: the examples are to be scored, and may lack a target for the loss. `more_ends`: tokens that end what a
-    chat model writes, too.
+    chat model writes, too. `truncate`: one of TRUNCATE, for dialogues, prompts with completions, and comparisons.
     """
 
     tokenizer: "Tokenizer"
@@ -34,32 +38,10 @@ class Settings:
     template: "ChatTemplate | None"
     evaluation: bool = False
     more_ends: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What became of one row: none of the `examples` means that it is dropped; `masked` if its loss was masked away."""
-
-    examples: list[dict[str, Any]]
-    tokens: int = 0
-    targets: int = 0
-    truncated: bool = False
-    masked: bool = False
+    truncate: str = "end"
 
 
 Numbered = Sequence[tuple[int, Mapping[str, Any]]]  # (index of the row, row)
-
-
-def ended(ids: list[int], start: int, settings: Settings) -> list[int]:
-    """A text with the token behind it that ends it; the first `start` tokens are its prompt's.
-
-    Of several that a model knows, it is the one that ended the last turn in the prompt, as its chats are written, else
-    `eos`.
-    """
-    ends = (settings.eos, *settings.more_ends)
-    if settings.eos is None or (ids and ids[-1] in ends):
-        return ids
-    return [*ids, next((token for token in reversed(ids[:start]) if token in ends), settings.eos)]
 
 
 def masked_lm(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
@@ -104,20 +86,26 @@ def classify(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
 
 
 def tag(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
-    """The tag of a word stands at its first sub-token."""
+    """The tag of a word stands at its first sub-token. In an evaluation `words` numbers the words that have one."""
     sentences = [row["tokens"] for _, row in rows]
     encodings = settings.tokenizer.encode_batch(sentences, is_pretokenized=True)
     for (index, row), encoding in zip(rows, encodings, strict=True):
-        place = f"row {index + 1}: tag of token"
-        tags = [_label_id(name, f"{place} {i + 1}", settings) for i, name in enumerate(row["tags"])]
+        tags = [_label_id(tag, f"row {index + 1}: tag of token {i + 1}", settings) for i, tag in enumerate(row["tags"])]
         kept, ids, words = _fit(encoding, settings), encoding.ids, encoding.word_ids
-        targets, last = [], None
+        targets, tagged, last = [], [], None
         for i in kept:
             word = words[i]
-            targets.append(IGNORED if word is None or word == last else tags[word])
+            if word is None or word == last:
+                targets.append(IGNORED)
+            else:
+                targets.append(tags[word])
+                tagged.append(word)
             last = word
-        count = len(targets) - targets.count(IGNORED)
-        example = {"input_ids": [ids[i] for i in kept], "targets": targets}
+
+        count = len(tagged)
+        example: dict[str, Any] = {"input_ids": [ids[i] for i in kept], "targets": targets}
+        if settings.evaluation:
+            example["words"] = tagged
         yield Encoded([example] if count else [], len(kept), count, truncated=len(kept) < len(ids))
 
 
@@ -253,8 +241,9 @@ def _fit(encoding: "Encoding", settings: Settings) -> list[int]:
     return kept
 
 
-def _label_id(name: str, place: str, settings: Settings) -> int:
+def _label_id(label: Any, what: str, settings: Settings) -> int:
+    name = label if isinstance(label, str) and label in settings.labels else label_name(label, what)
     if name not in settings.labels:
         known = ", ".join(list(settings.labels)[:20]) + (", ..." if len(settings.labels) > 20 else "")
-        raise ValueError(f"{place} {name!r} is not among the known labels ({known}); correct it, or give all labels")
+        raise ValueError(f"{what} {name!r} is not among the known labels ({known}); correct it, or give all labels")
     return settings.labels[name]

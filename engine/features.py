@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .batches import Batches, Collate, Examples, to_device
+from .guards import in_eval_mode
 from .images import ImageCollate
 from .lora import KnownModel, slots
 from .losses import pooled
@@ -110,10 +111,9 @@ def compute_features(model: Any, examples: Examples, collate: Collate) -> list[T
 @torch.no_grad()
 def _below_the_head(model: Any, chunks: Batches, rows: Callable[[Any, Tensor], list[Tensor]]) -> list[Tensor] | None:
     """What the head reads of each example, `rows(batch, states)` cutting a chunk; None if it would be too large."""
-    device, training, total = next(model.parameters()).device, model.training, len(chunks.examples)
-    model.eval()
+    device, total = next(model.parameters()).device, len(chunks.examples)
     out: list[Tensor] = []
-    with tqdm(total=total, desc="features", unit="row", disable=None) as bar:
+    with in_eval_mode(model), tqdm(total=total, desc="features", unit="row", disable=None) as bar:
         for (batch,) in chunks:
             found = rows(batch, pooled(model, to_device(batch["inputs"], device)).cpu())
             out += [row.clone() for row in found]
@@ -121,5 +121,4 @@ def _below_the_head(model: Any, chunks: Batches, rows: Callable[[Any, Tensor], l
             if sum(row.nbytes for row in out) / len(out) * total > MAX_BYTES:
                 out = []
                 break
-    model.train(training)
     return out or None

@@ -72,6 +72,12 @@ def unfreeze_due(model: nn.Module, schedule: Mapping[str, float], epoch: float) 
     unfreeze(model, *due)
 
 
+def put_into_training(model: nn.Module, schedule: Mapping[str, float], epoch: float) -> None:
+    """The model in train mode, what is due by `epoch` (below 0: from the beginning) requiring a gradient."""
+    unfreeze_due(model, schedule, max(0.0, epoch))
+    train_mode(model)
+
+
 def train_mode(model: nn.Module) -> None:
     """`model.train()`, but batch norms whose parameters are all frozen keep their statistics, as in `eval()`.
 

@@ -16,11 +16,12 @@ from .adapters import beams_of_rows
 from .beam import beam_search
 from .decoding import Decoding
 from .guards import in_eval_mode
+from .text import completion_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-SPARE = 8  # tokens decoded before those that can hold a stop string: the first ones decode differently at a start
+BEFORE = 8  # tokens that those which can hold a stop string are decoded behind: at a start they would be other texts
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
@@ -102,7 +103,7 @@ def _one_by_one(
     """Each text grows by the one token chosen, until it ends."""
     (rows, first), device = decoding.tokens.shape, decoding.tokens.device
     generator = torch.Generator(device).manual_seed(seed)
-    reach = max((len(word.encode()) for word in stop), default=0) + SPARE  # tokens that the end of a stop can be in
+    reach = max((len(word.encode()) for word in stop), default=0)  # tokens that a stop can be in
     done = torch.zeros(rows, dtype=torch.bool, device=device)
     for i in range(max_new_tokens):
         step = choose(decoding.logits(), *how, generator).masked_fill_(done, pad)
@@ -110,7 +111,12 @@ def _one_by_one(
         for end in ends:
             done |= step == end
         if tokenizer is not None and stop:
-            texts = tokenizer.decode_batch(decoding.tokens[:, first:][:, -reach:].tolist())
+            start = max(first, decoding.tokens.shape[1] - reach)
+            before = decoding.tokens[:, max(0, start - BEFORE) : start].tolist()
+            texts = [
+                completion_text(tokenizer, context, new)
+                for context, new in zip(before, decoding.tokens[:, start:].tolist(), strict=True)
+            ]
             done |= torch.tensor([any(s in text for s in stop) for text in texts], device=device)
         if (ends or stop) and i + 1 < max_new_tokens and bool(done.all()):
             break

@@ -1,4 +1,7 @@
-"""What the loop is guarded against: Ctrl-C, memory that runs out, a loss that isn't finite, data that gives nothing."""
+"""What the loops are guarded against: Ctrl-C, memory that runs out, a loss that isn't finite or no sum, empty data.
+
+And what their callers are guarded against: a run is a guest in somebody's process, and leaves it as it was.
+"""
 
 import math
 import signal
@@ -8,21 +11,58 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from .arithmetic import settled_arithmetic
 from .batches import Batches
-from .progress import last_good
+from .progress import last_good, seeded
 from .record import Record
 
+NO_SUM = "loss_fn must return (sum, count), the sum of the losses as a scalar tensor and the number of targets;"
 NO_MEMORY = ("can't allocate memory", "not enough memory")  # torch's CPU allocators raise plain RuntimeErrors
 
 
 @contextmanager
+def clean_guest(model: nn.Module, seed: int, deterministic: bool = False) -> Iterator[None]:
+    """A block that draws from generators begun at `seed`, with settled arithmetic.
+
+    Afterwards, also after an error, the caller's random generators, settings of torch and modes of modules are as they
+    were.
+    """
+    with settled_arithmetic(deterministic), seeded(seed), same_modes(model):
+        yield
+
+
+@contextmanager
+def same_modes(model: nn.Module) -> Iterator[None]:
+    """After the block each module is in the mode, training or eval, that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; afterwards each module is in the mode that it was in."""
+    with same_modes(model):
+        model.eval()
+        yield
+
+
+@contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second one interrupts as usual. Never set outside the main thread."""
+    """An event that the first Ctrl-C sets; the second one interrupts as usual.
+
+    Never set outside the main thread, nor where the caller has put a handler of its own in the place of Python's: that
+    one stays, and decides what a Ctrl-C means.
+    """
     event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
+    usual = (signal.default_int_handler, signal.SIG_DFL, signal.SIG_IGN)
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) not in usual:
         yield event
         return
 
@@ -36,18 +76,6 @@ def interruptible() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; afterwards each module is in the mode that it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager
@@ -71,6 +99,45 @@ def smaller_batches(data: Any) -> str:
     if not size or size < 2:
         return "even one row is too much; shorten the rows (data.max_length), train fewer weights, or use bfloat16"
     return f"set train.{name} = {size // 2} (it is {size}); the step and its result stay the same"
+
+
+def sum_and_count(returned: Any) -> tuple[Tensor, int]:
+    """What a loss function returned, if it is (sum of losses, number of targets); else a ValueError that shows it.
+
+    The count is a whole number, or a tensor that holds one.
+    """
+    if not isinstance(returned, tuple | list) or len(returned) != 2:
+        raise ValueError(f"{NO_SUM} it returned {_described(returned)}")
+    loss, count = returned
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        raise ValueError(f"{NO_SUM} its sum is {_described(loss)}")
+    if (number := _whole_number(count)) is None:
+        raise ValueError(f"{NO_SUM} its count is {_described(count)}")
+    return loss, number
+
+
+def require_targets(loss: float, targets: int, step: str) -> None:
+    """ValueError where a step's losses are summed over no target: dividing by their number would make them a mean."""
+    if targets == 0 and loss != 0:
+        raise ValueError(f"{step}: {NO_SUM} it returned a sum of {loss:.4g} over 0 targets")
+
+
+def _whole_number(count: Any) -> int | None:
+    """The count as an integer that is not negative, or None."""
+    try:
+        number = int(count)
+        return number if number >= 0 and number == count else None
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last one: a tensor of several
+        return None
+
+
+def _described(value: Any) -> str:
+    """A value in a few words: a tensor by its shape, a collection by its size."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}" if value.dim() else f"the tensor {value.detach().item():.4g}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"{value!r:.60}" if isinstance(value, int | float | str | None) else f"a {type(value).__name__}"
 
 
 def require_finite(loss: float, norm: float, step: str, record: Record, lr: str) -> None:

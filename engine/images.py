@@ -21,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .batches import Batch
+from .rows import label_ids, label_name
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 KEPT_BYTES = 2 * 2**30  # of decoded images; beyond, an image is decoded each time it is used
@@ -48,8 +49,8 @@ class Pixels(Protocol):
 def image_rows(folder: Path) -> list[dict[str, str]]:
     """The images of a folder of class folders, as rows {"image": path, "label": name of the folder}, in order of names.
 
-    Hidden files are left out. Raises ValueError for a folder without class folders, a class without images, and
-    anything else that lies there.
+    Hidden files are left out. Raises ValueError for a folder without class folders, a class without images, one whose
+    name is that of a missing label (`rows.label_name`), and anything else that lies there.
     """
     classes = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
     if not classes:
@@ -64,7 +65,9 @@ def image_rows(folder: Path) -> list[dict[str, str]]:
             raise ValueError(f"{strange}: no image file ({', '.join(SUFFIXES)}); move it out of the class folder")
         if path != folder and not found:
             raise ValueError(f"{path}: a class without images; put some in, or remove the folder")
-        rows += [{"image": str(file), "label": path.name} for file in found]
+        if path != folder:
+            label = label_name(path.name, f"class folder {path}")
+            rows += [{"image": str(file), "label": label} for file in found]
     return rows
 
 
@@ -128,7 +131,7 @@ class ImageExamples:
     def __init__(self, rows: Sequence[Mapping[str, Any]], labels: Sequence[str], pixels: Pixels):
         if len(pixels.mean) not in MODES:
             raise ValueError(f"images of {len(pixels.mean)} channels can't be read from files; there are 1 and 3")
-        numbers = {label: i for i, label in enumerate(labels)}
+        numbers = label_ids(labels)
         for row in rows:
             if "image" not in row:
                 raise ValueError(f"expected images, found a row with {', '.join(row)}; give a folder of class folders")

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from .batches import IGNORE, Collate, to_device
-from .encode_tasks import Settings
 from .guards import in_eval_mode
 from .losses import answer_logps
-from .pairs import joined
+from .text import tokenize_pairs
 
 WITHOUT_CONTENT = ("N/A", "", "[MASK]")  # Zhao et al.'s
 
@@ -63,10 +62,9 @@ def _scores(
 ) -> Tensor:
     """The log-likelihood of each label's words after each text, (texts, labels) in fp32."""
     device, limit = next(model.parameters()).device, model.config.max_positions
-    settings = Settings(tokenizer, 0, {}, None, None)
     pairs = [(before.replace("{text}", text), word) for text in texts for word in words.values()]
     examples = []
-    for number, (ids, start) in enumerate(joined(pairs, settings)):
+    for number, (ids, start) in enumerate(tokenize_pairs(tokenizer, pairs)):
         if limit is not None and len(ids) - 1 > limit:
             raise ValueError(
                 f"text {number // len(words) + 1}: with template and label {len(ids)} tokens, the model takes {limit}"

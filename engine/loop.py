@@ -10,6 +10,7 @@ step was cut. And all state (weights and moments, random generators, the place i
 one checkpoint, so that a run killed anywhere and started again ends with the same bits as one that ran through.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field
@@ -21,22 +22,35 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .arithmetic import settle_arithmetic
 from .batches import Batches, count_images, count_tokens, to_device
 from .belongings import claim
 from .evaluation import evaluate
 from .features import with_features
-from .freezing import match, train_mode, unfreeze_due
-from .guards import explained_memory_error, interruptible, passes, require_finite, smaller_batches
+from .freezing import match, put_into_training, unfreeze_due
+from .guards import (
+    clean_guest,
+    explained_memory_error,
+    interruptible,
+    passes,
+    require_finite,
+    require_targets,
+    smaller_batches,
+    sum_and_count,
+)
 from .lora import active_adapter, lr_ratios, slots
 from .losses import ByAdapter, LossFn
-from .objectives import Score
 from .optim import SCHEDULES, Optimizer, layer_count, lr_factor
-from .progress import keep_best, restore_best, resume, save
+from .progress import keep_best, restore_best, resume, save, tell_resumed
 from .record import Record, peak_memory
+from .scores import Score
 from .token_rows import trained_rows
 
 DEFAULT_ROWS = 16
+UNTRAINED = (
+    "no evaluation was better than the one before training, so that the weights given back are the untrained ones; "
+    'lower the learning rate or train longer, or ask for the last weights with best = "last"'
+)
+log = logging.getLogger("handtune")
 
 
 @dataclass(frozen=True)
@@ -48,10 +62,11 @@ class TrainConfig:
     of them if below 1; `decay` the share that "wsd" spends falling; `lr_floor` the end of a falling schedule as a
     share of `lr`. `lr_scale` maps parameter globs to factors on `lr`; `lr_decay` is one more factor for each layer
     below the head. `unfreeze` maps globs to the epoch from which they train. `eval_every` and `save_every` count
-    steps (None: each epoch). With a run folder, the checkpoint of the best value of the metric `best` (None: the
-    loss) is kept and given back ("last": the last weights are); training stops after `patience` evaluations without a
-    better one. The last `keep` checkpoints are kept, each of three times the trained weights in fp32.
-    `deterministic` makes CUDA repeat itself bitwise, at a price.
+    steps (None: each epoch). With a run folder, the checkpoint of the best value of the metric `best` is kept and given
+    back ("last": the last weights are); training stops after `patience` evaluations without a better one. Where `best`
+    is given, the evaluation before training takes part; without it (None), the metric is the method's own, usually the
+    loss, and what is given back has trained. The last `keep` checkpoints are kept, each of three times the trained
+    weights in fp32. `deterministic` makes CUDA repeat itself bitwise, at a price.
     """
 
     epochs: int = 1
@@ -144,106 +159,118 @@ def train(
     collate: Callable[[list[Any]], Any] | None = None,
     out: str | Path | None = None,
     about: dict[str, Any] | None = None,
+    metric: str = "loss",
 ) -> Result:
     """Train the parameters that require a gradient; gives back what came out, the model holding the best weights.
 
     `data`: a sequence of rows together with `collate` (a list of rows → a batch), or any iterable of batches that has
     `state_dict` and `load_state_dict` (values that JSON can hold; of no use without `out`); an item may be a list of
     micro-batches, which make one step together. `loss_fn`: (model, batch) → (sum of losses, number of targets).
-    `eval_data`: the same without state; `score()` makes a fresh score for each evaluation. `out`: the run folder; the
-    same call on it resumes; without one the last weights stay, best or not. `about`: facts and
-    configuration for its run.json. Ctrl-C finishes the step and saves; a second one stops at once.
+    `eval_data`: the same without state; `score()` makes a fresh score for each evaluation, of which `metric` says what
+    is best where `config.best` doesn't. `out`: the run folder; the same call on it resumes, or finds the run finished
+    and changes nothing; without one the last weights stay, best or not. `about`: facts and configuration for its
+    run.json. Ctrl-C finishes the step and saves, a second one stops at once; a handler of the caller's own stays in
+    charge. The caller's random generators, settings of torch, signal handlers and modes of modules are afterwards, also
+    after an error, what they were.
 
-    Raises ValueError where nothing trains, the loss reaches nothing that trains, the folder holds another run, or
-    `eval_every`, `patience` or `best` is set without `eval_data`; FloatingPointError where the loss is not
-    finite, MemoryError where memory runs out, OSError where the disk does.
+    Raises ValueError where nothing trains, `loss_fn` returns anything else, the loss reaches nothing that trains, the
+    folder holds another run, or `eval_every`, `patience` or `best` is set without `eval_data`; FloatingPointError where
+    the loss is not finite, MemoryError where memory runs out, OSError where the disk does.
     """
-    start, device = time.perf_counter(), next(model.parameters()).device
-    settle_arithmetic(config.deterministic)
-    torch.manual_seed(config.seed)
-    if eval_data is None and (idle := needs_evaluation(config)):
-        raise ValueError(f"{', '.join(idle)}: there is no evaluation data to go by; give eval_data, or leave this out")
-    trained = _trained(model, config, isinstance(loss_fn, ByAdapter))
-    claim(model, active_adapter(model), trained.keys())
-    data = _batches(data, collate, config, shuffle=True)
-    eval_data = None if eval_data is None else _batches(eval_data, collate, config, shuffle=False)
-    if out is not None and not isinstance(data, Resumable):
-        raise ValueError("data without state_dict and load_state_dict can't resume: give rows and collate, or no out")
-    record = Record(out)
-    record.start(about or {}, (about or {}).get("config") or {"train": asdict(config)})
-    optimizer = Optimizer(
-        trained.items(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
-        lr_scale=config.lr_scale, lr_ratios=lr_ratios(model), lr_decay=config.lr_decay, buffers=_buffers(model),
-        rows=trained_rows(model), n_layer=layer_count(name for name, _ in model.named_parameters()),
-    )  # fmt: skip
-    if not config.unfreeze:
-        data, eval_data = with_features(model, data), None if eval_data is None else with_features(model, eval_data)
-    total, per_epoch = _steps(data, config)
-    warmup = round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
-    eval_every, save_every = config.eval_every or per_epoch, config.save_every or per_epoch
-    progress = resume(record, optimizer, data, config.keep)
-    start -= progress.seconds
+    with clean_guest(model, config.seed, config.deterministic):
+        start, device = time.perf_counter(), next(model.parameters()).device
+        if eval_data is None and (idle := needs_evaluation(config)):
+            raise ValueError(
+                f"{', '.join(idle)}: there is no evaluation data to go by; give eval_data, or leave this out"
+            )
+        trained = _trained(model, config, isinstance(loss_fn, ByAdapter))
+        claim(model, active_adapter(model), trained.keys())
+        data = _batches(data, collate, config, shuffle=True)
+        eval_data = None if eval_data is None else _batches(eval_data, collate, config, shuffle=False)
+        if out is not None and not isinstance(data, Resumable):
+            raise ValueError(
+                "data without state_dict and load_state_dict can't resume: give rows and collate, or no out"
+            )
+        record = Record(out)
+        record.start(about or {}, (about or {}).get("config") or {"train": asdict(config)})
+        optimizer = Optimizer(
+            trained.items(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
+            lr_scale=config.lr_scale, lr_ratios=lr_ratios(model), lr_decay=config.lr_decay, buffers=_buffers(model),
+            rows=trained_rows(model), n_layer=layer_count(name for name, _ in model.named_parameters()),
+        )  # fmt: skip
+        total, per_epoch = _steps(data, config)
+        warmup = round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
+        eval_every, save_every = config.eval_every or per_epoch, config.save_every or per_epoch
 
-    def evaluate_now() -> None:
-        progress.metrics = evaluate(model, eval_data, loss_fn, score() if score else None)
-        progress.before = progress.before or progress.metrics
-        record.log(step=progress.step, epoch=progress.step / per_epoch, eval=progress.metrics)
-        if config.best != "last":
-            keep_best(record, optimizer, progress, config.best or "loss")
+        progress = resume(record, optimizer, data, config.keep)
+        start, ended = start - progress.seconds, progress.ended(total, config.patience)
+        tell_resumed("step", progress.step, total, ended)
+        # What trained in the last step before: a run that has ended is stored from here, too.
+        put_into_training(model, config.unfreeze, (progress.step - 1) / per_epoch)
+        if not config.unfreeze and not ended:
+            data, eval_data = with_features(model, data), None if eval_data is None else with_features(model, eval_data)
 
-    train_mode(model)
-    bar = tqdm(total=total, initial=progress.step, unit="step", disable=None)
-    with interruptible() as interrupt, explained_memory_error(device, partial(smaller_batches, data)), bar:
-        if eval_data is not None and progress.step == 0:
-            evaluate_now()
-        steps, stop = passes(data), interrupt.is_set() or progress.stalled(config.patience)
-        while progress.step < total and not stop:
-            before_step, micros = time.perf_counter(), next(steps)
-            if config.unfreeze:
-                unfreeze_due(model, config.unfreeze, progress.step / per_epoch)
-                train_mode(model)
-            lr = config.lr * lr_factor(config.schedule, progress.step, total, warmup, config.decay, config.lr_floor)
-            loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-            targets = tokens = images = 0
-            for batch in micros if isinstance(micros, list) else [micros]:
-                loss, count = loss_fn(model, to_device(batch, device))
-                loss.backward()
-                optimizer.accumulate()
-                loss_sum, targets = loss_sum + loss.detach(), targets + int(count)
-                tokens, images = tokens + count_tokens(batch), images + count_images(batch)
-            norm = optimizer.scale_gradients(max(1, targets), config.clip)
-            loss_value, norm_value = torch.stack((loss_sum, norm.double())).tolist()
-            # the weights are still those before this step
-            require_finite(loss_value, norm_value, f"step {progress.step + 1}", record, "train.lr")
-            optimizer.step(lr)
-            progress.step += 1
-            progress.loss_sum, progress.targets = progress.loss_sum + loss_value, progress.targets + targets
-            mean, (unit, amount) = loss_value / max(1, targets), ("images", images) if images else ("tokens", tokens)
-            speed = amount / (time.perf_counter() - before_step)
-            record.log(
-                step=progress.step, epoch=progress.step / per_epoch, loss=mean, lr=lr, grad_norm=norm_value,
-                targets=targets, **{unit: amount, f"{unit}_per_second": speed}, peak_memory=peak_memory(),
-                seconds=time.perf_counter() - start,
-            )  # fmt: skip
-            shown = {"loss": f"{mean:.3f}", "lr": f"{lr:.1e}", "images/s" if images else "tok/s": f"{speed:.0f}"}
-            bar.set_postfix({**shown, "mem": f"{peak_memory() / 2**30:.1f}G"}, refresh=False)
-            bar.update()
-            if eval_data is not None and (progress.step % eval_every == 0 or progress.step == total):
+        def evaluate_now() -> None:
+            progress.metrics = evaluate(model, eval_data, loss_fn, score() if score else None)
+            progress.before = progress.before or progress.metrics
+            record.log(step=progress.step, epoch=progress.step / per_epoch, eval=progress.metrics)
+            if config.best != "last" and (progress.step > 0 or config.best is not None):
+                keep_best(record, optimizer, progress, config.best or metric)
+
+        bar = tqdm(total=total, initial=progress.step, unit="step", disable=None)
+        with interruptible() as interrupt, explained_memory_error(device, partial(smaller_batches, data)), bar:
+            if eval_data is not None and progress.step == 0:
                 evaluate_now()
-            stop = interrupt.is_set() or progress.stalled(config.patience)
-            if progress.step % save_every == 0 or progress.step == total or stop:
-                progress.seconds = time.perf_counter() - start
-                save(record, progress, optimizer, data, config.keep)
-    interrupted = interrupt.is_set() and progress.step < total
-    if not interrupted:
-        restore_best(record, optimizer, progress)
-    model.eval()
-    metrics = progress.metrics if interrupted else progress.best.get("metrics", progress.metrics)
-    best = {key: value for key, value in progress.best.items() if key != "metrics"}
-    return Result(
-        progress.step, progress.loss_sum / max(1, progress.targets), metrics, progress.before, best,
-        time.perf_counter() - start, peak_memory(), interrupted,
-    )  # fmt: skip
+            steps, stop = passes(data), ended or interrupt.is_set()
+            while not stop:
+                before_step, micros = time.perf_counter(), next(steps)
+                if config.unfreeze:
+                    put_into_training(model, config.unfreeze, progress.step / per_epoch)
+                lr = config.lr * lr_factor(config.schedule, progress.step, total, warmup, config.decay, config.lr_floor)
+                loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+                targets = tokens = images = 0
+                for batch in micros if isinstance(micros, list) else [micros]:
+                    loss, count = sum_and_count(loss_fn(model, to_device(batch, device)))
+                    loss.backward()
+                    optimizer.accumulate()
+                    loss_sum, targets = loss_sum + loss.detach(), targets + count
+                    tokens, images = tokens + count_tokens(batch), images + count_images(batch)
+                norm = optimizer.scale_gradients(max(1, targets), config.clip)
+                loss_value, norm_value = torch.stack((loss_sum, norm.double())).tolist()
+                # the weights are still those before this step
+                require_targets(loss_value, targets, f"step {progress.step + 1}")
+                require_finite(loss_value, norm_value, f"step {progress.step + 1}", record, "train.lr")
+                optimizer.step(lr)
+                progress.step += 1
+                progress.loss_sum, progress.targets = progress.loss_sum + loss_value, progress.targets + targets
+                mean = loss_value / max(1, targets)
+                unit, amount = ("images", images) if images else ("tokens", tokens)
+                speed = amount / (time.perf_counter() - before_step)
+                record.log(
+                    step=progress.step, epoch=progress.step / per_epoch, loss=mean, lr=lr, grad_norm=norm_value,
+                    targets=targets, **{unit: amount, f"{unit}_per_second": speed}, peak_memory=peak_memory(),
+                    seconds=time.perf_counter() - start,
+                )  # fmt: skip
+                shown = {"loss": f"{mean:.3f}", "lr": f"{lr:.1e}", "images/s" if images else "tok/s": f"{speed:.0f}"}
+                bar.set_postfix({**shown, "mem": f"{peak_memory() / 2**30:.1f}G"}, refresh=False)
+                bar.update()
+                if eval_data is not None and (progress.step % eval_every == 0 or progress.step == total):
+                    evaluate_now()
+                stop = interrupt.is_set() or progress.ended(total, config.patience)
+                if progress.step % save_every == 0 or stop:
+                    progress.seconds = time.perf_counter() - start
+                    save(record, progress, optimizer, data, config.keep)
+        interrupted = interrupt.is_set() and progress.step < total
+        if not interrupted:
+            restore_best(record, optimizer, progress)
+            if progress.best.get("step") == 0:
+                log.warning("%s", UNTRAINED)
+        metrics = progress.metrics if interrupted else progress.best.get("metrics", progress.metrics)
+        best = {key: value for key, value in progress.best.items() if key != "metrics"}
+        return Result(
+            progress.step, progress.loss_sum / max(1, progress.targets), metrics, progress.before, best,
+            time.perf_counter() - start, peak_memory(), interrupted,
+        )  # fmt: skip
 
 
 def _trained(model: nn.Module, config: TrainConfig, by_adapter: bool) -> dict[str, nn.Parameter]:

@@ -43,8 +43,9 @@ def features(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def pooled(model: Any, inputs: dict[str, Any]) -> Tensor:
-    """Hidden states of the inputs, pooled as the model's task wants."""
-    return model.pool(model.hidden(**inputs), inputs.get("attention_mask"), inputs.get("cu_seqlens"))
+    """Hidden states of the inputs, pooled as the model's task wants. Images have neither ids, mask nor bounds."""
+    ids, mask, bounds = (inputs.get(name) for name in ("input_ids", "attention_mask", "cu_seqlens"))
+    return model.pool(model.hidden(**inputs), ids, mask, bounds)
 
 
 def causal_lm_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
@@ -129,21 +130,32 @@ def embedding_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
     """Each anchor should find its positive among all positives (and negatives) of the micro-batch.
 
     Cross-entropy over cosines divided by 0.05: InfoNCE (arXiv:1807.03748) with in-batch negatives (arXiv:1705.00652).
+    A text that several rows share is one candidate; others that are right for an anchor, too, are left out of its
+    comparison (`candidates.py`).
     """
-    return embedding_loss_of(*embeddings(model, batch))
+    return embedding_loss_of(*embeddings(model, batch), batch.get("targets"), batch.get("also_right"))
 
 
-def embedding_loss_of(anchors: Tensor, others: Tensor) -> tuple[Tensor, int]:
-    """The same from embeddings (B, D), and those of all positives and negatives."""
-    cosines = F.normalize(anchors.float(), dim=-1) @ F.normalize(others.float(), dim=-1).T
-    own = torch.arange(len(anchors), device=anchors.device)
-    return F.cross_entropy(cosines / TEMPERATURE, own, reduction="sum"), len(anchors)
+def embedding_loss_of(
+    anchors: Tensor, candidates: Tensor, targets: Tensor | None = None, also_right: Tensor | None = None
+) -> tuple[Tensor, int]:
+    """The same from embeddings of anchors (B, D) and candidates (C, D).
+
+    targets: (B,) the candidate that is each anchor's positive; without them candidate i is that of anchor i.
+    also_right: (B, C) bool, the candidates that an anchor is not compared with.
+    """
+    cosines = F.normalize(anchors.float(), dim=-1) @ F.normalize(candidates.float(), dim=-1).T  # (B, C)
+    if targets is None:
+        targets = torch.arange(len(anchors), device=anchors.device)
+    if also_right is not None:
+        cosines = cosines.masked_fill(also_right, float("-inf"))
+    return F.cross_entropy(cosines / TEMPERATURE, targets, reduction="sum"), len(anchors)
 
 
 def embeddings(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Embeddings of the anchors (B, D), and of the positives followed by the negatives."""
-    found = [model.head(pooled(model, batch[name])) for name in ("anchor", "positive", "negative") if name in batch]
-    return found[0], torch.cat(found[1:])
+    """Embeddings of the anchors (B, D), and of the candidates (C, D): the positives followed by the negatives."""
+    parts = [model.head(pooled(model, batch[name])) for name in ("anchor", "positive", "negative") if name in batch]
+    return parts[0], torch.cat(parts[1:])
 
 
 def pair_loss(differences: Tensor, ties: Tensor) -> Tensor:

@@ -7,10 +7,13 @@ source of its definition, because "F1" means something else in each of the field
     classification(predictions, labels, n_classes)   accuracy, macro_f1, confusion
     entity_f1(predicted, gold)                       precision, recall, f1 (entities), token_accuracy
     answers(predictions, golds)                      exact_match, f1 (words)
-    retrieval(anchors, positives)                    accuracy@1, mrr
+    retrieval(anchors, positives, texts)             accuracy@1, mrr
     comparisons(differences, ties)                   accuracy, calibration_error
     perplexity(loss)                                 exp(loss)
     rouge(predictions, golds)                        rouge1, rouge2, rougeL (summaries)
+
+All gold counts: where a model gave no prediction (a row without text, a word beyond the length that it reads), the
+caller says so, and it counts as wrong.
 """
 
 import math
@@ -18,15 +21,18 @@ import re
 import string
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence, Sized
+from collections.abc import Hashable, Iterable, Sequence, Sized
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Entity = tuple[int, int, str]  # first word, one past the last word, type
+from .candidates import candidates
+from .tag_schemes import entities, tags_are_plain
+from .word_tokenizer import WordTokenizer, with_spaces
 
 LOWER_IS_BETTER = ("loss", "perplexity")
+NO_PREDICTION = -1  # in the place of a predicted class
 TIE = 1e-6  # cosines closer than this are one score: a float32 model's noise must not decide a rank
 
 
@@ -37,16 +43,23 @@ def classification(predictions: ArrayLike, labels: ArrayLike, n_classes: int) ->
     `f1_score(average="macro")`), over the classes that occur in the labels or the predictions: a class that occurs in
     neither has no F1 and does not count.
 
-    predictions, labels: (N,) ints in 0..n_classes-1. Returns accuracy, macro_f1 and confusion, n_classes lists of
-    n_classes counts, `confusion[gold][predicted]`. Raises ValueError for no rows, unequal lengths, or an id out of
+    predictions, labels: (N,) ints in 0..n_classes-1; a prediction may be NO_PREDICTION (-1), which is wrong. Returns
+    accuracy, macro_f1 and confusion, n_classes lists of n_classes counts, `confusion[gold][predicted]`; where rows have
+    no prediction, each list ends with their number. Raises ValueError for no rows, unequal lengths, or an id out of
     range.
     """
-    predicted, gold = _class_ids("predictions", predictions, n_classes), _class_ids("labels", labels, n_classes)
+    predicted = _class_ids("predictions", predictions, n_classes, lowest=NO_PREDICTION)
+    gold = _class_ids("labels", labels, n_classes)
     _same_length("classification", "predictions", predicted, "labels", gold)
-    confusion = np.bincount(gold * n_classes + predicted, minlength=n_classes * n_classes).reshape(n_classes, n_classes)
-    hits, occurs = np.diag(confusion), confusion.sum(0) + confusion.sum(1)
+
+    width = n_classes + 1
+    column = np.where(predicted == NO_PREDICTION, n_classes, predicted)
+    counts = np.bincount(gold * width + column, minlength=n_classes * width).reshape(n_classes, width)
+    hits, occurs = np.diag(counts), counts.sum(0)[:n_classes] + counts.sum(1)
     seen = occurs > 0
     f1 = 2 * hits[seen] / occurs[seen]
+
+    confusion = counts if counts[:, n_classes].any() else counts[:, :n_classes]
     return {
         "accuracy": float(hits.sum() / len(gold)),
         "macro_f1": float(f1.mean()),
@@ -54,16 +67,21 @@ def classification(predictions: ArrayLike, labels: ArrayLike, n_classes: int) ->
     }
 
 
-def entity_f1(predicted: Sequence[Sequence[str]], gold: Sequence[Sequence[str]]) -> dict[str, float]:
+def entity_f1(
+    predicted: Sequence[Sequence[str | None]], gold: Sequence[Sequence[str]], names: Iterable[str] = ()
+) -> dict[str, float]:
     """Precision, recall and F1 over whole entities (micro), and the share of words whose tag is right.
 
     The definition is that of CoNLL-2000/2003's scorer, conlleval (Tjong Kim Sang and Buchholz 2000): an entity counts
     when its first word, its last word and its type all match. An I- tag that follows O, or another type, begins an
-    entity. Tags are BIO, or BIOES by the same rules. Where no tag has such a prefix (parts of speech), every word but O
-    is an entity of its own, as with `conlleval -r`. A score with nothing to divide by is 0.
+    entity. Tags are BIO, BIOES, BILOU or BMES, the marks of each read by the same rules (L as E, U as S, M as I), with
+    "-" or "_" in front of the type. Where tags have no such prefix (parts of speech), every word but O is an entity of
+    its own, as with `conlleval -r`. A score with nothing to divide by is 0.
 
-    predicted, gold: one sequence of tags a row, equally long. Returns precision, recall, f1, token_accuracy. Raises
-    ValueError for no words, unequal lengths, or prefixed and plain tags mixed.
+    predicted, gold: one sequence of tags a row, equally long. None in the place of a predicted tag belongs to no
+    entity, and is wrong whatever the gold tag is. names: all tags of the set, where more may occur than do here.
+    Returns precision, recall, f1, token_accuracy. Raises ValueError for no words, unequal lengths, and for tags from
+    which `tags_are_plain` can't tell what an entity is.
     """
     _same_length("entity_f1", "predicted", predicted, "gold", gold)
     for row, (p, g) in enumerate(zip(predicted, gold, strict=True)):
@@ -72,16 +90,17 @@ def entity_f1(predicted: Sequence[Sequence[str]], gold: Sequence[Sequence[str]])
     n_words = sum(map(len, gold))
     if n_words == 0:
         raise ValueError("entity_f1: no words to score; give at least one row with tags")
-    plain = _tags_are_plain({tag for rows in (predicted, gold) for tags in rows for tag in tags})
-    found = [_entities(tags, plain) for tags in predicted]
-    wanted = [_entities(tags, plain) for tags in gold]
-    hits = sum(len(f & w) for f, w in zip(found, wanted, strict=True))
-    n_found, n_wanted = sum(map(len, found)), sum(map(len, wanted))
+
+    plain = tags_are_plain({*names, *(tag for rows in (predicted, gold) for tags in rows for tag in tags if tag)})
+    guesses = [entities([tag or "O" for tag in tags], plain) for tags in predicted]
+    golds = [entities(tags, plain) for tags in gold]
+    hits = sum(len(a & b) for a, b in zip(guesses, golds, strict=True))
+    n_guesses, n_golds = sum(map(len, guesses)), sum(map(len, golds))
     right = sum(a == b for p, g in zip(predicted, gold, strict=True) for a, b in zip(p, g, strict=True))
     return {
-        "precision": _ratio(hits, n_found),
-        "recall": _ratio(hits, n_wanted),
-        "f1": _ratio(2 * hits, n_found + n_wanted),
+        "precision": _ratio(hits, n_guesses),
+        "recall": _ratio(hits, n_golds),
+        "f1": _ratio(2 * hits, n_guesses + n_golds),
         "token_accuracy": right / n_words,
     }
 
@@ -90,7 +109,8 @@ def answers(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[
     """Exact match and word F1 of extracted answers, each the best over a row's gold answers, then the mean over rows.
 
     The definition is that of SQuAD v1.1's evaluate-v1.1.py (Rajpurkar et al. 2016, section 6.1): answers are lowercased
-    and lose ASCII punctuation, the words a, an, the, and surplus whitespace; F1 is over the two bags of words. A row
+    and lose ASCII punctuation, the words a, an, the, and surplus whitespace; F1 is over the two bags of words, of which
+    each character of a script without spaces is one (as in MLQA's script: Lewis et al. 2020, arXiv:1910.07475). A row
     without gold answer is unanswerable: then only an empty prediction is right (SQuAD v2.0). Fractions, where the
     script prints percent.
 
@@ -111,29 +131,48 @@ def answers(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[
     return {"exact_match": exact / len(golds), "f1": overlap / len(golds)}
 
 
-def retrieval(anchors: ArrayLike, positives: ArrayLike) -> dict[str, float]:
+def retrieval(
+    anchors: ArrayLike,
+    positives: ArrayLike,
+    texts: Sequence[tuple[Hashable, Hashable]] | None = None,
+    n_missed: int = 0,
+) -> dict[str, float]:
     """How well each anchor finds its own positive by cosine similarity among the positives of all rows.
 
     accuracy@1 is the share of anchors whose own positive ranks first; MRR is the mean of 1/rank (Voorhees 1999, TREC-8
-    question answering). Equal cosines (duplicates, a collapsed model) share their ranks: the score is the expectation
-    over a random order among them, so that a constant embedding earns chance level and not 1. The more rows, the harder
-    the task: compare only scores over the same rows.
+    question answering). Equal cosines (a collapsed model) share their ranks: the score is the expectation over a random
+    order among them, so that a constant embedding earns chance level and not 1. The more rows, the harder the task:
+    compare only scores over the same rows.
 
-    anchors, positives: (N, D). Returns accuracy@1, mrr. Raises ValueError for other shapes or a row that is not finite.
+    `texts` tells which positives are one: a text that stands in several rows is one candidate. Candidates that are
+    right for an anchor, too, because another row pairs them or because they are the anchor's own text, are left out of
+    its ranking (the filtered ranks of Bordes et al. 2013, section 4.2). Without `texts` all rows count as different.
+
+    anchors, positives: (N, D). texts: anchor and positive of each row, or anything that is equal where they are.
+    n_missed: rows that have no embedding, and count as not found. Returns accuracy@1, mrr. Raises ValueError for other
+    shapes or a row that is not finite.
     """
     a, p = _unit_rows("anchors", anchors), _unit_rows("positives", positives)
     if a.shape != p.shape:
         raise ValueError(f"retrieval: anchors {a.shape} and positives {p.shape} differ in shape; give one pair a row")
-    reciprocals = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, len(a) + 1))])
+    pairs = [(("anchor", i), ("positive", i)) for i in range(len(a))] if texts is None else texts
+    _same_length("retrieval", "texts", pairs, "anchors", a)
+    first_rows, targets, also_right = candidates([anchor for anchor, _ in pairs], [positive for _, positive in pairs])
+
+    reciprocals = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, len(first_rows) + 1))])
     first = reciprocal = 0.0
-    for begin in range(0, len(a), 1024):  # N × N cosines of a large set would not fit into memory at once
-        cosine = a[begin : begin + 1024] @ p.T  # (rows, N)
-        own = np.take_along_axis(cosine, np.arange(begin, begin + len(cosine))[:, None], axis=1)
-        better = (cosine > own + TIE).sum(1)
-        level = (np.abs(cosine - own) <= TIE).sum(1)  # at least 1: the own positive
+    for begin in range(0, len(a), 1024):  # N × C cosines of a large set would not fit into memory at once
+        cosine = a[begin : begin + 1024] @ p[first_rows].T  # (rows, C)
+        target = np.take_along_axis(cosine, np.array(targets[begin : begin + 1024])[:, None], axis=1)  # (rows, 1)
+        for row, columns in enumerate(also_right[begin : begin + 1024]):
+            cosine[row, columns] = -np.inf
+        better = (cosine > target + TIE).sum(1)
+        level = (np.abs(cosine - target) <= TIE).sum(1)  # at least 1: the own positive
         first += ((better == 0) / level).sum()
         reciprocal += ((reciprocals[better + level] - reciprocals[better]) / level).sum()
-    return {"accuracy@1": float(first / len(a)), "mrr": float(reciprocal / len(a))}
+
+    n_rows = len(a) + n_missed
+    return {"accuracy@1": float(first / n_rows), "mrr": float(reciprocal / n_rows)}
 
 
 def comparisons(differences: ArrayLike, ties: ArrayLike) -> dict[str, float]:
@@ -170,7 +209,8 @@ def rouge(predictions: Sequence[str], golds: Sequence[str]) -> dict[str, float]:
     """ROUGE-1, ROUGE-2 and ROUGE-L of texts, each the mean F1 over the rows, by the package rouge-score.
 
     F1 over words, over pairs of neighbouring words, and over the longest common subsequence of words (Lin 2004,
-    "ROUGE: A Package for Automatic Evaluation of Summaries"). Words are lower-cased and stemmed by Porter's rules.
+    "ROUGE: A Package for Automatic Evaluation of Summaries"). Words are lower-cased; those of ASCII letters are stemmed
+    by Porter's rules. What a word is in other scripts, those without spaces too, `word_tokenizer.py` says.
 
     predictions, golds: N strings each. Returns rouge1, rouge2, rougeL, fractions. Raises ValueError for no rows or
     unequal lengths, or where rouge-score is not installed.
@@ -179,11 +219,12 @@ def rouge(predictions: Sequence[str], golds: Sequence[str]) -> dict[str, float]:
     if not len(golds):
         raise ValueError("rouge: no texts to score; give at least one prediction")
     try:
+        from nltk.stem.porter import PorterStemmer
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise ValueError("ROUGE is computed by rouge-score; pip install handtune[rouge]") from None
     kinds = ("rouge1", "rouge2", "rougeL")
-    scorer = RougeScorer(list(kinds), use_stemmer=True)
+    scorer = RougeScorer(list(kinds), tokenizer=WordTokenizer(PorterStemmer()))
     scores = [scorer.score(gold, prediction) for prediction, gold in zip(predictions, golds, strict=True)]
     return {kind: sum(score[kind].fmeasure for score in scores) / len(scores) for kind in kinds}
 
@@ -197,46 +238,21 @@ def _same_length(score: str, name: str, values: Sized, other: str, others: Sized
         raise ValueError(f"{score}: {len(values)} {name} for {len(others)} {other}; give one for each row")
 
 
-def _class_ids(name: str, values: ArrayLike, n_classes: int) -> NDArray[np.int64]:
+def _class_ids(name: str, values: ArrayLike, n_classes: int, lowest: int = 0) -> NDArray[np.int64]:
     ids = np.asarray(values)
     if ids.ndim != 1 or len(ids) == 0 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"classification: {name} is {ids.dtype} {ids.shape}; give a non-empty list of class ids")
-    wrong = np.flatnonzero((ids < 0) | (ids >= n_classes))
+    wrong = np.flatnonzero((ids < lowest) | (ids >= n_classes))
     if len(wrong):
         row = wrong[0]
         raise ValueError(f"classification: {name}[{row}] is {ids[row]}; class ids go from 0 to {n_classes - 1}")
     return ids.astype(np.int64)
 
 
-def _tags_are_plain(tags: Iterable[str]) -> bool:
-    """True where no tag carries a BIO(ES) prefix; a mixture is an error."""
-    named = sorted(set(tags) - {"O"})
-    plain = [tag for tag in named if not re.match(r"[BIES](-|$)", tag)]
-    if plain and any(re.match(r"[BIES]-", tag) for tag in named):
-        raise ValueError(f"entity_f1: tag {plain[0]!r} among BIO tags; write every tag as O, B-type or I-type")
-    return bool(plain)
-
-
-def _entities(tags: Sequence[str], plain: bool) -> set[Entity]:
-    """The entities of one row by conlleval's startOfChunk and endOfChunk."""
-    found: set[Entity] = set()
-    first, before, before_kind = -1, "O", ""  # first < 0: no entity is open
-    for i, tag in enumerate([*tags, "O"]):
-        mark, _, kind = tag.partition("-") if not plain or tag == "O" else ("S", "", tag)
-        opens = mark in "BS" or kind != before_kind or before in "OES"
-        if first >= 0 and (opens or mark == "O"):
-            found.add((first, i, before_kind))
-            first = -1
-        if opens and mark != "O":
-            first = i
-        before, before_kind = mark, kind
-    return found
-
-
 def _words(text: str) -> list[str]:
     """An answer's words after SQuAD's normalisation, in its order: lowercase, punctuation, articles, whitespace."""
     bare = "".join(c for c in text.lower() if c not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+    return with_spaces(re.sub(r"\b(a|an|the)\b", " ", bare)).split()
 
 
 def _word_f1(predicted: list[str], gold: list[str]) -> float:

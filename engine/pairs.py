@@ -5,12 +5,12 @@ read a side to its last token, and DPO the log-probabilities of an answer's toke
 better) and `margin`, how much better the chosen one is at least, in units of the reward (Llama 2, arXiv:2307.09288,
 section 3.2.2). Rows whose sides are equal, or one of them empty, teach nothing and are dropped.
 
-Where a side is longer than `max_length`, both lose as much of the prompt's beginning, but for its last quarter of
-`max_length`; what then still is too long loses its end.
+A side that is longer than `max_length` loses its end; with `truncate` "start" both sides lose as much of the prompt's
+beginning first, with "drop" the row is dropped. So is one of whose answers nothing is left.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,84 +18,87 @@ from tqdm import tqdm
 
 from .adapters import use_adapter
 from .batches import Batch, Batches, Examples, packed, to_device
-from .chat import ChatTemplate, without_trailing_space
-from .encode_tasks import Encoded, Numbered, Settings, ended
+from .chat_fields import trained_turns
+from .chat_forms import text_of
+from .chat_turns import ChatTargets
+from .encode_report import Encoded
+from .encode_tasks import Numbered, Settings
 from .guards import in_eval_mode
 from .losses import answer_logps
-
-if TYPE_CHECKING:
-    from tokenizers import Encoding
+from .text import append_eos, beginning, tokenize_pairs
 
 SIDES = ("chosen", "rejected")
 CHUNK = 8192  # tokens of a pass without gradients
 
 
-def joined(pairs: Sequence[tuple[str, str]], settings: Settings) -> Iterator[tuple[list[int], int]]:
-    """Of texts (prompt, completion) the tokens of both together, and how many of them are the prompt's.
-
-    The prompt is tokenised alone, as generation will see it.
-    """
-    prompts = settings.tokenizer.encode_batch([prompt for prompt, _ in pairs], add_special_tokens=False)
-    wholes = settings.tokenizer.encode_batch([prompt + end for prompt, end in pairs], add_special_tokens=False)
-    for (text, completion), prompt, whole in zip(pairs, prompts, wholes, strict=True):
-        if whole.ids[: len(prompt.ids)] == prompt.ids:
-            yield whole.ids, len(prompt.ids)
-        else:
-            yield _joined_at_seam(text, completion, prompt, whole, settings)
-
-
-def _joined_at_seam(
-    text: str, completion: str, prompt: "Encoding", whole: "Encoding", settings: Settings
-) -> tuple[list[int], int]:
-    """The same where a token of the whole text lies across prompt and completion."""
-    tokenizer = settings.tokenizer
-    ids = prompt.ids + tokenizer.encode(completion, add_special_tokens=False).ids
-    if tokenizer.decode(ids, skip_special_tokens=False) == tokenizer.decode(whole.ids, skip_special_tokens=False):
-        return ids, len(prompt.ids)
-    # Tokenizers that put a space in front of every text: the two parts make another text than the whole.
-    return whole.ids, next((i for i, (_, last) in enumerate(whole.offsets) if last > len(text)), len(whole.ids))
-
-
 def comparisons(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
     """Examples of `prompt/chosen/rejected` rows: `chosen` and `rejected` token ids, `starts` of the answers in them."""
     texts = [_texts(index, row, settings) for index, row in rows]
-    sides = [list(joined([(text[0], text[1 + side]) for text in texts], settings)) for side in range(2)]
+    tokenizer, begin = settings.tokenizer, beginning(settings.tokenizer)
+    sides = [list(tokenize_pairs(tokenizer, [(text[0], text[1 + side]) for text in texts])) for side in range(2)]
     for (_, row), text, chosen, rejected in zip(rows, texts, *sides, strict=True):
         ids, starts = [chosen[0], rejected[0]], [chosen[1], rejected[1]]
         if isinstance(row["prompt"], str):  # a chat template ends turns itself
-            ids = [ended(one, start, settings) for one, start in zip(ids, starts, strict=True)]
+            ends = settings.eos, settings.more_ends
+            ids = [append_eos(side, start, *ends) for side, start in zip(ids, starts, strict=True)]
         if text[1] == text[2] or not (text[1] and text[2]):
             yield Encoded([], masked=True)
             continue
-        over = max(0, max(map(len, ids)) - settings.max_length)
-        cut = min(over, *(max(0, start - settings.max_length // 4) for start in starts))
-        kept = [one[cut:][: settings.max_length] for one in ids]
-        if kept[0] == kept[1]:
-            yield Encoded([], truncated=True, masked=True)
+        length = max(map(len, ids))
+        over = max(0, length - settings.max_length)
+        if over and settings.truncate == "drop":
+            yield Encoded([], truncated=True, masked=True, length=length)
             continue
-        example = dict(zip(SIDES, kept, strict=True)) | {"starts": [start - cut for start in starts]}
+
+        # Both sides lose the same of the prompt, which stays one, and no answer loses its beginning.
+        cut = min(over, *(start - len(begin) for start in starts)) if settings.truncate == "start" else 0
+        kept = [[*begin, *side[len(begin) + cut :]][: settings.max_length] for side in ids]
+        starts = [start - cut for start in starts]
+        if kept[0] == kept[1] or any(len(side) <= start for side, start in zip(kept, starts, strict=True)):
+            yield Encoded([], truncated=True, masked=True, length=length)
+            continue
+        example = dict(zip(SIDES, kept, strict=True)) | {"starts": starts}
         example |= {"margin": row.get("margin", 0.0), "tie": row.get("tie", False)}
-        yield Encoded([example], sum(map(len, kept)), 1, truncated=over > 0)
+        yield Encoded([example], sum(map(len, kept)), 1, truncated=over > 0, length=length)
 
 
 def _texts(index: int, row: Mapping[str, Any], settings: Settings) -> tuple[str, str, str]:
     """Prompt, chosen and rejected as text; of a chat's answers what the model writes, to the end of the turn."""
     if isinstance(row["prompt"], str):
         return row["prompt"], row["chosen"], row["rejected"]
-    template = settings.template or ChatTemplate()
+    assert settings.template is not None  # encode() gives one where there are messages
+    targets, arguments = ChatTargets(settings.template, settings.tokenizer), row.get("template_arguments", {})
+    history = row["prompt"]
     try:
-        prompt = template.render(row["prompt"], add_generation_prompt=True)
-        wholes = [template.render([*row["prompt"], *row[side]]) for side in SIDES]
+        for side in SIDES:
+            _check_answer(row[side], side)
+        chosen, rejected = (targets.answered([*history, *row[side]], len(history), **arguments) for side in SIDES)
     except ValueError as error:
         raise ValueError(f"row {index + 1}: {error}") from None
-    if not all(whole.startswith(prompt) for whole in wholes):
-        raise ValueError(f"row {index + 1}: the chat template changes the prompt when an answer follows it")
-    contents = [row[side][-1]["content"] for side in SIDES]
-    chosen, rejected = (
-        without_trailing_space(whole[len(prompt) :], content) if content.strip() else ""
-        for whole, content in zip(wholes, contents, strict=True)
+
+    prompts = [prompt for prompt in chosen if prompt in rejected]
+    if not prompts:
+        raise ValueError(
+            f"row {index + 1}: the chat template asks otherwise for the chosen answer than for the rejected"
+        )
+    empty = {side: not any(_says_something(message) for message in row[side]) for side in SIDES}
+    return (
+        prompts[0],
+        "" if empty["chosen"] else chosen[prompts[0]],
+        "" if empty["rejected"] else rejected[prompts[0]],
     )
-    return prompt, chosen, rejected
+
+
+def _check_answer(messages: Sequence[Mapping[str, Any]], side: str) -> None:
+    if messages[0]["role"] != "assistant" or messages[-1]["role"] != "assistant":
+        raise ValueError(f"{side} must begin and end with a message of the assistant")
+    answers = sum(message["role"] == "assistant" for message in messages)
+    if len(trained_turns(messages)) < answers:
+        raise ValueError(f"{side}: an answer is compared as a whole; take weight or train out of its messages")
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    return bool(message.get("tool_calls") or text_of(message.get("content") or "").strip())
 
 
 class PairCollate:

@@ -10,6 +10,7 @@ list of details; their numbers stand beside them here, too.
 """
 
 import json
+import logging
 import math
 import time
 import zlib
@@ -26,20 +27,22 @@ from tqdm import tqdm
 
 from .adapters import adapter_names, drop_adapter, set_adapter
 from .advantages import AdaptiveKL, best_of
-from .arithmetic import settle_arithmetic
 from .batches import Batches
 from .checkpoint import checkpoint_path, checkpoints, load_checkpoint, prune, save_checkpoint
-from .guards import explained_memory_error, interruptible, passes, require_finite
+from .guards import clean_guest, explained_memory_error, interruptible, passes, require_finite
 from .lora import add_lora, lr_ratios, matches
 from .optim import Optimizer, lr_factor
 from .ppo_config import PPOConfig
 from .ppo_round import Round
-from .progress import generators, set_generators
+from .progress import generators, set_generators, tell_resumed
 from .record import Record, peak_memory
 from .reward import ADAPTER as REWARD
 from .reward import Reward, RewardFn
 from .rollouts import CRITIC, POLICY, Actors, Prompt, Rollout
 from .shared import shared_layers, with_head
+from .text import prompt_tokens
+
+log = logging.getLogger("handtune")
 
 
 @dataclass(frozen=True)
@@ -83,52 +86,56 @@ def ppo(
 
     `prompts` are texts, where there is a `tokenizer`, else token ids. `reward(prompts, completions)` gives a number for
     each completion, texts or token ids likewise; a `Reward`; or several, whose scores are added up. The policy is left
-    as the active adapter "policy". `out`: the run folder; the same call on it resumes, on the same model, too. `show`
-    gets a sample a round.
+    as the active adapter "policy". `out`: the run folder; the same call on it resumes, on the same model, too, or finds
+    the run finished and changes nothing. `show` gets a sample a round. Random generators, settings of torch, signal
+    handlers and modes of modules are afterwards what they were.
 
     Raises ValueError for a model with adapters other than a reward's (merge them first), LoRA targets outside its
     layers, an empty prompt, none that leaves room for a completion, a reward that gives anything but one finite number
     each, and a folder of a run with another configuration, base or prompts; FloatingPointError where training diverges.
     """
-    start = time.perf_counter()
-    settle_arithmetic()
-    torch.manual_seed(config.seed)
-    record = Record(out)
-    record.start(about or {}, (about or {}).get("config") or {"ppo": asdict(config)})
-    run = _Run(model, prompts, [reward] if callable(reward) else reward, config, tokenizer, record)
-    progress = run.begin()
-    start -= progress.seconds
-    total = -(-config.episodes // config.rollout_rows)
-    bar = tqdm(total=config.episodes, initial=progress.episodes, unit="episode", disable=None)
-    with interruptible() as interrupt, explained_memory_error(run.round.device, _smaller(config)), bar:
-        prompt, each_round = (batch[0][0] for batch in passes(run.batches)), config.rollout_rows // (config.group or 1)
-        while progress.round < total and progress.stopped is None:
-            lr = config.lr * lr_factor(config.schedule, progress.round, total, 0, 0.2, 0.0)
-            before = run.weights()  # which the round's rollout, and so its objective, is of
-            rollout, stats = run.round(list(islice(prompt, each_round)), lr)
-            loss = stats["policy_loss"] if run.round.sound(rollout) else math.nan
-            require_finite(loss, stats["grad_norm"], f"round {progress.round + 1}", record, "ppo.lr")
-            progress.round, progress.episodes = progress.round + 1, progress.episodes + len(rollout.ids)
-            progress.stats, progress.seconds = stats, time.perf_counter() - start
-            record.log(step=progress.round, episodes=progress.episodes, **stats, sample=run.shown(rollout),
-                       peak_memory=peak_memory(), seconds=progress.seconds)  # fmt: skip
-            if show is not None:
-                show(run.shown(rollout))
-            bar.set_postfix({key: f"{stats[key]:.3f}" for key in ("score", "kl")}, refresh=False)
-            bar.update(len(rollout.ids))
-            if config.kl_stop is not None and stats["kl"] > config.kl_stop:  # 16
-                progress.stopped = "kl"
-                run.optimizer.load_state_dict(run.best)
-            elif not progress.best or stats["objective"] > progress.best["objective"]:
-                progress.best, run.best = {"round": progress.round, **stats}, before
-            ends = interrupt.is_set() or progress.stopped is not None or progress.round == total
-            if ends or progress.round % config.save_every == 0:
-                run.save(progress)
-            if ends:
-                break
-    set_adapter(model, POLICY)
-    stopped = progress.stopped or ("interrupted" if progress.round < total else None)
-    return PPOResult(progress.episodes, progress.stats, progress.best, time.perf_counter() - start, stopped)
+    with clean_guest(model, config.seed):
+        start = time.perf_counter()
+        record = Record(out)
+        record.start(about or {}, (about or {}).get("config") or {"ppo": asdict(config)})
+        run = _Run(model, prompts, [reward] if callable(reward) else reward, config, tokenizer, record)
+        progress = run.begin()
+        start -= progress.seconds
+        total = -(-config.episodes // config.rollout_rows)
+        tell_resumed("round", progress.round, total, progress.round >= total or progress.stopped is not None)
+        bar = tqdm(total=config.episodes, initial=progress.episodes, unit="episode", disable=None)
+        with interruptible() as interrupt, explained_memory_error(run.round.device, _smaller(config)), bar:
+            prompt = (batch[0][0] for batch in passes(run.batches))
+            each_round = config.rollout_rows // (config.group or 1)
+            while progress.round < total and progress.stopped is None:
+                lr = config.lr * lr_factor(config.schedule, progress.round, total, 0, 0.2, 0.0)
+                before = run.weights()  # which the round's rollout, and so its objective, is of
+                rollout, stats = run.round(list(islice(prompt, each_round)), lr)
+                loss = stats["policy_loss"] if run.round.sound(rollout) else math.nan
+                require_finite(loss, stats["grad_norm"], f"round {progress.round + 1}", record, "ppo.lr")
+                progress.round, progress.episodes = progress.round + 1, progress.episodes + len(rollout.ids)
+                progress.stats, progress.seconds = stats, time.perf_counter() - start
+                record.log(step=progress.round, episodes=progress.episodes, **stats, sample=run.shown(rollout),
+                           peak_memory=peak_memory(), seconds=progress.seconds)  # fmt: skip
+                if show is not None:
+                    show(run.shown(rollout))
+                bar.set_postfix({key: f"{stats[key]:.3f}" for key in ("score", "kl")}, refresh=False)
+                bar.update(len(rollout.ids))
+                if config.kl_stop is not None and stats["kl"] > config.kl_stop:  # 16
+                    progress.stopped = "kl"
+                    run.optimizer.load_state_dict(run.best)
+                elif not progress.best or stats["objective"] > progress.best["objective"]:
+                    progress.best, run.best = {"round": progress.round, **stats}, before
+                ends = interrupt.is_set() or progress.stopped is not None or progress.round == total
+                if ends or progress.round % config.save_every == 0:
+                    run.save(progress)
+                if ends:
+                    break
+        if progress.stopped == "kl" and progress.best["round"] == 1:
+            log.warning("no round was better than the first: the policy given back is the untrained one; lower ppo.lr")
+        set_adapter(model, POLICY)
+        stopped = progress.stopped or ("interrupted" if progress.round < total else None)
+        return PPOResult(progress.episodes, progress.stats, progress.best, time.perf_counter() - start, stopped)
 
 
 def _smaller(config: PPOConfig) -> Callable[[], str]:
@@ -175,7 +182,7 @@ class _Run:
     def _fitting(self, prompts: Sequence[Any]) -> list[Prompt]:
         """The prompts that leave room for a completion."""
         if self.tokenizer is not None:
-            ids = [encoding.ids for encoding in self.tokenizer.encode_batch(list(prompts), add_special_tokens=False)]
+            ids = prompt_tokens(self.tokenizer, prompts)
         else:
             ids = [list(prompt) for prompt in prompts]
         if empty := [i for i, row in enumerate(ids, 1) if not row]:

@@ -10,7 +10,7 @@ al. 2020, arXiv:2009.01325. Without a letter: ours.
      3  prompts padded on the left, positions counted from their first token (rollouts.py)                        H
      4  no dropout, in updates either (ppo_loop.py)                                                               Z, H
      5  log-probabilities in fp32, of the completions' tokens alone, without all logits at once (rollouts.py)
-     6  the reward is read at the last token that is there (reward.py)                                            H
+     6  the reward is read at the last token that isn't padding, as in training (reward.py, models/heads.py)      H
      7  its head begins with N(0, 1/(D + 1)) (models/layers.py), the critic's with zeros (ppo_loop.py)            T, H
      8  its score has mean 0 and deviation 1 on samples of the reference (reward.py)                              Z, H
      9  each token pays for its own divergence; β is fixed, or adapts (advantages.py)                             Z
@@ -121,7 +121,10 @@ class Round:
         """Prompts as the caller gave them, and completions likewise: as texts, where there is a tokenizer."""
         completions: list[Any] = rollout.completions
         if self.tokenizer is not None:
-            completions = [text_of(ids, self.ends, (), self.tokenizer) for ids in completions]
+            completions = [
+                text_of(ids, self.ends, (), self.tokenizer, prompt.ids)
+                for prompt, ids in zip(rollout.prompts, completions, strict=True)
+            ]
         return [prompt.given for prompt in rollout.prompts], completions
 
     def called(self, rollout: Rollout, rewards: Sequence[RewardFn]) -> Tensor:

@@ -2,12 +2,16 @@
 
 import math
 import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from .checkpoint import checkpoint_path, checkpoints, load_checkpoint, prune, save_checkpoint
 from .metrics import LOWER_IS_BETTER
@@ -27,6 +31,10 @@ class Progress:
     metrics: dict[str, Any] = field(default_factory=dict)
     best: dict[str, Any] = field(default_factory=dict)
     evals_since_best: int = 0
+
+    def ended(self, total: int, patience: int | None) -> bool:
+        """Whether nothing is left to train."""
+        return self.step >= total or self.stalled(patience)
 
     def stalled(self, patience: int | None) -> bool:
         """Whether `patience` evaluations went by without a better one."""
@@ -61,6 +69,14 @@ def resume(record: Record, optimizer: Optimizer, data: Any, keep: int) -> Progre
     return progress
 
 
+def tell_resumed(unit: str, done: int, total: int, ended: bool) -> None:
+    """Say where a run goes on that has begun before; nothing of one that begins."""
+    if ended:
+        tqdm.write(f"finished already: {done} of {total} {unit}s, nothing is left to train", file=sys.stderr)
+    elif done:
+        tqdm.write(f"going on at {unit} {done} of {total}", file=sys.stderr)
+
+
 def last_good(record: Record) -> str:
     """Where to go on from, in words."""
     found = checkpoints(record.checkpoints) if record.checkpoints else []
@@ -84,6 +100,20 @@ def set_generators(states: dict[str, Tensor], facts: dict[str, Any]) -> None:
     version, words, gauss = facts["python"]
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(tuple(facts["numpy"]))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's generators begin at `seed`; after the block all of them, Python's and numpy's too, are as they were."""
+    states, facts = generators()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        set_generators(states, facts)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
 
 
 def keep_best(record: Record, optimizer: Optimizer, progress: Progress, metric: str) -> None:

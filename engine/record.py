@@ -36,7 +36,7 @@ class Record:
         """
         if self.out is None:
             return
-        config = json.loads(json.dumps(config))  # tuples become lists, as in the file it is compared with
+        config = _plain(config)
         path = self.out / "run.json"
         if path.is_file():
             changed = _differences(self._facts()["config"], config)
@@ -61,8 +61,20 @@ class Record:
 
     def amend(self, **facts: Any) -> None:
         """Add facts to run.json that were not known when the run began."""
-        if self.out is not None:
-            write_json(self.out / "run.json", {**self._facts(), **facts})
+        if self.out is not None and (known := self._facts()) != (amended := {**known, **facts}):
+            write_json(self.out / "run.json", amended)
+
+    def finished(self, config: dict[str, Any]) -> dict[str, Any] | None:
+        """What came out of the run in this folder, if it is one of this configuration and has come to its end."""
+        if self.out is None or not (self.out / "run.json").is_file():
+            return None
+        path = self.out / "result.json"
+        if not path.is_file() or _differences(self._facts()["config"], _plain(config)):
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: damaged ({error}); remove it, and the same command writes it again") from error
 
     def _facts(self) -> dict[str, Any]:
         assert self.out is not None
@@ -79,16 +91,18 @@ class Record:
         """Drop what was logged after `step`: the resumed run logs it again."""
         if self.out is None or not (path := self.out / "metrics.jsonl").is_file():
             return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        text, lines = path.read_text(encoding="utf-8"), []
+        for line in text.splitlines():
             try:
                 if json.loads(line)["step"] <= step:
-                    kept.append(line)
+                    lines.append(line + "\n")
             except (ValueError, KeyError):  # the line a kill cut short
                 break
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
+
+        if (remaining := "".join(lines)) != text:
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(remaining, encoding="utf-8")
+            temporary.replace(path)
 
     def log(self, **values: Any) -> None:
         """Append a line to metrics.jsonl."""
@@ -122,6 +136,11 @@ def environment() -> dict[str, Any]:
         "versions": {"handtune": handtune.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
     }
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as JSON gives it back: tuples become lists, as in the file that it is compared with."""
+    return json.loads(json.dumps(config))
 
 
 def _differences(before: Any, now: Any, name: str = "") -> list[str]:

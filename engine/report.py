@@ -203,13 +203,15 @@ def _matrix(run: Run, counts: list[list[int]], named: bool) -> str:
     caption = f"<b>{_e(run.name)}</b>" if named else ""
     if len(counts) > MAX_CLASSES:
         return _frequent_confusions(counts, labels, caption)
-    head = "".join(f'<th scope="col">{label}</th>' for label in labels)
+    # A last column, where there is one, counts rows for which nothing was predicted.
+    columns = [sum(column) for column in zip(*counts, strict=True)]
+    head = "".join(f'<th scope="col">{label}</th>' for label in [*labels, "nothing"][: len(columns)])
     body = ""
     for i, row in enumerate(counts):
         cells = "".join(f'<td class="cell" style="--share: {60 * n / max(1, sum(row)):.0f}%">{n:,}</td>' for n in row)
         body += f'<tr><th scope="row">{labels[i]}</th>{cells}{_share(row[i], sum(row))}</tr>'
-    columns = [sum(column) for column in zip(*counts, strict=True)]
-    precision = "".join(_share(counts[i][i], n) for i, n in enumerate(columns))
+    precision = "".join(_share(counts[i][i], columns[i]) for i in range(len(counts)))
+    precision += '<td class="sum"></td>' * (len(columns) - len(counts))
     return (
         f'<div class="wide"><table class="matrix"><caption>{caption}</caption><thead>'
         f'<tr><th></th>{head}<th scope="col">recall</th></tr>'
@@ -223,6 +225,7 @@ def _share(part: int, whole: int) -> str:
 
 
 def _frequent_confusions(counts: list[list[int]], labels: list[str], caption: str) -> str:
+    labels = [*labels, "nothing"]
     wrong = [(n, i, j) for i, row in enumerate(counts) for j, n in enumerate(row) if i != j and n]
     body = "".join(
         f"<tr><td>{labels[i]}</td><td>{labels[j]}</td>{_number(f'{n:,}')}{_share(n, sum(counts[i]))}</tr>"

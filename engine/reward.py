@@ -2,9 +2,10 @@
 
 A reward is any callable: `reward(prompts, completions)` gives a number for each completion. `Reward` is a model trained
 on comparisons (`method = "reward"`), on a base of its own or on a policy's, where it costs an adapter and a head. Its
-score is read at the last token of prompt and completion, and shifted and scaled so that the reference policy's own
-samples have mean 0 and standard deviation 1 (Ziegler et al. 2019, arXiv:1909.08593, section 2.1): Bradley and Terry's
-loss leaves both open, and β and value function are easier set for scores of that size.
+score is read at the last token of prompt and completion (in front of eos, where eos is the pad token, too), and shifted
+and scaled so that the reference policy's own samples have mean 0 and standard deviation 1 (Ziegler et al. 2019,
+arXiv:1909.08593, section 2.1): Bradley and Terry's loss leaves both open, and β and value function are easier set for
+scores of that size.
 """
 
 import json
@@ -19,11 +20,10 @@ from torch import Tensor
 from .adapter_files import load_adapter, read_adapter, save_adapter
 from .adapters import adapter_names, use_adapter
 from .batches import packed, to_device
-from .encode_tasks import Settings, ended
 from .guards import in_eval_mode
 from .lora_config import is_finite
-from .pairs import joined
 from .shared import with_head
+from .text import append_eos, tokenize_pairs
 
 RewardFn = Callable[[Sequence[Any], Sequence[Any]], Any]
 ADAPTER, SCALE = "reward", "reward.json"
@@ -52,8 +52,10 @@ class Reward:
         if self.tokenizer is None:
             raise ValueError("a reward model without a tokenizer was given texts: Reward(model, tokenizer)")
         tokens = self.model.tokens
-        settings = Settings(self.tokenizer, 0, {}, tokens.eos_id, None, more_ends=tokens.more_ends)
-        return [ended(ids, start, settings) for ids, start in joined(pairs, settings)]
+        return [
+            append_eos(ids, start, tokens.eos_id, tokens.more_ends)
+            for ids, start in tokenize_pairs(self.tokenizer, pairs)
+        ]
 
     @torch.no_grad()
     def score(self, inputs: dict[str, Any], **how: Any) -> Tensor:
@@ -61,7 +63,8 @@ class Reward:
         own = use_adapter(self.model, ADAPTER) if ADAPTER in adapter_names(self.model) else nullcontext()
         with in_eval_mode(self.model), own:
             states = self.model.hidden(**inputs, **how)
-            found = self.model.head(self.model.pool(states, None, inputs["cu_seqlens"]))  # 6, of `ppo_round.py`'s list
+            pooled = self.model.pool(states, inputs["input_ids"], None, inputs["cu_seqlens"])  # 6 in `ppo_round.py`
+            found = self.model.head(pooled)
         return found.float() * (1.0 if self.scale is None else self.scale) + self.shift
 
     def on(self, policy: Any) -> bool:

@@ -65,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--prompt", action="append", help="a prompt (may be repeated)")
     generate.add_argument("--prompts", help="a file of rows with a prompt, messages or a text each")
+    generate.add_argument("--raw", action="store_true", help="continue the prompts as they are, past a chat template")
     generate.add_argument("--out", help="write prompt/completion rows (JSONL) here instead of printing")
     generate.add_argument("--max-new-tokens", type=int, default=64)
     generate.add_argument("--temperature", type=float, help="0 is greedy (default 1, with beams 0)")

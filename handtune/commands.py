@@ -10,42 +10,47 @@ from pathlib import Path
 from typing import Any
 
 from .comparing import run_compare
-from .engine import evaluate, save_adapter, train, trainable_report
+from .engine import evaluate, train, trainable_report
 from .engine.batches import Batches
-from .engine.check_data import show
+from .engine.check_data import distribution, legend, show
 from .engine.completions import completions
 from .engine.config import RunConfig, read_config
 from .engine.loop import DEFAULT_ROWS, Result
 from .engine.metrics import rouge
-from .engine.record import Record, write_json
+from .engine.record import Record
+from .engine.text import prompt_tokens
 from .generator import run_generate
 from .labelling import run_label
 from .merge import merge
-from .models import ResNet, save
-from .models.tokens import save_tokenizer
-from .prepare import Prepared, choose_trained, prepare, run_objective
+from .models import save
+from .prepare import Prepared, choose_trained, data_files, prepare, run_objective
+from .prompts import prompt_of
 from .rlhf import run_ppo
-from .stored import config_of, facts_of, put_weights
+from .stored import config_of, data_sizes, facts_of, has_stored, put_weights, require_same_data, store_adapter
 
 
 def run_train(options: argparse.Namespace) -> int:
     """`handtune train`: one run from its configuration to the stored adapter or model."""
     config = read_config(options.config, options.override)
     out = Path(config.out)
-    record = Record(out)
+    place, record = out / ("adapter" if config.lora is not None else "model"), Record(out)
+    sizes = data_sizes(data_files(config.data))
+    if (values := record.finished(config.as_dict())) is not None and has_stored(out):
+        require_same_data(out, sizes)
+        print(f"finished already: nothing is left to train\n{_stored(values, place)}")
+        return 0
     about: dict[str, Any] = {
         "name": config.name or out.name, "method": config.method, "task": run_objective(config).task,
         "model": config.model.path or config.model.preset, "config": config.as_dict(),
+        "data_sizes": sizes,
     }  # fmt: skip
     record.start(about, about["config"])
     ready = prepare(config, out / "corpus")
-    record.amend(trains=choose_trained(ready, config), labels=list(ready.labels))
+    record.amend(trains=choose_trained(ready, config), labels=list(ready.labels), chat=ready.chat)
     print(trainable_report(ready.model))
     settings = config.train
     if settings.batch_rows is None and settings.batch_tokens is None:
         settings = replace(settings, batch_rows=DEFAULT_ROWS)
-    if settings.best is None:
-        settings = replace(settings, best=ready.objective.best)
     data = Batches(
         ready.examples, ready.collate, rows=settings.batch_rows, tokens=settings.batch_tokens,
         micro_rows=settings.micro_rows, micro_tokens=settings.micro_tokens, by_length=ready.by_length,
@@ -53,37 +58,44 @@ def run_train(options: argparse.Namespace) -> int:
     )  # fmt: skip
     result = train(
         ready.model, data, ready.objective.loss, settings, eval_data=ready.eval_batches(), score=ready.score,
-        out=out, about=about,
+        out=out, about=about, metric=ready.objective.best,
     )  # fmt: skip
     if result.interrupted:
         print(f"stopped at step {result.steps}; the same command goes on from there")
         return 130
-    _store(ready, config, out, result)
+    _store(ready, config, place, record, result)
     return 0
 
 
-def _store(ready: Prepared, config: RunConfig, out: Path, result: Result) -> None:
-    """Write the adapter or model, and result.json; says what came out."""
-    place = out / ("adapter" if config.lora is not None else "model")
+def _store(ready: Prepared, config: RunConfig, place: Path, record: Record, result: Result) -> None:
+    """Write the adapter or model to `place`, and result.json; says what came out."""
     if config.lora is not None:
-        save_adapter(ready.model, place)
-        if config.model.add_tokens:
-            save_tokenizer(ready.tokenizer, ready.model.tokens, place)
-        if isinstance(ready.model, ResNet):
-            ready.model.pixels.write(place)
+        store_adapter(ready.model, ready.tokenizer, place)
     else:
         save(ready.model, ready.tokenizer, place)
+
     counts = trainable_report(ready.model)
     values = asdict(result)
     stored = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
     confusion = result.metrics.get("confusion")
     values |= {"trainable": counts.trainable, "parameters": counts.total, "stored_bytes": stored}
     values |= {"confusion": confusion, "labels": list(ready.labels)} if confusion else {}
-    write_json(out / "result.json", values)
+    record.finish(values)
+
     print(f"{result.steps} steps in {result.seconds:.0f} s, mean training loss {result.train_loss:.4f}")
     if result.metrics:
         print("before: " + _numbers(result.before) + f"\nafter:  {_numbers(result.metrics)}")
-    print(f"stored in {place} ({stored / 2**20:.2f} MiB)")
+    print(_stored(values, place))
+
+
+def _stored(values: dict[str, Any], place: Path) -> str:
+    """Which weights of a finished run are stored, why these, and where; `values` as in result.json."""
+    best, steps = values["best"], values["steps"]
+    line = f"stored: step {best['step']} (best {best['metric']} {best['value']:.4f}, of {steps} steps)" if best else ""
+    if best and best["step"] == 0:
+        line += ": the UNTRAINED weights, because no evaluation was better than the one before training"
+    where = f"stored in {place} ({values['stored_bytes'] / 2**20:.2f} MiB)"
+    return f"{line or f'stored: step {steps} (the last)'}\n{where}"
 
 
 def _numbers(values: dict[str, Any]) -> str:
@@ -91,15 +103,22 @@ def _numbers(values: dict[str, Any]) -> str:
 
 
 def check_data(options: argparse.Namespace) -> int:
-    """`handtune check-data`: rows token by token, with the loss mask."""
+    """`handtune check-data`: rows token by token, with the loss mask, and how often each class or tag is there.
+
+    The weights need not be there.
+    """
     config = read_config(options.config, options.override)
-    with tempfile.TemporaryDirectory() as cache:
-        ready = prepare(config, Path(cache))
-        if ready.objective.encoding == "images":
-            return 0  # the counts of each class have been said, and every image was decoded
-        first = [ready.examples[i] for i in range(min(options.rows, len(ready.examples)))]
     color = sys.stdout.isatty()
-    print(show(first, ready.tokenizer, ready.objective.encoding, len(first), color, ready.labels))
+    with tempfile.TemporaryDirectory() as cache:
+        ready = prepare(config, Path(cache), weights=False)
+        encoding = ready.objective.encoding if ready.objective.task != "reward" else "reward"
+        if encoding == "images":
+            return 0  # the counts of each class have been said, and every image was decoded
+        for what, part in (("train", ready.examples), ("eval", ready.eval_examples)):
+            if len(part) and (counts := distribution(part, encoding, ready.labels)):
+                print(f"{what} {counts}")
+        print(legend(encoding, color) + "\n")
+        print(show(ready.examples, ready.tokenizer, encoding, options.rows, color, ready.labels))
     return 0
 
 
@@ -111,7 +130,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         config = replace(config, data=replace(config.data, train=options.data, eval=options.data))
     elif facts_of(run).get("method") == "ppo":
         raise ValueError(f"{run}: ppo holds no rows out; give a file with --data")
-    ready = prepare(config, run / "corpus")
+    ready = prepare(config, run / "corpus", head_follows=True)
     if len(ready.eval_examples) == 0:
         raise ValueError(f"{run}: the run held no rows out; give a file with --data")
     put_weights(run, ready.model)
@@ -128,7 +147,8 @@ def _rouge(ready: Prepared) -> dict[str, float]:
     """ROUGE of what the model writes for held-out prompts: greedily, to its end token, at most twice as long as the
     longest gold text, or, after a long prompt, as far as the model's positions go.
     """
-    pairs = [(row["prompt"], row["completion"]) for row in ready.eval_rows if "completion" in row]
+    rows = [row for row in ready.eval_rows if "completion" in row]
+    pairs = [(prompt_of(row, ready.model, ready.chat), row["completion"]) for row in rows]
     if not pairs:
         raise ValueError("--rouge compares texts: it needs held-out rows with prompt and completion")
     prompts, golds = zip(*pairs, strict=True)
@@ -147,7 +167,7 @@ def _rouge(ready: Prepared) -> dict[str, float]:
 
 def _lengths(ready: Prepared, texts: Sequence[str]) -> list[int]:
     """The tokens of each, an end token included."""
-    return [1 + len(encoding.ids) for encoding in ready.tokenizer.encode_batch(texts, add_special_tokens=False)]
+    return [1 + len(ids) for ids in prompt_tokens(ready.tokenizer, texts)]
 
 
 def run_merge(options: argparse.Namespace) -> int:

@@ -11,7 +11,8 @@ from .engine.compare import ANSWERS, LEFT, RIGHT, SKIP, TIE, Item, Session, make
 from .engine.compare_page import ComparisonServer
 from .engine.completions import completions
 from .engine.data import read_prompts, read_text
-from .generator import generator_of, prompt_of
+from .generator import generator_of
+from .prompts import prompt_of
 from .stored import function_of
 
 KEYS = {"a": LEFT, "b": RIGHT, "t": TIE, "s": SKIP}
@@ -95,8 +96,8 @@ def _sampled(options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
     """Two completions of each prompt."""
     if options.prompts is None:
         raise ValueError("--prompts: a file of rows with a prompt, messages or a text each")
-    model, tokenizer, _ = generator_of(options)
-    prompts = [prompt_of(row, model) for row in read_prompts(options.prompts)]
+    model, tokenizer, _, chat = generator_of(options)
+    prompts = [prompt_of(row, model, chat) for row in read_prompts(options.prompts)]
     sides = [
         completions(
             model, tokenizer, prompts, options.max_new_tokens, batch_rows=options.batch_rows, stop=options.stop,

@@ -6,25 +6,25 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from .engine.chat import ChatTemplate
 from .engine.completions import completions
 from .engine.data import read_prompts
 from .engine.guards import explained_memory_error
 from .engine.objectives import objective_of
 from .models import load
 from .models.checkpoint import objectives_of
-from .prepare import run_model, template_of
-from .stored import config_of, put_adapter, require_finished
+from .prepare import run_model
+from .prompts import learn_turn_end, prompt_of
+from .stored import config_of, put_adapter, require_finished, was_asked_as_chat
 
 
 def run_generate(options: argparse.Namespace) -> int:
     """`handtune generate`: continue prompts, printed or written as rows, batch by batch."""
     _check(options)
-    model, tokenizer, known = generator_of(options)
-    rows = list(_rows(options))
-    prompts, adapters = [prompt_of(row, model) for row in rows], _adapters(rows, known)
+    model, tokenizer, known, chat = generator_of(options)
+    rows, chat = list(_rows(options)), chat and not options.raw
+    prompts, adapters = [prompt_of(row, model, chat) for row in rows], _adapters(rows, known)
     temperature = options.temperature if options.temperature is not None else float(options.beams == 1)
     written = completions(
         model, tokenizer, prompts, options.max_new_tokens, batch_rows=options.batch_rows, stop=options.stop,
@@ -34,11 +34,12 @@ def run_generate(options: argparse.Namespace) -> int:
     with explained_memory_error(next(model.parameters()).device, lambda: _smaller(options)):
         if options.out:
             with Path(options.out).open("w", encoding="utf-8", buffering=1) as file:  # each row is there once written
-                for prompt, text in zip(prompts, written, strict=True):
-                    file.write(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) + "\n")
+                for row, prompt, text in zip(rows, prompts, written, strict=True):
+                    asked = row["prompt"] if chat and "prompt" in row else prompt  # as rows to train on have it
+                    file.write(json.dumps({"prompt": asked, "completion": text}, ensure_ascii=False) + "\n")
             print(f"{len(prompts)} rows written to {options.out}")
         else:
-            answers = model.task == "seq2seq-lm"  # which are texts of their own, no continuation
+            answers = chat or model.task == "seq2seq-lm"  # which are texts of their own, no continuation
             texts = (text if answers else prompt + text for prompt, text in zip(prompts, written, strict=True))
             for number, text in enumerate(texts):
                 print(("\n" if number else "") + text, flush=True)
@@ -67,8 +68,19 @@ def _smaller(options: argparse.Namespace) -> str:
     return "even one prompt is too much; shorten it, or use --dtype bfloat16"
 
 
-def generator_of(options: argparse.Namespace) -> tuple[Any, Any, dict[str, str]]:
-    """The model to generate with, a checkpoint or what a run produced; and adapters, by folder, as they are called."""
+class Generator(NamedTuple):
+    """What generates: a model, its tokenizer, adapters (by folder, as they are called), and whether it was trained to
+    be asked through its chat template (`data.chat`).
+    """
+
+    model: Any
+    tokenizer: Any
+    adapters: dict[str, str]
+    chat: bool
+
+
+def generator_of(options: argparse.Namespace) -> Generator:
+    """The model to generate with: a checkpoint, or what a run produced."""
     path, place = Path(options.model), options.model
     folders = [Path(adapter) for adapter in options.adapter]
     config = None
@@ -81,9 +93,10 @@ def generator_of(options: argparse.Namespace) -> tuple[Any, Any, dict[str, str]]
     if config is not None:
         if options.dtype != "auto":
             config = replace(config, model=replace(config.model, dtype=options.dtype))
-        model, tokenizer = run_model(config, tuple(config.model.labels or ()))
+        model, tokenizer = run_model(config, tuple(config.model.labels or ()), head_follows=True)
     else:
-        model, tokenizer = load(place, objective_of("sft", objectives_of(place, None)).task, options.dtype)
+        task = objective_of("sft", objectives_of(place, None)).task
+        model, tokenizer = load(place, task, options.dtype, head_follows=bool(folders))
     if tokenizer is None:
         raise ValueError(f"{place}: no tokenizer.json there, and prompts need one")
     known: dict[str, str] = {}
@@ -94,7 +107,9 @@ def generator_of(options: argparse.Namespace) -> tuple[Any, Any, dict[str, str]]
             raise ValueError(f"--adapter {folder}: there is another called {called!r}; give one another name")
         known[called] = f"{len(known)}: {called.replace('.', '_')}"
         put_adapter(model, tokenizer, folder, known[called])
-    return model, tokenizer, known
+    learn_turn_end(model, tokenizer)
+    chat = any(was_asked_as_chat(run) for run in (path, *(folder.resolve().parent for folder in folders)))
+    return Generator(model, tokenizer, known, chat)
 
 
 def _adapters(rows: list[dict[str, Any]], known: dict[str, str]) -> list[str | None] | None:
@@ -122,11 +137,3 @@ def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield from read_prompts(options.prompts)
     elif not options.prompt:
         yield {"prompt": sys.stdin.read().rstrip("\n")}
-
-
-def prompt_of(row: dict[str, Any], model: Any) -> str:
-    """The text that a row wants to be continued."""
-    if "messages" not in row:
-        return row["prompt"] if "prompt" in row else row["text"]
-    template, messages = template_of(model) or ChatTemplate(), row["messages"]
-    return template.render(messages[:-1] if messages[-1]["role"] == "assistant" else messages, True)

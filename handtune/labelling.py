@@ -7,6 +7,7 @@ from typing import Any
 
 from .engine.data import read_prompts
 from .engine.labelling import label_texts
+from .engine.rows import label_name
 from .generator import generator_of
 
 
@@ -14,9 +15,9 @@ def run_label(options: argparse.Namespace) -> int:
     """`handtune label`: rows of text, label and confidence, the least certain first where they are to be reviewed."""
     if Path(options.out).resolve() == Path(options.data).resolve():
         raise ValueError(f"--out {options.out} is the file of the texts; give another")
-    words = dict(_named(spec) for spec in options.labels)
+    words = dict(label_and_words(spec) for spec in options.labels)
     texts = [row["text"] if "text" in row else row["prompt"] for row in _rows(options.data)]
-    model, tokenizer, _ = generator_of(options)
+    model, tokenizer, *_ = generator_of(options)
     if model.task != "causal-lm":
         raise ValueError(f"{options.model}: labels are chosen by a causal language model, and this is for {model.task}")
     template = options.template.replace("\\n", "\n")
@@ -31,10 +32,10 @@ def run_label(options: argparse.Namespace) -> int:
     return 0
 
 
-def _named(spec: str) -> tuple[str, str]:
-    """A label and its words, of "label" or "label=words"."""
+def label_and_words(spec: str) -> tuple[str, str]:
+    """A label and its words, of "label" or "label=words". ValueError for a label that `train` would refuse."""
     name, sign, words = spec.partition("=")
-    return name, words if sign else name
+    return label_name(name, f"--labels {spec!r}"), words if sign else name
 
 
 def _rows(path: str) -> list[dict[str, Any]]:

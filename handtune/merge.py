@@ -50,7 +50,7 @@ def merge(base: str, adapter: Path, out: Path) -> None:
         reordered = (opened.head_rows or []) != sorted(opened.head_rows or [])
         resized = resized_vocabulary(adapter, opened.model) is not None
         if adds_tokens(adapter, opened.tokenizer) or resized or reordered:
-            model, tokenizer = load(base, dtype=opened.shards.dtype(), **head_of(adapter))
+            model, tokenizer = load(base, dtype=opened.shards.dtype(), head_follows=True, **head_of(adapter))
             put_adapter(model, tokenizer, adapter)
             _measure(model, rounding)
             merge_lora(model, keep_base=False)
@@ -110,6 +110,7 @@ def _stream(opened: Checkpoint, base: str, adapter: Path, folder: Path, rounding
         if not same(copy, placement.stored[model.key_map()[key].names[0]]):
             raise ValueError(f"{base}: {said}")
     _write(tensors, placement, folder)
+    model.tokens = model.tokens.with_adapter(adapter, opened.tokenizer)
     save_around(model, opened.tokenizer, folder, opened.shards.dtype())
 
 

@@ -2,8 +2,8 @@
 
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 
 from .engine import add_lora, freeze, projections, quantize, train_rows, unfreeze
 from .engine.batches import Batches, Collate, CollateFn, Examples
-from .engine.chat import ChatTemplate
 from .engine.config import DataConfig, RunConfig
 from .engine.corpus import TokenCorpus, token_corpus
 from .engine.data import label_names, read_rows, split_rows
@@ -23,15 +22,16 @@ from .engine.pairs import add_reference
 from .engine.rows import normalise, row_shape
 from .engine.token_rows import train_added_rows
 from .models import Bert, ResNet, XLNet, add_tokens, load
-from .models.checkpoint import fresh, objectives_of
+from .models.checkpoint import fresh, objectives_of, open_checkpoint
 from .models.vocabulary import CONVERT
+from .prompts import adopt_template, goes_through_template, learn_turn_end, template_of
 
 EVAL_TOKENS, EVAL_IMAGES = 8192, 64
 
 
 @dataclass
 class Prepared:
-    """A run's model, examples and the way to score them."""
+    """A run's model, examples and the way to score them; `chat`: plain prompts go through the chat template."""
 
     model: Any
     tokenizer: Any
@@ -41,6 +41,7 @@ class Prepared:
     eval_rows: Sequence[Any]
     eval_examples: Examples
     collate: CollateFn
+    chat: bool = False
 
     @property
     def by_length(self) -> bool:
@@ -67,27 +68,29 @@ def run_objective(config: RunConfig) -> Objective:
     return objective_of(config.method, objectives_of(config.model.path, config.model.preset))
 
 
-def prepare(config: RunConfig, cache: Path) -> Prepared:
-    """Read the data, load the model, encode; says what was read, dropped, truncated and masked."""
+def prepare(config: RunConfig, cache: Path, *, weights: bool = True, head_follows: bool = False) -> Prepared:
+    """Read the data, load the model, encode; says what was read, dropped, truncated and masked.
+
+    Without `weights` the model is on the meta device: enough to see the examples, and nothing is computed by it.
+    `head_follows`: the head will be loaded, and a new one is not announced.
+    """
     torch.manual_seed(config.train.seed)  # of a new head and a new adapter
     if config.data.eval is None and (idle := needs_evaluation(config.train)):
         names = ", ".join(f"train.{name}" for name in idle)
         raise ValueError(f"{names}: no rows are held out to evaluate on; name them with data.eval, or leave this out")
     objective = run_objective(config)
-    if config.data.eval is None:
-        objective = replace(objective, best="last")  # nothing tells which weights are better
     if config.method == "embed" and (config.train.micro_rows or config.train.micro_tokens):
         raise ValueError(
             "train.micro_rows, micro_tokens: embed takes its negatives from the whole step; lower batch_rows"
         )
-    corpus = config.method == "pretrain" and all(_is_corpus(Path(file)) for file in _files(config.data))
+    corpus = config.method == "pretrain" and all(_is_corpus(Path(file)) for file in data_files(config.data))
     rows, eval_rows = ([], []) if corpus else _rows(config.data, config.train.seed)
     labels = tuple(config.model.labels or ())
     if not labels and objective.encoding in ("classify", "tag", "images"):
         labels = tuple(label_names(rows))
     if objective.encoding in ("classify", "images") and len(labels) == 1:
         raise ValueError(f"data.train: all rows are of one class, {labels[0]!r}; there is nothing to tell apart")
-    model, tokenizer = run_model(config, labels)
+    model, tokenizer = run_model(config, labels, weights=weights, head_follows=head_follows)
     if objective.encoding == "images":
         return _images(config, objective, model, labels, rows, eval_rows)
     if config.data.image_size is not None:
@@ -109,20 +112,23 @@ def prepare(config: RunConfig, cache: Path) -> Prepared:
     if limit is not None and length > limit:
         raise ValueError(f"data.max_length = {length} exceeds the model's {limit} positions; choose at most {limit}")
 
+    chat = goes_through_template(config, rows, model, tokenizer)
+    template = template_of(model) if chat or any(map(_is_dialogue, (*rows, *eval_rows))) else None
+    if template is not None and model.task == "causal-lm":
+        adopt_template(model)
+
     def encoded(what: str, part: Sequence[Any]) -> Sequence[Any]:
-        template = (
-            template_of(model)
-            if any("messages" in row or isinstance(row.get("prompt"), list) for row in part)
-            else None
-        )
         try:
-            examples, said = encode(
+            examples, report = encode(
                 part, tokenizer, objective.encoding, max_length=length, labels=labels, eos=model.tokens.eos_id,
                 more_ends=model.tokens.more_ends, template=template, evaluation=what == "eval",
+                truncate=config.data.truncate, chat=chat,
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"data.{what}: {error}") from error
-        print(f"{what}: {said}", file=sys.stderr)
+        print(f"{what}: {report}", file=sys.stderr)
+        if report.warning is not None:
+            print(f"{what}: {report.warning}", file=sys.stderr)
         return examples
 
     examples: Examples
@@ -133,11 +139,15 @@ def prepare(config: RunConfig, cache: Path) -> Prepared:
         examples, eval_examples = encoded("train", rows), encoded("eval", eval_rows) if eval_rows else []
         if not eval_rows and config.data.eval is not None:
             examples, eval_examples = _split_windows(examples, config.data.eval)
-    if config.method == "dpo":
+    if config.method == "dpo" and weights:
         for part in filter(len, (examples, eval_examples)):
             add_reference(model, part)
     collate = objective.collate(model, tokenizer, config.data.packing)
-    return Prepared(model, tokenizer, objective, labels, examples, eval_rows, eval_examples, collate)
+    return Prepared(model, tokenizer, objective, labels, examples, eval_rows, eval_examples, collate, chat)
+
+
+def _is_dialogue(row: Mapping[str, Any]) -> bool:
+    return "messages" in row or isinstance(row.get("prompt"), list)
 
 
 def _images(
@@ -164,7 +174,8 @@ def _images(
     return Prepared(model, None, objective, labels, parts["train"], eval_rows, parts["eval"], collate)
 
 
-def _files(data: DataConfig) -> list[str]:
+def data_files(data: DataConfig) -> list[str]:
+    """All files that a run reads rows from."""
     files = [data.train] if isinstance(data.train, str) else data.train
     return [*files, data.eval] if isinstance(data.eval, str) else files
 
@@ -225,26 +236,33 @@ def _split_windows(examples: Examples, share: Any) -> tuple[Examples, Examples]:
     return windows[:cut], windows[cut:]
 
 
-def run_model(config: RunConfig, labels: tuple[str, ...]) -> tuple[Any, Any]:
-    """The model that a run starts from, and its tokenizer or None."""
+def run_model(
+    config: RunConfig, labels: tuple[str, ...], *, weights: bool = True, head_follows: bool = False
+) -> tuple[Any, Any]:
+    """The model that a run starts from, and its tokenizer or None. `weights`, `head_follows`: as in `prepare`."""
     wanted, objective = config.model, run_objective(config)
     task = wanted.task or objective.task
     if task != objective.task:
         raise ValueError(f"model.task = {task!r}, but method {config.method!r} trains {objective.task!r}")
-    if wanted.path is not None:
+    if wanted.path is None:
+        assert wanted.preset is not None
+        model, words = fresh(
+            wanted.preset, wanted.tokenizer, task, labels, config.train.seed, weights=weights, **wanted.overrides
+        )
+    elif weights:
         model, words = load(
             wanted.path, task, wanted.dtype, wanted.device, labels or None, head_layers=wanted.head_layers,
-            quantize=projections if wanted.quantize is not None else None,
+            quantize=projections if wanted.quantize is not None else None, head_follows=head_follows,
         )  # fmt: skip
     else:
-        assert wanted.preset is not None
-        model, words = fresh(wanted.preset, wanted.tokenizer, task, labels, config.train.seed, **wanted.overrides)
+        opened = open_checkpoint(wanted.path, task, labels or None, head_layers=wanted.head_layers, weights=False)
+        model, words = opened.model, opened.tokenizer
     if wanted.add_tokens:
         try:
             add_tokens(model, words, wanted.add_tokens)
         except ValueError as error:
             raise ValueError(f"model.add_tokens: {error}") from error
-    if wanted.quantize is not None:
+    if wanted.quantize is not None and weights:
         freeze(model, "*")
         quantize(model)
     if wanted.recompute:
@@ -253,16 +271,8 @@ def run_model(config: RunConfig, labels: tuple[str, ...]) -> tuple[Any, Any]:
             raise ValueError(f"model.recompute: {name} has no norm in front of a feed-forward to make it again from")
         for block in model.layers:
             block.recompute = True  # type: ignore[assignment]
+    learn_turn_end(model, words)
     return model, words
-
-
-def template_of(model: Any) -> ChatTemplate | None:
-    source = model.tokens.chat_template
-    if source is None:
-        return None
-    names = {key: value for key, value in model.tokens.settings.items() if key in ("bos_token", "eos_token")}
-    texts = {key: value["content"] if isinstance(value, dict) else value for key, value in names.items() if value}
-    return ChatTemplate(source, **texts)
 
 
 def choose_trained(ready: Prepared, config: RunConfig) -> str:

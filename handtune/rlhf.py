@@ -8,17 +8,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from .engine import freeze, load_reward, ppo, projections, quantize, save_adapter, trainable_report
+from .engine import freeze, load_reward, ppo, projections, quantize, trainable_report
 from .engine.adapter_files import CONFIG
 from .engine.config import PPORunConfig, read_config
 from .engine.data import read_prompts
-from .engine.record import peak_memory, write_json
+from .engine.record import Record, peak_memory
 from .engine.reward import Reward, RewardFn
 from .engine.rollouts import POLICY
-from .generator import prompt_of
 from .models import load
 from .models.shards import read_json
-from .stored import function_of
+from .prompts import learn_turn_end, prompt_of
+from .stored import data_sizes, function_of, has_stored, require_same_data, store_adapter
 
 
 def run_ppo(options: argparse.Namespace) -> int:
@@ -26,6 +26,12 @@ def run_ppo(options: argparse.Namespace) -> int:
     config: PPORunConfig = read_config(options.config, options.override, PPORunConfig)
     out, wanted = Path(config.out), config.model
     assert wanted.path is not None
+    record = Record(out)
+    sizes = data_sizes(config.prompts)
+    if (values := record.finished(config.as_dict())) is not None and has_stored(out):
+        require_same_data(out, sizes)
+        print(f"finished already: nothing is left to train\n{_stored(values, out / 'adapter')}")
+        return 0
     model, tokenizer = load(
         wanted.path, "causal-lm", wanted.dtype, wanted.device, quantize=projections if wanted.quantize else None
     )
@@ -34,12 +40,13 @@ def run_ppo(options: argparse.Namespace) -> int:
     if wanted.quantize:
         freeze(model, "*")
         quantize(model)
+    learn_turn_end(model, tokenizer)
     rewards = [config.reward] if isinstance(config.reward, str) else config.reward
     files = [config.prompts] if isinstance(config.prompts, str) else config.prompts
     prompts = [prompt_of(row, model) for file in files for row in read_prompts(file)]
     about = {
         "name": config.name or out.name, "method": "ppo", "task": "causal-lm", "model": wanted.path,
-        "config": config.as_dict(), "trains": f"LoRA r={config.ppo.lora.rank}",
+        "config": config.as_dict(), "trains": f"LoRA r={config.ppo.lora.rank}", "data_sizes": sizes,
     }  # fmt: skip
     show = None if options.quiet else tqdm.write
     result = ppo(
@@ -49,7 +56,7 @@ def run_ppo(options: argparse.Namespace) -> int:
     if result.stopped == "interrupted":
         print(f"stopped after {result.episodes} episodes; the same command goes on from there")
         return 130
-    save_adapter(model, out / "adapter", POLICY)
+    store_adapter(model, tokenizer, out / "adapter", POLICY)
     stored = sum(file.stat().st_size for file in (out / "adapter").iterdir())
     counts = trainable_report(model)
     facts = {"trainable": counts.trainable, "parameters": counts.total, "peak_memory": peak_memory()}
@@ -61,12 +68,22 @@ def run_ppo(options: argparse.Namespace) -> int:
         "metrics": result.stats,
         "stored_bytes": stored,
     }
-    write_json(out / "result.json", values | facts)
+    record.finish(values | facts)
     if result.stopped:
         print(f"stopped: the KL of {result.stats['kl']:.2f} exceeds ppo.kl_stop; the best policy before is kept")
     print(f"{result.episodes} episodes in {result.seconds:.0f} s, score {result.stats['score']:.4f}, "
-          f"KL {result.stats['kl']:.4f} nats; stored in {out / 'adapter'} ({stored / 2**20:.2f} MiB)")  # fmt: skip
+          f"KL {result.stats['kl']:.4f} nats")  # fmt: skip
+    print(_stored(values, out / "adapter"))
     return 0
+
+
+def _stored(values: dict[str, Any], place: Path) -> str:
+    """Which policy of a finished run is stored, and where; `values` as in result.json."""
+    best, line = values["best"], f"stored: the policy after the last round, {values['episodes']} episodes"
+    if values["stopped"] is not None:
+        line = f"stored: the policy of round {best['step']} (best {best['metric']} {best['value']:.4f})"
+        line += "" if best["step"] > 1 else ": the UNTRAINED one, because no round was better than the first"
+    return f"{line}\nstored in {place} ({values['stored_bytes'] / 2**20:.2f} MiB)"
 
 
 def _first_round(out: Path) -> dict[str, Any]:
@@ -89,7 +106,8 @@ def _reward(spec: str, policy: Any, tokenizer: Any) -> RewardFn:
                 "it on the policy's base, or merge it into its own and give that folder"
             )
         return load_reward(policy, adapter, tokenizer)
-    model, words = load(path / "model" if (path / "model").is_dir() else path, "reward")
+    model, words = load(path / "model" if (path / "model").is_dir() else path, "reward", head_follows=True)
     if model.head_is_new:
         raise ValueError(f'{spec}: this checkpoint has no reward head; train one with method = "reward"')
+    learn_turn_end(model, words)
     return Reward(model, words)

@@ -1,6 +1,7 @@
 """What runs and adapters have stored: a run's configuration and weights, an adapter with what lies beside it."""
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .engine import load_adapter
+from .engine import load_adapter, save_adapter
 from .engine.adapter_factors import PREFIX
 from .engine.adapter_files import CONFIG, TASK_TYPES, WEIGHTS
 from .engine.adapters import adapter_names
@@ -18,7 +19,9 @@ from .models.growing import resize
 from .models.pixels import Pixels
 from .models.shards import read_json
 from .models.tensor_file import read_header
-from .models.tokens import load_tokenizer_file
+from .models.tokens import load_tokenizer_file, save_tokenizer
+
+log = logging.getLogger("handtune")
 
 
 def facts_of(run: Path) -> dict[str, Any]:
@@ -38,12 +41,19 @@ def config_of(run: Path) -> RunConfig:
         }}  # fmt: skip
     if facts.get("labels"):
         table["model"]["labels"] = facts["labels"]
+    if "chat" in facts:  # as the run decided, whatever rows it is evaluated on
+        table["data"]["chat"] = "on" if facts["chat"] else "off"
     config = from_table(RunConfig, _written(table), str(run / "run.json"))
     base, out, own = config.model.path, Path(config.out), run.resolve()
     if base is None or Path(base).exists() or out.is_absolute() or own.parts[-len(out.parts) :] != out.parts:
         return config
     there = own.parents[len(out.parts) - 1] / base  # `out` and the path were written from one folder
     return replace(config, model=replace(config.model, path=str(there))) if there.exists() else config
+
+
+def was_asked_as_chat(run: Path) -> bool:
+    """Whether a folder is that of a run whose plain prompts were trained through the chat template."""
+    return (run / "run.json").is_file() and bool(facts_of(run).get("chat"))
 
 
 def _written(table: dict[str, Any]) -> dict[str, Any]:
@@ -60,14 +70,37 @@ def put_weights(run: Path, model: Any) -> None:
     require_finished(run)
     if (run / "adapter").is_dir():
         load_adapter(model, run / "adapter")
+        _announce_missing_head(model, run / "adapter")
         return
     stored, _ = load(run / "model", model.task, labels=list(model.labels) or None)
     model.load_state_dict(stored.state_dict())
 
 
+def has_stored(run: Path) -> bool:
+    """Whether the run has stored an adapter or a model."""
+    return (run / "adapter" / CONFIG).is_file() or (run / "model" / "config.json").is_file()
+
+
+def data_sizes(files: str | list[str]) -> dict[str, int]:
+    """The bytes of each data file that is there. A folder of images has none."""
+    paths = [files] if isinstance(files, str) else files
+    return {path: Path(path).stat().st_size for path in paths if Path(path).is_file()}
+
+
+def require_same_data(run: Path, sizes: dict[str, int]) -> None:
+    """ValueError where a data file of the run is not as long as it was when the run began."""
+    before = facts_of(run).get("data_sizes", {})
+    for path, size in sizes.items():
+        if before.get(path, size) != size:
+            raise ValueError(
+                f"{path}: {size} bytes, and {before[path]} when the run began; put the old data back, or choose "
+                "another out"
+            )
+
+
 def require_finished(run: Path) -> None:
     """ValueError where the run has stored neither adapter nor model."""
-    if not ((run / "adapter" / CONFIG).is_file() or (run / "model" / "config.json").is_file()):
+    if not has_stored(run):
         raise ValueError(f"{run}: neither adapter nor model there; the run has not finished: train it to its end first")
 
 
@@ -92,6 +125,31 @@ def put_adapter(model: Any, tokenizer: Any, adapter: Path, name: str = "default"
     if isinstance(model, ResNet):
         model.pixels = Pixels.read(adapter, {}, model.config.n_channels) or model.pixels
     load_adapter(model, adapter, name)
+    model.tokens = model.tokens.with_adapter(adapter, tokenizer)
+    _announce_missing_head(model, adapter)
+
+
+def store_adapter(model: Any, tokenizer: Any, adapter: Path, name: str = "default") -> None:
+    """Write an adapter, and beside it what it was trained with: tokenizer, chat template, ends of texts; image size."""
+    save_adapter(model, adapter, name)
+    if isinstance(model, ResNet):
+        model.pixels.write(adapter)
+    if tokenizer is None:
+        return
+    tokens = model.tokens
+    if model.task in ("causal-lm", "seq2seq-lm"):  # which write, and stop at the ends in generation_config.json
+        tokens = replace(tokens, generation=tokens.generation or {})
+    save_tokenizer(tokenizer, tokens, adapter)
+
+
+def _announce_missing_head(model: Any, adapter: Path) -> None:
+    """Say so where a head was made for the adapter's task, and the adapter brings none."""
+    head = {name for key, source in model.key_map().items() if key.startswith("head.") for name in source.names}
+    if not model.head_is_new or not head:  # the head of a tied model is its embedding
+        return
+    modules = {name.rpartition(".")[0] for name in head}
+    if not any(f".{module}." in f".{key}" for key in read_header(adapter / WEIGHTS) for module in modules):
+        log.warning("new, untrained, for %s, and not in %s: %s", model.task, adapter, ", ".join(sorted(head)))
 
 
 def resized_vocabulary(adapter: Path, model: Any) -> int | None:

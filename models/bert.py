@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..kernels import LayerNorm, Linear, activation_linear, attention
 from .gpt2_config import ACTIVATIONS
-from .heads import EmbeddingHead, MaskedLMHead, MLPHead, n_outputs, pool_tokens
+from .heads import BY_TEXT, EmbeddingHead, MaskedLMHead, MLPHead, n_outputs, pool_tokens
 from .layers import Published, initialize, key_bias, overridden, positions, read_fields, refuse_longer
 from .tokens import SpecialTokens
 
@@ -220,9 +220,15 @@ class Bert(nn.Module):
             x = block(x, bias, cu_seqlens, max_seqlen)
         return x
 
-    def pool(self, states: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def pool(
+        self,
+        states: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """What the head reads: every position (B, T, D), or one vector a row (B, D)."""
-        if self.task in ("sequence-classification", "reward", "embedding"):
+        if self.task in (*BY_TEXT, "embedding"):
             return pool_tokens(self.pooling, states, attention_mask, cu_seqlens)
         return states
 
@@ -232,7 +238,7 @@ class Bert(nn.Module):
         sequence-classification (B, C) and reward (B,) from [CLS]; embedding (B, D). `inputs` as in `hidden`.
         """
         states = self.hidden(input_ids, attention_mask, **inputs)
-        return self.head(self.pool(states, attention_mask, inputs.get("cu_seqlens")))
+        return self.head(self.pool(states, input_ids, attention_mask, inputs.get("cu_seqlens")))
 
     def key_map(self) -> dict[str, Published]:
         """Our parameter names → their names in published checkpoints of this task."""

@@ -5,6 +5,7 @@ found in `hub.py`, which task it is for in `tasks.py`. What stands here is the o
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +20,7 @@ from .bert import Bert
 from .bloom import Bloom
 from .filling import Packing, allocate, blocks, fill, own_tensors
 from .gpt2 import GPT2
+from .heads import BY_TEXT
 from .hub import checkpoint_folder
 from .layers import Published
 from .llama import Llama
@@ -28,7 +30,16 @@ from .resnet import ResNet
 from .resnet_names import from_timm
 from .shards import SINGLE, Shards, read_json, write_json
 from .t5 import T5
-from .tasks import class_name, head_rows, label_names, reorder_head, stored_head, task_config, task_of
+from .tasks import (
+    class_name,
+    head_rows,
+    label_names,
+    padding_of_new_head,
+    reorder_head,
+    stored_head,
+    task_config,
+    task_of,
+)
 from .tensor_file import Made, write_file
 from .tokens import SpecialTokens, load_tokenizer, load_tokenizer_file, save_tokenizer
 from .xlnet import XLNet
@@ -65,6 +76,7 @@ def load(
     *,
     head_layers: int | None = None,
     quantize: Callable[[Model], Iterable[str]] | None = None,
+    head_follows: bool = False,
 ) -> tuple[Model, "Tokenizer | None"]:
     """The model at `path` (a folder in Hugging Face layout, or a hub id) in eval mode, and its tokenizer or None.
 
@@ -74,6 +86,7 @@ def load(
     labels or another depth than asked for is made anew; of the same labels in another order its rows are reordered.
     `quantize` chooses projections, given the empty model, that are kept in NF4 and frozen (`engine.projections`: what
     `quantize` would take): each is packed as it is read, so that the whole model is never there in full.
+    `head_follows`: a head that is made anew is not announced, since one will be loaded, with an adapter for example.
 
     Raises FileNotFoundError for a missing folder or config.json, ValueError for everything that doesn't fit.
     """
@@ -83,7 +96,7 @@ def load(
     chosen = {f"{path}.weight": model.get_submodule(path) for path in (quantize(model) if quantize else ())}
     packed = Packing({key: m for key, m in chosen.items() if isinstance(m, Linear)}, kind, target, Workspace())
     allocate(model, kind, target, without=set(packed.modules.values()))
-    fill(model, opened.shards, new_head=rows is None, packed=packed)
+    fill(model, opened.shards, new_head=rows is None, packed=packed, announce=not head_follows)
     if rows and rows != sorted(rows):
         reorder_head(model.head, rows)
     model.eval()
@@ -109,17 +122,26 @@ def open_checkpoint(
     labels: list[str] | tuple[str, ...] | int | None = None,
     *,
     head_layers: int | None = None,
+    weights: bool = True,
 ) -> Checkpoint:
-    """All that `load` does before it needs memory for the weights; raises what it raises."""
-    folder = checkpoint_folder(path)
+    """All that `load` does before it needs memory for the weights; raises what it raises.
+
+    Without `weights` they need not be there, nor are they downloaded: that is enough to see what the model reads.
+    """
+    folder = checkpoint_folder(path, weights)
     published = _published(folder)
     family = _family(published, folder)
-    shards = Shards(folder)  # opened; the weights are read last, so that nothing else can be wrong after that
+    shards = Shards(
+        folder, required=weights
+    )  # opened; the weights are read last, so that nothing else can be wrong after that
     config = _config(published, family, shards)
-    words, tokens = load_tokenizer(folder), SpecialTokens.read(folder, published)
+    words = load_tokenizer(folder)
+    tokens = SpecialTokens.read(folder, published, words)
     task = task or task_of(published, family, folder)
     known, stored_depth = stored_head(published, family, folder)
-    names = () if task == "reward" else label_names(labels, known)
+    names = label_names(labels, known)
+    if task in ("reward", "question-answering"):  # whose outputs transformers would make as many as there are labels
+        names = ()
     depth = stored_depth if head_layers is None else head_layers
     pooling, normalize = read_pooling(folder) if task == "embedding" else ("mean", False)
     with torch.device("meta"):
@@ -128,6 +150,8 @@ def open_checkpoint(
     if isinstance(model, ResNet):
         model.pixels = Pixels.read(folder, published, model.config.n_channels) or model.pixels
     rows = head_rows(model, published, known) if depth == stored_depth else None
+    if rows is None or task not in BY_TEXT:
+        model.tokens = padding_of_new_head(tokens, words, task)
     return Checkpoint(model, words, shards, published, rows)
 
 
@@ -138,27 +162,36 @@ def objectives_of(path: str | Path | None, preset: str | None) -> dict[str, str]
     """
     if path is None:
         return OBJECTIVES.get(_family_of_preset(preset or ""), {})
-    folder = checkpoint_folder(path)
+    folder = checkpoint_folder(path, weights=False)
     return OBJECTIVES.get(_family(_published(folder), folder), {})
 
 
 def fresh(
-    preset: str, tokenizer: str | Path | None, task: str, labels: tuple[str, ...], seed: int, **overrides: Any
+    preset: str,
+    tokenizer: str | Path | None,
+    task: str,
+    labels: tuple[str, ...],
+    seed: int,
+    *,
+    weights: bool = True,
+    **overrides: Any,
 ) -> tuple[Model, "Tokenizer | None"]:
     """A freshly initialised model of a published size, on the default device, with the tokenizer.json at `tokenizer`.
 
-    The vocabulary is the tokenizer's; its token "<|endoftext|>" or "</s>", where it has one, ends texts, "<pad>" pads.
+    The vocabulary is the tokenizer's, and so are the tokens that end and pad texts (`SpecialTokens.of_tokenizer`).
+    Without `weights` the model is on the meta device.
     """
     family = _family_of_preset(preset)
     words = load_tokenizer_file(Path(tokenizer)) if tokenizer is not None else None
     if words is not None:
         overrides = {"vocab_size": words.get_vocab_size(), **overrides}
     torch.manual_seed(seed)
-    model = family.from_name(preset, task=task, labels=labels, **overrides).to(_device("auto"))
+    with nullcontext() if weights else torch.device("meta"):
+        model = family.from_name(preset, task=task, labels=labels, **overrides)
+    if weights:
+        model = model.to(_device("auto"))
     if words is not None:
-        ends = [words.token_to_id(name) for name in ("<|endoftext|>", "</s>")]
-        end = next((i for i in ends if i is not None), None)
-        model.tokens = SpecialTokens(eos_id=end, pad_id=words.token_to_id("<pad>"))
+        model.tokens = padding_of_new_head(SpecialTokens.of_tokenizer(words), words, task)
     return model.eval(), words
 
 
@@ -199,7 +232,7 @@ def stored_shape(source: Published, rows: Tensor) -> tuple[int, ...]:
 def save_around(model: Model, tokenizer: "Tokenizer | None", folder: Path, dtype: torch.dtype) -> None:
     """Write what a checkpoint's folder holds besides the weights, which are of this dtype."""
     config = model.write_config()
-    config = {**config, **task_config(model, config["model_type"]), **model.tokens.to_config()}
+    config |= task_config(model, config["model_type"])
     write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
     if isinstance(model, ResNet):
         model.pixels.write(folder)

@@ -91,8 +91,10 @@ class Packing:
 
 
 @torch.no_grad()
-def fill(model: "Model", shards: Shards, new_head: bool, packed: Packing) -> None:
+def fill(model: "Model", shards: Shards, new_head: bool, packed: Packing, announce: bool = True) -> None:
     """Copy every tensor of the key map from the shards into its rows; make the head where it is not there, or `new`.
+
+    A head that is made is announced as one to be trained, unless the caller has another to put in its place.
 
     Of what is to be `packed` each weight is read and quantised before the next: one of them is there in full at a time.
 
@@ -120,7 +122,7 @@ def fill(model: "Model", shards: Shards, new_head: bool, packed: Packing) -> Non
         if copy.shape != own[key].shape or not holds(copy, own[key]):
             raise ValueError(f"{shards.folder}: {said}")
     model.head_is_new = bool(placement.new)
-    if placement.new:
+    if placement.new and announce:
         log.warning("new, to be trained, for %s: %s", model.task, ", ".join(sorted(placement.new)))
 
 

@@ -1,8 +1,12 @@
 """Task heads and the pooling in front of them.
 
 A model is `head(pool(hidden(...)))`. `hidden` gives (B, T, D); `pool` picks what the head reads: every position, the
-first one (BERT's [CLS]), the last real one (GPT-2), or their mean; `head` turns it into logits. Rows come padded with
+first one (BERT's [CLS]), the last one (GPT-2), or their mean; `head` turns it into logits. Rows come padded with
 an attention mask (B, T), or packed end to end in one row with bounds `cu_seqlens` (n + 1,).
+
+Which token of a text is the last one is not for us to choose: transformers' classifiers of decoders look for the last
+id that isn't config.json's `pad_token_id`, whatever the mask says. Where eos pads, too, that is the token before the
+text's eos. So it is here, padded or packed, in training as in use: `last_unpadded`.
 """
 
 import torch
@@ -23,6 +27,7 @@ TASKS = (
     "reward",
 )
 LABELLED = ("sequence-classification", "token-classification", "image-classification")
+BY_TEXT = ("sequence-classification", "reward")  # whose head reads one state of a text
 
 
 def n_outputs(task: str, labels: tuple[str, ...]) -> int:
@@ -56,6 +61,34 @@ def pool_tokens(kind: str, states: Tensor, attention_mask: Tensor | None, cu_seq
         return states.masked_fill(~mask[..., None], torch.finfo(states.dtype).min).amax(1)
     weights = mask[..., None].to(wide)
     return ((states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)).to(states.dtype)
+
+
+def last_position(chosen: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Where each row's last token among the `chosen` (B, T), or packed (1, N), stands in them laid end to end: (B,).
+
+    It is the row's first token where none is chosen.
+    """
+    (b, t), columns = chosen.shape, torch.arange(chosen.shape[1], device=chosen.device)
+    if cu_seqlens is not None:
+        starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+        rows = torch.arange(len(starts), device=chosen.device).repeat_interleave(lengths, output_size=t)
+        return starts.scatter_reduce(0, rows, columns * chosen[0], "amax")
+
+    mask = torch.ones_like(chosen) if attention_mask is None else attention_mask.bool()
+    first, last = mask.int().argmax(1), (columns * (chosen & mask)).amax(1)
+    return torch.arange(b, device=chosen.device) * t + torch.maximum(first, last)
+
+
+def last_unpadded(
+    states: Tensor, input_ids: Tensor, pad_id: int | None, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """The state (B, D) of each row's last token that isn't `pad_id`, as transformers' classifiers of decoders read it.
+
+    Of a row of nothing else, the first state. Without a pad id it is the last token.
+    """
+    if pad_id is None:
+        return pool_tokens("last", states, attention_mask, cu_seqlens)
+    return states.flatten(0, 1)[last_position(input_ids != pad_id, attention_mask, cu_seqlens)]
 
 
 class MLPHead(nn.Module):

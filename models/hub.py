@@ -12,11 +12,11 @@ WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "voc
 UNWANTED = ("*/*.safetensors", "consolidated*.safetensors", "*/*.model")
 
 
-def checkpoint_folder(path: str | Path) -> Path:
+def checkpoint_folder(path: str | Path, weights: bool = True) -> Path:
     """The local folder of a checkpoint; a hub id is downloaded (or found in the hub's cache) first.
 
-    Raises FileNotFoundError where there is no such folder or repository, or no config.json in it, and ValueError where
-    the repository has its weights as pickles only.
+    Without `weights` these are not. Raises FileNotFoundError where there is no such folder or repository, or no
+    config.json in it, and ValueError where the repository has its weights as pickles only.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -28,10 +28,11 @@ def checkpoint_folder(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(str(path), allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED)))
+        unwanted = UNWANTED if weights else (*UNWANTED, "*.safetensors")
+        folder = Path(snapshot_download(str(path), allow_patterns=list(WANTED), ignore_patterns=list(unwanted)))
     except Exception as error:  # which ones depends on the HTTP client, and that on the library's version
         raise FileNotFoundError(f"{path}: no such folder, and the hub did not give it ({_reason(error)})") from error
-    if not any(folder.glob("*.safetensors")) and (pickles := _pickles(str(path))):
+    if weights and not any(folder.glob("*.safetensors")) and (pickles := _pickles(str(path))):
         raise pickle_refused(f"{path}/{pickles[0]}")
     return _with_config(folder)
 

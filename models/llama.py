@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..kernels import Linear, RMSNorm, attention, feed_forward, norm_linear, rope
-from .heads import EmbeddingHead, MLPHead, n_outputs, pool_tokens
+from .heads import BY_TEXT, EmbeddingHead, MLPHead, last_unpadded, n_outputs, pool_tokens
 from .layers import ALL, TIED, KVCache, Published, initialize, key_bias, overridden, positions, refuse_longer
 from .llama_configs import PRESETS, LlamaConfig, read_config, write_config
 from .tokens import SpecialTokens
@@ -127,7 +127,7 @@ class Llama(nn.Module):
         if task not in self.architectures:
             raise ValueError(f"task {task!r}: Llama can do {', '.join(self.architectures)}")
         self.config, self.task, self.labels, self.head_layers = config, task, labels, head_layers
-        self.pooling = pooling if task == "embedding" else "last"
+        self.pooling = pooling
         self.tokens = SpecialTokens()
         self.source: str | None = None  # the folder or hub id that it was loaded from
         self.head_is_new = True  # until a checkpoint fills it
@@ -210,19 +210,28 @@ class Llama(nn.Module):
             cache.length += input_ids.shape[1]
         return self.norm(x) if layers.stop is None else x
 
-    def pool(self, states: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def pool(
+        self,
+        states: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """What the head reads: every position (B, T, D), or one vector a row (B, D)."""
-        if self.task in ("sequence-classification", "reward", "embedding"):
+        if self.task in BY_TEXT:
+            return last_unpadded(states, input_ids, self.tokens.skipped_id, attention_mask, cu_seqlens)
+        if self.task == "embedding":
             return pool_tokens(self.pooling, states, attention_mask, cu_seqlens)
         return states
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         """causal-lm (B, T, V); token-classification (B, T, C); question-answering (B, T, 2);
 
-        sequence-classification (B, C) and reward (B,), read at the last token; embedding (B, D). `inputs`: of `hidden`.
+        sequence-classification (B, C) and reward (B,), read at the last token (`last_unpadded`); embedding (B, D).
+        `inputs`: of `hidden`.
         """
         states = self.hidden(input_ids, attention_mask, **inputs)
-        return self.head(self.pool(states, attention_mask, inputs.get("cu_seqlens")))
+        return self.head(self.pool(states, input_ids, attention_mask, inputs.get("cu_seqlens")))
 
     def key_map(self) -> dict[str, Published]:
         """Our parameter names → their names in published checkpoints of this task."""

@@ -256,8 +256,14 @@ class ResNet(nn.Module):
             x = block(x)
         return x
 
-    def pool(self, states: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        """What the head reads: the mean over all places, (B, D). An image has neither mask nor bounds."""
+    def pool(
+        self,
+        states: Tensor,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """What the head reads: the mean over all places, (B, D). An image has neither ids, mask nor bounds."""
         return states.mean((2, 3))
 
     def forward(self, pixel_values: Tensor) -> Tensor:

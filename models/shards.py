@@ -54,12 +54,15 @@ class Shards:
     """The tensors of a checkpoint folder by name: where each one lies. None is read here.
 
     Raises FileNotFoundError where there are no weights, ValueError where a file is damaged, the index names a file
-    outside the folder, a tensor is in two shards, or there are only pickle files.
+    outside the folder, a tensor is in two shards, or there are only pickle files. Where weights are not `required`, no
+    file of them is looked at.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, required: bool = True):
         self.folder = folder
         self._stored: dict[str, Stored] = {}
+        if not required:
+            return
         for path in self._paths():
             for name, stored in read_header(path).items():
                 if name in self._stored:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import Linear
-from .heads import EmbeddingHead, MLPHead, n_outputs, pool_tokens
+from .heads import BY_TEXT, EmbeddingHead, MLPHead, last_position, n_outputs, pool_tokens
 from .layers import KVCache, Published, initialize, overridden, unpacked
 from .t5_blocks import Block, Cache, Embed, Stack, shifted
 from .t5_config import PRESETS, T5Config, read_config, write_config
@@ -200,19 +200,34 @@ class T5(nn.Module):
         x = self.decoder(x, decoder_attention_mask, source, attention_mask, cache)
         return x * self.config.d_model**-0.5 if self.task == "seq2seq-lm" and self.config.scaled else x
 
-    def pool(self, states: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
-        """What the head reads: every position (B, T, D), or one vector a row (B, D)."""
-        if self.task in ("sequence-classification", "reward", "embedding"):
+    def pool(
+        self,
+        states: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """What the head reads: every position (B, T, D), or one vector a row (B, D).
+
+        A text's class is read where transformers reads it, at the row's last eos; transformers refuses a row without,
+        as one that was cut, which is read at its last token here.
+        """
+        if self.task in BY_TEXT and self.tokens.eos_id is not None:
+            ends = input_ids == self.tokens.eos_id
+            end = last_position(ends, attention_mask, cu_seqlens)
+            last = last_position(torch.ones_like(ends), attention_mask, cu_seqlens)
+            return states.flatten(0, 1)[torch.where(ends.flatten()[end], end, last)]
+        if self.task in (*BY_TEXT, "embedding"):
             return pool_tokens(self.pooling, states, attention_mask, cu_seqlens)
         return states
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
         """seq2seq-lm (B, T, V) over `decoder_input_ids`; token-classification (B, S, C); question-answering (B, S, 2);
 
-        sequence-classification (B, C) and reward (B,), read at the last token; embedding (B, D). `inputs`: of `hidden`.
+        sequence-classification (B, C) and reward (B,), read at the last eos; embedding (B, D). `inputs`: of `hidden`.
         """
         states = self.hidden(input_ids, attention_mask, **inputs)
-        return self.head(self.pool(states, attention_mask, inputs.get("cu_seqlens")))
+        return self.head(self.pool(states, input_ids, attention_mask, inputs.get("cu_seqlens")))
 
     def key_map(self) -> dict[str, Published]:
         """Our parameter names → their names in published checkpoints of this task."""

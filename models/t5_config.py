@@ -111,7 +111,7 @@ def read_config(published: dict[str, Any]) -> T5Config:
     found = read_fields(T5Config, given, CONFIG_KEYS)
     said_untied = given.get("tie_word_embeddings") is False
     scaled = bool(given.get("scale_decoder_outputs", not said_untied))
-    start = given.get("decoder_start_token_id", given.get("pad_token_id", 0))
+    start = given.get("decoder_start_token_id", 0)
     left_behind = said_untied and given.get("architectures", [LM]) != [LM]
     tied = not given.get("own_head", False) and not left_behind
     config = T5Config(**found, tied=tied, scaled=scaled, start_id=start)

@@ -1,18 +1,23 @@
 """Which task a checkpoint is for, and which head it carries: what config.json says of them, read and written."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from .heads import LABELLED, n_outputs
+from .heads import BY_TEXT, LABELLED, n_outputs
+from .tokens import SpecialTokens
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from .checkpoint import Family, Model
 
 log = logging.getLogger("handtune")
+PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<unk>", "[UNK]")
 
 
 def class_name(family: "Family", task: str, model_type: str) -> str:
@@ -83,6 +88,27 @@ def head_rows(model: "Model", published: dict[str, Any], known: tuple[str, ...])
     return [known.index(label) for label in asked] if set(asked) == set(known) else None
 
 
+def padding_of_new_head(tokens: SpecialTokens, tokenizer: "Tokenizer | None", task: str) -> SpecialTokens:
+    """The special tokens with the pad id behind which a new head that reads a text's last token looks for it.
+
+    transformers refuses batches without one. It is the checkpoint's; where that has none, a token that no text ends
+    with, or else eos. A classifier stores it, which is announced. A language model only remembers it: a reward model
+    may stand on it that was trained so.
+    """
+    pad = tokens.pad_id
+    if pad is None and tokenizer is not None:
+        pad = next((number for number in map(tokenizer.token_to_id, PADS) if number is not None), None)
+    pad = tokens.eos_id if pad is None else pad
+    if pad is None or task not in BY_TEXT:
+        return replace(tokens, skipped_id=pad)
+
+    if tokens.pad_id is None:
+        name = None if tokenizer is None else tokenizer.id_to_token(pad)
+        tokens = tokens.padding_with(pad, name)
+        log.warning("no pad token is named: id %d (%s) becomes it; a text is read at its last other token", pad, name)
+    return replace(tokens, skipped_id=pad)
+
+
 @torch.no_grad()
 def reorder_head(head: nn.Module, rows: list[int]) -> None:
     """Put the outputs of a task's head into another order, each taken from its row of `rows`."""
@@ -91,8 +117,9 @@ def reorder_head(head: nn.Module, rows: list[int]) -> None:
 
 
 def task_config(model: "Model", model_type: str) -> dict[str, Any]:
-    """The fields of config.json that tell the task, its labels and the head's depth."""
-    out: dict[str, Any] = {"architectures": [class_name(type(model), model.task, model_type)]}
+    """The fields of config.json that tell the task, its labels and the head's depth, and the special tokens."""
+    out = model.tokens.to_config(classifies=model.task in BY_TEXT)
+    out |= {"architectures": [class_name(type(model), model.task, model_type)]}
     if model.task == "reward":
         out |= {"handtune_task": "reward", "num_labels": 1}
     if model.head_layers > 1:

@@ -1,8 +1,15 @@
 """Special tokens and chat templates of a checkpoint, its tokenizer, and the files beside it.
 
-Which token ends a text is said twice, in config.json and in generation_config.json, and may be several: of Llama 3's
-chat models, <|end_of_text|>, <|eom_id|> and <|eot_id|>. The first one of config.json ends texts in training, and each
-of all ends what the model writes. Some old configurations say -1 where they mean that there is no such token.
+Here, and nowhere else, it is decided which tokens begin, end and pad a text. The files may disagree, and then it is as
+in transformers, whose Trainer aligns a model with its tokenizer:
+
+    end     the tokenizer's `eos_token` ends texts in training. What the model writes ends with it and with each
+            `eos_token_id` of generation_config.json and config.json (of Llama 3's chat models there are three)
+    begin   the tokenizer's `bos_token`, else config.json's id. Whether a text gets one is up to the tokenizer
+    pad     the tokenizer's `pad_token`, else config.json's id
+
+A tokenizer whose token the model doesn't know of is said in one line. Some old configurations say -1 where they mean
+that there is no such token. How tokenizers name their tokens: token_names.py.
 
 What else lies there for a tokenizer is kept as it is and written again, so that transformers makes of the saved folder
 the tokenizer that it makes of the first: special_tokens_map.json and added_tokens.json, which it reads where
@@ -10,28 +17,38 @@ tokenizer_config.json doesn't list the added tokens, further chat templates, and
 tokenizers want.
 """
 
-from dataclasses import dataclass, field
+import logging
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .shards import read_json, write_json, write_text
+from .token_names import SETTINGS, special_names
 from .vocabulary import build_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+log = logging.getLogger("handtune")
+
 GENERATION = "generation_config.json"
-KEPT = ("special_tokens_map.json", "added_tokens.json", GENERATION)
+SENTENCES = ("sentence_bert_config.json", "config_sentence_transformers.json")  # longest text, prompts
+KEPT = ("special_tokens_map.json", "added_tokens.json", *SENTENCES)
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 VOCABULARIES = ("vocab.json", "merges.txt", "vocab.txt", "*.model")
 TEMPLATES = "additional_chat_templates"  # where transformers puts all but the default one
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What a checkpoint says of its special tokens: ids where they are known, the chat template, the raw settings.
+    """The special tokens of a checkpoint: ids where they are known, names, the chat template, the raw settings.
 
-    `eos_id` ends a text, `more_ends` are further tokens that do. `files`: what is kept as it is, by name.
+    `eos_id` ends a text, `more_ends` are further tokens that end what the model writes. `names` are the texts of
+    special tokens as chat templates know them, `{"eos_token": "</s>", ...}`. `settings` is tokenizer_config.json
+    without the template, `generation` generation_config.json without the ids (None: there is none), `files` what is
+    kept as it is, by name. `skipped_id` is the pad id in front of which transformers' classifiers look for the last
+    token of a text: config.json's.
     """
 
     bos_id: int | None = None
@@ -41,41 +58,108 @@ class SpecialTokens:
     settings: dict[str, Any] = field(default_factory=dict)
     more_ends: tuple[int, ...] = ()
     files: dict[str, bytes] = field(default_factory=dict, repr=False)
+    names: dict[str, str] = field(default_factory=dict)
+    generation: dict[str, Any] | None = None
+    skipped_id: int | None = None
 
     @classmethod
-    def read(cls, folder: Path, config: dict[str, Any]) -> "SpecialTokens":
-        """From config.json and generation_config.json, tokenizer_config.json and what lies beside them.
+    def read(cls, folder: Path, config: dict[str, Any], tokenizer: "Tokenizer | None") -> "SpecialTokens":
+        """From the files in `folder`, config.json's contents and the tokenizer, as the module's docstring says.
 
         A separate chat_template.jinja goes before the one in tokenizer_config.json. Raises ValueError for a damaged
         file, and for ids that are none.
         """
-        generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
-        found = {
-            name: dict.fromkeys(
-                [*_ids(config, name, folder / "config.json"), *_ids(generation, name, folder / GENERATION)]
-            )
-            for name in ("bos", "eos", "pad")
-        }
-        bos, eos, pad = (next(iter(ids), None) for ids in found.values())
-        path, settings = folder / "tokenizer_config.json", {}
-        if path.is_file():
-            settings = read_json(path)
-        templates = _templates(folder, settings.get("chat_template"))
-        settings = {key: value for key, value in settings.items() if key != "chat_template"}
+        names = special_names(folder)
+        settings: dict[str, Any] = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
+        generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else None
+
+        # Of each kind the tokenizer's token goes first, and then what the model's files list.
+        ids: dict[str, tuple[int, ...]] = {}
+        for kind in ("bos", "eos", "pad"):
+            listed = [*_ids(config, kind, folder / "config.json"), *_ids(generation or {}, kind, folder / GENERATION)]
+            text = names.get(f"{kind}_token")
+            named = tokenizer.token_to_id(text) if tokenizer is not None and text is not None else None
+            if named is not None and listed and named not in listed:
+                other = ", ".join(map(str, dict.fromkeys(listed)))
+                log.warning("%s: its %s_token is %r (%d), but its model says %s; %r is taken",
+                            folder, kind, text, named, other, text)  # fmt: skip
+            ids[kind] = tuple(dict.fromkeys([*([] if named is None else [named]), *listed]))
+
+            # Where the tokenizer's files don't mention a token, null included, the model's name it for a template.
+            if f"{kind}_token" not in {**settings, **names} and tokenizer is not None and ids[kind]:
+                text = tokenizer.id_to_token(ids[kind][0])
+                names |= {} if text is None else {f"{kind}_token": text}
+        if generation is not None:
+            generation = {key: value for key, value in generation.items() if key not in IDS}
+
+        templates = _templates(folder, settings.pop("chat_template", None))
         template = templates.pop("default", None)
-        named = {f"{TEMPLATES}/{name}.jinja": text.encode() for name, text in templates.items()}
-        return cls(bos, eos, pad, template, settings, tuple(found["eos"])[1:], {**_kept(folder), **named})
+        more_templates = {f"{TEMPLATES}/{name}.jinja": text.encode() for name, text in templates.items()}
+        return cls(
+            bos_id=next(iter(ids["bos"]), None), eos_id=next(iter(ids["eos"]), None),
+            pad_id=next(iter(ids["pad"]), None), chat_template=template, settings=settings, more_ends=ids["eos"][1:],
+            files={**_kept(folder), **more_templates}, names=names, generation=generation,
+            skipped_id=next(iter(_ids(config, "pad", folder / "config.json")), None),
+        )  # fmt: skip
+
+    @classmethod
+    def of_tokenizer(cls, tokenizer: "Tokenizer") -> "SpecialTokens":
+        """For a model without a folder: "<|endoftext|>" or "</s>" ends texts, if there is one, "<pad>" pads."""
+        known = {
+            "eos_token": next(
+                (text for text in ("<|endoftext|>", "</s>") if tokenizer.token_to_id(text) is not None), ""
+            ),
+            "pad_token": "<pad>" if tokenizer.token_to_id("<pad>") is not None else "",
+        }
+        names = {name: text for name, text in known.items() if text}
+        eos, pad = (tokenizer.token_to_id(text) for text in known.values())
+        # The class by which transformers takes the tokenizer.json as it is.
+        return cls(
+            eos_id=eos, pad_id=pad, names=names, settings={"tokenizer_class": "PreTrainedTokenizerFast", **names}
+        )
 
     @property
     def ends(self) -> tuple[int, ...]:
         """Every token that ends what the model writes."""
         return self.more_ends if self.eos_id is None else (self.eos_id, *self.more_ends)
 
-    def to_config(self) -> dict[str, Any]:
-        """The ids as config.json names them; several end tokens are a list."""
+    def ending_with(self, token: int) -> "SpecialTokens":
+        """The same with one more token that ends what the model writes: a chat template's end of a turn."""
+        if token in self.ends:
+            return self
+        return replace(self, eos_id=token) if self.eos_id is None else replace(self, more_ends=(*self.more_ends, token))
+
+    def with_adapter(self, adapter: Path, tokenizer: "Tokenizer | None") -> "SpecialTokens":
+        """The same with what lies beside an adapter, which trained with the tokenizer, template and ends there."""
+        if not (adapter / SETTINGS).is_file() and not (adapter / GENERATION).is_file():
+            return self
+        own = SpecialTokens.read(adapter, {}, tokenizer)
+        ends = tuple(dict.fromkeys([*own.ends, *self.ends]))
+        return replace(
+            self, eos_id=next(iter(ends), None), more_ends=ends[1:], pad_id=_first(own.pad_id, self.pad_id),
+            bos_id=_first(own.bos_id, self.bos_id), chat_template=own.chat_template or self.chat_template,
+            settings=own.settings or self.settings, names={**self.names, **own.names},
+            files={**self.files, **own.files}, generation=own.generation or self.generation,
+        )  # fmt: skip
+
+    def padding_with(self, token: int, text: str | None) -> "SpecialTokens":
+        """The same with a token that pads, also for the tokenizer, where its text is known."""
+        named = {} if text is None else {"pad_token": text}
+        return replace(self, pad_id=token, names=self.names | named, settings=self.settings | named)
+
+    def to_config(self, classifies: bool = False) -> dict[str, Any]:
+        """The ids as config.json and generation_config.json name them; several end tokens are a list.
+
+        The pad id of what `classifies` is the one in front of which it looks for a text's last token.
+        """
         eos = list(self.ends) if self.more_ends else self.eos_id
-        ids = {"bos_token_id": self.bos_id, "eos_token_id": eos, "pad_token_id": self.pad_id}
+        pad = self.skipped_id if classifies else self.pad_id
+        ids = dict(zip(IDS, (self.bos_id, eos, pad), strict=True))
         return {key: value for key, value in ids.items() if value is not None}
+
+
+def _first(*ids: int | None) -> int | None:
+    return next((number for number in ids if number is not None), None)
 
 
 def _ids(config: dict[str, Any], name: str, path: Path) -> list[int]:
@@ -93,7 +177,7 @@ def _templates(folder: Path, stored: Any) -> dict[str, str]:
     if isinstance(stored, list):
         found = {str(entry["name"]): str(entry["template"]) for entry in stored}
     if unfit := [name for name in found if Path(name).name != name]:
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template {unfit[0]!r} can't be a file's name")
+        raise ValueError(f"{folder / SETTINGS}: chat_template {unfit[0]!r} can't be a file's name")
     paths = [*folder.glob("chat_template.jinja"), *sorted((folder / TEMPLATES).glob("*.jinja"))]
     for path in paths:
         name = "default" if path.parent == folder else path.stem
@@ -132,13 +216,16 @@ def save_tokenizer(tokenizer: "Tokenizer | None", tokens: SpecialTokens, folder:
     """Write tokenizer.json, tokenizer_config.json, chat templates and what was kept, where there is something to write.
 
     Vocabulary files go with a tokenizer: without its tokenizer.json they would be taken for one to be built from them.
+    generation_config.json is written where there was one, with every token that ends what the model writes.
     """
     if tokenizer is not None:
         write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     if tokens.settings:
-        write_json(folder / "tokenizer_config.json", tokens.settings)
+        write_json(folder / SETTINGS, tokens.settings)
     if tokens.chat_template:
         write_text(folder / "chat_template.jinja", tokens.chat_template)
+    if tokens.generation is not None:
+        write_json(folder / GENERATION, {**tokens.generation, **tokens.to_config()})
     for name, contents in tokens.files.items():
         if tokenizer is not None or not any(fnmatchcase(name, pattern) for pattern in VOCABULARIES):
             (folder / name).parent.mkdir(exist_ok=True)

@@ -19,15 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .shards import read_json
+from .token_names import CLASS_NAMES, NAMES, SETTINGS, token_text, tokenizer_class, tokenizer_settings
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
 CONVERT = "write it once with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
-BYTE_LEVEL = {"unk_token": "<|endoftext|>", "bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
-WORD_PIECE = {f"{name.lower()}_token": f"[{name}]" for name in ("UNK", "SEP", "PAD", "CLS", "MASK")}
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-CLASSES = {"gpt2": "GPT2Tokenizer", "bert": "BertTokenizer"}  # config.json's model_type, where no class is named
 # What would cut text otherwise, and the values that do not.
 REFUSED: dict[str, tuple[Any, ...]] = {
     "add_bos_token": (False, None),
@@ -50,39 +47,23 @@ def build_tokenizer(folder: Path) -> "Tokenizer | None":
     word_piece = folder / "vocab.txt"
     if not word_piece.is_file() and not all(path.is_file() for path in byte_level):
         return None
-    settings = _settings(folder)
-    name = _class_of(folder, settings)
+    settings = tokenizer_settings(folder)
+    name = tokenizer_class(folder, settings)
     for field, accepted in REFUSED.items():
         if (value := settings.get(field)) not in accepted:
-            raise ValueError(f"{folder / 'tokenizer_config.json'}: {field} = {value!r} is not implemented; {CONVERT}")
+            raise ValueError(f"{folder / SETTINGS}: {field} = {value!r} is not implemented; {CONVERT}")
     if name == "BertTokenizer" and word_piece.is_file():
-        defaults, tokenizer = WORD_PIECE, _word_piece(word_piece, settings)
+        tokenizer = _word_piece(word_piece, settings)
     elif name == "GPT2Tokenizer" and all(path.is_file() for path in byte_level):
-        defaults, tokenizer = BYTE_LEVEL, _byte_level(byte_level, settings)
+        tokenizer = _byte_level(byte_level, settings)
     else:
         found = word_piece if word_piece.is_file() else byte_level[0]
         raise ValueError(f"{found}: of a {name}, which is not built from such files, without tokenizer.json; {CONVERT}")
-    _add_special_tokens(tokenizer, folder, {**defaults, **settings})
+    named = {**CLASS_NAMES[name], **settings}
+    _add_special_tokens(tokenizer, folder, named)
     if name == "BertTokenizer":
-        _set_frame(tokenizer, folder, {**defaults, **settings})
+        _set_frame(tokenizer, folder, named)
     return tokenizer
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, and where it doesn't list the added tokens, special_tokens_map.json over it."""
-    settings: dict[str, Any] = {}
-    if (folder / "tokenizer_config.json").is_file():
-        settings = read_json(folder / "tokenizer_config.json")
-    if "added_tokens_decoder" not in settings and (folder / "special_tokens_map.json").is_file():
-        settings = {**settings, **read_json(folder / "special_tokens_map.json")}
-    return settings
-
-
-def _class_of(folder: Path, settings: dict[str, Any]) -> str:
-    """The tokenizer's class without "Fast", as named, or as usual for the architecture."""
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    name = settings.get("tokenizer_class") or config.get("tokenizer_class")
-    return str(name or CLASSES.get(str(config.get("model_type")), "nameless tokenizer")).removesuffix("Fast")
 
 
 def _byte_level(paths: list[Path], settings: dict[str, Any]) -> "Tokenizer":
@@ -107,7 +88,7 @@ def _word_piece(path: Path, settings: dict[str, Any]) -> "Tokenizer":
         vocabulary = models.WordPiece.read_file(str(path))
     except Exception as error:
         raise ValueError(f"{path}: damaged ({error}); restore the file") from error
-    unknown = _text(settings.get("unk_token") or WORD_PIECE["unk_token"])
+    unknown = token_text(settings.get("unk_token") or CLASS_NAMES["BertTokenizer"]["unk_token"])
     if unknown not in vocabulary:
         raise ValueError(f"{path}: the unknown token {unknown!r} is not in it; restore the file")
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
@@ -128,10 +109,8 @@ def _set_frame(tokenizer: "Tokenizer", folder: Path, settings: dict[str, Any]) -
 
     for name in ("cls_token", "sep_token"):
         if not settings[name]:
-            raise ValueError(
-                f"{folder / 'tokenizer_config.json'}: {name} = {settings[name]!r}: a text needs it; name one"
-            )
-    first, end = (_text(settings[name]) for name in ("cls_token", "sep_token"))
+            raise ValueError(f"{folder / SETTINGS}: {name} = {settings[name]!r}: a text needs it; name one")
+    first, end = (token_text(settings[name]) for name in ("cls_token", "sep_token"))
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[first, "$A", end],
         pair=[first, "$A", end, "$B:1", f"{end}:1"],
@@ -146,10 +125,10 @@ def _add_special_tokens(tokenizer: "Tokenizer", folder: Path, settings: dict[str
         if (found := tokenizer.token_to_id(token.content)) != number:
             raise ValueError(f"{folder}: the added token {token.content!r} has id {number}, but {found} is its place")
     more = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
-    named = [settings[name] for name in NAMED if settings.get(name)]
+    named = [settings[name] for name in NAMES if settings.get(name)]
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     for entry in [*named, *(more.values() if isinstance(more, dict) else more)]:
-        if _text(entry) not in known:
+        if token_text(entry) not in known:
             tokenizer.add_special_tokens([_token(entry, special=True)])
 
 
@@ -161,13 +140,9 @@ def _added(folder: Path, settings: dict[str, Any]) -> "Iterator[tuple[int, Added
             yield int(number), _token(table[number], special=False)
         return
     path = folder / "added_tokens.json"
-    special = {_text(settings[name]) for name in NAMED if settings.get(name)}
+    special = {token_text(settings[name]) for name in NAMES if settings.get(name)}
     for text, number in sorted(read_json(path).items(), key=lambda item: item[1]) if path.is_file() else ():
         yield number, _token(text, special=text in special)
-
-
-def _text(entry: Any) -> str:
-    return entry["content"] if isinstance(entry, dict) else str(entry)
 
 
 def _token(entry: Any, special: bool) -> "AddedToken":

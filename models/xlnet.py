@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import Linear
-from .heads import EmbeddingHead, MLPHead, n_outputs, pool_tokens
+from .heads import BY_TEXT, EmbeddingHead, MLPHead, n_outputs, pool_tokens
 from .layers import TIED, Published, initialize, overridden, unpacked
 from .tokens import SpecialTokens
 from .xlnet_blocks import Block, Memory, sinusoids, target_positions, views
@@ -230,9 +230,15 @@ class XLNet(nn.Module):
         cache.last = input_ids[:, -1:]
         return states
 
-    def pool(self, states: Tensor, attention_mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    def pool(
+        self,
+        states: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """What the head reads: every position (B, T, D), or one vector a row (B, D)."""
-        if self.task in ("sequence-classification", "reward", "embedding"):
+        if self.task in (*BY_TEXT, "embedding"):
             return pool_tokens(self.pooling, states, attention_mask, cu_seqlens)
         return states
 
@@ -243,7 +249,7 @@ class XLNet(nn.Module):
         (B, D). `inputs` as in `hidden`.
         """
         states = self.hidden(input_ids, attention_mask, **inputs)
-        return self.head(self.pool(states, attention_mask, inputs.get("cu_seqlens")))
+        return self.head(self.pool(states, input_ids, attention_mask, inputs.get("cu_seqlens")))
 
     def key_map(self) -> dict[str, Published]:
         """Our parameter names → their names in published checkpoints of this task."""

@@ -82,12 +82,13 @@ def bert_folder(path: Path, task: str = "masked-lm", **sizes: Any) -> Path:
 
 
 def examples(
-    rows: Sequence[dict[str, Any]], encoding: str, labels: Sequence[str] | None = None
+    rows: Sequence[dict[str, Any]], encoding: str, labels: Sequence[str] | None = None, **settings: Any
 ) -> list[dict[str, Any]]:
-    """Rows encoded by the tokenizer of the encoding's kind."""
+    """Rows encoded by the tokenizer of the encoding's kind, at most 64 tokens long."""
     causal = encoding in ("sft", "pretrain")
     tokenizer = byte_level() if causal else word_piece()
-    return encode(rows, tokenizer, encoding, max_length=64, labels=labels, eos=0 if causal else None)[0]
+    settings = {"max_length": 64, "labels": labels, "eos": 0 if causal else None, **settings}
+    return encode(rows, tokenizer, encoding, **settings)[0]
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
@@ -97,11 +98,17 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 def write_config(path: Path, **tables: Any) -> Path:
-    """A configuration file. Values are plain: strings, numbers, lists, and tables one deep."""
+    """A configuration file. Values are plain: strings, numbers, lists, and tables two deep."""
+
+    def toml(value: Any) -> str:
+        if not isinstance(value, dict):
+            return json.dumps(value)
+        return "{ " + ", ".join(f"{json.dumps(key)} = {json.dumps(inner)}" for key, inner in value.items()) + " }"
+
     lines = [f"{key} = {json.dumps(value)}" for key, value in tables.items() if not isinstance(value, dict)]
     for key, value in tables.items():
         if isinstance(value, dict):
-            lines += [f"[{key}]", *(f"{name} = {json.dumps(inner)}" for name, inner in value.items())]
+            lines += [f"[{key}]", *(f"{name} = {toml(inner)}" for name, inner in value.items())]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 

@@ -66,3 +66,31 @@ def sentence_piece(sentinels: int = 20) -> Tokenizer:
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return tokenizer
+
+
+@cache
+def llama_like(begins: bool = True) -> Tokenizer:
+    """Llama 2's kind: <unk> <s> </s>, bytes, then words with the space in front, also of a text; `begins`: <s> text."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    letters = sorted({letter for line in _SENTENCES for letter in line if not letter.isspace()})
+    vocabulary = {piece: i for i, piece in enumerate([*pieces, "▁", *letters])}
+    merges: list[tuple[str, str]] = []
+
+    # Each word grows letter by letter, first with the space in front.
+    words = sorted({word for line in _SENTENCES for word in re.findall(r"\w+", line)})
+    for word in [*(f"▁{word}" for word in words), *words]:
+        for end in range(1, len(word)):
+            if word[: end + 1] not in vocabulary:
+                vocabulary[word[: end + 1]] = len(vocabulary)
+                merges.append((word[:end], word[end]))
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    if begins:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+        )
+    return tokenizer

@@ -1,45 +1,66 @@
 """The settings of CUDA that a run makes; they can be read without one."""
 
+from functools import partial
+
 import pytest
 import torch
 from small_lines import ROWS, Line, line, squares
 
 from handtune.engine import evaluate
 
+CUDNN = torch.backends.cudnn
+
 
 @pytest.fixture(autouse=True)
 def restored():
     """Everything as it was afterwards."""
-    cudnn, precision = torch.backends.cudnn, torch.get_float32_matmul_precision()
-    before = cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    precision = torch.get_float32_matmul_precision()
+    before = CUDNN.allow_tf32, CUDNN.deterministic, CUDNN.benchmark, torch.are_deterministic_algorithms_enabled()
     yield
     torch.set_float32_matmul_precision(precision)
-    cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark = before[:3]
+    CUDNN.allow_tf32, CUDNN.deterministic, CUDNN.benchmark = before[:3]
     torch.use_deterministic_algorithms(before[3])
+
+
+def inside(start=line, **settings) -> tuple[bool, bool, bool, bool]:
+    """The settings with which the loss is computed."""
+    seen = []
+
+    def loss_fn(model, batch):
+        flags = CUDNN.allow_tf32, CUDNN.deterministic, CUDNN.benchmark
+        seen.append((*flags, torch.are_deterministic_algorithms_enabled()))
+        return squares(model, batch)
+
+    start(loss_fn=loss_fn, **settings)
+    assert len(set(seen)) == 1
+    return seen[0]
 
 
 @pytest.mark.parametrize("precision", ["highest", "high"])
 @pytest.mark.parametrize("before", [True, False])
 def test_convolutions_are_as_exact_as_matrix_products(precision, before) -> None:
     torch.set_float32_matmul_precision(precision)
-    for start in (line, lambda: evaluate(Line(), [torch.stack(ROWS)], squares)):
-        torch.backends.cudnn.allow_tf32 = before
-        start()
-        assert torch.backends.cudnn.allow_tf32 == (precision == "high")
+    for start in (line, partial(evaluate, Line(), [torch.stack(ROWS)])):
+        CUDNN.allow_tf32 = before
+        assert inside(start)[0] == (precision == "high")
+        assert CUDNN.allow_tf32 == before
 
 
 @pytest.mark.parametrize("name", ["tf32", "ieee"])
 def test_the_newer_spelling_counts_too(name) -> None:
     torch.backends.cuda.matmul.fp32_precision = name
-    line()
-    assert torch.backends.cudnn.allow_tf32 == (name == "tf32")
+    assert inside()[0] == (name == "tf32")
+
+
+def test_settings_in_the_newer_spelling_come_back() -> None:
+    """One for convolutions and another for recurrent networks, which torch refuses to read in the older spelling."""
+    CUDNN.conv.fp32_precision, CUDNN.rnn.fp32_precision = "ieee", "tf32"
+    inside()
+    assert (CUDNN.conv.fp32_precision, CUDNN.rnn.fp32_precision) == ("ieee", "tf32")
 
 
 def test_a_deterministic_run_means_convolutions_too(monkeypatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.benchmark = True
-    line()
-    assert not torch.backends.cudnn.deterministic and torch.backends.cudnn.benchmark
-    line(deterministic=True)
-    assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
-    assert torch.are_deterministic_algorithms_enabled()
+    CUDNN.benchmark = True
+    assert inside()[1:] == (False, True, False)
+    assert inside(deterministic=True)[1:] == (True, False, True)

@@ -229,17 +229,25 @@ def test_folders_that_hold_something_else(job, complaint, tmp_path) -> None:
 
 
 def test_data_that_changed_under_a_run(job, complaint, tmp_path) -> None:
+    """A finished run is told by the file, one that goes on by its examples."""
     assert main(["train", str(job)]) == 0
-    before = contents(tmp_path / "run/checkpoints")
-    write_rows(tmp_path / "rows.jsonl", CHAT[:3])
+    rows, before = tmp_path / "rows.jsonl", contents(tmp_path / "run")
+    size = rows.stat().st_size
+    write_rows(rows, CHAT[:3])
+    line = complaint("train", job)
+    assert line.startswith(f"{rows}: {rows.stat().st_size} bytes, and {size} when the run began; put the old data back")
+    assert contents(tmp_path / "run") == before
+    (tmp_path / "run/result.json").unlink()
     line = complaint("train", job)
     assert line.startswith("the data has changed since the checkpoint: 3 examples instead of 4")
-    assert contents(tmp_path / "run/checkpoints") == before
+    rows.unlink()
+    assert complaint("train", job).startswith(str(rows))
 
 
 def test_a_damaged_checkpoint(job, complaint, tmp_path) -> None:
     """It is named; removed, the one before it is used."""
     assert main(["train", str(job), "train.keep=2", "train.save_every=1"]) == 0
+    (tmp_path / "run/result.json").unlink()  # the run was killed before it had stored what came out
     last = tmp_path / "run/checkpoints/step-00000002"
     (last / "tensors.safetensors").write_bytes(b"nothing")
     line = complaint("train", job, "train.keep=2", "train.save_every=1")

@@ -135,6 +135,18 @@ def test_labels_spans_and_pairs() -> None:
     assert "negative" not in pairs
 
 
+def test_a_text_of_several_pairs_stands_in_a_batch_once() -> None:
+    rows = [([1], [5, 6], [7]), ([2], [5, 6], [8]), ([1], [8], [7]), ([8], [9], [8])]
+    batch = Collate()([{"anchor": a, "positive": p, "negative": n} for a, p, n in rows])
+    assert batch["anchor"]["input_ids"].tolist() == [[1, 2, 1, 8]]
+    assert batch["positive"]["input_ids"].tolist() == [[5, 6, 8, 9]]
+    assert batch["negative"]["input_ids"].tolist() == [[7]]  # 8 is a positive too
+    assert batch["targets"].tolist() == [0, 0, 1, 2]
+    assert batch["also_right"].nonzero().tolist() == [[0, 1], [2, 0], [3, 1]]  # 8 is the last anchor's own text
+    alone = Collate()([{"anchor": [1], "positive": [2], "negative": [2]}])
+    assert "negative" not in alone and alone["also_right"].tolist() == [[False]]
+
+
 def test_masking_noise_is_bert_s() -> None:
     """15 % of the tokens, never a special one; 80 % of them [MASK], 10 % random, 10 % kept."""
     torch.manual_seed(0)

@@ -54,20 +54,34 @@ def test_best_checkpoint_is_given_back(tmp_path) -> None:
 
 
 def test_lower_is_better_for_a_loss_and_last_takes_the_last(tmp_path) -> None:
-    away, gone = [5.0 * row for row in ROWS[:3]], tmp_path / "run"
+    away = [5.0 * row for row in ROWS[:3]]
     model, result = line(eval_data=ROWS, lr=0.1, epochs=2, eval_every=1, out=tmp_path / "a")
     evals = {e["step"]: e["eval"]["loss"] for e in logged(tmp_path / "a") if "eval" in e}
     assert result.best["value"] == min(evals.values()) == result.metrics["loss"]
     assert evals[result.best["step"]] == result.best["value"]
     assert evaluate(model, STEPS, squares)["loss"] == pytest.approx(result.best["value"])
-    # Training that only does harm gives back the weights it began with.
-    model, result = line([-row for row in ROWS], eval_data=ROWS, out=gone)
-    assert (result.best["step"], result.metrics) == (0, result.before)
-    assert model.weight.abs().max() == 0
     model, result = line(away, eval_data=ROWS, best="last", out=tmp_path / "c")
     assert result.best == {}
     assert model.weight.abs().max() > 0
     assert not (tmp_path / "c/best").exists()
+
+
+def test_the_weights_before_training_take_part_where_the_best_is_asked_for(tmp_path, caplog) -> None:
+    """Training that only does harm gives back the weights it began with, and says so; or else the least harm."""
+    harm = [-row for row in ROWS]
+    model, result = line(harm, eval_data=ROWS, best="loss", out=tmp_path / "asked")
+    assert (result.best["step"], result.metrics) == (0, result.before)
+    assert model.weight.abs().max() == 0
+    assert "no evaluation was better than the one before training" in caplog.text
+    assert "the weights given back are the untrained ones" in caplog.text
+    caplog.clear()
+
+    model, result = line(harm, eval_data=ROWS, epochs=3, eval_every=1, out=tmp_path / "not asked")
+    losses = {entry["step"]: entry["eval"]["loss"] for entry in logged(tmp_path / "not asked") if "eval" in entry}
+    assert result.before["loss"] == losses.pop(0) < min(losses.values())
+    assert (result.best["step"], result.best["value"]) == (1, losses[1])
+    assert model.weight.abs().max() > 0
+    assert not caplog.text
 
 
 def test_without_a_folder_the_last_weights_stay_and_are_what_is_reported() -> None:

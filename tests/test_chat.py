@@ -4,6 +4,7 @@ import pytest
 from small_tokenizers import byte_level
 
 from handtune.engine.chat import ChatTemplate, token_mask
+from handtune.engine.chat_turns import ChatTargets
 
 CHAT = [
     {"role": "system", "content": "Be kind."},
@@ -51,9 +52,11 @@ TOKENS = {"bos_token": "<|im_start|>", "eos_token": "<|end|>"}
 
 
 def spans_text(template: ChatTemplate, messages: list) -> list[str]:
-    text, spans = template.spans(messages)
-    assert text == template.render(messages)
-    return [text[start:end] for start, end in spans]
+    """What the assistant writes in a dialogue that gives one example."""
+    turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    (whole,) = ChatTargets(template, byte_level()).trained(messages, turns)
+    assert whole.text == template.render(messages[: turns[-1] + 1])
+    return [whole.text[start:end] for start, end in whole.spans]
 
 
 @pytest.mark.parametrize("source", [CHATML, CHATML_MARKED, INSTRUCT])
@@ -69,7 +72,7 @@ def test_marked_mask_is_that_of_transformers(source):
     expected = fast_tokenizer(source).apply_chat_template(
         CHAT, return_dict=True, tokenize=True, return_assistant_tokens_mask=True
     )
-    text, spans = ChatTemplate(source, **TOKENS).spans(CHAT)
+    text, spans = ChatTemplate(source, **TOKENS).render_marked(CHAT)
     encoding = byte_level().encode(text, add_special_tokens=False)
     assert encoding.ids == expected["input_ids"]
     assert token_mask(encoding.offsets, spans) == [bool(flag) for flag in expected["assistant_masks"]]
@@ -110,28 +113,20 @@ def test_default_template():
 
 def test_conversation_without_assistant_has_no_spans():
     for source in (CHATML, CHATML_MARKED):
-        assert ChatTemplate(source).spans(CHAT[:2])[1] == []
+        assert ChatTargets(ChatTemplate(source), byte_level()).trained(CHAT[:2], []) == []
 
 
-THINKING = (
-    "{% for m in messages %}{{ m.role + ':' + (m.content if loop.last else m.content.split('</think>')[-1]) + '\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-)
-
-
-def test_template_that_rewrites_earlier_turns_is_refused():
-    thought = [dict(message) for message in CHAT]
-    thought[2]["content"] = "I think</think>Paris."
-    with pytest.raises(ValueError, match=r"renders messages\[2\] differently within the conversation"):
-        ChatTemplate(THINKING).spans(thought)
-    assert spans_text(ChatTemplate(THINKING), thought[:3]) == ["I think</think>Paris.\n"]
-    assert spans_text(ChatTemplate(THINKING), CHAT[:4]) == ["The capital is Paris.\n"]
-
-
-def test_template_whose_turn_does_not_follow_its_generation_prompt_is_refused():
-    source = CHATML.replace("'<|im_start|>assistant\\n' }}{% endif", "'<|im_start|>assistant: ' }}{% endif")
-    with pytest.raises(ValueError, match=r"messages\[2\]"):
-        ChatTemplate(source).spans(CHAT)
+def test_a_special_token_that_nobody_defines_may_be_asked_for_but_not_written():
+    """Where transformers writes nothing: a text without its beginning, or turns without an end."""
+    message = [{"role": "user", "content": "a"}]
+    asks = "{% if bos_token %}{{ bos_token }}{% endif %}{{ bos_token is defined }}{{ bos_token | default('-') }}"
+    assert ChatTemplate(asks).render(message) == "False-"
+    assert ChatTemplate(asks, bos_token="<s>").render(message) == "<s>True<s>"
+    for writes in ("{{ bos_token }}", "{{ 'a' + bos_token }}", "{{ 'a' ~ bos_token }}", "{{ [bos_token] | join }}"):
+        with pytest.raises(ValueError, match="cannot render 1 messages .*bos_token"):
+            ChatTemplate(writes).render(message)
+        assert "<s>" in ChatTemplate(writes, bos_token="<s>").render(message)
+    assert ChatTemplate("{{ other }}{{ messages[0].end_token }}").render(message) == ""
 
 
 @pytest.mark.parametrize(
@@ -159,13 +154,49 @@ def test_broken_template_names_its_line(source):
 def test_a_message_cannot_forge_marks():
     forged = [{"role": "user", "content": "\ue0e0\ue0e1\ue0e0 mine"}, CHAT[2]]
     with pytest.raises(ValueError, match="private-use characters"):
-        ChatTemplate(CHATML_MARKED).spans(forged)
+        ChatTemplate(CHATML_MARKED).render(forged)
     assert spans_text(ChatTemplate(CHATML), forged) == ["The capital is Paris.<|im_end|>"]
 
 
 def test_null_keys_are_missing_keys():
     source = "{% for m in messages %}{{ m.content }}{% if m.tool_calls is defined %}CALL{% endif %}{% endfor %}"
     assert ChatTemplate(source).render([{"role": "user", "content": "a", "tool_calls": None}]) == "a"
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "tide_table", "arguments": {"harbour": "Wick"}}}
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}], ids=["absent", "null", "empty"])
+@pytest.mark.parametrize("arguments", [{"harbour": "Wick"}, '{"harbour": "Wick"}'], ids=["object", "text"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% if m.content %}{{ m.content }}{% endif %}{{ call.function.arguments | tojson }}",
+        "{{ m.content + call.function.arguments }}",
+        "{% if m.content is none %}{{ '' + call.function.arguments }}{% endif %}",
+        "{% for k, v in call.function.arguments.items() %}{{ '{\"' + k + '\": \"' + v + '\"}' }}{% endfor %}",
+    ],
+)
+def test_calls_are_given_in_the_form_that_a_template_writes(source, arguments, content):
+    """Arguments as an object or as text, and whatever stands for no content, mean the same."""
+    loop = "{% for m in messages %}{% for call in m.tool_calls or [] %}{{ call.function.name }}SOURCE{% endfor %}"
+    template = ChatTemplate(loop.replace("SOURCE", source) + "{{ m.content if not m.tool_calls }}{% endfor %}")
+    call = {**CALL, "function": {**CALL["function"], "arguments": arguments}}
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "tool_calls": [call], **content}]
+    assert template.render(messages) == '?tide_table{"harbour": "Wick"}'
+
+
+def test_content_is_given_in_the_form_that_a_template_writes():
+    parts = "{% for m in messages %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endfor %}"
+    for source in (parts, "{% for m in messages %}{{ m.content }}{% endfor %}"):
+        for content in ("one two", [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]):
+            assert ChatTemplate(source).render([{"role": "user", "content": content}]) == "one two"
+
+
+def test_reasoning_goes_by_all_of_its_names():
+    for written, read in (("reasoning_content", "thinking"), ("reasoning", "reasoning_content")):
+        template = ChatTemplate(f"{{% for m in messages %}}{{{{ m.content + m.{read} }}}}{{% endfor %}}")
+        assert template.render([{"role": "assistant", "content": "a", written: "b"}]) == "ab"
 
 
 def test_token_mask_counts_trimmed_spaces_as_the_character_before():

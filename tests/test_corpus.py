@@ -123,6 +123,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
     ("name", "content", "message"),
     [
         ("a.txt", b"one\ntw\xff\n", "a.txt line 2: byte 6 is not UTF-8"),
+        ("a.txt", b"one\ntw\0\n", "a.txt line 2: byte 6 is zero, as in UTF-16"),
         ("a.jsonl", b'{"text": "a"}\n{"text"\n', "a.jsonl line 2: not JSON"),
         ("a.csv", b"text\na\n", "a.csv: a corpus is made from .txt and .jsonl files"),
         ("a.txt", b"", "a.txt: 0 tokens; give text with at least two"),

@@ -1,11 +1,16 @@
 """Rows out of files: every format, every shape, and a one-line refusal for every kind of damage."""
 
+import csv
+import io
 import json
+import random
 from pathlib import Path
 
 import pytest
 
-from handtune.engine.data import label_names, read_rows, row_shape, split_rows
+from handtune.engine.data import label_names, read_prompts, read_rows, row_shape, split_rows
+from handtune.engine.rows import label_ids, label_name
+from handtune.engine.tables import csv_records
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
@@ -120,6 +125,49 @@ def test_csv_and_tsv(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_fields_of_any_length(tmp_path, name):
+    """Also beyond the limit of Python's csv module, which stays what it was."""
+    limit, sign = csv.field_size_limit(), "," if name == "a.csv" else "\t"
+    long = "the river runs. " * 10_000
+    assert read_rows(write(tmp_path, name, f"text{sign}label\n{long}{sign}1\nshort{sign}0\n"))[0]["text"] == long
+    assert csv.field_size_limit() == limit
+
+
+def test_csv_is_read_as_by_the_csv_module(tmp_path):
+    """Random tables of quotes, separators and all line ends: the same rows, or refused by both."""
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(3000):
+        text = "".join(draw.choice('ab\u2028 ",,\n\r""') for _ in range(draw.randrange(1, 25)))
+        try:
+            expected = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if any(row)]
+        except csv.Error:
+            refused += 1
+            with pytest.raises(ValueError, match="quote"):
+                list(csv_records(text, tmp_path))
+        else:
+            assert [fields for _, fields in csv_records(text, tmp_path)] == expected
+    assert 300 < refused < 2700
+
+
+def test_empty_columns_and_other_signs_of_spreadsheets(tmp_path):
+    table = '\ufefftext,label,,\r\n5" disk,x,,\r\n,,,\r\na\u2028b\x85c,y,,\r\n'
+    assert read_rows(write(tmp_path, "a.csv", table)) == [
+        {"text": '5" disk', "label": "x"},
+        {"text": "a\u2028b\x85c", "label": "y"},
+    ]
+    assert read_rows(write(tmp_path, "a.tsv", table.replace(",", "\t")))[1]["text"] == "a\u2028b\x85c"
+
+
+def test_conll_tokens_hold_any_space_but_plain_ones(tmp_path):
+    tokens = ["10\u00a0000", "10\u2009000", "\u6771\u3000\u4eac", "a\u2028b", "a\x85b", "\u00a0", "a\x0bb"]
+    for sign in (" ", "   ", "\t"):
+        text = "".join(f"{token}{sign}B-x\r\n" for token in tokens) + "\r\nOk" + sign + "O\r\n"
+        rows = read_rows(write(tmp_path, "a.conll", text))
+        assert [row["tokens"] for row in rows] == [tokens, ["Ok"]]
+
+
 def test_txt_is_one_document(tmp_path):
     assert read_rows(write(tmp_path, "a.txt", "one\n\ntwo\n")) == [{"text": "one\n\ntwo\n"}]
 
@@ -144,6 +192,8 @@ def test_squad_layout_is_flattened(tmp_path):
     rows = read_rows(write(tmp_path, "a.json", squad))
     assert rows[0] == SQUAD
     assert rows[1]["answers"] == {"text": [], "answer_start": []}
+    questions[0]["answers"][0]["answer_start"] = 0.0  # as pandas leaves it beside missing values
+    assert read_rows(write(tmp_path, "a.json", squad))[0] == SQUAD
     questions[0]["answers"][0]["answer_start"] = 2
     with pytest.raises(ValueError, match=r"a.json question 1 \(id q1\): answer 'Ada' is not at answer_start 2"):
         read_rows(write(tmp_path, "a.json", squad))
@@ -192,7 +242,20 @@ def test_squad_layout_is_flattened(tmp_path):
         ("a.jsonl", '{"messages": [{"role": "poet", "content": ""}]}', r"messages\[0\]: role 'poet' is unknown"),
         ("a.jsonl", '{"chosen": "a", "rejected": "b"}', "line 1: no 'prompt'"),
         ("a.csv", "text,label\na,1\nb,c,2\n", r"a.csv line 3: 3 fields where the header has 2 \(text, label\)"),
-        ("a.csv", 'text,label\n"a,1\n', "a.csv line 2: unexpected end of data"),
+        ("a.csv", 'text,label\n"a,1\n', "a.csv line 2: a quote that opens a field here is never closed"),
+        ("a.csv", 'text,label\n"a\n\nb",1\n"c\n\nd"e,1\n', "a.csv line 7: 'e,1.*, which opened in line 5"),
+        ("a.csv", 'text,label\n"a\nb,1\nc",2,3\n', "a.csv line 2: 3 fields where the header has 2"),
+        ("a.csv", "text;label\na;1\n", "line 1: no known column among text;label; separate columns by commas"),
+        ("a.csv", "text,label\na,\n", "a.csv line 2: field 'label' .* not empty"),
+        ("a.csv", 'text,label\n"a\n\nb",1\nc,nan\n', "a.csv line 5: field 'label' is 'nan'"),
+        ("a.csv", "text,label\na,nan\n", "a.csv line 2: field 'label' is 'nan'"),
+        ("a.csv", b"text,label\na\0,1\n", "a.csv line 2: byte 12 is zero, as in UTF-16"),
+        ("a.csv", "text,label\na,1\n".encode("utf-16"), "line 1: byte 0 is not UTF-8; the file is UTF-16"),
+        ("a.tsv", "text\tlabel\na\tb\t1\n", "line 2: 3 fields .*holds no tab and no line end"),
+        ("a.jsonl", '{"text": "a", "label": 1, "label": 2}', "line 1: .*the field 'label' stands twice in .*\"a\""),
+        ("a.jsonl", '{"text": NaN, "label": 1}', "line 1: field 'text' must be text, not NaN"),
+        ("a.jsonl", '{"tokens": [], "tags": []}', "line 1: field 'tokens' must be a list .* not empty"),
+        ("a.conll", "a O\n\u00a0\n", "a.conll line 2: expected a token and its tag"),
         ("a.csv", "review,stars\na,1\n", "a.csv line 1: no known column among review, stars"),
         ("a.csv", "text,text\na,1\n", "a.csv line 1: the column 'text' stands there twice"),
         ("a.tsv", "good\t1\nbad\tfilm\t0\n", "a.tsv line 2: 3 fields where line 1 has 2"),
@@ -250,6 +313,60 @@ def test_split_of_many_small_labels_holds_out_the_share():
 def test_split_refuses(rows, share):
     with pytest.raises(ValueError, match="hold out|held out"):
         split_rows(rows, share, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ([1, 1.0, 1e0, "1", "1.0", "+1", " 1 ", "1.", "1.000e+00"], "1"),
+        ([0, -0.0, "-0", "0.0", "-0.00"], "0"),
+        ([-3, -3.0, "-3.0"], "-3"),
+        ([True, "True", "TRUE", "true"], "true"),
+        ([0.5, "0.5"], "0.5"),
+        (["01"], "01"),
+        (["3.10"], "3.10"),
+        (["1e400"], "1e400"),
+        ([12345678901234567890, "12345678901234567890"], "12345678901234567890"),
+        (["None", "None "], "None"),
+    ],
+)
+def test_a_class_has_one_name_however_it_is_written(values, name):
+    assert {label_name(value) for value in values} == {name}
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (float("nan"), "not NaN, a missing value"),
+        (float("inf"), "not infinite"),
+        ("nan", "is 'nan', which is what a missing value becomes"),
+        (" NaN", "is 'NaN'"),
+        ("<NA>", "is '<NA>'"),
+        ("  ", "not empty"),
+        (None, "not null"),
+        (["a"], "not a list"),
+        ("\ud83d", "half of a surrogate pair"),
+    ],
+)
+def test_a_missing_label_is_no_class(value, says, tmp_path):
+    with pytest.raises(ValueError, match=f"^field 'label' .*{says}"):
+        label_name(value)
+    rows = [{"tokens": ["a", "b"], "tags": ["O", value]}]
+    with pytest.raises(ValueError, match=rf"a.jsonl line 1: tags\[1\] .*{says}"):
+        read_rows(write(tmp_path, "a.jsonl", rows))
+    with pytest.raises(ValueError, match="row 1: field 'label' "):
+        label_names(rows)
+
+
+def test_texts_to_be_continued_or_labelled_need_no_label(tmp_path):
+    path = write(tmp_path, "a.csv", "text,label\na,\nb,nan\nc,x\n")
+    assert read_prompts(path) == [{"text": text} for text in "abc"]
+
+
+def test_labels_that_name_one_class_are_refused():
+    assert label_ids(["no", "1.0", "True"]) == {"no": 0, "1": 1, "true": 2}
+    with pytest.raises(ValueError, match="labels '1' and '1.0' name one class, '1'"):
+        label_ids(["1", "0", "1.0"])
 
 
 def test_label_names():

@@ -1,8 +1,7 @@
 """Examples: which tokens, which targets, what happens to what doesn't fit, and what is always said."""
 
 import pytest
-from small_tokenizers import byte_level, word_piece
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from small_tokenizers import byte_level, llama_like, word_piece
 
 from handtune.engine.chat import ChatTemplate
 from handtune.engine.check_data import show
@@ -61,39 +60,39 @@ def test_the_seam_in_question_is_real():
     assert ids("who?\n\n")[-1] != ids("who?\n\nthe")[-2]
 
 
-def test_a_tokenizer_that_puts_a_space_before_every_text_is_split_by_offsets():
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.train_from_iterator(
-        ["the cat sat on the mat"] * 3, trainers.BpeTrainer(vocab_size=60, show_progress=False)
-    )
-    whole = tokenizer.encode("the cat sat").ids
-    examples, _ = encode([{"prompt": "the c", "completion": "at sat"}], tokenizer, "sft", max_length=50)
-    assert examples[0]["input_ids"] + examples[0]["targets"][-1:] == whole
-    assert tokenizer.decode([t for t in examples[0]["targets"] if t != -100]).endswith("sat")
-
-
 def test_end_token_is_not_doubled():
     examples, _ = sft([{"prompt": "The cat", "completion": " sat<|end|>"}, {"text": "The cat<|end|>"}])
     assert [example["targets"].count(END) for example in examples] == [1, 1]
 
 
-@pytest.mark.parametrize(
-    ("max_length", "prompt_tokens", "ends"),
-    [(39, 20, True), (38, 20, True), (30, 12, True), (19, 1, True), (18, 4, False), (4, 1, False), (1, 1, False)],
-)
-def test_truncation_keeps_the_end_of_the_prompt_then_the_beginning_of_the_completion(max_length, prompt_tokens, ends):
+@pytest.mark.parametrize("max_length", [39, 38, 30, 21, 20])
+def test_what_is_too_long_loses_its_end_or_its_start_or_goes(max_length):
     prompt, completion = "!?" * 10, ",." * 9  # a token a character
-    assert (len(ids(prompt)), len(ids(completion))) == (20, 18)
-    examples, report = sft([{"prompt": prompt, "completion": completion}], max_length)
-    (example,) = examples
-    assert len(example["input_ids"]) == min(max_length, 38)
-    assert example["targets"].count(-100) == prompt_tokens - 1
-    assert example["input_ids"][:prompt_tokens] == ids(prompt)[20 - prompt_tokens :]
-    assert (completion + "<|end|>").startswith(in_loss(example))
-    assert (example["targets"][-1] == END) == ends
-    assert report.truncated.count == (max_length < 38)
+    whole, row = [*ids(prompt + completion), END], {"prompt": prompt, "completion": completion}
+    for truncate, tokens, targets in (
+        ("end", whole[: max_length + 1], min(max_length + 1, 39) - 20),
+        ("start", whole[-max_length - 1 :], 19),
+    ):
+        (example,), report = sft([row], max_length, truncate=truncate)
+        assert example["input_ids"] + example["targets"][-1:] == tokens
+        assert sum(target >= 0 for target in example["targets"]) == targets
+        assert report.truncated.count == (max_length < 38)
+    _, report = sft([row, {"prompt": "!", "completion": "?"}], max_length, truncate="drop")
+    assert (report.dropped.count, report.truncated.count) == (max_length < 38, max_length < 38)
+
+
+def test_what_begins_a_text_stays_and_a_row_without_its_answer_goes():
+    tokenizer, row = llama_like(), {"prompt": "the cat sat on the mat", "completion": " and the dog"}
+    whole = [*tokenizer.encode("the cat sat on the mat and the dog").ids, 2]
+    (example,), _ = encode([row], tokenizer, "sft", max_length=4, eos=2, truncate="start")
+    assert example["input_ids"] + example["targets"][-1:] == [1, *whole[-4:]]
+    rows, room = [row, {"prompt": "the", "completion": " cat"}], len(tokenizer.encode(row["prompt"]).ids) - 1
+    examples, report = encode(rows, tokenizer, "sft", max_length=room, eos=2)
+    assert len(examples) == 1
+    assert report.dropped == report.truncated == report.masked
+    assert "1 of 2 rows are longer than data.max_length" in str(report.warning)
+    assert f"100 % {len(whole) - 1})" in str(report.warning)
+    assert encode(rows, tokenizer, "sft", max_length=len(whole), eos=2)[1].warning is None
 
 
 def test_text_becomes_windows_and_no_token_is_lost():
@@ -150,10 +149,12 @@ def test_chat_without_a_template_ends_turns_with_the_end_token():
         encode([{"messages": CHAT}], byte_level(), "sft", max_length=9, eos=sft_end)
 
 
-def test_long_chat_keeps_what_surrounds_the_first_answer():
-    examples, report = sft([{"messages": [{"role": "user", "content": "hello " * 50}, *CHAT[1:2]]}], max_length=20)
-    assert in_loss(examples[0]) == " good morning<|end|>"
-    assert len(examples[0]["input_ids"]) == 20
+def test_a_long_chat_loses_its_end():
+    dialogue = {"messages": [*CHAT, {"role": "user", "content": "hello " * 50}, *CHAT[1:2]]}
+    (example,), report = sft([dialogue], max_length=60)
+    text = byte_level().decode(example["input_ids"], skip_special_tokens=False)
+    assert text.startswith(byte_level().decode(sft([{"messages": CHAT}])[0][0]["input_ids"], skip_special_tokens=False))
+    assert in_loss(example) == in_loss(sft([{"messages": CHAT}])[0][0])
     assert report.truncated.first == (0,)
 
 
@@ -174,7 +175,8 @@ def test_rows_without_targets_are_dropped_and_said():
 
 def test_a_template_error_names_the_row():
     template = ChatTemplate(
-        "{{ raise_exception('no') if messages | length == 1 }}x{% generation %}y{% endgeneration %}"
+        "{{ raise_exception('no') if messages | length == 1 }}"
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
     )
     with pytest.raises(ValueError, match=r"row 2: the chat template cannot render 1 messages \(user\): no"):
         sft([{"messages": CHAT}, {"messages": CHAT[:1]}], template=template)

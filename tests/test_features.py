@@ -10,7 +10,8 @@ from handtune.engine import LoRAConfig, TrainConfig, add_lora, freeze, losses, t
 from handtune.engine.batches import Batches, Collate, Masking
 from handtune.engine.features import compute_features, head_only, with_features
 from handtune.engine.images import ImageCollate
-from handtune.engine.objectives import OBJECTIVES, ClassificationScore
+from handtune.engine.objectives import OBJECTIVES
+from handtune.engine.scores import ClassificationScore
 from handtune.models import ResNet
 from handtune.models.pixels import Pixels
 
@@ -25,7 +26,7 @@ def case(name: str, build=bert):
     model = build(objective.task, labels)
     freeze(model, "*")
     unfreeze(model, "head.*")
-    encoded = examples(rows, name, labels or None)
+    encoded = examples(rows, name, labels or None, evaluation=True)
     return model, encoded, objective, lambda: objective.score(labels, encoded, rows)
 
 

@@ -38,6 +38,7 @@ def test_a_folder_gives_rows_and_labels(tmp_path):
         ("sky/more/0.png", r"sky/more: no image file"),
         ("0.png", r"0\.png: beside the class folders, so of no class"),
         ("empty/", "empty: a class without images"),
+        ("nan/0.png", "class folder .*nan is 'nan', which is what a missing value becomes"),
     ],
 )
 def test_a_folder_that_is_no_folder_of_classes(tmp_path, name, says):

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from handtune.cli import main
 from handtune.engine.data import read_rows
 from handtune.engine.labelling import WITHOUT_CONTENT, label_texts
+from handtune.labelling import label_and_words
 from handtune.models import GPT2, load
 
 WORDS = {"good": "the cat sat", "bad": "dog", "none": "x"}
@@ -59,6 +60,8 @@ def test_refusals(model: tuple[GPT2, Tokenizer]) -> None:
     ):
         with pytest.raises(ValueError, match=says):
             label_texts(gpt, words, ["x"], labels, template)
+    with pytest.raises(ValueError, match="--labels 'nan=not a number' is 'nan', which is what a missing value becomes"):
+        label_and_words("nan=not a number")
     with pytest.raises(ValueError, match="text 2: with template and label"):
         label_texts(gpt, words, ["x", "x" * 5000], WORDS)
 

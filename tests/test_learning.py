@@ -33,7 +33,7 @@ def method(name: str):
     """A model, its rows encoded, what collates them and what scores them."""
     objective, labels = OBJECTIVES[name], {"classify": ("down", "up"), "tag": TAGS}.get(name, ())
     rows = {"classify": SENTIMENT, "tag": TAGGED, "qa": QUESTIONS, "sft": CHAT, "embed": PAIRS}.get(name, TEXTS)
-    encoded = examples(rows, objective.encoding, labels or None)
+    encoded = examples(rows, objective.encoding, labels or None, evaluation=True)
     model = gpt2(objective.task) if name in ("pretrain", "sft") else bert(objective.task, labels)
     masking = Masking(4, 100, (0, 1, 2, 3, 4)) if name == "masked-lm" else None
     return model, encoded, Collate(masking=masking), objective, lambda: objective.score(labels, encoded, rows)

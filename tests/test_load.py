@@ -23,6 +23,7 @@ from transformers import (
 
 from handtune.engine import LoRAConfig, add_lora, merge_lora
 from handtune.models import GPT2, load, save
+from handtune.models.checkpoint import open_checkpoint
 
 
 def on_cpu(folder: Path, *arguments: Any, **settings: Any) -> Any:
@@ -258,6 +259,8 @@ def test_pooling_comes_back(tmp_path, pooling, normalize):
     (tmp_path / "base" / "Pooling").mkdir()
     modes = {f"pooling_mode_{name}": name == names[pooling] for name in names.values()}
     (tmp_path / "base" / "Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 24, **modes}))
+    (tmp_path / "base" / "sentence_bert_config.json").write_text('{"max_seq_length": 20, "do_lower_case": false}')
+    (tmp_path / "base" / "config_sentence_transformers.json").write_text('{"prompts": {"query": "query: "}}')
     model = on_cpu(tmp_path / "base")
     rows = token_rows()
     with torch.no_grad():
@@ -271,6 +274,8 @@ def test_pooling_comes_back(tmp_path, pooling, normalize):
     save(model, None, tmp_path / "ours")
     again = on_cpu(tmp_path / "ours")
     assert (again.pooling, again.head.normalize) == (pooling, normalize)
+    for name in ("sentence_bert_config.json", "config_sentence_transformers.json"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
     assert same_outputs(again, model)
 
 
@@ -290,7 +295,7 @@ def test_tokenizer_and_special_tokens_come_back(tmp_path):
     model, words = load(tmp_path / "base", device="cpu")
     text = "The cat sat on the mat, and the dog looked."
     assert words.encode(text).ids == byte_level().encode(text).ids
-    assert (model.tokens.eos_id, model.tokens.pad_id) == (7, PAD)
+    assert (model.tokens.ends, model.tokens.pad_id) == ((0, 7, 9), PAD)  # the tokenizer's goes first
     save(model, words, tmp_path / "ours")
     again, words = load(tmp_path / "ours", device="cpu")
     assert again.tokens == model.tokens
@@ -539,6 +544,10 @@ def test_a_hub_id_is_downloaded_without_pickles(checkpoint, monkeypatch):
         "original/model.safetensors", "consolidated.safetensors", "consolidated.00.pth", "onnx/model.onnx",
     }  # fmt: skip
     assert set(filter_repo_objects([*read, *other], **patterns)) == read
+
+    open_checkpoint("someone/tiny-gpt2", weights=False)  # to look at data, say
+    described = {name for name in read if not name.endswith(".safetensors")}
+    assert set(filter_repo_objects([*read, *other], **asked[-1][1])) == described
 
 
 def test_a_download_that_fails_is_one_line(monkeypatch, tmp_path):

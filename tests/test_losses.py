@@ -12,7 +12,8 @@ from handtune.engine import evaluate, losses
 from handtune.engine.batches import Batches, Collate, Masking
 from handtune.engine.data import label_names
 from handtune.engine.encode import encode
-from handtune.engine.objectives import METHODS, OBJECTIVES, AnswerScore, RetrievalScore, TaggingScore, best_span
+from handtune.engine.objectives import METHODS, OBJECTIVES
+from handtune.engine.scores import AnswerScore, RetrievalScore, TaggingScore, best_span
 
 TAGS = ("O", "B-ANIMAL", "B-PLACE")
 
@@ -100,6 +101,22 @@ def test_embedding_loss_is_info_nce() -> None:
     assert loss_fn(model, Collate()(rows))[1] == 6
 
 
+def test_twins_do_not_repel_each_other() -> None:
+    """A row's answer in another row is no wrong answer: the loss of right embeddings goes to 0, without a gradient."""
+    model = Lookup(torch.eye(4)[[0, 1, 2, 2, 3]] * 3)
+    rows = pairs_of((0, 0, 4), (0, 0, 4), (1, 1, 0), (2, 3, 3))  # two twins; a negative that is its row's positive
+    loss, count = losses.embedding_loss(model, Collate()(rows))
+    assert (count, loss.item()) == (4, pytest.approx(0.0, abs=1e-6))
+    torch.testing.assert_close(gradients(model, loss)["weight"], torch.zeros(5, 4), atol=1e-6, rtol=0)
+    # Without the twin's row, which adds what the first one does, nothing else changes.
+    vectors = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    first, together = (losses.embedding_loss(Lookup(vectors), Collate()(part))[0] for part in (rows[1:], rows))
+    twin = losses.embedding_loss(Lookup(vectors), Collate()([rows[0], *rows[2:]]))[0]
+    one = F.cross_entropy(F.cosine_similarity(vectors[:1], vectors[[0, 1, 3, 4]])[None] / 0.05, torch.tensor([0]))
+    assert first.item() == pytest.approx(twin.item(), rel=1e-5)
+    assert together.item() - first.item() == pytest.approx(one.item(), abs=1e-4)
+
+
 def test_evaluation_is_one_mean_over_all_targets() -> None:
     """Not a mean of the batches' means, and the same however the rows are cut."""
     model, rows, loss_fn = case("sft")
@@ -135,8 +152,10 @@ def test_scores_give_the_loss_and_the_metrics(name, known) -> None:
     labels = {"classify": ("down", "up"), "tag": TAGS}.get(name, ())
     objective = OBJECTIVES[name]
     assert objective.loss is loss_fn
+    texts = {"sft": CHAT, "classify": SENTIMENT, "tag": TAGGED, "qa": QUESTIONS, "embed": PAIRS}[name]
+    rows = examples(texts, name, labels or None, evaluation=True)
     data = Batches(rows, Collate(), rows=3, shuffle=False)
-    found = evaluate(model, data, loss_fn, objective.score(labels, rows, QUESTIONS))
+    found = evaluate(model, data, loss_fn, objective.score(labels, rows, texts))
     assert known | {"loss"} <= found.keys()
     assert found["loss"] == pytest.approx(evaluate(model, data, loss_fn)["loss"], rel=1e-5)
     assert objective.best in found
@@ -156,14 +175,14 @@ class Oracle(torch.nn.Module):
 
 
 def test_tagging_score_of_an_oracle() -> None:
-    rows = examples(TAGGED, "tag", TAGS)
+    rows = examples(TAGGED, "tag", TAGS, evaluation=True)
     targets = [torch.tensor([t for t in row["targets"] if t >= 0]) for row in rows]
     assert [len(t) for t in targets] == [len(row["tags"]) for row in TAGGED]
     right = Oracle([10.0 * F.one_hot(t, 3).float() for t in targets])
     batch = [Collate()([row]) for row in rows]
     for one in batch:
         one["features"] = torch.zeros(1, len(one["inputs"]["input_ids"][0]), 4)
-    found = evaluate(right, batch, losses.tagging_loss, TaggingScore(TAGS))
+    found = evaluate(right, batch, losses.tagging_loss, TaggingScore(TAGS, rows, TAGGED))
     assert found["f1"] == found["token_accuracy"] == 1.0
     assert found["loss"] < 1e-3
 
@@ -198,27 +217,37 @@ def test_best_span_ends_after_it_begins_and_is_short() -> None:
     assert best_span(logits[:2], offsets[:2], context) == (-math.inf, "")
 
 
+class Lookup(torch.nn.Module):
+    """An embedding model: of a text the vector with the number of its first token."""
+
+    task = "embedding"
+
+    def __init__(self, vectors: torch.Tensor):
+        super().__init__()
+        self.weight, self.head = torch.nn.Parameter(vectors), torch.nn.Identity()
+
+    def hidden(self, input_ids, cu_seqlens, **others):
+        return self.weight[input_ids[0, cu_seqlens[:-1].long()]]
+
+    def pool(self, states, ids, mask, bounds):
+        return states
+
+
+def pairs_of(*texts: tuple[int, ...]) -> list[dict]:
+    """Examples of one token a text: anchor, positive and, where there is one, negative; and the number of their row."""
+    names = ("anchor", "positive", "negative")
+    rows = [{name: [token] for name, token in zip(names, row, strict=False)} for row in texts]
+    return [row | {"row": i} for i, row in enumerate(rows)]
+
+
 def test_retrieval_ranks_over_all_batches() -> None:
     """Positives of other batches count as wrong answers too."""
-
-    class Identity(torch.nn.Module):
-        task = "embedding"
-
-        def __init__(self):
-            super().__init__()
-            self.weight = torch.nn.Parameter(torch.eye(4))
-            self.head = torch.nn.Identity()
-
-        def hidden(self, rows):
-            return rows
-
-        def pool(self, states, mask, bounds):
-            return states
-
-    rows = torch.eye(4)
-    crossed = rows[[0, 1, 3, 2]] + 0.3 * rows  # of the last two, each is nearer to the other's positive
-    batch = [{"anchor": {"rows": rows[i : i + 2]}, "positive": {"rows": crossed[i : i + 2]}} for i in (0, 2)]
-    found = evaluate(Identity(), batch, losses.embedding_loss, RetrievalScore())
+    anchors = torch.eye(4)
+    crossed = anchors[[0, 1, 3, 2]] + 0.3 * anchors  # of the last two, each is nearer to the other's positive
+    rows = pairs_of((0, 4), (1, 5), (2, 6), (3, 7))
+    texts = [{"anchor": f"question {i}", "positive": f"answer {i}"} for i in range(4)]
+    model, data = Lookup(torch.cat([anchors, crossed])), Batches(rows, Collate(), rows=2, shuffle=False)
+    found = evaluate(model, data, losses.embedding_loss, RetrievalScore(rows, texts))
     assert found["accuracy@1"] == 0.5
     assert found["mrr"] == pytest.approx(0.75)
 

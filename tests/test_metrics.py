@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from nltk.stem.porter import PorterStemmer
+from rouge_score.tokenizers import DefaultTokenizer
 
 from handtune.engine.metrics import answers, classification, entity_f1, perplexity, retrieval, rouge
+from handtune.engine.word_tokenizer import WordTokenizer
 
 # classification
 
@@ -27,6 +30,13 @@ def test_macro_f1_leaves_out_only_classes_that_never_occur():
     assert classification([0, 1], [0, 1], 5)["macro_f1"] == 1.0
     # class 2 is predicted but never gold: it counts, with F1 0
     assert classification([0, 2], [0, 0], 5)["macro_f1"] == pytest.approx((2 / 3 + 0) / 2)
+
+
+def test_rows_without_prediction_are_wrong():
+    got = classification([0, -1, 1, -1], [0, 0, 1, 1], 2)
+    assert (got["accuracy"], got["macro_f1"]) == (0.5, pytest.approx(2 / 3))
+    assert got["confusion"] == [[1, 0, 1], [0, 1, 1]]
+    assert classification([-1, 0], [1, 0], 3)["macro_f1"] == pytest.approx((1 + 0) / 2)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -141,6 +151,60 @@ def test_plain_tags_are_one_word_entities():
     assert got == {"precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "token_accuracy": 2 / 3}
 
 
+def test_each_scheme_counts_the_same_entities():
+    """BIOES, BILOU and BMES twins of two sentences; types may be named like marks."""
+    gold, predicted = tags("B-L E-L O S-U | S-U S-U O"), tags("B-L E-L O O | S-U S-U S-O")
+    right = entity_f1(predicted, gold)
+    assert (right["precision"], right["recall"]) == (pytest.approx(3 / 4), pytest.approx(3 / 4))
+
+    def twin(rows, last, single, sign):
+        marks = {"E": last, "S": single}
+        return [[tag if tag == "O" else marks.get(tag[0], tag[0]) + sign + tag[2:] for tag in row] for row in rows]
+
+    for spelling in (("L", "U", "-"), ("E", "S", "_"), ("L", "U", "_")):
+        assert entity_f1(twin(predicted, *spelling), twin(gold, *spelling)) == right
+    assert entity_f1(tags("B-X M-X M-X E-X"), tags("B-X I-X I-X L-X"))["f1"] == 1.0
+    assert entity_f1([["U-LOC", "L-PER"]], [["U-LOC", "U-PER"]])["f1"] == 1.0  # no B among them
+    assert entity_f1([["B-L", "I-L"]], [["B-L", "L-L"]])["f1"] == 1.0
+    assert entity_f1(tags("U-X L-X L-X I-X"), tags("U-X U-X U-X U-X"))["f1"] == 1.0  # both end what they mark
+
+
+@pytest.mark.parametrize(
+    ("gold", "predicted", "f1"),
+    [
+        ("U L U", "L L U", 2 / 3),  # single letters that form no scheme are plain tags
+        ("S B S", "B B S", 2 / 3),
+        ("N V S", "N V I", 2 / 3),
+        ("B E O", "B I O", 1.0),  # a B and what may follow it are one
+        ("e-mail", "e-mail", 1.0),
+        ("-LRB- NN", "-LRB- VB", 1 / 2),
+    ],
+)
+def test_tags_that_look_like_marks(gold, predicted, f1):
+    assert entity_f1(tags(predicted), tags(gold))["f1"] == pytest.approx(f1)
+
+
+@pytest.mark.parametrize(
+    ("gold", "says"),
+    [
+        ("0 3 4 0", "tags are numbers"),
+        ("b-per i-per o", "'b-per' looks like another spelling"),
+        ("PER-B PER-I O", "'PER-B' looks like another spelling"),
+        ("B:PER I:PER O", "'B:PER' looks like another spelling"),
+        ("B-PER i-PER O", "'i-PER' has no prefix and 'B-PER' has one"),
+    ],
+)
+def test_tags_that_would_flatter_are_refused(gold, says):
+    with pytest.raises(ValueError, match=says):
+        entity_f1(tags(gold), tags(gold))
+
+
+def test_a_word_without_prediction_is_wrong():
+    got = entity_f1([["B-PER", None, None]], [["B-PER", "I-PER", "O"]])
+    assert got == {"precision": 0, "recall": 0, "f1": 0, "token_accuracy": pytest.approx(1 / 3)}
+    assert entity_f1([["U", "L"]], [["L", "L"]], names=["B", "I", "L", "U", "O"])["f1"] == 1.0
+
+
 def test_no_entities_at_all():
     assert entity_f1([["O", "O"]], [["O", "O"]]) == {"precision": 0, "recall": 0, "f1": 0, "token_accuracy": 1}
 
@@ -148,9 +212,7 @@ def test_no_entities_at_all():
 def test_entity_f1_refuses():
     with pytest.raises(ValueError, match="row 1 has 1 predicted tags for 2 words"):
         entity_f1([["O"], ["O"]], [["O"], ["O", "O"]])
-    with pytest.raises(ValueError, match="'L-PER' among BIO tags"):
-        entity_f1([["B-PER", "L-PER"]], [["B-PER", "I-PER"]])
-    with pytest.raises(ValueError, match="'NN' among BIO tags"):
+    with pytest.raises(ValueError, match="'NN' has no prefix and 'S-PER' has one"):
         entity_f1([["S-PER", "NN"]], [["S-PER", "O"]])
     with pytest.raises(ValueError, match="no words"):
         entity_f1([[]], [[]])
@@ -184,6 +246,12 @@ def test_answers(prediction, golds, exact, f1):
     got = answers([prediction], [golds])
     assert got["exact_match"] == exact
     assert got["f1"] == pytest.approx(f1)
+
+
+def test_answers_without_spaces():
+    """Each character of such a script is a word; others are SQuAD's."""
+    assert answers(["\u5317\u4eac"], [["\u5317\u4eac\u5e02"]])["f1"] == pytest.approx(2 * 1 * (2 / 3) / (1 + 2 / 3))
+    assert answers(["город"], [["гор"]])["f1"] == 0
 
 
 def test_answers_mean_over_rows():
@@ -239,6 +307,21 @@ def test_two_rows_with_one_positive_share_the_first_rank():
     assert got["accuracy@1"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
 
 
+def test_a_twin_of_the_positive_is_found():
+    """By their texts two positives are one, for each anchor that has it; the third anchor has two that are right."""
+    anchors, positives = np.eye(3)[[0, 0, 1, 1]], np.eye(3)[[0, 0, 1, 1]]
+    assert retrieval(anchors, positives)["accuracy@1"] == 0.5
+    twins = [("a", "x"), ("b", "x"), ("c", "y"), ("c", "z")]
+    assert retrieval(anchors, positives, twins) == {"accuracy@1": 1.0, "mrr": 1.0}
+    assert retrieval(anchors, positives, twins, 4) == {"accuracy@1": 0.5, "mrr": 0.5}
+    # Vectors that are equal without being one text still share their rank.
+    assert retrieval(anchors, positives, [("a", "x"), ("b", "w"), ("c", "y"), ("d", "z")])["accuracy@1"] == 0.5
+    collapsed = retrieval(np.ones((4, 3)), np.ones((4, 3)), twins)
+    assert collapsed["accuracy@1"] == pytest.approx((1 / 3 + 1 / 3 + 1 / 2 + 1 / 2) / 4)
+    with pytest.raises(ValueError, match="3 texts for 4 anchors"):
+        retrieval(anchors, positives, twins[:3])
+
+
 def test_retrieval_refuses():
     with pytest.raises(ValueError, match="differ in shape"):
         retrieval(np.ones((2, 3)), np.ones((3, 3)))
@@ -268,6 +351,31 @@ def test_rouge_worked_example():
     assert rouge(["The cat sat.", "no"], ["the cats on the mat", "yes"])["rouge1"] == pytest.approx(0.25)
     with pytest.raises(ValueError, match="1 predictions for 2 golds"):
         rouge(["a"], ["a", "b"])
+
+
+WORDS = {
+    "Café cafe\u0301 naïve_x": ["café", "café", "naïve", "x"],  # an accent typed either way
+    "Река, река!": ["река", "река"],
+    "\u0928\u092e\u0938\u094d\u0924\u0947 1": ["\u0928\u092e\u0938\u094d\u0924\u0947", "1"],  # vowel signs are marks
+    "\u6cb3\u6d41\u3002iPhone\u624b": ["\u6cb3", "\u6d41", "iphon", "\u624b"],
+    "\u0e17\u0e35\u0e48\u0e19": ["\u0e17\u0e35\u0e48", "\u0e19"],  # a Thai letter with its marks
+    "\u0645\u06cc\u200c\u062e\u0648": ["\u0645\u06cc\u062e\u0648"],  # an invisible joiner
+    "a\u200bb co\u00adop don\u2019t": ["a", "b", "coop", "don", "t"],
+    "\U0001f44d\U0001f3fd\u2764\ufe0f ok": ["\U0001f44d", "\u2764", "ok"],
+}
+
+
+@pytest.mark.parametrize("text", WORDS)
+def test_words_of_other_scripts(text):
+    assert WordTokenizer(PorterStemmer()).tokenize(text) == WORDS[text]
+    assert rouge([text], [text])["rouge1"] == 1.0
+
+
+def test_words_of_ascii_are_those_of_rouge_score():
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        text = "".join(map(chr, rng.integers(0, 128, 40))) + " running flies THE_cats o'clock 3.14"
+        assert WordTokenizer(PorterStemmer()).tokenize(text) == DefaultTokenizer(use_stemmer=True).tokenize(text)
 
 
 def test_rouge_without_its_package_says_what_to_install(monkeypatch):

@@ -55,16 +55,21 @@ def test_sides_that_are_equal_or_empty_are_dropped_and_named() -> None:
 
 
 def test_what_does_not_fit() -> None:
-    """Both sides lose the same beginning of the prompt, then their ends; where no difference is left, the row goes."""
-    row = {"prompt": "p" * 40, "chosen": "a" * 9, "rejected": "b" * 5}
+    """The ends go, or the same beginning of both prompts, or the row; so does one that has lost an answer."""
+    row, short = {"prompt": "p" * 10, "chosen": "a" * 19, "rejected": "b" * 5}, {"chosen": "a", "rejected": "b"}
     (example,), report = encoded([row], max_length=20)
-    assert [len(example["chosen"]), len(example["rejected"])] == [20, 16]
-    assert example["starts"] == [11, 11]
+    assert [len(example["chosen"]), len(example["rejected"])] == [20, 15]
+    assert example["starts"] == [10, 10]
     assert report.truncated.count == 1
-    (example,), _ = encoded([row | {"chosen": "a" * 90}], max_length=20)
-    assert (example["starts"], len(example["chosen"])) == ([5, 5], 20)
-    with pytest.raises(ValueError, match="no target left"):
-        encoded([row | {"chosen": "b" * 30 + "x", "rejected": "b" * 30 + "y"}], max_length=20)
+    (example,), _ = encoded([row], max_length=20, truncate="start")
+    assert ([len(example["chosen"]), len(example["rejected"])], example["starts"]) == ([20, 6], [1, 1])
+    (example,), _ = encoded([row], max_length=26, truncate="start")
+    assert ([len(example["chosen"]), len(example["rejected"])], example["starts"]) == ([26, 12], [7, 7])
+    for lost in (row | {"prompt": "p" * 30}, row | {"chosen": "b" * 30 + "x", "rejected": "b" * 30 + "y"}):
+        _, report = encoded([lost, row | short], max_length=20)
+        assert report.dropped == report.truncated
+    _, report = encoded([row, row | short], max_length=20, truncate="drop")
+    assert (report.kept, report.dropped.first) == (1, (0,))
 
 
 def test_conversations() -> None:
@@ -224,7 +229,7 @@ def test_a_reward_model_comes_near_what_noisy_labels_allow() -> None:
         for (a, b), swapped in zip(sides + 1, swap, strict=True):
             chosen, rejected = (a, b) if swapped else (b, a)
             ids = {"chosen": [0, *chosen.tolist()], "rejected": [0, *rejected.tolist()]}
-            rows.append({**ids, "starts": [1, 1], "margin": 0.0, "tie": False})
+            rows.append({**ids, "starts": [1, 1], "margin": 0.0, "tie": False, "row": len(rows)})
         return rows, np.where(swap, 1 - p, p)  # the probability of what was chosen
 
     model = GPT2.from_name("gpt2", task="reward", vocab_size=13, n_layer=1, n_head=2, d_model=32, max_positions=8)

@@ -234,7 +234,9 @@ def test_what_fails_at_the_beginning_leaves_the_model_as_it_was(tmp_path: Path) 
     assert adapter_names(model) == []
 
 
-def test_a_policy_that_runs_away_is_stopped_and_its_best_given_back(tmp_path: Path) -> None:
+def test_a_policy_that_runs_away_is_stopped_and_its_best_given_back(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = writer()
     config = PPOConfig(**{**SMALL, "episodes": 640, "lr": 0.1, "kl": 0.0, "kl_stop": 3.0, "max_norm": None})
     result = ppo(model, PROMPTS * 4, evens, config, out=tmp_path)
@@ -243,6 +245,10 @@ def test_a_policy_that_runs_away_is_stopped_and_its_best_given_back(tmp_path: Pa
     assert result.episodes < 640
     run = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert run["kl"] == result.stats["kl"]
+    # The best round is the first: its policy had not learnt anything yet.
+    assert result.best["round"] == 1
+    assert all(not p.any() for name, p in model.named_parameters() if ".lora.policy.b." in name)
+    assert "the policy given back is the untrained one" in caplog.text
 
 
 def test_the_base_is_there_once() -> None:

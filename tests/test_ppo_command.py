@@ -1,6 +1,7 @@
 """`handtune ppo` from its file to the stored policy, which generates, is reported, and can be resumed."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def files() -> dict[Path, tuple[bytes, int]]:
+    """Every file of the run: its bytes, and when it was written."""
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path("run").rglob("*") if path.is_file()}
+
+
 def test_a_run_and_what_is_done_with_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ppo", "ppo.toml"]) == 0
     result = json.loads(Path("run/result.json").read_text())
@@ -37,8 +43,22 @@ def test_a_run_and_what_is_done_with_it(folder: Path, capsys: pytest.CaptureFixt
     assert result["metrics"]["score"] > result["before"]["score"]
     assert [n for n, _, _ in facts["best_of"]] == [1, 2, 4]
     assert facts["best_of"][2][2] > facts["best_of"][0][2]
-    capsys.readouterr()
-    assert main(["ppo", "ppo.toml"]) == 0  # it has ended: the same again
+    assert "stored: the policy after the last round, 96 episodes\nstored in run/adapter" in capsys.readouterr().out
+    before = files()
+    assert main(["ppo", "ppo.toml"]) == 0  # it has ended: nothing changes
+    assert capsys.readouterr().out.startswith("finished already: nothing is left to train\nstored: the policy after")
+    assert files() == before
+    given = Path("prompts.jsonl").read_text()
+    write_rows(folder / "prompts.jsonl", [{"prompt": PROMPTS[0]}])
+    assert main(["ppo", "ppo.toml"]) == 2
+    assert "when the run began; put the old data back" in capsys.readouterr().err
+    assert files() == before
+    Path("prompts.jsonl").write_text(given)
+    Path("run/result.json").unlink()
+    shutil.rmtree("run/adapter")
+    assert main(["ppo", "ppo.toml"]) == 0  # as after a kill behind the last round: it is stored
+    assert "finished already: 6 of 6 rounds" in capsys.readouterr().err
+    assert {name for name, (data, _) in files().items() if data != before[name][0]} == {Path("run/result.json")}
     assert json.loads(Path("run/result.json").read_text())["metrics"] == result["metrics"]
     assert main(["generate", "run", "--prompt", PROMPTS[0], "--max-new-tokens", "4", "--temperature", "0"]) == 0
     assert PROMPTS[0] in capsys.readouterr().out

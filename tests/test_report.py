@@ -236,6 +236,14 @@ def test_many_classes_are_listed(tmp_path):
     assert max(map(len, parsed.rows)) < 12
 
 
+def test_rows_without_prediction_count_in_recall(tmp_path):
+    shown = {"confusion": [[4, 0, 1], [1, 2, 2]], "labels": ["no", "yes"]}
+    _, parsed = page([write_run(tmp_path / "r", steps=1, evals=(), **shown)], tmp_path)
+    assert ["", "no", "yes", "nothing", "recall"] in parsed.rows
+    assert ["no", "4", "0", "1", "80.0 %"] in parsed.rows
+    assert ["precision", "80.0 %", "100.0 %", "", ""] in parsed.rows
+
+
 def test_class_without_rows_has_no_share(tmp_path):
     _, parsed = page([write_run(tmp_path / "r", steps=1, evals=(), confusion=[[4, 0], [0, 0]])], tmp_path)
     assert ["1", "0", "0", "–"] in parsed.rows

@@ -304,7 +304,7 @@ def test_a_full_disk(sft, alone, small_disk) -> None:
 
 def test_a_checkpoint_that_cannot_be_written(sft, tmp_path) -> None:
     """The same with a limit on the size of files, where nothing may be mounted."""
-    arguments = ("train", str(sft), f"out={tmp_path / 'run'}", "train.epochs=2", "data.eval=0.5")
+    arguments = ("train", str(sft), f"out={tmp_path / 'run'}", "train.epochs=2", "data.eval=0.5", "train.best=loss")
     done = limited(20_000, *arguments)
     assert done.returncode == 2, done.stderr
     (line,) = [text for text in done.stderr.splitlines() if text.startswith("handtune:")]

@@ -195,7 +195,9 @@ def test_after_ctrl_c_the_result_is_of_the_weights_that_are_there(tmp_path) -> N
         return squares(model, batch)
 
     away = [-row for row in ROWS]
-    model, result = line(away, eval_data=ROWS, eval_every=1, loss_fn=interrupting, out=tmp_path / "run")
+    model, result = line(
+        away, eval_data=ROWS, eval_every=1, best="loss", loss_fn=interrupting, out=tmp_path / "run"
+    )  # fmt: skip
     assert result.interrupted
     assert model.weight.abs().max() > 0
     last = [entry for entry in logged(tmp_path / "run") if "eval" in entry][-1]

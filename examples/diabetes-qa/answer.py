@@ -21,7 +21,8 @@ from handtune.engine.batches import Batches
 from handtune.engine.data import read_rows
 from handtune.engine.encode import encode
 from handtune.engine.metrics import answers
-from handtune.engine.objectives import AnswerScore, objective_of
+from handtune.engine.objectives import objective_of
+from handtune.engine.scores import AnswerScore
 from handtune.models import load
 from handtune.models.checkpoint import objectives_of
 

@@ -1,0 +1,131 @@
+"""What became of rows when they were encoded: how many examples they gave, which were dropped, what was too long."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+SHOWN = 5  # row numbers named in a report
+PERCENTILES = (50, 90, 99, 100)
+
+
+class Outcome(NamedTuple):
+    """What became of one row, in numbers; see `Encoded`."""
+
+    kept: bool
+    truncated: bool
+    masked: bool
+    tokens: int
+    targets: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The examples of one row: none means that it is dropped; `masked` if its loss was masked away.
+
+    `tokens` counts the examples' positions, `targets` what the loss is on, `length` the row's tokens before any were
+    cut off, where some were.
+    """
+
+    examples: list[dict[str, Any]]
+    tokens: int = 0
+    targets: int = 0
+    truncated: bool = False
+    masked: bool = False
+    length: int = 0
+
+    @classmethod
+    def together(cls, parts: Sequence["Encoded"]) -> "Encoded":
+        """One row of which there are several examples, each encoded by itself; of none, a row without a target."""
+        return cls(
+            [example for part in parts for example in part.examples],
+            tokens=sum(part.tokens for part in parts if part.examples),
+            targets=sum(part.targets for part in parts),
+            truncated=any(part.truncated for part in parts),
+            masked=all(part.masked for part in parts),
+            length=max((part.outcome().length for part in parts), default=0),
+        )
+
+    def outcome(self) -> Outcome:
+        """The same without the examples."""
+        length = max(self.length, self.tokens)
+        return Outcome(bool(self.examples), self.truncated, self.masked, self.tokens, self.targets, length)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some of the rows: how many, and the indices (from 0) of the first few. Printed counting from 1."""
+
+    count: int
+    first: tuple[int, ...]
+
+    @classmethod
+    def where(cls, flags: Iterable[bool]) -> "Rows":
+        """The rows whose flag is set."""
+        indices = [index for index, flag in enumerate(flags) if flag]
+        return cls(len(indices), tuple(indices[:SHOWN]))
+
+    def __str__(self) -> str:
+        if not self.count:
+            return "0"
+        numbers = ", ".join(str(index + 1) for index in self.first) + (", ..." if self.count > len(self.first) else "")
+        return f"{self.count:,} (row{'s' if self.count > 1 else ''} {numbers})"
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What became of the rows.
+
+    `dropped` rows gave no example (the `masked` among them because no target was left; in an evaluation a question may
+    be masked and kept); `tokens` counts positions over all examples, `targets` target tokens, or labels, windows, pairs
+    where those are the targets. `lengths` are percentiles of the rows' tokens before anything was cut off.
+    """
+
+    objective: str
+    read: int
+    kept: int
+    examples: int
+    dropped: Rows
+    truncated: Rows
+    masked: Rows
+    tokens: int
+    targets: int
+    lengths: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, objective: str, outcomes: Sequence[Outcome], examples: int) -> "EncodeReport":
+        """The report on rows of which there are the `outcomes`, and in all so many examples."""
+        lengths = [outcome.length for outcome in outcomes]
+        return cls(
+            objective,
+            read=len(outcomes),
+            kept=sum(outcome.kept for outcome in outcomes),
+            examples=examples,
+            dropped=Rows.where(not outcome.kept for outcome in outcomes),
+            truncated=Rows.where(outcome.truncated for outcome in outcomes),
+            masked=Rows.where(outcome.masked for outcome in outcomes),
+            tokens=sum(outcome.tokens for outcome in outcomes if outcome.kept),
+            targets=sum(outcome.targets for outcome in outcomes if outcome.kept),
+            lengths=tuple(np.percentile(lengths, PERCENTILES, method="inverted_cdf").tolist()) if lengths else (),
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.read:,} rows read, {self.kept:,} kept as {self.examples:,} examples; dropped {self.dropped}, "
+            f"truncated {self.truncated}, fully masked {self.masked}; {self.tokens:,} tokens, {self.targets:,} targets"
+        )
+
+    @property
+    def warning(self) -> str | None:
+        """What to say where more than a tenth of the rows are too long; else None."""
+        if self.truncated.count <= self.read / 10:
+            return None
+        numbers = ", ".join(
+            f"{percent} % {length:,}" for percent, length in zip(PERCENTILES, self.lengths, strict=True)
+        )
+        return (
+            f"{self.truncated.count:,} of {self.read:,} rows are longer than data.max_length (tokens that so many rows "
+            f"have at most: {numbers}); raise it, or choose with data.truncate what is cut"
+        )

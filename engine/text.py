@@ -1,0 +1,89 @@
+"""Text to tokens and back, for models that write: what begins a text, what ends it, and where a prompt stops.
+
+Three rules hold for pretraining, fine-tuning, preferences, rewards, PPO and generation alike:
+
+- A text begins with the tokens that the tokenizer's post-processor puts in front of one (Llama's <s>), exactly once.
+- A prompt's tokens are its own, as generation will see them, whatever follows. Tokenizers may merge across the seam
+  ("\\n\\n" is one token at the end of a prompt, two in front of a word), and those of SentencePiece's kind put a space
+  in front of every text that they are given, which a completion must not get.
+- A completion is decoded behind its prompt: alone, such tokenizers would take its first space away.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
+# Texts to tokenise a completion behind: nothing merges across the end of at least one of them.
+ANCHORS = ("\n", "x", ".")
+
+
+def beginning(tokenizer: "Tokenizer") -> list[int]:
+    """The special tokens that the tokenizer's post-processor puts in front of a text: mostly one, or none."""
+    encoding = tokenizer.encode("a")
+    first = next((i for i, sequence in enumerate(encoding.sequence_ids) if sequence is not None), 0)
+    return encoding.ids[:first]
+
+
+def begun(ids: list[int], begin: list[int]) -> list[int]:
+    """The tokens of a text with `begin` in front, which it may have already."""
+    return ids if ids[: len(begin)] == begin else [*begin, *ids]
+
+
+def prompt_tokens(tokenizer: "Tokenizer", prompts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each prompt, as a causal model reads it."""
+    begin = beginning(tokenizer)
+    encodings = tokenizer.encode_batch(list(prompts), add_special_tokens=False)
+    return [begun(encoding.ids, begin) for encoding in encodings]
+
+
+def tokenize_pairs(tokenizer: "Tokenizer", pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[list[int], int]]:
+    """Of texts (prompt, completion) the tokens of both together, and how many of them are the prompt's."""
+    begin = beginning(tokenizer)
+    prompts = tokenizer.encode_batch([prompt for prompt, _ in pairs], add_special_tokens=False)
+    wholes = tokenizer.encode_batch([prompt + completion for prompt, completion in pairs], add_special_tokens=False)
+    for (_, completion), prompt, whole in zip(pairs, prompts, wholes, strict=True):
+        ids = begun(prompt.ids, begin)
+        if whole.ids[: len(prompt.ids)] == prompt.ids:
+            yield [*ids, *whole.ids[len(prompt.ids) :]], len(ids)
+        else:
+            yield [*ids, *_behind(tokenizer, completion, prompt, whole)], len(ids)
+
+
+def _behind(tokenizer: "Tokenizer", completion: str, prompt: "Encoding", whole: "Encoding") -> list[int]:
+    """A completion's tokens, where a token of the whole text lies across its beginning."""
+    text = tokenizer.decode(whole.ids, skip_special_tokens=False)
+    alone = tokenizer.encode(completion, add_special_tokens=False).ids
+    for ids in (alone, *_continuations(tokenizer, completion)):
+        if tokenizer.decode([*prompt.ids, *ids], skip_special_tokens=False) == text:
+            return ids
+    return alone
+
+
+def _continuations(tokenizer: "Tokenizer", text: str) -> Iterator[list[int]]:
+    """The tokens of a text that goes on from another, behind each anchor whose own tokens stay what they are."""
+    for anchor in ANCHORS:
+        front = tokenizer.encode(anchor, add_special_tokens=False).ids
+        ids = tokenizer.encode(anchor + text, add_special_tokens=False).ids
+        if ids[: len(front)] == front:
+            yield ids[len(front) :]
+
+
+def append_eos(ids: list[int], start: int, eos: int | None, more_ends: Sequence[int] = ()) -> list[int]:
+    """A text with the token behind it that ends it; the first `start` tokens are its prompt's.
+
+    Of several that a model knows, it is the one that ended the last turn in the prompt, as its chats are written, else
+    `eos`.
+    """
+    ends = (eos, *more_ends)
+    if eos is None or (ids and ids[-1] in ends):
+        return ids
+    return [*ids, next((token for token in reversed(ids[:start]) if token in ends), eos)]
+
+
+def completion_text(tokenizer: "Tokenizer", prompt: Sequence[int], ids: Sequence[int]) -> str:
+    """The text of tokens `ids` behind those of their prompt, special tokens left out."""
+    before = tokenizer.decode(list(prompt))
+    whole = tokenizer.decode([*prompt, *ids])
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(list(ids))
