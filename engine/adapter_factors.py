@@ -20,6 +20,9 @@ from .lora_embedding import EmbeddingFactors, LoRAEmbedding
 from .wrapping import Factors, is_conv1d
 
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's
+PREFIX = "base_model.model."
+# Of a module that was saved whole PEFT may store what it is now and what it was, besides its plain name.
+_WRAPPED = (".modules_to_save.", ".original_module.")
 Shapes = Callable[[int], tuple[tuple[int, ...], tuple[int, ...]]]  # rank → shapes of A and B
 
 
@@ -158,3 +161,40 @@ def _pair(
 def _expect(path: Path, name: str, got: tuple, wanted: tuple) -> None:
     if got != wanted:
         raise ValueError(f"{path}: {name} has factors of shape {got}, the model needs {wanted}; it is for another base")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of the file at `path` by published name. FileNotFoundError or ValueError where it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file() and (pickled := path.with_name("adapter_model.bin")).is_file():
+        raise FileNotFoundError(
+            f"{pickled} is a pickle, which can run code and is not read; convert it where you trust it: "
+            f"safetensors.torch.save_file(torch.load({pickled.name!r}, weights_only=True), {path.name!r})"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not there; an adapter folder holds it beside adapter_config.json")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged or cut short ({error}); copy it again") from error
+    for key, value in tensors.items():
+        if ".lora_" in key and not value.is_floating_point():
+            raise ValueError(f"{path}: {key} holds {value.dtype}, no weights; the adapter is damaged")
+        if not value.float().isfinite().all():
+            raise ValueError(f"{path}: {key} holds NaN or infinity; the adapter is damaged")
+    try:
+        return _unwrapped({key.removeprefix(PREFIX): value for key, value in tensors.items()})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without the names of PEFT's wrapper of a saved module, and what that holds of the base."""
+    out = {key: value for key, value in tensors.items() if not any(name in key for name in _WRAPPED)}
+    for key, value in tensors.items():
+        plain = key.replace(_WRAPPED[0], ".")
+        if _WRAPPED[0] in key and not torch.equal(out.setdefault(plain, value), value):
+            raise ValueError(f"{key} and {plain} differ, and nobody knows which is meant; the adapter is damaged")
+    return out

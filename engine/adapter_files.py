@@ -12,19 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import Linear, LowRank
 from ..kernels.conv import ConvFactors
-from .adapter_factors import MAGNITUDE, plan_factors, stored, stored_factor
+from .adapter_factors import MAGNITUDE, PREFIX, plan_factors, read_weights, stored, stored_factor
 from .adapters import adapter_names, set_adapter
 from .belongings import claim, give
 from .beside import BASE, filled, places_beside, plain_tensors, tensors_with, trained_beside, trained_rows_with
 from .lora import (
     KnownModel,
-    LoRAConfig,
     Slot,
     active_adapter,
     check_name,
@@ -33,8 +31,8 @@ from .lora import (
     refuse_tied,
     slots,
 )
-from .lora_config import is_finite
 from .lora_embedding import EmbeddingFactors
+from .peft_config import OURS, lora_config
 from .record import write_json
 from .rounding import refuse_diverged
 from .tied import biased_output
@@ -51,30 +49,9 @@ TASK_TYPES = {
     "question-answering": "QUESTION_ANS",
     "embedding": "FEATURE_EXTRACTION",
 }
-# The type of an adapter on tensors that are no module for PEFT, or with such tensors stored beside it, which PEFT would
-# leave out without a word, or with token rows for which it leaves out a bias: so it refuses the whole. Merged and
-# saved, such a model is one that everybody loads.
-OURS = "HANDTUNE_LORA"
-PREFIX = "base_model.model."
 # Of an adapted module its published path, rank, scale, and factors under PEFT's names.
 Published = tuple[str, int, float, dict[str, Tensor]]
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-# PEFT's fields that say nothing about the arithmetic, and those that are read here.
-_NEUTRAL = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version",
-    "revision", "task_type", "lora_dropout", "target_modules", "modules_to_save", "exclude_modules", "megatron_core",
-    "layers_to_transform", "layers_pattern", "fan_in_fan_out", "runtime_config", "qalora_group_size",
-    "ensure_weight_tying",
-}  # fmt: skip
-_READ = {
-    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "trainable_token_indices",
-    "bias", "use_dora",
-}  # fmt: skip
-# Of a module that was saved whole PEFT may store what it is now and what it was, besides its plain name.
-_WRAPPED = (".modules_to_save.", ".original_module.")
-# Initialisations that leave the base weights alone; the others (PiSSA, OLoRA) go with a base that they changed.
-_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
 def save_adapter(model: nn.Module, path: str | Path, name: str = "default", *, portable: bool = False) -> None:
@@ -234,8 +211,8 @@ def read_adapter(model: nn.Module, path: str | Path) -> StoredAdapter:
         published = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{folder / CONFIG}: not valid JSON ({error}); restore the file") from error
-    config = _lora_config(published, folder / CONFIG)
-    tensors = _read_weights(folder / WEIGHTS)
+    config = lora_config(published, folder / CONFIG)
+    tensors = read_weights(folder / WEIGHTS)
     plan, rest = plan_factors(model, tensors, config, folder / WEIGHTS)
     try:
         rows = take_rows(model, rest, published.get("trainable_token_indices"))
@@ -280,74 +257,3 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
         module.lora[name] = factors.to(module.weight.device).train(module.training)
     give(model, name, brought)
     set_adapter(model, name)
-
-
-def _lora_config(published: Any, path: Path) -> LoRAConfig:
-    if not isinstance(published, dict):
-        raise ValueError(f"{path}: expected an object with PEFT's fields, got {published!r:.40}; restore the file")
-    if published.get("peft_type", "LORA") not in ("LORA", OURS):
-        raise ValueError(f"{path}: peft_type {published['peft_type']!r} is not implemented; only LORA is")
-    for field, value in published.items():
-        if field not in _NEUTRAL | _READ and value not in (None, False, {}, [], "none"):
-            raise ValueError(f"{path}: {field} = {value!r} is not implemented")
-    if (init := published.get("init_lora_weights")) not in _INITS:
-        raise ValueError(f"{path}: init_lora_weights = {init!r} is not implemented; it changes the base model")
-    if published.get("bias") not in (None, "none", "all", "lora_only"):
-        raise ValueError(f"{path}: bias = {published['bias']!r} is not implemented")
-    for field in ("r", "lora_alpha"):
-        if not is_finite(published.get(field)):
-            raise ValueError(f"{path}: {field} = {published.get(field)!r}; expected a finite number")
-    for field in ("use_rslora", "use_dora", "fan_in_fan_out"):
-        if published.get(field) not in (None, True, False):
-            raise ValueError(f"{path}: {field} = {published[field]!r}; expected true or false")
-    for field in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(published.get(field) or {}, dict):
-            raise ValueError(f"{path}: {field} = {published[field]!r}; expected a table of module: number")
-    try:
-        return LoRAConfig(
-            rank=published["r"],
-            alpha=published["lora_alpha"],
-            dropout=published.get("lora_dropout") or 0.0,
-            rslora=published.get("use_rslora") or False,
-            dora=published.get("use_dora") or False,
-            rank_pattern=published.get("rank_pattern") or {},
-            alpha_pattern=published.get("alpha_pattern") or {},
-        )
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file() and (pickled := path.with_name("adapter_model.bin")).is_file():
-        raise FileNotFoundError(
-            f"{pickled} is a pickle, which can run code and is not read; convert it where you trust it: "
-            f"safetensors.torch.save_file(torch.load({pickled.name!r}, weights_only=True), {path.name!r})"
-        )
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: not there; an adapter folder holds it beside {CONFIG}")
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or cut short ({error}); copy it again") from error
-    for key, value in tensors.items():
-        if ".lora_" in key and not value.is_floating_point():
-            raise ValueError(f"{path}: {key} holds {value.dtype}, no weights; the adapter is damaged")
-        if not value.float().isfinite().all():
-            raise ValueError(f"{path}: {key} holds NaN or infinity; the adapter is damaged")
-    try:
-        return _unwrapped({key.removeprefix(PREFIX): value for key, value in tensors.items()})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without the names of PEFT's wrapper of a saved module, and what that holds of the base."""
-    out = {key: value for key, value in tensors.items() if not any(name in key for name in _WRAPPED)}
-    for key, value in tensors.items():
-        plain = key.replace(_WRAPPED[0], ".")
-        if _WRAPPED[0] in key and not torch.equal(out.setdefault(plain, value), value):
-            raise ValueError(f"{key} and {plain} differ, and nobody knows which is meant; the adapter is damaged")
-    return out

@@ -6,8 +6,9 @@ under the same names, so that state dicts, weight tying and the optimizer of the
 what else is to train (a fresh head) is unfrozen by name.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -45,19 +46,24 @@ class KnownModel(Protocol):
 
 
 class Slot(NamedTuple):
-    """A module that can carry adapters: its path, the module, and the published path of each of its parts."""
+    """A module that can carry adapters: its path, the module, and how the model's tensors are published."""
 
     path: str
     module: Adaptable
-    published: tuple[str, ...]
+    key_map: Callable[[], dict[str, Any]]
+
+    @property
+    def published(self) -> tuple[str, ...]:
+        """The published path of each of its parts."""
+        return _published(self.path, self.key_map())
 
 
 def slots(model: nn.Module) -> Iterator[Slot]:
     """All modules that have an adapter slot."""
-    names = model.key_map() if isinstance(model, KnownModel) else {}
+    key_map = cache(lambda: model.key_map() if isinstance(model, KnownModel) else {})  # not for switching adapters
     for path, module in model.named_modules():
         if isinstance(module, Adaptable):
-            yield Slot(path, module, _published(path, names))
+            yield Slot(path, module, key_map)
 
 
 def _refuse_variant(model: nn.Module, path: str, config: LoRAConfig, ranks: dict[int, int]) -> None:
@@ -109,13 +115,8 @@ def lr_ratios(model: nn.Module) -> dict[str, float]:
 
 
 def active_adapter(model: nn.Module) -> str | None:
-    """The adapter that is applied to all rows, or merged; None where there is none, or one for each row."""
-    for _, module, _ in slots(model):
-        if module.merged is not None:
-            return module.merged.name
-        if isinstance(module.active, str):
-            return module.active
-    return None
+    """The adapter that is applied to all rows; None where there is none, one for each row, or one is merged."""
+    return next((module.active for _, module, _ in slots(model) if isinstance(module.active, str)), None)
 
 
 def make_room(model: nn.Module) -> None:

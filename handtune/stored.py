@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .engine import load_adapter, save_adapter
-from .engine.adapter_files import CONFIG, PREFIX, TASK_TYPES, WEIGHTS
+from .engine.adapter_factors import PREFIX
+from .engine.adapter_files import CONFIG, TASK_TYPES, WEIGHTS
 from .engine.adapters import adapter_names
 from .engine.config import RunConfig, from_table
 from .models import ResNet, add_tokens, load

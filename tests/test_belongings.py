@@ -52,9 +52,9 @@ def moved(model: Any, seed: int) -> Any:
     shaken(model, seed)
     if (ids := dict(model.named_buffers()).get("embed.tokens.trained_rows")) is not None:
         weight = model.embed.tokens.weight
-        kept = before["embed.tokens.weight"]
-        kept[ids] = weight[ids]
-        weight.copy_(kept)
+        rows = weight[ids]
+        weight.copy_(before["embed.tokens.weight"])
+        weight[ids] = rows
     return model
 
 
@@ -235,7 +235,7 @@ def test_rows_of_a_batch_share_what_belongs_to_adapters(tmp_path: Path) -> None:
 def test_two_threads_take_turns(tmp_path: Path) -> None:
     model = adapted(SMALL)
     save_adapter(model, tmp_path)
-    ready, done, said = threading.Event(), threading.Event(), []
+    ready, done, errors = threading.Event(), threading.Event(), []
 
     def other() -> None:
         ready.wait(10)
@@ -248,7 +248,7 @@ def test_two_threads_take_turns(tmp_path: Path) -> None:
             try:
                 call()
             except ValueError as error:
-                said.append(str(error))
+                errors.append(str(error))
         done.set()
 
     thread = threading.Thread(target=other)
@@ -260,7 +260,7 @@ def test_two_threads_take_turns(tmp_path: Path) -> None:
         assert_unchanged(model, before)
         assert torch.equal(logits(model), expected)
     thread.join()
-    assert len(said) == 4 and all("another thread is in a use_adapter block" in text for text in said)
+    assert len(errors) == 4 and all("another thread is in a use_adapter block" in text for text in errors)
     set_adapter(model, None)
 
 
