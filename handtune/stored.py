@@ -134,12 +134,8 @@ def store_adapter(model: Any, tokenizer: Any, adapter: Path, name: str = "defaul
     save_adapter(model, adapter, name)
     if isinstance(model, ResNet):
         model.pixels.write(adapter)
-    if tokenizer is None:
-        return
-    tokens = model.tokens
-    if model.task in ("causal-lm", "seq2seq-lm"):  # which write, and stop at the ends in generation_config.json
-        tokens = replace(tokens, generation=tokens.generation or {})
-    save_tokenizer(tokenizer, tokens, adapter)
+    if tokenizer is not None:
+        save_tokenizer(tokenizer, model.tokens, adapter, model.task)
 
 
 def _announce_missing_head(model: Any, adapter: Path) -> None:

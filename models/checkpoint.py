@@ -238,7 +238,7 @@ def save_around(model: Model, tokenizer: "Tokenizer | None", folder: Path, dtype
         model.pixels.write(folder)
     elif model.task == "embedding":
         write_pooling(folder, model.pooling, bool(model.head.normalize), model.config.d_model)
-    save_tokenizer(tokenizer, model.tokens, folder)
+    save_tokenizer(tokenizer, model.tokens, folder, model.task)
 
 
 def _published(folder: Path) -> dict[str, Any]:

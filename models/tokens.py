@@ -46,7 +46,7 @@ class SpecialTokens:
 
     `eos_id` ends a text, `more_ends` are further tokens that end what the model writes. `names` are the texts of
     special tokens as chat templates know them, `{"eos_token": "</s>", ...}`. `settings` is tokenizer_config.json
-    without the template, `generation` generation_config.json without the ids (None: there is none), `files` what is
+    without the template, `generation` generation_config.json without the ids, `files` what is
     kept as it is, by name. `skipped_id` is the pad id in front of which transformers' classifiers look for the last
     token of a text: config.json's.
     """
@@ -59,7 +59,7 @@ class SpecialTokens:
     more_ends: tuple[int, ...] = ()
     files: dict[str, bytes] = field(default_factory=dict, repr=False)
     names: dict[str, str] = field(default_factory=dict)
-    generation: dict[str, Any] | None = None
+    generation: dict[str, Any] = field(default_factory=dict)
     skipped_id: int | None = None
 
     @classmethod
@@ -71,12 +71,12 @@ class SpecialTokens:
         """
         names = special_names(folder)
         settings: dict[str, Any] = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
-        generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else None
+        generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
 
         # Of each kind the tokenizer's token goes first, and then what the model's files list.
         ids: dict[str, tuple[int, ...]] = {}
         for kind in ("bos", "eos", "pad"):
-            listed = [*_ids(config, kind, folder / "config.json"), *_ids(generation or {}, kind, folder / GENERATION)]
+            listed = [*_ids(config, kind, folder / "config.json"), *_ids(generation, kind, folder / GENERATION)]
             text = names.get(f"{kind}_token")
             named = tokenizer.token_to_id(text) if tokenizer is not None and text is not None else None
             if named is not None and listed and named not in listed:
@@ -89,8 +89,7 @@ class SpecialTokens:
             if f"{kind}_token" not in {**settings, **names} and tokenizer is not None and ids[kind]:
                 text = tokenizer.id_to_token(ids[kind][0])
                 names |= {} if text is None else {f"{kind}_token": text}
-        if generation is not None:
-            generation = {key: value for key, value in generation.items() if key not in IDS}
+        generation = {key: value for key, value in generation.items() if key not in IDS}
 
         templates = _templates(folder, settings.pop("chat_template", None))
         template = templates.pop("default", None)
@@ -212,11 +211,11 @@ def load_tokenizer_file(path: Path) -> "Tokenizer":
     return tokenizer
 
 
-def save_tokenizer(tokenizer: "Tokenizer | None", tokens: SpecialTokens, folder: Path) -> None:
+def save_tokenizer(tokenizer: "Tokenizer | None", tokens: SpecialTokens, folder: Path, task: str) -> None:
     """Write tokenizer.json, tokenizer_config.json, chat templates and what was kept, where there is something to write.
 
     Vocabulary files go with a tokenizer: without its tokenizer.json they would be taken for one to be built from them.
-    generation_config.json is written where there was one, with every token that ends what the model writes.
+    For a `task` that writes, generation_config.json names every token that ends what the model writes.
     """
     if tokenizer is not None:
         write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
@@ -224,7 +223,7 @@ def save_tokenizer(tokenizer: "Tokenizer | None", tokens: SpecialTokens, folder:
         write_json(folder / SETTINGS, tokens.settings)
     if tokens.chat_template:
         write_text(folder / "chat_template.jinja", tokens.chat_template)
-    if tokens.generation is not None:
+    if task in ("causal-lm", "seq2seq-lm"):
         write_json(folder / GENERATION, {**tokens.generation, **tokens.to_config()})
     for name, contents in tokens.files.items():
         if tokenizer is not None or not any(fnmatchcase(name, pattern) for pattern in VOCABULARIES):
