@@ -42,7 +42,7 @@ from .encode_report import Encoded, EncodeReport, Outcome
 from .encode_tasks import IGNORED, Numbered, Settings
 from .pairs import comparisons
 from .rows import as_dialogue, label_ids, row_shape
-from .text import append_eos, beginning, begun, tokenize_pairs
+from .text import append_eos, beginning, begun, encode_with_seams, tokenize_pairs
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -203,9 +203,9 @@ def _chat(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
     for parts in rendered:
         encoded = []
         for part in parts:
-            encoding = next(encodings)
-            ids, mask = encoding.ids, token_mask(encoding.offsets, part.spans)
-            whole = begun(ids, begin)
+            starts = [start for start, _ in part.spans]
+            ids, offsets = encode_with_seams(settings.tokenizer, part.text, next(encodings), starts)
+            mask, whole = token_mask(offsets, part.spans), begun(ids, begin)
             encoded.append(_with_loss(whole, [False] * (len(whole) - len(ids)) + mask, settings))
         yield Encoded.together(encoded)
 

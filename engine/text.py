@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
+Span = tuple[int, int]  # first character, and the one after the last
+
 # Texts to tokenise a completion behind: nothing merges across the end of at least one of them.
 ANCHORS = ("\n", "x", ".")
 
@@ -55,19 +57,39 @@ def _behind(tokenizer: "Tokenizer", completion: str, prompt: "Encoding", whole: 
     """A completion's tokens, where a token of the whole text lies across its beginning."""
     text = tokenizer.decode(whole.ids, skip_special_tokens=False)
     alone = tokenizer.encode(completion, add_special_tokens=False).ids
-    for ids in (alone, *_continuations(tokenizer, completion)):
+    for ids in (alone, *(ids for ids, _ in _continuations(tokenizer, completion))):
         if tokenizer.decode([*prompt.ids, *ids], skip_special_tokens=False) == text:
             return ids
     return alone
 
 
-def _continuations(tokenizer: "Tokenizer", text: str) -> Iterator[list[int]]:
-    """The tokens of a text that goes on from another, behind each anchor whose own tokens stay what they are."""
+def _continuations(tokenizer: "Tokenizer", text: str) -> Iterator[tuple[list[int], list[Span]]]:
+    """Tokens and offsets of a text that goes on from another: behind each anchor whose own tokens stay as they are."""
     for anchor in ANCHORS:
         front = tokenizer.encode(anchor, add_special_tokens=False).ids
-        ids = tokenizer.encode(anchor + text, add_special_tokens=False).ids
-        if ids[: len(front)] == front:
-            yield ids[len(front) :]
+        encoding = tokenizer.encode(anchor + text, add_special_tokens=False)
+        if encoding.ids[: len(front)] == front:
+            moved = [(first - len(anchor), last - len(anchor)) for first, last in encoding.offsets[len(front) :]]
+            yield encoding.ids[len(front) :], moved
+
+
+def encode_with_seams(
+    tokenizer: "Tokenizer", text: str, encoding: "Encoding", seams: Sequence[int]
+) -> tuple[list[int], list[Span]]:
+    """Tokens and offsets of a text in which no token lies across one of the `seams`: characters where an answer begins.
+
+    encoding: of the whole text, whose tokens these are, if none does.
+    """
+    crossed = [seam for seam in seams if any(first < seam < last for first, last in encoding.offsets)]
+    if not crossed:
+        return encoding.ids, encoding.offsets
+    beginning_of_text = tokenizer.encode(text[: crossed[0]], add_special_tokens=False)
+    ids, offsets = beginning_of_text.ids, beginning_of_text.offsets
+    for start, stop in zip(crossed, [*crossed[1:], len(text)], strict=True):
+        alone = tokenizer.encode(text[start:stop], add_special_tokens=False)
+        more, places = next(_continuations(tokenizer, text[start:stop]), (alone.ids, alone.offsets))
+        ids, offsets = [*ids, *more], [*offsets, *((first + start, last + start) for first, last in places)]
+    return ids, offsets
 
 
 def append_eos(ids: list[int], start: int, eos: int | None, more_ends: Sequence[int] = ()) -> list[int]:

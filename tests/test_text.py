@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from small_tokenizers import byte_level, llama_like, sentence_piece
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from handtune.engine import generate
+from handtune.engine.chat import ChatTemplate
 from handtune.engine.corpus import token_corpus
 from handtune.engine.encode import encode
 from handtune.engine.text import append_eos, beginning, completion_text, prompt_tokens, tokenize_pairs
@@ -108,6 +110,26 @@ def test_every_row_begins_once(objective: str, row: dict) -> None:
     ):
         assert side[0] == BOS
         assert side.count(BOS) == 1
+
+
+@pytest.mark.parametrize("answer", ["\n\nsat", "sat", "\n", " on the mat"])
+@pytest.mark.parametrize("tokenizer", [byte_level(), llama_like()], ids=["byte-level", "llama"])
+def test_a_turn_is_trained_behind_the_tokens_of_its_prompt(tokenizer: Tokenizer, answer: str) -> None:
+    """Also where the whole dialogue would merge the end of the prompt with the answer's first characters."""
+    source = (
+        "{% for m in messages %}{{ m.role + ':\n\n' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant:\n\n' }}{% endif %}"
+    )
+    end = 2 if tokenizer is llama_like() else 0
+    template = ChatTemplate(source, eos_token=tokenizer.id_to_token(end))
+    turns = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": answer}]
+    for messages in (turns, [*turns, *turns]):
+        (example,), _ = encode([{"messages": messages}], tokenizer, "sft", max_length=99, eos=end, template=template)
+        prompt = template.render(messages[:1], True)
+        (ids, start), *_ = tokenize_pairs(tokenizer, [(prompt, answer)])
+        whole = [*example["input_ids"], example["targets"][-1]]
+        assert whole[: len(ids) + 1] == [*ids, end]
+        assert [target for target in example["targets"] if target >= 0][: len(ids) + 1 - start] == [*ids[start:], end]
 
 
 def test_documents_of_a_corpus_begin_and_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
