@@ -76,11 +76,14 @@ def _continuations(tokenizer: "Tokenizer", text: str) -> Iterator[tuple[list[int
 def encode_with_seams(
     tokenizer: "Tokenizer", text: str, encoding: "Encoding", seams: Sequence[int]
 ) -> tuple[list[int], list[Span]]:
-    """Tokens and offsets of a text in which no token lies across one of the `seams`: characters where an answer begins.
+    """Tokens and offsets of a text, those before each of the `seams` as what stands there alone has them.
 
-    encoding: of the whole text, whose tokens these are, if none does.
+    seams: characters where an answer begins behind its prompt. encoding: of the whole text, whose tokens these are
+    where no seam makes a difference.
     """
-    crossed = [seam for seam in seams if any(first < seam < last for first, last in encoding.offsets)]
+    prompts = tokenizer.encode_batch([text[:seam] for seam in seams], add_special_tokens=False)
+    pairs = zip(seams, prompts, strict=True)
+    crossed = [seam for seam, prompt in pairs if encoding.ids[: len(prompt.ids)] != prompt.ids]
     if not crossed:
         return encoding.ids, encoding.offsets
     beginning_of_text = tokenizer.encode(text[: crossed[0]], add_special_tokens=False)

@@ -1,5 +1,6 @@
 """What begins and ends a text, where a prompt stops, and what a completion is behind its prompt."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -112,8 +113,16 @@ def test_every_row_begins_once(objective: str, row: dict) -> None:
         assert side.count(BOS) == 1
 
 
+def line_ends() -> Tokenizer:
+    """`byte_level` with a token for two line ends, which in front of a word are two tokens."""
+    table = json.loads(byte_level().to_str())
+    table["model"]["vocab"]["ĊĊ"] = len(table["model"]["vocab"])
+    table["model"]["merges"].insert(0, ["Ċ", "Ċ"])
+    return Tokenizer.from_str(json.dumps(table))
+
+
 @pytest.mark.parametrize("answer", ["\n\nsat", "sat", "\n", " on the mat"])
-@pytest.mark.parametrize("tokenizer", [byte_level(), llama_like()], ids=["byte-level", "llama"])
+@pytest.mark.parametrize("tokenizer", [line_ends(), llama_like()], ids=["byte-level", "llama"])
 def test_a_turn_is_trained_behind_the_tokens_of_its_prompt(tokenizer: Tokenizer, answer: str) -> None:
     """Also where the whole dialogue would merge the end of the prompt with the answer's first characters."""
     source = (
@@ -123,6 +132,9 @@ def test_a_turn_is_trained_behind_the_tokens_of_its_prompt(tokenizer: Tokenizer,
     end = 2 if tokenizer is llama_like() else 0
     template = ChatTemplate(source, eos_token=tokenizer.id_to_token(end))
     turns = [{"role": "user", "content": "who?"}, {"role": "assistant", "content": answer}]
+    alone = tokenizer.encode(template.render(turns[:1], True)).ids
+    if tokenizer is not llama_like() and answer == "sat":
+        assert tokenizer.encode(template.render(turns)).ids[: len(alone)] != alone  # the seam in question is real
     for messages in (turns, [*turns, *turns]):
         (example,), _ = encode([{"messages": messages}], tokenizer, "sft", max_length=99, eos=end, template=template)
         prompt = template.render(messages[:1], True)
