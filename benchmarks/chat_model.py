@@ -13,7 +13,6 @@ MODEL is a chat model (a folder), ROWS a file of prompt/completion or Alpaca row
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,7 @@ QUESTIONS = (
     "Write one sentence about the moon.",
     "How many days does a week have?",
 )
-TOKENS = 96  # of an answer, at most
+TOKENS = 160  # of an answer, at most
 
 
 def main() -> None:
@@ -43,18 +42,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
+    from handtune.models import load, save
+
     facts: dict[str, Any] = {"benchmark": "chat_model", **environment(), "model": options.model.name}
     facts |= {"data": options.data.name, "rows": options.rows, "steps": options.steps}
     facts["loss"] = losses(options)
-    print(json.dumps(facts["loss"]))
+    print(json.dumps(facts["loss"]), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for name in ("as it is", "texts end otherwise"):
             base = Path(folder) / name.replace(" ", "-")
-            shutil.copytree(options.model, base)
+            save(*load(options.model, dtype="float32"), base)  # in bf16 a merge would lose most of so small a change
             if name != "as it is":
                 end_texts_with(base, options.text_end)
             facts[name] = fine_tuned(base, options)
-            print(name, json.dumps(facts[name], indent=1, ensure_ascii=False))
+            print(name, json.dumps(facts[name], indent=1, ensure_ascii=False), flush=True)
     if options.out:
         options.out.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
