@@ -86,7 +86,9 @@ def test_which_rows_go_through_the_template(chat, prompt, asked, base, tmp_path,
     """By themselves those of a model with a template, and not those that have been through one already."""
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": prompt, "completion": ANSWER}])
     data = {"train": str(rows), "chat": chat}
-    config = write_config(tmp_path / "run.toml", method="sft", out="run", model={"path": str(base)}, data=data)
+    config = write_config(
+        tmp_path / "run.toml", method="sft", out=str(tmp_path / "run"), model={"path": str(base)}, data=data
+    )
     assert main(["check-data", str(config)]) == 0
     shown = capsys.readouterr().out
     assert ("<|im_start|>" in shown) == (asked or prompt != QUESTION)
@@ -109,6 +111,8 @@ def test_a_base_without_a_template_keeps_the_plain_one(tmp_path: Path, capsys: p
 def test_another_method_is_not_asked_to_chat(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "good morning"}])
     data = {"train": str(rows), "chat": "on"}
-    config = write_config(tmp_path / "run.toml", method="pretrain", out="run", model={"path": str(base)}, data=data)
+    config = write_config(
+        tmp_path / "run.toml", method="pretrain", out=str(tmp_path / "run"), model={"path": str(base)}, data=data
+    )
     assert main(["train", str(config)]) == 2
     assert 'data.chat = "on": method sft' in capsys.readouterr().err
