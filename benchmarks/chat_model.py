@@ -78,8 +78,8 @@ def losses(options: argparse.Namespace) -> dict[str, Any]:
     worst, ours_sum, their_sum, tokens = 0.0, 0.0, 0.0, 0
     for row in rows:
         (example,), _ = encode(
-            [row], tokenizer, "sft", max_length=model.config.max_positions, eos=model.tokens.eos_id,
-            template=template_of(model), chat=True,
+            [as_dialogue(row)], tokenizer, "sft", max_length=model.config.max_positions, eos=model.tokens.eos_id,
+            template=template_of(model),
         )  # fmt: skip
         targets = torch.tensor(example["targets"])
         with torch.no_grad():

@@ -16,7 +16,7 @@ from datetime import datetime
 from functools import cached_property
 from typing import Any
 
-from .chat_forms import MessageForm
+from .chat_forms import MessageForm, shared_length
 
 Span = tuple[int, int]  # first character, and the one after the last
 
@@ -72,6 +72,21 @@ class ChatTemplate:
         if self.marked and _MARK.search(json.dumps([plain, arguments], ensure_ascii=False)):
             raise ValueError("a message holds the private-use characters that mark the assistant's text; remove them")
         return _without_marks(self._run(plain, add_generation_prompt, arguments))
+
+    @cached_property
+    def generation_prompt(self) -> str:
+        """What is written where the assistant is to go on; "" where nothing is, or no question can be rendered."""
+        question = [{"role": "user", "content": "?"}]
+        try:
+            plain, asked = self.render(question), self.render(question, True)
+        except ValueError:
+            return ""
+        return asked[shared_length(plain, asked) :]
+
+    def has_rendered(self, prompt: str) -> bool:
+        """Whether a prompt has been through the template already: it ends as such prompts do."""
+        ending = self.generation_prompt.strip()
+        return bool(ending) and prompt.rstrip().endswith(ending)
 
     @cached_property
     def _form(self) -> MessageForm:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .chat import ChatTemplate
-from .chat_forms import ANSWER, probe_call
+from .chat_forms import ANSWER, probe_call, shared_length
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -83,12 +83,6 @@ def _behind_answer(template: ChatTemplate, messages: list[dict[str, Any]], argum
     if ANSWER not in text:
         raise ValueError("the chat template does not write what the assistant answers")
     return text[text.index(ANSWER) + len(ANSWER) :]
-
-
-def shared_length(first: str, second: str) -> int:
-    """How many characters two texts have in common at their beginning."""
-    pairs = zip(first, second, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
 
 
 def _any_of(tokens: set[str]) -> re.Pattern[str]:

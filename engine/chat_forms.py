@@ -84,6 +84,12 @@ def text_of(content: Any) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
+def shared_length(first: str, second: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
 def probe_call() -> dict[str, Any]:
     """A tool call whose function is called `ANSWER`."""
     return {"id": "call00001", "type": "function", "function": {"name": ANSWER, "arguments": {"value": _VALUE}}}

@@ -10,7 +10,8 @@ Turns whose rendering is the beginning of a later turn's are trained together wi
 dialogue one example. Templates that rewrite earlier turns (Qwen3 drops their thinking) give more: one for each turn
 that the model would see otherwise.
 
-In a template with generation marks these are what counts: all that it marks in a turn, and nothing else.
+In a template with generation marks these are what counts: all that it marks in a turn, and the token that ends the
+turn, where it stands right behind.
 """
 
 import json
@@ -21,15 +22,16 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from .chat import ChatTemplate, Dialogue, Span
-from .chat_ends import QUESTION, TurnEnd, learnt_end, shared_length
+from .chat_ends import QUESTION, TurnEnd, learnt_end
 from .chat_fields import check_used
-from .chat_forms import ANSWER, text_of
+from .chat_forms import ANSWER, shared_length, text_of
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_EMPTY_THINKING = re.compile(r"\s*<(\w+)>\s*</\1>\s*")
-_OPEN_THINKING = re.compile(r"<\w+>\s*\Z")
+_THINKING = r"(?:\w*:)?(?:think|thought|reason)\w*"
+_EMPTY_THINKING = re.compile(rf"\s*<({_THINKING})>\s*</\1>\s*")
+_OPEN_THINKING = re.compile(rf"<{_THINKING}>\s*\Z")
 
 _MARK_IT = "put {% generation %} marks into it"
 
@@ -115,7 +117,11 @@ class ChatTargets:
         text, marks = dialogue.marked(turn + 1)
         if self.template.marked:
             shared = shared_length(text, dialogue.tried(turn) or "")
-            return _Turn(text, [span for span in marks if span[1] > shared])
+            spans = [span for span in marks if span[1] > shared]
+            token = self._token_of_end(message, dialogue.arguments)
+            if spans and token and text.startswith(token, spans[-1][1]):
+                spans[-1] = spans[-1][0], spans[-1][1] + len(token)
+            return _Turn(text, spans)
 
         if _drops_thinking(message, text):
             text = _with_thinking(dialogue, turn)
@@ -149,6 +155,13 @@ class ChatTargets:
         if key not in self._ends:
             self._ends[key] = learnt_end(self.template, self._tokenizer, calls, **arguments)
         return self._ends[key]
+
+    def _token_of_end(self, message: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
+        """The token that ends a turn; "" where the template renders no dialogue to learn it from."""
+        try:
+            return self._end(bool(message.get("tool_calls")), arguments).token
+        except ValueError:
+            return ""
 
     @cached_property
     def _quiet(self) -> str:

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .data import parse_json
-from .text import beginning, begun
+from .text import append_eos, beginning, begun
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -186,7 +186,7 @@ def _tokens(
                 ids = ids[len(front) :]
             else:
                 ids = tokenizer.encode(text, add_special_tokens=False).ids
-            yield np.asarray([*ids, eos] if ends and eos is not None else ids, dtype=dtype)
+            yield np.asarray(append_eos(ids, 0, eos) if ends else ids, dtype=dtype)
 
 
 def _pieces(source: str | Path) -> Iterator[Piece]:

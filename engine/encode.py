@@ -41,7 +41,7 @@ from .data import label_names
 from .encode_report import Encoded, EncodeReport, Outcome
 from .encode_tasks import IGNORED, Numbered, Settings
 from .pairs import comparisons
-from .rows import as_dialogue, label_ids, row_shape
+from .rows import is_dialogue, label_ids, row_shape
 from .text import append_eos, beginning, begun, encode_with_seams, tokenize_pairs
 
 if TYPE_CHECKING:
@@ -62,7 +62,6 @@ def encode(
     evaluation: bool = False,
     more_ends: Sequence[int] = (),
     truncate: str = "end",
-    chat: bool = False,
 ) -> tuple[list[dict[str, Any]], EncodeReport]:
     """Encode rows of `read_rows` for `objective`; see the module's docstring for examples and rules.
 
@@ -70,7 +69,6 @@ def encode(
     eos: id of the end-of-text token. more_ends: of those that end a chat's turn, where they are others.
     template: for messages; None is `chat.DEFAULT_TEMPLATE`, turns ended by `eos`.
     truncate: what becomes of rows that are too long, see above.
-    chat: rows of prompt and completion go through `template`, as a question and its answer.
     evaluation: for a score, which counts all rows: examples say their `row`, so that rows that gave none are known, and
     of tagged sentences their `words`; a question whose answer no window holds stays (without loss).
     Raises ValueError, rows counted from 1, for rows of the wrong shape, an unknown label, a template that fails on a
@@ -84,12 +82,10 @@ def encode(
     if eos is not None and tokenizer.id_to_token(eos) is None:
         raise ValueError(f"the tokenizer has no token {eos} to end texts with; its ids end at {_last_id(tokenizer)}")
     _check_shapes(rows, objective, encoders)
-    if chat:
-        rows = [as_dialogue(row) if row_shape(row) == "prompt/completion" else row for row in rows]
     _check_arguments(rows)
     if labels is None and objective in ("classify", "tag"):
         labels = label_names(rows)
-    if template is None and any(map(_is_dialogue, rows)):
+    if template is None and any(map(is_dialogue, rows)):
         template = _default_template(tokenizer, eos)
     settings = Settings(
         tokenizer, max_length, label_ids(labels or ()), eos, template, evaluation,
@@ -132,15 +128,11 @@ def _check_shapes(rows: Sequence[Mapping[str, Any]], objective: str, encoders: M
 
 def _check_arguments(rows: Sequence[Mapping[str, Any]]) -> None:
     for index, row in enumerate(rows):
-        if (names := row.get("template_arguments")) and not _is_dialogue(row):
+        if (names := row.get("template_arguments")) and not is_dialogue(row):
             raise ValueError(
                 f"row {index + 1}: only a chat template uses {', '.join(names)}, and this row does not go through one; "
                 "take it out, or train the row as a chat (messages, or data.chat)"
             )
-
-
-def _is_dialogue(row: Mapping[str, Any]) -> bool:
-    return "messages" in row or isinstance(row.get("prompt"), list)
 
 
 def _encode_batches(
@@ -199,14 +191,20 @@ def _chat(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
     targets = ChatTargets(settings.template, settings.tokenizer)
     rendered = [_rendered(index, row, targets) for index, row in rows]
     encodings = iter(_encode_texts([part.text for parts in rendered for part in parts], settings))
-    begin = beginning(settings.tokenizer)
+    begin, ends = beginning(settings.tokenizer), settings.ends_of_turns
     for parts in rendered:
         encoded = []
         for part in parts:
             starts = [start for start, _ in part.spans]
             ids, offsets = encode_with_seams(settings.tokenizer, part.text, next(encodings), starts)
             mask, whole = token_mask(offsets, part.spans), begun(ids, begin)
-            encoded.append(_with_loss(whole, [False] * (len(whole) - len(ids)) + mask, settings))
+            mask = [False] * (len(whole) - len(ids)) + mask
+            if settings.eos is not None and True in mask:
+                # A turn that the template ends in plain text ends with the end of texts, behind its last target.
+                stop = len(mask) - mask[::-1].index(True)
+                if whole[stop - 1] not in ends:
+                    whole, mask = [*whole[:stop], settings.eos], [*mask[:stop], True]
+            encoded.append(_with_loss(whole, mask, settings))
         yield Encoded.together(encoded)
 
 

@@ -50,7 +50,7 @@ class Encoded:
 
     def outcome(self) -> Outcome:
         """The same without the examples."""
-        length = max(self.length, self.tokens)
+        length = self.length or self.tokens
         return Outcome(bool(self.examples), self.truncated, self.masked, self.tokens, self.targets, length)
 
 
@@ -122,10 +122,11 @@ class EncodeReport:
         """What to say where more than a tenth of the rows are too long; else None."""
         if self.truncated.count <= self.read / 10:
             return None
+        remedy = ", or choose with data.truncate what is cut" if self.objective in ("sft", "pairs") else ""
         numbers = ", ".join(
             f"{percent} % {length:,}" for percent, length in zip(PERCENTILES, self.lengths, strict=True)
         )
         return (
             f"{self.truncated.count:,} of {self.read:,} rows are longer than data.max_length (tokens that so many rows "
-            f"have at most: {numbers}); raise it, or choose with data.truncate what is cut"
+            f"have at most: {numbers}); raise it{remedy}"
         )

@@ -40,6 +40,11 @@ class Settings:
     more_ends: tuple[int, ...] = ()
     truncate: str = "end"
 
+    @property
+    def ends_of_turns(self) -> set[int | None]:
+        """The tokens that may end a turn: those that end a text, and all that are no plain text."""
+        return {self.eos, *self.more_ends, *self.tokenizer.get_added_tokens_decoder()}
+
 
 Numbered = Sequence[tuple[int, Mapping[str, Any]]]  # (index of the row, row)
 
@@ -82,7 +87,7 @@ def classify(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
         example: dict[str, Any] = {"input_ids": [ids[i] for i in kept], "label": label}
         if pairs and not joined:
             example["token_type_ids"] = [types[i] for i in kept]
-        yield Encoded([example], len(kept), 1, truncated=len(kept) < len(ids))
+        yield Encoded([example], len(kept), 1, truncated=len(kept) < len(ids), length=len(ids))
 
 
 def tag(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
@@ -106,7 +111,7 @@ def tag(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
         example: dict[str, Any] = {"input_ids": [ids[i] for i in kept], "targets": targets}
         if settings.evaluation:
             example["words"] = tagged
-        yield Encoded([example] if count else [], len(kept), count, truncated=len(kept) < len(ids))
+        yield Encoded([example] if count else [], len(kept), count, truncated=len(kept) < len(ids), length=len(ids))
 
 
 def qa(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
@@ -183,7 +188,10 @@ def seq2seq(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
         source, target = prompt.ids[:limit] + end, (completion.ids + end)[: settings.max_length]
         truncated = len(prompt.ids) > limit or len(completion.ids) > limit
         examples = [{"input_ids": source, "target_ids": target}] if source and completion.ids else []
-        yield Encoded(examples, len(source) + len(target), len(target), truncated, masked=not completion.ids)
+        yield Encoded(
+            examples, len(source) + len(target), len(target), truncated, masked=not completion.ids,
+            length=max(len(prompt.ids), len(completion.ids)) + len(end),
+        )  # fmt: skip
 
 
 def windows(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
@@ -207,7 +215,7 @@ def embed(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
         ids = [encoding.ids for encoding in encodings]
         example = {field: [own[i] for i in places] for field, own, places in zip(fields, ids, kept, strict=True)}
         tokens = sum(map(len, kept))
-        yield Encoded([example], tokens, 1, truncated=tokens < sum(map(len, ids)))
+        yield Encoded([example], tokens, 1, truncated=tokens < sum(map(len, ids)), length=max(map(len, ids)))
 
 
 def _has_text(encoding: "Encoding") -> bool:

@@ -61,7 +61,7 @@ def interruptible() -> Iterator[threading.Event]:
     one stays, and decides what a Ctrl-C means.
     """
     event = threading.Event()
-    usual = (signal.default_int_handler, signal.SIG_DFL, signal.SIG_IGN)
+    usual = (signal.default_int_handler, signal.SIG_DFL)
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) not in usual:
         yield event
         return

@@ -34,13 +34,16 @@ CHUNK = 8192  # tokens of a pass without gradients
 def comparisons(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
     """Examples of `prompt/chosen/rejected` rows: `chosen` and `rejected` token ids, `starts` of the answers in them."""
     texts = [_texts(index, row, settings) for index, row in rows]
-    tokenizer, begin = settings.tokenizer, beginning(settings.tokenizer)
+    tokenizer, begin, ends = settings.tokenizer, beginning(settings.tokenizer), settings.ends_of_turns
     sides = [list(tokenize_pairs(tokenizer, [(text[0], text[1 + side]) for text in texts])) for side in range(2)]
     for (_, row), text, chosen, rejected in zip(rows, texts, *sides, strict=True):
         ids, starts = [chosen[0], rejected[0]], [chosen[1], rejected[1]]
-        if isinstance(row["prompt"], str):  # a chat template ends turns itself
-            ends = settings.eos, settings.more_ends
-            ids = [append_eos(side, start, *ends) for side, start in zip(ids, starts, strict=True)]
+        # A chat template ends turns itself, if not in plain text.
+        if isinstance(row["prompt"], str) or any(side and side[-1] not in ends for side in ids):
+            ids = [
+                append_eos(side, start, settings.eos, settings.more_ends)
+                for side, start in zip(ids, starts, strict=True)
+            ]
         if text[1] == text[2] or not (text[1] and text[2]):
             yield Encoded([], masked=True)
             continue

@@ -20,6 +20,8 @@ from torch import Tensor
 from .adapter_files import load_adapter, read_adapter, save_adapter
 from .adapters import adapter_names, use_adapter
 from .batches import packed, to_device
+from .chat import ChatTemplate
+from .chat_ends import turn_end
 from .guards import in_eval_mode
 from .lora_config import is_finite
 from .shared import with_head
@@ -52,10 +54,18 @@ class Reward:
         if self.tokenizer is None:
             raise ValueError("a reward model without a tokenizer was given texts: Reward(model, tokenizer)")
         tokens = self.model.tokens
-        return [
-            append_eos(ids, start, tokens.eos_id, tokens.more_ends)
-            for ids, start in tokenize_pairs(self.tokenizer, pairs)
-        ]
+        template, chat_end = None, None
+        if tokens.chat_template is not None:
+            template = ChatTemplate(tokens.chat_template, **tokens.names)
+            chat_end = turn_end(template, self.tokenizer)
+        rows = []
+        for (prompt, _), (ids, start) in zip(pairs, tokenize_pairs(self.tokenizer, pairs), strict=True):
+            # A chat's turn ends as its template has it, also where no turn before shows that.
+            ends = (tokens.eos_id, tokens.more_ends)
+            if template is not None and chat_end is not None and template.has_rendered(prompt):
+                ends = (chat_end, ())
+            rows.append(append_eos(ids, start, *ends))
+        return rows
 
     @torch.no_grad()
     def score(self, inputs: dict[str, Any], **how: Any) -> Tensor:

@@ -105,13 +105,22 @@ def _shaped(raw: Mapping[str, Any]) -> dict[str, Any]:
 def prompt_row(raw: Mapping[str, Any]) -> dict[str, Any]:
     """A row to be continued: its `prompt`, `messages` or `text`, and the name of its `adapter` (null: the base).
 
+    What it asks is what training would make of it: a dialogue goes before a prompt that repeats its first turn.
+
     ValueError where it has no prompt.
     """
-    if "prompt" in raw:
-        refuse_unused(raw)
-        row: dict[str, Any] = {"prompt": _text(raw, "prompt")}
-    else:
+    row: dict[str, Any]
+    if "messages" in raw or "conversations" in raw or {"chosen", "rejected"} <= raw.keys():
+        row = normalise(raw)
+    elif "prompt" not in raw:
         row = normalise({field: value for field, value in raw.items() if field != "label"})  # it may be missing yet
+    elif isinstance(raw["prompt"], list):
+        row = {"prompt": with_system(_messages(raw["prompt"], "prompt"), raw)}
+    else:
+        refuse_unused(raw)
+        row = {"prompt": _text(raw, "prompt")}
+    if isinstance(row.get("prompt"), list):
+        row = {"messages": row["prompt"]}
     if not row.keys() & {"prompt", "messages", "text"}:
         raise ValueError(f"the fields {', '.join(raw)} hold no prompt; rename one of them to prompt")
     if arguments := template_arguments(raw):
@@ -325,10 +334,21 @@ def _question(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"question": _text(row, "question"), "context": context, "answers": checked}
 
 
+def is_dialogue(row: Mapping[str, Any]) -> bool:
+    """Whether a row goes through a chat template: messages, or a comparison of answers to some."""
+    return "messages" in row or isinstance(row.get("prompt"), list)
+
+
 def as_dialogue(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A prompt/completion row as a question to a chat model, and its answer; the template puts what is between them."""
+    """A prompt/completion row as a question to a chat model, and its answer.
+
+    The template puts what is between them, so the line ends there are left out, and the space of a continuation.
+    """
+    answer = row["completion"].lstrip("\n")
+    if answer[:1] == " " and not answer[1:2].isspace():
+        answer = answer[1:]
     messages = [
-        {"role": "user", "content": row["prompt"].rstrip()},
-        {"role": "assistant", "content": row["completion"].lstrip()},
+        {"role": "user", "content": row["prompt"].rstrip("\n")},
+        {"role": "assistant", "content": answer},
     ]
     return {**{name: row[name] for name in ("template_arguments",) if name in row}, "messages": messages}

@@ -96,8 +96,9 @@ def _sampled(options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
     """Two completions of each prompt."""
     if options.prompts is None:
         raise ValueError("--prompts: a file of rows with a prompt, messages or a text each")
-    model, tokenizer, _, chat = generator_of(options)
-    prompts = [prompt_of(row, model, chat) for row in read_prompts(options.prompts)]
+    generator, rows = generator_of(options), read_prompts(options.prompts)
+    model, tokenizer, chats = generator.model, generator.tokenizer, generator.asks_as_chat(None, len(rows))
+    prompts = [prompt_of(row, model, chat) for row, chat in zip(rows, chats, strict=True)]
     sides = [
         completions(
             model, tokenizer, prompts, options.max_new_tokens, batch_rows=options.batch_rows, stop=options.stop,

@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,15 +16,17 @@ from .models import load
 from .models.checkpoint import objectives_of
 from .prepare import run_model
 from .prompts import learn_turn_end, prompt_of
-from .stored import config_of, put_adapter, require_finished, was_asked_as_chat
+from .stored import config_of, put_adapter, require_finished
 
 
 def run_generate(options: argparse.Namespace) -> int:
     """`handtune generate`: continue prompts, printed or written as rows, batch by batch."""
     _check(options)
-    model, tokenizer, known, chat = generator_of(options)
-    rows, chat = list(_rows(options)), chat and not options.raw
-    prompts, adapters = [prompt_of(row, model, chat) for row in rows], _adapters(rows, known)
+    generator = generator_of(options)
+    model, tokenizer, rows = generator.model, generator.tokenizer, list(_rows(options))
+    adapters = _adapters(rows, generator.adapters)
+    chats = [chat and not options.raw for chat in generator.asks_as_chat(adapters, len(rows))]
+    prompts = [prompt_of(row, model, chat) for row, chat in zip(rows, chats, strict=True)]
     temperature = options.temperature if options.temperature is not None else float(options.beams == 1)
     written = completions(
         model, tokenizer, prompts, options.max_new_tokens, batch_rows=options.batch_rows, stop=options.stop,
@@ -34,15 +36,14 @@ def run_generate(options: argparse.Namespace) -> int:
     with explained_memory_error(next(model.parameters()).device, lambda: _smaller(options)):
         if options.out:
             with Path(options.out).open("w", encoding="utf-8", buffering=1) as file:  # each row is there once written
-                for row, prompt, text in zip(rows, prompts, written, strict=True):
+                for row, chat, prompt, text in zip(rows, chats, prompts, written, strict=True):
                     asked = row["prompt"] if chat and "prompt" in row else prompt  # as rows to train on have it
                     file.write(json.dumps({"prompt": asked, "completion": text}, ensure_ascii=False) + "\n")
             print(f"{len(prompts)} rows written to {options.out}")
         else:
-            answers = chat or model.task == "seq2seq-lm"  # which are texts of their own, no continuation
-            texts = (text if answers else prompt + text for prompt, text in zip(prompts, written, strict=True))
-            for number, text in enumerate(texts):
-                print(("\n" if number else "") + text, flush=True)
+            for number, (chat, prompt, text) in enumerate(zip(chats, prompts, written, strict=True)):
+                is_answer = chat or model.task == "seq2seq-lm"  # a text of its own, no continuation
+                print(("\n" if number else "") + (text if is_answer else prompt + text), flush=True)
     return 0
 
 
@@ -69,14 +70,19 @@ def _smaller(options: argparse.Namespace) -> str:
 
 
 class Generator(NamedTuple):
-    """What generates: a model, its tokenizer, adapters (by folder, as they are called), and whether it was trained to
-    be asked through its chat template (`data.chat`).
+    """What generates: a model, its tokenizer, and adapters (by folder, as they are called).
+
+    `chat` tells of each adapter, and of None, the base, whether it was trained to be asked through the chat template.
     """
 
     model: Any
     tokenizer: Any
     adapters: dict[str, str]
-    chat: bool
+    chat: dict[str | None, bool]
+
+    def asks_as_chat(self, adapters: Sequence[str | None] | None, rows: int) -> list[bool]:
+        """Whether each of so many rows is asked through the template; `adapters` names theirs, None: all the last."""
+        return [self.chat[name] for name in (adapters or [list(self.chat)[-1]] * rows)]
 
 
 def generator_of(options: argparse.Namespace) -> Generator:
@@ -100,6 +106,8 @@ def generator_of(options: argparse.Namespace) -> Generator:
     if tokenizer is None:
         raise ValueError(f"{place}: no tokenizer.json there, and prompts need one")
     known: dict[str, str] = {}
+    tokens = model.tokens
+    chat: dict[str | None, bool] = {None: tokens.asks_as_chat}
     for folder in folders:
         whole = folder.resolve()
         called = whole.parent.name if whole.name == "adapter" else whole.name  # that of a run goes by the run's name
@@ -107,8 +115,8 @@ def generator_of(options: argparse.Namespace) -> Generator:
             raise ValueError(f"--adapter {folder}: there is another called {called!r}; give one another name")
         known[called] = f"{len(known)}: {called.replace('.', '_')}"
         put_adapter(model, tokenizer, folder, known[called])
+        chat[known[called]] = tokens.with_adapter(folder, tokenizer).asks_as_chat
     learn_turn_end(model, tokenizer)
-    chat = any(was_asked_as_chat(run) for run in (path, *(folder.resolve().parent for folder in folders)))
     return Generator(model, tokenizer, known, chat)
 
 

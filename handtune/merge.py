@@ -31,6 +31,7 @@ from .models.layers import Published
 from .models.pixels import Pixels
 from .models.shards import INDEX, SINGLE, write_json
 from .models.tensor_file import Made, Stored, read_into, same, write_file
+from .prompts import learn_turn_end
 from .stored import adds_tokens, head_of, put_adapter, resized_vocabulary
 
 Source = Stored | Made
@@ -54,6 +55,7 @@ def merge(base: str, adapter: Path, out: Path) -> None:
             put_adapter(model, tokenizer, adapter)
             _measure(model, rounding)
             merge_lora(model, keep_base=False)
+            learn_turn_end(model, tokenizer)
             save(model, tokenizer, folder)
         else:
             _stream(opened, base, adapter, folder, rounding)
@@ -111,6 +113,7 @@ def _stream(opened: Checkpoint, base: str, adapter: Path, folder: Path, rounding
             raise ValueError(f"{base}: {said}")
     _write(tensors, placement, folder)
     model.tokens = model.tokens.with_adapter(adapter, opened.tokenizer)
+    learn_turn_end(model, opened.tokenizer)
     save_around(model, opened.tokenizer, folder, opened.shards.dtype())
 
 

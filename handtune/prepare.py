@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,12 @@ from .engine.images import ImageCollate, ImageExamples, class_counts
 from .engine.loop import needs_evaluation
 from .engine.objectives import Objective, dpo, objective_of
 from .engine.pairs import add_reference
-from .engine.rows import normalise, row_shape
+from .engine.rows import is_dialogue, normalise, row_shape
 from .engine.token_rows import train_added_rows
 from .models import Bert, ResNet, XLNet, add_tokens, load
 from .models.checkpoint import fresh, objectives_of, open_checkpoint
 from .models.vocabulary import CONVERT
-from .prompts import adopt_template, goes_through_template, learn_turn_end, template_of
+from .prompts import adopt_template, learn_turn_end, template_of, through_template
 
 EVAL_TOKENS, EVAL_IMAGES = 8192, 64
 
@@ -112,17 +112,23 @@ def prepare(config: RunConfig, cache: Path, *, weights: bool = True, head_follow
     if limit is not None and length > limit:
         raise ValueError(f"data.max_length = {length} exceeds the model's {limit} positions; choose at most {limit}")
 
-    chat = goes_through_template(config, rows, model, tokenizer)
-    template = template_of(model) if chat or any(map(_is_dialogue, (*rows, *eval_rows))) else None
-    if template is not None and model.task == "causal-lm":
+    if config.data.truncate != "end" and objective.encoding not in ("sft", "pairs"):
+        raise ValueError(
+            f'data.truncate = "{config.data.truncate}": it is for dialogues, prompts with completions and comparisons; '
+            f"method {config.method!r} of this model cuts the end, or nothing"
+        )
+    trained, evaluated = (through_template(config, part, model) for part in (rows, eval_rows))
+    template = template_of(model) if any(map(is_dialogue, (*trained, *evaluated))) else None
+    if template is not None:
         adopt_template(model)
+    model.tokens = model.tokens.asking_as_chat(template is not None)
 
     def encoded(what: str, part: Sequence[Any]) -> Sequence[Any]:
         try:
             examples, report = encode(
                 part, tokenizer, objective.encoding, max_length=length, labels=labels, eos=model.tokens.eos_id,
                 more_ends=model.tokens.more_ends, template=template, evaluation=what == "eval",
-                truncate=config.data.truncate, chat=chat,
+                truncate=config.data.truncate,
             )  # fmt: skip
         except ValueError as error:
             raise ValueError(f"data.{what}: {error}") from error
@@ -136,18 +142,16 @@ def prepare(config: RunConfig, cache: Path, *, weights: bool = True, head_follow
     if corpus:
         examples, eval_examples = _corpora(config.data, tokenizer, cache, length, model.tokens.eos_id)
     else:
-        examples, eval_examples = encoded("train", rows), encoded("eval", eval_rows) if eval_rows else []
+        examples, eval_examples = encoded("train", trained), encoded("eval", evaluated) if evaluated else []
         if not eval_rows and config.data.eval is not None:
             examples, eval_examples = _split_windows(examples, config.data.eval)
     if config.method == "dpo" and weights:
         for part in filter(len, (examples, eval_examples)):
             add_reference(model, part)
     collate = objective.collate(model, tokenizer, config.data.packing)
-    return Prepared(model, tokenizer, objective, labels, examples, eval_rows, eval_examples, collate, chat)
-
-
-def _is_dialogue(row: Mapping[str, Any]) -> bool:
-    return "messages" in row or isinstance(row.get("prompt"), list)
+    return Prepared(
+        model, tokenizer, objective, labels, examples, eval_rows, eval_examples, collate, template is not None
+    )
 
 
 def _images(

@@ -13,11 +13,14 @@ from .engine.rows import as_dialogue, row_shape
 
 
 def template_of(model: Any) -> ChatTemplate:
-    """The model's chat template, or the plain one where it has none (whose turns have no end if no text has one)."""
+    """The model's chat template, or the plain one where it has none."""
     tokens = model.tokens
-    if tokens.chat_template is None:
-        return ChatTemplate(**{"eos_token": "", **tokens.names})
-    return ChatTemplate(tokens.chat_template, **tokens.names)
+    return ChatTemplate(_plain(tokens) if tokens.chat_template is None else tokens.chat_template, **tokens.names)
+
+
+def _plain(tokens: Any) -> str:
+    """The plain template; its turns end with nothing where the model knows no end of a text."""
+    return DEFAULT_TEMPLATE if "eos_token" in tokens.names else DEFAULT_TEMPLATE.replace(" + eos_token", "")
 
 
 def learn_turn_end(model: Any, tokenizer: Any) -> None:
@@ -29,28 +32,24 @@ def learn_turn_end(model: Any, tokenizer: Any) -> None:
                 model.tokens = model.tokens.ending_with(end)
 
 
-def goes_through_template(config: RunConfig, rows: Sequence[Mapping[str, Any]], model: Any, tokenizer: Any) -> bool:
-    """Whether rows of prompt and completion are trained as a chat, as `data.chat` says; what was decided is said.
+def through_template(config: RunConfig, rows: Sequence[Any], model: Any) -> Sequence[Any]:
+    """The rows as they are trained: those of prompt and completion as dialogues, where `data.chat` says so.
 
-    By itself ("auto") where the model has a template, unless a prompt holds special tokens: then it has been through
-    one already. ValueError where "on" is asked of another method than sft, or another model than a causal one.
+    A prompt that has been through the template already stays what it is. What was done is said. ValueError where "on"
+    is asked of another method than sft, or another model than a causal one.
     """
-    wanted, applies = config.data.chat, config.method == "sft" and model.task == "causal-lm"
-    if wanted == "on" and not applies:
+    choice, applies = config.data.chat, config.method == "sft" and model.task == "causal-lm"
+    if choice == "on" and not applies:
         raise ValueError('data.chat = "on": method sft of a causal model asks through a chat template, no other')
-    if not applies or not any(row_shape(row) == "prompt/completion" for row in rows):
-        return False
-    if wanted == "off" or (wanted == "auto" and model.tokens.chat_template is None):
-        return False
+    if not applies or choice == "off" or (choice == "auto" and model.tokens.chat_template is None):
+        return rows
 
-    special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
-    if wanted == "auto" and any(token in row.get("prompt", "") for row in rows for token in special):
-        print("the prompts hold special tokens, so they are taken as they are (data.chat = \"on\" asks otherwise)",
-              file=sys.stderr)  # fmt: skip
-        return False
-    print("prompts and completions are trained through the chat template (data.chat = \"off\" leaves them as they are)",
-          file=sys.stderr)  # fmt: skip
-    return True
+    template = template_of(model)
+    asked = [row_shape(row) == "prompt/completion" and not template.has_rendered(row["prompt"]) for row in rows]
+    if any(asked):
+        print(f"{sum(asked):,} of {len(rows):,} rows are prompts and completions that are trained through the chat "
+              "template (data.chat = \"off\" leaves them as they are)", file=sys.stderr)  # fmt: skip
+    return [as_dialogue(row) if chat else row for row, chat in zip(rows, asked, strict=True)]
 
 
 def adopt_template(model: Any) -> None:
@@ -58,7 +57,7 @@ def adopt_template(model: Any) -> None:
     tokens = model.tokens
     if tokens.chat_template is None:
         named = {key: tokens.names[key] for key in ("bos_token", "eos_token") if key in tokens.names}
-        model.tokens = replace(tokens, chat_template=DEFAULT_TEMPLATE, settings={**named, **tokens.settings})
+        model.tokens = replace(tokens, chat_template=_plain(tokens), settings={**named, **tokens.settings})
 
 
 def prompt_of(row: Mapping[str, Any], model: Any, chat: bool = False) -> str:
@@ -68,13 +67,13 @@ def prompt_of(row: Mapping[str, Any], model: Any, chat: bool = False) -> str:
     go through one.
     """
     arguments = row.get("template_arguments", {})
-    if chat and "messages" not in row:
-        question = row["prompt"] if "prompt" in row else row["text"]
+    question = row.get("prompt", row.get("text", ""))
+    if chat and "messages" not in row and not template_of(model).has_rendered(question):
         row = {"messages": as_dialogue({"prompt": question, "completion": ""})["messages"][:1]}
     if "messages" not in row:
         if arguments:
             raise ValueError(f"only a chat template uses {', '.join(arguments)}; ask with messages, or take it out")
-        return row["prompt"] if "prompt" in row else row["text"]
+        return str(question)
 
     messages = row["messages"]
     asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages

@@ -15,6 +15,7 @@ from .engine.data import read_prompts
 from .engine.record import Record, peak_memory
 from .engine.reward import Reward, RewardFn
 from .engine.rollouts import POLICY
+from .engine.rows import is_dialogue
 from .models import load
 from .models.shards import read_json
 from .prompts import learn_turn_end, prompt_of
@@ -43,10 +44,14 @@ def run_ppo(options: argparse.Namespace) -> int:
     learn_turn_end(model, tokenizer)
     rewards = [config.reward] if isinstance(config.reward, str) else config.reward
     files = [config.prompts] if isinstance(config.prompts, str) else config.prompts
-    prompts = [prompt_of(row, model) for file in files for row in read_prompts(file)]
+    rows = [row for file in files for row in read_prompts(file)]
+    chat = model.tokens.asks_as_chat
+    prompts = [prompt_of(row, model, chat) for row in rows]
+    model.tokens = model.tokens.asking_as_chat(chat or any(map(is_dialogue, rows)))
     about = {
         "name": config.name or out.name, "method": "ppo", "task": "causal-lm", "model": wanted.path,
         "config": config.as_dict(), "trains": f"LoRA r={config.ppo.lora.rank}", "data_sizes": sizes,
+        "chat": model.tokens.asks_as_chat,
     }  # fmt: skip
     show = None if options.quiet else tqdm.write
     result = ppo(

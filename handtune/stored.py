@@ -41,7 +41,7 @@ def config_of(run: Path) -> RunConfig:
         }}  # fmt: skip
     if facts.get("labels"):
         table["model"]["labels"] = facts["labels"]
-    if "chat" in facts:  # as the run decided, whatever rows it is evaluated on
+    if "chat" in facts and table["method"] == "sft":  # as the run was trained, whatever rows it is evaluated on
         table["data"]["chat"] = "on" if facts["chat"] else "off"
     config = from_table(RunConfig, _written(table), str(run / "run.json"))
     base, out, own = config.model.path, Path(config.out), run.resolve()
@@ -49,11 +49,6 @@ def config_of(run: Path) -> RunConfig:
         return config
     there = own.parents[len(out.parts) - 1] / base  # `out` and the path were written from one folder
     return replace(config, model=replace(config.model, path=str(there))) if there.exists() else config
-
-
-def was_asked_as_chat(run: Path) -> bool:
-    """Whether a folder is that of a run whose plain prompts were trained through the chat template."""
-    return (run / "run.json").is_file() and bool(facts_of(run).get("chat"))
 
 
 def _written(table: dict[str, Any]) -> dict[str, Any]:

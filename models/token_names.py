@@ -52,7 +52,12 @@ def tokenizer_class(folder: Path, settings: dict[str, Any]) -> str:
 def special_names(folder: Path) -> dict[str, str]:
     """Special tokens by name, `{"eos_token": "</s>", ...}`, as chat templates may use them."""
     settings = tokenizer_settings(folder)
-    named = {**CLASS_NAMES.get(tokenizer_class(folder, settings), {}), **settings}
+    more = settings.get("extra_special_tokens")
+    named = {
+        **CLASS_NAMES.get(tokenizer_class(folder, settings), {}),
+        **settings,
+        **(more if isinstance(more, dict) else {}),
+    }
     return {
         name: token_text(entry)
         for name, entry in named.items()

@@ -35,6 +35,7 @@ log = logging.getLogger("handtune")
 GENERATION = "generation_config.json"
 SENTENCES = ("sentence_bert_config.json", "config_sentence_transformers.json")  # longest text, prompts
 KEPT = ("special_tokens_map.json", "added_tokens.json", *SENTENCES)
+ASKS_AS_CHAT = "handtune_asks_as_chat"
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 VOCABULARIES = ("vocab.json", "merges.txt", "vocab.txt", "*.model")
 TEMPLATES = "additional_chat_templates"  # where transformers puts all but the default one
@@ -85,10 +86,10 @@ class SpecialTokens:
                             folder, kind, text, named, other, text)  # fmt: skip
             ids[kind] = tuple(dict.fromkeys([*([] if named is None else [named]), *listed]))
 
-            # Where the tokenizer's files don't mention a token, null included, the model's name it for a template.
-            if f"{kind}_token" not in {**settings, **names} and tokenizer is not None and ids[kind]:
-                text = tokenizer.id_to_token(ids[kind][0])
-                names |= {} if text is None else {f"{kind}_token": text}
+        # An end that the tokenizer's files don't mention (null would say that there is none) a template may write, too.
+        if "eos_token" not in {**settings, **names} and tokenizer is not None and ids["eos"]:
+            text = tokenizer.id_to_token(ids["eos"][0])
+            names |= {} if text is None else {"eos_token": text}
         generation = {key: value for key, value in generation.items() if key not in IDS}
 
         templates = _templates(folder, settings.pop("chat_template", None))
@@ -138,8 +139,17 @@ class SpecialTokens:
             self, eos_id=next(iter(ends), None), more_ends=ends[1:], pad_id=_first(own.pad_id, self.pad_id),
             bos_id=_first(own.bos_id, self.bos_id), chat_template=own.chat_template or self.chat_template,
             settings=own.settings or self.settings, names={**self.names, **own.names},
-            files={**self.files, **own.files}, generation=own.generation or self.generation,
+            files={**self.files, **own.files}, generation={**self.generation, **own.generation},
         )  # fmt: skip
+
+    @property
+    def asks_as_chat(self) -> bool:
+        """Whether the model was trained to be asked through its chat template, also for a plain prompt."""
+        return self.generation.get(ASKS_AS_CHAT) is True
+
+    def asking_as_chat(self, chat: bool) -> "SpecialTokens":
+        """The same, remembering how the model was trained to be asked, in generation_config.json."""
+        return replace(self, generation={**self.generation, ASKS_AS_CHAT: chat})
 
     def padding_with(self, token: int, text: str | None) -> "SpecialTokens":
         """The same with a token that pads, also for the tokenizer, where its text is known."""

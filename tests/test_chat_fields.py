@@ -96,8 +96,8 @@ def test_a_turn_that_is_not_to_be_trained_has_no_loss() -> None:
         assert trained({"messages": [ASKED, {**wrong, **mark}, *PLAIN]}, CHATML) == [
             "At noon.<|im_end|>At 06:12.<|im_end|>"
         ]
-    marked = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
-    assert trained({"messages": [ASKED, {**wrong, "weight": 0}, *PLAIN]}, marked) == ["At 06:12."]
+    marked = "{% for m in messages %}{% generation %}{{ m.content + '</s>' }}{% endgeneration %}{% endfor %}"
+    assert trained({"messages": [ASKED, {**wrong, "weight": 0}, *PLAIN]}, marked) == ["At 06:12.</s>"]
     for mark, says in (
         ({"weight": 0.5}, "weight must be 0 or 1, true or false, not 0.5"),
         ({"train": "no"}, "train must be 0 or 1"),

@@ -1,6 +1,7 @@
 """A chat model made from a base model: asked as it was trained, it stops after its turn, here and in transformers."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,14 @@ from small_tokenizers import byte_level
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from handtune.cli import main
+from handtune.engine.chat import ChatTemplate
+from handtune.engine.encode import encode
+from handtune.engine.rows import as_dialogue, prompt_row
 from handtune.models import save
 from handtune.models.tokens import SpecialTokens
 
 QUESTION, ANSWER = "capital of France?", "Paris"
+NAMES = {"eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
 TURN_END = byte_level().token_to_id("<|im_end|>")
 
 
@@ -22,8 +27,7 @@ TURN_END = byte_level().token_to_id("<|im_end|>")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model, whose texts end with `<|end|>`, with a template whose turns end with `<|im_end|>`."""
     model, folder = gpt2(), tmp_path_factory.mktemp("chat") / "base"
-    names = {"eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    model.tokens = SpecialTokens(eos_id=0, chat_template=CHATML, settings=names)
+    model.tokens = SpecialTokens(eos_id=0, chat_template=CHATML, settings=NAMES)
     save(model, byte_level(), folder)
     return folder
 
@@ -73,6 +77,59 @@ def test_it_stops_after_its_turn(lora: bool, base: Path, tmp_path: Path, capsys:
     assert answer_of(tmp_path / "merged", tmp_path / "merged") == (ANSWER, TURN_END)
 
 
+def test_a_turn_that_ends_in_plain_text_learns_to_stop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the end of texts, in rows of prompt and completion and in dialogues."""
+    source = (
+        "{% for m in messages %}{{ '### ' + m.role + ':\n' + m.content + '\n\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
+    )
+    model = gpt2()
+    model.tokens = SpecialTokens(eos_id=0, chat_template=source, settings=NAMES)
+    save(model, byte_level(), tmp_path / "base")
+    rows = {"prompt": QUESTION, "completion": ANSWER}
+    dialogue = {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]}
+    tokenizer, template = byte_level(), ChatTemplate(source)
+    for row in (as_dialogue(rows), dialogue):
+        (example,), _ = encode([row], tokenizer, "sft", max_length=64, eos=0, template=template)
+        assert [t for t in example["targets"] if t >= 0] == [*tokenizer.encode(ANSWER + "\n\n").ids, 0]
+    pair = {
+        "prompt": dialogue["messages"][:1],
+        "chosen": dialogue["messages"][1:],
+        "rejected": dialogue["messages"][1:],
+    }
+    pair["rejected"] = [{"role": "assistant", "content": "France"}]
+    (example,), _ = encode([pair], tokenizer, "pairs", max_length=64, eos=0, template=template)
+    assert (example["chosen"][-1], example["rejected"][-1]) == (0, 0)
+
+
+def test_a_run_on_dialogues_is_asked_through_the_template(base: Path, tmp_path: Path, capsys) -> None:
+    """Wherever it is reached: the run, its model, what is merged; rows of several adapters each as theirs was."""
+    dialogue = {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]}
+    rows = write_rows(tmp_path / "dialogues.jsonl", [dialogue] * 8)
+    run = trained(base, tmp_path, data={"train": str(rows)}, lora={"rank": 16, "alpha": 32})
+    (tmp_path / "other").mkdir()
+    raw = trained(
+        base, tmp_path / "other", data={"train": str(tmp_path / "rows.jsonl"), "chat": "off"}, lora={"rank": 16}
+    )
+    assert main(["merge", str(base), str(run / "adapter"), str(tmp_path / "merged")]) == 0
+    tail = ["--prompt", QUESTION, "--temperature", "0", "--max-new-tokens", "20"]
+    capsys.readouterr()
+    for model in ([run], [base, "--adapter", run / "adapter"], [tmp_path / "merged"]):
+        assert main(["generate", *map(str, model), *tail]) == 0
+        assert capsys.readouterr().out == f"{ANSWER}\n"
+
+    asked = [{"prompt": QUESTION, "adapter": name} for name in (run.name, raw.parent.name, None)]
+    asked[1]["adapter"] = "raw"
+    shutil.copytree(raw / "adapter", tmp_path / "raw")
+    prompts = write_rows(tmp_path / "prompts.jsonl", asked)
+    both = ["--adapter", str(run / "adapter"), "--adapter", str(tmp_path / "raw"), "--prompts", str(prompts)]
+    assert main(["generate", str(base), *both, *tail[2:]]) == 0
+    first, second, third = capsys.readouterr().out.split("\n\n", 2)
+    assert first == ANSWER
+    assert second.startswith(QUESTION)
+    assert third.startswith(QUESTION)
+
+
 @pytest.mark.parametrize(
     ("chat", "prompt", "asked"),
     [
@@ -106,6 +163,29 @@ def test_a_base_without_a_template_keeps_the_plain_one(tmp_path: Path, capsys: p
     assert capsys.readouterr().out.splitlines()[-1] == f" {ANSWER}"
     text, last = answer_of(run / "model", run / "model")
     assert (text, last) == (f" {ANSWER}", 0)
+
+
+def test_what_a_row_asks_is_what_training_makes_of_it() -> None:
+    dialogue = [{"role": "system", "content": "Be."}, {"role": "user", "content": "hi"}]
+    answer = [{"role": "assistant", "content": "yes"}]
+    assert prompt_row({"prompt": "hi", "messages": dialogue}) == {"messages": dialogue}
+    assert prompt_row({"prompt": dialogue, "chosen": answer, "rejected": answer}) == {"messages": dialogue}
+    assert prompt_row({"prompt": dialogue}) == {"messages": dialogue}
+    assert prompt_row({"prompt": "hi", "label": "x"}) == {"prompt": "hi"}
+    code = as_dialogue({"prompt": "def f():\n", "completion": "    return 1"})["messages"]
+    assert [message["content"] for message in code] == ["def f():", "    return 1"]
+    assert as_dialogue({"prompt": "the cat\n\n", "completion": " sat"})["messages"][1]["content"] == "sat"
+
+
+@pytest.mark.parametrize("method", ["pretrain", "classify"])
+def test_what_truncate_cannot_cut_is_refused(method: str, base: Path, tmp_path: Path, capsys) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "good morning", "label": label} for label in "ab"])
+    data = {"train": str(rows), "truncate": "drop"}
+    config = write_config(
+        tmp_path / "run.toml", method=method, out=str(tmp_path / "run"), model={"path": str(base)}, data=data
+    )
+    assert main(["train", str(config)]) == 2
+    assert 'data.truncate = "drop": it is for dialogues' in capsys.readouterr().err
 
 
 def test_another_method_is_not_asked_to_chat(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,9 +152,10 @@ def test_a_dialogue_may_open_with_the_assistant(name: str) -> None:
 
 
 def test_marks_are_what_counts() -> None:
-    """And the turns that a template rewrites are marked as the last ones."""
+    """And the token behind that ends the turn; turns that a template rewrites are marked as the last ones."""
     kind = Kind(THINKER.replace("{{- content }}", "{% generation %}{{- content }}{% endgeneration %}"), "", str)
-    assert [t for _, t in trained(dialogue(2, True, True, "", "usual"), kind)] == ANSWERS["usual"][:2]
+    ended = [f"{answer}<|im_end|>" for answer in ANSWERS["usual"][:2]]
+    assert [t for _, t in trained(dialogue(2, True, True, "", "usual"), kind)] == ended
     thought = "{{- '<think>\\n' + thinking + '\\n</think>\\n\\n' }}"
     marked = THINKER.replace(thought, f"{{% generation %}}{thought}{{% endgeneration %}}")
     stretches = trained(dialogue(2, False, False, "field", "usual"), Kind(marked, "", str))

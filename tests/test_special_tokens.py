@@ -43,6 +43,7 @@ def lay(folder: Path, **files: Any) -> Path:
         {"tokenizer_config": {"tokenizer_class": "LlamaTokenizerFast"}},
         {"tokenizer_config": {"tokenizer_class": "LlamaTokenizer", "eos_token": "<unk>", "bos_token": None}},
         {"tokenizer_config": FAST | {"image_token": "<unk>"}},
+        {"tokenizer_config": FAST | {"extra_special_tokens": {"eot_token": "</s>"}}},
     ],
 )
 def test_names_are_those_of_transformers(files: dict[str, Any], tmp_path: Path) -> None:
@@ -78,9 +79,11 @@ def test_the_tokenizers_end_goes_first(config, generation, named, ends, tmp_path
 
 
 def test_a_template_knows_what_only_the_model_names(tmp_path: Path) -> None:
+    """The end of a text; a beginning only where the tokenizer has one, as in transformers."""
     config = {"eos_token_id": 2, "bos_token_id": 1}
-    tokens = SpecialTokens.read(lay(tmp_path, tokenizer_config=FAST | {"bos_token": None}), config, llama_like())
-    assert tokens.names == {"eos_token": "</s>"}  # null says that there is none
+    assert SpecialTokens.read(lay(tmp_path, tokenizer_config=FAST), config, llama_like()).names == {"eos_token": "</s>"}
+    folder = lay(tmp_path, tokenizer_config=FAST | {"eos_token": None})
+    assert SpecialTokens.read(folder, config, llama_like()).names == {}  # null says that there is none
 
 
 def test_one_more_end_is_stored_for_transformers(tmp_path: Path) -> None:

@@ -147,6 +147,9 @@ def test_a_turn_is_trained_behind_the_tokens_of_its_prompt(tokenizer: Tokenizer,
 def test_documents_of_a_corpus_begin_and_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, line = llama_like(), "the cat sat on the mat\n"
     (tmp_path / "a.txt").write_text(line * 40)
+    (tmp_path / "ended.txt").write_text(line + "</s>")
+    ended = token_corpus([tmp_path / "ended.txt"], tokenizer, tmp_path / "ended", 64, EOS)
+    assert np.asarray(ended.tokens).tolist().count(EOS) == 1
     monkeypatch.setattr("handtune.engine.corpus._PIECE", 50)
     cut = token_corpus([tmp_path / "a.txt", tmp_path / "a.txt"], tokenizer, tmp_path / "cut", 64, EOS)
     whole = [BOS, *tokenizer.encode(line * 40, add_special_tokens=False).ids, EOS]
