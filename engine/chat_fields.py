@@ -21,6 +21,8 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 _MEANINGFUL = ("name", "tool_calls", "function_call", "refusal", "audio", *_REASONING)
 _SHOWN = ("tools", "functions", "documents")  # arguments of a template that stand in its text
 
+SHORT = 32  # characters of a content that may well be part of another text
+
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -68,10 +70,14 @@ def check_used(dialogue: Dialogue) -> None:
     answers = 0  # of tools, to the calls of the last turn
     for index, message in enumerate(messages):
         content = text_of(message.get("content") or "")
-        # What a tool has said may well stand in the answer, too.
-        if content.strip() and (message["role"] == "tool" or content.strip() not in text):
-            longer = _other(dialogue, index, {**message, "content": content + ANSWER})
-            if longer is not None and ANSWER not in longer:
+        # A few letters may stand elsewhere in the text, and what a tool has said in the answer, too.
+        if content.strip() and (message["role"] == "tool" or len(content) < SHORT or content.strip() not in text):
+            longer = {**message, "content": content + ANSWER}
+            # A template may write it with a later message, as some do a system prompt.
+            if not (
+                _shows_answer(dialogue, [*messages[:index], longer])
+                or _shows_answer(dialogue, [*messages[:index], longer, *messages[index + 1 :]])
+            ):
                 raise _refusal(index, f"does not write the content of this message of role {message['role']!r}")
         if message["role"] == "tool":
             _check_answer(dialogue, index, calls, answers)
@@ -81,6 +87,30 @@ def check_used(dialogue: Dialogue) -> None:
         for key in _MEANINGFUL:
             if message.get(key) and not _uses(dialogue, index, key):
                 raise _refusal(index, f"does not use {key!r}")
+        _check_calls(dialogue, index, calls)
+
+
+def _shows_answer(dialogue: Dialogue, messages: Messages) -> bool:
+    """Whether `ANSWER` is in the text of other messages, which the template may refuse to render."""
+    try:
+        return ANSWER in dialogue.template.render(messages, **dialogue.arguments)
+    except ValueError:
+        return True
+
+
+def _check_calls(dialogue: Dialogue, index: int, calls: Sequence[Mapping[str, Any]]) -> None:
+    """ValueError where the template leaves out one of a turn's calls, or a part of it."""
+    for position, call in enumerate(calls):
+        function = call.get("function", call)
+        for part, probe in (("name", ANSWER), ("arguments", {ANSWER: "?"})):
+            if not function.get(part):
+                continue
+            changed = {**function, part: probe}
+            others = list(calls)
+            others[position] = {**call, "function": changed} if "function" in call else changed
+            text = _other(dialogue, index, {**dialogue.messages[index], "tool_calls": others})
+            if text is not None and ANSWER not in text:
+                raise _refusal(index, f"does not write the {part} of tool call {position + 1}")
 
 
 def _refusal(index: int, reason: str) -> ValueError:

@@ -123,7 +123,7 @@ class ChatTargets:
                 spans[-1] = spans[-1][0], spans[-1][1] + len(token)
             return _Turn(text, spans)
 
-        if _drops_thinking(message, text):
+        if drops_thinking(message, text):
             text = _with_thinking(dialogue, turn)
         end = self._end(bool(message.get("tool_calls")), dialogue.arguments)
         text += end.added
@@ -194,7 +194,7 @@ class ChatTargets:
         return start if alike else None
 
 
-def _drops_thinking(message: Mapping[str, Any], text: str) -> bool:
+def drops_thinking(message: Mapping[str, Any], text: str) -> bool:
     """Whether a turn's content has thinking that is not in the dialogue's text."""
     thinking, closed, _ = text_of(message.get("content") or "").rpartition("</think>")
     return bool(closed) and thinking.rpartition("<think>")[2].strip() not in text

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 from . import encode_tasks as tasks
 from .chat import ChatTemplate, Dialogue, token_mask
 from .chat_fields import check_used, trained_turns
-from .chat_turns import ChatTargets, Rendered
+from .chat_turns import ChatTargets, Rendered, drops_thinking
 from .data import label_names
 from .encode_report import Encoded, EncodeReport, Outcome
 from .encode_tasks import IGNORED, Numbered, Settings
@@ -169,7 +169,11 @@ def _whole_text(index: int, row: Mapping[str, Any], settings: Settings) -> str:
             raise ValueError("messages: pretrain trains on every token, also of turns that are not to be trained")
         dialogue = Dialogue(settings.template, messages, arguments)
         check_used(dialogue)
-        return dialogue.text(len(messages))
+        text = dialogue.text(len(messages))
+        for turn, message in enumerate(messages):
+            if message["role"] == "assistant" and drops_thinking(message, text):
+                raise ValueError(f"messages[{turn}]: the chat template drops its thinking, which sft would train")
+        return text
     except ValueError as error:
         raise ValueError(f"row {index + 1}: {error}") from None
 

@@ -14,7 +14,8 @@ from typing import Any
 _LISTS = ("tools", "functions", "documents")
 _RESERVED = ("messages", "add_generation_prompt", "self")  # what every template gets; Python's own
 _IN_PLACE_OF_CONTENT = ("tool_calls", "function_call", "refusal", "reasoning_content", "reasoning", "thinking")
-_OF_DIALOGUES = ("system", "history")  # fields of Alpaca's and ShareGPT's relatives
+_OF_DIALOGUES = ("system", "history", "reasoning_content")  # fields of Alpaca's and ShareGPT's relatives
+_OF_ROWS = ("weight", "train", "mask_history", "images", "videos", "audios")  # that would change what is trained
 
 
 def template_arguments(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,6 +43,13 @@ def _list_of_objects(value: Any, name: str) -> list[Any]:
     if value and not (isinstance(value, list) and all(isinstance(entry, dict) for entry in value)):
         raise ValueError(f"field {name!r} must be a list of objects, or the JSON text of one")
     return value or []
+
+
+def refuse_unknown(raw: Mapping[str, Any]) -> None:
+    """ValueError for a row that says of itself what is known of messages alone, or brings what is no text."""
+    for name in _OF_ROWS:
+        if raw.get(name) not in (None, 1, [], ""):  # 1 is True, too: what every row is
+            raise ValueError(f"field {name!r} of a whole row is not implemented; leave out the row, or the field")
 
 
 def refuse_unused(raw: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from .row_fields import message_fields, refuse_unused, template_arguments, with_system
+from .row_fields import message_fields, refuse_unknown, refuse_unused, template_arguments, with_system
 
 # Where the fields of two shapes are present, the first in this list wins.
 _SHAPES = [
@@ -81,6 +81,8 @@ def normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
     row = _shaped(raw)
     if isinstance(row.get("prompt"), str):
         refuse_unused(raw)
+    if row.keys() & {"messages", "prompt"}:
+        refuse_unknown(raw)
     arguments = template_arguments(raw) if row.keys() & {"messages", "prompt"} else {}
     return row | {"template_arguments": arguments} if arguments else row
 

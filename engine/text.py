@@ -76,7 +76,7 @@ def _continuations(tokenizer: "Tokenizer", text: str) -> Iterator[tuple[list[int
 def encode_with_seams(
     tokenizer: "Tokenizer", text: str, encoding: "Encoding", seams: Sequence[int]
 ) -> tuple[list[int], list[Span]]:
-    """Tokens and offsets of a text, those before each of the `seams` as what stands there alone has them.
+    """Tokens and offsets of a text; at each of the `seams` those before it end as what stands there alone does.
 
     seams: characters where an answer begins behind its prompt. encoding: of the whole text, whose tokens these are
     where no seam makes a difference.

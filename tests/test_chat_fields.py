@@ -88,6 +88,28 @@ def test_rows_that_go_through_no_template_cannot_say_such_things() -> None:
     refused({"messages": [{"role": "system", "content": "A"}, *PLAIN], "system": "B"}, "field 'system' is another")
 
 
+def test_parts_that_a_template_drops_are_named() -> None:
+    """One call of two, a system prompt whose words stand elsewhere, thinking in what is pretrained on."""
+    first_name = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    function = {"name": "tide_table", "arguments": {"harbour": "Wick"}}
+    calls = [{"id": f"call0000{i}", "type": "function", "function": function} for i in range(2)]
+    row = {"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": calls}]}
+    refused(row, r"does not write the arguments of tool call 1", first_name)
+
+    silent = CHATML.replace("{%- for m in messages %}", "{%- for m in messages if m.role != 'system' %}")
+    refused({"messages": [{"role": "system", "content": "At"}, *PLAIN]}, "does not write the content", silent)
+
+    thought = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nAt noon."}
+    refused({"messages": [ASKED, thought, *PLAIN]}, "drops its thinking", THINKER, "pretrain")
+    for field in ({"weight": 0}, {"train": False}, {"images": ["a.png"]}):
+        with pytest.raises(ValueError, match="of a whole row is not implemented"):
+            normalise({"messages": [ASKED, *PLAIN], **field})
+
+
 def test_a_turn_that_is_not_to_be_trained_has_no_loss() -> None:
     wrong = {"role": "assistant", "content": "At noon."}
     for mark in ({"weight": 0}, {"train": False}, {"weight": 0.0, "train": 0}, {"loss": False}):
