@@ -73,6 +73,32 @@ def biased_output(model: nn.Module) -> str | None:
     return next((module for module in modules if f"{module}.bias" in known), None)
 
 
+def read_otherwise(model: nn.Module, adapted: Collection[str], rows: Collection[str]) -> str | None:
+    """Why PEFT computes something else from factors on these published modules, or from token rows of those, or None.
+
+    For it each occurrence of a tied matrix is a module. Factors change the one that they are on. Token rows go to all
+    that transformers lists as tied, a head of its own among them where other occurrences are tied, but not to those
+    inside a model that is wrapped for a task.
+    """
+    copies = tied_copies(model)
+    pairs = {copy.removesuffix(".weight"): first.removesuffix(".weight") for copy, first in copies.items()}
+    for copy, first in pairs.items():
+        if first in adapted:
+            return f"{copy} is the same matrix as {first}, and PEFT's factors on {first} don't reach it"
+        if first in rows and isinstance(model, KnownModel) and copy.startswith(model.base_prefix):
+            return f"{copy} is the same matrix as {first}, and PEFT's token rows of {first} don't reach it"
+
+    if isinstance(model, KnownModel) and set(rows) & set(pairs.values()):
+        stored = {name for source in model.key_map().values() for name in source.names}
+        if apart := next((name for name in model.copies if name in stored), None):
+            head = apart.removesuffix(".weight")
+            return f"{head} is a matrix of its own, over whose rows PEFT writes the token rows of the embedding"
+
+    if rows and (output := biased_output(model)):
+        return f"{output} has a bias, without which PEFT computes where token rows train"
+    return None
+
+
 def copies_beside(model: nn.Module, stored: Collection[str]) -> dict[str, str]:
     """The further occurrences to store beside these published tensors, and what each is a copy of.
 

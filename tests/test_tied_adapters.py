@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,44 @@ def test_token_rows_under_an_output_matrix_with_a_bias(tmp_path: Path) -> None:
         peft.PeftModel.from_pretrained(reference, str(tmp_path / "ours"))
     load_adapter(again, tmp_path / "ours")
     assert torch.equal(logits(again), logits(model))
+
+
+OTHERWISE: dict[str, tuple[Callable[[Path], Any], bool, str]] = {
+    "factors on the embedding": (partial(both_t5, task="embedding"), False, "PEFT's factors on shared don't reach it"),
+    "rows inside a wrapped model": (
+        partial(both_t5, task="token-classification"),
+        True,
+        "encoder.embed_tokens is the same matrix as transformer.shared, and PEFT's token rows",
+    ),
+    "rows beside a head of its own": (partial(both_t5, tied=False), True, "lm_head is a matrix of its own"),
+}
+
+
+@pytest.mark.parametrize(("make", "rows", "reason"), OTHERWISE.values(), ids=OTHERWISE)
+def test_what_peft_computes_otherwise(make: Callable[[Path], Any], rows: bool, reason: str, tmp_path: Path) -> None:
+    """Two look-ups of one matrix: either side refuses the other's file, and we read ours."""
+    reference, model = make(tmp_path / "base")
+    more = {"trainable_token_indices": {"shared": [3, 9]}} if rows else {}
+    config = peft.LoraConfig(r=2, target_modules=["q"] if rows else ["q", "shared"], **more)
+    shaken(peft.get_peft_model(reference, config)).save_pretrained(tmp_path / "theirs")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=reason) as caught:
+        load_adapter(model, tmp_path / "theirs")
+    assert "adapter_model.safetensors" in str(caught.value)
+    assert_unchanged(model, before)
+
+    add_lora(model, LoRAConfig(rank=2, targets=["q"] if rows else ["q", "shared"]))
+    if rows:
+        train_rows(model, [3, 9])
+        model.embed.tokens.weight.data[[3, 9]] += 0.5
+    else:
+        shaken(model)
+    save_adapter(model, tmp_path / "ours")
+    assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["peft_type"] == "HANDTUNE_LORA"
+    again = make(tmp_path / "other")[1]
+    load_adapter(again, tmp_path / "ours")
+    inputs = TEXT | ({"decoder_input_ids": TEXT["input_ids"]} if model.task == "seq2seq-lm" else {})
+    assert torch.equal(logits_of(again, inputs), logits_of(model, inputs))
 
 
 def test_what_wrappers_of_saved_modules_hold(tmp_path: Path) -> None:
