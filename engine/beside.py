@@ -54,33 +54,44 @@ def trained_beside(model: nn.Module, adapter: str, adapted: Container[str]) -> d
     """
     trained, chosen = belongings_of(model, adapter), trained_rows_with(model, adapter)
     tensors = tensors_with(model, adapter)
-    modules, places = {_module(key) for key in trained}, list(_published_rows(model, tensors))
+    published_rows = list(_published_rows(model, tensors))
+
+    # The modules to store whole. PEFT takes each name for the end of a path, and loads what lies inside, too.
+    modules = {_module(key) for key in trained}
     head = ("head.out.", "head.hidden.") if isinstance(model, KnownModel) and model.task in WITH_HEAD else ()
     whole = {
         _module(published)
-        for key, published, _, _ in places
+        for key, published, _, _ in published_rows
         if key.startswith(head) or (_module(key) in modules and key not in chosen)
     }
     ends = tuple(path for path in whole if path and path not in adapted)
     inside = tuple(f"{path}." for path in ends)
+
     out: dict[str, Tensor] = {}
-    for key, published, index, source in places:
-        value, (module, _, kind) = tensors[key].detach()[index], published.rpartition(".")
+    values: dict[str, tuple[Tensor, Any]] = {}
+    for key, published, index, source in published_rows:
+        module, value = _module(published), tensors[key].detach()[index]
         if key in chosen:
             out[f"{module}{STORED}"] = value[chosen[key]].cpu()
             continue
-        if module in adapted:
-            published, wanted = f"{module}{BASE}{kind}", key in trained
-        else:
-            wanted = module in whole or module.endswith(ends) or module.startswith(inside)
-        if wanted:
-            value = value.cpu()
-            out[published] = (source.theirs(value) if source else value).contiguous()
-    of = {published: (tensors[key].detach()[index].cpu(), source) for key, published, index, source in places}
+        values[published] = value, source
+
+        if module not in adapted:
+            if module in whole or module.endswith(ends) or module.startswith(inside):
+                out[published] = _as_stored(value, source)
+        elif key in trained:  # under an adapter PEFT keeps the module itself as `base_layer`
+            out[f"{module}{BASE}{_kind(published)}"] = _as_stored(value, source)
+
+    # A matrix of which only rows are stored has no copies beside them: reading puts the rows into all of it.
     for copy, first in copies_beside(model, out).items():
-        value, source = of[first]
-        out[copy] = (source.theirs(value) if source else value).clone()  # a file has no two names for one tensor
+        if first in values:
+            out[copy] = _as_stored(*values[first]).clone()  # a file has no two names for one tensor
     return out
+
+
+def _as_stored(value: Tensor, source: Any) -> Tensor:
+    """Rows of ours as a checkpoint has them, on the CPU. `source`: how they are stored, None for as they are."""
+    return (source.theirs(value.cpu()) if source else value.cpu()).contiguous()
 
 
 def _module(key: str) -> str:

@@ -144,6 +144,19 @@ def test_what_peft_computes_otherwise(make: Callable[[Path], Any], rows: bool, r
     assert torch.equal(logits_of(again, inputs), logits_of(model, inputs))
 
 
+def test_token_rows_beside_an_output_bias(tmp_path: Path) -> None:
+    """The output matrix is stored as rows of the embedding, and its bias whole."""
+    model, again = (both(tmp_path / name, tiny_bert(), "masked-lm")[1] for name in "ab")
+    add_lora(model, LoRAConfig(rank=2, targets=["query"]))
+    unfreeze(model, "head.bias")
+    train_rows(model, [3, 9])
+    model.embed.tokens.weight.data[[3, 9]] += 0.5
+    model.head.bias.data += 0.5
+    save_adapter(model, tmp_path / "adapter")
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(model))
+
+
 def test_what_wrappers_of_saved_modules_hold(tmp_path: Path) -> None:
     """PEFT may store X.modules_to_save.weight beside X.weight, and X.original_module.weight, which is the base's."""
     reference, _ = pefts(tmp_path, False, ["lm_head"], False)
