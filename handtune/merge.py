@@ -130,7 +130,7 @@ def _tensors(opened: Checkpoint, placement: Placement, adapter: StoredAdapter, r
             if stored is None and plain is None:
                 out[name] = Made(shape, dtype, partial(torch.zeros, shape, dtype=dtype))
             elif path in factors and key.endswith(".weight") and _changes(model, path, factors[path], i):
-                rows = partial(_rows, source, block, dtype, stored, plain)
+                rows = partial(_rows, source, block, dtype, stored, plain, name)
                 merged = partial(_merged, model, path, factors[path], i, source, rows, name, rounding)
                 out[name] = Made(shape, dtype, merged)
             elif plain is not None:
@@ -153,14 +153,15 @@ def _changes(model: Any, path: str, factors: Factors, index: int) -> bool:
     return not isinstance(factors, LowRank) or module.parts[index] in factors.parts
 
 
-def _rows(source: Published, block: Tensor, dtype: torch.dtype, stored: Stored | None, plain: Tensor | None) -> Tensor:
-    """The rows before the adapter, in our layout: as stored in the base, or as the adapter brings them."""
-    rows = torch.empty(block.shape, dtype=dtype)
+def _rows(
+    source: Published, block: Tensor, dtype: torch.dtype, stored: Stored | None, plain: Tensor | None, name: str
+) -> Tensor:
+    """The rows before the adapter, in our layout: as stored in the base, or as the adapter brings them as `name`."""
     if plain is not None:
-        source.as_stored(rows).copy_(rounded(plain, dtype, source.names[0]))
-    else:
-        assert stored is not None
-        read_into(stored, source.as_stored(rows))
+        return source.ours(rounded(plain, dtype, name)).contiguous()
+    assert stored is not None
+    rows = torch.empty(block.shape, dtype=dtype)
+    read_into(stored, source.as_stored(rows))
     return rows
 
 

@@ -34,6 +34,10 @@ FAMILIES: dict[str, tuple[Callable[[Path], Any], str | None, dict[str, Any], tup
     "bert": (lambda f: both(f, tiny_bert(), "masked-lm"), None, {"targets": ["query", "output.dense"]}, ()),
     "bloom, DoRA": (lambda f: both(f, tiny_bloom(), "causal-lm"), None, {"dora": True}, ()),
     "llama that trained under its adapter": (lambda f: both(f, tiny_llama(), "causal-lm"), None, {}, ("layers.0.*",)),
+    "bloom that trained under its adapter": (
+        lambda f: both(f, tiny_bloom(), "causal-lm"), None, {"targets": ["query_key_value"]}, ("layers.0.qkv.weight",),
+    ),
+    "xlnet that trained under its adapter": (both_xlnets, None, {}, ("layers.0.o.weight",)),
     "llama": (lambda f: both(f, tiny_llama(), "causal-lm"), None, {"targets": ["q_proj", "v_proj", "up_proj"]}, ()),
     "t5": (both_t5, None, {}, ()),
     "xlnet": (both_xlnets, None, {}, ()),
