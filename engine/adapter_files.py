@@ -8,7 +8,7 @@ changes the arithmetic and is not implemented is refused by name.
 
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,16 @@ from ..kernels.conv import ConvFactors
 from .adapter_factors import MAGNITUDE, PREFIX, plan_factors, read_weights, stored, stored_factor
 from .adapters import adapter_names, set_adapter
 from .belongings import claim, give
-from .beside import BASE, filled, places_beside, plain_tensors, tensors_with, trained_beside, trained_rows_with
+from .beside import (
+    BASE,
+    compare_with,
+    filled,
+    places_beside,
+    plain_tensors,
+    tensors_with,
+    trained_beside,
+    trained_rows_with,
+)
 from .lora import (
     KnownModel,
     Slot,
@@ -218,8 +227,13 @@ class StoredAdapter(NamedTuple):
     rows: list[StoredRows]
 
 
-def read_adapter(model: nn.Module, path: str | Path) -> StoredAdapter:
-    """Read the adapter in the folder `path`, for a model that may be on the meta device. Raises as `load_adapter`."""
+def read_adapter(
+    model: nn.Module, path: str | Path, is_base: Callable[[str, Tensor], bool] | None = None
+) -> StoredAdapter:
+    """Read the adapter in the folder `path`. Raises as `load_adapter`.
+
+    The model may be on the meta device: `is_base` says then whether the base's tensor of a published name has a value.
+    """
     folder = Path(path)
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder}: no {CONFIG} there; give the folder that save_adapter (or PEFT) wrote")
@@ -235,7 +249,7 @@ def read_adapter(model: nn.Module, path: str | Path) -> StoredAdapter:
         if published.get("peft_type") != OURS:
             _refuse_otherwise_read(model, tensors)
         base = tensors_with(model, None)
-        plain = plain_tensors(model, rest, base)
+        plain = plain_tensors(model, rest, is_base or compare_with(model, base))
         places_beside(model, plain, base)
     except ValueError as error:
         raise ValueError(f"{folder / WEIGHTS}: {error}") from error

@@ -7,7 +7,7 @@ is stored, too, and what lies inside. Of a projection with an adapter only what 
 no use without.
 """
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .belongings import ROWS, belongings_of, put_aside
 from .lora import KnownModel, slots
 from .rounding import rounded
-from .tied import copies_beside, tied_copies, without_copies
+from .tied import copies_beside, same_tensor, without_copies
 from .token_rows import STORED, rows_among
 
 WITH_HEAD = ("sequence-classification", "reward", "token-classification", "question-answering")
@@ -112,14 +112,21 @@ class Place(NamedTuple):
     value: Tensor
 
 
-def plain_tensors(model: nn.Module, stored: dict[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def plain_tensors(
+    model: nn.Module, stored: dict[str, Tensor], is_base: Callable[[str, Tensor], bool]
+) -> dict[str, Tensor]:
     """What is stored beside an adapter, by published names, of tied matrices the first one.
 
-    `base`: the base's tensors, by our names. ValueError where of tied matrices one is stored without the others.
+    `is_base`: whether the base's tensor of that published name has this value. ValueError where of tied matrices one is
+    stored without the others.
     """
+    return without_copies(model, {key.replace(BASE, "."): value for key, value in stored.items()}, is_base)
+
+
+def compare_with(model: nn.Module, base: Mapping[str, Tensor]) -> Callable[[str, Tensor], bool]:
+    """Whether the base's tensor of a published name has a value, for a base in memory; `base` has all by our names."""
     home = {published: key for key, published, _, _ in _published_rows(model, base)}
-    first = {name: base[home[name]] for name in tied_copies(model).values() if name in home}
-    return without_copies(model, {key.replace(BASE, "."): value for key, value in stored.items()}, first)
+    return lambda name, value: name in home and same_tensor(value, base[home[name]])
 
 
 def places_beside(model: nn.Module, stored: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> list[Place]:

@@ -4,7 +4,7 @@ Here such a matrix is one parameter; PEFT stores, and replaces, each of the modu
 with an adapter, is another model there, whose head and embedding are no longer one: that has no counterpart here.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from fnmatch import fnmatchcase
 
 import torch
@@ -34,20 +34,23 @@ def tied_copies(model: nn.Module) -> dict[str, str]:
     return out
 
 
-def without_copies(model: nn.Module, stored: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An adapter's plain tensors, by published name, without second occurrences. `base`: those of the base.
+def without_copies(
+    model: nn.Module, stored: dict[str, Tensor], is_base: Callable[[str, Tensor], bool]
+) -> dict[str, Tensor]:
+    """An adapter's plain tensors, by published name, without second occurrences.
 
-    ValueError where one of several differs from the others: where it is stored alone, from those of the base.
+    `is_base`: whether the base's tensor of that published name has this value. ValueError where one of several differs
+    from the others: where it is stored alone, from those of the base.
     """
     out = dict(stored)
     for copy, first in tied_copies(model).items():
         pair = [name for name in (copy, first) if name in stored]
-        if len(pair) == 2 and not _equal(stored[copy], stored[first]):
+        if len(pair) == 2 and not same_tensor(stored[copy], stored[first]):
             raise ValueError(
                 f"{copy} and {first} are two matrices in this adapter, and one in the base, which ties them; give it a "
                 "base with tie_word_embeddings = false and both matrices"
             )
-        if len(pair) == 1 and not (first in base and _equal(stored[pair[0]], base[first])):
+        if len(pair) == 1 and not is_base(first, stored[pair[0]]):
             other = first if pair == [copy] else copy
             raise ValueError(
                 f"{pair[0]} comes without {other}, to which the base ties it, so that they are two from then on; train "
@@ -57,7 +60,8 @@ def without_copies(model: nn.Module, stored: dict[str, Tensor], base: dict[str, 
     return out
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def same_tensor(a: Tensor, b: Tensor) -> bool:
+    """Whether `a` is `b` once it is of its dtype. One on the meta device is like none."""
     return not b.is_meta and a.shape == b.shape and torch.equal(a.to(b), b)
 
 

@@ -30,7 +30,7 @@ from .models.filling import Placement, blocks, own_tensors, place
 from .models.layers import Published
 from .models.pixels import Pixels
 from .models.shards import INDEX, SINGLE, write_json
-from .models.tensor_file import Made, Stored, read_into, same, write_file
+from .models.tensor_file import Made, Stored, holds, read_into, same, write_file
 from .stored import adds_tokens, head_of, put_adapter, resized_vocabulary
 
 Source = Stored | Made
@@ -104,7 +104,13 @@ def _stream(opened: Checkpoint, base: str, adapter: Path, folder: Path, rounding
     model = opened.model
     if isinstance(model, ResNet):
         model.pixels = Pixels.read(adapter, {}, model.config.n_channels) or model.pixels
-    stored, placement = read_adapter(model, adapter), place(model, opened.shards, new_head=opened.head_rows is None)
+    placement = place(model, opened.shards, new_head=opened.head_rows is None)
+
+    def is_base(name: str, value: Tensor) -> bool:
+        tensor = placement.stored.get(name)
+        return tensor is not None and value.shape == tensor.shape and holds(tensor, value.to(tensor.dtype))
+
+    stored = read_adapter(model, adapter, is_base)
     tensors = _tensors(opened, placement, stored, rounding)
     for key, copy, said in placement.copies:
         if not same(copy, placement.stored[model.key_map()[key].names[0]]):

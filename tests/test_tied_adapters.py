@@ -86,6 +86,24 @@ def test_we_read_pefts(tied: bool, saved: list[str], tying: bool, refusal: str |
     assert main(arguments) == 2
 
 
+def test_a_tied_head_stored_as_it_is_in_the_base(tmp_path: Path) -> None:
+    """PEFT stores what it is told to, trained or not: such a copy says nothing, in memory and from file to file."""
+    both(tmp_path / "base", tiny_llama(tie_word_embeddings=True), "causal-lm")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    reference = peft.get_peft_model(
+        reference, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    ).eval()
+    for name, parameter in reference.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    reference.save_pretrained(tmp_path / "adapter")
+    model = load(tmp_path / "base", device="cpu")[0]
+    load_adapter(model, tmp_path / "adapter")
+    close(logits(model), logits(reference))
+    assert main(["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "out")]) == 0
+    close(logits(load(tmp_path / "out", device="cpu")[0]), logits(reference))
+
+
 def test_token_rows_under_an_output_matrix_with_a_bias(tmp_path: Path) -> None:
     """PEFT computes it without the bias then: either side refuses the other's file, and we read ours."""
     reference, model = both(tmp_path / "base", tiny_bert(), "masked-lm")
