@@ -245,6 +245,7 @@ def read_adapter(
     tensors = read_weights(folder / WEIGHTS)
     plan, rest = plan_factors(model, tensors, config, folder / WEIGHTS)
     try:
+        refuse_tied(model, [module_path for module_path, _ in plan])
         rows = take_rows(model, rest, published.get("trainable_token_indices"))
         if published.get("peft_type") != OURS:
             _refuse_otherwise_read(model, tensors)
@@ -253,7 +254,6 @@ def read_adapter(
         places_beside(model, plain, base)
     except ValueError as error:
         raise ValueError(f"{folder / WEIGHTS}: {error}") from error
-    refuse_tied(model, [path for path, _ in plan])
     return StoredAdapter(plan, plain, rows)
 
 

@@ -42,9 +42,15 @@ def without_copies(
     `is_base`: whether the base's tensor of that published name has this value. ValueError where one of several differs
     from the others: where it is stored alone, from those of the base.
     """
-    out = dict(stored)
-    for copy, first in tied_copies(model).items():
+    table = model.key_map() if isinstance(model, KnownModel) else {}
+    spellings = {name for source in table.values() for name in source.also}
+
+    out, copies = dict(stored), tied_copies(model)
+    for copy, first in copies.items():
         pair = [name for name in (copy, first) if name in stored]
+        if pair == [copy] and copy in spellings:
+            out[first] = out.pop(copy)  # BERT's output bias, which transformers computes with under this name
+            continue
         if len(pair) == 2 and not same_tensor(stored[copy], stored[first]):
             raise ValueError(
                 f"{copy} and {first} are two matrices in this adapter, and one in the base, which ties them; give it a "
@@ -52,9 +58,11 @@ def without_copies(
             )
         if len(pair) == 1 and not is_base(first, stored[pair[0]]):
             other = first if pair == [copy] else copy
+            tied = [name.removesuffix(".weight") for name in (first, *(key for key in copies if copies[key] == first))]
             raise ValueError(
                 f"{pair[0]} comes without {other}, to which the base ties it, so that they are two from then on; train "
-                "the adapter with ensure_weight_tying, or on a base with tie_word_embeddings = false and both matrices"
+                f"the adapter with {' and '.join(tied)} in modules_to_save and ensure_weight_tying, or on a base with "
+                "tie_word_embeddings = false and both matrices"
             )
         out.pop(copy, None)
     return out

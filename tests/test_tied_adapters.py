@@ -22,6 +22,7 @@ from test_adapter_exchange import logits as logits_of
 from handtune.cli import main
 from handtune.engine import LoRAConfig, add_lora, load_adapter, save_adapter, train_rows, unfreeze
 from handtune.models import load
+from handtune.stored import put_adapter
 
 BASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
     "llama": (lambda f: both(f, tiny_llama(tie_word_embeddings=True), "causal-lm"), TEXT),
@@ -47,7 +48,7 @@ def test_peft_reads_our_tied_matrices(base: str, part: str, tmp_path: Path) -> N
     assert torch.equal(logits_of(again, inputs), expected)
 
 
-TIED_APART = "to which the base ties it"
+TIED_APART = "to which the base ties it.* with model.embed_tokens and lm_head in modules_to_save"
 OF_PEFT: dict[str, tuple[bool, list[str], bool, str | None]] = {
     "the embedding of a tied base": (True, ["embed_tokens"], False, TIED_APART),
     "its head": (True, ["lm_head"], False, TIED_APART),
@@ -228,6 +229,41 @@ def test_a_vocabulary_of_another_size(tied: bool, size: int, more: tuple[str, ..
         assert_close(load(tmp_path / "out", device="cpu")[0](ids), reference(input_ids=ids).logits)
     with pytest.raises(ValueError, match="the model needs"):
         load_adapter(load(tmp_path / "base", device="cpu")[0], tmp_path / "adapter")
+
+
+def test_a_masked_language_model_of_another_size(tmp_path: Path) -> None:
+    """PEFT stores the output bias where the output matrix has it, under its second name."""
+    reference, _ = both(tmp_path / "base", tiny_bert(), "masked-lm")
+    reference.resize_token_embeddings(64)
+    reference = shaken(peft.get_peft_model(reference, peft.LoraConfig(r=2, target_modules=["query"]))).eval()
+    reference.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    model = load(tmp_path / "base", device="cpu")[0]
+    put_adapter(model, None, tmp_path / "adapter")
+    close(logits(model), logits(reference))
+
+
+REFUSED_FACTORS: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
+    "a tied head": (
+        lambda f: both(f, tiny_llama(tie_word_embeddings=True), "causal-lm"),
+        ["lm_head"],
+        "lm_head.lora_A.weight is of lm_head, and the base ties that to model.embed_tokens",
+    ),
+    "a tied embedding": (
+        lambda f: both(f, tiny_llama(tie_word_embeddings=True), "causal-lm"),
+        ["q_proj", "embed_tokens"],
+        "adapter_model.safetensors: embed.tokens is tied to head",
+    ),
+    "a second look-up": (both_t5, ["q", "encoder.embed_tokens"], "the base ties that to shared"),
+}
+
+
+@pytest.mark.parametrize(("make", "targets", "reason"), REFUSED_FACTORS.values(), ids=REFUSED_FACTORS)
+def test_factors_on_a_tied_matrix(make: Callable[[Path], Any], targets: list[str], reason: str, tmp_path: Path) -> None:
+    reference, model = make(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=targets)
+    peft.get_peft_model(reference, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(ValueError, match=reason):
+        load_adapter(model, tmp_path / "adapter")
 
 
 def test_one_matrix_of_another_size_without_the_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
