@@ -135,8 +135,17 @@ def places_beside(model: nn.Module, stored: Mapping[str, Tensor], base: Mapping[
     A copy of what the base has is passed over: a head is stored whether it trained or not, and by PEFT the matrix of
     an adapted embedding. Raises ValueError for one that has no place in the model, or another shape.
     """
-    home = {published: (key, index, source) for key, published, index, source in _published_rows(model, base)}
     out = []
+    for place in all_places(model, stored, base):
+        rows = base[place.key].detach()[place.index]
+        if rows.is_meta or not torch.equal(place.value.to(rows), rows):
+            out.append(place)
+    return out
+
+
+def all_places(model: nn.Module, stored: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Iterator[Place]:
+    """The same of every one of them, also of what the base has."""
+    home = {published: (key, index, source) for key, published, index, source in _published_rows(model, base)}
     for key, value in stored.items():
         if key not in home and key.endswith(".num_batches_tracked"):
             continue  # of a batch norm, for a momentum that none here has
@@ -149,9 +158,7 @@ def places_beside(model: nn.Module, stored: Mapping[str, Tensor], base: Mapping[
             raise ValueError(
                 f"{key} has shape {tuple(value.shape)}, the model needs {tuple(rows.shape)}; it is for another base"
             )
-        if rows.is_meta or not torch.equal(value.to(rows), rows):
-            out.append(Place(name, index, value))
-    return out
+        yield Place(name, index, value)
 
 
 def _published_rows(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Any, Any]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from .engine import merge_lora
 from .engine.adapter_files import StoredAdapter, read_adapter
 from .engine.adapters import merged_rows
+from .engine.beside import all_places, tensors_with
 from .engine.lora import slots
 from .engine.rounding import Rounding, dtype_name, rounded
 from .engine.wrapping import Factors
@@ -52,7 +53,7 @@ def merge(base: str, adapter: Path, out: Path) -> None:
         if adds_tokens(adapter, opened.tokenizer) or resized or reordered:
             model, tokenizer = load(base, dtype=opened.shards.dtype(), head_follows=True, **head_of(adapter))
             put_adapter(model, tokenizer, adapter)
-            _measure(model, rounding)
+            _measure(model, adapter, rounding)
             merge_lora(model, keep_base=False)
             save(model, tokenizer, folder)
         else:
@@ -68,12 +69,26 @@ def _say(rounding: Rounding, dtype: torch.dtype) -> None:
     print(f"{rounding.survives:.1%} of the adapter's change survives in {dtype_name(dtype)}{remedy}", file=sys.stderr)
 
 
-def _measure(model: Any, rounding: Rounding) -> None:
-    """Count what merging the active adapter of a loaded model will come to."""
+def _measure(model: Any, adapter: Path, rounding: Rounding) -> None:
+    """Count what merging the active adapter of a loaded model will come to, as merging tensor by tensor does."""
+    changed: list[Tensor] = []
     for slot in slots(model):
         if isinstance(slot.module.active, str):
             for rows, value in merged_rows(slot.module, slot.module.active):
                 rounding.add(rows, value, value.to(rows.dtype))
+                changed.append(rows)
+
+    # What it brings whole, in fp32 from its file. A head that the base lacks changes nothing.
+    stored, base, now = read_adapter(model, adapter), tensors_with(model, None), own_tensors(model)
+    pointers = {rows.data_ptr() for rows in changed}
+    for key, index, value in all_places(model, stored.plain, base):
+        is_new = model.head_is_new and key.startswith("head.")
+        if not is_new and now[key].detach()[index].data_ptr() not in pointers:
+            before = base[key].detach()[index]
+            rounding.add(before, value, value.to(before.dtype))
+    for path, ids, rows in stored.rows:
+        before = base[f"{path}.weight"].detach()[ids]
+        rounding.add(before, rows, rows.to(before.dtype))
 
 
 @contextmanager

@@ -98,6 +98,30 @@ def test_shards_stay_shards(tmp_path: Path) -> None:
     torch.testing.assert_close(theirs(ids).logits, whole(ids), rtol=0, atol=1e-4)
 
 
+def test_what_survives_is_the_same_in_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Norms and a head are counted with the factors, be the adapter merged file to file or in memory."""
+    reference, _ = both(tmp_path / "wide", tiny_llama(vocab_size=300, tie_word_embeddings=False), "causal-lm")
+    reference.to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    byte_level().save(str(tmp_path / "base/tokenizer.json"))
+    model = load(tmp_path / "wide", device="cpu")[0]
+    add_lora(model, LoRAConfig(rank=2, targets=["down_proj"]))
+    unfreeze(model, "head.*", "*norm*")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.001 * torch.randn_like(parameter)
+    save_adapter(model, tmp_path / "adapter")
+    command = ["merge", str(tmp_path / "base"), str(tmp_path / "adapter")]
+    reports = []
+    for name in ("streamed", "in memory"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("handtune.merge.adds_tokens", lambda *_, name=name: name == "in memory")
+            assert main([*command, str(tmp_path / name)]) == 0
+        reports.append(capsys.readouterr().err)
+    assert "survives in bfloat16" in reports[0]
+    assert reports[0] == reports[1]
+
+
 def test_the_dtype_of_the_base_stays(tmp_path: Path) -> None:
     """fp16 is not widened on its way through the CPU; the correction is added in fp32 and rounded once."""
     reference, _ = both(tmp_path / "wide", tiny_llama(), "causal-lm")
