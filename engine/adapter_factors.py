@@ -54,13 +54,14 @@ def plan_factors(
             factors = _projection_factors(module, published, stored_factor(model, module_path), rest, config, path)
         if factors is not None:
             plan.append((module_path, factors))
+
     copies = tied_copies(model)
     for key in rest:
-        module = key.partition(".lora_")[0]
-        if ".lora_" in key and (first := copies.get(f"{module}.weight")):
+        name, factor, _ = key.partition(".lora_")
+        if factor and (first := copies.get(f"{name}.weight")):
             raise ValueError(
-                f"{path}: {key} is of {module}, and the base ties that to {first.removesuffix('.weight')}, so that "
-                "they would be two; train the adapter without it among its target_modules"
+                f"{path}: {key} is of {name}, and the base ties that to {first.removesuffix('.weight')}, so that they "
+                "would be two; train the adapter without it among its target_modules"
             )
     if not plan:
         raise ValueError(f"{path}: none of its tensors belongs to this model; it was made for another base")
