@@ -17,6 +17,7 @@ from ..kernels.conv import ConvFactors
 from ..kernels.linear import Part
 from .lora import KnownModel, LoRAConfig, candidates
 from .lora_embedding import EmbeddingFactors, LoRAEmbedding
+from .tied import tied_copies
 from .wrapping import Factors, is_conv1d
 
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's
@@ -53,6 +54,15 @@ def plan_factors(
             factors = _projection_factors(module, published, stored_factor(model, module_path), rest, config, path)
         if factors is not None:
             plan.append((module_path, factors))
+
+    copies = tied_copies(model)
+    for key in rest:
+        name, factor, _ = key.partition(".lora_")
+        if factor and (first := copies.get(f"{name}.weight")):
+            raise ValueError(
+                f"{path}: {key} is of {name}, and the base ties that to {first.removesuffix('.weight')}, so that they "
+                "would be two; train the adapter without it among its target_modules"
+            )
     if not plan:
         raise ValueError(f"{path}: none of its tensors belongs to this model; it was made for another base")
     return plan, rest

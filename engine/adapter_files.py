@@ -8,7 +8,7 @@ changes the arithmetic and is not implemented is refused by name.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,16 @@ from ..kernels.conv import ConvFactors
 from .adapter_factors import MAGNITUDE, PREFIX, plan_factors, read_weights, stored, stored_factor
 from .adapters import adapter_names, set_adapter
 from .belongings import claim, give
-from .beside import BASE, filled, places_beside, plain_tensors, tensors_with, trained_beside, trained_rows_with
+from .beside import (
+    BASE,
+    compare_with,
+    filled,
+    places_beside,
+    plain_tensors,
+    tensors_with,
+    trained_beside,
+    trained_rows_with,
+)
 from .lora import (
     KnownModel,
     Slot,
@@ -35,7 +44,7 @@ from .lora_embedding import EmbeddingFactors
 from .peft_config import OURS, lora_config
 from .record import write_json
 from .rounding import refuse_diverged
-from .tied import biased_output
+from .tied import read_otherwise
 from .token_rows import STORED, StoredRows, published_ids, take_rows, with_rows
 from .turns import taking_turns
 from .wrapping import Factors, ensure_slot, refuse_patched
@@ -69,36 +78,58 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default", *, p
     if name not in (known := adapter_names(model)):
         raise ValueError(f"there is no adapter {name!r}; attached: {', '.join(known) or 'none'}")
     adapted = [slot for slot in slots(model) if name in slot.module.lora]
-    found = [one for slot in adapted for one in _published_factors(model, slot, name)]
-    raw = any(_stored_raw(model, slot) for slot in adapted)
-    transposed = any(_stored_transposed(model, slot) for slot in adapted)
-    modules = {published: (rank, scale * rank) for published, rank, scale, _ in found}
+    found = [part for slot in adapted for part in _published_factors(model, slot, name)]
+
+    # What trains without having been claimed yet belongs to the adapter in use, which may be this one.
     claim(model, active_adapter(model))
-    extra = trained_beside(model, name, modules)
+    extra = trained_beside(model, name, {published for published, *_ in found})
+    ids = published_ids(model, trained_rows_with(model, name))
+    saved = _saved_modules(extra)
+    obstacle = _beyond_peft(model, {published for published, *_ in found}, saved, ids)
     if portable:
-        found = _of_one_rank(found, [OURS] if raw else list(extra))
-        modules = {published: (rank, scale * rank) for published, rank, scale, _ in found}
+        found = _of_one_rank(found, [*extra, OURS] if obstacle else list(extra))
+
     tensors = {f"{published}.{key}": value for published, *_, weights in found for key, value in weights.items()}
-    refuse_diverged(
-        tensors | extra, "nothing is stored; go back to an earlier checkpoint, with a smaller learning rate"
-    )
-    tensors = {f"{PREFIX}{key}": value.detach().cpu().contiguous() for key, value in (tensors | extra).items()}
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    whole = {key.rpartition(".")[0] for key in extra if not key.endswith(STORED) and BASE not in key}
-    saved = sorted(path for path in whole if not any(path.startswith(f"{other}.") for other in whole))
+    tensors |= extra
+    refuse_diverged(tensors, "nothing is stored; go back to an earlier checkpoint, with a smaller learning rate")
+    tensors = {f"{PREFIX}{key}": value.detach().cpu().contiguous() for key, value in tensors.items()}
+
+    modules = {published: (rank, scale * rank) for published, rank, scale, _ in found}
+    transposed = any(_stored_transposed(model, slot) for slot in adapted)
     config = _peft_config(model, name, modules, saved, transposed)
     config["bias"] = "lora_only" if any(key.endswith(f"{BASE}bias") for key in extra) else "none"
-    config["trainable_token_indices"] = published_ids(model, trained_rows_with(model, name)) or None
-    nested = any(path.startswith(f"{module}.") for module in saved for path in modules)
-    halved = bool(config["trainable_token_indices"]) and biased_output(model) is not None
-    if raw or nested or halved or "" in saved:
+    config["trainable_token_indices"] = ids or None
+    if obstacle:
         config["peft_type"] = OURS
+
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
     new = folder / f"{WEIGHTS}.tmp"
     save_file(tensors, new, metadata={"format": "pt"})
     (folder / CONFIG).unlink(missing_ok=True)  # killed from here on, it is no adapter rather than half of two
     new.replace(folder / WEIGHTS)
     write_json(folder / CONFIG, config)
+
+
+def _saved_modules(extra: Collection[str]) -> list[str]:
+    """PEFT's `modules_to_save`: the outermost modules of the plain tensors beside the factors."""
+    whole = {key.rpartition(".")[0] for key in extra if not key.endswith(STORED) and BASE not in key}
+    return sorted(path for path in whole if not any(path.startswith(f"{other}.") for other in whole))
+
+
+def _beyond_peft(model: nn.Module, adapted: Collection[str], saved: list[str], rows: Collection[str]) -> bool:
+    """Whether PEFT would leave out some of an adapter, or compute something else from it.
+
+    `adapted`, `saved`, `rows`: the published modules with factors, those stored whole, those with token rows.
+    """
+    raw = any(name in adapted for name in _published_names(model))  # a bare tensor, no module that PEFT could adapt
+    nested = any(path.startswith(f"{module}.") for module in saved for path in adapted)
+    return raw or nested or "" in saved or read_otherwise(model, adapted, rows) is not None
+
+
+def _published_names(model: nn.Module) -> set[str]:
+    table = model.key_map() if isinstance(model, KnownModel) else {}
+    return {name for source in table.values() for name in source.names}
 
 
 def _of_one_rank(found: list[Published], more: list[str]) -> list[Published]:
@@ -108,7 +139,7 @@ def _of_one_rank(found: list[Published], more: list[str]) -> list[Published]:
     """
     for path, _, _, weights in found:
         plain = {key for key, value in weights.items() if key.endswith(".weight") and value.dim() == 2}
-        more = more + [f"{path}.{key}" for key in weights if key not in plain]
+        more = [f"{path}.{key}" for key in weights if key not in plain] + more
     if more:
         raise ValueError(
             f"portable: a server that reads only r and lora_alpha would leave out {more[0]}, and answer wrongly; merge "
@@ -141,12 +172,6 @@ def _published_factors(model: nn.Module, slot: Slot, name: str) -> Iterator[Publ
                 column = factors.m[i][:, None]
                 weights[MAGNITUDE] = (stored.theirs(column) if stored else column)[:, 0]
             yield slot.published[slot.module.parts.index(part)], len(a), scale, weights
-
-
-def _stored_raw(model: nn.Module, slot: Slot) -> bool:
-    """Whether the published checkpoint has a bare tensor there, and no module that PEFT could adapt."""
-    source = stored(model, slot.path)
-    return source is not None and any(not published.endswith(".weight") for published in source.names)
 
 
 def _stored_transposed(model: nn.Module, slot: Slot) -> bool:
@@ -202,8 +227,13 @@ class StoredAdapter(NamedTuple):
     rows: list[StoredRows]
 
 
-def read_adapter(model: nn.Module, path: str | Path) -> StoredAdapter:
-    """Read the adapter in the folder `path`, for a model that may be on the meta device. Raises as `load_adapter`."""
+def read_adapter(
+    model: nn.Module, path: str | Path, is_base: Callable[[str, Tensor], bool] | None = None
+) -> StoredAdapter:
+    """Read the adapter in the folder `path`. Raises as `load_adapter`.
+
+    The model may be on the meta device: `is_base` says then whether the base's tensor of a published name has a value.
+    """
     folder = Path(path)
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder}: no {CONFIG} there; give the folder that save_adapter (or PEFT) wrote")
@@ -215,19 +245,28 @@ def read_adapter(model: nn.Module, path: str | Path) -> StoredAdapter:
     tensors = read_weights(folder / WEIGHTS)
     plan, rest = plan_factors(model, tensors, config, folder / WEIGHTS)
     try:
+        refuse_tied(model, [module_path for module_path, _ in plan])
         rows = take_rows(model, rest, published.get("trainable_token_indices"))
-        if rows and published.get("peft_type") != OURS and (output := biased_output(model)):
-            raise ValueError(
-                f"{output} has a bias, without which PEFT computes where token rows train, so that they mean something "
-                "else here; train them with the whole matrix in modules_to_save and ensure_weight_tying"
-            )
+        if published.get("peft_type") != OURS:
+            _refuse_otherwise_read(model, tensors)
         base = tensors_with(model, None)
-        plain = plain_tensors(model, rest, base)
+        plain = plain_tensors(model, rest, is_base or compare_with(model, base))
         places_beside(model, plain, base)
     except ValueError as error:
         raise ValueError(f"{folder / WEIGHTS}: {error}") from error
-    refuse_tied(model, [path for path, _ in plan])
     return StoredAdapter(plan, plain, rows)
+
+
+def _refuse_otherwise_read(model: nn.Module, tensors: Collection[str]) -> None:
+    """ValueError where what PEFT wrote means something else here. `tensors`: the published names in the file."""
+    adapted = {key.partition(".lora_")[0] for key in tensors if ".lora_" in key}
+    of_rows = {key.removesuffix(STORED) for key in tensors if key.endswith(STORED)}
+    if reason := read_otherwise(model, adapted, of_rows):
+        raise ValueError(
+            f"{reason}, so that the adapter means something else here; train it without the embedding among its "
+            "target_modules and without trainable_token_indices, or with the whole matrix, in all modules that have "
+            "it, in modules_to_save and ensure_weight_tying"
+        )
 
 
 @taking_turns

@@ -32,13 +32,17 @@ def adapter_names(model: nn.Module) -> list[str]:
 def set_adapter(model: nn.Module, name: str | None) -> None:
     """Apply the adapter called `name` from here on, with what belongs to it (`belongings.py`); None is the base model.
 
-    An adapter that trained when it was last set trains again, and no other does; None leaves that as it is. ValueError
-    where there is none such, or another thread is in a `use_adapter` block.
+    An adapter that trained when it was last set trains again, and no other does; None leaves that as it is. What of the
+    base trains belongs to the adapter from here on, as if it were unfrozen now; the base keeps it as it is. A training
+    loop that isn't `train` chooses with `unfreeze`: of a parameter with `requires_grad_` set by hand nothing is kept.
+
+    ValueError where there is none such, or another thread is in a `use_adapter` block.
     """
     _require(model, name)
     _activate(model, name)
     if name is not None:
         train_only(model, name)
+        claim(model, name)
 
 
 def _activate(model: nn.Module, name: str | None) -> None:

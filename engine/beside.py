@@ -7,7 +7,7 @@ is stored, too, and what lies inside. Of a projection with an adapter only what 
 no use without.
 """
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .belongings import ROWS, belongings_of, put_aside
 from .lora import KnownModel, slots
 from .rounding import rounded
-from .tied import copies_beside, tied_copies, without_copies
+from .tied import copies_beside, same_tensor, without_copies
 from .token_rows import STORED, rows_among
 
 WITH_HEAD = ("sequence-classification", "reward", "token-classification", "question-answering")
@@ -54,33 +54,44 @@ def trained_beside(model: nn.Module, adapter: str, adapted: Container[str]) -> d
     """
     trained, chosen = belongings_of(model, adapter), trained_rows_with(model, adapter)
     tensors = tensors_with(model, adapter)
-    modules, places = {_module(key) for key in trained}, list(_published_rows(model, tensors))
+    published_rows = list(_published_rows(model, tensors))
+
+    # The modules to store whole. PEFT takes each name for the end of a path, and loads what lies inside, too.
+    modules = {_module(key) for key in trained}
     head = ("head.out.", "head.hidden.") if isinstance(model, KnownModel) and model.task in WITH_HEAD else ()
     whole = {
         _module(published)
-        for key, published, _, _ in places
+        for key, published, _, _ in published_rows
         if key.startswith(head) or (_module(key) in modules and key not in chosen)
     }
     ends = tuple(path for path in whole if path and path not in adapted)
     inside = tuple(f"{path}." for path in ends)
+
     out: dict[str, Tensor] = {}
-    for key, published, index, source in places:
-        value, (module, _, kind) = tensors[key].detach()[index], published.rpartition(".")
+    values: dict[str, tuple[Tensor, Any]] = {}
+    for key, published, index, source in published_rows:
+        module, value = _module(published), tensors[key].detach()[index]
         if key in chosen:
             out[f"{module}{STORED}"] = value[chosen[key]].cpu()
             continue
-        if module in adapted:
-            published, wanted = f"{module}{BASE}{kind}", key in trained
-        else:
-            wanted = module in whole or module.endswith(ends) or module.startswith(inside)
-        if wanted:
-            value = value.cpu()
-            out[published] = (source.theirs(value) if source else value).contiguous()
-    of = {published: (tensors[key].detach()[index].cpu(), source) for key, published, index, source in places}
+        values[published] = value, source
+
+        if module not in adapted:
+            if module in whole or module.endswith(ends) or module.startswith(inside):
+                out[published] = _as_stored(value, source)
+        elif key in trained:  # under an adapter PEFT keeps the module itself as `base_layer`
+            out[f"{module}{BASE}{_kind(published)}"] = _as_stored(value, source)
+
+    # A matrix of which only rows are stored has no copies beside them: reading puts the rows into all of it.
     for copy, first in copies_beside(model, out).items():
-        value, source = of[first]
-        out[copy] = (source.theirs(value) if source else value).clone()  # a file has no two names for one tensor
+        if first in values:
+            out[copy] = _as_stored(*values[first]).clone()  # a file has no two names for one tensor
     return out
+
+
+def _as_stored(value: Tensor, source: Any) -> Tensor:
+    """Rows of ours as a checkpoint has them, on the CPU. `source`: how they are stored, None for as they are."""
+    return (source.theirs(value.cpu()) if source else value.cpu()).contiguous()
 
 
 def _module(key: str) -> str:
@@ -101,14 +112,21 @@ class Place(NamedTuple):
     value: Tensor
 
 
-def plain_tensors(model: nn.Module, stored: dict[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def plain_tensors(
+    model: nn.Module, stored: dict[str, Tensor], is_base: Callable[[str, Tensor], bool]
+) -> dict[str, Tensor]:
     """What is stored beside an adapter, by published names, of tied matrices the first one.
 
-    `base`: the base's tensors, by our names. ValueError where of tied matrices one is stored without the others.
+    `is_base`: whether the base's tensor of that published name has this value. ValueError where of tied matrices one is
+    stored without the others.
     """
+    return without_copies(model, {key.replace(BASE, "."): value for key, value in stored.items()}, is_base)
+
+
+def compare_with(model: nn.Module, base: Mapping[str, Tensor]) -> Callable[[str, Tensor], bool]:
+    """Whether the base's tensor of a published name has a value, for a base in memory; `base` has all by our names."""
     home = {published: key for key, published, _, _ in _published_rows(model, base)}
-    first = {name: base[home[name]] for name in tied_copies(model).values() if name in home}
-    return without_copies(model, {key.replace(BASE, "."): value for key, value in stored.items()}, first)
+    return lambda name, value: name in home and same_tensor(value, base[home[name]])
 
 
 def places_beside(model: nn.Module, stored: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> list[Place]:
@@ -117,8 +135,17 @@ def places_beside(model: nn.Module, stored: Mapping[str, Tensor], base: Mapping[
     A copy of what the base has is passed over: a head is stored whether it trained or not, and by PEFT the matrix of
     an adapted embedding. Raises ValueError for one that has no place in the model, or another shape.
     """
-    home = {published: (key, index, source) for key, published, index, source in _published_rows(model, base)}
     out = []
+    for place in all_places(model, stored, base):
+        rows = base[place.key].detach()[place.index]
+        if rows.is_meta or not torch.equal(place.value.to(rows), rows):
+            out.append(place)
+    return out
+
+
+def all_places(model: nn.Module, stored: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Iterator[Place]:
+    """The same of every one of them, also of what the base has."""
+    home = {published: (key, index, source) for key, published, index, source in _published_rows(model, base)}
     for key, value in stored.items():
         if key not in home and key.endswith(".num_batches_tracked"):
             continue  # of a batch norm, for a momentum that none here has
@@ -131,9 +158,7 @@ def places_beside(model: nn.Module, stored: Mapping[str, Tensor], base: Mapping[
             raise ValueError(
                 f"{key} has shape {tuple(value.shape)}, the model needs {tuple(rows.shape)}; it is for another base"
             )
-        if rows.is_meta or not torch.equal(value.to(rows), rows):
-            out.append(Place(name, index, value))
-    return out
+        yield Place(name, index, value)
 
 
 def _published_rows(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str, Any, Any]]:

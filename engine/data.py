@@ -170,7 +170,7 @@ def _txt(text: str, path: Path) -> Placed:
 def _conll(text: str, path: Path) -> Placed:
     tokens: list[str] = []
     tags: list[str] = []
-    width = start = 0
+    width = width_line = start = 0
     for number, line in enumerate(text.split("\n"), 1):
         line = line.rstrip("\r")
         if not line.strip(BLANKS) or line.startswith("-DOCSTART-"):
@@ -179,15 +179,19 @@ def _conll(text: str, path: Path) -> Placed:
             tokens, tags = [], []
             continue
         columns = line.split("\t") if "\t" in line else re.split(" +", line.strip(" "))
-        width = width or len(columns)
-        if len(columns) != width or width < 2 or not columns[0].strip(BLANKS) or not columns[-1].strip(BLANKS):
+        token, tag = columns[0].strip(BLANKS), columns[-1].strip(BLANKS)
+        if not width:
+            width, width_line = len(columns), number
+        if len(columns) != width or width < 2 or not token or not tag:
+            columns_as = f" in {width} columns, as on line {width_line}" if len(columns) != width else ""
             raise ValueError(
-                f"{path} line {number}: expected a token and its tag{f' in {width} columns' if width > 2 else ''}, "
+                f"{path} line {number}: expected a token and its tag{columns_as}, "
                 f"found {line[:60]!r}; write token<TAB>tag, and a blank line between sentences"
             )
+
         start = start if tokens else number
-        tokens.append(columns[0])
-        tags.append(columns[-1].strip(BLANKS))
+        tokens.append(token)
+        tags.append(tag)
     if tokens:
         yield f"line {start}", {"tokens": tokens, "tags": tags}
 

@@ -183,11 +183,14 @@ def comparisons(differences: ArrayLike, ties: ArrayLike) -> dict[str, float]:
     and the share of them that were chosen, over ten bins of equal width, weighted by their rows (Guo et al. 2017,
     arXiv:1706.04599).
 
-    differences, ties: (N,). Returns accuracy, calibration_error. Raises ValueError where there are only ties.
+    differences, ties: (N,). Returns accuracy, calibration_error. Raises ValueError where there are only ties, or
+    a difference is NaN.
     """
     d = np.asarray(differences, dtype=np.float64)[~np.asarray(ties, dtype=bool)]
     if not len(d):
         raise ValueError("comparisons: no rows to score but ties; give some with a better side")
+    if np.isnan(d).any():
+        raise ValueError("comparisons: a difference of scores is NaN; training has diverged, lower train.lr")
     right = (d > 0) + 0.5 * (d == 0)
     sure = 1 / (1 + np.exp(-np.abs(d)))  # from 0.5 up
     bins = np.minimum(((sure - 0.5) * 20).astype(int), 9)

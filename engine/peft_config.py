@@ -6,8 +6,8 @@ from typing import Any
 from .lora_config import LoRAConfig, is_finite
 
 # The type of an adapter on tensors that are no module for PEFT, or with such tensors stored beside it, which PEFT would
-# leave out without a word, or with token rows for which it leaves out a bias: so it refuses the whole. Merged and
-# saved, such a model is one that everybody loads.
+# leave out without a word, or of which it computes something else (`tied.read_otherwise`): so it refuses the whole.
+# Merged and saved, such a model is one that everybody loads.
 OURS = "HANDTUNE_LORA"
 
 # PEFT's fields that say nothing about the arithmetic, and those that are read here.

@@ -24,6 +24,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from numbers import Integral
 from typing import Any
 
 from .row_fields import message_fields, refuse_unknown, refuse_unused, template_arguments, with_system
@@ -169,9 +170,11 @@ def label_name(value: Any, what: str = "field 'label'") -> str:
     "<NA>" that NaN becomes as text.
     """
     if isinstance(value, float) and math.isfinite(value):
-        value = repr(value)
-    if isinstance(value, (bool, int)):
+        value = repr(float(value))  # NumPy's is a float, too, and writes itself otherwise
+    elif isinstance(value, bool):
         value = str(value)
+    elif isinstance(value, Integral):
+        value = str(int(value))
     if not isinstance(value, str):
         raise ValueError(f"{what} must be text or a number, not {_kind(value)}")
 

@@ -4,7 +4,7 @@ Here such a matrix is one parameter; PEFT stores, and replaces, each of the modu
 with an adapter, is another model there, whose head and embedding are no longer one: that has no counterpart here.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from fnmatch import fnmatchcase
 
 import torch
@@ -34,30 +34,42 @@ def tied_copies(model: nn.Module) -> dict[str, str]:
     return out
 
 
-def without_copies(model: nn.Module, stored: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Tensor]:
-    """An adapter's plain tensors, by published name, without second occurrences. `base`: those of the base.
+def without_copies(
+    model: nn.Module, stored: dict[str, Tensor], is_base: Callable[[str, Tensor], bool]
+) -> dict[str, Tensor]:
+    """An adapter's plain tensors, by published name, without second occurrences.
 
-    ValueError where one of several differs from the others: where it is stored alone, from those of the base.
+    `is_base`: whether the base's tensor of that published name has this value. ValueError where one of several differs
+    from the others: where it is stored alone, from those of the base.
     """
-    out = dict(stored)
-    for copy, first in tied_copies(model).items():
+    table = model.key_map() if isinstance(model, KnownModel) else {}
+    spellings = {name for source in table.values() for name in source.also}
+
+    out, copies = dict(stored), tied_copies(model)
+    for copy, first in copies.items():
         pair = [name for name in (copy, first) if name in stored]
-        if len(pair) == 2 and not _equal(stored[copy], stored[first]):
+        if pair == [copy] and copy in spellings:
+            out[first] = out.pop(copy)  # BERT's output bias, which transformers computes with under this name
+            continue
+        if len(pair) == 2 and not same_tensor(stored[copy], stored[first]):
             raise ValueError(
                 f"{copy} and {first} are two matrices in this adapter, and one in the base, which ties them; give it a "
                 "base with tie_word_embeddings = false and both matrices"
             )
-        if len(pair) == 1 and not (first in base and _equal(stored[pair[0]], base[first])):
+        if len(pair) == 1 and not is_base(first, stored[pair[0]]):
             other = first if pair == [copy] else copy
+            tied = [name.removesuffix(".weight") for name in (first, *(key for key in copies if copies[key] == first))]
             raise ValueError(
                 f"{pair[0]} comes without {other}, to which the base ties it, so that they are two from then on; train "
-                "the adapter with ensure_weight_tying, or on a base with tie_word_embeddings = false and both matrices"
+                f"the adapter with {' and '.join(tied)} in modules_to_save and ensure_weight_tying, or on a base with "
+                "tie_word_embeddings = false and both matrices"
             )
         out.pop(copy, None)
     return out
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
+def same_tensor(a: Tensor, b: Tensor) -> bool:
+    """Whether `a` is `b` once it is of its dtype. One on the meta device is like none."""
     return not b.is_meta and a.shape == b.shape and torch.equal(a.to(b), b)
 
 
@@ -71,6 +83,32 @@ def biased_output(model: nn.Module) -> str | None:
     known = {*copies, *(name for source in table.values() for name in source.names)}
     modules = [copy.removesuffix(".weight") for copy in copies if copy.endswith(".weight")]
     return next((module for module in modules if f"{module}.bias" in known), None)
+
+
+def read_otherwise(model: nn.Module, adapted: Collection[str], rows: Collection[str]) -> str | None:
+    """Why PEFT computes something else from factors on these published modules, or from token rows of those, or None.
+
+    For it each occurrence of a tied matrix is a module. Factors change the one that they are on. Token rows go to all
+    that transformers lists as tied, a head of its own among them where other occurrences are tied, but not to those
+    inside a model that is wrapped for a task.
+    """
+    copies = tied_copies(model)
+    pairs = {copy.removesuffix(".weight"): first.removesuffix(".weight") for copy, first in copies.items()}
+    for copy, first in pairs.items():
+        if first in adapted:
+            return f"{copy} is the same matrix as {first}, and PEFT's factors on {first} don't reach it"
+        if first in rows and isinstance(model, KnownModel) and copy.startswith(model.base_prefix):
+            return f"{copy} is the same matrix as {first}, and PEFT's token rows of {first} don't reach it"
+
+    if isinstance(model, KnownModel) and set(rows) & set(pairs.values()):
+        stored = {name for source in model.key_map().values() for name in source.names}
+        if apart := next((name for name in model.copies if name in stored), None):
+            head = apart.removesuffix(".weight")
+            return f"{head} is a matrix of its own, over whose rows PEFT writes the token rows of the embedding"
+
+    if rows and (output := biased_output(model)):
+        return f"{output} has a bias, without which PEFT computes where token rows train"
+    return None
 
 
 def copies_beside(model: nn.Module, stored: Collection[str]) -> dict[str, str]:

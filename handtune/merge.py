@@ -20,6 +20,7 @@ from torch import Tensor
 from .engine import merge_lora
 from .engine.adapter_files import StoredAdapter, read_adapter
 from .engine.adapters import merged_rows
+from .engine.beside import all_places, tensors_with
 from .engine.lora import slots
 from .engine.rounding import Rounding, dtype_name, rounded
 from .engine.wrapping import Factors
@@ -30,7 +31,7 @@ from .models.filling import Placement, blocks, own_tensors, place
 from .models.layers import Published
 from .models.pixels import Pixels
 from .models.shards import INDEX, SINGLE, write_json
-from .models.tensor_file import Made, Stored, read_into, same, write_file
+from .models.tensor_file import Made, Stored, holds, read_into, same, write_file
 from .prompts import learn_turn_end
 from .stored import adds_tokens, head_of, put_adapter, resized_vocabulary
 
@@ -53,7 +54,7 @@ def merge(base: str, adapter: Path, out: Path) -> None:
         if adds_tokens(adapter, opened.tokenizer) or resized or reordered:
             model, tokenizer = load(base, dtype=opened.shards.dtype(), head_follows=True, **head_of(adapter))
             put_adapter(model, tokenizer, adapter)
-            _measure(model, rounding)
+            _measure(model, adapter, rounding)
             merge_lora(model, keep_base=False)
             learn_turn_end(model, tokenizer)
             save(model, tokenizer, folder)
@@ -70,12 +71,26 @@ def _say(rounding: Rounding, dtype: torch.dtype) -> None:
     print(f"{rounding.survives:.1%} of the adapter's change survives in {dtype_name(dtype)}{remedy}", file=sys.stderr)
 
 
-def _measure(model: Any, rounding: Rounding) -> None:
-    """Count what merging the active adapter of a loaded model will come to."""
+def _measure(model: Any, adapter: Path, rounding: Rounding) -> None:
+    """Count what merging the active adapter of a loaded model will come to, as merging tensor by tensor does."""
+    changed: list[Tensor] = []
     for slot in slots(model):
         if isinstance(slot.module.active, str):
             for rows, value in merged_rows(slot.module, slot.module.active):
                 rounding.add(rows, value, value.to(rows.dtype))
+                changed.append(rows)
+
+    # What it brings whole, in fp32 from its file. A head that the base lacks changes nothing.
+    stored, base, now = read_adapter(model, adapter), tensors_with(model, None), own_tensors(model)
+    pointers = {rows.data_ptr() for rows in changed}
+    for key, index, value in all_places(model, stored.plain, base):
+        is_new = model.head_is_new and key.startswith("head.")
+        if not is_new and now[key].detach()[index].data_ptr() not in pointers:
+            before = base[key].detach()[index]
+            rounding.add(before, value, value.to(before.dtype))
+    for path, ids, rows in stored.rows:
+        before = base[f"{path}.weight"].detach()[ids]
+        rounding.add(before, rows, rows.to(before.dtype))
 
 
 @contextmanager
@@ -106,7 +121,13 @@ def _stream(opened: Checkpoint, base: str, adapter: Path, folder: Path, rounding
     model = opened.model
     if isinstance(model, ResNet):
         model.pixels = Pixels.read(adapter, {}, model.config.n_channels) or model.pixels
-    stored, placement = read_adapter(model, adapter), place(model, opened.shards, new_head=opened.head_rows is None)
+    placement = place(model, opened.shards, new_head=opened.head_rows is None)
+
+    def is_base(name: str, value: Tensor) -> bool:
+        tensor = placement.stored.get(name)
+        return tensor is not None and value.shape == tensor.shape and holds(tensor, value.to(tensor.dtype))
+
+    stored = read_adapter(model, adapter, is_base)
     tensors = _tensors(opened, placement, stored, rounding)
     for key, copy, said in placement.copies:
         if not same(copy, placement.stored[model.key_map()[key].names[0]]):
@@ -133,7 +154,7 @@ def _tensors(opened: Checkpoint, placement: Placement, adapter: StoredAdapter, r
             if stored is None and plain is None:
                 out[name] = Made(shape, dtype, partial(torch.zeros, shape, dtype=dtype))
             elif path in factors and key.endswith(".weight") and _changes(model, path, factors[path], i):
-                rows = partial(_rows, source, block, dtype, stored, plain)
+                rows = partial(_rows, source, block, dtype, stored, plain, name)
                 merged = partial(_merged, model, path, factors[path], i, source, rows, name, rounding)
                 out[name] = Made(shape, dtype, merged)
             elif plain is not None:
@@ -156,14 +177,15 @@ def _changes(model: Any, path: str, factors: Factors, index: int) -> bool:
     return not isinstance(factors, LowRank) or module.parts[index] in factors.parts
 
 
-def _rows(source: Published, block: Tensor, dtype: torch.dtype, stored: Stored | None, plain: Tensor | None) -> Tensor:
-    """The rows before the adapter, in our layout: as stored in the base, or as the adapter brings them."""
-    rows = torch.empty(block.shape, dtype=dtype)
+def _rows(
+    source: Published, block: Tensor, dtype: torch.dtype, stored: Stored | None, plain: Tensor | None, name: str
+) -> Tensor:
+    """The rows before the adapter, in our layout: as stored in the base, or as the adapter brings them as `name`."""
     if plain is not None:
-        source.as_stored(rows).copy_(rounded(plain, dtype, source.names[0]))
-    else:
-        assert stored is not None
-        read_into(stored, source.as_stored(rows))
+        return source.ours(rounded(plain, dtype, name)).contiguous()
+    assert stored is not None
+    rows = torch.empty(block.shape, dtype=dtype)
+    read_into(stored, source.as_stored(rows))
     return rows
 
 

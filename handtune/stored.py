@@ -152,7 +152,12 @@ def resized_vocabulary(adapter: Path, model: Any) -> int | None:
         return None
     stored = {_plain(key): tensor.shape for key, tensor in read_header(adapter / WEIGHTS).items()}
     table = model.key_map()
-    names = [table[key].names[0] for key in ("embed.tokens.weight", "head.weight", "head.bias") if key in table]
+    spelled = [
+        (table[key].names[0], *table[key].also)
+        for key in ("embed.tokens.weight", "head.weight", "head.bias")
+        if key in table
+    ]
+    names = [next((name for name in names if name in stored), names[0]) for names in spelled]
     if model.task not in ("causal-lm", "masked-lm", "seq2seq-lm"):
         names = names[:1]
     sizes = {name: stored[name][0] for name in names if name in stored}

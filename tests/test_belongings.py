@@ -190,6 +190,20 @@ def test_the_adapter_that_is_set_is_the_one_that_trains() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), model.parameters(), strict=True))
 
 
+def test_what_of_the_base_trains_belongs_to_the_adapter_that_is_set() -> None:
+    """In anybody's loop: the base keeps what it had when the adapter was set."""
+    model = gpt2()
+    add_lora(model, SMALL)
+    set_adapter(model, None)
+    unfreeze(model, "norm.*")
+    shaken(model)
+    expected = logits(model)
+    set_adapter(model, "default")
+    shaken(model, 6)
+    set_adapter(model, None)
+    assert torch.equal(logits(model), expected)
+
+
 def test_what_is_frozen_before_it_has_changed_is_the_bases(tmp_path: Path) -> None:
     """A new head trains and the embedding tied to it does not, which is then no part of the adapter's file."""
     model = both(tmp_path / "base", tiny_bert(), "masked-lm")[1]

@@ -6,6 +6,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from handtune.engine.data import label_names, read_prompts, read_rows, row_shape, split_rows
@@ -178,7 +179,7 @@ def test_conll(tmp_path):
         {"tokens": ["Ada", "wrote"], "tags": ["B-person", "O"]},
         {"tokens": ["Go"], "tags": ["O"]},
     ]
-    assert read_rows(write(tmp_path, "a.iob2", "New York\tB-loc\r\n#\tO\r\n")) == [
+    assert read_rows(write(tmp_path, "a.iob2", "New York \tB-loc\r\n#\tO\r\n")) == [
         {"tokens": ["New York", "#"], "tags": ["B-loc", "O"]}
     ]
 
@@ -260,8 +261,12 @@ def test_squad_layout_is_flattened(tmp_path):
         ("a.csv", "text,text\na,1\n", "a.csv line 1: the column 'text' stands there twice"),
         ("a.tsv", "good\t1\nbad\tfilm\t0\n", "a.tsv line 2: 3 fields where line 1 has 2"),
         ("a.tsv", "review\tstars\na\t1\nb\t1\n", "a.tsv line 1: 'stars' occurs nowhere else as a label"),
-        ("a.conll", "Ada\tB-person\nwrote\n", "a.conll line 2: expected a token and its tag, found 'wrote'"),
-        ("a.conll", "Ada B\n# id 7 x\n", "a.conll line 2: expected"),
+        (
+            "a.conll",
+            "Ada\tB-person\nwrote\n",
+            "a.conll line 2: expected a token and its tag in 2 columns, as on line 1, found 'wrote'",
+        ),
+        ("a.conll", "\nAda B\n# id 7 x\n", "a.conll line 3: expected a token and its tag in 2 columns, as on line 2"),
         ("a.parquet", "x", "a.parquet: unknown kind of file '.parquet'; use one of .jsonl"),
     ],
 )
@@ -318,7 +323,7 @@ def test_split_refuses(rows, share):
 @pytest.mark.parametrize(
     ("values", "name"),
     [
-        ([1, 1.0, 1e0, "1", "1.0", "+1", " 1 ", "1.", "1.000e+00"], "1"),
+        ([1, 1.0, 1e0, np.int64(1), np.float64(1), "1", "1.0", "+1", " 1 ", "1.", "1.000e+00"], "1"),
         ([0, -0.0, "-0", "0.0", "-0.00"], "0"),
         ([-3, -3.0, "-3.0"], "-3"),
         ([True, "True", "TRUE", "true"], "true"),

@@ -34,6 +34,10 @@ FAMILIES: dict[str, tuple[Callable[[Path], Any], str | None, dict[str, Any], tup
     "bert": (lambda f: both(f, tiny_bert(), "masked-lm"), None, {"targets": ["query", "output.dense"]}, ()),
     "bloom, DoRA": (lambda f: both(f, tiny_bloom(), "causal-lm"), None, {"dora": True}, ()),
     "llama that trained under its adapter": (lambda f: both(f, tiny_llama(), "causal-lm"), None, {}, ("layers.0.*",)),
+    "bloom that trained under its adapter": (
+        lambda f: both(f, tiny_bloom(), "causal-lm"), None, {"targets": ["query_key_value"]}, ("layers.0.qkv.weight",),
+    ),
+    "xlnet that trained under its adapter": (both_xlnets, None, {}, ("layers.0.o.weight",)),
     "llama": (lambda f: both(f, tiny_llama(), "causal-lm"), None, {"targets": ["q_proj", "v_proj", "up_proj"]}, ()),
     "t5": (both_t5, None, {}, ()),
     "xlnet": (both_xlnets, None, {}, ()),
@@ -92,6 +96,30 @@ def test_shards_stay_shards(tmp_path: Path) -> None:
     ids = torch.arange(1, 9)[None]
     torch.testing.assert_close(again(ids), whole(ids))
     torch.testing.assert_close(theirs(ids).logits, whole(ids), rtol=0, atol=1e-4)
+
+
+def test_what_survives_is_the_same_in_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Norms and a head are counted with the factors, be the adapter merged file to file or in memory."""
+    reference, _ = both(tmp_path / "wide", tiny_llama(vocab_size=300, tie_word_embeddings=False), "causal-lm")
+    reference.to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    byte_level().save(str(tmp_path / "base/tokenizer.json"))
+    model = load(tmp_path / "wide", device="cpu")[0]
+    add_lora(model, LoRAConfig(rank=2, targets=["down_proj"]))
+    unfreeze(model, "head.*", "*norm*")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.001 * torch.randn_like(parameter)
+    save_adapter(model, tmp_path / "adapter")
+    command = ["merge", str(tmp_path / "base"), str(tmp_path / "adapter")]
+    reports = []
+    for name in ("streamed", "in memory"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("handtune.merge.adds_tokens", lambda *_, name=name: name == "in memory")
+            assert main([*command, str(tmp_path / name)]) == 0
+        reports.append(capsys.readouterr().err)
+    assert "survives in bfloat16" in reports[0]
+    assert reports[0] == reports[1]
 
 
 def test_the_dtype_of_the_base_stays(tmp_path: Path) -> None:

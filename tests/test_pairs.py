@@ -213,6 +213,8 @@ def test_the_score_of_comparisons() -> None:
     assert found["calibration_error"] == pytest.approx((1 - sure[0] + sure[1] + 0) / 3)
     with pytest.raises(ValueError, match="only|but ties"):
         comparisons([1.0], [True])
+    with pytest.raises(ValueError, match="difference of scores is NaN"):
+        comparisons([1.0, float("nan")], [False, False])
 
 
 def test_a_reward_model_comes_near_what_noisy_labels_allow() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from test_adapter_exchange import logits as logits_of
 from handtune.cli import main
 from handtune.engine import LoRAConfig, add_lora, load_adapter, save_adapter, train_rows, unfreeze
 from handtune.models import load
+from handtune.stored import put_adapter
 
 BASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
     "llama": (lambda f: both(f, tiny_llama(tie_word_embeddings=True), "causal-lm"), TEXT),
@@ -46,7 +48,7 @@ def test_peft_reads_our_tied_matrices(base: str, part: str, tmp_path: Path) -> N
     assert torch.equal(logits_of(again, inputs), expected)
 
 
-TIED_APART = "to which the base ties it"
+TIED_APART = "to which the base ties it.* with model.embed_tokens and lm_head in modules_to_save"
 OF_PEFT: dict[str, tuple[bool, list[str], bool, str | None]] = {
     "the embedding of a tied base": (True, ["embed_tokens"], False, TIED_APART),
     "its head": (True, ["lm_head"], False, TIED_APART),
@@ -85,6 +87,24 @@ def test_we_read_pefts(tied: bool, saved: list[str], tying: bool, refusal: str |
     assert main(arguments) == 2
 
 
+def test_a_tied_head_stored_as_it_is_in_the_base(tmp_path: Path) -> None:
+    """PEFT stores what it is told to, trained or not: such a copy says nothing, in memory and from file to file."""
+    both(tmp_path / "base", tiny_llama(tie_word_embeddings=True), "causal-lm")
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    reference = peft.get_peft_model(
+        reference, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    ).eval()
+    for name, parameter in reference.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    reference.save_pretrained(tmp_path / "adapter")
+    model = load(tmp_path / "base", device="cpu")[0]
+    load_adapter(model, tmp_path / "adapter")
+    close(logits(model), logits(reference))
+    assert main(["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "out")]) == 0
+    close(logits(load(tmp_path / "out", device="cpu")[0]), logits(reference))
+
+
 def test_token_rows_under_an_output_matrix_with_a_bias(tmp_path: Path) -> None:
     """PEFT computes it without the bias then: either side refuses the other's file, and we read ours."""
     reference, model = both(tmp_path / "base", tiny_bert(), "masked-lm")
@@ -102,6 +122,57 @@ def test_token_rows_under_an_output_matrix_with_a_bias(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="HANDTUNE_LORA"):
         peft.PeftModel.from_pretrained(reference, str(tmp_path / "ours"))
     load_adapter(again, tmp_path / "ours")
+    assert torch.equal(logits(again), logits(model))
+
+
+OTHERWISE: dict[str, tuple[Callable[[Path], Any], bool, str]] = {
+    "factors on the embedding": (partial(both_t5, task="embedding"), False, "PEFT's factors on shared don't reach it"),
+    "rows inside a wrapped model": (
+        partial(both_t5, task="token-classification"),
+        True,
+        "encoder.embed_tokens is the same matrix as transformer.shared, and PEFT's token rows",
+    ),
+    "rows beside a head of its own": (partial(both_t5, tied=False), True, "lm_head is a matrix of its own"),
+}
+
+
+@pytest.mark.parametrize(("make", "rows", "reason"), OTHERWISE.values(), ids=OTHERWISE)
+def test_what_peft_computes_otherwise(make: Callable[[Path], Any], rows: bool, reason: str, tmp_path: Path) -> None:
+    """Two look-ups of one matrix: either side refuses the other's file, and we read ours."""
+    reference, model = make(tmp_path / "base")
+    more = {"trainable_token_indices": {"shared": [3, 9]}} if rows else {}
+    config = peft.LoraConfig(r=2, target_modules=["q"] if rows else ["q", "shared"], **more)
+    shaken(peft.get_peft_model(reference, config)).save_pretrained(tmp_path / "theirs")
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=reason) as caught:
+        load_adapter(model, tmp_path / "theirs")
+    assert "adapter_model.safetensors" in str(caught.value)
+    assert_unchanged(model, before)
+
+    add_lora(model, LoRAConfig(rank=2, targets=["q"] if rows else ["q", "shared"]))
+    if rows:
+        train_rows(model, [3, 9])
+        model.embed.tokens.weight.data[[3, 9]] += 0.5
+    else:
+        shaken(model)
+    save_adapter(model, tmp_path / "ours")
+    assert json.loads((tmp_path / "ours/adapter_config.json").read_text())["peft_type"] == "HANDTUNE_LORA"
+    again = make(tmp_path / "other")[1]
+    load_adapter(again, tmp_path / "ours")
+    inputs = TEXT | ({"decoder_input_ids": TEXT["input_ids"]} if model.task == "seq2seq-lm" else {})
+    assert torch.equal(logits_of(again, inputs), logits_of(model, inputs))
+
+
+def test_token_rows_beside_an_output_bias(tmp_path: Path) -> None:
+    """The output matrix is stored as rows of the embedding, and its bias whole."""
+    model, again = (both(tmp_path / name, tiny_bert(), "masked-lm")[1] for name in "ab")
+    add_lora(model, LoRAConfig(rank=2, targets=["query"]))
+    unfreeze(model, "head.bias")
+    train_rows(model, [3, 9])
+    model.embed.tokens.weight.data[[3, 9]] += 0.5
+    model.head.bias.data += 0.5
+    save_adapter(model, tmp_path / "adapter")
+    load_adapter(again, tmp_path / "adapter")
     assert torch.equal(logits(again), logits(model))
 
 
@@ -158,6 +229,41 @@ def test_a_vocabulary_of_another_size(tied: bool, size: int, more: tuple[str, ..
         assert_close(load(tmp_path / "out", device="cpu")[0](ids), reference(input_ids=ids).logits)
     with pytest.raises(ValueError, match="the model needs"):
         load_adapter(load(tmp_path / "base", device="cpu")[0], tmp_path / "adapter")
+
+
+def test_a_masked_language_model_of_another_size(tmp_path: Path) -> None:
+    """PEFT stores the output bias where the output matrix has it, under its second name."""
+    reference, _ = both(tmp_path / "base", tiny_bert(), "masked-lm")
+    reference.resize_token_embeddings(64)
+    reference = shaken(peft.get_peft_model(reference, peft.LoraConfig(r=2, target_modules=["query"]))).eval()
+    reference.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    model = load(tmp_path / "base", device="cpu")[0]
+    put_adapter(model, None, tmp_path / "adapter")
+    close(logits(model), logits(reference))
+
+
+REFUSED_FACTORS: dict[str, tuple[Callable[[Path], Any], list[str], str]] = {
+    "a tied head": (
+        lambda f: both(f, tiny_llama(tie_word_embeddings=True), "causal-lm"),
+        ["lm_head"],
+        "lm_head.lora_A.weight is of lm_head, and the base ties that to model.embed_tokens",
+    ),
+    "a tied embedding": (
+        lambda f: both(f, tiny_llama(tie_word_embeddings=True), "causal-lm"),
+        ["q_proj", "embed_tokens"],
+        "adapter_model.safetensors: embed.tokens is tied to head",
+    ),
+    "a second look-up": (both_t5, ["q", "encoder.embed_tokens"], "the base ties that to shared"),
+}
+
+
+@pytest.mark.parametrize(("make", "targets", "reason"), REFUSED_FACTORS.values(), ids=REFUSED_FACTORS)
+def test_factors_on_a_tied_matrix(make: Callable[[Path], Any], targets: list[str], reason: str, tmp_path: Path) -> None:
+    reference, model = make(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules=targets)
+    peft.get_peft_model(reference, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(ValueError, match=reason):
+        load_adapter(model, tmp_path / "adapter")
 
 
 def test_one_matrix_of_another_size_without_the_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
