@@ -125,8 +125,8 @@ def fine_tuned(base: Path, options: argparse.Namespace) -> dict[str, Any]:
     run, merged = base.with_name(base.name + "-run"), base.with_name(base.name + "-merged")
     (base.parent / "run.toml").write_text(
         f'method = "sft"\nout = "{run}"\n[model]\npath = "{base}"\ndtype = "float32"\n[data]\n'
-        f'train = "{options.data}"\nmax_length = 512\n[lora]\nrank = 8\nalpha = 16\n[train]\n'
-        f"max_steps = {options.steps}\nbatch_tokens = 1024\nlr = 2e-4\n"
+        f'train = "{options.data}"\nmax_length = 256\n[lora]\nrank = 8\nalpha = 16\n[train]\n'
+        f"max_steps = {options.steps}\nbatch_tokens = 256\nlr = 2e-4\n"
     )
     handtune("train", base.parent / "run.toml")
     handtune("merge", base, run / "adapter", merged)

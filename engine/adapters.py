@@ -4,7 +4,7 @@ Merging is computed in fp32 and cast once. It is undone from a kept copy, not by
 in the last bit for about one weight in 25 in bf16.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
@@ -74,6 +74,7 @@ def use_adapter(
     with alone(model):
         before = {slot.module: slot.module.active for slot in slots(model)}
         outer, owners = active_adapter(model), active_belongings(model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if name is None or isinstance(name, str):
             _require(model, name)
             _activate(model, name)
@@ -82,7 +83,7 @@ def use_adapter(
         try:
             yield
         finally:
-            _restore(model, before, owners, outer)
+            _restore(model, before, owners, outer, trained)
 
 
 @contextmanager
@@ -104,15 +105,17 @@ def _restore(
     before: dict[Adaptable, str | AdapterRows | None],
     owners: dict[nn.Module, str | None],
     adapter: str | None,
+    trained: Collection[Tensor],
 ) -> None:
     """What was active before a block, as far as it is there: in the block adapters may have come, gone, been merged.
 
-    `owners`: of what belongs to adapters; `adapter`: the one for all rows, if there was one.
+    `owners`: of what belongs to adapters; `adapter`: the one for all rows, if there was one; `trained`: the parameters
+    that trained before the block, which don't become its adapter's.
     """
     outer = next((was for was in before.values() if was is not None), None)
     merged = any(slot.module.merged is not None for slot in slots(model))
     if not merged:
-        claim(model, active_adapter(model))
+        claim(model, active_adapter(model), but=trained)
         restore(model, owners, adapter)
     for slot in slots(model):
         module = slot.module

@@ -93,15 +93,18 @@ def _joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def claim(model: nn.Module, adapter: str | None, names: Collection[str] = ()) -> None:
+def claim(model: nn.Module, adapter: str | None, names: Collection[str] = (), *, but: Collection[Tensor] = ()) -> None:
     """From here on the parameters outside of adapters that train, or are called `names`, belong to `adapter`.
 
-    It is the active one, or None, without which they stay the base's.
+    It is the active one, or None, without which they stay the base's, as those do that trained before (`but`).
     """
     if adapter is None:
         return
+    before = {id(parameter) for parameter in but}
     trained = {
-        key: p for key, p in model.named_parameters() if ".lora." not in key and (p.requires_grad or key in names)
+        key: p
+        for key, p in model.named_parameters()
+        if ".lora." not in key and id(p) not in before and (p.requires_grad or key in names)
     }
     mine = belongings_of(model, adapter) if trained else set()
     new = {p: nn.Parameter(p.detach().clone(), requires_grad=False) for key, p in trained.items() if key not in mine}

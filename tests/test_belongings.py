@@ -294,3 +294,16 @@ def test_moved_and_quantised_in_between() -> None:
     freeze(model, "*")
     with pytest.raises(ValueError, match=r"layers\.0\.up\.weight belongs to adapter 'default'"):
         quantize(model, "mlp")
+
+
+def test_a_block_does_not_take_what_the_base_trains() -> None:
+    """In an evaluation with an adapter, say: the optimizer keeps the parameters that it was given."""
+    model = gpt2(task="sequence-classification", labels=("a", "b"))
+    add_lora(model, LoRAConfig(rank=2), "a")
+    set_adapter(model, None)
+    unfreeze(model, "head.*")
+    head = model.head.out.weight
+    with use_adapter(model, "a"):
+        pass
+    assert model.head.out.weight is head
+    assert head.requires_grad
