@@ -77,27 +77,20 @@ def test_it_stops_after_its_turn(lora: bool, base: Path, tmp_path: Path, capsys:
     assert answer_of(tmp_path / "merged", tmp_path / "merged") == (ANSWER, TURN_END)
 
 
-def test_a_turn_that_ends_in_plain_text_learns_to_stop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_turn_that_ends_in_plain_text_learns_to_stop() -> None:
     """By the end of texts, in rows of prompt and completion and in dialogues."""
     source = (
         "{% for m in messages %}{{ '### ' + m.role + ':\n' + m.content + '\n\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
     )
-    model = gpt2()
-    model.tokens = SpecialTokens(eos_id=0, chat_template=source, settings=NAMES)
-    save(model, byte_level(), tmp_path / "base")
     rows = {"prompt": QUESTION, "completion": ANSWER}
     dialogue = {"messages": [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]}
     tokenizer, template = byte_level(), ChatTemplate(source)
     for row in (as_dialogue(rows), dialogue):
         (example,), _ = encode([row], tokenizer, "sft", max_length=64, eos=0, template=template)
         assert [t for t in example["targets"] if t >= 0] == [*tokenizer.encode(ANSWER + "\n\n").ids, 0]
-    pair = {
-        "prompt": dialogue["messages"][:1],
-        "chosen": dialogue["messages"][1:],
-        "rejected": dialogue["messages"][1:],
-    }
-    pair["rejected"] = [{"role": "assistant", "content": "France"}]
+    asked, answer = dialogue["messages"][:1], dialogue["messages"][1:]
+    pair = {"prompt": asked, "chosen": answer, "rejected": [{"role": "assistant", "content": "France"}]}
     (example,), _ = encode([pair], tokenizer, "pairs", max_length=64, eos=0, template=template)
     assert (example["chosen"][-1], example["rejected"][-1]) == (0, 0)
 
