@@ -24,6 +24,7 @@ _LEGENDS = {
     "span-corruption": "the loss is on spans of tokens that are chosen anew in each epoch",
     "embed": "each anchor is to be near its positive, and far from the others of its batch",
     "tag": "the loss is on the tag of each word, {}, behind the word's first token",
+    "prompts": "the policy writes on behind the last token, and rewards are on what it writes",
     "qa": "the answer is {}: the loss is on where it begins and ends",
     "pairs": "the loss is on the answers, {}, of both sides",
     "reward": "the loss is on the scores of both sides, read at their last tokens, {}",
@@ -85,6 +86,8 @@ def _marked(
     note = f"{len(ids)} tokens"
     if objective == "classify":
         return f"{note}, label {_name(example['label'], labels)}", [(text, False) for text in _texts(ids, tokenizer)]
+    if objective == "prompts":
+        return f"{note} to continue", [(text, False) for text in _texts(ids, tokenizer)]
     if objective in ("masked-lm", "span-corruption"):
         return f"{note}, masked anew in each epoch", [(text, False) for text in _texts(ids, tokenizer)]
     if objective == "seq2seq":

@@ -158,6 +158,11 @@ def read_config(path: str | Path, overrides: Sequence[str] = (), kind: type = Ru
 
     Raises FileNotFoundError where there is no file, ValueError for anything in it that doesn't fit.
     """
+    return from_table(kind, read_table(path, overrides), str(path))
+
+
+def read_table(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What stands in a TOML file, changed by overrides. FileNotFoundError, or ValueError where it isn't TOML."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such configuration file")
@@ -167,7 +172,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = (), kind: type = Ru
         raise ValueError(f"{path}: not valid TOML ({error})") from error
     for override in overrides:
         _override(table, override)
-    return from_table(kind, table, str(path))
+    return table
 
 
 def _override(table: dict[str, Any], override: str) -> None:

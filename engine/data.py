@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .images import image_rows
+from .placed_rows import PlacedRow, place_of
 from .rows import label_name, normalise, prompt_row, row_shape
 from .tables import csv_rows, tsv_rows
 
@@ -75,7 +76,7 @@ def _placed_rows(path: Path, as_row: Callable[[Mapping[str, Any]], dict[str, Any
             row = as_row(raw)
         except ValueError as error:
             raise ValueError(f"{path} {place}: {error}") from None
-        yield place, row
+        yield place, PlacedRow(row, str(path), place)
     if not found:
         raise ValueError(f"{path}: no rows in it; give a file with at least one")
 
@@ -240,13 +241,15 @@ def label_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     ValueError if rows have neither, or a label is missing, as `rows.label_name` says.
     """
     names: set[str] = set()
-    for number, row in enumerate(rows, 1):
+    for index, row in enumerate(rows):
         if "tags" not in row and "label" not in row:
-            raise ValueError(f"row {number}: a {row_shape(row)} row has neither label nor tags; add the field")
+            raise ValueError(
+                f"{place_of(row, index)}: a {row_shape(row)} row has neither label nor tags; add the field"
+            )
         try:
             names.update(map(label_name, row["tags"] if "tags" in row else [row["label"]]))
         except ValueError as error:
-            raise ValueError(f"row {number}: {error}") from None
+            raise ValueError(f"{place_of(row, index)}: {error}") from None
     if all(re.fullmatch("-?[0-9]+", name) for name in names):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names, key=lambda name: (name != "O", name))

@@ -41,6 +41,7 @@ from .data import label_names
 from .encode_report import Encoded, EncodeReport, Outcome
 from .encode_tasks import IGNORED, Numbered, Settings
 from .pairs import comparisons
+from .placed_rows import place_of
 from .rows import is_dialogue, label_ids, row_shape
 from .text import append_eos, beginning, begun, encode_with_seams, tokenize_pairs
 
@@ -71,8 +72,8 @@ def encode(
     truncate: what becomes of rows that are too long, see above.
     evaluation: for a score, which counts all rows: examples say their `row`, so that rows that gave none are known, and
     of tagged sentences their `words`; a question whose answer no window holds stays (without loss).
-    Raises ValueError, rows counted from 1, for rows of the wrong shape, an unknown label, a template that fails on a
-    row, and if no target is left.
+    Raises ValueError, which says where the row stands, for rows of the wrong shape, an unknown label, a template that
+    fails on a row, and if no target is left.
     """
     encoders = _ENCODERS.get(objective)
     if encoders is None:
@@ -96,7 +97,7 @@ def encode(
     for index, encoded in enumerate(_encode_batches(rows, encoders, settings)):
         examples += [example | {"row": index} for example in encoded.examples] if evaluation else encoded.examples
         outcomes.append(encoded.outcome())  # the examples are in one list, not two
-    report = EncodeReport.of(objective, outcomes, len(examples))
+    report = EncodeReport.of(objective, rows, outcomes, len(examples))
     if not examples:
         purpose = "evaluate" if evaluation else "train"
         raise ValueError(f"no target left to {purpose} on: {report}; check the rows, or raise data.max_length")
@@ -121,7 +122,7 @@ def _check_shapes(rows: Sequence[Mapping[str, Any]], objective: str, encoders: M
     for index, row in enumerate(rows):
         if row_shape(row) not in encoders:
             raise ValueError(
-                f"row {index + 1}: a {row_shape(row)} row, but {objective} needs {' or '.join(encoders)}; "
+                f"{place_of(row, index)}: a {row_shape(row)} row, but {objective} needs {' or '.join(encoders)}; "
                 "change the data or the method"
             )
 
@@ -130,8 +131,8 @@ def _check_arguments(rows: Sequence[Mapping[str, Any]]) -> None:
     for index, row in enumerate(rows):
         if (names := row.get("template_arguments")) and not is_dialogue(row):
             raise ValueError(
-                f"row {index + 1}: only a chat template uses {', '.join(names)}, and this row does not go through one; "
-                "take it out, or train the row as a chat (messages, or data.chat)"
+                f"{place_of(row, index)}: only a chat template uses {', '.join(names)}, and this row goes "
+                "through none; take it out, or train the row as a chat (messages, or data.chat)"
             )
 
 
@@ -175,7 +176,7 @@ def _whole_text(index: int, row: Mapping[str, Any], settings: Settings) -> str:
                 raise ValueError(f"messages[{turn}]: the chat template drops its thinking, which sft would train")
         return text
     except ValueError as error:
-        raise ValueError(f"row {index + 1}: {error}") from None
+        raise ValueError(f"{place_of(row, index)}: {error}") from None
 
 
 def _encode_texts(texts: list[str], settings: Settings) -> "list[Encoding]":
@@ -217,7 +218,7 @@ def _rendered(index: int, row: Mapping[str, Any], targets: ChatTargets) -> list[
     try:
         return targets.trained(messages, trained_turns(messages), **row.get("template_arguments", {}))
     except ValueError as error:
-        raise ValueError(f"row {index + 1}: {error}") from None
+        raise ValueError(f"{place_of(row, index)}: {error}") from None
 
 
 def _with_loss(ids: list[int], mask: list[bool], settings: Settings) -> Encoded:

@@ -1,12 +1,14 @@
 """What became of rows when they were encoded: how many examples they gave, which were dropped, what was too long."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-SHOWN = 5  # row numbers named in a report
+from .placed_rows import places_of
+
+SHOWN = 5  # rows named in a report
 PERCENTILES = (50, 90, 99, 100)
 
 
@@ -56,22 +58,20 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some of the rows: how many, and the indices (from 0) of the first few. Printed counting from 1."""
+    """Some of the rows: how many, and where the first few of them stand."""
 
     count: int
-    first: tuple[int, ...]
+    first: str
 
     @classmethod
-    def where(cls, flags: Iterable[bool]) -> "Rows":
+    def where(cls, flags: Iterable[bool], rows: Sequence[Mapping[str, Any]]) -> "Rows":
         """The rows whose flag is set."""
         indices = [index for index, flag in enumerate(flags) if flag]
-        return cls(len(indices), tuple(indices[:SHOWN]))
+        return cls(len(indices), places_of(rows, indices[:SHOWN]))
 
     def __str__(self) -> str:
-        if not self.count:
-            return "0"
-        numbers = ", ".join(str(index + 1) for index in self.first) + (", ..." if self.count > len(self.first) else "")
-        return f"{self.count:,} (row{'s' if self.count > 1 else ''} {numbers})"
+        more = ", ..." if self.count > SHOWN else ""
+        return f"{self.count:,} ({self.first}{more})" if self.count else "0"
 
 
 @dataclass(frozen=True)
@@ -95,17 +95,19 @@ class EncodeReport:
     lengths: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, objective: str, outcomes: Sequence[Outcome], examples: int) -> "EncodeReport":
-        """The report on rows of which there are the `outcomes`, and in all so many examples."""
+    def of(
+        cls, objective: str, rows: Sequence[Mapping[str, Any]], outcomes: Sequence[Outcome], examples: int
+    ) -> "EncodeReport":
+        """The report on rows, each with its outcome, of which there are in all so many examples."""
         lengths = [outcome.length for outcome in outcomes]
         return cls(
             objective,
             read=len(outcomes),
             kept=sum(outcome.kept for outcome in outcomes),
             examples=examples,
-            dropped=Rows.where(not outcome.kept for outcome in outcomes),
-            truncated=Rows.where(outcome.truncated for outcome in outcomes),
-            masked=Rows.where(outcome.masked for outcome in outcomes),
+            dropped=Rows.where((not outcome.kept for outcome in outcomes), rows),
+            truncated=Rows.where((outcome.truncated for outcome in outcomes), rows),
+            masked=Rows.where((outcome.masked for outcome in outcomes), rows),
             tokens=sum(outcome.tokens for outcome in outcomes if outcome.kept),
             targets=sum(outcome.targets for outcome in outcomes if outcome.kept),
             lengths=tuple(np.percentile(lengths, PERCENTILES, method="inverted_cdf").tolist()) if lengths else (),

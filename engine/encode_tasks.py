@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .encode_report import Encoded
+from .placed_rows import place_of
 from .rows import label_name
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def classify(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
     else:
         texts = [(row["text"], row["text_pair"]) if pairs else row["text"] for _, row in rows]
     for (index, row), encoding in zip(rows, settings.tokenizer.encode_batch(texts), strict=True):
-        label = _label_id(row["label"], f"row {index + 1}: label", settings)
+        label = _label_id(row["label"], f"{place_of(row, index)}: label", settings)
         kept = _fit(encoding, settings)
         if not _has_text(encoding):
             yield Encoded([])
@@ -95,7 +96,8 @@ def tag(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
     sentences = [row["tokens"] for _, row in rows]
     encodings = settings.tokenizer.encode_batch(sentences, is_pretokenized=True)
     for (index, row), encoding in zip(rows, encodings, strict=True):
-        tags = [_label_id(tag, f"row {index + 1}: tag of token {i + 1}", settings) for i, tag in enumerate(row["tags"])]
+        place = place_of(row, index)
+        tags = [_label_id(tag, f"{place}: tag of token {i + 1}", settings) for i, tag in enumerate(row["tags"])]
         kept, ids, words = _fit(encoding, settings), encoding.ids, encoding.word_ids
         targets, tagged, last = [], [], None
         for i in kept:

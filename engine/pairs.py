@@ -25,6 +25,7 @@ from .encode_report import Encoded
 from .encode_tasks import Numbered, Settings
 from .guards import in_eval_mode
 from .losses import answer_logps
+from .placed_rows import place_of
 from .text import append_eos, beginning, tokenize_pairs
 
 SIDES = ("chosen", "rejected")
@@ -77,12 +78,12 @@ def _texts(index: int, row: Mapping[str, Any], settings: Settings) -> tuple[str,
             _check_answer(row[side], side)
         chosen, rejected = (targets.answered([*history, *row[side]], len(history), **arguments) for side in SIDES)
     except ValueError as error:
-        raise ValueError(f"row {index + 1}: {error}") from None
+        raise ValueError(f"{place_of(row, index)}: {error}") from None
 
     prompts = [prompt for prompt in chosen if prompt in rejected]
     if not prompts:
         raise ValueError(
-            f"row {index + 1}: the chat template asks otherwise for the chosen answer than for the rejected"
+            f"{place_of(row, index)}: the chat template asks otherwise for the chosen answer than for the rejected"
         )
     empty = {side: not any(_says_something(message) for message in row[side]) for side in SIDES}
     return (

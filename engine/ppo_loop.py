@@ -38,9 +38,8 @@ from .progress import generators, set_generators, tell_resumed
 from .record import Record, peak_memory
 from .reward import ADAPTER as REWARD
 from .reward import Reward, RewardFn
-from .rollouts import CRITIC, POLICY, Actors, Prompt, Rollout
+from .rollouts import CRITIC, POLICY, Actors, Prompt, Rollout, fitting_prompts
 from .shared import shared_layers, with_head
-from .text import prompt_tokens
 
 log = logging.getLogger("handtune")
 
@@ -158,7 +157,8 @@ class _Run:
         self.model, self.config, self.tokenizer, self.rewards = model, config, tokenizer, list(rewards)
         self.folder, self.record = record.checkpoints, record
         # One at a time, so that a round is whole where a pass over the prompts ends in it
-        self.batches = Batches(self._fitting(prompts), list, rows=1, seed=config.seed)
+        fitting = fitting_prompts(prompts, tokenizer, config.max_new_tokens, model.config.max_positions)
+        self.batches = Batches(fitting, list, rows=1, seed=config.seed)
         self.stored = self._load()
         if self.stored is not None:
             _take_off(model)  # what this run has trained so far stands in its checkpoint
@@ -178,25 +178,6 @@ class _Run:
         actors = Actors(model, critic, share, config.temperature)
         self.round = Round(actors, self.rewards, self.optimizer, self.kl, config, tokenizer)
         self.best: dict[str, Tensor] = {}
-
-    def _fitting(self, prompts: Sequence[Any]) -> list[Prompt]:
-        """The prompts that leave room for a completion."""
-        if self.tokenizer is not None:
-            ids = prompt_tokens(self.tokenizer, prompts)
-        else:
-            ids = [list(prompt) for prompt in prompts]
-        if empty := [i for i, row in enumerate(ids, 1) if not row]:
-            raise ValueError(f"prompt {empty[0]} is empty; give it at least one token")
-        limit, room = self.model.config.max_positions, self.config.max_new_tokens
-        every = [Prompt(row, prompt) for row, prompt in zip(ids, prompts, strict=True)]
-        fitting = [prompt for prompt in every if limit is None or len(prompt.ids) + room <= limit]
-        if not fitting:
-            raise ValueError(f"no prompt leaves room for {room} new tokens in the model's {limit} positions")
-        if len(fitting) < len(ids):
-            tqdm.write(
-                f"{len(ids) - len(fitting)} of {len(ids)} prompts are too long for {room} new tokens, and left out"
-            )
-        return fitting
 
     def _attach(self) -> Any:
         """Adapters for policy and critic; the critic, or None."""

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..kernels import linear_cross_entropy
 from .adapters import use_adapter
 from .batches import IGNORE, Batch, Collate, to_device
 from .generation import generate, left_padded
+from .text import prompt_tokens
 
 POLICY, CRITIC = "policy", "critic"
 
@@ -27,6 +29,24 @@ class Prompt:
 
     ids: list[int]
     given: Any
+
+
+def fitting_prompts(prompts: Sequence[Any], tokenizer: Any, room: int, limit: int | None) -> list[Prompt]:
+    """The prompts that leave room for so many new tokens within the model's positions; says how many do not.
+
+    `prompts` are texts, or token ids where there is no tokenizer. ValueError for an empty one, and where none is left.
+    """
+    ids = [list(prompt) for prompt in prompts] if tokenizer is None else prompt_tokens(tokenizer, prompts)
+    if empty := [number for number, row in enumerate(ids, 1) if not row]:
+        raise ValueError(f"prompt {empty[0]} is empty; give it at least one token")
+
+    every = [Prompt(row, prompt) for row, prompt in zip(ids, prompts, strict=True)]
+    fitting = [prompt for prompt in every if limit is None or len(prompt.ids) + room <= limit]
+    if not fitting:
+        raise ValueError(f"no prompt leaves room for {room} new tokens in the model's {limit} positions")
+    if long := len(every) - len(fitting):
+        tqdm.write(f"{long} of {len(every)} prompts are too long for {room} new tokens, and left out")
+    return fitting
 
 
 @dataclass

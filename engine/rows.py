@@ -27,6 +27,7 @@ from functools import lru_cache
 from numbers import Integral
 from typing import Any
 
+from .placed_rows import PlacedRow
 from .row_fields import message_fields, refuse_unknown, refuse_unused, template_arguments, with_system
 
 # Where the fields of two shapes are present, the first in this list wins.
@@ -356,4 +357,5 @@ def as_dialogue(row: Mapping[str, Any]) -> dict[str, Any]:
         {"role": "user", "content": row["prompt"].rstrip("\n")},
         {"role": "assistant", "content": answer},
     ]
-    return {**{name: row[name] for name in ("template_arguments",) if name in row}, "messages": messages}
+    asked = {**{name: row[name] for name in ("template_arguments",) if name in row}, "messages": messages}
+    return PlacedRow(asked, row.file, row.line) if isinstance(row, PlacedRow) else asked

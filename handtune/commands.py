@@ -14,7 +14,7 @@ from .engine import evaluate, train, trainable_report
 from .engine.batches import Batches
 from .engine.check_data import distribution, legend, show
 from .engine.completions import completions
-from .engine.config import RunConfig, read_config
+from .engine.config import PPORunConfig, RunConfig, from_table, read_config, read_table
 from .engine.loop import DEFAULT_ROWS, Result
 from .engine.metrics import rouge
 from .engine.record import Record
@@ -24,8 +24,8 @@ from .labelling import run_label
 from .merge import merge
 from .models import save
 from .prepare import Prepared, choose_trained, data_files, prepare, run_objective
-from .prompts import prompt_of
-from .rlhf import run_ppo
+from .prompts import prompts_of
+from .rlhf import check_prompts, run_ppo
 from .stored import config_of, data_sizes, facts_of, has_stored, put_weights, require_same_data, store_adapter
 
 
@@ -105,10 +105,14 @@ def _numbers(values: dict[str, Any]) -> str:
 def check_data(options: argparse.Namespace) -> int:
     """`handtune check-data`: rows token by token, with the loss mask, and how often each class or tag is there.
 
-    The weights need not be there.
+    Of `handtune ppo`'s file the prompts. The weights need not be there.
     """
-    config = read_config(options.config, options.override)
     color = sys.stdout.isatty()
+    table = read_table(options.config, options.override)
+    if "prompts" in table:
+        check_prompts(from_table(PPORunConfig, table, options.config), options.rows, color)
+        return 0
+    config = from_table(RunConfig, table, options.config)
     with tempfile.TemporaryDirectory() as cache:
         ready = prepare(config, Path(cache), weights=False)
         encoding = ready.objective.encoding if ready.objective.task != "reward" else "reward"
@@ -148,10 +152,9 @@ def _rouge(ready: Prepared) -> dict[str, float]:
     longest gold text, or, after a long prompt, as far as the model's positions go.
     """
     rows = [row for row in ready.eval_rows if "completion" in row]
-    pairs = [(prompt_of(row, ready.model, ready.chat), row["completion"]) for row in rows]
-    if not pairs:
+    if not rows:
         raise ValueError("--rouge compares texts: it needs held-out rows with prompt and completion")
-    prompts, golds = zip(*pairs, strict=True)
+    prompts, golds = prompts_of(rows, ready.model, [ready.chat] * len(rows)), [row["completion"] for row in rows]
     room, limit = 2 * max(_lengths(ready, golds)), ready.model.config.max_positions
     rooms = [room if limit is None else min(room, limit - length) for length in _lengths(ready, prompts)]
     if min(rooms) < 1:

@@ -12,7 +12,7 @@ from .engine.compare_page import ComparisonServer
 from .engine.completions import completions
 from .engine.data import read_prompts, read_text
 from .generator import generator_of
-from .prompts import prompt_of
+from .prompts import prompts_of
 from .stored import function_of
 
 KEYS = {"a": LEFT, "b": RIGHT, "t": TIE, "s": SKIP}
@@ -98,7 +98,7 @@ def _sampled(options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
         raise ValueError("--prompts: a file of rows with a prompt, messages or a text each")
     generator, rows = generator_of(options), read_prompts(options.prompts)
     model, tokenizer, chats = generator.model, generator.tokenizer, generator.asks_as_chat(None, len(rows))
-    prompts = [prompt_of(row, model, chat) for row, chat in zip(rows, chats, strict=True)]
+    prompts = prompts_of(rows, model, chats)
     sides = [
         completions(
             model, tokenizer, prompts, options.max_new_tokens, batch_rows=options.batch_rows, stop=options.stop,

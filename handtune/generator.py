@@ -12,10 +12,11 @@ from .engine.completions import completions
 from .engine.data import read_prompts
 from .engine.guards import explained_memory_error
 from .engine.objectives import objective_of
+from .engine.placed_rows import PlacedRow, place_of
 from .models import load
 from .models.checkpoint import objectives_of
 from .prepare import run_model
-from .prompts import learn_turn_end, prompt_of
+from .prompts import learn_turn_end, prompts_of
 from .stored import config_of, put_adapter, require_finished
 
 
@@ -26,7 +27,7 @@ def run_generate(options: argparse.Namespace) -> int:
     model, tokenizer, rows = generator.model, generator.tokenizer, list(_rows(options))
     adapters = _adapters(rows, generator.adapters)
     chats = [chat and not options.raw for chat in generator.asks_as_chat(adapters, len(rows))]
-    prompts = [prompt_of(row, model, chat) for row, chat in zip(rows, chats, strict=True)]
+    prompts = prompts_of(rows, model, chats)
     temperature = options.temperature if options.temperature is not None else float(options.beams == 1)
     written = completions(
         model, tokenizer, prompts, options.max_new_tokens, batch_rows=options.batch_rows, stop=options.stop,
@@ -125,13 +126,13 @@ def _adapters(rows: list[dict[str, Any]], known: dict[str, str]) -> list[str | N
     if len(known) < 2 and not any("adapter" in row for row in rows):
         return None
     out: list[str | None] = []
-    for number, row in enumerate(rows, 1):
+    for index, row in enumerate(rows):
         if "adapter" in row and row["adapter"] is None:
             out.append(None)
             continue
         if row.get("adapter") not in known:
             raise ValueError(
-                f"prompt {number}: adapter {row.get('adapter')!r} is not among the given ones "
+                f"{place_of(row, index)}: adapter {row.get('adapter')!r} is not among the given ones "
                 f"({', '.join(known) or 'none'}); name one in each row of --prompts, as adapter"
             )
         out.append(known[row["adapter"]])
@@ -140,8 +141,9 @@ def _adapters(rows: list[dict[str, Any]], known: dict[str, str]) -> list[str | N
 
 def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What is to be continued: what options say, or else standard input."""
-    yield from ({"prompt": prompt} for prompt in options.prompt or [])
+    for number, prompt in enumerate(options.prompt or [], 1):
+        yield PlacedRow({"prompt": prompt}, "--prompt", str(number))
     if options.prompts:
         yield from read_prompts(options.prompts)
     elif not options.prompt:
-        yield {"prompt": sys.stdin.read().rstrip("\n")}
+        yield PlacedRow({"prompt": sys.stdin.read().rstrip("\n")}, "standard input", "")

@@ -7,6 +7,7 @@ from typing import Any
 
 from .engine.data import read_prompts
 from .engine.labelling import label_texts
+from .engine.placed_rows import place_of
 from .engine.rows import label_name
 from .generator import generator_of
 
@@ -40,7 +41,7 @@ def label_and_words(spec: str) -> tuple[str, str]:
 
 def _rows(path: str) -> list[dict[str, Any]]:
     rows = read_prompts(path)
-    for number, row in enumerate(rows, 1):
+    for index, row in enumerate(rows):
         if not row.keys() & {"text", "prompt"}:
-            raise ValueError(f"{path} row {number}: no text in it")
+            raise ValueError(f"{place_of(row, index)}: no text in it")
     return rows

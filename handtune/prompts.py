@@ -9,6 +9,7 @@ from .engine.chat import DEFAULT_TEMPLATE, ChatTemplate, Dialogue
 from .engine.chat_ends import turn_end
 from .engine.chat_fields import check_used
 from .engine.config import RunConfig
+from .engine.placed_rows import place_of
 from .engine.rows import as_dialogue, row_shape
 
 
@@ -58,6 +59,17 @@ def adopt_template(model: Any) -> None:
     if tokens.chat_template is None:
         named = {key: tokens.names[key] for key in ("bos_token", "eos_token") if key in tokens.names}
         model.tokens = replace(tokens, chat_template=_plain(tokens), settings={**named, **tokens.settings})
+
+
+def prompts_of(rows: Sequence[Mapping[str, Any]], model: Any, chats: Sequence[bool]) -> list[str]:
+    """The text that each row wants to be continued, as `prompt_of` says; its errors name the row."""
+    prompts = []
+    for index, (row, chat) in enumerate(zip(rows, chats, strict=True)):
+        try:
+            prompts.append(prompt_of(row, model, chat))
+        except ValueError as error:
+            raise ValueError(f"{place_of(row, index)}: {error}") from None
+    return prompts
 
 
 def prompt_of(row: Mapping[str, Any], model: Any, chat: bool = False) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,17 @@ from tqdm import tqdm
 
 from .engine import freeze, load_reward, ppo, projections, quantize, trainable_report
 from .engine.adapter_files import CONFIG
+from .engine.check_data import legend, show
 from .engine.config import PPORunConfig, read_config
 from .engine.data import read_prompts
 from .engine.record import Record, peak_memory
 from .engine.reward import Reward, RewardFn
-from .engine.rollouts import POLICY
+from .engine.rollouts import POLICY, fitting_prompts
 from .engine.rows import is_dialogue
 from .models import load
+from .models.checkpoint import open_checkpoint
 from .models.shards import read_json
-from .prompts import learn_turn_end, prompt_of
+from .prompts import learn_turn_end, prompts_of
 from .stored import data_sizes, function_of, has_stored, require_same_data, store_adapter
 
 
@@ -36,18 +39,11 @@ def run_ppo(options: argparse.Namespace) -> int:
     model, tokenizer = load(
         wanted.path, "causal-lm", wanted.dtype, wanted.device, quantize=projections if wanted.quantize else None
     )
-    if tokenizer is None:
-        raise ValueError(f"{wanted.path}: no tokenizer.json there, and prompts need one")
     if wanted.quantize:
         freeze(model, "*")
         quantize(model)
-    learn_turn_end(model, tokenizer)
+    prompts = _prompts(config, model, tokenizer)
     rewards = [config.reward] if isinstance(config.reward, str) else config.reward
-    files = [config.prompts] if isinstance(config.prompts, str) else config.prompts
-    rows = [row for file in files for row in read_prompts(file)]
-    chat = model.tokens.asks_as_chat
-    prompts = [prompt_of(row, model, chat) for row in rows]
-    model.tokens = model.tokens.asking_as_chat(chat or any(map(is_dialogue, rows)))
     about = {
         "name": config.name or out.name, "method": "ppo", "task": "causal-lm", "model": wanted.path,
         "config": config.as_dict(), "trains": f"LoRA r={config.ppo.lora.rank}", "data_sizes": sizes,
@@ -80,6 +76,35 @@ def run_ppo(options: argparse.Namespace) -> int:
           f"KL {result.stats['kl']:.4f} nats")  # fmt: skip
     print(_stored(values, out / "adapter"))
     return 0
+
+
+def _prompts(config: PPORunConfig, model: Any, tokenizer: Any) -> list[str]:
+    """The texts that the policy continues, asked as the model was trained to be; the model remembers how."""
+    if tokenizer is None:
+        raise ValueError(f"{config.model.path}: no tokenizer.json there, and prompts need one")
+    learn_turn_end(model, tokenizer)
+    files = [config.prompts] if isinstance(config.prompts, str) else config.prompts
+    rows = [row for file in files for row in read_prompts(file)]
+    chat = model.tokens.asks_as_chat
+    prompts = prompts_of(rows, model, [chat] * len(rows))
+    model.tokens = model.tokens.asking_as_chat(chat or any(map(is_dialogue, rows)))
+    return prompts
+
+
+def check_prompts(config: PPORunConfig, count: int, color: bool) -> None:
+    """Print the first prompts of a run token by token, as the policy will continue them; needs no weights."""
+    assert config.model.path is not None
+    opened: Any = open_checkpoint(config.model.path, "causal-lm", weights=False)
+    model, tokenizer = opened.model, opened.tokenizer
+    prompts, room = _prompts(config, model, tokenizer), config.ppo.max_new_tokens
+    fitting = fitting_prompts(prompts, tokenizer, room, model.config.max_positions)
+    lengths = [len(prompt.ids) for prompt in fitting]
+    print(f"prompts: {len(fitting):,} of {min(lengths):,} to {max(lengths):,} tokens, room for {room:,} more",
+          file=sys.stderr)  # fmt: skip
+
+    print(legend("prompts", color) + "\n")
+    examples = [{"input_ids": prompt.ids} for prompt in fitting]
+    print(show(examples, tokenizer, "prompts", count, color))
 
 
 def _stored(values: dict[str, Any], place: Path) -> str:

@@ -136,7 +136,9 @@ def test_files_of_rows(job, complaint, tmp_path) -> None:
     assert "unknown kind of file '.xlsx'; use one of .jsonl" in complaint("train", job, "data.train=rows.xlsx")
     write_rows(path, SENTIMENT)
     line = complaint("train", job, f"data.train={path}")
-    assert line.startswith("data.train: row 1: a text/label row, but sft needs prompt/completion or messages or text; ")
+    assert line.startswith(
+        f"data.train: {path} line 1: a text/label row, but sft needs prompt/completion or messages or text; "
+    )
     assert "hold rows of different shapes" in complaint("train", job, f"data.train=['{path}', '{tmp_path}/rows.jsonl']")
     for share in ("1.5", "0"):
         assert f"must lie between 0 and 1, not {float(share)}" in complaint("train", job, f"data.eval={share}")
@@ -155,11 +157,30 @@ def test_an_evaluation_label_that_training_lacks(bases, complaint, tmp_path) -> 
         },
     )  # fmt: skip
     line = complaint("train", path)
-    assert line.startswith("data.eval: row 3: label 'sideways' is not among the known labels (down, up); correct it")
+    assert line.startswith(
+        f"data.eval: {tmp_path / 'eval.jsonl'} line 3: label 'sideways' is not among the known labels (down, up); "
+    )
     unknown = [*TAGGED, {"tokens": ["the"], "tags": ["B-THING"]}]
     changes = ("method=tag", f"data.train={write_rows(tmp_path / 'a.jsonl', TAGGED)}", f"out={tmp_path / 'tags'}")
     line = complaint("train", path, *changes, f"data.eval={write_rows(tmp_path / 'b.jsonl', unknown)}")
-    assert line.startswith("data.eval: row 7: tag of token 1 'B-THING' is not among the known labels (O, B-ANIMAL")
+    assert line.startswith(
+        f"data.eval: {tmp_path / 'b.jsonl'} line 7: tag of token 1 'B-THING' is not among the known labels (O, B-ANIMAL"
+    )
+
+
+def test_a_row_is_named_where_it_was_read(job, complaint, tmp_path) -> None:
+    """Also behind another file, behind a blank line, and on whichever side of the held-out share it comes."""
+    wrong = {**CHAT[0], "tools": [{"type": "function", "function": {"name": "look", "parameters": {}}}]}
+    (tmp_path / "second.jsonl").write_text(f"{json.dumps(CHAT[1])}\n\n{json.dumps(wrong)}\n")
+    files = [str(write_rows(tmp_path / "first.jsonl", CHAT)), str(tmp_path / "second.jsonl")]
+    for seed in range(3):
+        line = complaint("train", job, f"data.train={files}", "data.eval=0.4", f"train.seed={seed}")
+        assert f": {files[1]} line 3: only a chat template uses tools" in line
+
+    silent = {"messages": [{"role": "user", "content": "hello"}]}
+    files = [str(write_rows(tmp_path / f"{name}.jsonl", [silent] * 2)) for name in "ab"]
+    line = complaint("train", job, f"data.train={files}")
+    assert f"fully masked 4 ({files[0]} line 1, line 2, {files[1]} line 1, line 2)" in line
 
 
 def test_lengths_and_masks(job, complaint, tmp_path) -> None:
@@ -168,7 +189,7 @@ def test_lengths_and_masks(job, complaint, tmp_path) -> None:
     silent = write_rows(tmp_path / "silent.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}] * 3)
     line = complaint("train", job, f"data.train={silent}")
     assert line.startswith("data.train: no target left to train on: 3 rows read, 0 kept")
-    assert "fully masked 3 (rows 1, 2, 3)" in line
+    assert f"fully masked 3 ({silent} line 1, line 2, line 3)" in line
     assert "max_length must be at least 1" in complaint("train", job, "data.max_length=0")
 
 

@@ -155,21 +155,23 @@ def test_a_long_chat_loses_its_end():
     text = byte_level().decode(example["input_ids"], skip_special_tokens=False)
     assert text.startswith(byte_level().decode(sft([{"messages": CHAT}])[0][0]["input_ids"], skip_special_tokens=False))
     assert in_loss(example) == in_loss(sft([{"messages": CHAT}])[0][0])
-    assert report.truncated.first == (0,)
+    assert report.truncated.first == "row 1"
 
 
 def test_rows_without_targets_are_dropped_and_said():
     rows = [{"messages": CHAT}, {"messages": CHAT[:1]}, {"messages": CHAT[:2]}, {"messages": CHAT[2:3]}]
     examples, report = sft(rows)
     assert len(examples) == report.kept == report.examples == 2
-    assert (report.masked.count, report.masked.first, report.dropped) == (2, (1, 3), report.masked)
+    assert (report.masked.count, report.masked.first, report.dropped) == (2, "row 2, row 4", report.masked)
     assert str(report) == (
-        "4 rows read, 2 kept as 2 examples; dropped 2 (rows 2, 4), truncated 0, fully masked 2 (rows 2, 4); "
+        "4 rows read, 2 kept as 2 examples; dropped 2 (row 2, row 4), truncated 0, fully masked 2 (row 2, row 4); "
         f"{report.tokens:,} tokens, {report.targets:,} targets"
     )
     with pytest.raises(ValueError, match=r"no target left to train on: 1 rows read.*fully masked 1 \(row 1\)"):
         sft(rows[1:2])
-    with pytest.raises(ValueError, match=r"no target left.*dropped 7 \(rows 1, 2, 3, 4, 5, ...\), .*fully masked 0"):
+    with pytest.raises(
+        ValueError, match=r"no target left.*dropped 7 \(row 1, row 2, row 3, row 4, row 5, ...\), .*fully masked 0"
+    ):
         encode([{"text": ""}] * 7, byte_level(), "pretrain", max_length=9, eos=END)
 
 
@@ -198,7 +200,7 @@ def test_classify():
     examples, report = encode(rows, word_piece(), "classify", max_length=6)
     assert examples[0] == {"input_ids": [CLS, *words("the cat"), SEP], "label": 1}
     assert examples[1] == {"input_ids": [CLS, *words("the dog looked at")[:4], SEP], "label": 0}
-    assert report.truncated.first == (1,)
+    assert report.truncated.first == "row 2"
     assert report.targets == 2
     examples, _ = encode(rows, byte_level(), "classify", max_length=50, labels=["a", "b", "c"])
     assert examples[0] == {"input_ids": ids("the cat"), "label": 1}
@@ -220,7 +222,7 @@ def test_a_row_without_text_is_dropped_from_classification():
     rows = [{"text": "", "label": "a"}, {"text": "cat", "label": "b"}]
     examples, report = encode(rows, word_piece(), "classify", max_length=9)
     assert [example["label"] for example in examples] == [1]
-    assert report.dropped.first == (0,)
+    assert report.dropped.first == "row 1"
 
 
 def test_tags_stand_on_the_first_sub_token():
@@ -301,7 +303,7 @@ def test_qa_without_answer_points_at_zero_and_an_answer_no_window_holds_is_dropp
     rows = [answered("who?", "the cat sat", None), answered("who?", "cat " * 40, ("cat " * 40).strip())]
     examples, report = encode(rows, word_piece(), "qa", max_length=20)
     assert [(e["row"], e["start"], e["end"]) for e in examples] == [(0, 0, 0)]
-    assert report.dropped.first == report.masked.first == (1,)
+    assert report.dropped.first == report.masked.first == "row 2"
 
 
 def test_qa_cuts_a_question_that_fills_the_window():
@@ -316,7 +318,7 @@ def test_embed():
     rows = [{"anchor": "the cat", "positive": "the dog"}, {"anchor": "", "positive": "cat"}]
     examples, report = encode(rows, word_piece(), "embed", max_length=9)
     assert examples == [{"anchor": [CLS, *words("the cat"), SEP], "positive": [CLS, *words("the dog"), SEP]}]
-    assert report.dropped.first == (1,)
+    assert report.dropped.first == "row 2"
     rows = [{"anchor": "the cat", "positive": "the dog", "negative": "a mat"}]
     examples, report = encode(rows, word_piece(), "embed", max_length=3)
     assert list(examples[0]) == ["anchor", "positive", "negative"]
@@ -328,7 +330,7 @@ def test_row_numbers_hold_across_batches_and_shapes():
     rows = [{"text": "cat", "label": "a"}] * 600 + [{"text": "", "label": "a"}]
     rows += [{"text": "cat", "text_pair": "dog", "label": "a"}] * 2
     examples, report = encode(rows, word_piece(), "classify", max_length=9)
-    assert report.dropped.first == (600,)
+    assert report.dropped.first == "row 601"
     assert len(examples) == 602
     with pytest.raises(ValueError, match="row 603: label 'z'"):
         encode([*rows[:-1], {**rows[-1], "label": "z"}], word_piece(), "classify", max_length=9, labels=["a"])

@@ -195,9 +195,9 @@ def test_each_row_has_its_adapter(base: Path, tmp_path: Path, refused) -> None:
         said.add(row["completion"])
     assert len(said) > 1
     both = ("--adapter", folders[0], "--adapter", folders[1])
-    assert "prompt 1: adapter None is not among" in refused("generate", base, *both, "--prompt", "the")
+    assert "--prompt 1: adapter None is not among" in refused("generate", base, *both, "--prompt", "the")
     wrong = write_rows(tmp_path / "wrong.jsonl", [*rows, {"prompt": "the", "adapter": "x"}])
-    assert "prompt 5: adapter 'x' is not among" in refused("generate", base, *both, "--prompts", wrong)
+    assert f"{wrong} line 5: adapter 'x' is not among" in refused("generate", base, *both, "--prompts", wrong)
     assert "another called 'tone'" in refused("generate", base, *both, "--adapter", folders[1], "--prompts", file)
 
 

@@ -51,7 +51,7 @@ def test_sides_that_are_equal_or_empty_are_dropped_and_named() -> None:
     ]
     examples, report = encoded(rows)
     assert [example["tie"] for example in examples] == [True]
-    assert "dropped 2 (rows 1, 2)" in str(report)
+    assert "dropped 2 (row 1, row 2)" in str(report)
 
 
 def test_what_does_not_fit() -> None:
@@ -69,7 +69,7 @@ def test_what_does_not_fit() -> None:
         _, report = encoded([lost, row | short], max_length=20)
         assert report.dropped == report.truncated
     _, report = encoded([row, row | short], max_length=20, truncate="drop")
-    assert (report.kept, report.dropped.first) == (1, (0,))
+    assert (report.kept, report.dropped.first) == (1, "row 1")
 
 
 def test_conversations() -> None:

@@ -10,19 +10,19 @@ from small_runs import write_rows
 
 from handtune.cli import main
 
+MODEL = Path(__file__).resolve().parent.parent / "examples/kjv-gpt"
 PROMPTS = ["And the king said", "In those days", "The LORD spake unto", "Now it came to pass"]
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    model = Path("examples/kjv-gpt").resolve()
     write_rows(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS * 4])
     (tmp_path / "short_texts.py").write_text(
         "def short(prompts, completions):\n    return [-len(text) / 20 for text in completions]\n\n\n"
         "def broken(prompts, completions):\n    return [float('nan')] * len(completions)\n"
     )
     (tmp_path / "ppo.toml").write_text(
-        f'out = "run"\nprompts = "prompts.jsonl"\nreward = "short_texts:short"\n[model]\npath = "{model}"\n'
+        f'out = "run"\nprompts = "prompts.jsonl"\nreward = "short_texts:short"\n[model]\npath = "{MODEL}"\n'
         'dtype = "float32"\n'
         "[ppo]\nepisodes = 96\nrollout_rows = 16\nbatch_rows = 8\nmax_new_tokens = 8\nlr = 2e-3\nbest_of = 4\n"
         'best_of_prompts = 4\n[ppo.lora]\nrank = 4\ntargets = "layers.[23].*"\n'
@@ -34,6 +34,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def files() -> dict[Path, tuple[bytes, int]]:
     """Every file of the run: its bytes, and when it was written."""
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in Path("run").rglob("*") if path.is_file()}
+
+
+def test_its_prompts_are_shown_without_weights(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As tokens that the policy writes on behind; those that leave no room for a completion are said."""
+    shutil.copytree(MODEL, "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert main(["check-data", "ppo.toml", "model.path=bare", "-n", "2"]) == 0
+    told = capsys.readouterr()
+    assert told.err == "prompts: 16 of 3 to 5 tokens, room for 8 more\n"
+    legend, _, note, tokens, _, _, second = told.out.rstrip().split("\n")
+    assert legend.endswith("the policy writes on behind the last token, and rewards are on what it writes")
+    assert note == "example 1 of 16: 4 tokens to continue"
+    assert tokens.replace("|", "") == PROMPTS[0] and second.replace("|", "") == PROMPTS[1]
+
+    assert main(["check-data", "ppo.toml", "model.path=bare", "ppo.max_new_tokens=252"]) == 0
+    assert "of 16 prompts are too long" in capsys.readouterr().out
+    assert main(["check-data", "ppo.toml", "model.path=bare", "ppo.lernt=2"]) == 2
+    assert "unknown key 'lernt'" in capsys.readouterr().err
+    assert main(["ppo", "ppo.toml", "model.path=bare"]) == 2
+    assert "the weights are missing" in capsys.readouterr().err
 
 
 def test_a_run_and_what_is_done_with_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,7 +114,7 @@ def test_a_reward_of_another_base(folder: Path, capsys: pytest.CaptureFixture[st
     """Its adapter would score otherwise on other weights; on its own base it is shared."""
     rows = [{"prompt": prompt, "chosen": " and so", "rejected": " not at all"} for prompt in PROMPTS * 4]
     write_rows(folder / "pairs.jsonl", rows)
-    model = json.dumps(str(Path(__file__).resolve().parent.parent / "examples/kjv-gpt"))
+    model = json.dumps(str(MODEL))
     Path("reward.toml").write_text(
         f'method = "reward"\nout = "reward"\n[model]\npath = {model}\n'
         'dtype = "float32"\n[data]\ntrain = "pairs.jsonl"\n'

@@ -1,0 +1,33 @@
+"""Rows that know where they were read, so that an error about one can say so, split, joined or converted."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+class PlacedRow(dict[str, Any]):
+    """A row and where it was read: "clauses.csv", "line 7". Of a file that is one row `line` is empty."""
+
+    __slots__ = ("file", "line")
+
+    def __init__(self, row: Mapping[str, Any], file: str, line: str) -> None:
+        super().__init__(row)
+        self.file, self.line = file, line
+
+
+def place_of(row: Mapping[str, Any], index: int) -> str:
+    """Where a row stands, for an error: in the file it was read from, else its number among the rows, from 1."""
+    return f"{row.file} {row.line}".rstrip() if isinstance(row, PlacedRow) else f"row {index + 1}"
+
+
+def places_of(rows: Sequence[Mapping[str, Any]], indices: Sequence[int]) -> str:
+    """Where several of the rows stand; a file is named once for the lines in it that follow each other."""
+    names: list[str] = []
+    file_before = None
+    for index in indices:
+        row = rows[index]
+        if isinstance(row, PlacedRow) and row.file == file_before:
+            names.append(row.line)
+        else:
+            names.append(place_of(row, index))
+        file_before = row.file if isinstance(row, PlacedRow) else None
+    return ", ".join(names)
