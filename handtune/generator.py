@@ -18,6 +18,7 @@ from .models.checkpoint import objectives_of
 from .prepare import run_model
 from .prompts import learn_turn_end, prompts_of
 from .stored import config_of, put_adapter, require_finished
+from .terminal import print_unescaped
 
 
 def run_generate(options: argparse.Namespace) -> int:
@@ -44,8 +45,18 @@ def run_generate(options: argparse.Namespace) -> int:
         else:
             for number, (chat, prompt, text) in enumerate(zip(chats, prompts, written, strict=True)):
                 is_answer = chat or model.task == "seq2seq-lm"  # a text of its own, no continuation
-                print(("\n" if number else "") + (text if is_answer else prompt + text), flush=True)
+                _show(("\n" if number else "") + (text if is_answer else prompt + text))
+                if sys.stdout.closed:  # nobody reads on
+                    break
     return 0
+
+
+def _show(text: str) -> None:
+    """Print a text; as it is, but where it goes to a terminal, which it could steer."""
+    if sys.stdout.isatty():
+        print(text, flush=True)
+    else:
+        print_unescaped(text)
 
 
 def _check(options: argparse.Namespace) -> None:
