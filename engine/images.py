@@ -89,7 +89,9 @@ def decode(path: str | Path, pixels: Pixels) -> Tensor:
     except ImportError as error:
         raise ValueError("images need Pillow: pip install 'handtune[images]'") from error
 
-    def explain(error: Exception) -> ValueError:
+    def explain(error: Exception) -> Exception:
+        if isinstance(error, FileNotFoundError):
+            return error
         return ValueError(f"{path}: the image can't be decoded ({error}); replace or remove it")
 
     with others_code(explain), Image.open(path) as file:  # Pillow's decoders raise whatever a damaged file leads to

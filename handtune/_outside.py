@@ -35,19 +35,20 @@ def _escaped(match: re.Match[str]) -> str:
 
 @contextmanager
 def others_code(explain: Callable[[Exception], Exception]) -> Iterator[None]:
-    """Code inside that may raise anything, of a library that says so, or the user's: `explain` makes one of ours of it.
-
-    A file that is missing, and memory that runs out, are told as they are.
+    """Code inside that may raise anything, of a library that says so, or the user's: `explain` makes an error of ours of
+    it, or gives it back where it says enough. Memory that runs out is told as it is.
 
     Also Rust's panics, which derive from BaseException. It has the only `except` of all exceptions but the command
     line's, and is for calls of such code alone: a mistake of ours in it would be taken for the user's.
     """
     try:
         yield
-    except (FileNotFoundError, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:
-        raise explain(error) from error
+        if (explained := explain(error)) is error:
+            raise
+        raise explained from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":
             raise

@@ -31,6 +31,7 @@ class Stream:
     def __init__(self, stream: TextIO | None):
         self.stream, self.closed = stream, stream is None
         self.error: Exception | None = None
+        self.gone = {errno.EPIPE, errno.ECONNRESET} | ({errno.EIO} if self.isatty() else set())  # no reader any more
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -67,7 +68,7 @@ class Stream:
     def _give_up(self, error: Exception) -> None:
         """Nothing more is written: what still waits in Python's buffer, or comes from C, goes nowhere either."""
         self.closed = True
-        if not isinstance(error, ValueError) and getattr(error, "errno", None) not in (errno.EPIPE, errno.ECONNRESET):
+        if isinstance(error, OSError) and error.errno not in self.gone:
             self.error = error
         with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), self.fileno())
