@@ -15,7 +15,7 @@ _IN_TEXT, _IN_LINE = re.compile(f"[{_UNSAFE}]"), re.compile(f"[\t\n{_UNSAFE}]")
 # How torch says it: its allocator on the CPU, the two of C++, CUDA and its libraries, sizes beyond 64 bits.
 _NO_MEMORY = (
     "can't allocate memory", "not enough memory", "bad_alloc", "bad alloc", "out of memory", "ALLOC_FAILED",
-    "Storage size calculation overflowed",
+    "Storage size calculation overflowed", "Overflow when unpacking long",
 )  # fmt: skip
 
 
@@ -35,8 +35,8 @@ def _escaped(match: re.Match[str]) -> str:
 
 @contextmanager
 def others_code(explain: Callable[[Exception], Exception]) -> Iterator[None]:
-    """Code inside that may raise anything, of a library that says so, or the user's: `explain` makes an error of ours of
-    it, or gives it back where it says enough. Memory that runs out is told as it is.
+    """Code inside that may raise anything, of a library or the user's: `explain` makes an error of ours of it, or gives
+    it back where it says enough. Memory that runs out is told as it is.
 
     Also Rust's panics, which derive from BaseException. It has the only `except` of all exceptions but the command
     line's, and is for calls of such code alone: a mistake of ours in it would be taken for the user's.
@@ -69,7 +69,7 @@ def explained_memory(explain: Callable[[], str]) -> Iterator[None]:
         yield
     except OutOfMemory:
         raise
-    except (MemoryError, RuntimeError, OSError) as error:
+    except (MemoryError, RuntimeError, OSError, TypeError) as error:
         if not _is_out_of_memory(error):
             raise
         raise OutOfMemory(explain()) from error
