@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .._outside import visible_line
 from .batches import Examples
 from .pairs import SIDES
 
@@ -68,7 +69,7 @@ def distribution(examples: Examples, objective: str, labels: Sequence[str]) -> s
     else:
         return ""
     total = max(1, sum(counts.values()))
-    each = (f"{name} {counts[i]:,} ({100 * counts[i] / total:.1f} %)" for i, name in enumerate(labels))
+    each = (f"{visible_line(name)} {counts[i]:,} ({100 * counts[i] / total:.1f} %)" for i, name in enumerate(labels))
     return f"{what}: {', '.join(each)}"
 
 
@@ -127,7 +128,7 @@ def _both_sides(
 
 
 def _name(index: int, labels: Sequence[str]) -> str:
-    return labels[index] if index < len(labels) else str(index)
+    return visible_line(labels[index]) if index < len(labels) else str(index)
 
 
 def _texts(ids: Sequence[int], tokenizer: "Tokenizer") -> list[str]:

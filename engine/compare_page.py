@@ -7,18 +7,20 @@ that carry the token of the printed link, and reads no more than MOST bytes of a
 
 import hmac
 import json
-import math
 import secrets
+import sys
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from .._files import parse_json
+from .._outside import visible
 from .compare import Session
 
 PAGE = Path(__file__).with_name("compare.html")
-MOST = 65_536
+MOST, MOST_SECONDS = 65_536, 1e9  # of a request's bytes, of an answer's seconds
 POLICY = "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; base-uri 'none'"
 
 
@@ -30,6 +32,7 @@ class ComparisonServer(ThreadingHTTPServer):
     def __init__(self, session: Session, port: int = 0):
         super().__init__(("127.0.0.1", port), _Handler)
         self.session, self.token = session, secrets.token_urlsafe(24)
+        self.fault: BaseException | None = None
         self.origins = {f"http://{name}:{self.server_port}" for name in ("127.0.0.1", "localhost")}
         self.hosts = {origin.removeprefix("http://") for origin in self.origins}
 
@@ -39,9 +42,24 @@ class ComparisonServer(ThreadingHTTPServer):
 
     def state(self) -> dict[str, Any]:
         """What the page shows: the next item, and how far the session is."""
-        item = self.session.next()
-        shown = None if item is None else {"id": item.id, "prompt": item.prompt, "left": item.left, "right": item.right}
+        item, shown = self.session.next(), None
+        if item is not None:
+            texts = {"prompt": item.prompt, "left": item.left, "right": item.right}
+            shown = {"id": item.id, **{name: visible(text) for name, text in texts.items()}}
         return {"item": shown, "progress": self.session.progress()}
+
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Answer until `shutdown()`. What a request raised that nobody foresaw is raised here, too."""
+        super().serve_forever(poll_interval)
+        if self.fault is not None:
+            raise self.fault
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A browser that hangs up in the middle is none; anything else ends the server."""
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            self.fault = error
+            self.shutdown()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -83,14 +101,17 @@ class _Handler(BaseHTTPRequestHandler):
             return
         sent = self.rfile.read(length)
         try:
-            body = json.loads(sent)
+            body = parse_json(sent, "the answer", "send it again")
+            if not isinstance(body, dict):
+                raise ValueError("the answer: expected an object")
             if self.path == "/answer":
-                self.server.session.answer(body["item"], body["answer"], _seconds(body.get("seconds")))
+                item: Any = body.get("item")
+                self.server.session.answer(item, str(body.get("answer")), _seconds(body.get("seconds")))
             elif self.path == "/undo":
                 self.server.session.undo()
             else:
                 raise ValueError(f"there is no {self.path}")
-        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        except ValueError as error:
             self._send(HTTPStatus.BAD_REQUEST, f"{error}\n")
             return
         except OSError as error:  # a full disk
@@ -116,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(
         self, status: HTTPStatus, text: str, kind: str = "text/plain", headers: dict[str, str] | None = None
     ) -> None:
-        body = text.encode()
+        body = text.encode("utf-8", "backslashreplace")
         self.send_response(status)
         fixed = {"Content-Type": kind, "Content-Length": str(len(body)), "Cache-Control": "no-store"}
         fixed |= {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Referrer-Policy": "no-referrer"}
@@ -130,6 +151,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _seconds(value: Any) -> float | None:
-    if value is None or (isinstance(value, int | float) and math.isfinite(value)):
+    if value is None or (isinstance(value, int | float) and abs(value) <= MOST_SECONDS):
         return value
     raise ValueError(f"seconds {value!r:.60}: expected a number")

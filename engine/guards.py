@@ -5,6 +5,7 @@ And what their callers are guarded against: a run is a guest in somebody's proce
 
 import math
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .._outside import explained_memory
 from .arithmetic import settled_arithmetic
 from .batches import Batches
 from .progress import last_good, seeded
 from .record import Record
 
 NO_SUM = "loss_fn must return (sum, count), the sum of the losses as a scalar tensor and the number of targets;"
-NO_MEMORY = ("can't allocate memory", "not enough memory")  # torch's CPU allocators raise plain RuntimeErrors
 
 
 @contextmanager
@@ -69,7 +70,7 @@ def interruptible() -> Iterator[threading.Event]:
     def stop(number: int, frame: Any) -> None:
         event.set()
         signal.signal(signal.SIGINT, previous)
-        tqdm.write("finishing this step, then saving; once more stops at once")
+        tqdm.write("finishing this step, then saving; once more stops at once", file=sys.stderr)
 
     previous = signal.signal(signal.SIGINT, stop)
     try:
@@ -80,14 +81,9 @@ def interruptible() -> Iterator[threading.Event]:
 
 @contextmanager
 def explained_memory_error(device: torch.device, remedy: Callable[[], str]) -> Iterator[None]:
-    """Out of memory as a MemoryError that says what to do."""
-    try:
+    """Out of memory as a MemoryError that says what to do; one that has been explained inside passes."""
+    with explained_memory(lambda: f"out of memory on {device}: {remedy()}"):
         yield
-    except (RuntimeError, MemoryError) as error:
-        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not known and not any(words in str(error) for words in NO_MEMORY):
-            raise
-        raise MemoryError(f"out of memory on {device}: {remedy()}") from error
 
 
 def smaller_batches(data: Any) -> str:

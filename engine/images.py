@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .._outside import others_code, visible_line
 from .batches import Batch
 from .rows import label_ids, label_name
 
@@ -74,7 +75,7 @@ def image_rows(folder: Path) -> list[dict[str, str]]:
 def class_counts(rows: Sequence[Mapping[str, Any]]) -> str:
     """How many images there are of each class, in words."""
     counts = Counter(row["label"] for row in rows)
-    each = ", ".join(f"{label} {counts[label]:,}" for label in sorted(counts))
+    each = ", ".join(f"{visible_line(label)} {counts[label]:,}" for label in sorted(counts))
     return f"{len(rows):,} images in {len(counts)} classes: {each}"
 
 
@@ -88,13 +89,13 @@ def decode(path: str | Path, pixels: Pixels) -> Tensor:
     except ImportError as error:
         raise ValueError("images need Pillow: pip install 'handtune[images]'") from error
 
-    try:
-        with Image.open(path) as file:
-            image = _eight_bits(ImageOps.exif_transpose(file)).convert(MODES[len(pixels.mean)])
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
-        raise ValueError(f"{path}: the image can't be decoded ({error}); replace or remove it") from error
+    def explain(error: Exception) -> Exception:
+        if isinstance(error, FileNotFoundError):
+            return error
+        return ValueError(f"{path}: the image can't be decoded ({error}); replace or remove it")
+
+    with others_code(explain), Image.open(path) as file:  # Pillow's decoders raise whatever a damaged file leads to
+        image = _eight_bits(ImageOps.exif_transpose(file)).convert(MODES[len(pixels.mean)])
     image = image.resize(_scaled(image.size, pixels), pixels.resample)
     array = np.array(image)
     return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .._outside import visible_line
 from .runs import PERCENT, Row, Run, metric_name
 
 N_COLOURS = 6
@@ -130,8 +131,8 @@ def _figure(
     curves = [curve for curve in curves if curve.points]
     if not curves:
         return []
-    title = html.escape(metric_name(name))
-    drawn = _draw(name, curves, (11.0, 3.3) if full else (5.3, 2.3), f"{name}{number}", over)
+    title = html.escape(visible_line(metric_name(name)))
+    drawn = _draw(name, curves, (11.0, 3.3) if full else (5.3, 2.3), f"{visible_line(name)}{number}", over)
     kind = ' class="full"' if full else ""
     caption = f"<figcaption><b>{title}</b> {note}</figcaption>"
     return [f'<figure{kind}>{caption}<div role="img" aria-label="{title} by {over}">{drawn}</div></figure>']

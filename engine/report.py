@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import write_file
+from .._outside import visible
 from .metrics import LOWER_IS_BETTER
 from .plots import evaluation_figures, frontier_figures, is_number, legend_line, loss_figures, training_figures
 from .runs import (
@@ -143,7 +144,7 @@ def _page(runs: list[Run]) -> str:
 
 
 def _e(value: object) -> str:
-    return html.escape(str(value))
+    return html.escape(visible(value))
 
 
 def _section(title: str, legend: str, figures: list[str]) -> str:

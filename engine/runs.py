@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._outside import visible_line
+
 Row = dict[str, Any]
 
 # What a task is judged by: the first pair that a run has measured heads its columns.
@@ -57,6 +59,7 @@ def comparison_table(runs: Sequence[Path]) -> str:
     for run in loaded:
         scores = [" → ".join(score(key, value) for value in before_after(run, key)) for key in main_metrics(loaded)]
         cells.append([run.name, trained(run), *scores, *costs(run)])
+    cells = [[visible_line(cell) for cell in line] for line in cells]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     cells.insert(1, ["─" * width for width in widths])
     return "\n".join(

@@ -1,5 +1,10 @@
-"""`python -m handtune` is the command line."""
+"""`python -m handtune`, and the installed `handtune`, are the command line in a process of its own."""
 
-from .cli import main
+from .terminal import begin_process
 
-raise SystemExit(main())
+begin_process()  # before anything else is imported: Ctrl-C may come at any moment
+
+from .cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    raise SystemExit(main())

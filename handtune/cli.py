@@ -1,13 +1,20 @@
 """The command line: where models and engine are put together.
 
 Parsing imports nothing heavy; each command's work is in `handtune/commands.py`. A mistake of the user is one line on
-standard error and exit code 2 (`--debug` shows the traceback).
+standard error and exit code 2, a fault of handtune one that says how to report it, and exit code 70 (`--debug` shows
+the traceback of both).
 """
 
 import argparse
+import platform
 import sys
+import traceback
 
 from . import __version__
+from ._outside import explained_memory
+from .terminal import INTERRUPTED, interruptible, safe_streams
+
+MISTAKE, FAULT = 2, 70  # as sysexits.h has it, EX_SOFTWARE
 
 
 def parser() -> argparse.ArgumentParser:
@@ -121,19 +128,64 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; gives the exit code: 0, 2 for a mistake of the user, 130 if interrupted."""
+    """Run a command; gives the exit code: 0, 2 for a mistake of the user, 70 for one of handtune, 130 if interrupted.
+
+    This is the outermost frame: what nobody foresaw ends here, and nowhere else.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    with safe_streams() as (output, _):
+        try:
+            code = _run(given)
+        except SystemExit:  # of argparse, after its help or its complaint
+            raise
+        except BaseException as error:
+            if _debugged(given):
+                traceback.print_exception(error)
+            code, line = _judged(error, given)
+            if line:
+                print(f"handtune: {line}", file=sys.stderr)
+        output.flush()
+        if output.error is not None and code == 0:
+            print(f"handtune: standard output: {output.error}; not all is there that was printed", file=sys.stderr)
+            code = MISTAKE
+    return code
+
+
+def _run(arguments: list[str]) -> int:
     options = parsed(arguments)
     from . import commands
 
-    try:
+    with interruptible(), explained_memory(lambda: f"out of memory; {commands.LESS_MEMORY[options.command]}"):
         return commands.COMMANDS[options.command](options)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # the reader of our output has gone, as in `handtune ... | head`
-        sys.stderr.close()
-        return 0
-    except (ValueError, OSError, ArithmeticError, MemoryError) as error:
-        if options.debug:
-            raise
-        print(f"handtune: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+
+
+def _debugged(arguments: list[str]) -> bool:
+    return "--debug" in arguments
+
+
+def _judged(error: BaseException, arguments: list[str]) -> tuple[int, str]:
+    """The exit code that an error comes to, and the line that says it."""
+    if _was_interrupted(error):
+        return INTERRUPTED, ""
+    if isinstance(error, ValueError | OSError | ArithmeticError | MemoryError):
+        return MISTAKE, " ".join(str(error).split()) or type(error).__name__
+    command = next((word for word in arguments if not word.startswith("-")), "")
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    return FAULT, (
+        f"a fault of handtune, not of what it was given: {said}; please report this line, and what the same command "
+        f"prints with --debug (handtune {command}: {_versions()})"
+    )
+
+
+def _was_interrupted(error: BaseException | None) -> bool:
+    """Whether a Ctrl-C began it: on its way out, through C code for example, it may have turned into another error."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _versions() -> str:
+    torch = sys.modules.get("torch")
+    known = {"handtune": __version__, "torch": getattr(torch, "__version__", "not imported")}
+    known |= {"Python": platform.python_version(), "on": platform.platform()}
+    return ", ".join(f"{name} {version}" for name, version in known.items())

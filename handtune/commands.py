@@ -36,6 +36,7 @@ from .stored import (
     store_adapter,
     stored_bytes,
 )
+from .terminal import print_unescaped
 
 
 def run_train(options: argparse.Namespace) -> int:
@@ -138,7 +139,7 @@ def check_data(options: argparse.Namespace) -> int:
             if len(part) and (counts := distribution(part, encoding, ready.labels)):
                 print(f"{what} {counts}")
         print(legend(encoding, color) + "\n")
-        print(show(ready.examples, ready.tokenizer, encoding, options.rows, color, ready.labels))
+        print_unescaped(show(ready.examples, ready.tokenizer, encoding, options.rows, color, ready.labels))
     return 0
 
 
@@ -208,6 +209,16 @@ def run_report(options: argparse.Namespace) -> int:
     return 0
 
 
+_CONFIGURED = 'set model.dtype = "bfloat16", or model.quantize = "nf4", or take a smaller model'
+_ASKED = "use --dtype bfloat16 or fewer --batch-rows, or take a smaller model"
+# What to do where memory runs out and no closer advice was given.
+LESS_MEMORY = {
+    **dict.fromkeys(("train", "check-data", "ppo"), _CONFIGURED),
+    **dict.fromkeys(("compare", "generate", "label"), _ASKED),
+    "evaluate": "end what else runs here, or train and evaluate with shorter rows (data.max_length)",
+    "merge": "end what else runs here; the largest tensor, and what the adapter changes of it, must fit in memory",
+    "report": "end what else runs here, or compare fewer runs",
+}
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": run_train,
     "check-data": check_data,

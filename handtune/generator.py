@@ -22,6 +22,7 @@ from .outputs import output
 from .prepare import run_model
 from .prompts import learn_turn_end, prompts_of
 from .stored import config_of, put_adapter, require_finished
+from .terminal import print_unescaped
 
 
 def run_generate(options: argparse.Namespace) -> int:
@@ -54,7 +55,9 @@ def _generate(options: argparse.Namespace, out: Path | None) -> int:
         else:
             for number, (chat, prompt, text) in enumerate(zip(chats, prompts, written, strict=True)):
                 is_answer = chat or model.task == "seq2seq-lm"  # a text of its own, no continuation
-                print(("\n" if number else "") + (text if is_answer else prompt + text), flush=True)
+                _show(("\n" if number else "") + (text if is_answer else prompt + text))
+                if sys.stdout.closed:  # nobody reads on
+                    break
     return 0
 
 
@@ -70,6 +73,14 @@ def _write(prompts: list[str], completed: Iterable[str], out: Path) -> None:
             write_file(part, "".join(lines))
             print(f"the first {len(lines)} of {len(prompts)} rows are in {part}", file=sys.stderr)
     write_file(out, "".join(lines))
+
+
+def _show(text: str) -> None:
+    """Print a text; as it is, but where it goes to a terminal, which it could steer."""
+    if sys.stdout.isatty():
+        print(text, flush=True)
+    else:
+        print_unescaped(text)
 
 
 def _check(options: argparse.Namespace) -> None:

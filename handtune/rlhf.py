@@ -23,6 +23,7 @@ from .models.checkpoint import open_checkpoint
 from .models.shards import read_json
 from .prompts import learn_turn_end, prompts_of
 from .stored import data_sizes, function_of, has_stored, require_same_data, store_adapter, stored_bytes
+from .terminal import print_unescaped
 
 
 def run_ppo(options: argparse.Namespace) -> int:
@@ -111,7 +112,7 @@ def check_prompts(config: PPORunConfig, count: int, color: bool) -> None:
 
     print(legend("prompts", color) + "\n")
     examples = [{"input_ids": prompt.ids} for prompt in fitting]
-    print(show(examples, tokenizer, "prompts", count, color))
+    print_unescaped(show(examples, tokenizer, "prompts", count, color))
 
 
 def _stored(values: dict[str, Any], place: Path) -> str:

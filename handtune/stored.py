@@ -5,11 +5,14 @@ import logging
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import wraps
 from importlib import import_module
+from inspect import isroutine
 from pathlib import Path
 from typing import Any
 
 from ._files import filling, stored_files
+from ._outside import others_code
 from .engine import load_adapter, save_adapter
 from .engine.adapter_factors import PREFIX
 from .engine.adapter_files import CONFIG, TASK_TYPES, WEIGHTS
@@ -218,17 +221,28 @@ def head_of(adapter: Path) -> dict[str, Any]:
 
 
 def function_of(spec: str) -> Callable[..., Any]:
-    """The Python function called "module:function", of a module on the path or in the current folder."""
+    """The Python function called "module:function", of a module on the path or in the current folder.
+
+    What the module or the function raises is the user's, and told as such, a ValueError.
+    """
     module, sign, name = spec.partition(":")
     if not sign:
         raise ValueError(f"{spec!r}: there is no such folder, and it is no Python function, module:function")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{spec!r}: {error}") from error
+        with others_code(lambda error: ValueError(f"{spec!r}: {type(error).__name__}: {error}")):
+            function = getattr(import_module(module), name)
     finally:
         sys.path.pop(0)
-    if not callable(found):
+    if not callable(function):
         raise ValueError(f"{spec!r} is no function")
-    return found  # type: ignore[no-any-return]
+
+    if not isroutine(function):  # an object that can be called may be more than that, as a Reward is
+        return function  # type: ignore[no-any-return]
+
+    @wraps(function)
+    def call(*arguments: Any) -> Any:
+        with others_code(lambda error: ValueError(f"{spec!r} raised {type(error).__name__}: {error}")):
+            return function(*arguments)
+
+    return call

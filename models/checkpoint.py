@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._files import filling, write_json
+from .._outside import explained_memory
 from ..kernels import Linear
 from ..kernels.linear import Merged
 from ..kernels.quantize import Workspace
@@ -89,17 +90,19 @@ def load(
     `quantize` would take): each is packed as it is read, so that the whole model is never there in full.
     `head_follows`: a head that is made anew is not announced, since one will be loaded, with an adapter for example.
 
-    Raises FileNotFoundError for a missing folder or config.json, ValueError for everything that doesn't fit.
+    Raises FileNotFoundError for a missing folder or config.json, ValueError for everything that doesn't fit, and
+    MemoryError where memory runs out.
     """
     opened = open_checkpoint(path, task, labels, head_layers=head_layers)
     model, target, rows = opened.model, _device(device), opened.head_rows
     kind = _dtype(dtype, opened.published, opened.shards, target)
     chosen = {f"{path}.weight": model.get_submodule(path) for path in (quantize(model) if quantize else ())}
     packed = Packing({key: m for key, m in chosen.items() if isinstance(m, Linear)}, kind, target, Workspace())
-    allocate(model, kind, target, without=set(packed.modules.values()))
-    fill(model, opened.shards, new_head=rows is None, packed=packed, announce=not head_follows)
-    if rows and rows != sorted(rows):
-        reorder_head(model.head, rows)
+    with explained_memory(lambda: _too_large(f"loading {path}", model, kind)):
+        allocate(model, kind, target, without=set(packed.modules.values()))
+        fill(model, opened.shards, new_head=rows is None, packed=packed, announce=not head_follows)
+        if rows and rows != sorted(rows):
+            reorder_head(model.head, rows)
     model.eval()
     return model, opened.tokenizer
 
@@ -145,7 +148,8 @@ def open_checkpoint(
         names = ()
     depth = stored_depth if head_layers is None else head_layers
     pooling, normalize = read_pooling(folder) if task == "embedding" else ("mean", False)
-    with torch.device("meta"):
+    beyond = f"{folder / 'config.json'}: its sizes make a model that no memory can hold; restore it"
+    with torch.device("meta"), explained_memory(lambda: beyond):
         model = family(config, task, names, depth, pooling, normalize)
     model.tokens, model.source = tokens, str(path)
     if isinstance(model, ResNet):
@@ -154,6 +158,15 @@ def open_checkpoint(
     if rows is None or task not in BY_TEXT:
         model.tokens = padding_of_new_head(tokens, words, task)
     return Checkpoint(model, words, shards, published, rows)
+
+
+def _too_large(doing: str, model: Model, dtype: torch.dtype) -> str:
+    """What to say where memory runs out."""
+    size, name = sum(p.numel() for p in model.parameters()) * dtype.itemsize, str(dtype).removeprefix("torch.")
+    return (
+        f"out of memory while {doing}: as {name} its weights take {size:,} bytes; give it more memory, load it in "
+        "bfloat16 or quantised, or take a smaller model"
+    )
 
 
 def objectives_of(path: str | Path | None, preset: str | None) -> dict[str, str]:
@@ -180,17 +193,18 @@ def fresh(
     """A freshly initialised model of a published size, on the default device, with the tokenizer.json at `tokenizer`.
 
     The vocabulary is the tokenizer's, and so are the tokens that end and pad texts (`SpecialTokens.of_tokenizer`).
-    Without `weights` the model is on the meta device.
+    Without `weights` the model is on the meta device. MemoryError where memory runs out.
     """
     family = _family_of_preset(preset)
     words = load_tokenizer_file(Path(tokenizer)) if tokenizer is not None else None
     if words is not None:
         overrides = {"vocab_size": words.get_vocab_size(), **overrides}
     torch.manual_seed(seed)
-    with nullcontext() if weights else torch.device("meta"):
+    smaller = f"out of memory: a fresh {preset} of these sizes is too large; take a smaller one"
+    with nullcontext() if weights else torch.device("meta"), explained_memory(lambda: smaller):
         model = family.from_name(preset, task=task, labels=labels, **overrides)
-    if weights:
-        model = model.to(_device("auto"))
+        if weights:
+            model = model.to(_device("auto"))
     if words is not None:
         model.tokens = padding_of_new_head(SpecialTokens.of_tokenizer(words), words, task)
     return model.eval(), words

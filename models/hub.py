@@ -4,6 +4,7 @@ import re
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from .._outside import others_code
 from .shards import PICKLES, pickle_refused
 
 # A sentencepiece model is small, and downloaded to be named where there is no tokenizer.json, and to be kept.
@@ -27,11 +28,12 @@ def checkpoint_folder(path: str | Path, weights: bool = True) -> Path:
         raise FileNotFoundError(f"{folder}: no such folder")
     from huggingface_hub import snapshot_download
 
-    try:
-        unwanted = UNWANTED if weights else (*UNWANTED, "*.safetensors")
+    def explain(error: Exception) -> FileNotFoundError:
+        return FileNotFoundError(f"{path}: no such folder, and the hub did not give it ({_reason(error)})")
+
+    unwanted = UNWANTED if weights else (*UNWANTED, "*.safetensors")
+    with others_code(explain):  # what it raises depends on the HTTP client, and that on the library's version
         folder = Path(snapshot_download(str(path), allow_patterns=list(WANTED), ignore_patterns=list(unwanted)))
-    except Exception as error:  # which ones depends on the HTTP client, and that on the library's version
-        raise FileNotFoundError(f"{path}: no such folder, and the hub did not give it ({_reason(error)})") from error
     if weights and not any(folder.glob("*.safetensors")) and (pickles := _pickles(str(path))):
         raise pickle_refused(f"{path}/{pickles[0]}")
     return _with_config(folder)
@@ -42,8 +44,9 @@ def _pickles(repository: str) -> list[str]:
     from huggingface_hub import list_repo_files
 
     try:
-        names = list_repo_files(repository)
-    except Exception:  # offline, say: then the weights are missing, which is said where they are read
+        with others_code(lambda error: FileNotFoundError(str(error))):
+            names = list_repo_files(repository)
+    except FileNotFoundError:  # offline, say: then the weights are missing, which is said where they are read
         return []
     return sorted(name for name in names if "/" not in name and any(fnmatchcase(name, pattern) for pattern in PICKLES))
 

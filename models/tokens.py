@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._files import write_file, write_json
+from .._outside import others_code
 from .shards import read_json
 from .token_names import SETTINGS, special_names
 from .vocabulary import build_tokenizer
@@ -213,10 +214,8 @@ def load_tokenizer_file(path: Path) -> "Tokenizer":
         raise FileNotFoundError(f"{path}: no such tokenizer file")
     from tokenizers import Tokenizer
 
-    try:
+    with others_code(lambda error: ValueError(f"{path}: not a tokenizer file ({error}); restore it")):
         tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception for a damaged file
-        raise ValueError(f"{path}: not a tokenizer file ({error}); restore it") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer

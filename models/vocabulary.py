@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._outside import others_code
 from .shards import read_json
 from .token_names import CLASS_NAMES, NAMES, SETTINGS, token_text, tokenizer_class, tokenizer_settings
 
@@ -69,11 +70,9 @@ def build_tokenizer(folder: Path) -> "Tokenizer | None":
 def _byte_level(paths: list[Path], settings: dict[str, Any]) -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-    try:
+    with others_code(lambda error: ValueError(f"{paths[0]}, {paths[1].name}: damaged ({error}); restore them")):
         vocabulary, merges = models.BPE.read_file(*map(str, paths))
         tokenizer = Tokenizer(models.BPE(vocabulary, merges))
-    except Exception as error:  # the library raises plain Exception for a damaged file
-        raise ValueError(f"{paths[0]}, {paths[1].name}: damaged ({error}); restore them") from error
     prefix = bool(settings.get("add_prefix_space", False))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     tokenizer.decoder = decoders.ByteLevel()
@@ -84,10 +83,8 @@ def _byte_level(paths: list[Path], settings: dict[str, Any]) -> "Tokenizer":
 def _word_piece(path: Path, settings: dict[str, Any]) -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    try:
+    with others_code(lambda error: ValueError(f"{path}: damaged ({error}); restore the file")):
         vocabulary = models.WordPiece.read_file(str(path))
-    except Exception as error:
-        raise ValueError(f"{path}: damaged ({error}); restore the file") from error
     unknown = token_text(settings.get("unk_token") or CLASS_NAMES["BertTokenizer"]["unk_token"])
     if unknown not in vocabulary:
         raise ValueError(f"{path}: the unknown token {unknown!r} is not in it; restore the file")

@@ -6,6 +6,8 @@ import math
 import re
 import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -146,6 +148,44 @@ def test_strangers_are_refused(server: ComparisonServer) -> None:
     assert server.session.answers == {}
     assert server.server_address[0] == "127.0.0.1"
     assert ask("POST", "/answer", answer, Origin=ours)[0] == 200
+
+
+def test_a_browser_that_hangs_up_leaves_no_trace(server: ComparisonServer, capfd: pytest.CaptureFixture[str]) -> None:
+    """In the middle of a request's line, headers and body, and before it reads the answer; with and without a reset."""
+    host, reset = f"Host: 127.0.0.1:{server.server_port}", struct.pack("ii", 1, 0)
+    whole = f"POST /undo HTTP/1.1\r\n{host}\r\nX-Token: {server.token}\r\nContent-Length: 2\r\n\r\n{{}}"
+    for sent in (whole[:9], whole[:30], whole[:-1], whole, whole * 50, "\r\n", "\x00\xff" * 40, "A" * 70_000):
+        for is_reset in (True, False):
+            with socket.create_connection(("127.0.0.1", server.server_port)) as connection:
+                if is_reset:
+                    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+                connection.sendall(sent.encode("latin-1"))
+    assert Client(server)("GET", "/next")[0] == 200
+    assert capfd.readouterr() == ("", "")
+
+
+def test_control_characters_are_shown_as_codes(tmp_path: Path) -> None:
+    items = make_items([("p\x1b[2J", "a\u202eb", "c\x07\nd")], repeat=0)[0]
+    with ComparisonServer(Session(tmp_path / "s", items)) as server:
+        shown = server.state()["item"]
+    assert (shown["prompt"], {shown["left"], shown["right"]}) == (r"p\x1b[2J", {r"a\u202eb", "c\\x07\nd"})
+
+
+def test_a_mistake_of_ours_ends_the_server(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It is raised where the server was started, and so reaches the command line's last handler."""
+    with ComparisonServer(Session(tmp_path / "s", make_items(PAIRS, repeat=0)[0])) as server:
+        server.session.answer = lambda *_: {}["planted"]  # type: ignore[method-assign]
+        asked = threading.Thread(target=hung_up_on, args=(server,))
+        asked.start()
+        with pytest.raises(KeyError, match="planted"):
+            server.serve_forever(0.01)
+        asked.join()
+    assert capfd.readouterr() == ("", "")
+
+
+def hung_up_on(server: ComparisonServer) -> None:
+    with pytest.raises(http.client.RemoteDisconnected):
+        Client(server)("POST", "/answer", {"item": 0, "answer": "left"})
 
 
 def test_a_disk_that_takes_no_answer_is_said_on_the_page(server: ComparisonServer) -> None:

@@ -1,0 +1,112 @@
+"""Memory that runs out while something is loaded, built or read is one line that says what to do, in every command."""
+
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_commands import command_lines, workshop
+from small_runs import gpt2_folder, write_config
+
+from handtune import commands
+from handtune._outside import OutOfMemory, explained_memory
+from handtune.cli import main
+from handtune.models import load
+
+# Where memory runs out in each command, which is before it has anything to show.
+READS = {
+    "train": "handtune.models.checkpoint.fill",
+    "check-data": "handtune.prepare.encode",
+    "compare": "handtune.models.checkpoint.allocate",
+    "evaluate": "handtune.commands.put_weights",
+    "generate": "handtune.models.checkpoint.fill",
+    "label": "handtune.engine.labelling.answer_logps",
+    "merge": "handtune.merge.read_into",
+    "ppo": "handtune.models.checkpoint.fill",
+    "report": "handtune.engine.runs._read_json",
+}
+ERRORS = (
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    RuntimeError("std::bad_alloc"),
+    MemoryError(),
+    OSError(12, "Cannot allocate memory"),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return workshop(tmp_path_factory.mktemp("workshop"))
+
+
+@contextmanager
+def memory_left(size: int) -> Iterator[None]:
+    """So many bytes of address space beyond what the process has now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize("command", READS)
+def test_is_one_line_in_every_command(command, folder, tmp_path, monkeypatch, capsys) -> None:
+    assert {*READS} == {*commands.COMMANDS}
+    monkeypatch.chdir(folder)
+    for error in ERRORS:
+
+        def explode(*_: Any, error: Exception = error, **__: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr(READS[command], explode)
+        assert main(command_lines(tmp_path)[command][0]) == 2
+        *_, line = capsys.readouterr().err.splitlines()
+        assert line.startswith("handtune: out of memory")
+        assert "a smaller model" in line or "end what else runs here" in line
+
+
+def test_memory_that_really_runs_out_while_it_loads(folder, tmp_path, capsys) -> None:
+    """A matrix of 51 MB where 30 MB are left."""
+    base = gpt2_folder(tmp_path / "base", vocab_size=200_000, d_model=64, n_layer=1)
+    said = f"out of memory while loading {base}: as float32 its weights take 51,"
+    load(folder / "base")  # what is imported once
+    with memory_left(30_000_000):
+        with pytest.raises(MemoryError, match="in bfloat16 or quantised") as error:
+            load(base)
+        assert main(["generate", str(base), "--prompt", "the"]) == 2
+    assert str(error.value).startswith(said)
+    assert capsys.readouterr().err.startswith(f"handtune: {said}")
+    load(base)
+
+
+@pytest.mark.parametrize("size", [2**40, 2**62, 2**70])
+def test_sizes_that_no_memory_holds(size, folder, tmp_path, capsys, monkeypatch) -> None:
+    """Of a preset that is made, and of a config.json: that one says what doesn't fit the file, or any memory."""
+    monkeypatch.chdir(folder)
+    config = write_config(
+        tmp_path / "new.toml", method="pretrain", out=str(tmp_path / "run"), data={"train": "rows.jsonl"},
+        model={"preset": "gpt2", "tokenizer": "base/tokenizer.json", "overrides": {"max_positions": size}},
+    )  # fmt: skip
+    assert main(["train", str(config)]) == 2
+    assert "out of memory: a fresh gpt2 of these sizes is too large" in capsys.readouterr().err
+    (tmp_path / "base").mkdir()
+    for path in Path("base").iterdir():
+        text = path.read_bytes()
+        (tmp_path / "base" / path.name).write_bytes(text.replace(b'"n_positions": 64', b'"n_positions": %d' % size))
+    assert main(["generate", str(tmp_path / "base"), "--prompt", "the"]) == 2
+    line = capsys.readouterr().err
+    assert "base/config.json: its sizes make a model that no memory can hold" in line or "out of memory while" in line
+
+
+def test_an_explanation_stays() -> None:
+    inner = explained_memory(lambda: "inner")
+    with pytest.raises(OutOfMemory, match="^inner$"), explained_memory(lambda: "outer"), inner:
+        raise MemoryError
+    with pytest.raises(RuntimeError, match="mat1"), explained_memory(lambda: "outer"):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
