@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from handtune._locks import alone
 
 CHANGES = ("replace", "rename", "unlink", "mkdir", "rmdir")
@@ -43,6 +45,7 @@ def is_killed(n: int, function: Callable[[], Any]) -> bool:
     process = os.fork()
     if process == 0:
         code = 1
+        torch.set_num_threads(1)  # others did not come along
         try:
             at_operation(n, lambda: os.kill(os.getpid(), signal.SIGKILL))
             function()
