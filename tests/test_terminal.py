@@ -19,6 +19,7 @@ import pytest
 from small_commands import command_lines, workshop
 
 from handtune import commands
+from handtune._files import read_json
 from handtune._outside import others_code, visible, visible_line
 from handtune.cli import main
 from handtune.terminal import Stream, print_unescaped, safe_streams
@@ -161,7 +162,7 @@ def test_names_steer_no_terminal(folder, tmp_path, capsys) -> None:
     evil = "a\x1b[31mb\x9b2J\u202ec"
     run = tmp_path / evil
     assert main(["train", "train.toml", f"out={run}", f"name={json.dumps(evil)}"]) == 0
-    facts = json.loads((run / "run.json").read_text()) | {"name": EVIL}
+    facts = json.loads((run / "run.json").read_text()) | {"name": evil}
     (run / "run.json").write_text(json.dumps(facts))
     (run / "metrics.jsonl").write_text(json.dumps({"step": 0, "eval": {EVIL: 1.0, "loss": 1.0}}) + "\n")
     assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
@@ -182,6 +183,17 @@ def test_names_steer_no_terminal(folder, tmp_path, capsys) -> None:
     assert harmless(told.out + told.err)
     assert told.err.count(r"\x1b[31m") >= 8
     assert "Traceback" not in told.err
+
+
+def test_texts_that_no_file_could_hold_are_refused(tmp_path, capsys) -> None:
+    """Half of a surrogate pair in a JSON file, and an argument that isn't UTF-8, which Python gives as such halves."""
+    (tmp_path / "config.json").write_text(r'{"chat_template": "a\ud83d"}')
+    with pytest.raises(ValueError, match=r"config.json: half of a surrogate pair .* remove it"):
+        read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(r'{"chat_template": "\ud83d\ude00, \\ud83d"}')
+    assert read_json(tmp_path / "config.json") == {"chat_template": "😀, \\ud83d"}
+    assert main(["generate", "base", "--prompt", "a\udcff"]) == 2
+    assert capsys.readouterr().err == "handtune: the argument 'a\\udcff' is not UTF-8; rename what it names\n"
 
 
 @pytest.mark.usefixtures("_here")
