@@ -322,19 +322,17 @@ import os, signal, sys
 class Finder:
     left = None
     def find_spec(self, name, *_):
-        if name == "handtune.cli":
+        if name == "handtune.cli" and {moment} >= 0:
             self.left = {moment}
         if self.left is not None:
             self.left -= 1
             if self.left < 0:
                 self.left = None
                 os.kill(os.getpid(), signal.SIGINT)
-class Late:
-    def __del__(self):
-        os.kill(os.getpid(), signal.SIGINT)
 if {moment} < 0:
-    import atexit
-    atexit.register(os.kill, os.getpid(), signal.SIGINT) if {moment} == -1 else setattr(sys, "late", Late())
+    import atexit, threading
+    register = threading._register_atexit if {moment} == -1 else atexit.register
+    register(os.kill, os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Finder())
 import runpy
 runpy.run_module("handtune", run_name="__main__", alter_sys=True)
@@ -342,7 +340,7 @@ runpy.run_module("handtune", run_name="__main__", alter_sys=True)
 
 
 def interrupted(moment: int, *arguments: str, **settings: Any) -> subprocess.CompletedProcess:
-    """The command line in a process that gets a Ctrl-C before its n-th import; -1: when it ends, -2: still later."""
+    """The command line in a process that gets a Ctrl-C before its n-th import; -1: when its threads end, -2: after that."""
     command = [sys.executable, "-c", INTERRUPTING.format(moment=moment), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
@@ -351,12 +349,12 @@ def interrupted(moment: int, *arguments: str, **settings: Any) -> subprocess.Com
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("moment", [0, 3, 40, -1])
-def test_ctrl_c_is_silent_while_it_imports_and_at_the_end(moment, tmp_path) -> None:
+@pytest.mark.parametrize(("moment", "code"), [(0, 130), (3, 130), (300, 130), (-1, 130), (-2, 0)])
+def test_ctrl_c_is_silent_while_it_imports_and_at_the_end(moment, code, tmp_path) -> None:
     """Before the grammar, in it, in the middle of torch, and when all is done."""
     arguments = ["--version"] if moment < 0 else ["report", "none"]
     done = interrupted(moment, *arguments, cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (130, "")
+    assert (done.returncode, done.stderr) == (code, "")
 
 
 @pytest.mark.deep
