@@ -358,7 +358,7 @@ def test_ctrl_c_is_silent_while_it_imports_and_at_the_end(moment, code, tmp_path
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("moment", range(60, 1600, 70))
+@pytest.mark.parametrize("moment", range(60, 1600, 140))
 def test_ctrl_c_at_every_other_import(moment, folder, tmp_path) -> None:
     """Of torch, of the commands, and of what is imported while one of them runs."""
     done = interrupted(moment, *command_lines(tmp_path)["train"][0], cwd=folder)
@@ -367,33 +367,36 @@ def test_ctrl_c_at_every_other_import(moment, folder, tmp_path) -> None:
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("command", ["train", "generate", "merge", "ppo", "report", "compare"])
+@pytest.mark.parametrize("command", ["train", "generate", "merge", "ppo"])
 def test_ctrl_c_at_any_time(command, folder, tmp_path) -> None:
-    """Six moments of a process's life, and twice in a row: 130 or done, no traceback, and the next one goes well."""
+    """Seven moments of a process's life, sometimes twice in a row: 130, no traceback, and in the end it goes well."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    arguments, left = command_lines(tmp_path)[command]
 
-    def start() -> subprocess.Popen:
-        return subprocess.Popen(
+    def start(out: Path) -> tuple[subprocess.Popen, Path | None]:
+        arguments, left = command_lines(out)[command]
+        process = subprocess.Popen(
             [sys.executable, "-m", "handtune", *arguments], cwd=folder, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
+        return process, left
 
     begin = time.perf_counter()
-    assert start().wait(120) == 0
+    assert start(tmp_path)[0].wait(120) == 0
     whole = time.perf_counter() - begin
-    for number, share in enumerate((0.1, 0.3, 0.5, 0.7, 0.8, 0.9)):
-        arguments, left = command_lines(tmp_path / str(number))[command]
-        (tmp_path / str(number)).mkdir()
-        process = start()
+    (tmp_path / "new").mkdir()
+    for number, share in enumerate((0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)):
+        process, left = start(tmp_path / "new")
         time.sleep(share * whole)
         for _ in range(1 + number % 2):
             process.send_signal(signal.SIGINT)
             time.sleep(0.01)
         _, errors = process.communicate(timeout=120)
-        assert process.returncode in (0, 130), errors
         assert "Traceback" not in errors and "KeyboardInterrupt" not in errors
-        process = start()
+        assert process.returncode in (0, 130), errors
+        if process.returncode == 0:
+            break
+    else:
+        process, left = start(tmp_path / "new")
         assert process.wait(120) == 0, process.communicate()
-        assert left is not None and left.is_file()
+    assert left is not None and left.is_file()
