@@ -34,6 +34,7 @@ DTYPES = {
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 LOCK = ".lock"  # in a folder on which one process works at a time
+_ESCAPED_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # of a surrogate pair, which no file could hold again
 _LEFT_OVER = re.compile(r"\.(?P<name>.+)\.(?P<process>[0-9]+)-[0-9a-f]{8}\.tmp")
 _NEW, _OLD, _LIST = "new", "old", "files.json"  # in the hidden folder of `filling`
 _in_use: set[Path] = set()  # the temporary names that this process writes under just now
@@ -405,8 +406,17 @@ def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json(path: str | Path, kind: type = dict) -> Any:
-    """The contents of a JSON file. ValueError where it is damaged or no `kind`, FileNotFoundError if missing."""
-    value = parse_json(read_bytes(path), str(path))
+    """The contents of a JSON file. ValueError where it is damaged or no `kind`, FileNotFoundError if missing.
+
+    Also for half of a surrogate pair in a text: it could be shown nowhere, and stored with nothing.
+    """
+    contents = read_bytes(path)
+    value = parse_json(contents, str(path))
+    if _ESCAPED_HALF.search(contents):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{path}: half of a surrogate pair stands in it (a \\ud... escape); remove it") from None
     if not isinstance(value, kind):
         wanted = "an object" if kind is dict else "a list"
         raise ValueError(f"{path}: expected {wanted}, found {type(value).__name__}; restore the file")

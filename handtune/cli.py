@@ -152,6 +152,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the argument {argument!r} is not UTF-8; rename what it names") from None
+
     options = parsed(arguments)
     from . import commands
 

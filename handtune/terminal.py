@@ -9,6 +9,7 @@ nothing is there then to be tidied up, while an exception could fall into an imp
 or into the interpreter's shutdown, which shows it. While a command runs it is Python's KeyboardInterrupt.
 """
 
+import atexit
 import errno
 import os
 import signal
@@ -99,6 +100,8 @@ def begin_process() -> None:
     signal_now = signal.getsignal(signal.SIGINT)
     if signal_now is signal.default_int_handler:  # a shell has background processes ignore it
         signal.signal(signal.SIGINT, leave_at_once)
+        # When threads have ended, all is done: what the interpreter still takes down would be cut off by the signal.
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     sys.unraisablehook = _unraisable
 
     # What is closed would be given to the first file that is opened, and that would get what C code prints.
