@@ -1,7 +1,8 @@
 """Checkpoints that survive: a folder of tensors (safetensors) and facts (JSON), complete or not there at all.
 
 Everything is written into a temporary folder beside the target, flushed to disk, and renamed; a kill at any moment
-leaves the old checkpoints and at most a temporary folder, which the next save removes.
+leaves the old checkpoints and at most a temporary folder, which the next save removes. SHA256SUMS holds a checksum of
+each file (`sha256sum -c` reads it, too), so that one changed bit is noticed when the checkpoint is loaded.
 """
 
 import json
@@ -12,7 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-TENSORS, FACTS = "tensors.safetensors", "state.json"
+from .inputs import digest
+
+TENSORS, FACTS, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
 _TEMPORARY, _OLD = ".tmp", ".old"
 
 
@@ -33,7 +36,8 @@ def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], facts: dict[st
         temporary.mkdir()
         save_file(_apart(tensors), temporary / TENSORS)
         (temporary / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        for file in (temporary / TENSORS, temporary / FACTS, temporary):
+        (temporary / SUMS).write_text(_sums(temporary), encoding="utf-8")
+        for file in (temporary / TENSORS, temporary / FACTS, temporary / SUMS, temporary):
             _flush(file)
     except (OSError, SafetensorError) as error:
         remove(temporary)
@@ -48,6 +52,11 @@ def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], facts: dict[st
     temporary.rename(path)
     _flush(path.parent)
     remove(old)
+
+
+def _sums(path: Path) -> str:
+    """A line a file of a checkpoint, as sha256sum writes it."""
+    return "".join(f"{digest(path / name)}  {name}\n" for name in (TENSORS, FACTS))
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -69,7 +78,10 @@ def _recover(path: Path) -> None:
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and facts of a checkpoint folder. FileNotFoundError or ValueError where it is not one."""
+    """The tensors and facts of a checkpoint folder.
+
+    FileNotFoundError where there is none, ValueError where one of its files has changed since it was written.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -78,9 +90,19 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     if not (path / FACTS).is_file():
         raise FileNotFoundError(f"{path}: no checkpoint there ({FACTS} is missing)")
     try:
+        before, now = (path / SUMS).read_bytes(), _sums(path)
+        if before != now.encode():
+            other = next((line[66:] for line in now.splitlines() if line.encode() not in before.split(b"\n")), SUMS)
+            raise ValueError(f"{other} is not what was written")
         return load_file(path / TENSORS), json.loads((path / FACTS).read_text(encoding="utf-8"))
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: the checkpoint is damaged ({error}); {_remedy(path)}") from error
+    except (SafetensorError, ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{path}: the checkpoint is damaged ({_reason(error)}); {_remedy(path)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"{Path(error.filename).name} is missing"
+    return str(error)
 
 
 def _remedy(path: Path) -> str:

@@ -37,6 +37,7 @@ from .guards import (
     smaller_batches,
     sum_and_count,
 )
+from .inputs import in_memory
 from .lora import active_adapter, lr_ratios, slots
 from .losses import ByAdapter, LossFn
 from .optim import SCHEDULES, Optimizer, layer_count, lr_factor
@@ -191,8 +192,11 @@ def train(
             raise ValueError(
                 "data without state_dict and load_state_dict can't resume: give rows and collate, or no out"
             )
-        record = Record(out)
-        record.start(about or {}, (about or {}).get("config") or {"train": asdict(config)})
+        record, about = Record(out), about or {}
+        if out is not None and "inputs" not in about:
+            rows = {"data": getattr(data, "examples", None), "eval_data": getattr(eval_data, "examples", None)}
+            about = {**about, "inputs": in_memory(model, trained, **rows)}
+        record.start(about, about.get("config") or {"train": asdict(config)})
         optimizer = Optimizer(
             trained.items(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
             lr_scale=config.lr_scale, lr_ratios=lr_ratios(model), lr_decay=config.lr_decay, buffers=_buffers(model),
@@ -204,7 +208,7 @@ def train(
 
         progress = resume(record, optimizer, data, config.keep)
         start, ended = start - progress.seconds, progress.ended(total, config.patience)
-        tell_resumed("step", progress.step, total, ended)
+        tell_resumed(record, "step", progress.step, total, ended)
         # What trained in the last step before: a run that has ended is stored from here, too.
         put_into_training(model, config.unfreeze, (progress.step - 1) / per_epoch)
         if not config.unfreeze and not ended:

@@ -1,17 +1,39 @@
 """The run folder: what a run is, what it logged, what came out; and the refusal to mix two runs.
 
-run.json       method, configuration, versions, device         metrics.jsonl  a line a step, a line an evaluation
+run.json       configuration, inputs, versions, device         metrics.jsonl  a line a step, a line an evaluation
 result.json    what came out                                   checkpoints/   exact state, see checkpoint.py
 """
 
 import json
 import os
 import platform
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from tqdm import tqdm
+
+from .._files import read_json
+from .checkpoint import checkpoints
+from .inputs import Inputs, is_fingerprint, run_differences
+from .journal import read_journal, rewrite
+
+# What kinds of values stand in the files of a run.
+TEXT, NUMBER, TABLE = (str, type(None)), (int, float, type(None)), (dict, type(None))
+FACTS: dict[str, Any] = {
+    "config": dict, "inputs": dict, "folder": str, "versions": dict, "device": str, "world_size": int, "name": TEXT,
+    "method": TEXT, "task": TEXT, "model": TEXT, "trains": TEXT, "started": TEXT, "labels": list, "chat": bool,
+    "best_of": list,
+}  # fmt: skip
+RESULT: dict[str, Any] = {
+    "steps": int, "episodes": int, "train_loss": NUMBER, "metrics": TABLE, "before": TABLE, "best": TABLE,
+    "seconds": NUMBER, "peak_memory": NUMBER, "stored_bytes": NUMBER, "trainable": NUMBER, "parameters": NUMBER,
+    "labels": list, "confusion": list, "stopped": TEXT,
+}  # fmt: skip
+BEST: dict[str, Any] = {"step": int, "metric": str, "value": (int, float)}
 
 
 class Record:
@@ -19,6 +41,7 @@ class Record:
 
     def __init__(self, out: str | Path | None):
         self.out = Path(out) if out is not None else None
+        self._moved: dict[str, Any] = {}  # of run.json: what is called otherwise now
 
     @property
     def checkpoints(self) -> Path | None:
@@ -31,78 +54,71 @@ class Record:
     def start(self, about: dict[str, Any], config: dict[str, Any]) -> None:
         """Claim the folder for this run, or find that it is this run's already.
 
-        A run that has made no step yet holds nothing to protect: its configuration may change. Raises ValueError
-        where the folder holds a run with another configuration (naming the fields) or other things.
+        `about` may have `inputs`, the fingerprints of what the run is made from (`inputs.py`). A run that has made no
+        step yet holds nothing to protect: its configuration may change. Raises ValueError where the folder holds a run
+        with another configuration or other inputs (naming them) or other things.
         """
         if self.out is None:
             return
-        config = _plain(config)
+        now = _plain({**about, "config": config, "folder": os.path.abspath(self.out)})
         path = self.out / "run.json"
         if path.is_file():
-            changed = _differences(self._facts()["config"], config)
-            if not changed:
-                return
-            if self._has_begun():
+            before = read_facts(path)
+            changed = run_differences(before, now)
+            if changed and self._has_begun():
                 raise ValueError(
                     f"{self.out} holds a run with {'; '.join(changed)}; take back the change or choose another out"
                 )
+            self._moved = {key: now[key] for key in ("config", "inputs", "folder") if key in now}
+            if not changed:
+                return
         elif self.out.is_dir() and any(file.name != "run.json.tmp" for file in self.out.iterdir()):
             raise ValueError(f"{self.out} is not empty and holds no run; choose another out")
         self.out.mkdir(parents=True, exist_ok=True)
-        facts = {**about, "config": config, **environment(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
-        write_json(path, facts)
+        write_json(path, {**now, **environment(), "started": datetime.now(UTC).isoformat(timespec="seconds")})
 
     def _has_begun(self) -> bool:
         """Whether a training step was logged; the evaluation before the first one is soon made again."""
         assert self.out is not None
-        path = self.out / "metrics.jsonl"
-        last = path.read_text(encoding="utf-8").rstrip().rpartition("\n")[2] if path.is_file() else ""
-        return bool(last) and '"step": 0,' not in last
+        lines = read_journal(self.out / "metrics.jsonl", is_metrics)
+        logged = any(line.damaged or (line.row is not None and line.row["step"] > 0) for line in lines)
+        return logged or (self.out / "result.json").is_file() or bool(checkpoints(self.out / "checkpoints"))
 
     def amend(self, **facts: Any) -> None:
         """Add facts to run.json that were not known when the run began."""
-        if self.out is not None and (known := self._facts()) != (amended := {**known, **facts}):
+        if self.out is None:
+            return
+        known = read_facts(self.out / "run.json")
+        if known != (amended := {**known, **_plain(facts)}):
             write_json(self.out / "run.json", amended)
 
-    def finished(self, config: dict[str, Any]) -> dict[str, Any] | None:
+    def finished(self, config: dict[str, Any], inputs: Inputs) -> dict[str, Any] | None:
         """What came out of the run in this folder, if it is one of this configuration and has come to its end."""
-        if self.out is None or not (self.out / "run.json").is_file():
+        if self.out is None or not all((self.out / name).is_file() for name in ("run.json", "result.json")):
             return None
-        path = self.out / "result.json"
-        if not path.is_file() or _differences(self._facts()["config"], _plain(config)):
+        if run_differences(read_facts(self.out / "run.json"), _plain({"config": config, "inputs": inputs})):
             return None
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: damaged ({error}); remove it, and the same command writes it again") from error
+        return read_result(self.out / "result.json")
 
-    def _facts(self) -> dict[str, Any]:
-        assert self.out is not None
-        path = self.out / "run.json"
-        try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: damaged ({error}); restore it, or choose another out") from error
-        if not isinstance(facts, dict) or "config" not in facts:
-            raise ValueError(f"{path}: not the facts of a run; restore it, or choose another out")
-        return facts
+    def go_on(self) -> None:
+        """Before a step of a run that began earlier: note where it and its inputs lie now, and say what else differs.
+
+        With other versions, threads or another device it goes on, but its bits may be others.
+        """
+        if self.out is None:
+            return
+        self.amend(**self._moved)
+        before, now = _flat(read_facts(self.out / "run.json")), _flat(environment())
+        changed = [name for name in now if before.get(name, now[name]) != now[name]]
+        if changed:
+            texts = "; ".join(f"{name} {before[name]} before, {now[name]} now" for name in changed)
+            tqdm.write(f"the bits may differ from here: {texts}", file=sys.stderr)
 
     def rewind(self, step: int) -> None:
-        """Drop what was logged after `step`: the resumed run logs it again."""
-        if self.out is None or not (path := self.out / "metrics.jsonl").is_file():
-            return
-        text, lines = path.read_text(encoding="utf-8"), []
-        for line in text.splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    lines.append(line + "\n")
-            except (ValueError, KeyError):  # the line a kill cut short
-                break
-
-        if (remaining := "".join(lines)) != text:
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(remaining, encoding="utf-8")
-            temporary.replace(path)
+        """Drop what was logged after `step`: the resumed run logs it again. Damaged lines are moved aside."""
+        if self.out is not None:
+            path = self.out / "metrics.jsonl"
+            rewrite(path, read_journal(path, is_metrics), lambda row: row["step"] <= step)
 
     def log(self, **values: Any) -> None:
         """Append a line to metrics.jsonl."""
@@ -127,28 +143,60 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
+def is_metrics(row: dict[str, Any]) -> bool:
+    """Whether a row is one of metrics.jsonl: of a step, or of an evaluation."""
+    return type(row.get("step")) is int and row["step"] >= 0 and isinstance(row.get("eval", {}), dict)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """What a run.json says. ValueError where it is damaged, or no run's."""
+    facts: dict[str, Any] = read_json(path)
+    if "config" not in facts:
+        raise ValueError(f"{path}: not the facts of a run; restore it, or choose another out")
+    _check_fields(path, facts, FACTS)
+    for field, entries in facts.get("inputs", {}).items():
+        if not (isinstance(entries, list) and all(map(is_fingerprint, entries))):
+            raise ValueError(f"{path}: inputs.{field} is damaged; restore the file, or choose another out")
+    return facts
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What a result.json says. ValueError where it is damaged."""
+    result: dict[str, Any] = read_json(path)
+    _check_fields(path, result, RESULT)
+    _check_fields(path, result.get("best", {}), BEST, "best.")
+    return result
+
+
+def _check_fields(path: Path, values: dict[str, Any], kinds: dict[str, Any], inside: str = "") -> None:
+    """ValueError where a field that is there has another kind of value than it should have."""
+    for name in values.keys() & kinds.keys():
+        if not isinstance(values[name], kinds[name]):
+            raise ValueError(f"{path}: {inside}{name} = {values[name]!r:.60} is damaged; restore the file")
+
+
 def environment() -> dict[str, Any]:
-    """Versions and the device, for the record."""
+    """Versions, the device and the number of processes, for the record."""
     import handtune
 
     cuda = torch.cuda.is_available()
+    versions = {"handtune": handtune.__version__, "torch": torch.__version__, "python": platform.python_version()}
     return {
-        "versions": {"handtune": handtune.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {**versions, "numpy": np.__version__},
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
     }
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration as JSON gives it back: tuples become lists, as in the file that it is compared with."""
-    return json.loads(json.dumps(config))
+def _flat(facts: dict[str, Any]) -> dict[str, Any]:
+    """What bits depend on, by name."""
+    named = {"device": facts.get("device"), "world size": facts.get("world_size")}
+    return {**facts.get("versions", {}), **{name: value for name, value in named.items() if value is not None}}
 
 
-def _differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """The fields in which two configurations differ, as "name = before, not now"."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted({*before, *now})
-        return [d for key in keys for d in _differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."))]
-    return [] if before == now else [f"{name} = {before!r}, not {now!r}"]
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """Facts as JSON gives them back: tuples become lists, as in the file that they are compared with."""
+    return json.loads(json.dumps(values))
 
 
 def peak_memory() -> int:

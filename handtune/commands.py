@@ -20,13 +20,14 @@ from .engine.metrics import rouge
 from .engine.record import Record
 from .engine.text import prompt_tokens
 from .generator import run_generate
+from .inputs import BASE, DATA, inputs_of
 from .labelling import run_label
 from .merge import merge
 from .models import save
-from .prepare import Prepared, choose_trained, data_files, prepare, run_objective
+from .prepare import Prepared, choose_trained, prepare, run_objective
 from .prompts import prompts_of
 from .rlhf import check_prompts, run_ppo
-from .stored import config_of, data_sizes, facts_of, has_stored, put_weights, require_same_data, store_adapter
+from .stored import config_of, facts_of, has_stored, put_weights, store_adapter
 
 
 def run_train(options: argparse.Namespace) -> int:
@@ -34,15 +35,14 @@ def run_train(options: argparse.Namespace) -> int:
     config = read_config(options.config, options.override)
     out = Path(config.out)
     place, record = out / ("adapter" if config.lora is not None else "model"), Record(out)
-    sizes = data_sizes(data_files(config.data))
-    if (values := record.finished(config.as_dict())) is not None and has_stored(out):
-        require_same_data(out, sizes)
+    inputs = inputs_of(config)
+    if (values := record.finished(config.as_dict(), inputs)) is not None and has_stored(out):
         print(f"finished already: nothing is left to train\n{_stored(values, place)}")
         return 0
     about: dict[str, Any] = {
         "name": config.name or out.name, "method": config.method, "task": run_objective(config).task,
         "model": config.model.path or config.model.preset, "config": config.as_dict(),
-        "data_sizes": sizes,
+        "inputs": inputs,
     }  # fmt: skip
     record.start(about, about["config"])
     ready = prepare(config, out / "corpus")
@@ -129,7 +129,7 @@ def check_data(options: argparse.Namespace) -> int:
 def run_evaluate(options: argparse.Namespace) -> int:
     """`handtune evaluate`: a finished run's weights on held-out rows."""
     run = Path(options.run)
-    config = config_of(run)
+    config = config_of(run, BASE if options.data else (*BASE, *DATA))
     if options.data:  # in the place of the training rows too, which may be gone by now
         config = replace(config, data=replace(config.data, train=options.data, eval=options.data))
     elif facts_of(run).get("method") == "ppo":
