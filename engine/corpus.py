@@ -3,7 +3,8 @@
 The tokens of all documents, each followed by the end-of-text token, stand in one flat file `<fingerprint>.bin` (uint16,
 or uint32 for vocabularies of 65,536 tokens and more). Next to it `<fingerprint>.json` says what it was made from. The
 fingerprint covers the sources' bytes, the tokenizer and the end token, so that a changed source or tokenizer makes
-another cache and an old one is never read by mistake. Caches that are no longer wanted can be deleted at any time.
+another cache and an old one is never read by mistake. It holds a checksum of the tokens, too: a cache of which one bit
+has changed is made again. Caches that are no longer wanted can be deleted at any time.
 
 Both files are written under a temporary name, synced and renamed, the JSON last: where it exists the tokens are whole.
 
@@ -24,12 +25,13 @@ import numpy as np
 import numpy.typing as npt
 
 from .data import parse_json
+from .inputs import digest
 from .text import append_eos, beginning, begun
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_FORMAT = 2
+_FORMAT = 3
 _PIECE = 256 * 1024  # characters
 _ANCHOR = "\n"
 _BATCH = 4  # pieces tokenised at once, on as many cores
@@ -113,9 +115,7 @@ def _identity(source: str | Path) -> dict[str, Any]:
     if isinstance(source, str):
         data = source.encode()
         return {"kind": "text", "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    with source.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"kind": source.suffix.lower(), "size": source.stat().st_size, "sha256": digest}
+    return {"kind": source.suffix.lower(), "size": source.stat().st_size, "sha256": digest(source)}
 
 
 def _dtype(tokenizer: "Tokenizer", eos: int | None) -> "np.dtype[Any]":
@@ -126,8 +126,9 @@ def _dtype(tokenizer: "Tokenizer", eos: int | None) -> "np.dtype[Any]":
 def _is_whole(path: Path, about: dict[str, Any], dtype: "np.dtype[Any]") -> bool:
     try:
         stored = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        count = stored.pop("count")
-        return bool(stored == about and path.stat().st_size == count * dtype.itemsize)
+        count, checksum = stored.pop("count"), stored.pop("sha256")
+        size = path.stat().st_size
+        return bool(stored == about and size == count * dtype.itemsize and digest(path) == checksum)
     except (OSError, ValueError, KeyError, AttributeError):
         return False  # absent or damaged: it is made again
 
@@ -135,12 +136,21 @@ def _is_whole(path: Path, about: dict[str, Any], dtype: "np.dtype[Any]") -> bool
 def _write(path: Path, arrays: Iterable[npt.NDArray[Any]], about: dict[str, Any], dtype: "np.dtype[Any]") -> int:
     """Write the tokens and what they were made from; gives their number. Fewer than two make no corpus."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, (array.tobytes() for array in arrays))
+    checksum = hashlib.sha256()
+
+    def pieces() -> Iterator[bytes]:
+        for array in arrays:
+            piece = array.tobytes()
+            checksum.update(piece)
+            yield piece
+
+    _replace(path, pieces())
     count = path.stat().st_size // dtype.itemsize
     if count < 2:
         path.unlink()
     else:
-        _replace(path.with_suffix(".json"), [json.dumps({**about, "count": count}, indent=1).encode()])
+        facts = {**about, "count": count, "sha256": checksum.hexdigest()}
+        _replace(path.with_suffix(".json"), [json.dumps(facts, indent=1).encode()])
     return count
 
 

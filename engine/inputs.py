@@ -6,8 +6,8 @@ A run's *inputs* are the fields of its configuration that lead to something outs
      "model.path": [{"path": "/models/gpt2", "files": {"config.json": "<sha256>", "model.safetensors": ...}}]}
 
 Names in `files` are counted from `path`; "" is the file at `path` itself, ":name" a function in it. What was given in
-memory, a model or rows, has words in the place of a path. Two inputs are the same where their contents are, wherever they lie: so a run may be
-moved together with its data, and a file of the same size with one other byte is noticed.
+memory, a model or rows, has words in the place of a path. Two inputs are the same where their contents are, wherever
+they lie: so a run may be moved together with its data, and a file of the same size with one other byte is noticed.
 """
 
 import hashlib

@@ -58,7 +58,7 @@ def damaged_lines(path: Path, lines: Sequence[Line]) -> str:
     if not numbers:
         return ""
     shown = ", ".join(numbers[:SHOWN]) + (f" and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else "")
-    return f"{path}: line {shown} {'is' if len(numbers) == 1 else 'are'} damaged"
+    return f"{path} line {shown}: damaged"
 
 
 def rewrite(path: Path, lines: Sequence[Line], keep: Callable[[dict[str, Any]], bool] = lambda row: True) -> None:
@@ -66,7 +66,7 @@ def rewrite(path: Path, lines: Sequence[Line], keep: Callable[[dict[str, Any]], 
     if damaged := b"".join(line.raw for line in lines if line.damaged):
         aside = path.with_name(f"{path.stem}.damaged{path.suffix}")
         write_file(aside, (aside.read_bytes() if aside.is_file() else b"") + damaged)
-        log.warning("%s; moved to %s", damaged_lines(path, lines), aside)
+        log.warning("%s, moved to %s", damaged_lines(path, lines), aside)
     remaining = b"".join(line.raw.rstrip(b"\n") + b"\n" for line in lines if line.row is not None and keep(line.row))
     if remaining != b"".join(line.raw for line in lines):
         write_file(path, remaining)

@@ -63,19 +63,23 @@ class Record:
         now = _plain({**about, "config": config, "folder": os.path.abspath(self.out)})
         path = self.out / "run.json"
         if path.is_file():
-            before = read_facts(path)
-            changed = run_differences(before, now)
-            if changed and self._has_begun():
-                raise ValueError(
-                    f"{self.out} holds a run with {'; '.join(changed)}; take back the change or choose another out"
-                )
             self._moved = {key: now[key] for key in ("config", "inputs", "folder") if key in now}
-            if not changed:
+            if self._is_same(now):
                 return
         elif self.out.is_dir() and any(file.name != "run.json.tmp" for file in self.out.iterdir()):
             raise ValueError(f"{self.out} is not empty and holds no run; choose another out")
         self.out.mkdir(parents=True, exist_ok=True)
         write_json(path, {**now, **environment(), "started": datetime.now(UTC).isoformat(timespec="seconds")})
+
+    def _is_same(self, now: dict[str, Any]) -> bool:
+        """Whether run.json is of this run. ValueError where it is of another one that has begun, and would be lost."""
+        assert self.out is not None
+        changed = run_differences(read_facts(self.out / "run.json"), now)
+        if changed and self._has_begun():
+            raise ValueError(
+                f"{self.out} holds a run with {'; '.join(changed)}; take back the change or choose another out"
+            )
+        return not changed
 
     def _has_begun(self) -> bool:
         """Whether a training step was logged; the evaluation before the first one is soon made again."""
@@ -93,12 +97,18 @@ class Record:
             write_json(self.out / "run.json", amended)
 
     def finished(self, config: dict[str, Any], inputs: Inputs) -> dict[str, Any] | None:
-        """What came out of the run in this folder, if it is one of this configuration and has come to its end."""
-        if self.out is None or not all((self.out / name).is_file() for name in ("run.json", "result.json")):
+        """What came out of the run in this folder, if it has come to its end. Raises as `start` for another run."""
+        if self.out is None or not (self.out / "run.json").is_file():
             return None
-        if run_differences(read_facts(self.out / "run.json"), _plain({"config": config, "inputs": inputs})):
+        if not self._is_same(_plain({"config": config, "inputs": inputs})) or not (self.out / "result.json").is_file():
             return None
-        return read_result(self.out / "result.json")
+        result = read_result(self.out / "result.json")
+        needed = {"best", "stored_bytes", *(("episodes", "stopped") if "episodes" in result else ("steps",))}
+        if missing := [*sorted(needed - result.keys()), *sorted(BEST.keys() - (result.get("best") or BEST).keys())]:
+            raise ValueError(
+                f"{self.out / 'result.json'}: {missing[0]} is missing; remove the file, and the same command writes it"
+            )
+        return result
 
     def go_on(self) -> None:
         """Before a step of a run that began earlier: note where it and its inputs lie now, and say what else differs.
@@ -144,8 +154,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def is_metrics(row: dict[str, Any]) -> bool:
-    """Whether a row is one of metrics.jsonl: of a step, or of an evaluation."""
-    return type(row.get("step")) is int and row["step"] >= 0 and isinstance(row.get("eval", {}), dict)
+    """Whether a row is one of metrics.jsonl: numbers of a step, or an evaluation."""
+    kinds = {"eval": dict, "sample": str}
+    whole = all(isinstance(value, kinds.get(name, NUMBER)) for name, value in row.items())
+    return whole and type(row.get("step")) is int and row["step"] >= 0
 
 
 def read_facts(path: Path) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def _of_reward(spec: str) -> dict[str, Any]:
         if file is None:
             return {"path": spec, "files": {}}
         found = fingerprint(file, [file])
-        return {**found, "files": {f":{function}": found["files"][""]}}
+        return {**found, "files": {f":{function}": value for value in found["files"].values()}}
     adapter = reward_adapter(Path(spec))
     if adapter is not None:
         return fingerprint(adapter, [adapter / name for name in (CONFIG, WEIGHTS, SCALE)])
@@ -105,12 +105,13 @@ def located(run: Path, facts: dict[str, Any], table: dict[str, Any], fields: Seq
 
 
 def _locate(run: Path, facts: dict[str, Any], field: str, before: dict[str, Any], written: str) -> str:
-    if not os.path.isabs(before["path"]):
-        return written  # an id of the hub
-    beside = os.path.join(run.resolve(), os.path.relpath(before["path"], facts["folder"]))
-    places = dict.fromkeys(map(os.path.abspath, (before["path"], beside, os.path.expanduser(written))))
+    places = [written]  # an id of the hub
+    if os.path.isabs(before["path"]):
+        beside = os.path.join(run.resolve(), os.path.relpath(before["path"], facts["folder"]))
+        named = map(os.path.abspath, (before["path"], beside, os.path.expanduser(written)))
+        places = [path for path in dict.fromkeys(named) if os.path.exists(path)]
     other = f"{before['path']} is gone"
-    for path in filter(os.path.exists, places):
+    for path in places:
         if same_contents(before, now := _fingerprint(field, path)):
             return path
         other = changed_files(before, now)

@@ -37,6 +37,11 @@ def run_ppo(options: argparse.Namespace) -> int:
     if (values := record.finished(config.as_dict(), inputs)) is not None and has_stored(out):
         print(f"finished already: nothing is left to train\n{_stored(values, out / 'adapter')}")
         return 0
+    about = {
+        "name": config.name or out.name, "method": "ppo", "task": "causal-lm", "model": wanted.path,
+        "config": config.as_dict(), "trains": f"LoRA r={config.ppo.lora.rank}", "inputs": inputs,
+    }  # fmt: skip
+    record.start(about, config.as_dict())
     model, tokenizer = load(
         wanted.path, "causal-lm", wanted.dtype, wanted.device, quantize=projections if wanted.quantize else None
     )
@@ -44,12 +49,8 @@ def run_ppo(options: argparse.Namespace) -> int:
         freeze(model, "*")
         quantize(model)
     prompts = _prompts(config, model, tokenizer)
+    record.amend(chat=model.tokens.asks_as_chat)
     rewards = [config.reward] if isinstance(config.reward, str) else config.reward
-    about = {
-        "name": config.name or out.name, "method": "ppo", "task": "causal-lm", "model": wanted.path,
-        "config": config.as_dict(), "trains": f"LoRA r={config.ppo.lora.rank}", "inputs": inputs,
-        "chat": model.tokens.asks_as_chat,
-    }  # fmt: skip
     show = None if options.quiet else tqdm.write
     result = ppo(
         model, prompts, [_reward(spec, model, tokenizer, inputs) for spec in rewards], config.ppo, tokenizer=tokenizer,

@@ -43,8 +43,11 @@ def checkpoint_folder(path: str | Path, weights: bool = True) -> Path:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The files in a checkpoint's folder that loading reads. Raises what `Shards` does where there are no weights."""
-    weights = Shards(folder, required=False).paths()
+    """The files in a checkpoint's folder that loading reads. FileNotFoundError where there are no weights."""
+    try:
+        weights = Shards(folder, required=False).paths()
+    except ValueError:  # a damaged index, or pickles: which loading refuses
+        weights = sorted(folder.glob("*.safetensors"))
     about = [path for pattern in READ for path in sorted(folder.glob(pattern))]
     return [*about, *weights, *([] if weights == [folder / SINGLE] else [folder / INDEX])]
 
