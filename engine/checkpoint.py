@@ -92,8 +92,8 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     try:
         before, now = (path / SUMS).read_bytes(), _sums(path)
         if before != now.encode():
-            other = next((line[66:] for line in now.splitlines() if line.encode() not in before.split(b"\n")), SUMS)
-            raise ValueError(f"{other} is not what was written")
+            other = next((line[66:] for line in now.splitlines() if line.encode() not in before.split(b"\n")), TENSORS)
+            raise ValueError(f"{other} has not the checksum in {SUMS}")
         return load_file(path / TENSORS), json.loads((path / FACTS).read_text(encoding="utf-8"))
     except (SafetensorError, ValueError, FileNotFoundError) as error:
         raise ValueError(f"{path}: the checkpoint is damaged ({_reason(error)}); {_remedy(path)}") from error
