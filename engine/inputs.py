@@ -72,7 +72,7 @@ def _feed(content: Any, value: Any) -> None:
             _feed(content, inner)
     elif isinstance(value, list | tuple):
         content.update(f"[{len(value)} ".encode())
-        if all(type(inner) in (int, float, bool) for inner in value):
+        if set(map(type, value)) <= {int, float, bool}:
             content.update(repr(list(value)).encode())
         else:
             for inner in value:
@@ -105,6 +105,8 @@ def _contents(entry: Mapping[str, Any]) -> dict[str, str]:
 def changed_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """In which files two fingerprints differ, in words."""
     old, new = _contents(before), _contents(now)
+    if not now["files"] and before["files"]:
+        return f"{now['path']} is gone"
     if not old.keys() & new.keys():
         return f"{now['path']}, not {before['path']}"
     found = []

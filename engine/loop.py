@@ -175,8 +175,9 @@ def train(
     after an error, what they were.
 
     Raises ValueError where nothing trains, `loss_fn` returns anything else, the loss reaches nothing that trains, the
-    folder holds another run, or `eval_every`, `patience` or `best` is set without `eval_data`; FloatingPointError where
-    the loss is not finite, MemoryError where memory runs out, OSError where the disk does.
+    folder holds a run of other settings, frozen weights or rows (those in a list are compared), or `eval_every`,
+    `patience` or `best` is set without `eval_data`; FloatingPointError where the loss is not finite, MemoryError where
+    memory runs out, OSError where the disk does.
     """
     with clean_guest(model, config.seed, config.deterministic):
         start, device = time.perf_counter(), next(model.parameters()).device
@@ -192,11 +193,9 @@ def train(
             raise ValueError(
                 "data without state_dict and load_state_dict can't resume: give rows and collate, or no out"
             )
-        record, about = Record(out), about or {}
-        if out is not None and "inputs" not in about:
-            rows = {"data": getattr(data, "examples", None), "eval_data": getattr(eval_data, "examples", None)}
-            about = {**about, "inputs": in_memory(model, trained, **rows)}
-        record.start(about, about.get("config") or {"train": asdict(config)})
+        record = Record(out)
+        rows = {"data": getattr(data, "examples", None), "eval_data": getattr(eval_data, "examples", None)}
+        record.start(about or {}, {"train": asdict(config)}, lambda: in_memory(model, trained, **rows))
         optimizer = Optimizer(
             trained.items(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
             lr_scale=config.lr_scale, lr_ratios=lr_ratios(model), lr_decay=config.lr_decay, buffers=_buffers(model),

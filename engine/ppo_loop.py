@@ -93,11 +93,9 @@ def ppo(
     """
     with clean_guest(model, config.seed):
         start = time.perf_counter()
-        record, about = Record(out), about or {}
-        if out is not None and "inputs" not in about:
-            words = None if tokenizer is None else tokenizer.to_str()
-            about = {**about, "inputs": in_memory(model, prompts=list(prompts), tokenizer=words)}
-        record.start(about, about.get("config") or {"ppo": asdict(config)})
+        record, words = Record(out), None if tokenizer is None else tokenizer.to_str()
+        given: dict[str, Any] = {"prompts": list(prompts), "tokenizer": words}
+        record.start(about or {}, {"ppo": asdict(config)}, lambda: in_memory(model, **given))
         run = _Run(model, prompts, [reward] if callable(reward) else reward, config, tokenizer, record)
         progress = run.begin()
         start -= progress.seconds

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -51,19 +52,23 @@ class Record:
     def best(self) -> Path | None:
         return self.out / "best" if self.out else None
 
-    def start(self, about: dict[str, Any], config: dict[str, Any]) -> None:
+    def start(self, about: dict[str, Any], config: dict[str, Any], given: Callable[[], Inputs] = dict) -> None:
         """Claim the folder for this run, or find that it is this run's already.
 
-        `about` may have `inputs`, the fingerprints of what the run is made from (`inputs.py`). A run that has made no
-        step yet holds nothing to protect: its configuration may change. Raises ValueError where the folder holds a run
-        with another configuration or other inputs (naming them) or other things.
+        `about` may have a `config` of its own, and `inputs`, the fingerprints of what the run is made from
+        (`inputs.py`); else `given` makes them. A run that has made no step yet holds nothing to protect: its
+        configuration may change. Raises ValueError where the folder holds a run with another configuration or other
+        inputs (naming them) or other things.
         """
         if self.out is None:
             return
-        now = _plain({**about, "config": config, "folder": os.path.abspath(self.out)})
+        inputs = about["inputs"] if "inputs" in about else given()
+        now = _plain(
+            {**about, "config": about.get("config") or config, "inputs": inputs, "folder": os.path.abspath(self.out)}
+        )
         path = self.out / "run.json"
         if path.is_file():
-            self._moved = {key: now[key] for key in ("config", "inputs", "folder") if key in now}
+            self._moved = {key: now[key] for key in ("config", "inputs", "folder")}
             if self._is_same(now):
                 return
         elif self.out.is_dir() and any(file.name != "run.json.tmp" for file in self.out.iterdir()):
