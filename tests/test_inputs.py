@@ -20,6 +20,7 @@ from handtune.engine import LoRAConfig, TrainConfig, add_lora, losses, train
 from handtune.engine.batches import Collate
 from handtune.engine.encode import encode
 from handtune.engine.optim import Optimizer
+from handtune.engine.runs import comparison_table
 from handtune.models import load, save
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
@@ -191,7 +192,7 @@ def policy(folder: Path) -> Path:
         folder / "reward.toml", method="reward", out="reward", model=model, lora=lora,
         data={"train": "pairs.jsonl", "max_length": 48}, train={"batch_rows": 2},
     )  # fmt: skip
-    settings = {"episodes": 16, "rollout_rows": 4, "batch_rows": 4, "max_new_tokens": 4, "normalise": 4, "lora": lora}
+    settings = {"episodes": 12, "rollout_rows": 4, "batch_rows": 4, "max_new_tokens": 4, "normalise": 4, "lora": lora}
     rewards = ["reward", "judges_of_length:long"]
     write_config(folder / "ppo.toml", out="run", prompts="prompts.jsonl", reward=rewards, model=model, ppo=settings)
     assert main(["train", "reward.toml"]) == 0
@@ -281,8 +282,7 @@ def test_a_finished_run_that_is_moved_is_used_from_there(whole, tmp_path, monkey
         assert capsys.readouterr().out == written
         assert main(["evaluate", str(run)]) == 0
         assert json.loads(capsys.readouterr().out) == numbers
-        assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
-        capsys.readouterr()
+    assert "a" in comparison_table([alone])
     assert [files(alone), files(place)] == first
 
 
