@@ -121,8 +121,8 @@ class Session:
         for line in lines:
             if line.row is not None:
                 self._take(line.row)
-        if said := damaged_lines(path, lines):
-            log.warning("%s: what was answered there does not count", said)
+        if text := damaged_lines(path, lines):
+            log.warning("%s: what was answered there does not count", text)
         return lines
 
     def _is_answer(self, row: dict[str, Any]) -> bool:

@@ -49,13 +49,13 @@ def in_memory(model: nn.Module, trained: Container[str] = (), **given: Any) -> I
     frozen = {key: w for key, w in model.named_parameters() if ".lora." not in key and key not in trained}
     values: dict[str, Any] = {"model": frozen}
     values |= {name: value for name, value in given.items() if isinstance(value, list | tuple | str)}
-    found: Inputs = {}
+    inputs: Inputs = {}
     for name, value in values.items():
         content = hashlib.sha256()
         _feed(content, value)
         part = "what is frozen of it" if name == "model" else "what was given"
-        found[f"the {name}"] = [{"path": part, "files": {"": content.hexdigest()}}]
-    return found
+        inputs[f"the {name}"] = [{"path": part, "files": {"": content.hexdigest()}}]
+    return inputs
 
 
 def _feed(content: Any, value: Any) -> None:
@@ -98,8 +98,8 @@ def same_contents(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def _contents(entry: Mapping[str, Any]) -> dict[str, str]:
     """The digests by name. A single file goes by its ending, by which it is read; what has no file, by its name."""
-    found = {name or Path(entry["path"]).suffix.lower(): value for name, value in entry["files"].items()}
-    return found or {entry["path"]: ""}
+    digests = {name or Path(entry["path"]).suffix.lower(): value for name, value in entry["files"].items()}
+    return digests or {entry["path"]: ""}
 
 
 def changed_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -109,14 +109,14 @@ def changed_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         return f"{now['path']} is gone"
     if not old.keys() & new.keys():
         return f"{now['path']}, not {before['path']}"
-    found = []
+    texts = []
     for name in sorted(name for name in {*old, *new} if old.get(name) != new.get(name)):
         what = "is new" if name not in old else "is gone" if name not in new else "has changed"
         inside = name in before["files"] or name in now["files"]
         between = "" if not name or name.startswith(":") else "/"
-        found.append(f"{now['path']}{between}{name} {what}" if inside else f"{now['path']} {what}")
-    more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-    return ", ".join(found[:SHOWN]) + more
+        texts.append(f"{now['path']}{between}{name} {what}" if inside else f"{now['path']} {what}")
+    more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
+    return ", ".join(texts[:SHOWN]) + more
 
 
 def differences(before: Any, now: Any, name: str = "", but: Iterable[str] = ()) -> list[str]:

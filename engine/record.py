@@ -171,6 +171,9 @@ def read_facts(path: Path) -> dict[str, Any]:
     if "config" not in facts:
         raise ValueError(f"{path}: not the facts of a run; restore it, or choose another out")
     _check_fields(path, facts, FACTS)
+    for row in facts.get("best_of", []):
+        if not (isinstance(row, list) and len(row) == 3 and all(isinstance(value, int | float) for value in row)):
+            raise ValueError(f"{path}: best_of is damaged; restore the file")
     for field, entries in facts.get("inputs", {}).items():
         if not (isinstance(entries, list) and all(map(is_fingerprint, entries))):
             raise ValueError(f"{path}: inputs.{field} is damaged; restore the file, or choose another out")
@@ -181,7 +184,7 @@ def read_result(path: Path) -> dict[str, Any]:
     """What a result.json says. ValueError where it is damaged."""
     result: dict[str, Any] = read_json(path)
     _check_fields(path, result, RESULT)
-    _check_fields(path, result.get("best", {}), BEST, "best.")
+    _check_fields(path, result.get("best") or {}, BEST, "best.")
     return result
 
 

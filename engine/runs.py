@@ -172,7 +172,7 @@ def size(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    if seconds is None:
+    if seconds is None or not math.isfinite(seconds):
         return "–"
     if seconds < 59.95:
         return f"{seconds:.1f} s"
@@ -190,7 +190,8 @@ def trained(run: Run) -> str:
 
 
 def trains(run: Run) -> str:
-    rank = (run.info.get("config", {}).get("lora") or {}).get("rank")
+    lora = run.info["config"].get("lora")
+    rank = lora.get("rank") if isinstance(lora, dict) else None
     return str(run.info.get("trains") or (f"LoRA r={rank}" if rank else "–"))
 
 

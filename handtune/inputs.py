@@ -48,8 +48,8 @@ def _fingerprint(field: str, path: str) -> dict[str, Any]:
 def of_checkpoint(path: str | Path) -> dict[str, Any]:
     """Weights, configuration, tokenizer and templates of a checkpoint; one of the hub is called by its id."""
     folder = checkpoint_folder(path)
-    found = fingerprint(folder, checkpoint_files(folder))
-    return found if Path(path).expanduser().is_dir() else {**found, "path": str(path)}
+    entry = fingerprint(folder, checkpoint_files(folder))
+    return entry if Path(path).expanduser().is_dir() else {**entry, "path": str(path)}
 
 
 def _of_reward(spec: str) -> dict[str, Any]:
@@ -59,8 +59,8 @@ def _of_reward(spec: str) -> dict[str, Any]:
         file = _file_of(module)
         if file is None:
             return {"path": spec, "files": {}}
-        found = fingerprint(file, [file])
-        return {**found, "files": {f":{function}": value for value in found["files"].values()}}
+        entry = fingerprint(file, [file])
+        return {**entry, "files": {f":{function}": value for value in entry["files"].values()}}
     adapter = reward_adapter(Path(spec))
     if adapter is not None:
         return fingerprint(adapter, [adapter / name for name in (CONFIG, WEIGHTS, SCALE)])
@@ -96,12 +96,14 @@ def located(run: Path, facts: dict[str, Any], table: dict[str, Any], fields: Seq
     Looked at is where it lay then, where it lies if it was moved together with the run, and where the configuration
     says. Raises ValueError where none of these has the same contents.
     """
-    for field in set(fields) & facts.get("inputs", {}).keys():
+    for field in fields:
+        if field not in facts.get("inputs", {}):
+            continue
         section, _, name = field.partition(".")
         before, value = facts["inputs"][field], table[section][name]
         written = [value] if isinstance(value, str) else value
-        found = [_locate(run, facts, field, *pair) for pair in zip(before, written, strict=True)]
-        table[section][name] = found[0] if isinstance(value, str) else found
+        places = [_locate(run, facts, field, *pair) for pair in zip(before, written, strict=True)]
+        table[section][name] = places[0] if isinstance(value, str) else places
 
 
 def _locate(run: Path, facts: dict[str, Any], field: str, before: dict[str, Any], written: str) -> str:
@@ -112,7 +114,12 @@ def _locate(run: Path, facts: dict[str, Any], field: str, before: dict[str, Any]
         places = [path for path in dict.fromkeys(named) if os.path.exists(path)]
     other = f"{before['path']} is gone"
     for path in places:
-        if same_contents(before, now := _fingerprint(field, path)):
+        try:
+            now = _fingerprint(field, path)
+        except (ValueError, OSError) as error:  # something else lies there now
+            other = str(error)
+            continue
+        if same_contents(before, now):
             return path
         other = changed_files(before, now)
     raise ValueError(f"{run}: {field} is not what it was when the run was made ({other}); put it back")

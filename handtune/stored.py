@@ -178,8 +178,10 @@ def adds_tokens(adapter: Path, tokenizer: Any) -> bool:
 def head_of(adapter: Path) -> dict[str, Any]:
     """Task, labels and depth of the head that an adapter needs: from the run it lies in, else from its own files."""
     if (adapter.parent / "run.json").is_file():
-        wanted = config_of(adapter.parent).model
-        return {"task": facts_of(adapter.parent)["task"], "labels": wanted.labels, "head_layers": wanted.head_layers}
+        wanted, task = config_of(adapter.parent).model, facts_of(adapter.parent).get("task")
+        if task is None:
+            raise ValueError(f"{adapter.parent / 'run.json'}: task is missing; restore the file")
+        return {"task": task, "labels": wanted.labels, "head_layers": wanted.head_layers}
     if not ((adapter / CONFIG).is_file() and (adapter / WEIGHTS).is_file()):
         return {}  # load_adapter says what is missing
     kinds = {kind: task for task, kind in reversed(TASK_TYPES.items())}  # of several tasks the first one

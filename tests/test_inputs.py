@@ -5,7 +5,8 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,14 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def flipped(path: Path, at: int = -1, bit: int = 0) -> None:
-    """The same file with one bit changed."""
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1 << bit
+@contextmanager
+def flipped(path: Path, at: int = -2) -> Iterator[None]:
+    """Inside, one bit of the file is another."""
+    data = path.read_bytes()
+    changed = bytearray(data)
+    changed[at] ^= 1
+    path.write_bytes(changed)
+    yield
     path.write_bytes(data)
 
 
@@ -135,13 +140,11 @@ def test_one_changed_byte_is_refused_by_name(whole, finished, tmp_path, monkeypa
         Path("runs/a/result.json").unlink()
     before = files(folder / "runs")
     for name in INPUTS:
-        data = Path(name).read_bytes()
-        flipped(Path(name), -2)
-        assert main(["train", "run.toml"]) == 2, name
-        said = capsys.readouterr().err
+        with flipped(Path(name)):
+            assert main(["train", "run.toml"]) == 2, name
         field = "model.path" if name.startswith("base") else "data.eval" if name == "held.jsonl" else "data.train"
-        assert f"runs/a holds a run with other contents of {field} ({folder / name} has changed); take back" in said
-        Path(name).write_bytes(data)
+        refusal = f"runs/a holds a run with other contents of {field} ({folder / name} has changed); take back"
+        assert refusal in capsys.readouterr().err
     for name, what in (("base/added_tokens.json", "is new"), ("base/chat_template.jinja", "is gone")):
         path = Path(name)
         data = path.read_bytes() if path.exists() else None
@@ -167,11 +170,9 @@ def test_images_are_known_by_name_and_contents(tmp_path, monkeypatch, capsys) ->
     config = str(method_config("images", tmp_path, base_folder("resnet", tmp_path), train={"epochs": 1}))
     assert main(["train", config]) == 0
     image = next((tmp_path / "images").rglob("*.png"))
-    data = image.read_bytes()
-    flipped(image)
-    assert main(["train", config]) == 2
+    with flipped(image):
+        assert main(["train", config]) == 2
     assert f"other contents of data.train ({image} has changed)" in capsys.readouterr().err
-    image.write_bytes(data)
     image.rename(image.with_name("other.png"))
     assert main(["train", config]) == 2
     assert f"{image} is gone, {image.with_name('other.png')} is new" in capsys.readouterr().err
@@ -212,12 +213,14 @@ def test_a_policy_is_bound_to_what_it_is_made_from_and_moves_with_it(interrupt, 
         ("judges_of_length.py", "reward"), ("base/model.safetensors", "model.path"),
         ("base/tokenizer.json", "model.path"),
     ):  # fmt: skip
-        data = Path(name).read_bytes()
-        flipped(Path(name), -2)
-        assert main(["ppo", "ppo.toml"]) == 2
+        with flipped(Path(name)):
+            assert main(["ppo", "ppo.toml"]) == 2
         shown = f"{folder / name}:long" if name.endswith(".py") else folder / name
         assert f"run holds a run with other contents of {field} ({shown} has changed)" in capsys.readouterr().err
-        Path(name).write_bytes(data)
+    with flipped(Path("base/model.safetensors")):  # which lies where the reward model's base lay
+        assert main(["ppo", "ppo.toml", "out=new"]) == 2
+    base = f"another base ({folder / 'base/model.safetensors'} has changed), and would score otherwise"
+    assert f"reward: this reward model was trained on {base}" in capsys.readouterr().err
     assert main(["ppo", "ppo.toml", 'reward=["reward", "judges_of_length:same"]']) == 2
     assert "other contents of reward (" in capsys.readouterr().err
     assert main(["ppo", "ppo.toml"]) == 0
@@ -293,20 +296,21 @@ def test_another_base_of_the_same_name_is_not_taken_for_the_run_s(whole, tmp_pat
     (place / "runs/a/run.json").write_text(json.dumps(facts))
     monkeypatch.chdir(place)
     assert main(["generate", "runs/a", "--prompt", "the", "--max-new-tokens", "2"]) == 0
-    flipped(place / "base/model-00001-of-00002.safetensors")
-    flipped(place / "held.jsonl", -3)
+    (tmp_path / "base").mkdir()  # no checkpoint, where one lay
+    moved = json.loads(json.dumps(facts).replace("/nowhere/base", str(tmp_path / "base")))
+    (place / "runs/a/run.json").write_text(json.dumps(moved))
+    assert main(["generate", "runs/a", "--prompt", "the", "--max-new-tokens", "2"]) == 0
+    (place / "runs/a/run.json").write_text(json.dumps(facts))
+    shard, held = place / "base/model-00001-of-00002.safetensors", place / "held.jsonl"
     capsys.readouterr()
-    assert main(["generate", "runs/a", "--prompt", "the"]) == 2
-    assert f"model.path is not what it was when the run was made ({place / 'base/model-0000'}" in (
-        said := capsys.readouterr().err
-    )
-    assert said.rstrip().endswith("has changed); put it back")
-    flipped(place / "base/model-00001-of-00002.safetensors")
-    assert main(["evaluate", "runs/a"]) == 2
-    assert f"data.eval is not what it was when the run was made ({place / 'held.jsonl'} has changed)" in (
-        capsys.readouterr().err
-    )
-    assert main(["evaluate", "runs/a", "--data", "rows.jsonl"]) == 0
+    with flipped(shard):
+        assert main(["generate", "runs/a", "--prompt", "the"]) == 2
+    was = "is not what it was when the run was made"
+    assert f"model.path {was} ({shard} has changed); put it back" in capsys.readouterr().err
+    with flipped(held):
+        assert main(["evaluate", "runs/a"]) == 2
+        assert f"data.eval {was} ({held} has changed); put it back" in capsys.readouterr().err
+        assert main(["evaluate", "runs/a", "--data", "rows.jsonl"]) == 0
     shutil.rmtree("base")
     capsys.readouterr()
     assert main(["generate", "runs/a", "--prompt", "the"]) == 2
