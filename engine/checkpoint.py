@@ -1,7 +1,8 @@
 """Checkpoints that survive: a folder of tensors (safetensors) and facts (JSON), complete or not there at all.
 
 Everything is written into a temporary folder beside the target, flushed to disk, and renamed (`_files.py`); a kill at
-any moment leaves the old checkpoints and at most a temporary folder, which the next save removes.
+any moment leaves the old checkpoints and at most a temporary folder, which the next save removes. SHA256SUMS holds a
+checksum of each file (`sha256sum -c` reads it, too), so that one changed bit is noticed when the checkpoint is loaded.
 """
 
 import json
@@ -11,9 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .._files import DiskError, remove_left_overs, replacing_folder, write_json, write_tensors
+from .._files import DiskError, remove_left_overs, replacing_folder, write_file, write_json, write_tensors
+from .inputs import digest
 
-TENSORS, FACTS = "tensors.safetensors", "state.json"
+TENSORS, FACTS, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
 _OLD = ".old"
 
 
@@ -30,12 +32,18 @@ def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], facts: dict[st
         with replacing_folder(path, old) as folder:
             write_tensors(folder / TENSORS, tensors)
             write_json(folder / FACTS, facts)
+            write_file(folder / SUMS, _sums(folder))
     except DiskError as error:
         raise OSError(
             f"{path}: the checkpoint could not be written ({error.reason}); earlier ones are untouched; make room, "
             "then the same command goes on from the last one"
         ) from error
     remove(old)
+
+
+def _sums(path: Path) -> str:
+    """A line a file of a checkpoint, as sha256sum writes it."""
+    return "".join(f"{digest(path / name)}  {name}\n" for name in (TENSORS, FACTS))
 
 
 def _recover(path: Path) -> None:
@@ -46,7 +54,10 @@ def _recover(path: Path) -> None:
 
 
 def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and facts of a checkpoint folder. FileNotFoundError or ValueError where it is not one."""
+    """The tensors and facts of a checkpoint folder.
+
+    FileNotFoundError where there is none, ValueError where one of its files has changed since it was written.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -55,9 +66,19 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     if not (path / FACTS).is_file():
         raise FileNotFoundError(f"{path}: no checkpoint there ({FACTS} is missing)")
     try:
+        before, now = (path / SUMS).read_bytes(), _sums(path)
+        if before != now.encode():
+            other = next((line[66:] for line in now.splitlines() if line.encode() not in before.split(b"\n")), TENSORS)
+            raise ValueError(f"{other} has not the checksum in {SUMS}")
         return load_file(path / TENSORS), json.loads((path / FACTS).read_text(encoding="utf-8"))
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{path}: the checkpoint is damaged ({error}); {_remedy(path)}") from error
+    except (SafetensorError, ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{path}: the checkpoint is damaged ({_reason(error)}); {_remedy(path)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"{Path(error.filename).name} is missing"
+    return str(error)
 
 
 def _remedy(path: Path) -> str:

@@ -1,8 +1,9 @@
 """Comparisons by people: pairs of completions shown side by side, answers written down so that none is lost or doubled.
 
 A *session* is a folder: `items.jsonl`, what is to be compared, fixed when the session begins, and `answers.jsonl`, a
-line an answer, appended and flushed to the disk before the next pair is shown. Nothing is ever rewritten; taking an
-answer back is a line, too. So a session may be killed at any moment, and goes on where it was.
+line an answer, appended and flushed to the disk before the next pair is shown. No answer is ever rewritten; taking one
+back is a line, too. So a session may be killed at any moment, and goes on where it was. Each line has a checksum. A
+damaged one of items.jsonl ends the session; one of answers.jsonl is moved aside, and its item asked again.
 
 Which completion stands on the left is drawn at random, and some pairs come twice, later and turned around: how often
 the two answers agree is what the comparisons are worth. Whoever answers, a person in a browser (`compare_page.py`) or
@@ -10,6 +11,7 @@ at the terminal, or a function, goes through `Session.answer`.
 """
 
 import json
+import logging
 import random
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +22,9 @@ from typing import Any
 
 from .._files import LOCK, append_line, is_temporary, write_file
 from .._locks import alone
+from .journal import CHECK, Line, damaged_lines, is_sealed, read_journal, rewrite, sealed
 
+log = logging.getLogger("handtune")
 LEFT, RIGHT, TIE, SKIP = "left", "right", "tie", "skip"
 ANSWERS = (LEFT, RIGHT, TIE, SKIP)
 
@@ -74,7 +78,7 @@ class Session:
             self._begin(items, listing)
         if not listing.is_file():
             raise ValueError(f"{folder}: no session there (items.jsonl is missing)")
-        self.items = [Item(**row) for row in _lines(listing)]
+        self.items = self._listed(listing)
         if items is not None and list(items) != self.items:
             raise ValueError(f"{folder} holds a session about other pairs; choose another --out")
         self._read()
@@ -86,12 +90,38 @@ class Session:
                 return
             if any(path.name != LOCK and not is_temporary(path) for path in self.folder.iterdir()):
                 raise ValueError(f"{self.folder} is not empty and holds no session; choose another --out")
-            write_file(listing, "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items))
+            lines = (json.dumps(sealed(asdict(item)), ensure_ascii=False) + "\n" for item in items)
+            write_file(listing, "".join(lines))
 
-    def _read(self) -> None:
+    def _listed(self, listing: Path) -> list[Item]:
+        """The items that a session began with. ValueError where a line of them is damaged."""
+        lines = read_journal(listing, is_sealed)
+        if broken := [line.number for line in lines if line.row is None]:
+            raise ValueError(f"{listing} line {broken[0]}: damaged; restore the file, or choose another --out")
+        rows = [{key: value for key, value in line.row.items() if key != CHECK} for line in lines if line.row]
+        try:
+            items = [Item(**row) for row in rows]
+        except TypeError as error:
+            raise ValueError(f"{listing}: not the items of a session ({error}); restore the file") from None
+        if [item.id for item in items] != list(range(len(items))):
+            raise ValueError(f"{listing}: a line is missing or stands twice; restore the file")
+        return items
+
+    def _read(self) -> list[Line]:
+        """Take the answers that are written down; their lines. A damaged one does not count, which is said."""
+        path = self.folder / "answers.jsonl"
         self.answers: dict[int, str] = {}  # by item, in the order of their answers
-        for row in _lines(self.folder / "answers.jsonl", cut_short=True):
-            self._take(row)
+        lines = read_journal(path, self._is_answer)
+        for line in lines:
+            if line.row is not None:
+                self._take(line.row)
+        if text := damaged_lines(path, lines):
+            log.warning("%s: what was answered there does not count", text)
+        return lines
+
+    def _is_answer(self, row: dict[str, Any]) -> bool:
+        item, answer = row.get("item"), row.get("answer", "")
+        return is_sealed(row) and type(item) is int and 0 <= item < len(self.items) and answer in (*ANSWERS, None)
 
     def _take(self, row: Mapping[str, Any]) -> None:
         if row["answer"] is None:
@@ -103,7 +133,8 @@ class Session:
     def alone(self) -> Iterator[None]:
         """Inside, no other process answers. ValueError where one does already."""
         with self._locked():
-            self._read()  # what one that has just ended may have written
+            lines = self._read()  # what one that has just ended may have written
+            rewrite(self.folder / "answers.jsonl", lines)
             yield
 
     def _locked(self) -> AbstractContextManager[None]:
@@ -137,7 +168,7 @@ class Session:
         return last
 
     def _append(self, row: dict[str, Any]) -> None:
-        append_line(self.folder / "answers.jsonl", json.dumps(row))
+        append_line(self.folder / "answers.jsonl", json.dumps(sealed(row)))
         self._take(row)
 
     def progress(self) -> dict[str, Any]:
@@ -174,17 +205,3 @@ class Session:
         rows = self.rows()
         write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return len(rows)
-
-
-def _lines(path: Path, cut_short: bool = False) -> list[Any]:
-    """The rows of a JSONL file, none where there is no file; with `cut_short` a line that isn't whole doesn't count."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []:
-        if not line:
-            continue
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if not cut_short:
-                raise ValueError(f"{path}: damaged ({error}); restore it") from error
-    return rows

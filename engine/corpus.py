@@ -3,7 +3,8 @@
 The tokens of all documents, each followed by the end-of-text token, stand in one flat file `<fingerprint>.bin` (uint16,
 or uint32 for vocabularies of 65,536 tokens and more). Next to it `<fingerprint>.json` says what it was made from. The
 fingerprint covers the sources' bytes, the tokenizer and the end token, so that a changed source or tokenizer makes
-another cache and an old one is never read by mistake. Caches that are no longer wanted can be deleted at any time.
+another cache and an old one is never read by mistake. It holds a checksum of the tokens, too: a cache of which one bit
+has changed is made again. Caches that are no longer wanted can be deleted at any time.
 
 Both files are written in one piece, the JSON last: where it exists the tokens are whole; by one
 process at a time.
@@ -26,12 +27,13 @@ import numpy.typing as npt
 from .._files import write_file, write_json
 from .._locks import alone
 from .data import parse_json
+from .inputs import digest
 from .text import append_eos, beginning, begun
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_FORMAT = 2
+_FORMAT = 3
 _PIECE = 256 * 1024  # characters
 _ANCHOR = "\n"
 _BATCH = 4  # pieces tokenised at once, on as many cores
@@ -114,9 +116,7 @@ def _identity(source: str | Path) -> dict[str, Any]:
     if isinstance(source, str):
         data = source.encode()
         return {"kind": "text", "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    with source.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"kind": source.suffix.lower(), "size": source.stat().st_size, "sha256": digest}
+    return {"kind": source.suffix.lower(), "size": source.stat().st_size, "sha256": digest(source)}
 
 
 def _dtype(tokenizer: "Tokenizer", eos: int | None) -> "np.dtype[Any]":
@@ -127,8 +127,9 @@ def _dtype(tokenizer: "Tokenizer", eos: int | None) -> "np.dtype[Any]":
 def _is_whole(path: Path, about: dict[str, Any], dtype: "np.dtype[Any]") -> bool:
     try:
         stored = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        count = stored.pop("count")
-        return bool(stored == about and path.stat().st_size == count * dtype.itemsize)
+        count, checksum = stored.pop("count"), stored.pop("sha256")
+        size = path.stat().st_size
+        return bool(stored == about and size == count * dtype.itemsize and digest(path) == checksum)
     except (OSError, ValueError, KeyError, AttributeError):
         return False  # absent or damaged: it is made again
 
@@ -149,12 +150,20 @@ def _make(
 
 def _write(path: Path, arrays: Iterable[npt.NDArray[Any]], about: dict[str, Any], dtype: "np.dtype[Any]") -> int:
     """Write the tokens and what they were made from; gives their number. Fewer than two make no corpus."""
-    write_file(path, (array.tobytes() for array in arrays))
+    checksum = hashlib.sha256()
+
+    def pieces() -> Iterator[bytes]:
+        for array in arrays:
+            piece = array.tobytes()
+            checksum.update(piece)
+            yield piece
+
+    write_file(path, pieces())
     count = path.stat().st_size // dtype.itemsize
     if count < 2:
         path.unlink()
     else:
-        write_json(path.with_suffix(".json"), {**about, "count": count})
+        write_json(path.with_suffix(".json"), {**about, "count": count, "sha256": checksum.hexdigest()})
     return count
 
 

@@ -37,6 +37,7 @@ from .guards import (
     smaller_batches,
     sum_and_count,
 )
+from .inputs import in_memory
 from .lora import active_adapter, lr_ratios, slots
 from .losses import ByAdapter, LossFn
 from .optim import SCHEDULES, Optimizer, layer_count, lr_factor
@@ -174,9 +175,9 @@ def train(
     after an error, what they were.
 
     Raises ValueError where nothing trains, `loss_fn` returns anything else, the loss reaches nothing that trains, the
-    folder holds another run, another process works there, or `eval_every`, `patience` or `best` is set without
-    `eval_data`; FloatingPointError where the loss is not finite, MemoryError where memory runs out, OSError where the
-    disk does.
+    folder holds a run of other settings, frozen weights or rows (those in a list are compared), another process works
+    there, or `eval_every`, `patience` or `best` is set without `eval_data`; FloatingPointError where the loss is not
+    finite, MemoryError where memory runs out, OSError where the disk does.
     """
     with clean_guest(model, config.seed, config.deterministic), Record(out).alone():
         start, device = time.perf_counter(), next(model.parameters()).device
@@ -193,7 +194,8 @@ def train(
                 "data without state_dict and load_state_dict can't resume: give rows and collate, or no out"
             )
         record = Record(out)
-        record.start(about or {}, (about or {}).get("config") or {"train": asdict(config)})
+        rows = {"data": getattr(data, "examples", None), "eval_data": getattr(eval_data, "examples", None)}
+        record.start(about or {}, {"train": asdict(config)}, lambda: in_memory(model, trained, **rows))
         optimizer = Optimizer(
             trained.items(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
             lr_scale=config.lr_scale, lr_ratios=lr_ratios(model), lr_decay=config.lr_decay, buffers=_buffers(model),
@@ -205,7 +207,7 @@ def train(
 
         progress = resume(record, optimizer, data, config.keep)
         start, ended = start - progress.seconds, progress.ended(total, config.patience)
-        tell_resumed("step", progress.step, total, ended)
+        tell_resumed(record, "step", progress.step, total, ended)
         # What trained in the last step before: a run that has ended is stored from here, too.
         put_into_training(model, config.unfreeze, (progress.step - 1) / per_epoch)
         if not config.unfreeze and not ended:

@@ -9,14 +9,11 @@ with each other (GRPO: Shao et al. 2024, arXiv:2402.03300). What happens in a ro
 list of details; their numbers stand beside them here, too.
 """
 
-import json
 import logging
 import math
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,6 +27,7 @@ from .advantages import AdaptiveKL, best_of
 from .batches import Batches
 from .checkpoint import checkpoint_path, checkpoints, load_checkpoint, prune, save_checkpoint
 from .guards import clean_guest, explained_memory_error, interruptible, passes, require_finite
+from .inputs import in_memory
 from .lora import add_lora, lr_ratios, matches
 from .optim import Optimizer, lr_factor
 from .ppo_config import PPOConfig
@@ -96,13 +94,14 @@ def ppo(
     """
     with clean_guest(model, config.seed), Record(out).alone():
         start = time.perf_counter()
-        record = Record(out)
-        record.start(about or {}, (about or {}).get("config") or {"ppo": asdict(config)})
+        record, words = Record(out), None if tokenizer is None else tokenizer.to_str()
+        given: dict[str, Any] = {"prompts": list(prompts), "tokenizer": words}
+        record.start(about or {}, {"ppo": asdict(config)}, lambda: in_memory(model, **given))
         run = _Run(model, prompts, [reward] if callable(reward) else reward, config, tokenizer, record)
         progress = run.begin()
         start -= progress.seconds
         total = -(-config.episodes // config.rollout_rows)
-        tell_resumed("round", progress.round, total, progress.round >= total or progress.stopped is not None)
+        tell_resumed(record, "round", progress.round, total, progress.round >= total or progress.stopped is not None)
         bar = tqdm(total=config.episodes, initial=progress.episodes, unit="episode", disable=None)
         with interruptible() as interrupt, explained_memory_error(run.round.device, _smaller(config)), bar:
             prompt = (batch[0][0] for batch in passes(run.batches))
@@ -246,21 +245,9 @@ class _Run:
         scales = [(own.shift, own.scale) for own in self.rewards if isinstance(own, Reward)]
         facts = {
             "progress": asdict(progress), "data": self.batches.state_dict(), "random": random, "rewards": scales,
-            **self.identity,
         }  # fmt: skip
         save_checkpoint(checkpoint_path(self.folder, progress.round), tensors | states, facts)
         prune(self.folder, self.config.keep)
-
-    @cached_property
-    def identity(self) -> dict[str, int]:
-        """What a checkpoint is of: numbers that change where a weight of the base does, or a prompt."""
-        integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-        base = [p.detach() for name, p in self.model.named_parameters() if ".lora." not in name]
-        prompts = json.dumps([prompt.ids for prompt in self.batches.examples])
-        return {
-            "base": sum(int(weight.view(integers[weight.element_size()]).sum()) for weight in base),
-            "prompts": zlib.crc32(prompts.encode()),
-        }
 
     def begin(self) -> Progress:
         """From the newest checkpoint, or from the beginning; where that fails, policy and critic come off again."""
@@ -284,13 +271,7 @@ class _Run:
         """The newest checkpoint, if there is one."""
         if self.folder is None or not (found := checkpoints(self.folder)):
             return None
-        tensors, facts = load_checkpoint(found[-1])
-        for name, what in (("base", "base model"), ("prompts", "set of prompts")):
-            if facts[name] != self.identity[name]:
-                raise ValueError(
-                    f"{found[-1]} is of another {what} than this one; put the old one back, or choose another out"
-                )
-        return tensors, facts
+        return load_checkpoint(found[-1])
 
     def _resume(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Progress:
         progress = Progress(**facts["progress"])

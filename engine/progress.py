@@ -69,8 +69,10 @@ def resume(record: Record, optimizer: Optimizer, data: Any, keep: int) -> Progre
     return progress
 
 
-def tell_resumed(unit: str, done: int, total: int, ended: bool) -> None:
-    """Say where a run goes on that has begun before; nothing of one that begins."""
+def tell_resumed(record: Record, unit: str, done: int, total: int, ended: bool) -> None:
+    """Say where a run goes on that has begun before, and what is otherwise now; nothing of one that begins."""
+    if not ended:
+        record.go_on()
     if ended:
         tqdm.write(f"finished already: {done} of {total} {unit}s, nothing is left to train", file=sys.stderr)
     elif done:

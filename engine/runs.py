@@ -7,7 +7,7 @@ has ended, result.json. A run that is still going, or was killed while it wrote 
 are decimal (1 MB = 10⁶ bytes).
 """
 
-import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from .._outside import visible_line
+from .journal import damaged_lines, read_journal
+from .record import is_metrics, read_facts, read_result
 
+log = logging.getLogger("handtune")
 Row = dict[str, Any]
 
 # What a task is judged by: the first pair that a run has measured heads its columns.
@@ -91,20 +94,13 @@ def _read_run(path: Path) -> Run:
         raise FileNotFoundError(f"{path}: there is no such run folder; {remedy}")
     if not (path / "run.json").is_file():
         raise FileNotFoundError(f"{path}: not a run folder, it has no run.json; {remedy}")
-    info = _read_json(path / "run.json")
+    info = read_facts(path / "run.json")
     steps, evals, notes = _read_metrics(path / "metrics.jsonl")
-    result = _read_json(path / "result.json") if (path / "result.json").is_file() else {}
+    result = read_result(path / "result.json") if (path / "result.json").is_file() else {}
     if not result:
         reached = f"stopped after step {steps[-1]['step']:,}" if steps else "not at its first step yet"
         notes.insert(0, f"no result.json: still going, or {reached}" if steps else f"no result.json: {reached}")
     return Run(path, str(info.get("name") or path.resolve().name), info, steps, evals, result, notes)
-
-
-def _read_json(path: Path) -> Row:
-    try:
-        return {**json.loads(path.read_text(encoding="utf-8"))}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a JSON object ({error}); restore the file or leave this run out") from None
 
 
 def _read_metrics(path: Path) -> tuple[list[Row], list[Row], list[str]]:
@@ -114,19 +110,17 @@ def _read_metrics(path: Path) -> tuple[list[Row], list[Row], list[str]]:
     """
     steps: dict[int, Row] = {}
     evals: dict[int, Row] = {}
-    broken = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            if "eval" in row:
-                evals[int(row["step"])] = {"step": row["step"], **row["eval"]}
-            else:
-                steps[int(row["step"])] = row
-        except (ValueError, KeyError, TypeError):
-            broken += [number] if line.strip() else []
-    notes = [f"metrics.jsonl: skipped a broken line, {n} (the run was killed while writing it)" for n in broken[:3]]
-    notes += [f"metrics.jsonl: skipped {len(broken) - 3:,} more broken lines"] if len(broken) > 3 else []
+    lines = read_journal(path, is_metrics)
+    for line in lines:
+        row = line.row or {}
+        if "eval" in row:
+            evals[row["step"]] = {"step": row["step"], **row["eval"]}
+        elif row:
+            steps[row["step"]] = row
+    notes = [f"{text}, left out" for text in filter(None, [damaged_lines(path, lines)])]
+    for note in notes:
+        log.warning("%s", note)
+    notes += [f"{path} line {line.number}: not whole yet, left out" for line in lines if line.cut_short]
     return [steps[k] for k in sorted(steps)], [evals[k] for k in sorted(evals)], notes
 
 
@@ -180,7 +174,7 @@ def size(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    if seconds is None:
+    if seconds is None or not math.isfinite(seconds):
         return "–"
     if seconds < 59.95:
         return f"{seconds:.1f} s"
@@ -198,7 +192,8 @@ def trained(run: Run) -> str:
 
 
 def trains(run: Run) -> str:
-    rank = (run.info.get("config", {}).get("lora") or {}).get("rank")
+    lora = run.info["config"].get("lora")
+    rank = lora.get("rank") if isinstance(lora, dict) else None
     return str(run.info.get("trains") or (f"LoRA r={rank}" if rank else "–"))
 
 

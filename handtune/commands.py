@@ -15,27 +15,20 @@ from .engine.batches import Batches
 from .engine.check_data import distribution, legend, show
 from .engine.completions import completions
 from .engine.config import PPORunConfig, RunConfig, from_table, read_config, read_table
+from .engine.inputs import Inputs
 from .engine.loop import DEFAULT_ROWS, Result
 from .engine.metrics import rouge
 from .engine.record import Record
 from .engine.text import prompt_tokens
 from .generator import run_generate
+from .inputs import BASE, DATA, inputs_of
 from .labelling import run_label
 from .merge import merge
 from .models import save
-from .prepare import Prepared, choose_trained, data_files, prepare, run_objective
+from .prepare import Prepared, choose_trained, prepare, run_objective
 from .prompts import prompts_of
 from .rlhf import check_prompts, run_ppo
-from .stored import (
-    config_of,
-    data_sizes,
-    facts_of,
-    has_stored,
-    put_weights,
-    require_same_data,
-    store_adapter,
-    stored_bytes,
-)
+from .stored import config_of, facts_of, has_stored, put_weights, store_adapter, stored_bytes
 from .terminal import print_unescaped
 
 
@@ -44,23 +37,22 @@ def run_train(options: argparse.Namespace) -> int:
     config = read_config(options.config, options.override)
     out = Path(config.out)
     place, record = out / ("adapter" if config.lora is not None else "model"), Record(out)
-    sizes = data_sizes(data_files(config.data))
-    if (values := record.finished(config.as_dict())) is not None and has_stored(out):
-        require_same_data(out, sizes)
+    inputs = inputs_of(config)
+    if (values := record.finished(config.as_dict(), inputs)) is not None and has_stored(out):
         print(f"finished already: nothing is left to train\n{_stored(values, place)}")
         return 0
     with record.alone():
-        if record.finished(config.as_dict()) is not None and has_stored(out):
+        if record.finished(config.as_dict(), inputs) is not None and has_stored(out):
             return run_train(options)  # another process has done it just now
-        return _train(config, place, record, sizes)
+        return _train(config, place, record, inputs)
 
 
-def _train(config: RunConfig, place: Path, record: Record, sizes: dict[str, int]) -> int:
+def _train(config: RunConfig, place: Path, record: Record, inputs: Inputs) -> int:
     out = Path(config.out)
     about: dict[str, Any] = {
         "name": config.name or out.name, "method": config.method, "task": run_objective(config).task,
         "model": config.model.path or config.model.preset, "config": config.as_dict(),
-        "data_sizes": sizes,
+        "inputs": inputs,
     }  # fmt: skip
     record.start(about, about["config"])
     ready = prepare(config, out / "corpus")
@@ -146,7 +138,7 @@ def check_data(options: argparse.Namespace) -> int:
 def run_evaluate(options: argparse.Namespace) -> int:
     """`handtune evaluate`: a finished run's weights on held-out rows."""
     run = Path(options.run)
-    config = config_of(run)
+    config = config_of(run, BASE if options.data else (*BASE, *DATA))
     if options.data:  # in the place of the training rows too, which may be gone by now
         config = replace(config, data=replace(config.data, train=options.data, eval=options.data))
     elif facts_of(run).get("method") == "ppo":

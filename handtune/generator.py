@@ -16,6 +16,7 @@ from .engine.data import read_prompts
 from .engine.guards import explained_memory_error
 from .engine.objectives import objective_of
 from .engine.placed_rows import PlacedRow, place_of
+from .inputs import BASE
 from .models import load
 from .models.checkpoint import objectives_of
 from .outputs import output
@@ -131,7 +132,7 @@ def generator_of(options: argparse.Namespace) -> Generator:
         if (path / "model").is_dir():
             place = path / "model"
         else:
-            config, folders = config_of(path), folders or [path / "adapter"]
+            config, folders = config_of(path, BASE), folders or [path / "adapter"]
     if config is not None:
         if options.dtype != "auto":
             config = replace(config, model=replace(config.model, dtype=options.dtype))

@@ -1,7 +1,6 @@
 """`handtune ppo`: a policy improved on rewards, from its configuration to the stored adapter."""
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -14,15 +13,18 @@ from .engine.adapter_files import CONFIG
 from .engine.check_data import legend, show
 from .engine.config import PPORunConfig, read_config
 from .engine.data import read_prompts
-from .engine.record import Record, peak_memory
+from .engine.inputs import Inputs, changed_files, same_contents
+from .engine.journal import read_journal
+from .engine.record import Record, is_metrics, peak_memory
 from .engine.reward import Reward, RewardFn
 from .engine.rollouts import POLICY, fitting_prompts
 from .engine.rows import is_dialogue
+from .inputs import inputs_of, reward_adapter, reward_checkpoint
 from .models import load
 from .models.checkpoint import open_checkpoint
 from .models.shards import read_json
 from .prompts import learn_turn_end, prompts_of
-from .stored import data_sizes, function_of, has_stored, require_same_data, store_adapter, stored_bytes
+from .stored import facts_of, function_of, has_stored, store_adapter, stored_bytes
 from .terminal import print_unescaped
 
 
@@ -31,20 +33,24 @@ def run_ppo(options: argparse.Namespace) -> int:
     config: PPORunConfig = read_config(options.config, options.override, PPORunConfig)
     out = Path(config.out)
     record = Record(out)
-    sizes = data_sizes(config.prompts)
-    if (values := record.finished(config.as_dict())) is not None and has_stored(out):
-        require_same_data(out, sizes)
+    inputs = inputs_of(config)
+    if (values := record.finished(config.as_dict(), inputs)) is not None and has_stored(out):
         print(f"finished already: nothing is left to train\n{_stored(values, out / 'adapter')}")
         return 0
     with record.alone():
-        if record.finished(config.as_dict()) is not None and has_stored(out):
+        if record.finished(config.as_dict(), inputs) is not None and has_stored(out):
             return run_ppo(options)  # another process has done it just now
-        return _ppo(config, record, sizes, options.quiet)
+        return _ppo(config, record, inputs, options.quiet)
 
 
-def _ppo(config: PPORunConfig, record: Record, sizes: dict[str, int], quiet: bool) -> int:
+def _ppo(config: PPORunConfig, record: Record, inputs: Inputs, quiet: bool) -> int:
     out, wanted = Path(config.out), config.model
     assert wanted.path is not None
+    about = {
+        "name": config.name or out.name, "method": "ppo", "task": "causal-lm", "model": wanted.path,
+        "config": config.as_dict(), "trains": f"LoRA r={config.ppo.lora.rank}", "inputs": inputs,
+    }  # fmt: skip
+    record.start(about, config.as_dict())
     model, tokenizer = load(
         wanted.path, "causal-lm", wanted.dtype, wanted.device, quantize=projections if wanted.quantize else None
     )
@@ -52,16 +58,12 @@ def _ppo(config: PPORunConfig, record: Record, sizes: dict[str, int], quiet: boo
         freeze(model, "*")
         quantize(model)
     prompts = _prompts(config, model, tokenizer)
+    record.amend(chat=model.tokens.asks_as_chat)
     rewards = [config.reward] if isinstance(config.reward, str) else config.reward
-    about = {
-        "name": config.name or out.name, "method": "ppo", "task": "causal-lm", "model": wanted.path,
-        "config": config.as_dict(), "trains": f"LoRA r={config.ppo.lora.rank}", "data_sizes": sizes,
-        "chat": model.tokens.asks_as_chat,
-    }  # fmt: skip
     show = None if quiet else tqdm.write
     result = ppo(
-        model, prompts, [_reward(spec, model, tokenizer) for spec in rewards], config.ppo, tokenizer=tokenizer, out=out,
-        about=about, show=show,
+        model, prompts, [_reward(spec, model, tokenizer, inputs) for spec in rewards], config.ppo, tokenizer=tokenizer,
+        out=out, about=about, show=show,
     )  # fmt: skip
     if result.stopped == "interrupted":
         print(f"stopped after {result.episodes} episodes; the same command goes on from there")
@@ -126,26 +128,38 @@ def _stored(values: dict[str, Any], place: Path) -> str:
 
 def _first_round(out: Path) -> dict[str, Any]:
     """The numbers of a run's first round, before anything was learnt."""
-    with (out / "metrics.jsonl").open(encoding="utf-8") as file:
-        return {key: value for key, value in json.loads(file.readline()).items() if isinstance(value, int | float)}
+    rows = (line.row for line in read_journal(out / "metrics.jsonl", is_metrics) if line.row is not None)
+    return {key: value for key, value in next(rows, {}).items() if isinstance(value, int | float)}
 
 
-def _reward(spec: str, policy: Any, tokenizer: Any) -> RewardFn:
+def _reward(spec: str, policy: Any, tokenizer: Any, inputs: Inputs) -> RewardFn:
     """The reward of this name: a folder, or "module:function"."""
     path = Path(spec)
     if not path.exists():
         return function_of(spec)
-    adapter = path / "adapter" if (path / "adapter").is_dir() else path
-    if (adapter / CONFIG).is_file():
-        base = read_json(adapter / CONFIG).get("base_model_name_or_path")
-        if base is not None and Path(base).resolve() != Path(policy.source).resolve():
-            raise ValueError(
-                f"{spec}: this reward model was trained on {base}, and would score otherwise on {policy.source}; train "
-                "it on the policy's base, or merge it into its own and give that folder"
-            )
+    if (adapter := reward_adapter(path)) is not None:
+        _check_base(spec, adapter, policy, inputs["model.path"][0])
         return load_reward(policy, adapter, tokenizer)
-    model, words = load(path / "model" if (path / "model").is_dir() else path, "reward", head_follows=True)
+    model, words = load(reward_checkpoint(path), "reward", head_follows=True)
     if model.head_is_new:
         raise ValueError(f'{spec}: this checkpoint has no reward head; train one with method = "reward"')
     learn_turn_end(model, words)
     return Reward(model, words)
+
+
+def _check_base(spec: str, adapter: Path, policy: Any, base: dict[str, Any]) -> None:
+    """ValueError where a reward model was trained on another base than the policy's: it would score otherwise there.
+
+    A run knows its base by contents, wherever it lies; an adapter alone by its path.
+    """
+    facts = facts_of(adapter.parent) if (adapter.parent / "run.json").is_file() else {}
+    trained_on = read_json(adapter / CONFIG).get("base_model_name_or_path")
+    if known := facts.get("inputs", {}).get("model.path"):
+        is_same, trained_on = same_contents(known[0], base), f"another base ({changed_files(known[0], base)})"
+    else:
+        is_same = trained_on is None or Path(trained_on).resolve() == Path(policy.source).resolve()
+    if not is_same:
+        raise ValueError(
+            f"{spec}: this reward model was trained on {trained_on}, and would score otherwise on {policy.source}; "
+            "train it on the policy's base, or merge it into its own and give that folder"
+        )

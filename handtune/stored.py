@@ -1,10 +1,8 @@
 """What runs and adapters have stored: a run's configuration and weights, an adapter with what lies beside it."""
 
-import json
 import logging
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import wraps
 from importlib import import_module
 from inspect import isroutine
@@ -18,6 +16,8 @@ from .engine.adapter_factors import PREFIX
 from .engine.adapter_files import CONFIG, TASK_TYPES, WEIGHTS
 from .engine.adapters import adapter_names
 from .engine.config import RunConfig, from_table
+from .engine.record import read_facts
+from .inputs import located
 from .models import ResNet, add_tokens, load
 from .models.growing import resize
 from .models.pixels import Pixels
@@ -32,27 +32,30 @@ def facts_of(run: Path) -> dict[str, Any]:
     """What a run's run.json says."""
     if not (run / "run.json").is_file():
         raise FileNotFoundError(f"{run}: no run.json there; give the folder of a run")
-    return json.loads((run / "run.json").read_text(encoding="utf-8"))
+    return read_facts(run / "run.json")
 
 
-def config_of(run: Path) -> RunConfig:
-    """The configuration of a run, with its model's path as it leads there from here."""
+def config_of(run: Path, locate: Sequence[str] = ()) -> RunConfig:
+    """The configuration of a run. The fields `locate` lead from here to what they led to when it was made.
+
+    Raises ValueError where there is nothing of the same contents any more.
+    """
     facts = facts_of(run)
     table = facts["config"]
-    if facts.get("method") == "ppo":  # a policy writes as what it was made from does
-        table = {"method": "sft", "data": {"train": table["prompts"]}, "lora": table["ppo"]["lora"], **{
-            key: table[key] for key in ("out", "model")
-        }}  # fmt: skip
-    if facts.get("labels"):
-        table["model"]["labels"] = facts["labels"]
-    if "chat" in facts and table["method"] == "sft":  # as the run was trained, whatever rows it is evaluated on
-        table["data"]["chat"] = "on" if facts["chat"] else "off"
-    config = from_table(RunConfig, _written(table), str(run / "run.json"))
-    base, out, own = config.model.path, Path(config.out), run.resolve()
-    if base is None or Path(base).exists() or out.is_absolute() or own.parts[-len(out.parts) :] != out.parts:
-        return config
-    there = own.parents[len(out.parts) - 1] / base  # `out` and the path were written from one folder
-    return replace(config, model=replace(config.model, path=str(there))) if there.exists() else config
+    try:
+        if facts.get("method") == "ppo":  # a policy writes as what it was made from does
+            table = {"method": "sft", "data": {"train": table["prompts"]}, "lora": table["ppo"]["lora"], **{
+                key: table[key] for key in ("out", "model")
+            }}  # fmt: skip
+        if facts.get("labels"):
+            table["model"]["labels"] = facts["labels"]
+        if "chat" in facts and table["method"] == "sft":  # as the run was trained, whatever rows it is evaluated on
+            table["data"]["chat"] = "on" if facts["chat"] else "off"
+        located(run, facts, table, locate)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{run / 'run.json'}: config is damaged ({error}); restore the file") from error
+    config: RunConfig = from_table(RunConfig, _written(table), str(run / "run.json"))
+    return config
 
 
 def _written(table: dict[str, Any]) -> dict[str, Any]:
@@ -83,23 +86,6 @@ def has_stored(run: Path) -> bool:
 def stored_bytes(folder: Path) -> int:
     """The bytes of what is stored in a folder."""
     return sum(path.stat().st_size for path in stored_files(folder))
-
-
-def data_sizes(files: str | list[str]) -> dict[str, int]:
-    """The bytes of each data file that is there. A folder of images has none."""
-    paths = [files] if isinstance(files, str) else files
-    return {path: Path(path).stat().st_size for path in paths if Path(path).is_file()}
-
-
-def require_same_data(run: Path, sizes: dict[str, int]) -> None:
-    """ValueError where a data file of the run is not as long as it was when the run began."""
-    before = facts_of(run).get("data_sizes", {})
-    for path, size in sizes.items():
-        if before.get(path, size) != size:
-            raise ValueError(
-                f"{path}: {size} bytes, and {before[path]} when the run began; put the old data back, or choose "
-                "another out"
-            )
 
 
 def require_finished(run: Path) -> None:
@@ -202,8 +188,10 @@ def adds_tokens(adapter: Path, tokenizer: Any) -> bool:
 def head_of(adapter: Path) -> dict[str, Any]:
     """Task, labels and depth of the head that an adapter needs: from the run it lies in, else from its own files."""
     if (adapter.parent / "run.json").is_file():
-        wanted = config_of(adapter.parent).model
-        return {"task": facts_of(adapter.parent)["task"], "labels": wanted.labels, "head_layers": wanted.head_layers}
+        wanted, task = config_of(adapter.parent).model, facts_of(adapter.parent).get("task")
+        if task is None:
+            raise ValueError(f"{adapter.parent / 'run.json'}: task is missing; restore the file")
+        return {"task": task, "labels": wanted.labels, "head_layers": wanted.head_layers}
     if not ((adapter / CONFIG).is_file() and (adapter / WEIGHTS).is_file()):
         return {}  # load_adapter says what is missing
     kinds = {kind: task for task, kind in reversed(TASK_TYPES.items())}  # of several tasks the first one

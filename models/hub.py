@@ -5,12 +5,17 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from .._outside import others_code
-from .shards import PICKLES, pickle_refused
+from .pixels import FILE as PROCESSOR
+from .shards import INDEX, PICKLES, SINGLE, Shards, pickle_refused
+from .tokens import GENERATION, KEPT, SETTINGS, TEMPLATES, VOCABULARIES
 
 # A sentencepiece model is small, and downloaded to be named where there is no tokenizer.json, and to be kept.
 WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "vocab.txt", "merges.txt", "*.model")
 # The same weights in other layouts: in folders of their own, or as Mistral's own code reads them.
 UNWANTED = ("*/*.safetensors", "consolidated*.safetensors", "*/*.model")
+# Besides the weights: what says how the model computes, pools, and reads images and texts.
+READ = ("config.json", PROCESSOR, "modules.json", "*/config.json", "tokenizer.json", SETTINGS, GENERATION, *KEPT,
+        *VOCABULARIES, "chat_template.jinja", f"{TEMPLATES}/*.jinja")  # fmt: skip
 
 
 def checkpoint_folder(path: str | Path, weights: bool = True) -> Path:
@@ -37,6 +42,16 @@ def checkpoint_folder(path: str | Path, weights: bool = True) -> Path:
     if weights and not any(folder.glob("*.safetensors")) and (pickles := _pickles(str(path))):
         raise pickle_refused(f"{path}/{pickles[0]}")
     return _with_config(folder)
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The files in a checkpoint's folder that loading reads. FileNotFoundError where there are no weights."""
+    try:
+        weights = Shards(folder, required=False).paths()
+    except ValueError:  # a damaged index, or pickles: which loading refuses
+        weights = sorted(folder.glob("*.safetensors"))
+    about = [path for pattern in READ for path in sorted(folder.glob(pattern))]
+    return [*about, *weights, *([] if weights == [folder / SINGLE] else [folder / INDEX])]
 
 
 def _pickles(repository: str) -> list[str]:

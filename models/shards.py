@@ -51,7 +51,7 @@ class Shards:
         self._stored: dict[str, Stored] = {}
         if not required:
             return
-        for path in self._paths():
+        for path in self.paths():
             for name, stored in read_header(path).items():
                 if name in self._stored:
                     raise ValueError(f"{path}: {name} is in {self._stored[name].path.name} too; take out one of them")
@@ -59,7 +59,8 @@ class Shards:
         if not self._stored:
             raise ValueError(f"{folder}: its safetensors files hold no tensor")
 
-    def _paths(self) -> list[Path]:
+    def paths(self) -> list[Path]:
+        """The files that hold the weights."""
         if (self.folder / SINGLE).is_file():
             return [self.folder / SINGLE]
         index = self.folder / INDEX

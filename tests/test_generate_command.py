@@ -84,19 +84,23 @@ def test_a_run_that_began_with_a_preset(tmp_path: Path, capsys) -> None:
 @pytest.mark.parametrize("out", ["runs/a", "ABSOLUTE"])
 def test_a_base_that_is_no_folder(out: str, base: Path, tmp_path: Path, monkeypatch, refused) -> None:
     """A hub id stays one, whether the run was put in a relative or an absolute place."""
-    folder = trained(tmp_path, out=str(tmp_path / "runs/a") if out == "ABSOLUTE" else out)
-    facts = json.loads((folder / "run.json").read_text())
-    facts["config"]["model"]["path"] = "somebody/model"
-    (folder / "run.json").write_text(json.dumps(facts))
     asked = []
 
     def fetched(path, weights=True):
         asked.append(str(path))
         return base
 
-    monkeypatch.setattr("handtune.models.checkpoint.checkpoint_folder", fetched)
+    for module in ("handtune.models.checkpoint", "handtune.inputs"):
+        monkeypatch.setattr(f"{module}.checkpoint_folder", fetched)
+    place = str(tmp_path / "runs/a") if out == "ABSOLUTE" else out
+    folder = trained(tmp_path, out=place, model={"path": "somebody/model"})
     run("generate", folder, *ASK)
     assert set(asked) == {"somebody/model"}
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config))  # as a new revision of the repository might
+    assert "model.path is not what it was when the run was made (somebody/model/config.json has changed)" in refused(
+        "generate", folder, *ASK
+    )
 
 
 def test_rouge_of_prompts_of_all_lengths(base: Path, tmp_path: Path, capsys) -> None:

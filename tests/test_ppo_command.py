@@ -70,7 +70,7 @@ def test_a_run_and_what_is_done_with_it(folder: Path, capsys: pytest.CaptureFixt
     given = Path("prompts.jsonl").read_text()
     write_rows(folder / "prompts.jsonl", [{"prompt": PROMPTS[0]}])
     assert main(["ppo", "ppo.toml"]) == 2
-    assert "when the run began; put the old data back" in capsys.readouterr().err
+    assert f"other contents of prompts ({folder / 'prompts.jsonl'} has changed)" in capsys.readouterr().err
     assert files() == before
     Path("prompts.jsonl").write_text(given)
     Path("run/result.json").unlink()
@@ -125,6 +125,7 @@ def test_a_reward_of_another_base(folder: Path, capsys: pytest.CaptureFixture[st
         main(["ppo", "ppo.toml", 'reward=["reward", "short_texts:short"]', "ppo.episodes=32", "ppo.normalise=16"]) == 0
     )
     config = json.loads(Path("reward/adapter/adapter_config.json").read_text())
-    Path("reward/adapter/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "elsewhere"}))
-    assert main(["ppo", "ppo.toml", "reward=reward", "out=other"]) == 2
+    shutil.copytree("reward/adapter", "alone")  # without its run, which knows its base by contents
+    Path("alone/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "elsewhere"}))
+    assert main(["ppo", "ppo.toml", "reward=alone", "out=other"]) == 2
     assert "was trained on elsewhere" in capsys.readouterr().err

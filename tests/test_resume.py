@@ -311,4 +311,10 @@ def test_a_checkpoint_that_cannot_be_written(sft, tmp_path) -> None:
     assert "the checkpoint could not be written" in line
     assert "earlier ones are untouched; make room" in line
     left = [str(p.relative_to(tmp_path / "run")) for p in (tmp_path / "run").rglob("*") if p.is_file()]
-    assert sorted(left) == ["best/state.json", "best/tensors.safetensors", "metrics.jsonl", "run.json"]
+    assert sorted(left) == [
+        "best/SHA256SUMS",
+        "best/state.json",
+        "best/tensors.safetensors",
+        "metrics.jsonl",
+        "run.json",
+    ]
