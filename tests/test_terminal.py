@@ -340,7 +340,7 @@ runpy.run_module("handtune", run_name="__main__", alter_sys=True)
 
 
 def interrupted(moment: int, *arguments: str, **settings: Any) -> subprocess.CompletedProcess:
-    """The command line in a process that gets a Ctrl-C before its n-th import; -1: as threads end, -2: after that."""
+    """The command line in a process that gets a Ctrl-C before its n-th import; -1: when its threads end, -2: later."""
     command = [sys.executable, "-c", INTERRUPTING.format(moment=moment), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
