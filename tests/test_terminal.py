@@ -371,11 +371,14 @@ def test_ctrl_c_at_every_other_import(moment, folder, tmp_path) -> None:
 def test_ctrl_c_at_any_time(command, folder, tmp_path) -> None:
     """Seven moments of a process's life, sometimes twice in a row: 130, no traceback, and in the end it goes well."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    begun = tmp_path / "begun"  # made once our first line has run: before that, Ctrl-C is the interpreter's
+    program = f"from handtune.__main__ import main; open({str(begun)!r}, 'w').close(); raise SystemExit(main())"
 
     def start(out: Path) -> tuple[subprocess.Popen, Path | None]:
         arguments, left = command_lines(out)[command]
+        begun.unlink(missing_ok=True)
         process = subprocess.Popen(
-            [sys.executable, "-m", "handtune", *arguments], cwd=folder, env=environment, text=True,
+            [sys.executable, "-c", program, *arguments], cwd=folder, env=environment, text=True,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
@@ -387,6 +390,8 @@ def test_ctrl_c_at_any_time(command, folder, tmp_path) -> None:
     (tmp_path / "new").mkdir()
     for number, share in enumerate((0.1, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95)):
         process, left = start(tmp_path / "new")
+        while not begun.exists():
+            time.sleep(0.001)
         time.sleep(share * whole)
         for _ in range(1 + number % 2):
             process.send_signal(signal.SIGINT)
