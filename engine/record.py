@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from .._files import parse_json, read_bytes
+from .._shapes import with_fields
+
 
 class Record:
     """A run folder. Without a folder (`out` None) everything is dropped."""
@@ -71,21 +74,14 @@ class Record:
         path = self.out / "result.json"
         if not path.is_file() or _differences(self._facts()["config"], _plain(config)):
             return None
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: damaged ({error}); remove it, and the same command writes it again") from error
+        remedy = "remove it, and the same command writes it again"
+        return with_fields(parse_json(read_bytes(path), str(path), remedy), str(path))
 
     def _facts(self) -> dict[str, Any]:
         assert self.out is not None
         path = self.out / "run.json"
-        try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: damaged ({error}); restore it, or choose another out") from error
-        if not isinstance(facts, dict) or "config" not in facts:
-            raise ValueError(f"{path}: not the facts of a run; restore it, or choose another out")
-        return facts
+        facts = parse_json(read_bytes(path), str(path), "restore it, or choose another out")
+        return with_fields(facts, str(path), config=dict)
 
     def rewind(self, step: int) -> None:
         """Drop what was logged after `step`: the resumed run logs it again."""

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._files import read_json
 from .adapter_files import load_adapter, read_adapter, save_adapter
 from .adapters import adapter_names, use_adapter
 from .batches import packed, to_device
@@ -117,7 +118,7 @@ def load_reward(policy: Any, path: str | Path, tokenizer: Any = None) -> Reward:
         what = more[0] if not stored.rows else "token rows"
         raise ValueError(f"{path} brings {what}, which would change the policy, too; train adapter and head alone")
     facts = Path(path) / SCALE
-    scale = _scale_of(facts) if facts.is_file() else {}
+    scale = _scale_of(facts) if facts.exists() else {}
     load_adapter(model, path, ADAPTER)
     model.requires_grad_(False)
     return Reward(model, tokenizer, **scale)
@@ -125,7 +126,7 @@ def load_reward(policy: Any, path: str | Path, tokenizer: Any = None) -> Reward:
 
 def _scale_of(path: Path) -> dict[str, Any]:
     """Shift and scale as `Reward.save` wrote them. ValueError where they are not finite numbers."""
-    scale = json.loads(path.read_text(encoding="utf-8"))
+    scale = read_json(path)
     for field, value in scale.items():
         if not is_finite(value) and (field, value) != ("scale", None):
             raise ValueError(f"{path}: {field} = {value!r}; expected a finite number, train the reward model again")

@@ -7,14 +7,23 @@ has ended, result.json. A run that is still going, or was killed while it wrote 
 are decimal (1 MB = 10⁶ bytes).
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._files import parse_json, read_bytes
+from .._shapes import with_fields
+
 Row = dict[str, Any]
+
+# What is read of a line of metrics.jsonl, and of result.json, where it is there.
+MEASURED: dict[str, Any] = {"seconds": float | None, "peak_memory": float | None}
+RESULT: dict[str, Any] = {
+    **MEASURED, "before": dict | None, "metrics": dict | None, "best": dict | None, "trainable": int | None,
+    "parameters": int | None, "stored_bytes": int | None,
+}  # fmt: skip
 
 # What a task is judged by: the first pair that a run has measured heads its columns.
 MAIN_METRICS = (
@@ -88,20 +97,18 @@ def _read_run(path: Path) -> Run:
         raise FileNotFoundError(f"{path}: there is no such run folder; {remedy}")
     if not (path / "run.json").is_file():
         raise FileNotFoundError(f"{path}: not a run folder, it has no run.json; {remedy}")
-    info = _read_json(path / "run.json")
+    info = _with_fields(path / "run.json", config=dict | None, name=str | None, trains=str | None)
     steps, evals, notes = _read_metrics(path / "metrics.jsonl")
-    result = _read_json(path / "result.json") if (path / "result.json").is_file() else {}
+    result = _with_fields(path / "result.json", **RESULT) if (path / "result.json").exists() else {}
     if not result:
         reached = f"stopped after step {steps[-1]['step']:,}" if steps else "not at its first step yet"
         notes.insert(0, f"no result.json: still going, or {reached}" if steps else f"no result.json: {reached}")
     return Run(path, str(info.get("name") or path.resolve().name), info, steps, evals, result, notes)
 
 
-def _read_json(path: Path) -> Row:
-    try:
-        return {**json.loads(path.read_text(encoding="utf-8"))}
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: not a JSON object ({error}); restore the file or leave this run out") from None
+def _with_fields(path: Path, **kinds: Any) -> Row:
+    value = parse_json(read_bytes(path), str(path), "restore the file or leave this run out")
+    return with_fields(value, str(path), **kinds)
 
 
 def _read_metrics(path: Path) -> tuple[list[Row], list[Row], list[str]]:
@@ -115,12 +122,12 @@ def _read_metrics(path: Path) -> tuple[list[Row], list[Row], list[str]]:
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            if "eval" in row:
-                evals[int(row["step"])] = {"step": row["step"], **row["eval"]}
+            row = with_fields(parse_json(line, path.name), path.name, step=int, eval=dict | None, **MEASURED)
+            if row.get("eval") is not None:
+                evals[row["step"]] = {"step": row["step"], **row["eval"]}
             else:
-                steps[int(row["step"])] = row
-        except (ValueError, KeyError, TypeError):
+                steps[row["step"]] = row
+        except ValueError:
             broken += [number] if line.strip() else []
     notes = [f"metrics.jsonl: skipped a broken line, {n} (the run was killed while writing it)" for n in broken[:3]]
     notes += [f"metrics.jsonl: skipped {len(broken) - 3:,} more broken lines"] if len(broken) > 3 else []

@@ -6,8 +6,8 @@ name. Temporary names are hidden, end with `.tmp` and hold the writer's process 
 are removed by the next writer of the same file. A folder of several files (`filling`) is made in a hidden folder inside
 it, whose files then move up; the one that makes it complete moves last, and goes first where there is an older one.
 
-`alone` keeps a second process out. `read_json` and `parse_json` are the only readers of JSON: an error names the file,
-and the line or field.
+`alone` keeps a second process out. `parse_json` and what reads through it are the only readers of JSON: an error names
+the file, and the line or field. Nothing is read that isn't a plain file. What is in it: `_shapes.py`.
 """
 
 import errno
@@ -22,6 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from ._shapes import KINDS, shown
+
+MAX_DIGITS = 300  # of an integer in JSON: such a one is still a finite float
 _LEFT_OVER = re.compile(r"\.(?P<name>.+)\.(?P<process>[0-9]+)-[0-9a-f]{8}\.tmp")
 
 
@@ -253,29 +256,42 @@ def _holder(lock: Path) -> str:
     return f"process {process}"
 
 
-def read_bytes(path: str | Path, what: str = "file") -> bytes:
-    """The contents of a file. FileNotFoundError, or ValueError where it is none: a pipe or a device might never end."""
+def require_file(path: str | Path, what: str = "file") -> Path:
+    """The path of a file that is there. FileNotFoundError, or ValueError where it is none: a pipe might never end."""
     path = Path(path)
     try:
         mode = path.stat().st_mode
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path}: no such {what}; check the path") from None
     if not stat.S_ISREG(mode):
         kind = "folder" if stat.S_ISDIR(mode) else "pipe or device"
         raise ValueError(f"{path}: a {kind}, where a {what} was expected; give the path of a file")
-    return path.read_bytes()
+    return path
+
+
+def read_bytes(path: str | Path, what: str = "file") -> bytes:
+    """The contents of a file. Raises as `require_file`."""
+    return require_file(path, what).read_bytes()
+
+
+def read_text(path: str | Path, what: str = "file") -> str:
+    """The text of a file. ValueError where it isn't UTF-8, and as `require_file`."""
+    try:
+        return read_bytes(path, what).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8; save the {what} as UTF-8") from None
 
 
 def parse_json(text: str | bytes, where: str, remedy: str = "restore the file") -> Any:
     """The value that a JSON text stands for. ValueError, which begins with `where`, for anything else.
 
     Also for what would be read otherwise than it was meant: a field that stands twice in one object; and for what
-    Python's parser can't hold: lists in lists a thousand deep, a number of thousands of digits.
+    Python can't hold: lists in lists a thousand deep, a number of hundreds of digits.
     """
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        return json.loads(text, object_pairs_hook=_fields)
+        return json.loads(text, object_pairs_hook=_fields, parse_int=_integer)
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not JSON (byte {error.start} is not UTF-8); {remedy}") from None
     except json.JSONDecodeError as error:
@@ -284,7 +300,13 @@ def parse_json(text: str | bytes, where: str, remedy: str = "restore the file") 
     except RecursionError:
         raise ValueError(f"{where}: JSON that is nested too deeply to be read; {remedy}") from None
     except ValueError as error:
-        raise ValueError(f"{where}: JSON that can't be read ({str(error).split(';')[0]}); {remedy}") from None
+        raise ValueError(f"{where}: JSON that can't be read ({error}); {remedy}") from None
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits):,} digits, and at most {MAX_DIGITS} make sense")
+    return int(digits)
 
 
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -301,6 +323,10 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
     """The contents of a JSON file. ValueError where it is damaged or no `kind`, FileNotFoundError if missing."""
     value = parse_json(read_bytes(path), str(path))
     if not isinstance(value, kind):
-        wanted = "an object" if kind is dict else "a list"
-        raise ValueError(f"{path}: expected {wanted}, found {type(value).__name__}; restore the file")
+        raise ValueError(f"{path}: expected {KINDS[kind]}, got {shown(value)}; restore the file")
     return value
+
+
+def json_if_there(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or an empty one where there is no such file. Raises as `read_json`."""
+    return read_json(path) if path.exists() or path.is_symlink() else {}

@@ -1,7 +1,6 @@
 """`handtune ppo`: a policy improved on rewards, from its configuration to the stored adapter."""
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ._files import parse_json, read_json, read_text
+from ._shapes import with_fields
 from .engine import freeze, load_reward, ppo, projections, quantize, trainable_report
 from .engine.adapter_files import CONFIG
 from .engine.check_data import legend, show
@@ -20,7 +21,6 @@ from .engine.rollouts import POLICY, fitting_prompts
 from .engine.rows import is_dialogue
 from .models import load
 from .models.checkpoint import open_checkpoint
-from .models.shards import read_json
 from .prompts import learn_turn_end, prompts_of
 from .stored import data_sizes, function_of, has_stored, require_same_data, store_adapter
 
@@ -118,8 +118,9 @@ def _stored(values: dict[str, Any], place: Path) -> str:
 
 def _first_round(out: Path) -> dict[str, Any]:
     """The numbers of a run's first round, before anything was learnt."""
-    with (out / "metrics.jsonl").open(encoding="utf-8") as file:
-        return {key: value for key, value in json.loads(file.readline()).items() if isinstance(value, int | float)}
+    path = out / "metrics.jsonl"
+    row = with_fields(parse_json(read_text(path).partition("\n")[0], f"{path} line 1"), f"{path} line 1")
+    return {key: value for key, value in row.items() if isinstance(value, int | float)}
 
 
 def _reward(spec: str, policy: Any, tokenizer: Any) -> RewardFn:
@@ -129,7 +130,8 @@ def _reward(spec: str, policy: Any, tokenizer: Any) -> RewardFn:
         return function_of(spec)
     adapter = path / "adapter" if (path / "adapter").is_dir() else path
     if (adapter / CONFIG).is_file():
-        base = read_json(adapter / CONFIG).get("base_model_name_or_path")
+        published = with_fields(read_json(adapter / CONFIG), str(adapter / CONFIG), base_model_name_or_path=str | None)
+        base = published.get("base_model_name_or_path")
         if base is not None and Path(base).resolve() != Path(policy.source).resolve():
             raise ValueError(
                 f"{spec}: this reward model was trained on {base}, and would score otherwise on {policy.source}; train "

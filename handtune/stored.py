@@ -1,6 +1,5 @@
 """What runs and adapters have stored: a run's configuration and weights, an adapter with what lies beside it."""
 
-import json
 import logging
 import sys
 from collections.abc import Callable
@@ -9,6 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ._files import read_json
+from ._shapes import with_fields
 from .engine import load_adapter, save_adapter
 from .engine.adapter_factors import PREFIX
 from .engine.adapter_files import CONFIG, TASK_TYPES, WEIGHTS
@@ -17,7 +18,6 @@ from .engine.config import RunConfig, from_table
 from .models import ResNet, add_tokens, load
 from .models.growing import resize
 from .models.pixels import Pixels
-from .models.shards import read_json
 from .models.tensor_file import read_header
 from .models.tokens import load_tokenizer_file, save_tokenizer
 
@@ -26,19 +26,26 @@ log = logging.getLogger("handtune")
 
 def facts_of(run: Path) -> dict[str, Any]:
     """What a run's run.json says."""
-    if not (run / "run.json").is_file():
+    path = run / "run.json"
+    if not path.exists():
         raise FileNotFoundError(f"{run}: no run.json there; give the folder of a run")
-    return json.loads((run / "run.json").read_text(encoding="utf-8"))
+    return with_fields(
+        read_json(path), str(path), config=dict, method=str | None, task=str | None, labels=list | None,
+        chat=bool | None, data_sizes=dict | None,
+    )  # fmt: skip
 
 
 def config_of(run: Path) -> RunConfig:
     """The configuration of a run, with its model's path as it leads there from here."""
     facts = facts_of(run)
-    table = facts["config"]
+    where = f"{run / 'run.json'}: config"
     if facts.get("method") == "ppo":  # a policy writes as what it was made from does
-        table = {"method": "sft", "data": {"train": table["prompts"]}, "lora": table["ppo"]["lora"], **{
+        table = with_fields(facts["config"], where, prompts=str | list, ppo=dict, model=dict, out=str)
+        table = {"method": "sft", "data": {"train": table["prompts"]}, "lora": table["ppo"].get("lora"), **{
             key: table[key] for key in ("out", "model")
         }}  # fmt: skip
+    else:
+        table = with_fields(facts["config"], where, model=dict, data=dict, out=str, method=str)
     if facts.get("labels"):
         table["model"]["labels"] = facts["labels"]
     if "chat" in facts and table["method"] == "sft":  # as the run was trained, whatever rows it is evaluated on
@@ -84,7 +91,7 @@ def data_sizes(files: str | list[str]) -> dict[str, int]:
 
 def require_same_data(run: Path, sizes: dict[str, int]) -> None:
     """ValueError where a data file of the run is not as long as it was when the run began."""
-    before = facts_of(run).get("data_sizes", {})
+    before = facts_of(run).get("data_sizes") or {}
     for path, size in sizes.items():
         if before.get(path, size) != size:
             raise ValueError(
@@ -193,11 +200,16 @@ def head_of(adapter: Path) -> dict[str, Any]:
     """Task, labels and depth of the head that an adapter needs: from the run it lies in, else from its own files."""
     if (adapter.parent / "run.json").is_file():
         wanted = config_of(adapter.parent).model
-        return {"task": facts_of(adapter.parent)["task"], "labels": wanted.labels, "head_layers": wanted.head_layers}
+        return {
+            "task": facts_of(adapter.parent).get("task"),
+            "labels": wanted.labels,
+            "head_layers": wanted.head_layers,
+        }
     if not ((adapter / CONFIG).is_file() and (adapter / WEIGHTS).is_file()):
         return {}  # load_adapter says what is missing
     kinds = {kind: task for task, kind in reversed(TASK_TYPES.items())}  # of several tasks the first one
-    task = kinds.get(read_json(adapter / CONFIG).get("task_type"))
+    published = with_fields(read_json(adapter / CONFIG), str(adapter / CONFIG), task_type=str | None)
+    task = kinds.get(published.get("task_type") or "")
     if task not in ("sequence-classification", "token-classification"):
         return {"task": task}
     shapes = {_plain(key): stored.shape for key, stored in read_header(adapter / WEIGHTS).items()}

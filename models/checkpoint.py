@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._files import read_json
 from ..kernels import Linear
 from ..kernels.linear import Merged
 from ..kernels.quantize import Workspace
@@ -28,7 +29,7 @@ from .pixels import Pixels
 from .pooling import read_pooling, write_pooling
 from .resnet import ResNet
 from .resnet_names import from_timm
-from .shards import SINGLE, Shards, read_json, write_json
+from .shards import SINGLE, Shards, write_json
 from .t5 import T5
 from .tasks import (
     class_name,

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .shards import read_json, write_json
+from .._files import read_json
+from .shards import write_json
 
 FILE = "preprocessor_config.json"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -65,7 +66,7 @@ class Pixels:
         """
         path = folder / FILE
         try:
-            if path.is_file():
+            if path.exists():
                 return cls(**_from_processor(read_json(path), n_channels))
             if isinstance(timm := config.get("pretrained_cfg"), dict):
                 path = folder / "config.json"

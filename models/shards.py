@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .._files import read_json
 from .tensor_file import Stored, read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -36,20 +37,6 @@ def pickle_refused(path: str | Path) -> ValueError:
     )
 
 
-def read_json(path: Path, kind: type = dict) -> Any:
-    """The contents of a JSON file. ValueError where it is damaged or no `kind`, FileNotFoundError if missing."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: the file is missing; restore it") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); restore the file") from error
-    if not isinstance(found, kind):
-        wanted = "an object" if kind is dict else "a list"
-        raise ValueError(f"{path}: expected {wanted}, found {type(found).__name__}; restore the file")
-    return found
-
-
 class Shards:
     """The tensors of a checkpoint folder by name: where each one lies. None is read here.
 
@@ -72,10 +59,10 @@ class Shards:
             raise ValueError(f"{folder}: its safetensors files hold no tensor")
 
     def _paths(self) -> list[Path]:
-        if (self.folder / SINGLE).is_file():
+        if (self.folder / SINGLE).exists():
             return [self.folder / SINGLE]
         index = self.folder / INDEX
-        if index.is_file():
+        if index.exists():
             table = read_json(index).get("weight_map")
             if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
                 raise ValueError(f"{index}: not a shard index, which has a weight_map of file names; restore the file")

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._files import parse_json, require_file
+
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -50,17 +52,14 @@ class Stored:
 
 def read_header(path: Path) -> dict[str, Stored]:
     """The tensors of a file by name. ValueError where the file is damaged, or has a dtype that is unknown here."""
-    with path.open("rb") as file:
+    with require_file(path, "safetensors file").open("rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
             raise _damaged(path, f"{size} bytes, where a header of {length} was expected")
         raw = file.read(length)
-    try:
-        header = json.loads(raw.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise _damaged(path, f"the header is not valid JSON: {error}") from error
+    header = parse_json(raw, f"{path}: damaged or cut short: the header", "download or copy it again")
     if not isinstance(header, dict):
         raise _damaged(path, "the header is not a JSON object")
     header.pop("__metadata__", None)

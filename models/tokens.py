@@ -23,7 +23,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .shards import read_json, write_json, write_text
+from .._files import json_if_there, read_bytes, read_text, require_file
+from .shards import write_json, write_text
 from .token_names import SETTINGS, special_names
 from .vocabulary import build_tokenizer
 
@@ -71,8 +72,7 @@ class SpecialTokens:
         file, and for ids that are none.
         """
         names = special_names(folder)
-        settings: dict[str, Any] = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
-        generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
+        settings, generation = json_if_there(folder / SETTINGS), json_if_there(folder / GENERATION)
 
         # Of each kind the tokenizer's token goes first, and then what the model's files list.
         ids: dict[str, tuple[int, ...]] = {}
@@ -190,26 +190,25 @@ def _templates(folder: Path, stored: Any) -> dict[str, str]:
     paths = [*folder.glob("chat_template.jinja"), *sorted((folder / TEMPLATES).glob("*.jinja"))]
     for path in paths:
         name = "default" if path.parent == folder else path.stem
-        found[name] = path.read_text(encoding="utf-8")
+        found[name] = read_text(path, "chat template")
     return found
 
 
 def _kept(folder: Path) -> dict[str, bytes]:
     """The files that are written again as they are."""
     paths = [path for name in (*KEPT, *VOCABULARIES) for path in sorted(folder.glob(name))]
-    return {path.name: path.read_bytes() for path in paths}
+    return {path.name: read_bytes(path) for path in paths}
 
 
 def load_tokenizer(folder: Path) -> "Tokenizer | None":
     """The folder's tokenizer, its tokenizer.json or what its vocabulary files describe; None where there is neither."""
     path = folder / "tokenizer.json"
-    return load_tokenizer_file(path) if path.is_file() else build_tokenizer(folder)
+    return load_tokenizer_file(path) if path.exists() else build_tokenizer(folder)
 
 
 def load_tokenizer_file(path: Path) -> "Tokenizer":
     """A tokenizer.json without its stored padding and truncation. FileNotFoundError or ValueError if it is none."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such tokenizer file")
+    require_file(path, "tokenizer file")
     from tokenizers import Tokenizer
 
     try:

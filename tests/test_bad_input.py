@@ -132,7 +132,7 @@ def test_files_of_rows(job, complaint, tmp_path) -> None:
     line = complained(good + b'{"text": "a", "label": "b"}\n')
     assert line.startswith(f"{path} line 2: a text/label row, but line 1 is prompt/completion; ")
     line = complaint("train", job, f"data.train={tmp_path / 'none.jsonl'}")
-    assert line == f"{tmp_path / 'none.jsonl'}: no such file; check the path"
+    assert line == f"{tmp_path / 'none.jsonl'}: no such file of rows; check the path"
     assert "unknown kind of file '.xlsx'; use one of .jsonl" in complaint("train", job, "data.train=rows.xlsx")
     write_rows(path, SENTIMENT)
     line = complaint("train", job, f"data.train={path}")

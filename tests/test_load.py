@@ -403,9 +403,9 @@ CONFIG = "config.json: "
 INDEX = "model.safetensors.index.json: "
 DAMAGES = {
     "no config": (lambda folder: (folder / "config.json").unlink(), ": no config.json there"),
-    "config cut": (damage("config.json", '{"model_type": '), CONFIG + "not valid JSON .*; restore the file"),
-    "config not text": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe{"), CONFIG + "not valid JSON"),
-    "config a list": (damage("config.json", "[]"), CONFIG + "expected an object, found list"),
+    "config cut": (damage("config.json", '{"model_type": '), CONFIG + "not JSON .*; restore the file"),
+    "config not text": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe{"), CONFIG + "not JSON"),
+    "config a list": (damage("config.json", "[]"), CONFIG + "expected an object, got"),
     "architecture": (fields(model_type="mamba"), CONFIG + r"model_type 'mamba' is not .* \(gpt2, .*bert, llama"),
     "no architecture": (fields(model_type=None), CONFIG + "model_type None is not an architecture"),
     "head unknown": (fields(architectures=["GPT2DoubleHeadsModel"]), CONFIG + r"architectures \[.* pass task= one of"),
@@ -431,7 +431,7 @@ DAMAGES = {
     "twice": (two_spellings, "1 under two spellings: transformer.wte.weight and wte.weight"),
     "index empty": (index({}), "hold no tensor"),
     "tokenizer": (damage("tokenizer.json", "{"), r"tokenizer.json: not a tokenizer file \(.*\); restore it"),
-    "tokenizer settings": (damage("tokenizer_config.json", "{"), "tokenizer_config.json: not valid JSON"),
+    "tokenizer settings": (damage("tokenizer_config.json", "{"), "tokenizer_config.json: not JSON"),
     "pooling": (pooling({"pooling_mode_weightedmean_tokens": True}), r"Pooling/config.json: pooling \['weightedmean"),
     "two poolings": (
         pooling({"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True}),
