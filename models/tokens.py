@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._files import json_if_there, read_bytes, read_text, require_file
+from .._shapes import shown, with_fields
 from .shards import write_json, write_text
 from .token_names import SETTINGS, special_names
 from .vocabulary import build_tokenizer
@@ -175,18 +176,21 @@ def _ids(config: dict[str, Any], name: str, path: Path) -> list[int]:
     """The ids of a special token, one or several; below zero there is none. ValueError for what is no id."""
     value = config.get(f"{name}_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if any(type(number) is not int for number in ids):
-        raise ValueError(f"{path}: {name}_token_id = {value!r}: expected a token's id, or a list of ids")
+    if any(type(number) is not int or number >= 2**31 for number in ids):
+        raise ValueError(f"{path}: {name}_token_id = {shown(value)}: expected a token's id, or a list of ids")
     return [number for number in ids if number >= 0]
 
 
 def _templates(folder: Path, stored: Any) -> dict[str, str]:
     """Chat templates by name; `stored` is what tokenizer_config.json has: one, or a list of several."""
+    where = f"{folder / SETTINGS}: chat_template"
+    with_fields({"chat_template": stored}, str(folder / SETTINGS), chat_template=str | list | None)
     found = {} if stored is None else {"default": stored}
     if isinstance(stored, list):
-        found = {str(entry["name"]): str(entry["template"]) for entry in stored}
+        entries = [with_fields(entry, where, name=str, template=str) for entry in stored]
+        found = {entry["name"]: entry["template"] for entry in entries}
     if unfit := [name for name in found if Path(name).name != name]:
-        raise ValueError(f"{folder / SETTINGS}: chat_template {unfit[0]!r} can't be a file's name")
+        raise ValueError(f"{folder / SETTINGS}: chat_template {shown(unfit[0])} can't be a file's name")
     paths = [*folder.glob("chat_template.jinja"), *sorted((folder / TEMPLATES).glob("*.jinja"))]
     for path in paths:
         name = "default" if path.parent == folder else path.stem
