@@ -70,6 +70,14 @@ def with_fields(value: Any, where: str, **kinds: Any) -> dict[str, Any]:
     return value
 
 
+def refuse_beyond(values: Any, limits: dict[str, float]) -> None:
+    """ValueError where a field of `values` is more than makes sense: what would then run for ever, or overflow."""
+    for name, limit in limits.items():
+        value = getattr(values, name)
+        if value is not None and not value <= limit:
+            raise ValueError(f"{name}: expected at most {limit:,}, got {shown(value)}")
+
+
 def shown(value: Any) -> str:
     """A value from outside as an error shows it, however long or deep it is."""
     return _SHORT.repr(value)
