@@ -247,7 +247,8 @@ def train(
                 loss_value, norm_value = torch.stack((loss_sum, norm.double())).tolist()
                 # the weights are still those before this step
                 require_targets(loss_value, targets, f"step {progress.step + 1}")
-                require_finite(loss_value, norm_value, f"step {progress.step + 1}", record, "train.lr")
+                untrained = model if progress.step == 0 else None
+                require_finite(loss_value, norm_value, f"step {progress.step + 1}", record, "train.lr", untrained)
                 optimizer.step(lr)
                 progress.step += 1
                 progress.loss_sum, progress.targets = progress.loss_sum + loss_value, progress.targets + targets
