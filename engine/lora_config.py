@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from .module_patterns import matches_end
+from .module_patterns import matches_end, parsed
 
 MAX_RANK = 2**15  # no matrix has a higher one that an adapter could add
 
@@ -50,7 +50,7 @@ class LoRAConfig:
         for place in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, place):
                 try:
-                    matches_end(pattern, "layers.0.q_proj")
+                    parsed(pattern)
                 except ValueError as error:
                     raise ValueError(f"{place}: {error}") from None
         if not is_finite(self.dropout) or not 0 <= self.dropout < 1:

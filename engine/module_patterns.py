@@ -7,7 +7,7 @@ and the steps are counted.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +19,11 @@ from re import _parser  # type: ignore[attr-defined]  # isort: skip
 
 MAX_LENGTH, MAX_STEPS = 1_000, 200_000
 _REPEATS = (codes.MAX_REPEAT, codes.MIN_REPEAT)
+_AHEAD = (codes.ASSERT, codes.ASSERT_NOT)
+_BEGINNINGS, _ENDS = (codes.AT_BEGINNING, codes.AT_BEGINNING_STRING), (codes.AT_END, codes.AT_END_STRING)
+_KNOWN = {
+    codes.ANY, codes.AT, codes.BRANCH, codes.IN, codes.LITERAL, codes.NOT_LITERAL, codes.SUBPATTERN, *_REPEATS, *_AHEAD,
+}  # fmt: skip
 _CLASSES = {
     codes.CATEGORY_DIGIT: r"\d", codes.CATEGORY_NOT_DIGIT: r"\D", codes.CATEGORY_SPACE: r"\s",
     codes.CATEGORY_NOT_SPACE: r"\S", codes.CATEGORY_WORD: r"\w", codes.CATEGORY_NOT_WORD: r"\W",
@@ -50,7 +55,30 @@ def parsed(pattern: str) -> Nodes:
         ) from None
     if nodes.state.flags & ~re.UNICODE.value:
         raise ValueError(f"{shown(pattern)}: flags in a pattern are not implemented")
+    if unknown := next((code for code in _codes(nodes) if code not in _KNOWN), None):
+        raise ValueError(f"{shown(pattern)}: {str(unknown).lower()} in a pattern is not implemented")
     return tuple(nodes)
+
+
+def _codes(nodes: Nodes) -> Iterator[Any]:
+    """What the pattern and its parts do. What is done otherwise than as usual counts by what makes it so."""
+    for code, argument in nodes:
+        yield code
+        bodies: list[Nodes] = []
+        if code is codes.BRANCH:
+            bodies = argument[1]
+        elif code in _REPEATS:
+            bodies = [argument[2]]
+        elif code is codes.SUBPATTERN:
+            yield from ["flags"] if argument[1] or argument[2] else []
+            bodies = [argument[3]]
+        elif code in _AHEAD:
+            yield from ["look-behind"] if argument[0] != 1 else []
+            bodies = [argument[1]]
+        elif code is codes.AT and argument not in (*_BEGINNINGS, *_ENDS):
+            yield argument
+        for body in bodies:
+            yield from _codes(body)
 
 
 class _Matcher:
@@ -75,18 +103,13 @@ class _Matcher:
         if code is codes.BRANCH:
             return set().union(*(self.ends(branch, positions) for branch in argument[1]))
         if code is codes.SUBPATTERN:
-            _, flags, other_flags, body = argument
-            if flags or other_flags:
-                raise ValueError(f"{shown(self.pattern)}: flags in a pattern are not implemented")
-            return self.ends(body, positions)
+            return self.ends(argument[3], positions)
         if code in _REPEATS:
             least, most, body = argument
             return self._repeated(least, most, body, positions)
-        if code is codes.AT and argument in (codes.AT_BEGINNING, codes.AT_BEGINNING_STRING):
-            return positions & {0}
-        if code is codes.AT and argument in (codes.AT_END, codes.AT_END_STRING):
-            return positions & {len(self.path)}
-        if code in (codes.ASSERT, codes.ASSERT_NOT) and argument[0] == 1:  # looks ahead
+        if code is codes.AT:
+            return positions & {0 if argument in _BEGINNINGS else len(self.path)}
+        if code in _AHEAD:
             return {i for i in positions if bool(self.ends(argument[1], {i})) == (code is codes.ASSERT)}
         return {i + 1 for i in positions if i < len(self.path) and self._is(code, argument, self.path[i])}
 
@@ -114,7 +137,5 @@ class _Matcher:
             return bool(argument[0] <= ord(character) <= argument[1])
         if code is codes.CATEGORY:
             return re.match(_CLASSES[argument], character) is not None
-        if code is codes.IN:
-            negated = argument[0][0] is codes.NEGATE
-            return any(self._is(kind, value, character) for kind, value in argument[negated:]) != negated
-        raise ValueError(f"{shown(self.pattern)}: {str(code).lower()} in a pattern is not implemented")
+        negated = argument[0][0] is codes.NEGATE  # of several, in brackets
+        return any(self._is(kind, value, character) for kind, value in argument[negated:]) != negated

@@ -126,8 +126,8 @@ def test_pipes_are_refused_at_once(base, complaint, tmp_path) -> None:
         copy = changed(base, tmp_path / name.replace(".", "-"))
         (copy / name).unlink(missing_ok=True)
         os.mkfifo(copy / name)
-        line = complaint("generate", copy, "--prompt", "x")
-        assert line.startswith(f"{copy / name}: {pipe}"), line
+        with pytest.raises(ValueError, match=re.escape(f"{copy / name}: {pipe}")):
+            load(copy)
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(ValueError, match=f"a.png.*{pipe} image"):
         decode(tmp_path / "a.png", Pixels())
@@ -199,7 +199,7 @@ def test_other_files_of_a_checkpoint(base, tmp_path) -> None:
         ("train.lr=inf", "train: lr: expected at most 1,000,000.0, got inf"),
         ("train.lr=" + "9" * 400, "train.lr: value is a number of 1,329 bits"),
         ("lora.rank=1000000000", "lora: rank: expected a positive whole number, at most 32,768"),
-        ('lora.rank_pattern={ "(a)\\\\1" = 4 }', "rank_pattern: '(a)..1': groupref in a pattern"),
+        ('lora.rank_pattern={ "(a)\\\\1" = 4 }', "rank_pattern: '(a)\\\\1': groupref in a pattern"),
         ("model.head_layers=1000000000", "head_layers: expected a number from 1 to 100"),
         ("train.lr=" + "[" * 100_000, "train.lr: TOML that is nested too deeply"),
         ("model." + "a." * 100_000 + "b=1", "no field lies in 100,001 sections"),
@@ -222,7 +222,8 @@ def test_settings_without_end(base, complaint) -> None:
             TrainConfig(**settings)
     with pytest.raises(ValueError, match="max_new_tokens: expected at most 1,048,576"):
         PPOConfig(max_new_tokens=10**9)
-    assert "max_new_tokens" in complaint("generate", base, "--prompt", "x", "--max-new-tokens", 10**9) or "positions"
+    line = complaint("generate", base, "--prompt", "x", "--beams", 10**9, "--max-new-tokens", 4)
+    assert line == "beams = 1,000,000,000: expected at most 1,000"
 
 
 # Images
@@ -296,7 +297,7 @@ LARGE = "{% set s = 'a' * 4000000 %}"
         LARGE + "{{ s.replace('a', s) }}", LARGE + "{{ s.replace('', s) }}", LARGE + "{{ s | replace('a', s) }}",
         LARGE + "{{ s.join(['a'] * 10000) }}", LARGE + "{{ range(99999) | map('string') | join(s) }}",
         LARGE + "{{ [s] * 10000 }}", LARGE + "{{ ([s] * 10000) | tojson }}", LARGE + "{{ '%s' % [[s] * 10000] }}",
-        LARGE + "{% for i in range(99999) %}{{ s[1:] }}{% endfor %}", SHARED + "{{ x }}",
+        LARGE + "{% for i in range(99999) %}{{ s[1:] }}{% endfor %}",
         "{{ [1] | tojson(indent=10**9) }}", "{{ 'a\n' | indent(10**9, true) }}", "{{ [1] | batch(10**9, 'x') | list }}",
         "{{ ('\t' * 1000).expandtabs(10**8) }}", "{{ lipsum(10**6) }}", "{% for i in range(10**9) %}{% endfor %}",
     ],
@@ -319,6 +320,7 @@ def hurried(monkeypatch) -> None:
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "{% macro f(n) %}{{ f(n - 1) if n else '' }}{{ f(n - 1) if n else '' }}{% endmacro %}{{ f(60) }}",
         "{% for x in [1] recursive %}{% if loop.depth < 60 %}{{ loop([1, 1]) }}{% endif %}{% endfor %}",
+        SHARED + "{{ x }}",
         SHARED + SHARED.replace("x", "y") + "{{ x == y }}",
     ],
 )
@@ -370,7 +372,7 @@ def test_weights_that_are_no_numbers(base, unsound, complaint, tmp_path) -> None
         assert line.startswith(f"prompts 1 to 1: {unsound}: {name}"), line
     line = complaint("label", unsound, rows, "--labels", "up", "down", "--out", tmp_path / "labelled.jsonl")
     assert line.startswith(f"{unsound}: {name}")
-    line = complaint("compare", unsound, "--prompts", rows, "--out", tmp_path / "pairs.jsonl", "--terminal")
+    line = complaint("compare", unsound, "--prompts", rows, "--out", tmp_path / "pairs.jsonl", "--max-new-tokens", 4)
     assert f"{unsound}: {name}" in line
     job = write_config(
         tmp_path / "run.toml", method="sft", out=str(tmp_path / "run"), model={"path": str(unsound)}, lora={"rank": 2},
