@@ -3,14 +3,13 @@
 import re
 import reprlib
 import tomllib
+from itertools import islice
 from types import NoneType
 from typing import Any, get_args
 
 MAX_TOML = 1_000_000  # characters
 _STRING = re.compile(r"\"(?:[^\"\\\n]|\\.)*+\"|'[^'\n]*+'")
 _LONG_KEY = re.compile(r"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){64}")
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 80, 80, 60
 KINDS = {
     dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number", bool: "true or false",
 }  # fmt: skip
@@ -76,6 +75,20 @@ def refuse_beyond(values: Any, limits: dict[str, float]) -> None:
         value = getattr(values, name)
         if value is not None and not value <= limit:
             raise ValueError(f"{name}: expected at most {limit:,}, got {shown(value)}")
+
+
+class _Short(reprlib.Repr):
+    """A value in a few words, of a table the first fields in their order."""
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        if level <= 0 or not x:
+            return "{...}" if x else "{}"
+        pieces = [f"{self.repr1(k, level - 1)}: {self.repr1(v, level - 1)}" for k, v in islice(x.items(), self.maxdict)]
+        return "{" + ", ".join(pieces + ["..."] * (len(x) > self.maxdict)) + "}"
+
+
+_SHORT = _Short()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 80, 80, 60
 
 
 def shown(value: Any) -> str:

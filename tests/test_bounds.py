@@ -267,7 +267,7 @@ def test_patterns_match_as_python_s() -> None:
         "a", "b", ".", r"\d", r"\.", "[ab]", "[^a]", "(a|ab)", "(a|b.)*", "a+", "b*", "x?", "(?:ab){1,2}", "a{2}",
         "(a*)*", "^", "$", "(?=a)", "(?!b)", r"\w+", "(b{0,2}a)+", "(a{2,3}){2}", "a*?", "[a-c0-9]", r"\D", "(|a)b",
     ]  # fmt: skip
-    for _ in range(3000):
+    for _ in range(1500):
         pattern = "".join(random.choices(parts, k=random.randint(1, 5)))
         path = "".join(random.choices("ab.1", k=random.randint(0, 8)))
         expected = re.fullmatch(rf"(.*\.)?({pattern})", path) is not None

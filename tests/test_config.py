@@ -121,7 +121,7 @@ def test_overrides(tmp_path) -> None:
         (["train=3"], "run.toml: train: expected a table, got 3"),
         (["lora.targets=[['a']]"], "lora: targets: expected str or [str, ...], got [['a']]"),
         (["train.schedule=cosin"], "run.toml: train: schedule 'cosin' is unknown; known: constant, linear,"),
-        (["lora.rank=0"], "run.toml: lora: rank: expected a positive whole number, got 0"),
+        (["lora.rank=0"], "run.toml: lora: rank: expected a positive whole number, at most 32,768, got 0"),
         (["train.batch_rows=4"], "run.toml: train: batch_rows and batch_tokens"),
         (["method=stf"], "run.toml: method 'stf' is unknown; known: pretrain, sft"),
         (["model.preset=gpt2"], "run.toml: model: give path (a folder or hub id) or preset"),

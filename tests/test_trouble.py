@@ -153,7 +153,7 @@ def test_a_folder_with_another_run_or_other_things_is_refused(tmp_path) -> None:
         line(out=tmp_path / "other")
     assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.tex"]
     (tmp_path / "run/run.json").write_text("{")
-    with pytest.raises(ValueError, match=r"run\.json: damaged"):
+    with pytest.raises(ValueError, match=r"run\.json: .*; restore it"):
         line(out=tmp_path / "run")
 
 
