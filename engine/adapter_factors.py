@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._files import require_file
 from ..kernels import Conv2d, Linear, LowRank
 from ..kernels.conv import ConvFactors
 from ..kernels.linear import Part
@@ -178,15 +179,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    if not path.is_file() and (pickled := path.with_name("adapter_model.bin")).is_file():
+    if not path.exists() and (pickled := path.with_name("adapter_model.bin")).is_file():
         raise FileNotFoundError(
             f"{pickled} is a pickle, which can run code and is not read; convert it where you trust it: "
             f"safetensors.torch.save_file(torch.load({pickled.name!r}, weights_only=True), {path.name!r})"
         )
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{path}: not there; an adapter folder holds it beside adapter_config.json")
     try:
-        tensors = load_file(path)
+        tensors = load_file(require_file(path, "safetensors file"))
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged or cut short ({error}); copy it again") from error
     for key, value in tensors.items():

@@ -6,7 +6,6 @@ joined again; where a checkpoint has rows in another order than ours, so have th
 changes the arithmetic and is not implemented is refused by name.
 """
 
-import json
 import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._files import filling, write_json, write_tensors
+from .._files import filling, read_json, write_json, write_tensors
 from ..kernels import Linear, LowRank
 from ..kernels.conv import ConvFactors
 from .adapter_factors import MAGNITUDE, PREFIX, plan_factors, read_weights, stored, stored_factor
@@ -229,12 +228,9 @@ def read_adapter(
     The model may be on the meta device: `is_base` says then whether the base's tensor of a published name has a value.
     """
     folder = Path(path)
-    if not (folder / CONFIG).is_file():
+    if not (folder / CONFIG).exists():
         raise FileNotFoundError(f"{folder}: no {CONFIG} there; give the folder that save_adapter (or PEFT) wrote")
-    try:
-        published = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder / CONFIG}: not valid JSON ({error}); restore the file") from error
+    published = read_json(folder / CONFIG)
     config = lora_config(published, folder / CONFIG)
     tensors = read_weights(folder / WEIGHTS)
     plan, rest = plan_factors(model, tensors, config, folder / WEIGHTS)

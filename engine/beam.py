@@ -36,6 +36,8 @@ def beam_search(
     for n in range(1, max_new_tokens + 1):
         found = (logits.log_softmax(-1).unflatten(0, (rows, beams)) + scores[..., None]).flatten(1)
         values, index = found.topk(max(2, 1 + len(end_ids)) * beams)  # (B, 2K) or more
+        if not bool(values[:, 0].isfinite().all()):
+            raise FloatingPointError("the model's logits are not finite")
         beam, token = index // logits.shape[-1], index % logits.shape[-1]
         ends = torch.full_like(token, n == max_new_tokens, dtype=torch.bool)
         for end in end_ids:

@@ -1,9 +1,9 @@
 """Chat templates: messages to text, and which characters of that text a template marks as the assistant's.
 
 A template is a Jinja program that comes with a model and is not trusted: it runs in jinja2's
-ImmutableSandboxedEnvironment, set up as transformers does (trim_blocks, lstrip_blocks, loop controls,
-`raise_exception`, `strftime_now`, `tojson`). One thing is stricter: a special token that a template writes and nobody
-defines is an error, where transformers writes nothing.
+ImmutableSandboxedEnvironment, bounded in time and size (`chat_limits.py`), and set up as transformers does
+(trim_blocks, lstrip_blocks, loop controls, `raise_exception`, `strftime_now`, `tojson`). One thing is stricter: a
+special token that a template writes and nobody defines is an error, where transformers writes nothing.
 
 `{% generation %} ... {% endgeneration %}` in a template marks what the assistant writes. Most templates have no such
 marks; `chat_turns.py` tells what the assistant writes there.
@@ -11,6 +11,7 @@ marks; `chat_turns.py` tells what the assistant writes there.
 
 import json
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
@@ -52,7 +53,9 @@ class ChatTemplate:
         self.source = source
         self.special_tokens = special_tokens
         self.marked = _BLOCK.search(source) is not None
-        self._template, self.variables = _compile(source)
+        self._environment, self._template, self.variables = _compile(source)
+        self._failure: str | None = None
+        self._lock = threading.Lock()
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **arguments: Any
@@ -95,17 +98,21 @@ class ChatTemplate:
     def _run(self, messages: list[dict[str, Any]], add_generation_prompt: bool, arguments: Mapping[str, Any]) -> str:
         from jinja2 import TemplateError
 
+        if self._failure is not None:
+            raise ValueError(self._failure)
         given = {"tools": None, "documents": None, **self.special_tokens, **arguments}
+        given |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
-            text: str = self._template.render(
-                **given | {"messages": messages, "add_generation_prompt": add_generation_prompt}
-            )
+            with self._lock:  # of several threads one at a time, as they share the budget
+                self._environment.budget.begin()
+                text: str = self._template.render(given)
             return text
         except (
             TemplateError,
             ArithmeticError,
             AttributeError,
             LookupError,
+            MemoryError,
             RecursionError,
             TypeError,
             ValueError,
@@ -113,7 +120,10 @@ class ChatTemplate:
             # A template is a program, and these are its bugs or its refusals.
             reason = " ".join(str(error).split()) or type(error).__name__
             roles = ", ".join(_roles(messages)) or "none"
-            raise ValueError(f"the chat template cannot render {len(messages)} messages ({roles}): {reason}") from None
+            said = f"the chat template cannot render {len(messages)} messages ({roles}): {reason}"
+            if self._environment.budget.is_spent:  # it is not tried again, with other messages or in another form
+                self._failure = said
+            raise ValueError(said) from None
 
 
 class Dialogue:
@@ -168,11 +178,12 @@ def _roles(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     return roles if len(roles) <= 6 else [*roles[:5], "..."]
 
 
-def _compile(source: str) -> tuple[Any, frozenset[str]]:
-    """The compiled template, and the names of the variables that it reads from outside."""
+def _compile(source: str) -> tuple[Any, Any, frozenset[str]]:
+    """The environment, the compiled template, and the names of the variables that it reads from outside."""
     import jinja2
     import jinja2.meta
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from .chat_limits import BoundedEnvironment
 
     class MissingToken(jinja2.Undefined):
         # False, undefined and replaceable by `default` as any undefined name, but not written as if it were empty.
@@ -184,19 +195,22 @@ def _compile(source: str) -> tuple[Any, frozenset[str]]:
                 )
             return super().__str__()
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = BoundedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"], undefined=MissingToken
     )
-    environment.filters["tojson"] = _to_json
+    environment.filters["tojson"] = environment.bounded("tojson", _to_json)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     environment.globals["assistant_wrote"] = _assistant_wrote
     source = _BLOCK.sub(_call_block, source)
     try:
         variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
-        return environment.from_string(source), frozenset(variables)
+        return environment, environment.from_string(source), frozenset(variables)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"chat template line {error.lineno}: {error.message}; correct the template") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # of Python, which it is compiled to
+        reason = str(error).split(";")[0] or type(error).__name__
+        raise ValueError(f"chat template: {reason}; correct the template") from None
 
 
 def _call_block(block: re.Match[str]) -> str:

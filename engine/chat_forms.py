@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
+from .._files import parse_json
+
 ANSWER = "\ue0e4"  # a private-use character: what is looked for in a rendered dialogue
 _VALUE = "\ue0e5"
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers' names for it, the standard one first
@@ -108,7 +110,7 @@ def _with_arguments(call: Message, as_text: bool) -> dict[str, Any]:
         return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
     if not as_text and isinstance(arguments, str):
         try:
-            parsed = json.loads(arguments)
+            parsed = parse_json(arguments, "arguments")
         except ValueError:
             return dict(call)
         return {**call, "arguments": parsed} if isinstance(parsed, dict) else dict(call)

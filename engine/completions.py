@@ -57,11 +57,14 @@ def _answers(
     for start in range(0, len(ids), batch_rows):
         batch, mask = left_padded(ids[start : start + batch_rows])
         by_row = nullcontext() if adapters is None else use_adapter(model, adapters[start : start + batch_rows])
-        with by_row:
-            found = generate(
-                model, batch.to(device), mask.to(device), max_new_tokens, seed=seed + start, eos_id=ends, stop=words,
-                tokenizer=tokenizer, **how,
-            )  # fmt: skip
+        try:
+            with by_row:
+                found = generate(
+                    model, batch.to(device), mask.to(device), max_new_tokens, seed=seed + start, eos_id=ends,
+                    stop=words, tokenizer=tokenizer, **how,
+                )  # fmt: skip
+        except FloatingPointError as error:
+            raise FloatingPointError(f"prompts {start + 1} to {start + len(batch)}: {error}") from None
         answers = model.task == "seq2seq-lm"  # which are texts of their own
         first = 1 if answers else batch.shape[1]
         for prompt, row in zip(ids[start : start + batch_rows], found[:, first:].tolist(), strict=True):

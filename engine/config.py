@@ -4,18 +4,21 @@ An unknown key or a value of the wrong type is an error that names the nearest k
 """
 
 import difflib
-import tomllib
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from .._files import read_text
+from .._shapes import NotTOML, parse_toml, shown
 from .encode_tasks import TRUNCATE
 from .loop import TrainConfig
 from .lora_config import LoRAConfig
 from .objectives import METHODS
 from .ppo_config import PPOConfig
+
+MAX_SECTIONS = 8  # of a change on the command line
 
 
 @dataclass(frozen=True)
@@ -163,13 +166,7 @@ def read_config(path: str | Path, overrides: Sequence[str] = (), kind: type = Ru
 
 def read_table(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """What stands in a TOML file, changed by overrides. FileNotFoundError, or ValueError where it isn't TOML."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such configuration file")
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"{path}: not valid TOML ({error})") from error
+    table = parse_toml(read_text(path, "configuration file"), str(path))
     for override in overrides:
         _override(table, override)
     return table
@@ -181,10 +178,12 @@ def _override(table: dict[str, Any], override: str) -> None:
     if not sign or not name:
         raise ValueError(f"{override!r}: expected section.field=value, for example train.lr=1e-4")
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        value = parse_toml(f"value = {text}", name[:60])["value"]
+    except NotTOML:
         value = text
     *sections, last = name.split(".")
+    if len(sections) > MAX_SECTIONS:
+        raise ValueError(f"{shown(override)}: no field lies in {len(sections):,} sections")
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
@@ -223,7 +222,7 @@ def _value(hint: Any, value: Any, place: str) -> Any:
         if _fits(option, value):
             return tuple(value) if get_origin(option) is tuple else value
     names = " or ".join(dict.fromkeys(_name(option) for option in options if option is not NoneType))
-    raise ValueError(f"{place}: expected {names}, got {value!r}")
+    raise ValueError(f"{place}: expected {names}, got {shown(value)}")
 
 
 def _fits(option: Any, value: Any) -> bool:

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from .._files import write_file, write_json
+from .._files import parse_json, read_json, require_file, write_file, write_json
 from .._locks import alone
-from .data import parse_json
+from .._shapes import with_fields
 from .inputs import digest
 from .text import append_eos, beginning, begun
 
@@ -105,8 +105,7 @@ def _check_source(source: str | Path) -> None:
         if "\n" not in source and len(source) < 1024 and os.path.exists(source):
             raise ValueError(f"{source}: a file's name given as a document; give it as pathlib.Path")
         return
-    if not source.exists():
-        raise FileNotFoundError(f"{source}: no such file; check the path")
+    require_file(source, "file of text")
     if source.suffix.lower() not in (".txt", ".jsonl"):
         raise ValueError(f"{source}: a corpus is made from .txt and .jsonl files, not {source.suffix or 'this'}")
 
@@ -126,11 +125,12 @@ def _dtype(tokenizer: "Tokenizer", eos: int | None) -> "np.dtype[Any]":
 
 def _is_whole(path: Path, about: dict[str, Any], dtype: "np.dtype[Any]") -> bool:
     try:
-        stored = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        facts = path.with_suffix(".json")
+        stored = with_fields(read_json(facts), str(facts), count=int, sha256=str)
         count, checksum = stored.pop("count"), stored.pop("sha256")
-        size = path.stat().st_size
+        size = require_file(path).stat().st_size
         return bool(stored == about and size == count * dtype.itemsize and digest(path) == checksum)
-    except (OSError, ValueError, KeyError, AttributeError):
+    except (OSError, ValueError):
         return False  # absent or damaged: it is made again
 
 
@@ -224,7 +224,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _row_text(line: str, path: Path, number: int) -> str:
-    row = parse_json(line, path, f"line {number}")
+    row = parse_json(line, f"{path} line {number}", "correct the line")
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise ValueError(f"{path} line {number}: no text in a field 'text'; a corpus row is {{\"text\": ...}}")

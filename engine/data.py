@@ -13,13 +13,13 @@ with file, line and remedy; nothing is skipped but blank lines.
     a folder          a folder a class, each with its images (see `images.py`)
 """
 
-import json
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .._files import parse_json, read_bytes
 from .images import image_rows
 from .placed_rows import PlacedRow, place_of
 from .rows import label_name, normalise, prompt_row, row_shape
@@ -83,11 +83,7 @@ def _placed_rows(path: Path, as_row: Callable[[Mapping[str, Any]], dict[str, Any
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file without its byte-order mark, line ends as they are."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file; check the path")
-    if not path.is_file():
-        raise ValueError(f"{path}: not a file; give the file that holds the rows")
-    data = path.read_bytes()
+    data = read_bytes(path, "file of rows")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -104,39 +100,18 @@ def read_text(path: Path) -> str:
     return text
 
 
-def parse_json(text: str, path: Path, place: str = "") -> Any:
-    """Parse `text`; a ValueError names the line (`place` where the text is one line of a file) and column."""
-    try:
-        return json.loads(text, object_pairs_hook=_fields)
-    except json.JSONDecodeError as error:
-        line = place or f"line {error.lineno}"
-        raise ValueError(f"{path} {line}: not JSON ({error.msg}, column {error.colno}); correct the line") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}{place and ' '}{place}: JSON that cannot be read ({error}); correct it") from None
-
-
-def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON. ValueError where a field stands in it twice: one of the two would be dropped unseen."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the field {repeated!r} stands twice in {json.dumps(fields, ensure_ascii=False)[:60]}")
-    return fields
-
-
 def _jsonl(text: str, path: Path) -> Placed:
     # Not splitlines(): it also breaks at U+2028 and the like, which JSON strings may hold.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            row = parse_json(line, path, f"line {number}")
+            row = parse_json(line, f"{path} line {number}", "correct the line")
             if number == 1 and isinstance(row, list):
                 raise ValueError(f"{path} line 1: an array, not an object; name a JSON array .json, not .jsonl")
             yield f"line {number}", row
 
 
 def _json(text: str, path: Path) -> Placed:
-    rows = parse_json(text, path)
+    rows = parse_json(text, str(path), "correct the line")
     if isinstance(rows, dict) and isinstance(rows.get("data"), list):
         rows = rows["data"]
     if not isinstance(rows, list):

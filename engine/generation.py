@@ -15,12 +15,14 @@ from ..kernels.dora import gains_kept
 from .adapters import beams_of_rows
 from .beam import beam_search
 from .decoding import Decoding
+from .finite import not_finite
 from .guards import in_eval_mode
 from .text import completion_text
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+MAX_NEW_TOKENS, MAX_BEAMS = 2**20, 1000  # more is a slip, and would fill the memory
 BEFORE = 8  # tokens that those which can hold a stop string are decoded behind: at a start they would be other texts
 
 
@@ -66,6 +68,8 @@ def generate(
     prompt and new tokens exceed the model's positions; FloatingPointError where what is sampled from isn't finite.
     """
     _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, stop, tokenizer)
+    if beams > MAX_BEAMS:
+        raise ValueError(f"beams = {beams:,}: expected at most {MAX_BEAMS:,}")
     if beams < 1 or (beams > 1 and (temperature != 0 or stop)):
         raise ValueError(f"beams = {beams} look for the likeliest text: set temperature = 0, and no stop strings")
     ends = [eos_id] if isinstance(eos_id, int) else list(eos_id or ())
@@ -73,9 +77,12 @@ def generate(
     words = () if tokenizer is None else stop_texts(tokenizer, stop, ends)
     with in_eval_mode(model), gains_kept(), beams_of_rows(model, beams):
         decoding = Decoding(model, input_ids, attention_mask, max_new_tokens)
-        if beams > 1:
-            return beam_search(decoding, beams, max_new_tokens, ends, pad, length_penalty)
-        return _one_by_one(decoding, max_new_tokens, (temperature, top_k, top_p), seed, ends, pad, words, tokenizer)
+        try:
+            if beams > 1:
+                return beam_search(decoding, beams, max_new_tokens, ends, pad, length_penalty)
+            return _one_by_one(decoding, max_new_tokens, (temperature, top_k, top_p), seed, ends, pad, words, tokenizer)
+        except FloatingPointError:
+            raise not_finite(model, "the model's logits") from None
 
 
 def stop_texts(tokenizer: "Tokenizer", stop: Sequence[str], ends: list[int]) -> list[str]:
@@ -126,12 +133,15 @@ def _one_by_one(
 def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
     """The next token of each row (B,) from logits (B, V)."""
     if temperature == 0:
-        return logits.argmax(-1)
+        best = logits.max(-1)
+        if not bool(best.values.isfinite().all()):  # NaN is the largest of all, too
+            raise FloatingPointError("the model's logits are not finite")
+        return best.indices
     # One uniform number a row: torch.multinomial draws one for each token of the vocabulary, 30 times as slow on a CPU.
     mass = probabilities(logits, temperature, top_k, top_p).cumsum(-1, dtype=torch.float64)
     total = mass[:, -1:]
     if not bool(total.isfinite().all()):
-        raise FloatingPointError("the model's logits are not finite: it has diverged, or its dtype is too narrow")
+        raise FloatingPointError("the model's logits are not finite")
     drawn = torch.rand(total.shape, generator=generator, device=mass.device, dtype=mass.dtype) * total
     return torch.searchsorted(mass, drawn, right=True)[:, 0]  # never one without probability: it doesn't add any
 
@@ -162,6 +172,8 @@ def _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, stop, to
             f"expected temperature ≥ 0, top_k ≥ 0, 0 < top_p ≤ 1 and max_new_tokens ≥ 1; got {temperature}, {top_k}, "
             f"{top_p}, {max_new_tokens}"
         )
+    if max_new_tokens > MAX_NEW_TOKENS:
+        raise ValueError(f"max_new_tokens = {max_new_tokens:,}: expected at most {MAX_NEW_TOKENS:,}")
     if stop and tokenizer is None:
         raise ValueError("stop strings need the tokenizer: pass tokenizer=")
     limit = model.config.max_positions

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from .._outside import explained_memory
 from .arithmetic import settled_arithmetic
 from .batches import Batches
+from .finite import not_finite, unsound_weights
 from .progress import last_good, seeded
 from .record import Record
 
@@ -136,9 +137,16 @@ def _described(value: Any) -> str:
     return f"{value!r:.60}" if isinstance(value, int | float | str | None) else f"a {type(value).__name__}"
 
 
-def require_finite(loss: float, norm: float, step: str, record: Record, lr: str) -> None:
-    """FloatingPointError where the loss or its gradient isn't finite, told with the setting `lr` to lower."""
+def require_finite(
+    loss: float, norm: float, step: str, record: Record, lr: str, untrained: nn.Module | None = None
+) -> None:
+    """FloatingPointError where the loss or its gradient isn't finite, told with the setting `lr` to lower.
+
+    Or, for a model that is still as it was loaded, with the weights that hold NaN or infinity.
+    """
     if not (math.isfinite(loss) and math.isfinite(norm)):
+        if untrained is not None and unsound_weights(untrained):
+            raise not_finite(untrained, f"{step}: the loss")
         raise FloatingPointError(
             f"{step}: the loss is {loss}, its gradient norm {norm}; {last_good(record)}; try a smaller {lr}"
         )

@@ -20,12 +20,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .._files import require_file
 from .._outside import others_code, visible_line
 from .batches import Batch
 from .rows import label_ids, label_name
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 KEPT_BYTES = 2 * 2**30  # of decoded images; beyond, an image is decoded each time it is used
+# A few bytes can stand for an image of any size, and one that is a line becomes long as its short side is scaled up.
+MAX_PIXELS, MAX_RATIO = 100_000_000, 50
 MODES = {1: "L", 3: "RGB"}  # Pillow's names, by number of channels
 SHOWN = 8  # broken images that an error lists
 
@@ -92,13 +95,29 @@ def decode(path: str | Path, pixels: Pixels) -> Tensor:
     def explain(error: Exception) -> Exception:
         if isinstance(error, FileNotFoundError):
             return error
+        if isinstance(error, _TooLarge):
+            return ValueError(f"{path}: {error}; crop it, or remove it")
         return ValueError(f"{path}: the image can't be decoded ({error}); replace or remove it")
 
-    with others_code(explain), Image.open(path) as file:  # Pillow's decoders raise whatever a damaged file leads to
+    # Pillow's decoders raise whatever a damaged file leads to. What is too large is refused before anything is decoded.
+    with others_code(explain), Image.open(require_file(path, "image")) as file:
+        _check_size(file.size, pixels)
         image = _eight_bits(ImageOps.exif_transpose(file)).convert(MODES[len(pixels.mean)])
     image = image.resize(_scaled(image.size, pixels), pixels.resample)
     array = np.array(image)
     return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
+
+
+class _TooLarge(ValueError):
+    """An image that would take too much memory."""
+
+
+def _check_size(size: tuple[int, int], pixels: Pixels) -> None:
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise _TooLarge(f"an image of {width} x {height} pixels; at most {MAX_PIXELS:,} are read")
+    if not pixels.squeeze and max(size) > MAX_RATIO * min(size):
+        raise _TooLarge(f"an image of {width} x {height} pixels; one side may be {MAX_RATIO} times the other")
 
 
 def _eight_bits(image: Any) -> Any:
@@ -109,7 +128,7 @@ def _eight_bits(image: Any) -> Any:
         raise ValueError("its pixels are floating-point numbers of unknown range; save it with 8 bits")
     if not image.mode.startswith("I"):
         return image
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("its pixels have more than 16 bits; save it with 8")
     return Image.fromarray((values >> 8).astype(np.uint8))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .batches import IGNORE, Collate, to_device
+from .finite import not_finite
 from .guards import in_eval_mode
 from .losses import answer_logps
 from .text import tokenize_pairs
@@ -76,4 +77,6 @@ def _scores(
         for at in range(0, len(examples), batch_rows):
             batch = to_device(Collate()(examples[at : at + batch_rows]), device)
             out.append(answer_logps(model, batch).cpu())
+            if not bool(out[-1].isfinite().all()):
+                raise not_finite(model, f"the likelihoods of text {at // len(words) + 1} and those after it")
     return torch.cat(out).view(len(texts), len(words))

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .._shapes import refuse_beyond
 from .batches import Batches, count_images, count_tokens, to_device
 from .belongings import claim
 from .evaluation import evaluate
@@ -47,6 +48,12 @@ from .scores import Score
 from .token_rows import trained_rows
 
 DEFAULT_ROWS = 16
+# The most that makes sense of each field; nothing ends that is longer.
+LIMITS: dict[str, float] = {
+    "epochs": 1_000_000, **dict.fromkeys(("max_steps", "eval_every", "patience", "save_every", "keep"), 10**9),
+    **dict.fromkeys(("batch_rows", "batch_tokens", "micro_rows", "micro_tokens", "warmup"), 10**9), "lr": 1e6,
+    "lr_floor": 1e6, "weight_decay": 1e6, "decay": 1, "lr_decay": 1e6, "eps": 1e6, "seed": 2**63 - 1,
+}  # fmt: skip
 UNTRAINED = (
     "no evaluation was better than the one before training, so that the weights given back are the untrained ones; "
     'lower the learning rate or train longer, or ask for the last weights with best = "last"'
@@ -106,6 +113,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
+        refuse_beyond(self, LIMITS)
         for name in ("warmup", "lr_floor", "weight_decay", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}: expected zero or a positive number, got {getattr(self, name)}")
@@ -242,7 +250,8 @@ def train(
                 loss_value, norm_value = torch.stack((loss_sum, norm.double())).tolist()
                 # the weights are still those before this step
                 require_targets(loss_value, targets, f"step {progress.step + 1}")
-                require_finite(loss_value, norm_value, f"step {progress.step + 1}", record, "train.lr")
+                untrained = model if progress.step == 0 else None
+                require_finite(loss_value, norm_value, f"step {progress.step + 1}", record, "train.lr", untrained)
                 optimizer.step(lr)
                 progress.step += 1
                 progress.loss_sum, progress.targets = progress.loss_sum + loss_value, progress.targets + targets

@@ -1,9 +1,12 @@
 """What an adapter looks like: the `[lora]` table of a run."""
 
 import math
-import re
 from dataclasses import dataclass, field
 from typing import Any
+
+from .module_patterns import matches_end, parsed
+
+MAX_RANK = 2**15  # no matrix has a higher one that an adapter could add
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         for place, rank in (("rank", self.rank), *(("rank_pattern", rank) for rank in self.rank_pattern.values())):
-            if type(rank) is not int or rank < 1:
-                raise ValueError(f"{place}: expected a positive whole number, got {rank!r}")
+            if type(rank) is not int or not 1 <= rank <= MAX_RANK:
+                raise ValueError(f"{place}: expected a positive whole number, at most {MAX_RANK:,}, got {rank!r}")
         for place, alpha in (("alpha", self.alpha), *(("alpha_pattern", a) for a in self.alpha_pattern.values())):
             if not is_finite(alpha):
                 raise ValueError(f"{place}: expected a finite number, got {alpha!r}")
@@ -47,10 +50,9 @@ class LoRAConfig:
         for place in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, place):
                 try:
-                    re.compile(pattern)
-                except re.error as error:
-                    said = f"{pattern!r} is no regular expression ({error}), which is what stands here, not a glob"
-                    raise ValueError(f"{place}: {said}") from error
+                    parsed(pattern)
+                except ValueError as error:
+                    raise ValueError(f"{place}: {error}") from None
         if not is_finite(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout!r}")
         if not is_finite(self.lr_ratio) or self.lr_ratio <= 0:
@@ -64,11 +66,11 @@ class LoRAConfig:
 
     def rank_of(self, path: str) -> int:
         """Rank of the module with this published path."""
-        return next((r for key, r in self.rank_pattern.items() if _ends_with(path, key)), self.rank)
+        return next((r for key, r in self.rank_pattern.items() if matches_end(key, path)), self.rank)
 
     def scale_of(self, path: str) -> float:
         """Scale of the module with this published path."""
-        alpha = next((a for key, a in self.alpha_pattern.items() if _ends_with(path, key)), self.alpha)
+        alpha = next((a for key, a in self.alpha_pattern.items() if matches_end(key, path)), self.alpha)
         rank = self.rank_of(path)
         return alpha / (rank**0.5 if self.rslora else rank)
 
@@ -79,7 +81,3 @@ def is_finite(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer of hundreds of digits
         return False
-
-
-def _ends_with(path: str, pattern: str) -> bool:
-    return re.fullmatch(rf"(.*\.)?({pattern})", path) is not None

@@ -2,8 +2,16 @@
 
 from dataclasses import dataclass, field
 
+from .._shapes import refuse_beyond
 from .lora_config import LoRAConfig
 from .optim import SCHEDULES
+
+# The most that makes sense of each field; nothing ends that is longer.
+LIMITS: dict[str, float] = {
+    "episodes": 10**9, "rollout_rows": 10**6, "batch_rows": 10**6, "micro_rows": 10**6, "epochs": 10_000,
+    "max_new_tokens": 2**20, "temperature": 1e6, "lr": 1e6, "kl": 1e6, "kl_horizon": 10**12, "normalise": 10**6,
+    "best_of": 10**6, "best_of_prompts": 10**6, "save_every": 10**9, "keep": 10**9, "seed": 2**63 - 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,6 +70,7 @@ class PPOConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name}: expected a positive number, got {value}")
+        refuse_beyond(self, LIMITS)
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a number between 0 and 1, got {getattr(self, name)}")

@@ -8,7 +8,6 @@ arXiv:1909.08593, section 2.1): Bradley and Terry's loss leaves both open, and Î
 scores of that size.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._files import filling, write_json
+from .._files import filling, read_json, write_json
 from .adapter_files import CONFIG, load_adapter, read_adapter, save_adapter
 from .adapters import adapter_names, use_adapter
 from .batches import packed, to_device
@@ -118,7 +117,7 @@ def load_reward(policy: Any, path: str | Path, tokenizer: Any = None) -> Reward:
         what = more[0] if not stored.rows else "token rows"
         raise ValueError(f"{path} brings {what}, which would change the policy, too; train adapter and head alone")
     facts = Path(path) / SCALE
-    scale = _scale_of(facts) if facts.is_file() else {}
+    scale = _scale_of(facts) if facts.exists() else {}
     load_adapter(model, path, ADAPTER)
     model.requires_grad_(False)
     return Reward(model, tokenizer, **scale)
@@ -126,7 +125,7 @@ def load_reward(policy: Any, path: str | Path, tokenizer: Any = None) -> Reward:
 
 def _scale_of(path: Path) -> dict[str, Any]:
     """Shift and scale as `Reward.save` wrote them. ValueError where they are not finite numbers."""
-    scale = json.loads(path.read_text(encoding="utf-8"))
+    scale = read_json(path)
     for field, value in scale.items():
         if not is_finite(value) and (field, value) != ("scale", None):
             raise ValueError(f"{path}: {field} = {value!r}; expected a finite number, train the reward model again")

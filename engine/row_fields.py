@@ -11,6 +11,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from .._files import parse_json
+
 _LISTS = ("tools", "functions", "documents")
 _RESERVED = ("messages", "add_generation_prompt", "self")  # what every template gets; Python's own
 _IN_PLACE_OF_CONTENT = ("tool_calls", "function_call", "refusal", "reasoning_content", "reasoning", "thinking")
@@ -37,7 +39,7 @@ def template_arguments(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _list_of_objects(value: Any, name: str) -> list[Any]:
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
+            value = parse_json(value, name)
         except ValueError:
             raise ValueError(f"field {name!r} must be a list of objects, or the JSON text of one") from None
     if value and not (isinstance(value, list) and all(isinstance(entry, dict) for entry in value)):

@@ -10,8 +10,8 @@ Once all are on the disk, a list of them is written, and they move up: the file 
 first and comes last. Where a kill cuts that short, the list tells which files are of no use without the others.
 A folder that is always replaced as one (`replacing_folder`) is made beside it.
 
-`_locks.py` keeps a second process out. `read_json` and `parse_json` are the only readers of JSON: an error names the
-file, and the line or field.
+`_locks.py` keeps a second process out. `parse_json` and what reads through it are the only readers of JSON: an error
+names the file, and the line or field. Nothing is read that isn't a plain file. What is in it: `_shapes.py`.
 """
 
 import errno
@@ -26,6 +26,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from ._shapes import KINDS, shown
+
 # The names of the dtypes in a safetensors file, and what torch calls them.
 DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
@@ -35,6 +37,7 @@ DTYPES = {
 }  # fmt: skip
 LOCK = ".lock"  # in a folder on which one process works at a time
 _ESCAPED_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # of a surrogate pair, which no file could hold again
+MAX_DIGITS = 300  # of an integer in JSON: such a one is still a finite float
 _LEFT_OVER = re.compile(r"\.(?P<name>.+)\.(?P<process>[0-9]+)-[0-9a-f]{8}\.tmp")
 _NEW, _OLD, _LIST = "new", "old", "files.json"  # in the hidden folder of `filling`
 _in_use: set[Path] = set()  # the temporary names that this process writes under just now
@@ -364,29 +367,42 @@ def disk_error(path: Path, error: OSError, size: int | None = None) -> DiskError
     return DiskError(path, reason, "make room, then run the same again", error.errno, size)
 
 
-def read_bytes(path: str | Path, what: str = "file") -> bytes:
-    """The contents of a file. FileNotFoundError, or ValueError where it is none: a pipe or a device might never end."""
+def require_file(path: str | Path, what: str = "file") -> Path:
+    """The path of a file that is there. FileNotFoundError, or ValueError where it is none: a pipe might never end."""
     path = Path(path)
     try:
         mode = path.stat().st_mode
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{path}: no such {what}; check the path") from None
     if not stat.S_ISREG(mode):
         kind = "folder" if stat.S_ISDIR(mode) else "pipe or device"
         raise ValueError(f"{path}: a {kind}, where a {what} was expected; give the path of a file")
-    return path.read_bytes()
+    return path
+
+
+def read_bytes(path: str | Path, what: str = "file") -> bytes:
+    """The contents of a file. Raises as `require_file`."""
+    return require_file(path, what).read_bytes()
+
+
+def read_text(path: str | Path, what: str = "file") -> str:
+    """The text of a file. ValueError where it isn't UTF-8, and as `require_file`."""
+    try:
+        return read_bytes(path, what).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start} is not UTF-8; save the {what} as UTF-8") from None
 
 
 def parse_json(text: str | bytes, where: str, remedy: str = "restore the file") -> Any:
     """The value that a JSON text stands for. ValueError, which begins with `where`, for anything else.
 
     Also for what would be read otherwise than it was meant: a field that stands twice in one object; and for what
-    Python's parser can't hold: lists in lists a thousand deep, a number of thousands of digits.
+    Python can't hold: lists in lists a thousand deep, a number of hundreds of digits.
     """
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
-        return json.loads(text, object_pairs_hook=_fields)
+        return json.loads(text, object_pairs_hook=_fields, parse_int=_integer)
     except UnicodeDecodeError as error:
         raise ValueError(f"{where}: not JSON (byte {error.start} is not UTF-8); {remedy}") from None
     except json.JSONDecodeError as error:
@@ -395,7 +411,13 @@ def parse_json(text: str | bytes, where: str, remedy: str = "restore the file") 
     except RecursionError:
         raise ValueError(f"{where}: JSON that is nested too deeply to be read; {remedy}") from None
     except ValueError as error:
-        raise ValueError(f"{where}: JSON that can't be read ({str(error).split(';')[0]}); {remedy}") from None
+        raise ValueError(f"{where}: JSON that can't be read ({error}); {remedy}") from None
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits):,} digits, and at most {MAX_DIGITS} make sense")
+    return int(digits)
 
 
 def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -421,6 +443,10 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
         except UnicodeEncodeError:
             raise ValueError(f"{path}: half of a surrogate pair stands in it (a \\ud... escape); remove it") from None
     if not isinstance(value, kind):
-        wanted = "an object" if kind is dict else "a list"
-        raise ValueError(f"{path}: expected {wanted}, found {type(value).__name__}; restore the file")
+        raise ValueError(f"{path}: expected {KINDS[kind]}, got {shown(value)}; restore the file")
     return value
+
+
+def json_if_there(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or an empty one where there is no such file. Raises as `read_json`."""
+    return read_json(path) if path.exists() or path.is_symlink() else {}

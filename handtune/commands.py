@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from .engine.batches import Batches
 from .engine.check_data import distribution, legend, show
 from .engine.completions import completions
 from .engine.config import PPORunConfig, RunConfig, from_table, read_config, read_table
+from .engine.finite import not_finite
 from .engine.inputs import Inputs
 from .engine.loop import DEFAULT_ROWS, Result
 from .engine.metrics import rouge
@@ -150,6 +152,8 @@ def run_evaluate(options: argparse.Namespace) -> int:
     batches = ready.eval_batches()
     assert batches is not None
     metrics = evaluate(ready.model, batches, ready.objective.loss, ready.score())
+    if not math.isfinite(metrics["loss"]):
+        raise not_finite(ready.model, f"{run}: the losses")
     if options.rouge:
         metrics |= _rouge(ready)
     print(json.dumps(metrics, indent=1))

@@ -1,13 +1,12 @@
 """`handtune compare`: people, or a function, compare a model's own completions; what comes out is read by `train`."""
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ._files import LOCK
+from ._files import LOCK, parse_json
 from ._locks import alone
 from .engine.compare import ANSWERS, LEFT, RIGHT, SKIP, TIE, Item, Session, make_items
 from .engine.compare_page import ComparisonServer
@@ -78,27 +77,27 @@ def _pairs(path: Path) -> Iterator[tuple[str, str, str]]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            pair = _pair(json.loads(line))
-        except (ValueError, KeyError, TypeError) as error:
-            known = "prompt and completions, prompt, chosen and rejected, or text, label and second"
-            raise ValueError(f"{path} line {number}: expected {known}") from error
+        where = f"{path} line {number}"
+        pair = _pair(parse_json(line, where, "correct the line"), where)
         try:
             "".join(pair).encode()
         except (TypeError, UnicodeEncodeError) as error:
-            raise ValueError(f"{path} line {number}: what is compared must be texts, {error}") from None
+            raise ValueError(f"{where}: what is compared must be texts, {error}") from None
         yield pair
 
 
-def _pair(row: dict[str, Any]) -> tuple[str, str, str]:
-    if "second" in row:  # of `handtune label`
+def _pair(row: Any, where: str) -> tuple[Any, Any, Any]:
+    """What is asked and the two sides, which may be no texts yet. ValueError where a field is missing."""
+    fields = row if isinstance(row, dict) else {}
+    sides = fields.get("completions")
+    if {"text", "label", "second"} <= fields.keys():  # of `handtune label`
         return row["text"], row["label"], row["second"]
-    if "completions" in row:
-        if not isinstance(row["completions"], list):  # a text would be compared letter by letter
-            raise TypeError("completions: expected a list")
-        first, second = row["completions"][:2]
-        return row["prompt"], first, second
-    return row["prompt"], row["chosen"], row["rejected"]
+    if "prompt" in fields and isinstance(sides, list) and len(sides) > 1:  # a text would be compared letter by letter
+        return row["prompt"], sides[0], sides[1]
+    if {"prompt", "chosen", "rejected"} <= fields.keys() and sides is None:
+        return row["prompt"], row["chosen"], row["rejected"]
+    known = "prompt and completions, prompt, chosen and rejected, or text, label and second"
+    raise ValueError(f"{where}: expected {known}")
 
 
 def _sampled(options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:

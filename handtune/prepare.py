@@ -1,6 +1,5 @@
 """From a configuration to what a run needs: rows read and encoded, model loaded, frozen and adapted."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ._files import parse_json
 from .engine import add_lora, freeze, projections, quantize, train_rows, unfreeze
 from .engine.batches import Batches, Collate, CollateFn, Examples
 from .engine.config import DataConfig, RunConfig
@@ -191,7 +191,7 @@ def _is_corpus(path: Path) -> bool:
     with path.open("rb") as file:
         line = file.readline()
     try:
-        return row_shape(normalise(json.loads(line))) == "text"
+        return row_shape(normalise(parse_json(line, str(path)))) == "text"
     except (ValueError, TypeError):
         return False  # `read_rows` says what is wrong with it
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ._files import read_json
 from .engine import freeze, load_reward, ppo, projections, quantize, trainable_report
 from .engine.adapter_files import CONFIG
 from .engine.check_data import legend, show
@@ -22,7 +23,6 @@ from .engine.rows import is_dialogue
 from .inputs import inputs_of, reward_adapter, reward_checkpoint
 from .models import load
 from .models.checkpoint import open_checkpoint
-from .models.shards import read_json
 from .prompts import learn_turn_end, prompts_of
 from .stored import facts_of, function_of, has_stored, store_adapter, stored_bytes
 from .terminal import print_unescaped

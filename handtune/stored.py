@@ -9,8 +9,9 @@ from inspect import isroutine
 from pathlib import Path
 from typing import Any
 
-from ._files import filling, stored_files
+from ._files import filling, read_json, stored_files
 from ._outside import others_code
+from ._shapes import with_fields
 from .engine import load_adapter, save_adapter
 from .engine.adapter_factors import PREFIX
 from .engine.adapter_files import CONFIG, TASK_TYPES, WEIGHTS
@@ -21,7 +22,6 @@ from .inputs import located
 from .models import ResNet, add_tokens, load
 from .models.growing import resize
 from .models.pixels import Pixels
-from .models.shards import read_json
 from .models.tensor_file import read_header
 from .models.tokens import load_tokenizer_file, save_tokenizer
 
@@ -30,7 +30,8 @@ log = logging.getLogger("handtune")
 
 def facts_of(run: Path) -> dict[str, Any]:
     """What a run's run.json says."""
-    if not (run / "run.json").is_file():
+    path = run / "run.json"
+    if not path.exists():
         raise FileNotFoundError(f"{run}: no run.json there; give the folder of a run")
     return read_facts(run / "run.json")
 
@@ -195,7 +196,8 @@ def head_of(adapter: Path) -> dict[str, Any]:
     if not ((adapter / CONFIG).is_file() and (adapter / WEIGHTS).is_file()):
         return {}  # load_adapter says what is missing
     kinds = {kind: task for task, kind in reversed(TASK_TYPES.items())}  # of several tasks the first one
-    task = kinds.get(read_json(adapter / CONFIG).get("task_type"))
+    published = with_fields(read_json(adapter / CONFIG), str(adapter / CONFIG), task_type=str | None)
+    task = kinds.get(published.get("task_type") or "")
     if task not in ("sequence-classification", "token-classification"):
         return {"task": task}
     shapes = {_plain(key): stored.shape for key, stored in read_header(adapter / WEIGHTS).items()}

@@ -12,7 +12,7 @@ of the masked-LM head's output only the bias is stored (as `cls.predictions.bias
 matrix being the token embedding; tagging and question answering have no pooler.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -180,7 +180,7 @@ class Bert(nn.Module):
 
         `overrides` are fields of `BertConfig`. ValueError for an unknown name or field.
         """
-        settings = overridden(PRESETS, name, overrides, {field.name for field in fields(BertConfig)})
+        settings = overridden(PRESETS, name, overrides, BertConfig)
         model = cls(BertConfig(**settings), task, labels)
         model.initialize()
         return model

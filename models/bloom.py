@@ -19,7 +19,7 @@ training was spread over GPUs and changes nothing, but with `slow_but_exact`: tr
 either. Dropout is not applied; adapters have theirs.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -211,7 +211,7 @@ class Bloom(nn.Module):
 
         `overrides` are fields of `BloomConfig`. ValueError for an unknown name or field.
         """
-        settings = overridden(PRESETS, name, overrides, {field.name for field in fields(BloomConfig)})
+        settings = overridden(PRESETS, name, overrides, BloomConfig)
         model = cls(BloomConfig(**settings), task, labels)
         model.initialize()
         return model

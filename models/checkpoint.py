@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._files import filling, write_json
+from .._files import filling, read_json, write_json
 from .._outside import explained_memory
+from .._shapes import shown, with_fields
 from ..kernels import Linear
 from ..kernels.linear import Merged
 from ..kernels.quantize import Workspace
@@ -30,7 +31,7 @@ from .pixels import Pixels
 from .pooling import read_pooling, write_pooling
 from .resnet import ResNet
 from .resnet_names import from_timm
-from .shards import SINGLE, Shards, read_json
+from .shards import SINGLE, Shards
 from .t5 import T5
 from .tasks import (
     class_name,
@@ -255,9 +256,19 @@ def save_around(model: Model, tokenizer: "Tokenizer | None", folder: Path, dtype
 
 def _published(folder: Path) -> dict[str, Any]:
     """config.json in the words of transformers; timm's has an architecture instead of a model_type."""
-    published = read_json(folder / "config.json")
+    where = str(folder / "config.json")
+    published = with_fields(
+        read_json(folder / "config.json"), where, model_type=str | None, architectures=list | None,
+        id2label=dict | None, num_labels=int | None, head_layers=int | None, handtune_task=str | None, dtype=str | None,
+        torch_dtype=str | None, pretrained_cfg=dict | None,
+    )  # fmt: skip
+    if any(not isinstance(name, str) for name in published.get("architectures") or ()):
+        raise ValueError(f"{where}: architectures: expected names, got {shown(published['architectures'])}")
     if "architecture" not in published or "model_type" in published:
         return published
+    counts = {"num_classes": int | None, "in_chans": int | None}
+    with_fields(published, where, architecture=str, model_args=dict | None, label_names=list | None, **counts)
+    with_fields(published.get("model_args") or {}, f"{where}: model_args", **counts)
     try:
         return from_timm(published)
     except ValueError as error:
@@ -268,15 +279,17 @@ def _family(published: dict[str, Any], folder: Path) -> Family:
     kind = published.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise ValueError(f"{folder / 'config.json'}: model_type {kind!r} is not an architecture of handtune ({known})")
+        raise ValueError(
+            f"{folder / 'config.json'}: model_type {shown(kind)} is not an architecture of handtune ({known})"
+        )
     family = FAMILIES[kind]
     for field, accepted in family.required.items():
         if field in published and published[field] not in accepted:
-            raise ValueError(f"{folder / 'config.json'}: {field} = {published[field]!r} is not implemented")
+            raise ValueError(f"{folder / 'config.json'}: {field} = {shown(published[field])} is not implemented")
     if (way := published.get("quantization_config")) is not None:
         raise ValueError(
-            f"{folder / 'config.json'}: quantization_config = {way!r} is not implemented; load the checkpoint that was "
-            "quantised, with model.quantize if it should be small"
+            f"{folder / 'config.json'}: quantization_config = {shown(way)} is not implemented; load the "
+            "checkpoint that was quantised, with model.quantize if it should be small"
         )
     return family
 

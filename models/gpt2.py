@@ -13,7 +13,6 @@ Published GPT-2 checkpoints store projections as Conv1D, (in, out), so they are 
 tied `lm_head`; come with or without `transformer.` in front; and carry the constants `attn.bias`, `attn.masked_bias`.
 """
 
-from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -154,7 +153,7 @@ class GPT2(nn.Module):
 
         `overrides` are fields of `GPT2Config`. ValueError for an unknown name or field.
         """
-        settings = overridden(PRESETS, name, overrides, {field.name for field in fields(GPT2Config)})
+        settings = overridden(PRESETS, name, overrides, GPT2Config)
         model = cls(GPT2Config(**settings), task, labels)
         model.initialize()
         return model

@@ -7,7 +7,7 @@ Where GPT-3's bands lie is known (Child et al. 2019, arXiv:1904.10509), but not 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .layers import own_spelling, read_fields
+from .layers import own_spelling, read_fields, refuse_wider
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -43,6 +43,7 @@ class GPT2Config:
             raise ValueError(f"activation_function {self.activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
         if self.head_width is None and self.d_model % self.n_head:
             raise ValueError(f"n_embd {self.d_model} is not a multiple of n_head {self.n_head}")
+        refuse_wider(self.n_head, self.head_width or 1)
 
 
 def _gpt3(n_layer: int, d_model: int, n_head: int, head_width: int) -> dict[str, Any]:

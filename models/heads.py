@@ -27,6 +27,7 @@ TASKS = (
     "reward",
 )
 LABELLED = ("sequence-classification", "token-classification", "image-classification")
+MAX_LAYERS = 100  # of a head
 BY_TEXT = ("sequence-classification", "reward")  # whose head reads one state of a text
 
 
@@ -101,8 +102,8 @@ class MLPHead(nn.Module):
         self, d_model: int, n_out: int, layers: int = 1, bias: bool = True, pooler: bool = False, scalar: bool = False
     ):
         super().__init__()
-        if layers < 1:
-            raise ValueError(f"head_layers: expected a positive number, got {layers}")
+        if not 1 <= layers <= MAX_LAYERS:
+            raise ValueError(f"head_layers: expected a number from 1 to {MAX_LAYERS}, got {layers}")
         self.scalar = scalar
         self.pooler = Linear(d_model, d_model) if pooler else None
         self.hidden = nn.ModuleList(Linear(d_model, d_model) for _ in range(layers - 1))

@@ -1,15 +1,20 @@
 """What the architectures share: key/value cache, masks and positions, initialisation, names of weights and fields."""
 
+import math
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_origin
 
 import torch
 from torch import Tensor, nn
 
+from .._shapes import shown
 from ..kernels import Linear
 from .heads import MLPHead
 
 ALL = slice(None)  # layers
+# What no model comes near. Beyond, a number is damaged: it would overflow, or take hours to make a model of.
+MAX_SIZE, MAX_LAYERS = 2**24, 1000
+DEPTHS = ("n_layer", "n_decoder_layer")  # the fields that count layers
 
 # Of a tied output matrix that is stored and is not the embedding. Which of the two is meant, who knows.
 TIED = "the token embedding, but config.json has tie_word_embeddings = true; set it to false, or take the tensor out"
@@ -171,27 +176,47 @@ def own_spelling(published: dict[str, Any], aliases: dict[str, str]) -> dict[str
 def read_fields(kind: type, published: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
     """Fields of the configuration class `kind` found in config.json, by `keys` (published name → ours).
 
-    Raises ValueError for a value of another type, or a size below one.
+    Raises ValueError for a value of another type, and a size below one or beyond all sense.
     """
     types = {field.name: field.type for field in fields(kind)}
-    found = {}
-    for theirs, ours in keys.items():
-        if theirs not in published:
-            continue
-        value, wanted = published[theirs], types[ours]
-        fits = isinstance(value, wanted | int if wanted is float else wanted)  # type: ignore[operator,arg-type]
-        if not fits or (isinstance(value, bool) and wanted is not bool):
-            raise ValueError(f"{theirs} = {value!r}: expected {getattr(wanted, '__name__', wanted)}")
-        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-            raise ValueError(f"{theirs} = {value!r}: expected a positive number")
-        found[ours] = value
-    return found
+    given = {theirs: ours for theirs, ours in keys.items() if theirs in published}
+    for theirs, ours in given.items():
+        _check_field(theirs, published[theirs], types[ours], MAX_LAYERS if ours in DEPTHS else MAX_SIZE)
+    return {ours: published[theirs] for theirs, ours in given.items()}
 
 
-def overridden(presets: dict[str, dict], name: str, overrides: dict, fields: set[str]) -> dict:
-    """The preset called `name` with overrides; both names must be exact (ValueError)."""
+def _check_field(name: str, value: Any, kind: Any, limit: int) -> None:
+    """ValueError where a field of a configuration is no `kind`, or a number out of range."""
+    fits = isinstance(value, kind | int if kind is float else kind)
+    if not fits or (isinstance(value, bool) and kind is not bool):
+        raise ValueError(f"{name} = {shown(value)}: expected {getattr(kind, '__name__', kind)}")
+    if isinstance(value, bool):
+        return
+    if isinstance(value, int) and value < 1 and name != "start_id":  # which counts from zero
+        raise ValueError(f"{name} = {value!r}: expected a positive number")
+    if isinstance(value, int) and value > limit:
+        raise ValueError(f"{name} = {shown(value)}: expected at most {limit:,}")
+    if isinstance(value, float) and not 0 <= value < math.inf:
+        raise ValueError(f"{name} = {value!r}: expected a finite number, not below zero")
+
+
+def refuse_wider(n_head: int, head_width: int) -> None:
+    """ValueError where the heads together are wider than any model."""
+    if n_head * head_width > MAX_SIZE:
+        raise ValueError(f"{n_head} heads of {head_width}: expected a width of at most {MAX_SIZE:,} together")
+
+
+def overridden(presets: dict[str, dict], name: str, overrides: dict, kind: type) -> dict:
+    """The preset called `name` with overrides, which are fields of the configuration class `kind`.
+
+    ValueError for a name that isn't exact, and for a value as `read_fields` says.
+    """
     if name not in presets:
         raise ValueError(f"preset {name!r} is unknown; known: {', '.join(presets)}")
-    if unknown := sorted(set(overrides) - fields):
-        raise ValueError(f"{', '.join(unknown)}: no such configuration field; known: {', '.join(sorted(fields))}")
+    types: dict[str, Any] = {field.name: field.type for field in fields(kind)}
+    if unknown := sorted(set(overrides) - set(types)):
+        raise ValueError(f"{', '.join(unknown)}: no such configuration field; known: {', '.join(sorted(types))}")
+    for field, value in overrides.items():
+        if get_origin(types[field]) is not tuple:
+            _check_field(field, value, types[field], MAX_LAYERS if field in DEPTHS else MAX_SIZE)
     return {**presets[name], **overrides}

@@ -13,7 +13,6 @@ q, k, v are one product here, and so are gate and up; published checkpoints stor
 entries in a head is that of the Hugging Face layout: a pair that turns together lies hd/2 apart.
 """
 
-from dataclasses import fields
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -153,7 +152,7 @@ class Llama(nn.Module):
 
         `overrides` are fields of `LlamaConfig`. ValueError for an unknown name or field.
         """
-        settings = overridden(PRESETS, name, overrides, {field.name for field in fields(LlamaConfig)})
+        settings = overridden(PRESETS, name, overrides, LlamaConfig)
         model = cls(LlamaConfig(**settings), task, labels)
         model.initialize()
         return model

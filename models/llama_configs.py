@@ -14,7 +14,8 @@ which layers it is for, from layer `max_window_layers` on. A field that is left 
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from .layers import read_fields
+from .._shapes import shown
+from .layers import read_fields, refuse_wider
 from .rope import Llama3, Rope, read_rope, write_rope
 
 # The families, as transformers' classes begin, and the fields that not all of them have. In small letters: model_type.
@@ -60,6 +61,7 @@ class LlamaConfig:
                 raise ValueError(f"{name} = {value!r}: there is no such thing in {self.family}")
         if self.head_width is None and self.d_model % self.n_head:
             raise ValueError(f"hidden_size {self.d_model} is not a multiple of num_attention_heads {self.n_head}")
+        refuse_wider(self.n_head, self.width)
         if self.width % 2:
             raise ValueError(f"head_dim {self.width} is odd, but rotary positions turn pairs of entries")
         if self.n_head % (self.n_kv_head or self.n_head):
@@ -207,12 +209,12 @@ def _window_layers(given: dict[str, Any], config: LlamaConfig) -> tuple[int, ...
     if kinds is None:
         return expected
     if not isinstance(kinds, list) or len(kinds) != config.n_layer or any(each not in LAYER_TYPES for each in kinds):
-        raise ValueError(f"layer_types = {kinds!r}: expected {' or '.join(LAYER_TYPES)} for each of the layers")
+        raise ValueError(f"layer_types = {shown(kinds)}: expected {' or '.join(LAYER_TYPES)} for each of the layers")
     layers = tuple(i for i, kind in enumerate(kinds) if kind == LAYER_TYPES[1])
     if layers and not config.window:
-        raise ValueError(f"layer_types = {kinds!r}: the window is missing (sliding_window, use_sliding_window)")
+        raise ValueError(f"layer_types = {shown(kinds)}: the window is missing (sliding_window, use_sliding_window)")
     if layers != expected and not some:
-        raise ValueError(f"layer_types = {kinds!r} is not implemented for {config.family}")
+        raise ValueError(f"layer_types = {shown(kinds)} is not implemented for {config.family}")
     return layers
 
 

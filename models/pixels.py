@@ -9,16 +9,18 @@ A step that is null is left out, as transformers does; a step that is missing is
 deviation and sizes, whose defaults are others in each class, must be there.
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .._files import write_json
-from .shards import read_json
+from .._files import read_json, write_json
+from .._shapes import shown
 
 FILE = "preprocessor_config.json"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 RESAMPLINGS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # Pillow's numbers
+MAX_SIDE = 4096  # pixels; more is damaged, and an image would take hundreds of megabytes
 WARPS_FROM = 384  # pixels; ConvNeXt's processor
 # What would change the pixels if it were otherwise.
 REQUIRED = {
@@ -43,6 +45,14 @@ class Pixels:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
+        if type(self.size) is not int or type(self.edge) is not int or not 0 < self.edge <= MAX_SIDE:
+            raise ValueError(
+                f"images of {shown(self.size)} out of {shown(self.edge)}: at most {MAX_SIDE} pixels a side"
+            )
+        if self.resample not in RESAMPLINGS.values():
+            raise ValueError(f"resample = {shown(self.resample)} is no filter of Pillow's")
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in (*self.mean, *self.std)):
+            raise ValueError(f"mean {shown(self.mean)} and std {shown(self.std)}: expected finite numbers")
         if not 0 < self.size <= self.edge:
             raise ValueError(f"a window of {self.size} pixels can't be cut out of an image scaled to {self.edge}")
         if len(self.mean) != len(self.std) or not all(self.std):
@@ -66,12 +76,12 @@ class Pixels:
         """
         path = folder / FILE
         try:
-            if path.is_file():
+            if path.exists():
                 return cls(**_from_processor(read_json(path), n_channels))
             if isinstance(timm := config.get("pretrained_cfg"), dict):
                 path = folder / "config.json"
                 return cls(**_from_timm(timm, n_channels))
-        except (TypeError, KeyError, ZeroDivisionError) as error:
+        except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
             raise ValueError(f"{path}: the size or normalisation of images is damaged ({error!r})") from error
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error

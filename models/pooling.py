@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from .._files import write_json
-from .shards import read_json
+from .._files import read_json, write_json
+from .._shapes import with_fields
 
 MODES = {"cls_token": "first", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "last"}  # published -> ours
 KINDS = "sentence_transformers.models."
@@ -15,12 +15,10 @@ def read_pooling(folder: Path) -> tuple[str, bool]:
     Raises ValueError for a damaged file, and for modules or modes that are not implemented.
     """
     listing = folder / "modules.json"
-    if not listing.is_file():
+    if not listing.exists():
         return "mean", False
-    try:
-        modules = {str(m["type"]).rsplit(".", 1)[-1]: str(m["path"]) for m in read_json(listing, list)}
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{listing}: not a list of modules with type and path; restore it") from error
+    entries = [with_fields(entry, str(listing), type=str, path=str) for entry in read_json(listing, list)]
+    modules = {entry["type"].rsplit(".", 1)[-1]: entry["path"] for entry in entries}
     if unknown := sorted(set(modules) - {"Transformer", "Pooling", "Normalize"}):
         raise ValueError(f"{listing}: {', '.join(unknown)} is not implemented; the embeddings would be others")
     if "Pooling" not in modules:

@@ -19,16 +19,17 @@ For images of 32 pixels the stem would leave a map of 8 × 8. `small_images` is 
 3×3 convolution with stride 1, no pooling. transformers has no such model and refuses the checkpoint.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._shapes import shown
 from ..kernels import Conv2d
 from .heads import EmbeddingHead, MLPHead, n_outputs
-from .layers import Published, initialize, overridden, read_fields
+from .layers import MAX_LAYERS, MAX_SIZE, Published, initialize, overridden, read_fields
 from .pixels import Pixels
 from .resnet_names import key_map
 from .tokens import SpecialTokens
@@ -53,10 +54,13 @@ class ResNetConfig:
     def __post_init__(self) -> None:
         for name in ("widths", "depths"):  # a list where they come from a file
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not self.widths or len(self.widths) != len(self.depths) or min(*self.widths, *self.depths) < 1:
-            raise ValueError(
-                f"hidden_sizes {self.widths}, depths {self.depths}: expected positive numbers, one of each a stage"
-            )
+        numbers = (*self.widths, *self.depths)
+        positive = all(type(number) is int and number > 0 for number in numbers)
+        sizes = f"hidden_sizes {shown(self.widths)}, depths {shown(self.depths)}"
+        if not self.widths or len(self.widths) != len(self.depths) or not positive:
+            raise ValueError(f"{sizes}: expected positive numbers, one of each a stage")
+        if max(self.widths) > MAX_SIZE or sum(self.depths) > MAX_LAYERS:
+            raise ValueError(f"{sizes}: expected at most {MAX_SIZE:,} channels and {MAX_LAYERS:,} layers together")
 
     @property
     def d_model(self) -> int:
@@ -227,7 +231,7 @@ class ResNet(nn.Module):
 
         `overrides` are fields of `ResNetConfig`. ValueError for an unknown name or field.
         """
-        settings = overridden(PRESETS, name, overrides, {field.name for field in fields(ResNetConfig)})
+        settings = overridden(PRESETS, name, overrides, ResNetConfig)
         model = cls(ResNetConfig(**settings), task, labels)
         model.initialize()
         return model

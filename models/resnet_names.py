@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .layers import Published
+from .layers import MAX_SIZE, Published
 
 # Sizes that timm's architectures stand for, in the fields of transformers' config.json. Others of its some hundred
 # ResNets (resnet18d, wide_resnet50_2, ...) have other stems, shortcuts or widths.
@@ -68,6 +68,8 @@ def from_timm(config: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"global_pool = {pooling!r} is not implemented")
     if arguments:
         raise ValueError(f"model_args = {arguments} is not implemented")
+    if not 0 <= n_classes <= MAX_SIZE:
+        raise ValueError(f"num_classes = {n_classes}: expected at most {MAX_SIZE:,}")
     classes = config.get("label_names") or [str(i) for i in range(n_classes)]
     return {
         **config,

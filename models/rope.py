@@ -196,6 +196,7 @@ KEYS = {
     "low_freq_factor": "low",
     "high_freq_factor": "high",
 }
+LARGEST = 10**15  # beyond, a number is damaged; infinity and NaN are
 ORIGINAL = "original_max_position_embeddings"
 
 
@@ -255,7 +256,7 @@ def _scaling(kind: str, table: dict[str, Any], published: dict[str, Any], head_w
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
 
 
 def _checked(key: str, value: Any, head_width: int) -> Any:

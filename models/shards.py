@@ -3,12 +3,11 @@
 Pickle checkpoints are refused: loading one runs whatever code it carries.
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from .._files import read_json
 from .tensor_file import Stored, read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -22,20 +21,6 @@ def pickle_refused(path: str | Path) -> ValueError:
         "AutoModel.from_pretrained(folder).save_pretrained(folder, safe_serialization=True), or with the class of its "
         "task, AutoModelForCausalLM for example, which keeps the head"
     )
-
-
-def read_json(path: Path, kind: type = dict) -> Any:
-    """The contents of a JSON file. ValueError where it is damaged or no `kind`, FileNotFoundError if missing."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: the file is missing; restore it") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); restore the file") from error
-    if not isinstance(found, kind):
-        wanted = "an object" if kind is dict else "a list"
-        raise ValueError(f"{path}: expected {wanted}, found {type(found).__name__}; restore the file")
-    return found
 
 
 class Shards:
@@ -61,10 +46,10 @@ class Shards:
 
     def paths(self) -> list[Path]:
         """The files that hold the weights."""
-        if (self.folder / SINGLE).is_file():
+        if (self.folder / SINGLE).exists():
             return [self.folder / SINGLE]
         index = self.folder / INDEX
-        if index.is_file():
+        if index.exists():
             table = read_json(index).get("weight_map")
             if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
                 raise ValueError(f"{index}: not a shard index, which has a weight_map of file names; restore the file")

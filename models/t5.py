@@ -20,7 +20,6 @@ The bias depends on row and column, so that rows can't be laid end to end (`atte
 packed rows are accepted, but computed padded. Dropout, which T5 was trained with, is not applied; adapters have theirs.
 """
 
-from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -112,7 +111,7 @@ class T5(nn.Module):
 
         `overrides` are fields of `T5Config`. ValueError for an unknown name or field.
         """
-        settings = overridden(PRESETS, name, overrides, {field.name for field in fields(T5Config)})
+        settings = overridden(PRESETS, name, overrides, T5Config)
         model = cls(T5Config(**settings), task, labels)
         model.initialize()
         return model

@@ -10,7 +10,8 @@ wants smaller states: they are multiplied by d_model^-½ if `scale_decoder_outpu
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
-from .layers import own_spelling, read_fields
+from .._shapes import shown
+from .layers import own_spelling, read_fields, refuse_wider
 
 LM = "T5ForConditionalGeneration"
 
@@ -59,8 +60,11 @@ class T5Config:
                 f"relative_attention_num_buckets {self.n_buckets} and relative_attention_max_distance "
                 f"{self.max_distance}: expected at least 4 buckets, and a distance greater than half of them"
             )
-        if not 0 <= self.start_id < self.vocab_size:
-            raise ValueError(f"decoder_start_token_id = {self.start_id}: expected one of {self.vocab_size} tokens")
+        refuse_wider(self.n_head, self.head_width)
+        if type(self.start_id) is not int or not 0 <= self.start_id < self.vocab_size:
+            raise ValueError(
+                f"decoder_start_token_id = {shown(self.start_id)}: expected one of {self.vocab_size} tokens"
+            )
 
 
 def _t5(n_layer: int, d_model: int, d_ff: int, n_head: int, head_width: int = 64) -> dict[str, Any]:

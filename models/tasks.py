@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .checkpoint import Family, Model
 
 log = logging.getLogger("handtune")
+MAX_LABELS = 1_000_000  # more names nobody gave
 PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<unk>", "[UNK]")
 
 
@@ -41,15 +42,18 @@ def task_of(published: dict[str, Any], family: "Family", folder: Path) -> str:
 
 def stored_head(published: dict[str, Any], family: "Family", folder: Path) -> tuple[tuple[str, ...], int]:
     """Label names and depth of the head that is there. transformers leaves out the table of two unnamed labels."""
-    table, depth = published.get("id2label"), published.get("head_layers", 1)
+    table, depth = published.get("id2label"), published.get("head_layers") or 1
     kind = published["model_type"]
     names = {class_name(family, task, kind) for task in LABELLED if task in family.architectures}
     if table is None and names & set(published.get("architectures") or ()):
-        table = {i: f"LABEL_{i}" for i in range(published.get("num_labels", 2))}
+        count = published.get("num_labels") or 2
+        if not 0 < count <= MAX_LABELS:
+            raise ValueError(f"{folder / 'config.json'}: num_labels = {count}: expected 1 to {MAX_LABELS:,}")
+        table = {i: f"LABEL_{i}" for i in range(count)}
     try:
-        return tuple(str(table[key]) for key in sorted(table, key=int)) if table else (), int(depth)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{folder / 'config.json'}: id2label or head_layers is damaged ({error})") from error
+        return tuple(str(table[key]) for key in sorted(table, key=int)) if table else (), depth
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: id2label is damaged ({error})") from error
 
 
 def label_names(labels: list[str] | tuple[str, ...] | int | None, known: tuple[str, ...]) -> tuple[str, ...]:
@@ -58,8 +62,8 @@ def label_names(labels: list[str] | tuple[str, ...] | int | None, known: tuple[s
     Raises ValueError where they are not different names.
     """
     if isinstance(labels, int):
-        if labels < 1:
-            raise ValueError(f"labels {labels}: expected names, or a positive number")
+        if not 1 <= labels <= MAX_LABELS:
+            raise ValueError(f"labels {labels}: expected names, or a positive number, at most {MAX_LABELS:,}")
         labels = known if labels == len(known) else [str(i) for i in range(labels)]
     if isinstance(labels, str) or len(set(labels or ())) != len(labels or ()):
         raise ValueError(f"labels {labels!r}: expected different names, or their number")

@@ -10,7 +10,6 @@ dtype and layout is read *into* the parameter, and any other through a small buf
 the model and no more. Writing likewise.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import _files
+from .._files import parse_json, require_file
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, theirs) for name, theirs in _files.DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the published limit
@@ -46,17 +46,14 @@ class Stored:
 
 def read_header(path: Path) -> dict[str, Stored]:
     """The tensors of a file by name. ValueError where the file is damaged, or has a dtype that is unknown here."""
-    with path.open("rb") as file:
+    with require_file(path, "safetensors file").open("rb") as file:
         size = file.seek(0, 2)
         file.seek(0)
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
             raise _damaged(path, f"{size} bytes, where a header of {length} was expected")
         raw = file.read(length)
-    try:
-        header = json.loads(raw.decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise _damaged(path, f"the header is not valid JSON: {error}") from error
+    header = parse_json(raw, f"{path}: damaged or cut short: the header", "download or copy it again")
     if not isinstance(header, dict):
         raise _damaged(path, "the header is not a JSON object")
     header.pop("__metadata__", None)
@@ -110,6 +107,14 @@ def read_into(stored: Stored, target: Tensor) -> None:
 def holds(stored: Stored, target: Tensor) -> bool:
     """Whether the file has exactly the entries of `target`, once they are of its dtype."""
     return all(torch.equal(rows, block.to(rows)) for rows, block in _blocks(stored, target))
+
+
+def all_finite(stored: Stored) -> bool:
+    """Whether it holds neither NaN nor infinity; whole numbers, and those of a byte, aren't looked at."""
+    if not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
+        return True
+    target = torch.empty((), dtype=stored.dtype).expand(stored.shape)  # of no size, for the shape alone
+    return all(bool(block.isfinite().all()) for _, block in _blocks(stored, target))
 
 
 def _blocks(stored: Stored, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

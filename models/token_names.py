@@ -8,7 +8,7 @@ calls it, and null means that there is no such token.
 from pathlib import Path
 from typing import Any
 
-from .shards import read_json
+from .._files import json_if_there
 
 SETTINGS = "tokenizer_config.json"
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -36,15 +36,15 @@ CLASSES = {
 
 def tokenizer_settings(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, with special_tokens_map.json over it where that counts. ValueError for a damaged file."""
-    settings: dict[str, Any] = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
-    if "added_tokens_decoder" not in settings and (folder / "special_tokens_map.json").is_file():
-        settings = {**settings, **read_json(folder / "special_tokens_map.json")}
+    settings = json_if_there(folder / SETTINGS)
+    if "added_tokens_decoder" not in settings:
+        settings = {**settings, **json_if_there(folder / "special_tokens_map.json")}
     return settings
 
 
 def tokenizer_class(folder: Path, settings: dict[str, Any]) -> str:
     """The class of the tokenizer without "Fast": as named, or as usual for the architecture in config.json."""
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = json_if_there(folder / "config.json")
     name = settings.get("tokenizer_class") or config.get("tokenizer_class")
     return str(name or CLASSES.get(str(config.get("model_type")), "nameless tokenizer")).removesuffix("Fast")
 

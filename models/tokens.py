@@ -23,9 +23,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._files import write_file, write_json
+from .._files import json_if_there, read_bytes, read_text, require_file, write_file, write_json
 from .._outside import others_code
-from .shards import read_json
+from .._shapes import shown, with_fields
 from .token_names import SETTINGS, special_names
 from .vocabulary import build_tokenizer
 
@@ -73,8 +73,7 @@ class SpecialTokens:
         file, and for ids that are none.
         """
         names = special_names(folder)
-        settings: dict[str, Any] = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
-        generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
+        settings, generation = json_if_there(folder / SETTINGS), json_if_there(folder / GENERATION)
 
         # Of each kind the tokenizer's token goes first, and then what the model's files list.
         ids: dict[str, tuple[int, ...]] = {}
@@ -177,41 +176,43 @@ def _ids(config: dict[str, Any], name: str, path: Path) -> list[int]:
     """The ids of a special token, one or several; below zero there is none. ValueError for what is no id."""
     value = config.get(f"{name}_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if any(type(number) is not int for number in ids):
-        raise ValueError(f"{path}: {name}_token_id = {value!r}: expected a token's id, or a list of ids")
+    if any(type(number) is not int or number >= 2**31 for number in ids):
+        raise ValueError(f"{path}: {name}_token_id = {shown(value)}: expected a token's id, or a list of ids")
     return [number for number in ids if number >= 0]
 
 
 def _templates(folder: Path, stored: Any) -> dict[str, str]:
     """Chat templates by name; `stored` is what tokenizer_config.json has: one, or a list of several."""
+    where = f"{folder / SETTINGS}: chat_template"
+    with_fields({"chat_template": stored}, str(folder / SETTINGS), chat_template=str | list | None)
     found = {} if stored is None else {"default": stored}
     if isinstance(stored, list):
-        found = {str(entry["name"]): str(entry["template"]) for entry in stored}
+        entries = [with_fields(entry, where, name=str, template=str) for entry in stored]
+        found = {entry["name"]: entry["template"] for entry in entries}
     if unfit := [name for name in found if Path(name).name != name]:
-        raise ValueError(f"{folder / SETTINGS}: chat_template {unfit[0]!r} can't be a file's name")
+        raise ValueError(f"{folder / SETTINGS}: chat_template {shown(unfit[0])} can't be a file's name")
     paths = [*folder.glob("chat_template.jinja"), *sorted((folder / TEMPLATES).glob("*.jinja"))]
     for path in paths:
         name = "default" if path.parent == folder else path.stem
-        found[name] = path.read_text(encoding="utf-8")
+        found[name] = read_text(path, "chat template")
     return found
 
 
 def _kept(folder: Path) -> dict[str, bytes]:
     """The files that are written again as they are."""
     paths = [path for name in (*KEPT, *VOCABULARIES) for path in sorted(folder.glob(name))]
-    return {path.name: path.read_bytes() for path in paths}
+    return {path.name: read_bytes(path) for path in paths}
 
 
 def load_tokenizer(folder: Path) -> "Tokenizer | None":
     """The folder's tokenizer, its tokenizer.json or what its vocabulary files describe; None where there is neither."""
     path = folder / "tokenizer.json"
-    return load_tokenizer_file(path) if path.is_file() else build_tokenizer(folder)
+    return load_tokenizer_file(path) if path.exists() else build_tokenizer(folder)
 
 
 def load_tokenizer_file(path: Path) -> "Tokenizer":
     """A tokenizer.json without its stored padding and truncation. FileNotFoundError or ValueError if it is none."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such tokenizer file")
+    require_file(path, "tokenizer file")
     from tokenizers import Tokenizer
 
     with others_code(lambda error: ValueError(f"{path}: not a tokenizer file ({error}); restore it")):

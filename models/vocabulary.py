@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._files import json_if_there
 from .._outside import others_code
-from .shards import read_json
+from .._shapes import with_fields
 from .token_names import CLASS_NAMES, NAMES, SETTINGS, token_text, tokenizer_class, tokenizer_settings
 
 if TYPE_CHECKING:
@@ -138,7 +139,9 @@ def _added(folder: Path, settings: dict[str, Any]) -> "Iterator[tuple[int, Added
         return
     path = folder / "added_tokens.json"
     special = {token_text(settings[name]) for name in NAMES if settings.get(name)}
-    for text, number in sorted(read_json(path).items(), key=lambda item: item[1]) if path.is_file() else ():
+    added = json_if_there(path)
+    with_fields(added, str(path), **dict.fromkeys(added, int))
+    for text, number in sorted(added.items(), key=lambda item: item[1]):
         yield number, _token(text, special=text in special)
 
 

@@ -27,7 +27,6 @@ Distances give a bias for each pair, so that rows can't be laid end to end (`att
 packed rows are accepted, but computed padded.
 """
 
-from dataclasses import fields
 from typing import Any, ClassVar
 
 import torch
@@ -124,7 +123,7 @@ class XLNet(nn.Module):
 
         `overrides` are fields of `XLNetConfig`. ValueError for an unknown name or field.
         """
-        settings = overridden(PRESETS, name, overrides, {field.name for field in fields(XLNetConfig)})
+        settings = overridden(PRESETS, name, overrides, XLNetConfig)
         model = cls(XLNetConfig(**settings), task, labels)
         model.initialize()
         return model

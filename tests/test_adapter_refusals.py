@@ -83,7 +83,7 @@ def test_config_file_damaged_or_missing(adapter: Path) -> None:
         (adapter / FILES[0]).write_text(damaged)
         refused(model, adapter, "adapter_config.json")
     (adapter / FILES[0]).write_bytes(b"\xff\xfe\x00")
-    refused(model, adapter, "not valid JSON")
+    refused(model, adapter, "not JSON")
     (adapter / FILES[0]).unlink()
     refused(model, adapter, "no adapter_config.json there", FileNotFoundError)
     refused(model, adapter / "nowhere", "no adapter_config.json there", FileNotFoundError)

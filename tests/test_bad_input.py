@@ -132,7 +132,7 @@ def test_files_of_rows(job, complaint, tmp_path) -> None:
     line = complained(good + b'{"text": "a", "label": "b"}\n')
     assert line.startswith(f"{path} line 2: a text/label row, but line 1 is prompt/completion; ")
     line = complaint("train", job, f"data.train={tmp_path / 'none.jsonl'}")
-    assert line == f"{tmp_path / 'none.jsonl'}: no such file; check the path"
+    assert line == f"{tmp_path / 'none.jsonl'}: no such file of rows; check the path"
     assert "unknown kind of file '.xlsx'; use one of .jsonl" in complaint("train", job, "data.train=rows.xlsx")
     write_rows(path, SENTIMENT)
     line = complaint("train", job, f"data.train={path}")
@@ -302,7 +302,7 @@ def test_the_other_commands(job, bases, complaint, tmp_path) -> None:
 
 
 def test_a_loss_that_is_not_finite(job, complaint, tmp_path) -> None:
-    """Learning rates of this world don't do it: the weights of the base hold an infinity."""
+    """The weights of the base hold an infinity, or the learning rate is one of another world."""
     from safetensors.torch import load_file, save_file
 
     base = gpt2_folder(tmp_path / "base")
@@ -310,8 +310,11 @@ def test_a_loss_that_is_not_finite(job, complaint, tmp_path) -> None:
     next(value for key, value in tensors.items() if "ln_f" in key)[0] = float("inf")
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     line = complaint("train", job, f"model.path={base}")
-    assert line.startswith("step 1: the loss is nan")
-    assert "there is no checkpoint yet; try a smaller train.lr" in line
+    assert line.startswith(f"{base}: transformer.ln_f.")
+    assert line.endswith("holds NaN or infinity; restore the weights, or train them again")
+    line = complaint("train", job, "train.lr=1e6", "train.clip=1e9", "train.epochs=50", "train.warmup=0")
+    assert line.startswith("step ")
+    assert line.endswith("; try a smaller train.lr")
 
 
 @pytest.mark.parametrize("change", ["data.train=none.jsonl", "train.lerning_rate=1"])

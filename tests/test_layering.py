@@ -11,9 +11,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {"kernels": {"kernels"}, "models": {"models", "kernels"}, "engine": {"engine", "kernels"}}
 TORCH_ONLY = {"torch", "triton"}
-# The package itself, which imports nothing; the one writer and reader of files; the lock; what is done about what comes
-# from outside.
-SHARED = {"", "__version__", "_files", "_locks", "_outside"}
+# The package itself, which imports nothing; the one writer and reader of files, and what these hold; the lock; what is
+# done about what comes from outside.
+SHARED = {"", "__version__", "_files", "_locks", "_outside", "_shapes"}
 BY_NAME = {"import_module", "__import__"}
 
 EXPORTS = {

@@ -129,14 +129,14 @@ def lay(path: Path, header: Any, n_bytes: int) -> Path:
         ({"a": {"dtype": "F32", "shape": (2, 3)}}, 24, "a has no dtype, shape and data_offsets"),
         ({"a": 7}, 24, "a has no dtype, shape and data_offsets"),
         ([], 0, "the header is not a JSON object"),
-        (b"{", 0, "the header is not valid JSON"),
-        (b"\xff\xfe", 0, "the header is not valid JSON"),
-        (b"[" * 100_000, 0, "the header is not valid JSON"),
+        (b"{", 0, "the header: .*JSON"),
+        (b"\xff\xfe", 0, "the header: .*JSON"),
+        (b"[" * 100_000, 0, "the header: .*JSON"),
     ],
 )
 def test_a_damaged_header_is_refused(tmp_path, header, n_bytes, message):
     path = lay(tmp_path / "x.safetensors", header, n_bytes)
-    with pytest.raises(ValueError, match=rf"x.safetensors: damaged or cut short \({message}.*\); download or copy it"):
+    with pytest.raises(ValueError, match=rf"x.safetensors: damaged or cut short.*{message}.*; download or copy it"):
         read_header(path)
 
 
