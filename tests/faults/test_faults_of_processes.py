@@ -1,0 +1,108 @@
+"""A thousand faults of the disk under real processes, what safetensors writes included: nothing is lost.
+
+In all kinds of short runs, each faulted, then run to its end, then run once more.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+
+import pytest
+from faults import Fault, Life, check, chosen
+from faulty_disk import MODES, POWER, lose_unflushed
+from fork_server import ForkServer
+from run_kinds import commands
+from stored_files import contents
+
+NUMBER, WORKERS = 1000, 2
+HERE = Path(__file__).parent
+pytestmark = [
+    pytest.mark.deep,
+    pytest.mark.skipif(sys.platform != "linux", reason="LD_PRELOAD and /proc/self/fd"),
+    pytest.mark.skipif(not shutil.which("cc"), reason="no C compiler (cc) here"),
+]
+
+
+class Stage:
+    """The commands of all kinds of run, and servers, which take turns to let them live."""
+
+    def __init__(self, folder: Path):
+        shim = folder / "shim.so"
+        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(shim), str(HERE / "shim.c")], check=True)
+        self.folder, self.inputs = folder, folder / "inputs"
+        self.inputs.mkdir()
+        self.commands = commands(self.inputs)
+        self.servers = [ForkServer(shim, self.inputs) for _ in range(WORKERS)]
+        self.idle: SimpleQueue[ForkServer] = SimpleQueue()
+        for number, server in enumerate(self.servers):
+            (folder / f"about {number}").mkdir()
+            self.idle.put(server)
+
+    def live(self, kind: str, folder: Path, fault: Fault | None) -> Life:
+        server = self.idle.get()
+        about = self.folder / f"about {self.servers.index(server)}"
+        at, mode = (fault.at, MODES.index(fault.mode)) if fault else (-1, 0)
+        try:
+            code = server.live(self.commands[kind], folder, about, at, mode)
+            trace = [line.split("\t") for line in (about / "trace.txt").read_text().splitlines()]
+            complained = (about / "errors.txt").read_text()
+        finally:
+            self.idle.put(server)
+        if fault and fault.mode == POWER:
+            lose_unflushed(folder, flushed(trace[:-1]))
+        killed = code == -9
+        return Life(None if killed else code, complained, [(line[0], line[3]) for line in trace])
+
+    def end(self) -> None:
+        for server in self.servers:
+            server.end()
+
+
+def flushed(trace: list[list[str]]) -> dict[int, int]:
+    """By inode, the bytes on the disk of files that have more."""
+    out: dict[int, int] = {}
+    for name, inode, size, _ in trace:
+        if name == "fsync":
+            out.pop(int(inode), None)
+        elif name in ("write", "truncate"):
+            out.setdefault(int(inode), int(size))
+    return out
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory):
+    stage = Stage(tmp_path_factory.mktemp("stage"))
+    try:
+        assert stage.live("lora", stage.inputs, None).code == 0  # the adapter that `merge` takes
+        yield stage
+    finally:
+        stage.end()
+
+
+def test_nothing_is_lost(stage, tmp_path) -> None:
+    operations, ends = {}, {}
+    for kind in stage.commands:
+        (tmp_path / kind).mkdir()
+        life = stage.live(kind, tmp_path / kind, None)
+        assert life.code == 0, life.complained
+        operations[kind], ends[kind] = life.operations, contents(tmp_path / kind)
+
+    def failure(job: tuple[int, Fault]) -> str | None:
+        number, fault = job
+        folder = tmp_path / f"fault {number}"
+        try:
+            check(fault, stage.live, folder, ends[fault.kind])
+        except AssertionError as error:
+            return f"{fault.kind} {fault.at} {fault.mode} {operations[fault.kind][fault.at]}: {str(error)[:400]}"
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+    number = int(os.environ.get("FAULTS", NUMBER))
+    with ThreadPoolExecutor(WORKERS) as pool:
+        failures = [text for text in pool.map(failure, enumerate(chosen(operations, number, seed=17))) if text]
+    assert not failures, "\n".join([f"{len(failures)} of {number} faults did harm", *failures])
