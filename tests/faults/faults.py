@@ -1,11 +1,13 @@
 """One fault, and what must hold of it: nothing stored is lost, and the same command comes to the same end."""
 
 import random
+import shutil
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from faulty_disk import BROKEN, FULL, HALF, KILLS, MODES
+from faulty_disk import HALF, KILLS, MODES, POWER
 from stored_files import assert_whole, contents, snapshot
 
 
@@ -28,48 +30,82 @@ class Life(NamedTuple):
 Live = Callable[[str, Path, Fault | None], Life]  # a run of this kind, in this folder
 
 
-def chosen(operations: dict[str, Sequence[tuple[str, str]]], number: int, seed: int) -> list[Fault]:
-    """So many different faults, the kinds of run in turn. `operations`: what each kind does undisturbed."""
+class Truth(NamedTuple):
+    """What a kind of run does when nothing disturbs it, and what is there in the end."""
+
+    operations: Sequence[tuple[str, str]]
+    end: dict[str, Any]
+
+
+def undisturbed(kinds: Iterable[str], live: Live, folder: Path) -> dict[str, Truth]:
+    """A run of each kind, in folders of their names."""
+    out = {}
+    for kind in kinds:
+        (folder / kind).mkdir()
+        life = live(kind, folder / kind, None)
+        assert life.code == 0, life.complained
+        out[kind] = Truth(life.operations, contents(folder / kind))
+    return out
+
+
+def chosen(truth: dict[str, Truth], number: int, seed: int) -> list[Fault]:
+    """So many different faults, the kinds of run in turn. The power may go when a command has just ended, too."""
     draw, pools = random.Random(seed), []
-    for kind, done in operations.items():
+    for kind, (operations, _) in truth.items():
         pool = [
             Fault(kind, at, mode)
-            for at, (name, _) in enumerate(done)
+            for at, (name, _) in enumerate(operations)
             for mode in MODES
             if mode != HALF or name == "write"
         ]
+        pool.append(Fault(kind, len(operations), POWER))
         draw.shuffle(pool)
         pools.append(pool)
-    rounds = (pool[i] for i in range(max(map(len, pools))) for pool in pools if i < len(pool))
-    return [fault for fault, _ in zip(rounds, range(number), strict=False)]
+    in_turn = (pool[i] for i in range(max(map(len, pools))) for pool in pools if i < len(pool))
+    return list(islice(in_turn, number))
 
 
-def check(fault: Fault, live: Live, folder: Path, end: dict[str, Any]) -> None:
-    """A life with the fault, one that comes to the end, which is known, and one that finds it there."""
+def harm(fault: Fault, live: Live, folder: Path, truth: dict[str, Truth]) -> str | None:
+    """What is wrong after the fault, in a line, or None; `folder` is made for it and removed."""
+    operations, end = truth[fault.kind]
+    name, path = operations[fault.at] if fault.at < len(operations) else ("the end", "")
     folder.mkdir()
-    before = snapshot(folder)
+    try:
+        _check(fault, live, folder, end)
+    except AssertionError as error:
+        return f"{fault.kind} {fault.at} ({name} {path}), {fault.mode}: {' '.join(str(error).split())[:400]}"
+    finally:
+        shutil.rmtree(folder)
+    return None
+
+
+def _check(fault: Fault, live: Live, folder: Path, end: dict[str, Any]) -> None:
+    """A life with the fault, one that comes to the end, which is known, and one that finds it there."""
     faulty = live(fault.kind, folder, fault)
-    assert len(faulty.operations) > fault.at, f"it did only {len(faulty.operations)} operations"
-    name, path = faulty.operations[fault.at]
-    if fault.mode in KILLS:
-        assert faulty.code is None, f"it went on after its death, to exit code {faulty.code}: {faulty.complained}"
-    else:
-        assert_refused(faulty, name, path)
-    assert_whole(folder, before)
+    if fault.at < len(faulty.operations):
+        name, path = faulty.operations[fault.at]
+        if fault.mode in KILLS:
+            assert faulty.code is None, f"it went on after its death: {faulty}"
+        else:
+            assert_refused(faulty, name, path)
+    assert_whole(folder)
 
     again = live(fault.kind, folder, None)
-    assert again.code in (0, 2), again
-    assert_equal(contents(folder), end, f"{name} {path}; {again.complained}")
+    assert again.code in (0, 2), f"exit code {again.code}: {again.complained}"
+    assert_equal(contents(folder), end, again.complained)
     finished = snapshot(folder)
+
     last = live(fault.kind, folder, None)
-    assert last.code in (0, 2), last
+    assert last.code in (0, 2), f"exit code {last.code}: {last.complained}"
     changed = [str(name) for name, state in snapshot(folder).items() if finished.get(name) != state]
     assert not changed, f"the finished command has changed {', '.join(changed)}"
 
 
 def assert_refused(life: Life, name: str, path: str) -> None:
-    """One line that names the file or a folder around it. What only fails to remove something may go on."""
-    if life.code == 0 and name in ("unlink", "rmdir"):
+    """One line that names the file or a folder around it. What only fails to remove something, or to make what is there
+    already, may go on.
+    """
+    if life.code == 0 and name in ("unlink", "rmdir", "mkdir"):
         return
     lines = [line for line in life.complained.splitlines() if line.startswith("handtune: ")]
     assert (life.code, len(lines)) == (2, 1), f"{name} {path}: exit code {life.code}\n{life.complained}"
@@ -83,8 +119,3 @@ def assert_equal(contents: dict[str, Any], end: dict[str, Any], where: str) -> N
     assert not missing | more, f"missing: {missing or 'nothing'}, too many: {more or 'nothing'} ({where})"
     different = [name for name in end if contents[name] != end[name]]
     assert not different, f"not as in an undisturbed run: {', '.join(different)} ({where})"
-
-
-def report(failures: Iterable[tuple[Fault, str]]) -> str:
-    """The faults that did harm, one a line."""
-    return "\n".join(f"{fault.kind} {fault.at} {fault.mode}: {text.splitlines()[0]}" for fault, text in failures)

@@ -12,6 +12,7 @@ import io
 import os
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ GROWING = ("open", "write", "mkdir", "truncate")  # what a full disk refuses
 OF_PATHS = {"mkdir": 0, "rmdir": 0, "unlink": 0, "remove": 0, "replace": 1, "rename": 1, "truncate": 0}
 OF_FILES = ("write", "fsync", "fdatasync", "ftruncate")
 KINDS = {"remove": "unlink", "replace": "rename", "fdatasync": "fsync", "ftruncate": "truncate"}
-NO_PROCESS = 2**22 + 1  # above every process id
+processes = count(2**22 + 1)  # ids above those that the system gives
 
 open_file, truncate = io.open, os.truncate
 
@@ -51,11 +52,13 @@ class FaultyDisk:
         for module in (builtins, io):
             self._patch.setattr(module, "open", self._open)
         self._patch.setattr(safetensors.torch, "save_file", self._save_file)
-        self._patch.setattr(os, "getpid", lambda: NO_PROCESS)  # whoever comes next finds it dead
+        self._patch.setattr(os, "getpid", partial(int, next(processes)))  # whoever comes next finds it dead
         return self
 
     def __exit__(self, *error: object) -> None:
         self._patch.undo()
+        if self.mode == POWER and self.at == len(self.operations):  # just after the end
+            lose_unflushed(Path(self.folder), self._flushed)
 
     def operate(self, name: str, path: str, act: Callable[[], Any], half: Callable[[], Any] | None = None) -> Any:
         """Count an operation and do it, or what the fault makes of it. `half`: how to do it by half, if that can be."""
@@ -110,7 +113,8 @@ class FaultyDisk:
 
     def _open_descriptor(self, plain: Callable[..., int], path: Any, flags: int, *rest: Any, **named: Any) -> int:
         act = partial(plain, path, flags, *rest, **named)
-        if not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        nameless = flags & os.O_TMPFILE == os.O_TMPFILE
+        if nameless or not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             return act()
         return self.operate("open", _absolute(path, named.get("dir_fd")), act)
 

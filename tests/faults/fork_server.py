@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 LIMIT = 120  # seconds for a life
 
 
@@ -53,10 +55,7 @@ class ForkServer:
 
 
 def serve(shim: str) -> None:
-    import torch  # noqa: F401
-
-    import handtune.commands
-
+    importlib.import_module("handtune.commands")  # torch with it
     answers = os.dup(1)
     os.dup2(2, 1)  # whatever is printed by mistake is no answer
     for line in sys.stdin:
@@ -87,7 +86,8 @@ def _live(life: dict[str, Any], shim: str) -> None:
         for number, name in ((0, os.devnull), (1, os.devnull), (2, about / "errors.txt")):
             os.dup2(os.open(name, write if number else os.O_RDONLY), number)
         trace = os.open(about / "trace.txt", write)
-        random.seed(1)  # which a fork has seeded anew, and checkpoints hold
+        random.seed(1)  # checkpoints hold the state of these two
+        np.random.seed(1)
         known = set(sys.modules)
         ctypes.CDLL(shim).faults_begin(os.path.realpath(".").encode(), trace, ctypes.c_long(life["at"]), life["mode"])
 

@@ -59,6 +59,15 @@ def commands(folder: Path) -> dict[str, list[str]]:
         "ppo": ["ppo", str(policy)],
         "merge": ["merge", bases["gpt2"], str(folder / "run/adapter"), "merged"],
         "compare": ["compare", bases["gpt2"], *prompts, "--out", "pairs.jsonl", "--labeler", "of_faults:left"],
-        "label": ["label", bases["gpt2"], str(folder / "texts.jsonl"), "--labels", "good", "bad", "--out", "rows.jsonl"],
+        "label": [
+            "label",
+            bases["gpt2"],
+            str(folder / "texts.jsonl"),
+            "--labels",
+            "good",
+            "bad",
+            "--out",
+            "rows.jsonl",
+        ],
         "generate": ["generate", bases["gpt2"], *prompts, "--out", "written.jsonl"],
     }

@@ -115,7 +115,8 @@ int truncate(const char *name, off_t size) { NAMED("truncate", AT_FDCWD, name, 1
 int truncate64(const char *name, off64_t size) { return truncate(name, size); }
 
 static int opened(int parent, const char *name, int flags, mode_t bits) {
-    if (!(flags & (O_WRONLY | O_RDWR | O_CREAT))) return syscall(SYS_openat, parent, name, flags, bits);
+    int nameless = (flags & O_TMPFILE) == O_TMPFILE;
+    if (nameless || !(flags & (O_WRONLY | O_RDWR | O_CREAT))) return syscall(SYS_openat, parent, name, flags, bits);
     NAMED("open", parent, name, 1, syscall(SYS_openat, parent, name, flags, bits))
 }
 #define WITH_BITS(flags)                                 \

@@ -3,7 +3,6 @@
 In all kinds of short runs, each faulted, then run to its end, then run once more.
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -12,11 +11,10 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import pytest
-from faults import Fault, Life, check, chosen
+from faults import Fault, Life, chosen, harm, undisturbed
 from faulty_disk import MODES, POWER, lose_unflushed
 from fork_server import ForkServer
 from run_kinds import commands
-from stored_files import contents
 
 NUMBER, WORKERS = 1000, 2
 HERE = Path(__file__).parent
@@ -53,9 +51,8 @@ class Stage:
         finally:
             self.idle.put(server)
         if fault and fault.mode == POWER:
-            lose_unflushed(folder, flushed(trace[:-1]))
-        killed = code == -9
-        return Life(None if killed else code, complained, [(line[0], line[3]) for line in trace])
+            lose_unflushed(folder, flushed(trace[:-1] if code == -9 else trace))
+        return Life(None if code == -9 else code, complained, [(line[0], line[3]) for line in trace])
 
     def end(self) -> None:
         for server in self.servers:
@@ -84,25 +81,9 @@ def stage(tmp_path_factory):
 
 
 def test_nothing_is_lost(stage, tmp_path) -> None:
-    operations, ends = {}, {}
-    for kind in stage.commands:
-        (tmp_path / kind).mkdir()
-        life = stage.live(kind, tmp_path / kind, None)
-        assert life.code == 0, life.complained
-        operations[kind], ends[kind] = life.operations, contents(tmp_path / kind)
-
-    def failure(job: tuple[int, Fault]) -> str | None:
-        number, fault = job
-        folder = tmp_path / f"fault {number}"
-        try:
-            check(fault, stage.live, folder, ends[fault.kind])
-        except AssertionError as error:
-            return f"{fault.kind} {fault.at} {fault.mode} {operations[fault.kind][fault.at]}: {str(error)[:400]}"
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        return None
-
-    number = int(os.environ.get("FAULTS", NUMBER))
+    truth = undisturbed(stage.commands, stage.live, tmp_path)
+    faults = chosen(truth, NUMBER, seed=17)
     with ThreadPoolExecutor(WORKERS) as pool:
-        failures = [text for text in pool.map(failure, enumerate(chosen(operations, number, seed=17))) if text]
-    assert not failures, "\n".join([f"{len(failures)} of {number} faults did harm", *failures])
+        found = list(pool.map(lambda i: harm(faults[i], stage.live, tmp_path / f"run {i}", truth), range(len(faults))))
+    harms = [text for text in found if text]
+    assert not harms, "\n".join([f"{len(harms)} of {NUMBER} faults did harm", *harms])
