@@ -3,7 +3,6 @@
 import random
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,21 +47,19 @@ def undisturbed(kinds: Iterable[str], live: Live, folder: Path) -> dict[str, Tru
     return out
 
 
-def chosen(truth: dict[str, Truth], number: int, seed: int) -> list[Fault]:
-    """So many different faults, the kinds of run in turn. The power may go when a command has just ended, too."""
-    draw, pools = random.Random(seed), []
-    for kind, (operations, _) in truth.items():
+def chosen(truth: dict[str, Truth], numbers: dict[str, int], seed: int) -> list[Fault]:
+    """So many different faults of each kind of run. The power may go when a command has just ended, too."""
+    draw, out = random.Random(seed), []
+    for kind, number in numbers.items():
         pool = [
             Fault(kind, at, mode)
-            for at, (name, _) in enumerate(operations)
+            for at, (name, _) in enumerate(truth[kind].operations)
             for mode in MODES
             if mode != HALF or name == "write"
         ]
-        pool.append(Fault(kind, len(operations), POWER))
-        draw.shuffle(pool)
-        pools.append(pool)
-    in_turn = (pool[i] for i in range(max(map(len, pools))) for pool in pools if i < len(pool))
-    return list(islice(in_turn, number))
+        pool.append(Fault(kind, len(truth[kind].operations), POWER))
+        out += draw.sample(pool, min(number, len(pool)))
+    return out
 
 
 def harm(fault: Fault, live: Live, folder: Path, truth: dict[str, Truth]) -> str | None:
@@ -85,7 +82,7 @@ def _check(fault: Fault, live: Live, folder: Path, end: dict[str, Any]) -> None:
     if fault.at < len(faulty.operations):
         name, path = faulty.operations[fault.at]
         if fault.mode in KILLS:
-            assert faulty.code is None, f"it went on after its death: {faulty}"
+            assert faulty.code is None, f"it went on after its death, in {name} {path}: {faulty.operations[fault.at :]}"
         else:
             assert_refused(faulty, name, path)
     assert_whole(folder)

@@ -11,6 +11,7 @@ import errno
 import io
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -57,8 +58,18 @@ class FaultyDisk:
 
     def __exit__(self, *error: object) -> None:
         self._patch.undo()
+        self._close_files()
         if self.mode == POWER and self.at == len(self.operations):  # just after the end
             lose_unflushed(Path(self.folder), self._flushed)
+
+    def _close_files(self) -> None:
+        """What the dead process has open, locks above all. The numbers stay taken: their objects may yet close them."""
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for descriptor in map(int, os.listdir("/proc/self/fd")):
+            with suppress(OSError):
+                if self.is_dead and path_of(descriptor).startswith(f"{self.folder}/"):
+                    os.dup2(nowhere, descriptor)
+        os.close(nowhere)
 
     def operate(self, name: str, path: str, act: Callable[[], Any], half: Callable[[], Any] | None = None) -> Any:
         """Count an operation and do it, or what the fault makes of it. `half`: how to do it by half, if that can be."""

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,18 @@ def _without_clock(name: Path, data: bytes) -> Any:
     if name.suffix == ".json":
         return _timeless(json.loads(data))
     if name.suffix == ".jsonl":
-        return [_timeless(json.loads(line)) for line in data.splitlines()]
+        return [_timeless(line) for line in _lines(name, data)]
     return data
+
+
+def _lines(name: Path, data: bytes) -> Iterator[Any]:
+    """The rows of a JSONL file, of one that is appended to without those that a kill has cut short."""
+    for line in data.splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            if name.name not in APPENDED:
+                raise
 
 
 def _timeless(value: Any) -> Any:
