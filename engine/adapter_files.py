@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._files import filling, write_json, write_tensors
 from ..kernels import Linear, LowRank
 from ..kernels.conv import ConvFactors
 from .adapter_factors import MAGNITUDE, PREFIX, plan_factors, read_weights, stored, stored_factor
@@ -42,7 +43,6 @@ from .lora import (
 )
 from .lora_embedding import EmbeddingFactors
 from .peft_config import OURS, lora_config
-from .record import write_json
 from .rounding import refuse_diverged
 from .tied import read_otherwise
 from .token_rows import STORED, StoredRows, published_ids, take_rows, with_rows
@@ -73,8 +73,6 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default", *, p
     Raises ValueError, and writes nothing, where there is no such adapter, or it holds NaN or infinity; and a portable
     one, where it has more than factors of projections, which such a server would leave out without a word.
     """
-    from safetensors.torch import save_file
-
     if name not in (known := adapter_names(model)):
         raise ValueError(f"there is no adapter {name!r}; attached: {', '.join(known) or 'none'}")
     adapted = [slot for slot in slots(model) if name in slot.module.lora]
@@ -102,13 +100,9 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default", *, p
     if obstacle:
         config["peft_type"] = OURS
 
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    new = folder / f"{WEIGHTS}.tmp"
-    save_file(tensors, new, metadata={"format": "pt"})
-    (folder / CONFIG).unlink(missing_ok=True)  # killed from here on, it is no adapter rather than half of two
-    new.replace(folder / WEIGHTS)
-    write_json(folder / CONFIG, config)
+    with filling(path, CONFIG) as folder:
+        write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+        write_json(folder / CONFIG, config)
 
 
 def _saved_modules(extra: Collection[str]) -> list[str]:

@@ -1,19 +1,20 @@
 """Checkpoints that survive: a folder of tensors (safetensors) and facts (JSON), complete or not there at all.
 
-Everything is written into a temporary folder beside the target, flushed to disk, and renamed; a kill at any moment
-leaves the old checkpoints and at most a temporary folder, which the next save removes.
+Everything is written into a temporary folder beside the target, flushed to disk, and renamed (`_files.py`); a kill at
+any moment leaves the old checkpoints and at most a temporary folder, which the next save removes.
 """
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from .._files import DiskError, remove_left_overs, replacing_folder, write_json, write_tensors
+
 TENSORS, FACTS = "tensors.safetensors", "state.json"
-_TEMPORARY, _OLD = ".tmp", ".old"
+_OLD = ".old"
 
 
 def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -21,44 +22,20 @@ def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], facts: dict[st
 
     Raises OSError, with what was there untouched, where the disk is full or not writable.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     _recover(path)
-    temporary = path.with_name(path.name + _TEMPORARY)
-    remove(temporary)
-    try:
-        temporary.mkdir()
-        save_file(_apart(tensors), temporary / TENSORS)
-        (temporary / FACTS).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        for file in (temporary / TENSORS, temporary / FACTS, temporary):
-            _flush(file)
-    except (OSError, SafetensorError) as error:
-        remove(temporary)
-        raise OSError(
-            f"{path}: the checkpoint could not be written ({error}); earlier ones are untouched; make room, then the "
-            "same command goes on from the last one"
-        ) from error
     old = path.with_name(path.name + _OLD)
-    if path.exists():
-        remove(old)
-        path.rename(old)
-    temporary.rename(path)
-    _flush(path.parent)
     remove(old)
-
-
-def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, those that share memory with an earlier one copied: the format has no views."""
-    out, seen = {}, set()
-    for key, value in tensors.items():
-        own = value.detach().cpu().contiguous()
-        place = own.untyped_storage().data_ptr()
-        out[key] = own.clone() if place in seen else own
-        seen.add(out[key].untyped_storage().data_ptr())
-    return out
+    try:
+        with replacing_folder(path, old) as folder:
+            write_tensors(folder / TENSORS, tensors)
+            write_json(folder / FACTS, facts)
+    except DiskError as error:
+        raise OSError(
+            f"{path}: the checkpoint could not be written ({error.reason}); earlier ones are untouched; make room, "
+            "then the same command goes on from the last one"
+        ) from error
+    remove(old)
 
 
 def _recover(path: Path) -> None:
@@ -112,18 +89,10 @@ def prune(folder: str | Path, keep: int) -> None:
     for path in Path(folder).glob("step-*"):
         if path not in kept:
             remove(path)
+    remove_left_overs(Path(folder))
 
 
 def remove(path: Path) -> None:
     """Remove a folder if it is there, in such an order that half a removal is no checkpoint any more."""
     (path / FACTS).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Have the operating system put a file or folder on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

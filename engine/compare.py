@@ -10,16 +10,16 @@ at the terminal, or a function, goes through `Session.answer`.
 """
 
 import json
-import os
 import random
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from .._files import LOCK, append_line, is_temporary, write_file
+from .._locks import alone
 
 LEFT, RIGHT, TIE, SKIP = "left", "right", "tie", "skip"
 ANSWERS = (LEFT, RIGHT, TIE, SKIP)
@@ -80,19 +80,13 @@ class Session:
         self._read()
 
     def _begin(self, items: Sequence[Item], listing: Path) -> None:
-        temporary = listing.with_suffix(".tmp")
         self.folder.mkdir(parents=True, exist_ok=True)
-        if set(self.folder.iterdir()) - {listing, temporary, self.folder / "lock"}:  # a kill just here leaves these
-            raise ValueError(f"{self.folder} is not empty and holds no session; choose another --out")
         with self._locked():
             if listing.is_file():  # another process was faster
                 return
-            with temporary.open("w", encoding="utf-8") as file:
-                for item in items:
-                    file.write(json.dumps(asdict(item), ensure_ascii=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(listing)
+            if any(path.name != LOCK and not is_temporary(path) for path in self.folder.iterdir()):
+                raise ValueError(f"{self.folder} is not empty and holds no session; choose another --out")
+            write_file(listing, "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in items))
 
     def _read(self) -> None:
         self.answers: dict[int, str] = {}  # by item, in the order of their answers
@@ -112,14 +106,8 @@ class Session:
             self._read()  # what one that has just ended may have written
             yield
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        try:
-            held = FileLock(self.folder / "lock").acquire(timeout=0)
-        except Timeout:
-            raise ValueError(f"{self.folder}: another process collects answers there; end it first") from None
-        with held:
-            yield
+    def _locked(self) -> AbstractContextManager[None]:
+        return alone(self.folder, self.folder / LOCK)
 
     def next(self) -> Item | None:
         """The first item without an answer."""
@@ -149,13 +137,7 @@ class Session:
         return last
 
     def _append(self, row: dict[str, Any]) -> None:
-        path = self.folder / "answers.jsonl"
-        with path.open("ab+") as file:
-            if file.tell() and not _ends_line(path):
-                file.write(b"\n")  # a kill cut the last line short
-            file.write((json.dumps(row) + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.folder / "answers.jsonl", json.dumps(row))
         self._take(row)
 
     def progress(self) -> dict[str, Any]:
@@ -189,10 +171,8 @@ class Session:
 
     def export(self, path: str | Path) -> int:
         """Write `rows` as JSONL; how many."""
-        path, rows = Path(path), self.rows()
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
-        temporary.replace(path)
+        rows = self.rows()
+        write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return len(rows)
 
 
@@ -208,9 +188,3 @@ def _lines(path: Path, cut_short: bool = False) -> list[Any]:
             if not cut_short:
                 raise ValueError(f"{path}: damaged ({error}); restore it") from error
     return rows
-
-
-def _ends_line(path: Path) -> bool:
-    with path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"

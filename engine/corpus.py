@@ -5,7 +5,8 @@ or uint32 for vocabularies of 65,536 tokens and more). Next to it `<fingerprint>
 fingerprint covers the sources' bytes, the tokenizer and the end token, so that a changed source or tokenizer makes
 another cache and an old one is never read by mistake. Caches that are no longer wanted can be deleted at any time.
 
-Both files are written under a temporary name, synced and renamed, the JSON last: where it exists the tokens are whole.
+Both files are written in one piece, the JSON last: where it exists the tokens are whole; by one
+process at a time.
 
 Sources are read in pieces of some 256 KB, so memory stays bounded by the longest line. A piece ends after a line that
 isn't blank and in front of one that begins with a word, where tokenizers of the GPT-2 and Llama 3 kind split anyway.
@@ -14,7 +15,6 @@ isn't blank and in front of one that begins with a word, where tokenizers of the
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from .._files import write_file, write_json
+from .._locks import alone
 from .data import parse_json
 from .text import append_eos, beginning, begun
 
@@ -89,10 +91,9 @@ def token_corpus(
     fingerprint = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
     path = Path(cache_dir) / f"{fingerprint}.bin"
     if not _is_whole(path, about, dtype):
-        count = _write(path, _tokens(sources, tokenizer, eos, dtype), about, dtype)
-        if count < 2:
-            names = ", ".join(str(source) for source in sources if isinstance(source, Path)) or "the corpus"
-            raise ValueError(f"{names}: {count} tokens; give text with at least two")
+        with alone(path, path.with_suffix(".lock")):
+            if not _is_whole(path, about, dtype):  # which another process may have done in between
+                _make(path, sources, tokenizer, eos, about, dtype)
     return TokenCorpus(np.memmap(path, dtype=dtype, mode="r"), max_length)
 
 
@@ -132,36 +133,29 @@ def _is_whole(path: Path, about: dict[str, Any], dtype: "np.dtype[Any]") -> bool
         return False  # absent or damaged: it is made again
 
 
+def _make(
+    path: Path,
+    sources: Sequence[str | Path],
+    tokenizer: "Tokenizer",
+    eos: int | None,
+    about: dict[str, Any],
+    dtype: "np.dtype[Any]",
+) -> None:
+    count = _write(path, _tokens(sources, tokenizer, eos, dtype), about, dtype)
+    if count < 2:
+        names = ", ".join(str(source) for source in sources if isinstance(source, Path)) or "the corpus"
+        raise ValueError(f"{names}: {count} tokens; give text with at least two")
+
+
 def _write(path: Path, arrays: Iterable[npt.NDArray[Any]], about: dict[str, Any], dtype: "np.dtype[Any]") -> int:
     """Write the tokens and what they were made from; gives their number. Fewer than two make no corpus."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, (array.tobytes() for array in arrays))
+    write_file(path, (array.tobytes() for array in arrays))
     count = path.stat().st_size // dtype.itemsize
     if count < 2:
         path.unlink()
     else:
-        _replace(path.with_suffix(".json"), [json.dumps({**about, "count": count}, indent=1).encode()])
+        write_json(path.with_suffix(".json"), {**about, "count": count})
     return count
-
-
-def _replace(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write `path` so that it is there whole or not at all."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the new name itself
-    finally:
-        os.close(folder)
 
 
 def _tokens(

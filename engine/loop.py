@@ -174,10 +174,11 @@ def train(
     after an error, what they were.
 
     Raises ValueError where nothing trains, `loss_fn` returns anything else, the loss reaches nothing that trains, the
-    folder holds another run, or `eval_every`, `patience` or `best` is set without `eval_data`; FloatingPointError where
-    the loss is not finite, MemoryError where memory runs out, OSError where the disk does.
+    folder holds another run, another process works there, or `eval_every`, `patience` or `best` is set without
+    `eval_data`; FloatingPointError where the loss is not finite, MemoryError where memory runs out, OSError where the
+    disk does.
     """
-    with clean_guest(model, config.seed, config.deterministic):
+    with clean_guest(model, config.seed, config.deterministic), Record(out).alone():
         start, device = time.perf_counter(), next(model.parameters()).device
         if eval_data is None and (idle := needs_evaluation(config)):
             raise ValueError(

@@ -91,9 +91,10 @@ def ppo(
 
     Raises ValueError for a model with adapters other than a reward's (merge them first), LoRA targets outside its
     layers, an empty prompt, none that leaves room for a completion, a reward that gives anything but one finite number
-    each, and a folder of a run with another configuration, base or prompts; FloatingPointError where training diverges.
+    each, and a folder of a run with another configuration, base or prompts, or on which another process works;
+    FloatingPointError where training diverges.
     """
-    with clean_guest(model, config.seed):
+    with clean_guest(model, config.seed), Record(out).alone():
         start = time.perf_counter()
         record = Record(out)
         record.start(about or {}, (about or {}).get("config") or {"ppo": asdict(config)})

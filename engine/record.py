@@ -2,16 +2,22 @@
 
 run.json       method, configuration, versions, device         metrics.jsonl  a line a step, a line an evaluation
 result.json    what came out                                   checkpoints/   exact state, see checkpoint.py
+.lock          there while a process works on the run
 """
 
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .._files import LOCK, append_line, is_temporary, remove_left_overs, write_file, write_json
+from .._locks import alone
 
 
 class Record:
@@ -27,6 +33,21 @@ class Record:
     @property
     def best(self) -> Path | None:
         return self.out / "best" if self.out else None
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other process works on this run, and what killed ones left half written is gone.
+
+        Raises ValueError, which names the other process, where one does. A folder that can't be written, as of a
+        finished run that was put away, needs no lock.
+        """
+        if self.out is None or (self.out.exists() and not os.access(self.out, os.W_OK)):
+            yield
+            return
+        with alone(self.out, self.out / LOCK):
+            if (self.out / "run.json").is_file():
+                remove_left_overs(self.out)
+            yield
 
     def start(self, about: dict[str, Any], config: dict[str, Any]) -> None:
         """Claim the folder for this run, or find that it is this run's already.
@@ -46,7 +67,7 @@ class Record:
                 raise ValueError(
                     f"{self.out} holds a run with {'; '.join(changed)}; take back the change or choose another out"
                 )
-        elif self.out.is_dir() and any(file.name != "run.json.tmp" for file in self.out.iterdir()):
+        elif self.out.is_dir() and any(path.name != LOCK and not is_temporary(path) for path in self.out.iterdir()):
             raise ValueError(f"{self.out} is not empty and holds no run; choose another out")
         self.out.mkdir(parents=True, exist_ok=True)
         facts = {**about, "config": config, **environment(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -100,31 +121,17 @@ class Record:
                 break
 
         if (remaining := "".join(lines)) != text:
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(remaining, encoding="utf-8")
-            temporary.replace(path)
+            write_file(path, remaining)
 
     def log(self, **values: Any) -> None:
         """Append a line to metrics.jsonl."""
         if self.out is not None:
-            path = self.out / "metrics.jsonl"
-            try:
-                with open(path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(values) + "\n")
-            except OSError as error:
-                raise OSError(f"{path}: could not be written ({error}); make room, then run the same again") from error
+            append_line(self.out / "metrics.jsonl", json.dumps(values))
 
     def finish(self, result: dict[str, Any]) -> None:
         """Write result.json."""
         if self.out is not None:
             write_json(self.out / "result.json", result)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON in one piece."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def environment() -> dict[str, Any]:

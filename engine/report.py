@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._files import write_file
 from .metrics import LOWER_IS_BETTER
 from .plots import evaluation_figures, frontier_figures, is_number, legend_line, loss_figures, training_figures
 from .runs import (
@@ -32,6 +33,7 @@ from .runs import (
 
 __all__ = ["comparison_table", "report"]
 
+MARK = '<meta name="generator" content="handtune">'  # by which a page is known as ours
 SAMPLES = 10  # of a run
 MAX_CLASSES = 25  # a larger confusion matrix is unreadable: its most frequent confusions are listed instead
 
@@ -85,18 +87,34 @@ details tbody th, .differs tbody th { font-weight: 400; color: var(--soft); } .f
 """
 
 
-def report(runs: Sequence[Path], out: Path) -> Path:
+def report(runs: Sequence[Path], out: Path, force: bool = False) -> Path:
     """Write one HTML page that compares the given run folders; returns the file written.
 
     out: the file, or a folder that receives report.html. Raises FileNotFoundError for a folder that is no run,
-    ValueError for a damaged JSON file or where matplotlib is missing.
+    ValueError for a damaged JSON file, where matplotlib is missing, and where something other than such a page is
+    there already, unless `force` says to replace it.
     """
+    goal = page_at(out, force)
     page = _page(read_runs(runs))
+    goal.parent.mkdir(parents=True, exist_ok=True)
+    write_file(goal, page)
+    return goal
+
+
+def page_at(out: Path, force: bool) -> Path:
+    """The file of a page. ValueError where something is there that `report` did not write, as above."""
     out = Path(out)
-    out = out / "report.html" if out.is_dir() else out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page, encoding="utf-8")
-    return out
+    goal = out / "report.html" if out.is_dir() else out
+    if goal.exists() and not force and not _is_page(goal):
+        raise ValueError(f"{goal}: is there already, and no page of a report; give another name, or --force")
+    return goal
+
+
+def _is_page(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return MARK.encode() in file.read(1000)
 
 
 def _page(runs: list[Run]) -> str:
@@ -118,7 +136,7 @@ def _page(runs: list[Run]) -> str:
         "<h2>Configuration</h2>",
         *map(_configuration, runs),
     ]
-    head = '<meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    head = f'<meta charset="utf-8">{MARK}<meta name="viewport" content="width=device-width">'
     head += f"<title>{_e(title)}</title><style>{STYLE}</style>"
     body = "\n".join(part for part in parts if part)
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter_files import load_adapter, read_adapter, save_adapter
+from .._files import filling, write_json
+from .adapter_files import CONFIG, load_adapter, read_adapter, save_adapter
 from .adapters import adapter_names, use_adapter
 from .batches import packed, to_device
 from .chat import ChatTemplate
@@ -95,9 +96,9 @@ class Reward:
 
     def save(self, path: str | Path) -> None:
         """Write its adapter, head and normalisation to the folder `path`; `load_reward` reads it back."""
-        save_adapter(self.model, path, ADAPTER)
-        text = json.dumps({"shift": self.shift, "scale": self.scale}) + "\n"
-        (Path(path) / SCALE).write_text(text, encoding="utf-8")
+        with filling(path, CONFIG) as folder:
+            save_adapter(self.model, folder, ADAPTER)
+            write_json(folder / SCALE, {"shift": self.shift, "scale": self.scale})
 
 
 def load_reward(policy: Any, path: str | Path, tokenizer: Any = None) -> Reward:

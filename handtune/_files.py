@@ -3,11 +3,15 @@
 What is stored is there whole or not at all, and a failure leaves what was there before: every file is written under a
 temporary name of its own beside its goal, flushed to the disk, and renamed; then the folder is flushed, which holds the
 name. Temporary names are hidden, end with `.tmp` and hold the writer's process id. Those of processes that have ended
-are removed by the next writer of the same file. A folder of several files (`filling`) is made in a hidden folder inside
-it, whose files then move up; the one that makes it complete moves last, and goes first where there is an older one.
+are removed by the next writer of the same file.
 
-`alone` keeps a second process out. `read_json` and `parse_json` are the only readers of JSON: an error names the file,
-and the line or field.
+A folder of several files (`filling`) is made in a hidden folder inside it, because it may be a file system of its own.
+Once all are on the disk, a list of them is written, and they move up: the file that makes the folder whole leaves
+first and comes last. Where a kill cuts that short, the list tells which files are of no use without the others.
+A folder that is always replaced as one (`replacing_folder`) is made beside it.
+
+`_locks.py` keeps a second process out. `read_json` and `parse_json` are the only readers of JSON: an error names the
+file, and the line or field.
 """
 
 import errno
@@ -18,16 +22,29 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+# The names of the dtypes in a safetensors file, and what torch calls them.
+DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+LOCK = ".lock"  # in a folder on which one process works at a time
 _LEFT_OVER = re.compile(r"\.(?P<name>.+)\.(?P<process>[0-9]+)-[0-9a-f]{8}\.tmp")
+_NEW, _OLD, _LIST = "new", "old", "files.json"  # in the hidden folder of `filling`
+_in_use: set[Path] = set()  # the temporary names that this process writes under just now
 
 
-def is_temporary(path: Path) -> bool:
-    """Whether a file or folder is an unfinished one, which is not counted as stored."""
-    return _LEFT_OVER.fullmatch(path.name) is not None
+class DiskError(OSError):
+    """`path` could not be written: why, and what to do. `size`: the bytes that it needs, where they are known."""
+
+    def __init__(self, path: Path, reason: str, remedy: str, code: int | None, size: int | None):
+        super().__init__(f"{path}: could not be written ({reason}); {remedy}")
+        self.reason, self.errno, self.size = reason, code, size
 
 
 @contextmanager
@@ -35,13 +52,13 @@ def replacing(path: str | Path, size: int | None = None) -> Iterator[IO[bytes]]:
     """A file to write to, which takes the place of `path` when the block ends, and leaves no trace if that fails.
 
     `size`: how many bytes it will take, where that is known, for the error of a full disk. Raises OSError, which names
-    the path, where it can't be written, and ValueError where something stands there that is no file.
+    the path, where it can't be written, and ValueError where something stands there that is no file. A link at `path`
+    is replaced, what it leads to stays.
     """
     path = Path(path)
     _check_replaceable(path)
-    remove_left_overs(path)
-    temporary = _temporary(path)
-    try:
+    remove_left_overs(path.parent, path.name)
+    with _temporary(path) as temporary, _explained(path, (temporary,), size):
         # Opened exclusively: a link that waits under this name is not followed.
         with open(temporary, "xb") as file:
             yield file
@@ -49,12 +66,6 @@ def replacing(path: str | Path, size: int | None = None) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         flush_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise disk_error(path, error, size) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_file(path: str | Path, contents: bytes | str | Iterable[bytes]) -> None:
@@ -73,25 +84,37 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file in one piece, of tensors on the CPU that share no memory."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    """Write tensors as a safetensors file, in one piece.
 
-    path = Path(path)
-    _check_replaceable(path)
-    remove_left_overs(path)
-    temporary, size = _temporary(path), sum(tensor.nbytes for tensor in tensors.values())
-    try:
-        save_file(dict(tensors), temporary, metadata=metadata)
-        flush_file(temporary)
-        os.replace(temporary, path)
-        flush_folder(path.parent)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise disk_error(path, error, size) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    By hand: the library's own writer leaves temporary names of its own, and a file that only its owner can read.
+    """
+    import torch
+
+    order, header = tensors_header(tensors, metadata)
+    with replacing(path, len(header) + sum(tensor.nbytes for tensor in tensors.values())) as file:
+        file.write(header)
+        for name in order:
+            flat = tensors[name].detach().cpu().contiguous().view(-1)
+            file.write(memoryview(flat.view(torch.uint8).numpy()))
+
+
+def tensors_header(tensors: Mapping[str, Any], metadata: dict[str, str] | None) -> tuple[list[str], bytes]:
+    """The order in which a safetensors file holds `tensors`, and the bytes that stand before them.
+
+    Of each tensor dtype, shape and nbytes are looked at. Wider dtypes stand first, so that each starts at a multiple of
+    its item size, as the format asks for.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    names = {f"torch.{theirs}": name for name, theirs in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name in order:
+        one = tensors[name]
+        first, end = end, end + one.nbytes
+        header[name] = {"dtype": names[str(one.dtype)], "shape": list(one.shape), "data_offsets": [first, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return order, len(text).to_bytes(8, "little") + text
 
 
 def append_line(path: str | Path, text: str) -> None:
@@ -100,71 +123,157 @@ def append_line(path: str | Path, text: str) -> None:
     Raises OSError where the disk fails: then nothing of the line is in the file.
     """
     path = Path(path)
-    try:
-        with open(path, "ab+") as file:
-            before = file.seek(0, os.SEEK_END)
-            file.seek(max(0, before - 1))
-            ends_line = before == 0 or file.read(1) == b"\n"
-            try:
-                file.write(("" if ends_line else "\n").encode() + text.encode("utf-8") + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            except OSError:
-                os.truncate(path, before)
-                raise
-    except OSError as error:
-        raise disk_error(path, error, len(text) + 1) from error
+    line = text.encode("utf-8") + b"\n"
+    with _explained(path, (path,), len(line)), open(path, "ab+", buffering=0) as file:  # nothing is written later
+        before = file.seek(0, os.SEEK_END)
+        file.seek(max(0, before - 1))
+        left = line if before == 0 or file.read(1) == b"\n" else b"\n" + line
+        try:
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except BaseException:
+            file.truncate(before)
+            raise
 
 
 @contextmanager
 def filling(folder: str | Path, last: str) -> Iterator[Path]:
-    """A hidden folder inside `folder` to write files to, which move up when the block ends, and else are gone.
+    """A hidden folder to write files to, which move up into `folder` when the block ends, and else are gone.
 
-    `last` is the file without which the folder means nothing: an older one is removed before anything moves, and the
-    new one moves last, so that a kill never leaves a mixture that looks whole. Inside `folder`, because that may be a
-    file system of its own.
+    `last` is the file without which the folder means nothing. Where anything fails, the folder holds what it held; a
+    kill while the files move leaves one without `last`, in which `half_filled` names what is of no use.
     """
     folder = Path(folder)
     is_new = not folder.exists()
-    hidden = _temporary(folder / "new")
-    try:
+    with ExitStack() as end:
+        end.callback(_remove_if_empty, folder if is_new else None)
+        hidden = end.enter_context(_temporary(folder / _NEW))
+        end.enter_context(_explained(folder, (folder,)))
         folder.mkdir(parents=True, exist_ok=True)
-        remove_left_overs(folder / "new")
-        hidden.mkdir()
-        yield hidden
+        for left_over in _left_overs(folder, _NEW):
+            if not (left_over / _LIST).is_file():
+                _remove(left_over)
+        for inner in (hidden, hidden / _NEW, hidden / _OLD):
+            inner.mkdir()
+        yield hidden / _NEW
 
-        for path in hidden.rglob("*"):
-            flush_folder(path) if path.is_dir() else flush_file(path)
-        (folder / last).unlink(missing_ok=True)
+        _flush_all(hidden)
+        _move_up(hidden, folder, last)
+
+
+def _move_up(hidden: Path, folder: Path, last: str) -> None:
+    """Move the files of a `filling` into its folder; where that fails, those before them are put back."""
+    names = sorted((path.relative_to(hidden / _NEW) for path in hidden.rglob("*") if path.is_file()), key=str)
+    names.sort(key=lambda name: name == Path(last))
+    left_overs = _left_overs(folder, _NEW)
+    half = _listed(left_overs)
+    write_json(hidden / _LIST, sorted({*map(str, names), *half}))
+    for left_over in left_overs:
+        _remove(left_over)
+
+    with ExitStack() as undo:
+        for name in [*reversed(names), *(Path(name) for name in half if Path(name) not in names)]:
+            if (folder / name).is_file() or (folder / name).is_symlink():
+                (hidden / _OLD / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(folder / name, hidden / _OLD / name)
+                undo.callback(os.replace, hidden / _OLD / name, folder / name)
         flush_folder(folder)
-        for path in sorted(hidden.rglob("*"), key=lambda path: (path == hidden / last, path)):
-            if path.is_file():
-                goal = folder / path.relative_to(hidden)
-                goal.parent.mkdir(exist_ok=True)
-                os.replace(path, goal)
-        flush_folder(folder)
-    except OSError as error:
-        raise disk_error(folder, error) from error
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
-        if is_new and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            if name == Path(last):
+                flush_folder(folder)
+            os.replace(hidden / _NEW / name, folder / name)
+            undo.callback((folder / name).unlink, missing_ok=True)
+        for inner in {(folder / name).parent for name in names}:
+            flush_folder(inner)
+        undo.pop_all()
+    # The list goes last: as long as it is there, the files may be replaced by whoever does the same again.
+    shutil.rmtree(hidden / _OLD, ignore_errors=True)
+    shutil.rmtree(hidden / _NEW, ignore_errors=True)
 
 
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+def half_filled(folder: str | Path) -> set[str]:
+    """The files in a folder that a `filling` moved there, or was about to, when it was killed, or is just now."""
+    return _listed(hidden for hidden in Path(folder).glob(f".{_NEW}.*.tmp") if is_temporary(hidden))
 
 
-def remove_left_overs(path: Path) -> None:
-    """Remove what killed processes left of writing `path`."""
-    for other in path.parent.glob(f".{_escaped(path.name)}.*.tmp"):
-        match = _LEFT_OVER.fullmatch(other.name)
-        if match is None or match["name"] != path.name or _is_running(int(match["process"])):
+def _listed(hidden: Iterable[Path]) -> set[str]:
+    """The names in the lists of such folders; none that leads out of theirs."""
+    lists = (folder / _LIST for folder in hidden)
+    names = {str(name) for path in lists if path.is_file() for name in read_json(path, list)}
+    return {name for name in names if name and not Path(name).is_absolute() and ".." not in Path(name).parts}
+
+
+@contextmanager
+def replacing_folder(path: str | Path, aside: str | Path) -> Iterator[Path]:
+    """A hidden folder beside `path` to write files to, which takes its place when the block ends, and else is gone.
+
+    An older one is moved to `aside` in between, and is the caller's to remove. It is put back where anything fails; a
+    kill leaves it there.
+    """
+    path, aside = Path(path), Path(aside)
+    with _temporary(path) as temporary, _explained(path, (path.parent,)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_left_overs(path.parent, path.name)
+        temporary.mkdir()
+        yield temporary
+
+        _flush_all(temporary)
+        with ExitStack() as undo:
+            if path.exists():
+                os.rename(path, aside)
+                undo.callback(os.rename, aside, path)
+            os.rename(temporary, path)
+            undo.pop_all()
+        flush_folder(path.parent)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a file or folder is an unfinished one, which is not counted as stored."""
+    return _LEFT_OVER.fullmatch(path.name) is not None
+
+
+def stored_files(folder: str | Path) -> list[Path]:
+    """The files in a folder and in those inside it, without locks and what is unfinished."""
+    inside = (path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file())
+    names = sorted(name for name in inside if name.name != LOCK and not any(is_temporary(Path(p)) for p in name.parts))
+    return [Path(folder) / name for name in names]
+
+
+def remove_left_overs(folder: Path, name: str | None = None) -> None:
+    """Remove what killed processes left of writing the file `name` in a folder, or any file in it or below."""
+    for path in _left_overs(folder, name):
+        _remove(path)
+
+
+def _left_overs(folder: Path, name: str | None) -> list[Path]:
+    out = []
+    for path in folder.rglob(".*.tmp") if name is None else folder.glob(f".{_escaped(name)}.*.tmp"):
+        match = _LEFT_OVER.fullmatch(path.name)
+        if match is None or name not in (None, match["name"]):
             continue
-        if other.is_dir() and not other.is_symlink():
-            shutil.rmtree(other, ignore_errors=True)
-        else:
-            other.unlink(missing_ok=True)
+        process = int(match["process"])
+        # In a container each process may have the same number.
+        is_ours = process == os.getpid()
+        if path not in _in_use if is_ours else not _is_running(process):
+            out.append(path)
+    return out
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, as far as that is possible; a link is not followed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _remove_if_empty(folder: Path | None) -> None:
+    if folder is not None:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _escaped(name: str) -> str:
@@ -180,6 +289,18 @@ def _is_running(process: int) -> bool:
     except (PermissionError, OverflowError):
         return True
     return True
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, of which nothing is left after the block."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    _in_use.add(temporary)
+    try:
+        yield temporary
+    finally:
+        _remove(temporary)
+        _in_use.discard(temporary)
 
 
 def _check_replaceable(path: Path) -> None:
@@ -202,55 +323,41 @@ def flush_file(path: Path) -> None:
 
 
 def flush_folder(path: Path) -> None:
-    """Have it put a folder on the disk, which holds the names of what is in it."""
-    flush_file(path)
+    """Have it put a folder on the disk, which holds the names of what is in it, where its file system can do that."""
+    try:
+        flush_file(path)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
-def disk_error(path: Path, error: Exception, size: int | None = None) -> OSError:
-    """What to say where `path` could not be written, of `size` bytes, if that is known."""
-    reason = getattr(error, "strerror", None) or str(error)
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
-    if not full:
-        return OSError(f"{path}: could not be written ({reason}); what was there before is untouched")
-    needed = "" if size is None else f"{size:,} bytes are needed, "
-    free = shutil.disk_usage(_existing(path)).free
-    return OSError(
-        f"{path}: could not be written, the disk is full: {needed}{free:,} are free; make room, then run the same again"
-    )
-
-
-def _existing(path: Path) -> Path:
-    """The folder around `path` that is there."""
-    return next(folder for folder in path.absolute().parents if folder.is_dir())
+def _flush_all(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        flush_folder(path) if path.is_dir() else flush_file(path)
 
 
 @contextmanager
-def alone(path: str | Path, lock: str | Path) -> Iterator[None]:
-    """Inside, no other process works on `path`, which the file `lock` stands for. ValueError where one does already.
-
-    The file stays, and holds the process id of the last one to have it: to remove it would let two in at once.
-    """
-    from filelock import FileLock, Timeout
-
-    lock = Path(lock)
+def _explained(path: Path, inside: tuple[Path, ...], size: int | None = None) -> Iterator[None]:
+    """An OSError about something `inside`, or about nothing that it names, says that `path` could not be written."""
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(lock).acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"{path}: {_holder(lock)} works there; wait for its end, or end it") from None
-    except OSError as error:
-        raise disk_error(lock, error) from error
-    with held:
-        lock.write_text(f"{os.getpid()}\n")
         yield
+    except OSError as error:
+        about = None if error.filename is None else Path(os.fsdecode(error.filename))
+        if about is not None and not any(about.is_relative_to(folder) for folder in inside):
+            raise
+        raise disk_error(path, error, size) from error
 
 
-def _holder(lock: Path) -> str:
-    try:
-        process = int(lock.read_text())
-    except (OSError, ValueError):
-        return "another process"
-    return f"process {process}"
+def disk_error(path: Path, error: OSError, size: int | None = None) -> DiskError:
+    """What to say where `path` could not be written, of `size` bytes, if that is known."""
+    size = getattr(error, "size", None) if size is None else size
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return DiskError(path, reason, "what was there before is untouched", error.errno, size)
+    needed = "" if size is None else f"{size:,} bytes are needed, "
+    free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free
+    reason += f": {needed}{free:,} are free"
+    return DiskError(path, reason, "make room, then run the same again", error.errno, size)
 
 
 def read_bytes(path: str | Path, what: str = "file") -> bytes:

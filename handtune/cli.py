@@ -43,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--prompts", help="a file of rows with a prompt, messages or a text each")
     compare.add_argument("--pairs", help="instead of a model: rows of prompt and completions, or chosen and rejected")
     compare.add_argument("--out", required=True, help="the comparisons (JSONL); the session lies beside it")
+    compare.add_argument("--force", action="store_true", help="replace a file at --out that is of no session")
     compare.add_argument("--terminal", action="store_true", help="here, and not in a browser")
     compare.add_argument("--labeler", help="module:function answers: (prompt, left, right) → left, right, tie or skip")
     compare.add_argument("--repeat", type=float, default=0.1, help="share of pairs shown twice (default 0.1)")
@@ -67,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--prompts", help="a file of rows with a prompt, messages or a text each")
     generate.add_argument("--raw", action="store_true", help="continue the prompts as they are, past a chat template")
     generate.add_argument("--out", help="write prompt/completion rows (JSONL) here instead of printing")
+    generate.add_argument("--force", action="store_true", help="replace a file that is there")
     generate.add_argument("--max-new-tokens", type=int, default=64)
     generate.add_argument("--temperature", type=float, help="0 is greedy (default 1, with beams 0)")
     generate.add_argument("--top-k", type=int, default=0)
@@ -89,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
     label.add_argument("--labels", nargs="+", required=True, help="names, or name=words: what stands for each")
     label.add_argument("--template", default="{text}\\n{label}", help=r"a sentence (default {text}\n{label})")
     label.add_argument("--out", required=True, help="rows of text, label, confidence and second (JSONL)")
+    label.add_argument("--force", action="store_true", help="replace a file that is there")
     label.add_argument("--sort", action="store_true", help="the least certain first")
     label.add_argument("--adapter", action="append", default=[], help="an adapter's folder")
     label.add_argument("--batch-rows", type=int, default=16)
@@ -102,6 +105,7 @@ def parser() -> argparse.ArgumentParser:
     report = add("report", "Compare runs in a table and in one self-contained HTML page.")
     report.add_argument("runs", nargs="+", help="run folders")
     report.add_argument("-o", "--out", default="report.html", help="the page (default report.html)")
+    report.add_argument("--force", action="store_true", help="replace a file that is no page of handtune's")
     return top
 
 

@@ -26,7 +26,16 @@ from .models import save
 from .prepare import Prepared, choose_trained, data_files, prepare, run_objective
 from .prompts import prompts_of
 from .rlhf import check_prompts, run_ppo
-from .stored import config_of, data_sizes, facts_of, has_stored, put_weights, require_same_data, store_adapter
+from .stored import (
+    config_of,
+    data_sizes,
+    facts_of,
+    has_stored,
+    put_weights,
+    require_same_data,
+    store_adapter,
+    stored_bytes,
+)
 
 
 def run_train(options: argparse.Namespace) -> int:
@@ -39,6 +48,14 @@ def run_train(options: argparse.Namespace) -> int:
         require_same_data(out, sizes)
         print(f"finished already: nothing is left to train\n{_stored(values, place)}")
         return 0
+    with record.alone():
+        if record.finished(config.as_dict()) is not None and has_stored(out):
+            return run_train(options)  # another process has done it just now
+        return _train(config, place, record, sizes)
+
+
+def _train(config: RunConfig, place: Path, record: Record, sizes: dict[str, int]) -> int:
+    out = Path(config.out)
     about: dict[str, Any] = {
         "name": config.name or out.name, "method": config.method, "task": run_objective(config).task,
         "model": config.model.path or config.model.preset, "config": config.as_dict(),
@@ -76,9 +93,8 @@ def _store(ready: Prepared, config: RunConfig, place: Path, record: Record, resu
 
     counts = trainable_report(ready.model)
     values = asdict(result)
-    stored = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
     confusion = result.metrics.get("confusion")
-    values |= {"trainable": counts.trainable, "parameters": counts.total, "stored_bytes": stored}
+    values |= {"trainable": counts.trainable, "parameters": counts.total, "stored_bytes": stored_bytes(place)}
     values |= {"confusion": confusion, "labels": list(ready.labels)} if confusion else {}
     record.finish(values)
 
@@ -182,12 +198,13 @@ def run_merge(options: argparse.Namespace) -> int:
 
 def run_report(options: argparse.Namespace) -> int:
     """`handtune report`: a table on the terminal and a page."""
-    from .engine.report import report
+    from .engine.report import page_at, report
     from .engine.runs import comparison_table
 
+    page_at(Path(options.out), options.force)
     runs = [Path(run) for run in options.runs]
     print(comparison_table(runs))
-    print(f"page written to {report(runs, Path(options.out))}")
+    print(f"page written to {report(runs, Path(options.out), options.force)}")
     return 0
 
 

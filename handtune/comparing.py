@@ -12,6 +12,7 @@ from .engine.compare_page import ComparisonServer
 from .engine.completions import completions
 from .engine.data import read_prompts, read_text
 from .generator import generator_of
+from .outputs import refuse_existing
 from .prompts import prompts_of
 from .stored import function_of
 
@@ -48,8 +49,7 @@ def _session(options: argparse.Namespace, out: Path, folder: Path) -> Session:
         print(f"going on with {folder}, which has {len(session.answers)} of {len(session.items)} answers",
               file=sys.stderr)  # fmt: skip
         return session
-    if out.exists():
-        raise ValueError(f"{out} exists, and isn't of a session that could go on; choose another --out")
+    refuse_existing(options.out, options.force)
     return Session(folder, _items(options))
 
 

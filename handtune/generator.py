@@ -2,12 +2,15 @@
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ._files import write_file
 from .engine.completions import completions
 from .engine.data import read_prompts
 from .engine.guards import explained_memory_error
@@ -15,14 +18,20 @@ from .engine.objectives import objective_of
 from .engine.placed_rows import PlacedRow, place_of
 from .models import load
 from .models.checkpoint import objectives_of
+from .outputs import output
 from .prepare import run_model
 from .prompts import learn_turn_end, prompts_of
 from .stored import config_of, put_adapter, require_finished
 
 
 def run_generate(options: argparse.Namespace) -> int:
-    """`handtune generate`: continue prompts, printed or written as rows, batch by batch."""
+    """`handtune generate`: continue prompts, printed batch by batch or written as rows."""
     _check(options)
+    with output(options.out, options.force) if options.out else nullcontext() as out:
+        return _generate(options, out)
+
+
+def _generate(options: argparse.Namespace, out: Path | None) -> int:
     generator = generator_of(options)
     model, tokenizer, rows = generator.model, generator.tokenizer, list(_rows(options))
     adapters = _adapters(rows, generator.adapters)
@@ -35,17 +44,32 @@ def run_generate(options: argparse.Namespace) -> int:
         length_penalty=1.0 if options.length_penalty is None else options.length_penalty, adapters=adapters,
     )  # fmt: skip
     with explained_memory_error(next(model.parameters()).device, lambda: _smaller(options)):
-        if options.out:
-            with Path(options.out).open("w", encoding="utf-8", buffering=1) as file:  # each row is there once written
-                for row, chat, prompt, text in zip(rows, chats, prompts, written, strict=True):
-                    asked = row["prompt"] if chat and "prompt" in row else prompt  # as rows to train on have it
-                    file.write(json.dumps({"prompt": asked, "completion": text}, ensure_ascii=False) + "\n")
+        if out is not None:
+            asked = [
+                row["prompt"] if chat and "prompt" in row else prompt  # as rows to train on have it
+                for row, chat, prompt in zip(rows, chats, prompts, strict=True)
+            ]
+            _write(asked, written, out)
             print(f"{len(prompts)} rows written to {options.out}")
         else:
             for number, (chat, prompt, text) in enumerate(zip(chats, prompts, written, strict=True)):
                 is_answer = chat or model.task == "seq2seq-lm"  # a text of its own, no continuation
                 print(("\n" if number else "") + (text if is_answer else prompt + text), flush=True)
     return 0
+
+
+def _write(prompts: list[str], completed: Iterable[str], out: Path) -> None:
+    """Write rows of prompt and completion to `out`; where it is broken off, those there are to a file beside it."""
+    lines: list[str] = []
+    try:
+        for prompt, text in zip(prompts, completed, strict=True):
+            lines.append(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) + "\n")
+    finally:
+        if 0 < len(lines) < len(prompts):
+            part = out.with_name(f"{out.name}.{os.getpid()}.part")
+            write_file(part, "".join(lines))
+            print(f"the first {len(lines)} of {len(prompts)} rows are in {part}", file=sys.stderr)
+    write_file(out, "".join(lines))
 
 
 def _check(options: argparse.Namespace) -> None:

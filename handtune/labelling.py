@@ -5,17 +5,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ._files import write_file
 from .engine.data import read_prompts
 from .engine.labelling import label_texts
 from .engine.placed_rows import place_of
 from .engine.rows import label_name
 from .generator import generator_of
+from .outputs import output
 
 
 def run_label(options: argparse.Namespace) -> int:
     """`handtune label`: rows of text, label and confidence, the least certain first where they are to be reviewed."""
     if Path(options.out).resolve() == Path(options.data).resolve():
         raise ValueError(f"--out {options.out} is the file of the texts; give another")
+    with output(options.out, options.force) as out:
+        return _label(options, out)
+
+
+def _label(options: argparse.Namespace, out: Path) -> int:
     words = dict(label_and_words(spec) for spec in options.labels)
     texts = [row["text"] if "text" in row else row["prompt"] for row in _rows(options.data)]
     model, tokenizer, *_ = generator_of(options)
@@ -26,8 +33,7 @@ def run_label(options: argparse.Namespace) -> int:
     rows = [{"text": text, **one._asdict()} for text, one in zip(texts, found, strict=True)]
     if options.sort:
         rows.sort(key=lambda row: row["confidence"])
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    Path(options.out).write_text("".join(lines), encoding="utf-8")
+    write_file(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     counts = ", ".join(f"{name} {sum(one.label == name for one in found)}" for name in words)
     print(f"{len(rows)} rows written to {options.out}: {counts}")
     return 0

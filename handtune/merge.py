@@ -6,10 +6,8 @@ one tensor at a time; what it brings (a head, norms) takes the place of the stor
 Where the dtype is narrower than fp32, how much of the adapter's change is left in it is said on standard error.
 """
 
-import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._files import LOCK, filling, half_filled, is_temporary, write_json
+from ._locks import alone
 from .engine import merge_lora
 from .engine.adapter_files import StoredAdapter, read_adapter
 from .engine.adapters import merged_rows
@@ -30,13 +30,13 @@ from .models.checkpoint import Checkpoint, open_checkpoint, save_around, stored_
 from .models.filling import Placement, blocks, own_tensors, place
 from .models.layers import Published
 from .models.pixels import Pixels
-from .models.shards import INDEX, SINGLE, write_json
+from .models.shards import INDEX, SINGLE
 from .models.tensor_file import Made, Stored, holds, read_into, same, write_file
 from .prompts import learn_turn_end
 from .stored import adds_tokens, head_of, put_adapter, resized_vocabulary
 
 Source = Stored | Made
-UNFINISHED = ".merging"
+MAIN = "config.json"  # without it no folder is a checkpoint
 
 
 @torch.no_grad()
@@ -47,8 +47,27 @@ def merge(base: str, adapter: Path, out: Path) -> None:
     what loading raises; ValueError where `out` holds something, where the base lacks a head that the adapter doesn't
     bring, for a convolution in groups, or where a merged number is none, or more than the base's dtype can hold.
     """
+    out = out.resolve()
+    _require_empty(out)
+    with alone(out, out / LOCK):
+        _require_empty(out)
+        rounding, dtype = _merge(base, adapter, out)
+    _say(rounding, dtype)
+
+
+def _require_empty(out: Path) -> None:
+    """ValueError where `out` holds anything but what a merge that was killed has left there."""
+    if not out.exists():
+        return
+    left = {LOCK, *(Path(name).parts[0] for name in half_filled(out))}
+    if not out.is_dir() or any(path.name not in left and not is_temporary(path) for path in out.iterdir()):
+        raise ValueError(f"{out} holds something already; give a new folder for the merged checkpoint")
+
+
+def _merge(base: str, adapter: Path, out: Path) -> tuple[Rounding, torch.dtype]:
+    """Fill the folder; how much of the change is left in the dtype of the base."""
     opened, rounding = open_checkpoint(base, **head_of(adapter)), Rounding()
-    with _filling(out) as folder:
+    with filling(out, MAIN) as folder:
         reordered = (opened.head_rows or []) != sorted(opened.head_rows or [])
         resized = resized_vocabulary(adapter, opened.model) is not None
         if adds_tokens(adapter, opened.tokenizer) or resized or reordered:
@@ -60,7 +79,7 @@ def merge(base: str, adapter: Path, out: Path) -> None:
             save(model, tokenizer, folder)
         else:
             _stream(opened, base, adapter, folder, rounding)
-    _say(rounding, opened.shards.dtype())
+    return rounding, opened.shards.dtype()
 
 
 def _say(rounding: Rounding, dtype: torch.dtype) -> None:
@@ -91,29 +110,6 @@ def _measure(model: Any, adapter: Path, rounding: Rounding) -> None:
     for path, ids, rows in stored.rows:
         before = base[f"{path}.weight"].detach()[ids]
         rounding.add(before, rows, rows.to(before.dtype))
-
-
-@contextmanager
-def _filling(out: Path) -> Iterator[Path]:
-    """A folder inside `out` to write to. In the end what is in it moves up, config.json last; or else nothing is left.
-
-    Inside, because `out` may be a file system of its own, and to be there already need not mean that it is ours to
-    remove. What a merge that was killed has left there is.
-    """
-    out = out.resolve()
-    if out.exists() and (not out.is_dir() or any(file.name != UNFINISHED for file in out.iterdir())):
-        raise ValueError(f"{out} holds something already; give a new folder for the merged checkpoint")
-    folder, is_new = out / UNFINISHED, not out.exists()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
-            file.replace(out / file.name)
-    except BaseException:
-        shutil.rmtree(out if is_new else folder, ignore_errors=True)
-        raise
-    folder.rmdir()
 
 
 def _stream(opened: Checkpoint, base: str, adapter: Path, folder: Path, rounding: Rounding) -> None:

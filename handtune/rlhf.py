@@ -22,20 +22,28 @@ from .models import load
 from .models.checkpoint import open_checkpoint
 from .models.shards import read_json
 from .prompts import learn_turn_end, prompts_of
-from .stored import data_sizes, function_of, has_stored, require_same_data, store_adapter
+from .stored import data_sizes, function_of, has_stored, require_same_data, store_adapter, stored_bytes
 
 
 def run_ppo(options: argparse.Namespace) -> int:
     """`handtune ppo`: one run from its configuration to the stored adapter."""
     config: PPORunConfig = read_config(options.config, options.override, PPORunConfig)
-    out, wanted = Path(config.out), config.model
-    assert wanted.path is not None
+    out = Path(config.out)
     record = Record(out)
     sizes = data_sizes(config.prompts)
     if (values := record.finished(config.as_dict())) is not None and has_stored(out):
         require_same_data(out, sizes)
         print(f"finished already: nothing is left to train\n{_stored(values, out / 'adapter')}")
         return 0
+    with record.alone():
+        if record.finished(config.as_dict()) is not None and has_stored(out):
+            return run_ppo(options)  # another process has done it just now
+        return _ppo(config, record, sizes, options.quiet)
+
+
+def _ppo(config: PPORunConfig, record: Record, sizes: dict[str, int], quiet: bool) -> int:
+    out, wanted = Path(config.out), config.model
+    assert wanted.path is not None
     model, tokenizer = load(
         wanted.path, "causal-lm", wanted.dtype, wanted.device, quantize=projections if wanted.quantize else None
     )
@@ -49,7 +57,7 @@ def run_ppo(options: argparse.Namespace) -> int:
         "config": config.as_dict(), "trains": f"LoRA r={config.ppo.lora.rank}", "data_sizes": sizes,
         "chat": model.tokens.asks_as_chat,
     }  # fmt: skip
-    show = None if options.quiet else tqdm.write
+    show = None if quiet else tqdm.write
     result = ppo(
         model, prompts, [_reward(spec, model, tokenizer) for spec in rewards], config.ppo, tokenizer=tokenizer, out=out,
         about=about, show=show,
@@ -58,7 +66,6 @@ def run_ppo(options: argparse.Namespace) -> int:
         print(f"stopped after {result.episodes} episodes; the same command goes on from there")
         return 130
     store_adapter(model, tokenizer, out / "adapter", POLICY)
-    stored = sum(file.stat().st_size for file in (out / "adapter").iterdir())
     counts = trainable_report(model)
     facts = {"trainable": counts.trainable, "parameters": counts.total, "peak_memory": peak_memory()}
     best = {"step": result.best["round"], "metric": "objective", "value": result.best["objective"]}
@@ -67,7 +74,7 @@ def run_ppo(options: argparse.Namespace) -> int:
         "best": best,
         "before": _first_round(out),
         "metrics": result.stats,
-        "stored_bytes": stored,
+        "stored_bytes": stored_bytes(out / "adapter"),
     }
     record.finish(values | facts)
     if result.stopped:

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ._files import filling, stored_files
 from .engine import load_adapter, save_adapter
 from .engine.adapter_factors import PREFIX
 from .engine.adapter_files import CONFIG, TASK_TYPES, WEIGHTS
@@ -76,6 +77,11 @@ def has_stored(run: Path) -> bool:
     return (run / "adapter" / CONFIG).is_file() or (run / "model" / "config.json").is_file()
 
 
+def stored_bytes(folder: Path) -> int:
+    """The bytes of what is stored in a folder."""
+    return sum(path.stat().st_size for path in stored_files(folder))
+
+
 def data_sizes(files: str | list[str]) -> dict[str, int]:
     """The bytes of each data file that is there. A folder of images has none."""
     paths = [files] if isinstance(files, str) else files
@@ -126,11 +132,12 @@ def put_adapter(model: Any, tokenizer: Any, adapter: Path, name: str = "default"
 
 def store_adapter(model: Any, tokenizer: Any, adapter: Path, name: str = "default") -> None:
     """Write an adapter, and beside it what it was trained with: tokenizer, chat template, ends of texts; image size."""
-    save_adapter(model, adapter, name)
-    if isinstance(model, ResNet):
-        model.pixels.write(adapter)
-    if tokenizer is not None:
-        save_tokenizer(tokenizer, model.tokens, adapter, model.task)
+    with filling(adapter, CONFIG) as folder:
+        save_adapter(model, folder, name)
+        if isinstance(model, ResNet):
+            model.pixels.write(folder)
+        if tokenizer is not None:
+            save_tokenizer(tokenizer, model.tokens, folder, model.task)
 
 
 def _announce_missing_head(model: Any, adapter: Path) -> None:

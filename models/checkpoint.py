@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._files import filling, write_json
 from ..kernels import Linear
 from ..kernels.linear import Merged
 from ..kernels.quantize import Workspace
@@ -28,7 +29,7 @@ from .pixels import Pixels
 from .pooling import read_pooling, write_pooling
 from .resnet import ResNet
 from .resnet_names import from_timm
-from .shards import SINGLE, Shards, read_json, write_json
+from .shards import SINGLE, Shards, read_json
 from .t5 import T5
 from .tasks import (
     class_name,
@@ -211,17 +212,14 @@ def save(model: Model, tokenizer: "Tokenizer | None", path: str | Path) -> None:
             raise ValueError(
                 f"{name} carries an adapter: merge_lora(model) first, or save_adapter(model, path) instead"
             )
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     own = own_tensors(model)
     tensors: dict[str, Made] = {}
     for key, source in model.key_map().items():
         for name, rows in zip(source.names, blocks(own[key], source), strict=True):
             tensors[name] = Made(stored_shape(source, rows), rows.dtype, partial(source.as_stored, rows))
-    temporary = folder / "model.safetensors.tmp"
-    write_file(temporary, tensors)
-    temporary.replace(folder / SINGLE)
-    save_around(model, tokenizer, folder, next(iter(tensors.values())).dtype)
+    with filling(path, "config.json") as folder:
+        write_file(folder / SINGLE, tensors)
+        save_around(model, tokenizer, folder, next(iter(tensors.values())).dtype)
 
 
 def stored_shape(source: Published, rows: Tensor) -> tuple[int, ...]:

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from .shards import read_json, write_json
+from .._files import write_json
+from .shards import read_json
 
 MODES = {"cls_token": "first", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "last"}  # published -> ours
 KINDS = "sentence_transformers.models."

@@ -15,18 +15,6 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def write_text(path: Path, text: str | bytes) -> None:
-    """Write a file beside its place and move it there: a reader finds the old one or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
-    temporary.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file in the same way."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
 def pickle_refused(path: str | Path) -> ValueError:
     """What to say of a checkpoint whose weights are there only in the pickle file at `path`."""
     return ValueError(

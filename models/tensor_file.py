@@ -21,13 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+from .. import _files
+
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, theirs) for name, theirs in _files.DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the published limit
 # Bytes. On a CPU so few that torch copies them with one thread, out of the cache: more threads are no faster, and wait
 # for one another where other processes want the cores too. To a device each copy has a price of its own.
@@ -168,20 +164,11 @@ class Made:
 def write_file(path: Path, tensors: Mapping[str, Stored | Made]) -> None:
     """Write tensors: those of another file are copied block by block, the others made one at a time.
 
-    What `make` gives may be a view of any layout and device, whose entries come in order. Wider dtypes stand first, so
-    that each tensor starts at a multiple of its item size, as the format asks for.
+    What `make` gives may be a view of any layout and device, whose entries come in order.
     """
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in order:
-        one = tensors[name]
-        first, end = end, end + one.nbytes
-        header[name] = {"dtype": NAMES[one.dtype], "shape": list(one.shape), "data_offsets": [first, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    order, header = _files.tensors_header(tensors, {"format": "pt"})
+    with _files.replacing(path, len(header) + sum(one.nbytes for one in tensors.values())) as file:
+        file.write(header)
         for name in order:
             one = tensors[name]
             for block in _stored_blocks(one) if isinstance(one, Stored) else _made_blocks(one):

@@ -23,7 +23,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .shards import read_json, write_json, write_text
+from .._files import write_file, write_json
+from .shards import read_json
 from .token_names import SETTINGS, special_names
 from .vocabulary import build_tokenizer
 
@@ -228,14 +229,14 @@ def save_tokenizer(tokenizer: "Tokenizer | None", tokens: SpecialTokens, folder:
     For a `task` that writes, generation_config.json names every token that ends what the model writes.
     """
     if tokenizer is not None:
-        write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+        write_file(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     if tokens.settings:
         write_json(folder / SETTINGS, tokens.settings)
     if tokens.chat_template:
-        write_text(folder / "chat_template.jinja", tokens.chat_template)
+        write_file(folder / "chat_template.jinja", tokens.chat_template)
     if task in ("causal-lm", "seq2seq-lm"):
         write_json(folder / GENERATION, {**tokens.generation, **tokens.to_config()})
     for name, contents in tokens.files.items():
         if tokenizer is not None or not any(fnmatchcase(name, pattern) for pattern in VOCABULARIES):
             (folder / name).parent.mkdir(exist_ok=True)
-            write_text(folder / name, contents)
+            write_file(folder / name, contents)

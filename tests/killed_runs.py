@@ -138,19 +138,14 @@ def live(run: str, out: str, place: str, die_at: int | None = None, slow: bool =
 
 
 def _slow_or_deadly_files(die_at: int | None) -> None:
-    import safetensors.torch
-
     count = 0
 
-    def watched(function: Callable[..., Any], half: bool = False) -> Callable[..., Any]:
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
             nonlocal count
             if die_at is None:
                 time.sleep(0.003)
             elif count == die_at:
-                if half:  # die in the middle of the write: half of the file is there
-                    function(*arguments, **named)
-                    os.truncate(arguments[1], os.path.getsize(arguments[1]) // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
             count += 1
             return function(*arguments, **named)
@@ -160,11 +155,8 @@ def _slow_or_deadly_files(die_at: int | None) -> None:
     if die_at is None:
         os.fsync = watched(os.fsync)
         return
-    os.fsync, os.replace = watched(os.fsync), watched(os.replace)
-    os.unlink, os.rmdir = watched(os.unlink), watched(os.rmdir)
-    Path.rename, Path.replace = watched(Path.rename), watched(Path.replace)  # type: ignore[method-assign]
-    Path.mkdir, Path.write_text = watched(Path.mkdir), watched(Path.write_text)  # type: ignore[method-assign]
-    safetensors.torch.save_file = watched(safetensors.torch.save_file, half=True)
+    for name in ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir"):
+        setattr(os, name, watched(getattr(os, name)))
 
 
 def assert_same_end(place: Path, other: Path) -> None:

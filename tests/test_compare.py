@@ -4,6 +4,7 @@ import http.client
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
+from small_kills import held_by_another
 from small_runs import write_rows
 
 from handtune.cli import main
@@ -160,7 +161,7 @@ def test_a_session_is_begun_by_one(tmp_path: Path) -> None:
     """While one process writes down what is compared, or answers, another one begins nothing there."""
     items, folder = make_items(PAIRS, repeat=0)[0], tmp_path / "s"
     folder.mkdir()
-    with FileLock(folder / "lock"), pytest.raises(ValueError, match="another process collects answers there"):
+    with held_by_another(folder / ".lock") as other, pytest.raises(ValueError, match=f"process {other} works there"):
         Session(folder, items)
     assert Session(folder, items).items == items
 
@@ -269,18 +270,25 @@ def test_nothing_that_was_there_is_lost(tmp_path: Path, capsys: pytest.CaptureFi
     pairs, out = pairs_file(tmp_path), tmp_path / "out.jsonl"
     before = pairs.read_bytes()
     assert main(["compare", "--pairs", str(pairs), "--out", str(pairs), "--terminal"]) == 2
-    assert "pairs.jsonl exists, and isn't of a session that could go on" in capsys.readouterr().err
+    assert "pairs.jsonl: is there already; give another name, or --force" in capsys.readouterr().err
     assert pairs.read_bytes() == before
     folder = tmp_path / "out.jsonl.session"
     folder.mkdir()
-    (folder / "items.tmp").write_text('{"id": 0, "pro')  # a kill while it began
+    (folder / ".items.jsonl.4000000-12345678.tmp").write_text('{"id": 0, "pro')  # a kill while it began
     command = ["compare", "--pairs", str(pairs), "--out", str(out), "--terminal"]
     assert main(command) == 0
     assert main(command) == 0
     assert "going on with" in capsys.readouterr().err
-    with Session(folder).alone():
+    with held_by_another(folder / ".lock") as other:
         assert main(command) == 2
-    assert "another process collects answers there; end it first" in capsys.readouterr().err
+    assert f"out.jsonl.session: process {other} works there; wait for its end, or end it" in capsys.readouterr().err
+    assert {path.name for path in folder.iterdir()} == {"items.jsonl"}
+    out.write_text("mine")
+    shutil.rmtree(folder)
+    assert main(command) == 2
+    assert out.read_text() == "mine"
+    assert main([*command, "--force"]) == 0
+    assert out.read_text() == ""
     other = write_rows(tmp_path / "other.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
     assert main(["compare", "--pairs", str(other), "--out", str(out), "--terminal"]) == 2
     assert "a session about other pairs" in capsys.readouterr().err

@@ -107,7 +107,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
     path.write_text('{"text": "cat"}\n' * 20 + '{"text": 3}\n')
     with pytest.raises(ValueError, match="a.jsonl line 21: no text in a field 'text'"):
         build(tmp_path, path)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert not (tmp_path / "cache").exists()
 
 
 def test_large_vocabularies_take_four_bytes(tmp_path):

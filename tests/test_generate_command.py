@@ -133,8 +133,8 @@ def test_what_is_there_is_not_written_over(base: Path, tmp_path: Path, refused) 
     assert json.loads(prompts.read_text()) == {"prompt": "the"}
 
 
-def test_rows_are_written_as_they_come(base: Path, tmp_path: Path, monkeypatch) -> None:
-    """What a run that is broken off has written stays; prompts that are too long are found before the first answer."""
+def test_rows_of_a_run_that_is_broken_off_lie_beside(base: Path, tmp_path: Path, monkeypatch) -> None:
+    """And are not taken for all; prompts that are too long are found before the first answer."""
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"the {word}", "more": 1} for word in "abcde"])
     out, calls = tmp_path / "out.jsonl", []
 
@@ -147,7 +147,10 @@ def test_rows_are_written_as_they_come(base: Path, tmp_path: Path, monkeypatch) 
     monkeypatch.setattr(completions_module, "generate", breaking)
     ask = ("generate", base, "--prompts", prompts, "--out", out, "--batch-rows", "2", "--max-new-tokens", "4")
     assert main([str(argument) for argument in ask]) == 130
-    assert [json.loads(line)["prompt"] for line in out.read_text().splitlines()] == ["the a", "the b", "the c", "the d"]
+    part = next(tmp_path.glob("out.jsonl.*.part"))
+    rows = [json.loads(line) for line in part.read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["the a", "the b", "the c", "the d"]
+    assert not out.exists()
     assert calls == [0, 2, 4]
     model, words = gpt2(), byte_level()
     with pytest.raises(ValueError, match="prompt 2 has .* would exceed the model's 64 positions"):
@@ -159,7 +162,7 @@ def test_a_refusal_leaves_what_was_written_before(base: Path, tmp_path: Path, re
     out = tmp_path / "out.jsonl"
     out.write_text("old")
     for wrong in (("--prompt", "the cat " * 60), ("--prompt", "the", "--stop", "<|end|> more")):
-        refused("generate", base, "--out", out, *wrong)
+        refused("generate", base, "--force", "--out", out, *wrong)
         assert out.read_text() == "old"
 
 
@@ -190,7 +193,7 @@ def test_each_row_has_its_adapter(base: Path, tmp_path: Path, refused) -> None:
     together = [json.loads(line) for line in out.read_text().splitlines()]
     said = set()
     for row, name, prompt in zip(together, adapters, prompts, strict=True):
-        run("generate", base, "--adapter", tmp_path / name, "--prompt", prompt, "--out", out, *ask)
+        run("generate", base, "--adapter", tmp_path / name, "--prompt", prompt, "--force", "--out", out, *ask)
         assert json.loads(out.read_text()) == row
         said.add(row["completion"])
     assert len(said) > 1

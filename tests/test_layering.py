@@ -11,11 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {"kernels": {"kernels"}, "models": {"models", "kernels"}, "engine": {"engine", "kernels"}}
 TORCH_ONLY = {"torch", "triton"}
-SHARED = {
-    "",
-    "__version__",
-    "_files",
-}  # the package itself, which imports nothing, and the one writer and reader of files
+# The package itself, which imports nothing, the one writer and reader of files, and what keeps a second process out
+SHARED = {"", "__version__", "_files", "_locks"}
 BY_NAME = {"import_module", "__import__"}
 
 EXPORTS = {

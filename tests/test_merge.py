@@ -178,8 +178,9 @@ def test_what_is_refused_leaves_nothing(tmp_path: Path, capsys) -> None:
 def test_a_merge_that_is_broken_off_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
     """A full disk, Ctrl-C; what a killed one left is no obstacle to the next."""
     adapted(tmp_path, "llama")
-    (tmp_path / "out/.merging").mkdir(parents=True)
-    (tmp_path / "out/.merging/model.safetensors").write_bytes(b"half")
+    left = tmp_path / "out/.new.4000000-12345678.tmp/new"
+    left.mkdir(parents=True)
+    (left / "model.safetensors").write_bytes(b"half")
     command = ["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "out")]
 
     def full(*arguments: Any) -> None:
@@ -233,13 +234,13 @@ def test_out_may_be_there_and_what_lies_beside_it_stays(tmp_path: Path, monkeypa
     for name in ("mine.tmp", "mounted", "linked"):
         (tmp_path / name).mkdir()
     (tmp_path / "mine.tmp/precious").write_text("x")
-    (tmp_path / "mounted/.merging").mkdir()
-    (tmp_path / "mounted/.merging/half").write_text("of a merge that was killed")
+    (tmp_path / "mounted/.new.4000000-12345678.tmp").mkdir()
+    (tmp_path / "mounted/.new.4000000-12345678.tmp/half").write_text("of a merge that was killed")
     (tmp_path / "link").symlink_to(tmp_path / "linked")
     monkeypatch.chdir(tmp_path / "mounted")
     for out in (tmp_path / "mine", ".", tmp_path / "link"):
         assert main(["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(out)]) == 0
         assert {path.name for path in Path(out).iterdir()} >= {"config.json", "model.safetensors"}
-        assert not (Path(out) / ".merging").exists()
+        assert not list(Path(out).glob(".*"))
     assert (tmp_path / "mine.tmp/precious").read_text() == "x"
     assert main(["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "link")]) == 2
