@@ -172,7 +172,9 @@ class Session:
     def export(self, path: str | Path) -> int:
         """Write `rows` as JSONL; how many."""
         rows = self.rows()
-        write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if not path.is_file() or path.read_bytes() != text.encode("utf-8"):
+            write_file(path, text)
         return len(rows)
 
 
