@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from faulty_disk import HALF, KILLS, MODES, POWER
-from stored_files import assert_whole, contents, snapshot
+from stored_files import assert_nothing_lost, assert_whole, contents, snapshot
 
 
 class Fault(NamedTuple):
@@ -86,10 +86,12 @@ def _check(fault: Fault, live: Live, folder: Path, end: dict[str, Any]) -> None:
         else:
             assert_refused(faulty, name, path)
     assert_whole(folder)
+    assert_nothing_lost(folder, faulty.operations[: fault.at])
 
     again = live(fault.kind, folder, None)
     assert again.code in (0, 2), f"exit code {again.code}: {again.complained}"
     assert_equal(contents(folder), end, again.complained)
+    assert_whole(folder)
     finished = snapshot(folder)
 
     last = live(fault.kind, folder, None)

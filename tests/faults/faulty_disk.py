@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
-from safetensors import SafetensorError
 
 BEFORE, HALF, AFTER, FULL, BROKEN, POWER = MODES = ("before", "half", "after", "ENOSPC", "EIO", "power cut")
 KILLS = (BEFORE, HALF, AFTER, POWER)
@@ -52,7 +50,6 @@ class FaultyDisk:
         self._patch.setattr(os, "open", partial(self._open_descriptor, os.open))
         for module in (builtins, io):
             self._patch.setattr(module, "open", self._open)
-        self._patch.setattr(safetensors.torch, "save_file", self._save_file)
         self._patch.setattr(os, "getpid", partial(int, next(processes)))  # whoever comes next finds it dead
         return self
 
@@ -145,15 +142,6 @@ class FaultyDisk:
         if "b" in mode:
             return buffer
         return io.TextIOWrapper(buffer, encoding, errors, newline, line_buffering=buffering == 1)
-
-    def _save_file(self, tensors: Any, filename: Any, metadata: Any = None) -> None:
-        """safetensors' own writes, which Python does not see, with its own error."""
-        contents = safetensors.torch.save(tensors, metadata)
-        try:
-            with self._open(filename, "wb") as file:
-                file.write(contents)
-        except OSError as error:
-            raise SafetensorError(f"I/O error: {error.strerror} (os error {error.errno})") from None
 
 
 class _File(io.FileIO):

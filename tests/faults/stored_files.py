@@ -1,8 +1,9 @@
 """What is in a folder: whether it is whole, and whether it is the same as in another."""
 
+import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from handtune._files import is_temporary
+from handtune.engine.checkpoint import checkpoints, load_checkpoint
 
+CHECKPOINT = re.compile(r"run/checkpoints/step-[0-9]{8}")
 CLOCK = re.compile(r".*seconds|started|peak_memory|.*_per_second")
+SUMS = "SHA256SUMS"  # of what lies beside it, facts with times among them
 APPENDED = ("metrics.jsonl", "answers.jsonl")  # line by line: the last one may be cut short
 
 
@@ -35,6 +39,8 @@ def contents(folder: Path) -> dict[str, Any]:
 
 
 def _without_clock(name: Path, data: bytes) -> Any:
+    if name.name == SUMS:
+        return sorted(line.split()[-1] for line in data.splitlines())  # assert_whole looks at the sums
     if name.suffix == ".json":
         return _timeless(json.loads(data))
     if name.suffix == ".jsonl":
@@ -72,6 +78,11 @@ def assert_whole(folder: Path) -> None:
 def _read(path: Path, data: bytes) -> None:
     if path.suffix == ".safetensors":
         load_file(path)
+    elif path.name == SUMS:
+        for line in data.decode().splitlines():
+            digest, name = line.split()
+            if hashlib.sha256((path.parent / name.lstrip("*")).read_bytes()).hexdigest() != digest:
+                raise ValueError(f"{name} has another sum")
     elif path.suffix == ".json":
         json.loads(data)
     elif path.suffix == ".jsonl":
@@ -80,3 +91,18 @@ def _read(path: Path, data: bytes) -> None:
             raise ValueError("its last line is cut short")
         for line in lines:
             json.loads(line)
+
+
+def assert_nothing_lost(folder: Path, done: Sequence[tuple[str, str]]) -> None:
+    """The newest checkpoint that came to its name, and each answer that came to the disk, is there and can be read."""
+    steps = [int(path[-8:]) for name, path in done if name == "rename" and CHECKPOINT.fullmatch(path)]
+    found = checkpoints(folder / "run/checkpoints")
+    if steps:
+        assert found, f"the checkpoint of step {steps[-1]} is lost"
+        load_checkpoint(found[-1])
+        assert int(found[-1].name[5:]) >= steps[-1], f"the checkpoint of step {steps[-1]} is lost, {found} are left"
+
+    answers = sum(name == "fsync" and path.endswith("answers.jsonl") for name, path in done)
+    if answers:
+        (path,) = folder.glob("*.session/answers.jsonl")
+        assert path.read_bytes().count(b"\n") >= answers, "an answer is lost"
