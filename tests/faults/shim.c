@@ -111,7 +111,7 @@ int mkdirat(int parent, const char *name, mode_t bits) {
 }
 int mkdir(const char *name, mode_t bits) { return mkdirat(AT_FDCWD, name, bits); }
 
-int truncate(const char *name, off_t size) { NAMED("truncate", AT_FDCWD, name, 1, syscall(SYS_truncate, name, size)) }
+int truncate(const char *name, off_t size) { NAMED("truncate", AT_FDCWD, name, 0, syscall(SYS_truncate, name, size)) }
 int truncate64(const char *name, off64_t size) { return truncate(name, size); }
 
 static int opened(int parent, const char *name, int flags, mode_t bits) {
@@ -152,7 +152,7 @@ int fdatasync(int descriptor) {
     return ended(fate, syscall(SYS_fdatasync, descriptor));
 }
 int ftruncate(int descriptor, off_t size) {
-    OPENED("truncate", descriptor, 1, 0)
+    OPENED("truncate", descriptor, 0, 0)
     return ended(fate, syscall(SYS_ftruncate, descriptor, size));
 }
 int ftruncate64(int descriptor, off64_t size) { return ftruncate(descriptor, size); }

@@ -16,7 +16,7 @@ from handtune.engine.checkpoint import checkpoints, load_checkpoint
 CHECKPOINT = re.compile(r"run/checkpoints/step-[0-9]{8}")
 CLOCK = re.compile(r".*seconds|started|peak_memory|.*_per_second")
 SUMS = "SHA256SUMS"  # of what lies beside it, facts with times among them
-APPENDED = ("metrics.jsonl", "answers.jsonl")  # line by line: the last one may be cut short
+APPENDED = ("metrics.jsonl", "answers.jsonl")  # line by line: one may be cut short
 
 
 def is_lock(path: Path) -> bool:
@@ -85,9 +85,9 @@ def _read(path: Path, data: bytes) -> None:
                 raise ValueError(f"{name} has another sum")
     elif path.suffix == ".json":
         json.loads(data)
-    elif path.suffix == ".jsonl":
+    elif path.suffix == ".jsonl" and path.name not in APPENDED:
         *lines, rest = data.split(b"\n")
-        if rest and path.name not in APPENDED:
+        if rest:
             raise ValueError("its last line is cut short")
         for line in lines:
             json.loads(line)
