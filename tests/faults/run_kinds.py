@@ -7,8 +7,26 @@ from small_methods import COMPARISONS, base_folder
 from small_runs import CHAT, SENTIMENT, TEXTS, bert_folder, write_config, write_rows
 
 MODULE = """
+import os
+from contextlib import contextmanager
+
+from handtune import _files
+
+
 def left(prompt, one, other):
     return "left" if one < other else "right"
+
+
+def careless(prompt, one, other):
+    _files.replacing = unflushed
+    return left(prompt, one, other)
+
+
+@contextmanager
+def unflushed(path, size=None):
+    with open(f"{path}.new", "wb") as file:
+        yield file
+    os.replace(f"{path}.new", path)
 
 
 def short(prompts, completions):

@@ -88,3 +88,16 @@ def test_nothing_is_lost(stage, tmp_path) -> None:
         found = list(pool.map(lambda i: harm(faults[i], stage.live, tmp_path / f"run {i}", truth), range(len(faults))))
     harms = [text for text in found if text]
     assert not harms, "\n".join([f"{len(harms)} of {len(faults)} faults did harm", *harms])
+
+
+def test_a_planted_mistake_is_seen(stage, tmp_path) -> None:
+    """What is renamed before it is on the disk is gone when the power goes, and only that."""
+    honest = stage.commands["compare"]
+    stage.commands["careless"] = [word.replace("of_faults:left", "of_faults:careless") for word in honest]
+    truth = undisturbed(["compare", "careless"], stage.live, tmp_path)
+    for kind, is_lost in (("compare", False), ("careless", True)):
+        folder = tmp_path / f"{kind} without power"
+        folder.mkdir()
+        assert stage.live(kind, folder, Fault(kind, len(truth[kind].operations), POWER)).code == 0
+        written = (folder / "pairs.jsonl").read_bytes()
+        assert written == (b"" if is_lost else (tmp_path / kind / "pairs.jsonl").read_bytes())
