@@ -4,18 +4,20 @@ import builtins
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from handtune._locks import alone
 
-OPERATIONS = ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir")
+CHANGES = ("replace", "rename", "unlink", "mkdir", "rmdir")
 
 
-def at_operation(n: int, happens: Callable[[], None]) -> None:
-    """In front of the n-th operation (from 0) on files from here on, `happens` is called."""
+def at_operation(n: int, happens: Callable[[], None], names: Iterable[str] = CHANGES) -> None:
+    """In front of the n-th (from 0) of these operations on files, or of opening one to write, `happens` is called."""
     count = 0
 
     def watched(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,7 +30,7 @@ def at_operation(n: int, happens: Callable[[], None]) -> None:
 
         return call
 
-    for name in OPERATIONS:
+    for name in names:
         setattr(os, name, watched(getattr(os, name)))
     plain, counted = builtins.open, watched(builtins.open)
 
@@ -39,10 +41,11 @@ def at_operation(n: int, happens: Callable[[], None]) -> None:
 
 
 def is_killed(n: int, function: Callable[[], Any]) -> bool:
-    """Whether a process that calls `function` comes to its n-th operation on files, in front of which it is killed."""
+    """Whether a process that calls `function` comes to its n-th change of files, in front of which it is killed."""
     process = os.fork()
     if process == 0:
         code = 1
+        torch.set_num_threads(1)  # others did not come along
         try:
             at_operation(n, lambda: os.kill(os.getpid(), signal.SIGKILL))
             function()
@@ -58,7 +61,7 @@ def is_killed(n: int, function: Callable[[], Any]) -> bool:
 
 
 def killed_everywhere(function: Callable[[], Any], check: Callable[[int], Any]) -> int:
-    """Kill `function` at each of its operations on files in turn, each time calling `check`; how many there are."""
+    """Kill `function` in front of each of its changes of files in turn, each time calling `check`; how many."""
     n = 0
     while is_killed(n, function):
         check(n)

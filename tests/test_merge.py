@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from small_adapters import shaken
+from small_kills import killed_everywhere
 from small_models import both, tiny_bert, tiny_gpt2, tiny_llama
 from small_resnets import both as both_resnets
 from small_t5 import both_t5
@@ -21,8 +23,10 @@ from small_tokenizers import byte_level
 from small_xlnet import both as both_xlnets
 from test_adapter_exchange import tiny_bloom
 
+from handtune._files import stored_files
 from handtune.cli import main
 from handtune.engine import LoRAConfig, add_lora, load_adapter, merge_lora, save_adapter, train_rows, unfreeze
+from handtune.merge import merge
 from handtune.models import add_tokens, load, save
 from handtune.models.tensor_file import read_header
 
@@ -244,3 +248,44 @@ def test_out_may_be_there_and_what_lies_beside_it_stays(tmp_path: Path, monkeypa
         assert not list(Path(out).glob(".*"))
     assert (tmp_path / "mine.tmp/precious").read_text() == "x"
     assert main(["merge", str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path / "link")]) == 2
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_a_merge_that_is_killed_anywhere_can_be_started_again(family: str, tmp_path: Path) -> None:
+    """Also between the files that move up; one that was whole already is refused, and stays."""
+    adapted(tmp_path, family)
+    again, out = tmp_path / "again", tmp_path / "out"
+    base, adapter = str(tmp_path / "base"), tmp_path / "adapter"
+    merge(base, adapter, again)
+    whole = {path.name: path.read_bytes() for path in again.iterdir()}
+    refusals = []
+
+    def check(n: int) -> None:
+        try:
+            merge(base, adapter, out)
+        except ValueError as error:
+            refusals.append(str(error))
+        assert {path.name: path.read_bytes() for path in stored_files(out)} == whole
+        shutil.rmtree(out)
+
+    assert killed_everywhere(lambda: merge(base, adapter, out), check) > 30
+    assert len(refusals) < 5
+    assert all("holds something already" in says for says in refusals)
+
+
+def test_a_merge_that_was_killed_while_files_moved_is_started_again(tmp_path: Path) -> None:
+    """Of what it has left under names of its own nothing stays; a file that it did not put there is never touched."""
+    adapted(tmp_path, "gpt2")
+    out, base, adapter = tmp_path / "out", str(tmp_path / "base"), tmp_path / "adapter"
+    left = out / ".new.4000000-12345678.tmp"
+    left.mkdir(parents=True)
+    (left / "files.json").write_text('["model-00001-of-00002.safetensors", "config.json"]')
+    (out / "model-00001-of-00002.safetensors").write_bytes(b"moved up")
+    (out / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="out holds something already"):
+        merge(base, adapter, out)
+    assert {path.name for path in out.iterdir()} == {left.name, "model-00001-of-00002.safetensors", "thesis.tex"}
+    (out / "thesis.tex").unlink()
+    merge(base, adapter, out)
+    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "generation_config.json"}
