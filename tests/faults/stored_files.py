@@ -21,7 +21,7 @@ APPENDED = ("metrics.jsonl", "answers.jsonl")  # line by line: one may be cut sh
 
 def is_lock(path: Path) -> bool:
     """Locks hold the id of the last process."""
-    return path.name == "lock" or path.suffix == ".lock"
+    return path.name.endswith(".lock")
 
 
 def snapshot(folder: Path) -> dict[Path, tuple[bytes, int]]:

@@ -22,7 +22,7 @@ from handtune import _files
 from handtune.cli import main
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="open files are found by /proc/self/fd")
-NUMBERS = {"lora": 10, "full": 4, "corpus": 3, "ppo": 3, "merge": 20, "compare": 20, "label": 20, "generate": 20}
+NUMBERS = {"lora": 8, "full": 3, "corpus": 3, "ppo": 2, "merge": 20, "compare": 22, "label": 21, "generate": 21}
 
 
 class Stage:
