@@ -170,10 +170,10 @@ class Session:
         return out
 
     def export(self, path: str | Path) -> int:
-        """Write `rows` as JSONL; how many."""
+        """Write `rows` as JSONL, where they aren't there already; how many."""
         rows = self.rows()
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        if not path.is_file() or path.read_bytes() != text.encode("utf-8"):
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
+        if not Path(path).is_file() or Path(path).read_bytes() != text:
             write_file(path, text)
         return len(rows)
 

@@ -22,7 +22,7 @@ from handtune import _files
 from handtune.cli import main
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="open files are found by /proc/self/fd")
-NUMBERS = {"lora": 8, "full": 3, "corpus": 3, "ppo": 2, "merge": 20, "compare": 22, "label": 21, "generate": 21}
+NUMBERS = {"lora": 7, "full": 2, "corpus": 2, "ppo": 2, "merge": 20, "compare": 21, "label": 23, "generate": 23}
 
 
 class Stage:
