@@ -58,7 +58,7 @@ def replacing(path: str | Path, size: int | None = None) -> Iterator[IO[bytes]]:
     path = Path(path)
     _check_replaceable(path)
     remove_left_overs(path.parent, path.name)
-    with _temporary(path) as temporary, _explained(path, (temporary,), size):
+    with _explained(path, path, size), _temporary(path) as temporary:
         # Opened exclusively: a link that waits under this name is not followed.
         with open(temporary, "xb") as file:
             yield file
@@ -124,7 +124,7 @@ def append_line(path: str | Path, text: str) -> None:
     """
     path = Path(path)
     line = text.encode("utf-8") + b"\n"
-    with _explained(path, (path,), len(line)), open(path, "ab+", buffering=0) as file:  # nothing is written later
+    with _explained(path, path, len(line)), open(path, "ab+", buffering=0) as file:  # nothing is written later
         before = file.seek(0, os.SEEK_END)
         file.seek(max(0, before - 1))
         left = line if before == 0 or file.read(1) == b"\n" else b"\n" + line
@@ -148,8 +148,8 @@ def filling(folder: str | Path, last: str) -> Iterator[Path]:
     is_new = not folder.exists()
     with ExitStack() as end:
         end.callback(_remove_if_empty, folder if is_new else None)
+        end.enter_context(_explained(folder, folder))
         hidden = end.enter_context(_temporary(folder / _NEW))
-        end.enter_context(_explained(folder, (folder,)))
         folder.mkdir(parents=True, exist_ok=True)
         remove_unfilled(folder)
         for inner in (hidden, hidden / _NEW, hidden / _OLD):
@@ -218,7 +218,7 @@ def replacing_folder(path: str | Path, aside: str | Path) -> Iterator[Path]:
     kill leaves it there.
     """
     path, aside = Path(path), Path(aside)
-    with _temporary(path) as temporary, _explained(path, (path.parent,)):
+    with _explained(path, path.parent), _temporary(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_left_overs(path.parent, path.name)
         temporary.mkdir()
@@ -342,13 +342,16 @@ def _flush_all(folder: Path) -> None:
 
 
 @contextmanager
-def _explained(path: Path, inside: tuple[Path, ...], size: int | None = None) -> Iterator[None]:
-    """An OSError about something `inside`, or about nothing that it names, says that `path` could not be written."""
+def _explained(path: Path, inside: Path, size: int | None = None) -> Iterator[None]:
+    """An OSError about something `inside` or unfinished, or that names nothing, tells that `path` was not written.
+
+    Around what removes the unfinished file, so that its bytes count as free.
+    """
     try:
         yield
     except OSError as error:
-        about = None if error.filename is None else Path(os.fsdecode(error.filename))
-        if about is not None and not any(about.is_relative_to(folder) for folder in inside):
+        about = path if error.filename is None else Path(os.fsdecode(error.filename))
+        if not about.is_relative_to(inside) and not any(map(is_temporary, (about, *about.parents))):
             raise
         raise disk_error(path, error, size) from error
 

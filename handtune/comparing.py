@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ._files import LOCK
+from ._locks import alone
 from .engine.compare import ANSWERS, LEFT, RIGHT, SKIP, TIE, Item, Session, make_items
 from .engine.compare_page import ComparisonServer
 from .engine.completions import completions
@@ -22,7 +24,15 @@ KEYS = {"a": LEFT, "b": RIGHT, "t": TIE, "s": SKIP}
 def run_compare(options: argparse.Namespace) -> int:
     """`handtune compare`: begin a session or go on with it, in a browser, at the terminal or by a function."""
     out = Path(options.out)
-    session = _session(options, out, out.with_name(out.name + ".session"))
+    folder = out.with_name(out.name + ".session")
+    if not (folder / "items.jsonl").is_file():
+        refuse_existing(options.out, options.force)
+    with alone(folder, folder / LOCK):
+        return _compare(options, out, folder)
+
+
+def _compare(options: argparse.Namespace, out: Path, folder: Path) -> int:
+    session = _session(options, folder)
     with session.alone():
         try:
             if options.labeler:
@@ -42,14 +52,13 @@ def run_compare(options: argparse.Namespace) -> int:
     return 0
 
 
-def _session(options: argparse.Namespace, out: Path, folder: Path) -> Session:
+def _session(options: argparse.Namespace, folder: Path) -> Session:
     """The session that has begun for `out`, whatever model it is of now; or a new one."""
     if (folder / "items.jsonl").is_file():
         session = Session(folder, _items(options) if options.pairs else None)
         print(f"going on with {folder}, which has {len(session.answers)} of {len(session.items)} answers",
               file=sys.stderr)  # fmt: skip
         return session
-    refuse_existing(options.out, options.force)
     return Session(folder, _items(options))
 
 

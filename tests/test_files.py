@@ -1,12 +1,13 @@
 """What is stored is there whole or not at all; left-overs, links, full disks, and one process at a time."""
 
 import errno
+import fcntl
 import json
 import os
 import stat
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
@@ -280,6 +281,24 @@ def test_the_second_process_is_told_the_number_of_the_first(tmp_path) -> None:
     with pytest.raises(OSError, match="runs/a: could not be written"), alone("runs/a", lock):
         pass
     assert (tmp_path / "precious").read_text() == "x"
+
+
+def test_a_lock_that_has_lost_its_name_is_none(tmp_path, monkeypatch) -> None:
+    """Its holder removes the file after another opened it and before that gets the lock: a third made a new one."""
+    lock, flock, calls = tmp_path / ".lock", fcntl.flock, []
+    with ExitStack() as stack:
+
+        def late(descriptor: int, how: int) -> None:
+            calls.append(1)
+            if len(calls) == 1:
+                lock.unlink()
+                calls.append(stack.enter_context(held_by_another(lock)))
+            flock(descriptor, how)
+
+        monkeypatch.setattr(fcntl, "flock", late)
+        with pytest.raises(ValueError, match="process [0-9]+ works there") as error, alone("it", lock):
+            pass
+        assert f"process {calls[1]} works" in str(error.value)
 
 
 def test_a_lock_is_held_by_one_at_a_time(tmp_path) -> None:

@@ -146,10 +146,11 @@ def test_a_lock_is_named_by_each_command(base: Path, tmp_path: Path, monkeypatch
             ["label", "gone", "rows.jsonl", "--labels", "a", "b", *out],
         ],
         "m/.lock": [["merge", "gone", "adapter", "m"]],
+        "o.jsonl.session/.lock": [["compare", "gone", "--prompts", "rows.jsonl", *out]],
     }
     for lock, commands in locks.items():
         for arguments in commands:
             with held_by_another(tmp_path / lock) as other:
                 assert main(arguments) == 2
             assert f": process {other} works there" in capsys.readouterr().err
-    assert not [name for name in ("run", "o.jsonl", "m") if Path(name).exists()]
+    assert not [name for name in ("run", "o.jsonl", "m", "o.jsonl.session") if Path(name).exists()]
