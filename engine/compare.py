@@ -201,7 +201,9 @@ class Session:
         return out
 
     def export(self, path: str | Path) -> int:
-        """Write `rows` as JSONL; how many."""
+        """Write `rows` as JSONL, where they aren't there already; how many."""
         rows = self.rows()
-        write_file(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
+        if not Path(path).is_file() or Path(path).read_bytes() != text:
+            write_file(path, text)
         return len(rows)

@@ -282,6 +282,8 @@ class _Run:
         for own, scale in zip((own for own in self.rewards if isinstance(own, Reward)), facts["rewards"], strict=True):
             own.shift, own.scale = scale
         set_generators(tensors, facts["random"])
+        if self.folder is not None:
+            prune(self.folder, self.config.keep)  # a kill after the last save leaves one too many
         return progress
 
 

@@ -155,9 +155,7 @@ def filling(folder: str | Path, last: str) -> Iterator[Path]:
         end.enter_context(_explained(folder, folder))
         hidden = end.enter_context(_temporary(folder / _NEW))
         folder.mkdir(parents=True, exist_ok=True)
-        for left_over in _left_overs(folder, _NEW):
-            if not (left_over / _LIST).is_file():
-                _remove(left_over)
+        remove_unfilled(folder)
         for inner in (hidden, hidden / _NEW, hidden / _OLD):
             inner.mkdir()
         yield hidden / _NEW
@@ -195,6 +193,13 @@ def _move_up(hidden: Path, folder: Path, last: str) -> None:
     # The list goes last: as long as it is there, the files may be replaced by whoever does the same again.
     shutil.rmtree(hidden / _OLD, ignore_errors=True)
     shutil.rmtree(hidden / _NEW, ignore_errors=True)
+
+
+def remove_unfilled(folder: Path) -> None:
+    """Remove what killed `filling`s have left in a folder, but for those of whose files some may have moved."""
+    for left_over in _left_overs(folder, _NEW):
+        if not (left_over / _LIST).is_file():
+            _remove(left_over)
 
 
 def half_filled(folder: str | Path) -> set[str]:

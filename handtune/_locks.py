@@ -67,8 +67,12 @@ def _acquired(path: str | Path, lock: Path) -> int:
                 os.close(descriptor)
                 raise
         if _has_name(descriptor, lock):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            try:
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            except BaseException:
+                os.close(descriptor)
+                raise
             return descriptor
         os.close(descriptor)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._files import LOCK, filling, half_filled, is_temporary, write_json
+from ._files import LOCK, filling, half_filled, is_temporary, remove_unfilled, write_json
 from ._locks import alone
 from .engine import merge_lora
 from .engine.adapter_files import StoredAdapter, read_adapter
@@ -60,6 +60,7 @@ def _require_empty(out: Path) -> None:
     """ValueError where `out` holds anything but what a merge that was killed has left there."""
     if not out.exists():
         return
+    remove_unfilled(out)
     left = {LOCK, *(Path(name).parts[0] for name in half_filled(out))}
     if not out.is_dir() or any(path.name not in left and not is_temporary(path) for path in out.iterdir()):
         raise ValueError(f"{out} holds something already; give a new folder for the merged checkpoint")

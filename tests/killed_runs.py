@@ -3,7 +3,6 @@ imported torch already, so that a life of such a process costs milliseconds."""
 
 import os
 import random
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -117,16 +116,15 @@ RUNS: dict[str, Callable[[Path], Any]] = {"masked_lm": masked_lm, "lora": lora}
 MORE_RUNS = {"seq2seq": seq2seq, "permutation": permutation, "bloom": bloom, "images": images}
 
 
-def live(run: str, out: str, place: str, die_at: int | None = None, slow: bool = False) -> None:
+def live(run: str, out: str, place: str, slow: bool = False) -> None:
     """One life of a run. When it comes to its end, weights and result are left in the folder `place`.
 
-    die_at: kill this process before the n-th operation on files. slow: make every fsync take 3 ms, so that a kill at a
-    random moment falls into the writing of a checkpoint.
+    slow: make every fsync take 3 ms, so that a kill at a random moment falls into the writing of a checkpoint.
     """
     random.seed(1)
     np.random.seed(2)
-    if die_at is not None or slow:
-        _slow_or_deadly_files(die_at)
+    if slow:
+        _slow_files()
     model, result = (RUNS | MORE_RUNS)[run](Path(out))
     facts = {key: value for key, value in asdict(result).items() if key not in ("seconds", "peak_memory")}
     target = Path(place)
@@ -137,26 +135,14 @@ def live(run: str, out: str, place: str, die_at: int | None = None, slow: bool =
     (target / "tmp").rename(target / DONE)
 
 
-def _slow_or_deadly_files(die_at: int | None) -> None:
-    count = 0
+def _slow_files() -> None:
+    flush = os.fsync
 
-    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
-            nonlocal count
-            if die_at is None:
-                time.sleep(0.003)
-            elif count == die_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count += 1
-            return function(*arguments, **named)
+    def slowly(descriptor: int) -> None:
+        time.sleep(0.003)
+        flush(descriptor)
 
-        return call
-
-    if die_at is None:
-        os.fsync = watched(os.fsync)
-        return
-    for name in ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir"):
-        setattr(os, name, watched(getattr(os, name)))
+    os.fsync = slowly
 
 
 def assert_same_end(place: Path, other: Path) -> None:
