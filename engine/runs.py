@@ -21,13 +21,6 @@ from .record import is_metrics, read_facts, read_result
 log = logging.getLogger("handtune")
 Row = dict[str, Any]
 
-# What is read of a line of metrics.jsonl, and of result.json, where it is there.
-MEASURED: dict[str, Any] = {"seconds": float | None, "peak_memory": float | None}
-RESULT: dict[str, Any] = {
-    **MEASURED, "before": dict | None, "metrics": dict | None, "best": dict | None, "trainable": int | None,
-    "parameters": int | None, "stored_bytes": int | None,
-}  # fmt: skip
-
 # What a task is judged by: the first pair that a run has measured heads its columns.
 MAIN_METRICS = (
     ("accuracy", "macro_f1"),
