@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from .encode_tasks import TRUNCATE
 from .loop import TrainConfig
-from .lora_config import LoRAConfig
+from .lora_config import LARGEST, LoRAConfig
 from .objectives import METHODS
 from .ppo_config import PPOConfig
 
@@ -215,6 +215,7 @@ def from_table(cls: type, table: dict[str, Any], place: str) -> Any:
 def _value(hint: Any, value: Any, place: str) -> Any:
     """`value` as the type says, or a ValueError."""
     options = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+    _check_numbers(value, place)
     for option in options:
         if isinstance(value, dict) and isinstance(option, type) and is_dataclass(option):
             return from_table(option, value, place)
@@ -224,6 +225,17 @@ def _value(hint: Any, value: Any, place: str) -> Any:
             return tuple(value) if get_origin(option) is tuple else value
     names = " or ".join(dict.fromkeys(_name(option) for option in options if option is not NoneType))
     raise ValueError(f"{place}: expected {names}, got {value!r}")
+
+
+def _check_numbers(value: Any, place: str) -> None:
+    """ValueError where a number in it is NaN, infinite or larger than a tensor can hold."""
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_numbers(inner, place)
+    elif type(value) is float and not abs(value) <= LARGEST:
+        raise ValueError(f"{place}: {value} is no number to compute with; the largest is {LARGEST:.3g}, of float32")
+    elif type(value) is int and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{place}: a whole number of {value.bit_length():,} bits, where 64 are the most")
 
 
 def _fits(option: Any, value: Any) -> bool:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._files import resolved
+
 Row = dict[str, Any]
 
 # What a task is judged by: the first pair that a run has measured heads its columns.
@@ -94,7 +96,7 @@ def _read_run(path: Path) -> Run:
     if not result:
         reached = f"stopped after step {steps[-1]['step']:,}" if steps else "not at its first step yet"
         notes.insert(0, f"no result.json: still going, or {reached}" if steps else f"no result.json: {reached}")
-    return Run(path, str(info.get("name") or path.resolve().name), info, steps, evals, result, notes)
+    return Run(path, str(info.get("name") or resolved(path).name), info, steps, evals, result, notes)
 
 
 def _read_json(path: Path) -> Row:

@@ -253,6 +253,11 @@ def _holder(lock: Path) -> str:
     return f"process {process}"
 
 
+def resolved(path: str | Path) -> Path:
+    """The path without links. One that leads into a circle of them stays what it is: opening it says so."""
+    return Path(os.path.realpath(path))
+
+
 def read_bytes(path: str | Path, what: str = "file") -> bytes:
     """The contents of a file. FileNotFoundError, or ValueError where it is none: a pipe or a device might never end."""
     path = Path(path)

@@ -24,7 +24,7 @@ def run_compare(options: argparse.Namespace) -> int:
     session = _session(options, out, out.with_name(out.name + ".session"))
     with session.alone():
         try:
-            if options.labeler:
+            if options.labeler is not None:
                 _by_function(session, function_of(options.labeler))
             elif options.terminal:
                 _at_the_terminal(session)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ._files import resolved
 from .engine.data import read_prompts
 from .engine.labelling import label_texts
 from .engine.placed_rows import place_of
@@ -14,7 +15,7 @@ from .generator import generator_of
 
 def run_label(options: argparse.Namespace) -> int:
     """`handtune label`: rows of text, label and confidence, the least certain first where they are to be reviewed."""
-    if Path(options.out).resolve() == Path(options.data).resolve():
+    if resolved(options.out) == resolved(options.data):
         raise ValueError(f"--out {options.out} is the file of the texts; give another")
     words = dict(label_and_words(spec) for spec in options.labels)
     texts = [row["text"] if "text" in row else row["prompt"] for row in _rows(options.data)]

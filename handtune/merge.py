@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._files import resolved
 from .engine import merge_lora
 from .engine.adapter_files import StoredAdapter, read_adapter
 from .engine.adapters import merged_rows
@@ -100,7 +101,7 @@ def _filling(out: Path) -> Iterator[Path]:
     Inside, because `out` may be a file system of its own, and to be there already need not mean that it is ours to
     remove. What a merge that was killed has left there is.
     """
-    out = out.resolve()
+    out = resolved(out)
     if out.exists() and (not out.is_dir() or any(file.name != UNFINISHED for file in out.iterdir())):
         raise ValueError(f"{out} holds something already; give a new folder for the merged checkpoint")
     folder, is_new = out / UNFINISHED, not out.exists()

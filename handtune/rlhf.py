@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ._files import resolved
 from .engine import freeze, load_reward, ppo, projections, quantize, trainable_report
 from .engine.adapter_files import CONFIG
 from .engine.check_data import legend, show
@@ -130,7 +131,7 @@ def _reward(spec: str, policy: Any, tokenizer: Any) -> RewardFn:
     adapter = path / "adapter" if (path / "adapter").is_dir() else path
     if (adapter / CONFIG).is_file():
         base = read_json(adapter / CONFIG).get("base_model_name_or_path")
-        if base is not None and Path(base).resolve() != Path(policy.source).resolve():
+        if base is not None and resolved(base) != resolved(policy.source):
             raise ValueError(
                 f"{spec}: this reward model was trained on {base}, and would score otherwise on {policy.source}; train "
                 "it on the policy's base, or merge it into its own and give that folder"

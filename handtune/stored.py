@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ._files import resolved
 from .engine import load_adapter, save_adapter
 from .engine.adapter_factors import PREFIX
 from .engine.adapter_files import CONFIG, TASK_TYPES, WEIGHTS
@@ -44,7 +45,7 @@ def config_of(run: Path) -> RunConfig:
     if "chat" in facts and table["method"] == "sft":  # as the run was trained, whatever rows it is evaluated on
         table["data"]["chat"] = "on" if facts["chat"] else "off"
     config = from_table(RunConfig, _written(table), str(run / "run.json"))
-    base, out, own = config.model.path, Path(config.out), run.resolve()
+    base, out, own = config.model.path, Path(config.out), resolved(run)
     if base is None or Path(base).exists() or out.is_absolute() or own.parts[-len(out.parts) :] != out.parts:
         return config
     there = own.parents[len(out.parts) - 1] / base  # `out` and the path were written from one folder
