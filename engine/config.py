@@ -229,8 +229,11 @@ def _value(hint: Any, value: Any, place: str) -> Any:
 
 def _check_numbers(value: Any, place: str) -> None:
     """ValueError where a number in it is NaN, infinite or larger than a tensor can hold."""
-    if isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_numbers(inner, f"{place}: {key}")
+    elif isinstance(value, list | tuple):
+        for inner in value:
             _check_numbers(inner, place)
     elif type(value) is float and not abs(value) <= LARGEST:
         raise ValueError(f"{place}: {value} is no number to compute with; the largest is {LARGEST:.3g}, of float32")

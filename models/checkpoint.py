@@ -302,7 +302,7 @@ def _device(device: str | torch.device) -> torch.device:
     if found.type == "cuda" and not usable:
         raise ValueError(f'device {device!r}: torch finds no CUDA here; use "cpu" or "auto"')
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f'device {device!r}: torch finds {torch.cuda.device_count()} GPUs here, which count from 0')
+        raise ValueError(f"device {device!r}: torch finds {torch.cuda.device_count()} GPUs here, which count from 0")
     return found
 
 
