@@ -131,7 +131,7 @@ def _refuse_not_finite(stored: Stored, values: Tensor) -> None:
 
 
 def _is_finite(values: Tensor) -> bool:
-    """Whether there is neither NaN nor infinity among the values. A maximum needs no memory, and is NaN where one is."""
+    """Whether no value is NaN or infinite. A maximum takes no memory, and is NaN where one of them is."""
     if not values.is_floating_point() or values.numel() == 0:
         return True
     low, high = (values.float() if values.itemsize == 1 else values).aminmax()

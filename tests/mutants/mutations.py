@@ -24,10 +24,12 @@ VALUES: list[Any] = [
     "NaN", "1", "\ud800", "\x1b[31mred\x1b[0m", "\x00", "a\nb", "../..", "/dev/zero", "x" * 10_000, "(a*)*b", "(",
 ]  # fmt: skip
 TEMPLATES = [
-    "{% for i in range(1000000000) %}x{% endfor %}", "{{ 'x' * 10000000000 }}", "{{ messages.nothing.at.all }}", "{% if",
+    "{% for i in range(1000000000) %}x{% endfor %}", "{{ 'x' * 10000000000 }}", "{{ messages.nothing.at.all }}",
+    "{% if",
     "{{ messages[99] }}", "{{ raise_exception('no') }}", "{{ 1 / 0 }}", "{{ ''.__class__ }}", "{% include 'x' %}",
     "{{ unknown() }}", "{{ messages | nothing }}", "{% set x = messages.pop() %}", "{{ 'x'.encode() + 1 }}", "\x00",
-    "{{ [].append(1) }}", "{{ 2 ** 100000000 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ range(9 ** 9) | list }}",
+    "{{ [].append(1) }}", "{{ 2 ** 100000000 }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{{ range(9 ** 9) | list }}",
 ]  # fmt: skip
 
 
@@ -258,7 +260,7 @@ def _safetensors(contents: bytes, generator: random.Random) -> Change:
         return Change(f"{way} at {at}", changed, outcome=REFUSED)
     if way == "shape":
         shape = list(entry["shape"])
-        others = [[*shape, 2], [2**40, *shape], shape[1:] + [3], [-1, *shape[1:]], [*shape, 0], [2**63] * 3, None, "x"]
+        others = [[*shape, 2], [2**40, *shape], [*shape[1:], 3], [-1, *shape[1:]], [*shape, 0], [2**63] * 3, None, "x"]
         entry["shape"] = generator.choice(others)
     elif way == "offset":
         first, end = entry["data_offsets"]

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mutants.command_lines import change_command
 from mutants.inputs import Case
 from mutants.mutations import MAY_PASS, NAMED, PASSES, Change, change_of, put
 
@@ -23,23 +24,6 @@ SECONDS = 20.0  # a command takes a fraction of one
 MEMORY = 2 * 2**30  # bytes beside what the process has when it is forked
 FILE_SIZE = 2**28
 ALLOWED = (0, 2, 130)
-OPTIONS = [
-    "", " ", "-1", "0", "1", "2", "nan", "inf", "-inf", "1e400", "9" * 5000, "0.5", "x", "\x1b[31m", "\udcff", "\udcff=1", ".",
-    "..", "nowhere", "/dev/zero", "--unknown", "--", "-n", "-n=x", "--debug", "--seed=-1", "--seed=99999999999999999999",
-    "--batch-rows=0", "--batch-rows=-1", "--temperature=nan", "--temperature=inf", "--temperature=-1", "--top-k=-5",
-    "--top-k=99999999999", "--top-p=nan", "--top-p=0", "--top-p=-1", "--beams=0", "--beams=-3", "--beams=999",
-    "--length-penalty=nan", "--length-penalty=1e308", "--stop=", "--stop=\udcff", "--dtype=int4", "--dtype=float16",
-    "--max-new-tokens=0", "--max-new-tokens=-1", "--max-new-tokens=999999", "--adapter=", "--adapter=.", "--prompts=.",
-    "--prompt=", "--prompt=\udcff", "--out=.", "--out=/dev/null", "--out=/nowhere/x", "--repeat=nan", "--repeat=-1", "--repeat=9",
-    "--labels", "--template={text}", "--template={", "--template={text.__class__}{label}", "--template={0}", "--rouge",
-    "train.lr=", "=", ".=1", "train=1", "train.lr.x=1", "model.path=1", "train.epochs=9" + "9" * 30, "train.epochs='''",
-    "train.lr=nan", "train.batch_rows=1e3", "data.train=[]", "data.train=['x', 1]", "a.b.c=1", "train..lr=1", "out=''",
-    "out='.'", "out='\\u0000'", "data.eval=-0.5", "data.eval=nan", "data.max_length=0", "data.max_length=-3", "lora={}",
-    "lora.rank=0", "model.task=''", "name=\x1b[31m", "train.seed=99999999999999999999", "train.max_steps=0", "ppo.episodes=0",
-    "model.device=meta", "model.device=xpu", "model.device=''", "model.dtype=float16", "model.quantize=nf4",
-    "model.labels=[]", "model.labels=['a','a']", "model.head_layers=99999999", "data.image_size=1000000",
-    "data.max_length=99999999999999999999", "train.betas=[2.0, 3.0]", "train.lr_scale={'*' = -1.0}", "train.unfreeze={'*' = nan}",
-]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,12 +53,8 @@ def mutant_of(number: int, cases: Sequence[Case], scene: Path) -> Mutant:
     case = generator.choices(cases, [case.weight for case in cases])[0]
     if generator.random() < 0.1 and not case.command[0].startswith("load"):
         command = list(case.command)
-        at, option = generator.randrange(1, len(command) + 1), generator.choice(OPTIONS)
-        if generator.random() < 0.3 and at < len(command):
-            option = command.pop(at) if generator.random() < 0.5 else command[at]
-        else:
-            command[at : at + generator.choice([0, 0, 1])] = [option]
-        return Mutant(number, case, command, None, Change(f"option {option[:60]!r} at {at}"))
+        change = Change(change_command(command, generator))
+        return Mutant(number, case, command, None, change)
     target = generator.choice(case.targets)
     change = change_of(scene / target, generator)
     if change.outcome == NAMED and not case.names_numbers:
