@@ -23,6 +23,9 @@ from .wrapping import Factors, is_conv1d
 
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's
 PREFIX = "base_model.model."
+FLOATS = (  # the dtypes of weights
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
+)  # fmt: skip
 # Of a module that was saved whole PEFT may store what it is now and what it was, besides its plain name.
 _WRAPPED = (".modules_to_save.", ".original_module.")
 Shapes = Callable[[int], tuple[tuple[int, ...], tuple[int, ...]]]  # rank → shapes of A and B
@@ -191,7 +194,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged or cut short ({error}); copy it again") from error
     for key, value in tensors.items():
-        if ".lora_" in key and not value.is_floating_point():
+        if value.dtype not in FLOATS and not key.endswith(".num_batches_tracked"):
             raise ValueError(f"{path}: {key} holds {value.dtype}, no weights; the adapter is damaged")
         if not value.float().isfinite().all():
             raise ValueError(f"{path}: {key} holds NaN or infinity; the adapter is damaged")

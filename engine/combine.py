@@ -6,7 +6,6 @@ without the matrix itself. It is not what PEFT calls "linear", which averages th
 averages is no average of products.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -17,6 +16,7 @@ from ..kernels.conv import ConvFactors
 from .adapters import adapter_names, set_adapter
 from .belongings import belongings_of
 from .lora import check_name, make_room, refuse_merged, slots
+from .lora_config import is_finite
 from .lora_embedding import EmbeddingFactors, LoRAEmbedding
 from .turns import taking_turns
 from .wrapping import Adaptable, Factors
@@ -52,7 +52,7 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str, 
 
 def _check(model: nn.Module, weights: Mapping[str, float], rank: int | None) -> None:
     known = adapter_names(model)
-    if not weights or not all(math.isfinite(weight) for weight in weights.values()):
+    if not weights or not all(is_finite(weight) for weight in weights.values()):
         raise ValueError(f"weights: expected a finite number for each of some adapters, got {dict(weights)}")
     if lacking := [name for name in weights if name not in known]:
         raise ValueError(f"there is no adapter {lacking[0]!r}; attached: {', '.join(known) or 'none'}")

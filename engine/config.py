@@ -14,7 +14,7 @@ from .._files import read_text
 from .._shapes import NotTOML, parse_toml, shown
 from .encode_tasks import TRUNCATE
 from .loop import TrainConfig
-from .lora_config import LoRAConfig
+from .lora_config import LARGEST, LoRAConfig
 from .objectives import METHODS
 from .ppo_config import PPOConfig
 
@@ -214,6 +214,7 @@ def from_table(cls: type, table: dict[str, Any], place: str) -> Any:
 def _value(hint: Any, value: Any, place: str) -> Any:
     """`value` as the type says, or a ValueError."""
     options = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+    _check_numbers(value, place)
     for option in options:
         if isinstance(value, dict) and isinstance(option, type) and is_dataclass(option):
             return from_table(option, value, place)
@@ -223,6 +224,20 @@ def _value(hint: Any, value: Any, place: str) -> Any:
             return tuple(value) if get_origin(option) is tuple else value
     names = " or ".join(dict.fromkeys(_name(option) for option in options if option is not NoneType))
     raise ValueError(f"{place}: expected {names}, got {shown(value)}")
+
+
+def _check_numbers(value: Any, place: str) -> None:
+    """ValueError where a number in it is NaN, infinite or larger than a tensor can hold."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _check_numbers(inner, f"{place}: {key}")
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_numbers(inner, place)
+    elif type(value) is float and not abs(value) <= LARGEST:
+        raise ValueError(f"{place}: {value} is no number to compute with; the largest is {LARGEST:.3g}, of float32")
+    elif type(value) is int and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{place}: a whole number of {value.bit_length():,} bits, where 64 are the most")
 
 
 def _fits(option: Any, value: Any) -> bool:

@@ -1,11 +1,11 @@
 """What an adapter looks like: the `[lora]` table of a run."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from .module_patterns import matches_end, parsed
 
+LARGEST = (2 - 2**-23) * 2.0**127  # of fp32
 MAX_RANK = 2**15  # no matrix has a higher one that an adapter could add
 
 
@@ -76,8 +76,5 @@ class LoRAConfig:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether it is a number, and neither NaN nor infinite nor beyond what a float can hold."""
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer of hundreds of digits
-        return False
+    """Whether it is a number, and neither NaN nor infinite nor beyond what fp32 can hold, in which models compute."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .._files import resolved
 from .._outside import visible_line
 from .journal import damaged_lines, read_journal
 from .record import is_metrics, read_facts, read_result
@@ -100,7 +101,7 @@ def _read_run(path: Path) -> Run:
     if not result:
         reached = f"stopped after step {steps[-1]['step']:,}" if steps else "not at its first step yet"
         notes.insert(0, f"no result.json: still going, or {reached}" if steps else f"no result.json: {reached}")
-    return Run(path, str(info.get("name") or path.resolve().name), info, steps, evals, result, notes)
+    return Run(path, str(info.get("name") or resolved(path).name), info, steps, evals, result, notes)
 
 
 def _read_metrics(path: Path) -> tuple[list[Row], list[Row], list[str]]:

@@ -115,7 +115,7 @@ def take_rows(model: nn.Module, stored: dict[str, Tensor], table: Any) -> list[S
             raise ValueError(f"{key} has no place in this model; it was made for another base")
         size, width = model.get_submodule(path).get_parameter("weight").shape
         fits = isinstance(ids, list) and all(type(i) is int and 0 <= i < size for i in ids)
-        if not fits or tuple(rows.shape) != (len(ids), width):
+        if not fits or len({*ids}) < len(ids) or tuple(rows.shape) != (len(ids), width):
             raise ValueError(
                 f"{key} {tuple(rows.shape)} with trainable_token_indices {ids} does not fit a matrix of "
                 f"{(size, width)}; give the base that it was trained on"

@@ -372,6 +372,11 @@ def disk_error(path: Path, error: OSError, size: int | None = None) -> DiskError
     return DiskError(path, reason, "make room, then run the same again", error.errno, size)
 
 
+def resolved(path: str | Path) -> Path:
+    """The path without links. One that leads into a circle of them stays what it is: opening it says so."""
+    return Path(os.path.realpath(path))
+
+
 def require_file(path: str | Path, what: str = "file") -> Path:
     """The path of a file that is there. FileNotFoundError, or ValueError where it is none: a pipe might never end."""
     path = Path(path)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ._files import disk_error
+from ._files import disk_error, resolved
 
 _held: dict[Path, tuple[int, int]] = {}  # lock file: process and thread
 
@@ -25,7 +25,7 @@ def alone(path: str | Path, lock: str | Path) -> Iterator[None]:
     ValueError, which names the other process, where one does already; OSError where the file can't be made.
     """
     lock = Path(lock)
-    lock = lock.parent.resolve() / lock.name
+    lock = resolved(lock.parent) / lock.name
     holder = os.getpid(), threading.get_ident()
     if _held.get(lock) == holder:
         yield

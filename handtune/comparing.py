@@ -34,7 +34,7 @@ def _compare(options: argparse.Namespace, out: Path, folder: Path) -> int:
     session = _session(options, folder)
     with session.alone():
         try:
-            if options.labeler:
+            if options.labeler is not None:
                 _by_function(session, function_of(options.labeler))
             elif options.terminal:
                 _at_the_terminal(session)

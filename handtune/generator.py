@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ._files import write_file
+from ._files import resolved, write_file
 from .engine.completions import completions
 from .engine.data import read_prompts
 from .engine.guards import explained_memory_error
@@ -96,7 +96,7 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError("--length-penalty weighs the texts of a beam search: give --beams, too")
     if options.batch_rows < 1:
         raise ValueError(f"--batch-rows {options.batch_rows}: expected a positive number")
-    if options.out and options.prompts and Path(options.out).resolve() == Path(options.prompts).resolve():
+    if options.out and options.prompts and resolved(options.out) == resolved(options.prompts):
         raise ValueError(f"--out {options.out} is the file of the prompts; give another")
 
 
@@ -146,7 +146,7 @@ def generator_of(options: argparse.Namespace) -> Generator:
     tokens = model.tokens
     chat: dict[str | None, bool] = {None: tokens.asks_as_chat}
     for folder in folders:
-        whole = folder.resolve()
+        whole = resolved(folder)
         called = whole.parent.name if whole.name == "adapter" else whole.name  # that of a run goes by the run's name
         if called in known:
             raise ValueError(f"--adapter {folder}: there is another called {called!r}; give one another name")

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ._files import resolved
 from .engine.adapter_files import CONFIG, WEIGHTS
 from .engine.config import PPORunConfig, RunConfig
 from .engine.inputs import Inputs, changed_files, fingerprint, same_contents
@@ -109,7 +110,7 @@ def located(run: Path, facts: dict[str, Any], table: dict[str, Any], fields: Seq
 def _locate(run: Path, facts: dict[str, Any], field: str, before: dict[str, Any], written: str) -> str:
     places = [written]  # an id of the hub
     if os.path.isabs(before["path"]):
-        beside = os.path.join(run.resolve(), os.path.relpath(before["path"], facts["folder"]))
+        beside = os.path.join(resolved(run), os.path.relpath(before["path"], facts["folder"]))
         named = map(os.path.abspath, (before["path"], beside, os.path.expanduser(written)))
         places = [path for path in dict.fromkeys(named) if os.path.exists(path)]
     other = f"{before['path']} is gone"

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ._files import write_file
+from ._files import resolved, write_file
 from .engine.data import read_prompts
 from .engine.labelling import label_texts
 from .engine.placed_rows import place_of
@@ -16,7 +16,7 @@ from .outputs import output
 
 def run_label(options: argparse.Namespace) -> int:
     """`handtune label`: rows of text, label and confidence, the least certain first where they are to be reviewed."""
-    if Path(options.out).resolve() == Path(options.data).resolve():
+    if resolved(options.out) == resolved(options.data):
         raise ValueError(f"--out {options.out} is the file of the texts; give another")
     with output(options.out, options.force) as out:
         return _label(options, out)

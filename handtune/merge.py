@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._files import LOCK, filling, half_filled, is_temporary, remove_unfilled, write_json
+from ._files import LOCK, filling, half_filled, is_temporary, remove_unfilled, resolved, write_json
 from ._locks import alone
 from .engine import merge_lora
 from .engine.adapter_files import StoredAdapter, read_adapter
@@ -48,7 +48,7 @@ def merge(base: str, adapter: Path, out: Path) -> None:
     what loading raises; ValueError where `out` holds something, where the base lacks a head that the adapter doesn't
     bring, for a convolution in groups, or where a merged number is none, or more than the base's dtype can hold.
     """
-    out = out.resolve()
+    out = resolved(out)
     _require_empty(out)
     with alone(out, out / LOCK):
         _require_empty(out)

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ._files import read_json
+from ._files import read_json, resolved
 from .engine import freeze, load_reward, ppo, projections, quantize, trainable_report
 from .engine.adapter_files import CONFIG
 from .engine.check_data import legend, show
@@ -157,7 +157,7 @@ def _check_base(spec: str, adapter: Path, policy: Any, base: dict[str, Any]) -> 
     if known := facts.get("inputs", {}).get("model.path"):
         is_same, trained_on = same_contents(known[0], base), f"another base ({changed_files(known[0], base)})"
     else:
-        is_same = trained_on is None or Path(trained_on).resolve() == Path(policy.source).resolve()
+        is_same = trained_on is None or resolved(trained_on) == resolved(policy.source)
     if not is_same:
         raise ValueError(
             f"{spec}: this reward model was trained on {trained_on}, and would score otherwise on {policy.source}; "

@@ -322,8 +322,12 @@ def _device(device: str | torch.device) -> torch.device:
         found = torch.device(("cuda" if usable else "cpu") if device == "auto" else device)
     except RuntimeError as error:
         raise ValueError(f'device {device!r}: expected "auto", "cpu" or "cuda"') from error
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f'device {device!r}: expected "auto", "cpu" or "cuda"')
     if found.type == "cuda" and not usable:
         raise ValueError(f'device {device!r}: torch finds no CUDA here; use "cpu" or "auto"')
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r}: torch finds {torch.cuda.device_count()} GPUs here, which count from 0")
     return found
 
 

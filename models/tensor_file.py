@@ -7,7 +7,8 @@
 https://huggingface.co/docs/safetensors. A library gives tensors of its own, by mapping the file into memory: each page
 that was read then stands in memory a second time, beside the parameter it was copied to. Here a tensor of the right
 dtype and layout is read *into* the parameter, and any other through a small buffer, so that loading takes the memory of
-the model and no more. Writing likewise.
+the model and no more. Writing likewise. Numbers that are NaN or infinite are refused by name, as they are read: no
+model computes anything with them.
 """
 
 import math
@@ -32,9 +33,10 @@ BUFFER, TO_DEVICE = 2**16, 2**23
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: where its bytes start, counted from the file's beginning, and what they are."""
+    """A tensor in a file: its name, where its bytes start, counted from the file's beginning, and what they are."""
 
     path: Path
+    name: str
     start: int
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -77,7 +79,7 @@ def _stored(path: Path, name: str, entry: Any, data: int) -> Stored:
         raise _damaged(path, f"{name} has shape {shape} and data_offsets {first}, {end}")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{path}: {name} has dtype {dtype!r}, which is not implemented; known: {', '.join(DTYPES)}")
-    stored = Stored(path, data + first, tuple(shape), DTYPES[dtype])
+    stored = Stored(path, name, data + first, tuple(shape), DTYPES[dtype])
     if stored.nbytes != end - first:
         raise _damaged(path, f"{name} takes {end - first} bytes, where {dtype} {shape} has {stored.nbytes}")
     return stored
@@ -94,14 +96,39 @@ def _check_order(path: Path, found: dict[str, Stored], start: int, size: int) ->
 
 
 def read_into(stored: Stored, target: Tensor) -> None:
-    """Fill `target`, a view of any layout, device and dtype, whose entries come in the order of those stored."""
+    """Fill `target`, a view of any layout, device and dtype, whose entries come in the order of those stored.
+
+    ValueError where one is NaN or infinite, or too large for a target in float16.
+    """
     if target.is_contiguous() and target.dtype == stored.dtype and target.device.type == "cpu":
         with stored.path.open("rb", buffering=0) as file:
             file.seek(stored.start)
             _read(file, target, stored.path)
+        _refuse_not_finite(stored, target)
         return
     for rows, block in _blocks(stored, target):
         rows.copy_(block)
+        if target.dtype == torch.float16 and not _is_finite(rows):
+            raise ValueError(
+                f"{stored.path}: {stored.name} holds numbers beyond {torch.finfo(torch.float16).max:,.0f}, the largest "
+                "of float16; load it in bfloat16 or float32"
+            )
+
+
+def _refuse_not_finite(stored: Stored, values: Tensor) -> None:
+    if not _is_finite(values):
+        raise ValueError(
+            f"{stored.path}: {stored.name} holds NaN or infinity, with which nothing can be computed; download or copy "
+            "it again"
+        )
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite. A maximum takes no memory, and is NaN where one of them is."""
+    if not values.is_floating_point() or values.numel() == 0:
+        return True
+    low, high = (values.float() if values.itemsize == 1 else values).aminmax()
+    return bool(low.isfinite() and high.isfinite())
 
 
 def holds(stored: Stored, target: Tensor) -> bool:
@@ -129,6 +156,7 @@ def _blocks(stored: Stored, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in target.split(at_once):
             block = buffer[: len(rows)]
             _read(file, block, stored.path)
+            _refuse_not_finite(stored, block)
             yield rows, block
 
 
@@ -187,17 +215,18 @@ def same(one: Stored, other: Stored) -> bool:
     return all(a == b for a, b in zip(_stored_blocks(one), _stored_blocks(other), strict=True))
 
 
-def _stored_blocks(stored: Stored) -> Iterator[bytes]:
-    """The bytes of a tensor in a file, piece by piece."""
-    left = stored.nbytes
+def _stored_blocks(stored: Stored) -> Iterator[memoryview]:
+    """The bytes of a tensor in a file, piece by piece, each valid until the next. ValueError for NaN and infinity."""
+    left = math.prod(stored.shape)
+    buffer = torch.empty(min(left, TO_DEVICE // stored.dtype.itemsize), dtype=stored.dtype)
     with stored.path.open("rb", buffering=0) as file:
         file.seek(stored.start)
         while left:
-            block = file.read(min(left, TO_DEVICE))
-            if not block:
-                raise _damaged(stored.path, "it ended while it was read")
+            block = buffer[:left]
+            _read(file, block, stored.path)
+            _refuse_not_finite(stored, block)
             left -= len(block)
-            yield block
+            yield _memory(block)
 
 
 def _made_blocks(made: Made) -> Iterator[memoryview]:

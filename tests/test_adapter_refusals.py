@@ -37,6 +37,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no rank": ({"r": None}, "r = None"),
     "a rank of zero": ({"r": 0}, "rank: expected a positive whole number"),
     "a pattern that is none": ({"rank_pattern": ["c_fc"]}, "rank_pattern = ['c_fc']"),
+    "an alpha beyond fp32": ({"lora_alpha": 1e39}, "lora_alpha = 1e+39"),
+    "an alpha of many digits": ({"alpha_pattern": {"c_fc": 10**400}}, "alpha_pattern: expected a finite number"),
     "no alpha": ({"lora_alpha": None}, "lora_alpha = None"),
     "another rank": ({"r": 4}, "has rank 3, but adapter_config.json says 4"),
 }
@@ -111,6 +113,14 @@ def wide(tensors: dict[str, Tensor], key: str) -> None:
     tensors[key] = torch.zeros(3, 25)
 
 
+def half_a_byte(tensors: dict[str, Tensor], key: str) -> None:
+    tensors[key] = torch.zeros(3, 12, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+
+
+def counted_beside(tensors: dict[str, Tensor], key: str) -> None:
+    tensors["base_model.model.transformer.ln_f.weight"] = torch.ones(24, dtype=torch.int64)
+
+
 def lonely(tensors: dict[str, Tensor], key: str) -> None:
     del tensors[key.replace("lora_A", "lora_B")]
 
@@ -128,6 +138,8 @@ def stranger(tensors: dict[str, Tensor], key: str) -> None:
     [
         (nan, "lora_A.weight holds NaN or infinity"),
         (counted, "lora_A.weight holds torch.int32"),
+        (half_a_byte, "lora_A.weight holds torch.float4_e2m1fn_x2"),
+        (counted_beside, "ln_f.weight holds torch.int64"),
         (wide, "has factors of shape ((3, 25), (72, 3)), the model needs ((3, 24), (72, 3))"),
         (lonely, "c_attn.lora_A.weight is there without transformer.h.0.attn.c_attn.lora_B.weight"),
         (flat, "has factors of shape ((), (72, 3))"),

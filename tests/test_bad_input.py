@@ -302,19 +302,39 @@ def test_the_other_commands(job, bases, complaint, tmp_path) -> None:
 
 
 def test_a_loss_that_is_not_finite(job, complaint, tmp_path) -> None:
-    """The weights of the base hold an infinity, or the learning rate is one of another world."""
+    """A weight of the base is as large as can be, or beyond; or the learning rate is one of another world."""
     from safetensors.torch import load_file, save_file
 
     base = gpt2_folder(tmp_path / "base")
     tensors = load_file(base / "model.safetensors")
-    next(value for key, value in tensors.items() if "ln_f" in key)[0] = float("inf")
+    tensors["transformer.ln_f.weight"][0] = 3e38
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     line = complaint("train", job, f"model.path={base}")
-    assert line.startswith(f"{base}: transformer.ln_f.")
-    assert line.endswith("holds NaN or infinity; restore the weights, or train them again")
+    assert line.startswith("step 1: the loss is ")
+    assert "there is no checkpoint yet; try a smaller train.lr" in line
     line = complaint("train", job, "train.lr=1e6", "train.clip=1e9", "train.epochs=50", "train.warmup=0")
     assert line.startswith("step ")
     assert line.endswith("; try a smaller train.lr")
+
+    tensors["transformer.ln_f.weight"][0] = float("inf")
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    said = f"{base}/model.safetensors: transformer.ln_f.weight holds NaN or infinity"
+    assert said in complaint("train", job, f"model.path={base}")
+    assert said in complaint("generate", base, "--prompt", "the cat")
+
+
+def test_names_that_lead_nowhere(job, bases, complaint, capsys, tmp_path) -> None:
+    (tmp_path / "circle.jsonl").symlink_to("circle.jsonl")
+    labelled = ("--labels", "a", "b", "--out")
+    assert "circle.jsonl" in complaint("label", bases["gpt2"], tmp_path / "circle.jsonl", *labelled, tmp_path / "out")
+    assert "circle.jsonl" in complaint(
+        "generate", bases["gpt2"], "--adapter", tmp_path / "circle.jsonl", "--prompt", "a"
+    )
+    for device in ("xpu", "meta", "mps"):
+        assert f"device '{device}': expected" in complaint("train", job, f"model.device={device}")
+    with pytest.raises(SystemExit) as ending:
+        main(["generate", str(bases["gpt2"]), "--prompt", "the \udcff cat"])
+    assert ending.value.code == 2 and r"'the \udcff cat': not UTF-8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", ["data.train=none.jsonl", "train.lerning_rate=1"])

@@ -125,6 +125,10 @@ def test_overrides(tmp_path) -> None:
         (["train.batch_rows=4"], "run.toml: train: batch_rows and batch_tokens"),
         (["method=stf"], "run.toml: method 'stf' is unknown; known: pretrain, sft"),
         (["model.preset=gpt2"], "run.toml: model: give path (a folder or hub id) or preset"),
+        (["train.lr=nan"], "run.toml: train: lr: nan is no number to compute with"),
+        (["train.clip=inf"], "run.toml: train: clip: inf is no number to compute with"),
+        (["train.lr_scale={ 'a' = 1e39 }"], "run.toml: train: lr_scale: a: 1e+39 is no number to compute with"),
+        (["train.betas=[0.9, -1e300]"], "run.toml: train: betas: -1e+300 is no number to compute with"),
         (["lr"], "'lr': expected section.field=value, for example train.lr=1e-4"),
         (["=3"], "expected section.field=value"),
         (["method.x=3"], "method is not a section"),
@@ -132,6 +136,14 @@ def test_overrides(tmp_path) -> None:
 )  # fmt: skip
 def test_refused(tmp_path, changes, message) -> None:
     assert message in refusal(tmp_path, FULL, *changes)
+
+
+def test_a_stored_number_that_no_tensor_holds() -> None:
+    """In run.json, whose whole numbers may be of any length."""
+    with pytest.raises(ValueError, match=r"run\.json: train: seed: a whole number of 100 bits, where 64 are the most"):
+        from_table(
+            RunConfig, {"train": {"seed": 2**99}, "method": "sft", "out": "o", "model": {}, "data": {}}, "run.json"
+        )
 
 
 def test_files_that_cannot_be_read(tmp_path) -> None:

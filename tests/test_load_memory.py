@@ -66,11 +66,13 @@ def sharded(folder: Path) -> None:
 
 
 def store(model: type, config: Any, dtype: torch.dtype, folder: Path) -> None:
-    """Save a model of this size. Its weights are whatever stood in memory: they are measured, not used."""
+    """Save a model of this size, of zeros: its weights are measured, not used."""
     with torch.device("meta"):
         empty = model(config)
     empty = empty.to(dtype).to_empty(device="cpu")
     empty.tie()
+    for parameter in empty.parameters():
+        parameter.data.zero_()
     save(empty, None, folder)
 
 

@@ -54,7 +54,7 @@ def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     with torch.no_grad():
         reference.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     reference.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"layers.1.\w+.weight: .* holds NaN or infinity can't be quantised"):
+    with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj.weight holds NaN or infinity"):
         load(tmp_path, device="cpu", quantize=projections)
 
 

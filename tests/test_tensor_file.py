@@ -166,3 +166,29 @@ def test_a_file_cut_after_its_header_was_read(tmp_path):
 def test_metadata_is_no_tensor(tmp_path):
     lay(tmp_path / "x", {"__metadata__": {"format": "pt"}, "a": entry()}, 24)
     assert list(read_header(tmp_path / "x")) == ["a"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["F64", "F32", "F16", "BF16", "F8_E5M2"])
+def test_a_number_that_is_none_is_named(tmp_path: Path, buffer, name: str, bad: float) -> None:
+    """Wherever it stands, read in place, through the buffer, compared or copied."""
+    for at in (0, 7, 29):
+        tensor = torch.zeros(30)
+        tensor[at] = bad
+        save_file({"x": torch.zeros(3), "the bad one": tensor.to(DTYPES[name])}, tmp_path / "file")
+        stored = read_header(tmp_path / "file")
+        for call in (
+            lambda stored=stored: read_into(stored["the bad one"], torch.empty(30, dtype=DTYPES[name])),
+            lambda stored=stored: read_into(stored["the bad one"], torch.empty(60)[::2]),
+            lambda stored=stored: holds(stored["the bad one"], torch.zeros(30)),
+            lambda stored=stored: write_file(tmp_path / "copy", stored),
+        ):
+            with pytest.raises(ValueError, match="file: the bad one holds NaN or infinity"):
+                call()
+
+
+def test_a_number_too_large_for_float16_is_named(tmp_path: Path, buffer) -> None:
+    save_file({"x": torch.tensor([1.0, -70_000.0])}, tmp_path / "file")
+    with pytest.raises(ValueError, match="x holds numbers beyond 65,504"):
+        read_into(read_header(tmp_path / "file")["x"], torch.empty(2, dtype=torch.float16))
+    read_into(read_header(tmp_path / "file")["x"], torch.empty(2, dtype=torch.bfloat16))
