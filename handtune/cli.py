@@ -119,9 +119,6 @@ def parser() -> argparse.ArgumentParser:
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     """The options; changes to a configuration may stand behind them, too, where argparse alone refuses them."""
     grammar = parser()
-    for argument in sys.argv[1:] if arguments is None else arguments:
-        if any("\ud800" <= letter <= "\udfff" for letter in argument):  # what Python makes of other bytes
-            grammar.error(f"{argument[:60]!r}: not UTF-8, in which texts and names are read here and written")
     options, rest = grammar.parse_known_args(arguments)
     if rest and ("override" not in options or any(word.startswith("-") for word in rest)):
         grammar.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -159,7 +156,7 @@ def _run(arguments: list[str]) -> int:
         try:
             argument.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"the argument {argument!r} is not UTF-8; rename what it names") from None
+            raise ValueError(f"the argument {argument[:60]!r} is not UTF-8; rename what it names") from None
 
     options = parsed(arguments)
     from . import commands
