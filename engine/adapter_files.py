@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._files import filling, read_json, write_json, write_tensors
+from .._files import read_json, write_json, write_tensors
+from .._folders import filling
 from ..kernels import Linear, LowRank
 from ..kernels.conv import ConvFactors
 from .adapter_factors import MAGNITUDE, PREFIX, plan_factors, read_weights, stored, stored_factor

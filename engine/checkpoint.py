@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .._files import DiskError, remove_left_overs, replacing_folder, write_file, write_json, write_tensors
+from .._files import DiskError, remove_left_overs, write_file, write_json, write_tensors
+from .._folders import replacing_folder
 from .inputs import digest
 
 TENSORS, FACTS, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"

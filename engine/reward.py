@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._files import filling, read_json, write_json
+from .._files import read_json, write_json
+from .._folders import filling
 from .adapter_files import CONFIG, load_adapter, read_adapter, save_adapter
 from .adapters import adapter_names, use_adapter
 from .batches import packed, to_device

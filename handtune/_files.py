@@ -5,13 +5,9 @@ temporary name of its own beside its goal, flushed to the disk, and renamed; the
 name. Temporary names are hidden, end with `.tmp` and hold the writer's process id. Those of processes that have ended
 are removed by the next writer of the same file.
 
-A folder of several files (`filling`) is made in a hidden folder inside it, because it may be a file system of its own.
-Once all are on the disk, a list of them is written, and they move up: the file that makes the folder whole leaves
-first and comes last. Where a kill cuts that short, the list tells which files are of no use without the others.
-A folder that is always replaced as one (`replacing_folder`) is made beside it.
-
-`_locks.py` keeps a second process out. `parse_json` and what reads through it are the only readers of JSON: an error
-names the file, and the line or field. Nothing is read that isn't a plain file. What is in it: `_shapes.py`.
+`_folders.py` writes folders of several files, `_locks.py` keeps a second process out. `parse_json` and what reads
+through it are the only readers of JSON: an error names the file, and the line or field. Nothing is read that isn't a
+plain file. What is in it: `_shapes.py`.
 """
 
 import errno
@@ -22,7 +18,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,7 +35,6 @@ LOCK = ".lock"  # in a folder on which one process works at a time
 _ESCAPED_HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # of a surrogate pair, which no file could hold again
 MAX_DIGITS = 300  # of an integer in JSON: such a one is still a finite float
 _LEFT_OVER = re.compile(r"\.(?P<name>.+)\.(?P<process>[0-9]+)-[0-9a-f]{8}\.tmp")
-_NEW, _OLD, _LIST = "new", "old", "files.json"  # in the hidden folder of `filling`
 _in_use: set[Path] = set()  # the temporary names that this process writes under just now
 
 
@@ -62,7 +57,7 @@ def replacing(path: str | Path, size: int | None = None) -> Iterator[IO[bytes]]:
     path = Path(path)
     _check_replaceable(path)
     remove_left_overs(path.parent, path.name)
-    with _explained(path, path, size), _temporary(path) as temporary:
+    with explained(path, path, size), unfinished(path) as temporary:
         # Opened exclusively: a link that waits under this name is not followed.
         with open(temporary, "xb") as file:
             yield file
@@ -128,7 +123,7 @@ def append_line(path: str | Path, text: str) -> None:
     """
     path = Path(path)
     line = text.encode("utf-8") + b"\n"
-    with _explained(path, path, len(line)), open(path, "ab+", buffering=0) as file:  # nothing is written later
+    with explained(path, path, len(line)), open(path, "ab+", buffering=0) as file:  # nothing is written later
         before = file.seek(0, os.SEEK_END)
         file.seek(max(0, before - 1))
         left = line if before == 0 or file.read(1) == b"\n" else b"\n" + line
@@ -139,103 +134,6 @@ def append_line(path: str | Path, text: str) -> None:
         except BaseException:
             file.truncate(before)
             raise
-
-
-@contextmanager
-def filling(folder: str | Path, last: str) -> Iterator[Path]:
-    """A hidden folder to write files to, which move up into `folder` when the block ends, and else are gone.
-
-    `last` is the file without which the folder means nothing. Where anything fails, the folder holds what it held; a
-    kill while the files move leaves one without `last`, in which `half_filled` names what is of no use.
-    """
-    folder = Path(folder)
-    is_new = not folder.exists()
-    with ExitStack() as end:
-        end.callback(_remove_if_empty, folder if is_new else None)
-        end.enter_context(_explained(folder, folder))
-        hidden = end.enter_context(_temporary(folder / _NEW))
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_unfilled(folder)
-        for inner in (hidden, hidden / _NEW, hidden / _OLD):
-            inner.mkdir()
-        yield hidden / _NEW
-
-        _flush_all(hidden)
-        _move_up(hidden, folder, last)
-
-
-def _move_up(hidden: Path, folder: Path, last: str) -> None:
-    """Move the files of a `filling` into its folder; where that fails, those before them are put back."""
-    names = sorted((path.relative_to(hidden / _NEW) for path in hidden.rglob("*") if path.is_file()), key=str)
-    names.sort(key=lambda name: name == Path(last))
-    left_overs = _left_overs(folder, _NEW)
-    half = _listed(left_overs)
-    write_json(hidden / _LIST, sorted({*map(str, names), *half}))
-    for left_over in left_overs:
-        _remove(left_over)
-
-    with ExitStack() as undo:
-        for name in [*reversed(names), *(Path(name) for name in half if Path(name) not in names)]:
-            if (folder / name).is_file() or (folder / name).is_symlink():
-                (hidden / _OLD / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(folder / name, hidden / _OLD / name)
-                undo.callback(os.replace, hidden / _OLD / name, folder / name)
-        flush_folder(folder)
-        for name in names:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            if name == Path(last):
-                flush_folder(folder)
-            os.replace(hidden / _NEW / name, folder / name)
-            undo.callback((folder / name).unlink, missing_ok=True)
-        for inner in {(folder / name).parent for name in names}:
-            flush_folder(inner)
-        undo.pop_all()
-    # The list goes last: as long as it is there, the files may be replaced by whoever does the same again.
-    shutil.rmtree(hidden / _OLD, ignore_errors=True)
-    shutil.rmtree(hidden / _NEW, ignore_errors=True)
-
-
-def remove_unfilled(folder: Path) -> None:
-    """Remove what killed `filling`s have left in a folder, but for those of whose files some may have moved."""
-    for left_over in _left_overs(folder, _NEW):
-        if not (left_over / _LIST).is_file():
-            _remove(left_over)
-
-
-def half_filled(folder: str | Path) -> set[str]:
-    """The files in a folder that a `filling` moved there, or was about to, when it was killed, or is just now."""
-    return _listed(hidden for hidden in Path(folder).glob(f".{_NEW}.*.tmp") if is_temporary(hidden))
-
-
-def _listed(hidden: Iterable[Path]) -> set[str]:
-    """The names in the lists of such folders; none that leads out of theirs."""
-    lists = (folder / _LIST for folder in hidden)
-    names = {str(name) for path in lists if path.is_file() for name in read_json(path, list)}
-    return {name for name in names if name and not Path(name).is_absolute() and ".." not in Path(name).parts}
-
-
-@contextmanager
-def replacing_folder(path: str | Path, aside: str | Path) -> Iterator[Path]:
-    """A hidden folder beside `path` to write files to, which takes its place when the block ends, and else is gone.
-
-    An older one is moved to `aside` in between, and is the caller's to remove. It is put back where anything fails; a
-    kill leaves it there.
-    """
-    path, aside = Path(path), Path(aside)
-    with _explained(path, path.parent), _temporary(path) as temporary:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_left_overs(path.parent, path.name)
-        temporary.mkdir()
-        yield temporary
-
-        _flush_all(temporary)
-        with ExitStack() as undo:
-            if path.exists():
-                os.rename(path, aside)
-                undo.callback(os.rename, aside, path)
-            os.rename(temporary, path)
-            undo.pop_all()
-        flush_folder(path.parent)
 
 
 def is_temporary(path: Path) -> bool:
@@ -252,11 +150,11 @@ def stored_files(folder: str | Path) -> list[Path]:
 
 def remove_left_overs(folder: Path, name: str | None = None) -> None:
     """Remove what killed processes left of writing the file `name` in a folder, or any file in it or below."""
-    for path in _left_overs(folder, name):
-        _remove(path)
+    for path in left_overs(folder, name):
+        remove_whole(path)
 
 
-def _left_overs(folder: Path, name: str | None) -> list[Path]:
+def left_overs(folder: Path, name: str | None) -> list[Path]:
     out = []
     for path in folder.rglob(".*.tmp") if name is None else folder.glob(f".{_escaped(name)}.*.tmp"):
         match = _LEFT_OVER.fullmatch(path.name)
@@ -270,7 +168,7 @@ def _left_overs(folder: Path, name: str | None) -> list[Path]:
     return out
 
 
-def _remove(path: Path) -> None:
+def remove_whole(path: Path) -> None:
     """Remove a file, or a folder with all that is in it, as far as that is possible; a link is not followed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
@@ -279,7 +177,7 @@ def _remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _remove_if_empty(folder: Path | None) -> None:
+def remove_if_empty(folder: Path | None) -> None:
     if folder is not None:
         with suppress(OSError):
             folder.rmdir()
@@ -301,14 +199,14 @@ def _is_running(process: int) -> bool:
 
 
 @contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
+def unfinished(path: Path) -> Iterator[Path]:
     """A temporary name beside `path`, of which nothing is left after the block."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     _in_use.add(temporary)
     try:
         yield temporary
     finally:
-        _remove(temporary)
+        remove_whole(temporary)
         _in_use.discard(temporary)
 
 
@@ -340,13 +238,13 @@ def flush_folder(path: Path) -> None:
             raise
 
 
-def _flush_all(folder: Path) -> None:
+def flush_all(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
         flush_folder(path) if path.is_dir() else flush_file(path)
 
 
 @contextmanager
-def _explained(path: Path, inside: Path, size: int | None = None) -> Iterator[None]:
+def explained(path: Path, inside: Path, size: int | None = None) -> Iterator[None]:
     """An OSError about something `inside` or unfinished, or that names nothing, tells that `path` was not written.
 
     Around what removes the unfinished file, so that its bytes count as free.

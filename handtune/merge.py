@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._files import LOCK, filling, half_filled, is_temporary, remove_unfilled, resolved, write_json
+from ._files import LOCK, is_temporary, resolved, write_json
+from ._folders import filling, half_filled, remove_unfilled
 from ._locks import alone
 from .engine import merge_lora
 from .engine.adapter_files import StoredAdapter, read_adapter

@@ -9,7 +9,8 @@ from inspect import isroutine
 from pathlib import Path
 from typing import Any
 
-from ._files import filling, read_json, stored_files
+from ._files import read_json, stored_files
+from ._folders import filling
 from ._outside import others_code
 from ._shapes import with_fields
 from .engine import load_adapter, save_adapter

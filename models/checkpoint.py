@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._files import filling, read_json, write_json
+from .._files import read_json, write_json
+from .._folders import filling
 from .._outside import explained_memory
 from .._shapes import shown, with_fields
 from ..kernels import Linear

@@ -15,19 +15,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_kills import CHANGES, at_operation, held_by_another, is_killed, killed_everywhere
 
-from handtune import _files
+from handtune import _files, _folders
 from handtune._files import (
     append_line,
-    filling,
-    half_filled,
     is_temporary,
     replacing,
-    replacing_folder,
     stored_files,
     write_file,
     write_json,
     write_tensors,
 )
+from handtune._folders import filling, half_filled, replacing_folder
 from handtune._locks import alone
 
 ENDED = 4_000_000  # no process has this number: more than Linux gives
@@ -147,7 +145,8 @@ def test_links_at_temporary_names_are_not_followed(tmp_path, monkeypatch) -> Non
     (tmp_path / "theirs").mkdir()
     for name, target in (("a", "precious"), ("new", "theirs"), ("step", "theirs")):
         (tmp_path / f".{name}.{os.getpid()}-00000000.tmp").symlink_to(tmp_path / target)
-    monkeypatch.setattr(_files, "_left_overs", lambda *arguments: [])
+    monkeypatch.setattr(_files, "left_overs", lambda *arguments: [])
+    monkeypatch.setattr(_folders, "left_overs", lambda *arguments: [])
     for write in (
         lambda: write_file(tmp_path / "a", "y"),
         lambda: filling(tmp_path, "last").__enter__(),

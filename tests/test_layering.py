@@ -13,7 +13,7 @@ MAY_IMPORT = {"kernels": {"kernels"}, "models": {"models", "kernels"}, "engine":
 TORCH_ONLY = {"torch", "triton"}
 # The package itself, which imports nothing; the one writer and reader of files, and what these hold; the lock; what is
 # done about what comes from outside.
-SHARED = {"", "__version__", "_files", "_locks", "_outside", "_shapes"}
+SHARED = {"", "__version__", "_files", "_folders", "_locks", "_outside", "_shapes"}
 BY_NAME = {"import_module", "__import__"}
 
 EXPORTS = {
