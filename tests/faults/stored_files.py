@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,11 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from handtune._files import is_temporary
-from handtune.engine.checkpoint import checkpoints, load_checkpoint
+from handtune.engine.checkpoint import FACTS, SUMS, checkpoints, load_checkpoint
 
 CHECKPOINT = re.compile(r"run/checkpoints/step-[0-9]{8}")
 CLOCK = re.compile(r".*seconds|started|peak_memory|.*_per_second")
-SUMS = "SHA256SUMS"  # of what lies beside it, facts with times among them
 APPENDED = ("metrics.jsonl", "answers.jsonl")  # line by line: one may be cut short
 
 
@@ -34,13 +34,19 @@ def snapshot(folder: Path) -> dict[Path, tuple[bytes, int]]:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """Everything in a folder that does not depend on the clock."""
-    return {str(name): _without_clock(name, data) for name, (data, _) in snapshot(folder).items()}
+    """Everything in a folder that depends neither on the clock nor on where the folder lies, which run.json says."""
+    here = os.path.realpath(folder).encode()
+    return {
+        str(name): _without_clock(name, data.replace(here, b".") if name.suffix == ".json" else data)
+        for name, (data, _) in snapshot(folder).items()
+    }
 
 
 def _without_clock(name: Path, data: bytes) -> Any:
     if name.name == SUMS:
-        return sorted(line.split()[-1] for line in data.splitlines())  # assert_whole looks at the sums
+        return sorted(
+            line.split()[-1] for line in data.splitlines()
+        )  # of facts with times, too; `assert_whole` looks at them
     if name.suffix == ".json":
         return _timeless(json.loads(data))
     if name.suffix == ".jsonl":
@@ -78,7 +84,7 @@ def assert_whole(folder: Path) -> None:
 def _read(path: Path, data: bytes) -> None:
     if path.suffix == ".safetensors":
         load_file(path)
-    elif path.name == SUMS:
+    elif path.name == SUMS and (path.parent / FACTS).is_file():  # else it is being removed
         for line in data.decode().splitlines():
             digest, name = line.split()
             if hashlib.sha256((path.parent / name.lstrip("*")).read_bytes()).hexdigest() != digest:
