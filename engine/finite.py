@@ -1,7 +1,8 @@
 """Weights that are no numbers: told where what is computed from them shows it, and which they are.
 
-Looking at every weight while it is read would take a tenth of the time of loading. A single NaN or infinity soon is in
-all that a model computes, where it costs nothing to see.
+Those of our own checkpoints are looked at while they are read (`models/tensor_file.py`). Adapters, foreign models and
+weights that were changed since then are not; but a single NaN or infinity soon is in all that a model computes, where
+it costs nothing to see.
 """
 
 from collections.abc import Iterator

@@ -51,7 +51,7 @@ DEFAULT_ROWS = 16
 # The most that makes sense of each field; nothing ends that is longer.
 LIMITS: dict[str, float] = {
     "epochs": 1_000_000, **dict.fromkeys(("max_steps", "eval_every", "patience", "save_every", "keep"), 10**9),
-    **dict.fromkeys(("batch_rows", "batch_tokens", "micro_rows", "micro_tokens", "warmup"), 10**9), "lr": 1e6,
+    **dict.fromkeys(("batch_rows", "batch_tokens", "micro_rows", "micro_tokens", "warmup"), 10**9), "lr": 1e38,
     "lr_floor": 1e6, "weight_decay": 1e6, "decay": 1, "lr_decay": 1e6, "eps": 1e6, "seed": 2**63 - 1,
 }  # fmt: skip
 UNTRAINED = (

@@ -9,7 +9,7 @@ from .optim import SCHEDULES
 # The most that makes sense of each field; nothing ends that is longer.
 LIMITS: dict[str, float] = {
     "episodes": 10**9, "rollout_rows": 10**6, "batch_rows": 10**6, "micro_rows": 10**6, "epochs": 10_000,
-    "max_new_tokens": 2**20, "temperature": 1e6, "lr": 1e6, "kl": 1e6, "kl_horizon": 10**12, "normalise": 10**6,
+    "max_new_tokens": 2**20, "temperature": 1e6, "lr": 1e38, "kl": 1e6, "kl_horizon": 10**12, "normalise": 10**6,
     "best_of": 10**6, "best_of_prompts": 10**6, "save_every": 10**9, "keep": 10**9, "seed": 2**63 - 1,
 }  # fmt: skip
 

@@ -22,7 +22,6 @@ from .engine import merge_lora
 from .engine.adapter_files import StoredAdapter, read_adapter
 from .engine.adapters import merged_rows
 from .engine.beside import all_places, tensors_with
-from .engine.finite import not_finite, unsound_weights
 from .engine.lora import slots
 from .engine.rounding import Rounding, dtype_name, rounded
 from .engine.wrapping import Factors
@@ -33,7 +32,7 @@ from .models.filling import Placement, blocks, own_tensors, place
 from .models.layers import Published
 from .models.pixels import Pixels
 from .models.shards import INDEX, SINGLE
-from .models.tensor_file import Made, Stored, all_finite, holds, read_into, same, write_file
+from .models.tensor_file import Made, Stored, holds, read_into, same, write_file
 from .prompts import learn_turn_end
 from .stored import adds_tokens, head_of, put_adapter, resized_vocabulary
 
@@ -75,8 +74,6 @@ def _merge(base: str, adapter: Path, out: Path) -> tuple[Rounding, torch.dtype]:
         resized = resized_vocabulary(adapter, opened.model) is not None
         if adds_tokens(adapter, opened.tokenizer) or resized or reordered:
             model, tokenizer = load(base, dtype=opened.shards.dtype(), head_follows=True, **head_of(adapter))
-            if unsound_weights(model):
-                raise not_finite(model, "the weights")
             put_adapter(model, tokenizer, adapter)
             _measure(model, adapter, rounding)
             merge_lora(model, keep_base=False)
@@ -166,7 +163,6 @@ def _tensors(opened: Checkpoint, placement: Placement, adapter: StoredAdapter, r
                 out[name] = Made(shape, dtype, with_rows)
             else:
                 assert stored is not None
-                _require_finite(stored, name)
                 out[name] = stored
     return out
 
@@ -187,15 +183,8 @@ def _rows(
         return source.ours(rounded(plain, dtype, name)).contiguous()
     assert stored is not None
     rows = torch.empty(block.shape, dtype=dtype)
-    _require_finite(stored, name)
     read_into(stored, source.as_stored(rows))
     return rows
-
-
-def _require_finite(stored: Stored, name: str) -> None:
-    """ValueError where a tensor of the base holds NaN or infinity."""
-    if not all_finite(stored):
-        raise ValueError(f"{stored.path}: {name} holds NaN or infinity; restore the base, or download it again")
 
 
 def _merged(

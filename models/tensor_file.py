@@ -136,14 +136,6 @@ def holds(stored: Stored, target: Tensor) -> bool:
     return all(torch.equal(rows, block.to(rows)) for rows, block in _blocks(stored, target))
 
 
-def all_finite(stored: Stored) -> bool:
-    """Whether it holds neither NaN nor infinity; whole numbers, and those of a byte, aren't looked at."""
-    if not stored.dtype.is_floating_point or stored.dtype.itemsize < 2:
-        return True
-    target = torch.empty((), dtype=stored.dtype).expand(stored.shape)  # of no size, for the shape alone
-    return all(bool(block.isfinite().all()) for _, block in _blocks(stored, target))
-
-
 def _blocks(stored: Stored, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Consecutive rows of `target`, each time with what is stored for them, which is valid until the next."""
     if target.numel() == 0:

@@ -10,7 +10,7 @@ from handtune.cli import main
 def workshop(folder: Path) -> Path:
     """A folder with a base, rows, a function that judges and rewards, configurations, and a finished run."""
     base, rows = str(gpt2_folder(folder / "base")), str(write_rows(folder / "rows.jsonl", CHAT))
-    (folder / "judge.py").write_text(
+    (folder / "command_scores.py").write_text(
         "def better(prompt, left, right):\n    return 'left' if left < right else 'right'\n\n\n"
         "def short(prompts, completions):\n    return [-len(text) for text in completions]\n"
     )
@@ -20,7 +20,7 @@ def workshop(folder: Path) -> Path:
         data={"train": rows, "eval": rows, "max_length": 64}, train={"epochs": 1, "batch_rows": 2},
     )  # fmt: skip
     write_config(
-        folder / "ppo.toml", out="none", prompts=rows, reward="judge:short", model={"path": base},
+        folder / "ppo.toml", out="none", prompts=rows, reward="command_scores:short", model={"path": base},
         ppo={"episodes": 4, "rollout_rows": 4, "batch_rows": 4, "max_new_tokens": 2, "best_of": 0, "lora": {"rank": 2}},
     )  # fmt: skip
     assert main(["train", str(folder / "train.toml")]) == 0
@@ -34,7 +34,7 @@ def command_lines(out: Path) -> dict[str, tuple[list[str], Path | None]]:
         "check-data": ("train.toml", None),
         "evaluate": ("finished", None),
         "compare": (
-            f"base --prompts rows.jsonl --out {out}/answers.jsonl --labeler judge:better --max-new-tokens 3",
+            f"base --prompts rows.jsonl --out {out}/answers.jsonl --labeler command_scores:better --max-new-tokens 3",
             out / "answers.jsonl",
         ),
         "generate": (f"base --prompts rows.jsonl --max-new-tokens 2 --out {out}/texts.jsonl", out / "texts.jsonl"),

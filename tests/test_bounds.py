@@ -192,11 +192,11 @@ def test_other_files_of_a_checkpoint(base, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("train.epochs=1e300", "train: epochs: expected int"),
+        ("train.epochs=1e300", "train: epochs: 1e+300 is no number to compute with"),
         ("train.epochs=1000000000", "train: epochs: expected at most 1,000,000, got 1000000000"),
         ("train.max_steps=1000000000000000000", "train: max_steps: expected at most 1,000,000,000"),
-        ("train.warmup=1e300", "train: warmup: expected at most 1,000,000,000"),
-        ("train.lr=inf", "train: lr: expected at most 1,000,000.0, got inf"),
+        ("train.warmup=1e300", "train: warmup: 1e+300 is no number to compute with"),
+        ("train.lr=inf", "train: lr: inf is no number to compute with"),
         ("train.lr=" + "9" * 400, "train.lr: value is a number of 1,329 bits"),
         ("lora.rank=1000000000", "lora: rank: expected a positive whole number, at most 32,768"),
         ('lora.rank_pattern={ "(a)\\\\1" = 4 }', "rank_pattern: '(a)\\\\1': groupref in a pattern"),
@@ -369,16 +369,16 @@ def test_weights_that_are_no_numbers(base, unsound, complaint, tmp_path) -> None
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "good"}, {"text": "bad"}])
     for more in ((), ("--temperature", "0"), ("--beams", "2")):
         line = complaint("generate", unsound, "--prompt", "good", "--max-new-tokens", "2", *more)
-        assert line.startswith(f"prompts 1 to 1: {unsound}: {name}"), line
+        assert line.startswith(f"{unsound / 'model.safetensors'}: {name}"), line
     line = complaint("label", unsound, rows, "--labels", "up", "down", "--out", tmp_path / "labelled.jsonl")
-    assert line.startswith(f"{unsound}: {name}")
+    assert line.startswith(f"{unsound / 'model.safetensors'}: {name}")
     line = complaint("compare", unsound, "--prompts", rows, "--out", tmp_path / "pairs.jsonl", "--max-new-tokens", 4)
-    assert f"{unsound}: {name}" in line
+    assert f"{unsound / 'model.safetensors'}: {name}" in line
     job = write_config(
         tmp_path / "run.toml", method="sft", out=str(tmp_path / "run"), model={"path": str(unsound)}, lora={"rank": 2},
         data={"train": str(write_rows(tmp_path / "chat.jsonl", CHAT)), "max_length": 64}, train={"epochs": 1},
     )  # fmt: skip
-    assert f"{unsound}: {name}" in complaint("train", job)
+    assert f"{unsound / 'model.safetensors'}: {name}" in complaint("train", job)
     assert main(["train", str(job), f"model.path={base}", f"out={tmp_path / 'sound'}"]) == 0
     line = complaint("merge", unsound, tmp_path / "sound/adapter", tmp_path / "merged")
     assert line.startswith(f"{unsound / 'model.safetensors'}: {name}")

@@ -348,12 +348,12 @@ def test_a_refusal_leaves_the_model_as_it_was(kind: str, config: dict, name: str
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"rank": 0}, "rank: expected a positive whole number, got 0"),
-        ({"rank": 3.5}, "rank: expected a positive whole number, got 3.5"),
+        ({"rank": 0}, "rank: expected a positive whole number, at most 32,768, got 0"),
+        ({"rank": 3.5}, "rank: expected a positive whole number, at most 32,768, got 3.5"),
         ({"dropout": 1.0}, "dropout: expected a probability"),
         ({"dropout": -0.1}, "dropout: expected a probability"),
         ({"targets": []}, "targets: name at least one"),
-        ({"rank_pattern": {"c_fc": 0}}, "rank_pattern: expected a positive whole number, got 0"),
+        ({"rank_pattern": {"c_fc": 0}}, "rank_pattern: expected a positive whole number, at most 32,768, got 0"),
         ({"alpha_pattern": {"*.c_attn": 5}}, "alpha_pattern: .* is no regular expression"),
         ({"alpha": "much"}, "alpha: expected a finite number, got 'much'"),
     ],

@@ -39,7 +39,7 @@ def test_what_a_mutant_may_not_do_is_seen(few: tuple[list[Case], Path], tmp_path
         monkeypatch.setitem(commands.COMMANDS, "generate", run)
         return "".join(problems(damaged, scene, tmp_path))
 
-    assert "exit code 99" in outcome(lambda options: {}["planted"])
+    assert "exit code 70" in outcome(lambda options: {}["planted"])
     assert "not refused, exit code 0" in outcome(lambda options: 0)
     assert "refused without a line" in outcome(lambda options: 2)
     monkeypatch.setattr(runner, "SECONDS", 0.1)

@@ -1,5 +1,6 @@
 """Memory that runs out while something is loaded, built or read is one line that says what to do, in every command."""
 
+import gc
 import os
 import resource
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ READS = {
     "label": "handtune.engine.labelling.answer_logps",
     "merge": "handtune.merge.read_into",
     "ppo": "handtune.models.checkpoint.fill",
-    "report": "handtune.engine.runs._read_json",
+    "report": "handtune.engine.runs.read_facts",
 }
 ERRORS = (
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
@@ -46,6 +47,7 @@ def folder(tmp_path_factory) -> Path:
 @contextmanager
 def memory_left(size: int) -> Iterator[None]:
     """So many bytes of address space beyond what the process has now."""
+    gc.collect()  # what is freed later would be room, too
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * os.sysconf("SC_PAGE_SIZE") + size, before[1]))
@@ -72,9 +74,9 @@ def test_is_one_line_in_every_command(command, folder, tmp_path, monkeypatch, ca
 
 
 def test_memory_that_really_runs_out_while_it_loads(folder, tmp_path, capsys) -> None:
-    """A matrix of 51 MB where 30 MB are left."""
-    base = gpt2_folder(tmp_path / "base", vocab_size=200_000, d_model=64, n_layer=1)
-    said = f"out of memory while loading {base}: as float32 its weights take 51,"
+    """A matrix of 102 MB where 30 MB are left, and what a thread may have set aside: 64 MB."""
+    base = gpt2_folder(tmp_path / "base", vocab_size=400_000, d_model=64, n_layer=1)
+    said = f"out of memory while loading {base}: as float32 its weights take 102,"
     load(folder / "base")  # what is imported once
     with memory_left(30_000_000):
         with pytest.raises(MemoryError, match="in bfloat16 or quantised") as error:
@@ -85,23 +87,22 @@ def test_memory_that_really_runs_out_while_it_loads(folder, tmp_path, capsys) ->
     load(base)
 
 
-@pytest.mark.parametrize("size", [2**40, 2**62, 2**70])
+@pytest.mark.parametrize("size", [2**40, 2**62])
 def test_sizes_that_no_memory_holds(size, folder, tmp_path, capsys, monkeypatch) -> None:
-    """Of a preset that is made, and of a config.json: that one says what doesn't fit the file, or any memory."""
+    """Of a preset that is made, and of a config.json."""
     monkeypatch.chdir(folder)
     config = write_config(
         tmp_path / "new.toml", method="pretrain", out=str(tmp_path / "run"), data={"train": "rows.jsonl"},
         model={"preset": "gpt2", "tokenizer": "base/tokenizer.json", "overrides": {"max_positions": size}},
     )  # fmt: skip
     assert main(["train", str(config)]) == 2
-    assert "out of memory: a fresh gpt2 of these sizes is too large" in capsys.readouterr().err
+    assert f"max_positions = {size}: expected at most 16,777,216" in capsys.readouterr().err
     (tmp_path / "base").mkdir()
     for path in Path("base").iterdir():
         text = path.read_bytes()
         (tmp_path / "base" / path.name).write_bytes(text.replace(b'"n_positions": 64', b'"n_positions": %d' % size))
     assert main(["generate", str(tmp_path / "base"), "--prompt", "the"]) == 2
-    line = capsys.readouterr().err
-    assert "base/config.json: its sizes make a model that no memory can hold" in line or "out of memory while" in line
+    assert f"n_positions = {size}: expected at most 16,777,216" in capsys.readouterr().err
 
 
 def test_an_explanation_stays() -> None:

@@ -111,7 +111,7 @@ def test_rows_are_encoded_with_their_ends():
     examples, report = encode([*rows, {"prompt": "it", "completion": ""}], words, "seq2seq", max_length=4, eos=1)
     assert [words.decode(example["input_ids"], False) for example in examples] == ["the cat</s>", "the cat sat</s>"]
     assert [words.decode(example["target_ids"], False) for example in examples] == ["the dog sat</s>", "mat</s>"]
-    assert (report.truncated.count, report.masked.first, report.targets) == (1, (2,), 6)
+    assert (report.truncated.count, report.masked.first, report.targets) == (1, "row 3", 6)
     cut, _ = encode(rows[:1], words, "seq2seq", max_length=3, eos=1)
     assert words.decode(cut[0]["target_ids"], False) == "the dog sat"  # no end where it doesn't end
     shown = show(examples, words, "seq2seq", 1, color=False)

@@ -131,11 +131,13 @@ def test_twenty_rounds(work: str, base: Path, tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_lock_is_named_by_each_command(base: Path, tmp_path: Path, monkeypatch, capsys) -> None:
-    """Before anything is loaded or written: the model that they name is not there."""
+    """Before anything is loaded or written: the model that most of them name is not there."""
     from handtune.cli import main
 
     monkeypatch.chdir(tmp_path)
-    table = {"model": {"path": "gone"}, "out": "run"}
+    table = {"model": {"path": str(base)}, "out": "run"}
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}])
+    (tmp_path / "scores.py").write_text("def short(prompts, completions): ...\n")
     write_config(tmp_path / "t.toml", method="sft", data={"train": "rows.jsonl"}, lora={}, train={"epochs": 1}, **table)
     write_config(tmp_path / "p.toml", prompts="rows.jsonl", reward="scores:short", **table)
     rows, out = ["--prompts", "rows.jsonl"], ["--out", "o.jsonl"]
