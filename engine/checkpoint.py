@@ -5,14 +5,13 @@ any moment leaves the old checkpoints and at most a temporary folder, which the 
 checksum of each file (`sha256sum -c` reads it, too), so that one changed bit is noticed when the checkpoint is loaded.
 """
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from .._files import DiskError, remove_left_overs, write_file, write_json, write_tensors
+from .._files import DiskError, read_json, remove_left_overs, write_file, write_json, write_tensors
 from .._folders import replacing_folder
 from .inputs import digest
 
@@ -71,7 +70,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         if before != now.encode():
             other = next((line[66:] for line in now.splitlines() if line.encode() not in before.split(b"\n")), TENSORS)
             raise ValueError(f"{other} has not the checksum in {SUMS}")
-        return load_file(path / TENSORS), json.loads((path / FACTS).read_text(encoding="utf-8"))
+        return load_file(path / TENSORS), read_json(path / FACTS)
     except (SafetensorError, ValueError, FileNotFoundError) as error:
         raise ValueError(f"{path}: the checkpoint is damaged ({_reason(error)}); {_remedy(path)}") from error
 

@@ -62,6 +62,8 @@ def replacing(path: str | Path, size: int | None = None) -> Iterator[IO[bytes]]:
         with open(temporary, "xb") as file:
             yield file
             file.flush()
+            if path.is_file() and not path.is_symlink():
+                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))  # what was kept private stays so
             os.fsync(file.fileno())
         os.replace(temporary, path)
         flush_folder(path.parent)
@@ -252,6 +254,8 @@ def explained(path: Path, inside: Path, size: int | None = None) -> Iterator[Non
     try:
         yield
     except OSError as error:
+        if error.errno is None:  # not the system's: it says already what is wrong
+            raise
         about = path if error.filename is None else Path(os.fsdecode(error.filename))
         if not about.is_relative_to(inside) and not any(map(is_temporary, (about, *about.parents))):
             raise

@@ -30,7 +30,7 @@ def alone(path: str | Path, lock: str | Path) -> Iterator[None]:
     if _held.get(lock) == holder:
         yield
         return
-    is_new = not lock.parent.exists()
+    missing = [folder for folder in lock.parents if not folder.exists()]
     try:
         descriptor = _acquired(path, lock)
     except OSError as error:
@@ -43,9 +43,9 @@ def alone(path: str | Path, lock: str | Path) -> Iterator[None]:
         with suppress(OSError):
             lock.unlink()  # before the lock ends: afterwards the name may be another's
         os.close(descriptor)
-        if is_new:
+        for folder in missing:
             with suppress(OSError):
-                lock.parent.rmdir()  # where nothing has come of it
+                folder.rmdir()  # where nothing has come of it
 
 
 def _acquired(path: str | Path, lock: Path) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ._files import resolved
+from ._outside import others_code
 from .engine.adapter_files import CONFIG, WEIGHTS
 from .engine.config import PPORunConfig, RunConfig
 from .engine.inputs import Inputs, changed_files, fingerprint, same_contents
@@ -83,9 +84,13 @@ def _file_of(module: str) -> Path | None:
     """The file of a Python module on the path or in the current folder, if there is one."""
     sys.path.insert(0, str(Path.cwd()))
     try:
-        spec = find_spec(module)
-    except (ImportError, ValueError):
-        return None
+        # Of a module in a package, the package is imported, which may raise anything.
+        with others_code(lambda error: ValueError(f"{module}: {type(error).__name__}: {error}")):
+            spec = find_spec(module)
+    except ValueError as error:
+        if isinstance(error.__cause__, ImportError | ValueError | None):
+            return None  # `function_of` says what is wrong
+        raise
     finally:
         sys.path.pop(0)
     return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None

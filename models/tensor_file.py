@@ -124,11 +124,16 @@ def _refuse_not_finite(stored: Stored, values: Tensor) -> None:
 
 
 def _is_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite. A maximum takes no memory, and is NaN where one of them is."""
+    """Whether no value is NaN or infinite. Neither a sum nor a maximum takes memory."""
     if not values.is_floating_point() or values.numel() == 0:
         return True
-    low, high = (values.float() if values.itemsize == 1 else values).aminmax()
-    return bool(low.isfinite() and high.isfinite())
+    values = values.float() if values.itemsize == 1 else values
+
+    # The sum is quickest. It is finite only where all values are, but may overflow where they are, too.
+    if math.isfinite(values.sum().item()):
+        return True
+    low, high = values.aminmax()
+    return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
 def holds(stored: Stored, target: Tensor) -> bool:

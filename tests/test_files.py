@@ -138,6 +138,20 @@ def test_left_overs_go_with_the_process_that_wrote_them(tmp_path) -> None:
     assert [path.name for path in stored_files(tmp_path)] == [".a.tmp", "a", "precious"]
 
 
+def test_a_mistake_is_no_fault_of_the_disk(tmp_path) -> None:
+    """What is raised while files are written, and isn't the system's, is told as it is."""
+    for writer in (filling(tmp_path / "new", "last"), replacing_folder(tmp_path / "step", tmp_path / "old")):
+        with pytest.raises(FileNotFoundError, match="^no adapter there$"), writer:
+            raise FileNotFoundError("no adapter there")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_was_private_stays_private(tmp_path) -> None:
+    (tmp_path / "a").touch(0o600)
+    write_file(tmp_path / "a", "x")
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600
+
+
 def test_links_at_temporary_names_are_not_followed(tmp_path, monkeypatch) -> None:
     """Whoever can guess the name gains nothing: neither a file nor a folder is written where a link leads."""
     monkeypatch.setattr("secrets.token_hex", lambda n: "00000000")

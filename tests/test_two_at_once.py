@@ -147,7 +147,7 @@ def test_a_lock_is_named_by_each_command(base: Path, tmp_path: Path, monkeypatch
             ["generate", "gone", *rows, *out],
             ["label", "gone", "rows.jsonl", "--labels", "a", "b", *out],
         ],
-        "m/.lock": [["merge", "gone", "adapter", "m"]],
+        "new/m/.lock": [["merge", "gone", "adapter", "new/m"]],
         "o.jsonl.session/.lock": [["compare", "gone", "--prompts", "rows.jsonl", *out]],
     }
     for lock, commands in locks.items():
@@ -155,4 +155,4 @@ def test_a_lock_is_named_by_each_command(base: Path, tmp_path: Path, monkeypatch
             with held_by_another(tmp_path / lock) as other:
                 assert main(arguments) == 2
             assert f": process {other} works there" in capsys.readouterr().err
-    assert not [name for name in ("run", "o.jsonl", "m", "o.jsonl.session") if Path(name).exists()]
+    assert not [name for name in ("run", "o.jsonl", "new", "o.jsonl.session") if Path(name).exists()]
