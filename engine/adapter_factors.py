@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._files import require_file
+from .._outside import visible_line
 from ..kernels import Conv2d, Linear, LowRank
 from ..kernels.conv import ConvFactors
 from ..kernels.linear import Part
@@ -192,7 +193,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         tensors = load_file(require_file(path, "safetensors file"))
     except SafetensorError as error:
-        raise ValueError(f"{path}: damaged or cut short ({error}); copy it again") from error
+        raise ValueError(f"{path}: damaged or cut short ({visible_line(error)}); copy it again") from error
     for key, value in tensors.items():
         if value.dtype not in FLOATS and not key.endswith(".num_batches_tracked"):
             raise ValueError(f"{path}: {key} holds {value.dtype}, no weights; the adapter is damaged")

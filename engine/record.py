@@ -191,6 +191,9 @@ def read_result(path: Path) -> dict[str, Any]:
     result: dict[str, Any] = read_json(path)
     _check_fields(path, result, RESULT)
     _check_fields(path, result.get("best") or {}, BEST, "best.")
+    for row in result.get("confusion", []):
+        if not (isinstance(row, list) and all(isinstance(value, int | float) for value in row)):
+            raise ValueError(f"{path}: confusion is damaged; restore the file")
     return result
 
 
