@@ -21,6 +21,7 @@ MAX_LENGTH, MAX_STEPS = 1_000, 200_000
 _REPEATS = (codes.MAX_REPEAT, codes.MIN_REPEAT)
 _AHEAD = (codes.ASSERT, codes.ASSERT_NOT)
 _BEGINNINGS, _ENDS = (codes.AT_BEGINNING, codes.AT_BEGINNING_STRING), (codes.AT_END, codes.AT_END_STRING)
+_BOUNDARIES = (codes.AT_BOUNDARY, codes.AT_NON_BOUNDARY)
 _KNOWN = {
     codes.ANY, codes.AT, codes.BRANCH, codes.IN, codes.LITERAL, codes.NOT_LITERAL, codes.SUBPATTERN, *_REPEATS, *_AHEAD,
 }  # fmt: skip
@@ -75,7 +76,7 @@ def _codes(nodes: Nodes) -> Iterator[Any]:
         elif code in _AHEAD:
             yield from ["look-behind"] if argument[0] != 1 else []
             bodies = [argument[1]]
-        elif code is codes.AT and argument not in (*_BEGINNINGS, *_ENDS):
+        elif code is codes.AT and argument not in (*_BEGINNINGS, *_ENDS, *_BOUNDARIES):
             yield argument
         for body in bodies:
             yield from _codes(body)
@@ -107,6 +108,8 @@ class _Matcher:
         if code in _REPEATS:
             least, most, body = argument
             return self._repeated(least, most, body, positions)
+        if code is codes.AT and argument in _BOUNDARIES:
+            return {i for i in positions if self._is_at(argument, i)}
         if code is codes.AT:
             return positions & {0 if argument in _BEGINNINGS else len(self.path)}
         if code in _AHEAD:
@@ -126,6 +129,13 @@ class _Matcher:
             if not positions:
                 break
         return reached
+
+    def _is_at(self, kind: Any, position: int) -> bool:
+        """Whether a word begins or ends here, with a word's character on one side and none on the other; or not."""
+        if not self.path:  # which has no boundary, and in Python before 3.14 no other place either
+            return kind is codes.AT_NON_BOUNDARY and re.search(r"\B", "") is not None
+        before, after = (0 <= i < len(self.path) and re.match(r"\w", self.path[i]) for i in (position - 1, position))
+        return (bool(before) != bool(after)) == (kind is codes.AT_BOUNDARY)
 
     def _is(self, code: Any, argument: Any, character: str) -> bool:
         """Whether the character is one that the operation stands for."""

@@ -266,10 +266,11 @@ def test_patterns_match_as_python_s() -> None:
     parts = [
         "a", "b", ".", r"\d", r"\.", "[ab]", "[^a]", "(a|ab)", "(a|b.)*", "a+", "b*", "x?", "(?:ab){1,2}", "a{2}",
         "(a*)*", "^", "$", "(?=a)", "(?!b)", r"\w+", "(b{0,2}a)+", "(a{2,3}){2}", "a*?", "[a-c0-9]", r"\D", "(|a)b",
+        r"\b", r"\B", r"\ba", r"a\b", r"\B1", r"(\b|b)+", r"(?=\b)", r"b\B",
     ]  # fmt: skip
-    for _ in range(1500):
+    for _ in range(3000):
         pattern = "".join(random.choices(parts, k=random.randint(1, 5)))
-        path = "".join(random.choices("ab.1", k=random.randint(0, 8)))
+        path = "".join(random.choices("ab.1_", k=random.randint(0, 8)))
         expected = re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
         assert matches_end(pattern, path) == expected, (pattern, path)
     for pattern, message in [(r"(a)\1", "groupref"), ("(?i)a", "flags"), ("(?i:a)", "flags"), ("(", "no regular")]:
@@ -300,11 +301,30 @@ LARGE = "{% set s = 'a' * 4000000 %}"
         LARGE + "{% for i in range(99999) %}{{ s[1:] }}{% endfor %}",
         "{{ [1] | tojson(indent=10**9) }}", "{{ 'a\n' | indent(10**9, true) }}", "{{ [1] | batch(10**9, 'x') | list }}",
         "{{ ('\t' * 1000).expandtabs(10**8) }}", "{{ lipsum(10**6) }}", "{% for i in range(10**9) %}{% endfor %}",
+        "{{ ('a' * 4000000).translate({97: 'b' * 4000000}) }}", "{{ ('a' * 200000).translate({97: 'b' * 20000}) }}",
+        "{{ ('%(a)9999d' * 200000) % {'a': 1} | length }}", "{{ (('%(a)9999d' * 200000) % {'a': 1}) | length }}",
+        "{{ ('{0:9999}' * 200000).format(1) }}", "{{ ('a ' * 20000) | wordwrap(1, wrapstring='b' * 100000) }}",
+        "{{ ('http://a.com ' * 20000) | urlize(target='x' * 100000) }}",
+        "{{ ('http://a.com ' * 20000) | urlize(target='x' * 100000, extra_schemes=[] | map('string')) }}",
+        "{{ ('http://a.com ' * 20000) | urlize(rel='x' * 100000) }}",
+        "{{ range(100000) | list | tojson(indent=4000) }}",
+        "{{ ('ab:c ' * 9999) | urlize(extra_schemes=['ab:'] * 9999) }}", "{{ '%(a)999999999d' % {'a': 1} }}",
+        "{{ '{:٩٩٩٩٩٩٩٩٩}'.format(1) }}", "{{ '%.999999999f' % 1.0 }}", LARGE + "{{ ('%(a)s' * 10000) % {'a': [s]} }}",
+        LARGE + "{{ ('{0[0]}' * 10000).format([s]) }}", LARGE + "{{ ('{0}' * 10000).format([s]) }}",
+        LARGE + "{{ range(99999) | list | tojson(separators=(s, '')) }}", "{{ ('\r' * 99999) | indent('a' * 99999) }}",
+        LARGE + "{% set n = namespace(a=s) %}{{ ([n] * 10000) | join(attribute='a') }}", "{{ 5 | round(-10**9) }}",
+        "{{ ([range(99999) | list] * 10000) | sum(start=[]) | length }}", "{{ (5).to_bytes(10**10, 'big') }}",
+        LARGE + "{% macro f() %}{{ kwargs.values() }}{% endmacro %}{{ f(a=[s] * 10000) }}",
+        LARGE + "{{ {}[[s] * 10000] }}", "{{ '%99999999999d'.encode() % 5 }}", "{{ ('f' * 4000000) | int(0, 16) }}",
+        "{{ range(9) | map('string') | batch(10**9, 'x') | list }}", "{{ strftime_now('%200d' * 800000) }}",
     ],
 )  # fmt: skip
 def test_templates_that_grow(source: str) -> None:
     start = time.thread_time()
-    with pytest.raises(ValueError, match=r"makes .*more than|widths|undefined|Range too big|more than 2 seconds"):
+    with pytest.raises(
+        ValueError,
+        match=r"makes .*more than|widths|parts of values|an indent|undefined|unsafe|Range too big|more than 2 seconds",
+    ):
         ChatTemplate(source).render([{"role": "user", "content": "x"}])
     assert time.thread_time() - start < 5
 
@@ -345,8 +365,13 @@ def test_what_templates_do_stays_as_it_was() -> None:
         "{% for a, b in {'k': 'v'} | items %}{{ loop.length }}{{ loop.last }}{{ a + b }}{% endfor %}{{ (1, 'a') }}"
         "{% for m in messages if m.role == 'user' %}{{ m.content | trim | upper }}{% else %}none{% endfor %}"
         "{{ ['a', 'b'] | join('-') }}{{ range(3) | map('string') | join }}{{ {'a': [1]} | tojson }}{{ 2 ** 10 * 3 }}"
+        "{{ messages | join(',', attribute='role') }}{{ [{'n': 2}] | sum('n') }}{{ [[1], [2]] | sum(start=[]) }}"
+        "{{ '%5.1f|%-3s' % (2.25, 'a') }}{{ '{:>4}{a:.2f}'.format('b', a=1) }}{{ {'a': [1]} | tojson(indent=1) }}"
     )
-    text = "2x and 100%{} a[1, 2, 3]bc1None1Truekv(1, 'a')Xa-b012{\"a\": [1]}3072"
+    text = (
+        "2x and 100%{} a[1, 2, 3]bc1None1Truekv(1, 'a')Xa-b012{\"a\": [1]}3072user2[1, 2]  2.2|a     b1.00"
+        '{\n "a": [\n  1\n ]\n}'
+    )
     assert ChatTemplate(source).render([{"role": "user", "content": " x "}]) == text
 
 
