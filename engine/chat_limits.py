@@ -8,11 +8,9 @@ up, is an error. The time is the processor's in this thread: a machine that does
 or signal is needed.
 """
 
-import re
 import time
-from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
-from string import Formatter
 from types import FunctionType
 from typing import Any
 
@@ -22,155 +20,28 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
+from .chat_sizes import (
+    ATTRIBUTES,
+    FILTERS,
+    FORBIDDEN,
+    MAX_BITS,
+    MAX_SIZE,
+    METHODS,
+    NO_TEXT,
+    VIEWS,
+    inner_values,
+    listed,
+    percent_size,
+    size_of,
+)
+
 MAX_SECONDS = 2.0  # of one rendering, which takes a millisecond as a rule
-MAX_SIZE = 2**22  # characters of a text, in the making or in the end; a list's entries count as ENTRY each
 MAX_MADE = 2**28  # of all that one rendering makes, with STEP for each thing that it does
-MAX_BITS = 10_000  # of a whole number
-ENTRY = 16
 STEP, PORTION = 64, 8192  # what an operation counts, and what is made from one look at the clock to the next
 
 # Filters that we put in.
 _ROUNDS, _JOINED, _ADDED = "rounds of a loop", "texts put together", "a sum"
 _SLICED, _COUNTED = "a part of a text", "a list or object"
-# What methods and filters make that is larger than what they are given: its size at most. All else makes no more than a
-# few times what it is given: `upper`, `split`, `escape`, `urlencode`.
-_METHODS: dict[str, Callable[..., int]] = {
-    "center": lambda text, width, *_: max(len(text), width),
-    "ljust": lambda text, width, *_: max(len(text), width),
-    "rjust": lambda text, width, *_: max(len(text), width),
-    "zfill": lambda text, width: max(len(text), width),
-    "expandtabs": lambda text, tabsize=8: len(text) + text.count("\t") * max(0, tabsize),
-    "replace": lambda text, old, new, *_: len(text) + text.count(old) * len(new),
-    "join": lambda text, parts: sum(map(_size, parts)) + len(text) * len(parts),
-    "format": lambda text, *values, **named: _format_size(text, (*values, *named.values())),
-    "format_map": lambda text, values: _format_size(text, tuple(values.values())),
-}
-_FILTERS: dict[str, Callable[..., int]] = {
-    "center": lambda value, width=80: max(len(str(value)), width),
-    "replace": lambda s, old, new, count=None: len(str(s)) + str(s).count(str(old)) * len(str(new)),
-    "join": lambda value, d="", attribute=None: _weight(value) + len(str(d)) * len(value),
-    "format": lambda value, *values, **named: _percent_size(str(value), (*values, *named.values())),
-    "indent": lambda s, width=4, *_, **__: len(s) + (len(s.splitlines()) + 2) * _length(width),
-    "batch": lambda value, linecount, fill_with=None: ENTRY * (len(value) + linecount),
-    "slice": lambda value, slices, fill_with=None: ENTRY * (len(value) + slices),
-    "tojson": lambda value, ensure_ascii=False, indent=None, separators=None, **_: _json_size(
-        value, indent, separators
-    ),
-    "pprint": lambda value: 64 * _weight(value),  # it is indented, and each part of it written at each level
-    "wordwrap": lambda s, width=79, break_long_words=True, wrapstring=None, *_, **__: (
-        len(s) * (1 + len(str(wrapstring or "\n")))
-    ),
-    "urlize": lambda value, trim_url_limit=None, nofollow=False, target="", rel="", extra_schemes=None: _urlize_size(
-        str(value), str(target) + str(rel), extra_schemes
-    ),
-    "sum": lambda value, attribute=None, start=0: (
-        1 if isinstance(start, int | float) else len(value) * (_weight(value) + _weight(start))
-    ),
-    "round": lambda value, precision=0, *_, **__: 1 if abs(precision) <= 100 else MAX_SIZE + 1,
-    "int": lambda value, default=0, base=10: 1 if base == 10 or len(str(value)) <= MAX_BITS // 5 else MAX_SIZE + 1,
-}
-# Attributes of texts and numbers that are not to be had: what makes other texts by tables, and what makes bytes.
-_FORBIDDEN = {"translate", "maketrans", "encode", "to_bytes", "from_bytes"}
-MAX_INDENT = 16
-_ATTRIBUTES = {"join": 2, "sum": 1}  # where the attribute stands that such a filter takes of each value
-# Filters that make no text of a list or an object.
-_NO_TEXT = {
-    "attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items", "last", "length", "list", "map",
-    "max", "min", "random", "reject", "rejectattr", "reverse", "select", "selectattr", "slice", "sort", "sum", "unique",
-}  # fmt: skip
-# In a format with `%`: its widths and precisions, which stand behind the sign, or behind a key in parentheses.
-_WIDTHS = re.compile(r"[%)][-+ #0]*(\*|\d+)?(?:\.(\*|\d+))?")
-_VIEWS = KeysView | ValuesView | ItemsView
-
-
-def _listed(value: Any) -> Any:
-    """A list of what can be gone through only once."""
-    return list(value) if isinstance(value, Iterator) else value
-
-
-def _length(value: Any) -> int:
-    """Of a width that is a number, or the text to fill it with."""
-    return len(value) if isinstance(value, str) else int(value)
-
-
-def _widths(found: Iterable[str]) -> int:
-    """The sum of the widths in a format. TemplateRuntimeError where one comes from elsewhere, or they are too large."""
-    total = 0
-    for width in found:
-        total += int(width) if width.isdecimal() and len(width) < 8 else MAX_SIZE + 1
-        if total > MAX_SIZE:
-            raise TemplateRuntimeError("a format with widths of so many characters is not rendered")
-    return total
-
-
-def _largest(values: tuple[Any, ...]) -> int:
-    """The size of the largest of the values in a format, where a float may be written with more than 300 digits."""
-    return max((320 if isinstance(value, float) else _weight(value) for value in values), default=0)
-
-
-def _percent_size(text: str, values: tuple[Any, ...]) -> int:
-    """The size of a text with values in the places that `%` marks."""
-    widths = _widths(width for found in _WIDTHS.finditer(text) for width in found.groups() if width)
-    return len(text) + widths + text.count("%") * _largest(values)
-
-
-def _format_size(text: str, values: tuple[Any, ...]) -> int:
-    """The size of a text with values in the places that braces mark."""
-    widths, places = 0, 0
-    for _, name, specification, _ in Formatter().parse(text):
-        if name is None:
-            continue
-        if "." in name or "[" in name:
-            raise TemplateRuntimeError(f"a format with parts of values ({{{name[:40]}}}) is not rendered")
-        places += 1
-        widths += _widths(re.findall(r"\d+|\{", specification or ""))
-        if widths > MAX_SIZE:
-            return widths
-    return len(text) + widths + places * _largest(values)
-
-
-def _json_size(value: Any, indent: Any, separators: Any) -> int:
-    """What JSON adds to the texts of a value: an indent for each line and level, and what stands between entries."""
-    if indent is not None and _length(indent) > MAX_INDENT:
-        raise TemplateRuntimeError(f"JSON with an indent of more than {MAX_INDENT} characters is not made")
-    between = sum(len(separator) for separator in separators or ())
-    return _lines(value, 1 if indent is None else 1 + _length(indent), between)
-
-
-def _lines(value: Any, indent: int, between: int, depth: int = 1) -> int:
-    if not isinstance(value, list | tuple | dict):
-        return 0
-    inner = value.values() if isinstance(value, dict) else value
-    own = (len(value) + 1) * (depth * indent + between)
-    return own + sum(_lines(child, indent, between, depth + 1) for child in inner)
-
-
-def _urlize_size(text: str, attributes: str, schemes: Any) -> int:
-    """The size of a text whose words become links with these attributes, with a step for each look at a scheme."""
-    return 3 * len(text) + len(text.split()) * (len(attributes) + 64 + len(schemes or ()))
-
-
-def _inner(value: Any) -> Iterable[Any]:
-    """What is in a list or an object, as its text shows it."""
-    if isinstance(value, dict):
-        return value.items()
-    return value if isinstance(value, list | tuple | set | frozenset | _VIEWS) else ()
-
-
-def _weight(value: Any) -> int:
-    """The size of a value as a text, with all that is in it; for what `make_all` has counted, which bounds the walk."""
-    if isinstance(value, str | bytes | int):
-        return _size(value) + 1
-    return 2 + sum(2 + _weight(inner) for inner in _inner(value)) if _inner(value) else 64
-
-
-def _size(value: Any) -> int:
-    """What a value counts, of a list or an object without what is in it."""
-    if isinstance(value, str | bytes):
-        return len(value)
-    if isinstance(value, int):
-        return value.bit_length() // 3
-    return ENTRY * len(value) if isinstance(value, list | tuple | dict | set | frozenset | range | _VIEWS) else 1
 
 
 class _Namespace(Namespace):
@@ -201,9 +72,9 @@ class Budget:
 
     def make_all(self, value: Any) -> Any:
         """The value, counted with all that is in it, as often as it is in it: what it would be as a text."""
-        for inner in _inner(value):
+        for inner in inner_values(value):
             self.make_all(inner)
-        self.make(_size(value))
+        self.make(size_of(value))
         return value
 
     def look(self) -> None:
@@ -242,7 +113,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
         """What a template may have of a value."""
-        is_forbidden = isinstance(obj, str | bytes | int) and attr in _FORBIDDEN
+        is_forbidden = isinstance(obj, str | bytes | int) and attr in FORBIDDEN
         return not is_forbidden and super().is_safe_attribute(obj, attr, value)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
@@ -256,12 +127,12 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         method = vars(__obj).get("__wrapped__", __obj) if isinstance(__obj, FunctionType) else __obj
         owner = getattr(method, "__self__", None)  # the sandbox wraps `format` in a function
         if isinstance(owner, str | bytes):
-            args = tuple(map(_listed, args))
-            __self._check_growth(_METHODS, method.__name__, (owner, *args), kwargs)
+            args = tuple(map(listed, args))
+            __self._check_growth(METHODS, method.__name__, (owner, *args), kwargs)
         elif __obj is __self.globals.get("strftime_now"):
-            __self.budget.make(256 * sum(map(_size, (*args, *kwargs.values()))))  # as its widths may ask for
+            __self.budget.make(256 * sum(map(size_of, (*args, *kwargs.values()))))  # as its widths may ask for
         out = super().call(__context, __obj, *args, **kwargs)
-        __self.budget.make_all(out) if __obj is dict else __self.budget.make(_size(out))
+        __self.budget.make_all(out) if __obj is dict else __self.budget.make(size_of(out))
         return out
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -270,12 +141,12 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if operator == "%" and isinstance(left, str):
             self.budget.make_all(right)
             values = (right, *right.values()) if isinstance(right, dict) else right
-            size = _percent_size(left, values if isinstance(values, tuple) else (values,))
+            size = percent_size(left, values if isinstance(values, tuple) else (values,))
         elif numbers and operator != "%":
             bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
             size = 1 if bits <= MAX_BITS else MAX_SIZE + 1
         elif operator == "*" and (isinstance(left, int) or isinstance(right, int)):
-            size = _size(left) * right if isinstance(right, int) else _size(right) * left
+            size = size_of(left) * right if isinstance(right, int) else size_of(right) * left
         self.budget.make(max(0, size))
         return super().call_binop(context, operator, left, right)
 
@@ -285,7 +156,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """Count what a filter or method makes before it does. What its arguments are wrong for, it says itself."""
         if name in table:
             for value in (*args, *kwargs.values()):
-                if isinstance(value, list | tuple | dict | _VIEWS):
+                if isinstance(value, list | tuple | dict | VIEWS):
                     self.budget.make_all(value)
             try:
                 size = table[name](*args, **kwargs)
@@ -296,21 +167,21 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """A filter that counts what it makes."""
         first = 1 if hasattr(function, "jinja_pass_arg") else 0  # its first argument is jinja2's
-        budget, makes_text, grows = self.budget, name not in _NO_TEXT, name in _FILTERS
+        budget, makes_text, grows = self.budget, name not in NO_TEXT, name in FILTERS
 
         @wraps(function)
         def bounded(*args: Any, **kwargs: Any) -> Any:
             if grows:  # what has no length until it is gone through is gone through
-                args = (*args[:first], *map(_listed, args[first:]))
-                kwargs = {name: _listed(value) for name, value in kwargs.items()}
-            if name in _ATTRIBUTES:
-                args, kwargs = self._of_attribute(first, first + _ATTRIBUTES[name], args, kwargs)
+                args = (*args[:first], *map(listed, args[first:]))
+                kwargs = {name: listed(value) for name, value in kwargs.items()}
+            if name in ATTRIBUTES:
+                args, kwargs = self._of_attribute(first, first + ATTRIBUTES[name], args, kwargs)
             if makes_text and not grows and type(args[first]) is not str:
                 budget.make_all(args[first])
             if grows:
-                self._check_growth(_FILTERS, name, args[first:], kwargs)
+                self._check_growth(FILTERS, name, args[first:], kwargs)
             out = function(*args, **kwargs)
-            budget.left -= STEP + (len(out) if type(out) is str else _size(out))
+            budget.left -= STEP + (len(out) if type(out) is str else size_of(out))
             if budget.left < 0:
                 budget.look()
                 if isinstance(out, str) and len(out) > MAX_SIZE:
@@ -347,7 +218,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def _added(self, left: Any, right: Any) -> Any:
         out, budget = left + right, self.budget  # each of the two is bounded, so that the sum is
-        budget.left -= STEP + (len(out) if type(out) is str else _size(out))
+        budget.left -= STEP + (len(out) if type(out) is str else size_of(out))
         if budget.left < 0:
             budget.look()
         return out
@@ -359,7 +230,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def _sliced(self, value: Any, *bounds: Any) -> Any:
         out = value[slice(*bounds)]
-        self.budget.make(_size(out))
+        self.budget.make(size_of(out))
         return out
 
     def _concatenated(self, pieces: Iterable[str]) -> str:
