@@ -231,6 +231,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.deep
 def test_a_full_disk(sft, alone, small_disk) -> None:
     """One line, exit code 2, the earlier checkpoint whole; with room again the run goes on to the same bits."""
     out, arguments = small_disk / "run", ("train", str(sft), f"out={small_disk / 'run'}")
