@@ -51,11 +51,13 @@ def alone(path: str | Path, lock: str | Path) -> Iterator[None]:
 def _acquired(path: str | Path, lock: Path) -> int:
     """The open and locked file."""
     while True:
-        lock.parent.mkdir(parents=True, exist_ok=True)
         try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:
-            continue  # the folder went with the one before
+        except (FileNotFoundError, FileExistsError):
+            if lock.parent.exists() and not lock.parent.is_dir():
+                raise
+            continue  # the folder went with the one before, after it was found there or before it was used
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -312,6 +313,23 @@ def test_a_lock_that_has_lost_its_name_is_none(tmp_path, monkeypatch) -> None:
         with pytest.raises(ValueError, match="process [0-9]+ works there") as error, alone("it", lock):
             pass
         assert f"process {calls[1]} works" in str(error.value)
+
+
+def test_a_folder_that_goes_with_the_lock_before_is_made_again(tmp_path, monkeypatch) -> None:
+    """It was there when it should be made, and is gone: mkdir says that it exists. A file in its place is refused."""
+    mkdir, gone = Path.mkdir, iter([FileExistsError(errno.EEXIST, "File exists")])
+
+    def late(path: Path, *arguments: Any, **named: Any) -> None:
+        for error in gone:
+            raise error
+        mkdir(path, *arguments, **named)
+
+    monkeypatch.setattr(Path, "mkdir", late)
+    with alone("it", tmp_path / "new/.lock"):
+        assert (tmp_path / "new/.lock").is_file()
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="it: could not be written"), alone("it", tmp_path / "file/.lock"):
+        pass
 
 
 def test_a_lock_is_held_by_one_at_a_time(tmp_path) -> None:
