@@ -120,10 +120,10 @@ class ChatTemplate:
             # A template is a program, and these are its bugs or its refusals.
             reason = " ".join(str(error).split()) or type(error).__name__
             roles = ", ".join(_roles(messages)) or "none"
-            said = f"the chat template cannot render {len(messages)} messages ({roles}): {reason}"
+            message = f"the chat template cannot render {len(messages)} messages ({roles}): {reason}"
             if self._environment.budget.is_spent:  # it is not tried again, with other messages or in another form
-                self._failure = said
-            raise ValueError(said) from None
+                self._failure = message
+            raise ValueError(message) from None
 
 
 class Dialogue:

@@ -21,12 +21,13 @@ from tqdm import tqdm
 
 from .._files import LOCK, append_line, is_temporary, read_json, remove_left_overs, write_json
 from .._locks import alone
+from .._shapes import with_fields
 from .checkpoint import checkpoints
 from .inputs import Inputs, is_fingerprint, run_differences
 from .journal import read_journal, rewrite
 
-# What kinds of values stand in the files of a run.
-TEXT, NUMBER, TABLE = (str, type(None)), (int, float, type(None)), (dict, type(None))
+# What kinds of values stand in the files of a run, where they are there.
+TEXT, NUMBER, TABLE = str | None, int | float | None, dict | None
 FACTS: dict[str, Any] = {
     "config": dict, "inputs": dict, "folder": str, "versions": dict, "device": str, "world_size": int, "name": TEXT,
     "method": TEXT, "task": TEXT, "model": TEXT, "trains": TEXT, "started": TEXT, "labels": list, "chat": bool,
@@ -37,7 +38,7 @@ RESULT: dict[str, Any] = {
     "seconds": NUMBER, "peak_memory": NUMBER, "stored_bytes": NUMBER, "trainable": NUMBER, "parameters": NUMBER,
     "labels": list, "confusion": list, "stopped": TEXT,
 }  # fmt: skip
-BEST: dict[str, Any] = {"step": int, "metric": str, "value": (int, float)}
+BEST: dict[str, Any] = {"step": int, "metric": str, "value": int | float}
 
 
 class Record:
@@ -166,7 +167,7 @@ class Record:
 
 def is_metrics(row: dict[str, Any]) -> bool:
     """Whether a row is one of metrics.jsonl: numbers of a step, or an evaluation."""
-    kinds = {"eval": dict, "sample": str}
+    kinds: dict[str, Any] = {"eval": dict, "sample": str}
     whole = all(isinstance(value, kinds.get(name, NUMBER)) for name, value in row.items())
     return whole and type(row.get("step")) is int and row["step"] >= 0
 
@@ -176,7 +177,7 @@ def read_facts(path: Path) -> dict[str, Any]:
     facts: dict[str, Any] = read_json(path)
     if "config" not in facts:
         raise ValueError(f"{path}: not the facts of a run; restore it, or choose another out")
-    _check_fields(path, facts, FACTS)
+    _check_fields(str(path), facts, FACTS)
     for row in facts.get("best_of", []):
         if not (isinstance(row, list) and len(row) == 3 and all(isinstance(value, int | float) for value in row)):
             raise ValueError(f"{path}: best_of is damaged; restore the file")
@@ -189,19 +190,17 @@ def read_facts(path: Path) -> dict[str, Any]:
 def read_result(path: Path) -> dict[str, Any]:
     """What a result.json says. ValueError where it is damaged."""
     result: dict[str, Any] = read_json(path)
-    _check_fields(path, result, RESULT)
-    _check_fields(path, result.get("best") or {}, BEST, "best.")
+    _check_fields(str(path), result, RESULT)
+    _check_fields(f"{path}: best", result.get("best") or {}, BEST)
     for row in result.get("confusion", []):
         if not (isinstance(row, list) and all(isinstance(value, int | float) for value in row)):
             raise ValueError(f"{path}: confusion is damaged; restore the file")
     return result
 
 
-def _check_fields(path: Path, values: dict[str, Any], kinds: dict[str, Any], inside: str = "") -> None:
+def _check_fields(where: str, values: dict[str, Any], kinds: dict[str, Any]) -> None:
     """ValueError where a field that is there has another kind of value than it should have."""
-    for name in values.keys() & kinds.keys():
-        if not isinstance(values[name], kinds[name]):
-            raise ValueError(f"{path}: {inside}{name} = {values[name]!r:.60} is damaged; restore the file")
+    with_fields(values, where, **{name: kind for name, kind in kinds.items() if name in values})
 
 
 def environment() -> dict[str, Any]:

@@ -51,7 +51,7 @@ def _check_integers(value: Any, name: str) -> None:
         raise ValueError(f"{name} is a number of {value.bit_length():,} bits, and TOML has at most 64")
 
 
-def with_fields(value: Any, where: str, **kinds: Any) -> dict[str, Any]:
+def with_fields(value: Any, where: str, /, **kinds: Any) -> dict[str, Any]:
     """`value`, an object whose fields are of these kinds: `with_fields(value, path, r=int, bias=str | None)`.
 
     A field that may be None may also be missing; others that are not named here may be anything. ValueError, which

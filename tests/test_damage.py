@@ -161,7 +161,7 @@ def test_a_field_of_the_wrong_kind_is_named(name, field, value, tmp_path) -> Non
     path.write_text(json.dumps(facts | {field: value}))
     reader = read_facts if name == "run.json" else read_result
     with pytest.raises(
-        ValueError, match=rf"{name}: (inputs\.data\.train|(best\.step|{field}) = .*) is damaged; restore"
+        ValueError, match=rf"{name}: (inputs\.data\.train is damaged|(best: step|{field}): expected .*); restore"
     ):
         reader(path)
     with pytest.raises(ValueError, match=name):
