@@ -27,7 +27,7 @@ from .inputs import BASE, DATA, inputs_of
 from .labelling import run_label
 from .merge import merge
 from .models import save
-from .prepare import Prepared, choose_trained, prepare, run_objective
+from .prepare import Prepared, choose_trained, prepare, run_base
 from .prompts import prompts_of
 from .rlhf import check_prompts, run_ppo
 from .stored import config_of, facts_of, has_stored, put_weights, store_adapter, stored_bytes
@@ -50,14 +50,14 @@ def run_train(options: argparse.Namespace) -> int:
 
 
 def _train(config: RunConfig, place: Path, record: Record, inputs: Inputs) -> int:
-    out = Path(config.out)
+    out, base = Path(config.out), run_base(config)
     about: dict[str, Any] = {
-        "name": config.name or out.name, "method": config.method, "task": run_objective(config).task,
+        "name": config.name or out.name, "method": config.method, "task": base.objective.task,
         "model": config.model.path or config.model.preset, "config": config.as_dict(),
         "inputs": inputs,
     }  # fmt: skip
     record.start(about, about["config"])
-    ready = prepare(config, out / "corpus")
+    ready = prepare(config, base, out / "corpus")
     record.amend(trains=choose_trained(ready, config), labels=list(ready.labels), chat=ready.chat)
     print(trainable_report(ready.model))
     settings = config.train
@@ -125,7 +125,7 @@ def check_data(options: argparse.Namespace) -> int:
         return 0
     config = from_table(RunConfig, table, options.config)
     with tempfile.TemporaryDirectory() as cache:
-        ready = prepare(config, Path(cache), weights=False)
+        ready = prepare(config, run_base(config, weights=False), Path(cache), weights=False)
         encoding = ready.objective.encoding if ready.objective.task != "reward" else "reward"
         if encoding == "images":
             return 0  # the counts of each class have been said, and every image was decoded
@@ -145,7 +145,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
         config = replace(config, data=replace(config.data, train=options.data, eval=options.data))
     elif facts_of(run).get("method") == "ppo":
         raise ValueError(f"{run}: ppo holds no rows out; give a file with --data")
-    ready = prepare(config, run / "corpus", head_follows=True)
+    ready = prepare(config, run_base(config), run / "corpus", head_follows=True)
     if len(ready.eval_examples) == 0:
         raise ValueError(f"{run}: the run held no rows out; give a file with --data")
     put_weights(run, ready.model)

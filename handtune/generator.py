@@ -18,9 +18,9 @@ from .engine.objectives import objective_of
 from .engine.placed_rows import PlacedRow, place_of
 from .inputs import BASE
 from .models import load
-from .models.checkpoint import objectives_of
+from .models.families import checkpoint_info
 from .outputs import output
-from .prepare import run_model
+from .prepare import run_base, run_model
 from .prompts import learn_turn_end, prompts_of
 from .stored import config_of, put_adapter, require_finished
 from .terminal import print_unescaped
@@ -136,10 +136,11 @@ def generator_of(options: argparse.Namespace) -> Generator:
     if config is not None:
         if options.dtype != "auto":
             config = replace(config, model=replace(config.model, dtype=options.dtype))
-        model, tokenizer = run_model(config, tuple(config.model.labels or ()), head_follows=True)
+        model, tokenizer = run_model(config, run_base(config), tuple(config.model.labels or ()), head_follows=True)
     else:
-        task = objective_of("sft", objectives_of(place, None)).task
-        model, tokenizer = load(place, task, options.dtype, head_follows=bool(folders))
+        info = checkpoint_info(place)
+        task = objective_of("sft", info.family.objectives).task
+        model, tokenizer = load(info, task, options.dtype, head_follows=bool(folders))
     if tokenizer is None:
         raise ValueError(f"{place}: no tokenizer.json there, and prompts need one")
     known: dict[str, str] = {}

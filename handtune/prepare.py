@@ -22,7 +22,8 @@ from .engine.pairs import add_reference
 from .engine.rows import is_dialogue, normalise, row_shape
 from .engine.token_rows import train_added_rows
 from .models import Bert, ResNet, XLNet, add_tokens, load
-from .models.checkpoint import fresh, objectives_of, open_checkpoint
+from .models.checkpoint import fresh, open_checkpoint
+from .models.families import CheckpointInfo, checkpoint_info, family_of_preset
 from .models.vocabulary import CONVERT
 from .prompts import adopt_template, learn_turn_end, template_of, through_template
 
@@ -61,14 +62,26 @@ class Prepared:
         return Batches(self.eval_examples, self.collate, tokens=EVAL_TOKENS, shuffle=False)
 
 
-def run_objective(config: RunConfig) -> Objective:
-    """What the run's method means for its model."""
-    if config.method == "dpo":
-        return dpo(config.dpo.beta)
-    return objective_of(config.method, objectives_of(config.model.path, config.model.preset))
+@dataclass(frozen=True)
+class RunBase:
+    """What a run starts from, None for a preset, and what its method means for such a model."""
+
+    checkpoint: CheckpointInfo | None
+    objective: Objective
 
 
-def prepare(config: RunConfig, cache: Path, *, weights: bool = True, head_follows: bool = False) -> Prepared:
+def run_base(config: RunConfig, *, weights: bool = True) -> RunBase:
+    """Look at the run's checkpoint, whose `weights` need not be there for some purposes. Raises as `load` does."""
+    path, preset = config.model.path, config.model.preset
+    checkpoint = None if path is None else checkpoint_info(path, weights)
+    family = family_of_preset(preset or "") if checkpoint is None else checkpoint.family
+    meant = dpo(config.dpo.beta) if config.method == "dpo" else objective_of(config.method, family.objectives)
+    return RunBase(checkpoint, meant)
+
+
+def prepare(
+    config: RunConfig, base: RunBase, cache: Path, *, weights: bool = True, head_follows: bool = False
+) -> Prepared:
     """Read the data, load the model, encode; says what was read, dropped, truncated and masked.
 
     Without `weights` the model is on the meta device: enough to see the examples, and nothing is computed by it.
@@ -78,7 +91,7 @@ def prepare(config: RunConfig, cache: Path, *, weights: bool = True, head_follow
     if config.data.eval is None and (idle := needs_evaluation(config.train)):
         names = ", ".join(f"train.{name}" for name in idle)
         raise ValueError(f"{names}: no rows are held out to evaluate on; name them with data.eval, or leave this out")
-    objective = run_objective(config)
+    objective = base.objective
     if config.method == "embed" and (config.train.micro_rows or config.train.micro_tokens):
         raise ValueError(
             "train.micro_rows, micro_tokens: embed takes its negatives from the whole step; lower batch_rows"
@@ -90,7 +103,7 @@ def prepare(config: RunConfig, cache: Path, *, weights: bool = True, head_follow
         labels = tuple(label_names(rows))
     if objective.encoding in ("classify", "images") and len(labels) == 1:
         raise ValueError(f"data.train: all rows are of one class, {labels[0]!r}; there is nothing to tell apart")
-    model, tokenizer = run_model(config, labels, weights=weights, head_follows=head_follows)
+    model, tokenizer = run_model(config, base, labels, weights=weights, head_follows=head_follows)
     if objective.encoding == "images":
         return _images(config, objective, model, labels, rows, eval_rows)
     if config.data.image_size is not None:
@@ -241,25 +254,25 @@ def _split_windows(examples: Examples, share: Any) -> tuple[Examples, Examples]:
 
 
 def run_model(
-    config: RunConfig, labels: tuple[str, ...], *, weights: bool = True, head_follows: bool = False
+    config: RunConfig, base: RunBase, labels: tuple[str, ...], *, weights: bool = True, head_follows: bool = False
 ) -> tuple[Any, Any]:
     """The model that a run starts from, and its tokenizer or None. `weights`, `head_follows`: as in `prepare`."""
-    wanted, objective = config.model, run_objective(config)
+    wanted, objective = config.model, base.objective
     task = wanted.task or objective.task
     if task != objective.task:
         raise ValueError(f"model.task = {task!r}, but method {config.method!r} trains {objective.task!r}")
-    if wanted.path is None:
+    if base.checkpoint is None:
         assert wanted.preset is not None
         model, words = fresh(
             wanted.preset, wanted.tokenizer, task, labels, config.train.seed, weights=weights, **wanted.overrides
         )
     elif weights:
         model, words = load(
-            wanted.path, task, wanted.dtype, wanted.device, labels or None, head_layers=wanted.head_layers,
+            base.checkpoint, task, wanted.dtype, wanted.device, labels or None, head_layers=wanted.head_layers,
             quantize=projections if wanted.quantize is not None else None, head_follows=head_follows,
         )  # fmt: skip
     else:
-        opened = open_checkpoint(wanted.path, task, labels or None, head_layers=wanted.head_layers, weights=False)
+        opened = open_checkpoint(base.checkpoint, task, labels or None, head_layers=wanted.head_layers, weights=False)
         model, words = opened.model, opened.tokenizer
     if wanted.add_tokens:
         try:

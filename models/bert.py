@@ -110,6 +110,7 @@ class Bert(nn.Module):
 
     presets: ClassVar = PRESETS
     base_prefix = "bert."
+    objectives: ClassVar[dict[str, str]] = {}
     of_positions: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar = {
         "attention": ("layers.*.qkv", "layers.*.o"),

@@ -149,6 +149,7 @@ class Bloom(nn.Module):
 
     presets: ClassVar = PRESETS
     base_prefix = "transformer."
+    objectives: ClassVar[dict[str, str]] = {}
     of_positions: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar = {
         "attention": ("layers.*.qkv", "layers.*.o"),

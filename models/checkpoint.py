@@ -1,7 +1,8 @@
 """`load` and `save`: checkpoints in Hugging Face layout, from a folder or from the hub.
 
 A model says how its tensors are published (`key_map`), and `filling.py` puts them there; where a checkpoint lies is
-found in `hub.py`, which task it is for in `tasks.py`. What stands here is the order of all this, and the families.
+found in `hub.py`, of which family it is in `families.py`, and which task it is for in `tasks.py`. What stands here is
+the order of all this.
 """
 
 from collections.abc import Callable, Iterable
@@ -13,27 +14,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._files import read_json, write_json
+from .._files import write_json
 from .._folders import filling
 from .._outside import explained_memory
-from .._shapes import shown, with_fields
 from ..kernels import Linear
 from ..kernels.linear import Merged
 from ..kernels.quantize import Workspace
-from .bert import Bert
-from .bloom import Bloom
+from .families import CheckpointInfo, Family, Model, checkpoint_info, family_of_preset
 from .filling import Packing, allocate, blocks, fill, own_tensors
-from .gpt2 import GPT2
 from .heads import BY_TEXT
-from .hub import checkpoint_folder
 from .layers import Published
-from .llama import Llama
 from .pixels import Pixels
 from .pooling import read_pooling, write_pooling
 from .resnet import ResNet
-from .resnet_names import from_timm
 from .shards import SINGLE, Shards
-from .t5 import T5
 from .tasks import (
     class_name,
     head_rows,
@@ -46,33 +40,13 @@ from .tasks import (
 )
 from .tensor_file import Made, write_file
 from .tokens import SpecialTokens, load_tokenizer, load_tokenizer_file, save_tokenizer
-from .xlnet import XLNet
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-Model = GPT2 | Bloom | Bert | Llama | T5 | XLNet | ResNet
-Family = type[Model]
-FAMILIES: dict[str, Family] = {
-    "gpt2": GPT2,
-    "gpt3": GPT2,
-    "bloom": Bloom,
-    "bert": Bert,
-    "llama": Llama,
-    "t5": T5,
-    "mistral": Llama,
-    "qwen2": Llama,
-    "qwen3": Llama,
-    "xlnet": XLNet,
-    "resnet": ResNet,
-    "resnet_small": ResNet,
-}
-# Families for which a training method means another objective than for most: method -> the objective's name.
-OBJECTIVES: dict[Family, dict[str, str]] = {T5: T5.objectives, XLNet: XLNet.objectives, ResNet: ResNet.objectives}
-
 
 def load(
-    path: str | Path,
+    path: str | Path | CheckpointInfo,
     task: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
@@ -84,10 +58,11 @@ def load(
 ) -> tuple[Model, "Tokenizer | None"]:
     """The model at `path` (a folder in Hugging Face layout, or a hub id) in eval mode, and its tokenizer or None.
 
-    `task`: one of the tasks of `models/heads.py`; None takes it from config.json's `architectures`. `dtype`: "auto" is
-    the checkpoint's own (fp16 becomes fp32 on a CPU). `device`: "auto" is CUDA where there is one. `labels`: names, or
-    their number, for a task that classifies. `head_layers`: depth of the head. A stored head of another task, other
-    labels or another depth than asked for is made anew; of the same labels in another order its rows are reordered.
+    `path` may be what `checkpoint_info` has read there already. `task`: one of the tasks of `models/heads.py`; None
+    takes it from config.json's `architectures`. `dtype`: "auto" is the checkpoint's own (fp16 becomes fp32 on a CPU).
+    `device`: "auto" is CUDA where there is one. `labels`: names, or their number, for a task that classifies.
+    `head_layers`: depth of the head. A stored head of another task, other labels or another depth than asked for is
+    made anew; of the same labels in another order its rows are reordered.
     `quantize` chooses projections, given the empty model, that are kept in NF4 and frozen (`engine.projections`: what
     `quantize` would take): each is packed as it is read, so that the whole model is never there in full.
     `head_follows`: a head that is made anew is not announced, since one will be loaded, with an adapter for example.
@@ -100,7 +75,7 @@ def load(
     kind = _dtype(dtype, opened.published, opened.shards, target)
     chosen = {f"{path}.weight": model.get_submodule(path) for path in (quantize(model) if quantize else ())}
     packed = Packing({key: m for key, m in chosen.items() if isinstance(m, Linear)}, kind, target, Workspace())
-    with explained_memory(lambda: _too_large(f"loading {path}", model, kind)):
+    with explained_memory(lambda: _too_large(f"loading {opened.model.source}", model, kind)):
         allocate(model, kind, target, without=set(packed.modules.values()))
         fill(model, opened.shards, new_head=rows is None, packed=packed, announce=not head_follows)
         if rows and rows != sorted(rows):
@@ -123,7 +98,7 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(
-    path: str | Path,
+    path: str | Path | CheckpointInfo,
     task: str | None = None,
     labels: list[str] | tuple[str, ...] | int | None = None,
     *,
@@ -134,14 +109,11 @@ def open_checkpoint(
 
     Without `weights` they need not be there, nor are they downloaded: that is enough to see what the model reads.
     """
-    folder = checkpoint_folder(path, weights)
-    published = _published(folder)
-    family = _family(published, folder)
-    shards = Shards(
-        folder, required=weights
-    )  # opened; the weights are read last, so that nothing else can be wrong after that
+    info = path if isinstance(path, CheckpointInfo) else checkpoint_info(path, weights)
+    folder, published, family = info.folder, info.published, info.family
+    shards = Shards(folder, required=weights)  # opened; the weights are read when nothing else can be wrong any more
     config = _config(published, family, shards)
-    words = load_tokenizer(folder)
+    words = load_tokenizer(folder, published)
     tokens = SpecialTokens.read(folder, published, words)
     task = task or task_of(published, family, folder)
     known, stored_depth = stored_head(published, family, folder)
@@ -153,7 +125,7 @@ def open_checkpoint(
     beyond = f"{folder / 'config.json'}: its sizes make a model that no memory can hold; restore it"
     with torch.device("meta"), explained_memory(lambda: beyond):
         model = family(config, task, names, depth, pooling, normalize)
-    model.tokens, model.source = tokens, str(path)
+    model.tokens, model.source = tokens, info.source
     if isinstance(model, ResNet):
         model.pixels = Pixels.read(folder, published, model.config.n_channels) or model.pixels
     rows = head_rows(model, published, known) if depth == stored_depth else None
@@ -171,17 +143,6 @@ def _too_large(doing: str, model: Model, dtype: torch.dtype) -> str:
     )
 
 
-def objectives_of(path: str | Path | None, preset: str | None) -> dict[str, str]:
-    """What training methods mean for the model at `path`, or of a `preset`, where it is not what they mean for most.
-
-    "sft", say, trains a decoder on the completion after its prompt, but an encoder-decoder to answer the prompt.
-    """
-    if path is None:
-        return OBJECTIVES.get(_family_of_preset(preset or ""), {})
-    folder = checkpoint_folder(path, weights=False)
-    return OBJECTIVES.get(_family(_published(folder), folder), {})
-
-
 def fresh(
     preset: str,
     tokenizer: str | Path | None,
@@ -197,7 +158,7 @@ def fresh(
     The vocabulary is the tokenizer's, and so are the tokens that end and pad texts (`SpecialTokens.of_tokenizer`).
     Without `weights` the model is on the meta device. MemoryError where memory runs out.
     """
-    family = _family_of_preset(preset)
+    family = family_of_preset(preset)
     words = load_tokenizer_file(Path(tokenizer)) if tokenizer is not None else None
     if words is not None:
         overrides = {"vocab_size": words.get_vocab_size(), **overrides}
@@ -253,55 +214,6 @@ def save_around(model: Model, tokenizer: "Tokenizer | None", folder: Path, dtype
     elif model.task == "embedding":
         write_pooling(folder, model.pooling, bool(model.head.normalize), model.config.d_model)
     save_tokenizer(tokenizer, model.tokens, folder, model.task)
-
-
-def _published(folder: Path) -> dict[str, Any]:
-    """config.json in the words of transformers; timm's has an architecture instead of a model_type."""
-    where = str(folder / "config.json")
-    published = with_fields(
-        read_json(folder / "config.json"), where, model_type=str | None, architectures=list | None,
-        id2label=dict | None, num_labels=int | None, head_layers=int | None, handtune_task=str | None, dtype=str | None,
-        torch_dtype=str | None, pretrained_cfg=dict | None,
-    )  # fmt: skip
-    if any(not isinstance(name, str) for name in published.get("architectures") or ()):
-        raise ValueError(f"{where}: architectures: expected names, got {shown(published['architectures'])}")
-    if "architecture" not in published or "model_type" in published:
-        return published
-    counts = {"num_classes": int | None, "in_chans": int | None}
-    with_fields(published, where, architecture=str, model_args=dict | None, label_names=list | None, **counts)
-    with_fields(published.get("model_args") or {}, f"{where}: model_args", **counts)
-    try:
-        return from_timm(published)
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
-
-
-def _family(published: dict[str, Any], folder: Path) -> Family:
-    kind = published.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise ValueError(
-            f"{folder / 'config.json'}: model_type {shown(kind)} is not an architecture of handtune ({known})"
-        )
-    family = FAMILIES[kind]
-    for field, accepted in family.required.items():
-        if field in published and published[field] not in accepted:
-            raise ValueError(f"{folder / 'config.json'}: {field} = {shown(published[field])} is not implemented")
-    if (way := published.get("quantization_config")) is not None:
-        raise ValueError(
-            f"{folder / 'config.json'}: quantization_config = {shown(way)} is not implemented; load the "
-            "checkpoint that was quantised, with model.quantize if it should be small"
-        )
-    return family
-
-
-def _family_of_preset(preset: str) -> Family:
-    families = dict.fromkeys(FAMILIES.values())
-    for family in families:
-        if preset in family.presets:
-            return family
-    known = ", ".join(name for family in families for name in family.presets)
-    raise ValueError(f"preset {preset!r} is unknown; known: {known}")
 
 
 def _config(published: dict[str, Any], family: Family, shards: Shards) -> Any:

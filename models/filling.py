@@ -27,7 +27,7 @@ from .shards import Shards
 from .tensor_file import Stored, holds, read_into
 
 if TYPE_CHECKING:
-    from .checkpoint import Model
+    from .families import Model
 
 log = logging.getLogger("handtune")
 

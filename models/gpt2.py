@@ -93,6 +93,7 @@ class GPT2(nn.Module):
 
     presets: ClassVar = PRESETS
     base_prefix = "transformer."
+    objectives: ClassVar[dict[str, str]] = {}
     of_positions: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar = {
         "attention": ("layers.*.qkv", "layers.*.o"),

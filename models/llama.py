@@ -85,6 +85,7 @@ class Llama(nn.Module):
 
     presets: ClassVar = PRESETS
     base_prefix = ("model.", "transformer.")  # the second is transformers' under question answering
+    objectives: ClassVar[dict[str, str]] = {}
     of_positions: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar = {
         "attention": ("layers.*.qkv", "layers.*.o"),

@@ -182,7 +182,7 @@ class ResNet(nn.Module):
 
     presets: ClassVar = PRESETS
     base_prefix = "resnet."
-    objectives: ClassVar = {"classify": "classify-images"}
+    objectives: ClassVar[dict[str, str]] = {"classify": "classify-images"}
     of_positions: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar = {"convolutions": ("layers.*.conv*",)}
     architectures: ClassVar = {"image-classification": "ResNetForImageClassification", "embedding": "ResNetModel"}

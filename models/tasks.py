@@ -14,7 +14,7 @@ from .tokens import SpecialTokens
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from .checkpoint import Family, Model
+    from .families import Family, Model
 
 log = logging.getLogger("handtune")
 MAX_LABELS = 1_000_000  # more names nobody gave

@@ -34,27 +34,26 @@ CLASSES = {
 }
 
 
-def tokenizer_settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, with special_tokens_map.json over it where that counts. ValueError for a damaged file."""
-    settings = json_if_there(folder / SETTINGS)
-    if "added_tokens_decoder" not in settings:
-        settings = {**settings, **json_if_there(folder / "special_tokens_map.json")}
-    return settings
+def with_map(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, and over it special_tokens_map.json where that counts. ValueError for a damaged file."""
+    listed = "added_tokens_decoder" in settings
+    return settings if listed else {**settings, **json_if_there(folder / "special_tokens_map.json")}
 
 
-def tokenizer_class(folder: Path, settings: dict[str, Any]) -> str:
-    """The class of the tokenizer without "Fast": as named, or as usual for the architecture in config.json."""
-    config = json_if_there(folder / "config.json")
+def tokenizer_class(settings: dict[str, Any], config: dict[str, Any]) -> str:
+    """The class of the tokenizer without "Fast": as named, or as usual for the architecture of config.json."""
     name = settings.get("tokenizer_class") or config.get("tokenizer_class")
     return str(name or CLASSES.get(str(config.get("model_type")), "nameless tokenizer")).removesuffix("Fast")
 
 
-def special_names(folder: Path) -> dict[str, str]:
-    """Special tokens by name, `{"eos_token": "</s>", ...}`, as chat templates may use them."""
-    settings = tokenizer_settings(folder)
+def special_names(settings: dict[str, Any], config: dict[str, Any]) -> dict[str, str]:
+    """Special tokens by name, `{"eos_token": "</s>", ...}`, as chat templates may use them.
+
+    `settings` as from `with_map`, `config`: config.json, where there is one.
+    """
     more = settings.get("extra_special_tokens")
     named = {
-        **CLASS_NAMES.get(tokenizer_class(folder, settings), {}),
+        **CLASS_NAMES.get(tokenizer_class(settings, config), {}),
         **settings,
         **(more if isinstance(more, dict) else {}),
     }

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from .._files import json_if_there, read_bytes, read_text, require_file, write_file, write_json
 from .._outside import others_code
 from .._shapes import shown, with_fields
-from .token_names import SETTINGS, special_names
+from .token_names import SETTINGS, special_names, with_map
 from .vocabulary import build_tokenizer
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ class SpecialTokens:
         A separate chat_template.jinja goes before the one in tokenizer_config.json. Raises ValueError for a damaged
         file, and for ids that are none.
         """
-        names = special_names(folder)
         settings, generation = json_if_there(folder / SETTINGS), json_if_there(folder / GENERATION)
+        names = special_names(with_map(settings, folder), config)
 
         # Of each kind the tokenizer's token goes first, and then what the model's files list.
         ids: dict[str, tuple[int, ...]] = {}
@@ -204,10 +204,13 @@ def _kept(folder: Path) -> dict[str, bytes]:
     return {path.name: read_bytes(path) for path in paths}
 
 
-def load_tokenizer(folder: Path) -> "Tokenizer | None":
-    """The folder's tokenizer, its tokenizer.json or what its vocabulary files describe; None where there is neither."""
+def load_tokenizer(folder: Path, config: dict[str, Any]) -> "Tokenizer | None":
+    """The folder's tokenizer, its tokenizer.json or what its vocabulary files describe; None where there is neither.
+
+    `config`: what its config.json says.
+    """
     path = folder / "tokenizer.json"
-    return load_tokenizer_file(path) if path.exists() else build_tokenizer(folder)
+    return load_tokenizer_file(path) if path.exists() else build_tokenizer(folder, config)
 
 
 def load_tokenizer_file(path: Path) -> "Tokenizer":

@@ -55,7 +55,7 @@ class XLNet(nn.Module):
 
     presets: ClassVar = PRESETS
     base_prefix = "transformer."
-    objectives: ClassVar = {"pretrain": "permutation-lm", "sft": "ordered-lm"}
+    objectives: ClassVar[dict[str, str]] = {"pretrain": "permutation-lm", "sft": "ordered-lm"}
     of_positions: ClassVar[tuple[str, ...]] = ("layers.*.r",)
     lora_targets: ClassVar = {
         "attention": ("layers.*.q", "layers.*.kv", "layers.*.r", "layers.*.o"),

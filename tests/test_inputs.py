@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from small_lines import line
 from small_runs import CHAT, gpt2, gpt2_folder, logged, write_config, write_rows
 from small_tokenizers import byte_level
 
+from handtune import _files
+from handtune._files import parse_json
 from handtune.cli import main
 from handtune.engine import LoRAConfig, TrainConfig, add_lora, losses, train
 from handtune.engine.batches import Collate
@@ -381,3 +384,18 @@ def test_a_run_without_its_log_is_still_a_run(tmp_path) -> None:
     (tmp_path / "run/metrics.jsonl").unlink()
     with pytest.raises(ValueError, match=r"holds a run with train\.lr = 0\.1, not 0\.2"):
         line(out=tmp_path / "run", lr=0.2)
+
+
+def test_a_checkpoints_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that no two parts of a command go by different contents; the index also says what to take fingerprints of."""
+    monkeypatch.chdir(project(tmp_path / "p"))
+    read: Counter[str] = Counter()
+    monkeypatch.setattr(
+        _files, "parse_json", lambda text, where, *more: read.update([where]) or parse_json(text, where)
+    )
+    assert main(["train", "run.toml", "train.epochs=1"]) == 0
+    names = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
+    index = {"model.safetensors.index.json": 2}
+    assert {
+        Path(path).name: count for path, count in read.items() if Path(path).parent.name == "base"
+    } == dict.fromkeys(names, 1) | index

@@ -219,7 +219,7 @@ def test_a_tokenizer_of_vocabulary_files_keeps_them(tmp_path, kind):
     special = {"eos_token": "<|end|>", "unk_token": "<|end|>", "bos_token": "<|end|>"} if kind[0] == "G" else {}
     edit(folder, "tokenizer_config.json", tokenizer_class=kind, **special)
     names = {path.name for path in folder.glob("vocab.*")} | {path.name for path in folder.glob("merges.txt")}
-    size = load_tokenizer(folder).get_vocab_size()
+    size = load_tokenizer(folder, {}).get_vocab_size()
     edit(folder, "added_tokens.json", **{"<tool>": size, "<extra>": size + 1})
     model, words = load(folder, device="cpu")
     save(model, words, tmp_path / "ours")
@@ -254,7 +254,7 @@ def test_a_frame_without_one_of_its_tokens(tmp_path, name):
     word_piece().model.save(str(tmp_path))
     edit(tmp_path, "tokenizer_config.json", tokenizer_class="BertTokenizer", **{name: None})
     with pytest.raises(ValueError, match=rf"tokenizer_config.json: {name} = None: a text needs it"):
-        load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path, {})
 
 
 # The hub

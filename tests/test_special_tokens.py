@@ -11,7 +11,7 @@ from small_tokenizers import byte_level, llama_like
 from transformers import AutoTokenizer
 
 from handtune.models import load, save
-from handtune.models.token_names import special_names
+from handtune.models.token_names import special_names, with_map
 from handtune.models.tokens import SpecialTokens
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +48,8 @@ def lay(folder: Path, **files: Any) -> Path:
 )
 def test_names_are_those_of_transformers(files: dict[str, Any], tmp_path: Path) -> None:
     folder = lay(tmp_path, **files, config={"model_type": "llama"})
-    assert special_names(folder) == AutoTokenizer.from_pretrained(folder).special_tokens_map
+    settings = with_map(files["tokenizer_config"], folder)
+    assert special_names(settings, {"model_type": "llama"}) == AutoTokenizer.from_pretrained(folder).special_tokens_map
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,6 @@ from handtune.engine.metrics import answers
 from handtune.engine.objectives import objective_of
 from handtune.engine.scores import AnswerScore
 from handtune.models import load
-from handtune.models.checkpoint import objectives_of
 
 HERE = Path(__file__).resolve().parent
 ASKED = (0, 9, 17)  # rows of passages-eval.json
@@ -62,7 +61,7 @@ def ask(trained: Path) -> None:
     rows = read_rows(HERE / "passages-eval.json")
     rows = [rows[i] for i in ASKED]
     model, tokenizer = load(trained, "question-answering", "float32")
-    objective = objective_of("qa", objectives_of(trained, None))
+    objective = objective_of("qa", model.objectives)
     examples, _ = encode(rows, tokenizer, "qa", max_length=256, labels=(), eos=None, template=None)
     score = AnswerScore(examples, rows)
     batches = Batches(examples, objective.collate(model, tokenizer, False), rows=1, shuffle=False)

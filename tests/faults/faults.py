@@ -90,8 +90,8 @@ def _check(fault: Fault, live: Live, folder: Path, end: dict[str, Any]) -> None:
 
     again = live(fault.kind, folder, None)
     assert again.code in (0, 2), f"exit code {again.code}: {again.complained}"
-    assert_equal(contents(folder), end, not_removed(fault, faulty), again.complained)
     assert_whole(folder)
+    assert_equal(contents(folder), end, not_removed(fault, faulty), again.complained)
     finished = snapshot(folder)
 
     last = live(fault.kind, folder, None)

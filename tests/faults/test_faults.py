@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faults import Fault, Life, chosen, harm, undisturbed
-from faulty_disk import FaultyDisk, Killed
+from faulty_disk import BEFORE, FaultyDisk, Killed
 from run_kinds import commands
 
 from handtune import _files
 from handtune.cli import main
+from handtune.engine import progress, record
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="open files are found by /proc/self/fd")
 NUMBERS = {"lora": 7, "full": 2, "corpus": 2, "ppo": 2, "merge": 20, "compare": 21, "label": 23, "generate": 23}
@@ -86,17 +87,43 @@ def in_place(path, size=None):
         os.fsync(file.fileno())
 
 
+@contextlib.contextmanager
+def going_on(path, size=None):
+    """A writer that goes on with the temporary file of a killed one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "ab") as file:
+        yield file
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
 @pytest.mark.parametrize(
     ("name", "mistake", "seen"),
     [
         ("replacing", unflushed, "not as in an undisturbed run: rows.jsonl"),
         ("replacing", in_place, "rows.jsonl is there, but not whole"),
+        ("replacing", going_on, "rows.jsonl is there, but not whole"),
         ("remove_left_overs", lambda folder, name=None: None, "too many"),
     ],
-    ids=["renamed before it is on the disk", "overwritten in place", "left-overs stay"],
+    ids=["renamed before it is on the disk", "overwritten in place", "a stale file is gone on with", "left-overs stay"],
 )
 def test_a_planted_mistake_is_seen(name, mistake, seen, stage, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(_files, name, mistake)
     truth = undisturbed(["label"], stage.live, tmp_path)
     harms = (harm(fault, stage.live, tmp_path / "run", truth) for fault in chosen(truth, {"label": 40}, seed=17))
     assert any(text and seen in text for text in harms)
+
+
+def unfinished_ones(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, with those that a kill has left half written."""
+    return sorted((path.parent for path in folder.glob("*step-*/state.json")), key=lambda path: path.name.strip("."))
+
+
+def test_a_stale_checkpoint_that_is_read_is_seen(stage, tmp_path, monkeypatch) -> None:
+    truth = undisturbed(["lora"], stage.live, tmp_path)
+    at = max(i for i, (name, path) in enumerate(truth["lora"].operations) if name == "open" and ".SHA256SUMS." in path)
+    fault = Fault("lora", at, BEFORE)
+    monkeypatch.setattr(record, "remove_left_overs", lambda folder: None)  # which would prevent it
+    assert harm(fault, stage.live, tmp_path / "run", truth) is None
+    monkeypatch.setattr(progress, "checkpoints", unfinished_ones)
+    assert "missing: {'run/adapter" in harm(fault, stage.live, tmp_path / "run", truth)
