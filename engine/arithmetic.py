@@ -54,15 +54,17 @@ def _same_cudnn() -> Iterator[None]:
 @contextmanager
 def _same_algorithms() -> Iterator[None]:
     """Whether torch insists on deterministic algorithms is afterwards as before, and so is cuBLAS's workspace."""
-    insists, warns = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+
+    def algorithms() -> tuple[bool, bool]:
+        return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+    before = algorithms()
     workspace = os.environ.get(WORKSPACE)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(insists, warn_only=warns)
+        if algorithms() != before:  # for nothing, it would import torch's compiler, for seconds
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         if workspace is None:
             os.environ.pop(WORKSPACE, None)
         else:

@@ -7,8 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-
+from .._weightless import without_weights
 from .lora import slots
 
 
@@ -17,7 +16,7 @@ def with_head(model: Any, task: str) -> Any:
 
     Adapters are attached to both at once, and so are they switched. ValueError where the architecture lacks the task.
     """
-    with torch.device("meta"):
+    with without_weights():
         other = type(model)(model.config, task)
     for name, module in model.named_children():
         if name != "head":

@@ -17,6 +17,7 @@ from torch import Tensor
 from .._files import write_json
 from .._folders import filling
 from .._outside import explained_memory
+from .._weightless import without_weights
 from ..kernels import Linear
 from ..kernels.linear import Merged
 from ..kernels.quantize import Workspace
@@ -123,7 +124,7 @@ def open_checkpoint(
     depth = stored_depth if head_layers is None else head_layers
     pooling, normalize = read_pooling(folder) if task == "embedding" else ("mean", False)
     beyond = f"{folder / 'config.json'}: its sizes make a model that no memory can hold; restore it"
-    with torch.device("meta"), explained_memory(lambda: beyond):
+    with without_weights(), explained_memory(lambda: beyond):
         model = family(config, task, names, depth, pooling, normalize)
     model.tokens, model.source = tokens, info.source
     if isinstance(model, ResNet):
@@ -164,7 +165,7 @@ def fresh(
         overrides = {"vocab_size": words.get_vocab_size(), **overrides}
     torch.manual_seed(seed)
     smaller = f"out of memory: a fresh {preset} of these sizes is too large; take a smaller one"
-    with nullcontext() if weights else torch.device("meta"), explained_memory(lambda: smaller):
+    with nullcontext() if weights else without_weights(), explained_memory(lambda: smaller):
         model = family.from_name(preset, task=task, labels=labels, **overrides)
         if weights:
             model = model.to(_device("auto"))

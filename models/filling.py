@@ -56,11 +56,11 @@ def allocate(model: nn.Module, dtype: torch.dtype, device: torch.device, without
             if name == "weight" and module in without:
                 continue
             if parameter not in made:
-                made[parameter] = nn.Parameter(torch.empty_like(parameter, dtype=dtype, device=device))
+                made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
             setattr(module, name, made[parameter])
         for name, buffer in module.named_buffers(recurse=False):
             kind = torch.promote_types(dtype, torch.float32) if buffer.is_floating_point() else buffer.dtype
-            setattr(module, name, torch.empty_like(buffer, dtype=kind, device=device))
+            setattr(module, name, torch.empty(buffer.shape, dtype=kind, device=device))
 
 
 @dataclass(frozen=True)

@@ -268,7 +268,7 @@ def test_patterns_match_as_python_s() -> None:
         "(a*)*", "^", "$", "(?=a)", "(?!b)", r"\w+", "(b{0,2}a)+", "(a{2,3}){2}", "a*?", "[a-c0-9]", r"\D", "(|a)b",
         r"\b", r"\B", r"\ba", r"a\b", r"\B1", r"(\b|b)+", r"(?=\b)", r"b\B",
     ]  # fmt: skip
-    for _ in range(3000):
+    for _ in range(1000):
         pattern = "".join(random.choices(parts, k=random.randint(1, 5)))
         path = "".join(random.choices("ab.1_", k=random.randint(0, 8)))
         expected = re.fullmatch(rf"(.*\.)?({pattern})", path) is not None
@@ -313,7 +313,7 @@ LARGE = "{% set s = 'a' * 4000000 %}"
         LARGE + "{{ ('{0[0]}' * 10000).format([s]) }}", LARGE + "{{ ('{0}' * 10000).format([s]) }}",
         LARGE + "{{ range(99999) | list | tojson(separators=(s, '')) }}", "{{ ('\r' * 99999) | indent('a' * 99999) }}",
         LARGE + "{% set n = namespace(a=s) %}{{ ([n] * 10000) | join(attribute='a') }}", "{{ 5 | round(-10**9) }}",
-        "{{ ([range(99999) | list] * 10000) | sum(start=[]) | length }}", "{{ (5).to_bytes(10**10, 'big') }}",
+        "{{ (5).to_bytes(10**10, 'big') }}",
         LARGE + "{% macro f() %}{{ kwargs.values() }}{% endmacro %}{{ f(a=[s] * 10000) }}",
         LARGE + "{{ {}[[s] * 10000] }}", "{{ '%99999999999d'.encode() % 5 }}", "{{ ('f' * 4000000) | int(0, 16) }}",
         "{{ range(9) | map('string') | batch(10**9, 'x') | list }}", "{{ strftime_now('%200d' * 800000) }}",
@@ -323,7 +323,7 @@ def test_templates_that_grow(source: str) -> None:
     start = time.thread_time()
     with pytest.raises(
         ValueError,
-        match=r"makes .*more than|widths|parts of values|an indent|undefined|unsafe|Range too big|more than 2 seconds",
+        match=r"makes .*more than|widths|parts of values|an indent|undefined|unsafe|Range too big",
     ):
         ChatTemplate(source).render([{"role": "user", "content": "x"}])
     assert time.thread_time() - start < 5
@@ -342,6 +342,7 @@ def hurried(monkeypatch) -> None:
         "{% for x in [1] recursive %}{% if loop.depth < 60 %}{{ loop([1, 1]) }}{% endif %}{% endfor %}",
         SHARED + "{{ x }}",
         SHARED + SHARED.replace("x", "y") + "{{ x == y }}",
+        "{{ ([range(99999) | list] * 10000) | sum(start=[]) | length }}",
     ],
 )
 def test_templates_that_never_end(hurried, source: str) -> None:

@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+from small_runs import CHAT, gpt2_folder, write_config, write_rows
+
 ROOT = Path(__file__).parent.parent
 TOUCH = (
     "import handtune.engine, handtune.models, handtune.kernels\n"
@@ -34,6 +36,20 @@ def test_what_only_some_need_is_imported_by_them():
     heavy = ("transformers", "peft", "matplotlib", "jinja2", "tokenizers", "huggingface_hub", "triton", "pandas")
     code = f"{TOUCH}import sys\nprint([name for name in {heavy} if name in sys.modules])"
     assert python("-c", code)[0].strip() == "[]"
+
+
+def test_a_command_does_without_torch_s_compiler(tmp_path):
+    """Importing it takes as long as torch itself. torch does so to draw weights on the meta device, among others."""
+    base = gpt2_folder(tmp_path / "base")
+    config = write_config(
+        tmp_path / "run.toml", method="sft", out=str(tmp_path / "run"), model={"path": str(base)}, lora={"rank": 2},
+        data={"train": str(write_rows(tmp_path / "rows.jsonl", CHAT))}, train={"max_steps": 1},
+    )  # fmt: skip
+    commands = ["train", str(config)], ["generate", str(tmp_path / "run"), "--prompt", "x", "--max-new-tokens", "1"]
+    code = f"import sys\nfrom handtune.cli import main\nfor command in {commands}: assert main(command) == 0\n"
+    names = "'torch._dynamo', 'torch._inductor', 'sympy', 'handtune.engine.loop'"
+    code += f"print([name for name in ({names}) if name in sys.modules])"
+    assert python("-c", code)[0].splitlines()[-1] == "['handtune.engine.loop']"
 
 
 def test_the_package_itself_imports_nothing():

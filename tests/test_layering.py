@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {"kernels": {"kernels"}, "models": {"models", "kernels"}, "engine": {"engine", "kernels"}}
 TORCH_ONLY = {"torch", "triton"}
 # The package itself, which imports nothing; the one writer and reader of files, and what these hold; the lock; what is
-# done about what comes from outside.
-SHARED = {"", "__version__", "_files", "_folders", "_locks", "_outside", "_shapes"}
+# done about what comes from outside; models without weights.
+SHARED = {"", "__version__", "_files", "_folders", "_locks", "_outside", "_shapes", "_weightless"}
 BY_NAME = {"import_module", "__import__"}
 
 EXPORTS = {

@@ -122,7 +122,7 @@ def not_removed(fault: Fault, life: Life) -> set[str]:
 
 def assert_equal(contents: dict[str, Any], end: dict[str, Any], may_be: set[str], where: str) -> None:
     """The same files, the same bytes."""
-    missing, more = end.keys() - contents.keys(), contents.keys() - end.keys() - may_be
-    assert not missing | more, f"missing: {missing or 'nothing'}, too many: {more or 'nothing'} ({where})"
+    missing, more = sorted(end.keys() - contents.keys()), sorted(contents.keys() - end.keys() - may_be)
+    assert not missing + more, f"missing: {missing or 'nothing'}, too many: {more or 'nothing'} ({where})"
     different = [name for name in end if contents[name] != end[name]]
     assert not different, f"not as in an undisturbed run: {', '.join(different)} ({where})"
