@@ -258,7 +258,8 @@ PEERS: dict[str, tuple[str, Callable[[], Function]]] = {
 
 
 def lora(new: Function, n: int, k: int, m: int, dropout: float = 0.0, rank: int = 16) -> Case:
-    from handtune.kernels import lora_linear, lora_products
+    from handtune.kernels import lora_linear
+    from handtune.kernels.lora import products
 
     x, w, a, b = new(n, k), new(m, k, grad=False, scale=k**-0.5), new(rank, k, scale=k**-0.5), new(m, rank)
 
@@ -269,10 +270,10 @@ def lora(new: Function, n: int, k: int, m: int, dropout: float = 0.0, rank: int 
         return F.linear(x, w) + 2.0 * F.linear(F.linear(F.dropout(x, dropout), a), b)
 
     providers = with_peers(
-        by_design(lora_products, ours, lora_products.FUSED_WIDTH), formula, *(() if dropout else ("unsloth lora",))
+        by_design(products, ours, products.FUSED_WIDTH), formula, *(() if dropout else ("unsloth lora",))
     )
     if x.is_cuda and not dropout:
-        providers |= {f"handtune, {way}": by_design(lora_products, ours, wide) for way, wide in DESIGNS.items()}
+        providers |= {f"handtune, {way}": by_design(products, ours, wide) for way, wide in DESIGNS.items()}
     providers["frozen linear"] = lambda x, w, a, b: F.linear(x, w)
     product, low = 2.0 * n * k * m, 2.0 * n * rank * (k + m)
     y = n * m * x.element_size()
@@ -296,8 +297,8 @@ def by_design(module: Any, function: Function, width: int) -> Function:
 def norm_lora(new: Function, n: int, d: int, rank: int = 16) -> Case:
     """The LoRA linear as in a block: the norm before it hands S on, and is made again in the backward pass."""
     from handtune.kernels import rms_norm
-    from handtune.kernels.lora import fused_linear
-    from handtune.kernels.lora_products import Plan
+    from handtune.kernels.lora.linear import fused_linear
+    from handtune.kernels.lora.products import Plan
 
     x, g, w = new(n, d), new(d, grad=False), new(d, d, grad=False, scale=d**-0.5)
     a, b = new(rank, d, scale=d**-0.5), new(d, rank)
@@ -376,7 +377,7 @@ def cross_entropy(new: Function, n: int, d: int, v: int) -> Case:
 
 def attention(new: Function, t: int, d: int, window: int) -> Case:
     from handtune.kernels import attention
-    from handtune.kernels.attend import attention_reference
+    from handtune.kernels.attn.attend import attention_reference
 
     heads = max(4, d // 128)
     q, k, v = new(1, t, heads, 128), new(1, t, heads, 128), new(1, t, heads, 128)

@@ -69,9 +69,10 @@ def fake(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = True) ->
 def operations() -> dict[str, Callable[[], Any]]:
     """Each operation on fake tensors of the sizes of a Llama-8B (or, where it says so, GPT-2) layer."""
     from handtune import kernels
-    from handtune.kernels import Segments, lora_triton
-    from handtune.kernels.lora import fused_linear
-    from handtune.kernels.lora_products import Plan
+    from handtune.kernels import Segments
+    from handtune.kernels.lora import linear_triton
+    from handtune.kernels.lora.linear import fused_linear
+    from handtune.kernels.lora.products import Plan
 
     n, d, r = 4096, 4096, 16
 
@@ -104,7 +105,7 @@ def operations() -> dict[str, Callable[[], Any]]:
         "lora_linear, R 64, dropout": lambda: lora(d, 0.1, 64),
         "lora_linear, GPT-2": lambda: lora(768, 0.0),
         "lora_linear, GPT-2, dropout": lambda: lora(768, 0.1),
-        "fused product": lambda: lora_triton.linear(fake(n, d), fake(d, d), None, fake(n, r), fake(d, r)),
+        "fused product": lambda: linear_triton.linear(fake(n, d), fake(d, d), None, fake(n, r), fake(d, r)),
         "rms_norm + linear": lambda: behind_a_norm(None),
         "layer_norm + linear": lambda: behind_a_norm(fake(d)),
         "layer_norm": lambda: kernels.layer_norm(fake(n, d), fake(d), fake(d), residual=fake(n, d)),
@@ -126,8 +127,9 @@ def operations() -> dict[str, Callable[[], Any]]:
 
 def operations_on_values() -> dict[str, Callable[[], Any]]:
     """What looks at values or addresses, on small real tensors: block sizes do not depend on the sizes here."""
-    from handtune.kernels.adamw import Trained, adamw_
-    from handtune.kernels.quantize import NF4Weight, Workspace
+    from handtune.kernels.adamw import adamw_
+    from handtune.kernels.adamw_state import Trained
+    from handtune.kernels.quant.nf4 import NF4Weight, Workspace
 
     def adamw() -> None:
         weights = [torch.zeros(16, 64, requires_grad=True) for _ in range(2)]

@@ -16,7 +16,7 @@ from .._files import require_file
 from .._outside import visible_line
 from ..kernels import Conv2d, Linear, LowRank
 from ..kernels.conv import ConvFactors
-from ..kernels.linear import Part
+from ..kernels.lora.factors import Part
 from .lora import KnownModel, LoRAConfig, candidates
 from .lora_embedding import EmbeddingFactors, LoRAEmbedding
 from .tied import tied_copies

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import Conv2d, Linear, LowRank
-from ..kernels.adapter_rows import AdapterRows
 from ..kernels.conv import ConvFactors
-from ..kernels.linear import Merged
+from ..kernels.lora.factors import Merged
+from ..kernels.lora.per_row import AdapterRows
 from .belongings import active_belongings, claim, disown, give_up, restore, same_owner, switch
 from .lora import KnownModel, active_adapter, refuse_merged, slots, train_only
 from .lora_embedding import EmbeddingFactors

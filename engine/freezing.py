@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from ..kernels.quantize import NF4Weight
+from ..kernels.quant.nf4 import NF4Weight
 from .belongings import claim, every_tensor_aside, give_back
 from .lora import active_adapter, slots
 from .token_rows import trained_rows

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..kernels.dora import gains_kept
+from ..kernels.lora.dora import gains_kept
 from .adapters import beams_of_rows
 from .beam import beam_search
 from .decoding import Decoding

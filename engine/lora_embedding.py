@@ -4,9 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.adapter_rows import AdapterRows
-from ..kernels.dora import rescale, row_norms
-from ..kernels.linear import Merged
+from ..kernels.lora.dora import rescale, row_norms
+from ..kernels.lora.factors import Merged
+from ..kernels.lora.per_row import AdapterRows
 
 
 class EmbeddingFactors(nn.Module):

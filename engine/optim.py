@@ -13,7 +13,8 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from ..kernels.adamw import Trained, adamw_
+from ..kernels.adamw import adamw_
+from ..kernels.adamw_state import Trained
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 _STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a weight, once it was updated

@@ -10,7 +10,7 @@ What trains are the adapters (and what else is unfrozen); a projection that is t
 from torch import nn
 
 from ..kernels import Linear
-from ..kernels.quantize import NF4Weight, Workspace
+from ..kernels.quant.nf4 import NF4Weight, Workspace
 from .belongings import owner_of
 from .lora import KnownModel, matches, refuse_merged, refuse_tied
 
@@ -35,7 +35,7 @@ def projections(model: nn.Module, targets: str | tuple[str, ...] | list[str] = "
 
 
 def quantize(model: nn.Module, targets: str | tuple[str, ...] | list[str] = "all-linear") -> tuple[str, ...]:
-    """Keep the frozen projections of one of our models in NF4 (see kernels/quantize.py), in place; gives their paths.
+    """Keep the frozen projections of one of our models in NF4 (see kernels/quant/nf4.py), in place; gives their paths.
 
     `targets` are those of `LoRAConfig`. Of what they name, only what is frozen and not quantised yet is changed.
 

@@ -1,7 +1,13 @@
 """Operations with hand-written gradients, each with a torch-like function and a reference in plain torch.
 
-One operation a file. Every backward pass keeps as little as it can and rebuilds the rest (see `lora.py` for the
-reasoning); gradients are computed only for inputs that want them. Names are imported at first use (PEP 562).
+    backend                                               where an operation runs: Triton kernels, or torch's operations
+    norms  activations  rotary  cross_entropy  adamw      one operation a file; Triton kernels in a `_triton` twin
+    attn/  quant/                                         attention; frozen weights in four bits
+    lora/                                                 the low-rank operations: read `lora/linear.py` first
+    linear  conv  mlp                                     layers of models, put together from all of these
+
+Every backward pass keeps as little as it can and rebuilds the rest (see `lora/linear.py` for the reasoning); gradients
+are computed only for inputs that want them. Names are imported at first use (PEP 562).
 """
 
 from importlib import import_module
@@ -10,40 +16,40 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .activations import activate as activate
     from .activations import swiglu as swiglu
-    from .attend import attention as attention
+    from .attn.attend import attention as attention
     from .conv import Conv2d as Conv2d
     from .conv import lora_conv2d as lora_conv2d
     from .cross_entropy import linear_cross_entropy as linear_cross_entropy
     from .linear import Linear as Linear
-    from .linear import LowRank as LowRank
     from .linear import activation_linear as activation_linear
     from .linear import norm_linear as norm_linear
-    from .lora import lora_linear as lora_linear
-    from .lora_batched import lora_linear_batched as lora_linear_batched
+    from .lora.batched import lora_linear_batched as lora_linear_batched
+    from .lora.factors import LowRank as LowRank
+    from .lora.linear import lora_linear as lora_linear
+    from .lora.row_groups import Segments as Segments
     from .mlp import feed_forward as feed_forward
     from .norms import LayerNorm as LayerNorm
     from .norms import RMSNorm as RMSNorm
     from .norms import layer_norm as layer_norm
     from .norms import rms_norm as rms_norm
     from .rotary import rope as rope
-    from .segments import Segments as Segments
 
 _HOME = {
     "Conv2d": "conv",
     "Linear": "linear",
-    "LowRank": "linear",
+    "LowRank": "lora.factors",
     "LayerNorm": "norms",
     "RMSNorm": "norms",
-    "Segments": "segments",
+    "Segments": "lora.row_groups",
     "activate": "activations",
     "activation_linear": "linear",
-    "attention": "attend",
+    "attention": "attn.attend",
     "feed_forward": "mlp",
     "layer_norm": "norms",
     "linear_cross_entropy": "cross_entropy",
     "lora_conv2d": "conv",
-    "lora_linear": "lora",
-    "lora_linear_batched": "lora_batched",
+    "lora_linear": "lora.linear",
+    "lora_linear_batched": "lora.batched",
     "norm_linear": "linear",
     "rms_norm": "norms",
     "rope": "rotary",

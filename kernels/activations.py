@@ -7,7 +7,7 @@
     geglu(u)     = gelu(g) ⊙ v,  geglu_tanh likewise      of the same paper; T5 1.1 has the tanh form
 
 Each is a pair (forward, backward) of plain functions: `forward(u)` and `backward(grad, u)`. A linear layer that
-consumes the result takes the pair as its *prologue* (`kernels/lora.py`): it then saves u alone, and the activation's
+consumes the result takes the pair as its *prologue* (`lora/linear.py`): it then saves u alone, and the activation's
 output, as wide as the feed-forward, is rebuilt in the backward pass from one cheap elementwise sweep.
 """
 

@@ -8,47 +8,20 @@ At update t, for a weight w with gradient g, a factor c that all gradients share
 c divides sums of gradients by their count and clips their norm; it stays on the device, so that nobody waits for it. A
 weight trained in fp32 may stand for a narrower one that the model computes with: its `copy`, which is rounded anew.
 
-Everything a parameter needs is a `Trained`. On a GPU one launch updates them all, out of a table of their addresses
-(`adamw_triton.py`): the weights, moments and gradients stay the tensors they are. One flat buffer of each kind would
-save nothing: on CPU, 144 LoRA factors of 768 × 16 take 3.6 ms one by one (2 threads) and 4.1 ms in flat buffers, into
-which the gradients must be copied first.
+Everything a parameter needs is a `Trained` (`adamw_state.py`). On a GPU one launch updates them all, out of a table of
+their addresses (`adamw_triton.py`): the weights, moments and gradients stay the tensors they are. One flat buffer of
+each kind would save nothing: on CPU, 144 LoRA factors of 768 × 16 take 3.6 ms one by one (2 threads) and 4.1 ms in flat
+buffers, into which the gradients must be copied first.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from . import backend
-
-
-@dataclass
-class Trained:
-    """A weight in at least fp32, with a gradient in `.grad`; how often it was updated, and its moments m and v.
-
-    `scale` multiplies the learning rate, `decay` is λ, `copy` the narrower weight that follows this one. The moments
-    are made at the first update.
-    """
-
-    weight: Tensor
-    scale: float = 1.0
-    decay: float = 0.0
-    copy: Tensor | None = None
-    step: Tensor = field(init=False, default_factory=lambda: torch.zeros(()))  # on the CPU, where it is read
-
-    @cached_property
-    def exp_avg(self) -> Tensor:
-        return torch.zeros_like(self.weight, requires_grad=False)
-
-    @cached_property
-    def exp_avg_sq(self) -> Tensor:
-        return torch.zeros_like(self.weight, requires_grad=False)
-
-
-Due = list[tuple[Trained, Tensor]]  # with their gradients
+from .adamw_state import Due, Trained
 
 
 @torch.no_grad()

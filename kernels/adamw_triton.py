@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import backend
-from .adamw import Due
+from .adamw_state import Due
 
 _BLOCK = {0: (64, 1), 80: (2048, 4)}  # entries of a weight that a program updates, warps
 _COPIES = {torch.bfloat16: 1, torch.float16: 2}

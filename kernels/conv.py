@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .adapter_rows import AdapterRows
-from .dora import rescale, row_norms
 from .linear import Merged
-from .lora_products import Plan, draw_seed, drop
+from .lora.dora import rescale, row_norms
+from .lora.per_row import AdapterRows
+from .lora.products import Plan, draw_seed, drop
 
 Pair = tuple[int, int]
 

@@ -6,137 +6,20 @@ front of a projection (a norm, an activation) is handed in by `norm_linear` and 
 function that sees both can avoid keeping what lies between them. A frozen weight can be kept in 4 bits (`quantize_`).
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .activations import ACTIVATIONS, Activate, Activation
-from .adapter_rows import AdapterRows
-from .dora import GAINS, gain_of, rescale, row_norms
-from .lora import fused_linear
-from .lora_batched import lora_linear_batched
-from .lora_products import Plan, draw_seed
+from .lora.batched import lora_linear_batched
+from .lora.dora import rescale
+from .lora.factors import LowRank, Merged, Part
+from .lora.linear import fused_linear
+from .lora.per_row import AdapterRows
+from .lora.products import Plan, draw_seed
 from .norms import LayerNorm, RMSNorm
-from .quantize import NF4Weight, Workspace
-
-
-@dataclass(frozen=True)
-class Part:
-    """A block of rows of a `Linear`: its published `name`, first row and number of rows."""
-
-    name: str
-    start: int
-    size: int
-
-
-class LowRank(nn.Module):
-    """One adapter's factors on one `Linear`: `a` (ΣRᵢ, K), and for each adapted part a `b` (Mᵢ, Rᵢ). fp32 masters.
-
-    A is Kaiming uniform with a = √5, which is U(±1/√K); B is zero, so that the sum starts as the base model. With DoRA
-    (`dora.py`) there is an `m` (Mᵢ,) for each part, too. With PiSSA (`start_from`) both factors start from the weight,
-    and that start, `a_start` and `b_start`, is subtracted: the base stays as it is.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        parts: list[Part],
-        ranks: list[int],
-        scales: list[float],
-        dropout: float = 0.0,
-        device=None,
-    ):
-        super().__init__()
-        self.parts, self.ranks, self.scales, self.dropout = tuple(parts), tuple(ranks), tuple(scales), dropout
-        bound = 1 / math.sqrt(in_features)
-        self.a = nn.Parameter(torch.empty(sum(ranks), in_features, device=device).uniform_(-bound, bound))
-        self.b = nn.ParameterList(
-            torch.zeros(part.size, rank, device=device) for part, rank in zip(parts, ranks, strict=True)
-        )
-        self.m: nn.ParameterList | None = None
-        self.rows = tuple(part.start for part in parts)
-        self.pissa = False
-        self.lr_ratio = 1.0  # of B's learning rate to A's
-        self.paused: tuple[str, ...] = ()  # the parameters that train when it is the adapter in use
-
-    @torch.no_grad()
-    def start_from(self, matrix: Tensor) -> None:
-        """Start from the R largest singular triples of each part of the weight (M, K), so that s B A is their sum.
-
-        PiSSA: Meng et al. 2024, https://arxiv.org/abs/2404.02948
-        """
-        a_blocks = []
-        for part, rank, scale, b in zip(self.parts, self.ranks, self.scales, self.b, strict=True):
-            u, values, v = torch.linalg.svd(matrix[part.start : part.start + part.size].float(), full_matrices=False)
-            root = (values[:rank] / scale).sqrt()
-            b.copy_(u[:, :rank] * root)
-            a_blocks.append(v[:rank] * root[:, None])
-        self.a.copy_(torch.cat(a_blocks))
-        self.pissa = True
-        self.register_buffer("a_start", self.a.detach().clone())
-        self.register_buffer("b_start", torch.cat([b.detach().flatten() for b in self.b]))
-
-    @torch.no_grad()
-    def add_magnitudes(self, matrix: Tensor) -> None:
-        """Train the magnitudes of the adapted rows of the weight (M, K), too; they start as they are."""
-        self.m = nn.ParameterList(self._norms(matrix))
-
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        """A and the B's in the compute dtype; the gradients flow back into the fp32 masters.
-
-        With PiSSA each part has its rank twice: of what trains, and of the start that is subtracted.
-        """
-        if not self.pissa:
-            return self.a.to(dtype), [b.to(dtype) for b in self.b]
-        trained, fixed = self.a.split(self.ranks), self.get_buffer("a_start").split(self.ranks)
-        a = torch.cat([block for pair in zip(trained, fixed, strict=True) for block in pair])
-        starts = self.get_buffer("b_start").split([b.numel() for b in self.b])
-        bs = [torch.cat((b, -start.view_as(b)), 1).to(dtype) for b, start in zip(self.b, starts, strict=True)]
-        return a.to(dtype), bs
-
-    def blocks(self, dtype: torch.dtype = torch.float32) -> list[tuple[Part, float, Tensor, Tensor]]:
-        """For each adapted part s, A (R, K) and B (Mᵢ, R)."""
-        a, bs = self.factors(dtype)
-        a_blocks = a.split([b.shape[1] for b in bs]) if len(bs) > 1 else (a,)
-        return list(zip(self.parts, self.scales, a_blocks, bs, strict=True))
-
-    def _norms(self, matrix: Tensor) -> list[Tensor]:
-        return [
-            row_norms(matrix[part.start : part.start + part.size], a, b, scale) for part, scale, a, b in self.blocks()
-        ]
-
-    def gain(self, matrix: Tensor | NF4Weight) -> Tensor:
-        """DoRA's g (M,) for the weight (M, K)."""
-        assert self.m is not None
-        kept = None if torch.is_grad_enabled() else GAINS.get()
-        if kept is not None and self in kept:
-            return kept[self]
-        dense = matrix.dequantize(torch.float32) if isinstance(matrix, NF4Weight) else matrix
-        gain = gain_of(list(self.m), self._norms(dense), self.rows, matrix.shape[0])
-        if kept is not None:
-            kept[self] = gain
-        return gain
-
-    def merged(self, part: Part, rows: Tensor) -> Tensor:
-        """What an adapted part's rows of the weight (Mᵢ, K) become, in fp32."""
-        index = self.parts.index(part)
-        _, scale, a, b = self.blocks()[index]
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        value = torch.addmm(rows.to(wide), b.to(wide), a.to(wide), alpha=scale)
-        if self.m is not None:
-            value *= (self.m[index] / row_norms(rows, a, b, scale))[:, None]
-        return value
-
-
-@dataclass(frozen=True)
-class Merged:
-    """That the adapter `name` stands in the weight, with the weight as it was before."""
-
-    name: str
-    base: Tensor
+from .quant.nf4 import NF4Weight, Workspace
 
 
 class Linear(nn.Module):
@@ -230,7 +113,8 @@ def _project_by_row(
     x = x if activation is None else Activate.apply(x, activation)
     known = rows.on(linear.lora)
     dropout = _same_dropout(linear, known) if linear.training else 0.0
-    a, bs, starts = rows.stacks(linear, known, x.dtype)
+    factors: list[LowRank] = [linear.lora[name] for name in known]  # type: ignore[misc]
+    a, bs, starts = rows.stacks(linear, factors, linear.parts, x.dtype)
     segments = rows.segments(x.shape, known, x.device)
     weight = linear.quantized or linear.matrix
     return lora_linear_batched(x, weight, linear.bias, a, bs, segments, rows=starts, dropout=dropout)

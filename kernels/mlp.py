@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .adapter_rows import AdapterRows
 from .linear import Linear, activation_linear, as_it_stands, norm_linear
+from .lora.per_row import AdapterRows
 from .norms import LayerNorm, RMSNorm
 
 

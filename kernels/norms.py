@@ -10,7 +10,7 @@ Backward, with x̂ the normalised row, g = dy ⊙ w and means over the row:
 
 Saved: x and one or two fp32 numbers a row. Statistics are fp32 whatever the dtype of x. `LayerNorm` and `RMSNorm`
 hold the weights, and are the *prologue* that `norm_linear` runs in front of a projection: the projection then saves x
-rather than the normalised rows, which are rebuilt (`kernels/lora.py`).
+rather than the normalised rows, which are rebuilt (`kernels/lora/linear.py`).
 """
 
 import torch

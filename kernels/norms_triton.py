@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import backend
-from .lora_triton import keep, padded_rank
+from .dropout_triton import keep, padded_rank
 
 ROWS = {0: 4, 80: 64}  # rows that a program of the backward pass adds up
 _TILE = {0: (16, 16, 1), 80: (16, 256, 4)}  # rows, columns, warps of the tiles of _norm_down_kernel

@@ -19,8 +19,8 @@ from .._folders import filling
 from .._outside import explained_memory
 from .._weightless import without_weights
 from ..kernels import Linear
-from ..kernels.linear import Merged
-from ..kernels.quantize import Workspace
+from ..kernels.lora.factors import Merged
+from ..kernels.quant.nf4 import Workspace
 from .families import CheckpointInfo, Family, Model, checkpoint_info, family_of_preset
 from .filling import Packing, allocate, blocks, fill, own_tensors
 from .heads import BY_TEXT

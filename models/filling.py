@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import Linear
-from ..kernels.quantize import Workspace
+from ..kernels.quant.nf4 import Workspace
 from .layers import Published
 from .shards import Shards
 from .tensor_file import Stored, holds, read_into

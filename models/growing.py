@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import Linear
-from ..kernels.linear import Part
+from ..kernels.lora.factors import Part
 from .heads import MaskedLMHead
 
 if TYPE_CHECKING:

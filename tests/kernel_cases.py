@@ -9,8 +9,8 @@ from torch import Tensor
 
 from handtune.kernels import activate, layer_norm, lora_linear, rms_norm, rope, swiglu
 from handtune.kernels.activations import ACTIVATIONS, swiglu_reference
-from handtune.kernels.lora import fused_linear, lora_linear_reference
-from handtune.kernels.lora_products import Plan
+from handtune.kernels.lora.linear import fused_linear, lora_linear_reference
+from handtune.kernels.lora.products import Plan
 from handtune.kernels.norms import layer_norm_reference, rms_norm_reference
 from handtune.kernels.rotary import rope_reference
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from handtune.kernels import attend_cpu, attention
-from handtune.kernels.attend import attention_reference
+from handtune.kernels import attention
+from handtune.kernels.attn import cpu
+from handtune.kernels.attn.attend import attention_reference
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])
@@ -16,7 +17,7 @@ BOUND = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 3e-2}
 
 @pytest.fixture(params=[256, 4], ids=["one block", "blocks of 4"])
 def _blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attend_cpu, "QUERY_BLOCK", request.param)
+    monkeypatch.setattr(cpu, "QUERY_BLOCK", request.param)
 
 
 def qkv(b: int, t: int, h: int = 2, hd: int = 4, s: int | None = None, kv: int | None = None) -> tuple[Tensor, ...]:
@@ -273,7 +274,7 @@ def test_house_rules(dtype: torch.dtype, settings: dict) -> None:
 @pytest.mark.usefixtures("_blocks")
 def test_gradcheck_of_the_recomputing_path(causal: bool, s: int, kv: int) -> None:
     inputs = leaves(qkv(2, 6, hd=3, s=s, kv=kv), torch.float64)
-    recomputed = lambda *t: attend_cpu.Recomputed.apply(*t, causal, 0.7)  # noqa: E731
+    recomputed = lambda *t: cpu.Recomputed.apply(*t, causal, 0.7)  # noqa: E731
     assert torch.autograd.gradcheck(recomputed, inputs, check_undefined_grad=False)
 
 

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from handtune.kernels import LayerNorm, Linear, LowRank, RMSNorm, activation_linear, lora_linear, norm_linear, swiglu
 from handtune.kernels.activations import ACTIVATIONS, Activation
-from handtune.kernels.lora import fused_linear
-from handtune.kernels.lora_products import Plan
+from handtune.kernels.lora.linear import fused_linear
+from handtune.kernels.lora.products import Plan
 
 
 def backward_products(wanted: set[str]) -> int:

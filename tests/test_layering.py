@@ -3,7 +3,9 @@
 import ast
 import importlib
 import sys
+import tomllib
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,16 @@ TORCH_ONLY = {"torch", "triton"}
 # done about what comes from outside; models without weights.
 SHARED = {"", "__version__", "_files", "_folders", "_locks", "_outside", "_shapes", "_weightless"}
 BY_NAME = {"import_module", "__import__"}
+
+# The rooms of a package: folders, and files at its top (`norms` is norms.py and norms_triton.py). Each may import what
+# stands in lines above its own, and itself.
+ROOMS = {
+    "kernels": ["backend dropout adamw_state", "activations adamw attn cross_entropy norms quant rotary", "lora",
+                "linear", "conv mlp"],
+}  # fmt: skip
+LINES = {
+    package: {room: i for i, line in enumerate(lines) for room in line.split()} for package, lines in ROOMS.items()
+}
 
 EXPORTS = {
     "kernels": [
@@ -32,81 +44,131 @@ EXPORTS = {
 }  # fmt: skip
 
 
-def imported(source: str, package: str) -> Iterator[tuple[int, str]]:
-    """(line, absolute module) of every import in a file of handtune.`package`, wherever in the file it stands."""
+def imported(source: str, module: str) -> Iterator[tuple[int, str]]:
+    """(line, absolute module) of every import in the file of handtune.`module`, wherever in the file it stands."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            above = ["handtune", package][: 3 - node.level] if node.level else []
+            above = ["handtune", *module.split(".")][: -node.level] if node.level else []
             base = ".".join([*above, *([node.module] if node.module else [])])
-            whole = base in ("", "handtune")  # `from .. import models`: what is named is a module itself
+            whole = (ROOT / base.removeprefix("handtune").replace(".", "/").lstrip("/")).is_dir() or not base
             yield from ((node.lineno, f"{base}.{alias.name}" if whole else base) for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] in BY_NAME:
             yield from ((node.lineno, str(arg.value)) for arg in node.args[:1] if isinstance(arg, ast.Constant))
 
 
-def violations(source: str, package: str) -> list[str]:
-    """Imports that a file of this package may not have."""
+def room_of(parts: list[str]) -> str:
+    return parts[0].removesuffix("_triton")
+
+
+def violations(source: str, module: str) -> list[str]:
+    """Imports that the file of handtune.`module` may not have."""
+    package, *parts = module.split(".")
     found = []
-    for line, module in imported(source, package):
-        top, _, rest = module.partition(".")
-        inside = rest.partition(".")[0] if top == "handtune" else top
+    for line, target in imported(source, module):
+        top, *rest = target.split(".")
+        inside = rest[0] if top == "handtune" and rest else "" if top == "handtune" else top
         if top == "handtune" or top in MAY_IMPORT:
             allowed = top == "handtune" and inside in {*MAY_IMPORT[package], *SHARED}
         else:
             allowed = package != "kernels" or top in TORCH_ONLY or top in sys.stdlib_module_names
+        if allowed and inside == package and package in LINES and rest[1:]:
+            lines, own, other = LINES[package], room_of(parts), room_of(rest[1:])
+            allowed = own == other or own not in lines or other not in lines or lines[other] < lines[own]
         if not allowed:
-            found.append(f"line {line}: {package} imports {module}")
+            found.append(f"line {line}: {module} imports {target}")
     return found
+
+
+def modules(package: str) -> Iterator[tuple[Path, str]]:
+    for path in sorted((ROOT / package).rglob("*.py")):
+        yield path, ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_imports_follow_the_layers(package: str) -> None:
-    files = sorted((ROOT / package).glob("**/*.py"))
-    assert files
-    for path in files:
-        assert not violations(path.read_text(encoding="utf-8"), package), path
+    paths = list(modules(package))
+    assert paths
+    assert not [text for path, name in paths for text in violations(path.read_text(encoding="utf-8"), name)]
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_every_room_has_its_line(package: str) -> None:
+    there = {room_of(name.split(".")[1:]) for _, name in modules(package)} - {"__init__"}
+    assert there == LINES[package].keys()
 
 
 @pytest.mark.parametrize(
-    ("package", "source"),
+    ("module", "source"),
     [
-        ("engine", "from ..models import load"),
-        ("engine", "from ..models.gpt2 import GPT2"),
-        ("engine", "from .. import models"),
-        ("engine", "from handtune.models import load"),
-        ("engine", "import handtune.models.gpt2 as g"),
-        ("engine", "from handtune import kernels, models"),
-        ("engine", "import models"),
-        ("engine", "from ..cli import main"),
-        ("engine", "def f():\n    if True:\n        from ..models import load"),
-        ("engine", "if TYPE_CHECKING:\n    from ..models import GPT2"),
-        ("engine", "from importlib import import_module\nimport_module('handtune.models')"),
-        ("models", "from ..engine import train"),
-        ("models", "from handtune.engine.lora import add_lora"),
-        ("kernels", "from ..models.layers import positions"),
-        ("kernels", "from ..engine import train"),
-        ("kernels", "import numpy"),
-        ("kernels", "from transformers import x"),
-        ("kernels", "import kernels"),
+        ("engine.x", "from ..models import load"),
+        ("engine.x", "from ..models.gpt2 import GPT2"),
+        ("engine.x", "from .. import models"),
+        ("engine.data.x", "from ...models import load"),
+        ("engine.x", "from handtune.models import load"),
+        ("engine.x", "import handtune.models.gpt2 as g"),
+        ("engine.x", "from handtune import kernels, models"),
+        ("engine.x", "import models"),
+        ("engine.x", "from ..cli import main"),
+        ("engine.x", "def f():\n    if True:\n        from ..models import load"),
+        ("engine.x", "if TYPE_CHECKING:\n    from ..models import GPT2"),
+        ("engine.x", "from importlib import import_module\nimport_module('handtune.models')"),
+        ("models.x", "from ..engine import train"),
+        ("models.x", "from handtune.engine.lora import add_lora"),
+        ("kernels.norms", "from ..models.layers import positions"),
+        ("kernels.norms", "from ..engine import train"),
+        ("kernels.lora.linear", "from ...engine import train"),
+        ("kernels.norms", "import numpy"),
+        ("kernels.norms", "from transformers import x"),
+        ("kernels.norms", "import kernels"),
+        ("kernels.norms_triton", "from .lora.linear import fused_linear"),
+        ("kernels.lora.per_row", "from ..linear import Linear"),
+        ("kernels.lora.per_row", "if TYPE_CHECKING:\n    from .. import linear"),
+        ("kernels.backend", "def f():\n    from . import norms_triton"),
+        ("kernels.quant.nf4", "from ..attn.cpu import x"),
     ],
 )
-def test_a_planted_violation_is_found(package: str, source: str) -> None:
-    assert len(violations(f"import torch\n{source}\n", package)) == 1
+def test_a_planted_violation_is_found(module: str, source: str) -> None:
+    assert len(violations(f"import torch\n{source}\n", module)) == 1
 
 
 @pytest.mark.parametrize(
-    ("package", "source"),
+    ("module", "source"),
     [
-        ("kernels", "import math, torch.nn as nn\nfrom .lora import Plan\nfrom . import lora\nimport triton.language"),
-        ("models", "from ..kernels import Linear\nfrom .layers import x\nfrom tokenizers import y\nimport json"),
-        ("engine", "from ..kernels.linear import Merged\nfrom .lora import x\nimport numpy\nfrom .. import kernels"),
-        ("engine", "import handtune\nfrom .. import __version__"),
+        ("kernels.linear", "import math, torch.nn as nn\nfrom .lora.products import Plan\nfrom . import norms_triton"),
+        ("kernels.lora.linear", "from ..norms import x\nfrom . import products\nfrom ..quant.nf4 import y"),
+        ("models.x", "from ..kernels import Linear\nfrom .layers import x\nfrom tokenizers import y\nimport json"),
+        (
+            "engine.x",
+            "from ..kernels.lora.factors import Merged\nfrom .y import x\nimport numpy\nfrom .. import kernels",
+        ),
+        ("engine.x", "import handtune\nfrom .. import __version__"),
     ],
 )
-def test_what_is_allowed_is_not_reported(package: str, source: str) -> None:
-    assert not violations(source, package)
+def test_what_is_allowed_is_not_reported(module: str, source: str) -> None:
+    assert not violations(source, module)
+
+
+def test_no_two_files_import_each_other() -> None:
+    """However many lie in between, and for types neither."""
+    graph = {name: set() for package in MAY_IMPORT for _, name in modules(package)}
+    for package in MAY_IMPORT:
+        for path, name in modules(package):
+            targets = (target.removeprefix("handtune.") for _, target in imported(path.read_text("utf-8"), name))
+            graph[name] = {target for target in targets if target in graph}
+    TopologicalSorter(graph).prepare()
+    with pytest.raises(CycleError):
+        TopologicalSorter({**graph, "kernels.backend": {"kernels.linear"}}).prepare()
+
+
+def test_every_package_is_built() -> None:
+    """The list in pyproject.toml is that of the folders."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["packages"]
+    folders = {
+        path.parent.relative_to(ROOT) for package in MAY_IMPORT for path in (ROOT / package).rglob("__init__.py")
+    }
+    assert sorted(listed) == sorted(["handtune", *(".".join(("handtune", *folder.parts)) for folder in folders)])
 
 
 @pytest.mark.parametrize("package", EXPORTS)

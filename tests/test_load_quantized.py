@@ -15,7 +15,7 @@ from small_t5 import both_t5
 from small_xlnet import both as both_xlnets
 
 from handtune.engine import LoRAConfig, add_lora, freeze, projections, quantize
-from handtune.kernels.quantize import NF4Weight
+from handtune.kernels.quant.nf4 import NF4Weight
 from handtune.models import load
 
 FAMILIES: dict[str, Callable[[Path], Any]] = {

@@ -7,8 +7,9 @@ from kernel_cases import draw
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from handtune.kernels import Segments, lora_linear, lora_linear_batched, segments
-from handtune.kernels.lora_batched import lora_linear_batched_reference
+from handtune.kernels import Segments, lora_linear, lora_linear_batched
+from handtune.kernels.lora import row_groups
+from handtune.kernels.lora.batched import lora_linear_batched_reference
 
 G, K, M, R = 4, 5, 6, 3
 BATCHES = {  # adapter of each sequence, lengths
@@ -30,8 +31,8 @@ every_batch = pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 @pytest.fixture(params=[512, 2], ids=["together", "one by one"])
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways of torch: rows gathered and padded, and adapter by adapter with rows gathered two at a time."""
-    monkeypatch.setattr(segments, "GATHERED", request.param)
-    monkeypatch.setattr(segments, "CRUMB", 2)
+    monkeypatch.setattr(row_groups, "GATHERED", request.param)
+    monkeypatch.setattr(row_groups, "CRUMB", 2)
 
 
 def owners(batch: tuple) -> list[int]:

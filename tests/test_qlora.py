@@ -23,7 +23,7 @@ from handtune.engine import (
     unfreeze,
 )
 from handtune.kernels import Linear
-from handtune.kernels.quantize import NF4Weight, Workspace
+from handtune.kernels.quant.nf4 import NF4Weight, Workspace
 from handtune.models import GPT2, Bert, save
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from handtune.kernels import LayerNorm, Linear, LowRank, activation_linear, norm_linear
-from handtune.kernels.linear import Part
-from handtune.kernels.quantize import NF4Weight, Workspace, dynamic_map, nf4_levels, quantize_blocks
+from handtune.kernels.lora.factors import Part
+from handtune.kernels.quant.nf4 import NF4Weight, Workspace, dynamic_map, nf4_levels, quantize_blocks
 
 PUBLISHED = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,

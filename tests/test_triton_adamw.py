@@ -6,7 +6,8 @@ from launches import launched
 from torch import Tensor, nn
 
 from handtune.engine.optim import Optimizer
-from handtune.kernels.adamw import Trained, adamw_
+from handtune.kernels.adamw import adamw_
+from handtune.kernels.adamw_state import Trained
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BETAS, EPS = (0.9, 0.99), 1e-6

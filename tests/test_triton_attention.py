@@ -9,8 +9,9 @@ import torch
 from launches import launched
 from torch import Tensor
 
-from handtune.kernels import attend_triton, attention
-from handtune.kernels.attend import attention_reference
+from handtune.kernels import attention
+from handtune.kernels.attn import forward_triton
+from handtune.kernels.attn.attend import attention_reference
 from handtune.models.layers import key_bias
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,7 +60,7 @@ def check(tensors: list[Tensor], dtype: torch.dtype, **settings) -> None:
 @contextmanager
 def tiles(rows: int, columns: int) -> Iterator[None]:
     """Interpret with tiles of this many queries and keys."""
-    with mock.patch.dict(attend_triton.SMALL, dict.fromkeys((64, 128, 256), (rows, columns, 1, 1))):
+    with mock.patch.dict(forward_triton.SMALL, dict.fromkeys((64, 128, 256), (rows, columns, 1, 1))):
         yield
 
 

@@ -8,7 +8,7 @@ from launches import launched
 from torch import Tensor
 
 from handtune.kernels import Segments, lora_linear, lora_linear_batched
-from handtune.kernels.lora_batched import lora_linear_batched_reference
+from handtune.kernels.lora.batched import lora_linear_batched_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

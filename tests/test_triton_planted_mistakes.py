@@ -34,19 +34,19 @@ MISTAKES = {
         lambda patch: contract.test_writes_into_nothing_that_is_not_its_own("rms_norm"),
     ),
     "the scale of the second part taken for the first": (
-        "lora_products",
+        "lora.products",
         "column : column + b.shape[1]] = b * scale",
         "column : column + b.shape[1]] = b * plan.scales[0]",
         lambda patch: contract.test_agrees_with_float64("lora parts", torch.float32, (13,), 7, patch),
     ),
     "what dropout keeps not scaled up": (
-        "lora_triton",
+        "lora.linear_triton",
         "        total = total / (1 - p)\n    place",
         "        total = total\n    place",
         lambda patch: contract.test_agrees_with_float64("lora dropout", torch.float32, (13,), 7, patch),
     ),
     "another mask in the backward pass": (
-        "lora_triton",
+        "lora.linear_triton",
         "quad = tl.program_id(1) * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)",
         "quad = tl.program_id(1) * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4) + 1",
         lambda patch: contract.test_agrees_with_float64("lora dropout", torch.float32, (13,), 7, patch),
@@ -59,18 +59,19 @@ MISTAKES = {
 def test_a_planted_mistake_is_caught(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, right, wrong, test = MISTAKES[what]
     test(monkeypatch)  # passes as it is
-    source = (KERNELS / f"{file}.py").read_text(encoding="utf-8")
-    assert right in source
-    (tmp_path / f"{file}.py").write_text(source.replace(right, wrong), encoding="utf-8")
     name = f"handtune.kernels.{file}"
-    spec = importlib.util.spec_from_file_location(name, tmp_path / f"{file}.py")
+    package, _, leaf = name.rpartition(".")
+    source = (KERNELS / f"{file.replace('.', '/')}.py").read_text(encoding="utf-8")
+    assert right in source
+    (tmp_path / f"{leaf}.py").write_text(source.replace(right, wrong), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(name, tmp_path / f"{leaf}.py")
     broken = importlib.util.module_from_spec(spec)
-    if file == "lora_products":  # reached through names that are bound already
+    if file == "lora.products":  # reached through names that are bound already
         spec.loader.exec_module(broken)
         monkeypatch.setattr(sys.modules[name], "_block_diagonal", broken._block_diagonal)
     else:
         monkeypatch.setitem(sys.modules, name, broken)
         spec.loader.exec_module(broken)
-        monkeypatch.setattr(handtune.kernels, file, broken, raising=False)
+        monkeypatch.setattr(sys.modules[package], leaf, broken, raising=False)
     with pytest.raises(AssertionError):
         test(monkeypatch)

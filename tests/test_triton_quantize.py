@@ -7,8 +7,8 @@ from launches import launched
 from torch import Tensor, nn
 
 from handtune.kernels import Linear, LowRank, backend
-from handtune.kernels.linear import Part
-from handtune.kernels.quantize import FEW_ROWS, NF4Weight, Workspace, nf4_levels
+from handtune.kernels.lora.factors import Part
+from handtune.kernels.quant.nf4 import FEW_ROWS, NF4Weight, Workspace, nf4_levels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])

@@ -1,4 +1,4 @@
-"""The multi-adapter LoRA linear's Triton kernels. The maths is that of `lora_batched.py`, the tables of `segments.py`.
+"""The multi-adapter LoRA linear's Triton kernels. The maths is that of `batched.py`, the tables of `row_groups.py`.
 
     _down_kernel      S = drop(x) A_gᵀ                 a block of places, all of one adapter
     _up_kernel        y += drop(S B_gᵀ)                the same; dx += drop(dS A_g) too
@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import backend
-from .lora_triton import keep, padded_rank
-from .segments import BLOCK, Segments
+from .. import backend
+from ..dropout_triton import keep, padded_rank
+from .row_groups import BLOCK, Segments
 
 # Columns of the tile that is streamed, warps, by capability; the next lower entry holds. A single row takes more.
 _STREAM = {0: (16, 1), 80: (128, 4)}

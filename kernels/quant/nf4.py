@@ -22,50 +22,17 @@ is floating, `model.to(bfloat16)` can't round it, and no gradient can be asked o
 **How it computes.** For each use the weight is written out in the dtype of the activations, into a buffer that all
 weights with one `Workspace` share, and forgotten: a product on tensor cores wants it so, and beside it the reading of
 0.5 and writing of 2 bytes a weight is little. Where x has few rows, as in decoding, it would be nearly everything; the
-product then decodes as it goes (`quantize_triton.py`) and reads the 0.5 bytes alone.
+product then decodes as it goes (`nf4_triton.py`) and reads the 0.5 bytes alone.
 """
-
-from statistics import NormalDist
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backend
+from .. import backend
+from .nf4_format import BLOCK, FEW_ROWS, RANGE_BLOCK, TINY, Tables, dynamic_map, midpoints, nf4_levels
 
-BLOCK, RANGE_BLOCK = 64, 256  # weights to a scale, scales to a range
-FEW_ROWS = 16  # of x: what one tile of the decoding product holds
-TAIL = 0.9677083  # outermost quantile, 1 − (1/32 + 1/30) / 2, to the digits that the published levels were made with
-TINY = 1e-38  # stands in for the maximum of a block of zeros
 _PIECE = 2**14  # blocks that torch decodes at a time: 4 MB in fp32
-
-
-def nf4_levels() -> Tensor:
-    """The 16 levels (16,) in fp32, from −1 to 1; bitwise the published ones."""
-    below, above = (torch.linspace(TAIL, 0.5, n, dtype=torch.float32, device="cpu")[:-1].tolist() for n in (8, 9))
-    quantile = NormalDist().inv_cdf
-    values = [*(-quantile(p) for p in below), 0.0, *(quantile(p) for p in above)]
-    levels = torch.tensor(sorted(values), dtype=torch.float32, device="cpu")
-    return levels / levels.abs().max()
-
-
-def dynamic_map() -> Tensor:
-    """The 256 numbers (256,) in fp32 of the signed dynamic map, from −0.993 to 1."""
-    numbers = [torch.tensor([0.0, 1.0])]
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32, device="cpu")
-        decade = 10 ** (i - 6) * ((edges[:-1] + edges[1:]) / 2)
-        numbers += [decade, -decade]
-    return torch.cat(numbers).sort().values
-
-
-class Tables(NamedTuple):
-    """The constants on one device: levels (16,), the pair of levels that a byte stands for (256, 2), the map (256,)."""
-
-    levels: Tensor
-    pairs: Tensor
-    map: Tensor
 
 
 class Workspace:
@@ -99,11 +66,6 @@ class Workspace:
         return self._tables[device]
 
 
-def midpoints(numbers: Tensor) -> Tensor:
-    """Where in between the nearest of the ascending `numbers` changes."""
-    return (numbers[:-1] + numbers[1:]) / 2
-
-
 def _blocks(flat: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """The line in rows of `size`, filled up with zeros and divided by their maxima, in fp32; and the maxima."""
     rows = F.pad(flat.float(), (0, -len(flat) % size)).view(-1, size)
@@ -116,7 +78,7 @@ def quantize_blocks(matrix: Tensor) -> tuple[Tensor, Tensor]:
     flat = matrix.contiguous().view(-1)
     between = midpoints(nf4_levels()).to(flat.device)
     if backend.on_triton(flat):
-        from .quantize_triton import quantize
+        from .nf4_triton import quantize
 
         return quantize(flat, between)
     scaled, maxima = _blocks(flat, BLOCK)
@@ -177,7 +139,7 @@ class NF4Weight(nn.Module):
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x Wᵀ + bias (N, M) for few rows x (N, K), decoding W on the way."""
-        from .quantize_triton import product
+        from .nf4_triton import product
 
         return product(x, bias, *self._stored(), self.workspace.tables(self.device), self.shape[0])
 
@@ -188,7 +150,7 @@ class NF4Weight(nn.Module):
         """Write the weight into `out` (M, K), contiguous; level · maximum is rounded once, from fp32."""
         tables, flat = self.workspace.tables(self.device), out.view(-1)
         if backend.on_triton(out):
-            from .quantize_triton import dequantize_
+            from .nf4_triton import dequantize_
 
             dequantize_(flat, *self._stored(), tables)
             return out

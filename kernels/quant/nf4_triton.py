@@ -1,4 +1,4 @@
-"""NF4's Triton kernels. The format and the names are those of `quantize.py`.
+"""NF4's Triton kernels. The format and the names are those of `nf4.py`.
 
     _quantize_kernel      codes and maxima of a line of weights      a program some blocks of 64
     _dequantize_kernel    the line of weights                        a program some blocks of 64
@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import backend
-from .quantize import FEW_ROWS, TINY, Tables
+from .. import backend
+from .nf4_format import FEW_ROWS, TINY, Tables
 
 # Blocks of 64 weights that a program takes, warps.
 _LINE = {0: (16, 1), 80: (32, 4)}

@@ -15,7 +15,7 @@ intermediate of y's size. Rows without an adapter come out as the base model mak
 Forward as in Punica (SGMV, 2310.18547) and S-LoRA (2311.03285), training as in mLoRA (2312.02515); rows of an adapter
 need not be neighbours here, and every sum has a fixed order, so that two runs are bitwise equal.
 
-How rows are grouped is told in `segments.py`; parts and dropout are those of `lora.py`, the same mask included.
+How rows are grouped is told in `row_groups.py`; parts and dropout are those of `linear.py`, the same mask included.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,10 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backend
-from .lora_products import Plan, draw_seed, drop, up
-from .quantize import NF4Weight
-from .segments import Segments
+from .. import backend
+from ..quant.nf4 import NF4Weight
+from .products import Plan, draw_seed, drop, up
+from .row_groups import Segments
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _masked(x: Tensor, plan: _Plan) -> Tensor:
 def _down(x: Tensor, a: Tensor, plan: _Plan, on_triton: bool) -> Tensor:
     """S, in the order of places (Triton) or of cells (torch)."""
     if on_triton:
-        from .lora_batched_triton import down
+        from .batched_triton import down
 
         return down(x, a, plan.segments, plan.dropout, plan.seed)
     s, x = x.new_empty(plan.segments.cells, a.shape[1]), _masked(x, plan)
@@ -118,7 +118,7 @@ def _up_(y: Tensor, s: Tensor, bs: Sequence[Tensor], plan: _Plan, on_triton: boo
     """Adds each row's B S to y."""
     for b, columns, ranks in _parts(bs, plan.rows):
         if on_triton:
-            from .lora_batched_triton import up_
+            from .batched_triton import up_
 
             up_(y[:, columns], s[:, ranks], b, plan.segments)
         else:
@@ -146,7 +146,7 @@ def _sweep(
 def _sweep_triton(
     grad: Tensor, s: Tensor, bs: Sequence[Tensor], plan: _Plan, need_bs: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    from .lora_batched_triton import sweep
+    from .batched_triton import sweep
 
     grad, grad_s, grad_bs = grad.contiguous(), torch.empty_like(s), []
     for (b, columns, ranks), need in zip(_parts(bs, plan.rows), need_bs, strict=True):
@@ -158,7 +158,7 @@ def _sweep_triton(
 def _outer(grad_s: Tensor, x: Tensor, adapters: int, plan: _Plan, on_triton: bool) -> Tensor:
     """dA of every adapter; zero where it has no row."""
     if on_triton:
-        from .lora_batched_triton import outer
+        from .batched_triton import outer
 
         return outer(grad_s, x, adapters, plan.segments, plan.dropout, plan.seed)
     shape = (adapters, grad_s.shape[1], x.shape[1])
@@ -172,7 +172,7 @@ def _outer(grad_s: Tensor, x: Tensor, adapters: int, plan: _Plan, on_triton: boo
 def _input_gradient(grad: Tensor, weight: Tensor, grad_s: Tensor, a: Tensor, plan: _Plan, on_triton: bool) -> Tensor:
     grad_x = grad @ weight
     if on_triton:
-        from .lora_batched_triton import up_
+        from .batched_triton import up_
 
         up_(grad_x, grad_s, a.mT, plan.segments, plan.dropout, plan.seed)
         return grad_x

@@ -3,7 +3,7 @@
     l_ts = scale q_t·k_s + bias_ts      L_t = log₂ Σ_s exp₂(l_ts)      p_ts = exp₂(l_ts − L_t)      o_t = Σ_s p_ts v_s
 
 Here is the forward pass, a block of queries a program, the keys stream by (online softmax), and what it shares with the
-backward pass, which is in `attend_backward_triton.py`.
+backward pass, which is in `backward_triton.py`.
 
 Logits are in units of log 2 (scale and bias come with log₂e), so that exp₂, the hardware's own, serves. Query t stands
 at position t + S − T. It may see key s where −after < t + S − T − s < before: that is causal (after = 1), a window
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import backend
+from .. import backend
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FAR = 2**30  # beyond every position, and still an int32 when a position is added

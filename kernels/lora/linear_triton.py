@@ -1,4 +1,4 @@
-"""The LoRA linear's Triton kernels. The maths and the names are those of `lora.py`.
+"""The LoRA linear's Triton kernels. The maths and the names are those of `linear.py`.
 
     _linear_kernel    y = x Wᵀ + bias + s Bᵀ          one product whose epilogue adds the low-rank term in registers
     _down_kernel      S = drop(x) Aᵀ                  one read of x
@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import backend
+from .. import backend
+from ..dropout_triton import keep, padded_rank
 
 # BLOCK_N, BLOCK_M, BLOCK_K, warps, stages of the product, by capability; the next lower entry holds.
 _PRODUCT = {0: (16, 32, 16, 1, 1), 80: (128, 128, 32, 8, 3), 90: (128, 256, 64, 8, 3)}
@@ -24,21 +25,6 @@ _PRODUCT = {0: (16, 32, 16, 1, 1), 80: (128, 128, 32, 8, 3), 90: (128, 256, 64, 
 _STREAM = {0: (16, 16, 1), 80: (64, 128, 4), 100: (32, 128, 4)}
 _PIECE = {0: 32, 80: 1024}
 GROUP = 8  # tiles of rows that share their columns of W in the L2 cache
-
-
-def padded_rank(rank: int) -> int:
-    return max(16, triton.next_power_of_2(rank))
-
-
-@triton.jit
-def keep(seed, row, quad, k, p):
-    """Which entries of rows `row` and columns 4·quad … 4·quad + 3 of a (N, k) matrix dropout keeps.
-
-    One Philox draw of seven rounds (which pass the usual test batteries: Salmon et al., 2011) decides four neighbours.
-    """
-    a, b, c, d = tl.randint4x(seed, row[:, None] * tl.cdiv(k, 4) + quad[None, :], 7)
-    words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (row.shape[0], 4 * quad.shape[0]))
-    return tl.uint_to_uniform_float(words) >= p
 
 
 @triton.jit

@@ -20,7 +20,7 @@ projections, only the residual stream and the attention's output; the feed-forwa
 
 **Dropout** acts on x in the low-rank branch alone. The mask is drawn from a seed and drawn again in the backward pass.
 
-The products themselves, by torch or by Triton, are in `lora_products.py`.
+The products themselves, by torch or by Triton, are in `products.py`.
 """
 
 from collections.abc import Sequence
@@ -31,9 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .lora_products import Plan, down, draw_seed, factors_backward, input_gradient, outer, takes_triton, up
-from .norms import Stats, normalize, normalize_backward, rebuild
-from .quantize import NF4Weight
+from ..norms import Stats, normalize, normalize_backward, rebuild
+from ..quant.nf4 import NF4Weight
+from .products import Plan, down, draw_seed, factors_backward, input_gradient, outer, takes_triton, up
 
 
 def _evaluate(h, norm_weight, norm_bias, weight, bias, a, plan: Plan, *bs) -> tuple[Tensor, Tensor | None, Stats]:
@@ -41,7 +41,7 @@ def _evaluate(h, norm_weight, norm_bias, weight, bias, a, plan: Plan, *bs) -> tu
     x, s = h, None
     stats: Stats = ()
     if norm_weight is not None and a is not None and takes_triton(h, a, rank=len(a)):
-        from .norms_triton import normalize_down
+        from ..norms_triton import normalize_down
 
         x, stats, s = normalize_down(h, norm_weight, norm_bias, plan.eps, a, plan.dropout, plan.seed)
     elif norm_weight is not None:

@@ -1,4 +1,4 @@
-"""The backward pass of attention's Triton kernels. Names and conventions are those of `attend_triton.py`.
+"""The backward pass of attention's Triton kernels. Names and conventions are those of `forward_triton.py`.
 
 dv_s = Σ_t p_ts do_t     δ_t = do_t·o_t     dl_ts = p_ts (do_t·v_s − δ_t)
 dq_t = scale Σ_s dl_ts k_s     dk_s = scale Σ_t dl_ts q_t     dbias_ts = dl_ts, added up where bias is broadcast
@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import backend
-from .attend_triton import (
+from .. import backend
+from .forward_triton import (
     PAIR_BIAS,
     SMALL,
     STEPS,
@@ -35,7 +35,7 @@ from .attend_triton import (
     work_of,
 )
 
-# As in `attend_triton.py`: BLOCK_T, BLOCK_S, warps, stages.
+# As in `forward_triton.py`: BLOCK_T, BLOCK_S, warps, stages.
 _DQ = {
     0: SMALL,
     80: {64: (128, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 4, 2)},

@@ -7,18 +7,13 @@ stacked while no gradient is wanted: token by token, stacking would cost more th
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .segments import Segments
-
-if TYPE_CHECKING:
-    from .linear import Linear, LowRank
-
-Stacks = tuple[Tensor, list[Tensor], tuple[int, ...]]  # A (G, ΣR, K), each part's s B (G, M, R), its first row in y
+from .factors import LowRank, Part, Stacks, stacked
+from .row_groups import Segments
 
 
 class AdapterRows:
@@ -66,13 +61,18 @@ class AdapterRows:
             self._segments[key] = Segments.of(owners, self._tokens(leading), device)
         return self._segments[key]
 
-    def stacks(self, linear: "Linear", known: tuple[str, ...], dtype: torch.dtype) -> Stacks:
-        """The factors of these adapters of a layer. Without gradients they are kept until the next with gradients."""
+    def stacks(
+        self, linear: nn.Module, factors: Sequence[LowRank], parts: Sequence[Part], dtype: torch.dtype
+    ) -> Stacks:
+        """The factors of adapters on these parts of `linear`, put together.
+
+        Without gradients they are kept until the next with gradients.
+        """
         if torch.is_grad_enabled():
             self._stacks.clear()  # what is kept may be out of date after it
-            return _stacked(linear, known, dtype)
+            return stacked(factors, parts, dtype)
         if linear not in self._stacks or self._stacks[linear][0].dtype != dtype:
-            self._stacks[linear] = _stacked(linear, known, dtype)
+            self._stacks[linear] = stacked(factors, parts, dtype)
         return self._stacks[linear]
 
     def apply(self, x: Tensor, dims: int, known: tuple[str, ...], compute: Callable[[Tensor, str | None], Tensor]):
@@ -87,26 +87,3 @@ class AdapterRows:
         out = torch.cat([compute(rows.index_select(0, own), name) for name, own in index.items()])
         out = out.index_select(0, torch.cat(list(index.values())).argsort())
         return out.unflatten(0, x.shape[:dims])
-
-
-def _stacked(linear: "Linear", names: tuple[str, ...], dtype: torch.dtype) -> Stacks:
-    """Each adapter's factors on all parts that one of them has, padded with zeros to the highest rank among them."""
-    factors: list[LowRank] = [linear.lora[name] for name in names]  # type: ignore[misc]
-    found = [{part: (a, b, scale) for part, scale, a, b in own.blocks(dtype)} for own in factors]
-    parts = [part for part in linear.parts if any(part in blocks for blocks in found)]
-    a_stacks, b_stacks = [], []
-    for part in parts:
-        rank = max(len(blocks[part][0]) for blocks in found if part in blocks)
-        like = next(blocks[part][0] for blocks in found if part in blocks)
-        none = like.new_zeros(rank, linear.in_features), like.new_zeros(part.size, rank), 1.0
-        a_blocks, b_blocks, scales = zip(*(blocks.get(part, none) for blocks in found), strict=True)
-        a_stacks.append(torch.stack([_padded(a, 0, rank) for a in a_blocks]))
-        b_stack = torch.stack([_padded(b, 1, rank) for b in b_blocks])
-        b_stacks.append(b_stack.mul_(like.new_tensor(scales)[:, None, None]))
-    a_stack = a_stacks[0] if len(parts) == 1 else torch.cat(a_stacks, 1)
-    return a_stack, b_stacks, tuple(part.start for part in parts)
-
-
-def _padded(x: Tensor, dim: int, size: int) -> Tensor:
-    lacking = size - x.shape[dim]
-    return F.pad(x, (0, 0, 0, lacking) if dim == 0 else (0, lacking)) if lacking else x

@@ -7,7 +7,7 @@ they never see each other, because each is computed by itself. A *window* is com
 the keys it can reach. Only a `bias` goes through a dense mask, and on a GPU not even that.
 
 On a GPU torch's own kernels take what they are made for: plain rows, and packed ones in half precision. Everything else
-is computed by the kernels of `attend_triton.py`, which save q, k, v, the output and one number a query and head.
+is computed by the kernels of `forward_triton.py`, which save q, k, v, the output and one number a query and head.
 
 On CPU, bf16 uses batched matrix products that keep q, k, v alone and rebuild the probabilities in the
 backward pass (as FlashAttention does, https://arxiv.org/abs/2205.14135): twice as fast there as torch's fused kernel.
@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backend
-from .attend_cpu import FusedGrouped, Recomputed
+from .. import backend
+from .cpu import FusedGrouped, Recomputed
 
 SHORT = 32  # tokens of packed segments that are computed in one call
 
@@ -137,26 +137,26 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, bias, alibi, cu_seqlens, max_seqlen, window, causal: bool, scale: float) -> Tensor:
-        from . import attend_triton
+        from . import forward_triton
 
         if cu_seqlens is not None and max_seqlen is None:
             max_seqlen = int(cu_seqlens.diff().max())
         ctx.mask = max_seqlen, window, causal
         ctx.scale = scale
-        out, lse = attend_triton.forward(q, k, v, attend_triton.Mask(bias, alibi, cu_seqlens, *ctx.mask), scale)
+        out, lse = forward_triton.forward(q, k, v, forward_triton.Mask(bias, alibi, cu_seqlens, *ctx.mask), scale)
         ctx.save_for_backward(q, k, v, out, lse, bias, alibi, cu_seqlens)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        from . import attend_backward_triton, attend_triton
+        from . import backward_triton, forward_triton
 
         q, k, v, out, lse, *tensors = ctx.saved_tensors
-        mask = attend_triton.Mask(*tensors, *ctx.mask)
+        mask = forward_triton.Mask(*tensors, *ctx.mask)
         need_q, need_k, need_v, need_bias, *_ = ctx.needs_input_grad
         wanted = (need_q, need_k or need_v, need_bias)
-        grads = attend_backward_triton.backward(grad, q, k, v, out, lse, mask, ctx.scale, wanted)
+        grads = backward_triton.backward(grad, q, k, v, out, lse, mask, ctx.scale, wanted)
         return *grads, *(None,) * 6
 
 

@@ -1,4 +1,4 @@
-"""The products of a LoRA linear, by torch or by Triton (`lora.py` has the maths, `lora_triton.py` the kernels).
+"""The products of a LoRA linear, by torch or by Triton (`linear.py` has the maths, `linear_triton.py` the kernels).
 
 **Two ways to the sum.** Either cuBLAS makes x Wᵀ and one `addmm_` a part adds the correction in place: 2Y of traffic,
 Y the bytes of y, and no intermediate of y's size. Or one Triton product adds it in registers before y is stored: no
@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import backend
-from .activations import Activation
-from .few_rows import few_rows, takes_blocks
-from .quantize import NF4Weight
+from .. import backend
+from ..activations import Activation
+from ..quant.nf4 import NF4Weight
+from .small_batch_matmul import few_rows, takes_blocks
 
 # By arithmetic: 2Y of traffic cost as much as a product that is 37 % slower at K 1024, 18 % at 2048 (bf16, H200).
 FUSED_WIDTH = 1024
@@ -71,9 +71,9 @@ def takes_triton(*tensors: Tensor, rank: int) -> bool:
 def down(x: Tensor, a: Tensor, plan: Plan) -> Tensor:
     """S = drop(x) Aᵀ."""
     if takes_triton(x, a, rank=len(a)):
-        from . import lora_triton
+        from . import linear_triton
 
-        return lora_triton.down(x, a, plan.dropout, plan.seed)
+        return linear_triton.down(x, a, plan.dropout, plan.seed)
     return drop(x, plan) @ a.T
 
 
@@ -86,9 +86,9 @@ def up(
     else:
         dense = weight.borrow(x.dtype) if isinstance(weight, NF4Weight) else weight
         if s is not None and _fused(x, dense, s.shape[1]):
-            from . import lora_triton
+            from . import linear_triton
 
-            return lora_triton.linear(x, dense, bias, s, _block_diagonal(bs, plan, len(dense)))
+            return linear_triton.linear(x, dense, bias, s, _block_diagonal(bs, plan, len(dense)))
         y = few_rows(x, dense, bias) if takes_blocks(x, dense) else F.linear(x, dense, bias)
     if s is None:
         return y
@@ -114,14 +114,14 @@ def input_gradient(grad: Tensor, weight: Tensor, grad_s: Tensor | None, a: Tenso
     if grad_s is None or a is None:
         return grad @ weight
     if not plan.dropout and _fused(grad, weight, len(a)):
-        from . import lora_triton
+        from . import linear_triton
 
-        return lora_triton.linear(grad, weight.T, None, grad_s, a.T)
+        return linear_triton.linear(grad, weight.T, None, grad_s, a.T)
     grad_x = grad @ weight
     if plan.dropout and takes_triton(grad_x, rank=len(a)):
-        from . import lora_triton
+        from . import linear_triton
 
-        lora_triton.correct_(grad_x, grad_s, a.T, plan.dropout, plan.seed)
+        linear_triton.correct_(grad_x, grad_s, a.T, plan.dropout, plan.seed)
     elif plan.dropout:
         grad_x += drop(grad_s @ a, plan)
     else:
@@ -132,9 +132,9 @@ def input_gradient(grad: Tensor, weight: Tensor, grad_s: Tensor | None, a: Tenso
 def outer(grad_s: Tensor, x: Tensor, plan: Plan) -> Tensor:
     """dA = dSᵀ drop(x)."""
     if takes_triton(x, grad_s, rank=grad_s.shape[1]):
-        from . import lora_triton
+        from . import linear_triton
 
-        return lora_triton.outer(grad_s, x, plan.dropout, plan.seed).to(x.dtype)
+        return linear_triton.outer(grad_s, x, plan.dropout, plan.seed).to(x.dtype)
     return grad_s.T @ drop(x, plan)
 
 
@@ -153,9 +153,9 @@ def factors_backward(
         m, r = b.shape
         part, columns = grad[:, row : row + m], slice(column, column + r)
         if on_triton:
-            from . import lora_triton
+            from . import linear_triton
 
-            grad_part, grad_b = lora_triton.sweep(part, b * scale, s[:, columns])
+            grad_part, grad_b = linear_triton.sweep(part, b * scale, s[:, columns])
             grad_ss.append(grad_part.to(s.dtype))
             grad_bs.append(grad_b.mul_(scale).to(b.dtype) if need else None)
         else:

@@ -17,7 +17,7 @@ from itertools import accumulate, groupby, pairwise
 import torch
 from torch import Tensor
 
-from . import backend
+from .. import backend
 
 GATHERED = 512  # rows that torch copies together, padding counted
 CRUMB = 16  # rows a run on average below which an adapter's rows are gathered
