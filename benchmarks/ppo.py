@@ -119,7 +119,7 @@ def with_handtune(task: Task, rounds: int, upper: bool, keep: bool) -> dict[str,
     from handtune.engine.reward import Reward
     from handtune.engine.shared import with_head
     from handtune.models import GPT2
-    from handtune.models.tokens import SpecialTokens
+    from handtune.models.tokenizer.special_tokens import SpecialTokens
 
     if not keep:
         ppo_loop.shared_layers = lambda model, adapters: 0

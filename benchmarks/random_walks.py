@@ -99,7 +99,7 @@ def learn(graph: Graph, seed: int, episodes: int) -> dict[str, Any]:
     from handtune.engine.batches import Collate
     from handtune.engine.losses import causal_lm_loss
     from handtune.models import GPT2
-    from handtune.models.tokens import SpecialTokens
+    from handtune.models.tokenizer.special_tokens import SpecialTokens
 
     torch.manual_seed(seed)
     sizes = {"vocab_size": NODES + 1, "n_layer": 6, "n_head": 12, "d_model": 144, "max_positions": 16}

@@ -1,6 +1,6 @@
 """Weights that are no numbers: told where what is computed from them shows it, and which they are.
 
-Those of our own checkpoints are looked at while they are read (`models/tensor_file.py`). Adapters, foreign models and
+Those of our own checkpoints are looked at while they are read (`safetensors_io.py`). Adapters, foreign models and
 weights that were changed since then are not; but a single NaN or infinity soon is in all that a model computes, where
 it costs nothing to see.
 """

@@ -6,20 +6,20 @@ read off the code of Z: Ziegler et al. 2019, arXiv:1909.08593. S: Schulman et al
 al. 2020, arXiv:2009.01325. Without a letter: ours.
 
      1  old log-probabilities come from the updates' own forward pass and micro-batches: the first ratio is exactly 1
-     2  completions of the whole distribution, at the temperature that is trained at: no top-k, no top-p          H
-     3  prompts padded on the left, positions counted from their first token (rollouts.py)                        H
-     4  no dropout, in updates either (ppo_loop.py)                                                               Z, H
+     2  completions of the whole distribution, at the temperature that is trained at: no top-k, no top-p         H
+     3  prompts padded on the left, positions counted from their first token (rollouts.py)                       H
+     4  no dropout, in updates either (ppo_loop.py)                                                              Z, H
      5  log-probabilities in fp32, of the completions' tokens alone, without all logits at once (rollouts.py)
-     6  the reward is read at the last token that isn't padding, as in training (reward.py, models/heads.py)      H
-     7  its head begins with N(0, 1/(D + 1)) (models/layers.py), the critic's with zeros (ppo_loop.py)            T, H
-     8  its score has mean 0 and deviation 1 on samples of the reference (reward.py)                              Z, H
-     9  each token pays for its own divergence; β is fixed, or adapts (advantages.py)                             Z
-    10  a completion that was cut off pays for it                                                                 H, T
-    11  GAE with γ 1 and λ 0.95; returns before whitening; whitening over what is there (advantages.py)           Z, H
-    12  ratio and values clipped by 0.2, the value's loss weighs 0.1, four epochs, each in an order of its own    S, Z
+     6  the reward is read at the last token that isn't padding, as in training (reward.py, heads.py)            H
+     7  its head begins with N(0, 1/(D + 1)) (initialization.py), the critic's with zeros (ppo_loop.py)          T, H
+     8  its score has mean 0 and deviation 1 on samples of the reference (reward.py)                             Z, H
+     9  each token pays for its own divergence; β is fixed, or adapts (advantages.py)                            Z
+    10  a completion that was cut off pays for it                                                                H, T
+    11  GAE with γ 1 and λ 0.95; returns before whitening; whitening over what is there (advantages.py)          Z, H
+    12  ratio and values clipped by 0.2, the value's loss weighs 0.1, four epochs, each in an order of its own   S, Z
     13  log-ratios are clamped before they are exponentiated (advantages.py)
     14  losses are means over the tokens of a step, whatever the lengths of its rows
-    15  gradients are clipped; Adam's ε is 1e-5 (ppo_loop.py)                                                     H
+    15  gradients are clipped; Adam's ε is 1e-5 (ppo_loop.py)                                                    H
     16  updates end early where they have moved the policy far; a run, where its KL runs away (ppo_loop.py)
 """
 

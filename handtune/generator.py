@@ -18,7 +18,7 @@ from .engine.objectives import objective_of
 from .engine.placed_rows import PlacedRow, place_of
 from .inputs import BASE
 from .models import load
-from .models.families import checkpoint_info
+from .models.checkpoint.info import checkpoint_info
 from .outputs import output
 from .prepare import run_base, run_model
 from .prompts import learn_turn_end, prompts_of

@@ -17,7 +17,7 @@ from .engine.adapter_files import CONFIG, WEIGHTS
 from .engine.config import PPORunConfig, RunConfig
 from .engine.inputs import Inputs, changed_files, fingerprint, same_contents
 from .engine.reward import SCALE
-from .models.hub import checkpoint_files, checkpoint_folder
+from .models.checkpoint.hub import checkpoint_files, checkpoint_folder
 
 BASE, DATA = ("model.path", "model.tokenizer"), ("data.train", "data.eval")
 

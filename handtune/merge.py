@@ -27,12 +27,13 @@ from .engine.rounding import Rounding, dtype_name, rounded
 from .engine.wrapping import Factors
 from .kernels import Conv2d, Linear, LowRank
 from .models import ResNet, load, save
-from .models.checkpoint import Checkpoint, open_checkpoint, save_around, stored_shape
-from .models.filling import Placement, blocks, own_tensors, place
-from .models.layers import Published
-from .models.pixels import Pixels
-from .models.shards import INDEX, SINGLE
-from .models.tensor_file import Made, Stored, holds, read_into, same, write_file
+from .models.checkpoint.loading import Checkpoint, open_checkpoint
+from .models.checkpoint.safetensors_io import Made, Stored, holds, read_into, same, write_file
+from .models.checkpoint.saving import save_around, stored_shape
+from .models.checkpoint.shards import INDEX, SINGLE
+from .models.checkpoint.weights import Placement, blocks, own_tensors, place
+from .models.layers.image_processor import Pixels
+from .models.layers.key_map import Published
 from .prompts import learn_turn_end
 from .stored import adds_tokens, head_of, put_adapter, resized_vocabulary
 

@@ -22,9 +22,10 @@ from .engine.pairs import add_reference
 from .engine.rows import is_dialogue, normalise, row_shape
 from .engine.token_rows import train_added_rows
 from .models import Bert, ResNet, XLNet, add_tokens, load
-from .models.checkpoint import fresh, open_checkpoint
-from .models.families import CheckpointInfo, checkpoint_info, family_of_preset
-from .models.vocabulary import CONVERT
+from .models.checkpoint.info import CheckpointInfo, checkpoint_info
+from .models.checkpoint.loading import fresh, open_checkpoint
+from .models.families import family_of_preset
+from .models.tokenizer.build import CONVERT
 from .prompts import adopt_template, learn_turn_end, template_of, through_template
 
 EVAL_TOKENS, EVAL_IMAGES = 8192, 64

@@ -22,7 +22,7 @@ from .engine.rollouts import POLICY, fitting_prompts
 from .engine.rows import is_dialogue
 from .inputs import inputs_of, reward_adapter, reward_checkpoint
 from .models import load
-from .models.checkpoint import open_checkpoint
+from .models.checkpoint.loading import open_checkpoint
 from .prompts import learn_turn_end, prompts_of
 from .stored import facts_of, function_of, has_stored, store_adapter, stored_bytes
 from .terminal import print_unescaped

@@ -21,10 +21,10 @@ from .engine.config import RunConfig, from_table
 from .engine.record import read_facts
 from .inputs import located
 from .models import ResNet, add_tokens, load
-from .models.growing import resize
-from .models.pixels import Pixels
-from .models.tensor_file import read_header
-from .models.tokens import load_tokenizer_file, save_tokenizer
+from .models.checkpoint.safetensors_io import read_header
+from .models.layers.image_processor import Pixels
+from .models.tokenizer.added_tokens import resize
+from .models.tokenizer.special_tokens import load_tokenizer_file, save_tokenizer
 
 log = logging.getLogger("handtune")
 

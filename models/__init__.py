@@ -1,6 +1,12 @@
-"""Architectures, one a file: configuration, presets, blocks, forward pass and the names of the published checkpoints.
+"""Architectures: configuration, presets, blocks, forward pass and the names of the published checkpoints.
 
-`load` reads a checkpoint in Hugging Face layout, `save` writes one. Names are imported at first use (PEP 562).
+    layers/      what several architectures are made of, and how their weights and configurations are published
+    tokenizer/   special tokens, and tokenizers of old vocabulary files
+    gpt2/  llama/  bloom  bert  t5/  xlnet/  resnet/      the architectures: begin with `gpt2/model.py`
+    families     which of them a published `model_type` is
+    checkpoint/  `load` reads a checkpoint in Hugging Face layout, `save` writes one
+
+Names are imported at first use (PEP 562).
 """
 
 from importlib import import_module
@@ -9,26 +15,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .bert import Bert as Bert
     from .bloom import Bloom as Bloom
-    from .checkpoint import load as load
-    from .checkpoint import save as save
-    from .gpt2 import GPT2 as GPT2
-    from .growing import add_tokens as add_tokens
-    from .llama import Llama as Llama
-    from .resnet import ResNet as ResNet
-    from .t5 import T5 as T5
-    from .xlnet import XLNet as XLNet
+    from .checkpoint.loading import load as load
+    from .checkpoint.saving import save as save
+    from .gpt2.model import GPT2 as GPT2
+    from .llama.model import Llama as Llama
+    from .resnet.model import ResNet as ResNet
+    from .t5.model import T5 as T5
+    from .tokenizer.added_tokens import add_tokens as add_tokens
+    from .xlnet.model import XLNet as XLNet
 
 _HOME = {
     "Bert": "bert",
     "Bloom": "bloom",
-    "GPT2": "gpt2",
-    "Llama": "llama",
-    "ResNet": "resnet",
-    "T5": "t5",
-    "XLNet": "xlnet",
-    "add_tokens": "growing",
-    "load": "checkpoint",
-    "save": "checkpoint",
+    "GPT2": "gpt2.model",
+    "Llama": "llama.model",
+    "ResNet": "resnet.model",
+    "T5": "t5.model",
+    "XLNet": "xlnet.model",
+    "add_tokens": "tokenizer.added_tokens",
+    "load": "checkpoint.loading",
+    "save": "checkpoint.saving",
 }
 __all__ = sorted(_HOME)
 

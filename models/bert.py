@@ -18,10 +18,12 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..kernels import LayerNorm, Linear, activation_linear, attention
-from .gpt2_config import ACTIVATIONS
-from .heads import BY_TEXT, EmbeddingHead, MaskedLMHead, MLPHead, n_outputs, pool_tokens
-from .layers import Published, initialize, key_bias, overridden, positions, read_fields, refuse_longer
-from .tokens import SpecialTokens
+from .layers.config_fields import ACTIVATIONS, overridden, read_fields
+from .layers.heads import BY_TEXT, EmbeddingHead, MaskedLMHead, MLPHead, n_outputs, pool_tokens
+from .layers.initialization import initialize
+from .layers.inputs import key_bias, positions, refuse_longer
+from .layers.key_map import Published
+from .tokenizer.special_tokens import SpecialTokens
 
 
 @dataclass(frozen=True)

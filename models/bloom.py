@@ -26,9 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import LayerNorm, Linear, attention, feed_forward, norm_linear
-from .heads import BY_TEXT, EmbeddingHead, MLPHead, last_unpadded, n_outputs, pool_tokens
-from .layers import ALL, TIED, KVCache, Published, initialize, key_bias, overridden, own_spelling, read_fields
-from .tokens import SpecialTokens
+from .layers.config_fields import overridden, own_spelling, read_fields
+from .layers.heads import BY_TEXT, EmbeddingHead, MLPHead, last_unpadded, n_outputs, pool_tokens
+from .layers.initialization import initialize
+from .layers.inputs import ALL, key_bias
+from .layers.key_map import TIED, Published
+from .layers.kv_cache import KVCache
+from .tokenizer.special_tokens import SpecialTokens
 
 
 @dataclass(frozen=True)

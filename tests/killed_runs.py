@@ -23,7 +23,7 @@ from handtune.engine.images import ImageCollate
 from handtune.engine.permutation import PermutationCollate
 from handtune.engine.seq2seq import Seq2SeqCollate, SpanCorruption
 from handtune.models import T5, Bloom, ResNet, XLNet
-from handtune.models.pixels import Pixels
+from handtune.models.layers.image_processor import Pixels
 
 torch.set_num_threads(1)
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports for seconds at its first call: before the forks

@@ -9,7 +9,7 @@ from small_runs import CHAT, PAIRS, QUESTIONS, SENTIMENT, TAGGED, TEXTS, bert, g
 from small_tokenizers import byte_level, sentence_piece, word_piece
 
 from handtune.models import T5, ResNet, save
-from handtune.models.tokens import SpecialTokens
+from handtune.models.tokenizer.special_tokens import SpecialTokens
 
 COMPARISONS = [
     {"prompt": row["prompt"], "chosen": row["completion"], "rejected": CHAT[i - 1]["completion"]}

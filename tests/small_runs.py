@@ -10,7 +10,7 @@ from small_tokenizers import byte_level, word_piece
 
 from handtune.engine.encode import encode
 from handtune.models import GPT2, Bert, save
-from handtune.models.tokens import SpecialTokens
+from handtune.models.tokenizer.special_tokens import SpecialTokens
 
 PLACES = ("mat", "book", "dog", "cat")
 NAMES = ("Paris", "France")

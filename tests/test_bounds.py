@@ -23,7 +23,7 @@ from handtune.engine.chat import ChatTemplate
 from handtune.engine.images import MAX_PIXELS, decode
 from handtune.engine.module_patterns import matches_end
 from handtune.models import GPT2, load
-from handtune.models.pixels import Pixels
+from handtune.models.layers.image_processor import Pixels
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from handtune.engine.chat import DEFAULT_TEMPLATE, ChatTemplate
 from handtune.engine.data import read_prompts, read_rows
 from handtune.engine.encode import encode
 from handtune.engine.rows import normalise
-from handtune.models.tokens import SpecialTokens
+from handtune.models.tokenizer.special_tokens import SpecialTokens
 from handtune.prompts import prompt_of
 
 Row = dict[str, Any]

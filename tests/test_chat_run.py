@@ -16,7 +16,7 @@ from handtune.engine.chat import ChatTemplate
 from handtune.engine.encode import encode
 from handtune.engine.rows import as_dialogue, prompt_row
 from handtune.models import save
-from handtune.models.tokens import SpecialTokens
+from handtune.models.tokenizer.special_tokens import SpecialTokens
 
 QUESTION, ANSWER = "capital of France?", "Paris"
 NAMES = {"eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"}

@@ -5,7 +5,7 @@ import torch
 
 from handtune.engine import LoRAConfig, add_lora
 from handtune.models import GPT2, Bert, Llama
-from handtune.models.rope import Rope
+from handtune.models.layers.rope_scaling import Rope
 
 SIZES = {"n_layer": 1, "d_model": 32, "n_head": 4, "vocab_size": 50, "max_positions": 32}
 BLOCKS = {

@@ -21,8 +21,8 @@ from handtune.engine.batches import Collate, packed
 from handtune.engine.features import compute_features
 from handtune.engine.reward import Reward, load_reward
 from handtune.models import load, save
-from handtune.models.heads import last_position
-from handtune.models.tasks import PADS
+from handtune.models.checkpoint.tasks import PADS
+from handtune.models.layers.heads import last_position
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 

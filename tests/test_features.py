@@ -13,7 +13,7 @@ from handtune.engine.images import ImageCollate
 from handtune.engine.objectives import OBJECTIVES
 from handtune.engine.scores import ClassificationScore
 from handtune.models import ResNet
-from handtune.models.pixels import Pixels
+from handtune.models.layers.image_processor import Pixels
 
 TAGS = ("O", "B-ANIMAL", "B-PLACE")
 

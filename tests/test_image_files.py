@@ -14,7 +14,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from handtune.engine.data import label_names, read_rows, split_rows
 from handtune.engine.images import ImageCollate, class_counts, decode
-from handtune.models.pixels import Pixels
+from handtune.models.layers.image_processor import Pixels
 
 
 def test_a_folder_gives_rows_and_labels(tmp_path):

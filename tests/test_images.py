@@ -19,7 +19,7 @@ from handtune.engine.data import read_rows
 from handtune.engine.images import ImageCollate, ImageExamples
 from handtune.engine.losses import classification_loss
 from handtune.models import ResNet, load, save
-from handtune.models.pixels import Pixels
+from handtune.models.layers.image_processor import Pixels
 
 SMALL = {"stem_width": 8, "widths": [8, 16], "depths": [1, 1], "small_images": True}
 

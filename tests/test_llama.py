@@ -31,7 +31,7 @@ from handtune.engine.batches import packed
 from handtune.engine.lora import slots
 from handtune.engine.losses import causal_lm_loss
 from handtune.models import Llama, load, save
-from handtune.models.rope import Llama3
+from handtune.models.layers.rope_scaling import Llama3
 
 TASKS = ("causal-lm", "sequence-classification", "token-classification", "question-answering", "embedding", "reward")
 LLAMA3 = {

@@ -29,9 +29,9 @@ from handtune.engine import LoRAConfig, add_lora, generate, load_adapter, merge_
 from handtune.engine.batches import packed
 from handtune.engine.losses import causal_lm_loss
 from handtune.models import Llama, load, save
-from handtune.models.llama_configs import LlamaConfig
-from handtune.models.llama_configs import read_config as read_published
-from handtune.models.llama_configs import write_config as write_published
+from handtune.models.llama.config import LlamaConfig
+from handtune.models.llama.config import read_config as read_published
+from handtune.models.llama.config import write_config as write_published
 
 TASKS = ("causal-lm", "sequence-classification", "token-classification", "question-answering", "embedding", "reward")
 FAMILIES = ("mistral", "qwen2", "qwen3")

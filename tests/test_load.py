@@ -23,7 +23,7 @@ from transformers import (
 
 from handtune.engine import LoRAConfig, add_lora, merge_lora
 from handtune.models import GPT2, load, save
-from handtune.models.checkpoint import open_checkpoint
+from handtune.models.checkpoint.loading import open_checkpoint
 
 
 def on_cpu(folder: Path, *arguments: Any, **settings: Any) -> Any:

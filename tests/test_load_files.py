@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from handtune.engine import generate
 from handtune.engine.completions import completions
 from handtune.models import load, save
-from handtune.models.tokens import load_tokenizer
+from handtune.models.tokenizer.special_tokens import load_tokenizer
 
 TEXTS = ["The cat sat on the mat.", "<|end|> a<|im_start|>user <tool>x <extra>", " hello\n"]
 
@@ -234,7 +234,7 @@ def test_a_refused_tokenizer_is_noticed_before_the_weights_are_read(tmp_path, mo
     language_model(tmp_path)
     (tmp_path / "spiece.model").write_bytes(b"x")
     read = []
-    monkeypatch.setattr("handtune.models.filling.read_into", lambda *_: read.append(1))
+    monkeypatch.setattr("handtune.models.checkpoint.weights.read_into", lambda *_: read.append(1))
     with pytest.raises(ValueError, match=r"spiece.model: a sentencepiece model is not read"):
         load(tmp_path, device="cpu")
     assert not read

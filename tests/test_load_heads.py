@@ -12,9 +12,9 @@ from transformers import BertForPreTraining
 
 from handtune.models import GPT2, Bert, Llama, load
 from handtune.models.bert import BertConfig
-from handtune.models.filling import allocate
-from handtune.models.gpt2_config import GPT2Config
-from handtune.models.llama import LlamaConfig
+from handtune.models.checkpoint.weights import allocate
+from handtune.models.gpt2.config import GPT2Config
+from handtune.models.llama.model import LlamaConfig
 
 NAMES = ["north", "east", "south", "west"]
 

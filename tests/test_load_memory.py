@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from handtune.models import GPT2, Llama, load, save
-from handtune.models.gpt2_config import GPT2Config
-from handtune.models.llama import LlamaConfig
+from handtune.models.gpt2.config import GPT2Config
+from handtune.models.llama.model import LlamaConfig
 
 ROOT = Path(__file__).parent.parent
 STATUS = Path("/proc/self/status")

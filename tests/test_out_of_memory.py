@@ -17,14 +17,14 @@ from handtune.cli import main
 
 # Where memory runs out in each command, which is before it has anything to show.
 READS = {
-    "train": "handtune.models.checkpoint.fill",
+    "train": "handtune.models.checkpoint.loading.fill",
     "check-data": "handtune.prepare.encode",
-    "compare": "handtune.models.checkpoint.allocate",
+    "compare": "handtune.models.checkpoint.loading.allocate",
     "evaluate": "handtune.commands.put_weights",
-    "generate": "handtune.models.checkpoint.fill",
+    "generate": "handtune.models.checkpoint.loading.fill",
     "label": "handtune.engine.labelling.answer_logps",
     "merge": "handtune.merge.read_into",
-    "ppo": "handtune.models.checkpoint.fill",
+    "ppo": "handtune.models.checkpoint.loading.fill",
     "report": "handtune.engine.runs.read_facts",
 }
 ERRORS = (

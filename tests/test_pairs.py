@@ -25,7 +25,7 @@ from handtune.engine.pairs import PairCollate, add_reference
 from handtune.engine.reward import Reward
 from handtune.engine.shared import with_head
 from handtune.models import GPT2
-from handtune.models.tokens import SpecialTokens
+from handtune.models.tokenizer.special_tokens import SpecialTokens
 
 
 def encoded(rows: list[dict[str, Any]], max_length: int = 60, **how: Any) -> tuple[list[dict[str, Any]], Any]:

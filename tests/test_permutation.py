@@ -19,7 +19,7 @@ from handtune.engine import LoRAConfig, TrainConfig, add_lora, generate, load_ad
 from handtune.engine.losses import causal_lm_loss
 from handtune.engine.permutation import K, PermutationCollate, spans
 from handtune.models import XLNet, load, save
-from handtune.models.tokens import SpecialTokens
+from handtune.models.tokenizer.special_tokens import SpecialTokens
 
 
 def encoded(lengths: tuple[int, ...], seed: int = 0) -> list[dict]:

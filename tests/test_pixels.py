@@ -14,7 +14,7 @@ from transformers.models.convnext.image_processing_pil_convnext import ConvNextI
 
 from handtune.engine.images import ImageCollate, decode
 from handtune.models import ResNet, load, save
-from handtune.models.pixels import Pixels
+from handtune.models.layers.image_processor import Pixels
 
 
 def lay(folder: Path, processor: Any, **change: Any) -> None:

@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from handtune.engine import generate
 from handtune.engine.batches import packed
 from handtune.models import load, save
-from handtune.models.rope import KINDS, Dynamic, LongRope, Rope, Yarn, read_rope, write_rope
+from handtune.models.layers.rope_scaling import KINDS, Dynamic, LongRope, Rope, Yarn, read_rope, write_rope
 
 LIMIT, WIDTH = 64, 16
 SHORT, LONG = [1.0 + i / 10 for i in range(WIDTH // 2)], [1.5 + i * i for i in range(WIDTH // 2)]

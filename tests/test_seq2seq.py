@@ -19,7 +19,7 @@ from handtune.engine.encode import encode
 from handtune.engine.losses import causal_lm_loss
 from handtune.engine.seq2seq import Seq2SeqCollate, SpanCorruption
 from handtune.models import T5, load, save
-from handtune.models.tokens import SpecialTokens
+from handtune.models.tokenizer.special_tokens import SpecialTokens
 
 SENTINELS = tuple(range(220, 200, -1))
 SIZES = {"n_layer": 2, "d_model": 32, "n_head": 2, "head_width": 16, "d_ff": 64}

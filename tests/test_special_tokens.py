@@ -11,8 +11,8 @@ from small_tokenizers import byte_level, llama_like
 from transformers import AutoTokenizer
 
 from handtune.models import load, save
-from handtune.models.token_names import special_names, with_map
-from handtune.models.tokens import SpecialTokens
+from handtune.models.tokenizer.special_tokens import SpecialTokens
+from handtune.models.tokenizer.token_names import special_names, with_map
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -102,10 +102,10 @@ def test_one_more_end_is_stored_for_transformers(tmp_path: Path) -> None:
 def test_nothing_else_reads_them() -> None:
     """Which tokens begin, end and pad a text is decided in two files of `models`; the rest asks `model.tokens`."""
     reads = re.compile(r"(bos|eos|pad)_token_id[\"']|[\"'](special_tokens_map|tokenizer_config)\.json[\"']")
-    allowed = {"models/tokens.py", "models/token_names.py"}
+    allowed = {"models/tokenizer/special_tokens.py", "models/tokenizer/token_names.py"}
     files = {
         str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
         for room in ("engine", "models", "kernels", "handtune")
-        for path in (ROOT / room).glob("*.py")
+        for path in (ROOT / room).rglob("*.py")
     }
     assert {name for name, text in files.items() if reads.search(text)} - allowed == set()

@@ -12,7 +12,7 @@ from small_t5 import SOURCES, TARGETS, both_t5, pairs
 from handtune.engine.batches import packed
 from handtune.engine.losses import causal_lm_loss
 from handtune.models import T5, load, save
-from handtune.models.relative import buckets
+from handtune.models.layers.relative_positions import buckets
 
 TASKS = ("sequence-classification", "token-classification", "question-answering", "embedding", "reward")
 GATED = {"feed_forward_proj": "gated-gelu", "tied": False, "scaled": False}

@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from handtune.models import tensor_file
-from handtune.models.layers import Published
-from handtune.models.tensor_file import DTYPES, Made, holds, read_header, read_into, write_file
+from handtune.models.checkpoint import safetensors_io as tensor_file
+from handtune.models.checkpoint.safetensors_io import DTYPES, Made, holds, read_header, read_into, write_file
+from handtune.models.layers.key_map import Published
 
 
 def tensors() -> dict[str, Tensor]:

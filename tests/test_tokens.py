@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import BertTokenizer, GPT2Tokenizer
 
 from handtune.models import load, save
-from handtune.models.tokens import load_tokenizer
+from handtune.models.tokenizer.special_tokens import load_tokenizer
 
 TEXTS = [
     "The cat sat on the mat, and the dog looked at the cat.",

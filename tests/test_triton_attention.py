@@ -12,7 +12,7 @@ from torch import Tensor
 from handtune.kernels import attention
 from handtune.kernels.attn import forward_triton
 from handtune.kernels.attn.attend import attention_reference
-from handtune.models.layers import key_bias
+from handtune.models.layers.inputs import key_bias
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUND = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}

@@ -1,0 +1,85 @@
+"""Where a checkpoint lies: a folder, or a repository of the hub, of which only what is read here is downloaded."""
+
+import re
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from ..._outside import others_code
+from ..layers.image_processor import FILE as PROCESSOR
+from ..tokenizer.special_tokens import GENERATION, KEPT, SETTINGS, TEMPLATES, VOCABULARIES
+from .shards import INDEX, PICKLES, SINGLE, Shards, pickle_refused
+
+# A sentencepiece model is small, and downloaded to be named where there is no tokenizer.json, and to be kept.
+WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "vocab.txt", "merges.txt", "*.model")
+# The same weights in other layouts: in folders of their own, or as Mistral's own code reads them.
+UNWANTED = ("*/*.safetensors", "consolidated*.safetensors", "*/*.model")
+# Besides the weights: what says how the model computes, pools, and reads images and texts.
+READ = ("config.json", PROCESSOR, "modules.json", "*/config.json", "tokenizer.json", SETTINGS, GENERATION, *KEPT,
+        *VOCABULARIES, "chat_template.jinja", f"{TEMPLATES}/*.jinja")  # fmt: skip
+
+
+def checkpoint_folder(path: str | Path, weights: bool = True) -> Path:
+    """The local folder of a checkpoint; a hub id is downloaded (or found in the hub's cache) first.
+
+    Without `weights` these are not. Raises FileNotFoundError where there is no such folder or repository, or no
+    config.json in it, and ValueError where the repository has its weights as pickles only.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return _with_config(folder)
+    if folder.exists():
+        raise ValueError(f"{folder} is a file; give the checkpoint's folder")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)):
+        raise FileNotFoundError(f"{folder}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    def explain(error: Exception) -> FileNotFoundError:
+        return FileNotFoundError(f"{path}: no such folder, and the hub did not give it ({_reason(error)})")
+
+    unwanted = UNWANTED if weights else (*UNWANTED, "*.safetensors")
+    with others_code(explain):  # what it raises depends on the HTTP client, and that on the library's version
+        folder = Path(snapshot_download(str(path), allow_patterns=list(WANTED), ignore_patterns=list(unwanted)))
+    if weights and not any(folder.glob("*.safetensors")) and (pickles := _pickles(str(path))):
+        raise pickle_refused(f"{path}/{pickles[0]}")
+    return _with_config(folder)
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The files in a checkpoint's folder that loading reads. FileNotFoundError where there are no weights."""
+    try:
+        weights = Shards(folder, required=False).paths()
+    except ValueError:  # a damaged index, or pickles: which loading refuses
+        weights = sorted(folder.glob("*.safetensors"))
+    about = [path for pattern in READ for path in sorted(folder.glob(pattern))]
+    return [*about, *weights, *([] if weights == [folder / SINGLE] else [folder / INDEX])]
+
+
+def _pickles(repository: str) -> list[str]:
+    """The pickle files in a repository, which are not downloaded; none where it can't be asked."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        with others_code(lambda error: FileNotFoundError(str(error))):
+            names = list_repo_files(repository)
+    except FileNotFoundError:  # offline, say: then the weights are missing, which is said where they are read
+        return []
+    return sorted(name for name in names if "/" not in name and any(fnmatchcase(name, pattern) for pattern in PICKLES))
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong and what to do, in one line; of other errors, the first line of what the library says."""
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "it is gated: accept its terms on its page, then log in with `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such repository, or it is private: check the name, or log in with `hf auth login`"
+    if isinstance(error, LocalEntryNotFoundError):
+        return "the hub can't be reached, and its cache doesn't have it: go online once, or give a folder"
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def _with_config(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: no config.json there; a checkpoint folder in Hugging Face layout has one")
+    return folder

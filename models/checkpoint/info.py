@@ -1,0 +1,73 @@
+"""What a checkpoint is: what its config.json says before anything else of it is read."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..._files import read_json
+from ..._shapes import shown, with_fields
+from ..families import FAMILIES, Family
+from ..resnet.names import from_timm
+from .hub import checkpoint_folder
+
+
+class CheckpointInfo(NamedTuple):
+    """A checkpoint's folder, what its config.json says, and the family that this names; `source` is what was asked for.
+
+    Made once by `checkpoint_info` and passed on, so that a command goes by one reading of the file.
+    """
+
+    source: str
+    folder: Path
+    published: dict[str, Any]
+    family: Family
+
+
+def checkpoint_info(path: str | Path, weights: bool = True) -> CheckpointInfo:
+    """What the checkpoint at `path` (a folder, or a hub id) is; without `weights` these are not downloaded.
+
+    Raises FileNotFoundError for a missing folder or config.json, and ValueError for one that is damaged or of a family
+    or kind that is not implemented.
+    """
+    folder = checkpoint_folder(path, weights)
+    published = _published(folder)
+    return CheckpointInfo(str(path), folder, published, _family(published, folder))
+
+
+def _published(folder: Path) -> dict[str, Any]:
+    """config.json in the words of transformers; timm's has an architecture instead of a model_type."""
+    where = str(folder / "config.json")
+    published = with_fields(
+        read_json(folder / "config.json"), where, model_type=str | None, architectures=list | None,
+        id2label=dict | None, num_labels=int | None, head_layers=int | None, handtune_task=str | None, dtype=str | None,
+        torch_dtype=str | None, pretrained_cfg=dict | None,
+    )  # fmt: skip
+    if any(not isinstance(name, str) for name in published.get("architectures") or ()):
+        raise ValueError(f"{where}: architectures: expected names, got {shown(published['architectures'])}")
+    if "architecture" not in published or "model_type" in published:
+        return published
+    counts = {"num_classes": int | None, "in_chans": int | None}
+    with_fields(published, where, architecture=str, model_args=dict | None, label_names=list | None, **counts)
+    with_fields(published.get("model_args") or {}, f"{where}: model_args", **counts)
+    try:
+        return from_timm(published)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _family(published: dict[str, Any], folder: Path) -> Family:
+    kind = published.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(
+            f"{folder / 'config.json'}: model_type {shown(kind)} is not an architecture of handtune ({known})"
+        )
+    family = FAMILIES[kind]
+    for field, accepted in family.required.items():
+        if field in published and published[field] not in accepted:
+            raise ValueError(f"{folder / 'config.json'}: {field} = {shown(published[field])} is not implemented")
+    if (way := published.get("quantization_config")) is not None:
+        raise ValueError(
+            f"{folder / 'config.json'}: quantization_config = {shown(way)} is not implemented; load the "
+            "checkpoint that was quantised, with model.quantize if it should be small"
+        )
+    return family

@@ -1,0 +1,68 @@
+"""`save`: a model in Hugging Face layout."""
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..._files import write_json
+from ..._folders import filling
+from ...kernels import Linear
+from ...kernels.lora.factors import Merged
+from ..families import Model
+from ..layers.key_map import Published
+from ..resnet import ResNet
+from ..tokenizer.special_tokens import save_tokenizer
+from .pooling import write_pooling
+from .safetensors_io import Made, write_file
+from .shards import SINGLE
+from .tasks import task_config
+from .weights import blocks, own_tensors
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+def save(model: Model, tokenizer: "Tokenizer | None", path: str | Path) -> None:
+    """Write the model (and tokenizer) to the folder `path` in Hugging Face layout; transformers loads it back.
+
+    Raises ValueError where an adapter is attached and not merged: it would be lost silently. And where a weight is
+    quantised: what it was is lost already.
+    """
+    merged = any(isinstance(getattr(module, "merged", None), Merged) for module in model.modules())
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and module.quantized is not None:
+            raise ValueError(
+                f"{name} is quantised to 4 bits: save_adapter(model, path), load the base in bfloat16 and save that"
+            )
+        if len(getattr(module, "lora", ())) and not merged:
+            raise ValueError(
+                f"{name} carries an adapter: merge_lora(model) first, or save_adapter(model, path) instead"
+            )
+    own = own_tensors(model)
+    tensors: dict[str, Made] = {}
+    for key, source in model.key_map().items():
+        for name, rows in zip(source.names, blocks(own[key], source), strict=True):
+            tensors[name] = Made(stored_shape(source, rows), rows.dtype, partial(source.as_stored, rows))
+    with filling(path, "config.json") as folder:
+        write_file(folder / SINGLE, tensors)
+        save_around(model, tokenizer, folder, next(iter(tensors.values())).dtype)
+
+
+def stored_shape(source: Published, rows: Tensor) -> tuple[int, ...]:
+    """The shape in which our rows are stored."""
+    return tuple(source.theirs(rows.to("meta")).shape)
+
+
+def save_around(model: Model, tokenizer: "Tokenizer | None", folder: Path, dtype: torch.dtype) -> None:
+    """Write what a checkpoint's folder holds besides the weights, which are of this dtype."""
+    config = model.write_config()
+    config |= task_config(model, config["model_type"])
+    write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+    if isinstance(model, ResNet):
+        model.pixels.write(folder)
+    elif model.task == "embedding":
+        write_pooling(folder, model.pooling, bool(model.head.normalize), model.config.d_model)
+    save_tokenizer(tokenizer, model.tokens, folder, model.task)

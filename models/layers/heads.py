@@ -1,0 +1,149 @@
+"""Task heads and the pooling in front of them.
+
+A model is `head(pool(hidden(...)))`. `hidden` gives (B, T, D); `pool` picks what the head reads: every position, the
+first one (BERT's [CLS]), the last one (GPT-2), or their mean; `head` turns it into logits. Rows come padded with
+an attention mask (B, T), or packed end to end in one row with bounds `cu_seqlens` (n + 1,).
+
+Which token of a text is the last one is not for us to choose: transformers' classifiers of decoders look for the last
+id that isn't config.json's `pad_token_id`, whatever the mask says. Where eos pads, too, that is the token before the
+text's eos. So it is here, padded or packed, in training as in use: `last_unpadded`.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...kernels import LayerNorm, Linear, activate
+
+TASKS = (
+    "causal-lm",
+    "masked-lm",
+    "seq2seq-lm",
+    "sequence-classification",
+    "token-classification",
+    "question-answering",
+    "image-classification",
+    "embedding",
+    "reward",
+)
+LABELLED = ("sequence-classification", "token-classification", "image-classification")
+MAX_LAYERS = 100  # of a head
+BY_TEXT = ("sequence-classification", "reward")  # whose head reads one state of a text
+
+
+def n_outputs(task: str, labels: tuple[str, ...]) -> int:
+    """Width of the task's output; ValueError where the task needs labels and has none."""
+    if task in LABELLED:
+        if not labels:
+            raise ValueError(f"task {task!r} needs labels: pass labels=[...] (names) or their number")
+        return len(labels)
+    return {"question-answering": 2, "reward": 1}[task]
+
+
+def pool_tokens(kind: str, states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """One vector a row (B, D) from states (B, T, D), or (1, N, D) packed. `kind`: "first", "last", "mean", "max"."""
+    wide = torch.promote_types(states.dtype, torch.float32)  # in which a mean is summed
+    if cu_seqlens is not None:
+        starts, ends, flat = cu_seqlens[:-1].long(), cu_seqlens[1:].long(), states[0]
+        if kind == "first":
+            return flat[starts]
+        if kind == "last":
+            return flat[ends - 1]
+        return torch.segment_reduce(flat.to(wide), kind, lengths=ends - starts).to(states.dtype)
+    b, t, _ = states.shape
+    if attention_mask is None:
+        attention_mask = torch.ones(b, t, dtype=torch.long, device=states.device)
+    rows, mask = torch.arange(b, device=states.device), attention_mask.bool()
+    if kind == "first":
+        return states[rows, mask.int().argmax(1)]
+    if kind == "last":
+        return states[rows, t - 1 - mask.flip(1).int().argmax(1)]
+    if kind == "max":
+        return states.masked_fill(~mask[..., None], torch.finfo(states.dtype).min).amax(1)
+    weights = mask[..., None].to(wide)
+    return ((states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)).to(states.dtype)
+
+
+def last_position(chosen: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """Where each row's last token among the `chosen` (B, T), or packed (1, N), stands in them laid end to end: (B,).
+
+    It is the row's first token where none is chosen.
+    """
+    (b, t), columns = chosen.shape, torch.arange(chosen.shape[1], device=chosen.device)
+    if cu_seqlens is not None:
+        starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+        rows = torch.arange(len(starts), device=chosen.device).repeat_interleave(lengths, output_size=t)
+        return starts.scatter_reduce(0, rows, columns * chosen[0], "amax")
+
+    mask = torch.ones_like(chosen) if attention_mask is None else attention_mask.bool()
+    first, last = mask.int().argmax(1), (columns * (chosen & mask)).amax(1)
+    return torch.arange(b, device=chosen.device) * t + torch.maximum(first, last)
+
+
+def last_unpadded(
+    states: Tensor, input_ids: Tensor, pad_id: int | None, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """The state (B, D) of each row's last token that isn't `pad_id`, as transformers' classifiers of decoders read it.
+
+    Of a row of nothing else, the first state. Without a pad id it is the last token.
+    """
+    if pad_id is None:
+        return pool_tokens("last", states, attention_mask, cu_seqlens)
+    return states.flatten(0, 1)[last_position(input_ids != pad_id, attention_mask, cu_seqlens)]
+
+
+class MLPHead(nn.Module):
+    """(..., D) → (..., C): `layers` − 1 hidden layers with GELU, then a projection; behind BERT's pooler if `pooler`.
+
+    `scalar`: the one output of a reward is given as (...,).
+    """
+
+    def __init__(
+        self, d_model: int, n_out: int, layers: int = 1, bias: bool = True, pooler: bool = False, scalar: bool = False
+    ):
+        super().__init__()
+        if not 1 <= layers <= MAX_LAYERS:
+            raise ValueError(f"head_layers: expected a number from 1 to {MAX_LAYERS}, got {layers}")
+        self.scalar = scalar
+        self.pooler = Linear(d_model, d_model) if pooler else None
+        self.hidden = nn.ModuleList(Linear(d_model, d_model) for _ in range(layers - 1))
+        self.out = Linear(d_model, n_out, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pooler is not None:
+            x = activate(self.pooler(x), "tanh")
+        for layer in self.hidden:
+            x = activate(layer(x), "gelu")
+        x = self.out(x)
+        return x.squeeze(-1) if self.scalar else x
+
+
+class MaskedLMHead(nn.Module):
+    """BERT's masked-LM head: dense, activation, norm, then the token embedding as output matrix, with a bias (V,).
+
+    `weight` is the embedding's parameter. A loss applies `transform` to the masked positions alone and does the rest
+    with `linear_cross_entropy`.
+    """
+
+    def __init__(self, weight: Tensor, activation: str, eps: float):
+        super().__init__()
+        vocab, d_model = weight.shape
+        self.dense, self.norm, self.activation = Linear(d_model, d_model), LayerNorm(d_model, eps), activation
+        self.weight, self.bias = weight, nn.Parameter(torch.zeros(vocab))
+
+    def transform(self, x: Tensor) -> Tensor:
+        return self.norm(activate(self.dense(x), self.activation))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.transform(x), self.weight, self.bias)
+
+
+class EmbeddingHead(nn.Module):
+    """The pooled vector itself (B, D), at unit length if `normalize`."""
+
+    def __init__(self, normalize: bool):
+        super().__init__()
+        self.normalize = normalize
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=-1) if self.normalize else x

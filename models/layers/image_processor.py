@@ -1,0 +1,164 @@
+"""What a checkpoint says of the images it reads: size, crop, resampling, normalisation.
+
+Three spellings are in use. `preprocessor_config.json` of transformers says either "scale the short edge to
+size / crop_pct, cut `size` out of the middle" (ConvNeXt's processor, which the ResNets of the hub come with; from 384
+pixels on it squeezes the image to a square instead), or "scale the short edge to `size`, cut `crop_size`" (BiT's and
+most others), or "squeeze to height and width" (ViT's). timm has it in config.json under `pretrained_cfg`.
+
+A step that is null is left out, as transformers does; a step that is missing is what the processor's class does. Mean,
+deviation and sizes, whose defaults are others in each class, must be there.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..._files import read_json, write_json
+from ..._shapes import shown
+
+FILE = "preprocessor_config.json"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RESAMPLINGS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # Pillow's numbers
+MAX_SIDE = 4096  # pixels; more is damaged, and an image would take hundreds of megabytes
+WARPS_FROM = 384  # pixels; ConvNeXt's processor
+# What would change the pixels if it were otherwise.
+REQUIRED = {
+    "do_resize": (True,), "do_rescale": (True,), "rescale_factor": (1 / 255, 0.00392156862745098),
+    "do_flip_channel_order": (False, None), "do_pad": (False, None),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """How an image becomes (C, size, size): scaled to `edge` on its short side, `size` cut out of the middle.
+
+    `squeeze`: scaled to edge × edge, whatever its shape. `resample` is Pillow's number of the filter. `mean` and `std`,
+    one a channel, are those of values between 0 and 1.
+    """
+
+    size: int = 224
+    edge: int = 256
+    squeeze: bool = False
+    resample: int = 3
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if type(self.size) is not int or type(self.edge) is not int or not 0 < self.edge <= MAX_SIDE:
+            raise ValueError(
+                f"images of {shown(self.size)} out of {shown(self.edge)}: at most {MAX_SIDE} pixels a side"
+            )
+        if self.resample not in RESAMPLINGS.values():
+            raise ValueError(f"resample = {shown(self.resample)} is no filter of Pillow's")
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in (*self.mean, *self.std)):
+            raise ValueError(f"mean {shown(self.mean)} and std {shown(self.std)}: expected finite numbers")
+        if not 0 < self.size <= self.edge:
+            raise ValueError(f"a window of {self.size} pixels can't be cut out of an image scaled to {self.edge}")
+        if len(self.mean) != len(self.std) or not all(self.std):
+            raise ValueError(f"mean {self.mean} and std {self.std}: expected one of each a channel, and no std of zero")
+
+    def at(self, size: int) -> "Pixels":
+        """The same at another size; what is cut off stays in proportion."""
+        edge = size * self.edge // self.size
+        return Pixels(size, edge, self.squeeze, self.resample, self.mean, self.std)
+
+    def grey(self) -> "Pixels":
+        """The same for one channel, whose mean and deviation are the means of those of the three, as in timm."""
+        return replace(self, mean=(sum(self.mean) / len(self.mean),), std=(sum(self.std) / len(self.std),))
+
+    @classmethod
+    def read(cls, folder: Path, config: dict[str, Any], n_channels: int = 3) -> "Pixels | None":
+        """From preprocessor_config.json or timm's `pretrained_cfg`; None where there is neither.
+
+        Raises ValueError for a damaged file, for a step that is not implemented, and for other channels than the
+        model's.
+        """
+        path = folder / FILE
+        try:
+            if path.exists():
+                return cls(**_from_processor(read_json(path), n_channels))
+            if isinstance(timm := config.get("pretrained_cfg"), dict):
+                path = folder / "config.json"
+                return cls(**_from_timm(timm, n_channels))
+        except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
+            raise ValueError(f"{path}: the size or normalisation of images is damaged ({error!r})") from error
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return None
+
+    def write(self, folder: Path) -> None:
+        """Write preprocessor_config.json as BiT's processor, which names every step."""
+        out = {
+            "image_processor_type": "BitImageProcessor",
+            "do_resize": True,
+            "size": {"height": self.edge, "width": self.edge} if self.squeeze else {"shortest_edge": self.edge},
+            "resample": self.resample,
+            "do_center_crop": True,
+            "crop_size": {"height": self.size, "width": self.size},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "do_convert_rgb": len(self.mean) == 3,
+        }
+        write_json(folder / FILE, out)
+
+
+def _from_processor(stored: dict[str, Any], n_channels: int) -> dict[str, Any]:
+    for field, accepted in REQUIRED.items():
+        if stored.get(field, accepted[0]) not in accepted:
+            raise ValueError(f"{field} = {stored[field]!r} is not implemented")
+    if not stored.get("do_normalize", True):
+        stored = {**stored, "image_mean": 0.0, "image_std": 1.0}
+    mean, std = (_channels(field, stored.get(field), n_channels) for field in ("image_mean", "image_std"))
+    kind = str(stored.get("image_processor_type", stored.get("feature_extractor_type")))
+    default = {"resample": 3} if kind.startswith(("ConvNext", "Bit")) else {}
+    out = {"mean": mean, "std": std, "resample": int({**default, **stored}["resample"])}
+    size = stored["size"]
+    if isinstance(size, dict):
+        size = {side: pixels for side, pixels in size.items() if pixels is not None}
+    if isinstance(size, dict) and set(size) not in ({"shortest_edge"}, {"height", "width"}):
+        raise ValueError(f"size = {size} is not implemented; known: shortest_edge alone, or height and width")
+    squeeze = isinstance(size, dict) and "height" in size
+    edge = _square("size", size) if squeeze else int(size["shortest_edge"] if isinstance(size, dict) else size)
+    if kind.startswith("ConvNext"):
+        if squeeze or stored.get("do_center_crop"):
+            crop = stored.get("do_center_crop", False)
+            raise ValueError(f"size = {size}, do_center_crop = {crop} of a {kind} is not implemented")
+        if edge >= WARPS_FROM:
+            return {**out, "size": edge, "edge": edge, "squeeze": True}
+        return {**out, "size": edge, "edge": int(edge / (stored.get("crop_pct") or 224 / 256))}
+    if stored.get("do_center_crop", kind.startswith("Bit")):
+        return {**out, "size": _square("crop_size", stored["crop_size"]), "edge": edge, "squeeze": squeeze}
+    if not squeeze:
+        raise ValueError(f"size = {size} without do_center_crop, images of several shapes, is not implemented")
+    return {**out, "size": edge, "edge": edge, "squeeze": True}
+
+
+def _square(field: str, size: Any) -> int:
+    """The side of a square that is given as a number, or as height and width."""
+    sides = [size["height"], size["width"]] if isinstance(size, dict) else [size, size]
+    if sides[0] != sides[1]:
+        raise ValueError(f"{field} = {size} is not a square, which is not implemented")
+    return int(sides[0])
+
+
+def _channels(field: str, values: Any, n_channels: int) -> tuple[float, ...]:
+    """One value a channel; a number is for all of them."""
+    values = [values] * n_channels if isinstance(values, int | float) else values
+    if not isinstance(values, list | tuple) or len(values) != n_channels:
+        raise ValueError(f"{field} = {values!r}: expected one value for each of the model's {n_channels} channels")
+    return tuple(values)
+
+
+def _from_timm(stored: dict[str, Any], n_channels: int) -> dict[str, Any]:
+    size, crop = int(stored["input_size"][-1]), stored.get("crop_pct") or 224 / 256
+    mode, resample = stored.get("crop_mode") or "center", stored.get("interpolation") or "bicubic"
+    if mode not in ("center", "squash") or resample not in RESAMPLINGS:
+        raise ValueError(f"crop_mode = {mode!r}, interpolation = {resample!r} is not implemented")
+    mean = _channels("mean", stored.get("mean") or IMAGENET_MEAN, n_channels)
+    std = _channels("std", stored.get("std") or IMAGENET_STD, n_channels)
+    out = {"mean": mean, "std": std, "resample": RESAMPLINGS[resample]}
+    return {**out, "size": size, "edge": int(size / crop), "squeeze": mode == "squash"}

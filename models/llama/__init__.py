@@ -1,0 +1,3 @@
+"""Llama and the families that share its code: Mistral, Qwen2, Qwen3."""
+
+from .model import Llama as Llama

@@ -1,0 +1,288 @@
+"""Llama, Mistral, Qwen2, Qwen3: pre-norm decoders with rotary positions, shared key/value heads, gated feed-forward.
+
+Touvron et al. 2023, arXiv:2302.13971 and 2307.09288; Llama Team 2024, arXiv:2407.21783; what the other families add is
+in `config.py`. Norms are RMSNorm.
+
+    x₀ = E[token]
+    q, k, v = QKV norm₁(x),  q and k normalised head by head (Qwen3), then turned by their positions
+    x  = x + O attention(q, k, v)          H query heads share K key/value heads
+    x  = x + D (silu(G norm₂(x)) ⊙ U norm₂(x))
+    logits = H norm(x)                     H is E in the tied ones
+
+q, k, v are one product here, and so are gate and up; published checkpoints store them one by one. The order of the
+entries in a head is that of the Hugging Face layout: a pair that turns together lies hd/2 apart.
+"""
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ...kernels import Linear, RMSNorm, attention, feed_forward, norm_linear, rope
+from ..layers.config_fields import overridden
+from ..layers.heads import BY_TEXT, EmbeddingHead, MLPHead, last_unpadded, n_outputs, pool_tokens
+from ..layers.initialization import initialize
+from ..layers.inputs import ALL, key_bias, positions, refuse_longer
+from ..layers.key_map import TIED, Published
+from ..layers.kv_cache import KVCache
+from ..tokenizer.special_tokens import SpecialTokens
+from .config import PRESETS, LlamaConfig, read_config, write_config
+
+
+class Embed(nn.Module):
+    """Token embedding."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.d_model)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.tokens(input_ids)
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each behind its norm and added to the stream."""
+
+    def __init__(self, config: LlamaConfig, index: int):
+        super().__init__()
+        d, f, hd = config.d_model, config.d_ff, config.width
+        self.index, self.head_width, self.window = index, hd, config.window_of(index)
+        self.heads = (config.n_head, config.n_kv_head or config.n_head, config.n_kv_head or config.n_head)
+        q, k, v = (h * hd for h in self.heads)
+        self.norm1, self.norm2 = RMSNorm(d, config.eps), RMSNorm(d, config.eps)
+        self.qkv = Linear(d, q + k + v, config.qkv_bias, parts=(("q_proj", q), ("k_proj", k), ("v_proj", v)))
+        self.q_norm = RMSNorm(hd, config.eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(hd, config.eps) if config.qk_norm else None
+        self.o = Linear(q, d, config.attention_bias)
+        self.gate_up = Linear(d, 2 * f, config.mlp_bias, parts=(("gate_proj", f), ("up_proj", f)))
+        self.down = Linear(f, d, config.mlp_bias)
+        self.recompute = False  # see kernels/mlp.py
+
+    def forward(
+        self,
+        x: Tensor,
+        tables: tuple[Tensor, Tensor],
+        bias: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        cache: KVCache | None,
+        read: Tensor | None = None,
+    ) -> Tensor:
+        qkv = norm_linear(x, self.norm1, self.qkv).unflatten(-1, (-1, self.head_width))  # (B, T, H + 2K, hd)
+        q, k, v = qkv.split(self.heads, dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)  # which keep all of qkv for their backward pass
+        else:
+            v = v.contiguous()  # or attention, which keeps v, would keep the q and k from before the rotation with it
+        q, k = rope(q, k, *tables)
+        if cache is not None:
+            k, v = cache.append(self.index, k, v)
+        out = attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, window=self.window, bias=bias)
+        out = out.flatten(2)
+        if read is not None:
+            x, out = x[:, read], out[:, read]
+        x = x + self.o(out)
+        return x + feed_forward(x, self.norm2, self.gate_up, "swiglu", self.down, self.recompute)
+
+
+class Llama(nn.Module):
+    """A model of the Llama kind with the head of a task (see `forward` for shapes)."""
+
+    presets: ClassVar = PRESETS
+    base_prefix = ("model.", "transformer.")  # the second is transformers' under question answering
+    objectives: ClassVar[dict[str, str]] = {}
+    of_positions: ClassVar[tuple[str, ...]] = ()
+    lora_targets: ClassVar = {
+        "attention": ("layers.*.qkv", "layers.*.o"),
+        "mlp": ("layers.*.gate_up", "layers.*.down"),
+    }
+    architectures: ClassVar = {  # {}: the family
+        "causal-lm": "{}ForCausalLM",
+        "sequence-classification": "{}ForSequenceClassification",
+        "reward": "{}ForSequenceClassification",
+        "token-classification": "{}ForTokenClassification",
+        "question-answering": "{}ForQuestionAnswering",
+        "embedding": "{}Model",
+    }
+    ignored = ("*rotary_emb.inv_freq",)
+    heads: ClassVar = {
+        "lm_head.*": ("causal-lm",),
+        "score.*": ("sequence-classification", "reward", "token-classification"),
+        "qa_outputs.*": ("question-answering",),
+    }
+    copies: ClassVar = {"lm_head.weight": ("embed.tokens.weight", TIED)}
+    required: ClassVar = {
+        "is_causal": (True, None),
+        "hidden_act": ("silu",),
+        "pretraining_tp": (1,),
+        "dual_chunk_attention_config": (None,),  # of Qwen2.5-1M
+        "use_mrope": (False, None),
+    }
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        task: str = "causal-lm",
+        labels: tuple[str, ...] = (),
+        head_layers: int = 1,
+        pooling: str = "mean",
+        normalize: bool = False,
+    ):
+        super().__init__()
+        if task not in self.architectures:
+            raise ValueError(f"task {task!r}: Llama can do {', '.join(self.architectures)}")
+        self.config, self.task, self.labels, self.head_layers = config, task, labels, head_layers
+        self.pooling = pooling
+        self.tokens = SpecialTokens()
+        self.source: str | None = None  # the folder or hub id that it was loaded from
+        self.head_is_new = True  # until a checkpoint fills it
+        self.embed = Embed(config)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.norm = RMSNorm(config.d_model, config.eps)
+        self.head: nn.Module
+        if task == "causal-lm":
+            self.head = Linear(config.d_model, config.vocab_size, bias=False)
+        elif task == "embedding":
+            self.head = EmbeddingHead(normalize)
+        else:
+            bias = task in ("token-classification", "question-answering")
+            width = n_outputs(task, labels)
+            self.head = MLPHead(config.d_model, width, head_layers, bias, scalar=task == "reward")
+        self.tie()
+
+    @classmethod
+    def from_name(
+        cls, name: str, *, task: str = "causal-lm", labels: tuple[str, ...] = (), **overrides: Any
+    ) -> "Llama":
+        """A freshly initialised model of a published size: `Llama.from_name("Llama-3.2-1B", n_layer=2)`.
+
+        `overrides` are fields of `LlamaConfig`. ValueError for an unknown name or field.
+        """
+        settings = overridden(PRESETS, name, overrides, LlamaConfig)
+        model = cls(LlamaConfig(**settings), task, labels)
+        model.initialize()
+        return model
+
+    def initialize(self) -> None:
+        """Fresh weights: N(0, 0.02²), as published configurations say."""
+        initialize(self)
+
+    def initialize_head(self) -> None:
+        """Fresh weights for a head that a checkpoint may lack."""
+        if self.task != "causal-lm" or not self.config.tied:
+            initialize(self.head)
+
+    def tie(self) -> None:
+        """Make the token embedding the output matrix, where the configuration says so."""
+        if isinstance(self.head, Linear) and self.config.tied:
+            self.head.weight = self.embed.tokens.get_parameter("weight")
+
+    def new_cache(self, batch: int, length: int) -> KVCache:
+        """An empty cache for `batch` rows of up to `length` positions."""
+        c, like = self.config, self.embed.tokens.weight
+        return KVCache(c.n_layer, batch, length, c.n_kv_head or c.n_head, c.width, like)
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cache: KVCache | None = None,
+        entering: Tensor | None = None,
+        layers: slice = ALL,
+        read: Tensor | None = None,
+    ) -> Tensor:
+        """States before the head (B, T, D) for token ids (B, T); `attention_mask` is (B, S), S counting the cache.
+
+        Only `layers`, where given, on the states (B, T, D) `entering` them; up to one, the states that enter it.
+        Only the states at the positions `read` (n,), where given, (B, n, D): the last layer feeds forward no others.
+
+        Llama knows no token types: `token_type_ids` are ignored. No table ends at `max_positions`, so that longer rows,
+        or packed segments, would give states without meaning: they are refused (ValueError).
+        """
+        past = cache.length if cache is not None else 0
+        refuse_longer(input_ids, cu_seqlens, max_seqlen, self.config.max_positions, past)
+        if position_ids is None:
+            position_ids = positions(input_ids, attention_mask, cu_seqlens, past)
+        x, bias = self.embed(input_ids) if entering is None else entering, key_bias(attention_mask)
+        tables = self.config.rope.tables(position_ids, self.config.width)
+        for block in tuple(self.layers)[layers]:
+            x = block(x, tables, bias, cu_seqlens, max_seqlen, cache, read if block is self.layers[-1] else None)
+        if cache is not None:
+            cache.length += input_ids.shape[1]
+        return self.norm(x) if layers.stop is None else x
+
+    def pool(
+        self,
+        states: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """What the head reads: every position (B, T, D), or one vector a row (B, D)."""
+        if self.task in BY_TEXT:
+            return last_unpadded(states, input_ids, self.tokens.skipped_id, attention_mask, cu_seqlens)
+        if self.task == "embedding":
+            return pool_tokens(self.pooling, states, attention_mask, cu_seqlens)
+        return states
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+        """causal-lm (B, T, V); token-classification (B, T, C); question-answering (B, T, 2);
+
+        sequence-classification (B, C) and reward (B,), read at the last token (`last_unpadded`); embedding (B, D).
+        `inputs`: of `hidden`.
+        """
+        states = self.hidden(input_ids, attention_mask, **inputs)
+        return self.head(self.pool(states, input_ids, attention_mask, inputs.get("cu_seqlens")))
+
+    def key_map(self) -> dict[str, Published]:
+        """Our parameter names → their names in published checkpoints of this task."""
+        base = "" if self.task == "embedding" else self.base_prefix[0]
+        if self.task == "question-answering" and self.config.family != "Mistral":
+            base = self.base_prefix[1]
+        table = {
+            "embed.tokens.weight": Published((f"{base}embed_tokens.weight",)),
+            "norm.weight": Published((f"{base}norm.weight",)),
+        }
+        for i in range(len(self.layers)):
+            layer = f"{base}layers.{i}"
+            table[f"layers.{i}.norm1.weight"] = Published((f"{layer}.input_layernorm.weight",))
+            table[f"layers.{i}.norm2.weight"] = Published((f"{layer}.post_attention_layernorm.weight",))
+            if self.config.qk_norm:
+                table[f"layers.{i}.q_norm.weight"] = Published((f"{layer}.self_attn.q_norm.weight",))
+                table[f"layers.{i}.k_norm.weight"] = Published((f"{layer}.self_attn.k_norm.weight",))
+            for kind in ("weight", "bias"):
+                for ours, theirs, linear in self._projections(i):
+                    if kind == "weight" or linear.bias is not None:
+                        rows = tuple(part.size for part in linear.parts) if len(theirs) > 1 else ()
+                        names = tuple(f"{layer}.{name}.{kind}" for name in theirs)
+                        table[f"layers.{i}.{ours}.{kind}"] = Published(names, rows)
+        if self.task == "causal-lm":
+            if not self.config.tied:
+                table["head.weight"] = Published(("lm_head.weight",))
+            return table
+        name = "qa_outputs" if self.task == "question-answering" else "score"
+        for key, _ in self.head.named_parameters():
+            table[f"head.{key}"] = Published((f"{name}.{key.removeprefix('out.')}",))
+        return table
+
+    def _projections(self, index: int) -> list[tuple[str, tuple[str, ...], Linear]]:
+        """Our name, the published modules and the module of each projection of a block."""
+        block: Any = self.layers[index]
+        return [
+            ("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), block.qkv),
+            ("o", ("self_attn.o_proj",), block.o),
+            ("gate_up", ("mlp.gate_proj", "mlp.up_proj"), block.gate_up),
+            ("down", ("mlp.down_proj",), block.down),
+        ]
+
+    @classmethod
+    def read_config(cls, published: dict[str, Any]) -> LlamaConfig:
+        """The configuration in a published config.json."""
+        return read_config(published)
+
+    def write_config(self) -> dict[str, Any]:
+        """config.json as transformers writes it."""
+        return write_config(self.config)

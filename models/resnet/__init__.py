@@ -1,0 +1,3 @@
+"""ResNet."""
+
+from .model import ResNet as ResNet

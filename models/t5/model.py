@@ -1,0 +1,263 @@
+"""T5, T5 1.1 and Flan-T5: an encoder and a decoder, pre-norm, with relative positions. Norms are RMSNorm; no biases.
+
+Raffel et al. 2020, arXiv:1910.10683; 1.1's gated feed-forward: Shazeer 2020, arXiv:2002.05202; Chung et al. 2022,
+arXiv:2210.11416.
+
+    x = E[token]                                       one embedding for source and target
+    x = x + O attention(QKV norm₁(x) + positions)      q · k is not divided by √hd
+    x = x + O attention(Q norm(x), KV encoded source)  in the decoder
+    x = x + D relu(U norm₂(x))                         1.1: D (gelu(G h) ⊙ U h), h = norm₂(x)
+    logits = H norm(x)
+
+The position bias (`relative_positions.py`) is one table a stack, shared by its blocks. Blocks are `encoder.layers.N`
+and `decoder.layers.N`; the glob `*layers.N.*` means both.
+
+How a published checkpoint says whether the head is the embedding, and whether its states are scaled, is a story of its
+own (`config.py`). Published too, and unused: an EncDecAttention bias table in decoder block 0. In float16 T5's
+feed-forwards overflow: it is refused; bfloat16 and float32 are fine.
+
+The bias depends on row and column, so that rows can't be laid end to end (`attention` takes no bias with segments):
+packed rows are accepted, but computed padded. Dropout, which T5 was trained with, is not applied; adapters have theirs.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels import Linear
+from ..layers.config_fields import overridden
+from ..layers.heads import BY_TEXT, EmbeddingHead, MLPHead, last_position, n_outputs, pool_tokens
+from ..layers.initialization import initialize
+from ..layers.inputs import unpacked
+from ..layers.key_map import Published
+from ..layers.kv_cache import KVCache
+from ..tokenizer.special_tokens import SpecialTokens
+from .blocks import Block, Cache, Embed, Stack, shifted
+from .config import PRESETS, T5Config, read_config, write_config
+
+
+class T5(nn.Module):
+    """T5 with the head of a task (see `forward` for shapes).
+
+    Tagging and embedding read the encoder. Classification and question answering read the decoder, which is then given
+    the source itself, shifted by one.
+    """
+
+    presets: ClassVar = PRESETS
+    base_prefix = "transformer."
+    objectives: ClassVar[dict[str, str]] = {"sft": "seq2seq", "pretrain": "span-corruption"}
+    # An encoder alone has no cross_q, cross_kv and cross_o, so that no glob may be for them only.
+    of_positions: ClassVar[tuple[str, ...]] = ("*.positions.table",)
+    lora_targets: ClassVar = {
+        "attention": ("*.layers.*.*[qv]", "*.layers.*.*o"),
+        "mlp": ("*.layers.*.*up", "*.layers.*.down"),
+    }
+    architectures: ClassVar = {
+        "seq2seq-lm": "T5ForConditionalGeneration",
+        "sequence-classification": "T5ForSequenceClassification",
+        "reward": "T5ForSequenceClassification",
+        "token-classification": "T5ForTokenClassification",
+        "question-answering": "T5ForQuestionAnswering",
+        "embedding": "T5EncoderModel",
+    }
+    ignored = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
+    heads: ClassVar = {
+        "lm_head.*": ("seq2seq-lm",),
+        "classification_head.*": ("sequence-classification", "reward"),
+        "classifier.*": ("token-classification",),
+        "qa_outputs.*": ("question-answering",),
+        "decoder.*": ("seq2seq-lm", "sequence-classification", "reward", "question-answering"),
+    }
+    copies: ClassVar = {
+        "encoder.embed_tokens.weight": ("embed.tokens.weight", "shared.weight; two embeddings are not implemented"),
+        "decoder.embed_tokens.weight": ("embed.tokens.weight", "shared.weight; two embeddings are not implemented"),
+        "lm_head.weight": ("embed.tokens.weight", "shared.weight"),  # where it is stored at all, it is a matrix apart
+    }
+    required: ClassVar = {"is_decoder": (False,), "is_causal": (True, None)}
+
+    def __init__(
+        self,
+        config: T5Config,
+        task: str = "seq2seq-lm",
+        labels: tuple[str, ...] = (),
+        head_layers: int = 1,
+        pooling: str = "mean",
+        normalize: bool = False,
+    ):
+        super().__init__()
+        if task not in self.architectures:
+            raise ValueError(f"task {task!r}: T5 can do {', '.join(self.architectures)}")
+        self.config, self.task, self.labels, self.head_layers = config, task, labels, head_layers
+        self.pooling = pooling if task == "embedding" else "last"
+        self.tokens = SpecialTokens()
+        self.source: str | None = None  # the folder or hub id that it was loaded from
+        self.head_is_new = True  # until a checkpoint fills it
+        self.embed = Embed(config)
+        self.encoder = Stack(config, config.n_layer, decoder=False)
+        self.decoder: Stack | None = None
+        if task not in ("embedding", "token-classification"):
+            self.decoder = Stack(config, config.n_decoder_layer or config.n_layer, decoder=True)
+        self.head: nn.Module
+        if task == "seq2seq-lm":
+            self.head = Linear(config.d_model, config.vocab_size, bias=False)
+        elif task == "embedding":
+            self.head = EmbeddingHead(normalize)
+        else:
+            pooler = task in ("sequence-classification", "reward")
+            width = n_outputs(task, labels)
+            self.head = MLPHead(config.d_model, width, head_layers, pooler=pooler, scalar=task == "reward")
+        self.tie()
+
+    @classmethod
+    def from_name(cls, name: str, *, task: str = "seq2seq-lm", labels: tuple[str, ...] = (), **overrides: Any) -> "T5":
+        """A freshly initialised model of a published size: `T5.from_name("flan-t5-small", n_layer=2)`.
+
+        `overrides` are fields of `T5Config`. ValueError for an unknown name or field.
+        """
+        settings = overridden(PRESETS, name, overrides, T5Config)
+        model = cls(T5Config(**settings), task, labels)
+        model.initialize()
+        return model
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Fresh weights as Mesh TensorFlow draws them: N(0, 1 / inputs); q is divided by √hd, as attention here isn't.
+
+        An embedding is N(0, 1), unless it is a head whose states are not scaled; a head of its own and the position
+        bias are N(0, 1/D).
+        """
+        c, inner = self.config, self.config.n_head * self.config.head_width
+        initialize(self, c.d_model**-0.5)
+        if c.scaled or not c.tied:
+            self.embed.tokens.weight.normal_()
+        for block in self.layers:
+            for q, o in block.attentions():
+                q.weight[:inner].div_(c.head_width**0.5)
+                o.weight.normal_(0.0, inner**-0.5)
+            block.down.weight.normal_(0.0, c.d_ff**-0.5)
+
+    def initialize_head(self) -> None:
+        """Fresh weights for a head that a checkpoint may lack."""
+        if self.task != "seq2seq-lm" or not self.config.tied:
+            initialize(self.head, self.config.d_model**-0.5)
+
+    def tie(self) -> None:
+        """Make the token embedding the output matrix, where the checkpoint has no other."""
+        if isinstance(self.head, Linear) and self.config.tied:
+            self.head.weight = self.embed.tokens.get_parameter("weight")
+
+    @property
+    def layers(self) -> list[Block]:
+        """All blocks, the encoder's first."""
+        stacks = [self.encoder] if self.decoder is None else [self.encoder, self.decoder]
+        return [block for stack in stacks for block in stack.layers if isinstance(block, Block)]
+
+    def new_cache(self, batch: int, length: int) -> Cache:
+        """An empty cache for `batch` rows of up to `length` target positions."""
+        c, like = self.config, self.embed.tokens.weight
+        return Cache(KVCache(c.n_decoder_layer or c.n_layer, batch, length, c.n_head, c.head_width, like))
+
+    def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The encoder's states (B, S, D) for token ids and mask (B, S), padded on either side."""
+        if self.embed.tokens.weight.dtype == torch.float16:
+            raise ValueError('T5 overflows in float16; load it with dtype="bfloat16" or "float32" (model.dtype)')
+        return self.encoder(self.embed.tokens(input_ids), attention_mask)
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """States before the head (B, T, D): the decoder's for `decoder_input_ids` (B, T), or the encoder's (B, S, D).
+
+        `input_ids` and `attention_mask` (B, S) are the source, which is encoded unless the `cache` has it already.
+        `decoder_attention_mask` is (B, T), with a cache (B, past + T), and needed for left-padded targets only. Token
+        types and position ids are ignored: T5 knows no types, and distances need no numbers.
+
+        Raises ValueError where a language model gets no `decoder_input_ids`, or packed ones.
+        """
+        if cu_seqlens is not None:
+            if decoder_input_ids is not None:
+                raise ValueError("cu_seqlens: source and target in packed rows are not implemented; pad them")
+            ids, mask, place = unpacked(input_ids, cu_seqlens, max_seqlen)
+            return self.hidden(ids, mask).flatten(0, 1)[place][None]
+        known = cache is not None and len(cache.source) > 0
+        source = None if known else self.encode(input_ids, attention_mask)
+        if self.decoder is None:
+            assert source is not None  # an encoder has no cache
+            return source
+        if decoder_input_ids is None:
+            if self.task == "seq2seq-lm":
+                raise ValueError("decoder_input_ids: a seq2seq-lm needs them, the target behind the start token")
+            decoder_input_ids = shifted(input_ids, attention_mask, self.config.start_id)
+            decoder_attention_mask = attention_mask
+        x = self.embed.tokens(decoder_input_ids)
+        x = self.decoder(x, decoder_attention_mask, source, attention_mask, cache)
+        return x * self.config.d_model**-0.5 if self.task == "seq2seq-lm" and self.config.scaled else x
+
+    def pool(
+        self,
+        states: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
+        """What the head reads: every position (B, T, D), or one vector a row (B, D).
+
+        A text's class is read where transformers reads it, at the row's last eos; transformers refuses a row without,
+        as one that was cut, which is read at its last token here.
+        """
+        if self.task in BY_TEXT and self.tokens.eos_id is not None:
+            ends = input_ids == self.tokens.eos_id
+            end = last_position(ends, attention_mask, cu_seqlens)
+            last = last_position(torch.ones_like(ends), attention_mask, cu_seqlens)
+            return states.flatten(0, 1)[torch.where(ends.flatten()[end], end, last)]
+        if self.task in (*BY_TEXT, "embedding"):
+            return pool_tokens(self.pooling, states, attention_mask, cu_seqlens)
+        return states
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+        """seq2seq-lm (B, T, V) over `decoder_input_ids`; token-classification (B, S, C); question-answering (B, S, 2);
+
+        sequence-classification (B, C) and reward (B,), read at the last eos; embedding (B, D). `inputs`: of `hidden`.
+        """
+        states = self.hidden(input_ids, attention_mask, **inputs)
+        return self.head(self.pool(states, input_ids, attention_mask, inputs.get("cu_seqlens")))
+
+    def key_map(self) -> dict[str, Published]:
+        """Our parameter names → their names in published checkpoints of this task."""
+        nested = ("sequence-classification", "reward", "token-classification")
+        base = self.base_prefix if self.task in nested else ""
+        table = {"embed.tokens.weight": Published((f"{base}shared.weight",))}
+        for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
+            if stack is not None:
+                table |= {f"{name}.{key}": published for key, published in stack.key_map(base + name).items()}
+        if self.task == "seq2seq-lm":
+            if not self.config.tied:
+                table["head.weight"] = Published(("lm_head.weight",))
+            return table
+        plain = {"token-classification": "classifier", "question-answering": "qa_outputs"}
+        for key, _ in self.head.named_parameters():
+            if self.task in plain:
+                theirs = f"{plain[self.task]}.{key.removeprefix('out.')}"
+            else:
+                theirs = f"classification_head.{key}".replace(".out.", ".out_proj.").replace(".pooler.", ".dense.")
+            table[f"head.{key}"] = Published((theirs,))
+        return table
+
+    @classmethod
+    def read_config(cls, published: dict[str, Any]) -> T5Config:
+        """The configuration in a published config.json, to which `load` adds `own_head`: is there an lm_head.weight."""
+        return read_config(published)
+
+    def write_config(self) -> dict[str, Any]:
+        """config.json as transformers writes it."""
+        return write_config(self.config, encoder_decoder=self.decoder is not None)

@@ -1,0 +1,3 @@
+"""XLNet."""
+
+from .model import XLNet as XLNet

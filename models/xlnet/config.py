@@ -1,0 +1,105 @@
+"""XLNet's configuration: sizes, presets, and how a published config.json says them.
+
+transformers' defaults are those of the large model, with a memory of 512; the published files say that there is none.
+Where a length is zero, or -1 for `clamp_len`, it is switched off: None here.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from ..layers.config_fields import ACTIVATIONS, read_fields
+
+
+@dataclass(frozen=True)
+class XLNetConfig:
+    """Sizes in the project's vocabulary; the lengths are in tokens, None is without limit.
+
+    `clamp_len`: the greatest distance told apart. `mem_len`: what a memory keeps; `reuse_len`: how much of a segment
+    enters it, from its beginning.
+    """
+
+    vocab_size: int = 32000
+    n_layer: int = 24
+    n_head: int = 16
+    d_model: int = 1024
+    d_ff: int = 4096
+    activation: str = "gelu"
+    eps: float = 1e-12
+    tied: bool = True
+    causal: bool = False
+    same_length: bool = False
+    bi_data: bool = False
+    clamp_len: int | None = None
+    mem_len: int | None = 512
+    reuse_len: int | None = None
+
+    max_positions: ClassVar[None] = None  # distances have no end
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"ff_activation {self.activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
+        if self.d_model % self.n_head or self.d_model % 2:
+            raise ValueError(f"d_model {self.d_model} is not a multiple of n_head {self.n_head}, or odd")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "xlnet-base-cased": {"n_layer": 12, "n_head": 12, "d_model": 768, "d_ff": 3072, "mem_len": None},
+    "xlnet-large-cased": {"mem_len": None},
+}
+
+# published field -> ours
+CONFIG_KEYS = {
+    "vocab_size": "vocab_size",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "d_model": "d_model",
+    "d_inner": "d_ff",
+    "ff_activation": "activation",
+    "layer_norm_eps": "eps",
+    "tie_word_embeddings": "tied",
+    "same_length": "same_length",
+    "bi_data": "bi_data",
+    "clamp_len": "clamp_len",
+    "mem_len": "mem_len",
+    "reuse_len": "reuse_len",
+}
+# What old files, or files of other libraries, call some of them.
+ALIASES = {
+    "n_token": "vocab_size",
+    "hidden_size": "d_model",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+}
+
+
+def read_config(published: dict[str, Any]) -> XLNetConfig:
+    """The configuration in a published config.json; ValueError for what is not implemented."""
+    if "XLNetForQuestionAnswering" in (published.get("architectures") or ()):
+        raise ValueError(
+            "XLNetForQuestionAnswering looks for answers by beam search, with a head that is not implemented; load a "
+            "checkpoint of XLNetForQuestionAnsweringSimple, or fine-tune from the language model"
+        )
+    given = {ALIASES.get(key, key): value for key, value in published.items()}
+    for field, off in {"clamp_len": (0, -1), "reuse_len": (0,), "mem_len": (0,)}.items():
+        if given.get(field) in off:
+            given[field] = None
+    kind = given.get("attn_type", "bi")
+    if kind not in ("bi", "uni"):
+        raise ValueError(f'attn_type = {kind!r} is not implemented; known: "bi", "uni"')
+    config = XLNetConfig(**read_fields(XLNetConfig, given, CONFIG_KEYS), causal=kind == "uni")
+    if given.get("d_head") not in (None, config.d_model // config.n_head):
+        raise ValueError(f"d_head = {given['d_head']!r} is not d_model / n_head, and not implemented")
+    return config
+
+
+def write_config(config: XLNetConfig) -> dict[str, Any]:
+    """config.json as transformers writes it."""
+    ours = asdict(config)
+    return {
+        "model_type": "xlnet",
+        **{theirs: ours[name] for theirs, name in CONFIG_KEYS.items()},
+        "clamp_len": config.clamp_len or -1,
+        "attn_type": "uni" if config.causal else "bi",
+        "d_head": config.d_model // config.n_head,
+        "untie_r": True,
+    }
