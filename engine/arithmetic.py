@@ -58,13 +58,13 @@ def _same_algorithms() -> Iterator[None]:
     def algorithms() -> tuple[bool, bool]:
         return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
-    before = algorithms()
+    insists, warns = algorithms()
     workspace = os.environ.get(WORKSPACE)
     try:
         yield
     finally:
-        if algorithms() != before:  # for nothing, it would import torch's compiler, for seconds
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        if algorithms() != (insists, warns):  # for nothing, it would import torch's compiler, for seconds
+            torch.use_deterministic_algorithms(insists, warn_only=warns)
         if workspace is None:
             os.environ.pop(WORKSPACE, None)
         else:

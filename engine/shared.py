@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from .._weightless import without_weights
+from .._weightless import allocate, without_weights
 from .lora import slots
 
 
@@ -22,7 +22,7 @@ def with_head(model: Any, task: str) -> Any:
         if name != "head":
             setattr(other, name, module)
     like = next(model.parameters())
-    other.head = other.head.to_empty(device=like.device).to(like.dtype)
+    allocate(other.head, like.dtype, like.device)
     other.initialize_head()
     other.tokens, other.source = model.tokens, model.source
     return other.train(model.training)

@@ -50,7 +50,8 @@ def run_train(options: argparse.Namespace) -> int:
 
 
 def _train(config: RunConfig, place: Path, record: Record, inputs: Inputs) -> int:
-    out, base = Path(config.out), run_base(config)
+    out = Path(config.out)
+    base = run_base(config)
     about: dict[str, Any] = {
         "name": config.name or out.name, "method": config.method, "task": base.objective.task,
         "model": config.model.path or config.model.preset, "config": config.as_dict(),
@@ -125,7 +126,7 @@ def check_data(options: argparse.Namespace) -> int:
         return 0
     config = from_table(RunConfig, table, options.config)
     with tempfile.TemporaryDirectory() as cache:
-        ready = prepare(config, run_base(config, weights=False), Path(cache), weights=False)
+        ready = prepare(config, run_base(config, weights=False), Path(cache))
         encoding = ready.objective.encoding if ready.objective.task != "reward" else "reward"
         if encoding == "images":
             return 0  # the counts of each class have been said, and every image was decoded

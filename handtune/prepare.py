@@ -65,27 +65,26 @@ class Prepared:
 
 @dataclass(frozen=True)
 class RunBase:
-    """What a run starts from, None for a preset, and what its method means for such a model."""
+    """What a run starts from."""
 
-    checkpoint: CheckpointInfo | None
-    objective: Objective
+    checkpoint: CheckpointInfo | None  # None where it starts from a preset
+    objective: Objective  # what the run's method means for such a model
+    weights: bool  # without them the model is on the meta device: enough to see the examples, and it computes nothing
 
 
 def run_base(config: RunConfig, *, weights: bool = True) -> RunBase:
-    """Look at the run's checkpoint, whose `weights` need not be there for some purposes. Raises as `load` does."""
-    path, preset = config.model.path, config.model.preset
+    """Look at a run's checkpoint or preset. ValueError or FileNotFoundError where there is no such thing."""
+    path = config.model.path
     checkpoint = None if path is None else checkpoint_info(path, weights)
-    family = family_of_preset(preset or "") if checkpoint is None else checkpoint.family
-    meant = dpo(config.dpo.beta) if config.method == "dpo" else objective_of(config.method, family.objectives)
-    return RunBase(checkpoint, meant)
+    family = family_of_preset(config.model.preset or "") if checkpoint is None else checkpoint.family
+    if config.method == "dpo":
+        return RunBase(checkpoint, dpo(config.dpo.beta), weights)
+    return RunBase(checkpoint, objective_of(config.method, family.objectives), weights)
 
 
-def prepare(
-    config: RunConfig, base: RunBase, cache: Path, *, weights: bool = True, head_follows: bool = False
-) -> Prepared:
+def prepare(config: RunConfig, base: RunBase, cache: Path, *, head_follows: bool = False) -> Prepared:
     """Read the data, load the model, encode; says what was read, dropped, truncated and masked.
 
-    Without `weights` the model is on the meta device: enough to see the examples, and nothing is computed by it.
     `head_follows`: the head will be loaded, and a new one is not announced.
     """
     torch.manual_seed(config.train.seed)  # of a new head and a new adapter
@@ -104,7 +103,7 @@ def prepare(
         labels = tuple(label_names(rows))
     if objective.encoding in ("classify", "images") and len(labels) == 1:
         raise ValueError(f"data.train: all rows are of one class, {labels[0]!r}; there is nothing to tell apart")
-    model, tokenizer = run_model(config, base, labels, weights=weights, head_follows=head_follows)
+    model, tokenizer = run_model(config, base, labels, head_follows=head_follows)
     if objective.encoding == "images":
         return _images(config, objective, model, labels, rows, eval_rows)
     if config.data.image_size is not None:
@@ -159,7 +158,7 @@ def prepare(
         examples, eval_examples = encoded("train", trained), encoded("eval", evaluated) if evaluated else []
         if not eval_rows and config.data.eval is not None:
             examples, eval_examples = _split_windows(examples, config.data.eval)
-    if config.method == "dpo" and weights:
+    if config.method == "dpo" and base.weights:
         for part in filter(len, (examples, eval_examples)):
             add_reference(model, part)
     collate = objective.collate(model, tokenizer, config.data.packing)
@@ -255,9 +254,9 @@ def _split_windows(examples: Examples, share: Any) -> tuple[Examples, Examples]:
 
 
 def run_model(
-    config: RunConfig, base: RunBase, labels: tuple[str, ...], *, weights: bool = True, head_follows: bool = False
+    config: RunConfig, base: RunBase, labels: tuple[str, ...], *, head_follows: bool = False
 ) -> tuple[Any, Any]:
-    """The model that a run starts from, and its tokenizer or None. `weights`, `head_follows`: as in `prepare`."""
+    """The model that a run starts from, and its tokenizer or None. `head_follows`: as in `prepare`."""
     wanted, objective = config.model, base.objective
     task = wanted.task or objective.task
     if task != objective.task:
@@ -265,22 +264,22 @@ def run_model(
     if base.checkpoint is None:
         assert wanted.preset is not None
         model, words = fresh(
-            wanted.preset, wanted.tokenizer, task, labels, config.train.seed, weights=weights, **wanted.overrides
+            wanted.preset, wanted.tokenizer, task, labels, config.train.seed, weights=base.weights, **wanted.overrides
         )
-    elif weights:
+    elif base.weights:
         model, words = load(
             base.checkpoint, task, wanted.dtype, wanted.device, labels or None, head_layers=wanted.head_layers,
             quantize=projections if wanted.quantize is not None else None, head_follows=head_follows,
         )  # fmt: skip
     else:
-        opened = open_checkpoint(base.checkpoint, task, labels or None, head_layers=wanted.head_layers, weights=False)
+        opened = open_checkpoint(base.checkpoint, task, labels or None, head_layers=wanted.head_layers)
         model, words = opened.model, opened.tokenizer
     if wanted.add_tokens:
         try:
             add_tokens(model, words, wanted.add_tokens)
         except ValueError as error:
             raise ValueError(f"model.add_tokens: {error}") from error
-    if wanted.quantize is not None and weights:
+    if wanted.quantize is not None and base.weights:
         freeze(model, "*")
         quantize(model)
     if wanted.recompute:

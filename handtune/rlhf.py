@@ -22,6 +22,7 @@ from .engine.rollouts import POLICY, fitting_prompts
 from .engine.rows import is_dialogue
 from .inputs import inputs_of, reward_adapter, reward_checkpoint
 from .models import load
+from .models.checkpoint.info import checkpoint_info
 from .models.checkpoint.loading import open_checkpoint
 from .prompts import learn_turn_end, prompts_of
 from .stored import facts_of, function_of, has_stored, store_adapter, stored_bytes
@@ -104,7 +105,7 @@ def _prompts(config: PPORunConfig, model: Any, tokenizer: Any) -> list[str]:
 def check_prompts(config: PPORunConfig, count: int, color: bool) -> None:
     """Print the first prompts of a run token by token, as the policy will continue them; needs no weights."""
     assert config.model.path is not None
-    opened: Any = open_checkpoint(config.model.path, "causal-lm", weights=False)
+    opened: Any = open_checkpoint(checkpoint_info(config.model.path, weights=False), "causal-lm")
     model, tokenizer = opened.model, opened.tokenizer
     prompts, room = _prompts(config, model, tokenizer), config.ppo.max_new_tokens
     fitting = fitting_prompts(prompts, tokenizer, room, model.config.max_positions)

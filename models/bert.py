@@ -112,6 +112,7 @@ class Bert(nn.Module):
 
     presets: ClassVar = PRESETS
     base_prefix = "bert."
+    # Methods of training that mean another objective here than for most models.
     objectives: ClassVar[dict[str, str]] = {}
     of_positions: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar = {

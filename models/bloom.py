@@ -153,6 +153,7 @@ class Bloom(nn.Module):
 
     presets: ClassVar = PRESETS
     base_prefix = "transformer."
+    # Methods of training that mean another objective here than for most models.
     objectives: ClassVar[dict[str, str]] = {}
     of_positions: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar = {

@@ -27,6 +27,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def family_of_preset(preset: str) -> Family:
+    """The family of a published size. ValueError for a name that isn't one."""
     families = dict.fromkeys(FAMILIES.values())
     for family in families:
         if preset in family.presets:

@@ -38,18 +38,34 @@ def test_what_only_some_need_is_imported_by_them():
     assert python("-c", code)[0].strip() == "[]"
 
 
-def test_a_command_does_without_torch_s_compiler(tmp_path):
+def test_commands_do_without_torch_s_compiler(tmp_path):
     """Importing it takes as long as torch itself. torch does so to draw weights on the meta device, among others."""
-    base = gpt2_folder(tmp_path / "base")
-    config = write_config(
-        tmp_path / "run.toml", method="sft", out=str(tmp_path / "run"), model={"path": str(base)}, lora={"rank": 2},
-        data={"train": str(write_rows(tmp_path / "rows.jsonl", CHAT))}, train={"max_steps": 1},
+    base, out = {"path": str(gpt2_folder(tmp_path / "base"))}, str(tmp_path / "run")
+    rows = str(write_rows(tmp_path / "rows.jsonl", CHAT))
+    (tmp_path / "scores.py").write_text("def short(prompts, completions):\n    return [-len(c) for c in completions]\n")
+    run = write_config(
+        tmp_path / "run.toml", method="sft", out=out, model={**base, "quantize": "nf4"}, lora={"rank": 2},
+        data={"train": rows}, train={"max_steps": 1},
     )  # fmt: skip
-    commands = ["train", str(config)], ["generate", str(tmp_path / "run"), "--prompt", "x", "--max-new-tokens", "1"]
-    code = f"import sys\nfrom handtune.cli import main\nfor command in {commands}: assert main(command) == 0\n"
-    names = "'torch._dynamo', 'torch._inductor', 'sympy', 'handtune.engine.loop'"
+    policy = write_config(
+        tmp_path / "ppo.toml", out=out + "-ppo", prompts=rows, reward="scores:short", model=base,
+        ppo={"episodes": 2, "rollout_rows": 2, "batch_rows": 2, "max_new_tokens": 2, "lora": {"rank": 2}},
+    )  # fmt: skip
+    fresh = write_config(
+        tmp_path / "fresh.toml", method="sft", out=out + "-fresh", data={"train": rows},
+        model={"preset": "gpt2", "tokenizer": f"{base['path']}/tokenizer.json"},
+    )  # fmt: skip
+    commands = [
+        ["train", str(run)],
+        ["generate", out, "--prompt", "x", "--max-new-tokens", "1"],
+        ["ppo", str(policy)],
+        ["check-data", str(fresh)],
+    ]
+    code = f"import os, sys\nos.chdir({str(tmp_path)!r})\nfrom handtune.cli import main\n"
+    code += f"for command in {commands}: assert main(command) == 0\n"
+    names = "'torch._dynamo', 'torch._inductor', 'sympy', 'handtune.engine.ppo_loop'"
     code += f"print([name for name in ({names}) if name in sys.modules])"
-    assert python("-c", code)[0].splitlines()[-1] == "['handtune.engine.loop']"
+    assert python("-c", code)[0].splitlines()[-1] == "['handtune.engine.ppo_loop']"
 
 
 def test_the_package_itself_imports_nothing():

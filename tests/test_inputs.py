@@ -386,16 +386,20 @@ def test_a_run_without_its_log_is_still_a_run(tmp_path) -> None:
         line(out=tmp_path / "run", lr=0.2)
 
 
-def test_a_checkpoints_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("old", [False, True], ids=["", "vocabulary files"])
+def test_a_checkpoints_files_are_read_once(old: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that no two parts of a command go by different contents; the index also says what to take fingerprints of."""
     monkeypatch.chdir(project(tmp_path / "p"))
+    if old:
+        Path("base/tokenizer.json").unlink()
+        byte_level().model.save("base")
+        names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|end|>")
+        Path("base/tokenizer_config.json").write_text(json.dumps(names))
     read: Counter[str] = Counter()
     monkeypatch.setattr(
         _files, "parse_json", lambda text, where, *more: read.update([where]) or parse_json(text, where)
     )
     assert main(["train", "run.toml", "train.epochs=1"]) == 0
     names = ("config.json", "generation_config.json", "special_tokens_map.json", "tokenizer_config.json")
-    index = {"model.safetensors.index.json": 2}
-    assert {
-        Path(path).name: count for path, count in read.items() if Path(path).parent.name == "base"
-    } == dict.fromkeys(names, 1) | index
+    counts = {Path(path).name: count for path, count in read.items() if Path(path).parent.name == "base"}
+    assert counts == dict.fromkeys(names, 1) | {"model.safetensors.index.json": 2}

@@ -23,6 +23,7 @@ from transformers import (
 
 from handtune.engine import LoRAConfig, add_lora, merge_lora
 from handtune.models import GPT2, load, save
+from handtune.models.checkpoint.info import checkpoint_info
 from handtune.models.checkpoint.loading import open_checkpoint
 
 
@@ -545,7 +546,7 @@ def test_a_hub_id_is_downloaded_without_pickles(checkpoint, monkeypatch):
     }  # fmt: skip
     assert set(filter_repo_objects([*read, *other], **patterns)) == read
 
-    open_checkpoint("someone/tiny-gpt2", weights=False)  # to look at data, say
+    open_checkpoint(checkpoint_info("someone/tiny-gpt2", weights=False))  # to look at data, say
     described = {name for name in read if not name.endswith(".safetensors")}
     assert set(filter_repo_objects([*read, *other], **asked[-1][1])) == described
 

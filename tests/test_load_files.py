@@ -18,6 +18,7 @@ from handtune.engine import generate
 from handtune.engine.completions import completions
 from handtune.models import load, save
 from handtune.models.tokenizer.special_tokens import load_tokenizer
+from handtune.models.tokenizer.token_names import read_settings
 
 TEXTS = ["The cat sat on the mat.", "<|end|> a<|im_start|>user <tool>x <extra>", " hello\n"]
 
@@ -219,7 +220,7 @@ def test_a_tokenizer_of_vocabulary_files_keeps_them(tmp_path, kind):
     special = {"eos_token": "<|end|>", "unk_token": "<|end|>", "bos_token": "<|end|>"} if kind[0] == "G" else {}
     edit(folder, "tokenizer_config.json", tokenizer_class=kind, **special)
     names = {path.name for path in folder.glob("vocab.*")} | {path.name for path in folder.glob("merges.txt")}
-    size = load_tokenizer(folder, {}).get_vocab_size()
+    size = load_tokenizer(folder, read_settings(folder, {})).get_vocab_size()
     edit(folder, "added_tokens.json", **{"<tool>": size, "<extra>": size + 1})
     model, words = load(folder, device="cpu")
     save(model, words, tmp_path / "ours")
@@ -254,7 +255,7 @@ def test_a_frame_without_one_of_its_tokens(tmp_path, name):
     word_piece().model.save(str(tmp_path))
     edit(tmp_path, "tokenizer_config.json", tokenizer_class="BertTokenizer", **{name: None})
     with pytest.raises(ValueError, match=rf"tokenizer_config.json: {name} = None: a text needs it"):
-        load_tokenizer(tmp_path, {})
+        load_tokenizer(tmp_path, read_settings(tmp_path, {}))
 
 
 # The hub

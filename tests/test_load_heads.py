@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from small_models import both, padded, theirs, tiny_bert, tiny_gpt2, tiny_llama, token_rows
 from transformers import BertForPreTraining
 
+from handtune._weightless import allocate
 from handtune.models import GPT2, Bert, Llama, load
 from handtune.models.bert import BertConfig
-from handtune.models.checkpoint.weights import allocate
 from handtune.models.gpt2.config import GPT2Config
 from handtune.models.llama.model import LlamaConfig
 

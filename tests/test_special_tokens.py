@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from handtune.models import load, save
 from handtune.models.tokenizer.special_tokens import SpecialTokens
-from handtune.models.tokenizer.token_names import special_names, with_map
+from handtune.models.tokenizer.token_names import read_settings, special_names
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -48,8 +48,10 @@ def lay(folder: Path, **files: Any) -> Path:
 )
 def test_names_are_those_of_transformers(files: dict[str, Any], tmp_path: Path) -> None:
     folder = lay(tmp_path, **files, config={"model_type": "llama"})
-    settings = with_map(files["tokenizer_config"], folder)
-    assert special_names(settings, {"model_type": "llama"}) == AutoTokenizer.from_pretrained(folder).special_tokens_map
+    assert (
+        special_names(read_settings(folder, {"model_type": "llama"}))
+        == AutoTokenizer.from_pretrained(folder).special_tokens_map
+    )
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ def test_the_tokenizers_end_goes_first(config, generation, named, ends, tmp_path
     if generation is not None:
         files["generation_config"] = {"eos_token_id": generation}
     folder = lay(tmp_path, **files)
-    tokens = SpecialTokens.read(folder, {"eos_token_id": config}, llama_like())
+    tokens = SpecialTokens.read(folder, read_settings(folder, {}), {"eos_token_id": config}, llama_like())
     assert tokens.ends == ends
     listed = [config, generation, *(generation if isinstance(generation, list) else [])]
     unknown = named == "</s>" and 2 not in listed and any(number is not None for number in listed)
@@ -82,9 +84,12 @@ def test_the_tokenizers_end_goes_first(config, generation, named, ends, tmp_path
 def test_a_template_knows_what_only_the_model_names(tmp_path: Path) -> None:
     """The end of a text; a beginning only where the tokenizer has one, as in transformers."""
     config = {"eos_token_id": 2, "bos_token_id": 1}
-    assert SpecialTokens.read(lay(tmp_path, tokenizer_config=FAST), config, llama_like()).names == {"eos_token": "</s>"}
+    folder = lay(tmp_path, tokenizer_config=FAST)
+    assert SpecialTokens.read(folder, read_settings(folder, {}), config, llama_like()).names == {"eos_token": "</s>"}
     folder = lay(tmp_path, tokenizer_config=FAST | {"eos_token": None})
-    assert SpecialTokens.read(folder, config, llama_like()).names == {}  # null says that there is none
+    assert (
+        SpecialTokens.read(folder, read_settings(folder, {}), config, llama_like()).names == {}
+    )  # null says that there is none
 
 
 def test_one_more_end_is_stored_for_transformers(tmp_path: Path) -> None:

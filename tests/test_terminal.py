@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -109,6 +110,7 @@ def test_a_progress_bar_outlives_its_terminal(monkeypatch) -> None:
             bar.update()
             seen = b""
             while b"1/9" not in seen:
+                assert select.select([ours], [], [], 10)[0], seen
                 seen += os.read(ours, 4096)
             os.close(ours)
             bar.update()

@@ -13,6 +13,7 @@ from transformers import BertTokenizer, GPT2Tokenizer
 
 from handtune.models import load, save
 from handtune.models.tokenizer.special_tokens import load_tokenizer
+from handtune.models.tokenizer.token_names import read_settings
 
 TEXTS = [
     "The cat sat on the mat, and the dog looked at the cat.",
@@ -103,7 +104,7 @@ def test_byte_level(tmp_path, prefix, end):
         bos = {"__type": "AddedToken", "content": "<|im_start|>", "lstrip": True, "rstrip": False, "normalized": False}
         settings["bos_token"] = bos
     folder = lay_byte_level(tmp_path / "x", settings, end)
-    ours = load_tokenizer(folder, {})
+    ours = load_tokenizer(folder, read_settings(folder, {}))
     assert_same_ids(ours, GPT2Tokenizer.from_pretrained(folder))
     assert ours.encode("The cat").ids == byte_level().encode(" The cat" if prefix else "The cat").ids
 
@@ -114,7 +115,7 @@ def test_byte_level(tmp_path, prefix, end):
 def test_word_piece(tmp_path, lower, accents, chinese):
     settings = {"do_lower_case": lower, "strip_accents": accents, "tokenize_chinese_chars": chinese}
     folder = lay_word_piece(tmp_path / "x", {key: value for key, value in settings.items() if value is not None})
-    ours = load_tokenizer(folder, {})
+    ours = load_tokenizer(folder, read_settings(folder, {}))
     assert_same_ids(ours, BertTokenizer.from_pretrained(folder), segments=True)
     if lower is accents is chinese is None:
         assert ours.encode(TEXTS[0], TEXTS[2]).ids == word_piece().encode(TEXTS[0], TEXTS[2]).ids
@@ -149,14 +150,14 @@ def test_added_tokens(tmp_path, files, kind):
         lay_byte_level(folder, end="<|endoftext|>")
     else:
         lay_word_piece(folder)
-    size = load_tokenizer(folder, {}).get_vocab_size()
+    size = load_tokenizer(folder, read_settings(folder, {})).get_vocab_size()
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     for name, value in files.items():
         text = json.dumps({**(settings if name == "tokenizer_config.json" else {}), **value})
         for i in range(3):
             text = text.replace(f'"+{i}":', f'"{size + i}":').replace(f'"+{i}"', str(size + i))
         (folder / name).write_text(text)
-    ours = load_tokenizer(folder, {})
+    ours = load_tokenizer(folder, read_settings(folder, {}))
     reference = (GPT2Tokenizer if kind == "byte-level" else BertTokenizer).from_pretrained(folder)
     assert_same_ids(ours, reference)
     assert ours.token_to_id("<pad>") is not None
@@ -177,10 +178,10 @@ def test_a_checkpoint_with_vocabulary_files_only(tmp_path):
 
 
 def test_no_vocabulary_is_no_tokenizer(tmp_path):
-    assert load_tokenizer(tmp_path, {}) is None
+    assert load_tokenizer(tmp_path, read_settings(tmp_path, {})) is None
     write(tmp_path, "vocab.json", {})  # without merges it is none of ours
     write(tmp_path, "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer"})
-    assert load_tokenizer(tmp_path, {}) is None
+    assert load_tokenizer(tmp_path, read_settings(tmp_path, {})) is None
 
 
 DAMAGES = {
@@ -209,5 +210,5 @@ def test_what_is_not_read_is_one_line(tmp_path, case):
         raw = value if isinstance(value, bytes) else (value if isinstance(value, str) else json.dumps(value)).encode()
         (folder / name).write_bytes(raw)
     with pytest.raises(ValueError, match=message) as caught:
-        load_tokenizer(folder, {})
+        load_tokenizer(folder, read_settings(folder, {}))
     assert str(folder) in str(caught.value) and "\n" not in str(caught.value)

@@ -11,26 +11,26 @@ from .hub import checkpoint_folder
 
 
 class CheckpointInfo(NamedTuple):
-    """A checkpoint's folder, what its config.json says, and the family that this names; `source` is what was asked for.
+    """Made once by `checkpoint_info` and passed on, so that a command goes by one reading of config.json."""
 
-    Made once by `checkpoint_info` and passed on, so that a command goes by one reading of the file.
-    """
-
-    source: str
+    source: str  # the folder, or the hub id, that was asked for
     folder: Path
-    published: dict[str, Any]
+    published: dict[str, Any]  # what config.json says, in the words of transformers
     family: Family
+    weights: bool  # whether they have to be there
 
 
 def checkpoint_info(path: str | Path, weights: bool = True) -> CheckpointInfo:
-    """What the checkpoint at `path` (a folder, or a hub id) is; without `weights` these are not downloaded.
+    """What the checkpoint at `path` (a folder, or a hub id) is.
+
+    Without `weights` these need not be there, nor are they downloaded.
 
     Raises FileNotFoundError for a missing folder or config.json, and ValueError for one that is damaged or of a family
     or kind that is not implemented.
     """
     folder = checkpoint_folder(path, weights)
     published = _published(folder)
-    return CheckpointInfo(str(path), folder, published, _family(published, folder))
+    return CheckpointInfo(str(path), folder, published, _family(published, folder), weights)
 
 
 def _published(folder: Path) -> dict[str, Any]:

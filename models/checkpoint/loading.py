@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ..._outside import explained_memory
-from ..._weightless import without_weights
+from ..._weightless import allocate, without_weights
 from ...kernels import Linear
 from ...kernels.quant.nf4 import Workspace
 from ..families import Family, Model, family_of_preset
@@ -16,6 +16,7 @@ from ..layers.heads import BY_TEXT
 from ..layers.image_processor import Pixels
 from ..resnet.model import ResNet
 from ..tokenizer.special_tokens import SpecialTokens, load_tokenizer, load_tokenizer_file
+from ..tokenizer.token_names import read_settings
 from .info import CheckpointInfo, checkpoint_info
 from .pooling import read_pooling
 from .shards import Shards
@@ -28,7 +29,7 @@ from .tasks import (
     stored_head,
     task_of,
 )
-from .weights import Packing, allocate, fill
+from .weights import Packing, fill
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -47,11 +48,11 @@ def load(
 ) -> tuple[Model, "Tokenizer | None"]:
     """The model at `path` (a folder in Hugging Face layout, or a hub id) in eval mode, and its tokenizer or None.
 
-    `path` may be what `checkpoint_info` has read there already. `task`: one of the tasks of `layers/heads.py`; None
-    takes it from config.json's `architectures`. `dtype`: "auto" is the checkpoint's own (fp16 becomes fp32 on a CPU).
-    `device`: "auto" is CUDA where there is one. `labels`: names, or their number, for a task that classifies.
-    `head_layers`: depth of the head. A stored head of another task, other labels or another depth than asked for is
-    made anew; of the same labels in another order its rows are reordered.
+    `path` may be what `checkpoint_info` has read there already, with weights. `task`: one of the tasks of
+    `layers/heads.py`; None takes it from config.json's `architectures`. `dtype`: "auto" is the checkpoint's own (fp16
+    becomes fp32 on a CPU). `device`: "auto" is CUDA where there is one. `labels`: names, or their number, for a task
+    that classifies. `head_layers`: depth of the head. A stored head of another task, other labels or another depth than
+    asked for is made anew; of the same labels in another order its rows are reordered.
     `quantize` chooses projections, given the empty model, that are kept in NF4 and frozen (`engine.projections`: what
     `quantize` would take): each is packed as it is read, so that the whole model is never there in full.
     `head_follows`: a head that is made anew is not announced, since one will be loaded, with an adapter for example.
@@ -92,18 +93,20 @@ def open_checkpoint(
     labels: list[str] | tuple[str, ...] | int | None = None,
     *,
     head_layers: int | None = None,
-    weights: bool = True,
 ) -> Checkpoint:
     """All that `load` does before it needs memory for the weights; raises what it raises.
 
-    Without `weights` they need not be there, nor are they downloaded: that is enough to see what the model reads.
+    What `checkpoint_info` has read without weights is enough to see what the model reads.
     """
-    info = path if isinstance(path, CheckpointInfo) else checkpoint_info(path, weights)
+    info = path if isinstance(path, CheckpointInfo) else checkpoint_info(path)
     folder, published, family = info.folder, info.published, info.family
-    shards = Shards(folder, required=weights)  # opened; the weights are read when nothing else can be wrong any more
+    shards = Shards(
+        folder, required=info.weights
+    )  # opened; the weights are read when nothing else can be wrong any more
     config = _config(published, family, shards)
-    words = load_tokenizer(folder, published)
-    tokens = SpecialTokens.read(folder, published, words)
+    settings = read_settings(folder, published)
+    words = load_tokenizer(folder, settings)
+    tokens = SpecialTokens.read(folder, settings, published, words)
     task = task or task_of(published, family, folder)
     known, stored_depth = stored_head(published, family, folder)
     names = label_names(labels, known)

@@ -11,7 +11,6 @@ output matrix above all: a copy that is none is an error, because nobody knows w
 
 import logging
 import re
-from collections.abc import Container
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -42,27 +41,6 @@ def blocks(tensor: Tensor, source: Published) -> tuple[Tensor, ...]:
     return tensor.detach().split(source.rows) if source.rows else (tensor.detach(),)
 
 
-def allocate(model: nn.Module, dtype: torch.dtype, device: torch.device, without: Container[nn.Module] = ()) -> None:
-    """Memory on `device` for the tensors of a model on the meta device, with nothing in it yet.
-
-    The weights of the modules in `without` get none.
-
-    Each has its own once: `Module.to_empty` gives a tied matrix two. Parameters are of `dtype`; statistics, which are
-    buffers, are never narrower than fp32, because a running mean takes steps that bf16 rounds away.
-    """
-    made: dict[Tensor, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if name == "weight" and module in without:
-                continue
-            if parameter not in made:
-                made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
-            setattr(module, name, made[parameter])
-        for name, buffer in module.named_buffers(recurse=False):
-            kind = torch.promote_types(dtype, torch.float32) if buffer.is_floating_point() else buffer.dtype
-            setattr(module, name, torch.empty(buffer.shape, dtype=kind, device=device))
-
-
 @dataclass(frozen=True)
 class Placement:
     """Where each tensor of a model is stored, by its published name (an optional one may not be).
@@ -86,7 +64,7 @@ class Packing:
     workspace: Workspace
 
     def room_for(self, weight: Tensor) -> nn.Parameter:
-        room = torch.empty_like(weight, dtype=self.dtype, device=self.device)
+        room = torch.empty(weight.shape, dtype=self.dtype, device=self.device)
         return nn.Parameter(room, requires_grad=False)
 
 

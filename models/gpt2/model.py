@@ -87,6 +87,7 @@ class GPT2(nn.Module):
 
     presets: ClassVar = PRESETS
     base_prefix = "transformer."
+    # Methods of training that mean another objective here than for most models.
     objectives: ClassVar[dict[str, str]] = {}
     of_positions: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar = {

@@ -89,6 +89,7 @@ class Llama(nn.Module):
 
     presets: ClassVar = PRESETS
     base_prefix = ("model.", "transformer.")  # the second is transformers' under question answering
+    # Methods of training that mean another objective here than for most models.
     objectives: ClassVar[dict[str, str]] = {}
     of_positions: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar = {

@@ -184,6 +184,7 @@ class ResNet(nn.Module):
 
     presets: ClassVar = PRESETS
     base_prefix = "resnet."
+    # Methods of training that mean another objective here than for most models.
     objectives: ClassVar[dict[str, str]] = {"classify": "classify-images"}
     of_positions: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar = {"convolutions": ("layers.*.conv*",)}

@@ -46,6 +46,7 @@ class T5(nn.Module):
 
     presets: ClassVar = PRESETS
     base_prefix = "transformer."
+    # Methods of training that mean another objective here than for most models.
     objectives: ClassVar[dict[str, str]] = {"sft": "seq2seq", "pretrain": "span-corruption"}
     # An encoder alone has no cross_q, cross_kv and cross_o, so that no glob may be for them only.
     of_positions: ClassVar[tuple[str, ...]] = ("*.positions.table",)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ..._files import json_if_there
 from ..._outside import others_code
 from ..._shapes import with_fields
-from .token_names import CLASS_NAMES, NAMES, SETTINGS, token_text, tokenizer_class, with_map
+from .token_names import CLASS_NAMES, NAMES, SETTINGS, TokenizerSettings, token_text
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -38,10 +38,9 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def build_tokenizer(folder: Path, config: dict[str, Any]) -> "Tokenizer | None":
+def build_tokenizer(folder: Path, described: TokenizerSettings) -> "Tokenizer | None":
     """The tokenizer that the vocabulary files in `folder` describe, or None where there are none.
 
-    `config`: what its config.json says, which names the kind of tokenizer where nothing else does.
     Raises ValueError where they are damaged or of a kind that is not implemented.
     """
     if models := sorted(folder.glob("*.model")):
@@ -50,8 +49,7 @@ def build_tokenizer(folder: Path, config: dict[str, Any]) -> "Tokenizer | None":
     word_piece = folder / "vocab.txt"
     if not word_piece.is_file() and not all(path.is_file() for path in byte_level):
         return None
-    settings = with_map(json_if_there(folder / SETTINGS), folder)
-    name = tokenizer_class(settings, config)
+    settings, name = described.merged, described.class_name
     for field, accepted in REFUSED.items():
         if (value := settings.get(field)) not in accepted:
             raise ValueError(f"{folder / SETTINGS}: {field} = {value!r} is not implemented; {CONVERT}")

@@ -27,7 +27,7 @@ from ..._files import json_if_there, read_bytes, read_text, require_file, write_
 from ..._outside import others_code
 from ..._shapes import shown, with_fields
 from .build import build_tokenizer
-from .token_names import SETTINGS, special_names, with_map
+from .token_names import SETTINGS, TokenizerSettings, read_settings, special_names
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -66,14 +66,16 @@ class SpecialTokens:
     skipped_id: int | None = None
 
     @classmethod
-    def read(cls, folder: Path, config: dict[str, Any], tokenizer: "Tokenizer | None") -> "SpecialTokens":
-        """From the files in `folder`, config.json's contents and the tokenizer, as the module's docstring says.
+    def read(
+        cls, folder: Path, settings: TokenizerSettings, config: dict[str, Any], tokenizer: "Tokenizer | None"
+    ) -> "SpecialTokens":
+        """From the files in `folder` (`config`: config.json) and the tokenizer, as the module's docstring says.
 
         A separate chat_template.jinja goes before the one in tokenizer_config.json. Raises ValueError for a damaged
         file, and for ids that are none.
         """
-        settings, generation = json_if_there(folder / SETTINGS), json_if_there(folder / GENERATION)
-        names = special_names(with_map(settings, folder), config)
+        generation = json_if_there(folder / GENERATION)
+        names = special_names(settings)
 
         # Of each kind the tokenizer's token goes first, and then what the model's files list.
         ids: dict[str, tuple[int, ...]] = {}
@@ -88,17 +90,18 @@ class SpecialTokens:
             ids[kind] = tuple(dict.fromkeys([*([] if named is None else [named]), *listed]))
 
         # An end that the tokenizer's files don't mention (null would say that there is none) a template may write, too.
-        if "eos_token" not in {**settings, **names} and tokenizer is not None and ids["eos"]:
+        if "eos_token" not in {**settings.stored, **names} and tokenizer is not None and ids["eos"]:
             text = tokenizer.id_to_token(ids["eos"][0])
             names |= {} if text is None else {"eos_token": text}
         generation = {key: value for key, value in generation.items() if key not in IDS}
 
-        templates = _templates(folder, settings.pop("chat_template", None))
+        kept = dict(settings.stored)
+        templates = _templates(folder, kept.pop("chat_template", None))
         template = templates.pop("default", None)
         more_templates = {f"{TEMPLATES}/{name}.jinja": text.encode() for name, text in templates.items()}
         return cls(
             bos_id=next(iter(ids["bos"]), None), eos_id=next(iter(ids["eos"]), None),
-            pad_id=next(iter(ids["pad"]), None), chat_template=template, settings=settings, more_ends=ids["eos"][1:],
+            pad_id=next(iter(ids["pad"]), None), chat_template=template, settings=kept, more_ends=ids["eos"][1:],
             files={**_kept(folder), **more_templates}, names=names, generation=generation,
             skipped_id=next(iter(_ids(config, "pad", folder / "config.json")), None),
         )  # fmt: skip
@@ -134,7 +137,7 @@ class SpecialTokens:
         """The same with what lies beside an adapter, which trained with the tokenizer, template and ends there."""
         if not (adapter / SETTINGS).is_file() and not (adapter / GENERATION).is_file():
             return self
-        own = SpecialTokens.read(adapter, {}, tokenizer)
+        own = SpecialTokens.read(adapter, read_settings(adapter, {}), {}, tokenizer)
         ends = tuple(dict.fromkeys([*own.ends, *self.ends]))
         return replace(
             self, eos_id=next(iter(ends), None), more_ends=ends[1:], pad_id=_first(own.pad_id, self.pad_id),
@@ -204,13 +207,10 @@ def _kept(folder: Path) -> dict[str, bytes]:
     return {path.name: read_bytes(path) for path in paths}
 
 
-def load_tokenizer(folder: Path, config: dict[str, Any]) -> "Tokenizer | None":
-    """The folder's tokenizer, its tokenizer.json or what its vocabulary files describe; None where there is neither.
-
-    `config`: what its config.json says.
-    """
+def load_tokenizer(folder: Path, settings: TokenizerSettings) -> "Tokenizer | None":
+    """The folder's tokenizer, its tokenizer.json or what its vocabulary files describe; None where there is neither."""
     path = folder / "tokenizer.json"
-    return load_tokenizer_file(path) if path.exists() else build_tokenizer(folder, config)
+    return load_tokenizer_file(path) if path.exists() else build_tokenizer(folder, settings)
 
 
 def load_tokenizer_file(path: Path) -> "Tokenizer":

@@ -6,7 +6,7 @@ calls it, and null means that there is no such token.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..._files import json_if_there
 
@@ -34,27 +34,31 @@ CLASSES = {
 }
 
 
-def with_map(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, and over it special_tokens_map.json where that counts. ValueError for a damaged file."""
-    listed = "added_tokens_decoder" in settings
-    return settings if listed else {**settings, **json_if_there(folder / "special_tokens_map.json")}
+class TokenizerSettings(NamedTuple):
+    """How the files of a tokenizer describe it."""
+
+    stored: dict[str, Any]  # tokenizer_config.json
+    merged: dict[str, Any]  # with special_tokens_map.json over it, where that counts
+    class_name: str  # without "Fast": as named, or as usual for the architecture
 
 
-def tokenizer_class(settings: dict[str, Any], config: dict[str, Any]) -> str:
-    """The class of the tokenizer without "Fast": as named, or as usual for the architecture of config.json."""
-    name = settings.get("tokenizer_class") or config.get("tokenizer_class")
-    return str(name or CLASSES.get(str(config.get("model_type")), "nameless tokenizer")).removesuffix("Fast")
+def read_settings(folder: Path, config: dict[str, Any]) -> TokenizerSettings:
+    """What lies in `folder`, whose config.json says `config`. ValueError for a damaged file."""
+    stored = json_if_there(folder / SETTINGS)
+    merged = stored
+    if "added_tokens_decoder" not in stored:
+        merged = {**stored, **json_if_there(folder / "special_tokens_map.json")}
+    usual = CLASSES.get(str(config.get("model_type")), "nameless tokenizer")
+    class_name = merged.get("tokenizer_class") or config.get("tokenizer_class") or usual
+    return TokenizerSettings(stored, merged, str(class_name).removesuffix("Fast"))
 
 
-def special_names(settings: dict[str, Any], config: dict[str, Any]) -> dict[str, str]:
-    """Special tokens by name, `{"eos_token": "</s>", ...}`, as chat templates may use them.
-
-    `settings` as from `with_map`, `config`: config.json, where there is one.
-    """
-    more = settings.get("extra_special_tokens")
+def special_names(settings: TokenizerSettings) -> dict[str, str]:
+    """Special tokens by name, `{"eos_token": "</s>", ...}`, as chat templates may use them."""
+    more = settings.merged.get("extra_special_tokens")
     named = {
-        **CLASS_NAMES.get(tokenizer_class(settings, config), {}),
-        **settings,
+        **CLASS_NAMES.get(settings.class_name, {}),
+        **settings.merged,
         **(more if isinstance(more, dict) else {}),
     }
     return {

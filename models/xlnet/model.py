@@ -58,6 +58,7 @@ class XLNet(nn.Module):
 
     presets: ClassVar = PRESETS
     base_prefix = "transformer."
+    # Methods of training that mean another objective here than for most models.
     objectives: ClassVar[dict[str, str]] = {"pretrain": "permutation-lm", "sft": "ordered-lm"}
     of_positions: ClassVar[tuple[str, ...]] = ("layers.*.r",)
     lora_targets: ClassVar = {

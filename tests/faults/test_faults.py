@@ -23,7 +23,7 @@ from handtune.cli import main
 from handtune.engine import progress, record
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="open files are found by /proc/self/fd")
-NUMBERS = {"lora": 3, "full": 1, "corpus": 1, "ppo": 1, "merge": 20, "compare": 24, "label": 25, "generate": 25}
+NUMBERS = {"lora": 7, "full": 2, "corpus": 2, "ppo": 2, "merge": 20, "compare": 21, "label": 23, "generate": 23}
 
 
 class Stage:
