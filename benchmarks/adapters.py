@@ -126,8 +126,8 @@ def serve(ours: Any, theirs: nn.Module, tokens: int, options: argparse.Namespace
 def learn(ours: Any, tokens: int, options: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a pass forward and backward over all rows together, and row by row."""
     from handtune.engine import unfreeze, use_adapter
-    from handtune.engine.batches import Collate, to_device
-    from handtune.engine.losses import ByAdapter, causal_lm_loss
+    from handtune.engine.data.batches import Collate, to_device
+    from handtune.engine.tasks.losses import ByAdapter, causal_lm_loss
 
     unfreeze(ours, "*.lora.*")
     ours.train()

@@ -146,8 +146,8 @@ def tokenizer_for(jinja: str) -> Any:
 
 def targets(row: Row, template: Any, tokenizer: Any) -> list[tuple[str, str]]:
     """Each stretch of text that gets a loss, and the text before it, of all examples of a row."""
-    from handtune.engine.encode import encode
-    from handtune.engine.rows import normalise
+    from handtune.engine.data.schema import normalise
+    from handtune.engine.tasks.encode import encode
 
     examples, _ = encode([normalise(row)], tokenizer, "sft", max_length=100_000, template=template)
     stretches = []
@@ -237,7 +237,7 @@ class Pair:
     """A template, and its twin with marks."""
 
     def __init__(self, folder: Path, name: str) -> None:
-        from handtune.engine.chat import ChatTemplate
+        from handtune.engine.chat.template import ChatTemplate
 
         jinja = (folder / f"{name}.jinja").read_text(encoding="utf-8")
         self.template = ChatTemplate(jinja, **TOKENS)

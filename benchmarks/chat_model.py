@@ -66,9 +66,9 @@ def losses(options: argparse.Namespace) -> dict[str, Any]:
     import torch.nn.functional as F
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from handtune.engine.data import read_rows
-    from handtune.engine.encode import encode
-    from handtune.engine.rows import as_dialogue
+    from handtune.engine.data.readers import read_rows
+    from handtune.engine.data.schema import as_dialogue
+    from handtune.engine.tasks.encode import encode
     from handtune.models import load
     from handtune.prompts import template_of
 

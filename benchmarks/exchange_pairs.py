@@ -12,7 +12,7 @@ from exchange_models import AUTO, Family, class_of, config_of, randomize, store,
 from torch import Tensor
 
 from handtune.engine import LoRAConfig, add_lora, load_adapter, save_adapter
-from handtune.engine.batches import packed
+from handtune.engine.data.batches import packed
 from handtune.models import load, save
 
 POOLINGS = ("mean_tokens", "max_tokens", "lasttoken")

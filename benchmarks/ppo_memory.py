@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the package from a bare clone
 
 from handtune.engine import LoRAConfig, add_lora  # noqa: E402
-from handtune.engine.shared import with_head  # noqa: E402
+from handtune.engine.rlhf.shared_base import with_head  # noqa: E402
 from handtune.models import Llama  # noqa: E402
 
 SIZES = ("Llama-3.2-1B", "Llama-2-7B")

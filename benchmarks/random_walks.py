@@ -96,8 +96,8 @@ def learn(graph: Graph, seed: int, episodes: int) -> dict[str, Any]:
     import torch
 
     from handtune.engine import LoRAConfig, PPOConfig, TrainConfig, generate, ppo, set_adapter, train
-    from handtune.engine.batches import Collate
-    from handtune.engine.losses import causal_lm_loss
+    from handtune.engine.data.batches import Collate
+    from handtune.engine.tasks.losses import causal_lm_loss
     from handtune.models import GPT2
     from handtune.models.tokenizer.special_tokens import SpecialTokens
 

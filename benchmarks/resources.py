@@ -127,8 +127,8 @@ def operations() -> dict[str, Callable[[], Any]]:
 
 def operations_on_values() -> dict[str, Callable[[], Any]]:
     """What looks at values or addresses, on small real tensors: block sizes do not depend on the sizes here."""
-    from handtune.kernels.adamw import adamw_
-    from handtune.kernels.adamw_state import Trained
+    from handtune.kernels.optim.adamw import adamw_
+    from handtune.kernels.optim.adamw_state import Trained
     from handtune.kernels.quant.nf4 import NF4Weight, Workspace
 
     def adamw() -> None:

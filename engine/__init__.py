@@ -1,65 +1,72 @@
-"""Everything that trains: adapters, freezing, data, losses, the loop, checkpoints, generation.
+"""Everything that trains. It works on any `nn.Module` with a loss function; the built-in losses need the models here.
 
-Works on any `nn.Module` with a loss function; the built-in losses need the models of this project. Names are imported
-at first use (PEP 562).
+    model  finite  runtime    what the engine may ask of a model; weights that are no numbers; the process a run is in
+    data/  chat/              rows out of files, batches; chat templates, and what of a dialogue the assistant wrote
+    adapters/  peft/          low-rank adapters, switched and merged; their files, in PEFT's format
+    tasks/                    what each method of training means: encoding, loss, score
+    generation/               sampling and beams, with a cache
+    training/                 the loop (begin with `training/loop.py`), its optimizer, checkpoints and run folder
+    rlhf/                     PPO, reward models
+
+Names are imported at first use (PEP 562).
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapter_files import load_adapter as load_adapter
-    from .adapter_files import save_adapter as save_adapter
-    from .adapters import drop_adapter as drop_adapter
-    from .adapters import merge_lora as merge_lora
-    from .adapters import set_adapter as set_adapter
-    from .adapters import unmerge_lora as unmerge_lora
-    from .adapters import use_adapter as use_adapter
-    from .checkpoint import load_checkpoint as load_checkpoint
-    from .checkpoint import save_checkpoint as save_checkpoint
-    from .combine import combine_adapters as combine_adapters
-    from .evaluation import evaluate as evaluate
-    from .freezing import freeze as freeze
-    from .freezing import trainable_report as trainable_report
-    from .freezing import unfreeze as unfreeze
-    from .generation import generate as generate
-    from .loop import TrainConfig as TrainConfig
-    from .loop import train as train
-    from .lora import add_lora as add_lora
-    from .lora_config import LoRAConfig as LoRAConfig
-    from .ppo_config import PPOConfig as PPOConfig
-    from .ppo_loop import ppo as ppo
-    from .quantization import projections as projections
-    from .quantization import quantize as quantize
-    from .reward import load_reward as load_reward
-    from .token_rows import train_rows as train_rows
+    from .adapters.combine import combine_adapters as combine_adapters
+    from .adapters.config import LoRAConfig as LoRAConfig
+    from .adapters.lora import add_lora as add_lora
+    from .adapters.qlora import projections as projections
+    from .adapters.qlora import quantize as quantize
+    from .adapters.switch import drop_adapter as drop_adapter
+    from .adapters.switch import merge_lora as merge_lora
+    from .adapters.switch import set_adapter as set_adapter
+    from .adapters.switch import unmerge_lora as unmerge_lora
+    from .adapters.switch import use_adapter as use_adapter
+    from .adapters.token_rows import train_rows as train_rows
+    from .generation.sampling import generate as generate
+    from .peft.format import load_adapter as load_adapter
+    from .peft.format import save_adapter as save_adapter
+    from .rlhf.config import PPOConfig as PPOConfig
+    from .rlhf.reward_model import load_reward as load_reward
+    from .rlhf.run import ppo as ppo
+    from .training.checkpoint import load_checkpoint as load_checkpoint
+    from .training.checkpoint import save_checkpoint as save_checkpoint
+    from .training.evaluation import evaluate as evaluate
+    from .training.freezing import freeze as freeze
+    from .training.freezing import trainable_report as trainable_report
+    from .training.freezing import unfreeze as unfreeze
+    from .training.loop import TrainConfig as TrainConfig
+    from .training.loop import train as train
 
 _HOME = {
-    "LoRAConfig": "lora_config",
-    "PPOConfig": "ppo_config",
-    "TrainConfig": "loop",
-    "add_lora": "lora",
-    "combine_adapters": "combine",
-    "drop_adapter": "adapters",
-    "evaluate": "evaluation",
-    "freeze": "freezing",
-    "generate": "generation",
-    "load_adapter": "adapter_files",
-    "load_checkpoint": "checkpoint",
-    "load_reward": "reward",
-    "merge_lora": "adapters",
-    "ppo": "ppo_loop",
-    "projections": "quantization",
-    "quantize": "quantization",
-    "save_adapter": "adapter_files",
-    "save_checkpoint": "checkpoint",
-    "set_adapter": "adapters",
-    "train": "loop",
-    "train_rows": "token_rows",
-    "trainable_report": "freezing",
-    "unfreeze": "freezing",
-    "unmerge_lora": "adapters",
-    "use_adapter": "adapters",
+    "LoRAConfig": "adapters.config",
+    "PPOConfig": "rlhf.config",
+    "TrainConfig": "training.loop",
+    "add_lora": "adapters.lora",
+    "combine_adapters": "adapters.combine",
+    "drop_adapter": "adapters.switch",
+    "evaluate": "training.evaluation",
+    "freeze": "training.freezing",
+    "generate": "generation.sampling",
+    "load_adapter": "peft.format",
+    "load_checkpoint": "training.checkpoint",
+    "load_reward": "rlhf.reward_model",
+    "merge_lora": "adapters.switch",
+    "ppo": "rlhf.run",
+    "projections": "adapters.qlora",
+    "quantize": "adapters.qlora",
+    "save_adapter": "peft.format",
+    "save_checkpoint": "training.checkpoint",
+    "set_adapter": "adapters.switch",
+    "train": "training.loop",
+    "train_rows": "adapters.token_rows",
+    "trainable_report": "training.freezing",
+    "unfreeze": "training.freezing",
+    "unmerge_lora": "adapters.switch",
+    "use_adapter": "adapters.switch",
 }
 __all__ = sorted(_HOME)
 

@@ -10,7 +10,7 @@ from itertools import chain
 
 from torch import nn
 
-from .lora import KnownModel
+from .model import KnownModel
 
 
 def unsound_weights(model: nn.Module) -> list[str]:

@@ -1,6 +1,6 @@
 """The command line: where models and engine are put together.
 
-Parsing imports nothing heavy; each command's work is in `handtune/commands.py`. A mistake of the user is one line on
+Parsing imports nothing heavy; each command's work is in `handtune/commands/`. A mistake of the user is one line on
 standard error and exit code 2, a fault of handtune one that says how to report it, and exit code 70 (`--debug` shows
 the traceback of both).
 """

@@ -13,10 +13,10 @@ from typing import Any
 
 from ._files import resolved
 from ._outside import others_code
-from .engine.adapter_files import CONFIG, WEIGHTS
-from .engine.config import PPORunConfig, RunConfig
-from .engine.inputs import Inputs, changed_files, fingerprint, same_contents
-from .engine.reward import SCALE
+from .config import PPORunConfig, RunConfig
+from .engine.data.fingerprints import Inputs, changed_files, fingerprint, same_contents
+from .engine.peft.format import CONFIG, WEIGHTS
+from .engine.rlhf.reward_model import SCALE
 from .models.checkpoint.hub import checkpoint_files, checkpoint_folder
 
 BASE, DATA = ("model.path", "model.tokenizer"), ("data.train", "data.eval")

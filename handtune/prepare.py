@@ -9,18 +9,18 @@ from typing import Any
 import torch
 
 from ._files import parse_json
+from .config import DataConfig, RunConfig
 from .engine import add_lora, freeze, projections, quantize, train_rows, unfreeze
-from .engine.batches import Batches, Collate, CollateFn, Examples
-from .engine.config import DataConfig, RunConfig
-from .engine.corpus import TokenCorpus, token_corpus
-from .engine.data import label_names, read_rows, split_rows
-from .engine.encode import encode
-from .engine.images import ImageCollate, ImageExamples, class_counts
-from .engine.loop import needs_evaluation
-from .engine.objectives import Objective, dpo, objective_of
-from .engine.pairs import add_reference
-from .engine.rows import is_dialogue, normalise, row_shape
-from .engine.token_rows import train_added_rows
+from .engine.adapters.token_rows import train_added_rows
+from .engine.data.batches import Batches, Collate, CollateFn, Examples
+from .engine.data.corpus import TokenCorpus, token_corpus
+from .engine.data.images import ImageCollate, ImageExamples, class_counts
+from .engine.data.readers import label_names, read_rows, split_rows
+from .engine.data.schema import is_dialogue, normalise, row_shape
+from .engine.tasks.encode import encode
+from .engine.tasks.objectives import Objective, dpo, objective_of
+from .engine.tasks.preferences import add_reference
+from .engine.training.loop import needs_evaluation
 from .models import Bert, ResNet, XLNet, add_tokens, load
 from .models.checkpoint.info import CheckpointInfo, checkpoint_info
 from .models.checkpoint.loading import fresh, open_checkpoint

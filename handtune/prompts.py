@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .engine.chat import DEFAULT_TEMPLATE, ChatTemplate, Dialogue
-from .engine.chat_ends import turn_end
-from .engine.chat_fields import check_used
-from .engine.config import RunConfig
-from .engine.placed_rows import place_of
-from .engine.rows import as_dialogue, row_shape
+from .config import RunConfig
+from .engine.chat.ends import turn_end
+from .engine.chat.fields import check_used
+from .engine.chat.template import DEFAULT_TEMPLATE, ChatTemplate, Dialogue
+from .engine.data.placed_rows import place_of
+from .engine.data.schema import as_dialogue, row_shape
 
 
 def template_of(model: Any) -> ChatTemplate:

@@ -1,8 +1,8 @@
 """Operations with hand-written gradients, each with a torch-like function and a reference in plain torch.
 
     backend                                               where an operation runs: Triton kernels, or torch's operations
-    norms  activations  rotary  cross_entropy  adamw      one operation a file; Triton kernels in a `_triton` twin
-    attn/  quant/                                         attention; frozen weights in four bits
+    norms  activations  rotary  cross_entropy             one operation a file; Triton kernels in a `_triton` twin
+    attn/  optim/  quant/                                 attention; AdamW; frozen weights in four bits
     lora/                                                 the low-rank operations: read `lora/linear.py` first
     linear  conv  mlp                                     layers of models, put together from all of these
 

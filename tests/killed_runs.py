@@ -16,12 +16,13 @@ from small_runs import TEXTS, assert_same_weights, bert, examples, gpt2
 from small_tokenizers import byte_level, sentence_piece
 from torch import nn
 
-from handtune.engine import LoRAConfig, TrainConfig, add_lora, losses, train
-from handtune.engine.batches import Batches, Collate, Masking
-from handtune.engine.encode import encode
-from handtune.engine.images import ImageCollate
-from handtune.engine.permutation import PermutationCollate
-from handtune.engine.seq2seq import Seq2SeqCollate, SpanCorruption
+from handtune.engine import LoRAConfig, TrainConfig, add_lora, train
+from handtune.engine.data.batches import Batches, Collate, Masking
+from handtune.engine.data.images import ImageCollate
+from handtune.engine.tasks import losses
+from handtune.engine.tasks.encode import encode
+from handtune.engine.tasks.permutation_lm import PermutationCollate
+from handtune.engine.tasks.seq2seq import Seq2SeqCollate, SpanCorruption
 from handtune.models import T5, Bloom, ResNet, XLNet
 from handtune.models.layers.image_processor import Pixels
 

@@ -13,7 +13,7 @@ import torch
 from small_tokenizers import byte_level
 
 from handtune.cli import main
-from handtune.engine.corpus import token_corpus
+from handtune.engine.data.corpus import token_corpus
 
 FORK = multiprocessing.get_context("forkserver")
 TESTS = Path(__file__).parent

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor
 from transformers import BertConfig, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel
 
-from handtune.engine.batches import packed
+from handtune.engine.data.batches import packed
 from handtune.models import load
 
 transformers.logging.set_verbosity_error()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from small_tokenizers import byte_level, word_piece
 
-from handtune.engine.encode import encode
+from handtune.engine.tasks.encode import encode
 from handtune.models import GPT2, Bert, save
 from handtune.models.tokenizer.special_tokens import SpecialTokens
 

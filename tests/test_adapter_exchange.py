@@ -32,8 +32,8 @@ from handtune.engine import (
     train,
     unfreeze,
 )
-from handtune.engine.batches import Collate
-from handtune.engine.losses import causal_lm_loss
+from handtune.engine.data.batches import Collate
+from handtune.engine.tasks.losses import causal_lm_loss
 from handtune.models import load, save
 
 IDS = torch.tensor(token_rows((7, 7)))

@@ -26,8 +26,8 @@ from handtune.engine import (
     train,
     use_adapter,
 )  # fmt: skip
-from handtune.engine.batches import Collate
-from handtune.engine.losses import ByAdapter, causal_lm_loss
+from handtune.engine.data.batches import Collate
+from handtune.engine.tasks.losses import ByAdapter, causal_lm_loss
 
 NAMES = ["a", "b", None, "c", "a"]
 ROWS = token_rows((7, 3, 9, 4, 5))

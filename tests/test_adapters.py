@@ -20,7 +20,7 @@ from handtune.engine import (
     unmerge_lora,
     use_adapter,
 )
-from handtune.engine.adapters import adapter_names
+from handtune.engine.adapters.switch import adapter_names
 from handtune.models import GPT2, load, save
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from handtune.engine.advantages import (
+from handtune.engine.rlhf.advantages import (
     AdaptiveKL,
     best_of,
     by_group,

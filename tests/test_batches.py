@@ -5,7 +5,7 @@ import pytest
 import torch
 from small_runs import bert, gpt2
 
-from handtune.engine.batches import Batches, Collate, Masking, count_tokens, packed, padded, to_device
+from handtune.engine.data.batches import Batches, Collate, Masking, count_tokens, packed, padded, to_device
 
 
 def rows(*lengths: int) -> list[dict[str, list[int]]]:

@@ -30,7 +30,7 @@ from handtune.engine import (
     unmerge_lora,
     use_adapter,
 )
-from handtune.engine.losses import ByAdapter, causal_lm_loss
+from handtune.engine.tasks.losses import ByAdapter, causal_lm_loss
 
 SMALL = LoRAConfig(rank=2, targets="attention")
 

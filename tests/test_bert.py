@@ -19,8 +19,8 @@ from small_models import (
 )
 from transformers import BertForMaskedLM
 
-from handtune.engine.batches import packed
-from handtune.engine.losses import classification_loss, masked_lm_loss, qa_loss, tagging_loss
+from handtune.engine.data.batches import packed
+from handtune.engine.tasks.losses import classification_loss, masked_lm_loss, qa_loss, tagging_loss
 from handtune.models import Bert, load, save
 
 TASKS = ("masked-lm", "sequence-classification", "token-classification", "question-answering", "embedding", "reward")

@@ -28,8 +28,8 @@ from transformers.models.bloom.modeling_bloom import bloom_gelu_forward, build_a
 
 from handtune.cli import main
 from handtune.engine import LoRAConfig, add_lora, generate, load_adapter, merge_lora, save_adapter, unfreeze
-from handtune.engine.batches import packed
-from handtune.engine.losses import causal_lm_loss
+from handtune.engine.data.batches import packed
+from handtune.engine.tasks.losses import causal_lm_loss
 from handtune.kernels import activate
 from handtune.models import Bloom, add_tokens, load, save
 from handtune.models.bloom import PRESETS, alibi_slopes

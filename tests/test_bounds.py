@@ -19,9 +19,9 @@ from handtune._files import json_if_there, parse_json, read_json
 from handtune._shapes import NotTOML, parse_toml, with_fields
 from handtune.cli import main
 from handtune.engine import LoRAConfig, PPOConfig, TrainConfig
-from handtune.engine.chat import ChatTemplate
-from handtune.engine.images import MAX_PIXELS, decode
-from handtune.engine.module_patterns import matches_end
+from handtune.engine.adapters.module_patterns import matches_end
+from handtune.engine.chat.template import ChatTemplate
+from handtune.engine.data.images import MAX_PIXELS, decode
 from handtune.models import GPT2, load
 from handtune.models.layers.image_processor import Pixels
 
@@ -331,7 +331,7 @@ def test_templates_that_grow(source: str) -> None:
 
 @pytest.fixture
 def hurried(monkeypatch) -> None:
-    monkeypatch.setattr("handtune.engine.chat_limits.MAX_SECONDS", 0.05)
+    monkeypatch.setattr("handtune.engine.chat.limits.MAX_SECONDS", 0.05)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 import pytest
 from small_tokenizers import byte_level
 
-from handtune.engine.chat import ChatTemplate, token_mask
-from handtune.engine.chat_turns import ChatTargets
+from handtune.engine.chat.template import ChatTemplate, token_mask
+from handtune.engine.chat.turns import ChatTargets
 
 CHAT = [
     {"role": "system", "content": "Be kind."},

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from small_templates import CHATML, DISTILLED, HEADERS, THINKER, TOKENS, TOOLS, tokenizer
 
-from handtune.engine.chat import DEFAULT_TEMPLATE, ChatTemplate
-from handtune.engine.data import read_prompts, read_rows
-from handtune.engine.encode import encode
-from handtune.engine.rows import normalise
+from handtune.engine.chat.template import DEFAULT_TEMPLATE, ChatTemplate
+from handtune.engine.data.readers import read_prompts, read_rows
+from handtune.engine.data.schema import normalise
+from handtune.engine.tasks.encode import encode
 from handtune.models.tokenizer.special_tokens import SpecialTokens
 from handtune.prompts import prompt_of
 

@@ -12,9 +12,9 @@ from small_tokenizers import byte_level
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from handtune.cli import main
-from handtune.engine.chat import ChatTemplate
-from handtune.engine.encode import encode
-from handtune.engine.rows import as_dialogue, prompt_row
+from handtune.engine.chat.template import ChatTemplate
+from handtune.engine.data.schema import as_dialogue, prompt_row
+from handtune.engine.tasks.encode import encode
 from handtune.models import save
 from handtune.models.tokenizer.special_tokens import SpecialTokens
 

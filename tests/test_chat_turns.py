@@ -9,11 +9,11 @@ import pytest
 from small_templates import CHATML, KINDS, PLAIN, THINKER, TOKENS, TOOLS, Kind, tokenizer
 from small_tokenizers import byte_level
 
-from handtune.engine.chat import ChatTemplate
-from handtune.engine.chat_ends import turn_end
-from handtune.engine.chat_turns import ChatTargets
-from handtune.engine.encode import encode
-from handtune.engine.rows import normalise
+from handtune.engine.chat.ends import turn_end
+from handtune.engine.chat.template import ChatTemplate
+from handtune.engine.chat.turns import ChatTargets
+from handtune.engine.data.schema import normalise
+from handtune.engine.tasks.encode import encode
 
 EMPTY = re.compile(r"<think>\s*</think>\s*")
 ANSWERS = {"usual": ["It is calm.", "From the east.", "Yes.", "Not yet.", "At noon."],

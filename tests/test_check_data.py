@@ -9,8 +9,8 @@ from small_runs import CHAT, write_config, write_rows
 from small_tokenizers import byte_level
 
 from handtune.cli import main
-from handtune.engine.encode import encode
-from handtune.engine.pairs import SIDES, PairCollate
+from handtune.engine.tasks.encode import encode
+from handtune.engine.tasks.preferences import SIDES, PairCollate
 
 # What is said of the loss, and the first example, or what it ends with.
 SHOWN = {

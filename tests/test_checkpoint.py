@@ -10,7 +10,7 @@ from small_kills import killed_everywhere
 from small_lines import line
 
 from handtune.engine import load_checkpoint, save_checkpoint
-from handtune.engine.checkpoint import checkpoint_path, checkpoints, prune
+from handtune.engine.training.checkpoint import checkpoint_path, checkpoints, prune
 
 TENSORS = {"a.b": torch.arange(6.0).view(2, 3).T, "half": torch.ones(3, dtype=torch.bfloat16), "n": torch.tensor(7)}
 

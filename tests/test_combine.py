@@ -23,7 +23,7 @@ from handtune.engine import (
     unfreeze,
     use_adapter,
 )
-from handtune.engine.adapters import adapter_names
+from handtune.engine.adapters.switch import adapter_names
 from handtune.kernels import Linear
 
 TEXT = {"input_ids": torch.tensor(token_rows((7, 7)))}

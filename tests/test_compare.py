@@ -20,9 +20,9 @@ from small_kills import held_by_another
 from small_runs import write_rows
 
 from handtune.cli import main
-from handtune.engine.compare import Item, Session, make_items
-from handtune.engine.compare_page import ComparisonServer
-from handtune.engine.data import read_rows
+from handtune.comparison.session import Item, Session, make_items
+from handtune.comparison.web_page import ComparisonServer
+from handtune.engine.data.readers import read_rows
 
 PAIRS = [(f"prompt {i}", f"good {i}", f"bad {i}") for i in range(20)]
 

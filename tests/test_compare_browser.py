@@ -12,8 +12,8 @@ import pytest
 from browser import PROGRAM, Browser, Tab
 from small_runs import write_rows
 
-from handtune.engine.compare import Session
-from handtune.engine.data import read_rows
+from handtune.comparison.session import Session
+from handtune.engine.data.readers import read_rows
 
 pytestmark = [pytest.mark.deep, pytest.mark.skipif(PROGRAM is None, reason="there is no Chromium on this machine")]
 DONE = "document.getElementById('count').textContent"

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from small_runs import write_config
 
-from handtune.engine.config import RunConfig, from_table, read_config
-from handtune.engine.loop import TrainConfig
-from handtune.engine.lora import LoRAConfig
-from handtune.stored import _written
+from handtune.config import RunConfig, from_table, read_config
+from handtune.engine.adapters.lora import LoRAConfig
+from handtune.engine.training.loop import TrainConfig
+from handtune.saved_runs import _written
 
 FULL = """
 method = "classify"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from small_tokenizers import byte_level
 
-from handtune.engine import corpus as corpus_module
-from handtune.engine.corpus import TokenCorpus, token_corpus
+from handtune.engine.data import corpus as corpus_module
+from handtune.engine.data.corpus import TokenCorpus, token_corpus
 from handtune.prepare import _is_corpus
 
 END = 0

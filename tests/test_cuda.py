@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from handtune.engine import LoRAConfig, TrainConfig, add_lora, train
-from handtune.engine.batches import Collate
-from handtune.engine.losses import causal_lm_loss
+from handtune.engine.data.batches import Collate
+from handtune.engine.tasks.losses import causal_lm_loss
 from handtune.kernels import attention, layer_norm, linear_cross_entropy, lora_linear, rms_norm, rope, swiglu
 from handtune.models import GPT2
 

@@ -10,12 +10,12 @@ import torch
 from small_lines import ROWS, line
 from small_tokenizers import byte_level
 
+from handtune.comparison.session import Item, Session, make_items
 from handtune.engine import load_checkpoint, save_checkpoint
-from handtune.engine.checkpoint import checkpoints
-from handtune.engine.compare import Item, Session, make_items
-from handtune.engine.corpus import token_corpus
-from handtune.engine.record import Record, read_facts, read_result
-from handtune.engine.runs import comparison_table
+from handtune.engine.data.corpus import token_corpus
+from handtune.engine.training.checkpoint import checkpoints
+from handtune.engine.training.run_folder import Record, read_facts, read_result
+from handtune.reporting.runs import comparison_table
 
 
 def flips(path: Path, count: int | None) -> Iterator[tuple[int, int]]:

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from handtune.engine.data import label_names, read_prompts, read_rows, row_shape, split_rows
-from handtune.engine.rows import label_ids, label_name
-from handtune.engine.tables import csv_records
+from handtune.engine.data.readers import label_names, read_prompts, read_rows, row_shape, split_rows
+from handtune.engine.data.schema import label_ids, label_name
+from handtune.engine.data.tables import csv_records
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]

@@ -3,9 +3,9 @@
 import pytest
 from small_tokenizers import byte_level, llama_like, word_piece
 
-from handtune.engine.chat import ChatTemplate
-from handtune.engine.check_data import show
-from handtune.engine.encode import encode
+from handtune.commands.token_display import show
+from handtune.engine.chat.template import ChatTemplate
+from handtune.engine.tasks.encode import encode
 
 END = 0  # <|end|> of byte_level()
 CLS, SEP = 2, 3  # of word_piece()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from handtune.engine.data import read_rows
+from handtune.engine.data.readers import read_rows
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 DIABETES = EXAMPLES / "diabetes-qa"

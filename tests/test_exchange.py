@@ -17,9 +17,9 @@ from small_tokenizers import byte_level
 from transformers import BertForQuestionAnswering
 
 from handtune.engine import LoRAConfig, add_lora, save_adapter
-from handtune.engine.batches import Collate, packed
-from handtune.engine.features import compute_features
-from handtune.engine.reward import Reward, load_reward
+from handtune.engine.data.batches import Collate, packed
+from handtune.engine.rlhf.reward_model import Reward, load_reward
+from handtune.engine.training.cached_features import compute_features
 from handtune.models import load, save
 from handtune.models.checkpoint.tasks import PADS
 from handtune.models.layers.heads import last_position
@@ -198,7 +198,7 @@ def test_a_reward_on_the_policys_base_reads_where_it_was_trained(tmp_path):
     policy, _ = load(tmp_path / "base", device="cpu")
     torch.testing.assert_close(load_reward(policy, tmp_path / "adapter")(prompts, completions), scores)
 
-    from handtune.merge import merge
+    from handtune.commands.merge import merge
 
     merge(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged")
     reference = class_of(kind, config_of(kind, tokenizer_of(kind, "none")), "reward")

@@ -6,12 +6,13 @@ import pytest
 import torch
 from small_runs import QUESTIONS, SENTIMENT, TAGGED, assert_same_weights, bert, examples, gpt2, weights
 
-from handtune.engine import LoRAConfig, TrainConfig, add_lora, freeze, losses, train, unfreeze
-from handtune.engine.batches import Batches, Collate, Masking
-from handtune.engine.features import compute_features, head_only, with_features
-from handtune.engine.images import ImageCollate
-from handtune.engine.objectives import OBJECTIVES
-from handtune.engine.scores import ClassificationScore
+from handtune.engine import LoRAConfig, TrainConfig, add_lora, freeze, train, unfreeze
+from handtune.engine.data.batches import Batches, Collate, Masking
+from handtune.engine.data.images import ImageCollate
+from handtune.engine.tasks import losses
+from handtune.engine.tasks.objectives import OBJECTIVES
+from handtune.engine.tasks.scores import ClassificationScore
+from handtune.engine.training.cached_features import compute_features, head_only, with_features
 from handtune.models import ResNet
 from handtune.models.layers.image_processor import Pixels
 
@@ -184,7 +185,7 @@ def test_images_that_differ_each_time_are_not_cached(monkeypatch) -> None:
     cached = with_features(model, held)  # evaluation has no augmentation
     (batch,), (images,) = next(iter(cached)), next(iter(held))
     assert "features" in batch and "inputs" not in batch and torch.equal(batch["labels"], images["labels"])
-    monkeypatch.setattr("handtune.engine.features.MAX_BYTES", 20 * 16 * 4 - 1)
+    monkeypatch.setattr("handtune.engine.training.cached_features.MAX_BYTES", 20 * 16 * 4 - 1)
     assert with_features(model, held) is held and model.training
     unfreeze(model, "layers.1.norm2.*")  # its statistics would move
     assert with_features(model, held) is held

@@ -12,8 +12,8 @@ from small_lines import ROWS, line, squares
 from small_methods import RUNS, VARIANTS, base_folder, method_config
 from small_runs import gpt2_folder, write_config, write_rows
 
-from handtune import commands
 from handtune.cli import main
+from handtune.commands import train
 
 OFTEN = [(name, list(VARIANTS)[i % len(VARIANTS)]) for i, name in enumerate(RUNS)]
 ALL = [(name, variant) for name in RUNS for variant in VARIANTS]
@@ -41,7 +41,7 @@ def check_finished(name: str, variant: str, bases: dict[str, Path], folder: Path
     before, result = files(out), json.loads((out / "result.json").read_text())
 
     with monkeypatch.context() as patch:
-        patch.setattr(commands, "prepare", out_of_use)
+        patch.setattr(train, "prepare", out_of_use)
         assert main(["train", config]) == 0
     assert capsys.readouterr().out.splitlines() == ["finished already: nothing is left to train", *stored]
     assert files(out) == before

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from handtune.engine import LoRAConfig, add_lora, freeze, trainable_report, unfreeze
-from handtune.engine.freezing import match, unfreeze_due
+from handtune.engine.training.freezing import match, unfreeze_due
 from handtune.models import GPT2
 
 

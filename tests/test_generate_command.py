@@ -13,8 +13,8 @@ from tokenizers import Tokenizer
 
 from handtune.cli import main
 from handtune.engine import LoRAConfig, add_lora, generate, save_adapter
-from handtune.engine import completions as completions_module
-from handtune.engine.completions import completions
+from handtune.engine.generation import completions as completions_module
+from handtune.engine.generation.completions import completions
 from handtune.models import load
 
 

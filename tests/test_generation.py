@@ -11,7 +11,7 @@ from small_tokenizers import byte_level
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from handtune.engine import generate
-from handtune.engine.generation import choose, left_padded, probabilities
+from handtune.engine.generation.sampling import choose, left_padded, probabilities
 from handtune.models import GPT2, load
 
 ROWS = token_rows((5, 1, 9, 3))

@@ -16,8 +16,8 @@ from small_models import (
     token_rows,
 )
 
-from handtune.engine.batches import packed
-from handtune.engine.losses import causal_lm_loss, classification_loss
+from handtune.engine.data.batches import packed
+from handtune.engine.tasks.losses import causal_lm_loss, classification_loss
 from handtune.models import GPT2, load, save
 
 TASKS = ("causal-lm", "sequence-classification", "token-classification", "question-answering", "embedding", "reward")

@@ -12,8 +12,8 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from handtune.engine.data import label_names, read_rows, split_rows
-from handtune.engine.images import ImageCollate, class_counts, decode
+from handtune.engine.data.images import ImageCollate, class_counts, decode
+from handtune.engine.data.readers import label_names, read_rows, split_rows
 from handtune.models.layers.image_processor import Pixels
 
 

@@ -14,10 +14,10 @@ from small_runs import bert_folder, logged, write_config, write_rows
 
 from handtune.cli import main
 from handtune.engine import TrainConfig, train
-from handtune.engine.batches import Batches
-from handtune.engine.data import read_rows
-from handtune.engine.images import ImageCollate, ImageExamples
-from handtune.engine.losses import classification_loss
+from handtune.engine.data.batches import Batches
+from handtune.engine.data.images import ImageCollate, ImageExamples
+from handtune.engine.data.readers import read_rows
+from handtune.engine.tasks.losses import classification_loss
 from handtune.models import ResNet, load, save
 from handtune.models.layers.image_processor import Pixels
 
@@ -50,7 +50,7 @@ def test_broken_images_are_named(tmp_path, capsys):
 
 def test_images_are_kept_while_there_is_room(tmp_path, monkeypatch):
     rows = read_rows(class_folders(tmp_path, count=2))
-    monkeypatch.setattr("handtune.engine.images.KEPT_BYTES", 2 * 3 * 8 * 8)
+    monkeypatch.setattr("handtune.engine.data.images.KEPT_BYTES", 2 * 3 * 8 * 8)
     examples = ImageExamples(rows, ["sea", "sky"], Pixels(8, 8))
     before = [example["image"] for example in examples]
     for row in rows:
@@ -134,7 +134,7 @@ def test_one_class_alone_is_refused(tmp_path, capsys, method):
 
 def test_the_bar_shows_images_a_second(tmp_path, monkeypatch):
     shown = []
-    monkeypatch.setattr("handtune.engine.loop.tqdm.set_postfix", lambda bar, values, **_: shown.append(values))
+    monkeypatch.setattr("handtune.engine.training.loop.tqdm.set_postfix", lambda bar, values, **_: shown.append(values))
     rows = read_rows(class_folders(tmp_path, count=4))
     model, pixels = small_resnet(), Pixels(16, 16)
     data = Batches(ImageExamples(rows, model.labels, pixels), ImageCollate(pixels), rows=4)

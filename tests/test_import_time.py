@@ -63,9 +63,9 @@ def test_commands_do_without_torch_s_compiler(tmp_path):
     ]
     code = f"import os, sys\nos.chdir({str(tmp_path)!r})\nfrom handtune.cli import main\n"
     code += f"for command in {commands}: assert main(command) == 0\n"
-    names = "'torch._dynamo', 'torch._inductor', 'sympy', 'handtune.engine.ppo_loop'"
+    names = "'torch._dynamo', 'torch._inductor', 'sympy', 'handtune.engine.rlhf.run'"
     code += f"print([name for name in ({names}) if name in sys.modules])"
-    assert python("-c", code)[0].splitlines()[-1] == "['handtune.engine.ppo_loop']"
+    assert python("-c", code)[0].splitlines()[-1] == "['handtune.engine.rlhf.run']"
 
 
 def test_the_package_itself_imports_nothing():

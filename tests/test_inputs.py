@@ -20,12 +20,13 @@ from small_tokenizers import byte_level
 from handtune import _files
 from handtune._files import parse_json
 from handtune.cli import main
-from handtune.engine import LoRAConfig, TrainConfig, add_lora, losses, train
-from handtune.engine.batches import Collate
-from handtune.engine.encode import encode
-from handtune.engine.optim import Optimizer
-from handtune.engine.runs import comparison_table
+from handtune.engine import LoRAConfig, TrainConfig, add_lora, train
+from handtune.engine.data.batches import Collate
+from handtune.engine.tasks import losses
+from handtune.engine.tasks.encode import encode
+from handtune.engine.training.optim import Optimizer
 from handtune.models import load, save
+from handtune.reporting.runs import comparison_table
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
 REWARD = "def {name}(prompts, completions):\n    return [len(text) / 20 for text in completions]\n"

@@ -9,9 +9,9 @@ from small_runs import gpt2_folder, write_rows
 from tokenizers import Tokenizer
 
 from handtune.cli import main
-from handtune.engine.data import read_rows
-from handtune.engine.labelling import WITHOUT_CONTENT, label_texts
-from handtune.labelling import label_and_words
+from handtune.commands.label import label_and_words
+from handtune.engine.data.readers import read_rows
+from handtune.engine.tasks.zero_shot import WITHOUT_CONTENT, label_texts
 from handtune.models import GPT2, load
 
 WORDS = {"good": "the cat sat", "bad": "dog", "none": "x"}

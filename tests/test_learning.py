@@ -17,8 +17,8 @@ from small_runs import (
 )
 
 from handtune.engine import LoRAConfig, TrainConfig, add_lora, evaluate, train
-from handtune.engine.batches import Batches, Collate, Masking
-from handtune.engine.objectives import OBJECTIVES
+from handtune.engine.data.batches import Batches, Collate, Masking
+from handtune.engine.tasks.objectives import OBJECTIVES
 
 TAGS = ("O", "B-ANIMAL", "B-PLACE")
 

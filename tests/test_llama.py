@@ -27,9 +27,9 @@ from transformers import LlamaForCausalLM
 
 from handtune.cli import main
 from handtune.engine import LoRAConfig, add_lora, generate, load_adapter, merge_lora, save_adapter
-from handtune.engine.batches import packed
-from handtune.engine.lora import slots
-from handtune.engine.losses import causal_lm_loss
+from handtune.engine.adapters.lora import slots
+from handtune.engine.data.batches import packed
+from handtune.engine.tasks.losses import causal_lm_loss
 from handtune.models import Llama, load, save
 from handtune.models.layers.rope_scaling import Llama3
 

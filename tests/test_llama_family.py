@@ -26,8 +26,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from handtune.cli import main
 from handtune.engine import LoRAConfig, add_lora, generate, load_adapter, merge_lora, save_adapter
-from handtune.engine.batches import packed
-from handtune.engine.losses import causal_lm_loss
+from handtune.engine.data.batches import packed
+from handtune.engine.tasks.losses import causal_lm_loss
 from handtune.models import Llama, load, save
 from handtune.models.llama.config import LlamaConfig
 from handtune.models.llama.config import read_config as read_published

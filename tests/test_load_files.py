@@ -15,7 +15,7 @@ from small_tokenizers import byte_level, word_piece
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from handtune.engine import generate
-from handtune.engine.completions import completions
+from handtune.engine.generation.completions import completions
 from handtune.models import load, save
 from handtune.models.tokenizer.special_tokens import load_tokenizer
 from handtune.models.tokenizer.token_names import read_settings

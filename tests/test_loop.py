@@ -17,9 +17,10 @@ from small_runs import (
 )
 from torch import nn
 
-from handtune.engine import TrainConfig, evaluate, freeze, losses, train, unfreeze
-from handtune.engine.batches import Batches, Collate
-from handtune.engine.optim import Optimizer
+from handtune.engine import TrainConfig, evaluate, freeze, train, unfreeze
+from handtune.engine.data.batches import Batches, Collate
+from handtune.engine.tasks import losses
+from handtune.engine.training.optim import Optimizer
 
 
 def gradient_of(model, micros, loss_fn=losses.causal_lm_loss) -> dict[str, torch.Tensor]:

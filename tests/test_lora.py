@@ -12,9 +12,9 @@ from small_models import both, theirs, tiny_bert, tiny_gpt2, token_rows
 from torch import Tensor, nn
 
 from handtune.engine import LoRAConfig, add_lora
-from handtune.engine.batches import Collate
-from handtune.engine.lora import LoRAEmbedding
-from handtune.engine.losses import causal_lm_loss
+from handtune.engine.adapters.lora import LoRAEmbedding
+from handtune.engine.data.batches import Collate
+from handtune.engine.tasks.losses import causal_lm_loss
 from handtune.kernels import Linear
 from handtune.models import GPT2, Bert
 
@@ -114,8 +114,8 @@ def test_start_values() -> None:
 
 def peft_pairs(reference: nn.Module, model: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
     """(name, PEFT's parameter, our rows of the same factor): ours are found through the published module paths."""
-    from handtune.engine.adapter_files import _published_factors
-    from handtune.engine.lora import slots
+    from handtune.engine.adapters.lora import slots
+    from handtune.engine.peft.format import _published_factors
 
     own = dict(reference.named_parameters())
     pairs = []

@@ -30,8 +30,8 @@ from handtune.engine import (
     unmerge_lora,
     use_adapter,
 )
-from handtune.engine.batches import Collate
-from handtune.engine.losses import causal_lm_loss
+from handtune.engine.data.batches import Collate
+from handtune.engine.tasks.losses import causal_lm_loss
 from handtune.kernels import Linear
 
 IDS = torch.tensor(token_rows((7, 7)))

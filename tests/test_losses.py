@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from small_runs import CHAT, PAIRS, QUESTIONS, SENTIMENT, TAGGED, bert, examples, gpt2
 from small_tokenizers import word_piece
 
-from handtune.engine import evaluate, losses
-from handtune.engine.batches import Batches, Collate, Masking
-from handtune.engine.data import label_names
-from handtune.engine.encode import encode
-from handtune.engine.objectives import METHODS, OBJECTIVES
-from handtune.engine.scores import AnswerScore, RetrievalScore, TaggingScore, best_span
+from handtune.engine import evaluate
+from handtune.engine.data.batches import Batches, Collate, Masking
+from handtune.engine.data.readers import label_names
+from handtune.engine.tasks import losses
+from handtune.engine.tasks.encode import encode
+from handtune.engine.tasks.objectives import METHODS, OBJECTIVES
+from handtune.engine.tasks.scores import AnswerScore, RetrievalScore, TaggingScore, best_span
 
 TAGS = ("O", "B-ANIMAL", "B-PLACE")
 

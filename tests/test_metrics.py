@@ -12,8 +12,8 @@ import pytest
 from nltk.stem.porter import PorterStemmer
 from rouge_score.tokenizers import DefaultTokenizer
 
-from handtune.engine.metrics import answers, classification, entity_f1, perplexity, retrieval, rouge
-from handtune.engine.word_tokenizer import WordTokenizer
+from handtune.engine.tasks.metrics import answers, classification, entity_f1, perplexity, retrieval, rouge
+from handtune.engine.tasks.word_tokenizer import WordTokenizer
 
 # classification
 
@@ -385,5 +385,5 @@ def test_rouge_without_its_package_says_what_to_install(monkeypatch):
 
 
 def test_metrics_need_no_torch():
-    code = "import sys, handtune.engine.metrics as m; m.perplexity(1); assert 'torch' not in sys.modules"
+    code = "import sys, handtune.engine.tasks.metrics as m; m.perplexity(1); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

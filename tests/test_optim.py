@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from handtune.engine.optim import Optimizer, lr_factor, lr_scale_of
+from handtune.engine.training.optim import Optimizer, lr_factor, lr_scale_of
 
 
 def optimizer(named, **settings) -> Optimizer:

@@ -20,12 +20,12 @@ READS = {
     "train": "handtune.models.checkpoint.loading.fill",
     "check-data": "handtune.prepare.encode",
     "compare": "handtune.models.checkpoint.loading.allocate",
-    "evaluate": "handtune.commands.put_weights",
+    "evaluate": "handtune.commands.evaluate.put_weights",
     "generate": "handtune.models.checkpoint.loading.fill",
-    "label": "handtune.engine.labelling.answer_logps",
-    "merge": "handtune.merge.read_into",
+    "label": "handtune.engine.tasks.zero_shot.answer_logps",
+    "merge": "handtune.commands.merge.read_into",
     "ppo": "handtune.models.checkpoint.loading.fill",
-    "report": "handtune.engine.runs.read_facts",
+    "report": "handtune.reporting.runs.read_facts",
 }
 ERRORS = (
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),

@@ -8,9 +8,9 @@ from small_runs import write_rows
 
 from handtune._files import stored_files
 from handtune.cli import main
-from handtune.engine.report import MARK, report
-from handtune.outputs import output
-from handtune.stored import has_stored, stored_bytes
+from handtune.commands.outputs import output
+from handtune.reporting.page import MARK, report
+from handtune.saved_runs import has_stored, stored_bytes
 
 GENERATE = ["generate", "gone", "--prompt", "the", "--out"]
 LABEL = ["label", "gone", "rows.jsonl", "--labels", "a", "b", "--out"]

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from handtune.cli import main
 from handtune.engine import LoRAConfig, TrainConfig, add_lora, evaluate, train, use_adapter
-from handtune.engine.batches import Batches
-from handtune.engine.chat import ChatTemplate
-from handtune.engine.data import read_rows
-from handtune.engine.encode import encode
-from handtune.engine.losses import DPOLoss, answer_logps, pair_loss, reward_loss
-from handtune.engine.metrics import comparisons
-from handtune.engine.objectives import OBJECTIVES
-from handtune.engine.pairs import PairCollate, add_reference
-from handtune.engine.reward import Reward
-from handtune.engine.shared import with_head
+from handtune.engine.chat.template import ChatTemplate
+from handtune.engine.data.batches import Batches
+from handtune.engine.data.readers import read_rows
+from handtune.engine.rlhf.reward_model import Reward
+from handtune.engine.rlhf.shared_base import with_head
+from handtune.engine.tasks.encode import encode
+from handtune.engine.tasks.losses import DPOLoss, answer_logps, pair_loss, reward_loss
+from handtune.engine.tasks.metrics import comparisons
+from handtune.engine.tasks.objectives import OBJECTIVES
+from handtune.engine.tasks.preferences import PairCollate, add_reference
 from handtune.models import GPT2
 from handtune.models.tokenizer.special_tokens import SpecialTokens
 

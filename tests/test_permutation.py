@@ -16,8 +16,8 @@ from small_xlnet import both, targets
 
 from handtune.cli import main
 from handtune.engine import LoRAConfig, TrainConfig, add_lora, generate, load_adapter, merge_lora, save_adapter, train
-from handtune.engine.losses import causal_lm_loss
-from handtune.engine.permutation import K, PermutationCollate, spans
+from handtune.engine.tasks.losses import causal_lm_loss
+from handtune.engine.tasks.permutation_lm import K, PermutationCollate, spans
 from handtune.models import XLNet, load, save
 from handtune.models.tokenizer.special_tokens import SpecialTokens
 

@@ -12,7 +12,7 @@ from small_resnets import both, images
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 
-from handtune.engine.images import ImageCollate, decode
+from handtune.engine.data.images import ImageCollate, decode
 from handtune.models import ResNet, load, save
 from handtune.models.layers.image_processor import Pixels
 

@@ -19,13 +19,13 @@ from tokenizers import Tokenizer, normalizers
 from torch import Tensor
 
 from handtune.engine import LoRAConfig, PPOConfig, add_lora, load_reward, merge_lora, ppo, save_adapter, use_adapter
-from handtune.engine.adapters import adapter_names
-from handtune.engine.advantages import AdaptiveKL
-from handtune.engine.ppo_loop import _Run
-from handtune.engine.record import Record
-from handtune.engine.reward import Reward, checked_scores
-from handtune.engine.rollouts import Rollout
-from handtune.engine.shared import shared_layers, with_head
+from handtune.engine.adapters.switch import adapter_names
+from handtune.engine.rlhf.advantages import AdaptiveKL
+from handtune.engine.rlhf.reward_model import Reward, checked_scores
+from handtune.engine.rlhf.rollouts import Rollout
+from handtune.engine.rlhf.run import _Run
+from handtune.engine.rlhf.shared_base import shared_layers, with_head
+from handtune.engine.training.run_folder import Record
 from handtune.models import GPT2
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))

@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from handtune.engine.plots import MAX_POINTS, _points, _smooth
-from handtune.engine.report import comparison_table, report
-from handtune.engine.runs import duration, read_runs, score, size
+from handtune.reporting.page import comparison_table, report
+from handtune.reporting.plots import MAX_POINTS, _points, _smooth
+from handtune.reporting.runs import duration, read_runs, score, size
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 

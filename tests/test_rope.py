@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from handtune.engine import generate
-from handtune.engine.batches import packed
+from handtune.engine.data.batches import packed
 from handtune.models import load, save
 from handtune.models.layers.rope_scaling import KINDS, Dynamic, LongRope, Rope, Yarn, read_rope, write_rope
 

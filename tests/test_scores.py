@@ -9,12 +9,13 @@ from small_runs import bert_folder, examples, write_config, write_rows
 from small_tokenizers import byte_level, word_piece
 
 from handtune.cli import main
-from handtune.engine import evaluate, losses
-from handtune.engine.batches import Batches, Collate
-from handtune.engine.candidates import candidates
-from handtune.engine.encode import encode
-from handtune.engine.objectives import OBJECTIVES
-from handtune.engine.pairs import PairCollate
+from handtune.engine import evaluate
+from handtune.engine.data.batches import Batches, Collate
+from handtune.engine.data.candidates import candidates
+from handtune.engine.tasks import losses
+from handtune.engine.tasks.encode import encode
+from handtune.engine.tasks.objectives import OBJECTIVES
+from handtune.engine.tasks.preferences import PairCollate
 
 TAGS = ("O", "B-ANIMAL", "I-ANIMAL", "B-PLACE")
 

@@ -13,11 +13,11 @@ from small_t5 import SOURCES, TARGETS, both_t5, pairs
 from small_tokenizers import sentence_piece
 
 from handtune.cli import main
+from handtune.commands.token_display import show
 from handtune.engine import LoRAConfig, TrainConfig, add_lora, load_adapter, save_adapter, train
-from handtune.engine.check_data import show
-from handtune.engine.encode import encode
-from handtune.engine.losses import causal_lm_loss
-from handtune.engine.seq2seq import Seq2SeqCollate, SpanCorruption
+from handtune.engine.tasks.encode import encode
+from handtune.engine.tasks.losses import causal_lm_loss
+from handtune.engine.tasks.seq2seq import Seq2SeqCollate, SpanCorruption
 from handtune.models import T5, load, save
 from handtune.models.tokenizer.special_tokens import SpecialTokens
 

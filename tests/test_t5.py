@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from small_models import assert_same_gradients, assert_same_state, close, padded, real, their_logits, token_rows
 from small_t5 import SOURCES, TARGETS, both_t5, pairs
 
-from handtune.engine.batches import packed
-from handtune.engine.losses import causal_lm_loss
+from handtune.engine.data.batches import packed
+from handtune.engine.tasks.losses import causal_lm_loss
 from handtune.models import T5, load, save
 from handtune.models.layers.relative_positions import buckets
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from handtune.models.checkpoint import safetensors_io as tensor_file
+from handtune.models.checkpoint import safetensors_io
 from handtune.models.checkpoint.safetensors_io import DTYPES, Made, holds, read_header, read_into, write_file
 from handtune.models.layers.key_map import Published
 
@@ -32,7 +32,7 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 @pytest.fixture(params=[1, 100, 2**16], ids=["a row at a time", "a few rows", "whole"])
 def buffer(request, monkeypatch) -> int:
-    monkeypatch.setattr(tensor_file, "BUFFER", request.param)
+    monkeypatch.setattr(safetensors_io, "BUFFER", request.param)
     return request.param
 
 

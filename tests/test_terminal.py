@@ -67,7 +67,7 @@ def test_a_reader_that_has_gone_silences_a_command_and_no_more(command, tmp_path
 @pytest.mark.usefixtures("_here")
 def test_generating_ends_where_nobody_reads_on(tmp_path, monkeypatch) -> None:
     texts = iter(range(9))
-    monkeypatch.setattr("handtune.generator.completions", lambda *_, **__: (str(next(texts)) for _ in range(4)))
+    monkeypatch.setattr("handtune.commands.generate.completions", lambda *_, **__: (str(next(texts)) for _ in range(4)))
     with without_reader() as output:
         monkeypatch.setattr(sys, "stdout", output)
         assert main(["generate", "base", "--prompts", "rows.jsonl"]) == 0
@@ -202,7 +202,7 @@ def test_texts_that_no_file_could_hold_are_refused(tmp_path, capsys) -> None:
 
 @pytest.mark.usefixtures("_here")
 def test_texts_are_data_in_a_pipe_and_escaped_on_a_terminal(monkeypatch) -> None:
-    monkeypatch.setattr("handtune.generator.completions", lambda *_, **__: iter(["\x1b[31mred"]))
+    monkeypatch.setattr("handtune.commands.generate.completions", lambda *_, **__: iter(["\x1b[31mred"]))
     for is_terminal, shown in ((False, "the cat\x1b[31mred\n"), (True, "the cat\\x1b[31mred\n")):
         output = io.StringIO()
         output.isatty = lambda is_terminal=is_terminal: is_terminal  # type: ignore[method-assign]
@@ -223,15 +223,15 @@ def test_what_is_coloured_goes_through(capsys) -> None:
 
 # Where a mistake of ours is planted for each command: somewhere behind its arguments.
 PLANTED = {
-    "train": "handtune.engine.loop.Optimizer.step",
-    "check-data": "handtune.commands.show",
-    "compare": "handtune.comparing.make_items",
-    "evaluate": "handtune.commands.put_weights",
-    "generate": "handtune.generator.load",
-    "label": "handtune.engine.labelling.tokenize_pairs",
-    "merge": "handtune.merge.place",
-    "ppo": "handtune.engine.ppo_loop.lr_factor",
-    "report": "handtune.engine.runs.costs",
+    "train": "handtune.engine.training.loop.Optimizer.step",
+    "check-data": "handtune.commands.check_data.show",
+    "compare": "handtune.commands.compare.make_items",
+    "evaluate": "handtune.commands.evaluate.put_weights",
+    "generate": "handtune.commands.generate.load",
+    "label": "handtune.engine.tasks.zero_shot.tokenize_pairs",
+    "merge": "handtune.commands.merge.place",
+    "ppo": "handtune.engine.rlhf.run.lr_factor",
+    "report": "handtune.reporting.runs.costs",
 }
 
 

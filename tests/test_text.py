@@ -11,10 +11,10 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from handtune.engine import generate
-from handtune.engine.chat import ChatTemplate
-from handtune.engine.corpus import token_corpus
-from handtune.engine.encode import encode
-from handtune.engine.text import append_eos, beginning, completion_text, prompt_tokens, tokenize_pairs
+from handtune.engine.chat.template import ChatTemplate
+from handtune.engine.data.corpus import token_corpus
+from handtune.engine.data.text import append_eos, beginning, completion_text, prompt_tokens, tokenize_pairs
+from handtune.engine.tasks.encode import encode
 from handtune.models import GPT2
 
 BOS, EOS = 1, 2
@@ -150,7 +150,7 @@ def test_documents_of_a_corpus_begin_and_end(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "ended.txt").write_text(line + "</s>")
     ended = token_corpus([tmp_path / "ended.txt"], tokenizer, tmp_path / "ended", 64, EOS)
     assert np.asarray(ended.tokens).tolist().count(EOS) == 1
-    monkeypatch.setattr("handtune.engine.corpus._PIECE", 50)
+    monkeypatch.setattr("handtune.engine.data.corpus._PIECE", 50)
     cut = token_corpus([tmp_path / "a.txt", tmp_path / "a.txt"], tokenizer, tmp_path / "cut", 64, EOS)
     whole = [BOS, *tokenizer.encode(line * 40, add_special_tokens=False).ids, EOS]
     assert np.asarray(cut.tokens).tolist() == whole * 2

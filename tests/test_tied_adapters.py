@@ -22,7 +22,7 @@ from test_adapter_exchange import logits as logits_of
 from handtune.cli import main
 from handtune.engine import LoRAConfig, add_lora, load_adapter, save_adapter, train_rows, unfreeze
 from handtune.models import load
-from handtune.stored import put_adapter
+from handtune.saved_runs import put_adapter
 
 BASES: dict[str, tuple[Callable[[Path], Any], dict[str, Any]]] = {
     "llama": (lambda f: both(f, tiny_llama(tie_word_embeddings=True), "causal-lm"), TEXT),

@@ -29,9 +29,9 @@ from handtune.engine import (
     trainable_report,
     unfreeze,
 )
-from handtune.engine.batches import Batches, Collate
-from handtune.engine.guards import passes
-from handtune.engine.losses import causal_lm_loss
+from handtune.engine.data.batches import Batches, Collate
+from handtune.engine.tasks.losses import causal_lm_loss
+from handtune.engine.training.guards import passes
 from handtune.models import add_tokens, load, save
 
 

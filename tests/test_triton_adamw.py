@@ -5,9 +5,9 @@ import torch
 from launches import launched
 from torch import Tensor, nn
 
-from handtune.engine.optim import Optimizer
-from handtune.kernels.adamw import adamw_
-from handtune.kernels.adamw_state import Trained
+from handtune.engine.training.optim import Optimizer
+from handtune.kernels.optim.adamw import adamw_
+from handtune.kernels.optim.adamw_state import Trained
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BETAS, EPS = (0.9, 0.99), 1e-6

@@ -11,9 +11,9 @@ from small_xlnet import CLASSES, CONFIGS, assert_same_gradients, both, targets, 
 from transformers import XLNetConfig, XLNetForQuestionAnswering, XLNetLMHeadModel, XLNetModel
 
 from handtune.engine import generate
-from handtune.engine.batches import packed
-from handtune.engine.losses import causal_lm_loss, classification_loss
-from handtune.engine.permutation import PermutationCollate
+from handtune.engine.data.batches import packed
+from handtune.engine.tasks.losses import causal_lm_loss, classification_loss
+from handtune.engine.tasks.permutation_lm import PermutationCollate
 from handtune.models import XLNet, load, save
 
 BY_ROW = ("sequence-classification", "reward", "embedding")

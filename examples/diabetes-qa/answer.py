@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from handtune.engine import evaluate
-from handtune.engine.batches import Batches
-from handtune.engine.data import read_rows
-from handtune.engine.encode import encode
-from handtune.engine.metrics import answers
-from handtune.engine.objectives import objective_of
-from handtune.engine.scores import AnswerScore
+from handtune.engine.data.batches import Batches
+from handtune.engine.data.readers import read_rows
+from handtune.engine.tasks.encode import encode
+from handtune.engine.tasks.metrics import answers
+from handtune.engine.tasks.objectives import objective_of
+from handtune.engine.tasks.scores import AnswerScore
 from handtune.models import load
 
 HERE = Path(__file__).resolve().parent

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from handtune.engine import load_adapter
-from handtune.engine.batches import packed
+from handtune.engine.data.batches import packed
 from handtune.models import load
-from handtune.stored import config_of
+from handtune.saved_runs import config_of
 
 RUN = "runs/rlhf/classifier"
 WORDS = re.compile(r"[\w'-]+")

@@ -23,8 +23,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from handtune.engine.data import read_rows, split_rows
-from handtune.engine.metrics import rouge
+from handtune.engine.data.readers import read_rows, split_rows
+from handtune.engine.tasks.metrics import rouge
 
 HERE = Path(__file__).resolve().parent
 SPECIAL = ["<pad>", "</s>", "<unk>"]

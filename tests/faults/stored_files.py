@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from handtune._files import is_temporary
-from handtune.engine.checkpoint import FACTS, SUMS, checkpoints, load_checkpoint
+from handtune.engine.training.checkpoint import FACTS, SUMS, checkpoints, load_checkpoint
 
 CHECKPOINT = re.compile(r"run/checkpoints/step-[0-9]{8}")
 CLOCK = re.compile(r".*seconds|started|peak_memory|.*_per_second")

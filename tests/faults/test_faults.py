@@ -20,7 +20,7 @@ from run_kinds import commands
 
 from handtune import _files
 from handtune.cli import main
-from handtune.engine import progress, record
+from handtune.engine.training import run_folder, state
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="open files are found by /proc/self/fd")
 NUMBERS = {"lora": 7, "full": 2, "corpus": 2, "ppo": 2, "merge": 20, "compare": 21, "label": 23, "generate": 23}
@@ -123,7 +123,7 @@ def test_a_stale_checkpoint_that_is_read_is_seen(stage, tmp_path, monkeypatch) -
     truth = undisturbed(["lora"], stage.live, tmp_path)
     at = max(i for i, (name, path) in enumerate(truth["lora"].operations) if name == "open" and ".SHA256SUMS." in path)
     fault = Fault("lora", at, BEFORE)
-    monkeypatch.setattr(record, "remove_left_overs", lambda folder: None)  # which would prevent it
+    monkeypatch.setattr(run_folder, "remove_left_overs", lambda folder: None)  # which would prevent it
     assert harm(fault, stage.live, tmp_path / "run", truth) is None
-    monkeypatch.setattr(progress, "checkpoints", unfinished_ones)
+    monkeypatch.setattr(state, "checkpoints", unfinished_ones)
     assert "missing: ['run/adapter" in harm(fault, stage.live, tmp_path / "run", truth)

@@ -21,7 +21,7 @@ from small_tokenizers import byte_level, llama_like, word_piece
 
 from handtune.engine import LoRAConfig, add_lora
 from handtune.models import Bloom, Llama, XLNet, load, save
-from handtune.stored import store_adapter
+from handtune.saved_runs import store_adapter
 
 TEMPLATE = (
     "{% if tools %}{{ tools | tojson }}{{ tone }}{% endif %}"

@@ -1,0 +1,66 @@
+"""Adapters on an embedding: its slot, and the factors in it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...kernels.lora.dora import rescale, row_norms
+from ...kernels.lora.factors import Merged
+from ...kernels.lora.per_row import AdapterRows
+
+
+class EmbeddingFactors(nn.Module):
+    """An adapter on an embedding: `a` (R, V), zero, and `b` (D, R), N(0, 1), as PEFT starts them. fp32 masters."""
+
+    def __init__(self, vocab: int, d_model: int, rank: int, scale: float, device: torch.device | None = None):
+        super().__init__()
+        self.a = nn.Parameter(torch.zeros(rank, vocab, device=device))
+        self.b = nn.Parameter(torch.randn(d_model, rank, device=device))
+        self.scale = scale
+        self.m: nn.Parameter | None = None  # DoRA's magnitudes of the columns (D,)
+        self.lr_ratio = 1.0  # of B's learning rate to A's
+        self.paused: tuple[str, ...] = ()  # the parameters that train when it is the adapter in use
+
+    @torch.no_grad()
+    def add_magnitudes(self, weight: Tensor) -> None:
+        """Train the magnitudes of the columns of the weight (V, D), too; they start as they are."""
+        self.m = nn.Parameter(self._norms(weight))
+
+    def _norms(self, weight: Tensor) -> Tensor:
+        return row_norms(weight.T, self.a, self.b, self.scale)
+
+    def gain(self, weight: Tensor) -> Tensor:
+        """DoRA's g (D,) for the weight (V, D)."""
+        assert self.m is not None
+        return self.m / self._norms(weight)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """What the weight (V, D) becomes, in fp32."""
+        value = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.scale * (self.b @ self.a).T
+        return value if self.m is None else value * self.gain(weight)
+
+
+class LoRAEmbedding(nn.Module):
+    """An embedding with an adapter slot; holds the wrapped embedding's own weight (V, D)."""
+
+    def __init__(self, base: nn.Embedding):
+        super().__init__()
+        self.weight, self.padding_idx = base.weight, base.padding_idx
+        self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
+        self.lora = nn.ModuleDict()
+        self.active: str | AdapterRows | None = None
+        self.merged: Merged | None = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if isinstance(self.active, AdapterRows):
+            return self.active.apply(ids, ids.dim(), self.active.on(self.lora), self._look_up)
+        return self._look_up(ids, self.active)
+
+    def _look_up(self, ids: Tensor, adapter: str | None) -> Tensor:
+        out = F.embedding(ids, self.weight, self.padding_idx)
+        if adapter is None:
+            return out
+        factors: EmbeddingFactors = self.lora[adapter]  # type: ignore[assignment]
+        low = F.embedding(ids, factors.a.T.to(out.dtype))
+        out = out + factors.scale * (low @ factors.b.T.to(out.dtype))
+        return out if factors.m is None else rescale(out, factors.gain(self.weight), None)

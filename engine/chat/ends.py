@@ -1,0 +1,123 @@
+"""What ends an assistant's turn: learnt from the chat template, by rendering a dialogue and looking behind the answer.
+
+A template says nowhere which token ends a turn, but shows it. A dialogue is rendered whose answer is a character that
+occurs nowhere else, once as the last turn and once with another turn behind it. What both have behind the answer is the
+turn's end; what only the last turn has (Phi-3 writes the end of text behind every dialogue) belongs to the dialogue.
+
+    behind the answer                   as the last turn            followed by another turn    the end
+    ChatML                              <|im_end|>\\n               <|im_end|>\\n<|im_start|>   <|im_end|>
+    Phi-3                               <|end|>\\n<|endoftext|>     <|end|>\\n<|user|>          <|end|>
+    gpt-oss                             <|return|>                  <|end|><|start|>            <|return|>
+    GLM-4.5, whose turns have no end                                <|user|>                    <|user|>, to be added
+    roles in plain text                 \\n                         \\nuser:                    \\n
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .forms import ANSWER, probe_call, shared_length
+from .template import ChatTemplate
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+QUESTION: dict[str, Any] = {"role": "user", "content": "?"}
+
+
+@dataclass(frozen=True)
+class TurnEnd:
+    """How a template ends the assistant's turns.
+
+    token: the token that the model stops at, "" where the turn's end is plain text. behind: how many characters the
+    template writes behind the end of a dialogue's last turn. added: the text to put behind a last turn, where its end
+    is the token that begins the next one.
+    """
+
+    token: str
+    behind: int = 0
+    added: str = ""
+
+
+def turn_end(template: ChatTemplate, tokenizer: "Tokenizer", calls: bool = False) -> int | None:
+    """The id of the token that ends an assistant's turn in `template`; None where its turns end in plain text.
+
+    calls: of a turn that calls a tool, which may end by another token; None where that is no special one, as it may
+    close a single call. None, too, for a template that doesn't render such a turn.
+    """
+    try:
+        token = learnt_end(template, tokenizer, calls).token
+    except ValueError:
+        return None
+    end = tokenizer.token_to_id(token) if token else None
+    added = tokenizer.get_added_tokens_decoder()
+    return end if not calls or (end in added and added[end].special) else None
+
+
+def learnt_end(template: ChatTemplate, tokenizer: "Tokenizer", calls: bool = False, /, **arguments: Any) -> TurnEnd:
+    """The end of turns that answer, or, with `calls`, of those that call a tool.
+
+    arguments: what the template gets besides messages. ValueError where it doesn't render such a turn.
+    """
+    answer: dict[str, Any] = {"role": "assistant", "content": ANSWER}
+    last = _behind_answer(template, [QUESTION, answer], arguments)
+    followed = _behind_answer(template, [QUESTION, answer, QUESTION], arguments)
+    pairs = [(last, followed)]
+    if calls:
+        call = probe_call()
+        answer = {"role": "assistant", "tool_calls": [call]}
+        result = {"role": "tool", "name": "tool", "tool_call_id": call["id"], "content": "?"}
+        last = _behind_answer(template, [QUESTION, answer], arguments)
+        pairs.append((last, _behind_answer(template, [QUESTION, answer, result], arguments)))
+
+    # Tokens that are special, or, where none ends the turn, any that the tokenizer knows as a whole.
+    added = tokenizer.get_added_tokens_decoder().values()
+    named = set(template.special_tokens.values())
+    end = _end_between(pairs, _any_of(named | {token.content for token in added if token.special}))
+    return end if end.token else _end_between(pairs, _any_of(named | {token.content for token in added}))
+
+
+def _behind_answer(template: ChatTemplate, messages: list[dict[str, Any]], arguments: Mapping[str, Any]) -> str:
+    text = template.render(messages, **arguments)
+    if ANSWER not in text:
+        raise ValueError("the chat template does not write what the assistant answers")
+    return text[text.index(ANSWER) + len(ANSWER) :]
+
+
+def _any_of(tokens: set[str]) -> re.Pattern[str]:
+    """Matches any of the tokens, of two that begin alike the longer one; blank ones mark no end."""
+    longest_first = sorted((token for token in tokens if token.strip()), key=lambda token: (-len(token), token))
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _end_between(pairs: list[tuple[str, str]], tokens: re.Pattern[str]) -> TurnEnd:
+    """The end from what stands behind the answer of a last turn, and behind the same one followed by another.
+
+    pairs: of the two, for a turn that answers, and, to learn the end of one that calls, for that one, too.
+    """
+    answer_ends = bool(_shared(*pairs[0], tokens).strip())
+    last, followed = pairs[-1]
+    common = _shared(last, followed, tokens)
+    shared = common.rstrip()
+    matches = list(tokens.finditer(shared))
+    if matches and matches[-1].end() == len(shared):
+        return TurnEnd(matches[-1].group(), len(last) - len(shared))
+    if answer_ends:  # in plain text
+        return TurnEnd("", len(last) - len(shared))
+
+    if match := tokens.search(last, len(shared)):
+        return TurnEnd(match.group(), len(last) - match.end())
+    match = tokens.search(followed, len(shared))
+    if match and common == last and not followed[len(shared) : match.start()].strip():
+        return TurnEnd(match.group(), added=followed[len(common) : match.end()])
+    return TurnEnd("")
+
+
+def _shared(last: str, followed: str, tokens: re.Pattern[str]) -> str:
+    """What two texts have in common at their beginning."""
+    common = shared_length(last, followed)
+    for text in (last, followed):
+        # Two tokens may begin alike, as <|end|> and <|user|> do: none is cut in two.
+        common = min([common, *(match.start() for match in tokens.finditer(text) if match.end() > common)])
+    return last[:common]

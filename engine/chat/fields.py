@@ -1,0 +1,154 @@
+"""What a dialogue says beside roles and texts: used, or refused by name, and never dropped.
+
+Most keys of a message mean something to the chat template alone. transformers hands all of them over, and a template
+that doesn't know one ignores it: tools are never shown to the model, or what it thought is missing from its answer. So
+each key that changes what a message says is left out once; where the text stays the same, the row is refused.
+
+- `weight` and `train` (elsewhere called `training`, `loss`) say whether a turn is trained: see `trained_turns`.
+- `tool_call_id` tells which call a tool's message answers. Where the template doesn't write ids, the order of the
+  answers has to tell it. The `name` of a tool's message says it once more.
+- Other keys (an id, a date) are taken for remarks, handed over, and may be ignored.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .forms import ANSWER, text_of
+from .template import Dialogue
+
+TRAINED = ("weight", "train", "training", "loss")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_MEANINGFUL = ("name", "tool_calls", "function_call", "refusal", "audio", *_REASONING)
+_SHOWN = ("tools", "functions", "documents")  # arguments of a template that stand in its text
+
+SHORT = 32  # characters of a content that may well be part of another text
+
+Messages = Sequence[Mapping[str, Any]]
+
+
+def trained_turns(messages: Messages) -> list[int]:
+    """The indices of the assistant's messages that are trained: all but those with a `weight` of 0, `train` false.
+
+    ValueError for another value, for two that contradict each other, and where another role shall be trained.
+    """
+    turns = []
+    for index, message in enumerate(messages):
+        marks = {key: message[key] for key in TRAINED if message.get(key) is not None}
+        for key, value in marks.items():
+            if not isinstance(value, bool | int | float) or value not in (0, 1):
+                raise ValueError(f"messages[{index}]: {key} must be 0 or 1, true or false, not {value!r}")
+        if len({bool(value) for value in marks.values()}) > 1:
+            raise ValueError(f"messages[{index}]: {' and '.join(marks)} contradict each other; leave one of them")
+
+        trained = all(marks.values())
+        if message["role"] == "assistant" and trained:
+            turns.append(index)
+        elif marks and trained:
+            key = next(iter(marks))
+            raise ValueError(
+                f"messages[{index}]: {key} asks to train a message of {message['role']}, but only the assistant's are "
+                f"trained; take {key} out"
+            )
+    return turns
+
+
+def check_used(dialogue: Dialogue) -> None:
+    """ValueError where the template drops something that the messages or its other arguments say."""
+    template, messages, arguments = dialogue.template, dialogue.messages, dialogue.arguments
+    text = dialogue.text(len(messages))
+    for name in arguments:
+        unused = name not in template.variables
+        if not unused and name in _SHOWN:
+            without = {key: value for key, value in arguments.items() if key != name}
+            unused = text == template.render(messages, **without)
+        if unused:
+            raise ValueError(
+                f"the chat template does not use the field {name!r}; take it out, or give another template"
+            )
+
+    calls: list[Mapping[str, Any]] = []
+    answers = 0  # of tools, to the calls of the last turn
+    for index, message in enumerate(messages):
+        content = text_of(message.get("content") or "")
+        # A few letters may stand elsewhere in the text, and what a tool has said in the answer, too.
+        if content.strip() and (message["role"] == "tool" or len(content) < SHORT or content.strip() not in text):
+            longer = {**message, "content": content + ANSWER}
+            # A template may write it with a later message, as some do a system prompt.
+            if not (
+                _shows_answer(dialogue, [*messages[:index], longer])
+                or _shows_answer(dialogue, [*messages[:index], longer, *messages[index + 1 :]])
+            ):
+                raise _refusal(index, f"does not write the content of this message of role {message['role']!r}")
+        if message["role"] == "tool":
+            _check_answer(dialogue, index, calls, answers)
+            answers += 1
+            continue
+        calls, answers = message.get("tool_calls") or [], 0
+        for key in _MEANINGFUL:
+            if message.get(key) and not _uses(dialogue, index, key):
+                raise _refusal(index, f"does not use {key!r}")
+        _check_calls(dialogue, index, calls)
+
+
+def _shows_answer(dialogue: Dialogue, messages: Messages) -> bool:
+    """Whether `ANSWER` is in the text of other messages, which the template may refuse to render."""
+    try:
+        return ANSWER in dialogue.template.render(messages, **dialogue.arguments)
+    except ValueError:
+        return True
+
+
+def _check_calls(dialogue: Dialogue, index: int, calls: Sequence[Mapping[str, Any]]) -> None:
+    """ValueError where the template leaves out one of a turn's calls, or a part of it."""
+    for position, call in enumerate(calls):
+        function = call.get("function", call)
+        for part, probe in (("name", ANSWER), ("arguments", {ANSWER: "?"})):
+            if not function.get(part):
+                continue
+            changed = {**function, part: probe}
+            others = list(calls)
+            others[position] = {**call, "function": changed} if "function" in call else changed
+            text = _other(dialogue, index, {**dialogue.messages[index], "tool_calls": others})
+            if text is not None and ANSWER not in text:
+                raise _refusal(index, f"does not write the {part} of tool call {position + 1}")
+
+
+def _refusal(index: int, reason: str) -> ValueError:
+    return ValueError(f"messages[{index}]: the chat template {reason}; take it out, or give another template")
+
+
+def _uses(dialogue: Dialogue, index: int, key: str) -> bool:
+    """Whether the dialogue up to a message would be another text without this key of it."""
+    message = dialogue.messages[index]
+    names = _REASONING if key in _REASONING else (key,)
+    without = {name: value for name, value in message.items() if name not in names}
+    text = dialogue.tried(index + 1)
+    return text is None or text != _other(dialogue, index, without)
+
+
+def _other(dialogue: Dialogue, index: int, message: Mapping[str, Any]) -> str | None:
+    try:
+        return dialogue.with_message(index, message)
+    except ValueError:
+        return None
+
+
+def _check_answer(dialogue: Dialogue, index: int, calls: Sequence[Mapping[str, Any]], position: int) -> None:
+    """ValueError where a tool's message says which call it answers, and neither template nor order show it."""
+    message = dialogue.messages[index]
+    expected = calls[position] if position < len(calls) else {}
+    if (number := message.get("tool_call_id")) is not None:
+        ids = [call.get("id") for call in calls]
+        if number not in ids and (not calls or any(ids)):
+            raise ValueError(f"messages[{index}]: tool_call_id {number!r} is the id of no call in the turn before it")
+        if number in ids:
+            expected = calls[ids.index(number)]
+            if ids.index(number) != position and not _uses(dialogue, index, "tool_call_id"):
+                raise ValueError(
+                    f"messages[{index}]: the chat template does not use 'tool_call_id'; put the answers of tools in "
+                    "the order of the calls"
+                )
+
+    name = expected.get("function", expected).get("name")
+    if message.get("name") not in (None, name) and not _uses(dialogue, index, "name"):
+        raise _refusal(index, f"does not use 'name' ({message['name']!r}, in answer to a call of {name!r})")

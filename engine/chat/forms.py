@@ -1,0 +1,117 @@
+"""The form in which a chat template takes messages, learnt by rendering messages in each form.
+
+Published rows and published templates differ in three things that mean the same:
+
+- content is text, or a list of parts, [{"type": "text", "text": ...}]: a template for images may loop over parts, and
+  writes nothing of a text;
+- the arguments of a tool call are an object, as transformers documents it, or the JSON text of one, as OpenAI sends it:
+  a template may add them to a text, or write a text as JSON once more, in quotes;
+- a turn that only calls tools has no content, or an empty one, or null.
+
+What a row has is given to a template in the form in which its text has everything that the message says.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+from ..._files import parse_json
+
+ANSWER = "\ue0e4"  # a private-use character: what is looked for in a rendered dialogue
+_VALUE = "\ue0e5"
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers' names for it, the standard one first
+_NO_CONTENT: tuple[dict[str, Any], ...] = ({}, {"content": ""}, {"content": None})
+
+Message = Mapping[str, Any]
+Render = Callable[[list[dict[str, Any]]], str]
+
+
+class MessageForm:
+    """Brings messages into the form that a template takes; `render` is the template itself, on messages as they are."""
+
+    def __init__(self, render: Render) -> None:
+        self._render = render
+        self._parts: bool | None = None
+        self._calls: tuple[bool, dict[str, Any]] | None = None
+
+    def __call__(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
+        if self._parts is None:
+            self._parts = self._takes_parts()
+        return [self._formed(message) for message in messages]
+
+    def _formed(self, message: Message) -> dict[str, Any]:
+        # As transformers: an empty key is a missing key, and reasoning goes by all of its names.
+        formed = {key: value for key, value in message.items() if value is not None}
+        if (reasoning := next((formed[key] for key in _REASONING if key in formed), None)) is not None:
+            formed = {"thinking": reasoning, **formed, "reasoning_content": reasoning}
+
+        content = text_of(formed.get("content", ""))
+        if formed.get("tool_calls"):
+            if self._calls is None:
+                self._calls = self._takes_calls()
+            as_text, no_content = self._calls
+            formed["tool_calls"] = [_with_arguments(call, as_text) for call in formed["tool_calls"]]
+            if not content and no_content != {"content": ""}:
+                formed.pop("content", None)
+                return formed | no_content
+        formed["content"] = [{"type": "text", "text": content}] if self._parts else content
+        return formed
+
+    def _takes_parts(self) -> bool:
+        def writes(content: Any) -> bool:
+            return ANSWER in self._tried([{"role": "user", "content": content}])
+
+        return not writes(ANSWER) and writes([{"type": "text", "text": ANSWER}])
+
+    def _takes_calls(self) -> tuple[bool, dict[str, Any]]:
+        """Whether arguments are text, and what stands for no content: an empty text, if no calls are written."""
+        question = self._formed({"role": "user", "content": "?"})
+        for as_text, no_content in product((False, True), _NO_CONTENT):
+            message = _with_calls([_with_arguments(probe_call(), as_text)]) | no_content
+            written = self._tried([question, message])
+            if ANSWER in written and _VALUE in written:
+                return as_text, no_content
+        return False, {"content": ""}
+
+    def _tried(self, messages: list[dict[str, Any]]) -> str:
+        try:
+            return self._render(messages)
+        except ValueError:
+            return ""
+
+
+def text_of(content: Any) -> str:
+    """A message's content as text: its parts one after the other."""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def shared_length(first: str, second: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    pairs = zip(first, second, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def probe_call() -> dict[str, Any]:
+    """A tool call whose function is called `ANSWER`."""
+    return {"id": "call00001", "type": "function", "function": {"name": ANSWER, "arguments": {"value": _VALUE}}}
+
+
+def _with_calls(calls: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"role": "assistant", "tool_calls": calls}
+
+
+def _with_arguments(call: Message, as_text: bool) -> dict[str, Any]:
+    """A tool call with its arguments as an object or as JSON text; text that holds no object stays what it is."""
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _with_arguments(call["function"], as_text)}
+    arguments = call.get("arguments")
+    if as_text and isinstance(arguments, Mapping):
+        return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
+    if not as_text and isinstance(arguments, str):
+        try:
+            parsed = parse_json(arguments, "arguments")
+        except ValueError:
+            return dict(call)
+        return {**call, "arguments": parsed} if isinstance(parsed, dict) else dict(call)
+    return dict(call)

@@ -1,0 +1,155 @@
+"""How large what a chat template's methods, filters and formats make will be, told before it is made.
+
+`limits.py` refuses what is beyond `MAX_SIZE`. Sizes are of characters, and of a list's or an object's entries.
+"""
+
+import re
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
+from string import Formatter
+from typing import Any
+
+from jinja2 import TemplateRuntimeError
+
+MAX_SIZE = 2**22  # characters of a text, in the making or in the end; a list's entries count as ENTRY each
+MAX_BITS = 10_000  # of a whole number
+ENTRY = 16
+
+# What methods and filters make that is larger than what they are given: its size at most. All else makes no more than a
+# few times what it is given: `upper`, `split`, `escape`, `urlencode`.
+METHODS: dict[str, Callable[..., int]] = {
+    "center": lambda text, width, *_: max(len(text), width),
+    "ljust": lambda text, width, *_: max(len(text), width),
+    "rjust": lambda text, width, *_: max(len(text), width),
+    "zfill": lambda text, width: max(len(text), width),
+    "expandtabs": lambda text, tabsize=8: len(text) + text.count("\t") * max(0, tabsize),
+    "replace": lambda text, old, new, *_: len(text) + text.count(old) * len(new),
+    "join": lambda text, parts: sum(map(size_of, parts)) + len(text) * len(parts),
+    "format": lambda text, *values, **named: _format_size(text, (*values, *named.values())),
+    "format_map": lambda text, values: _format_size(text, tuple(values.values())),
+}
+FILTERS: dict[str, Callable[..., int]] = {
+    "center": lambda value, width=80: max(len(str(value)), width),
+    "replace": lambda s, old, new, count=None: len(str(s)) + str(s).count(str(old)) * len(str(new)),
+    "join": lambda value, d="", attribute=None: _weight(value) + len(str(d)) * len(value),
+    "format": lambda value, *values, **named: percent_size(str(value), (*values, *named.values())),
+    "indent": lambda s, width=4, *_, **__: len(s) + (len(s.splitlines()) + 2) * _length(width),
+    "batch": lambda value, linecount, fill_with=None: ENTRY * (len(value) + linecount),
+    "slice": lambda value, slices, fill_with=None: ENTRY * (len(value) + slices),
+    "tojson": lambda value, ensure_ascii=False, indent=None, separators=None, **_: _json_size(
+        value, indent, separators
+    ),
+    "pprint": lambda value: 64 * _weight(value),  # it is indented, and each part of it written at each level
+    "wordwrap": lambda s, width=79, break_long_words=True, wrapstring=None, *_, **__: (
+        len(s) * (1 + len(str(wrapstring or "\n")))
+    ),
+    "urlize": lambda value, trim_url_limit=None, nofollow=False, target="", rel="", extra_schemes=None: _urlize_size(
+        str(value), str(target) + str(rel), extra_schemes
+    ),
+    "sum": lambda value, attribute=None, start=0: (
+        1 if isinstance(start, int | float) else len(value) * (_weight(value) + _weight(start))
+    ),
+    "round": lambda value, precision=0, *_, **__: 1 if abs(precision) <= 100 else MAX_SIZE + 1,
+    "int": lambda value, default=0, base=10: 1 if base == 10 or len(str(value)) <= MAX_BITS // 5 else MAX_SIZE + 1,
+}
+# Attributes of texts and numbers that are not to be had: what makes other texts by tables, and what makes bytes.
+FORBIDDEN = {"translate", "maketrans", "encode", "to_bytes", "from_bytes"}
+MAX_INDENT = 16
+ATTRIBUTES = {"join": 2, "sum": 1}  # where the attribute stands that such a filter takes of each value
+# Filters that make no text of a list or an object.
+NO_TEXT = {
+    "attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items", "last", "length", "list", "map",
+    "max", "min", "random", "reject", "rejectattr", "reverse", "select", "selectattr", "slice", "sort", "sum", "unique",
+}  # fmt: skip
+# In a format with `%`: its widths and precisions, which stand behind the sign, or behind a key in parentheses.
+_WIDTHS = re.compile(r"[%)][-+ #0]*(\*|\d+)?(?:\.(\*|\d+))?")
+VIEWS = KeysView | ValuesView | ItemsView
+
+
+def listed(value: Any) -> Any:
+    """A list of what can be gone through only once."""
+    return list(value) if isinstance(value, Iterator) else value
+
+
+def _length(value: Any) -> int:
+    """Of a width that is a number, or the text to fill it with."""
+    return len(value) if isinstance(value, str) else int(value)
+
+
+def _widths(found: Iterable[str]) -> int:
+    """The sum of the widths in a format. TemplateRuntimeError where one comes from elsewhere, or they are too large."""
+    total = 0
+    for width in found:
+        total += int(width) if width.isdecimal() and len(width) < 8 else MAX_SIZE + 1
+        if total > MAX_SIZE:
+            raise TemplateRuntimeError("a format with widths of so many characters is not rendered")
+    return total
+
+
+def _largest(values: tuple[Any, ...]) -> int:
+    """The size of the largest of the values in a format, where a float may be written with more than 300 digits."""
+    return max((320 if isinstance(value, float) else _weight(value) for value in values), default=0)
+
+
+def percent_size(text: str, values: tuple[Any, ...]) -> int:
+    """The size of a text with values in the places that `%` marks."""
+    widths = _widths(width for found in _WIDTHS.finditer(text) for width in found.groups() if width)
+    return len(text) + widths + text.count("%") * _largest(values)
+
+
+def _format_size(text: str, values: tuple[Any, ...]) -> int:
+    """The size of a text with values in the places that braces mark."""
+    widths, places = 0, 0
+    for _, name, specification, _ in Formatter().parse(text):
+        if name is None:
+            continue
+        if "." in name or "[" in name:
+            raise TemplateRuntimeError(f"a format with parts of values ({{{name[:40]}}}) is not rendered")
+        places += 1
+        widths += _widths(re.findall(r"\d+|\{", specification or ""))
+        if widths > MAX_SIZE:
+            return widths
+    return len(text) + widths + places * _largest(values)
+
+
+def _json_size(value: Any, indent: Any, separators: Any) -> int:
+    """What JSON adds to the texts of a value: an indent for each line and level, and what stands between entries."""
+    if indent is not None and _length(indent) > MAX_INDENT:
+        raise TemplateRuntimeError(f"JSON with an indent of more than {MAX_INDENT} characters is not made")
+    between = sum(len(separator) for separator in separators or ())
+    return _lines(value, 1 if indent is None else 1 + _length(indent), between)
+
+
+def _lines(value: Any, indent: int, between: int, depth: int = 1) -> int:
+    if not isinstance(value, list | tuple | dict):
+        return 0
+    inner = value.values() if isinstance(value, dict) else value
+    own = (len(value) + 1) * (depth * indent + between)
+    return own + sum(_lines(child, indent, between, depth + 1) for child in inner)
+
+
+def _urlize_size(text: str, attributes: str, schemes: Any) -> int:
+    """The size of a text whose words become links with these attributes, with a step for each look at a scheme."""
+    return 3 * len(text) + len(text.split()) * (len(attributes) + 64 + len(schemes or ()))
+
+
+def inner_values(value: Any) -> Iterable[Any]:
+    """What is in a list or an object, as its text shows it."""
+    if isinstance(value, dict):
+        return value.items()
+    return value if isinstance(value, list | tuple | set | frozenset | VIEWS) else ()
+
+
+def _weight(value: Any) -> int:
+    """The size of a value as a text, with all that is in it; for what `make_all` has counted, which bounds the walk."""
+    if isinstance(value, str | bytes | int):
+        return size_of(value) + 1
+    return 2 + sum(2 + _weight(inner) for inner in inner_values(value)) if inner_values(value) else 64
+
+
+def size_of(value: Any) -> int:
+    """What a value counts, of a list or an object without what is in it."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, int):
+        return value.bit_length() // 3
+    return ENTRY * len(value) if isinstance(value, list | tuple | dict | set | frozenset | range | VIEWS) else 1

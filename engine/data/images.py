@@ -1,0 +1,235 @@
+"""Images: a folder of class folders as rows, decoded by Pillow, scaled, normalised, and lightly augmented in training.
+
+    cars/0001.jpg   cars/0002.png   ...        the folder's name is the label
+    trucks/a.jpg    trucks/b.jpg    ...
+
+How large an image is for a model, and how its values are normalised, the model says (`Pixels`). In evaluation the
+window is cut out of the middle. In training it is cut out at random, and every other one is mirrored; where an image
+has no room to move the window in, it may reach beyond the edge by an eighth of its side and shows the mean colour there
+(He et al. 2015, section 4.2). What is random comes from torch's default generator, whose state a checkpoint holds.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..._files import require_file
+from ..._outside import others_code, visible_line
+from .batches import Batch
+from .schema import label_ids, label_name
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+KEPT_BYTES = 2 * 2**30  # of decoded images; beyond, an image is decoded each time it is used
+# A few bytes can stand for an image of any size, and one that is a line becomes long as its short side is scaled up.
+MAX_PIXELS, MAX_RATIO = 100_000_000, 50
+MODES = {1: "L", 3: "RGB"}  # Pillow's names, by number of channels
+SHOWN = 8  # broken images that an error lists
+
+
+class Pixels(Protocol):
+    """How a model takes images: scaled to `edge` on the short side (both, if `squeeze`), `size` cut out."""
+
+    @property
+    def size(self) -> int: ...
+    @property
+    def edge(self) -> int: ...
+    @property
+    def squeeze(self) -> bool: ...
+    @property
+    def resample(self) -> int: ...
+    @property
+    def mean(self) -> tuple[float, ...]: ...
+    @property
+    def std(self) -> tuple[float, ...]: ...
+
+
+def image_rows(folder: Path) -> list[dict[str, str]]:
+    """The images of a folder of class folders, as rows {"image": path, "label": name of the folder}, in order of names.
+
+    Hidden files are left out. Raises ValueError for a folder without class folders, a class without images, one whose
+    name is that of a missing label (`rows.label_name`), and anything else that lies there.
+    """
+    classes = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    if not classes:
+        raise ValueError(f"{folder}: no class folders in it; expected one folder a class, with its images")
+    rows = []
+    for path in [*classes, folder]:
+        found = [file for file in sorted(path.iterdir()) if not file.name.startswith(".") and file not in classes]
+        strange = next((file for file in found if file.suffix.lower() not in SUFFIXES or not file.is_file()), None)
+        if path == folder and found:
+            raise ValueError(f"{found[0]}: beside the class folders, so of no class; move it into one, or away")
+        if strange is not None:
+            raise ValueError(f"{strange}: no image file ({', '.join(SUFFIXES)}); move it out of the class folder")
+        if path != folder and not found:
+            raise ValueError(f"{path}: a class without images; put some in, or remove the folder")
+        if path != folder:
+            label = label_name(path.name, f"class folder {path}")
+            rows += [{"image": str(file), "label": label} for file in found]
+    return rows
+
+
+def class_counts(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many images there are of each class, in words."""
+    counts = Counter(row["label"] for row in rows)
+    each = ", ".join(f"{visible_line(label)} {counts[label]:,}" for label in sorted(counts))
+    return f"{len(rows):,} images in {len(counts)} classes: {each}"
+
+
+def decode(path: str | Path, pixels: Pixels) -> Tensor:
+    """The image at `path`, upright and scaled, as uint8 (C, H, W); its short side is `pixels.edge`.
+
+    Raises FileNotFoundError, or ValueError that names the file where it can't be decoded.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise ValueError("images need Pillow: pip install 'handtune[images]'") from error
+
+    def explain(error: Exception) -> Exception:
+        if isinstance(error, FileNotFoundError):
+            return error
+        if isinstance(error, _TooLarge):
+            return ValueError(f"{path}: {error}; crop it, or remove it")
+        return ValueError(f"{path}: the image can't be decoded ({error}); replace or remove it")
+
+    # Pillow's decoders raise whatever a damaged file leads to. What is too large is refused before anything is decoded.
+    with others_code(explain), Image.open(require_file(path, "image")) as file:
+        _check_size(file.size, pixels)
+        image = _eight_bits(ImageOps.exif_transpose(file)).convert(MODES[len(pixels.mean)])
+    image = image.resize(_scaled(image.size, pixels), pixels.resample)
+    array = np.array(image)
+    return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
+
+
+class _TooLarge(ValueError):
+    """An image that would take too much memory."""
+
+
+def _check_size(size: tuple[int, int], pixels: Pixels) -> None:
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise _TooLarge(f"an image of {width} x {height} pixels; at most {MAX_PIXELS:,} are read")
+    if not pixels.squeeze and max(size) > MAX_RATIO * min(size):
+        raise _TooLarge(f"an image of {width} x {height} pixels; one side may be {MAX_RATIO} times the other")
+
+
+def _eight_bits(image: Any) -> Any:
+    """A grey image of 16 bits a pixel brought to 8; Pillow would make all above 255 white. Others as they are."""
+    from PIL import Image
+
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers of unknown range; save it with 8 bits")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("its pixels have more than 16 bits; save it with 8")
+    return Image.fromarray((values >> 8).astype(np.uint8))
+
+
+def _scaled(size: tuple[int, int], pixels: Pixels) -> tuple[int, int]:
+    """Width and height with the short one at `edge`, the long one rounded down."""
+    if pixels.squeeze:
+        return pixels.edge, pixels.edge
+    short = min(size)
+    return pixels.edge * size[0] // short, pixels.edge * size[1] // short
+
+
+class ImageExamples:
+    """Rows as examples {"image": uint8 (C, H, W), "label": number}, decoded at first use and kept while there is room.
+
+    `labels` are the classes in the order of their numbers. ValueError for a row of another class.
+    """
+
+    def __init__(self, rows: Sequence[Mapping[str, Any]], labels: Sequence[str], pixels: Pixels):
+        if len(pixels.mean) not in MODES:
+            raise ValueError(f"images of {len(pixels.mean)} channels can't be read from files; there are 1 and 3")
+        numbers = label_ids(labels)
+        for row in rows:
+            if "image" not in row:
+                raise ValueError(f"expected images, found a row with {', '.join(row)}; give a folder of class folders")
+            if row["label"] not in numbers:
+                raise ValueError(f"{row['image']}: class {row['label']!r} is none of the model's: {', '.join(labels)}")
+        self.rows, self.pixels = rows, pixels
+        self.numbers = [numbers[row["label"]] for row in rows]
+        self._kept: dict[int, Tensor] = {}
+        self._room = KEPT_BYTES
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = self._kept.get(index)
+        if image is None:
+            image = decode(self.rows[index]["image"], self.pixels)
+            if image.nbytes <= self._room:
+                self._kept[index], self._room = image, self._room - image.nbytes
+        return {"image": image, "label": self.numbers[index]}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return (self[i] for i in range(len(self)))
+
+    def check(self) -> None:
+        """Decode every image once. ValueError that names those that can't be."""
+        broken = []
+        for i in tqdm(range(len(self)), desc="images", unit="image", disable=None, leave=False):
+            try:
+                self[i]
+            except (ValueError, OSError) as error:
+                broken.append(str(error))
+        if broken:
+            more = f"; and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
+            raise ValueError("; ".join(broken[:SHOWN]) + more)
+
+
+@dataclass(frozen=True)
+class ImageCollate:
+    """Examples → {"inputs": {"pixel_values": (B, C, size, size)}, "labels": (B,), "images": B}; at random if `augment`.
+
+    Examples that come with their "features" (D,) have those in the place of the inputs, as (B, D).
+    """
+
+    pixels: Pixels
+    augment: bool = False
+
+    def __call__(self, examples: list[dict[str, Any]]) -> Batch:
+        batch = {"labels": torch.tensor([example["label"] for example in examples]), "images": len(examples)}
+        if "features" in examples[0]:
+            return {**batch, "features": torch.stack([example["features"] for example in examples])}
+        images = [example["image"] for example in examples]
+        chances = torch.rand(len(images), 3).tolist() if self.augment else [None] * len(images)
+        windows = [self._window(image, chance) for image, chance in zip(images, chances, strict=True)]
+        return {**batch, "inputs": {"pixel_values": torch.stack(windows)}}
+
+    def _window(self, image: Tensor, chance: list[float] | None) -> Tensor:
+        """The window (C, size, size), normalised. `chance`: three numbers in [0, 1) for its place and a mirror."""
+        size = self.pixels.size
+        starts = [self._start(side, u) for side, u in zip(image.shape[1:], chance or (None, None), strict=False)]
+        ends = [min(start + size, side) for start, side in zip(starts, image.shape[1:], strict=True)]
+        firsts = [max(start, 0) for start in starts]
+        seen = image[:, firsts[0] : ends[0], firsts[1] : ends[1]].float().div_(255)
+        out = image.new_zeros(len(image), size, size, dtype=torch.float32)
+        y, x = (first - start for first, start in zip(firsts, starts, strict=True))
+        out[:, y : y + seen.shape[1], x : x + seen.shape[2]] = seen.sub_(self._channels(self.pixels.mean)).div_(
+            self._channels(self.pixels.std)
+        )
+        return out.flip(2) if chance and chance[2] < 0.5 else out
+
+    def _start(self, side: int, chance: float | None) -> int:
+        """Where the window begins on a side of the image."""
+        room = side - self.pixels.size
+        if chance is None:
+            return room // 2
+        beyond = 0 if room else self.pixels.size // 8
+        return int(chance * (room + 2 * beyond + 1)) - beyond
+
+    @staticmethod
+    def _channels(values: tuple[float, ...]) -> Tensor:
+        return torch.tensor(values)[:, None, None]

@@ -1,0 +1,230 @@
+"""Rows of training data out of a file: JSONL, JSON, CSV, TSV, plain text, CoNLL; or out of a folder of images.
+
+`read_rows` gives a list of dicts that all have one of the shapes listed in `schema.py`. What it can't read it refuses,
+with file, line and remedy; nothing is skipped but blank lines.
+
+    .jsonl .ndjson    an object a line
+    .json             an array of objects, or {"data": [...]}, SQuAD's nesting included
+    .csv              header line, fields quoted as in RFC 4180 (see `tables.py`)
+    .tsv              header line, or none where there are two columns `text<TAB>label`; a quote is a character
+    .txt              the whole file is one document
+    .conll .iob .iob2 a token and its tag a line (first and last column), a blank line ends a sentence; columns are
+                      parted by tabs or else by plain spaces, so that a token may hold any other kind of space
+    a folder          a folder a class, each with its images (see `images.py`)
+"""
+
+import random
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..._files import parse_json, read_bytes
+from .images import image_rows
+from .placed_rows import PlacedRow, place_of
+from .schema import label_name, normalise, prompt_row, row_shape
+from .tables import csv_rows, tsv_rows
+
+__all__ = ["label_names", "read_prompts", "read_rows", "row_shape", "split_rows"]
+
+BLANKS = " \t"  # what parts columns; any other kind of space is a character of a token
+
+Row = TypeVar("Row", bound=Mapping[str, Any])
+Placed = Iterator[tuple[str, Any]]  # where a row was found ("line 7"), and the row as it stands there
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Read every row of `path`, normalised to one shape (see `schema.py`; `row_shape` names it).
+
+    Raises FileNotFoundError, or ValueError with one line that names the file, the line or row, and the remedy.
+    """
+    path = Path(path)
+    if path.is_dir() and path.suffix.lower() not in _READERS:
+        return image_rows(path)
+    rows: list[dict[str, Any]] = []
+    shape = first = ""
+    for place, row in _placed_rows(path, normalise):
+        if not rows:
+            shape, first = row_shape(row), place
+        elif row_shape(row) != shape:
+            raise ValueError(
+                f"{path} {place}: a {row_shape(row)} row, but {first} is {shape}; put each shape in a file of its own"
+            )
+        rows.append(row)
+    return rows
+
+
+def read_prompts(path: str | Path) -> list[dict[str, Any]]:
+    """Read the rows of `path` to be continued: each has a prompt, whatever else stands there, or messages, or a text.
+
+    Raises FileNotFoundError, or ValueError, like `read_rows`.
+    """
+    return [row for _, row in _placed_rows(Path(path), prompt_row)]
+
+
+def _placed_rows(path: Path, as_row: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Placed:
+    """Every row, with its place in the file."""
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise ValueError(f"{path}: unknown kind of file {path.suffix!r}; use one of {' '.join(_READERS)}")
+    found = False
+    for place, raw in reader(read_text(path), path):
+        found = True
+        try:
+            if not isinstance(raw, dict):
+                raise ValueError(f"expected an object, found {type(raw).__name__}; every row is {{field: value}}")
+            row = as_row(raw)
+        except ValueError as error:
+            raise ValueError(f"{path} {place}: {error}") from None
+        yield place, PlacedRow(row, str(path), place)
+    if not found:
+        raise ValueError(f"{path}: no rows in it; give a file with at least one")
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file without its byte-order mark, line ends as they are."""
+    data = read_bytes(path, "file of rows")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # Counted in the object decoded, which lacks the mark.
+        offset = error.start + len(data) - len(error.object)
+        line = data.count(b"\n", 0, offset) + 1
+        utf16 = "the file is UTF-16; " if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        raise ValueError(f"{path} line {line}: byte {offset} is not UTF-8; {utf16}save the file as UTF-8") from None
+    if (offset := data.find(b"\0")) >= 0:
+        line = data.count(b"\n", 0, offset) + 1
+        raise ValueError(f"{path} line {line}: byte {offset} is zero, as in UTF-16 or a damaged file; save it as UTF-8")
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty; give a file with at least one row")
+    return text
+
+
+def _jsonl(text: str, path: Path) -> Placed:
+    # Not splitlines(): it also breaks at U+2028 and the like, which JSON strings may hold.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            row = parse_json(line, f"{path} line {number}", "correct the line")
+            if number == 1 and isinstance(row, list):
+                raise ValueError(f"{path} line 1: an array, not an object; name a JSON array .json, not .jsonl")
+            yield f"line {number}", row
+
+
+def _json(text: str, path: Path) -> Placed:
+    rows = parse_json(text, str(path), "correct the line")
+    if isinstance(rows, dict) and isinstance(rows.get("data"), list):
+        rows = rows["data"]
+    if not isinstance(rows, list):
+        raise ValueError(f'{path}: expected an array of objects or {{"data": [...]}}; one object a line is .jsonl')
+    if rows and isinstance(rows[0], dict) and "paragraphs" in rows[0]:
+        yield from _squad(rows, path)
+    else:
+        yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _squad(articles: list[Any], path: Path) -> Placed:
+    """SQuAD's articles -> paragraphs -> questions, flattened."""
+    number = 0
+    try:
+        for article in articles:
+            for paragraph in article["paragraphs"]:
+                for question in paragraph["qas"]:
+                    number += 1
+                    row = {field: question[field] for field in ("question", "answers")}
+                    yield f"question {number} (id {question.get('id')})", {**row, "context": paragraph["context"]}
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: not SQuAD's layout after question {number} ({type(error).__name__} {error}); expected "
+            "data[].paragraphs[] with context and qas[], these with question and answers"
+        ) from None
+
+
+def _txt(text: str, path: Path) -> Placed:
+    yield "", {"text": text}
+
+
+def _conll(text: str, path: Path) -> Placed:
+    tokens: list[str] = []
+    tags: list[str] = []
+    width = width_line = start = 0
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.rstrip("\r")
+        if not line.strip(BLANKS) or line.startswith("-DOCSTART-"):
+            if tokens:
+                yield f"line {start}", {"tokens": tokens, "tags": tags}
+            tokens, tags = [], []
+            continue
+        columns = line.split("\t") if "\t" in line else re.split(" +", line.strip(" "))
+        token, tag = columns[0].strip(BLANKS), columns[-1].strip(BLANKS)
+        if not width:
+            width, width_line = len(columns), number
+        if len(columns) != width or width < 2 or not token or not tag:
+            columns_as = f" in {width} columns, as on line {width_line}" if len(columns) != width else ""
+            raise ValueError(
+                f"{path} line {number}: expected a token and its tag{columns_as}, "
+                f"found {line[:60]!r}; write token<TAB>tag, and a blank line between sentences"
+            )
+
+        start = start if tokens else number
+        tokens.append(token)
+        tags.append(tag)
+    if tokens:
+        yield f"line {start}", {"tokens": tokens, "tags": tags}
+
+
+_READERS = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": _json,
+    ".csv": csv_rows,
+    ".tsv": tsv_rows,
+    ".txt": _txt,
+    ".conll": _conll,
+    ".iob": _conll,
+    ".iob2": _conll,
+}
+
+
+def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Split into (train, held_out), `share` of the rows held out, both in their first order; the same for one seed.
+
+    Rows with a label are split label by label, so that both parts have nearly the same shares; a label with one row
+    stays in train. Raises ValueError for a share outside (0, 1) or if a part would be empty.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"the share held out must lie between 0 and 1, not {share}; 0.1 holds out a tenth")
+    groups: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(str(row.get("label", "")), []).append(i)
+    wanted = max(1, round(share * len(rows)))
+    counts = {label: min(int(share * len(group)), len(group) - 1) for label, group in groups.items()}
+    # Largest remainders, so that rounding label by label doesn't miss the total.
+    remainders = {label: share * len(group) - counts[label] for label, group in groups.items()}
+    for label in sorted(groups, key=lambda label: (-remainders[label], label)):
+        if sum(counts.values()) < wanted and counts[label] < len(groups[label]) - 1:
+            counts[label] += 1
+    generator = random.Random(seed)
+    held = {i for label in sorted(groups) for i in generator.sample(groups[label], counts[label])}
+    if not held or len(held) == len(rows):
+        raise ValueError(f"{len(rows)} rows are too few to hold out {share:g} of them; give a file for evaluation")
+    return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
+
+
+def label_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Sorted distinct labels, or tags with "O" first; whole numbers sort by value.
+
+    ValueError if rows have neither, or a label is missing, as `rows.label_name` says.
+    """
+    names: set[str] = set()
+    for index, row in enumerate(rows):
+        if "tags" not in row and "label" not in row:
+            raise ValueError(
+                f"{place_of(row, index)}: a {row_shape(row)} row has neither label nor tags; add the field"
+            )
+        try:
+            names.update(map(label_name, row["tags"] if "tags" in row else [row["label"]]))
+        except ValueError as error:
+            raise ValueError(f"{place_of(row, index)}: {error}") from None
+    if all(re.fullmatch("-?[0-9]+", name) for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names, key=lambda name: (name != "O", name))

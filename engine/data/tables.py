@@ -1,0 +1,144 @@
+"""Rows out of tables: CSV, with fields quoted as in RFC 4180, and TSV, in which a quote is a character like any other.
+
+The tables are split here and not by Python's csv module, which refuses fields of more than 131,072 characters unless a
+limit of the whole process is changed, and which, where a quote is never closed, names the last line of the file.
+
+A line ends with \\n, \\r\\n or \\r and nothing else. Lines without any content, be it between separators, are left out.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from .schema import KNOWN_FIELDS
+
+Record = tuple[int, list[str]]  # the line in which a row begins, and its fields
+Rows = Iterator[tuple[str, dict[str, str]]]  # where a row was found ("line 7"), and its fields by name
+
+LINE_BREAK = re.compile("\r\n|\n|\r")
+LINE_END = re.compile("[\r\n]")
+FIELD_END = re.compile("[,\r\n]")
+
+
+def csv_rows(text: str, path: Path) -> Rows:
+    """Rows of a CSV file. ValueError that names the line for a quote that is never closed and a row of other width."""
+    remedy = "quote a field that holds a comma, double a quote inside quotes, or use JSONL"
+    yield from _named(csv_records(text, path), path, remedy)
+
+
+def tsv_rows(text: str, path: Path) -> Rows:
+    """Rows of a TSV file, also of one with two columns text and label that has no header line. Raises as above."""
+    remedy = "a field of a TSV file holds no tab and no line end: use CSV or JSONL for such texts"
+    lines = (line.split("\t") for line in LINE_BREAK.split(text))
+    records = [(number, fields) for number, fields in enumerate(lines, 1) if any(fields)]
+    if records and len(records[0][1]) == 2 and not KNOWN_FIELDS & set(records[0][1]):
+        yield from _headless(records, path)
+    else:
+        yield from _named(iter(records), path, remedy)
+
+
+def csv_records(text: str, path: Path) -> Iterator[Record]:
+    """The rows of a CSV file with all their fields, the header line among them. ValueError for a misplaced quote."""
+    position, line = 0, 1
+    while position < len(text):
+        # Most lines hold no quote, and are split at once.
+        end = _end(LINE_END, text, position)
+        begin, line_breaks = position, 1
+        if text.find('"', begin, end) < 0:
+            fields = text[begin:end].split(",")
+        else:
+            fields, end = _quoted_record(text, begin, path)
+            line_breaks += len(LINE_BREAK.findall(text, begin, end))
+
+        if any(fields):
+            yield line, fields
+        line += line_breaks
+        position = end + (2 if text.startswith("\r\n", end) else 1)
+
+
+def _quoted_record(text: str, position: int, path: Path) -> tuple[list[str], int]:
+    """The fields of the row that begins at `position`, and where its line end stands."""
+    fields = []
+    while True:
+        if text.startswith('"', position):
+            close = _closing_quote(text, position)
+            if close < 0:
+                raise ValueError(
+                    f"{path} line {_line(text, position)}: a quote that opens a field here is never closed; close it, "
+                    "or use JSONL"
+                )
+            fields.append(text[position + 1 : close].replace('""', '"'))
+            if (end := close + 1) < len(text) and text[end] not in ",\r\n":
+                raise ValueError(
+                    f"{path} line {_line(text, end)}: {text[end : end + 20]!r} stands behind the quote that closes a "
+                    f"field, which opened in line {_line(text, position)}; double a quote inside quotes, or use JSONL"
+                )
+        else:
+            end = _end(FIELD_END, text, position)
+            fields.append(text[position:end])
+        if not text.startswith(",", end):
+            return fields, end
+        position = end + 1
+
+
+def _closing_quote(text: str, start: int) -> int:
+    """Where the quote stands that closes the field opened by the one at `start`; -1 if none does."""
+    end = text.find('"', start + 1)
+    while end >= 0 and text.startswith('""', end):
+        end = text.find('"', end + 2)
+    return end
+
+
+def _end(pattern: re.Pattern[str], text: str, position: int) -> int:
+    match = pattern.search(text, position)
+    return match.start() if match else len(text)
+
+
+def _line(text: str, position: int) -> int:
+    return 1 + len(LINE_BREAK.findall(text, 0, position))
+
+
+def _named(records: Iterator[Record], path: Path, remedy: str) -> Rows:
+    """The rows below a header line, by its names."""
+    fields: list[str] = []
+    for line, values in records:
+        if not fields:
+            fields = _header(line, values, path)
+        elif len(values) != len(fields):
+            raise ValueError(
+                f"{path} line {line}: {len(values)} fields where the header has {len(fields)} ({', '.join(fields)}); "
+                f"{remedy}"
+            )
+        else:
+            yield f"line {line}", dict(zip(fields, values, strict=True))
+
+
+def _header(line: int, values: list[str], path: Path) -> list[str]:
+    fields = [value.strip() for value in values]
+    if not KNOWN_FIELDS & set(fields):
+        separator = next((sign for sign in ";\t|" if len(fields) == 1 and sign in fields[0]), None)
+        remedy = "the first line names the columns, as text,label"
+        if separator:
+            remedy = f"separate columns by commas, not by {separator!r}"
+        raise ValueError(f"{path} line {line}: no known column among {', '.join(fields)}; {remedy}")
+    counts = Counter(field for field in fields if field)  # columns without a name may be several
+    if repeated := [field for field, count in counts.items() if count > 1]:
+        raise ValueError(f"{path} line {line}: the column {repeated[0]!r} stands there twice; rename one")
+    return fields
+
+
+def _headless(records: list[Record], path: Path) -> Rows:
+    """Two columns without a header: text, label."""
+    for line, values in records:
+        if len(values) != 2:
+            raise ValueError(f"{path} line {line}: {len(values)} fields where line 1 has 2 (text, label); remove tabs")
+    first = records[0][1]
+    counts = Counter(values[1] for _, values in records)
+    # A header with names of its own would pass for a row, and add a class that is one word of that header.
+    if counts[first[1]] == 1 and len(counts) > 1 and min(n for label, n in counts.items() if label != first[1]) > 1:
+        raise ValueError(
+            f"{path} line 1: {first[1]!r} occurs nowhere else as a label; if the line is a header, name its columns "
+            "text and label, if it is data, put the header text<TAB>label above it"
+        )
+    yield from ((f"line {line}", {"text": values[0], "label": values[1]}) for line, values in records)

@@ -1,0 +1,184 @@
+"""Generation with a key/value cache: greedy, sampled with temperature, top-k and top-p, or by beams (`beam_search.py`).
+
+Top-p is nucleus sampling (Holtzman et al. 2019, arXiv:1904.09751): the fewest tokens whose probabilities reach p.
+Prompts of different lengths are padded on the left, so that all rows go on at the same column. An encoder-decoder reads
+the prompt, and what it writes begins with its start token.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.lora.dora import gains_kept
+from ..adapters.switch import beams_of_rows
+from ..data.text import completion_text
+from ..finite import not_finite
+from ..runtime import in_eval_mode
+from .beam_search import beam_search
+from .decoding import Decoding
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+MAX_NEW_TOKENS, MAX_BEAMS = 2**20, 1000  # more is a slip, and would fill the memory
+BEFORE = 8  # tokens that those which can hold a stop string are decoded behind: at a start they would be other texts
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
+    """Token ids and mask (B, T) of prompts filled up on the left."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), pad_id)
+    mask = torch.zeros_like(ids)
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = torch.tensor(prompt), 1
+    return ids, mask
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    *,
+    eos_id: int | Sequence[int] | None = None,
+    pad_id: int | None = None,
+    stop: Sequence[str] = (),
+    tokenizer: "Tokenizer | None" = None,
+    beams: int = 1,
+    length_penalty: float = 1.0,
+) -> Tensor:
+    """Continue `input_ids` (B, T), left-padded where `attention_mask` (B, T) is 0; (B, T + n), n ≤ max_new_tokens.
+
+    What an encoder-decoder gives is (B, 1 + n): its start token and the new ones.
+
+    `temperature` 0 is greedy. `top_k` > 0 keeps the k likeliest tokens, `top_p` < 1 the likeliest that together have
+    probability p. A row ends with `eos_id` (one of several, where they are a sequence), or when its new text (decoded
+    by `tokenizer`) contains one of the `stop` strings, or its tokens one that is a special token; what follows is
+    `pad_id` (by default the first `eos_id`, else 0). The same seed gives the same tokens. Several `beams` look for the
+    likeliest text instead; `length_penalty` weighs its length, as `beam_search.py` says.
+
+    Raises ValueError for settings out of range, for a model of another task than causal-lm and seq2seq-lm, and where
+    prompt and new tokens exceed the model's positions; FloatingPointError where what is sampled from isn't finite.
+    """
+    _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, stop, tokenizer)
+    if beams > MAX_BEAMS:
+        raise ValueError(f"beams = {beams:,}: expected at most {MAX_BEAMS:,}")
+    if beams < 1 or (beams > 1 and (temperature != 0 or stop)):
+        raise ValueError(f"beams = {beams} look for the likeliest text: set temperature = 0, and no stop strings")
+    ends = [eos_id] if isinstance(eos_id, int) else list(eos_id or ())
+    pad = pad_id if pad_id is not None else next(iter(ends), 0)
+    words = () if tokenizer is None else stop_texts(tokenizer, stop, ends)
+    with in_eval_mode(model), gains_kept(), beams_of_rows(model, beams):
+        decoding = Decoding(model, input_ids, attention_mask, max_new_tokens)
+        try:
+            if beams > 1:
+                return beam_search(decoding, beams, max_new_tokens, ends, pad, length_penalty)
+            return _one_by_one(decoding, max_new_tokens, (temperature, top_k, top_p), seed, ends, pad, words, tokenizer)
+        except FloatingPointError:
+            raise not_finite(model, "the model's logits") from None
+
+
+def stop_texts(tokenizer: "Tokenizer", stop: Sequence[str], ends: list[int]) -> list[str]:
+    """The stop strings that are texts; one that is a special token is added to the end tokens `ends`.
+
+    Raises ValueError for one that holds a special token among others, which no decoded text does.
+    """
+    special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    if mixed := [word for word in stop if word not in special and any(token in word for token in special)]:
+        raise ValueError(f"stop {mixed[0]!r} holds a special token and more; give the special token alone")
+    ends += [special[word] for word in stop if word in special]
+    return [word for word in stop if word not in special]
+
+
+def _one_by_one(
+    decoding: Decoding,
+    max_new_tokens: int,
+    how: tuple[float, int, float],
+    seed: int,
+    ends: Sequence[int],
+    pad: int,
+    stop: Sequence[str],
+    tokenizer: "Tokenizer | None",
+) -> Tensor:
+    """Each text grows by the one token chosen, until it ends."""
+    (rows, first), device = decoding.tokens.shape, decoding.tokens.device
+    generator = torch.Generator(device).manual_seed(seed)
+    reach = max((len(word.encode()) for word in stop), default=0)  # tokens that a stop can be in
+    done = torch.zeros(rows, dtype=torch.bool, device=device)
+    for i in range(max_new_tokens):
+        step = choose(decoding.logits(), *how, generator).masked_fill_(done, pad)
+        decoding.extend(step)
+        for end in ends:
+            done |= step == end
+        if tokenizer is not None and stop:
+            start = max(first, decoding.tokens.shape[1] - reach)
+            before = decoding.tokens[:, max(0, start - BEFORE) : start].tolist()
+            texts = [
+                completion_text(tokenizer, context, new)
+                for context, new in zip(before, decoding.tokens[:, start:].tolist(), strict=True)
+            ]
+            done |= torch.tensor([any(s in text for s in stop) for text in texts], device=device)
+        if (ends or stop) and i + 1 < max_new_tokens and bool(done.all()):
+            break
+    return decoding.tokens
+
+
+def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
+    """The next token of each row (B,) from logits (B, V)."""
+    if temperature == 0:
+        best = logits.max(-1)
+        if not bool(best.values.isfinite().all()):  # NaN is the largest of all, too
+            raise FloatingPointError("the model's logits are not finite")
+        return best.indices
+    # One uniform number a row: torch.multinomial draws one for each token of the vocabulary, 30 times as slow on a CPU.
+    mass = probabilities(logits, temperature, top_k, top_p).cumsum(-1, dtype=torch.float64)
+    total = mass[:, -1:]
+    if not bool(total.isfinite().all()):
+        raise FloatingPointError("the model's logits are not finite")
+    drawn = torch.rand(total.shape, generator=generator, device=mass.device, dtype=mass.dtype) * total
+    return torch.searchsorted(mass, drawn, right=True)[:, 0]  # never one without probability: it doesn't add any
+
+
+def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """The distribution sampled from, (B, V): logits over temperature, cut to the top k, then to the top p."""
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        p = ordered.softmax(-1)
+        beyond = p.cumsum(-1) - p >= top_p  # a token stays if those before it do not yet reach p
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), float("-inf"))
+    return logits.softmax(-1)
+
+
+def _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, stop, tokenizer) -> None:
+    if model.task not in ("causal-lm", "seq2seq-lm"):
+        raise ValueError(
+            f'the model\'s task is {model.task}; to generate, load it with task="causal-lm", or "seq2seq-lm"'
+        )
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids: expected (B, T) with at least one token, got {tuple(input_ids.shape)}")
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise ValueError(
+            f"expected temperature ≥ 0, top_k ≥ 0, 0 < top_p ≤ 1 and max_new_tokens ≥ 1; got {temperature}, {top_k}, "
+            f"{top_p}, {max_new_tokens}"
+        )
+    if max_new_tokens > MAX_NEW_TOKENS:
+        raise ValueError(f"max_new_tokens = {max_new_tokens:,}: expected at most {MAX_NEW_TOKENS:,}")
+    if stop and tokenizer is None:
+        raise ValueError("stop strings need the tokenizer: pass tokenizer=")
+    limit = model.config.max_positions
+    if limit is not None and input_ids.shape[1] + max_new_tokens - 1 > limit:  # the last one is not read again
+        raise ValueError(
+            f"prompt of {input_ids.shape[1]} tokens and {max_new_tokens} new ones exceed the model's {limit} positions;"
+            " shorten one of them"
+        )

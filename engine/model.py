@@ -1,0 +1,25 @@
+"""What the engine may ask of a model."""
+
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+
+@runtime_checkable
+class KnownModel(Protocol):
+    """What the engine may ask of a model of this project; a foreign module has none of it."""
+
+    lora_targets: ClassVar[dict[str, tuple[str, ...]]]
+    copies: ClassVar[dict[str, tuple[str, str]]]
+    heads: ClassVar[dict[str, tuple[str, ...]]]
+    base_prefix: ClassVar[str | tuple[str, ...]]
+    of_positions: ClassVar[tuple[str, ...]]  # globs of modules that see positions or distances, and no rows
+    task: str
+    source: str | None
+    head: nn.Module
+
+    def key_map(self) -> dict[str, Any]: ...
+    def hidden(self, input_ids: Tensor, **inputs: Any) -> Tensor: ...
+    def pool(
+        self, states: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor: ...

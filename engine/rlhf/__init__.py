@@ -1,0 +1,4 @@
+"""Learning from rewards: `run.py` is PPO's loop, `round.py` one round of it, `advantages.py` its arithmetic.
+
+`rollouts.py` lets the policy write, `reward_model.py` scores, `shared_base.py` has several models share one base.
+"""

@@ -1,0 +1,105 @@
+"""The arithmetic of PPO, on tensors (N, T) of N completions filled up on the right, with a mask of what is there.
+
+No model, no randomness, only numbers. Where implementations differ, lm-human-preferences is followed, OpenAI's code of
+Ziegler et al. 2019 and Stiennon et al. 2020. Numbers are those of the list in `round.py`.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FAR = 20.0  # nats that a log-ratio is clamped to: e²⁰ is where fp32 still has room for sums
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Advantages and returns (N, T): generalised advantage estimation, Schulman et al. 2015, arXiv:1506.02438.
+
+    δₜ = rₜ + γ V(sₜ₊₁) − V(sₜ),   Aₜ = δₜ + γ λ Aₜ₊₁,   Rₜ = Aₜ + V(sₜ). Behind the last token nothing follows.
+    """
+    rewards, values = rewards * mask, values * mask
+    advantages = torch.zeros_like(rewards)
+    after = next_value = rewards.new_zeros(len(rewards))
+    for t in reversed(range(rewards.shape[1])):
+        after = (rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * after) * mask[:, t]
+        advantages[:, t], next_value = after, values[:, t]
+    return advantages, (advantages + values) * mask
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """x with mean 0 and standard deviation 1 (that of the population) over the mask, 0 outside (11)."""
+    count = mask.sum()
+    mean = (x * mask).sum() / count
+    variance = ((x - mean).square() * mask).sum() / count
+    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+
+
+def by_group(scores: Tensor, size: int) -> Tensor:
+    """Advantages (N,) of completions in groups of `size`, one prompt's: their scores, whitened within the group.
+
+    GRPO: Shao et al. 2024, https://arxiv.org/abs/2402.03300, section 4.1.2.
+    """
+    groups = scores.view(-1, size)
+    spread = groups.std(1, keepdim=True, correction=0)
+    return ((groups - groups.mean(1, keepdim=True)) / (spread + 1e-4)).flatten()
+
+
+def kl_estimate(kind: str, logps: Tensor, reference: Tensor) -> Tensor:
+    """An estimate of KL(π‖ρ) at each token, from the log-probabilities of what π sampled.
+
+    "k1" is log π/ρ; "k3", ρ/π − 1 − log ρ/π, is never negative; both are unbiased: http://joschu.net/blog/kl-approx.html
+    """
+    difference = (logps - reference).clamp(-FAR, FAR)
+    return difference if kind == "k1" else torch.expm1(-difference) + difference
+
+
+def policy_loss(logps: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """PPO's clipped loss of each token, and the ratio π/π_old: Schulman et al. 2017, arXiv:1707.06347, equation 7."""
+    ratio = (logps - old).clamp(-FAR, FAR).exp()  # 13
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)), ratio
+
+
+def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """Half the squared error of each token's value, or, where that is larger, of one within `clip` of the old value."""
+    kept = old + (values - old).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns).square(), (kept - returns).square())
+
+
+def best_of(scores: Tensor) -> list[tuple[int, float, float]]:
+    """What choosing the best of n samples gives, n = 1, 2, 4, ... up to N, from the scores (P, N) of N for each prompt.
+
+    Of each n its KL from the sampling policy in nats, log n − (n − 1)/n (Stiennon et al. 2020, arXiv:2009.01325,
+    appendix G.3), and the expected score: the mean of the largest over all choices of n among the N.
+    """
+    ordered, total = scores.double().sort(1).values, scores.shape[1]
+    out = []
+    for n in (2**k for k in range(total.bit_length())):
+        weights = [math.comb(i, n - 1) / math.comb(total, n) for i in range(total)]  # the rest are among i lower ones
+        mean = float((ordered @ torch.tensor(weights, dtype=torch.float64, device=scores.device)).mean())
+        out.append((n, math.log(n) - (n - 1) / n, mean))
+    return out
+
+
+def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
+    """1 − Var(R − V) / Var(R): 1 where the critic foresees every return, 0 where it knows no more than their mean."""
+    chosen = mask.bool()
+    spread = returns[chosen].var(correction=0)
+    return 1 - (returns - values)[chosen].var(correction=0) / spread.clamp(min=1e-12)
+
+
+@dataclass
+class AdaptiveKL:
+    """9: β such that the KL of a completion comes to `target` nats: Ziegler et al. 2019, arXiv:1909.08593, equation 5.
+
+    Per `horizon` completions, more than a round has, it moves at most by a fifth. Without target it stays.
+    """
+
+    beta: float
+    target: float | None = None
+    horizon: int = 10_000
+
+    def update(self, kl: float, completions: int) -> None:
+        if self.target is not None:
+            error = min(max(kl / self.target - 1, -0.2), 0.2)
+            self.beta *= 1 + error * completions / self.horizon

@@ -1,0 +1,148 @@
+"""Reward models: what scores a completion, and the checks on whatever does.
+
+A reward is any callable: `reward(prompts, completions)` gives a number for each completion. `Reward` is a model trained
+on comparisons (`method = "reward"`), on a base of its own or on a policy's, where it costs an adapter and a head. Its
+score is read at the last token of prompt and completion (in front of eos, where eos is the pad token, too), and shifted
+and scaled so that the reference policy's own samples have mean 0 and standard deviation 1 (Ziegler et al. 2019,
+arXiv:1909.08593, section 2.1): Bradley and Terry's loss leaves both open, and β and value function are easier set for
+scores of that size.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._files import read_json, write_json
+from ..._folders import filling
+from ..adapters.config import is_finite
+from ..adapters.switch import adapter_names, use_adapter
+from ..chat.ends import turn_end
+from ..chat.template import ChatTemplate
+from ..data.batches import packed, to_device
+from ..data.text import append_eos, tokenize_pairs
+from ..peft.format import CONFIG, load_adapter, read_adapter, save_adapter
+from ..runtime import in_eval_mode
+from .shared_base import with_head
+
+RewardFn = Callable[[Sequence[Any], Sequence[Any]], Any]
+ADAPTER, SCALE = "reward", "reward.json"
+ROWS = 16  # scored at a time
+
+
+class Reward:
+    """A reward model: `model` of the task "reward", with the adapter called "reward" if it stands on a shared base.
+
+    Called with texts, prompts and completions, or with their token ids, it gives the scores (B,), `scale` × the head's
+    output + `shift` (None: not normalised yet). Texts get the end token behind them; token ids have it, if they ended.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any = None, shift: float = 0.0, scale: float | None = None):
+        self.model, self.tokenizer, self.shift, self.scale = model, tokenizer, shift, scale
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:
+        pairs = list(zip(prompts, completions, strict=True))
+        rows = self._tokens(pairs) if isinstance(prompts[0], str) else [[*a, *b] for a, b in pairs]
+        device = next(self.model.parameters()).device
+        chunks = [to_device(packed(rows[i : i + ROWS]), device) for i in range(0, len(rows), ROWS)]
+        return torch.cat([self.score(inputs) for inputs in chunks])
+
+    def _tokens(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
+        """Texts as in training: `pairs.comparisons`."""
+        if self.tokenizer is None:
+            raise ValueError("a reward model without a tokenizer was given texts: Reward(model, tokenizer)")
+        tokens = self.model.tokens
+        template, chat_end = None, None
+        if tokens.chat_template is not None:
+            template = ChatTemplate(tokens.chat_template, **tokens.names)
+            chat_end = turn_end(template, self.tokenizer)
+        rows = []
+        for (prompt, _), (ids, start) in zip(pairs, tokenize_pairs(self.tokenizer, pairs), strict=True):
+            # A chat's turn ends as its template has it, also where no turn before shows that.
+            ends = (tokens.eos_id, tokens.more_ends)
+            if template is not None and chat_end is not None and template.has_rendered(prompt):
+                ends = (chat_end, ())
+            rows.append(append_eos(ids, start, *ends))
+        return rows
+
+    @torch.no_grad()
+    def score(self, inputs: dict[str, Any], **how: Any) -> Tensor:
+        """The scores (B,) of packed rows, in fp32. `how`: more that `hidden` takes."""
+        own = use_adapter(self.model, ADAPTER) if ADAPTER in adapter_names(self.model) else nullcontext()
+        with in_eval_mode(self.model), own:
+            states = self.model.hidden(**inputs, **how)
+            pooled = self.model.pool(states, inputs["input_ids"], None, inputs["cu_seqlens"])  # 6 in `round.py`
+            found = self.model.head(pooled)
+        return found.float() * (1.0 if self.scale is None else self.scale) + self.shift
+
+    def on(self, policy: Any) -> bool:
+        """Whether it stands on the policy's base."""
+        return self.model.embed is policy.embed
+
+    def normalise(self, prompts: Sequence[Any], completions: Sequence[Any]) -> None:
+        """8: choose shift and scale for mean 0 and standard deviation 1 on these, samples of the reference policy.
+
+        ValueError where all of them score the same.
+        """
+        self.shift, self.scale = 0.0, None
+        scores = self(prompts, completions).double()
+        spread = float(scores.std(correction=0))
+        if not spread > 0:
+            raise ValueError(f"the reward model gives all {len(scores)} samples the same score, {float(scores[0]):.4g}")
+        self.shift, self.scale = -float(scores.mean()) / spread, 1 / spread
+
+    def save(self, path: str | Path) -> None:
+        """Write its adapter, head and normalisation to the folder `path`; `load_reward` reads it back."""
+        with filling(path, CONFIG) as folder:
+            save_adapter(self.model, folder, ADAPTER)
+            write_json(folder / SCALE, {"shift": self.shift, "scale": self.scale})
+
+
+def load_reward(policy: Any, path: str | Path, tokenizer: Any = None) -> Reward:
+    """The reward model whose adapter lies in the folder `path`, on the base of `policy`, a causal language model.
+
+    Loaded before the policy has adapters of its own. Raises as `load_adapter`, and ValueError where the folder has no
+    head, or has more than an adapter and a head: what else was trained would change the policy.
+    """
+    model = with_head(policy, "reward")
+    stored = read_adapter(model, path)
+    heads = {source.names[0] for key, source in model.key_map().items() if key.startswith("head.")}
+    if missing := sorted(heads - stored.plain.keys()):
+        raise ValueError(
+            f'{path}: there is no {missing[0]}, the head of a reward model; train one with method = "reward"'
+        )
+    if stored.rows or (more := sorted(stored.plain.keys() - heads)):
+        what = more[0] if not stored.rows else "token rows"
+        raise ValueError(f"{path} brings {what}, which would change the policy, too; train adapter and head alone")
+    facts = Path(path) / SCALE
+    scale = _scale_of(facts) if facts.exists() else {}
+    load_adapter(model, path, ADAPTER)
+    model.requires_grad_(False)
+    return Reward(model, tokenizer, **scale)
+
+
+def _scale_of(path: Path) -> dict[str, Any]:
+    """Shift and scale as `Reward.save` wrote them. ValueError where they are not finite numbers."""
+    scale = read_json(path)
+    for field, value in scale.items():
+        if not is_finite(value) and (field, value) != ("scale", None):
+            raise ValueError(f"{path}: {field} = {value!r}; expected a finite number, train the reward model again")
+    return scale
+
+
+def checked_scores(reward: RewardFn, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:
+    """The scores (B,) that a reward gives, in fp32. ValueError where they are not one finite number a completion."""
+    found = reward(prompts, completions)
+    try:
+        scores = found.detach().float() if isinstance(found, Tensor) else torch.tensor(list(found), dtype=torch.float32)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the reward must give a number for each completion, not {found!r:.60}") from error
+    if scores.shape != (len(completions),):
+        raise ValueError(f"the reward gave {tuple(scores.shape)} for {len(completions)} completions; give one for each")
+    if not scores.isfinite().all():
+        bad = int((~scores.isfinite()).nonzero()[0])
+        raise ValueError(f"the reward of completion {bad + 1}, {completions[bad]!r:.60}, is {float(scores[bad])}")
+    return scores

@@ -1,0 +1,237 @@
+"""A round of PPO: sample, score, and improve the policy on what was sampled (`run.py` has the whole).
+
+The details that decide whether it works, by the numbers that stand beside them in the code. H: Huang et al. 2023, "The
+N implementation details of RLHF with PPO" (https://huggingface.co/blog/the_n_implementation_details_of_rlhf_with_ppo),
+read off the code of Z: Ziegler et al. 2019, arXiv:1909.08593. S: Schulman et al. 2017, arXiv:1707.06347. T: Stiennon et
+al. 2020, arXiv:2009.01325. Without a letter: ours.
+
+     1  old log-probabilities come from the updates' own forward pass and micro-batches: the first ratio is exactly 1
+     2  completions of the whole distribution, at the temperature that is trained at: no top-k, no top-p         H
+     3  prompts padded on the left, positions counted from their first token (rollouts.py)                       H
+     4  no dropout, in updates either (run.py)                                                                   Z, H
+     5  log-probabilities in fp32, of the completions' tokens alone, without all logits at once (rollouts.py)
+     6  the reward is read at the last token that isn't padding, as in training (reward_model.py, heads.py)      H
+     7  its head begins with N(0, 1/(D + 1)) (initialization.py), the critic's with zeros (run.py)               T, H
+     8  its score has mean 0 and deviation 1 on samples of the reference (reward_model.py)                       Z, H
+     9  each token pays for its own divergence; β is fixed, or adapts (advantages.py)                            Z
+    10  a completion that was cut off pays for it                                                                H, T
+    11  GAE with γ 1 and λ 0.95; returns before whitening; whitening over what is there (advantages.py)          Z, H
+    12  ratio and values clipped by 0.2, the value's loss weighs 0.1, four epochs, each in an order of its own   S, Z
+    13  log-ratios are clamped before they are exponentiated (advantages.py)
+    14  losses are means over the tokens of a step, whatever the lengths of its rows
+    15  gradients are clipped; Adam's ε is 1e-5 (run.py)                                                         H
+    16  updates end early where they have moved the policy far; a run, where its KL runs away (run.py)
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ..adapters.switch import use_adapter
+from ..data.batches import packed, to_device
+from ..generation.completions import text_of
+from ..training.optim import Optimizer
+from .advantages import AdaptiveKL, by_group, explained_variance, gae, kl_estimate, policy_loss, value_loss, whiten
+from .config import PPOConfig
+from .reward_model import ADAPTER as REWARD
+from .reward_model import Reward, RewardFn, checked_scores
+from .rollouts import POLICY, Actors, Prompt, Rollout, cut, sample
+from .shared_base import shared_layers
+
+PER_TOKEN = ("logps", "reference", "entropy", "values")
+
+
+class Round:
+    """What every round of a run has in common: who takes part, and how."""
+
+    def __init__(
+        self,
+        actors: Actors,
+        rewards: Sequence[RewardFn],
+        optimizer: Optimizer,
+        kl: AdaptiveKL,
+        config: PPOConfig,
+        tokenizer: Any,
+    ):
+        self.actors, self.rewards, self.optimizer, self.kl = actors, list(rewards), optimizer, kl
+        self.config, self.tokenizer = config, tokenizer
+        self.model, self.critic = actors.model, actors.critic
+        self.device = next(self.model.parameters()).device
+        self.ends = list(self.model.tokens.ends)
+
+    def __call__(self, prompts: Sequence[Prompt], lr: float) -> tuple[Rollout, dict[str, float]]:
+        """One round on these prompts; the rollout, and what is worth knowing about it."""
+        began = time.perf_counter()
+        prompts = [prompt for prompt in prompts for _ in range(self.config.group or 1)]
+        rollout = self.sample(prompts, POLICY)
+        sampled, n = time.perf_counter(), len(prompts)
+        # 1: the first epoch's order is drawn before anything is computed, so that its micro-batches are known.
+        orders = [torch.randperm(n).tolist() for _ in range(self.config.epochs)]
+        self.assess(rollout, orders[0])
+        advantages, returns = self.advantages(rollout)
+        stats, assessed = self.about(rollout, returns), time.perf_counter()
+        stats |= self.update(rollout, orders, advantages, returns, lr)
+        self.kl.update(stats["kl"], n)
+        ended = time.perf_counter()
+        stats |= {"lr": lr, "rollout_seconds": sampled - began, "assess_seconds": assessed - sampled}
+        return rollout, stats | {"update_seconds": ended - assessed, "episodes_per_second": n / (ended - began)}
+
+    def sample(self, prompts: Sequence[Prompt], adapter: str | None) -> Rollout:
+        """Completions at the temperature that is trained at, of the whole distribution (2)."""
+        config = self.config
+        with use_adapter(self.model, adapter):
+            return sample(
+                self.model, prompts, config.max_new_tokens, config.temperature, self.ends, rows=config.rollout_rows
+            )
+
+    @torch.no_grad()
+    def assess(self, rollout: Rollout, order: Sequence[int]) -> None:
+        """Fill in what is fixed for the round: log-probabilities, values, scores."""
+        n, share = len(rollout.ids), self.actors.share
+        on_base = next((own for own in self.rewards if isinstance(own, Reward) and own.on(self.model)), None)
+        lower = shared_layers(self.model, (REWARD,)) < share  # the reward model adapts layers that the others share
+        rollout.states = [torch.empty(0)] * n if share else []
+        found = {name: [torch.empty(0)] * n for name in PER_TOKEN}
+        scores = torch.zeros(n, device=self.device)
+        for rows in self.micro_batches(order):
+            whole, states = to_device(packed([rollout.ids[i] for i in rows]), self.device), None
+            if share:
+                states = self.actors.lower(whole)
+                _put(rollout.states, rows, states[0].split([len(rollout.ids[i]) for i in rows]))
+            if on_base is not None:
+                scores[list(rows)] = on_base.score(whole, **self.actors.above(None if lower else states))
+            batch = rollout.batch(rows, self.device)
+            logps, entropy = self.actors.logps_and_entropy(batch, POLICY)
+            reference = self.actors.logps(batch, None)
+            values = torch.zeros_like(logps) if self.critic is None else self.actors.values(batch)
+            for name, tokens in zip(PER_TOKEN, (logps, reference, entropy, values), strict=True):
+                _put(found[name], rows, tokens.split(batch["counts"]))
+        for name, tokens_of in found.items():
+            setattr(rollout, name, pad_sequence(tokens_of, batch_first=True))
+        lengths = torch.tensor(rollout.lengths, device=self.device)
+        rollout.mask = (torch.arange(rollout.logps.shape[1], device=self.device) < lengths[:, None]).float()
+        rollout.scores = scores + self.called(rollout, [own for own in self.rewards if own is not on_base])
+
+    def as_given(self, rollout: Rollout) -> tuple[list[Any], list[Any]]:
+        """Prompts as the caller gave them, and completions likewise: as texts, where there is a tokenizer."""
+        completions: list[Any] = rollout.completions
+        if self.tokenizer is not None:
+            completions = [
+                text_of(ids, self.ends, (), self.tokenizer, prompt.ids)
+                for prompt, ids in zip(rollout.prompts, completions, strict=True)
+            ]
+        return [prompt.given for prompt in rollout.prompts], completions
+
+    def called(self, rollout: Rollout, rewards: Sequence[RewardFn]) -> Tensor:
+        """The scores of rewards that are called with texts, or, without a tokenizer, with token ids, added up."""
+        prompts, completions = self.as_given(rollout)
+        total = torch.zeros(len(completions), device=self.device)
+        for reward in rewards:
+            total += checked_scores(reward, prompts, completions).to(self.device)
+        if self.config.no_end is not None:  # 10
+            total -= self.config.no_end * (~torch.tensor(rollout.ended, device=self.device)).float()
+        return total
+
+    def advantages(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
+        """Advantages and returns (N, T)."""
+        config, mask = self.config, rollout.mask
+        if config.group is not None:
+            return by_group(rollout.scores, config.group)[:, None] * mask, torch.zeros_like(mask)
+        # 9: each token pays for its own divergence from the reference, and the score comes with the last token.
+        rewards = -self.kl.beta * kl_estimate(config.kl_estimate, rollout.logps, rollout.reference) * mask
+        last = torch.tensor(rollout.lengths, device=self.device)[:, None] - 1
+        rewards.scatter_add_(1, last, rollout.scores[:, None].to(rewards.dtype))
+        advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.lam)
+        return whiten(advantages, mask), returns  # 11: the critic learns returns that are not whitened
+
+    def update(
+        self, rollout: Rollout, orders: Sequence[Sequence[int]], advantages: Tensor, returns: Tensor, lr: float
+    ) -> dict[str, float]:
+        """The epochs of clipped updates (12); how they went."""
+        sums: dict[str, float] = defaultdict(float)
+        steps, low, high = 0, 1.0, 1.0
+        for rows in (rows for order in orders for rows in cut(order, self.config.batch_rows)):
+            tokens, moved = sum(rollout.lengths[i] for i in rows), 0.0
+            for part in cut(rows, self.config.micro_rows or self.config.batch_rows):
+                found = self.backward(rollout, part, advantages, returns)
+                low, high = min(low, found.pop("ratio_min")), max(high, found.pop("ratio_max"))
+                for name, value in found.items():
+                    sums[name] += value / tokens
+                moved += found["approx_kl"] / tokens
+            # 14 and 15: gradients of a mean over the step's tokens, clipped
+            sums["grad_norm"] += float(self.optimizer.scale_gradients(tokens, self.config.max_norm))
+            self.optimizer.step(lr)
+            steps += 1
+            if self.config.update_stop is not None and moved > self.config.update_stop:  # 16
+                break
+        means = {name: value / steps for name, value in sums.items()}
+        return means | {"ratio_min": low, "ratio_max": high, "steps": float(steps)}
+
+    def backward(self, rollout: Rollout, rows: Sequence[int], advantages: Tensor, returns: Tensor) -> dict[str, float]:
+        """The gradients of a micro-batch, of sums over its tokens; and sums of what is worth knowing."""
+        config, batch = self.config, rollout.batch(rows, self.device)
+        old, advantage = rollout.flat(rollout.logps, rows), rollout.flat(advantages, rows)
+        logps = self.actors.logps(batch, POLICY)
+        losses, ratio = policy_loss(logps, old, advantage, config.clip)
+        if config.group is not None:  # GRPO pays for its divergence in the loss: arXiv:2402.03300, equation 3
+            losses = losses + self.kl.beta * kl_estimate("k3", logps, rollout.flat(rollout.reference, rows))
+        losses.sum().backward()
+        ratio, moved = ratio.detach(), (logps - old).detach()
+        sums = {
+            "policy_loss": losses.detach().sum(),
+            "approx_kl": (torch.expm1(moved) - moved).sum(),
+            "clip_fraction": ((ratio - 1).abs() > config.clip).sum(),
+            "ratio": ratio.sum(),
+            "ratio_min": ratio.min(),
+            "ratio_max": ratio.max(),
+        }
+        if self.critic is not None:
+            values, before = self.actors.values(batch), rollout.flat(rollout.values, rows)
+            value_losses = value_loss(values, before, rollout.flat(returns, rows), config.value_clip)
+            (config.value_weight * value_losses.sum()).backward()
+            sums["value_loss"] = value_losses.detach().sum()
+            sums["value_clip_fraction"] = ((values.detach() - before).abs() > config.value_clip).sum()
+        self.optimizer.accumulate()
+        numbers = torch.stack([value.float() for value in sums.values()]).tolist()  # one wait for the device
+        return dict(zip(sums, numbers, strict=True))
+
+    @torch.no_grad()
+    def sound(self, rollout: Rollout) -> bool:
+        """Whether policy and critic still give numbers after the last step, which no loss has seen."""
+        batch = rollout.batch([0], self.device)
+        found = self.actors.logps(batch, POLICY).sum()
+        return bool((found if self.critic is None else found + self.actors.values(batch).sum()).isfinite())
+
+    def micro_batches(self, rows: Sequence[int]) -> Iterator[Sequence[int]]:
+        """Rows in the micro-batches of their steps."""
+        for step in cut(rows, self.config.batch_rows):
+            yield from cut(step, self.config.micro_rows or self.config.batch_rows)
+
+    def about(self, rollout: Rollout, returns: Tensor) -> dict[str, float]:
+        """A rollout in numbers. The KL is in nats a completion, the entropy in nats a token."""
+        mask, n = rollout.mask, len(rollout.ids)
+        kl = float(((rollout.logps - rollout.reference) * mask).sum() / n)
+        score = float(rollout.scores.mean())
+        stats = {
+            "score": score,
+            "score_std": float(rollout.scores.std(correction=0)),
+            "kl": kl,
+            "beta": self.kl.beta,
+            "objective": score - self.kl.beta * kl,
+            "entropy": float((rollout.entropy * mask).sum() / mask.sum()),
+            "length": float(mask.sum() / n),
+            "ended": sum(rollout.ended) / n,
+        }
+        if self.critic is not None:
+            stats["explained_variance"] = float(explained_variance(rollout.values, returns, mask))
+        return stats
+
+
+def _put(into: list[Tensor], rows: Sequence[int], parts: Sequence[Tensor]) -> None:
+    for i, part in zip(rows, parts, strict=True):
+        into[i] = part

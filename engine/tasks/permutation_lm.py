@@ -1,0 +1,116 @@
+"""Batches for permutation language modelling: some tokens are predicted, one after the other in an order drawn anew.
+
+Yang et al. 2019, arXiv:1906.08237, sections 2.2, 2.3 and 2.5. A token's *rank* says when it becomes known: −1 from the
+beginning, then 0, 1, 2, ... A token may see another if that one's rank is lower than its own, or −1:
+
+    unseen(t, s) = rank(t) ≤ rank(s) and rank(s) ≥ 0
+
+so that a predicted token never sees itself nor those that come later in the order. `perm_mask` says this to the model,
+`target_mapping` where the predictions stand.
+
+*Drawn*: about one token in K = 6 is predicted, the last part of an order of the whole row, because with little context
+there is little to learn from. The predicted ones are spans of 1 to 5 tokens, each within a stretch K times as long. All
+others are of rank −1; special tokens too, except the end of a text. (The original gives ranks to its two separators.)
+
+*Ordered*: the tokens of a completion are predicted from left to right. What stands before the first of them has rank
+−1: it is read both ways, as a prompt is in generation.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from ..data.batches import IGNORE, Batch, padded
+
+K = 6
+LONGEST_SPAN = 5
+
+Ranks = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PermutationCollate:
+    """Make a padded batch of examples encoded for "pretrain", or for "sft" if `ordered`.
+
+    Their targets are shifted by one; here a row is all its tokens, the last target included. `batch["inputs"]` has
+    `perm_mask` (B, T, T), true where unseen, and `target_mapping` (B, n), positions; `index` are the flat places of the
+    predictions in (B, n), for rows have fewer or more of them, and `targets` their tokens. Draws once a batch from
+    torch's generator, so that a resumed run draws the same.
+    """
+
+    pad_id: int = 0
+    special_ids: tuple[int, ...] = ()
+    ordered: bool = False
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
+        rng = np.random.default_rng(int(torch.randint(2**62, ())))
+        rows, places, ranks = [], [], []
+        for example in examples:
+            targets = np.asarray(example["targets"])
+            last = targets[-1:]
+            row = np.append(example["input_ids"], last[last != IGNORE])
+            if self.ordered:
+                predicted = np.flatnonzero(targets != IGNORE) + 1
+                rank = _from_left(len(row), int(predicted[0]))
+            else:
+                predicted = spans(~np.isin(row, self.special_ids), rng)
+                rank = np.full(len(row), -1)
+                rank[predicted] = rng.permutation(len(predicted))
+            rows.append(row)
+            places.append(predicted)
+            ranks.append(rank)
+        inputs = padded([row.tolist() for row in rows], self.pad_id)
+        inputs["perm_mask"] = torch.from_numpy(_unseen(ranks))
+        width = max(len(row) for row in places)
+        mapping = np.zeros((len(rows), width), dtype=np.int64)
+        for i, row in enumerate(places):
+            mapping[i, : len(row)] = row
+        inputs["target_mapping"] = torch.from_numpy(mapping)
+        index = np.concatenate([i * width + np.arange(len(row)) for i, row in enumerate(places)])
+        tokens = np.concatenate([row[at] for row, at in zip(rows, places, strict=True)])
+        return {
+            "inputs": inputs,
+            "lengths": [len(row) for row in rows],
+            "index": torch.from_numpy(index),
+            "targets": torch.from_numpy(tokens.astype(np.int64)),
+        }
+
+
+def spans(usable: npt.NDArray[np.bool_], rng: "np.random.Generator") -> Ranks:
+    """The positions to predict in a row: of the `usable` tokens about one in K, at least one and never all of two."""
+    n = len(usable)
+    chosen = np.zeros(n, dtype=bool)
+    start = 0
+    while start < n:
+        left = n - start
+        length = min(int(rng.integers(1, LONGEST_SPAN + 1)), max(1, left // K))
+        stretch = min(K * length, left)
+        if stretch == K * length or rng.random() < stretch / K:
+            first = start + int(rng.integers(stretch - length + 1))
+            chosen[first : first + length] = True
+        start += stretch
+    chosen &= usable
+    if not chosen.any():
+        candidates = np.flatnonzero(usable) if usable.any() else np.arange(n)
+        chosen[rng.choice(candidates)] = True
+    return np.flatnonzero(chosen)
+
+
+def _from_left(n: int, first: int) -> Ranks:
+    """Ranks of n tokens that become known from left to right, from the position `first` on."""
+    position = np.arange(n)
+    return np.where(position < first, -1, position)
+
+
+def _unseen(ranks: Sequence[Ranks]) -> npt.NDArray[np.bool_]:
+    """(B, T, T): which tokens (last) each token may not see."""
+    width = max(len(rank) for rank in ranks)
+    out = np.zeros((len(ranks), width, width), dtype=bool)
+    for i, rank in enumerate(ranks):
+        n = len(rank)
+        out[i, :n, :n] = (rank[:, None] <= rank) & (rank >= 0)
+    return out

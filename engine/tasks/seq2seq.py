@@ -1,0 +1,105 @@
+"""Batches for encoder-decoder models: a source to read, and a target to write behind the start token.
+
+Rows are padded on the right, sources and targets each to their longest: the position biases of such models don't go
+with packed rows. Pretraining is span corruption (Raffel et al. 2020, sections 3.1.4 and 3.3.4, arXiv:1910.10683): of a
+text, 15 % of the tokens are taken out in spans of 3 on average, a different sentinel `<extra_id_N>` in the place of
+each, and the target is what was taken out, each span behind its sentinel.
+
+    text      Thank you for inviting me to your party last week .
+    source    Thank you <extra_id_0> me to your party <extra_id_1> week . </s>
+    target    <extra_id_0> for inviting <extra_id_1> last </s>
+
+As in the code that trained the published models, and unlike the paper's figure, no sentinel follows the last span; a
+text begins with a token that stays and ends with a span. Spans are drawn anew each time a row comes up, from torch's
+generator, whose state is in every checkpoint.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..data.batches import Batch, padded
+
+
+@dataclass(frozen=True)
+class SpanCorruption:
+    """Spans of `mean` tokens on average, together `density` of a text; `sentinels` are ids, `eos` ends both parts."""
+
+    sentinels: tuple[int, ...]
+    eos: int | None
+    density: float = 0.15
+    mean: float = 3.0
+
+    @classmethod
+    def of(cls, tokenizer: Any, eos: int | None) -> "SpanCorruption":
+        """With the tokenizer's `<extra_id_0>`, `<extra_id_1>`, ...; ValueError where it has none."""
+        sentinels: list[int] = []
+        while (token := tokenizer.token_to_id(f"<extra_id_{len(sentinels)}>")) is not None:
+            sentinels.append(token)
+        if not sentinels:
+            raise ValueError("pretraining an encoder-decoder needs a tokenizer with <extra_id_0>, <extra_id_1>, ...")
+        return cls(tuple(sentinels), eos)
+
+    def __call__(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Source and target for a text of at least one token. ValueError where it has more spans than sentinels."""
+        end = [] if self.eos is None else [self.eos]
+        source: list[int] = []
+        target: list[int] = []
+        place = 0
+        for sentinel, (kept, taken) in zip(self.sentinels, self._lengths(len(ids)), strict=False):
+            source += [*ids[place : place + kept], sentinel]
+            target += [sentinel, *ids[place + kept : place + kept + taken]]
+            place += kept + taken
+        return source + end, target + end
+
+    def _lengths(self, n: int) -> list[tuple[int, int]]:
+        """Lengths of the runs that stay and of the spans that follow them."""
+        if n == 1:
+            return [(0, 1)]
+        taken = min(max(round(n * self.density), 1), n - 1)
+        spans = min(max(round(taken / self.mean), 1), n - taken)
+        if spans > len(self.sentinels):
+            most = int(len(self.sentinels) * self.mean / self.density)
+            raise ValueError(
+                f"a row of {n} tokens has {spans} spans, but the tokenizer {len(self.sentinels)} sentinels "
+                f"<extra_id_N>; set data.max_length to at most {most}"
+            )
+        return list(zip(_parts(n - taken, spans), _parts(taken, spans), strict=True))
+
+
+def _parts(n: int, parts: int) -> list[int]:
+    """A random division of n into so many positive numbers, each division as likely as any other."""
+    cuts = (torch.randperm(n - 1)[: parts - 1] + 1).sort().values.tolist()
+    return [stop - start for start, stop in zip([0, *cuts], [*cuts, n], strict=True)]
+
+
+@dataclass(frozen=True)
+class Seq2SeqCollate:
+    """Make a batch of examples {"input_ids": source, "target_ids"}, or of texts {"input_ids"} with a `corruption`.
+
+    `batch["inputs"]` are input_ids, attention_mask and decoder_input_ids (the targets behind `start_id`, without their
+    last token); `index` and `targets` (n,) as in `Collate`; `lengths` counts source and target.
+    """
+
+    pad_id: int
+    start_id: int
+    corruption: SpanCorruption | None = None
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
+        if self.corruption is None:
+            pairs = [(example["input_ids"], example["target_ids"]) for example in examples]
+        else:
+            pairs = [self.corruption(np.asarray(example["input_ids"]).tolist()) for example in examples]
+        targets = [target for _, target in pairs]
+        inputs = padded([source for source, _ in pairs], self.pad_id)
+        shifted = padded([[self.start_id, *target[:-1]] for target in targets], self.pad_id)
+        return {
+            "inputs": {**inputs, "decoder_input_ids": shifted["input_ids"]},
+            "index": shifted["attention_mask"].flatten().nonzero()[:, 0],
+            "targets": torch.tensor([token for target in targets for token in target]),
+            "counts": [len(target) for target in targets],
+            "lengths": [len(source) + len(target) for source, target in pairs],
+        }

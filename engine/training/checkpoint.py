@@ -1,0 +1,119 @@
+"""Checkpoints that survive: a folder of tensors (safetensors) and facts (JSON), complete or not there at all.
+
+Everything is written into a temporary folder beside the target, flushed to disk, and renamed (`_files.py`); a kill at
+any moment leaves the old checkpoints and at most a temporary folder, which the next save removes. SHA256SUMS holds a
+checksum of each file (`sha256sum -c` reads it, too), so that one changed bit is noticed when the checkpoint is loaded.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..._files import DiskError, read_json, remove_left_overs, write_file, write_json, write_tensors
+from ..._folders import replacing_folder
+from ..data.fingerprints import digest
+
+TENSORS, FACTS, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
+_OLD = ".old"
+
+
+def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    """Write a checkpoint folder in one piece; an existing one is replaced.
+
+    Raises OSError, with what was there untouched, where the disk is full or not writable.
+    """
+    path = Path(path)
+    _recover(path)
+    old = path.with_name(path.name + _OLD)
+    remove(old)
+    try:
+        with replacing_folder(path, old) as folder:
+            write_tensors(folder / TENSORS, tensors)
+            write_json(folder / FACTS, facts)
+            write_file(folder / SUMS, _sums(folder))
+    except DiskError as error:
+        raise OSError(
+            f"{path}: the checkpoint could not be written ({error.reason}); earlier ones are untouched; make room, "
+            "then the same command goes on from the last one"
+        ) from error
+    remove(old)
+
+
+def _sums(path: Path) -> str:
+    """A line a file of a checkpoint, as sha256sum writes it."""
+    return "".join(f"{digest(path / name)}  {name}\n" for name in (TENSORS, FACTS))
+
+
+def _recover(path: Path) -> None:
+    """Put back what a kill between the two renames of a replacement left aside."""
+    old = path.with_name(path.name + _OLD)
+    if (old / FACTS).is_file() and not path.exists():
+        old.rename(path)
+
+
+def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and facts of a checkpoint folder.
+
+    FileNotFoundError where there is none, ValueError where one of its files has changed since it was written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(path)
+    _recover(path)
+    if not (path / FACTS).is_file():
+        raise FileNotFoundError(f"{path}: no checkpoint there ({FACTS} is missing)")
+    try:
+        before, now = (path / SUMS).read_bytes(), _sums(path)
+        if before != now.encode():
+            other = next((line[66:] for line in now.splitlines() if line.encode() not in before.split(b"\n")), TENSORS)
+            raise ValueError(f"{other} has not the checksum in {SUMS}")
+        return load_file(path / TENSORS), read_json(path / FACTS)
+    except (SafetensorError, ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{path}: the checkpoint is damaged ({_reason(error)}); {_remedy(path)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"{Path(error.filename).name} is missing"
+    return str(error)
+
+
+def _remedy(path: Path) -> str:
+    """What becomes of the run without this checkpoint."""
+    found = checkpoints(path.parent)
+    if path not in found:
+        return "restore it from a copy, or run again with another out"
+    if earlier := found[: found.index(path)]:
+        return f"remove it, and the run goes on from {earlier[-1].name}"
+    return (
+        "restore it from a copy: there is no earlier one. If you remove it, the run begins again at step 0, and what"
+        " it logged is lost; with train.keep = 2 a run keeps an earlier one too"
+    )
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The complete checkpoints step-N in a folder, oldest first."""
+    return sorted(path for path in Path(folder).glob("step-*") if path.name[5:].isdigit() and (path / FACTS).is_file())
+
+
+def checkpoint_path(folder: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step lives."""
+    return Path(folder) / f"step-{step:08d}"
+
+
+def prune(folder: str | Path, keep: int) -> None:
+    """Remove all but the last `keep` checkpoints, and what killed runs left half written or half removed."""
+    kept = checkpoints(folder)[-keep:] if keep else []
+    for path in Path(folder).glob("step-*"):
+        if path not in kept:
+            remove(path)
+    remove_left_overs(Path(folder))
+
+
+def remove(path: Path) -> None:
+    """Remove a folder if it is there, in such an order that half a removal is no checkpoint any more."""
+    (path / FACTS).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,36 @@
+"""Evaluation: the mean loss over held-out batches, and the task's metrics."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data.batches import Batches, to_device
+from ..tasks.losses import LossFn
+from ..tasks.scores import Score
+from .guards import clean_guest, sum_and_count
+
+
+def evaluate(model: nn.Module, data: Iterable[Any], loss_fn: LossFn, score: Score | None = None) -> dict[str, Any]:
+    """Mean loss (nats a target) over `data`, and the metrics of `score`; model and process are left as they were.
+
+    `data` yields batches, or lists of micro-batches. With a `score` its `update` replaces `loss_fn`. Random choices
+    (masked-LM noise) come from a fixed seed, so that evaluations can be compared. ValueError where there is no target,
+    and where `loss_fn` returns anything but (sum of losses, number of targets).
+    """
+    device = next(model.parameters()).device
+    if isinstance(data, Batches):
+        data.rewind()  # an evaluation that was broken off does not go on
+    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
+    with clean_guest(model, seed=0), torch.no_grad():
+        model.eval()
+        for item in data:
+            for batch in item if isinstance(item, list) else [item]:
+                batch = to_device(batch, device)
+                loss, n = sum_and_count(score.update(model, batch) if score is not None else loss_fn(model, batch))
+                total, count = total + loss.double(), count + n
+    if count == 0:
+        raise ValueError("the evaluation data has no target: nothing was left after masking")
+    mean = float(total) / count
+    return {"loss": mean, **(score.result(mean) if score is not None else {})}

@@ -1,0 +1,134 @@
+"""What trains: freezing by name, unfreezing on schedule, and what it all costs in memory."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from ...kernels.quant.nf4 import NF4Weight
+from ..adapters.belongings import claim, every_tensor_aside, give_back
+from ..adapters.lora import active_adapter, slots
+from ..adapters.token_rows import trained_rows
+from ..adapters.wrapping import Factors
+
+
+def match(model: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Parameter]:
+    """The parameters whose names match the shell globs. ValueError for a glob that matches nothing."""
+    found: dict[str, nn.Parameter] = {}
+    everything = dict(model.named_parameters(remove_duplicate=False))  # a tied head is found under both names
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    for pattern in patterns:
+        hits = {name: p for name, p in everything.items() if fnmatchcase(name, pattern)}
+        if not hits:
+            tops = sorted({name.split(".")[0] for name in everything})
+            raise ValueError(f"{pattern!r} matches no parameter; names start with {', '.join(tops)}")
+        found |= {first[id(parameter)]: parameter for parameter in hits.values()}
+    return found
+
+
+def freeze(model: nn.Module, *patterns: str) -> None:
+    """Stop training the parameters that match: `freeze(model, "*")`. ValueError for a glob that matches nothing.
+
+    Those of adapters that are not in use, too: they stay frozen once they are. What has not changed yet no longer
+    belongs to the active adapter.
+    """
+    names = match(model, patterns)
+    for parameter in names.values():
+        parameter.requires_grad_(False)
+
+    give_back(model, names.values())
+    for name, tensor in every_tensor_aside(model):
+        if tensor.requires_grad and any(fnmatchcase(name, pattern) for pattern in patterns):
+            tensor.requires_grad_(False)
+    for slot in slots(model):
+        for adapter, factors in slot.module.lora.items():
+            assert isinstance(factors, Factors)
+            prefix = f"{slot.path}.lora.{adapter}."
+            factors.paused = tuple(key for key in factors.paused if f"{prefix}{key}" not in names)
+
+
+def unfreeze(model: nn.Module, *patterns: str) -> None:
+    """Train the parameters that match: `unfreeze(model, "head.*")`. They belong to the adapter that is active.
+
+    Raises ValueError for a glob that matches nothing, or a quantised weight.
+    """
+    found = match(model, patterns)
+    for name, parameter in found.items():
+        if not parameter.is_floating_point():
+            raise ValueError(f"{name} is of a quantised weight, which can't train: add_lora, or load it in bfloat16")
+    for parameter in found.values():
+        parameter.requires_grad_(True)
+    claim(model, active_adapter(model))
+
+
+def unfreeze_due(model: nn.Module, schedule: Mapping[str, float], epoch: float) -> None:
+    """Gradual unfreezing (Howard and Ruder 2018, arXiv:1801.06146): train what is due by `epoch`, freeze what is not.
+
+    `schedule` maps globs to the epoch from which their parameters train; of several that match, the earliest counts.
+    """
+    due = [pattern for pattern, start in schedule.items() if epoch >= start]
+    freeze(model, *(schedule.keys() - due))
+    unfreeze(model, *due)
+
+
+def put_into_training(model: nn.Module, schedule: Mapping[str, float], epoch: float) -> None:
+    """The model in train mode, what is due by `epoch` (below 0: from the beginning) requiring a gradient."""
+    unfreeze_due(model, schedule, max(0.0, epoch))
+    train_mode(model)
+
+
+def train_mode(model: nn.Module) -> None:
+    """`model.train()`, but batch norms whose parameters are all frozen keep their statistics, as in `eval()`.
+
+    Statistics that drift under frozen weights change the model behind an adapter's back. The batch norms of this
+    project do so by themselves; this is for torch's, in foreign modules.
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            own = list(module.parameters(recurse=False))
+            module.train(not own or any(parameter.requires_grad for parameter in own))
+
+
+@dataclass(frozen=True)
+class TrainableReport:
+    """What trains, in parameters, and what training takes beside activations, in bytes."""
+
+    trainable: int
+    total: int
+    weights: int
+    gradients: int
+    optimizer: int
+    modules: tuple[tuple[str, int], ...]
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / max(1, self.total)
+        parts = ", ".join(f"{name} {count:,}" for name, count in self.modules) or "nothing"
+        mib = 2**20
+        return (
+            f"trains {self.trainable:,} of {self.total:,} parameters ({share:.2f} %): {parts}\n"
+            f"weights {self.weights / mib:.1f} MiB, gradients {self.gradients / mib:.1f} MiB, "
+            f"optimizer {self.optimizer / mib:.1f} MiB"
+        )
+
+
+def trainable_report(model: nn.Module) -> TrainableReport:
+    """Count what trains. Optimizer bytes are AdamW's: two fp32 moments, and a master of narrower weights or rows."""
+    trainable = total = weights = gradients = optimizer = 0
+    modules: dict[str, int] = {}
+    chosen = trained_rows(model)
+    for name, parameter in model.named_parameters():
+        n, width = parameter.numel(), parameter.element_size()
+        total, weights = total + n, weights + n * width
+        if parameter.requires_grad:
+            gradients += n * width
+            n = len(chosen[name]) * parameter.shape[1] if name in chosen else n
+            trainable += n
+            optimizer += n * (8 if width >= 4 and name not in chosen else 12)
+            group = "LoRA" if ".lora." in name else name.split(".")[0]
+            modules[group] = modules.get(group, 0) + n
+    for module in model.modules():
+        if isinstance(module, NF4Weight):  # stored in several tensors, two weights to a byte
+            total += module.shape[0] * module.shape[1] - sum(tensor.numel() for tensor in module.parameters())
+    return TrainableReport(trainable, total, weights, gradients, optimizer, tuple(modules.items()))

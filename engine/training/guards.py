@@ -1,0 +1,115 @@
+"""What the loops are guarded against: memory that runs out, a loss that isn't finite or no sum, empty data.
+
+And what their callers are guarded against: a run is a guest in somebody's process, and leaves it as it was.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..._outside import explained_memory
+from ..data.batches import Batches
+from ..finite import not_finite, unsound_weights
+from ..runtime import same_modes, settled_arithmetic
+from .run_folder import Record
+from .state import last_good, seeded
+
+NO_SUM = "loss_fn must return (sum, count), the sum of the losses as a scalar tensor and the number of targets;"
+
+
+@contextmanager
+def clean_guest(model: nn.Module, seed: int, deterministic: bool = False) -> Iterator[None]:
+    """A block that draws from generators begun at `seed`, with settled arithmetic.
+
+    Afterwards, also after an error, the caller's random generators, settings of torch and modes of modules are as they
+    were.
+    """
+    with settled_arithmetic(deterministic), seeded(seed), same_modes(model):
+        yield
+
+
+@contextmanager
+def explained_memory_error(device: torch.device, remedy: Callable[[], str]) -> Iterator[None]:
+    """Out of memory as a MemoryError that says what to do; one that has been explained inside passes."""
+    with explained_memory(lambda: f"out of memory on {device}: {remedy()}"):
+        yield
+
+
+def smaller_batches(data: Any) -> str:
+    """The next smaller micro-batch, as a setting."""
+    if not isinstance(data, Batches):
+        return "make micro-batches of half the size, several of them a step"
+    tokens, rows = data.micro_tokens or data.tokens, data.micro_rows or data.rows
+    name, size = ("micro_tokens", tokens) if tokens is not None else ("micro_rows", rows)
+    if not size or size < 2:
+        return "even one row is too much; shorten the rows (data.max_length), train fewer weights, or use bfloat16"
+    return f"set train.{name} = {size // 2} (it is {size}); the step and its result stay the same"
+
+
+def sum_and_count(returned: Any) -> tuple[Tensor, int]:
+    """What a loss function returned, if it is (sum of losses, number of targets); else a ValueError that shows it.
+
+    The count is a whole number, or a tensor that holds one.
+    """
+    if not isinstance(returned, tuple | list) or len(returned) != 2:
+        raise ValueError(f"{NO_SUM} it returned {_described(returned)}")
+    loss, count = returned
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        raise ValueError(f"{NO_SUM} its sum is {_described(loss)}")
+    if (number := _whole_number(count)) is None:
+        raise ValueError(f"{NO_SUM} its count is {_described(count)}")
+    return loss, number
+
+
+def require_targets(loss: float, targets: int, step: str) -> None:
+    """ValueError where a step's losses are summed over no target: dividing by their number would make them a mean."""
+    if targets == 0 and loss != 0:
+        raise ValueError(f"{step}: {NO_SUM} it returned a sum of {loss:.4g} over 0 targets")
+
+
+def _whole_number(count: Any) -> int | None:
+    """The count as an integer that is not negative, or None."""
+    try:
+        number = int(count)
+        return number if number >= 0 and number == count else None
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last one: a tensor of several
+        return None
+
+
+def _described(value: Any) -> str:
+    """A value in a few words: a tensor by its shape, a collection by its size."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}" if value.dim() else f"the tensor {value.detach().item():.4g}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"{value!r:.60}" if isinstance(value, int | float | str | None) else f"a {type(value).__name__}"
+
+
+def require_finite(
+    loss: float, norm: float, step: str, record: Record, lr: str, untrained: nn.Module | None = None
+) -> None:
+    """FloatingPointError where the loss or its gradient isn't finite, told with the setting `lr` to lower.
+
+    Or, for a model that is still as it was loaded, with the weights that hold NaN or infinity.
+    """
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        if untrained is not None and unsound_weights(untrained):
+            raise not_finite(untrained, f"{step}: the loss")
+        raise FloatingPointError(
+            f"{step}: the loss is {loss}, its gradient norm {norm}; {last_good(record)}; try a smaller {lr}"
+        )
+
+
+def passes(data: Iterable[Any]) -> Iterator[Any]:
+    """Steps, pass after pass over the data. ValueError where two passes on end give none."""
+    empty = 0  # a run resumed at the end of an epoch begins with an empty pass
+    while empty < 2:
+        empty += 1
+        for step in data:
+            empty = 0
+            yield step
+    raise ValueError("the data gives no batch: an iterable of batches must begin anew each time it is iterated")

@@ -1,0 +1,343 @@
+"""The training loop.
+
+One loop serves every method: it knows a module, batches and a loss function, and nothing of what they mean. A step is
+
+    unfreeze what is due → evaluate → save → micro-batches → divide by all targets, clip → update → log
+
+Two decisions hold it together. The loss function gives a *sum* and a *count*; gradients of sums are added up over the
+micro-batches and divided once by the number of targets of the whole step, so that the result does not depend on how the
+step was cut. And all state (weights and moments, random generators, the place in the data, the best so far) stands in
+one checkpoint, so that a run killed anywhere and started again ends with the same bits as one that ran through.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from ..._shapes import refuse_beyond
+from ..adapters.belongings import claim
+from ..adapters.lora import active_adapter, lr_ratios, slots
+from ..adapters.token_rows import trained_rows
+from ..data.batches import Batches, count_images, count_tokens, to_device
+from ..data.fingerprints import in_memory
+from ..runtime import interruptible
+from ..tasks.losses import ByAdapter, LossFn
+from ..tasks.scores import Score
+from .cached_features import with_features
+from .evaluation import evaluate
+from .freezing import match, put_into_training, unfreeze_due
+from .guards import (
+    clean_guest,
+    explained_memory_error,
+    passes,
+    require_finite,
+    require_targets,
+    smaller_batches,
+    sum_and_count,
+)
+from .optim import SCHEDULES, Optimizer, layer_count, lr_factor
+from .run_folder import Record, peak_memory
+from .state import keep_best, restore_best, resume, save, tell_resumed
+
+DEFAULT_ROWS = 16
+# The most that makes sense of each field; nothing ends that is longer.
+LIMITS: dict[str, float] = {
+    "epochs": 1_000_000, **dict.fromkeys(("max_steps", "eval_every", "patience", "save_every", "keep"), 10**9),
+    **dict.fromkeys(("batch_rows", "batch_tokens", "micro_rows", "micro_tokens", "warmup"), 10**9), "lr": 1e38,
+    "lr_floor": 1e6, "weight_decay": 1e6, "decay": 1, "lr_decay": 1e6, "eps": 1e6, "seed": 2**63 - 1,
+}  # fmt: skip
+UNTRAINED = (
+    "no evaluation was better than the one before training, so that the weights given back are the untrained ones; "
+    'lower the learning rate or train longer, or ask for the last weights with best = "last"'
+)
+log = logging.getLogger("handtune")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train.
+
+    The run ends after `epochs` or `max_steps`, whichever comes first. A step is `batch_rows` rows or `batch_tokens`
+    tokens, cut into micro-batches of at most `micro_rows`, `micro_tokens`. `warmup` is a number of steps, or a share
+    of them if below 1; `decay` the share that "wsd" spends falling; `lr_floor` the end of a falling schedule as a
+    share of `lr`. `lr_scale` maps parameter globs to factors on `lr`; `lr_decay` is one more factor for each layer
+    below the head. `unfreeze` maps globs to the epoch from which they train. `eval_every` and `save_every` count
+    steps (None: each epoch). With a run folder, the checkpoint of the best value of the metric `best` is kept and given
+    back ("last": the last weights are); training stops after `patience` evaluations without a better one. Where `best`
+    is given, the evaluation before training takes part; without it (None), the metric is the method's own, usually the
+    loss, and what is given back has trained. The last `keep` checkpoints are kept, each of three times the trained
+    weights in fp32. `deterministic` makes CUDA repeat itself bitwise, at a price.
+    """
+
+    epochs: int = 1
+    max_steps: int | None = None
+    batch_rows: int | None = None
+    batch_tokens: int | None = None
+    micro_rows: int | None = None
+    micro_tokens: int | None = None
+    lr: float = 2e-4
+    schedule: str = "cosine"
+    warmup: float = 0.05
+    decay: float = 0.2
+    lr_floor: float = 0.0
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip: float | None = 1.0
+    lr_scale: dict[str, float] = field(default_factory=dict)
+    lr_decay: float = 1.0
+    unfreeze: dict[str, float] = field(default_factory=dict)
+    eval_every: int | None = None
+    best: str | None = None
+    patience: int | None = None
+    save_every: int | None = None
+    keep: int = 1
+    seed: int = 0
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule {self.schedule!r} is unknown; known: {', '.join(SCHEDULES)}")
+        for name in (
+            "epochs", "max_steps", "batch_rows", "batch_tokens", "micro_rows", "micro_tokens", "lr", "decay", "clip",
+            "eval_every", "patience", "save_every", "keep",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}: expected a positive number, got {value}")
+        refuse_beyond(self, LIMITS)
+        for name in ("warmup", "lr_floor", "weight_decay", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected zero or a positive number, got {getattr(self, name)}")
+        if self.patience is not None and self.best == "last":
+            raise ValueError('patience needs a metric to watch: best = "loss", for example, not "last"')
+        if self.batch_rows is not None and self.batch_tokens is not None:
+            raise ValueError("batch_rows and batch_tokens: a step is cut by rows or by tokens; give one of the two")
+
+
+def needs_evaluation(config: TrainConfig) -> list[str]:
+    """The fields that are set and mean nothing without evaluation data. `best = "last"` looks at none."""
+    names = [name for name in ("eval_every", "patience") if getattr(config, name) is not None]
+    return names + (["best"] if config.best not in (None, "last") else [])
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training run came to.
+
+    `best` is the step, metric and value, `metrics` the evaluation, of the weights that the model now has. An
+    `interrupted` run goes on later: the model has the weights of its last step, `metrics` are of the last evaluation
+    before it, and `best` of the best one so far.
+    """
+
+    steps: int
+    train_loss: float
+    metrics: dict[str, Any]
+    before: dict[str, Any]
+    best: dict[str, Any]
+    seconds: float
+    peak_memory: int
+    interrupted: bool
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """Steps that know how far they are: iterating goes on from there, or starts the next pass."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+def train(
+    model: nn.Module,
+    data: Any,
+    loss_fn: LossFn,
+    config: TrainConfig,
+    *,
+    eval_data: Any = None,
+    score: Callable[[], Score] | None = None,
+    collate: Callable[[list[Any]], Any] | None = None,
+    out: str | Path | None = None,
+    about: dict[str, Any] | None = None,
+    metric: str = "loss",
+) -> Result:
+    """Train the parameters that require a gradient; gives back what came out, the model holding the best weights.
+
+    `data`: a sequence of rows together with `collate` (a list of rows → a batch), or any iterable of batches that has
+    `state_dict` and `load_state_dict` (values that JSON can hold; of no use without `out`); an item may be a list of
+    micro-batches, which make one step together. `loss_fn`: (model, batch) → (sum of losses, number of targets).
+    `eval_data`: the same without state; `score()` makes a fresh score for each evaluation, of which `metric` says what
+    is best where `config.best` doesn't. `out`: the run folder; the same call on it resumes, or finds the run finished
+    and changes nothing; without one the last weights stay, best or not. `about`: facts and configuration for its
+    run.json. Ctrl-C finishes the step and saves, a second one stops at once; a handler of the caller's own stays in
+    charge. The caller's random generators, settings of torch, signal handlers and modes of modules are afterwards, also
+    after an error, what they were.
+
+    Raises ValueError where nothing trains, `loss_fn` returns anything else, the loss reaches nothing that trains, the
+    folder holds a run of other settings, frozen weights or rows (those in a list are compared), another process works
+    there, or `eval_every`, `patience` or `best` is set without `eval_data`; FloatingPointError where the loss is not
+    finite, MemoryError where memory runs out, OSError where the disk does.
+    """
+    with clean_guest(model, config.seed, config.deterministic), Record(out).alone():
+        start, device = time.perf_counter(), next(model.parameters()).device
+        if eval_data is None and (idle := needs_evaluation(config)):
+            raise ValueError(
+                f"{', '.join(idle)}: there is no evaluation data to go by; give eval_data, or leave this out"
+            )
+        trained = _trained(model, config, isinstance(loss_fn, ByAdapter))
+        claim(model, active_adapter(model), trained.keys())
+        data = _batches(data, collate, config, shuffle=True)
+        eval_data = None if eval_data is None else _batches(eval_data, collate, config, shuffle=False)
+        if out is not None and not isinstance(data, Resumable):
+            raise ValueError(
+                "data without state_dict and load_state_dict can't resume: give rows and collate, or no out"
+            )
+        record = Record(out)
+        rows = {"data": getattr(data, "examples", None), "eval_data": getattr(eval_data, "examples", None)}
+        record.start(about or {}, {"train": asdict(config)}, lambda: in_memory(model, trained, **rows))
+        optimizer = Optimizer(
+            trained.items(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
+            lr_scale=config.lr_scale, lr_ratios=lr_ratios(model), lr_decay=config.lr_decay, buffers=_buffers(model),
+            rows=trained_rows(model), n_layer=layer_count(name for name, _ in model.named_parameters()),
+        )  # fmt: skip
+        total, per_epoch = _steps(data, config)
+        warmup = round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
+        eval_every, save_every = config.eval_every or per_epoch, config.save_every or per_epoch
+
+        progress = resume(record, optimizer, data, config.keep)
+        start, ended = start - progress.seconds, progress.ended(total, config.patience)
+        tell_resumed(record, "step", progress.step, total, ended)
+        # What trained in the last step before: a run that has ended is stored from here, too.
+        put_into_training(model, config.unfreeze, (progress.step - 1) / per_epoch)
+        if not config.unfreeze and not ended:
+            data, eval_data = with_features(model, data), None if eval_data is None else with_features(model, eval_data)
+
+        def evaluate_now() -> None:
+            progress.metrics = evaluate(model, eval_data, loss_fn, score() if score else None)
+            progress.before = progress.before or progress.metrics
+            record.log(step=progress.step, epoch=progress.step / per_epoch, eval=progress.metrics)
+            if config.best != "last" and (progress.step > 0 or config.best is not None):
+                keep_best(record, optimizer, progress, config.best or metric)
+
+        bar = tqdm(total=total, initial=progress.step, unit="step", disable=None)
+        with interruptible() as interrupt, explained_memory_error(device, partial(smaller_batches, data)), bar:
+            if eval_data is not None and progress.step == 0:
+                evaluate_now()
+            steps, stop = passes(data), ended or interrupt.is_set()
+            while not stop:
+                before_step, micros = time.perf_counter(), next(steps)
+                if config.unfreeze:
+                    put_into_training(model, config.unfreeze, progress.step / per_epoch)
+                lr = config.lr * lr_factor(config.schedule, progress.step, total, warmup, config.decay, config.lr_floor)
+                loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+                targets = tokens = images = 0
+                for batch in micros if isinstance(micros, list) else [micros]:
+                    loss, count = sum_and_count(loss_fn(model, to_device(batch, device)))
+                    loss.backward()
+                    optimizer.accumulate()
+                    loss_sum, targets = loss_sum + loss.detach(), targets + count
+                    tokens, images = tokens + count_tokens(batch), images + count_images(batch)
+                norm = optimizer.scale_gradients(max(1, targets), config.clip)
+                loss_value, norm_value = torch.stack((loss_sum, norm.double())).tolist()
+                # the weights are still those before this step
+                require_targets(loss_value, targets, f"step {progress.step + 1}")
+                untrained = model if progress.step == 0 else None
+                require_finite(loss_value, norm_value, f"step {progress.step + 1}", record, "train.lr", untrained)
+                optimizer.step(lr)
+                progress.step += 1
+                progress.loss_sum, progress.targets = progress.loss_sum + loss_value, progress.targets + targets
+                mean = loss_value / max(1, targets)
+                unit, amount = ("images", images) if images else ("tokens", tokens)
+                speed = amount / (time.perf_counter() - before_step)
+                record.log(
+                    step=progress.step, epoch=progress.step / per_epoch, loss=mean, lr=lr, grad_norm=norm_value,
+                    targets=targets, **{unit: amount, f"{unit}_per_second": speed}, peak_memory=peak_memory(),
+                    seconds=time.perf_counter() - start,
+                )  # fmt: skip
+                shown = {"loss": f"{mean:.3f}", "lr": f"{lr:.1e}", "images/s" if images else "tok/s": f"{speed:.0f}"}
+                bar.set_postfix({**shown, "mem": f"{peak_memory() / 2**30:.1f}G"}, refresh=False)
+                bar.update()
+                if eval_data is not None and (progress.step % eval_every == 0 or progress.step == total):
+                    evaluate_now()
+                stop = interrupt.is_set() or progress.ended(total, config.patience)
+                if progress.step % save_every == 0 or stop:
+                    progress.seconds = time.perf_counter() - start
+                    save(record, progress, optimizer, data, config.keep)
+        interrupted = interrupt.is_set() and progress.step < total
+        if not interrupted:
+            restore_best(record, optimizer, progress)
+            if progress.best.get("step") == 0:
+                log.warning("%s", UNTRAINED)
+        metrics = progress.metrics if interrupted else progress.best.get("metrics", progress.metrics)
+        best = {key: value for key, value in progress.best.items() if key != "metrics"}
+        return Result(
+            progress.step, progress.loss_sum / max(1, progress.targets), metrics, progress.before, best,
+            time.perf_counter() - start, peak_memory(), interrupted,
+        )  # fmt: skip
+
+
+def _trained(model: nn.Module, config: TrainConfig, by_adapter: bool) -> dict[str, nn.Parameter]:
+    """The parameters that train now or later, by name."""
+    for slot in slots(model):
+        for name, factors in slot.module.lora.items():
+            if not by_adapter and name != slot.module.active and any(p.requires_grad for p in factors.parameters()):
+                raise ValueError(f"adapter {name!r} would train but is not active: set_adapter(model, {name!r}) first")
+    match(model, config.lr_scale)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad} | match(model, config.unfreeze)
+    if by_adapter and (shared := [name for name in trained if ".lora." not in name]):
+        raise ValueError(f"{shared[0]} would train for rows of all adapters: freeze it, or train one adapter at a time")
+    if not trained:
+        raise ValueError("nothing trains: add_lora(model, ...) or unfreeze(model, ...) first")
+    unfreeze_due(model, config.unfreeze, 0.0)
+    if not any(parameter.requires_grad for parameter in trained.values()):
+        raise ValueError("unfreeze: nothing trains from the beginning; let a part start at epoch 0")
+    return trained
+
+
+def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that the module stores with its weights; the others it makes again itself."""
+    stored = model.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in model.named_buffers() if name in stored}
+
+
+def _batches(data: Any, collate: Callable[[list[Any]], Any] | None, config: TrainConfig, shuffle: bool) -> Any:
+    """`data` as an iterable of steps. Evaluation takes rows in micro-batches and has no state."""
+    if collate is None:
+        return data
+    if not isinstance(data, Sequence):
+        raise ValueError("collate goes with a sequence of rows; an iterable of batches makes its own")
+    rows, tokens = config.batch_rows, config.batch_tokens
+    if rows is None and tokens is None:
+        rows = DEFAULT_ROWS
+    if not shuffle:
+        rows, tokens = (config.micro_rows or rows), (config.micro_tokens or tokens)
+        return Batches(data, collate, rows=rows if not tokens else None, tokens=tokens, shuffle=False)
+    return Batches(
+        data, collate, rows=rows, tokens=tokens, micro_rows=config.micro_rows, micro_tokens=config.micro_tokens,
+        seed=config.seed,
+    )  # fmt: skip
+
+
+def _steps(data: Any, config: TrainConfig) -> tuple[int, int]:
+    """Steps of the run, and of an epoch."""
+    if isinstance(data, Batches):
+        total, per_epoch = data.steps(config.epochs), len(data.plan(0))
+    elif isinstance(data, Sized):
+        per_epoch = len(data)
+        total = per_epoch * config.epochs
+    elif config.max_steps is not None:
+        total = per_epoch = config.max_steps
+    else:
+        raise ValueError("data without a length needs max_steps")
+    if per_epoch == 0:
+        raise ValueError("the data has no batch")
+    return min(total, config.max_steps or total), per_epoch

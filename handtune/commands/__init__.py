@@ -1,0 +1,38 @@
+"""What the commands of the command line do, one file a command."""
+
+import argparse
+from collections.abc import Callable
+
+from .check_data import check_data
+from .compare import run_compare
+from .evaluate import run_evaluate
+from .generate import run_generate
+from .label import run_label
+from .merge import run_merge
+from .ppo import run_ppo
+from .report import run_report
+from .train import run_train
+
+_CONFIGURED = 'set model.dtype = "bfloat16", or model.quantize = "nf4", or take a smaller model'
+_ASKED = "use --dtype bfloat16 or fewer --batch-rows, or take a smaller model"
+# What to do where memory runs out and no closer advice was given.
+LESS_MEMORY = {
+    **dict.fromkeys(("train", "check-data", "ppo"), _CONFIGURED),
+    **dict.fromkeys(("compare", "generate", "label"), _ASKED),
+    "evaluate": "end what else runs here, or train and evaluate with shorter rows (data.max_length)",
+    "merge": "end what else runs here; the largest tensor, and what the adapter changes of it, must fit in memory",
+    "report": "end what else runs here, or compare fewer runs",
+}
+
+# Of each command the function that does it, in the file of its name.
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "train": run_train,
+    "check-data": check_data,
+    "compare": run_compare,
+    "evaluate": run_evaluate,
+    "generate": run_generate,
+    "label": run_label,
+    "merge": run_merge,
+    "ppo": run_ppo,
+    "report": run_report,
+}

@@ -1,0 +1,36 @@
+"""`handtune check-data`: rows as a run would see them, and no weights."""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from ..config import PPORunConfig, RunConfig, from_table, read_table
+from ..prepare import prepare, run_base
+from ..terminal import print_unescaped
+from .ppo import check_prompts
+from .token_display import distribution, legend, show
+
+
+def check_data(options: argparse.Namespace) -> int:
+    """`handtune check-data`: rows token by token, with the loss mask, and how often each class or tag is there.
+
+    Of `handtune ppo`'s file the prompts. The weights need not be there.
+    """
+    color = sys.stdout.isatty()
+    table = read_table(options.config, options.override)
+    if "prompts" in table:
+        check_prompts(from_table(PPORunConfig, table, options.config), options.rows, color)
+        return 0
+    config = from_table(RunConfig, table, options.config)
+    with tempfile.TemporaryDirectory() as cache:
+        ready = prepare(config, run_base(config, weights=False), Path(cache))
+        encoding = ready.objective.encoding if ready.objective.task != "reward" else "reward"
+        if encoding == "images":
+            return 0  # the counts of each class have been said, and every image was decoded
+        for what, part in (("train", ready.examples), ("eval", ready.eval_examples)):
+            if len(part) and (counts := distribution(part, encoding, ready.labels)):
+                print(f"{what} {counts}")
+        print(legend(encoding, color) + "\n")
+        print_unescaped(show(ready.examples, ready.tokenizer, encoding, options.rows, color, ready.labels))
+    return 0

@@ -1,0 +1,53 @@
+"""`handtune label`: a causal model labels texts, in rows that `train` reads and people can review."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .._files import resolved, write_file
+from ..engine.data.placed_rows import place_of
+from ..engine.data.readers import read_prompts
+from ..engine.data.schema import label_name
+from ..engine.tasks.zero_shot import label_texts
+from .generate import generator_of
+from .outputs import output
+
+
+def run_label(options: argparse.Namespace) -> int:
+    """`handtune label`: rows of text, label and confidence, the least certain first where they are to be reviewed."""
+    if resolved(options.out) == resolved(options.data):
+        raise ValueError(f"--out {options.out} is the file of the texts; give another")
+    with output(options.out, options.force) as out:
+        return _label(options, out)
+
+
+def _label(options: argparse.Namespace, out: Path) -> int:
+    words = dict(label_and_words(spec) for spec in options.labels)
+    texts = [row["text"] if "text" in row else row["prompt"] for row in _rows(options.data)]
+    model, tokenizer, *_ = generator_of(options)
+    if model.task != "causal-lm":
+        raise ValueError(f"{options.model}: labels are chosen by a causal language model, and this is for {model.task}")
+    template = options.template.replace("\\n", "\n")
+    found = label_texts(model, tokenizer, texts, words, template, options.batch_rows)
+    rows = [{"text": text, **one._asdict()} for text, one in zip(texts, found, strict=True)]
+    if options.sort:
+        rows.sort(key=lambda row: row["confidence"])
+    write_file(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    counts = ", ".join(f"{name} {sum(one.label == name for one in found)}" for name in words)
+    print(f"{len(rows)} rows written to {options.out}: {counts}")
+    return 0
+
+
+def label_and_words(spec: str) -> tuple[str, str]:
+    """A label and its words, of "label" or "label=words". ValueError for a label that `train` would refuse."""
+    name, sign, words = spec.partition("=")
+    return label_name(name, f"--labels {spec!r}"), words if sign else name
+
+
+def _rows(path: str) -> list[dict[str, Any]]:
+    rows = read_prompts(path)
+    for index, row in enumerate(rows):
+        if not row.keys() & {"text", "prompt"}:
+            raise ValueError(f"{place_of(row, index)}: no text in it")
+    return rows

@@ -1,0 +1,1 @@
+"""AdamW over many parameters at once: `adamw.py` has the maths."""
