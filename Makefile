@@ -33,6 +33,7 @@ deep: $(STAMP)
 	$(PY) -m pytest -m deep
 
 check: $(STAMP)
+	@test -d handtune/engine || { echo "make check needs symbolic links: git config core.symlinks true && git checkout -f"; exit 1; }
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy

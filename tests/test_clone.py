@@ -1,0 +1,49 @@
+"""A clone as some systems make it: without symbolic links."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(
+    shutil.which("git") is None or not (ROOT / ".git").exists(), reason="needs git, and the repository"
+)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What is committed, and what is changed here, with text files in the place of links."""
+    folder = tmp_path_factory.mktemp("clone") / "handtune"
+    git = ["git", "-c", "core.symlinks=false", "-c", "advice.detachedHead=false"]
+    subprocess.run([*git, "clone", "--quiet", "--shared", str(ROOT), str(folder)], check=True)
+    changed = subprocess.run(
+        ["git", "diff", "--name-only", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in changed.stdout.splitlines():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes((ROOT / name).read_bytes() if (ROOT / name).is_file() else b"")
+    for package in ("engine", "models", "kernels"):
+        assert (folder / "handtune" / package).is_file()
+        assert not (folder / "handtune" / package).is_symlink()
+    return folder
+
+
+def test_it_is_imported_and_used(clone: Path) -> None:
+    code = "from handtune.engine import train; from handtune.cli import main; print(train.__code__.co_filename)"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=clone, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"{clone / 'engine/training/loop.py'}\n"
+
+
+def test_it_says_what_make_check_needs(clone: Path) -> None:
+    (clone / ".venv").mkdir()
+    (clone / ".venv" / ".installed").touch()
+    done = subprocess.run(["make", "check"], cwd=clone, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert done.stdout == "make check needs symbolic links: git config core.symlinks true && git checkout -f\n"
