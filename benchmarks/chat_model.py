@@ -149,7 +149,7 @@ def answers_of(run: Path, prompts: Path) -> list[str]:
     """The run's greedy answers, by the command line."""
     out = run.with_suffix(".jsonl")
     handtune("generate", run, "--prompts", prompts, "--out", out, "--temperature", 0, "--max-new-tokens", TOKENS,
-             "--batch-rows", 1)  # fmt: skip
+             "--batch-size", 1)  # fmt: skip
     return [json.loads(line)["completion"] for line in out.read_text(encoding="utf-8").splitlines()]
 
 

@@ -73,8 +73,8 @@ class Enumerable:
     def learn(self, rounds: int) -> float:
         """PPO, from a fixed prompt; the seconds it took."""
         config = PPOConfig(
-            episodes=rounds * ROWS, rollout_rows=ROWS, batch_rows=ROWS // 2, max_new_tokens=LENGTH, lr=1e-3,
-            clip=0.05, kl=self.beta, lora=LoRAConfig(rank=32),
+            episodes=rounds * ROWS, rollout_batch_size=ROWS, batch_size=ROWS // 2, max_new_tokens=LENGTH, lr=1e-3,
+            clip_range=0.05, kl_coef=self.beta, lora=LoRAConfig(rank=32),
         )  # fmt: skip
         return ppo(self.model, [[0]] * ROWS, self.reward, config).seconds
 

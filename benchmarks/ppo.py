@@ -134,8 +134,8 @@ def with_handtune(task: Task, rounds: int, upper: bool, keep: bool) -> dict[str,
     scorer = with_head(model.eval(), "reward")
     add_lora(scorer, lora, "reward")
     config = PPOConfig(
-        episodes=task.rows * (rounds + 1), rollout_rows=task.rows, batch_rows=task.step, epochs=EPOCHS,
-        max_new_tokens=task.new, lora=lora, normalise=0,
+        episodes=task.rows * (rounds + 1), rollout_batch_size=task.rows, batch_size=task.step, epochs=EPOCHS,
+        max_new_tokens=task.new, lora=lora, reward_norm_samples=0,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         ppo(model, prompts(task), Reward(scorer), config, out=folder)

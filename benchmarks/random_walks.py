@@ -106,7 +106,7 @@ def learn(graph: Graph, seed: int, episodes: int) -> dict[str, Any]:
     model = GPT2.from_name("gpt2", **sizes)
     model.tokens = SpecialTokens(eos_id=END)
     rows = [{"input_ids": walk, "targets": [*walk[1:], END]} for walk in graph.walks]
-    train(model, rows, causal_lm_loss, TrainConfig(epochs=10, lr=1e-3, batch_rows=64, seed=seed), collate=Collate())
+    train(model, rows, causal_lm_loss, TrainConfig(epochs=10, lr=1e-3, batch_size=64, seed=seed), collate=Collate())
     model.eval()
     starts = torch.tensor(graph.starts)[:, None]
     curve: list[tuple[int, float, float]] = []
@@ -119,7 +119,8 @@ def learn(graph: Graph, seed: int, episodes: int) -> dict[str, Any]:
         return [graph.optimality([*p, *c]) for p, c in zip(prompts, completions, strict=True)]
 
     settings = PPOConfig(
-        episodes=episodes, rollout_rows=256, batch_rows=64, epochs=4, max_new_tokens=LONGEST, lr=3e-3, kl=0.02,
+        episodes=episodes, rollout_batch_size=256, batch_size=64, epochs=4, max_new_tokens=LONGEST, lr=3e-3,
+        kl_coef=0.02,
         lora=LoRAConfig(rank=16, alpha=16), seed=seed,
     )  # fmt: skip
     began, spent = time.perf_counter(), 0.0
@@ -128,7 +129,7 @@ def learn(graph: Graph, seed: int, episodes: int) -> dict[str, Any]:
         nonlocal spent
         before = time.perf_counter()
         set_adapter(model, "policy")
-        curve.append(((len(curve)) * settings.rollout_rows, before - began - spent, greedy()))
+        curve.append(((len(curve)) * settings.rollout_batch_size, before - began - spent, greedy()))
         spent += time.perf_counter() - before
 
     curve.append((0, 0.0, greedy()))

@@ -34,17 +34,17 @@ if TYPE_CHECKING:
     from .rlhf.run import ppo as ppo
     from .training.checkpoint import load_checkpoint as load_checkpoint
     from .training.checkpoint import save_checkpoint as save_checkpoint
+    from .training.config import TrainConfig as TrainConfig
     from .training.evaluation import evaluate as evaluate
     from .training.freezing import freeze as freeze
     from .training.freezing import trainable_report as trainable_report
     from .training.freezing import unfreeze as unfreeze
-    from .training.loop import TrainConfig as TrainConfig
     from .training.loop import train as train
 
 _HOME = {
     "LoRAConfig": "adapters.config",
     "PPOConfig": "rlhf.config",
-    "TrainConfig": "training.loop",
+    "TrainConfig": "training.config",
     "add_lora": "adapters.lora",
     "combine_adapters": "adapters.combine",
     "drop_adapter": "adapters.switch",

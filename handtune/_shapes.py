@@ -3,6 +3,7 @@
 import re
 import reprlib
 import tomllib
+from dataclasses import field, fields
 from itertools import islice
 from types import NoneType
 from typing import Any, get_args
@@ -69,12 +70,38 @@ def with_fields(value: Any, where: str, /, **kinds: Any) -> dict[str, Any]:
     return value
 
 
-def refuse_beyond(values: Any, limits: dict[str, float]) -> None:
-    """ValueError where a field of `values` is more than makes sense: what would then run for ever, or overflow."""
-    for name, limit in limits.items():
-        value = getattr(values, name)
-        if value is not None and not value <= limit:
-            raise ValueError(f"{name}: expected at most {limit:,}, got {shown(value)}")
+def above_zero(default: float | None, most: float) -> Any:
+    """A field of a dataclass that is a positive number, or None where that is the default."""
+    return field(default=default, metadata={"above": 0, "most": most})
+
+
+def zero_or_more(default: float | None, most: float) -> Any:
+    """A field of a dataclass that is no negative number, or None where that is the default."""
+    return field(default=default, metadata={"least": 0, "most": most})
+
+
+def zero_to_one(default: float) -> Any:
+    """A field of a dataclass that is a share."""
+    return field(default=default, metadata={"between": (0, 1)})
+
+
+def check_bounds(config: Any) -> None:
+    """ValueError where a field of a dataclass is a number out of its bounds.
+
+    `most` is more than makes sense: beyond it, a run would last for ever, or numbers overflow.
+    """
+    for option in fields(config):
+        value, bounds = getattr(config, option.name), option.metadata
+        if value is None:
+            continue
+        if "above" in bounds and not value > bounds["above"]:
+            raise ValueError(f"{option.name}: expected a positive number, got {value}")
+        if "least" in bounds and not value >= bounds["least"]:
+            raise ValueError(f"{option.name}: expected zero or a positive number, got {value}")
+        if "between" in bounds and not bounds["between"][0] <= value <= bounds["between"][1]:
+            raise ValueError(f"{option.name}: expected a number between 0 and 1, got {value}")
+        if "most" in bounds and not value <= bounds["most"]:
+            raise ValueError(f"{option.name}: expected at most {bounds['most']:,}, got {shown(value)}")
 
 
 class _Short(reprlib.Repr):

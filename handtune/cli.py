@@ -59,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--max-new-tokens", type=int, default=64)
     compare.add_argument("--temperature", type=float, default=1.0)
     compare.add_argument("--stop", action="append", default=[], help="end at this text (may be repeated)")
-    compare.add_argument("--batch-rows", type=int, default=16)
+    compare.add_argument("--batch-size", type=int, default=16)
     compare.add_argument("--seed", type=int, default=0)
     compare.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
 
@@ -83,13 +83,13 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--beams", type=int, default=1, help="look for the likeliest text with so many beams")
     generate.add_argument("--length-penalty", type=float, help="of beams: above 1 favours long texts (default 1)")
     generate.add_argument("--stop", action="append", default=[], help="end at this text (may be repeated)")
-    generate.add_argument("--batch-rows", type=int, default=16)
+    generate.add_argument("--batch-size", type=int, default=16)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
 
     ppo = add("ppo", "Improve a model on rewards, as a TOML file says; the same command on the same folder resumes.")
     ppo.add_argument("config", help="the TOML file")
-    ppo.add_argument("override", nargs="*", help="a change to it, like ppo.kl=0.05")
+    ppo.add_argument("override", nargs="*", help="a change to it, like ppo.kl_coef=0.05")
     ppo.add_argument("--quiet", action="store_true", help="show no samples")
 
     label = add("label", "Label texts by a causal model, with a confidence; people can review the least certain.")
@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     label.add_argument("--force", action="store_true", help="replace a file that is there")
     label.add_argument("--sort", action="store_true", help="the least certain first")
     label.add_argument("--adapter", action="append", default=[], help="an adapter's folder")
-    label.add_argument("--batch-rows", type=int, default=16)
+    label.add_argument("--batch-size", type=int, default=16)
     label.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
 
     merge = add("merge", "Merge an adapter into its base and write a plain checkpoint.")

@@ -16,9 +16,24 @@ from .engine.adapters.config import LARGEST, LoRAConfig
 from .engine.rlhf.config import PPOConfig
 from .engine.tasks.encoding import TRUNCATE
 from .engine.tasks.objectives import METHODS
-from .engine.training.loop import TrainConfig
+from .engine.training.config import TrainConfig
 
 MAX_SECTIONS = 8  # of a change on the command line
+# What options are called elsewhere, or were called here once: in the section that has it, the first of these.
+ELSEWHERE = {
+    "learning_rate": "lr", "steps": "max_steps", "num_train_epochs": "epochs", "lr_scheduler_type": "schedule",
+    "per_device_train_batch_size": "micro_batch_size", "gradient_accumulation_steps": "micro_batch_size",
+    "batch_rows": "batch_size", "micro_rows": "micro_batch_size", "micro_tokens": "micro_batch_tokens",
+    "warmup_ratio": "warmup", "warmup_steps": "warmup", "max_norm": "max_grad_norm", "clip": "clip_range max_grad_norm",
+    "patience": "early_stopping_patience", "keep": "keep_last", "save_total_limit": "keep_last",
+    "save_steps": "save_every", "eval_steps": "eval_every",
+    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets", "use_dora": "dora",
+    "use_rslora": "rslora", "lr_ratio": "loraplus_lr_ratio",
+    "rollout_rows": "rollout_batch_size", "lam": "gae_lambda", "kl": "kl_coef", "value_clip": "clip_range_vf",
+    "cliprange": "clip_range", "cliprange_value": "clip_range_vf", "value_weight": "vf_coef",
+    "update_stop": "target_kl", "kl_stop": "max_kl", "no_end": "missing_eos_penalty", "group": "group_size",
+    "num_generations": "group_size", "normalise": "reward_norm_samples",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -196,7 +211,8 @@ def from_table(cls: type, table: dict[str, Any], place: str) -> Any:
     hints, known = get_type_hints(cls), {f.name.rstrip("_"): f for f in fields(cls)}
     for key in table:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+            near = [name for name in ELSEWHERE.get(key, "").split() if name in known]
+            near = near or difflib.get_close_matches(key, known, n=1)
             meant = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
             raise ValueError(f"{place}: unknown key {key!r}{meant}")
     missing = [

@@ -20,7 +20,7 @@ from .engine.data.schema import is_dialogue, normalise, row_shape
 from .engine.tasks.encode import encode
 from .engine.tasks.objectives import Objective, dpo, objective_of
 from .engine.tasks.preferences import add_reference
-from .engine.training.loop import needs_evaluation
+from .engine.training.config import needs_evaluation
 from .models import Bert, ResNet, XLNet, add_tokens, load
 from .models.checkpoint.info import CheckpointInfo, checkpoint_info
 from .models.checkpoint.loading import fresh, open_checkpoint
@@ -92,9 +92,10 @@ def prepare(config: RunConfig, base: RunBase, cache: Path, *, head_follows: bool
         names = ", ".join(f"train.{name}" for name in idle)
         raise ValueError(f"{names}: no rows are held out to evaluate on; name them with data.eval, or leave this out")
     objective = base.objective
-    if config.method == "embed" and (config.train.micro_rows or config.train.micro_tokens):
+    if config.method == "embed" and (config.train.micro_batch_size or config.train.micro_batch_tokens):
         raise ValueError(
-            "train.micro_rows, micro_tokens: embed takes its negatives from the whole step; lower batch_rows"
+            "train.micro_batch_size, micro_batch_tokens: embed takes its negatives from the whole step; lower "
+            "batch_size"
         )
     corpus = config.method == "pretrain" and all(_is_corpus(Path(file)) for file in data_files(config.data))
     rows, eval_rows = ([], []) if corpus else _rows(config.data, config.train.seed)
@@ -171,10 +172,11 @@ def _images(
     config: RunConfig, objective: Objective, model: Any, labels: tuple[str, ...], rows: list[Any], eval_rows: list[Any]
 ) -> Prepared:
     """A run on images: each is decoded once, so that a broken one is named before training begins."""
-    if config.train.batch_tokens or config.train.micro_tokens or config.data.max_length:
+    if config.train.batch_tokens or config.train.micro_batch_tokens or config.data.max_length:
         raise ValueError(
-            "train.batch_tokens, train.micro_tokens, data.max_length: images have no tokens; use train.batch_rows, "
-            "train.micro_rows, data.image_size"
+            "train.batch_tokens, train.micro_batch_tokens, data.max_length: images have no tokens; use "
+            "train.batch_size, "
+            "train.micro_batch_size, data.image_size"
         )
     if config.data.image_size is not None:
         model.pixels = model.pixels.at(config.data.image_size)

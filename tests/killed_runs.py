@@ -50,7 +50,7 @@ def masked_lm(out: Path) -> Any:
     model, collate = bert("masked-lm"), Noisy(masking=Masking(4, 100, (0, 1, 2, 3, 4)))
     rows = examples(TEXTS * 2, "masked-lm")
     config = TrainConfig(
-        epochs=12, batch_rows=3, micro_rows=2, lr=3e-2, eval_every=4, save_every=3, keep=2, seed=5,
+        epochs=12, batch_size=3, micro_batch_size=2, lr=3e-2, eval_every=4, save_every=3, keep_last=2, seed=5,
         unfreeze={"head.*": 0, "layers.*": 1, "embed.*": 2},
     )  # fmt: skip
     return model, train(model, rows, noisy_loss, config, eval_data=rows[:4], collate=collate, out=out)
@@ -61,7 +61,7 @@ def lora(out: Path) -> Any:
     model = gpt2().bfloat16()
     add_lora(model, LoRAConfig(rank=4, dropout=0.1))
     rows = examples(TEXTS * 3, "pretrain")
-    config = TrainConfig(epochs=9, batch_tokens=70, micro_tokens=40, lr=1e-2, save_every=1, seed=7)
+    config = TrainConfig(epochs=9, batch_tokens=70, micro_batch_tokens=40, lr=1e-2, save_every=1, seed=7)
     return model, train(model, rows, losses.causal_lm_loss, config, collate=Collate(), out=out)
 
 
@@ -73,7 +73,7 @@ def seq2seq(out: Path) -> Any:
     model = T5.from_name("t5-small", vocab_size=words.get_vocab_size(), **sizes)
     rows = encode(TEXTS * 3, words, "span-corruption", max_length=24)[0]
     collate = Seq2SeqCollate(0, 0, SpanCorruption.of(words, 1))
-    config = TrainConfig(epochs=6, batch_rows=4, micro_rows=3, lr=1e-2, eval_every=5, save_every=2, seed=3)
+    config = TrainConfig(epochs=6, batch_size=4, micro_batch_size=3, lr=1e-2, eval_every=5, save_every=2, seed=3)
     return model, train(model, rows, losses.causal_lm_loss, config, eval_data=rows[:4], collate=collate, out=out)
 
 
@@ -83,7 +83,7 @@ def permutation(out: Path) -> Any:
     sizes = {"vocab_size": byte_level().get_vocab_size(), "n_layer": 2, "n_head": 2, "d_model": 32, "d_ff": 64}
     model, rows = XLNet.from_name("xlnet-base-cased", **sizes), examples(TEXTS * 3, "pretrain")
     config = TrainConfig(
-        epochs=5, batch_rows=4, micro_rows=2, lr=1e-2, eval_every=4, save_every=2, keep=2, seed=4,
+        epochs=5, batch_size=4, micro_batch_size=2, lr=1e-2, eval_every=4, save_every=2, keep_last=2, seed=4,
         unfreeze={"*": 0, "layers.1.*": 1},
     )  # fmt: skip
     collate = PermutationCollate()
@@ -96,7 +96,7 @@ def bloom(out: Path) -> Any:
     sizes = {"vocab_size": byte_level().get_vocab_size(), "n_layer": 2, "n_head": 2, "d_model": 32}
     model, rows = Bloom.from_name("bloom-560m", **sizes).bfloat16(), examples(TEXTS * 3, "pretrain")
     add_lora(model, LoRAConfig(rank=4, dropout=0.1))
-    config = TrainConfig(epochs=5, batch_tokens=70, micro_tokens=40, lr=1e-2, eval_every=7, save_every=2, seed=6)
+    config = TrainConfig(epochs=5, batch_tokens=70, micro_batch_tokens=40, lr=1e-2, eval_every=7, save_every=2, seed=6)
     return model, train(model, rows, losses.causal_lm_loss, config, eval_data=rows[:4], collate=Collate(), out=out)
 
 
@@ -107,9 +107,9 @@ def images(out: Path) -> Any:
     model, pixels = ResNet.from_name("resnet18", labels=("dark", "bright"), **sizes), Pixels(12, 12)
     pictures = torch.randint(0, 200, (24, 3, 16, 16), dtype=torch.uint8)
     rows = [{"image": picture + 40 * (i % 2), "label": i % 2} for i, picture in enumerate(pictures)]
-    data = Batches(rows, ImageCollate(pixels, augment=True), rows=8, micro_rows=4, seed=2)
+    data = Batches(rows, ImageCollate(pixels, augment=True), rows=8, micro_batch_size=4, seed=2)
     held = Batches(rows[:6], ImageCollate(pixels), rows=6, shuffle=False)
-    config = TrainConfig(epochs=6, batch_rows=8, lr=1e-2, eval_every=4, save_every=2, seed=2)
+    config = TrainConfig(epochs=6, batch_size=8, lr=1e-2, eval_every=4, save_every=2, seed=2)
     return model, train(model, data, losses.classification_loss, config, eval_data=held, out=out)
 
 

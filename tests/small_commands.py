@@ -17,11 +17,12 @@ def workshop(folder: Path) -> Path:
     write_rows(folder / "pairs.jsonl", [{"prompt": "the cat", "chosen": "sat", "rejected": "is"}])
     write_config(
         folder / "train.toml", method="sft", out=str(folder / "finished"), model={"path": base}, lora={"rank": 2},
-        data={"train": rows, "eval": rows, "max_length": 64}, train={"epochs": 1, "batch_rows": 2},
+        data={"train": rows, "eval": rows, "max_length": 64}, train={"epochs": 1, "batch_size": 2},
     )  # fmt: skip
     write_config(
         folder / "ppo.toml", out="none", prompts=rows, reward="command_scores:short", model={"path": base},
-        ppo={"episodes": 4, "rollout_rows": 4, "batch_rows": 4, "max_new_tokens": 2, "best_of": 0, "lora": {"rank": 2}},
+        ppo={"episodes": 4, "rollout_batch_size": 4, "batch_size": 4, "max_new_tokens": 2, "best_of": 0,
+        "lora": {"rank": 2}},
     )  # fmt: skip
     assert main(["train", str(folder / "train.toml")]) == 0
     return folder

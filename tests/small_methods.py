@@ -69,6 +69,6 @@ def method_config(name: str, folder: Path, base: Path, **tables: dict[str, Any])
     else:
         file = str(write_rows(folder / "rows.jsonl", rows))
         data = {"train": file, "eval": file, "max_length": 48}
-    train = {"epochs": 2, "batch_rows": 3, "lr": 3e-3, **tables.get("train", {})}
+    train = {"epochs": 2, "batch_size": 3, "lr": 3e-3, **tables.get("train", {})}
     tables = {"model": {"path": str(base)}, "data": data, **tables, "train": train}
     return write_config(folder / "run.toml", method=method, out=str(folder / "run"), **tables)

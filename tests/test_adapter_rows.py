@@ -180,7 +180,7 @@ def test_gradients_are_those_of_each_adapter_alone(layout: str, quantized: bool,
 def test_training_moves_each_adapter_as_alone(tmp_path) -> None:
     """Two adapters, each with its own rows in every step, end where they end when trained one after the other."""
     configs = {"a": LoRAConfig(rank=3), "b": LoRAConfig(rank=2, targets="attention")}
-    settings = TrainConfig(epochs=3, batch_rows=2, lr=1e-2, clip=None, schedule="constant", warmup=0)
+    settings = TrainConfig(epochs=3, batch_size=2, lr=1e-2, max_grad_norm=None, schedule="constant", warmup=0)
 
     def rows(name: str, seed: int) -> list[dict[str, Any]]:
         return [{"input_ids": r, "targets": [*r[1:], -100], "adapter": name} for r in token_rows((6,) * 2, seed=seed)]
@@ -190,7 +190,7 @@ def test_training_moves_each_adapter_as_alone(tmp_path) -> None:
         for key, p in model.named_parameters():
             p.requires_grad_(any(f".lora.{name}." in key for name in names))
         loss = ByAdapter(causal_lm_loss)
-        train(model, data, loss, TrainConfig(**vars(settings) | {"batch_rows": len(data)}), collate=Collate())
+        train(model, data, loss, TrainConfig(**vars(settings) | {"batch_size": len(data)}), collate=Collate())
         return {key: p.detach() for key, p in model.named_parameters() if ".lora." in key}
 
     together, a, b = trained(rows("a", 0) + rows("b", 1), "ab"), trained(rows("a", 0), "a"), trained(rows("b", 1), "b")

@@ -142,7 +142,7 @@ def run_of(folder: Path, base: Path, name: str = "run", **tables: Any) -> Path:
     rows = str(write_rows(folder / "rows.jsonl", ROWS))
     config = write_config(
         folder / f"{name}.toml", method="sft", out=str(folder / name), data={"train": rows, "eval": rows},
-        model={"path": str(base), "add_tokens": NEW}, train={"epochs": 4, "batch_rows": 4, "lr": 0.02}, **tables,
+        model={"path": str(base), "add_tokens": NEW}, train={"epochs": 4, "batch_size": 4, "lr": 0.02}, **tables,
     )  # fmt: skip
     assert main(["train", str(config)]) == 0
     return folder / name

@@ -30,15 +30,15 @@ def padded(seed: int) -> Tensor:
 MASK = (torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]).double()
 
 
-@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0)])
-def test_gae_row_by_row(gamma: float, lam: float) -> None:
+@pytest.mark.parametrize(("gamma", "gae_lambda"), [(1.0, 0.95), (0.9, 0.5), (1.0, 1.0), (0.99, 0.0)])
+def test_gae_row_by_row(gamma: float, gae_lambda: float) -> None:
     rewards, values = padded(0), padded(1)
-    advantages, returns = gae(rewards, values, MASK, gamma, lam)
+    advantages, returns = gae(rewards, values, MASK, gamma, gae_lambda)
     for i, n in enumerate(LENGTHS):
         r, v = rewards[i, :n].tolist(), [*values[i, :n].tolist(), 0.0]
         deltas = [r[t] + gamma * v[t + 1] - v[t] for t in range(n)]
         for t in range(n):
-            expected = sum((gamma * lam) ** k * deltas[t + k] for k in range(n - t))
+            expected = sum((gamma * gae_lambda) ** k * deltas[t + k] for k in range(n - t))
             assert float(advantages[i, t]) == pytest.approx(expected)
             assert float(returns[i, t]) == pytest.approx(expected + v[t])
     assert not advantages[MASK == 0].any()

@@ -27,7 +27,7 @@ def job(bases, tmp_path):
     return write_config(
         tmp_path / "run.toml", method="sft", out=str(tmp_path / "run"), model={"path": str(bases["gpt2"])},
         data={"train": str(write_rows(tmp_path / "rows.jsonl", CHAT)), "max_length": 64},
-        train={"epochs": 1, "batch_rows": 2},
+        train={"epochs": 1, "batch_size": 2},
     )  # fmt: skip
 
 
@@ -220,7 +220,7 @@ def test_methods_that_do_not_fit(job, complaint) -> None:
     assert "masked-lm" in complaint("train", job, "method=masked-lm")
     line = complaint("train", job, "model.task=embedding")
     assert line == "model.task = 'embedding', but method 'sft' trains 'causal-lm'"
-    assert "unknown key 'bath_rows'; did you mean 'batch_rows'?" in complaint("train", job, "train.bath_rows=3")
+    assert "unknown key 'bath_size'; did you mean 'batch_size'?" in complaint("train", job, "train.bath_rows=3")
     assert "best = 'f1' is not a metric" in complaint("train", job, "train.best=f1", "data.eval=0.5")
 
 
@@ -265,17 +265,17 @@ def test_data_that_changed_under_a_run(job, complaint, tmp_path) -> None:
 
 def test_a_damaged_checkpoint(job, complaint, tmp_path) -> None:
     """It is named; removed, the one before it is used."""
-    assert main(["train", str(job), "train.keep=2", "train.save_every=1"]) == 0
+    assert main(["train", str(job), "train.keep_last=2", "train.save_every=1"]) == 0
     (tmp_path / "run/result.json").unlink()  # the run was killed before it had stored what came out
     last = tmp_path / "run/checkpoints/step-00000002"
     (last / "tensors.safetensors").write_bytes(b"nothing")
-    line = complaint("train", job, "train.keep=2", "train.save_every=1")
+    line = complaint("train", job, "train.keep_last=2", "train.save_every=1")
     assert line.startswith(f"{last}: the checkpoint is damaged")
     assert line.endswith("remove it, and the run goes on from step-00000001")
     for file in last.iterdir():
         file.unlink()
     last.rmdir()
-    assert main(["train", str(job), "train.keep=2", "train.save_every=1"]) == 0
+    assert main(["train", str(job), "train.keep_last=2", "train.save_every=1"]) == 0
 
 
 def test_the_other_commands(job, bases, complaint, tmp_path) -> None:
@@ -313,7 +313,13 @@ def test_a_loss_that_is_not_finite(job, complaint, tmp_path) -> None:
     assert line.startswith("step 1: the loss is ")
     assert "there is no checkpoint yet; try a smaller train.lr" in line
     line = complaint(
-        "train", job, "train.lr=1e6", "train.clip=1e9", "train.epochs=50", "train.warmup=0", f"out={tmp_path}/wild"
+        "train",
+        job,
+        "train.lr=1e6",
+        "train.max_grad_norm=1e9",
+        "train.epochs=50",
+        "train.warmup=0",
+        f"out={tmp_path}/wild",
     )
     assert line.startswith("step ")
     assert line.endswith("; try a smaller train.lr")
@@ -351,8 +357,8 @@ def test_as_a_process(job, change) -> None:
 
 
 def test_what_needs_rows_held_out_is_named_as_in_the_file(job, complaint) -> None:
-    line = complaint("train", job, "train.patience=1", "train.eval_every=2", "train.best=loss")
-    assert line.startswith("train.eval_every, train.patience, train.best: no rows are held out")
+    line = complaint("train", job, "train.early_stopping_patience=1", "train.eval_every=2", "train.best=loss")
+    assert line.startswith("train.eval_every, train.early_stopping_patience, train.best: no rows are held out")
     assert "data.eval" in line
     assert main(["train", str(job), "train.best=last"]) == 0
 

@@ -25,7 +25,7 @@ def batches(lengths, **settings) -> Batches:
 
 
 def test_steps_of_rows_and_micro_batches() -> None:
-    data = batches([3] * 7, rows=3, micro_rows=2, shuffle=False)
+    data = batches([3] * 7, rows=3, micro_batch_size=2, shuffle=False)
     assert seen(data) == [[[0, 1], [2]], [[3, 4], [5]], [[6]]]
     assert data.steps(2) == 6
     assert seen(batches([3] * 4, rows=8, shuffle=False)) == [[[0, 1, 2, 3]]]
@@ -36,24 +36,24 @@ def test_steps_of_tokens() -> None:
     lengths = [3, 4, 9, 20, 2, 2, 2, 2, 2]
     data = batches(lengths, tokens=10, shuffle=False)
     assert seen(data) == [[[0, 1]], [[2]], [[3]], [[4, 5, 6, 7, 8]]]
-    cut = batches(lengths, tokens=10, micro_tokens=4, shuffle=False)
+    cut = batches(lengths, tokens=10, micro_batch_tokens=4, shuffle=False)
     assert seen(cut) == [[[0], [1]], [[2]], [[3]], [[4, 5], [6, 7], [8]]]
 
 
 def test_every_row_once_an_epoch_and_another_order_each() -> None:
-    data = batches(range(1, 24), rows=4, micro_tokens=20, seed=3)
+    data = batches(range(1, 24), rows=4, micro_batch_tokens=20, seed=3)
     epochs = [[row for step in data for micro in step for row in micro] for _ in range(3)]
     assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    again = batches(range(1, 24), rows=4, micro_tokens=20, seed=3)
+    again = batches(range(1, 24), rows=4, micro_batch_tokens=20, seed=3)
     assert [row for step in again for micro in step for row in micro] == epochs[0]
-    other = batches(range(1, 24), rows=4, micro_tokens=20, seed=4)
+    other = batches(range(1, 24), rows=4, micro_batch_tokens=20, seed=4)
     assert [row for step in other for micro in step for row in micro] != epochs[0]
 
 
 def test_goes_on_from_any_place() -> None:
     """The state after step k of epoch e gives the rest, whatever was done in between."""
-    settings = {"rows": 4, "micro_rows": 3, "seed": 1}
+    settings = {"rows": 4, "micro_batch_size": 3, "seed": 1}
     whole = batches([2] * 18, **settings)
     truth = [step for _ in range(3) for step in whole]
     for done in range(len(truth)):
@@ -87,7 +87,7 @@ def test_a_state_of_other_data_is_refused() -> None:
         batches([2] * 6, rows=2).load_state_dict(state)
 
 
-@pytest.mark.parametrize("settings", [{}, {"rows": 2, "tokens": 5}, {"rows": 0}, {"tokens": 9, "micro_rows": -1}])
+@pytest.mark.parametrize("settings", [{}, {"rows": 2, "tokens": 5}, {"rows": 0}, {"tokens": 9, "micro_batch_size": -1}])
 def test_steps_that_make_no_sense_are_refused(settings) -> None:
     with pytest.raises(ValueError):
         batches([1, 2], **settings)
@@ -215,7 +215,7 @@ def test_rows_without_tokens_do_not_fill_a_budget_of_tokens() -> None:
     """They would all count 0, and the whole data set be one step."""
     rows = [{"x": torch.zeros(4)} for _ in range(6)]
     for data in (rows, [row["x"] for row in rows], [{"input_ids": [1]}, *rows]):
-        for budget in ({"tokens": 8}, {"rows": 2, "micro_tokens": 8}):
+        for budget in ({"tokens": 8}, {"rows": 2, "micro_batch_tokens": 8}):
             with pytest.raises(ValueError, match=r"row [12] counts 0 tokens.*give rows with input_ids, or cut by"):
                 Batches(data, list, **budget)
     assert len(Batches(rows, list, rows=2).plan(0)) == 3

@@ -35,7 +35,7 @@ def scripted_run(values, out: Path | None, **settings):
         history.append(model.weight.detach().clone())
         return (model(batch) - 1).square().sum(), len(batch)
 
-    config = TrainConfig(epochs=3, batch_rows=2, lr=0.1, eval_every=1, best="accuracy", **settings)
+    config = TrainConfig(epochs=3, batch_size=2, lr=0.1, eval_every=1, best="accuracy", **settings)
     result = train(model, ROWS, loss_fn, config, eval_data=ROWS, collate=torch.stack, score=scripted(values), out=out)
     return model, result, history
 
@@ -93,12 +93,12 @@ def test_without_a_folder_the_last_weights_stay_and_are_what_is_reported() -> No
 
 def test_early_stopping(tmp_path) -> None:
     values = [0.1, 0.2, 0.6, 0.5, 0.6, 0.55, *[0.9] * 10]
-    _, result, _ = scripted_run(values, tmp_path / "run", patience=3)
+    _, result, _ = scripted_run(values, tmp_path / "run", early_stopping_patience=3)
     assert result.steps == 5  # step 2 was best, and 3, 4, 5 no better
     assert result.best == {"step": 2, "metric": "accuracy", "value": 0.6}
     assert not result.interrupted
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000005"]
-    again = scripted_run([], tmp_path / "run", patience=3)[1]  # a run that has stopped stays where it is
+    again = scripted_run([], tmp_path / "run", early_stopping_patience=3)[1]  # a run that has stopped stays where it is
     assert (again.steps, again.best, again.metrics) == (5, result.best, result.metrics)
 
 

@@ -217,7 +217,7 @@ def test_a_run_without_end(base, complaint, tmp_path, change: str, message: str)
 
 
 def test_settings_without_end(base, complaint) -> None:
-    for settings in ({"epochs": float("inf")}, {"epochs": float("nan")}, {"batch_rows": 10**18}):
+    for settings in ({"epochs": float("inf")}, {"epochs": float("nan")}, {"batch_size": 10**18}):
         with pytest.raises(ValueError, match=f"{next(iter(settings))}: expected"):
             TrainConfig(**settings)
     with pytest.raises(ValueError, match="max_new_tokens: expected at most 1,048,576"):

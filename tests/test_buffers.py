@@ -16,7 +16,7 @@ def test_buffers_belong_to_the_state(tmp_path) -> None:
     def run(out: Path, steps: int | None) -> nn.Module:
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
-        config = TrainConfig(epochs=4, batch_rows=4, seed=1)
+        config = TrainConfig(epochs=4, batch_size=4, seed=1)
         seen = 0
 
         def loss_fn(module: nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -60,10 +60,10 @@ def test_shared_buffers_are_kept_and_those_that_are_not_stored_are_not(tmp_path)
         return module.linear(batch).square().sum(), len(batch)  # type: ignore[operator]
 
     model = Shared()
-    train(model, rows, loss_fn, TrainConfig(batch_rows=2), collate=torch.stack, out=tmp_path / "run")
+    train(model, rows, loss_fn, TrainConfig(batch_size=2), collate=torch.stack, out=tmp_path / "run")
     tensors, _ = load_checkpoint(tmp_path / "run/checkpoints/step-00000002")
     assert {key for key in tensors if ".buffer." in key} == {"optimizer.buffer.part", "optimizer.buffer.whole"}
     again = Shared()
-    train(again, rows, loss_fn, TrainConfig(batch_rows=2), collate=torch.stack, out=tmp_path / "run")
+    train(again, rows, loss_fn, TrainConfig(batch_size=2), collate=torch.stack, out=tmp_path / "run")
     assert again.part.tolist() == [2.0] * 4
     assert again.whole.tolist() == [2.0] * 8

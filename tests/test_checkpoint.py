@@ -124,18 +124,18 @@ def test_a_damaged_checkpoint_says_what_becomes_of_the_run(tmp_path) -> None:
     """Of two, the earlier one is used once the damaged one is gone; of one, the run would begin again."""
     for keep in (1, 2):
         out = tmp_path / str(keep)
-        line(epochs=2, save_every=5, keep=keep, out=out)
+        line(epochs=2, save_every=5, keep_last=keep, out=out)
         newest = checkpoints(out / "checkpoints")[-1]
         (newest / "tensors.safetensors").write_bytes(b"\x10")
         with pytest.raises(ValueError, match="step-00000010: the checkpoint is damaged") as error:
-            line(epochs=2, save_every=5, keep=keep, out=out)
+            line(epochs=2, save_every=5, keep_last=keep, out=out)
         if keep == 1:
             assert "there is no earlier one" in str(error.value)
             assert "begins again at step 0, and what it logged is lost" in str(error.value)
         else:
             assert str(error.value).endswith("remove it, and the run goes on from step-00000005")
         shutil.rmtree(newest)
-        model, result = line(epochs=2, save_every=5, keep=keep, out=out)
+        model, result = line(epochs=2, save_every=5, keep_last=keep, out=out)
         assert (result.steps, len(model.seen)) == (10, 10 if keep == 1 else 5)
 
 

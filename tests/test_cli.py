@@ -58,7 +58,7 @@ def configuration(folder: Path, method: str, bases: dict[str, Path], **tables) -
                 "train": str(write_rows(folder / "train.jsonl", rows)),
                 "eval": str(write_rows(folder / "eval.jsonl", rows[-cut:])),
             },
-            "train": {"epochs": 3, "batch_rows": 4, "lr": 3e-3},
+            "train": {"epochs": 3, "batch_size": 4, "lr": 3e-3},
             **tables,
         },
     )  # fmt: skip
@@ -168,12 +168,12 @@ def test_lora_on_four_bits_with_feed_forwards_recomputed(bases, tmp_path, capsys
 
 def test_generate(bases, tmp_path, capsys) -> None:
     """A run that has learned its rows by heart continues their prompts; greedy, in batches, to the end or a stop."""
-    train = {"epochs": 120, "batch_rows": 4, "lr": 0.01, "best": "last"}
+    train = {"epochs": 120, "batch_size": 4, "lr": 0.01, "best": "last"}
     run("train", configuration(tmp_path, "sft", bases, train=train))
     prompts = write_rows(tmp_path / "prompts.jsonl", [{"text": row["prompt"]} for row in CHAT])
     capsys.readouterr()
     out, short = tmp_path / "completions.jsonl", ("--max-new-tokens", 32)
-    run("generate", tmp_path / "run", "--prompts", prompts, "--temperature", 0, "--out", out, "--batch-rows", 3, *short)
+    run("generate", tmp_path / "run", "--prompts", prompts, "--temperature", 0, "--out", out, "--batch-size", 3, *short)
     assert capsys.readouterr().out.endswith(f"4 rows written to {out}\n")
     assert [json.loads(line) for line in out.read_text().splitlines()] == CHAT
     run("generate", tmp_path / "run", "--prompt", CHAT[1]["prompt"], "--temperature", 0, "--stop", " cat", *short)
@@ -186,7 +186,7 @@ def test_generate(bases, tmp_path, capsys) -> None:
 
 
 def test_generate_with_the_adapter_of_a_run_or_a_given_one(bases, tmp_path, capsys) -> None:
-    train = {"epochs": 60, "batch_rows": 4, "lr": 0.03, "best": "last"}
+    train = {"epochs": 60, "batch_size": 4, "lr": 0.03, "best": "last"}
     run("train", configuration(tmp_path, "sft", bases, lora={"rank": 8}, train=train))
     capsys.readouterr()
     ask = ("--prompt", CHAT[0]["prompt"], "--temperature", 0, "--max-new-tokens", 6)
@@ -253,7 +253,7 @@ train = "{tmp_path / "text.txt"}"
 eval = 0.2
 [train]
 epochs = 20
-batch_rows = 4
+batch_size = 4
 lr = 1e-2
 """,
         encoding="utf-8",

@@ -1,14 +1,16 @@
 """The configuration file: what is read, what may be changed on the command line, and what is refused how."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 from small_runs import write_config
 
-from handtune.config import RunConfig, from_table, read_config
+from handtune.config import ELSEWHERE, RunConfig, from_table, read_config
 from handtune.engine.adapters.lora import LoRAConfig
-from handtune.engine.training.loop import TrainConfig
+from handtune.engine.rlhf.config import PPOConfig
+from handtune.engine.training.config import TrainConfig
 from handtune.saved_runs import _written
 
 FULL = """
@@ -37,7 +39,7 @@ epochs = 3
 batch_tokens = 512
 lr = 1e-4
 betas = [0.9, 0.95]
-clip = 0.5
+max_grad_norm = 0.5
 lr_scale = { "head.*" = 10 }
 unfreeze = { "head.*" = 0, "layers.*" = 1.5 }
 """
@@ -106,13 +108,17 @@ def test_overrides(tmp_path) -> None:
     [
         (["train.leraning_rate=1"], "run.toml: train: unknown key 'leraning_rate'; known: epochs, max_steps"),
         (["train.epoch=1"], "run.toml: train: unknown key 'epoch'; did you mean 'epochs'?"),
+        (["train.learning_rate=1"], "run.toml: train: unknown key 'learning_rate'; did you mean 'lr'?"),
+        (["train.batch_rows=1"], "run.toml: train: unknown key 'batch_rows'; did you mean 'batch_size'?"),
+        (["train.clip=1"], "run.toml: train: unknown key 'clip'; did you mean 'max_grad_norm'?"),
+        (["lora.r=1"], "run.toml: lora: unknown key 'r'; did you mean 'rank'?"),
         (["lora.ranks=1"], "run.toml: lora: unknown key 'ranks'; did you mean 'rank'?"),
         (["modle.path=x"], "run.toml: unknown key 'modle'; did you mean 'model'?"),
         (["train.lr=fast"], "run.toml: train: lr: expected float, got 'fast'"),
         (["train.epochs=2.5"], "run.toml: train: epochs: expected int, got 2.5"),
         (["train.epochs=true"], "run.toml: train: epochs: expected int, got True"),
         (["train.lr=true"], "run.toml: train: lr: expected float, got True"),
-        (["train.clip=nothing"], "run.toml: train: clip: expected float, got 'nothing'"),
+        (["train.max_grad_norm=nothing"], "run.toml: train: max_grad_norm: expected float, got 'nothing'"),
         (["train.betas=[0.9]"], "run.toml: train: betas: expected [float, float], got [0.9]"),
         (["train.betas=['a', 'b']"], "expected [float, float]"),
         (["data.train=[1, 2]"], "run.toml: data: train: expected str or [str, ...], got [1, 2]"),
@@ -122,11 +128,11 @@ def test_overrides(tmp_path) -> None:
         (["lora.targets=[['a']]"], "lora: targets: expected str or [str, ...], got [['a']]"),
         (["train.schedule=cosin"], "run.toml: train: schedule 'cosin' is unknown; known: constant, linear,"),
         (["lora.rank=0"], "run.toml: lora: rank: expected a positive whole number, at most 32,768, got 0"),
-        (["train.batch_rows=4"], "run.toml: train: batch_rows and batch_tokens"),
+        (["train.batch_size=4"], "run.toml: train: batch_size and batch_tokens"),
         (["method=stf"], "run.toml: method 'stf' is unknown; known: pretrain, sft"),
         (["model.preset=gpt2"], "run.toml: model: give path (a folder or hub id) or preset"),
         (["train.lr=nan"], "run.toml: train: lr: nan is no number to compute with"),
-        (["train.clip=inf"], "run.toml: train: clip: inf is no number to compute with"),
+        (["train.max_grad_norm=inf"], "run.toml: train: max_grad_norm: inf is no number to compute with"),
         (["train.lr_scale={ 'a' = 1e39 }"], "run.toml: train: lr_scale: a: 1e+39 is no number to compute with"),
         (["train.betas=[0.9, -1e300]"], "run.toml: train: betas: -1e+300 is no number to compute with"),
         (["lr"], "'lr': expected section.field=value, for example train.lr=1e-4"),
@@ -167,3 +173,12 @@ def test_the_helper_of_the_tests_writes_what_is_read(tmp_path) -> None:
         train={"betas": [0.1, 0.2]},
     )
     assert read_config(path).train.betas == (0.1, 0.2)
+
+
+def test_what_options_are_called_elsewhere_leads_to_ours() -> None:
+    """Each hint names options that there are."""
+    options = {f.name for kind in (TrainConfig, PPOConfig, LoRAConfig) for f in dataclasses.fields(kind)}
+    assert {name for names in ELSEWHERE.values() for name in names.split()} <= options
+    assert not ELSEWHERE.keys() & options
+    with pytest.raises(ValueError, match="unknown key 'clip'; did you mean 'clip_range'"):
+        from_table(PPOConfig, {"clip": 0.2}, "x")

@@ -68,7 +68,7 @@ def test_a_small_model_learns(dtype: torch.dtype) -> None:
     model = GPT2.from_name("gpt2", **sizes).to("cuda", dtype)
     add_lora(model, LoRAConfig(rank=8))
     rows = [{"input_ids": [i, 2, 3, 4, 5], "targets": [2, 3, 4, 5, i]} for i in range(8)]
-    config = TrainConfig(epochs=60, batch_rows=8, micro_rows=4, lr=2e-2)
+    config = TrainConfig(epochs=60, batch_size=8, micro_batch_size=4, lr=2e-2)
     before = causal_lm_loss(model, {"inputs": {"input_ids": torch.tensor([[1, 2]]).cuda()}, **_targets()})[0].item()
     train(model, rows, causal_lm_loss, config, collate=Collate())
     after = causal_lm_loss(model, {"inputs": {"input_ids": torch.tensor([[1, 2]]).cuda()}, **_targets()})[0].item()

@@ -50,12 +50,12 @@ def test_every_flipped_bit_of_a_checkpoint_is_noticed(tmp_path) -> None:
 def test_a_run_does_not_go_on_from_a_damaged_checkpoint(tmp_path) -> None:
     """Nor does it end with damaged best weights."""
     out = tmp_path / "run"
-    line(epochs=2, save_every=5, keep=2, out=out, eval_data=ROWS, best="loss")
+    line(epochs=2, save_every=5, keep_last=2, out=out, eval_data=ROWS, best="loss")
     newest = checkpoints(out / "checkpoints")[-1]
     for path, remedy in ((newest, "goes on from step-00000005"), (out / "best", "restore it from a copy")):
         for _ in flips(path / "tensors.safetensors", 1):
             with pytest.raises(ValueError, match=rf"{path.name}: the checkpoint is damaged .*{remedy}"):
-                line(epochs=2, save_every=5, keep=2, out=out, eval_data=ROWS, best="loss")
+                line(epochs=2, save_every=5, keep_last=2, out=out, eval_data=ROWS, best="loss")
 
 
 def test_every_flipped_bit_of_a_token_cache_is_noticed(tmp_path) -> None:

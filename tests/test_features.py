@@ -50,7 +50,7 @@ def test_cached_and_uncached_give_the_same(name, build, monkeypatch) -> None:
         settings = {} if cached else {"unfreeze": {"head.*": 0}}
         data = Batches(rows, Collate(), rows=6, seed=3)
         held = Batches(rows, Collate(), rows=5, shuffle=False)
-        config = TrainConfig(epochs=8, batch_rows=6, lr=1e-2, eps=1e-4, **settings)
+        config = TrainConfig(epochs=8, batch_size=6, lr=1e-2, eps=1e-4, **settings)
         result = train(model, data, objective.loss, config, eval_data=held, score=score)
         ends.append((weights(model), result, len(calls)))
     (ours, cached, few), (theirs, computed, many) = ends

@@ -50,7 +50,7 @@ def loss_fn(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Ten
 
 def pretrained() -> transformers.LlamaForCausalLM:
     model = llama()
-    train(model, examples(TEXTS, "pretrain"), loss_fn, TrainConfig(epochs=80, batch_rows=4, lr=1e-2), collate=collate)
+    train(model, examples(TEXTS, "pretrain"), loss_fn, TrainConfig(epochs=80, batch_size=4, lr=1e-2), collate=collate)
     return model
 
 
@@ -62,7 +62,7 @@ def test_a_transformers_llama_learns_by_lora(tmp_path) -> None:
     before = weights(model)
     adapted = add_lora(model, LoRAConfig(rank=8, alpha=16, targets=["q_proj", "v_proj", "*_proj"]))
     assert len(adapted) == 2 * 7
-    config = TrainConfig(epochs=60, batch_rows=4, micro_rows=2, lr=1e-2, best="last")
+    config = TrainConfig(epochs=60, batch_size=4, micro_batch_size=2, lr=1e-2, best="last")
     out = tmp_path / "run"
     result = train(model, rows, loss_fn, config, eval_data=rows, collate=collate, out=out)
     assert result.metrics["loss"] < 0.1 < 0.6 < result.before["loss"]
@@ -100,7 +100,7 @@ def test_a_killed_foreign_run_resumes(tmp_path) -> None:
                 raise RuntimeError("the power is gone")
             return loss_fn(model, batch)
 
-        config = TrainConfig(epochs=6, batch_rows=2, lr=1e-2, save_every=3)
+        config = TrainConfig(epochs=6, batch_size=2, lr=1e-2, save_every=3)
         settings = {"collate": collate, "out": tmp_path / str(broken)}
         if broken:
             with pytest.raises(RuntimeError, match="power"):
@@ -134,7 +134,7 @@ def test_a_transformers_vit_learns_full_and_by_lora() -> None:
     def loss(model, batch):
         return F.cross_entropy(model(pixel_values=batch[0]).logits, batch[1], reduction="sum"), len(batch[1])
 
-    config = TrainConfig(epochs=60, batch_rows=8, lr=3e-3, best="last")
+    config = TrainConfig(epochs=60, batch_size=8, lr=3e-3, best="last")
     result = train(model, rows, loss, config, eval_data=rows, collate=stack)
     assert result.metrics["loss"] < 0.1 < 0.5 < result.before["loss"]
     before = weights(model)
@@ -143,7 +143,7 @@ def test_a_transformers_vit_learns_full_and_by_lora() -> None:
     assert len(adapted) == 2 * 6
     assert not any("classifier" in path for path in adapted)
     result = train(
-        model, swapped, loss, TrainConfig(epochs=20, batch_rows=8, lr=1e-2), eval_data=swapped, collate=stack
+        model, swapped, loss, TrainConfig(epochs=20, batch_size=8, lr=1e-2), eval_data=swapped, collate=stack
     )
     assert result.metrics["loss"] < 0.3 < 1.0 < result.before["loss"]
     assert_same_weights({name: p for name, p in weights(model).items() if ".lora." not in name}, before)
@@ -162,6 +162,6 @@ def test_a_plain_module_trains() -> None:
     def stack(rows):
         return {"x": torch.stack([x for x, _ in rows]), "y": torch.stack([y for _, y in rows])}
 
-    config = TrainConfig(epochs=60, batch_rows=16, lr=2e-2)
+    config = TrainConfig(epochs=60, batch_size=16, lr=2e-2)
     result = train(model, rows, loss, config, eval_data=rows, collate=stack)
     assert result.metrics["loss"] < 0.005 < 0.05 < result.before["loss"]

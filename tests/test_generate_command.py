@@ -41,7 +41,7 @@ def trained(tmp_path: Path, **tables) -> Path:
     """A short LoRA run, made in `tmp_path` with relative paths only."""
     settings = {
         "method": "sft", "out": "runs/a", "model": {"path": "base"}, "lora": {"rank": 2},
-        "data": {"train": str(write_rows(tmp_path / "rows.jsonl", CHAT))}, "train": {"epochs": 1, "batch_rows": 2},
+        "data": {"train": str(write_rows(tmp_path / "rows.jsonl", CHAT))}, "train": {"epochs": 1, "batch_size": 2},
     }  # fmt: skip
     before = Path.cwd()
     os.chdir(tmp_path)
@@ -149,7 +149,7 @@ def test_rows_of_a_run_that_is_broken_off_lie_beside(base: Path, tmp_path: Path,
         return generate(*arguments, **settings)
 
     monkeypatch.setattr(completions_module, "generate", breaking)
-    ask = ("generate", base, "--prompts", prompts, "--out", out, "--batch-rows", "2", "--max-new-tokens", "4")
+    ask = ("generate", base, "--prompts", prompts, "--out", out, "--batch-size", "2", "--max-new-tokens", "4")
     assert main([str(argument) for argument in ask]) == 130
     part = next(tmp_path.glob("out.jsonl.*.part"))
     rows = [json.loads(line) for line in part.read_text().splitlines()]
@@ -216,7 +216,7 @@ def test_each_row_has_its_adapter(base: Path, tmp_path: Path, refused) -> None:
         (("--beams", 2, "--stop", "x"), "--beams look for the likeliest text"),
         (("--temperature", 0, "--top-p", 0.9), "--top-p: at --temperature 0 nothing is sampled"),
         (("--length-penalty", 2), "--length-penalty weighs the texts of a beam search"),
-        (("--batch-rows", 0), "--batch-rows 0: expected a positive number"),
+        (("--batch-size", 0), "--batch-size 0: expected a positive number"),
     ],
 )
 def test_options_without_effect_are_refused(options, says, base: Path, refused) -> None:
@@ -229,7 +229,7 @@ def test_out_of_memory_is_one_line(base: Path, refused, monkeypatch) -> None:
 
     monkeypatch.setattr(completions_module, "generate", none_left)
     said = refused("generate", base, *ASK)
-    assert said == "out of memory on cpu: set --batch-rows 8 (it is 16)"
+    assert said == "out of memory on cpu: set --batch-size 8 (it is 16)"
 
 
 def test_special_tokens_stop() -> None:

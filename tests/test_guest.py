@@ -17,7 +17,7 @@ from torch import nn
 from handtune.engine import LoRAConfig, PPOConfig, TrainConfig, evaluate, ppo, train
 
 SMALL = PPOConfig(
-    episodes=8, rollout_rows=8, batch_rows=8, epochs=1, max_new_tokens=2, lora=LoRAConfig(rank=2), save_every=1
+    episodes=8, rollout_batch_size=8, batch_size=8, epochs=1, max_new_tokens=2, lora=LoRAConfig(rank=2), save_every=1
 )
 
 
@@ -46,7 +46,7 @@ def failing(model: Any, batch: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 
 def trains(loss_fn: Any, out: Path) -> nn.Module:
-    model, config = Mixed(), TrainConfig(batch_rows=4, deterministic=True)
+    model, config = Mixed(), TrainConfig(batch_size=4, deterministic=True)
     train(model, ROWS, loss_fn, config, eval_data=ROWS, collate=torch.stack, out=out)
     return model
 
@@ -156,7 +156,7 @@ def test_a_count_may_be_a_tensor_and_a_micro_batch_without_a_target() -> None:
         mask = batch[:, 0] > 0.5
         return ((model(batch) - 1).square() * mask).sum(), mask.sum()
 
-    model, result = line(loss_fn=masked, micro_rows=1, epochs=2)
+    model, result = line(loss_fn=masked, micro_batch_size=1, epochs=2)
     whole, other = line(loss_fn=masked, epochs=2)
     torch.testing.assert_close(model.weight, whole.weight)
     assert result.train_loss == pytest.approx(other.train_loss) != 0

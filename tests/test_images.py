@@ -107,7 +107,9 @@ def test_a_killed_run_resumes_with_the_same_augmentation(tmp_path):
 
         def run(loss=loss, killed=killed):
             model = small_resnet()
-            data = Batches(ImageExamples(rows, model.labels, pixels), ImageCollate(pixels, True), rows=8, micro_rows=4)
+            data = Batches(
+                ImageExamples(rows, model.labels, pixels), ImageCollate(pixels, True), rows=8, micro_batch_size=4
+            )
             train(model, data, loss, TrainConfig(epochs=3, lr=1e-2, save_every=3), out=tmp_path / str(killed))
             return model
 
@@ -158,7 +160,7 @@ def test_full_and_lora_learn_through_the_command_line(tmp_path, capsys):
     """A network learns two kinds of pictures; with an adapter it then learns two others, of which there are few."""
     first = class_folders(tmp_path / "first", count=40)
     second = class_folders(tmp_path / "second", ("rows", "columns"), 16, seed=50)
-    settings = {"batch_rows": 16, "lr": 1e-2, "epochs": 5, "eval_every": 100, "seed": 1}
+    settings = {"batch_size": 16, "lr": 1e-2, "epochs": 5, "eval_every": 100, "seed": 1}
     data = {"train": str(first), "eval": 0.2, "image_size": 16}
     model = {"preset": "resnet18", "overrides": SMALL}
     (tmp_path / "full.toml").write_text(toml("classify", tmp_path / "full", model, data, train=settings))
@@ -172,7 +174,7 @@ def test_full_and_lora_learn_through_the_command_line(tmp_path, capsys):
     assert result["labels"] == ["sea", "sky"] and sum(map(sum, result["confusion"])) == 16
 
     base = {"path": str(tmp_path / "full" / "model")}
-    data, settings = {"train": str(second), "eval": 0.25, "image_size": 12}, {**settings, "epochs": 20, "batch_rows": 8}
+    data, settings = {"train": str(second), "eval": 0.25, "image_size": 12}, {**settings, "epochs": 20, "batch_size": 8}
     lora = {"rank": 4, "alpha": 8}
     config = toml("classify", tmp_path / "lora", base, data, lora=lora, train=settings)
     (tmp_path / "lora.toml").write_text(config)
@@ -195,7 +197,7 @@ def test_full_and_lora_learn_through_the_command_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ("train.batch_tokens=100", "images have no tokens; use train.batch_rows"),
+        ("train.batch_tokens=100", "images have no tokens; use train.batch_size"),
         ("data.max_length=100", "images have no tokens"),
         ("model.recompute=true", "ResNet has no norm in front of a feed-forward"),
         ("model.quantize='nf4'", "so do convolutions"),

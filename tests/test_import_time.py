@@ -49,7 +49,7 @@ def test_commands_do_without_torch_s_compiler(tmp_path):
     )  # fmt: skip
     policy = write_config(
         tmp_path / "ppo.toml", out=out + "-ppo", prompts=rows, reward="scores:short", model=base,
-        ppo={"episodes": 2, "rollout_rows": 2, "batch_rows": 2, "max_new_tokens": 2, "lora": {"rank": 2}},
+        ppo={"episodes": 2, "rollout_batch_size": 2, "batch_size": 2, "max_new_tokens": 2, "lora": {"rank": 2}},
     )  # fmt: skip
     fresh = write_config(
         tmp_path / "fresh.toml", method="sft", out=out + "-fresh", data={"train": rows},

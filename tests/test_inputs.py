@@ -78,7 +78,7 @@ def project(folder: Path) -> Path:
     write_config(
         folder / "run.toml", method="sft", out="runs/a", model={"path": "base"}, lora={"rank": 2, "dropout": 0.1},
         data={"train": ["rows.jsonl", "more.jsonl"], "eval": "held.jsonl", "max_length": 48},
-        train={"epochs": 3, "batch_rows": 2, "lr": 0.01, "save_every": 2},
+        train={"epochs": 3, "batch_size": 2, "lr": 0.01, "save_every": 2},
     )  # fmt: skip
     return folder
 
@@ -195,9 +195,16 @@ def policy(folder: Path) -> Path:
     model, lora = {"path": "base"}, {"rank": 2, "targets": "layers.1.*"}
     write_config(
         folder / "reward.toml", method="reward", out="reward", model=model, lora=lora,
-        data={"train": "pairs.jsonl", "max_length": 48}, train={"batch_rows": 2},
+        data={"train": "pairs.jsonl", "max_length": 48}, train={"batch_size": 2},
     )  # fmt: skip
-    settings = {"episodes": 12, "rollout_rows": 4, "batch_rows": 4, "max_new_tokens": 4, "normalise": 4, "lora": lora}
+    settings = {
+        "episodes": 12,
+        "rollout_batch_size": 4,
+        "batch_size": 4,
+        "max_new_tokens": 4,
+        "reward_norm_samples": 4,
+        "lora": lora,
+    }
     rewards = ["reward", "judges_of_length:long"]
     write_config(folder / "ppo.toml", out="run", prompts="prompts.jsonl", reward=rewards, model=model, ppo=settings)
     assert main(["train", "reward.toml"]) == 0
@@ -351,7 +358,7 @@ def test_what_is_given_in_memory_is_compared_too(tmp_path) -> None:
         model, rows = gpt2(), encode(texts, words, "pretrain", max_length=16, eos=0)[0]
         add_lora(model, LoRAConfig(rank=2))
         change(model, rows)
-        config = TrainConfig(epochs=2, batch_rows=2)
+        config = TrainConfig(epochs=2, batch_size=2)
         return train(model, rows, losses.causal_lm_loss, config, collate=Collate(), out=out)
 
     def row_changed(model: Any, rows: Any) -> None:

@@ -38,7 +38,7 @@ def test_likelihoods_by_hand(model: tuple[GPT2, Tokenizer]) -> None:
             logits = gpt(torch.tensor([ids]))[0].log_softmax(-1)
         return sum(float(logits[i - 1, ids[i]]) for i in range(len(prompt), len(ids)))
 
-    found = label_texts(gpt, words, texts, WORDS, "{text} is {label}", batch_rows=2)
+    found = label_texts(gpt, words, texts, WORDS, "{text} is {label}", batch_size=2)
     for text, one in zip(texts, found, strict=True):
         scores = {
             name: logp(text, word) - sum(logp(empty, word) for empty in WITHOUT_CONTENT) / 3

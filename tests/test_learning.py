@@ -56,7 +56,7 @@ def test_every_method_learns(name) -> None:
 def test_lora_learns(name) -> None:
     """A base that has learned one thing learns the opposite in its adapter, and stays what it was, bitwise."""
     model, rows, collate, objective, _ = method(name)
-    train(model, rows, objective.loss, TrainConfig(epochs=40, batch_rows=6, lr=1e-2), collate=collate)
+    train(model, rows, objective.loss, TrainConfig(epochs=40, batch_size=6, lr=1e-2), collate=collate)
     before = weights(model)
     if name == "sft":
         answers = [row["completion"] for row in CHAT]
@@ -67,7 +67,7 @@ def test_lora_learns(name) -> None:
     held = Batches(rows, collate, rows=8, shuffle=False)
     wrong = evaluate(model, held, objective.loss)["loss"]
     add_lora(model, LoRAConfig(rank=8, alpha=16))
-    train(model, rows, objective.loss, TrainConfig(epochs=80, batch_rows=6, lr=1e-2), collate=collate)
+    train(model, rows, objective.loss, TrainConfig(epochs=80, batch_size=6, lr=1e-2), collate=collate)
     assert evaluate(model, held, objective.loss)["loss"] < 0.4 < 0.8 < wrong
     after = weights(model)
     assert_same_weights({name: after[name] for name in before}, before)
@@ -79,7 +79,7 @@ def test_bf16_training_learns() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model, rows, collate, objective, _ = method("sft")
         model.to(dtype)
-        train(model, rows, objective.loss, TrainConfig(epochs=60, batch_rows=4, lr=1e-2), collate=collate)
+        train(model, rows, objective.loss, TrainConfig(epochs=60, batch_size=4, lr=1e-2), collate=collate)
         ends.append(evaluate(model, Batches(rows, collate, rows=8, shuffle=False), objective.loss)["loss"])
     assert ends[1] == pytest.approx(ends[0], abs=0.05)
     assert ends[1] < 0.1

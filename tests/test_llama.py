@@ -352,7 +352,7 @@ def test_the_command_line_trains_a_llama(tmp_path):
     config = write_config(
         tmp_path / "sft.toml", method="sft", out=str(tmp_path / "run"), model={"path": str(tmp_path / "base")},
         data={"train": str(rows), "eval": str(rows)}, lora={"rank": 8},
-        train={"epochs": 30, "batch_rows": 4, "lr": 2e-2, "best": "last"},
+        train={"epochs": 30, "batch_size": 4, "lr": 2e-2, "best": "last"},
     )  # fmt: skip
     assert main(["train", str(config)]) == 0
     result = json.loads((tmp_path / "run/result.json").read_text())

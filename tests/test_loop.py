@@ -75,9 +75,9 @@ def test_micro_batches_give_the_gradient_of_the_batch_in_fp32() -> None:
 def test_training_in_micro_batches_gives_the_same_weights() -> None:
     """Eight steps of SGD-like Adam (a large eps makes the update linear in the gradient), with and without a cut."""
     ends = []
-    for cut in ({}, {"micro_rows": 3}, {"micro_tokens": 50}):
+    for cut in ({}, {"micro_batch_size": 3}, {"micro_batch_tokens": 50}):
         model = gpt2()
-        config = TrainConfig(epochs=4, batch_rows=4, lr=1.0, eps=1.0, clip=None, **cut)
+        config = TrainConfig(epochs=4, batch_size=4, lr=1.0, eps=1.0, max_grad_norm=None, **cut)
         result = train(model, ragged(), losses.causal_lm_loss, config, collate=Collate())
         ends.append((weights(model), result.train_loss))
         assert result.steps == 8
@@ -90,7 +90,9 @@ def test_training_in_micro_batches_gives_the_same_weights() -> None:
 
 def test_a_step_is_the_update_written_out(tmp_path) -> None:
     """Adam's first step on the mean over all targets, and the facts in the log."""
-    model, result = line(ROWS[:5], batch_rows=5, micro_rows=2, weight_decay=0.0, clip=None, out=tmp_path / "run")
+    model, result = line(
+        ROWS[:5], batch_size=5, micro_batch_size=2, weight_decay=0.0, max_grad_norm=None, out=tmp_path / "run"
+    )
     x = torch.stack(ROWS[:5])
     gradient = (2 * (x @ torch.zeros(3) - 1)[:, None] * x).mean(0)
     torch.testing.assert_close(model.weight.detach(), -0.1 * gradient.sign(), rtol=1e-5, atol=0)
@@ -196,7 +198,7 @@ def test_what_trains_is_what_requires_a_gradient() -> None:
     freeze(model, "*")
     unfreeze(model, "layers.1.*")
     before = weights(model)
-    train(model, examples(CHAT, "sft"), losses.causal_lm_loss, TrainConfig(batch_rows=4), collate=Collate())
+    train(model, examples(CHAT, "sft"), losses.causal_lm_loss, TrainConfig(batch_size=4), collate=Collate())
     moved = {name for name, weight in weights(model).items() if not torch.equal(weight, before[name])}
     assert moved == {name for name in before if name.startswith("layers.1.")}
     assert all(p.grad is None for p in model.parameters())
@@ -212,7 +214,7 @@ def test_gradual_unfreezing() -> None:
     ends = []
     for steps in range(5):
         model = gpt2()
-        config = TrainConfig(epochs=2, max_steps=steps, batch_rows=2, unfreeze=schedule) if steps else None
+        config = TrainConfig(epochs=2, max_steps=steps, batch_size=2, unfreeze=schedule) if steps else None
         if config:
             train(model, rows, losses.causal_lm_loss, replace(config, warmup=0), collate=Collate())
         ends.append(weights(model))
@@ -229,7 +231,7 @@ def test_gradual_unfreezing() -> None:
 def test_a_later_glob_does_not_freeze_what_an_earlier_one_trains() -> None:
     model = gpt2()
     before = weights(model)
-    config = TrainConfig(batch_rows=4, unfreeze={"layers.1.*": 0, "*": 1})
+    config = TrainConfig(batch_size=4, unfreeze={"layers.1.*": 0, "*": 1})
     train(model, examples(CHAT, "sft"), losses.causal_lm_loss, config, collate=Collate())
     moved = {name for name, weight in weights(model).items() if not torch.equal(weight, before[name])}
     assert moved == {name for name in before if name.startswith("layers.1.")}
@@ -244,11 +246,11 @@ def test_when_it_evaluates_and_saves(tmp_path) -> None:
     def evaluated(name: str) -> list[int]:
         return [entry["step"] for entry in logged(tmp_path / name) if "eval" in entry]
 
-    line(eval_data=ROWS, epochs=2, keep=9, out=tmp_path / "epochs")
+    line(eval_data=ROWS, epochs=2, keep_last=9, out=tmp_path / "epochs")
     assert (folders("epochs"), evaluated("epochs")) == ([5, 10], [0, 5, 10])
-    line(eval_data=ROWS, epochs=2, keep=9, save_every=4, eval_every=3, out=tmp_path / "steps")
+    line(eval_data=ROWS, epochs=2, keep_last=9, save_every=4, eval_every=3, out=tmp_path / "steps")
     assert (folders("steps"), evaluated("steps")) == ([4, 8, 10], [0, 3, 6, 9, 10])
-    line(epochs=2, keep=2, save_every=1, out=tmp_path / "two")
+    line(epochs=2, keep_last=2, save_every=1, out=tmp_path / "two")
     assert folders("two") == [9, 10]
     line(epochs=2, save_every=3, out=tmp_path / "one")
     assert folders("one") == [10]
@@ -258,7 +260,7 @@ def test_when_it_evaluates_and_saves(tmp_path) -> None:
 def test_the_record_of_a_run(tmp_path) -> None:
     _, result = line(eval_data=ROWS, out=tmp_path / "run")
     facts = json.loads((tmp_path / "run/run.json").read_text())
-    assert facts["config"]["train"]["batch_rows"] == 2
+    assert facts["config"]["train"]["batch_size"] == 2
     assert {"handtune", "torch", "python"} <= facts["versions"].keys()
     assert facts["device"]
     entries = [json.loads(text) for text in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -274,7 +276,7 @@ def test_the_record_of_a_run(tmp_path) -> None:
 
 def test_metrics_count_targets_and_tokens(tmp_path) -> None:
     rows, model = ragged(), gpt2()
-    config = TrainConfig(batch_rows=8, micro_rows=3)
+    config = TrainConfig(batch_size=8, micro_batch_size=3)
     train(model, rows, losses.causal_lm_loss, config, collate=Collate(), out=tmp_path / "run")
     (entry,) = logged(tmp_path / "run")
     assert entry["tokens"] == sum(len(row["input_ids"]) for row in rows)
@@ -305,7 +307,7 @@ def test_a_loss_that_reaches_nothing_is_named() -> None:
         line(loss_fn=loss_fn)
 
 
-@pytest.mark.parametrize("settings", [{"patience": 2}, {"best": "loss"}, {"eval_every": 3}])
+@pytest.mark.parametrize("settings", [{"early_stopping_patience": 2}, {"best": "loss"}, {"eval_every": 3}])
 def test_what_needs_evaluation_data_is_refused_without(settings) -> None:
     (name,) = settings
     with pytest.raises(ValueError, match=f"^{name}: there is no evaluation data"):

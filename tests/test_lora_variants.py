@@ -216,7 +216,14 @@ def steps_of(tmp_path: Path, training: dict[str, Any] | None = None, **settings:
     add_lora(model, LoRAConfig(rank=2, **settings))
     start = {key: p.detach().clone() for key, p in model.named_parameters() if p.requires_grad}
     rows = [{"input_ids": row.tolist(), "targets": [*row[1:].tolist(), -100]} for row in IDS]
-    usual = {"lr": 1e-3, "warmup": 0, "schedule": "constant", "weight_decay": 0.0, "clip": None, "batch_rows": 2}
+    usual = {
+        "lr": 1e-3,
+        "warmup": 0,
+        "schedule": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": None,
+        "batch_size": 2,
+    }
     train(model, rows, causal_lm_loss, TrainConfig(**{**usual, **(training or {})}), collate=Collate())
     return {key: p.detach() - start[key] for key, p in model.named_parameters() if p.requires_grad}
 
@@ -226,8 +233,8 @@ def test_lora_plus_moves_b_by_the_ratio(tmp_path: Path) -> None:
 
     Other factors on the learning rate come on top of it.
     """
-    one, many = steps_of(tmp_path), steps_of(tmp_path, lr_ratio=16.0)
-    scaled = steps_of(tmp_path, lr_ratio=16.0, training={"lr_scale": {"layers.0.*": 0.25}, "lr_decay": 0.5})
+    one, many = steps_of(tmp_path), steps_of(tmp_path, loraplus_lr_ratio=16.0)
+    scaled = steps_of(tmp_path, loraplus_lr_ratio=16.0, training={"lr_scale": {"layers.0.*": 0.25}, "lr_decay": 0.5})
     for key, moved in many.items():
         is_b = ".b." in key
         torch.testing.assert_close(moved, one[key] * (16 if is_b else 1), rtol=1e-4, atol=1e-9)
@@ -309,14 +316,16 @@ def test_pissa_trains_is_stored_and_switched_off(tmp_path: Path) -> None:
     assert_close(logits(again, TEXT), expected)
 
 
-@pytest.mark.parametrize("settings", [{"init": "pissa"}, {"dora": True, "lr_ratio": 4.0}], ids=["pissa", "dora"])
+@pytest.mark.parametrize(
+    "settings", [{"init": "pissa"}, {"dora": True, "loraplus_lr_ratio": 4.0}], ids=["pissa", "dora"]
+)
 def test_a_resumed_run_is_the_same_run(settings: dict[str, Any], tmp_path: Path) -> None:
     def run(out: Path, stop_at: int | None = None) -> dict[str, Tensor]:
         model = both(tmp_path / "base", tiny_gpt2(), "causal-lm")[1]
         torch.manual_seed(0)
         add_lora(model, LoRAConfig(rank=2, **settings))
         rows = [{"input_ids": row.tolist(), "targets": [*row[1:].tolist(), -100]} for row in IDS]
-        config = TrainConfig(lr=1e-2, epochs=4, save_every=1, schedule="constant", warmup=0, batch_rows=1)
+        config = TrainConfig(lr=1e-2, epochs=4, save_every=1, schedule="constant", warmup=0, batch_size=1)
         seen = []
 
         def loss(model: Any, batch: Any) -> tuple[Tensor, int]:
@@ -341,7 +350,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     before = snapshot(model)
     for settings, says in (
         ({"init": "pizza"}, 'init: expected "kaiming" or "pissa"'),
-        ({"lr_ratio": 0.0}, "lr_ratio: expected a positive number"),
+        ({"loraplus_lr_ratio": 0.0}, "loraplus_lr_ratio: expected a positive number"),
         ({"init": "pissa", "targets": ["wpe"]}, 'init "pissa" is for projections'),
         ({"init": "pissa", "alpha": 0}, 'alpha: init "pissa" divides by it'),
         ({"init": "pissa", "rank": 25}, 'init "pissa" has 24 singular values to start from'),

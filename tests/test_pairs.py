@@ -235,7 +235,7 @@ def test_a_reward_model_comes_near_what_noisy_labels_allow() -> None:
         return rows, np.where(swap, 1 - p, p)  # the probability of what was chosen
 
     model = GPT2.from_name("gpt2", task="reward", vocab_size=13, n_layer=1, n_head=2, d_model=32, max_positions=8)
-    settings = TrainConfig(epochs=6, lr=3e-3, batch_rows=64, weight_decay=0.0)
+    settings = TrainConfig(epochs=6, lr=3e-3, batch_size=64, weight_decay=0.0)
     train(model, pairs(3000)[0], reward_loss, settings, collate=PairCollate())
     held_out, p = pairs(2000)
     score = OBJECTIVES["reward"].score((), held_out, held_out)

@@ -139,7 +139,7 @@ def test_prompts_are_seen_and_completions_predicted_in_order() -> None:
 def test_an_interrupted_run_goes_on_with_the_same_orders(tmp_path) -> None:
     """Stopped in the middle of an epoch and started again: the same bits as without."""
     rows = examples(TEXTS * 2, "pretrain")
-    config = TrainConfig(epochs=3, batch_rows=3, micro_rows=2, lr=1e-2, save_every=2, seed=5)
+    config = TrainConfig(epochs=3, batch_size=3, micro_batch_size=2, lr=1e-2, save_every=2, seed=5)
 
     def run(out: Path, dies_at: int | None = None) -> dict:
         model, calls = small_xlnet(), iter(range(1000))
@@ -178,7 +178,7 @@ def trained(folder: Path, method: str, base: Path, rows: list[dict], **tables) -
     config = write_config(
         folder / "run.toml", method=method, out=str(folder / "run"), model={"path": str(base)},
         data={"train": file, "eval": file, "max_length": 32},
-        train={"epochs": 80, "batch_rows": 4, "lr": 2e-2, "best": "last", "eval_every": 80}, **tables,
+        train={"epochs": 80, "batch_size": 4, "lr": 2e-2, "best": "last", "eval_every": 80}, **tables,
     )  # fmt: skip
     run_command("train", config)
     return json.loads((folder / "run/result.json").read_text())

@@ -48,7 +48,7 @@ def writer() -> GPT2:
 
 
 SMALL: dict[str, Any] = {
-    "episodes": 48, "rollout_rows": 16, "batch_rows": 8, "max_new_tokens": 6, "epochs": 2, "lr": 1e-2,
+    "episodes": 48, "rollout_batch_size": 16, "batch_size": 8, "max_new_tokens": 6, "epochs": 2, "lr": 1e-2,
     "lora": LoRAConfig(rank=4),
 }  # fmt: skip
 
@@ -85,7 +85,7 @@ def test_the_first_ratio_is_exactly_one(family: str, targets: str, micro: int | 
     model = FAMILIES[family](tmp_path)
     model.tokens = model.tokens.__class__(eos_id=11, more_ends=(33, 44))
     lora = LoRAConfig(rank=4, targets=[targets])
-    run = run_of(model, micro_rows=micro, temperature=0.7, lora=lora, max_new_tokens=20)
+    run = run_of(model, micro_batch_size=micro, temperature=0.7, lora=lora, max_new_tokens=20)
     moved(run)
     rollout = sampled(run)
     assert len(set(rollout.lengths)) > 1
@@ -150,7 +150,7 @@ def test_rounds_are_whole_where_prompts_are_few() -> None:
 
 def test_group_advantages_learn_without_a_critic() -> None:
     model = writer()
-    config = PPOConfig(**{**SMALL, "episodes": 640, "rollout_rows": 64, "group": 8, "kl": 0.01})
+    config = PPOConfig(**{**SMALL, "episodes": 640, "rollout_batch_size": 64, "group_size": 8, "kl_coef": 0.01})
     result = ppo(model, PROMPTS * 2, evens, config)
     assert result.stats["score"] > 0.8
     assert not any(".lora.critic." in name for name, _ in model.named_parameters())
@@ -231,7 +231,7 @@ def test_what_fails_at_the_beginning_leaves_the_model_as_it_was(tmp_path: Path) 
     (tmp_path / "kept.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty and holds no run"):
         ppo(model, PROMPTS, evens, PPOConfig(**SMALL), out=tmp_path)
-    with pytest.raises(MemoryError, match=r"out of memory on cpu: set ppo\.micro_rows = 4"):
+    with pytest.raises(MemoryError, match=r"out of memory on cpu: set ppo\.micro_batch_size = 4"):
         ppo(model, PROMPTS, out_of_memory, PPOConfig(**SMALL, best_of=2))
     assert adapter_names(model) == []
 
@@ -240,7 +240,7 @@ def test_a_policy_that_runs_away_is_stopped_and_its_best_given_back(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = writer()
-    config = PPOConfig(**{**SMALL, "episodes": 640, "lr": 0.1, "kl": 0.0, "kl_stop": 3.0, "max_norm": None})
+    config = PPOConfig(**{**SMALL, "episodes": 640, "lr": 0.1, "kl_coef": 0.0, "max_kl": 3.0, "max_grad_norm": None})
     result = ppo(model, PROMPTS * 4, evens, config, out=tmp_path)
     assert result.stopped == "kl"
     assert result.stats["kl"] > 3.0 >= result.best["kl"]
@@ -308,7 +308,7 @@ def test_a_reward_that_is_not_normalised_yet_is_by_the_reference() -> None:
     model = gpt2()
     reward = Reward(with_head(model, "reward"))
     add_lora(reward.model, LoRAConfig(rank=2), "reward")
-    config = PPOConfig(**{**SMALL, "episodes": 16, "normalise": 64})
+    config = PPOConfig(**{**SMALL, "episodes": 16, "reward_norm_samples": 64})
     result = ppo(model, PROMPTS * 4, reward, config)
     assert reward.scale is not None
     assert abs(result.stats["score"]) < 1.0
@@ -326,7 +326,7 @@ def test_rewards_see_what_was_given(tmp_path: Path) -> None:
         seen.update(prompts)
         return [len(text) / 10 for text in completions]
 
-    config = PPOConfig(**{**SMALL, "normalise": 400, "episodes": 16})
+    config = PPOConfig(**{**SMALL, "reward_norm_samples": 400, "episodes": 16})
     ppo(model, prompts, [own, length], config, tokenizer=tokenizer)
     assert seen == set(prompts)
     run = _Run(gpt2(vocab_size=500), prompts, [own], config, tokenizer, Record(None))
@@ -385,12 +385,12 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="carries the adapter 'sft', but the reference is the model without"):
         ppo(adapted, PROMPTS, evens, config)
     for change, says in (
-        ({"group": 3}, "group = 3: it takes at least 2, and a number that divides"),
+        ({"group_size": 3}, "group_size = 3: it takes at least 2, and a number that divides"),
         ({"kl_estimate": "k2"}, 'kl_estimate: expected "k1" or "k3"'),
-        ({"lam": 1.5}, "lam: expected a number between 0 and 1"),
+        ({"gae_lambda": 1.5}, "gae_lambda: expected a number between 0 and 1"),
         ({"episodes": 0}, "episodes: expected a positive number"),
-        ({"kl": -1.0}, "kl: expected zero or a positive number"),
-        ({"kl": 0.0, "kl_target": 4.0}, "kl = 0 never adapts to kl_target"),
+        ({"kl_coef": -1.0}, "kl_coef: expected zero or a positive number"),
+        ({"kl_coef": 0.0, "kl_target": 4.0}, "kl_coef = 0 never adapts to kl_target"),
         ({"kl_target": 4.0, "kl_horizon": 10}, "kl_horizon = 10: it takes at least a round's completions, 16"),
     ):
         with pytest.raises(ValueError, match=says):
@@ -410,7 +410,7 @@ def test_refusals(tmp_path: Path) -> None:
 def test_completions_without_end_pay_for_it() -> None:
     model = gpt2()
     model.tokens = model.tokens.__class__(eos_id=11)
-    run = run_of(model, no_end=5.0)
+    run = run_of(model, missing_eos_penalty=5.0)
     rollout = sampled(run)
     run.round.assess(rollout, range(16))
     plain = torch.tensor(evens([], rollout.completions))
@@ -420,10 +420,10 @@ def test_completions_without_end_pay_for_it() -> None:
 
 
 def test_a_policy_that_diverges_is_named(tmp_path: Path) -> None:
-    wild = PPOConfig(**{**SMALL, "lr": 1e12, "schedule": "constant", "max_norm": None, "update_stop": None})
+    wild = PPOConfig(**{**SMALL, "lr": 1e12, "schedule": "constant", "max_grad_norm": None, "target_kl": None})
     with pytest.raises(FloatingPointError, match=r"round 1: .*there is no checkpoint yet; try a smaller ppo\.lr"):
         ppo(gpt2(), PROMPTS * 4, evens, wild)
-    last = PPOConfig(**{**SMALL, "episodes": 16, "batch_rows": 16, "epochs": 1, "lr": 1e30, "schedule": "constant"})
+    last = PPOConfig(**{**SMALL, "episodes": 16, "batch_size": 16, "epochs": 1, "lr": 1e30, "schedule": "constant"})
     with pytest.raises(FloatingPointError, match="round 1: the loss is nan"):  # which only the last step has made
         ppo(gpt2(), PROMPTS * 4, evens, last, out=tmp_path)
     assert not list(tmp_path.glob("checkpoints/*"))
@@ -434,11 +434,11 @@ def test_a_policy_that_diverges_is_named(tmp_path: Path) -> None:
 
 
 def test_lora_plus_and_double_precision() -> None:
-    """`lr_ratio` reaches the optimizer; a model in fp64 trains, too."""
+    """`loraplus_lr_ratio` reaches the optimizer; a model in fp64 trains, too."""
     trained = []
     for ratio, dtype in ((1.0, torch.float32), (4.0, torch.float32), (1.0, torch.float64)):
         model = gpt2().to(dtype)
-        settings = {**SMALL, "lr": 1e-3, "episodes": 16, "lora": LoRAConfig(rank=4, lr_ratio=ratio)}
+        settings = {**SMALL, "lr": 1e-3, "episodes": 16, "lora": LoRAConfig(rank=4, loraplus_lr_ratio=ratio)}
         ppo(model, PROMPTS * 4, evens, PPOConfig(**settings))
         trained.append({name: p.detach().float() for name, p in model.named_parameters() if ".lora.policy.b" in name})
     plain, plus, double = (torch.cat([p.flatten() for p in found.values()]) for found in trained)

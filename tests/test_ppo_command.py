@@ -98,7 +98,7 @@ def test_a_run_and_what_is_done_with_it(folder: Path, capsys: pytest.CaptureFixt
         (["reward=short_texts:broken"], "the reward of completion 1"),
         (["reward=short_texts:none"], "'short_texts:none'"),
         (["reward=nowhere"], "there is no such folder"),
-        (["ppo.group=3"], "group = 3"),
+        (["ppo.group_size=3"], "group_size = 3"),
         (["ppo.max_new_tokens=400"], "no prompt leaves room"),
         (["model.path=nowhere"], "nowhere"),
         (["ppo.top_k=5"], "unknown key 'top_k'"),
@@ -122,7 +122,16 @@ def test_a_reward_of_another_base(folder: Path, capsys: pytest.CaptureFixture[st
     )
     assert main(["train", "reward.toml"]) == 0
     assert (
-        main(["ppo", "ppo.toml", 'reward=["reward", "short_texts:short"]', "ppo.episodes=32", "ppo.normalise=16"]) == 0
+        main(
+            [
+                "ppo",
+                "ppo.toml",
+                'reward=["reward", "short_texts:short"]',
+                "ppo.episodes=32",
+                "ppo.reward_norm_samples=16",
+            ]
+        )
+        == 0
     )
     config = json.loads(Path("reward/adapter/adapter_config.json").read_text())
     shutil.copytree("reward/adapter", "alone")  # without its run, which knows its base by contents

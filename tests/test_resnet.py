@@ -262,7 +262,7 @@ def test_a_bf16_model_trains_through_the_loop(tmp_path):
     def loss_fn(model, batch):
         return F.cross_entropy(model(batch[0]).float(), batch[1], reduction="sum"), len(batch[1])
 
-    config = TrainConfig(epochs=6, batch_rows=4, lr=1e-2)
+    config = TrainConfig(epochs=6, batch_size=4, lr=1e-2)
     result = train(model, rows, loss_fn, config, eval_data=rows, collate=collate, out=tmp_path / "out")
     assert result.metrics["loss"] < 0.7 * result.before["loss"]
     assert model.embed.norm.running_var.dtype == torch.float32
@@ -306,7 +306,7 @@ def test_training_an_adapter_or_a_head_leaves_the_base_as_it_is(tmp_path):
             freeze(model, "*")
             unfreeze(model, "head.*")
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        config = TrainConfig(epochs=2, batch_rows=4, lr=1e-2)
+        config = TrainConfig(epochs=2, batch_size=4, lr=1e-2)
         train(model, rows, loss_fn, config, eval_data=rows, collate=collate)
         changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
         kinds = {"lora": ".lora.", "head": "head.", "full": ""}
@@ -328,9 +328,9 @@ def test_torchs_batch_norms_stay_frozen_too():
 
     before = statistics(net)
     add_lora(net, LoRAConfig(rank=2, targets=["0"]))
-    train(net, rows, loss_fn, TrainConfig(epochs=2, batch_rows=4), eval_data=rows, collate=collate)
+    train(net, rows, loss_fn, TrainConfig(epochs=2, batch_size=4), eval_data=rows, collate=collate)
     assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
-    config = TrainConfig(epochs=2, batch_rows=4, unfreeze={"4.*": 0, "1.*": 1})
+    config = TrainConfig(epochs=2, batch_size=4, unfreeze={"4.*": 0, "1.*": 1})
     train(net, rows, loss_fn, config, eval_data=rows, collate=collate)
     assert int(net[1].num_batches_tracked) == 2  # the steps of the second epoch
 

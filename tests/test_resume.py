@@ -140,7 +140,7 @@ def sft(tmp_path_factory) -> Path:
         model={"path": str(gpt2_folder(folder / "gpt2"))},
         data={"train": str(folder / "rows.jsonl"), "eval": 0.25, "max_length": 64},
         lora={"rank": 4, "dropout": 0.1},
-        train={"epochs": 30, "batch_rows": 4, "lr": 0.01, "save_every": 2, "eval_every": 5},
+        train={"epochs": 30, "batch_size": 4, "lr": 0.01, "save_every": 2, "eval_every": 5},
     )  # fmt: skip
 
 

@@ -126,7 +126,7 @@ def test_a_span_corruption_run_resumes_bitwise(tmp_path):
     """Broken off between two steps: the spans drawn afterwards are those that would have been drawn."""
     rows, _ = encode(TEXTS * 3, sentence_piece(), "span-corruption", max_length=12)
     collate = Seq2SeqCollate(0, 0, SpanCorruption.of(sentence_piece(), 1))
-    config = TrainConfig(epochs=3, batch_rows=4, lr=1e-2, save_every=1)
+    config = TrainConfig(epochs=3, batch_size=4, lr=1e-2, save_every=1)
     ends = []
     for place, stops in (("through", ()), ("broken", (3, 8))):
         count = 0
@@ -172,7 +172,7 @@ def configuration(folder: Path, base: Path, method: str, rows: list, **tables) -
         **{
             "model": {"path": str(base), "dtype": "float32"},
             "data": {"train": file, "eval": file, "max_length": 32},
-            "train": {"epochs": 50, "batch_rows": 4, "lr": 1e-2},
+            "train": {"epochs": 50, "batch_size": 4, "lr": 1e-2},
             **tables,
         },
     )  # fmt: skip
@@ -240,7 +240,7 @@ def test_pretraining_is_span_corruption(base, tmp_path, capsys):
 )
 def test_other_methods_train_the_same_checkpoint(base, tmp_path, method, rows, metric):
     """Packed rows, which T5 pads; a new head for each task, the decoder left out where it isn't read."""
-    config = configuration(tmp_path, base, method, rows, train={"epochs": 20, "batch_rows": 6, "lr": 1e-2})
+    config = configuration(tmp_path, base, method, rows, train={"epochs": 20, "batch_size": 6, "lr": 1e-2})
     assert main(["train", str(config)]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["metrics"][metric] == 1.0 > result["before"][metric]

@@ -84,7 +84,7 @@ def test_the_steps_are_those_of_the_whole_matrix(tmp_path, tied):
         model,
         data,
         causal_lm_loss,
-        TrainConfig(lr=0.01, epochs=4, warmup=0, schedule="constant", clip=None, **settings),
+        TrainConfig(lr=0.01, epochs=4, warmup=0, schedule="constant", max_grad_norm=None, **settings),
     )
     whole = [reference.embed.tokens.weight] if tied else [reference.embed.tokens.weight, reference.head.weight]
     optimizer = torch.optim.AdamW(whole, lr=0.01, **settings)
@@ -261,7 +261,7 @@ def test_token_rows_from_the_command_line(tmp_path, capsys):
     config = write_config(
         tmp_path / "run.toml", method="sft", out=str(tmp_path / "run"), model={"path": str(tmp_path / "grown")},
         data={"train": str(write_rows(tmp_path / "rows.jsonl", chats)), "eval": str(tmp_path / "rows.jsonl")},
-        lora={"rank": 2}, freeze={"token_rows": NEW}, train={"epochs": 4, "batch_rows": 4, "lr": 0.02},
+        lora={"rank": 2}, freeze={"token_rows": NEW}, train={"epochs": 4, "batch_size": 4, "lr": 0.02},
     )  # fmt: skip
     assert main(["train", str(config)]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())

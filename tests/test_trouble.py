@@ -45,11 +45,11 @@ def test_a_gradient_that_is_not_finite_counts_too() -> None:
 @pytest.mark.parametrize(
     ("settings", "advice"),
     [
-        ({"batch_rows": 8}, "set train.micro_rows = 4 (it is 8); the step and its result stay the same"),
-        ({"batch_rows": 8, "micro_rows": 3}, "set train.micro_rows = 1 (it is 3)"),
-        ({"batch_rows": None, "batch_tokens": 8192}, "set train.micro_tokens = 4096 (it is 8192)"),
-        ({"batch_rows": 8, "micro_tokens": 500}, "set train.micro_tokens = 250 (it is 500)"),
-        ({"batch_rows": 1}, "even one row is too much; shorten the rows (data.max_length)"),
+        ({"batch_size": 8}, "set train.micro_batch_size = 4 (it is 8); the step and its result stay the same"),
+        ({"batch_size": 8, "micro_batch_size": 3}, "set train.micro_batch_size = 1 (it is 3)"),
+        ({"batch_size": None, "batch_tokens": 8192}, "set train.micro_batch_tokens = 4096 (it is 8192)"),
+        ({"batch_size": 8, "micro_batch_tokens": 500}, "set train.micro_batch_tokens = 250 (it is 500)"),
+        ({"batch_size": 1}, "even one row is too much; shorten the rows (data.max_length)"),
     ],
 )
 def test_out_of_memory_names_the_smaller_micro_batch(settings, advice) -> None:
@@ -73,7 +73,7 @@ def test_memory_that_really_runs_out() -> None:
     def greedy(model, batch):
         return torch.empty(2**55).sum(), 1
 
-    with pytest.raises(MemoryError, match="set train.micro_rows = 1"):
+    with pytest.raises(MemoryError, match="set train.micro_batch_size = 1"):
         line(loss_fn=greedy)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):  # another mistake stays what it is
         line(loss_fn=lambda model, batch: (torch.ones(2, 3) @ torch.ones(2, 3), 1))
@@ -175,10 +175,10 @@ def test_a_run_that_never_began_may_change_its_configuration(tmp_path) -> None:
         ({"epochs": 0}, "epochs: expected a positive number, got 0"),
         ({"lr": math.nan}, "lr: expected a positive number, got nan"),
         ({"eval_every": 0}, "eval_every: expected a positive number, got 0"),
-        ({"patience": 0}, "patience: expected a positive number"),
-        ({"micro_rows": -2}, "micro_rows: expected a positive number"),
+        ({"early_stopping_patience": 0}, "early_stopping_patience: expected a positive number"),
+        ({"micro_batch_size": -2}, "micro_batch_size: expected a positive number"),
         ({"warmup": -1}, "warmup: expected zero or a positive number"),
-        ({"batch_rows": 2, "batch_tokens": 64}, "batch_rows and batch_tokens: .* give one of the two"),
+        ({"batch_size": 2, "batch_tokens": 64}, "batch_size and batch_tokens: .* give one of the two"),
     ],
 )
 def test_settings_that_make_no_sense(settings, message) -> None:

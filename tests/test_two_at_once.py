@@ -63,7 +63,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def trained(folder: Path, base: Path, name: str) -> int:
     config = write_config(
         folder / "run.toml", method="sft", model={"path": str(base)}, data={"train": str(folder / "rows.jsonl")},
-        lora={"rank": 2}, train={"epochs": 2, "batch_rows": 4, "save_every": 1},
+        lora={"rank": 2}, train={"epochs": 2, "batch_size": 4, "save_every": 1},
     )  # fmt: skip
     return of_a_run(folder, name, "train", str(config))
 
@@ -71,7 +71,7 @@ def trained(folder: Path, base: Path, name: str) -> int:
 def improved(folder: Path, base: Path, name: str) -> int:
     config = write_config(
         folder / "ppo.toml", prompts=str(folder / "rows.jsonl"), reward="scores:short", model={"path": str(base)},
-        ppo={"episodes": 8, "rollout_rows": 4, "batch_rows": 4, "max_new_tokens": 3, "lora": {"rank": 2}},
+        ppo={"episodes": 8, "rollout_batch_size": 4, "batch_size": 4, "max_new_tokens": 3, "lora": {"rank": 2}},
     )  # fmt: skip
     return of_a_run(folder, name, "ppo", str(config))
 

@@ -11,30 +11,32 @@ MAX_RANK = 2**15  # no matrix has a higher one that an adapter could add
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What an adapter looks like.
-
-    The correction is scaled by `alpha` / `rank`, or alpha / √rank with `rslora` (Kalajdzievski 2023, arXiv:2312.03732).
-    `targets`: "all-linear" (every projection but the output head; a ResNet's convolutions), a group of the model's own
-    `lora_targets` ("attention", "mlp", "convolutions"), or names and shell globs that match a whole module path or its
-    end, in our spelling or the published one. In a foreign model "all-linear" is PEFT's, without convolutions.
-    `rank_pattern` and `alpha_pattern` give single modules (regular expressions on the end of their path) another rank
-    or alpha. `dropout` acts on the input of the low-rank branch.
-
-    `dora` trains the magnitudes of the adapted weights apart from their directions (arXiv:2402.09353). `lr_ratio` is
-    LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B learns so many times as fast as A; an adapter's file says nothing of
-    it. `init = "pissa"` starts from the largest singular triples of the weights instead of from zero
-    (arXiv:2404.02948), of projections only; the base is left alone, and the adapter's file has twice the rank.
-    """
+    """What an adapter looks like: a correction s B A, where s is `alpha` / `rank`."""
 
     rank: int = 16
-    alpha: float = 32.0
+    alpha: float = 32.0  # twice the rank, as is usual: the learning rate then suits any rank
+
+    # "all-linear" (every projection but the output head; a ResNet's convolutions), a group of the model's own
+    # `lora_targets` ("attention", "mlp", "convolutions"), or names and shell globs that match a whole module path or
+    # its end, in our spelling or the published one. In a foreign model "all-linear" is PEFT's, without convolutions.
     targets: str | tuple[str, ...] | list[str] = "all-linear"
-    dropout: float = 0.0
-    rslora: bool = False
+
+    dropout: float = 0.0  # on the input of the low-rank branch
+    rslora: bool = False  # s is alpha / √rank: Kalajdzievski 2023, arXiv:2312.03732
+
+    # Another rank or alpha for single modules, by regular expressions on the end of their path.
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    dora: bool = False
-    lr_ratio: float = 1.0
+
+    dora: bool = False  # train the magnitudes of weights apart from their directions: arXiv:2402.09353
+
+    # LoRA+: B learns so many times as fast as A (Hayou et al. 2024, arXiv:2402.12354). An adapter's file says nothing
+    # of it.
+    loraplus_lr_ratio: float = 1.0
+
+    # "pissa" starts from the largest singular triples of a projection's weight, in the place of zero
+    # (arXiv:2404.02948);
+    # the base is left alone, and the adapter's file has twice the rank.
     init: str = "kaiming"
 
     def __post_init__(self) -> None:
@@ -55,8 +57,8 @@ class LoRAConfig:
                     raise ValueError(f"{place}: {error}") from None
         if not is_finite(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout!r}")
-        if not is_finite(self.lr_ratio) or self.lr_ratio <= 0:
-            raise ValueError(f"lr_ratio: expected a positive number, got {self.lr_ratio!r}")
+        if not is_finite(self.loraplus_lr_ratio) or self.loraplus_lr_ratio <= 0:
+            raise ValueError(f"loraplus_lr_ratio: expected a positive number, got {self.loraplus_lr_ratio!r}")
         if self.init not in ("kaiming", "pissa"):
             raise ValueError(f'init: expected "kaiming" or "pissa", got {self.init!r}')
         if self.init == "pissa" and min([self.alpha, *self.alpha_pattern.values()]) <= 0:

@@ -72,7 +72,7 @@ def _refuse_variant(model: nn.Module, path: str, config: LoRAConfig, ranks: dict
 @torch.no_grad()
 def _vary(factors: Factors, module: Adaptable, config: LoRAConfig) -> None:
     """PiSSA, LoRA+ and DoRA for fresh factors."""
-    factors.lr_ratio = config.lr_ratio
+    factors.lr_ratio = config.loraplus_lr_ratio
     if isinstance(module, Linear):
         weight = module.matrix if module.quantized is None else module.quantized.dequantize(torch.float32)
     else:

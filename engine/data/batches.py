@@ -55,8 +55,8 @@ class Batches:
         *,
         rows: int | None = None,
         tokens: int | None = None,
-        micro_rows: int | None = None,
-        micro_tokens: int | None = None,
+        micro_batch_size: int | None = None,
+        micro_batch_tokens: int | None = None,
         shuffle: bool = True,
         by_length: bool = False,
         seed: int = 0,
@@ -66,18 +66,23 @@ class Batches:
             raise ValueError("a step needs a number of rows or a budget of tokens, one of the two")
         if len(examples) == 0:
             raise ValueError("there is no example to make batches of")
-        if any(limit is not None and limit < 1 for limit in (rows, tokens, micro_rows, micro_tokens)):
+        if any(limit is not None and limit < 1 for limit in (rows, tokens, micro_batch_size, micro_batch_tokens)):
             raise ValueError("a step or micro-batch needs at least 1 row or token")
         self.examples, self.collate, self.seed = examples, collate, seed
-        self.rows, self.tokens, self.micro_rows, self.micro_tokens = rows, tokens, micro_rows, micro_tokens
+        self.rows, self.tokens, self.micro_batch_size, self.micro_batch_tokens = (
+            rows,
+            tokens,
+            micro_batch_size,
+            micro_batch_tokens,
+        )
         self.shuffle, self.by_length, self.size = shuffle, by_length, size
         self.epoch = self.position = 0
-        counts_tokens = tokens or micro_tokens or by_length
+        counts_tokens = tokens or micro_batch_tokens or by_length
         self._sizes = np.array([size(example) for example in examples]) if counts_tokens else None
-        if self._sizes is not None and (tokens or micro_tokens) and not self._sizes.all():
+        if self._sizes is not None and (tokens or micro_batch_tokens) and not self._sizes.all():
             raise ValueError(
                 f"row {int((self._sizes == 0).argmax()) + 1} counts 0 tokens, so that no number of rows fills a budget "
-                "of tokens: give rows with input_ids, or cut by batch_rows and micro_rows"
+                "of tokens: give rows with input_ids, or cut by batch_size and micro_batch_size"
             )
 
     def steps(self, epochs: int) -> int:
@@ -117,7 +122,7 @@ class Batches:
         """The rest of the current epoch; afterwards the next epoch is the current one."""
         for step in self.plan(self.epoch)[self.position :]:
             self.position += 1
-            micro = self._cut(step, self.micro_rows, self.micro_tokens)
+            micro = self._cut(step, self.micro_batch_size, self.micro_batch_tokens)
             yield [self.collate([self.examples[int(i)] for i in rows]) for rows in micro]
         self.epoch, self.position = self.epoch + 1, 0
 

@@ -15,7 +15,7 @@ def completions(
     prompts: Sequence[str],
     max_new_tokens: int,
     *,
-    batch_rows: int = 16,
+    batch_size: int = 16,
     stop: Sequence[str] = (),
     seed: int = 0,
     adapters: Sequence[str | None] | None = None,
@@ -23,7 +23,7 @@ def completions(
 ) -> Iterator[str]:
     """What the model writes after each prompt (or, an encoder-decoder, on having read it), without its end.
 
-    `batch_rows` prompts are computed at a time, each batch by a seed of its own (`seed` and the number of its first
+    `batch_size` prompts are computed at a time, each batch by a seed of its own (`seed` and the number of its first
     row), so that a prompt given again is answered anew. `adapters` names one for each prompt, or None for the base
     model; without them the active one answers. `how`: temperature, top_k, top_p, beams and length_penalty as
     in `generate`, whose errors come through. ValueError where a prompt is too long, before any is answered.
@@ -38,7 +38,7 @@ def completions(
                 f"prompt {row} has {len(tokens)} tokens, and {max_new_tokens} new ones would exceed the model's "
                 f"{limit} positions; shorten one of them"
             )
-    return _answers(model, tokenizer, ids, max_new_tokens, batch_rows, ends, words, seed, adapters, how)
+    return _answers(model, tokenizer, ids, max_new_tokens, batch_size, ends, words, seed, adapters, how)
 
 
 def _answers(
@@ -46,7 +46,7 @@ def _answers(
     tokenizer: Any,
     ids: list[list[int]],
     max_new_tokens: int,
-    batch_rows: int,
+    batch_size: int,
     ends: list[int],
     words: list[str],
     seed: int,
@@ -54,9 +54,9 @@ def _answers(
     how: dict[str, Any],
 ) -> Iterator[str]:
     device = next(model.parameters()).device
-    for start in range(0, len(ids), batch_rows):
-        batch, mask = left_padded(ids[start : start + batch_rows])
-        by_row = nullcontext() if adapters is None else use_adapter(model, adapters[start : start + batch_rows])
+    for start in range(0, len(ids), batch_size):
+        batch, mask = left_padded(ids[start : start + batch_size])
+        by_row = nullcontext() if adapters is None else use_adapter(model, adapters[start : start + batch_size])
         try:
             with by_row:
                 found = generate(
@@ -67,7 +67,7 @@ def _answers(
             raise FloatingPointError(f"prompts {start + 1} to {start + len(batch)}: {error}") from None
         answers = model.task == "seq2seq-lm"  # which are texts of their own
         first = 1 if answers else batch.shape[1]
-        for prompt, row in zip(ids[start : start + batch_rows], found[:, first:].tolist(), strict=True):
+        for prompt, row in zip(ids[start : start + batch_size], found[:, first:].tolist(), strict=True):
             yield text_of(row, ends, words, tokenizer, () if answers else prompt)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 FAR = 20.0  # nats that a log-ratio is clamped to: e²⁰ is where fp32 still has room for sums
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
     """Advantages and returns (N, T): generalised advantage estimation, Schulman et al. 2015, arXiv:1506.02438.
 
     δₜ = rₜ + γ V(sₜ₊₁) − V(sₜ),   Aₜ = δₜ + γ λ Aₜ₊₁,   Rₜ = Aₜ + V(sₜ). Behind the last token nothing follows.
@@ -22,7 +22,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
     advantages = torch.zeros_like(rewards)
     after = next_value = rewards.new_zeros(len(rewards))
     for t in reversed(range(rewards.shape[1])):
-        after = (rewards[:, t] + gamma * next_value - values[:, t] + gamma * lam * after) * mask[:, t]
+        after = (rewards[:, t] + gamma * next_value - values[:, t] + gamma * gae_lambda * after) * mask[:, t]
         advantages[:, t], next_value = after, values[:, t]
     return advantages, (advantages + values) * mask
 

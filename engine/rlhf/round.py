@@ -67,7 +67,7 @@ class Round:
     def __call__(self, prompts: Sequence[Prompt], lr: float) -> tuple[Rollout, dict[str, float]]:
         """One round on these prompts; the rollout, and what is worth knowing about it."""
         began = time.perf_counter()
-        prompts = [prompt for prompt in prompts for _ in range(self.config.group or 1)]
+        prompts = [prompt for prompt in prompts for _ in range(self.config.group_size or 1)]
         rollout = self.sample(prompts, POLICY)
         sampled, n = time.perf_counter(), len(prompts)
         # 1: the first epoch's order is drawn before anything is computed, so that its micro-batches are known.
@@ -86,7 +86,12 @@ class Round:
         config = self.config
         with use_adapter(self.model, adapter):
             return sample(
-                self.model, prompts, config.max_new_tokens, config.temperature, self.ends, rows=config.rollout_rows
+                self.model,
+                prompts,
+                config.max_new_tokens,
+                config.temperature,
+                self.ends,
+                rows=config.rollout_batch_size,
             )
 
     @torch.no_grad()
@@ -133,20 +138,20 @@ class Round:
         total = torch.zeros(len(completions), device=self.device)
         for reward in rewards:
             total += checked_scores(reward, prompts, completions).to(self.device)
-        if self.config.no_end is not None:  # 10
-            total -= self.config.no_end * (~torch.tensor(rollout.ended, device=self.device)).float()
+        if self.config.missing_eos_penalty is not None:  # 10
+            total -= self.config.missing_eos_penalty * (~torch.tensor(rollout.ended, device=self.device)).float()
         return total
 
     def advantages(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Advantages and returns (N, T)."""
         config, mask = self.config, rollout.mask
-        if config.group is not None:
-            return by_group(rollout.scores, config.group)[:, None] * mask, torch.zeros_like(mask)
+        if config.group_size is not None:
+            return by_group(rollout.scores, config.group_size)[:, None] * mask, torch.zeros_like(mask)
         # 9: each token pays for its own divergence from the reference, and the score comes with the last token.
         rewards = -self.kl.beta * kl_estimate(config.kl_estimate, rollout.logps, rollout.reference) * mask
         last = torch.tensor(rollout.lengths, device=self.device)[:, None] - 1
         rewards.scatter_add_(1, last, rollout.scores[:, None].to(rewards.dtype))
-        advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.lam)
+        advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.gae_lambda)
         return whiten(advantages, mask), returns  # 11: the critic learns returns that are not whitened
 
     def update(
@@ -155,19 +160,19 @@ class Round:
         """The epochs of clipped updates (12); how they went."""
         sums: dict[str, float] = defaultdict(float)
         steps, low, high = 0, 1.0, 1.0
-        for rows in (rows for order in orders for rows in cut(order, self.config.batch_rows)):
+        for rows in (rows for order in orders for rows in cut(order, self.config.batch_size)):
             tokens, moved = sum(rollout.lengths[i] for i in rows), 0.0
-            for part in cut(rows, self.config.micro_rows or self.config.batch_rows):
+            for part in cut(rows, self.config.micro_batch_size or self.config.batch_size):
                 found = self.backward(rollout, part, advantages, returns)
                 low, high = min(low, found.pop("ratio_min")), max(high, found.pop("ratio_max"))
                 for name, value in found.items():
                     sums[name] += value / tokens
                 moved += found["approx_kl"] / tokens
             # 14 and 15: gradients of a mean over the step's tokens, clipped
-            sums["grad_norm"] += float(self.optimizer.scale_gradients(tokens, self.config.max_norm))
+            sums["grad_norm"] += float(self.optimizer.scale_gradients(tokens, self.config.max_grad_norm))
             self.optimizer.step(lr)
             steps += 1
-            if self.config.update_stop is not None and moved > self.config.update_stop:  # 16
+            if self.config.target_kl is not None and moved > self.config.target_kl:  # 16
                 break
         means = {name: value / steps for name, value in sums.items()}
         return means | {"ratio_min": low, "ratio_max": high, "steps": float(steps)}
@@ -177,25 +182,25 @@ class Round:
         config, batch = self.config, rollout.batch(rows, self.device)
         old, advantage = rollout.flat(rollout.logps, rows), rollout.flat(advantages, rows)
         logps = self.actors.logps(batch, POLICY)
-        losses, ratio = policy_loss(logps, old, advantage, config.clip)
-        if config.group is not None:  # GRPO pays for its divergence in the loss: arXiv:2402.03300, equation 3
+        losses, ratio = policy_loss(logps, old, advantage, config.clip_range)
+        if config.group_size is not None:  # GRPO pays for its divergence in the loss: arXiv:2402.03300, equation 3
             losses = losses + self.kl.beta * kl_estimate("k3", logps, rollout.flat(rollout.reference, rows))
         losses.sum().backward()
         ratio, moved = ratio.detach(), (logps - old).detach()
         sums = {
             "policy_loss": losses.detach().sum(),
             "approx_kl": (torch.expm1(moved) - moved).sum(),
-            "clip_fraction": ((ratio - 1).abs() > config.clip).sum(),
+            "clip_fraction": ((ratio - 1).abs() > config.clip_range).sum(),
             "ratio": ratio.sum(),
             "ratio_min": ratio.min(),
             "ratio_max": ratio.max(),
         }
         if self.critic is not None:
             values, before = self.actors.values(batch), rollout.flat(rollout.values, rows)
-            value_losses = value_loss(values, before, rollout.flat(returns, rows), config.value_clip)
-            (config.value_weight * value_losses.sum()).backward()
+            value_losses = value_loss(values, before, rollout.flat(returns, rows), config.clip_range_vf)
+            (config.vf_coef * value_losses.sum()).backward()
             sums["value_loss"] = value_losses.detach().sum()
-            sums["value_clip_fraction"] = ((values.detach() - before).abs() > config.value_clip).sum()
+            sums["value_clip_fraction"] = ((values.detach() - before).abs() > config.clip_range_vf).sum()
         self.optimizer.accumulate()
         numbers = torch.stack([value.float() for value in sums.values()]).tolist()  # one wait for the device
         return dict(zip(sums, numbers, strict=True))
@@ -209,8 +214,8 @@ class Round:
 
     def micro_batches(self, rows: Sequence[int]) -> Iterator[Sequence[int]]:
         """Rows in the micro-batches of their steps."""
-        for step in cut(rows, self.config.batch_rows):
-            yield from cut(step, self.config.micro_rows or self.config.batch_rows)
+        for step in cut(rows, self.config.batch_size):
+            yield from cut(step, self.config.micro_batch_size or self.config.batch_size)
 
     def about(self, rollout: Rollout, returns: Tensor) -> dict[str, float]:
         """A rollout in numbers. The KL is in nats a completion, the entropy in nats a token."""

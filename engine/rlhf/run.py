@@ -4,9 +4,9 @@
 
 Policy and critic are adapters of one frozen base, and the reference is that base with adapters off; a reward model may
 stand on it, too. So all four cost one model in memory, and where the adapters sit in the upper layers only, the lower
-ones are computed once a round (`rollouts.py`). With `group` there is no critic: completions of one prompt are compared
-with each other (GRPO: Shao et al. 2024, arXiv:2402.03300). What happens in a round stands in `round.py`, with a
-list of details; their numbers stand beside them here, too.
+ones are computed once a round (`rollouts.py`). With `group_size` there is no critic: completions of one prompt are
+compared with each other (GRPO: Shao et al. 2024, arXiv:2402.03300). What happens in a round stands in `round.py`, with
+a list of details; their numbers stand beside them here, too.
 """
 
 import logging
@@ -101,12 +101,12 @@ def ppo(
         run = _Run(model, prompts, [reward] if callable(reward) else reward, config, tokenizer, record)
         progress = run.begin()
         start -= progress.seconds
-        total = -(-config.episodes // config.rollout_rows)
+        total = -(-config.episodes // config.rollout_batch_size)
         tell_resumed(record, "round", progress.round, total, progress.round >= total or progress.stopped is not None)
         bar = tqdm(total=config.episodes, initial=progress.episodes, unit="episode", disable=None)
         with interruptible() as interrupt, explained_memory_error(run.round.device, _smaller(config)), bar:
             prompt = (batch[0][0] for batch in passes(run.batches))
-            each_round = config.rollout_rows // (config.group or 1)
+            each_round = config.rollout_batch_size // (config.group_size or 1)
             while progress.round < total and progress.stopped is None:
                 lr = config.lr * lr_factor(config.schedule, progress.round, total, 0, 0.2, 0.0)
                 before = run.weights()  # which the round's rollout, and so its objective, is of
@@ -121,7 +121,7 @@ def ppo(
                     show(run.shown(rollout))
                 bar.set_postfix({key: f"{stats[key]:.3f}" for key in ("score", "kl")}, refresh=False)
                 bar.update(len(rollout.ids))
-                if config.kl_stop is not None and stats["kl"] > config.kl_stop:  # 16
+                if config.max_kl is not None and stats["kl"] > config.max_kl:  # 16
                     progress.stopped = "kl"
                     run.optimizer.load_state_dict(run.best)
                 elif not progress.best or stats["objective"] > progress.best["objective"]:
@@ -139,8 +139,8 @@ def ppo(
 
 
 def _smaller(config: PPOConfig) -> Callable[[], str]:
-    rows = config.micro_rows or config.batch_rows
-    return lambda: f"set ppo.micro_rows = {max(1, rows // 2)} (it is {rows}), or ppo.rollout_rows lower"
+    rows = config.micro_batch_size or config.batch_size
+    return lambda: f"set ppo.micro_batch_size = {max(1, rows // 2)} (it is {rows}), or ppo.rollout_batch_size lower"
 
 
 class _Run:
@@ -174,7 +174,7 @@ class _Run:
             named, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0, lr_scale={}, lr_ratios=lr_ratios(model),
             lr_decay=1.0,
         )  # fmt: skip
-        self.kl = AdaptiveKL(config.kl, config.kl_target, config.kl_horizon)
+        self.kl = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
         share = shared_layers(model, (POLICY, CRITIC))
         actors = Actors(model, critic, share, config.temperature)
         self.round = Round(actors, self.rewards, self.optimizer, self.kl, config, tokenizer)
@@ -193,7 +193,7 @@ class _Run:
         if outside := [path for path, _, _ in matches(model, config.lora.targets) if not path.startswith("layers.")]:
             raise ValueError(f"lora.targets: ppo adapts the layers, which its models share; {outside[0]!r} is in none")
         critic = None
-        if config.group is None:
+        if config.group_size is None:
             critic = with_head(model, "reward")
             torch.nn.init.zeros_(critic.head.out.weight)  # 7: it expects nothing, until it has learnt something
             add_lora(model, config.lora, CRITIC)
@@ -215,9 +215,9 @@ class _Run:
     def normalise(self) -> None:
         """Shift and scale the reward models that are not normalised yet, on samples of the reference policy."""
         fresh = [own for own in self.rewards if isinstance(own, Reward) and own.scale is None]
-        if not (fresh and self.config.normalise):
+        if not (fresh and self.config.reward_norm_samples):
             return
-        samples = self.round.sample(self._drawn(self.config.normalise), None)
+        samples = self.round.sample(self._drawn(self.config.reward_norm_samples), None)
         for own in fresh:
             tokens = [prompt.ids for prompt in samples.prompts], samples.completions
             own.normalise(*(tokens if own.on(self.model) else self.round.as_given(samples)))
@@ -248,7 +248,7 @@ class _Run:
             "progress": asdict(progress), "data": self.batches.state_dict(), "random": random, "rewards": scales,
         }  # fmt: skip
         save_checkpoint(checkpoint_path(self.folder, progress.round), tensors | states, facts)
-        prune(self.folder, self.config.keep)
+        prune(self.folder, self.config.keep_last)
 
     def begin(self) -> Progress:
         """From the newest checkpoint, or from the beginning; where that fails, policy and critic come off again."""
@@ -284,7 +284,7 @@ class _Run:
             own.shift, own.scale = scale
         set_generators(tensors, facts["random"])
         if self.folder is not None:
-            prune(self.folder, self.config.keep)  # a kill after the last save leaves one too many
+            prune(self.folder, self.config.keep_last)  # a kill after the last save leaves one too many
         return progress
 
 

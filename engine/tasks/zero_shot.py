@@ -36,7 +36,7 @@ def label_texts(
     texts: Sequence[str],
     words: Mapping[str, str],
     template: str = "{text}\n{label}",
-    batch_rows: int = 16,
+    batch_size: int = 16,
 ) -> list[Labelled]:
     """The label of each text. `words`: what stands for each label; `template` has a {text} and, after it, a {label}.
 
@@ -47,8 +47,8 @@ def label_texts(
     before, sign, after = template.partition("{label}")
     if not sign or "{text}" not in before or after.strip():
         raise ValueError(f"template {template!r}: it needs a {{text}}, and, in the end, a {{label}}")
-    calibration = _scores(model, tokenizer, WITHOUT_CONTENT, words, before, batch_rows).mean(0)
-    found = _scores(model, tokenizer, texts, words, before, batch_rows) - calibration
+    calibration = _scores(model, tokenizer, WITHOUT_CONTENT, words, before, batch_size).mean(0)
+    found = _scores(model, tokenizer, texts, words, before, batch_size) - calibration
     names, belief = list(words), found.softmax(1)
     best = belief.topk(2, 1)
     return [
@@ -59,7 +59,7 @@ def label_texts(
 
 @torch.no_grad()
 def _scores(
-    model: Any, tokenizer: Any, texts: Sequence[str], words: Mapping[str, str], before: str, batch_rows: int
+    model: Any, tokenizer: Any, texts: Sequence[str], words: Mapping[str, str], before: str, batch_size: int
 ) -> Tensor:
     """The log-likelihood of each label's words after each text, (texts, labels) in fp32."""
     device, limit = next(model.parameters()).device, model.config.max_positions
@@ -74,8 +74,8 @@ def _scores(
         examples.append({"input_ids": ids[:-1], "targets": [*[IGNORE] * (first - 1), *ids[first:]]})
     out = []
     with in_eval_mode(model):
-        for at in range(0, len(examples), batch_rows):
-            batch = to_device(Collate()(examples[at : at + batch_rows]), device)
+        for at in range(0, len(examples), batch_size):
+            batch = to_device(Collate()(examples[at : at + batch_size]), device)
             out.append(answer_logps(model, batch).cpu())
             if not bool(out[-1].isfinite().all()):
                 raise not_finite(model, f"the likelihoods of text {at // len(words) + 1} and those after it")

@@ -44,8 +44,9 @@ def with_features(model: nn.Module, data: Any) -> Any:
         return data
     examples: Examples = found
     cached = Batches(
-        examples, data.collate, rows=data.rows, tokens=data.tokens, micro_rows=data.micro_rows,
-        micro_tokens=data.micro_tokens, shuffle=data.shuffle, by_length=data.by_length, seed=data.seed, size=data.size,
+        examples, data.collate, rows=data.rows, tokens=data.tokens, micro_batch_size=data.micro_batch_size,
+        micro_batch_tokens=data.micro_batch_tokens, shuffle=data.shuffle, by_length=data.by_length, seed=data.seed,
+        size=data.size,
     )  # fmt: skip
     cached.load_state_dict(data.state_dict())
     return cached

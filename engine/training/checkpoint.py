@@ -90,7 +90,7 @@ def _remedy(path: Path) -> str:
         return f"remove it, and the run goes on from {earlier[-1].name}"
     return (
         "restore it from a copy: there is no earlier one. If you remove it, the run begins again at step 0, and what"
-        " it logged is lost; with train.keep = 2 a run keeps an earlier one too"
+        " it logged is lost; with train.keep_last = 2 a run keeps an earlier one too"
     )
 
 

@@ -43,8 +43,8 @@ def smaller_batches(data: Any) -> str:
     """The next smaller micro-batch, as a setting."""
     if not isinstance(data, Batches):
         return "make micro-batches of half the size, several of them a step"
-    tokens, rows = data.micro_tokens or data.tokens, data.micro_rows or data.rows
-    name, size = ("micro_tokens", tokens) if tokens is not None else ("micro_rows", rows)
+    tokens, rows = data.micro_batch_tokens or data.tokens, data.micro_batch_size or data.rows
+    name, size = ("micro_batch_tokens", tokens) if tokens is not None else ("micro_batch_size", rows)
     if not size or size < 2:
         return "even one row is too much; shorten the rows (data.max_length), train fewer weights, or use bfloat16"
     return f"set train.{name} = {size // 2} (it is {size}); the step and its result stay the same"

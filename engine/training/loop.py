@@ -13,7 +13,7 @@ one checkpoint, so that a run killed anywhere and started again ends with the sa
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -22,7 +22,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..._shapes import refuse_beyond
 from ..adapters.belongings import claim
 from ..adapters.lora import active_adapter, lr_ratios, slots
 from ..adapters.token_rows import trained_rows
@@ -32,6 +31,7 @@ from ..runtime import interruptible
 from ..tasks.losses import ByAdapter, LossFn
 from ..tasks.scores import Score
 from .cached_features import with_features
+from .config import TrainConfig, needs_evaluation
 from .evaluation import evaluate
 from .freezing import match, put_into_training, unfreeze_due
 from .guards import (
@@ -43,90 +43,16 @@ from .guards import (
     smaller_batches,
     sum_and_count,
 )
-from .optim import SCHEDULES, Optimizer, layer_count, lr_factor
+from .optim import Optimizer, layer_count, lr_factor
 from .run_folder import Record, peak_memory
 from .state import keep_best, restore_best, resume, save, tell_resumed
 
 DEFAULT_ROWS = 16
-# The most that makes sense of each field; nothing ends that is longer.
-LIMITS: dict[str, float] = {
-    "epochs": 1_000_000, **dict.fromkeys(("max_steps", "eval_every", "patience", "save_every", "keep"), 10**9),
-    **dict.fromkeys(("batch_rows", "batch_tokens", "micro_rows", "micro_tokens", "warmup"), 10**9), "lr": 1e38,
-    "lr_floor": 1e6, "weight_decay": 1e6, "decay": 1, "lr_decay": 1e6, "eps": 1e6, "seed": 2**63 - 1,
-}  # fmt: skip
 UNTRAINED = (
     "no evaluation was better than the one before training, so that the weights given back are the untrained ones; "
     'lower the learning rate or train longer, or ask for the last weights with best = "last"'
 )
 log = logging.getLogger("handtune")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train.
-
-    The run ends after `epochs` or `max_steps`, whichever comes first. A step is `batch_rows` rows or `batch_tokens`
-    tokens, cut into micro-batches of at most `micro_rows`, `micro_tokens`. `warmup` is a number of steps, or a share
-    of them if below 1; `decay` the share that "wsd" spends falling; `lr_floor` the end of a falling schedule as a
-    share of `lr`. `lr_scale` maps parameter globs to factors on `lr`; `lr_decay` is one more factor for each layer
-    below the head. `unfreeze` maps globs to the epoch from which they train. `eval_every` and `save_every` count
-    steps (None: each epoch). With a run folder, the checkpoint of the best value of the metric `best` is kept and given
-    back ("last": the last weights are); training stops after `patience` evaluations without a better one. Where `best`
-    is given, the evaluation before training takes part; without it (None), the metric is the method's own, usually the
-    loss, and what is given back has trained. The last `keep` checkpoints are kept, each of three times the trained
-    weights in fp32. `deterministic` makes CUDA repeat itself bitwise, at a price.
-    """
-
-    epochs: int = 1
-    max_steps: int | None = None
-    batch_rows: int | None = None
-    batch_tokens: int | None = None
-    micro_rows: int | None = None
-    micro_tokens: int | None = None
-    lr: float = 2e-4
-    schedule: str = "cosine"
-    warmup: float = 0.05
-    decay: float = 0.2
-    lr_floor: float = 0.0
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    clip: float | None = 1.0
-    lr_scale: dict[str, float] = field(default_factory=dict)
-    lr_decay: float = 1.0
-    unfreeze: dict[str, float] = field(default_factory=dict)
-    eval_every: int | None = None
-    best: str | None = None
-    patience: int | None = None
-    save_every: int | None = None
-    keep: int = 1
-    seed: int = 0
-    deterministic: bool = False
-
-    def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule {self.schedule!r} is unknown; known: {', '.join(SCHEDULES)}")
-        for name in (
-            "epochs", "max_steps", "batch_rows", "batch_tokens", "micro_rows", "micro_tokens", "lr", "decay", "clip",
-            "eval_every", "patience", "save_every", "keep",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}: expected a positive number, got {value}")
-        refuse_beyond(self, LIMITS)
-        for name in ("warmup", "lr_floor", "weight_decay", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected zero or a positive number, got {getattr(self, name)}")
-        if self.patience is not None and self.best == "last":
-            raise ValueError('patience needs a metric to watch: best = "loss", for example, not "last"')
-        if self.batch_rows is not None and self.batch_tokens is not None:
-            raise ValueError("batch_rows and batch_tokens: a step is cut by rows or by tokens; give one of the two")
-
-
-def needs_evaluation(config: TrainConfig) -> list[str]:
-    """The fields that are set and mean nothing without evaluation data. `best = "last"` looks at none."""
-    names = [name for name in ("eval_every", "patience") if getattr(config, name) is not None]
-    return names + (["best"] if config.best not in (None, "last") else [])
 
 
 @dataclass(frozen=True)
@@ -184,8 +110,8 @@ def train(
 
     Raises ValueError where nothing trains, `loss_fn` returns anything else, the loss reaches nothing that trains, the
     folder holds a run of other settings, frozen weights or rows (those in a list are compared), another process works
-    there, or `eval_every`, `patience` or `best` is set without `eval_data`; FloatingPointError where the loss is not
-    finite, MemoryError where memory runs out, OSError where the disk does.
+    there, or `eval_every`, `early_stopping_patience` or `best` is set without `eval_data`; FloatingPointError where
+    the loss is not finite, MemoryError where memory runs out, OSError where the disk does.
     """
     with clean_guest(model, config.seed, config.deterministic), Record(out).alone():
         start, device = time.perf_counter(), next(model.parameters()).device
@@ -213,8 +139,8 @@ def train(
         warmup = round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
         eval_every, save_every = config.eval_every or per_epoch, config.save_every or per_epoch
 
-        progress = resume(record, optimizer, data, config.keep)
-        start, ended = start - progress.seconds, progress.ended(total, config.patience)
+        progress = resume(record, optimizer, data, config.keep_last)
+        start, ended = start - progress.seconds, progress.ended(total, config.early_stopping_patience)
         tell_resumed(record, "step", progress.step, total, ended)
         # What trained in the last step before: a run that has ended is stored from here, too.
         put_into_training(model, config.unfreeze, (progress.step - 1) / per_epoch)
@@ -246,7 +172,7 @@ def train(
                     optimizer.accumulate()
                     loss_sum, targets = loss_sum + loss.detach(), targets + count
                     tokens, images = tokens + count_tokens(batch), images + count_images(batch)
-                norm = optimizer.scale_gradients(max(1, targets), config.clip)
+                norm = optimizer.scale_gradients(max(1, targets), config.max_grad_norm)
                 loss_value, norm_value = torch.stack((loss_sum, norm.double())).tolist()
                 # the weights are still those before this step
                 require_targets(loss_value, targets, f"step {progress.step + 1}")
@@ -268,10 +194,10 @@ def train(
                 bar.update()
                 if eval_data is not None and (progress.step % eval_every == 0 or progress.step == total):
                     evaluate_now()
-                stop = interrupt.is_set() or progress.ended(total, config.patience)
+                stop = interrupt.is_set() or progress.ended(total, config.early_stopping_patience)
                 if progress.step % save_every == 0 or stop:
                     progress.seconds = time.perf_counter() - start
-                    save(record, progress, optimizer, data, config.keep)
+                    save(record, progress, optimizer, data, config.keep_last)
         interrupted = interrupt.is_set() and progress.step < total
         if not interrupted:
             restore_best(record, optimizer, progress)
@@ -315,14 +241,15 @@ def _batches(data: Any, collate: Callable[[list[Any]], Any] | None, config: Trai
         return data
     if not isinstance(data, Sequence):
         raise ValueError("collate goes with a sequence of rows; an iterable of batches makes its own")
-    rows, tokens = config.batch_rows, config.batch_tokens
+    rows, tokens = config.batch_size, config.batch_tokens
     if rows is None and tokens is None:
         rows = DEFAULT_ROWS
     if not shuffle:
-        rows, tokens = (config.micro_rows or rows), (config.micro_tokens or tokens)
+        rows, tokens = (config.micro_batch_size or rows), (config.micro_batch_tokens or tokens)
         return Batches(data, collate, rows=rows if not tokens else None, tokens=tokens, shuffle=False)
     return Batches(
-        data, collate, rows=rows, tokens=tokens, micro_rows=config.micro_rows, micro_tokens=config.micro_tokens,
+        data, collate, rows=rows, tokens=tokens, micro_batch_size=config.micro_batch_size,
+        micro_batch_tokens=config.micro_batch_tokens,
         seed=config.seed,
     )  # fmt: skip
 

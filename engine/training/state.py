@@ -32,13 +32,13 @@ class Progress:
     best: dict[str, Any] = field(default_factory=dict)
     evals_since_best: int = 0
 
-    def ended(self, total: int, patience: int | None) -> bool:
+    def ended(self, total: int, early_stopping_patience: int | None) -> bool:
         """Whether nothing is left to train."""
-        return self.step >= total or self.stalled(patience)
+        return self.step >= total or self.stalled(early_stopping_patience)
 
-    def stalled(self, patience: int | None) -> bool:
-        """Whether `patience` evaluations went by without a better one."""
-        return patience is not None and self.evals_since_best >= patience
+    def stalled(self, early_stopping_patience: int | None) -> bool:
+        """Whether `early_stopping_patience` evaluations went by without a better one."""
+        return early_stopping_patience is not None and self.evals_since_best >= early_stopping_patience
 
 
 def save(record: Record, progress: Progress, optimizer: Optimizer, data: Any, keep: int) -> None:

@@ -42,7 +42,7 @@ def main() -> None:
     fresh = network(options.width, options.size)
     common = [f"data.image_size={options.size}", f"data.eval={json.dumps(str(options.test.resolve()))}"]
     data = [f"data.train={json.dumps(str(options.pretrain.resolve()))}", "data.eval=0.05"]
-    settings = [f"train.epochs={options.epochs}", "train.lr=3e-3", "train.batch_rows=64"]
+    settings = [f"train.epochs={options.epochs}", "train.lr=3e-3", "train.batch_size=64"]
     pretrained = train(out / "pretrained", [*fresh, *common[:1], *data, *settings])
     results = []
     for seed in range(options.seeds):
@@ -52,7 +52,7 @@ def main() -> None:
                 model = fresh if way == "from scratch" else [f"model.path={json.dumps(str(out / 'pretrained/model'))}"]
                 data = [f"data.train={json.dumps(str(folder))}", f"train.epochs={epochs(n)}", f"train.seed={seed}"]
                 name = f"{way.replace(' ', '-')}-{n}-{seed}"
-                found = train(out / name, [*model, *common, *data, "train.batch_rows=16", *changes])
+                found = train(out / name, [*model, *common, *data, "train.batch_size=16", *changes])
                 results.append({"way": way, "images": n, "seed": seed, **found})
     about = {"seconds": time.perf_counter() - began, "size": options.size, "width": options.width}
     facts = json.loads((out / "pretrained" / "run.json").read_text(encoding="utf-8"))

@@ -14,7 +14,7 @@ from .report import run_report
 from .train import run_train
 
 _CONFIGURED = 'set model.dtype = "bfloat16", or model.quantize = "nf4", or take a smaller model'
-_ASKED = "use --dtype bfloat16 or fewer --batch-rows, or take a smaller model"
+_ASKED = "use --dtype bfloat16 or fewer --batch-size, or take a smaller model"
 # What to do where memory runs out and no closer advice was given.
 LESS_MEMORY = {
     **dict.fromkeys(("train", "check-data", "ppo"), _CONFIGURED),

@@ -109,7 +109,7 @@ def _sampled(options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
     prompts = prompts_of(rows, model, chats)
     sides = [
         completions(
-            model, tokenizer, prompts, options.max_new_tokens, batch_rows=options.batch_rows, stop=options.stop,
+            model, tokenizer, prompts, options.max_new_tokens, batch_size=options.batch_size, stop=options.stop,
             seed=options.seed + side * len(prompts), temperature=options.temperature,
         )
         for side in range(2)

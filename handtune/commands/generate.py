@@ -41,7 +41,7 @@ def _generate(options: argparse.Namespace, out: Path | None) -> int:
     prompts = prompts_of(rows, model, chats)
     temperature = options.temperature if options.temperature is not None else float(options.beams == 1)
     written = completions(
-        model, tokenizer, prompts, options.max_new_tokens, batch_rows=options.batch_rows, stop=options.stop,
+        model, tokenizer, prompts, options.max_new_tokens, batch_size=options.batch_size, stop=options.stop,
         seed=options.seed, temperature=temperature, top_k=options.top_k, top_p=options.top_p, beams=options.beams,
         length_penalty=1.0 if options.length_penalty is None else options.length_penalty, adapters=adapters,
     )  # fmt: skip
@@ -94,15 +94,15 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"{' and '.join(given)}: at --temperature 0 nothing is sampled; leave one of the two out")
     if options.length_penalty is not None and options.beams == 1:
         raise ValueError("--length-penalty weighs the texts of a beam search: give --beams, too")
-    if options.batch_rows < 1:
-        raise ValueError(f"--batch-rows {options.batch_rows}: expected a positive number")
+    if options.batch_size < 1:
+        raise ValueError(f"--batch-size {options.batch_size}: expected a positive number")
     if options.out and options.prompts and resolved(options.out) == resolved(options.prompts):
         raise ValueError(f"--out {options.out} is the file of the prompts; give another")
 
 
 def _smaller(options: argparse.Namespace) -> str:
-    if options.batch_rows > 1:
-        return f"set --batch-rows {options.batch_rows // 2} (it is {options.batch_rows})"
+    if options.batch_size > 1:
+        return f"set --batch-size {options.batch_size // 2} (it is {options.batch_size})"
     return "even one prompt is too much; shorten it, or use --dtype bfloat16"
 
 

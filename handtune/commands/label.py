@@ -29,7 +29,7 @@ def _label(options: argparse.Namespace, out: Path) -> int:
     if model.task != "causal-lm":
         raise ValueError(f"{options.model}: labels are chosen by a causal language model, and this is for {model.task}")
     template = options.template.replace("\\n", "\n")
-    found = label_texts(model, tokenizer, texts, words, template, options.batch_rows)
+    found = label_texts(model, tokenizer, texts, words, template, options.batch_size)
     rows = [{"text": text, **one._asdict()} for text, one in zip(texts, found, strict=True)]
     if options.sort:
         rows.sort(key=lambda row: row["confidence"])

@@ -82,7 +82,7 @@ def _ppo(config: PPORunConfig, record: Record, inputs: Inputs, quiet: bool) -> i
     }
     record.finish(values | facts)
     if result.stopped:
-        print(f"stopped: the KL of {result.stats['kl']:.2f} exceeds ppo.kl_stop; the best policy before is kept")
+        print(f"stopped: the KL of {result.stats['kl']:.2f} exceeds ppo.max_kl; the best policy before is kept")
     print(f"{result.episodes} episodes in {result.seconds:.0f} s, score {result.stats['score']:.4f}, "
           f"KL {result.stats['kl']:.4f} nats")  # fmt: skip
     print(_stored(values, out / "adapter"))

@@ -45,11 +45,12 @@ def _train(config: RunConfig, place: Path, record: Record, inputs: Inputs) -> in
     record.amend(trains=choose_trained(ready, config), labels=list(ready.labels), chat=ready.chat)
     print(trainable_report(ready.model))
     settings = config.train
-    if settings.batch_rows is None and settings.batch_tokens is None:
-        settings = replace(settings, batch_rows=DEFAULT_ROWS)
+    if settings.batch_size is None and settings.batch_tokens is None:
+        settings = replace(settings, batch_size=DEFAULT_ROWS)
     data = Batches(
-        ready.examples, ready.collate, rows=settings.batch_rows, tokens=settings.batch_tokens,
-        micro_rows=settings.micro_rows, micro_tokens=settings.micro_tokens, by_length=ready.by_length,
+        ready.examples, ready.collate, rows=settings.batch_size, tokens=settings.batch_tokens,
+        micro_batch_size=settings.micro_batch_size, micro_batch_tokens=settings.micro_batch_tokens,
+        by_length=ready.by_length,
         seed=settings.seed,
     )  # fmt: skip
     result = train(

@@ -32,7 +32,7 @@ def unflushed(path, size=None):
 def short(prompts, completions):
     return [-len(text) / 20 for text in completions]
 """
-OFTEN = {"batch_rows": 2, "max_steps": 3, "save_every": 1, "eval_every": 2, "lr": 3e-3}
+OFTEN = {"batch_size": 2, "max_steps": 3, "save_every": 1, "eval_every": 2, "lr": 3e-3}
 LORA = {"rank": 2, "dropout": 0.1}
 # Of each training run: the method, the rows, and the tables that differ.
 TRAINED: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -69,7 +69,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
     policy = write_config(
         folder / "ppo.toml", out="run", prompts=str(folder / "prompts.jsonl"), reward="of_faults:short",
         model={"path": bases["gpt2"]},
-        ppo={"episodes": 6, "rollout_rows": 2, "batch_rows": 2, "epochs": 1, "max_new_tokens": 3, "save_every": 1,
+        ppo={"episodes": 6, "rollout_batch_size": 2, "batch_size": 2, "epochs": 1, "max_new_tokens": 3, "save_every": 1,
              "lora": {"rank": 2}},
     )  # fmt: skip
     prompts = ["--prompts", str(folder / "prompts.jsonl"), "--max-new-tokens", "3"]

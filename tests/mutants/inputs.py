@@ -36,7 +36,7 @@ JUDGES = """def short(prompts, completions):
 def left(prompt, left, right):
     return "left"
 """
-COUNTED = {"epochs": 1, "max_steps": 1, "batch_rows": 2}
+COUNTED = {"epochs": 1, "max_steps": 1, "batch_size": 2}
 TABLES = {  # files of rows that are no JSON lines, with the method that reads them
     "rows.csv": ("classify", 'text,label\n"the good, old book",up\nthe dog,down\nwelcome,up\nsat,down\n'),
     "rows.tsv": ("classify", "text\tlabel\nthe good book\tup\nthe dog\tdown\nwelcome\tup\nsat\tdown\n"),
@@ -224,12 +224,14 @@ def _configured() -> Iterator[Case]:
         "data": {"train": "sft.jsonl", "eval": 0.5, "max_length": 48, "truncate": "end", "chat": "auto",
                  "packing": False},
         "lora": {"rank": 2, "alpha": 4.0, "targets": ["attention"], "dropout": 0.1, "rslora": True, "dora": True,
-                 "rank_pattern": {"c_proj": 3}, "alpha_pattern": {"c_proj": 3.0}, "lr_ratio": 2.0, "init": "kaiming"},
+                 "rank_pattern": {"c_proj": 3}, "alpha_pattern": {"c_proj": 3.0}, "loraplus_lr_ratio": 2.0,
+                  "init": "kaiming"},
         "freeze": {"names": ["*"], "except": ["*lora*"], "token_rows": ["<|end|>"]},
-        "train": {**COUNTED, "micro_rows": 1, "lr": 1e-3, "schedule": "wsd", "warmup": 0.1, "decay": 0.5,
-                  "lr_floor": 0.1, "weight_decay": 0.1, "betas": [0.9, 0.99], "eps": 1e-8, "clip": 1.0,
-                  "lr_scale": {"*lora*": 2.0}, "lr_decay": 0.9, "eval_every": 1, "best": "loss", "patience": 1,
-                  "save_every": 1, "keep": 2, "seed": 3},
+        "train": {**COUNTED, "micro_batch_size": 1, "lr": 1e-3, "schedule": "wsd", "warmup": 0.1, "decay": 0.5,
+                  "lr_floor": 0.1, "weight_decay": 0.1, "betas": [0.9, 0.99], "eps": 1e-8, "max_grad_norm": 1.0,
+                  "lr_scale": {"*lora*": 2.0}, "lr_decay": 0.9, "eval_every": 1, "best": "loss",
+                   "early_stopping_patience": 1,
+                  "save_every": 1, "keep_last": 2, "seed": 3},
     }  # fmt: skip
     config = _config("train-everything", "sft", "gpt2", "sft.jsonl", **everything)
     yield Case("train everything", ["train", config], ["gpt2", config, "sft.jsonl"], [config], 30)
@@ -283,7 +285,7 @@ def _trained(main: Callable[[list[str]], int]) -> Iterator[Case]:
 
     # A run that stopped after its first steps.
     config = _config(
-        "resume", "sft", "gpt2", "sft.jsonl", train={"epochs": 2, "batch_rows": 2, "save_every": 1, "keep": 2}
+        "resume", "sft", "gpt2", "sft.jsonl", train={"epochs": 2, "batch_size": 2, "save_every": 1, "keep_last": 2}
     )
     _run(main, "train", config)
     os.rename("run", "half")
@@ -314,8 +316,9 @@ def _trained(main: Callable[[list[str]], int]) -> Iterator[Case]:
 
 def _policies(main: Callable[[list[str]], int]) -> Iterator[Case]:
     """`ppo`: its configuration, prompts, reward model."""
-    ppo = {"episodes": 4, "rollout_rows": 4, "batch_rows": 2, "epochs": 1, "max_new_tokens": 2, "lr": 1e-3,
-           "normalise": 2, "kl_target": 3.0, "kl_stop": 1000.0, "no_end": 0.1, "lora": {"rank": 2}}  # fmt: skip
+    ppo = {"episodes": 4, "rollout_batch_size": 4, "batch_size": 2, "epochs": 1, "max_new_tokens": 2, "lr": 1e-3,
+           "reward_norm_samples": 2, "kl_target": 3.0, "max_kl": 1000.0, "missing_eos_penalty": 0.1,
+           "lora": {"rank": 2}}  # fmt: skip
     write_config(
         Path("ppo.toml"), out="run", prompts="prompts.jsonl", reward="judges:short", model={"path": "gpt2"}, ppo=ppo
     )
