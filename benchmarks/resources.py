@@ -72,7 +72,7 @@ def operations() -> dict[str, Callable[[], Any]]:
     from handtune.kernels import Segments
     from handtune.kernels.lora import linear_triton
     from handtune.kernels.lora.linear import fused_linear
-    from handtune.kernels.lora.products import Plan
+    from handtune.kernels.lora.products import LoRALinearArgs
 
     n, d, r = 4096, 4096, 16
 
@@ -81,7 +81,7 @@ def operations() -> dict[str, Callable[[], Any]]:
         return kernels.lora_linear(*tensors, dropout=dropout, seed=1)
 
     def behind_a_norm(bias: Tensor | None) -> Tensor:
-        plan = Plan(rows=(0, 4096, 5120), scales=(2.0,) * 3, eps=1e-5)
+        plan = LoRALinearArgs(rows=(0, 4096, 5120), scales=(2.0,) * 3, eps=1e-5)
         bs = (fake(4096, r), fake(1024, r), fake(1024, r))
         return fused_linear(fake(n, d), fake(6144, d, grad=False), None, fake(3 * r, d), bs, plan, (fake(d), bias))
 
@@ -128,7 +128,7 @@ def operations() -> dict[str, Callable[[], Any]]:
 def operations_on_values() -> dict[str, Callable[[], Any]]:
     """What looks at values or addresses, on small real tensors: block sizes do not depend on the sizes here."""
     from handtune.kernels.optim.adamw import adamw_
-    from handtune.kernels.optim.adamw_state import Trained
+    from handtune.kernels.optim.adamw_state import AdamWParam
     from handtune.kernels.quant.nf4 import NF4Weight, Workspace
 
     def adamw() -> None:
@@ -136,7 +136,7 @@ def operations_on_values() -> dict[str, Callable[[], Any]]:
         for weight in weights:
             weight.grad = torch.ones_like(weight)
         copies = [weight.detach().bfloat16() for weight in weights]
-        trained = [Trained(weight, copy=copy) for weight, copy in zip(weights, copies, strict=True)]
+        trained = [AdamWParam(weight, copy=copy) for weight, copy in zip(weights, copies, strict=True)]
         adamw_(trained, 1e-3, (0.9, 0.999), 1e-8, torch.ones(()))
 
     def nf4() -> None:

@@ -10,10 +10,10 @@ class KnownModel(Protocol):
     """What the engine may ask of a model of this project; a foreign module has none of it."""
 
     lora_targets: ClassVar[dict[str, tuple[str, ...]]]
-    copies: ClassVar[dict[str, tuple[str, str]]]
-    heads: ClassVar[dict[str, tuple[str, ...]]]
+    tied_keys: ClassVar[dict[str, tuple[str, str]]]
+    head_keys: ClassVar[dict[str, tuple[str, ...]]]
     base_prefix: ClassVar[str | tuple[str, ...]]
-    of_positions: ClassVar[tuple[str, ...]]  # globs of modules that see positions or distances, and no rows
+    position_modules: ClassVar[tuple[str, ...]]  # globs of modules that see positions or distances, and no rows
     task: str
     source: str | None
     head: nn.Module

@@ -22,7 +22,7 @@ from .engine.training.run_folder import read_facts
 from .inputs import located
 from .models import ResNet, add_tokens, load
 from .models.checkpoint.safetensors_io import read_header
-from .models.layers.image_processor import Pixels
+from .models.layers.image_processor import ImageProcessor
 from .models.tokenizer.added_tokens import resize
 from .models.tokenizer.special_tokens import load_tokenizer_file, save_tokenizer
 
@@ -115,7 +115,7 @@ def put_adapter(model: Any, tokenizer: Any, adapter: Path, name: str = "default"
             raise ValueError(f"{adapter}: its embedding has {size} rows, but its tokenizer counts to {highest}")
         resize(model, size)
     if isinstance(model, ResNet):
-        model.pixels = Pixels.read(adapter, {}, model.config.n_channels) or model.pixels
+        model.pixels = ImageProcessor.read(adapter, {}, model.config.n_channels) or model.pixels
     load_adapter(model, adapter, name)
     model.tokens = model.tokens.with_adapter(adapter, tokenizer)
     _announce_missing_head(model, adapter)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .linear import activation_linear as activation_linear
     from .linear import norm_linear as norm_linear
     from .lora.batched import lora_linear_batched as lora_linear_batched
-    from .lora.factors import LowRank as LowRank
+    from .lora.factors import LoRALinearWeights as LoRALinearWeights
     from .lora.linear import lora_linear as lora_linear
     from .lora.row_groups import Segments as Segments
     from .mlp import feed_forward as feed_forward
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Conv2d": "conv",
-    "Linear": "linear",
-    "LowRank": "lora.factors",
     "LayerNorm": "norms",
+    "Linear": "linear",
+    "LoRALinearWeights": "lora.factors",
     "RMSNorm": "norms",
     "Segments": "lora.row_groups",
     "activate": "activations",

@@ -26,13 +26,13 @@ from torch.autograd.function import once_differentiable
 from .linear import Merged
 from .lora.dora import rescale, row_norms
 from .lora.per_row import AdapterRows
-from .lora.products import Plan, draw_seed, drop
+from .lora.products import LoRALinearArgs, draw_seed, drop
 
 Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _ConvArgs:
     """Everything about a call that is not a tensor. The groups are those of the frozen convolution and of B."""
 
     stride: Pair
@@ -44,7 +44,7 @@ class _Plan:
     seed: int
 
     def drop(self, x: Tensor) -> Tensor:
-        return drop(x, Plan(dropout=self.dropout, seed=self.seed))
+        return drop(x, LoRALinearArgs(dropout=self.dropout, seed=self.seed))
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
@@ -68,7 +68,7 @@ class _Plan:
 
 class _LoRAConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, plan: _Plan):
+    def forward(ctx, x, weight, bias, a, b, plan: _ConvArgs):
         y = plan.convolve(x, weight, bias, plan.groups)
         s = plan.convolve(plan.drop(x), a, None, 1).flatten(2)
         flat = y.view(*y.shape[:2], s.shape[2])
@@ -82,7 +82,7 @@ class _LoRAConv2d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, a, b, s = ctx.saved_tensors
-        plan: _Plan = ctx.plan
+        plan: _ConvArgs = ctx.plan
         need_x, need_w, need_bias, need_a, need_b, _ = ctx.needs_input_grad
         grad_bias = grad.sum((0, 2, 3)) if need_bias else None
         grad_x, grad_w = plan.convolve_backward(grad, x, weight, plan.groups, need_x, need_w)
@@ -97,7 +97,7 @@ class _LoRAConv2d(torch.autograd.Function):
         return grad_x, grad_w, grad_bias, grad_a, grad_b, None
 
 
-def _grad_s(grad: Tensor, s: Tensor, b: Tensor, plan: _Plan) -> Tensor:
+def _grad_s(grad: Tensor, s: Tensor, b: Tensor, plan: _ConvArgs) -> Tensor:
     """s Bᵀ dy (B, R, H'W')."""
     grad_s = torch.empty_like(s)
     for matrix, rows, ranks in plan.blocks(b):
@@ -105,7 +105,7 @@ def _grad_s(grad: Tensor, s: Tensor, b: Tensor, plan: _Plan) -> Tensor:
     return grad_s
 
 
-def _grad_b(grad: Tensor, s: Tensor, b: Tensor, plan: _Plan) -> Tensor:
+def _grad_b(grad: Tensor, s: Tensor, b: Tensor, plan: _ConvArgs) -> Tensor:
     """s Σ dy Sᵀ; multiplied the other way round, which is up to seven times as fast on CPU.
 
     In low precision it is one product over all images, whose sum is one in fp32: those of single images would each be
@@ -156,7 +156,7 @@ def lora_conv2d(
         seed = draw_seed()
     tensors = (x, weight, bias, a, b)
     with torch.autocast(x.device.type, enabled=False):
-        return _LoRAConv2d.apply(*tensors, _Plan(stride, padding, dilation, groups, scale, dropout, seed or 0))
+        return _LoRAConv2d.apply(*tensors, _ConvArgs(stride, padding, dilation, groups, scale, dropout, seed or 0))
 
 
 def _pair(name: str, value: int | Pair) -> Pair:
@@ -191,7 +191,7 @@ def lora_conv2d_reference(x, weight, bias, a, b, *, groups=1, scale=1.0, **geome
     return F.conv2d(x, weight, bias, groups=groups, **geometry) + scale * low_rank
 
 
-class ConvFactors(nn.Module):
+class LoRAConvWeights(nn.Module):
     """One adapter's factors on a convolution: `a` (R, C, k, k), `b` (M, R/groups, 1, 1), scaled by `scale`. fp32.
 
     A is Kaiming uniform with a = √5, which is U(±1/√(C k k)); B is zero, so that the sum starts as the base model. As
@@ -273,7 +273,7 @@ class Conv2d(nn.Module):
     def _convolve(self, x: Tensor, adapter: str | None) -> Tensor:
         if adapter is None:
             return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        factors: ConvFactors = self.lora[adapter]  # type: ignore[assignment]
+        factors: LoRAConvWeights = self.lora[adapter]  # type: ignore[assignment]
         y = lora_conv2d(
             x, self.weight, self.bias, factors.a.to(x.dtype), factors.b.to(x.dtype), stride=self.stride,
             padding=self.padding, dilation=self.dilation, groups=self.groups, scale=factors.scale,

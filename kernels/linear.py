@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from .activations import ACTIVATIONS, Activate, Activation
 from .lora.batched import lora_linear_batched
 from .lora.dora import rescale
-from .lora.factors import LowRank, Merged, Part
+from .lora.factors import LinearPart, LoRALinearWeights, Merged
 from .lora.linear import fused_linear
 from .lora.per_row import AdapterRows
-from .lora.products import Plan, draw_seed
+from .lora.products import LoRALinearArgs, draw_seed
 from .norms import LayerNorm, RMSNorm
 from .quant.nf4 import NF4Weight, Workspace
 
@@ -46,7 +46,7 @@ class Linear(nn.Module):
         self.merged: Merged | None = None
         start, blocks = 0, []
         for name, size in parts or (("", out_features),):
-            blocks.append(Part(name, start, size))
+            blocks.append(LinearPart(name, start, size))
             start += size
         self.parts = tuple(blocks)
 
@@ -98,7 +98,7 @@ def _project(
 ) -> Tensor:
     if isinstance(linear.active, AdapterRows):
         return _project_by_row(h, linear, linear.active, norm, activation)
-    return as_it_stands(h.dtype, linear, norm, activation)(h)
+    return bind_projection(h.dtype, linear, norm, activation)(h)
 
 
 def _project_by_row(
@@ -113,7 +113,7 @@ def _project_by_row(
     x = x if activation is None else Activate.apply(x, activation)
     known = rows.on(linear.lora)
     dropout = _same_dropout(linear, known) if linear.training else 0.0
-    factors: list[LowRank] = [linear.lora[name] for name in known]  # type: ignore[misc]
+    factors: list[LoRALinearWeights] = [linear.lora[name] for name in known]  # type: ignore[misc]
     a, bs, starts = rows.stacks(linear, factors, linear.parts, x.dtype)
     segments = rows.segments(x.shape, known, x.device)
     weight = linear.quantized or linear.matrix
@@ -121,26 +121,26 @@ def _project_by_row(
 
 
 def _same_dropout(linear: Linear, names: tuple[str, ...]) -> float:
-    factors: list[LowRank] = [linear.lora[name] for name in names]  # type: ignore[misc]
+    factors: list[LoRALinearWeights] = [linear.lora[name] for name in names]  # type: ignore[misc]
     shares = sorted({own.dropout for own in factors})
     if len(shares) > 1:
         raise ValueError(f"adapters of one batch must have the same dropout in training, got {shares}")
     return shares[0]
 
 
-def as_it_stands(
+def bind_projection(
     dtype: torch.dtype, linear: Linear, norm: LayerNorm | RMSNorm | None = None, activation: Activation | None = None
 ) -> Callable[[Tensor], Tensor]:
     """The projection of h with the adapter that is active now, and the same dropout mask each time, also later on."""
     in_front = norm.parameters_in_order() if norm is not None else None
     weight, eps = linear.quantized or linear.matrix, norm.eps if norm is not None else 0.0
     if not isinstance(linear.active, str):
-        plan = Plan(eps=eps, activation=activation)
+        plan = LoRALinearArgs(eps=eps, activation=activation)
         return lambda h: fused_linear(h, weight, linear.bias, None, (), plan, in_front)
-    adapter: LowRank = linear.lora[linear.active]  # type: ignore[assignment]
+    adapter: LoRALinearWeights = linear.lora[linear.active]  # type: ignore[assignment]
     dropout = adapter.dropout if linear.training else 0.0
     seed = draw_seed() if dropout else 0
-    plan = Plan(adapter.rows, adapter.scales, eps, activation, dropout, seed)
+    plan = LoRALinearArgs(adapter.rows, adapter.scales, eps, activation, dropout, seed)
     a, bs = adapter.factors(dtype)
     if adapter.m is None:
         return lambda h: fused_linear(h, weight, linear.bias, a, bs, plan, in_front)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .linear import Linear, activation_linear, as_it_stands, norm_linear
+from .linear import Linear, activation_linear, bind_projection, norm_linear
 from .lora.per_row import AdapterRows
 from .norms import LayerNorm, RMSNorm
 
@@ -22,7 +22,7 @@ def feed_forward(
     """down(activation(up(norm(x)))) for x (..., D); see above for `recompute`, which adapters by row ignore."""
     if not (recompute and torch.is_grad_enabled()) or isinstance(up.active, AdapterRows):
         return activation_linear(norm_linear(x, norm, up), activation, down)
-    project = as_it_stands(x.dtype, up, norm)  # now: the backward pass may find another adapter active
+    project = bind_projection(x.dtype, up, norm)  # now: the backward pass may find another adapter active
     u = project(x)
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -21,8 +21,8 @@ from ..kernels import LayerNorm, Linear, activation_linear, attention
 from .layers.config_fields import ACTIVATIONS, overridden, read_fields
 from .layers.heads import BY_TEXT, EmbeddingHead, MaskedLMHead, MLPHead, n_outputs, pool_tokens
 from .layers.initialization import initialize
-from .layers.inputs import key_bias, positions, refuse_longer
-from .layers.key_map import Published
+from .layers.inputs import check_length, key_bias, positions
+from .layers.key_map import CheckpointKey
 from .tokenizer.special_tokens import SpecialTokens
 
 
@@ -114,7 +114,7 @@ class Bert(nn.Module):
     base_prefix = "bert."
     # Methods of training that mean another objective here than for most models.
     objectives: ClassVar[dict[str, str]] = {}
-    of_positions: ClassVar[tuple[str, ...]] = ()
+    position_modules: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar = {
         "attention": ("layers.*.qkv", "layers.*.o"),
         "mlp": ("layers.*.up", "layers.*.down"),
@@ -127,22 +127,22 @@ class Bert(nn.Module):
         "question-answering": "BertForQuestionAnswering",
         "embedding": "BertModel",
     }
-    ignored = ("*embeddings.position_ids",)
-    heads: ClassVar = {
+    ignored_keys = ("*embeddings.position_ids",)
+    head_keys: ClassVar = {
         "cls.predictions.*": ("masked-lm",),
         "cls.seq_relationship.*": (),  # the next-sentence head of pretraining
         "classifier.*": ("sequence-classification", "reward", "token-classification"),
         "qa_outputs.*": ("question-answering",),
         "pooler.*": ("sequence-classification", "reward"),
     }
-    copies: ClassVar = {
+    tied_keys: ClassVar = {
         "cls.predictions.decoder.weight": (
             "embed.tokens.weight",
             "the token embedding; a masked-LM output matrix of its own is not implemented",
         ),
         "cls.predictions.decoder.bias": ("head.bias", "cls.predictions.bias; take one of them out"),
     }
-    required: ClassVar = {
+    supported_config_values: ClassVar = {
         "position_embedding_type": ("absolute", None),
         "is_decoder": (False,),
         "add_cross_attention": (False,),
@@ -215,7 +215,7 @@ class Bert(nn.Module):
         max_seqlen: int | None = None,
     ) -> Tensor:
         """States before the head (B, T, D) for token ids (B, T) and a mask (B, T) of ones and zeros."""
-        refuse_longer(input_ids, cu_seqlens, max_seqlen, self.config.max_positions)
+        check_length(input_ids, cu_seqlens, max_seqlen, self.config.max_positions)
         if position_ids is None:
             position_ids = positions(input_ids, attention_mask, cu_seqlens)
         x = self.embed(input_ids, token_type_ids, position_ids)
@@ -244,7 +244,7 @@ class Bert(nn.Module):
         states = self.hidden(input_ids, attention_mask, **inputs)
         return self.head(self.pool(states, input_ids, attention_mask, inputs.get("cu_seqlens")))
 
-    def key_map(self) -> dict[str, Published]:
+    def key_map(self) -> dict[str, CheckpointKey]:
         """Our parameter names → their names in published checkpoints of this task."""
         base = "" if self.task == "embedding" else self.base_prefix
         d = self.config.d_model
@@ -256,30 +256,30 @@ class Bert(nn.Module):
             "norm2": "output.LayerNorm",
         }
         table = {
-            "embed.tokens.weight": Published((f"{base}embeddings.word_embeddings.weight",)),
-            "embed.positions.weight": Published((f"{base}embeddings.position_embeddings.weight",)),
-            "embed.types.weight": Published((f"{base}embeddings.token_type_embeddings.weight",)),
+            "embed.tokens.weight": CheckpointKey((f"{base}embeddings.word_embeddings.weight",)),
+            "embed.positions.weight": CheckpointKey((f"{base}embeddings.position_embeddings.weight",)),
+            "embed.types.weight": CheckpointKey((f"{base}embeddings.token_type_embeddings.weight",)),
         }
         for kind in ("weight", "bias"):
-            table[f"embed.norm.{kind}"] = Published((f"{base}embeddings.LayerNorm.{kind}",))
+            table[f"embed.norm.{kind}"] = CheckpointKey((f"{base}embeddings.LayerNorm.{kind}",))
             for i in range(len(self.layers)):
                 layer = f"{base}encoder.layer.{i}"
                 names = tuple(f"{layer}.attention.self.{part}.{kind}" for part in ("query", "key", "value"))
-                table[f"layers.{i}.qkv.{kind}"] = Published(names, (d, d, d))
+                table[f"layers.{i}.qkv.{kind}"] = CheckpointKey(names, (d, d, d))
                 for ours, theirs in modules.items():
-                    table[f"layers.{i}.{ours}.{kind}"] = Published((f"{layer}.{theirs}.{kind}",))
+                    table[f"layers.{i}.{ours}.{kind}"] = CheckpointKey((f"{layer}.{theirs}.{kind}",))
         if self.task == "masked-lm":
             for kind in ("weight", "bias"):
-                table[f"head.dense.{kind}"] = Published((f"cls.predictions.transform.dense.{kind}",))
-                table[f"head.norm.{kind}"] = Published((f"cls.predictions.transform.LayerNorm.{kind}",))
-            table["head.bias"] = Published(("cls.predictions.bias",), also=("cls.predictions.decoder.bias",))
+                table[f"head.dense.{kind}"] = CheckpointKey((f"cls.predictions.transform.dense.{kind}",))
+                table[f"head.norm.{kind}"] = CheckpointKey((f"cls.predictions.transform.LayerNorm.{kind}",))
+            table["head.bias"] = CheckpointKey(("cls.predictions.bias",), also=("cls.predictions.decoder.bias",))
             return table
         name = "qa_outputs" if self.task == "question-answering" else "classifier"
         for key, _ in self.head.named_parameters():
             theirs = f"{name}.{key.removeprefix('out.')}"
             if key.startswith("pooler."):
                 theirs = f"{self.base_prefix}pooler.dense.{key.removeprefix('pooler.')}"
-            table[f"head.{key}"] = Published((theirs,))
+            table[f"head.{key}"] = CheckpointKey((theirs,))
         return table
 
     @classmethod

@@ -30,7 +30,7 @@ from .layers.config_fields import overridden, own_spelling, read_fields
 from .layers.heads import BY_TEXT, EmbeddingHead, MLPHead, last_unpadded, n_outputs, pool_tokens
 from .layers.initialization import initialize
 from .layers.inputs import ALL, key_bias
-from .layers.key_map import TIED, Published
+from .layers.key_map import TIED, CheckpointKey
 from .layers.kv_cache import KVCache
 from .tokenizer.special_tokens import SpecialTokens
 
@@ -155,7 +155,7 @@ class Bloom(nn.Module):
     base_prefix = "transformer."
     # Methods of training that mean another objective here than for most models.
     objectives: ClassVar[dict[str, str]] = {}
-    of_positions: ClassVar[tuple[str, ...]] = ()
+    position_modules: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar = {
         "attention": ("layers.*.qkv", "layers.*.o"),
         "mlp": ("layers.*.up", "layers.*.down"),
@@ -168,15 +168,18 @@ class Bloom(nn.Module):
         "question-answering": "BloomForQuestionAnswering",
         "embedding": "BloomModel",
     }
-    ignored = ("*.self_attention.scale_mask_softmax.causal_mask",)
-    heads: ClassVar = {
+    ignored_keys = ("*.self_attention.scale_mask_softmax.causal_mask",)
+    head_keys: ClassVar = {
         "lm_head.*": ("causal-lm",),
         "score.*": ("sequence-classification", "reward"),
         "classifier.*": ("token-classification",),
         "qa_outputs.*": ("question-answering",),
     }
-    copies: ClassVar = {"lm_head.weight": ("embed.tokens.weight", TIED)}
-    required: ClassVar = {"apply_residual_connection_post_layernorm": (False,), "is_causal": (True, None)}
+    tied_keys: ClassVar = {"lm_head.weight": ("embed.tokens.weight", TIED)}
+    supported_config_values: ClassVar = {
+        "apply_residual_connection_post_layernorm": (False,),
+        "is_causal": (True, None),
+    }
 
     def __init__(
         self,
@@ -294,10 +297,10 @@ class Bloom(nn.Module):
         states = self.hidden(input_ids, attention_mask, **inputs)
         return self.head(self.pool(states, input_ids, attention_mask, inputs.get("cu_seqlens")))
 
-    def key_map(self) -> dict[str, Published]:
+    def key_map(self) -> dict[str, CheckpointKey]:
         """Our parameter names → their names in published checkpoints of this task."""
         base = "" if self.task == "embedding" else self.base_prefix
-        table = {"embed.tokens.weight": Published((f"{base}word_embeddings.weight",))}
+        table = {"embed.tokens.weight": CheckpointKey((f"{base}word_embeddings.weight",))}
         modules = {"embed.norm": "word_embeddings_layernorm", "norm": "ln_f"}
         for i in range(len(self.layers)):
             modules |= {
@@ -311,14 +314,14 @@ class Bloom(nn.Module):
         for ours, theirs in modules.items():
             by_head = (self.config.n_head, 3) if ours.endswith(".qkv") else None
             for kind in ("weight", "bias"):
-                table[f"{ours}.{kind}"] = Published((f"{base}{theirs}.{kind}",), interleaved=by_head)
+                table[f"{ours}.{kind}"] = CheckpointKey((f"{base}{theirs}.{kind}",), interleaved=by_head)
         if self.task == "causal-lm":
             if not self.config.tied:
-                table["head.weight"] = Published(("lm_head.weight",))
+                table["head.weight"] = CheckpointKey(("lm_head.weight",))
             return table
         name = {"token-classification": "classifier", "question-answering": "qa_outputs"}.get(self.task, "score")
         for key, _ in self.head.named_parameters():
-            table[f"head.{key}"] = Published((f"{name}.{key.removeprefix('out.')}",))
+            table[f"head.{key}"] = CheckpointKey((f"{name}.{key.removeprefix('out.')}",))
         return table
 
     @classmethod

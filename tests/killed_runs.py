@@ -24,7 +24,7 @@ from handtune.engine.tasks.encode import encode
 from handtune.engine.tasks.permutation_lm import PermutationCollate
 from handtune.engine.tasks.seq2seq import Seq2SeqCollate, SpanCorruption
 from handtune.models import T5, Bloom, ResNet, XLNet
-from handtune.models.layers.image_processor import Pixels
+from handtune.models.layers.image_processor import ImageProcessor
 
 torch.set_num_threads(1)
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports for seconds at its first call: before the forks
@@ -104,7 +104,7 @@ def images(out: Path) -> Any:
     """Every weight of a ResNet with its batch norms' statistics; windows and mirrors drawn anew for each image."""
     torch.manual_seed(0)
     sizes = {"stem_width": 8, "widths": (8, 16), "depths": (1, 1), "small_images": True}
-    model, pixels = ResNet.from_name("resnet18", labels=("dark", "bright"), **sizes), Pixels(12, 12)
+    model, pixels = ResNet.from_name("resnet18", labels=("dark", "bright"), **sizes), ImageProcessor(12, 12)
     pictures = torch.randint(0, 200, (24, 3, 16, 16), dtype=torch.uint8)
     rows = [{"image": picture + 40 * (i % 2), "label": i % 2} for i, picture in enumerate(pictures)]
     data = Batches(rows, ImageCollate(pixels, augment=True), rows=8, micro_batch_size=4, seed=2)

@@ -23,7 +23,7 @@ from handtune.engine.adapters.module_patterns import matches_end
 from handtune.engine.chat.template import ChatTemplate
 from handtune.engine.data.images import MAX_PIXELS, decode
 from handtune.models import GPT2, load
-from handtune.models.layers.image_processor import Pixels
+from handtune.models.layers.image_processor import ImageProcessor
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +130,7 @@ def test_pipes_are_refused_at_once(base, complaint, tmp_path) -> None:
             load(copy)
     os.mkfifo(tmp_path / "a.png")
     with pytest.raises(ValueError, match=f"a.png.*{pipe} image"):
-        decode(tmp_path / "a.png", Pixels())
+        decode(tmp_path / "a.png", ImageProcessor())
     with pytest.raises(ValueError, match="null: a pipe or device"):
         read_json("/dev/null")
 
@@ -233,8 +233,8 @@ def test_images_that_become_too_large(tmp_path) -> None:
     """A line of 65,000 pixels, scaled up to 256 on its short side, takes 12.5 GB."""
     Image.new("L", (65_000, 1)).save(tmp_path / "line.png")
     with pytest.raises(ValueError, match=r"line.png: an image of 65000 x 1 pixels; one side may be 50 times the other"):
-        decode(tmp_path / "line.png", Pixels())
-    assert decode(tmp_path / "line.png", Pixels(32, 32, squeeze=True)).shape == (3, 32, 32)
+        decode(tmp_path / "line.png", ImageProcessor())
+    assert decode(tmp_path / "line.png", ImageProcessor(32, 32, squeeze=True)).shape == (3, 32, 32)
     header = bytearray((tmp_path / "line.png").read_bytes())
     header[16:24] = (12_000).to_bytes(4, "big") * 2
     from zlib import crc32
@@ -242,11 +242,11 @@ def test_images_that_become_too_large(tmp_path) -> None:
     header[29:33] = crc32(header[12:29]).to_bytes(4, "big")
     (tmp_path / "bomb.png").write_bytes(header)
     with pytest.raises(ValueError, match=f"bomb.png: an image of 12000 x 12000 pixels; at most {MAX_PIXELS:,}"):
-        decode(tmp_path / "bomb.png", Pixels())
+        decode(tmp_path / "bomb.png", ImageProcessor())
     Image.new("RGB", (500, 10)).save(tmp_path / "long.png")
-    assert decode(tmp_path / "long.png", Pixels(16, 16)).shape == (3, 16, 800)
+    assert decode(tmp_path / "long.png", ImageProcessor(16, 16)).shape == (3, 16, 800)
     with pytest.raises(ValueError, match="at most 4096 pixels a side"):
-        Pixels(10**6, 10**6)
+        ImageProcessor(10**6, 10**6)
 
 
 # Patterns

@@ -14,7 +14,7 @@ from handtune.engine.tasks.objectives import OBJECTIVES
 from handtune.engine.tasks.scores import ClassificationScore
 from handtune.engine.training.cached_features import compute_features, head_only, with_features
 from handtune.models import ResNet
-from handtune.models.layers.image_processor import Pixels
+from handtune.models.layers.image_processor import ImageProcessor
 
 TAGS = ("O", "B-ANIMAL", "B-PLACE")
 
@@ -121,7 +121,7 @@ def image_case(augment: bool = False):
     """A ResNet whose head alone trains, and its pictures, which count how often one is looked at."""
     torch.manual_seed(0)
     sizes = {"stem_width": 8, "widths": (8, 16), "depths": (1, 1), "small_images": True}
-    model, pixels = ResNet.from_name("resnet18", labels=("dark", "bright"), **sizes), Pixels(12, 12)
+    model, pixels = ResNet.from_name("resnet18", labels=("dark", "bright"), **sizes), ImageProcessor(12, 12)
     freeze(model, "*")
     unfreeze(model, "head.*")
     pictures = torch.randint(0, 200, (20, 3, 14, 14), dtype=torch.uint8)

@@ -14,7 +14,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from handtune.engine.data.images import ImageCollate, class_counts, decode
 from handtune.engine.data.readers import label_names, read_rows, split_rows
-from handtune.models.layers.image_processor import Pixels
+from handtune.models.layers.image_processor import ImageProcessor
 
 
 def test_a_folder_gives_rows_and_labels(tmp_path):
@@ -69,10 +69,10 @@ PROCESSORS = {
 def test_images_are_those_of_transformers_processors(tmp_path, processor):
     """Read from its file, and read by it from ours."""
     processor.save_pretrained(tmp_path / "theirs")
-    pixels = Pixels.read(tmp_path / "theirs", {})
+    pixels = ImageProcessor.read(tmp_path / "theirs", {})
     (tmp_path / "ours").mkdir()
     pixels.write(tmp_path / "ours")
-    assert Pixels.read(tmp_path / "ours", {}) == pixels
+    assert ImageProcessor.read(tmp_path / "ours", {}) == pixels
     back = BitImageProcessorPil.from_pretrained(tmp_path / "ours")
     generator = np.random.default_rng(0)
     for width, height in ((50, 37), (29, 64), (40, 40), (20, 17)):
@@ -105,11 +105,11 @@ def test_images_are_those_of_transformers_processors(tmp_path, processor):
     ids=str,
 )
 def test_a_processor_that_does_something_else_is_refused(tmp_path, change, says):
-    Pixels().write(tmp_path)
+    ImageProcessor().write(tmp_path)
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ValueError, match=says):
-        Pixels.read(tmp_path, {})
+        ImageProcessor.read(tmp_path, {})
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "I;16", "LA"])
@@ -117,9 +117,9 @@ def test_every_kind_of_image_becomes_three_channels(tmp_path, mode):
     image = Image.new(mode, (20, 10)) if mode == "I;16" else picture("sky", 0).convert(mode)
     path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
     image.save(path)
-    found = decode(path, Pixels(8, 8))
+    found = decode(path, ImageProcessor(8, 8))
     assert found.dtype == torch.uint8 and found.shape[0] == 3 and min(found.shape[1:]) == 8
-    assert decode(path, Pixels(8, 8, mean=(0.5,), std=(0.5,))).shape[0] == 1
+    assert decode(path, ImageProcessor(8, 8, mean=(0.5,), std=(0.5,))).shape[0] == 1
 
 
 def test_a_photograph_is_turned_upright(tmp_path):
@@ -129,7 +129,7 @@ def test_a_photograph_is_turned_upright(tmp_path):
     exif[0x0112] = 6
     image.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
     image.save(tmp_path / "plain.png")
-    pixels = Pixels(16, 16)
+    pixels = ImageProcessor(16, 16)
     assert torch.equal(decode(tmp_path / "turned.png", pixels), decode(tmp_path / "plain.png", pixels))
 
 
@@ -139,7 +139,7 @@ def test_sixteen_bits_are_brought_to_eight(tmp_path, suffix):
     grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(grey.astype(np.uint8)).save(tmp_path / f"eight.{suffix}")
     Image.fromarray(grey * 257).save(tmp_path / f"sixteen.{suffix}")
-    pixels = Pixels(16, 16)
+    pixels = ImageProcessor(16, 16)
     assert torch.equal(decode(tmp_path / f"sixteen.{suffix}", pixels), decode(tmp_path / f"eight.{suffix}", pixels))
 
 
@@ -154,4 +154,4 @@ def test_sixteen_bits_are_brought_to_eight(tmp_path, suffix):
 def test_values_without_a_known_range_are_refused(tmp_path, values, says):
     Image.fromarray(values).save(tmp_path / "image.tif")
     with pytest.raises(ValueError, match=rf"image\.tif: the image can't be decoded \(its pixels .*{says}"):
-        decode(tmp_path / "image.tif", Pixels(4, 4))
+        decode(tmp_path / "image.tif", ImageProcessor(4, 4))

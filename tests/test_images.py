@@ -19,7 +19,7 @@ from handtune.engine.data.images import ImageCollate, ImageExamples
 from handtune.engine.data.readers import read_rows
 from handtune.engine.tasks.losses import classification_loss
 from handtune.models import ResNet, load, save
-from handtune.models.layers.image_processor import Pixels
+from handtune.models.layers.image_processor import ImageProcessor
 
 SMALL = {"stem_width": 8, "widths": [8, 16], "depths": [1, 1], "small_images": True}
 
@@ -37,7 +37,7 @@ def broken(folder):
 
 def test_broken_images_are_named(tmp_path, capsys):
     rows = read_rows(broken(tmp_path / "data"))
-    examples = ImageExamples(rows, ["sea", "sky"], Pixels(8, 8))
+    examples = ImageExamples(rows, ["sea", "sky"], ImageProcessor(8, 8))
     with pytest.raises(ValueError, match=r"sea/text\.png: the image can't be decoded .*sky/cut\.jpg: the image"):
         examples.check()
     table = {"preset": "resnet18", "overrides": SMALL}
@@ -51,7 +51,7 @@ def test_broken_images_are_named(tmp_path, capsys):
 def test_images_are_kept_while_there_is_room(tmp_path, monkeypatch):
     rows = read_rows(class_folders(tmp_path, count=2))
     monkeypatch.setattr("handtune.engine.data.images.KEPT_BYTES", 2 * 3 * 8 * 8)
-    examples = ImageExamples(rows, ["sea", "sky"], Pixels(8, 8))
+    examples = ImageExamples(rows, ["sea", "sky"], ImageProcessor(8, 8))
     before = [example["image"] for example in examples]
     for row in rows:
         picture("rows", 9).save(row["image"])
@@ -62,14 +62,14 @@ def test_images_are_kept_while_there_is_room(tmp_path, monkeypatch):
 def test_a_class_that_the_model_does_not_have(tmp_path):
     rows = read_rows(class_folders(tmp_path, count=1))
     with pytest.raises(ValueError, match=r"sky/000\.png: class 'sky' is none of the model's: sea, land"):
-        ImageExamples(rows, ["sea", "land"], Pixels(8, 8))
+        ImageExamples(rows, ["sea", "land"], ImageProcessor(8, 8))
     with pytest.raises(ValueError, match="expected images, found a row with text, label"):
-        ImageExamples([{"text": "a", "label": "sea"}], ["sea"], Pixels(8, 8))
+        ImageExamples([{"text": "a", "label": "sea"}], ["sea"], ImageProcessor(8, 8))
 
 
 def test_windows_move_mirror_and_show_the_mean_beyond_the_edge():
     ramp = torch.arange(1, 65, dtype=torch.uint8).view(1, 8, 8)
-    plain = Pixels(8, 8, mean=(0.25,), std=(0.5,))
+    plain = ImageProcessor(8, 8, mean=(0.25,), std=(0.5,))
     example = {"image": ramp, "label": 0}
     still = ImageCollate(plain)([example])["inputs"]["pixel_values"][0]
     close(still, (ramp.float() / 255 - 0.25) / 0.5, 1e-6, "in evaluation")
@@ -81,7 +81,7 @@ def test_windows_move_mirror_and_show_the_mean_beyond_the_edge():
     counts = [sum(torch.equal(window, one) for one in seen) for window in expected]
     assert sum(counts) == 200 and min(counts) >= 2
     wide = {"image": torch.arange(1, 97, dtype=torch.uint8).view(1, 8, 12), "label": 0}
-    small = Pixels(6, 8, mean=(0.0,), std=(1 / 255,))
+    small = ImageProcessor(6, 8, mean=(0.0,), std=(1 / 255,))
     windows = ImageCollate(small, augment=True)([wide] * 400)["inputs"]["pixel_values"]
     corners = {round(min(one[0, 0, 0].item(), one[0, 0, -1].item())) for one in windows}
     assert corners == {1 + 12 * y + x for y in range(3) for x in range(7)}  # all places with room, none beyond
@@ -95,7 +95,7 @@ def small_resnet() -> ResNet:
 
 def test_a_killed_run_resumes_with_the_same_augmentation(tmp_path):
     rows = read_rows(class_folders(tmp_path / "data"))
-    pixels, ends = Pixels(16, 16), []
+    pixels, ends = ImageProcessor(16, 16), []
     for killed in (False, True):
         calls = []
 
@@ -138,7 +138,7 @@ def test_the_bar_shows_images_a_second(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr("handtune.engine.training.loop.tqdm.set_postfix", lambda bar, values, **_: shown.append(values))
     rows = read_rows(class_folders(tmp_path, count=4))
-    model, pixels = small_resnet(), Pixels(16, 16)
+    model, pixels = small_resnet(), ImageProcessor(16, 16)
     data = Batches(ImageExamples(rows, model.labels, pixels), ImageCollate(pixels), rows=4)
     train(model, data, classification_loss, TrainConfig())
     assert len(shown) == 2 and all(float(values["images/s"]) > 0 and "tok/s" not in values for values in shown)
@@ -233,8 +233,8 @@ def test_text_and_images_are_not_mixed_up(tmp_path, capsys):
 
 
 def test_another_image_size_keeps_its_proportions():
-    assert (Pixels().at(112).size, Pixels().at(112).edge) == (112, 128)
-    assert small_resnet().pixels == Pixels(32, 32)
+    assert (ImageProcessor().at(112).size, ImageProcessor().at(112).edge) == (112, 128)
+    assert small_resnet().pixels == ImageProcessor(32, 32)
 
 
 def test_the_example_runs_on_any_class_folders(tmp_path, monkeypatch, capsys):

@@ -9,10 +9,19 @@ from kernel_cases import SCALE, draw
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from handtune.kernels import LayerNorm, Linear, LowRank, RMSNorm, activation_linear, lora_linear, norm_linear, swiglu
+from handtune.kernels import (
+    LayerNorm,
+    Linear,
+    LoRALinearWeights,
+    RMSNorm,
+    activation_linear,
+    lora_linear,
+    norm_linear,
+    swiglu,
+)
 from handtune.kernels.activations import ACTIVATIONS, Activation
 from handtune.kernels.lora.linear import fused_linear
-from handtune.kernels.lora.products import Plan
+from handtune.kernels.lora.products import LoRALinearArgs
 
 
 def backward_products(wanted: set[str]) -> int:
@@ -44,7 +53,7 @@ def test_the_activation_is_rebuilt_only_for_gradients_that_read_it(wanted: set[s
         seen.append(u)
         return u.relu()
 
-    plan = Plan((0,), (SCALE,), activation=Activation(counted, ACTIVATIONS["relu"].backward))
+    plan = LoRALinearArgs((0,), (SCALE,), activation=Activation(counted, ACTIVATIONS["relu"].backward))
     shapes = {"u": (11, 7), "weight": (5, 7), "bias": (5,), "a": (2, 7), "b": (5, 2)}
     u, weight, bias, a, b = (draw(*shape).requires_grad_(name in wanted) for name, shape in shapes.items())
     fused_linear(u, weight, bias, a, (b,), plan).sum().backward()
@@ -70,7 +79,7 @@ def adapted(k: int, m: int) -> Linear:
     torch.nn.init.normal_(linear.weight)
     linear.weight.requires_grad_(False)
     linear.bias.requires_grad_(False)
-    linear.lora["default"] = LowRank(k, list(linear.parts), [2], [1.0], 0.1)
+    linear.lora["default"] = LoRALinearWeights(k, list(linear.parts), [2], [1.0], 0.1)
     linear.active = "default"
     return linear
 

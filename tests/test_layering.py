@@ -32,7 +32,8 @@ LINES = {
 
 EXPORTS = {
     "kernels": [
-        "Conv2d", "LayerNorm", "Linear", "LowRank", "RMSNorm", "Segments", "activate", "activation_linear", "attention",
+        "Conv2d", "LayerNorm", "Linear", "LoRALinearWeights", "RMSNorm", "Segments", "activate", "activation_linear",
+        "attention",
         "feed_forward", "layer_norm", "linear_cross_entropy", "lora_conv2d", "lora_linear", "lora_linear_batched",
         "norm_linear", "rms_norm", "rope", "swiglu",
     ],

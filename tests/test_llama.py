@@ -27,7 +27,7 @@ from transformers import LlamaForCausalLM
 
 from handtune.cli import main
 from handtune.engine import LoRAConfig, add_lora, generate, load_adapter, merge_lora, save_adapter
-from handtune.engine.adapters.lora import slots
+from handtune.engine.adapters.lora import adapter_sites
 from handtune.engine.data.batches import packed
 from handtune.engine.tasks.losses import causal_lm_loss
 from handtune.models import Llama, load, save
@@ -273,7 +273,7 @@ TARGETS = {"all": PROJECTIONS, "some": ["q_proj", "v_proj", "up_proj"], "one": [
 def factor_gradients(model: Llama) -> dict[str, torch.Tensor]:
     """Gradients of the adapter's factors under PEFT's names."""
     found = {}
-    for slot in slots(model):
+    for slot in adapter_sites(model):
         if "default" in slot.module.lora:
             factors = slot.module.lora["default"]
             paths = dict(zip((part.name for part in slot.module.parts), slot.published, strict=True))

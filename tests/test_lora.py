@@ -114,12 +114,12 @@ def test_start_values() -> None:
 
 def peft_pairs(reference: nn.Module, model: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
     """(name, PEFT's parameter, our rows of the same factor): ours are found through the published module paths."""
-    from handtune.engine.adapters.lora import slots
+    from handtune.engine.adapters.lora import adapter_sites
     from handtune.engine.peft.format import _published_factors
 
     own = dict(reference.named_parameters())
     pairs = []
-    for slot in slots(model):
+    for slot in adapter_sites(model):
         if "default" in slot.module.lora:
             for published, _, _, weights in _published_factors(model, slot, "default"):
                 for kind, ours in weights.items():

@@ -31,8 +31,8 @@ every_batch = pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 @pytest.fixture(params=[512, 2], ids=["together", "one by one"])
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways of torch: rows gathered and padded, and adapter by adapter with rows gathered two at a time."""
-    monkeypatch.setattr(row_groups, "GATHERED", request.param)
-    monkeypatch.setattr(row_groups, "CRUMB", 2)
+    monkeypatch.setattr(row_groups, "MAX_GATHERED_ROWS", request.param)
+    monkeypatch.setattr(row_groups, "MIN_RUN_LENGTH", 2)
 
 
 def owners(batch: tuple) -> list[int]:

@@ -7,7 +7,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from handtune.engine import LoRAConfig, add_lora, set_adapter
 from handtune.kernels import LayerNorm, Linear, RMSNorm, feed_forward, mlp
-from handtune.kernels.linear import as_it_stands
+from handtune.kernels.linear import bind_projection
 
 
 def build(dropout: float, gated: bool) -> nn.ModuleDict:
@@ -32,7 +32,7 @@ def test_recomputing_changes_nothing_and_keeps_less(dropout: float, gated: bool,
     widest: list[StorageWeakRef] = []
 
     def watched(*arguments):
-        project = as_it_stands(*arguments)
+        project = bind_projection(*arguments)
 
         def up(x: Tensor) -> Tensor:
             u = project(x)
@@ -41,7 +41,7 @@ def test_recomputing_changes_nothing_and_keeps_less(dropout: float, gated: bool,
 
         return up
 
-    monkeypatch.setattr(mlp, "as_it_stands", watched)
+    monkeypatch.setattr(mlp, "bind_projection", watched)
     for recompute in (False, True):
         model.zero_grad()
         leaf = x.clone().requires_grad_()

@@ -17,14 +17,14 @@ from handtune.cli import main
 
 # Where memory runs out in each command, which is before it has anything to show.
 READS = {
-    "train": "handtune.models.checkpoint.loading.fill",
+    "train": "handtune.models.checkpoint.loading.load_weights",
     "check-data": "handtune.prepare.encode",
     "compare": "handtune.models.checkpoint.loading.allocate",
     "evaluate": "handtune.commands.evaluate.put_weights",
-    "generate": "handtune.models.checkpoint.loading.fill",
+    "generate": "handtune.models.checkpoint.loading.load_weights",
     "label": "handtune.engine.tasks.zero_shot.answer_logps",
     "merge": "handtune.commands.merge.read_into",
-    "ppo": "handtune.models.checkpoint.loading.fill",
+    "ppo": "handtune.models.checkpoint.loading.load_weights",
     "report": "handtune.reporting.runs.read_facts",
 }
 ERRORS = (

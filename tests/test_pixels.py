@@ -14,7 +14,7 @@ from transformers.models.convnext.image_processing_pil_convnext import ConvNextI
 
 from handtune.engine.data.images import ImageCollate, decode
 from handtune.models import ResNet, load, save
-from handtune.models.layers.image_processor import Pixels
+from handtune.models.layers.image_processor import ImageProcessor
 
 
 def lay(folder: Path, processor: Any, **change: Any) -> None:
@@ -24,10 +24,10 @@ def lay(folder: Path, processor: Any, **change: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
 
 
-def assert_same_pixels(folder: Path, kind: Any, mode: str = "RGB") -> Pixels:
+def assert_same_pixels(folder: Path, kind: Any, mode: str = "RGB") -> ImageProcessor:
     """Images become what transformers' processor of the same file makes of them."""
     channels = {"RGB": 3, "L": 1}[mode]
-    pixels = Pixels.read(folder, {}, channels)
+    pixels = ImageProcessor.read(folder, {}, channels)
     assert pixels is not None
     processor = kind.from_pretrained(folder, do_convert_rgb=False)
     generator = np.random.default_rng(0)
@@ -81,7 +81,9 @@ def test_a_crop_of_null_is_the_usual_one(tmp_path):
     """As in transformers 4; version 5 divides by it."""
     lay(tmp_path / "usual", ConvNextImageProcessorPil(size={"shortest_edge": 28}, crop_pct=224 / 256))
     lay(tmp_path / "null", ConvNextImageProcessorPil(size={"shortest_edge": 28}), crop_pct=None)
-    assert Pixels.read(tmp_path / "null", {}) == assert_same_pixels(tmp_path / "usual", ConvNextImageProcessorPil)
+    assert ImageProcessor.read(tmp_path / "null", {}) == assert_same_pixels(
+        tmp_path / "usual", ConvNextImageProcessorPil
+    )
 
 
 @pytest.mark.parametrize(
@@ -101,19 +103,19 @@ def test_a_crop_of_null_is_the_usual_one(tmp_path):
 def test_other_steps_are_refused_by_name(tmp_path, kind, change, says):
     lay(tmp_path, kind(**(SIZES if kind is BitImageProcessorPil else {"size": {"shortest_edge": 28}})), **change)
     with pytest.raises(ValueError, match=says) as caught:
-        Pixels.read(tmp_path, {})
+        ImageProcessor.read(tmp_path, {})
     assert "preprocessor_config.json" in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_crop_after_convnexts_own_is_refused(tmp_path):
     lay(tmp_path, ConvNextImageProcessorPil(size={"shortest_edge": 28}), do_center_crop=True)
     with pytest.raises(ValueError, match="do_center_crop = True of a ConvNextImageProcessor.* is not implemented"):
-        Pixels.read(tmp_path, {})
+        ImageProcessor.read(tmp_path, {})
 
 
 def test_what_timm_leaves_out_is_its_default(tmp_path):
     said = {"input_size": [3, 64, 64], "crop_pct": None, "interpolation": None, "crop_mode": None, "mean": None}
-    assert Pixels.read(tmp_path, {"pretrained_cfg": said}) == Pixels(64, 73)
+    assert ImageProcessor.read(tmp_path, {"pretrained_cfg": said}) == ImageProcessor(64, 73)
 
 
 def test_a_network_for_grey_images_comes_back(tmp_path):

@@ -25,7 +25,7 @@ from handtune.engine.rlhf.reward_model import Reward, checked_scores
 from handtune.engine.rlhf.rollouts import Rollout
 from handtune.engine.rlhf.run import _Run
 from handtune.engine.rlhf.shared_base import shared_layers, with_head
-from handtune.engine.training.run_folder import Record
+from handtune.engine.training.run_folder import RunFolder
 from handtune.models import GPT2
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -55,7 +55,7 @@ SMALL: dict[str, Any] = {
 
 def run_of(model: Any, **settings: Any) -> _Run:
     torch.manual_seed(0)
-    return _Run(model, PROMPTS * 4, [evens], PPOConfig(**{**SMALL, **settings}), None, Record(None))
+    return _Run(model, PROMPTS * 4, [evens], PPOConfig(**{**SMALL, **settings}), None, RunFolder(None))
 
 
 def sampled(run: _Run) -> Rollout:
@@ -90,7 +90,7 @@ def test_the_first_ratio_is_exactly_one(family: str, targets: str, micro: int | 
     rollout = sampled(run)
     assert len(set(rollout.lengths)) > 1
     order = torch.randperm(16).tolist()
-    run.round.assess(rollout, order)
+    run.round.evaluate_rollout(rollout, order)
     assert (rollout.logps - rollout.reference).abs().max() > 1e-3
     advantages, returns = run.round.advantages(rollout)
     for rows in (order[:8][i : i + (micro or 8)] for i in range(0, 8, micro or 8)):
@@ -109,7 +109,7 @@ def test_log_probabilities_row_by_row(family: str, tmp_path: Path) -> None:
     torch.nn.init.normal_(run.round.critic.head.out.weight)
     assert run.round.actors.share == 1
     rollout = sampled(run)
-    run.round.assess(rollout, range(16))
+    run.round.evaluate_rollout(rollout, range(16))
     for i, (ids, start) in enumerate(zip(rollout.ids, rollout.starts, strict=True)):
         n, row = len(ids) - start, torch.tensor([ids])
         for name, found in (("policy", rollout.logps), (None, rollout.reference)):
@@ -296,10 +296,10 @@ def test_a_reward_model_on_the_policys_base(targets: str, tmp_path: Path) -> Non
     completions = [[4, 5, 6], [1], [2, 3], [9, 9]]
     torch.testing.assert_close(loaded(PROMPTS, completions), reward(PROMPTS, completions))
     config = PPOConfig(**{**SMALL, "lora": LoRAConfig(rank=4, targets=["layers.1.*"])})
-    run = _Run(model, PROMPTS * 4, [loaded, evens], config, None, Record(None))
+    run = _Run(model, PROMPTS * 4, [loaded, evens], config, None, RunFolder(None))
     assert run.round.actors.share == 1
     rollout = sampled(run)
-    run.round.assess(rollout, range(16))
+    run.round.evaluate_rollout(rollout, range(16))
     both_scores = reward(*run.round.as_given(rollout)) + torch.tensor(evens([], rollout.completions))
     torch.testing.assert_close(rollout.scores, both_scores, rtol=1e-4, atol=1e-5)
 
@@ -329,7 +329,7 @@ def test_rewards_see_what_was_given(tmp_path: Path) -> None:
     config = PPOConfig(**{**SMALL, "reward_norm_samples": 400, "episodes": 16})
     ppo(model, prompts, [own, length], config, tokenizer=tokenizer)
     assert seen == set(prompts)
-    run = _Run(gpt2(vocab_size=500), prompts, [own], config, tokenizer, Record(None))
+    run = _Run(gpt2(vocab_size=500), prompts, [own], config, tokenizer, RunFolder(None))
     run.round.ends = [0]
     rollout = run.round.sample(run.batches.examples * 100, None)
     scores = own(*run.round.as_given(rollout))
@@ -338,7 +338,7 @@ def test_rewards_see_what_was_given(tmp_path: Path) -> None:
     alike = ["The Cat", "the cat"]  # of the same tokens
     lower = Tokenizer.from_str(tokenizer.to_str())
     lower.normalizer = normalizers.Lowercase()
-    run = _Run(gpt2(vocab_size=500), alike, [length], config, lower, Record(None))
+    run = _Run(gpt2(vocab_size=500), alike, [length], config, lower, RunFolder(None))
     assert run.round.as_given(sampled(run))[0] == alike
     with pytest.raises(ValueError, match="a reward model without a tokenizer was given texts"):
         ppo(gpt2(vocab_size=500), prompts, Reward(own.model), config, tokenizer=tokenizer)
@@ -347,10 +347,10 @@ def test_rewards_see_what_was_given(tmp_path: Path) -> None:
 def test_a_reward_without_adapter_scores_by_the_base() -> None:
     model = gpt2()
     reward = Reward(with_head(model, "reward"), scale=1.0)
-    run = _Run(model, PROMPTS * 4, [reward, evens], PPOConfig(**SMALL), None, Record(None))
+    run = _Run(model, PROMPTS * 4, [reward, evens], PPOConfig(**SMALL), None, RunFolder(None))
     moved(run)
     rollout = sampled(run)
-    run.round.assess(rollout, range(16))
+    run.round.evaluate_rollout(rollout, range(16))
     with use_adapter(model, None):
         expected = reward(*run.round.as_given(rollout))
     torch.testing.assert_close(rollout.scores - torch.tensor(evens([], rollout.completions)), expected)
@@ -412,7 +412,7 @@ def test_completions_without_end_pay_for_it() -> None:
     model.tokens = model.tokens.__class__(eos_id=11)
     run = run_of(model, missing_eos_penalty=5.0)
     rollout = sampled(run)
-    run.round.assess(rollout, range(16))
+    run.round.evaluate_rollout(rollout, range(16))
     plain = torch.tensor(evens([], rollout.completions))
     expected = plain - 5.0 * torch.tensor([not ended for ended in rollout.ended])
     torch.testing.assert_close(rollout.scores, expected)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from handtune.kernels import LayerNorm, Linear, LowRank, activation_linear, norm_linear
-from handtune.kernels.lora.factors import Part
+from handtune.kernels import LayerNorm, Linear, LoRALinearWeights, activation_linear, norm_linear
+from handtune.kernels.lora.factors import LinearPart
 from handtune.kernels.quant.nf4 import NF4Weight, Workspace, dynamic_map, nf4_levels, quantize_blocks
 
 PUBLISHED = (
@@ -79,7 +79,7 @@ def test_stores_what_a_slow_reference_finds(shape: tuple[int, int], dtype: torch
     values = nf4_levels().numpy()[codes] * known.repeat(64)[: len(line)]
     expected = torch.from_numpy(values.reshape(shape)).to(dtype)
     assert torch.equal(weight.dequantize(dtype), expected)
-    assert torch.equal(weight.borrow(dtype), expected)
+    assert torch.equal(weight.dequantize_into_buffer(dtype), expected)
 
 
 def test_what_it_costs() -> None:
@@ -125,7 +125,9 @@ def linears(dtype: torch.dtype, transposed: bool = False) -> tuple[Linear, Linea
     packed = Linear.around(nn.Parameter(weight.T.contiguous(), False) if transposed else weight, None, transposed)
     packed.bias = nn.Parameter(draw(48, dtype=dtype))
     packed.quantize_(Workspace())
-    adapter = LowRank(40, [Part("q", 0, 16), Part("v", 32, 16)], [2, 3], [0.5, 2.0], dropout=0.3).to(dtype)
+    adapter = LoRALinearWeights(
+        40, [LinearPart("q", 0, 16), LinearPart("v", 32, 16)], [2, 3], [0.5, 2.0], dropout=0.3
+    ).to(dtype)
     for b in adapter.b:
         b.data.normal_(0, 0.3)
     packed.lora["a"], packed.active = adapter, "a"
@@ -201,8 +203,8 @@ def test_survives_casting_copying_and_inference_mode() -> None:
 def test_buffer_is_one_and_grows() -> None:
     workspace = Workspace()
     small, large = NF4Weight(draw(3, 64), workspace), NF4Weight(draw(9, 70), workspace)
-    small.borrow(torch.float32)
-    first = large.borrow(torch.float32)
+    small.dequantize_into_buffer(torch.float32)
+    first = large.dequantize_into_buffer(torch.float32)
     assert torch.equal(first, large.dequantize(torch.float32))
-    assert small.borrow(torch.float32).data_ptr() == first.data_ptr()
-    assert small.borrow(torch.bfloat16).data_ptr() != first.data_ptr()
+    assert small.dequantize_into_buffer(torch.float32).data_ptr() == first.data_ptr()
+    assert small.dequantize_into_buffer(torch.bfloat16).data_ptr() != first.data_ptr()

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from handtune.models.checkpoint import safetensors_io
-from handtune.models.checkpoint.safetensors_io import DTYPES, Made, holds, read_header, read_into, write_file
-from handtune.models.layers.key_map import Published
+from handtune.models.checkpoint.safetensors_io import DTYPES, LazyTensor, holds, read_header, read_into, write_file
+from handtune.models.layers.key_map import CheckpointKey
 
 
 def tensors() -> dict[str, Tensor]:
@@ -51,7 +51,7 @@ def test_what_the_library_writes_is_read(tmp_path, buffer):
 
 def test_what_is_written_the_library_reads(tmp_path, buffer):
     given = tensors()
-    write_file(tmp_path / "x", {name: Made(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in given.items()})
+    write_file(tmp_path / "x", {name: LazyTensor(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in given.items()})
     found = load_file(tmp_path / "x")
     assert set(found) == set(given)
     assert all(same(found[name], tensor) for name, tensor in given.items())
@@ -65,14 +65,14 @@ def test_what_is_written_the_library_reads(tmp_path, buffer):
 @pytest.mark.parametrize(
     ("ours", "source"),
     [
-        ((12, 5), Published(("x",))),
-        ((12, 5), Published(("x",), transposed=True)),
-        ((12, 5), Published(("x",), interleaved=(2, 3))),
-        ((12,), Published(("x",), interleaved=(2, 3))),
-        ((12, 5), Published(("x",), transposed=True, interleaved=(2, 3))),
-        ((5, 12), Published(("x",), shape=(5, 3, 4))),
-        ((12, 5), Published(("x",), shape=(5, 3, 4), transposed=True)),
-        ((12,), Published(("x",), transposed=True)),
+        ((12, 5), CheckpointKey(("x",))),
+        ((12, 5), CheckpointKey(("x",), transposed=True)),
+        ((12, 5), CheckpointKey(("x",), interleaved=(2, 3))),
+        ((12,), CheckpointKey(("x",), interleaved=(2, 3))),
+        ((12, 5), CheckpointKey(("x",), transposed=True, interleaved=(2, 3))),
+        ((5, 12), CheckpointKey(("x",), shape=(5, 3, 4))),
+        ((12, 5), CheckpointKey(("x",), shape=(5, 3, 4), transposed=True)),
+        ((12,), CheckpointKey(("x",), transposed=True)),
     ],
 )
 def test_every_layout_there_and_back(tmp_path, buffer, ours, source, dtype):
@@ -90,7 +90,7 @@ def test_every_layout_there_and_back(tmp_path, buffer, ours, source, dtype):
     assert holds(read_header(tmp_path / "x")["x"], source.as_stored(rows))
     matrix[3] += 1
     assert not holds(read_header(tmp_path / "x")["x"], source.as_stored(rows))
-    write_file(tmp_path / "y", {"y": Made(tuple(stored.shape), rows.dtype, lambda: source.as_stored(rows))})
+    write_file(tmp_path / "y", {"y": LazyTensor(tuple(stored.shape), rows.dtype, lambda: source.as_stored(rows))})
     assert torch.equal(load_file(tmp_path / "y")["y"], source.theirs(rows))
 
 

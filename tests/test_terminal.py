@@ -229,7 +229,7 @@ PLANTED = {
     "evaluate": "handtune.commands.evaluate.put_weights",
     "generate": "handtune.commands.generate.load",
     "label": "handtune.engine.tasks.zero_shot.tokenize_pairs",
-    "merge": "handtune.commands.merge.place",
+    "merge": "handtune.commands.merge.match_keys",
     "ppo": "handtune.engine.rlhf.run.lr_factor",
     "report": "handtune.reporting.runs.costs",
 }

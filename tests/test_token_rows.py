@@ -31,7 +31,7 @@ from handtune.engine import (
 )
 from handtune.engine.data.batches import Batches, Collate
 from handtune.engine.tasks.losses import causal_lm_loss
-from handtune.engine.training.guards import passes
+from handtune.engine.training.guards import infinite_epochs
 from handtune.models import add_tokens, load, save
 
 
@@ -89,7 +89,7 @@ def test_the_steps_are_those_of_the_whole_matrix(tmp_path, tied):
     whole = [reference.embed.tokens.weight] if tied else [reference.embed.tokens.weight, reference.head.weight]
     optimizer = torch.optim.AdamW(whole, lr=0.01, **settings)
     old = [weight.detach().clone() for weight in whole]
-    for micros in islice(passes(batches(rows_with(ids))), 8):
+    for micros in islice(infinite_epochs(batches(rows_with(ids))), 8):
         loss, count = causal_lm_loss(reference, micros[0])
         (loss / count).backward()
         optimizer.step()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from handtune.engine.training.optim import Optimizer
 from handtune.kernels.optim.adamw import adamw_
-from handtune.kernels.optim.adamw_state import Trained
+from handtune.kernels.optim.adamw_state import AdamWParam
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BETAS, EPS = (0.9, 0.99), 1e-6
@@ -19,13 +19,13 @@ def draw(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def weights(copies: torch.dtype | None = None) -> list[Trained]:
+def weights(copies: torch.dtype | None = None) -> list[AdamWParam]:
     """One weight of each shape; every other one decays, learns slower, and has a narrow copy."""
     out = []
     for i, shape in enumerate(SHAPES):
         weight = draw(shape, i).float().to(DEVICE).requires_grad_()
         copy = weight.detach().to(copies) if copies and i % 2 else None
-        out.append(Trained(weight, scale=0.5 if i % 2 else 1.0, decay=0.1 if i % 2 else 0.0, copy=copy))
+        out.append(AdamWParam(weight, scale=0.5 if i % 2 else 1.0, decay=0.1 if i % 2 else 0.0, copy=copy))
     return out
 
 
@@ -33,7 +33,7 @@ def gradient(i: int, step: int) -> Tensor | None:
     return None if i == WITHOUT and step % 2 else 10 ** (i - 3) * draw(SHAPES[i], 100 * step + i)
 
 
-def update(trained: list[Trained], step: int, factor: float | None) -> None:
+def update(trained: list[AdamWParam], step: int, factor: float | None) -> None:
     for i, one in enumerate(trained):
         g = gradient(i, step)
         one.weight.grad = None if g is None else g.to(one.weight)
@@ -87,7 +87,7 @@ def test_other_layouts() -> None:
         weight = draw((5, 9), 0).float().to(DEVICE).T
         plain = weight.clone(memory_format=torch.contiguous_format)
         g = draw((9, 5), 1).float().to(DEVICE)
-        ones = [Trained(weight.requires_grad_()), Trained(plain.requires_grad_())]
+        ones = [AdamWParam(weight.requires_grad_()), AdamWParam(plain.requires_grad_())]
         plain.grad, weight.grad = g.clone(), g.clone()
         if same:
             weight.grad = g.T.contiguous().T
@@ -111,7 +111,7 @@ def test_gradients_stay_and_two_runs_are_bitwise_equal() -> None:
 
 
 def test_a_graph_that_needs_the_old_weight_says_so() -> None:
-    one = Trained(torch.ones(3, device=DEVICE, requires_grad=True))
+    one = AdamWParam(torch.ones(3, device=DEVICE, requires_grad=True))
     y = one.weight.square().sum()
     one.weight.grad = torch.ones_like(one.weight)
     adamw_([one], 0.1, BETAS, EPS)

@@ -6,8 +6,8 @@ from kernel_cases import draw, error
 from launches import launched
 from torch import Tensor, nn
 
-from handtune.kernels import Linear, LowRank, backend
-from handtune.kernels.lora.factors import Part
+from handtune.kernels import Linear, LoRALinearWeights, backend
+from handtune.kernels.lora.factors import LinearPart
 from handtune.kernels.quant.nf4 import FEW_ROWS, NF4Weight, Workspace, nf4_levels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,7 +63,7 @@ def test_decodes(shape, dtype) -> None:
     packed = NF4Weight(matrix(*shape), Workspace())
     truth = decoded(packed)
     with launched() as kernels:
-        own, lent = packed.dequantize(dtype), packed.borrow(dtype)
+        own, lent = packed.dequantize(dtype), packed.dequantize_into_buffer(dtype)
     assert kernels == ["_dequantize_kernel"] * 2
     assert torch.equal(own, lent)
     assert own.dtype == dtype
@@ -78,7 +78,7 @@ def test_decodes(shape, dtype) -> None:
 def test_product_decodes_on_the_way(shape, rows, dtype) -> None:
     packed = NF4Weight(matrix(*shape), Workspace())
     x, bias = draw(rows, shape[1]).to(DEVICE, dtype), draw(shape[0], seed=1).to(DEVICE, dtype)
-    assert packed.multiplies(x)
+    assert packed.supports_fused_matmul(x)
     with launched() as kernels:
         plain, added = packed.product(x, None), packed.product(x, bias)
     assert kernels == ["_product_kernel"] * 2
@@ -99,7 +99,7 @@ def test_product_of_more_blocks_than_a_range_has() -> None:
 def adapted(m: int, k: int, dtype: torch.dtype) -> Linear:
     linear = Linear.around(nn.Parameter(matrix(m, k, dtype), requires_grad=False), None)
     linear.quantize_(Workspace())
-    adapter = LowRank(k, [Part("", 0, m)], [3], [0.5], device=DEVICE).to(dtype)
+    adapter = LoRALinearWeights(k, [LinearPart("", 0, m)], [3], [0.5], device=DEVICE).to(dtype)
     adapter.a.data.copy_(draw(3, k))
     adapter.b[0].data.copy_(draw(m, 3))
     linear.lora["a"], linear.active = adapter, "a"

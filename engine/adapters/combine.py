@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...kernels import Conv2d, Linear, LowRank
-from ...kernels.conv import ConvFactors
+from ...kernels import Conv2d, Linear, LoRALinearWeights
+from ...kernels.conv import LoRAConvWeights
 from .belongings import belongings_of
 from .config import is_finite
-from .embedding import EmbeddingFactors, LoRAEmbedding
-from .lora import check_name, make_room, refuse_merged, slots
+from .embedding import LoRAEmbedding, LoRAEmbeddingWeights
+from .lora import adapter_sites, check_name, make_room, refuse_merged
 from .switch import adapter_names, set_adapter
 from .turns import taking_turns
-from .wrapping import Adaptable, Factors
+from .wrapping import Adaptable, LoRAWeights
 
 Pair = tuple[Tensor, Tensor]  # A (R, K) and B (M, R)
 
@@ -40,7 +40,7 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str, 
     refuse_merged(model)
     _check(model, weights, rank)
     made = []
-    for slot in slots(model):
+    for slot in adapter_sites(model):
         used = {key: weight for key, weight in weights.items() if key in slot.module.lora}
         if used:
             made.append((slot.module, _combined(slot.path, slot.module, used, rank)))
@@ -63,7 +63,7 @@ def _check(model: nn.Module, weights: Mapping[str, float], rank: int | None) -> 
             raise ValueError(
                 f"{trained[0]} belongs to {name!r}, and such a tensor can't be added up; merge it into the base instead"
             )
-    for slot in slots(model):
+    for slot in adapter_sites(model):
         for name in weights:
             if name in slot.module.lora and slot.module.lora[name].m is not None:
                 raise ValueError(
@@ -71,17 +71,17 @@ def _check(model: nn.Module, weights: Mapping[str, float], rank: int | None) -> 
                 )
 
 
-def _combined(path: str, module: Adaptable, weights: Mapping[str, float], rank: int | None) -> Factors:
+def _combined(path: str, module: Adaptable, weights: Mapping[str, float], rank: int | None) -> LoRAWeights:
     """The sum on one module."""
     if isinstance(module, Linear):
         return _combined_projection(module, weights, rank)
     if isinstance(module, LoRAEmbedding):
         pairs = []
         for name, weight in weights.items():
-            of_embedding: EmbeddingFactors = module.lora[name]  # type: ignore[assignment]
+            of_embedding: LoRAEmbeddingWeights = module.lora[name]  # type: ignore[assignment]
             pairs.append((of_embedding.a, weight * of_embedding.scale * of_embedding.b))
         a, b = _sum(pairs, rank)
-        out = EmbeddingFactors(module.num_embeddings, module.embedding_dim, len(a), 1.0, a.device)
+        out = LoRAEmbeddingWeights(module.num_embeddings, module.embedding_dim, len(a), 1.0, a.device)
         out.a.data, out.b.data = a, b
         return out
     if module.groups > 1:
@@ -91,34 +91,34 @@ def _combined(path: str, module: Adaptable, weights: Mapping[str, float], rank: 
     return _combined_convolution(module, weights, rank)
 
 
-def _combined_projection(module: Linear, weights: Mapping[str, float], rank: int | None) -> LowRank:
+def _combined_projection(module: Linear, weights: Mapping[str, float], rank: int | None) -> LoRALinearWeights:
     found: dict[int, list[Pair]] = {}
     for name, weight in weights.items():
-        own: LowRank = module.lora[name]  # type: ignore[assignment]
+        own: LoRALinearWeights = module.lora[name]  # type: ignore[assignment]
         for part, scale, a, b in own.blocks():
             found.setdefault(module.parts.index(part), []).append((a, weight * scale * b))
     sums = {index: _sum(pairs, rank) for index, pairs in sorted(found.items())}
     parts, ranks = [module.parts[index] for index in sums], [len(a) for a, _ in sums.values()]
-    out = LowRank(module.in_features, parts, ranks, [1.0] * len(parts), device=module.weight.device)
+    out = LoRALinearWeights(module.in_features, parts, ranks, [1.0] * len(parts), device=module.weight.device)
     out.a.data = torch.cat([a for a, _ in sums.values()])
     for own_b, (_, b) in zip(out.b, sums.values(), strict=True):
         own_b.data = b
     return out
 
 
-def _combined_convolution(module: Conv2d, weights: Mapping[str, float], rank: int | None) -> ConvFactors:
+def _combined_convolution(module: Conv2d, weights: Mapping[str, float], rank: int | None) -> LoRAConvWeights:
     pairs = []
     for name, weight in weights.items():
-        own: ConvFactors = module.lora[name]  # type: ignore[assignment]
+        own: LoRAConvWeights = module.lora[name]  # type: ignore[assignment]
         pairs.append((own.a.flatten(1), weight * own.scale * own.b.flatten(1)))
     a, b = _sum(pairs, rank)
-    out = ConvFactors(module, len(a), 1.0)
+    out = LoRAConvWeights(module, len(a), 1.0)
     out.a.data, out.b.data = a.view(len(a), *out.a.shape[1:]), b[..., None, None]
     return out
 
 
 def _sum(pairs: Sequence[Pair], rank: int | None) -> Pair:
-    """Factors of Σ B A, of at most this rank."""
+    """LoRAWeights of Σ B A, of at most this rank."""
     a, b = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], 1)
     if rank is None or rank >= len(a):
         return a, b

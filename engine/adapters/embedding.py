@@ -9,7 +9,7 @@ from ...kernels.lora.factors import Merged
 from ...kernels.lora.per_row import AdapterRows
 
 
-class EmbeddingFactors(nn.Module):
+class LoRAEmbeddingWeights(nn.Module):
     """An adapter on an embedding: `a` (R, V), zero, and `b` (D, R), N(0, 1), as PEFT starts them. fp32 masters."""
 
     def __init__(self, vocab: int, d_model: int, rank: int, scale: float, device: torch.device | None = None):
@@ -60,7 +60,7 @@ class LoRAEmbedding(nn.Module):
         out = F.embedding(ids, self.weight, self.padding_idx)
         if adapter is None:
             return out
-        factors: EmbeddingFactors = self.lora[adapter]  # type: ignore[assignment]
+        factors: LoRAEmbeddingWeights = self.lora[adapter]  # type: ignore[assignment]
         low = F.embedding(ids, factors.a.T.to(out.dtype))
         out = out + factors.scale * (low @ factors.b.T.to(out.dtype))
         return out if factors.m is None else rescale(out, factors.gain(self.weight), None)

@@ -14,19 +14,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ...kernels import Conv2d, Linear, LowRank
-from ...kernels.conv import ConvFactors
+from ...kernels import Conv2d, Linear, LoRALinearWeights
+from ...kernels.conv import LoRAConvWeights
 from ..model import KnownModel
 from .belongings import claim, switch
 from .config import LoRAConfig
-from .embedding import EmbeddingFactors, LoRAEmbedding
+from .embedding import LoRAEmbedding, LoRAEmbeddingWeights
 from .turns import taking_turns
-from .wrapping import Adaptable, Factors, ensure_slot, is_conv1d, refuse_misfit
+from .wrapping import Adaptable, LoRAWeights, ensure_slot, is_conv1d, refuse_misfit
 
 FOREIGN_HEADS = ("lm_head", "head", "score", "classifier", "qa_outputs", "embed_out", "cls")
 
 
-class Slot(NamedTuple):
+class AdapterSite(NamedTuple):
     """A module that can carry adapters: its path, the module, and how the model's tensors are published."""
 
     path: str
@@ -39,15 +39,15 @@ class Slot(NamedTuple):
         return _published(self.path, self.key_map())
 
 
-def slots(model: nn.Module) -> Iterator[Slot]:
+def adapter_sites(model: nn.Module) -> Iterator[AdapterSite]:
     """All modules that have an adapter slot."""
     key_map = cache(lambda: model.key_map() if isinstance(model, KnownModel) else {})  # not for switching adapters
     for path, module in model.named_modules():
         if isinstance(module, Adaptable):
-            yield Slot(path, module, key_map)
+            yield AdapterSite(path, module, key_map)
 
 
-def _refuse_variant(model: nn.Module, path: str, config: LoRAConfig, ranks: dict[int, int]) -> None:
+def _check_variant(model: nn.Module, path: str, config: LoRAConfig, ranks: dict[int, int]) -> None:
     """ValueError where the module at `path` can't have what the configuration asks for. `ranks`: of its parts."""
     module = model.get_submodule(path)
     if config.init == "pissa" and isinstance(module, nn.Embedding | LoRAEmbedding | nn.Conv2d | Conv2d):
@@ -70,14 +70,14 @@ def _refuse_variant(model: nn.Module, path: str, config: LoRAConfig, ranks: dict
 
 
 @torch.no_grad()
-def _vary(factors: Factors, module: Adaptable, config: LoRAConfig) -> None:
+def _init_variant(factors: LoRAWeights, module: Adaptable, config: LoRAConfig) -> None:
     """PiSSA, LoRA+ and DoRA for fresh factors."""
     factors.lr_ratio = config.loraplus_lr_ratio
     if isinstance(module, Linear):
         weight = module.matrix if module.quantized is None else module.quantized.dequantize(torch.float32)
     else:
         weight = module.weight
-    if config.init == "pissa" and isinstance(factors, LowRank):
+    if config.init == "pissa" and isinstance(factors, LoRALinearWeights):
         factors.start_from(weight)
     if config.dora:
         factors.add_magnitudes(weight)
@@ -86,9 +86,9 @@ def _vary(factors: Factors, module: Adaptable, config: LoRAConfig) -> None:
 def lr_ratios(model: nn.Module) -> dict[str, float]:
     """LoRA+: the factor on the learning rate of each B that has one, by the parameter's name."""
     out: dict[str, float] = {}
-    for path, module, _ in slots(model):
+    for path, module, _ in adapter_sites(model):
         for name, factors in module.lora.items():
-            assert isinstance(factors, Factors)
+            assert isinstance(factors, LoRAWeights)
             if factors.lr_ratio != 1.0:
                 keys = [key for key, _ in factors.named_parameters() if key == "b" or key.startswith("b.")]
                 out |= {f"{path}.lora.{name}.{key}": factors.lr_ratio for key in keys}
@@ -97,7 +97,7 @@ def lr_ratios(model: nn.Module) -> dict[str, float]:
 
 def active_adapter(model: nn.Module) -> str | None:
     """The adapter that is applied to all rows; None where there is none, one for each row, or one is merged."""
-    return next((module.active for _, module, _ in slots(model) if isinstance(module.active, str)), None)
+    return next((module.active for _, module, _ in adapter_sites(model) if isinstance(module.active, str)), None)
 
 
 def make_room(model: nn.Module) -> None:
@@ -111,9 +111,9 @@ def make_room(model: nn.Module) -> None:
 
 def train_only(model: nn.Module, name: str | None) -> None:
     """The factors of the adapter called `name` train again if they did before, those of all others no longer."""
-    for _, module, _ in slots(model):
+    for _, module, _ in adapter_sites(model):
         for other, factors in module.lora.items():
-            assert isinstance(factors, Factors)
+            assert isinstance(factors, LoRAWeights)
             if other == name:
                 for key in factors.paused:
                     factors.get_parameter(key).requires_grad_(True)
@@ -143,7 +143,7 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> tup
     refuse_tied(model, [path for path, _, _ in chosen])
     for path, parts, published in chosen:
         refuse_misfit(model, path, config.rank_of(published[0]))
-        _refuse_variant(model, path, config, {i: config.rank_of(published[i]) for i in parts})
+        _check_variant(model, path, config, {i: config.rank_of(published[i]) for i in parts})
     make_room(model)
     for path, parts, published in chosen:
         module = ensure_slot(model, path)
@@ -151,15 +151,15 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> tup
         scales = [config.scale_of(published[i]) for i in parts]
         if isinstance(module, LoRAEmbedding):
             vocab, d_model = module.num_embeddings, module.embedding_dim
-            factors: Factors = EmbeddingFactors(vocab, d_model, ranks[0], scales[0], module.weight.device)
+            factors: LoRAWeights = LoRAEmbeddingWeights(vocab, d_model, ranks[0], scales[0], module.weight.device)
         elif isinstance(module, Conv2d):
-            factors = ConvFactors(module, ranks[0], scales[0], config.dropout)
+            factors = LoRAConvWeights(module, ranks[0], scales[0], config.dropout)
         else:
             blocks = [module.parts[i] for i in parts]
-            factors = LowRank(module.in_features, blocks, ranks, scales, config.dropout, module.weight.device)
-        _vary(factors, module, config)
+            factors = LoRALinearWeights(module.in_features, blocks, ranks, scales, config.dropout, module.weight.device)
+        _init_variant(factors, module, config)
         module.lora[name] = factors.train(module.training)
-    for slot in slots(model):
+    for slot in adapter_sites(model):
         slot.module.active = name if name in slot.module.lora else None
     return tuple(path for path, _, _ in chosen)
 
@@ -170,7 +170,7 @@ def check_name(model: nn.Module, name: str) -> None:
         raise ValueError(f"adapter name {name!r}: it must be a text, not empty and without a dot")
     if hasattr(nn.ModuleDict, name) or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"adapter name {name!r} means something in torch's modules; choose another")
-    if any(name in slot.module.lora for slot in slots(model)):
+    if any(name in slot.module.lora for slot in adapter_sites(model)):
         raise ValueError(f"adapter {name!r} exists already; choose another name")
 
 
@@ -205,7 +205,7 @@ def matches(
             hits += len(parts)
             found[path] = sorted({*found.get(path, []), *parts})
         if not hits:
-            copies = model.copies if isinstance(model, KnownModel) else {}
+            copies = model.tied_keys if isinstance(model, KnownModel) else {}
             refuse_tied(model, [_module(key) for copy, (key, _) in copies.items() if _names(_module(copy), target)])
             known = sorted({name for path, _, published in everything for name in (path, *published)})
             shown = ", ".join(known[:12]) + (f" and {len(known) - 12} more" if len(known) > 12 else "")
@@ -261,7 +261,7 @@ def _is_head(path: str) -> bool:
 
 def refuse_merged(model: nn.Module) -> None:
     """ValueError where an adapter stands in the weights: another would sit on the sum, and be wrong after unmerging."""
-    if any(slot.module.merged is not None for slot in slots(model)):
+    if any(slot.module.merged is not None for slot in adapter_sites(model)):
         raise ValueError("an adapter is merged into the weights; unmerge_lora(model) first")
 
 

@@ -11,14 +11,14 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from ...kernels import Conv2d, Linear, LowRank
-from ...kernels.conv import ConvFactors
+from ...kernels import Conv2d, Linear, LoRALinearWeights
+from ...kernels.conv import LoRAConvWeights
 from ...kernels.lora.factors import Merged
 from ...kernels.lora.per_row import AdapterRows
 from ..model import KnownModel
 from .belongings import active_belongings, claim, disown, give_up, restore, same_owner, switch
-from .embedding import EmbeddingFactors
-from .lora import active_adapter, refuse_merged, slots, train_only
+from .embedding import LoRAEmbeddingWeights
+from .lora import active_adapter, adapter_sites, refuse_merged, train_only
 from .rounding import rounded
 from .turns import alone, taking_turns
 from .wrapping import Adaptable
@@ -26,7 +26,7 @@ from .wrapping import Adaptable
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of all adapters attached to the model, sorted."""
-    return sorted({name for slot in slots(model) for name in slot.module.lora})
+    return sorted({name for slot in adapter_sites(model) for name in slot.module.lora})
 
 
 @taking_turns
@@ -49,7 +49,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 def _activate(model: nn.Module, name: str | None) -> None:
     claim(model, active_adapter(model))
     switch(model, name)
-    for slot in slots(model):
+    for slot in adapter_sites(model):
         slot.module.active = name if name is not None and name in slot.module.lora else None
 
 
@@ -73,7 +73,7 @@ def use_adapter(
     in training, where adapters differ in dropout.
     """
     with alone(model):
-        before = {slot.module: slot.module.active for slot in slots(model)}
+        before = {slot.module: slot.module.active for slot in adapter_sites(model)}
         outer, owners = active_adapter(model), active_belongings(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if name is None or isinstance(name, str):
@@ -90,7 +90,7 @@ def use_adapter(
 @contextmanager
 def beams_of_rows(model: nn.Module, beams: int) -> Iterator[None]:
     """Inside, each row that has an adapter of its own may become so many rows of the batch."""
-    by_row = next((s.module.active for s in slots(model) if isinstance(s.module.active, AdapterRows)), None)
+    by_row = next((s.module.active for s in adapter_sites(model) if isinstance(s.module.active, AdapterRows)), None)
     if by_row is None:
         yield
         return
@@ -114,11 +114,11 @@ def _restore(
     that trained before the block, which don't become its adapter's.
     """
     outer = next((was for was in before.values() if was is not None), None)
-    merged = any(slot.module.merged is not None for slot in slots(model))
+    merged = any(slot.module.merged is not None for slot in adapter_sites(model))
     if not merged:
         claim(model, active_adapter(model), but=trained)
         restore(model, owners, adapter)
-    for slot in slots(model):
+    for slot in adapter_sites(model):
         module = slot.module
         was = before.get(module, outer)
         known = was in module.lora if isinstance(was, str) else was is not None and bool(was.on(module.lora))
@@ -127,11 +127,11 @@ def _restore(
 
 def _set_by_row(model: nn.Module, rows: AdapterRows) -> None:
     _require(model, *rows.adapters)
-    chosen = [(slot, rows if rows.on(slot.module.lora) else None) for slot in slots(model)]
+    chosen = [(slot, rows if rows.on(slot.module.lora) else None) for slot in adapter_sites(model)]
     in_head = [slot.path for slot, active in chosen if active is not None and slot.path.partition(".")[0] == "head"]
     if in_head and isinstance(model, KnownModel) and model.task.endswith("-lm"):
         raise ValueError(f"{in_head[0]}: the head sees chosen positions, not rows; an adapter on it must be used alone")
-    positional = model.of_positions if isinstance(model, KnownModel) else ()
+    positional = model.position_modules if isinstance(model, KnownModel) else ()
     for slot, active in chosen:
         if active is not None and any(fnmatchcase(slot.path, glob) for glob in positional):
             raise ValueError(f"{slot.path} sees positions, not rows; an adapter on it must be used alone")
@@ -162,7 +162,7 @@ def drop_adapter(model: nn.Module, name: str) -> None:
     Raises ValueError, with the model unchanged, where there is no such adapter, it is in use, or one is merged.
     """
     _require(model, name)
-    holders = [slot.module for slot in slots(model) if name in slot.module.lora]
+    holders = [slot.module for slot in adapter_sites(model) if name in slot.module.lora]
     for module in holders:
         by_row = isinstance(module.active, AdapterRows) and name in module.active.adapters
         if module.active == name or by_row:
@@ -183,7 +183,7 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> None:
     Raises ValueError, with the model unchanged, where no adapter is active, one sits on a quantised weight or a
     convolution in groups, or a merged weight would hold NaN, infinity, or more than its dtype can.
     """
-    active = [slot for slot in slots(model) if slot.module.active is not None]
+    active = [slot for slot in adapter_sites(model) if slot.module.active is not None]
     if any(isinstance(slot.module.active, AdapterRows) for slot in active):
         raise ValueError("each row has an adapter of its own here; set_adapter(model, name) to the one to merge")
     if not active:
@@ -211,7 +211,7 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> None:
             rows.copy_(value)
         module.merged, module.active = None if base is None else Merged(name, base), None
     if not keep_base:
-        for slot in slots(model):
+        for slot in adapter_sites(model):
             slot.module.lora.clear()
         disown(model)
 
@@ -219,10 +219,10 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> None:
 def merged_rows(module: Adaptable, name: str) -> list[tuple[Tensor, Tensor]]:
     """Blocks of the weight as (rows, fan-in) views, each with what it becomes with the adapter in it, in fp32."""
     factors = module.lora[name]
-    if isinstance(factors, LowRank) and isinstance(module, Linear):
+    if isinstance(factors, LoRALinearWeights) and isinstance(module, Linear):
         blocks = [(part, module.matrix.data[part.start : part.start + part.size]) for part in factors.parts]
         return [(rows, factors.merged(part, rows)) for part, rows in blocks]
-    assert isinstance(factors, ConvFactors | EmbeddingFactors)
+    assert isinstance(factors, LoRAConvWeights | LoRAEmbeddingWeights)
     return [(module.weight.data, factors.merged(module.weight.data))]
 
 
@@ -230,7 +230,7 @@ def merged_rows(module: Adaptable, name: str) -> list[tuple[Tensor, Tensor]]:
 @torch.no_grad()
 def unmerge_lora(model: nn.Module) -> None:
     """Put the weights back, bitwise, and make the adapter active again. ValueError where none is merged."""
-    merged = [(slot.module, slot.module.merged) for slot in slots(model) if slot.module.merged is not None]
+    merged = [(slot.module, slot.module.merged) for slot in adapter_sites(model) if slot.module.merged is not None]
     if not merged:
         raise ValueError("no adapter is merged, or the base was not kept (keep_base=False)")
     for module, state in merged:

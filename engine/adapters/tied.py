@@ -24,8 +24,8 @@ def tied_copies(model: nn.Module) -> dict[str, str]:
     published = {key: source.names for key, source in model.key_map().items()}
     stored = {name for names in published.values() for name in names}
     prefixes = (model.base_prefix,) if isinstance(model.base_prefix, str) else model.base_prefix
-    for short, (key, _) in model.copies.items():
-        tasks = next((tasks for pattern, tasks in model.heads.items() if fnmatchcase(short, pattern)), None)
+    for short, (key, _) in model.tied_keys.items():
+        tasks = next((tasks for pattern, tasks in model.head_keys.items() if fnmatchcase(short, pattern)), None)
         if short in stored or key not in published or (tasks is not None and model.task not in tasks):
             continue  # a matrix of its own, or of a head that this task doesn't have
         stack = short.partition(".")[0]
@@ -102,7 +102,7 @@ def read_otherwise(model: nn.Module, adapted: Collection[str], rows: Collection[
 
     if isinstance(model, KnownModel) and set(rows) & set(pairs.values()):
         stored = {name for source in model.key_map().values() for name in source.names}
-        if apart := next((name for name in model.copies if name in stored), None):
+        if apart := next((name for name in model.tied_keys if name in stored), None):
             head = apart.removesuffix(".weight")
             return f"{head} is a matrix of its own, over whose rows PEFT writes the token rows of the embedding"
 

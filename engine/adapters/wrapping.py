@@ -6,13 +6,13 @@ model, and takes its hooks with it. What computes by a `forward` of its own is r
 
 from torch import Tensor, nn
 
-from ...kernels import Conv2d, Linear, LowRank
-from ...kernels.conv import ConvFactors
+from ...kernels import Conv2d, Linear, LoRALinearWeights
+from ...kernels.conv import LoRAConvWeights
 from .belongings import KEY as BELONGINGS
-from .embedding import EmbeddingFactors, LoRAEmbedding
+from .embedding import LoRAEmbedding, LoRAEmbeddingWeights
 
 Adaptable = Linear | Conv2d | LoRAEmbedding
-Factors = LowRank | ConvFactors | EmbeddingFactors
+LoRAWeights = LoRALinearWeights | LoRAConvWeights | LoRAEmbeddingWeights
 
 # Where a module keeps its hooks; names of torch's, which change with its versions, and are those of every module.
 _HOOKS = {name for name in vars(nn.Module()) if "hook" in name}

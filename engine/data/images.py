@@ -3,7 +3,8 @@
     cars/0001.jpg   cars/0002.png   ...        the folder's name is the label
     trucks/a.jpg    trucks/b.jpg    ...
 
-How large an image is for a model, and how its values are normalised, the model says (`Pixels`). In evaluation the
+How large an image is for a model, and how its values are normalised,
+the model says (`ImageProcessor`). In evaluation the
 window is cut out of the middle. In training it is cut out at random, and every other one is mirrored; where an image
 has no room to move the window in, it may reach beyond the edge by an eighth of its side and shows the mean colour there
 (He et al. 2015, section 4.2). What is random comes from torch's default generator, whose state a checkpoint holds.
@@ -33,7 +34,7 @@ MODES = {1: "L", 3: "RGB"}  # Pillow's names, by number of channels
 SHOWN = 8  # broken images that an error lists
 
 
-class Pixels(Protocol):
+class ImageProcessor(Protocol):
     """How a model takes images: scaled to `edge` on the short side (both, if `squeeze`), `size` cut out."""
 
     @property
@@ -82,7 +83,7 @@ def class_counts(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"{len(rows):,} images in {len(counts)} classes: {each}"
 
 
-def decode(path: str | Path, pixels: Pixels) -> Tensor:
+def decode(path: str | Path, pixels: ImageProcessor) -> Tensor:
     """The image at `path`, upright and scaled, as uint8 (C, H, W); its short side is `pixels.edge`.
 
     Raises FileNotFoundError, or ValueError that names the file where it can't be decoded.
@@ -112,7 +113,7 @@ class _TooLarge(ValueError):
     """An image that would take too much memory."""
 
 
-def _check_size(size: tuple[int, int], pixels: Pixels) -> None:
+def _check_size(size: tuple[int, int], pixels: ImageProcessor) -> None:
     width, height = size
     if width * height > MAX_PIXELS:
         raise _TooLarge(f"an image of {width} x {height} pixels; at most {MAX_PIXELS:,} are read")
@@ -134,7 +135,7 @@ def _eight_bits(image: Any) -> Any:
     return Image.fromarray((values >> 8).astype(np.uint8))
 
 
-def _scaled(size: tuple[int, int], pixels: Pixels) -> tuple[int, int]:
+def _scaled(size: tuple[int, int], pixels: ImageProcessor) -> tuple[int, int]:
     """Width and height with the short one at `edge`, the long one rounded down."""
     if pixels.squeeze:
         return pixels.edge, pixels.edge
@@ -148,7 +149,7 @@ class ImageExamples:
     `labels` are the classes in the order of their numbers. ValueError for a row of another class.
     """
 
-    def __init__(self, rows: Sequence[Mapping[str, Any]], labels: Sequence[str], pixels: Pixels):
+    def __init__(self, rows: Sequence[Mapping[str, Any]], labels: Sequence[str], pixels: ImageProcessor):
         if len(pixels.mean) not in MODES:
             raise ValueError(f"images of {len(pixels.mean)} channels can't be read from files; there are 1 and 3")
         numbers = label_ids(labels)
@@ -196,7 +197,7 @@ class ImageCollate:
     Examples that come with their "features" (D,) have those in the place of the inputs, as (B, D).
     """
 
-    pixels: Pixels
+    pixels: ImageProcessor
     augment: bool = False
 
     def __call__(self, examples: list[dict[str, Any]]) -> Batch:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.belongings import ROWS, belongings_of, put_aside
-from ..adapters.lora import slots
+from ..adapters.lora import adapter_sites
 from ..adapters.rounding import rounded
 from ..adapters.tied import copies_beside, same_tensor, without_copies
 from ..adapters.token_rows import STORED, rows_among
@@ -31,7 +31,7 @@ def tensors_with(model: nn.Module, adapter: str | None) -> dict[str, Tensor]:
     """
     out: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     out = {key: value for key, value in out.items() if ".lora." not in key}
-    for slot in slots(model):
+    for slot in adapter_sites(model):
         if slot.module.merged is not None:
             out[f"{slot.path}.weight"] = slot.module.merged.base
     for key, value in put_aside(model, adapter).items():

@@ -16,17 +16,25 @@ from torch import Tensor, nn
 
 from ..._files import read_json, write_json, write_tensors
 from ..._folders import filling
-from ...kernels import Linear, LowRank
-from ...kernels.conv import ConvFactors
+from ...kernels import Linear, LoRALinearWeights
+from ...kernels.conv import LoRAConvWeights
 from ..adapters.belongings import claim, give
-from ..adapters.embedding import EmbeddingFactors
-from ..adapters.lora import Slot, active_adapter, check_name, make_room, refuse_merged, refuse_tied, slots
+from ..adapters.embedding import LoRAEmbeddingWeights
+from ..adapters.lora import (
+    AdapterSite,
+    active_adapter,
+    adapter_sites,
+    check_name,
+    make_room,
+    refuse_merged,
+    refuse_tied,
+)
 from ..adapters.rounding import refuse_diverged
 from ..adapters.switch import adapter_names, set_adapter
 from ..adapters.tied import read_otherwise
 from ..adapters.token_rows import STORED, StoredRows, published_ids, take_rows, with_rows
 from ..adapters.turns import taking_turns
-from ..adapters.wrapping import Factors, ensure_slot, refuse_patched
+from ..adapters.wrapping import LoRAWeights, ensure_slot, refuse_patched
 from ..model import KnownModel
 from .beside import (
     BASE,
@@ -67,7 +75,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default", *, p
     """
     if name not in (known := adapter_names(model)):
         raise ValueError(f"there is no adapter {name!r}; attached: {', '.join(known) or 'none'}")
-    adapted = [slot for slot in slots(model) if name in slot.module.lora]
+    adapted = [slot for slot in adapter_sites(model) if name in slot.module.lora]
     found = [part for slot in adapted for part in _published_factors(model, slot, name)]
 
     # What trains without having been claimed yet belongs to the adapter in use, which may be this one.
@@ -139,18 +147,18 @@ def _of_one_rank(found: list[Published], more: list[str]) -> list[Published]:
     return out
 
 
-def _published_factors(model: nn.Module, slot: Slot, name: str) -> Iterator[Published]:
+def _published_factors(model: nn.Module, slot: AdapterSite, name: str) -> Iterator[Published]:
     """For each adapted part: published module path, rank, scale, and its factors under PEFT's names."""
     factors = slot.module.lora[name]
-    if isinstance(factors, EmbeddingFactors):
+    if isinstance(factors, LoRAEmbeddingWeights):
         weights: dict[str, Tensor] = {"lora_embedding_A": factors.a, "lora_embedding_B": factors.b}
         weights |= {} if factors.m is None else {MAGNITUDE: factors.m}
         yield slot.published[0], factors.a.shape[0], factors.scale, weights
-    elif isinstance(factors, ConvFactors):
+    elif isinstance(factors, LoRAConvWeights):
         weights = {"lora_A.weight": factors.a, "lora_B.weight": factors.b}
         weights |= {} if factors.m is None else {MAGNITUDE: factors.m.view(1, -1, 1, 1)}
         yield slot.published[0], factors.a.shape[0], factors.scale, weights
-    elif isinstance(factors, LowRank) and isinstance(slot.module, Linear):
+    elif isinstance(factors, LoRALinearWeights) and isinstance(slot.module, Linear):
         stored = stored_factor(model, slot.path)
         for i, (part, scale, a, b) in enumerate(factors.blocks()):
             weights = {"lora_A.weight": a, "lora_B.weight": stored.theirs(b) if stored else b}
@@ -160,7 +168,7 @@ def _published_factors(model: nn.Module, slot: Slot, name: str) -> Iterator[Publ
             yield slot.published[slot.module.parts.index(part)], len(a), scale, weights
 
 
-def _stored_transposed(model: nn.Module, slot: Slot) -> bool:
+def _stored_transposed(model: nn.Module, slot: AdapterSite) -> bool:
     source = stored(model, slot.path)
     return source.transposed if source else isinstance(slot.module, Linear) and slot.module.transposed
 
@@ -195,11 +203,13 @@ def _exactly(path: str) -> str:
 
 
 def _factors(model: nn.Module, name: str) -> list[Any]:
-    return [slot.module.lora[name] for slot in slots(model) if name in slot.module.lora]
+    return [slot.module.lora[name] for slot in adapter_sites(model) if name in slot.module.lora]
 
 
 def _dropout(model: nn.Module, name: str) -> float:
-    return next((own.dropout for own in _factors(model, name) if isinstance(own, LowRank | ConvFactors)), 0.0)
+    return next(
+        (own.dropout for own in _factors(model, name) if isinstance(own, LoRALinearWeights | LoRAConvWeights)), 0.0
+    )
 
 
 class StoredAdapter(NamedTuple):
@@ -208,7 +218,7 @@ class StoredAdapter(NamedTuple):
     `plain`: tensors by published name; `rows`: token rows.
     """
 
-    factors: list[tuple[str, Factors]]
+    factors: list[tuple[str, LoRAWeights]]
     plain: dict[str, Tensor]
     rows: list[StoredRows]
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from ..._files import require_file
 from ..._outside import visible_line
-from ...kernels import Conv2d, Linear, LowRank
-from ...kernels.conv import ConvFactors
-from ...kernels.lora.factors import Part
-from ..adapters.embedding import EmbeddingFactors, LoRAEmbedding
+from ...kernels import Conv2d, Linear, LoRALinearWeights
+from ...kernels.conv import LoRAConvWeights
+from ...kernels.lora.factors import LinearPart
+from ..adapters.embedding import LoRAEmbedding, LoRAEmbeddingWeights
 from ..adapters.lora import LoRAConfig, candidates
 from ..adapters.tied import tied_copies
-from ..adapters.wrapping import Factors, is_conv1d
+from ..adapters.wrapping import LoRAWeights, is_conv1d
 from ..model import KnownModel
 
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's
@@ -46,12 +46,12 @@ def stored_factor(model: nn.Module, path: str) -> Any:
 
 def plan_factors(
     model: nn.Module, tensors: dict[str, Tensor], config: LoRAConfig, path: Path
-) -> tuple[list[tuple[str, Factors]], dict[str, Tensor]]:
+) -> tuple[list[tuple[str, LoRAWeights]], dict[str, Tensor]]:
     """The factors to attach, by module path, made from the tensors; and the tensors that are no factors."""
-    plan: list[tuple[str, Factors]] = []
+    plan: list[tuple[str, LoRAWeights]] = []
     rest = dict(tensors)
     for module_path, module, published in candidates(model):
-        factors: Factors | None
+        factors: LoRAWeights | None
         if isinstance(module, nn.Embedding | LoRAEmbedding):
             factors = _embedding_factors(module, published[0], rest, config, path)
         elif isinstance(module, nn.Conv2d | Conv2d):
@@ -76,13 +76,13 @@ def plan_factors(
 
 def _embedding_factors(
     module: nn.Embedding | LoRAEmbedding, name: str, rest: dict[str, Tensor], config: LoRAConfig, path: Path
-) -> EmbeddingFactors | None:
+) -> LoRAEmbeddingWeights | None:
     v, d = module.num_embeddings, module.embedding_dim
     pair = _pair(rest, name, "lora_embedding_{}", lambda r: ((r, v), (d, r)), config, path)
     if pair is None:
         return None
     a, b = pair
-    factors = EmbeddingFactors(v, d, len(a), config.scale_of(name))
+    factors = LoRAEmbeddingWeights(v, d, len(a), config.scale_of(name))
     factors.a.data, factors.b.data = a.float(), b.float()
     if config.dora:
         factors.m = nn.Parameter(_magnitude(rest, name, (d,), path))
@@ -91,7 +91,7 @@ def _embedding_factors(
 
 def _conv_factors(
     module: nn.Conv2d | Conv2d, name: str, rest: dict[str, Tensor], config: LoRAConfig, path: Path
-) -> ConvFactors | None:
+) -> LoRAConvWeights | None:
     m, c, *kernel = module.weight.shape
     groups = module.groups
     pair = _pair(
@@ -104,7 +104,7 @@ def _conv_factors(
     except ValueError as error:
         raise ValueError(f"{path}: {name}: {error}") from error
     a, b = pair
-    factors = ConvFactors(conv, len(a), config.scale_of(name), config.dropout)
+    factors = LoRAConvWeights(conv, len(a), config.scale_of(name), config.dropout)
     factors.a, factors.b = nn.Parameter(a.float()), nn.Parameter(b.float())
     if config.dora:
         factors.m = nn.Parameter(_magnitude(rest, name, (1, m, 1, 1), path).flatten())
@@ -113,13 +113,13 @@ def _conv_factors(
 
 def _projection_factors(
     module: nn.Module, published: tuple[str, ...], stored: Any, rest: dict[str, Tensor], config: LoRAConfig, path: Path
-) -> LowRank | None:
+) -> LoRALinearWeights | None:
     if isinstance(module, Linear):
         fan_in, parts = module.in_features, module.parts
     else:
         assert isinstance(module.weight, Tensor)  # a foreign projection, see candidates
         fan_out, fan_in = module.weight.shape[::-1] if is_conv1d(module) else module.weight.shape
-        parts = (Part("", 0, fan_out),)
+        parts = (LinearPart("", 0, fan_out),)
     found = []
     for part, name in zip(parts, published, strict=True):
         shapes = partial(_matrices, fan_in, part.size)
@@ -128,7 +128,7 @@ def _projection_factors(
     if not found:
         return None
     blocks, scales, a_blocks, b_blocks = zip(*found, strict=True)
-    factors = LowRank(fan_in, list(blocks), [len(a) for a in a_blocks], list(scales), config.dropout)
+    factors = LoRALinearWeights(fan_in, list(blocks), [len(a) for a in a_blocks], list(scales), config.dropout)
     factors.a.data = torch.cat([a.float() for a in a_blocks])
     for own, b in zip(factors.b, b_blocks, strict=True):
         own.data = (stored.ours(b) if stored else b).float()

@@ -109,7 +109,7 @@ def sample(
     """Completions of `prompts` by the active adapter, `rows` at a time; torch's generator draws."""
     device = next(model.parameters()).device
     ids, ended = [], []
-    for some in cut(prompts, rows):
+    for some in chunks(prompts, rows):
         tokens, mask = left_padded([prompt.ids for prompt in some])  # 3
         seed, width = int(torch.randint(2**62, ())), tokens.shape[1]
         found = generate(
@@ -123,7 +123,7 @@ def sample(
 
 
 @dataclass
-class Actors:
+class PolicyAndCritic:
     """Who looks at a rollout: the policy's `model`, the `critic` on its base (None without), how many lower layers they
     `share` with the reference, and the temperature that the policy samples at.
     """
@@ -172,7 +172,7 @@ class Actors:
         return {} if states is None else {"entering": states, "layers": slice(self.share, None)}
 
 
-def cut(order: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+def chunks(order: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     """Pieces of at most `size` of an order."""
     for start in range(0, len(order), size):
         yield order[start : start + size]

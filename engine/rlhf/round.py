@@ -40,7 +40,7 @@ from .advantages import AdaptiveKL, by_group, explained_variance, gae, kl_estima
 from .config import PPOConfig
 from .reward_model import ADAPTER as REWARD
 from .reward_model import Reward, RewardFn, checked_scores
-from .rollouts import POLICY, Actors, Prompt, Rollout, cut, sample
+from .rollouts import POLICY, PolicyAndCritic, Prompt, Rollout, chunks, sample
 from .shared_base import shared_layers
 
 PER_TOKEN = ("logps", "reference", "entropy", "values")
@@ -51,7 +51,7 @@ class Round:
 
     def __init__(
         self,
-        actors: Actors,
+        actors: PolicyAndCritic,
         rewards: Sequence[RewardFn],
         optimizer: Optimizer,
         kl: AdaptiveKL,
@@ -72,7 +72,7 @@ class Round:
         sampled, n = time.perf_counter(), len(prompts)
         # 1: the first epoch's order is drawn before anything is computed, so that its micro-batches are known.
         orders = [torch.randperm(n).tolist() for _ in range(self.config.epochs)]
-        self.assess(rollout, orders[0])
+        self.evaluate_rollout(rollout, orders[0])
         advantages, returns = self.advantages(rollout)
         stats, assessed = self.about(rollout, returns), time.perf_counter()
         stats |= self.update(rollout, orders, advantages, returns, lr)
@@ -95,7 +95,7 @@ class Round:
             )
 
     @torch.no_grad()
-    def assess(self, rollout: Rollout, order: Sequence[int]) -> None:
+    def evaluate_rollout(self, rollout: Rollout, order: Sequence[int]) -> None:
         """Fill in what is fixed for the round: log-probabilities, values, scores."""
         n, share = len(rollout.ids), self.actors.share
         on_base = next((own for own in self.rewards if isinstance(own, Reward) and own.on(self.model)), None)
@@ -120,7 +120,7 @@ class Round:
             setattr(rollout, name, pad_sequence(tokens_of, batch_first=True))
         lengths = torch.tensor(rollout.lengths, device=self.device)
         rollout.mask = (torch.arange(rollout.logps.shape[1], device=self.device) < lengths[:, None]).float()
-        rollout.scores = scores + self.called(rollout, [own for own in self.rewards if own is not on_base])
+        rollout.scores = scores + self.external_rewards(rollout, [own for own in self.rewards if own is not on_base])
 
     def as_given(self, rollout: Rollout) -> tuple[list[Any], list[Any]]:
         """Prompts as the caller gave them, and completions likewise: as texts, where there is a tokenizer."""
@@ -132,7 +132,7 @@ class Round:
             ]
         return [prompt.given for prompt in rollout.prompts], completions
 
-    def called(self, rollout: Rollout, rewards: Sequence[RewardFn]) -> Tensor:
+    def external_rewards(self, rollout: Rollout, rewards: Sequence[RewardFn]) -> Tensor:
         """The scores of rewards that are called with texts, or, without a tokenizer, with token ids, added up."""
         prompts, completions = self.as_given(rollout)
         total = torch.zeros(len(completions), device=self.device)
@@ -160,9 +160,9 @@ class Round:
         """The epochs of clipped updates (12); how they went."""
         sums: dict[str, float] = defaultdict(float)
         steps, low, high = 0, 1.0, 1.0
-        for rows in (rows for order in orders for rows in cut(order, self.config.batch_size)):
+        for rows in (rows for order in orders for rows in chunks(order, self.config.batch_size)):
             tokens, moved = sum(rollout.lengths[i] for i in rows), 0.0
-            for part in cut(rows, self.config.micro_batch_size or self.config.batch_size):
+            for part in chunks(rows, self.config.micro_batch_size or self.config.batch_size):
                 found = self.backward(rollout, part, advantages, returns)
                 low, high = min(low, found.pop("ratio_min")), max(high, found.pop("ratio_max"))
                 for name, value in found.items():
@@ -206,7 +206,7 @@ class Round:
         return dict(zip(sums, numbers, strict=True))
 
     @torch.no_grad()
-    def sound(self, rollout: Rollout) -> bool:
+    def is_finite(self, rollout: Rollout) -> bool:
         """Whether policy and critic still give numbers after the last step, which no loss has seen."""
         batch = rollout.batch([0], self.device)
         found = self.actors.logps(batch, POLICY).sum()
@@ -214,8 +214,8 @@ class Round:
 
     def micro_batches(self, rows: Sequence[int]) -> Iterator[Sequence[int]]:
         """Rows in the micro-batches of their steps."""
-        for step in cut(rows, self.config.batch_size):
-            yield from cut(step, self.config.micro_batch_size or self.config.batch_size)
+        for step in chunks(rows, self.config.batch_size):
+            yield from chunks(step, self.config.micro_batch_size or self.config.batch_size)
 
     def about(self, rollout: Rollout, returns: Tensor) -> dict[str, float]:
         """A rollout in numbers. The KL is in nats a completion, the entropy in nats a token."""

@@ -28,15 +28,15 @@ from ..data.batches import Batches
 from ..data.fingerprints import in_memory
 from ..runtime import interruptible
 from ..training.checkpoint import checkpoint_path, checkpoints, load_checkpoint, prune, save_checkpoint
-from ..training.guards import clean_guest, explained_memory_error, passes, require_finite
+from ..training.guards import clean_guest, explained_memory_error, infinite_epochs, require_finite
 from ..training.optim import Optimizer, lr_factor
-from ..training.run_folder import Record, peak_memory
+from ..training.run_folder import RunFolder, peak_memory
 from ..training.state import generators, set_generators, tell_resumed
 from .advantages import AdaptiveKL, best_of
 from .config import PPOConfig
 from .reward_model import ADAPTER as REWARD
 from .reward_model import Reward, RewardFn
-from .rollouts import CRITIC, POLICY, Actors, Prompt, Rollout, fitting_prompts
+from .rollouts import CRITIC, POLICY, PolicyAndCritic, Prompt, Rollout, fitting_prompts
 from .round import Round
 from .shared_base import shared_layers, with_head
 
@@ -57,7 +57,7 @@ class PPOResult:
 
 
 @dataclass
-class Progress:
+class PPOProgress:
     """How far a run is: the facts of a checkpoint."""
 
     round: int = 0
@@ -93,9 +93,9 @@ def ppo(
     each, and a folder of a run with another configuration, base or prompts, or on which another process works;
     FloatingPointError where training diverges.
     """
-    with clean_guest(model, config.seed), Record(out).alone():
+    with clean_guest(model, config.seed), RunFolder(out).alone():
         start = time.perf_counter()
-        record, words = Record(out), None if tokenizer is None else tokenizer.to_str()
+        record, words = RunFolder(out), None if tokenizer is None else tokenizer.to_str()
         given: dict[str, Any] = {"prompts": list(prompts), "tokenizer": words}
         record.start(about or {}, {"ppo": asdict(config)}, lambda: in_memory(model, **given))
         run = _Run(model, prompts, [reward] if callable(reward) else reward, config, tokenizer, record)
@@ -105,13 +105,13 @@ def ppo(
         tell_resumed(record, "round", progress.round, total, progress.round >= total or progress.stopped is not None)
         bar = tqdm(total=config.episodes, initial=progress.episodes, unit="episode", disable=None)
         with interruptible() as interrupt, explained_memory_error(run.round.device, _smaller(config)), bar:
-            prompt = (batch[0][0] for batch in passes(run.batches))
+            prompt = (batch[0][0] for batch in infinite_epochs(run.batches))
             each_round = config.rollout_batch_size // (config.group_size or 1)
             while progress.round < total and progress.stopped is None:
                 lr = config.lr * lr_factor(config.schedule, progress.round, total, 0, 0.2, 0.0)
                 before = run.weights()  # which the round's rollout, and so its objective, is of
                 rollout, stats = run.round(list(islice(prompt, each_round)), lr)
-                loss = stats["policy_loss"] if run.round.sound(rollout) else math.nan
+                loss = stats["policy_loss"] if run.round.is_finite(rollout) else math.nan
                 require_finite(loss, stats["grad_norm"], f"round {progress.round + 1}", record, "ppo.lr")
                 progress.round, progress.episodes = progress.round + 1, progress.episodes + len(rollout.ids)
                 progress.stats, progress.seconds = stats, time.perf_counter() - start
@@ -153,7 +153,7 @@ class _Run:
         rewards: Sequence[RewardFn],
         config: PPOConfig,
         tokenizer: Any,
-        record: Record,
+        record: RunFolder,
     ):
         self.model, self.config, self.tokenizer, self.rewards = model, config, tokenizer, list(rewards)
         self.folder, self.record = record.checkpoints, record
@@ -176,7 +176,7 @@ class _Run:
         )  # fmt: skip
         self.kl = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
         share = shared_layers(model, (POLICY, CRITIC))
-        actors = Actors(model, critic, share, config.temperature)
+        actors = PolicyAndCritic(model, critic, share, config.temperature)
         self.round = Round(actors, self.rewards, self.optimizer, self.kl, config, tokenizer)
         self.best: dict[str, Tensor] = {}
 
@@ -233,10 +233,10 @@ class _Run:
         count, n = min(len(self.batches.examples), self.config.best_of_prompts), self.config.best_of
         prompts = [prompt for prompt in self._drawn(count) for _ in range(n)]
         samples = self.round.sample(prompts, None)
-        self.round.assess(samples, range(len(prompts)))
+        self.round.evaluate_rollout(samples, range(len(prompts)))
         return best_of(samples.scores.view(-1, n))
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: PPOProgress) -> None:
         if self.folder is None:
             return
         progress.beta = self.kl.beta
@@ -250,7 +250,7 @@ class _Run:
         save_checkpoint(checkpoint_path(self.folder, progress.round), tensors | states, facts)
         prune(self.folder, self.config.keep_last)
 
-    def begin(self) -> Progress:
+    def begin(self) -> PPOProgress:
         """From the newest checkpoint, or from the beginning; where that fails, policy and critic come off again."""
         try:
             with explained_memory_error(self.round.device, _smaller(self.config)):
@@ -261,12 +261,12 @@ class _Run:
         finally:
             self.stored = None
 
-    def _start(self) -> Progress:
+    def _start(self) -> PPOProgress:
         self.record.rewind(-1)
         self.normalise()
         if self.config.best_of:
             self.record.amend(best_of=self.best_of())
-        return Progress()
+        return PPOProgress()
 
     def _load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The newest checkpoint, if there is one."""
@@ -274,8 +274,8 @@ class _Run:
             return None
         return load_checkpoint(found[-1])
 
-    def _resume(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Progress:
-        progress = Progress(**facts["progress"])
+    def _resume(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> PPOProgress:
+        progress = PPOProgress(**facts["progress"])
         self.record.rewind(progress.round)
         self.optimizer.load_state_dict(_under("optimizer.", tensors))
         self.best, self.kl.beta = _under("best.", tensors), progress.beta

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..._weightless import allocate, without_weights
-from ..adapters.lora import slots
+from ..adapters.lora import adapter_sites
 
 
 def with_head(model: Any, task: str) -> Any:
@@ -31,6 +31,6 @@ def with_head(model: Any, task: str) -> Any:
 def shared_layers(model: Any, adapters: Iterable[str], trained: Iterable[str] = ()) -> int:
     """How many of the lower layers none of these adapters, and no parameter `trained`, changes."""
     names, found = set(adapters), [*trained]
-    found += [slot.path for slot in slots(model) if names & slot.module.lora.keys()]
+    found += [slot.path for slot in adapter_sites(model) if names & slot.module.lora.keys()]
     layers = [re.match(r"layers\.(\d+)\.", path) for path in found if not path.startswith(("head.", "norm."))]
     return min((int(layer[1]) if layer else 0 for layer in layers), default=len(model.layers))

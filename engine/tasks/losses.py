@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from ...kernels import Linear, linear_cross_entropy
-from ...kernels.linear import as_it_stands
+from ...kernels.linear import bind_projection
 from ..adapters.switch import use_adapter
 from ..data.batches import Batch
 
@@ -66,7 +66,7 @@ def _adapted_cross_entropy(states: Tensor, head: Linear, targets: Tensor) -> Ten
         return F.cross_entropy(project(rows).float(), targets, reduction="sum")
 
     losses = [
-        checkpoint(loss_of, rows, part, as_it_stands(rows.dtype, head), use_reentrant=False)
+        checkpoint(loss_of, rows, part, bind_projection(rows.dtype, head), use_reentrant=False)
         for rows, part in zip(states.split(chunk), targets.split(chunk), strict=True)
     ]
     return torch.stack(losses).sum()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..adapters.lora import slots
+from ..adapters.lora import adapter_sites
 from ..data.batches import Batches, Collate, Examples, to_device
 from ..data.images import ImageCollate
 from ..model import KnownModel
@@ -27,7 +27,7 @@ def head_only(model: nn.Module) -> bool:
     return (
         bool(trained)
         and not shared
-        and all(not slot.path.startswith("head") or not slot.module.lora for slot in slots(model))
+        and all(not slot.path.startswith("head") or not slot.module.lora for slot in adapter_sites(model))
     )
 
 

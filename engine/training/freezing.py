@@ -8,9 +8,9 @@ from torch import nn
 
 from ...kernels.quant.nf4 import NF4Weight
 from ..adapters.belongings import claim, every_tensor_aside, give_back
-from ..adapters.lora import active_adapter, slots
+from ..adapters.lora import active_adapter, adapter_sites
 from ..adapters.token_rows import trained_rows
-from ..adapters.wrapping import Factors
+from ..adapters.wrapping import LoRAWeights
 
 
 def match(model: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Parameter]:
@@ -41,9 +41,9 @@ def freeze(model: nn.Module, *patterns: str) -> None:
     for name, tensor in every_tensor_aside(model):
         if tensor.requires_grad and any(fnmatchcase(name, pattern) for pattern in patterns):
             tensor.requires_grad_(False)
-    for slot in slots(model):
+    for slot in adapter_sites(model):
         for adapter, factors in slot.module.lora.items():
-            assert isinstance(factors, Factors)
+            assert isinstance(factors, LoRAWeights)
             prefix = f"{slot.path}.lora.{adapter}."
             factors.paused = tuple(key for key in factors.paused if f"{prefix}{key}" not in names)
 

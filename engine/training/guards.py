@@ -15,7 +15,7 @@ from ..._outside import explained_memory
 from ..data.batches import Batches
 from ..finite import not_finite, unsound_weights
 from ..runtime import same_modes, settled_arithmetic
-from .run_folder import Record
+from .run_folder import RunFolder
 from .state import last_good, seeded
 
 NO_SUM = "loss_fn must return (sum, count), the sum of the losses as a scalar tensor and the number of targets;"
@@ -90,7 +90,7 @@ def _described(value: Any) -> str:
 
 
 def require_finite(
-    loss: float, norm: float, step: str, record: Record, lr: str, untrained: nn.Module | None = None
+    loss: float, norm: float, step: str, record: RunFolder, lr: str, untrained: nn.Module | None = None
 ) -> None:
     """FloatingPointError where the loss or its gradient isn't finite, told with the setting `lr` to lower.
 
@@ -104,7 +104,7 @@ def require_finite(
         )
 
 
-def passes(data: Iterable[Any]) -> Iterator[Any]:
+def infinite_epochs(data: Iterable[Any]) -> Iterator[Any]:
     """Steps, pass after pass over the data. ValueError where two passes on end give none."""
     empty = 0  # a run resumed at the end of an epoch begins with an empty pass
     while empty < 2:

@@ -23,7 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..adapters.belongings import claim
-from ..adapters.lora import active_adapter, lr_ratios, slots
+from ..adapters.lora import active_adapter, adapter_sites, lr_ratios
 from ..adapters.token_rows import trained_rows
 from ..data.batches import Batches, count_images, count_tokens, to_device
 from ..data.fingerprints import in_memory
@@ -37,14 +37,14 @@ from .freezing import match, put_into_training, unfreeze_due
 from .guards import (
     clean_guest,
     explained_memory_error,
-    passes,
+    infinite_epochs,
     require_finite,
     require_targets,
     smaller_batches,
     sum_and_count,
 )
 from .optim import Optimizer, layer_count, lr_factor
-from .run_folder import Record, peak_memory
+from .run_folder import RunFolder, peak_memory
 from .state import keep_best, restore_best, resume, save, tell_resumed
 
 DEFAULT_ROWS = 16
@@ -113,7 +113,7 @@ def train(
     there, or `eval_every`, `early_stopping_patience` or `best` is set without `eval_data`; FloatingPointError where
     the loss is not finite, MemoryError where memory runs out, OSError where the disk does.
     """
-    with clean_guest(model, config.seed, config.deterministic), Record(out).alone():
+    with clean_guest(model, config.seed, config.deterministic), RunFolder(out).alone():
         start, device = time.perf_counter(), next(model.parameters()).device
         if eval_data is None and (idle := needs_evaluation(config)):
             raise ValueError(
@@ -127,7 +127,7 @@ def train(
             raise ValueError(
                 "data without state_dict and load_state_dict can't resume: give rows and collate, or no out"
             )
-        record = Record(out)
+        record = RunFolder(out)
         rows = {"data": getattr(data, "examples", None), "eval_data": getattr(eval_data, "examples", None)}
         record.start(about or {}, {"train": asdict(config)}, lambda: in_memory(model, trained, **rows))
         optimizer = Optimizer(
@@ -158,7 +158,7 @@ def train(
         with interruptible() as interrupt, explained_memory_error(device, partial(smaller_batches, data)), bar:
             if eval_data is not None and progress.step == 0:
                 evaluate_now()
-            steps, stop = passes(data), ended or interrupt.is_set()
+            steps, stop = infinite_epochs(data), ended or interrupt.is_set()
             while not stop:
                 before_step, micros = time.perf_counter(), next(steps)
                 if config.unfreeze:
@@ -213,7 +213,7 @@ def train(
 
 def _trained(model: nn.Module, config: TrainConfig, by_adapter: bool) -> dict[str, nn.Parameter]:
     """The parameters that train now or later, by name."""
-    for slot in slots(model):
+    for slot in adapter_sites(model):
         for name, factors in slot.module.lora.items():
             if not by_adapter and name != slot.module.active and any(p.requires_grad for p in factors.parameters()):
                 raise ValueError(f"adapter {name!r} would train but is not active: set_adapter(model, {name!r}) first")

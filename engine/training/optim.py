@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.optim.adamw import adamw_
-from ...kernels.optim.adamw_state import Trained
+from ...kernels.optim.adamw_state import AdamWParam
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 _STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a weight, once it was updated
@@ -95,7 +95,7 @@ class Optimizer:
         self.betas, self.eps = betas, eps
         self.factor: Tensor | None = None
         self.trained = {
-            name: Trained(
+            name: AdamWParam(
                 master,
                 scale=lr_scale_of(name, lr_scale, lr_decay, n_layer) * (lr_ratios or {}).get(name, 1.0),
                 decay=weight_decay if master.dim() > 1 else 0.0,

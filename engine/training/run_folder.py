@@ -41,7 +41,7 @@ RESULT: dict[str, Any] = {
 BEST: dict[str, Any] = {"step": int, "metric": str, "value": int | float}
 
 
-class Record:
+class RunFolder:
     """A run folder. Without a folder (`out` None) everything is dropped."""
 
     def __init__(self, out: str | Path | None):

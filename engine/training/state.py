@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ..tasks.metrics import LOWER_IS_BETTER
 from .checkpoint import checkpoint_path, checkpoints, load_checkpoint, prune, save_checkpoint
 from .optim import Optimizer
-from .run_folder import Record
+from .run_folder import RunFolder
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Progress:
         return early_stopping_patience is not None and self.evals_since_best >= early_stopping_patience
 
 
-def save(record: Record, progress: Progress, optimizer: Optimizer, data: Any, keep: int) -> None:
+def save(record: RunFolder, progress: Progress, optimizer: Optimizer, data: Any, keep: int) -> None:
     """Write the checkpoint of this step, and remove all but the last `keep`."""
     if record.checkpoints is None:
         return
@@ -52,7 +52,7 @@ def save(record: Record, progress: Progress, optimizer: Optimizer, data: Any, ke
     prune(record.checkpoints, keep)
 
 
-def resume(record: Record, optimizer: Optimizer, data: Any, keep: int) -> Progress:
+def resume(record: RunFolder, optimizer: Optimizer, data: Any, keep: int) -> Progress:
     """Continue from the newest checkpoint: weights, generators, place in the data. Without one, from the beginning."""
     found = checkpoints(record.checkpoints) if record.checkpoints else []
     if record.checkpoints is None or not found:
@@ -69,7 +69,7 @@ def resume(record: Record, optimizer: Optimizer, data: Any, keep: int) -> Progre
     return progress
 
 
-def tell_resumed(record: Record, unit: str, done: int, total: int, ended: bool) -> None:
+def tell_resumed(record: RunFolder, unit: str, done: int, total: int, ended: bool) -> None:
     """Say where a run goes on that has begun before, and what is otherwise now; nothing of one that begins."""
     if not ended:
         record.go_on()
@@ -79,7 +79,7 @@ def tell_resumed(record: Record, unit: str, done: int, total: int, ended: bool) 
         tqdm.write(f"going on at {unit} {done} of {total}", file=sys.stderr)
 
 
-def last_good(record: Record) -> str:
+def last_good(record: RunFolder) -> str:
     """Where to go on from, in words."""
     found = checkpoints(record.checkpoints) if record.checkpoints else []
     return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
@@ -118,7 +118,7 @@ def seeded(seed: int) -> Iterator[None]:
             torch.cuda.set_rng_state_all(devices)
 
 
-def keep_best(record: Record, optimizer: Optimizer, progress: Progress, metric: str) -> None:
+def keep_best(record: RunFolder, optimizer: Optimizer, progress: Progress, metric: str) -> None:
     """Note, and keep, the weights of the best evaluation so far. ValueError where it has no such metric."""
     if metric not in progress.metrics:
         known = ", ".join(key for key, value in progress.metrics.items() if isinstance(value, int | float))
@@ -133,7 +133,7 @@ def keep_best(record: Record, optimizer: Optimizer, progress: Progress, metric: 
             save_checkpoint(record.best, weights, {"step": progress.step, "metrics": progress.metrics})
 
 
-def restore_best(record: Record, optimizer: Optimizer, progress: Progress) -> None:
+def restore_best(record: RunFolder, optimizer: Optimizer, progress: Progress) -> None:
     """Put the best weights into the model; without a run folder the last ones stay, and count as the result."""
     if not progress.best:
         return

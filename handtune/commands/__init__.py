@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable
 
-from .check_data import check_data
+from .check_data import run_check_data
 from .compare import run_compare
 from .evaluate import run_evaluate
 from .generate import run_generate
@@ -27,7 +27,7 @@ LESS_MEMORY = {
 # Of each command the function that does it, in the file of its name.
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": run_train,
-    "check-data": check_data,
+    "check-data": run_check_data,
     "compare": run_compare,
     "evaluate": run_evaluate,
     "generate": run_generate,

@@ -12,7 +12,7 @@ from .ppo import check_prompts
 from .token_display import distribution, legend, show
 
 
-def check_data(options: argparse.Namespace) -> int:
+def run_check_data(options: argparse.Namespace) -> int:
     """`handtune check-data`: rows token by token, with the loss mask, and how often each class or tag is there.
 
     Of `handtune ppo`'s file the prompts. The weights need not be there.

@@ -20,25 +20,25 @@ from .._files import LOCK, is_temporary, resolved, write_json
 from .._folders import filling, half_filled, remove_unfilled
 from .._locks import alone
 from ..engine import merge_lora
-from ..engine.adapters.lora import slots
+from ..engine.adapters.lora import adapter_sites
 from ..engine.adapters.rounding import Rounding, dtype_name, rounded
 from ..engine.adapters.switch import merged_rows
-from ..engine.adapters.wrapping import Factors
+from ..engine.adapters.wrapping import LoRAWeights
 from ..engine.peft.beside import all_places, tensors_with
 from ..engine.peft.format import StoredAdapter, read_adapter
-from ..kernels import Conv2d, Linear, LowRank
+from ..kernels import Conv2d, Linear, LoRALinearWeights
 from ..models import ResNet, load, save
 from ..models.checkpoint.loading import Checkpoint, open_checkpoint
-from ..models.checkpoint.safetensors_io import Made, Stored, holds, read_into, same, write_file
+from ..models.checkpoint.safetensors_io import LazyTensor, TensorOnDisk, holds, read_into, same, write_file
 from ..models.checkpoint.saving import save_around, stored_shape
 from ..models.checkpoint.shards import INDEX, SINGLE
-from ..models.checkpoint.weights import Placement, blocks, own_tensors, place
-from ..models.layers.image_processor import Pixels
-from ..models.layers.key_map import Published
+from ..models.checkpoint.weights import Placement, blocks, match_keys, own_tensors
+from ..models.layers.image_processor import ImageProcessor
+from ..models.layers.key_map import CheckpointKey
 from ..prompts import learn_turn_end
 from ..saved_runs import adds_tokens, head_of, put_adapter, resized_vocabulary
 
-Source = Stored | Made
+Source = TensorOnDisk | LazyTensor
 MAIN = "config.json"  # without it no folder is a checkpoint
 
 
@@ -97,7 +97,7 @@ def _say(rounding: Rounding, dtype: torch.dtype) -> None:
 def _measure(model: Any, adapter: Path, rounding: Rounding) -> None:
     """Count what merging the active adapter of a loaded model will come to, as merging tensor by tensor does."""
     changed: list[Tensor] = []
-    for slot in slots(model):
+    for slot in adapter_sites(model):
         if isinstance(slot.module.active, str):
             for rows, value in merged_rows(slot.module, slot.module.active):
                 rounding.add(rows, value, value.to(rows.dtype))
@@ -120,8 +120,8 @@ def _stream(opened: Checkpoint, base: str, adapter: Path, folder: Path, rounding
     """The merged checkpoint, tensor by tensor."""
     model = opened.model
     if isinstance(model, ResNet):
-        model.pixels = Pixels.read(adapter, {}, model.config.n_channels) or model.pixels
-    placement = place(model, opened.shards, new_head=opened.head_rows is None)
+        model.pixels = ImageProcessor.read(adapter, {}, model.config.n_channels) or model.pixels
+    placement = match_keys(model, opened.shards, new_head=opened.head_rows is None)
 
     def is_base(name: str, value: Tensor) -> bool:
         tensor = placement.stored.get(name)
@@ -129,7 +129,7 @@ def _stream(opened: Checkpoint, base: str, adapter: Path, folder: Path, rounding
 
     stored = read_adapter(model, adapter, is_base)
     tensors = _tensors(opened, placement, stored, rounding)
-    for key, copy, said in placement.copies:
+    for key, copy, said in placement.tied_keys:
         if not same(copy, placement.stored[model.key_map()[key].names[0]]):
             raise ValueError(f"{base}: {said}")
     _write(tensors, placement, folder)
@@ -152,33 +152,38 @@ def _tensors(opened: Checkpoint, placement: Placement, adapter: StoredAdapter, r
             if stored is None and plain is None and name in placement.new:
                 raise ValueError(f"{name}: neither the base nor the adapter has it; merge the adapter that trained it")
             if stored is None and plain is None:
-                out[name] = Made(shape, dtype, partial(torch.zeros, shape, dtype=dtype))
+                out[name] = LazyTensor(shape, dtype, partial(torch.zeros, shape, dtype=dtype))
             elif path in factors and key.endswith(".weight") and _changes(model, path, factors[path], i):
                 rows = partial(_rows, source, block, dtype, stored, plain, name)
                 merged = partial(_merged, model, path, factors[path], i, source, rows, name, rounding)
-                out[name] = Made(shape, dtype, merged)
+                out[name] = LazyTensor(shape, dtype, merged)
             elif plain is not None:
-                out[name] = Made(shape, dtype, partial(_brought, plain, stored, dtype, name, rounding))
+                out[name] = LazyTensor(shape, dtype, partial(_brought, plain, stored, dtype, name, rounding))
             elif key in token_rows:
                 assert stored is not None
                 with_rows = partial(_with_rows, stored, block, *token_rows[key][1:], name, rounding)
-                out[name] = Made(shape, dtype, with_rows)
+                out[name] = LazyTensor(shape, dtype, with_rows)
             else:
                 assert stored is not None
                 out[name] = stored
     return out
 
 
-def _changes(model: Any, path: str, factors: Factors, index: int) -> bool:
+def _changes(model: Any, path: str, factors: LoRAWeights, index: int) -> bool:
     """Whether the adapter changes this part of the module."""
     module = model.get_submodule(path)
     if isinstance(module, Conv2d) and module.groups > 1:
         raise ValueError(f"{path} is a convolution in {module.groups} groups, into which no adapter can be merged")
-    return not isinstance(factors, LowRank) or module.parts[index] in factors.parts
+    return not isinstance(factors, LoRALinearWeights) or module.parts[index] in factors.parts
 
 
 def _rows(
-    source: Published, block: Tensor, dtype: torch.dtype, stored: Stored | None, plain: Tensor | None, name: str
+    source: CheckpointKey,
+    block: Tensor,
+    dtype: torch.dtype,
+    stored: TensorOnDisk | None,
+    plain: Tensor | None,
+    name: str,
 ) -> Tensor:
     """The rows before the adapter, in our layout: as stored in the base, or as the adapter brings them as `name`."""
     if plain is not None:
@@ -192,26 +197,26 @@ def _rows(
 def _merged(
     model: Any,
     path: str,
-    factors: Factors,
+    factors: LoRAWeights,
     index: int,
-    source: Published,
+    source: CheckpointKey,
     rows_of: Callable[[], Tensor],
     name: str,
     rounding: Rounding,
 ) -> Tensor:
     """The rows with the adapter in them, as they are stored under `name`."""
     rows, module = rows_of(), model.get_submodule(path)
-    if isinstance(factors, LowRank) and isinstance(module, Linear):
+    if isinstance(factors, LoRALinearWeights) and isinstance(module, Linear):
         value = factors.merged(module.parts[index], rows)
     else:
-        assert not isinstance(factors, LowRank)
+        assert not isinstance(factors, LoRALinearWeights)
         value = factors.merged(rows)
     out = rounded(value, rows.dtype, name)
     rounding.add(rows, value, out)
     return source.as_stored(out)
 
 
-def _brought(plain: Tensor, stored: Stored | None, dtype: torch.dtype, name: str, rounding: Rounding) -> Tensor:
+def _brought(plain: Tensor, stored: TensorOnDisk | None, dtype: torch.dtype, name: str, rounding: Rounding) -> Tensor:
     """What the adapter brings whole, in the place of what is `stored`."""
     out = rounded(plain, dtype, name)
     if stored is not None and dtype.itemsize < 4:
@@ -221,7 +226,9 @@ def _brought(plain: Tensor, stored: Stored | None, dtype: torch.dtype, name: str
     return out
 
 
-def _with_rows(stored: Stored, block: Tensor, ids: list[int], rows: Tensor, name: str, rounding: Rounding) -> Tensor:
+def _with_rows(
+    stored: TensorOnDisk, block: Tensor, ids: list[int], rows: Tensor, name: str, rounding: Rounding
+) -> Tensor:
     """An embedding with the token rows that the adapter trained."""
     matrix = torch.empty(block.shape, dtype=stored.dtype)
     read_into(stored, matrix)

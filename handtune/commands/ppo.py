@@ -18,7 +18,7 @@ from ..engine.peft.format import CONFIG
 from ..engine.rlhf.reward_model import Reward, RewardFn
 from ..engine.rlhf.rollouts import POLICY, fitting_prompts
 from ..engine.training.journal import read_journal
-from ..engine.training.run_folder import Record, is_metrics, peak_memory
+from ..engine.training.run_folder import RunFolder, is_metrics, peak_memory
 from ..inputs import inputs_of, reward_adapter, reward_checkpoint
 from ..models import load
 from ..models.checkpoint.info import checkpoint_info
@@ -33,7 +33,7 @@ def run_ppo(options: argparse.Namespace) -> int:
     """`handtune ppo`: one run from its configuration to the stored adapter."""
     config: PPORunConfig = read_config(options.config, options.override, PPORunConfig)
     out = Path(config.out)
-    record = Record(out)
+    record = RunFolder(out)
     inputs = inputs_of(config)
     if (values := record.finished(config.as_dict(), inputs)) is not None and has_stored(out):
         print(f"finished already: nothing is left to train\n{_stored(values, out / 'adapter')}")
@@ -44,7 +44,7 @@ def run_ppo(options: argparse.Namespace) -> int:
         return _ppo(config, record, inputs, options.quiet)
 
 
-def _ppo(config: PPORunConfig, record: Record, inputs: Inputs, quiet: bool) -> int:
+def _ppo(config: PPORunConfig, record: RunFolder, inputs: Inputs, quiet: bool) -> int:
     out, wanted = Path(config.out), config.model
     assert wanted.path is not None
     about = {

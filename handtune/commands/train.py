@@ -10,7 +10,7 @@ from ..engine import train, trainable_report
 from ..engine.data.batches import Batches
 from ..engine.data.fingerprints import Inputs
 from ..engine.training.loop import DEFAULT_ROWS, Result
-from ..engine.training.run_folder import Record
+from ..engine.training.run_folder import RunFolder
 from ..inputs import inputs_of
 from ..models import save
 from ..prepare import Prepared, choose_trained, prepare, run_base
@@ -21,7 +21,7 @@ def run_train(options: argparse.Namespace) -> int:
     """`handtune train`: one run from its configuration to the stored adapter or model."""
     config = read_config(options.config, options.override)
     out = Path(config.out)
-    place, record = out / ("adapter" if config.lora is not None else "model"), Record(out)
+    place, record = out / ("adapter" if config.lora is not None else "model"), RunFolder(out)
     inputs = inputs_of(config)
     if (values := record.finished(config.as_dict(), inputs)) is not None and has_stored(out):
         print(f"finished already: nothing is left to train\n{_stored(values, place)}")
@@ -32,7 +32,7 @@ def run_train(options: argparse.Namespace) -> int:
         return _train(config, place, record, inputs)
 
 
-def _train(config: RunConfig, place: Path, record: Record, inputs: Inputs) -> int:
+def _train(config: RunConfig, place: Path, record: RunFolder, inputs: Inputs) -> int:
     out = Path(config.out)
     base = run_base(config)
     about: dict[str, Any] = {
@@ -64,7 +64,7 @@ def _train(config: RunConfig, place: Path, record: Record, inputs: Inputs) -> in
     return 0
 
 
-def _store(ready: Prepared, config: RunConfig, place: Path, record: Record, result: Result) -> None:
+def _store(ready: Prepared, config: RunConfig, place: Path, record: RunFolder, result: Result) -> None:
     """Write the adapter or model to `place`, and result.json; says what came out."""
     if config.lora is not None:
         store_adapter(ready.model, ready.tokenizer, place)

@@ -29,12 +29,12 @@ from torch.autograd.function import once_differentiable
 
 from .. import backend
 from ..quant.nf4 import NF4Weight
-from .products import Plan, draw_seed, drop, up
+from .products import LoRALinearArgs, draw_seed, drop, linear_with_lora
 from .row_groups import Segments
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _BatchedArgs:
     """Everything about a call that is not a tensor: the segments, each part's first row in y, dropout and its seed."""
 
     segments: Segments
@@ -43,9 +43,9 @@ class _Plan:
     seed: int
 
 
-def _evaluate(x, weight, bias, a, plan: _Plan, *bs) -> tuple[Tensor, Tensor]:
+def _evaluate(x, weight, bias, a, plan: _BatchedArgs, *bs) -> tuple[Tensor, Tensor]:
     """y and S."""
-    y = up(x, weight, bias, None, (), Plan())
+    y = linear_with_lora(x, weight, bias, None, (), LoRALinearArgs())
     on_triton = backend.on_triton(x, a, *bs)
     s = _down(x, a, plan, on_triton)
     _up_(y, s, bs, plan, on_triton)
@@ -54,7 +54,7 @@ def _evaluate(x, weight, bias, a, plan: _Plan, *bs) -> tuple[Tensor, Tensor]:
 
 class _LoRALinearBatched(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, a, plan: _Plan, *bs):
+    def forward(ctx, x, weight, bias, a, plan: _BatchedArgs, *bs):
         y, s = _evaluate(x, weight, bias, a, plan, *bs)
         ctx.on_triton = backend.on_triton(x, a, *bs)
         keep_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
@@ -74,7 +74,7 @@ class _LoRALinearBatched(torch.autograd.Function):
             sweep = _sweep_triton if ctx.on_triton else _sweep
             grad_s, grad_bs = sweep(grad, s, bs, ctx.plan, need_bs)
         if ctx.packed is not None and need_x:
-            weight = ctx.packed.borrow(grad.dtype)
+            weight = ctx.packed.dequantize_into_buffer(grad.dtype)
         return (
             _input_gradient(grad, weight, grad_s, a, ctx.plan, ctx.on_triton) if need_x else None,
             grad.T @ x if need_w else None,
@@ -93,16 +93,16 @@ def _parts(bs: Sequence[Tensor], rows: Sequence[int]) -> Iterator[tuple[Tensor, 
         column += b.shape[2]
 
 
-def _masked(x: Tensor, plan: _Plan) -> Tensor:
-    return drop(x, Plan(dropout=plan.dropout, seed=plan.seed))
+def _masked(x: Tensor, plan: _BatchedArgs) -> Tensor:
+    return drop(x, LoRALinearArgs(dropout=plan.dropout, seed=plan.seed))
 
 
-def _down(x: Tensor, a: Tensor, plan: _Plan, on_triton: bool) -> Tensor:
+def _down(x: Tensor, a: Tensor, plan: _BatchedArgs, on_triton: bool) -> Tensor:
     """S, in the order of places (Triton) or of cells (torch)."""
     if on_triton:
-        from .batched_triton import down
+        from .batched_triton import lora_a_forward
 
-        return down(x, a, plan.segments, plan.dropout, plan.seed)
+        return lora_a_forward(x, a, plan.segments, plan.dropout, plan.seed)
     s, x = x.new_empty(plan.segments.cells, a.shape[1]), _masked(x, plan)
     for step in plan.segments.steps:
         rows, low = step.take(x), step.low(s)
@@ -114,20 +114,20 @@ def _down(x: Tensor, a: Tensor, plan: _Plan, on_triton: bool) -> Tensor:
     return s
 
 
-def _up_(y: Tensor, s: Tensor, bs: Sequence[Tensor], plan: _Plan, on_triton: bool) -> None:
+def _up_(y: Tensor, s: Tensor, bs: Sequence[Tensor], plan: _BatchedArgs, on_triton: bool) -> None:
     """Adds each row's B S to y."""
     for b, columns, ranks in _parts(bs, plan.rows):
         if on_triton:
-            from .batched_triton import up_
+            from .batched_triton import add_lora_
 
-            up_(y[:, columns], s[:, ranks], b, plan.segments)
+            add_lora_(y[:, columns], s[:, ranks], b, plan.segments)
         else:
             for step in plan.segments.steps:
                 step.add_(y[:, columns], step.low(s)[..., ranks], step.pick(b).mT)
 
 
 def _sweep(
-    grad: Tensor, s: Tensor, bs: Sequence[Tensor], plan: _Plan, need_bs: Sequence[bool]
+    grad: Tensor, s: Tensor, bs: Sequence[Tensor], plan: _BatchedArgs, need_bs: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
     """dS, and the dB's that are wanted."""
     grad_s = torch.empty_like(s)
@@ -144,23 +144,23 @@ def _sweep(
 
 
 def _sweep_triton(
-    grad: Tensor, s: Tensor, bs: Sequence[Tensor], plan: _Plan, need_bs: Sequence[bool]
+    grad: Tensor, s: Tensor, bs: Sequence[Tensor], plan: _BatchedArgs, need_bs: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    from .batched_triton import sweep
+    from .batched_triton import s_and_b_gradients
 
     grad, grad_s, grad_bs = grad.contiguous(), torch.empty_like(s), []
     for (b, columns, ranks), need in zip(_parts(bs, plan.rows), need_bs, strict=True):
-        grad_s[:, ranks], grad_b = sweep(grad[:, columns], b, s[:, ranks], plan.segments)
+        grad_s[:, ranks], grad_b = s_and_b_gradients(grad[:, columns], b, s[:, ranks], plan.segments)
         grad_bs.append(grad_b if need else None)
     return grad_s, grad_bs
 
 
-def _outer(grad_s: Tensor, x: Tensor, adapters: int, plan: _Plan, on_triton: bool) -> Tensor:
+def _outer(grad_s: Tensor, x: Tensor, adapters: int, plan: _BatchedArgs, on_triton: bool) -> Tensor:
     """dA of every adapter; zero where it has no row."""
     if on_triton:
-        from .batched_triton import outer
+        from .batched_triton import a_gradient
 
-        return outer(grad_s, x, adapters, plan.segments, plan.dropout, plan.seed)
+        return a_gradient(grad_s, x, adapters, plan.segments, plan.dropout, plan.seed)
     shape = (adapters, grad_s.shape[1], x.shape[1])
     grad_a = x.new_zeros(shape, dtype=torch.promote_types(x.dtype, torch.float32))
     x = _masked(x, plan)
@@ -169,12 +169,14 @@ def _outer(grad_s: Tensor, x: Tensor, adapters: int, plan: _Plan, on_triton: boo
     return grad_a.to(x.dtype)
 
 
-def _input_gradient(grad: Tensor, weight: Tensor, grad_s: Tensor, a: Tensor, plan: _Plan, on_triton: bool) -> Tensor:
+def _input_gradient(
+    grad: Tensor, weight: Tensor, grad_s: Tensor, a: Tensor, plan: _BatchedArgs, on_triton: bool
+) -> Tensor:
     grad_x = grad @ weight
     if on_triton:
-        from .batched_triton import up_
+        from .batched_triton import add_lora_
 
-        up_(grad_x, grad_s, a.mT, plan.segments, plan.dropout, plan.seed)
+        add_lora_(grad_x, grad_s, a.mT, plan.segments, plan.dropout, plan.seed)
         return grad_x
     total = torch.zeros_like(grad_x) if plan.dropout else grad_x
     for step in plan.segments.steps:
@@ -214,7 +216,7 @@ def lora_linear_batched(
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         tensors = [t.to(dtype) if isinstance(t, Tensor) else t for t in tensors]
-    plan = _Plan(segments, rows, dropout, seed or 0)
+    plan = _BatchedArgs(segments, rows, dropout, seed or 0)
     with torch.autocast(x.device.type, enabled=False):
         if torch.is_grad_enabled():
             y = _LoRALinearBatched.apply(*tensors[:4], plan, *tensors[4:])

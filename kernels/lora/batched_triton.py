@@ -202,7 +202,7 @@ def _tile(x: Tensor, rank: int, single: bool = False) -> tuple[int, int]:
     return max(16, columns * 32 // max(32, padded_rank(rank)) // (4 if unrolled else 1)), warps
 
 
-def down(x: Tensor, a: Tensor, segments: Segments, p: float, seed: int) -> Tensor:
+def lora_a_forward(x: Tensor, a: Tensor, segments: Segments, p: float, seed: int) -> Tensor:
     """S = drop(x) A_gᵀ (n, R), for x (N, K), a (G, R, K)."""
     x, a, k, rank, n = x.contiguous(), a.contiguous(), x.shape[1], a.shape[1], len(segments.order)
     s = x.new_empty(n, rank)
@@ -220,7 +220,7 @@ def down(x: Tensor, a: Tensor, segments: Segments, p: float, seed: int) -> Tenso
     return s
 
 
-def up_(y: Tensor, s: Tensor, b: Tensor, segments: Segments, p: float = 0.0, seed: int = 0) -> None:
+def add_lora_(y: Tensor, s: Tensor, b: Tensor, segments: Segments, p: float = 0.0, seed: int = 0) -> None:
     """y += drop(S B_gᵀ) in place, for y (N, M) and s (n, R) with rows of any stride, b (G, M, R) of any stride.
 
     `p` and `seed` are of a dropout over (N, M): that of the backward pass, where y is dx.
@@ -240,7 +240,7 @@ def up_(y: Tensor, s: Tensor, b: Tensor, segments: Segments, p: float = 0.0, see
         )
 
 
-def sweep(grad: Tensor, b: Tensor, s: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
+def s_and_b_gradients(grad: Tensor, b: Tensor, s: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
     """dS = grad B_g (n, R) in fp32, dB (G, M, R), for grad (N, M) and s (n, R) with rows of any stride, b (G, M, R)."""
     m, rank, n, b = grad.shape[1], b.shape[2], len(segments.order), b.contiguous()
     columns, warps = _tile(grad, rank)
@@ -255,7 +255,7 @@ def sweep(grad: Tensor, b: Tensor, s: Tensor, segments: Segments) -> tuple[Tenso
     return ds.sum(0), _total(db, len(b), segments, grad.dtype)
 
 
-def outer(grad_s: Tensor, x: Tensor, adapters: int, segments: Segments, p: float, seed: int) -> Tensor:
+def a_gradient(grad_s: Tensor, x: Tensor, adapters: int, segments: Segments, p: float, seed: int) -> Tensor:
     """dA_g = dSᵀ drop(x) (G, R, K), for grad_s (n, R), x (N, K)."""
     x, grad_s, k, rank = x.contiguous(), grad_s.contiguous(), x.shape[1], grad_s.shape[1]
     columns, warps = _tile(x, rank)

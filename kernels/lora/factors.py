@@ -15,7 +15,7 @@ Stacks = tuple[Tensor, list[Tensor], tuple[int, ...]]  # A (G, ΣR, K), each par
 
 
 @dataclass(frozen=True)
-class Part:
+class LinearPart:
     """A block of rows of a `Linear`: its published `name`, first row and number of rows."""
 
     name: str
@@ -23,7 +23,7 @@ class Part:
     size: int
 
 
-class LowRank(nn.Module):
+class LoRALinearWeights(nn.Module):
     """One adapter's factors on one `Linear`: `a` (ΣRᵢ, K), and for each adapted part a `b` (Mᵢ, Rᵢ). fp32 masters.
 
     A is Kaiming uniform with a = √5, which is U(±1/√K); B is zero, so that the sum starts as the base model. With DoRA
@@ -34,7 +34,7 @@ class LowRank(nn.Module):
     def __init__(
         self,
         in_features: int,
-        parts: list[Part],
+        parts: list[LinearPart],
         ranks: list[int],
         scales: list[float],
         dropout: float = 0.0,
@@ -88,7 +88,7 @@ class LowRank(nn.Module):
         bs = [torch.cat((b, -start.view_as(b)), 1).to(dtype) for b, start in zip(self.b, starts, strict=True)]
         return a.to(dtype), bs
 
-    def blocks(self, dtype: torch.dtype = torch.float32) -> list[tuple[Part, float, Tensor, Tensor]]:
+    def blocks(self, dtype: torch.dtype = torch.float32) -> list[tuple[LinearPart, float, Tensor, Tensor]]:
         """For each adapted part s, A (R, K) and B (Mᵢ, R)."""
         a, bs = self.factors(dtype)
         a_blocks = a.split([b.shape[1] for b in bs]) if len(bs) > 1 else (a,)
@@ -111,7 +111,7 @@ class LowRank(nn.Module):
             kept[self] = gain
         return gain
 
-    def merged(self, part: Part, rows: Tensor) -> Tensor:
+    def merged(self, part: LinearPart, rows: Tensor) -> Tensor:
         """What an adapted part's rows of the weight (Mᵢ, K) become, in fp32."""
         index = self.parts.index(part)
         _, scale, a, b = self.blocks()[index]
@@ -130,7 +130,7 @@ class Merged:
     base: Tensor
 
 
-def stacked(factors: Sequence[LowRank], parts: Sequence[Part], dtype: torch.dtype) -> Stacks:
+def stacked(factors: Sequence[LoRALinearWeights], parts: Sequence[LinearPart], dtype: torch.dtype) -> Stacks:
     """Each adapter's factors on all `parts` that one of them has, padded with zeros to the highest rank among them."""
     found = [{part: (a, b, scale) for part, scale, a, b in own.blocks(dtype)} for own in factors]
     parts = [part for part in parts if any(part in blocks for blocks in found)]

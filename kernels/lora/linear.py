@@ -33,10 +33,21 @@ from torch.autograd.function import once_differentiable
 
 from ..norms import Stats, normalize, normalize_backward, rebuild
 from ..quant.nf4 import NF4Weight
-from .products import Plan, down, draw_seed, factors_backward, input_gradient, outer, takes_triton, up
+from .products import (
+    LoRALinearArgs,
+    a_gradient,
+    draw_seed,
+    factors_backward,
+    input_gradient,
+    linear_with_lora,
+    lora_a_forward,
+    takes_triton,
+)
 
 
-def _evaluate(h, norm_weight, norm_bias, weight, bias, a, plan: Plan, *bs) -> tuple[Tensor, Tensor | None, Stats]:
+def _evaluate(
+    h, norm_weight, norm_bias, weight, bias, a, plan: LoRALinearArgs, *bs
+) -> tuple[Tensor, Tensor | None, Stats]:
     """y, S and the statistics of the norm."""
     x, s = h, None
     stats: Stats = ()
@@ -49,13 +60,13 @@ def _evaluate(h, norm_weight, norm_bias, weight, bias, a, plan: Plan, *bs) -> tu
     elif plan.activation is not None:
         x = plan.activation.forward(h)
     if a is not None and s is None:
-        s = down(x, a, plan)
-    return up(x, weight, bias, s, bs, plan), s, stats
+        s = lora_a_forward(x, a, plan)
+    return linear_with_lora(x, weight, bias, s, bs, plan), s, stats
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, norm_weight, norm_bias, weight, bias, a, plan: Plan, *bs):
+    def forward(ctx, h, norm_weight, norm_bias, weight, bias, a, plan: LoRALinearArgs, *bs):
         y, s, stats = _evaluate(h, norm_weight, norm_bias, weight, bias, a, plan, *bs)
         ctx.plan = plan
         from_h = norm_weight is not None or plan.activation is not None
@@ -71,7 +82,7 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         h, norm_weight, norm_bias, weight, a, s, *rest = ctx.saved_tensors
         stats, bs = tuple(rest[: ctx.n_stats]), rest[ctx.n_stats :]
-        plan: Plan = ctx.plan
+        plan: LoRALinearArgs = ctx.plan
         need_h, need_nw, need_nb, need_w, need_bias, need_a, _, *need_bs = ctx.needs_input_grad
         need_x = need_h or need_nw or need_nb
 
@@ -81,14 +92,14 @@ class _LoRALinear(torch.autograd.Function):
         if need_a or need_w:
             x = _rebuild(h, norm_weight, norm_bias, stats, plan)
             if need_a and grad_s is not None:
-                grad_a = outer(grad_s, x, plan)
+                grad_a = a_gradient(grad_s, x, plan)
             if need_w:
                 grad_weight = grad.T @ x
             del x
         if not need_x:
             return None, None, None, grad_weight, grad_bias, grad_a, None, *grad_bs
         if ctx.packed is not None:
-            weight = ctx.packed.borrow(grad.dtype)
+            weight = ctx.packed.dequantize_into_buffer(grad.dtype)
         grad_x = input_gradient(grad, weight, grad_s, a, plan)
         grad_h: Tensor | None = grad_x
         grad_nw = grad_nb = None
@@ -101,7 +112,7 @@ class _LoRALinear(torch.autograd.Function):
 
 
 def _rebuild(
-    h: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, stats: tuple[Tensor, ...], plan: Plan
+    h: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, stats: tuple[Tensor, ...], plan: LoRALinearArgs
 ) -> Tensor:
     """x from what was saved of it; bitwise the x of the forward pass."""
     if norm_weight is not None:
@@ -115,7 +126,7 @@ def fused_linear(
     bias: Tensor | None,
     a: Tensor | None,
     bs: Sequence[Tensor],
-    plan: Plan,
+    plan: LoRALinearArgs,
     norm: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
     """[norm or activation] → linear → low-rank correction, for h (..., K); the general form behind the public ones."""
@@ -159,7 +170,7 @@ def lora_linear(
     _check(x, weight, bias, a, bs, scales, tuple(rows), dropout)
     if dropout and seed is None:
         seed = draw_seed()
-    return fused_linear(x, weight, bias, a, bs, Plan(tuple(rows), scales, dropout=dropout, seed=seed or 0))
+    return fused_linear(x, weight, bias, a, bs, LoRALinearArgs(tuple(rows), scales, dropout=dropout, seed=seed or 0))
 
 
 def _check(

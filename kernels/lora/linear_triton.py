@@ -180,7 +180,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor)
     return y
 
 
-def correct_(y: Tensor, s: Tensor, b: Tensor, p: float, seed: int) -> None:
+def add_lora_(y: Tensor, s: Tensor, b: Tensor, p: float, seed: int) -> None:
     """y += drop(s bᵀ) in place, for contiguous y (N, M), s (N, R), b (M, R) of any stride."""
     (n, m), rank = y.shape, s.shape[1]
     rows, columns, warps = backend.entry(_STREAM, y)
@@ -189,7 +189,7 @@ def correct_(y: Tensor, s: Tensor, b: Tensor, p: float, seed: int) -> None:
     )
 
 
-def down(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
+def lora_a_forward(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
     """S = drop(x) aᵀ (N, R) for x (N, K), a (R, K)."""
     x, a, (n, k), rank = x.contiguous(), a.contiguous(), x.shape, a.shape[0]
     s = x.new_empty(n, rank)
@@ -200,7 +200,7 @@ def down(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
     return s
 
 
-def sweep(grad: Tensor, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+def s_and_b_gradients(grad: Tensor, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """grad b (N, R) and gradᵀ s (M, R) in fp32, for grad (N, M) and s (N, R) with rows of any stride, b (M, R)."""
     (n, m), rank, b = grad.shape, b.shape[1], b.contiguous()
     rows, columns, warps = backend.entry(_STREAM, grad)
@@ -215,7 +215,7 @@ def sweep(grad: Tensor, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     return ds.sum(0), db.sum(0)
 
 
-def outer(grad_s: Tensor, x: Tensor, p: float, seed: int) -> Tensor:
+def a_gradient(grad_s: Tensor, x: Tensor, p: float, seed: int) -> Tensor:
     """dA = grad_sᵀ drop(x) (R, K) in fp32, for grad_s (N, R), x (N, K)."""
     x, grad_s, (n, k), rank = x.contiguous(), grad_s.contiguous(), x.shape, grad_s.shape[1]
     rows, columns, warps = backend.entry(_STREAM, x)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .factors import LowRank, Part, Stacks, stacked
+from .factors import LinearPart, LoRALinearWeights, Stacks, stacked
 from .row_groups import Segments
 
 
@@ -62,7 +62,7 @@ class AdapterRows:
         return self._segments[key]
 
     def stacks(
-        self, linear: nn.Module, factors: Sequence[LowRank], parts: Sequence[Part], dtype: torch.dtype
+        self, linear: nn.Module, factors: Sequence[LoRALinearWeights], parts: Sequence[LinearPart], dtype: torch.dtype
     ) -> Stacks:
         """The factors of adapters on these parts of `linear`, put together.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import backend
 from ..activations import Activation
 from ..quant.nf4 import NF4Weight
-from .small_batch_matmul import few_rows, takes_blocks
+from .small_batch_matmul import small_batch_matmul, takes_blocks
 
 # By arithmetic: 2Y of traffic cost as much as a product that is 37 % slower at K 1024, 18 % at 2048 (bf16, H200).
 FUSED_WIDTH = 1024
@@ -27,7 +27,7 @@ WIDEST_PART = 32  # of one part: beyond it two products move less, since the swe
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoRALinearArgs:
     """Everything about a call that is not a tensor.
 
     `rows`: for each B its first row in y. `scales`: s for each B. `eps`: of the norm in front, where norm weights are
@@ -47,7 +47,7 @@ def draw_seed() -> int:
     return int(torch.randint(2**62, ()))
 
 
-def drop(x: Tensor, plan: Plan) -> Tensor:
+def drop(x: Tensor, plan: LoRALinearArgs) -> Tensor:
     """x with entries zeroed at random and the rest scaled up; the same seed gives the same mask."""
     if plan.dropout == 0.0:
         return x
@@ -68,28 +68,33 @@ def takes_triton(*tensors: Tensor, rank: int) -> bool:
     return fast and rank <= WIDEST and backend.on_triton(*tensors)
 
 
-def down(x: Tensor, a: Tensor, plan: Plan) -> Tensor:
+def lora_a_forward(x: Tensor, a: Tensor, plan: LoRALinearArgs) -> Tensor:
     """S = drop(x) Aᵀ."""
     if takes_triton(x, a, rank=len(a)):
         from . import linear_triton
 
-        return linear_triton.down(x, a, plan.dropout, plan.seed)
+        return linear_triton.lora_a_forward(x, a, plan.dropout, plan.seed)
     return drop(x, plan) @ a.T
 
 
-def up(
-    x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None, s: Tensor | None, bs: Sequence[Tensor], plan: Plan
+def linear_with_lora(
+    x: Tensor,
+    weight: Tensor | NF4Weight,
+    bias: Tensor | None,
+    s: Tensor | None,
+    bs: Sequence[Tensor],
+    plan: LoRALinearArgs,
 ) -> Tensor:
     """y = x Wᵀ + bias, plus each part's s S Bᵀ."""
-    if isinstance(weight, NF4Weight) and weight.multiplies(x):
+    if isinstance(weight, NF4Weight) and weight.supports_fused_matmul(x):
         y = weight.product(x, bias)
     else:
-        dense = weight.borrow(x.dtype) if isinstance(weight, NF4Weight) else weight
+        dense = weight.dequantize_into_buffer(x.dtype) if isinstance(weight, NF4Weight) else weight
         if s is not None and _fused(x, dense, s.shape[1]):
             from . import linear_triton
 
             return linear_triton.linear(x, dense, bias, s, _block_diagonal(bs, plan, len(dense)))
-        y = few_rows(x, dense, bias) if takes_blocks(x, dense) else F.linear(x, dense, bias)
+        y = small_batch_matmul(x, dense, bias) if takes_blocks(x, dense) else F.linear(x, dense, bias)
     if s is None:
         return y
     column = 0
@@ -100,7 +105,7 @@ def up(
     return y
 
 
-def _block_diagonal(bs: Sequence[Tensor], plan: Plan, m: int) -> Tensor:
+def _block_diagonal(bs: Sequence[Tensor], plan: LoRALinearArgs, m: int) -> Tensor:
     """All s B of the parts in one (M, ΣR), zero where a row has no business with a column."""
     joined, column = bs[0].new_zeros(m, sum(b.shape[1] for b in bs)), 0
     for b, row, scale in zip(bs, plan.rows, plan.scales, strict=True):
@@ -109,7 +114,9 @@ def _block_diagonal(bs: Sequence[Tensor], plan: Plan, m: int) -> Tensor:
     return joined
 
 
-def input_gradient(grad: Tensor, weight: Tensor, grad_s: Tensor | None, a: Tensor | None, plan: Plan) -> Tensor:
+def input_gradient(
+    grad: Tensor, weight: Tensor, grad_s: Tensor | None, a: Tensor | None, plan: LoRALinearArgs
+) -> Tensor:
     """dx = dy W + drop(dS A)."""
     if grad_s is None or a is None:
         return grad @ weight
@@ -121,7 +128,7 @@ def input_gradient(grad: Tensor, weight: Tensor, grad_s: Tensor | None, a: Tenso
     if plan.dropout and takes_triton(grad_x, rank=len(a)):
         from . import linear_triton
 
-        linear_triton.correct_(grad_x, grad_s, a.T, plan.dropout, plan.seed)
+        linear_triton.add_lora_(grad_x, grad_s, a.T, plan.dropout, plan.seed)
     elif plan.dropout:
         grad_x += drop(grad_s @ a, plan)
     else:
@@ -129,17 +136,17 @@ def input_gradient(grad: Tensor, weight: Tensor, grad_s: Tensor | None, a: Tenso
     return grad_x
 
 
-def outer(grad_s: Tensor, x: Tensor, plan: Plan) -> Tensor:
+def a_gradient(grad_s: Tensor, x: Tensor, plan: LoRALinearArgs) -> Tensor:
     """dA = dSᵀ drop(x)."""
     if takes_triton(x, grad_s, rank=grad_s.shape[1]):
         from . import linear_triton
 
-        return linear_triton.outer(grad_s, x, plan.dropout, plan.seed).to(x.dtype)
+        return linear_triton.a_gradient(grad_s, x, plan.dropout, plan.seed).to(x.dtype)
     return grad_s.T @ drop(x, plan)
 
 
 def factors_backward(
-    grad: Tensor, s: Tensor | None, bs: Sequence[Tensor], plan: Plan, need_bs: Sequence[bool]
+    grad: Tensor, s: Tensor | None, bs: Sequence[Tensor], plan: LoRALinearArgs, need_bs: Sequence[bool]
 ) -> tuple[Tensor | None, list[Tensor | None]]:
     """dS (N, ΣR) and the dB's, part by part; (None, []) where there is no adapter."""
     if s is None:
@@ -155,7 +162,7 @@ def factors_backward(
         if on_triton:
             from . import linear_triton
 
-            grad_part, grad_b = linear_triton.sweep(part, b * scale, s[:, columns])
+            grad_part, grad_b = linear_triton.s_and_b_gradients(part, b * scale, s[:, columns])
             grad_ss.append(grad_part.to(s.dtype))
             grad_bs.append(grad_b.mul_(scale).to(b.dtype) if need else None)
         else:

@@ -3,7 +3,8 @@
 The rows of a batch come in any order and an adapter's rows need not be neighbours. For torch they are cut into `Step`s,
 each a batched product over several adapters with the same number of rows. Measured on two CPU cores against a loop over
 adapters: a view, where the rows already lie so, is 1.4 to 8 times as fast; rows gathered, and padded to the longest,
-are 1.1 to 6 times as fast up to GATHERED of them (a token a row, 2048², rank 16, 64 adapters: 0.4 against 1.8 ms).
+are 1.1 to 6 times as fast up to MAX_GATHERED_ROWS of them (a token a row, 2048², rank 16,
+64 adapters: 0.4 against 1.8 ms).
 Beyond that, a copy of the rows costs more than a call: one view a run, and only short runs still gathered.
 
 For Triton the rows that have an adapter are listed by adapter in `order`, so that a block of that list belongs to one
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from .. import backend
 
-GATHERED = 512  # rows that torch copies together, padding counted
-CRUMB = 16  # rows a run on average below which an adapter's rows are gathered
+MAX_GATHERED_ROWS = 512  # rows that torch copies together, padding counted
+MIN_RUN_LENGTH = 16  # rows a run on average below which an adapter's rows are gathered
 # For Triton: up to so many rows, each is a block of its own; else rows a block; rows a piece of a sum over N.
 ALONE, BLOCK, PIECE = (8, 16, 32) if backend.INTERPRETED else (64, 64, 1024)
 
@@ -157,10 +158,10 @@ def _steps(segments: list[Span], groups: list[Span], order: Tensor) -> tuple[Ste
     in_order = names == list(range(names[0], names[0] + len(names)))
     rows = len(groups) * longest
     even = len(segments) == len(groups) and all(last - first == longest for _, first, last in segments)
-    if even and segments[-1][2] - segments[0][1] == rows and (in_order or rows > GATHERED):
+    if even and segments[-1][2] - segments[0][1] == rows and (in_order or rows > MAX_GATHERED_ROWS):
         adapters = slice(names[0], names[-1] + 1) if in_order else torch.tensor(names, device=order.device)
         return (Step(adapters, slice(segments[0][1], segments[-1][2]), (len(names), longest), slice(0, rows)),)
-    if rows <= GATHERED:
+    if rows <= MAX_GATHERED_ROWS:
         return (_padded(groups, longest, order),)
     return _one_by_one(segments, groups, order)
 
@@ -182,7 +183,7 @@ def _padded(groups: list[Span], longest: int, order: Tensor) -> Step:
 
 
 def _one_by_one(segments: list[Span], groups: list[Span], order: Tensor) -> tuple[Step, ...]:
-    """For each adapter a step a run, or, where its runs are crumbs, a step for every GATHERED of its rows."""
+    """For each adapter a step a run, or, where its runs are crumbs, a step for every MAX_GATHERED_ROWS of its rows."""
     steps: list[Step] = []
     runs_of: dict[int, list[slice]] = {name: [] for name, _, _ in groups}
     for name, first, last in segments:
@@ -191,8 +192,8 @@ def _one_by_one(segments: list[Span], groups: list[Span], order: Tensor) -> tupl
         runs = runs_of[name]
         rows: list[slice | Tensor] = [*runs]
         sizes = [run.stop - run.start for run in runs]
-        if len(runs) > 1 and stop - start < CRUMB * len(runs):
-            rows = [*order[start:stop].split(GATHERED)]
+        if len(runs) > 1 and stop - start < MIN_RUN_LENGTH * len(runs):
+            rows = [*order[start:stop].split(MAX_GATHERED_ROWS)]
             sizes = [len(chunk) for chunk in rows]  # type: ignore[arg-type]
         for chunk, size in zip(rows, sizes, strict=True):
             done = steps[-1].cells.stop if steps else 0

@@ -13,12 +13,12 @@ MOST = 16  # rows
 
 
 def takes_blocks(x: Tensor, weight: Tensor) -> bool:
-    """Whether x (N, K) and weight (M, K) are what `few_rows` is for."""
+    """Whether x (N, K) and weight (M, K) are what `small_batch_matmul` is for."""
     few = x.device.type == "cpu" and x.dtype == torch.float32 and 0 < len(x) <= MOST
     return few and weight.is_contiguous() and len(weight) >= 256
 
 
-def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def small_batch_matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + bias for x (N, K), weight (M, K), bias (M,) or None; gives (N, M)."""
     blocks = max(2, torch.get_num_threads())
     size, cut = len(weight) // blocks, len(weight) // blocks * blocks

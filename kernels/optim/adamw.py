@@ -8,7 +8,8 @@ At update t, for a weight w with gradient g, a factor c that all gradients share
 c divides sums of gradients by their count and clips their norm; it stays on the device, so that nobody waits for it. A
 weight trained in fp32 may stand for a narrower one that the model computes with: its `copy`, which is rounded anew.
 
-Everything a parameter needs is a `Trained` (`adamw_state.py`). On a GPU one launch updates them all, out of a table of
+Everything a parameter needs is a `AdamWParam` (`adamw_state.py`). On a GPU one launch updates them all,
+out of a table of
 their addresses (`adamw_triton.py`): the weights, moments and gradients stay the tensors they are. One flat buffer of
 each kind would save nothing: on CPU, 144 LoRA factors of 768 × 16 take 3.6 ms one by one (2 threads) and 4.1 ms in flat
 buffers, into which the gradients must be copied first.
@@ -21,12 +22,12 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from .. import backend
-from .adamw_state import Due, Trained
+from .adamw_state import AdamWParam, ParamsWithGrads
 
 
 @torch.no_grad()
 def adamw_(
-    trained: Iterable[Trained], lr: float, betas: tuple[float, float], eps: float, factor: Tensor | None = None
+    trained: Iterable[AdamWParam], lr: float, betas: tuple[float, float], eps: float, factor: Tensor | None = None
 ) -> None:
     """One update in place of all weights that have a gradient; `factor` () is c. The gradients may be overwritten."""
     due = [(one, one.weight.grad) for one in trained if one.weight.grad is not None]
@@ -42,24 +43,24 @@ def adamw_(
         _update_in_torch(due, lr, betas, eps, factor, in_line)
 
 
-def _in_line(one: Trained, gradient: Tensor) -> bool:
+def _in_line(one: AdamWParam, gradient: Tensor) -> bool:
     """Whether a kernel may walk along the tensors of a weight as along a line; torch's fused ones don't ask."""
     tensors = (gradient, one.exp_avg, one.exp_avg_sq, one.copy)
     return all(x is None or x.stride() == one.weight.stride() for x in tensors)
 
 
-def _on_triton(due: Due) -> bool:
+def _on_triton(due: ParamsWithGrads) -> bool:
     kinds = {(x.device, x.dtype) for one, gradient in due for x in (one.weight, gradient)}
     return kinds == {(due[0][0].weight.device, torch.float32)} and backend.on_triton(*(one.weight for one, _ in due))
 
 
 def _update_in_torch(
-    due: Due, lr: float, betas: tuple[float, float], eps: float, factor: Tensor | None, in_line: bool
+    due: ParamsWithGrads, lr: float, betas: tuple[float, float], eps: float, factor: Tensor | None, in_line: bool
 ) -> None:
     if factor is not None:
         torch._foreach_mul_([gradient for _, gradient in due], factor)
     fused = in_line and due[0][0].weight.device.type == "cpu"  # elsewhere it would want the counts on the device
-    groups: dict[tuple[float, float], Due] = {}
+    groups: dict[tuple[float, float], ParamsWithGrads] = {}
     for one, gradient in due:
         groups.setdefault((one.scale, one.decay), []).append((one, gradient))
     for (scale, decay), group in groups.items():

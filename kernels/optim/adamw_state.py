@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass
-class Trained:
+class AdamWParam:
     """A weight in at least fp32, with a gradient in `.grad`; how often it was updated, and its moments m and v.
 
     `scale` multiplies the learning rate, `decay` is λ, `copy` the narrower weight that follows this one. The moments
@@ -30,4 +30,4 @@ class Trained:
         return torch.zeros_like(self.weight, requires_grad=False)
 
 
-Due = list[tuple[Trained, Tensor]]  # with their gradients
+ParamsWithGrads = list[tuple[AdamWParam, Tensor]]  # with their gradients

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backend
-from .adamw_state import Due
+from .adamw_state import ParamsWithGrads
 
 _BLOCK = {0: (64, 1), 80: (2048, 4)}  # entries of a weight that a program updates, warps
 _COPIES = {torch.bfloat16: 1, torch.float16: 2}
@@ -53,7 +53,7 @@ def _adamw_kernel(
         tl.store(copy.to(tl.pointer_type(tl.float16)) + start + lane, w.to(tl.float16), mask=inside)
 
 
-def update_(due: Due, lr: float, betas: tuple[float, float], eps: float, factor: Tensor | None) -> None:
+def update_(due: ParamsWithGrads, lr: float, betas: tuple[float, float], eps: float, factor: Tensor | None) -> None:
     """One update of fp32 weights whose `step` has been counted; all tensors of a weight have the same strides."""
     weight = due[0][0].weight
     block, warps = backend.entry(_BLOCK, weight)

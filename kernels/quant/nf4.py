@@ -129,11 +129,11 @@ class NF4Weight(nn.Module):
         """The weight (M, K) in this dtype, in memory of its own."""
         return self._decode(torch.empty(self.shape, dtype=dtype, device=self.device))
 
-    def borrow(self, dtype: torch.dtype) -> Tensor:
+    def dequantize_into_buffer(self, dtype: torch.dtype) -> Tensor:
         """The weight (M, K) in this dtype, in the workspace: good until any weight with that workspace is borrowed."""
         return self._decode(self.workspace.buffer(self.shape, dtype, self.device))
 
-    def multiplies(self, x: Tensor) -> bool:
+    def supports_fused_matmul(self, x: Tensor) -> bool:
         """Whether `product` takes x (N, K): few rows, a GPU, and rows of W that are whole blocks."""
         return len(x) <= FEW_ROWS and self.shape[1] % BLOCK == 0 and backend.on_triton(x)
 

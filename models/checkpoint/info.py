@@ -62,7 +62,7 @@ def _family(published: dict[str, Any], folder: Path) -> Family:
             f"{folder / 'config.json'}: model_type {shown(kind)} is not an architecture of handtune ({known})"
         )
     family = FAMILIES[kind]
-    for field, accepted in family.required.items():
+    for field, accepted in family.supported_config_values.items():
         if field in published and published[field] not in accepted:
             raise ValueError(f"{folder / 'config.json'}: {field} = {shown(published[field])} is not implemented")
     if (way := published.get("quantization_config")) is not None:

@@ -13,7 +13,7 @@ from ...kernels import Linear
 from ...kernels.quant.nf4 import Workspace
 from ..families import Family, Model, family_of_preset
 from ..layers.heads import BY_TEXT
-from ..layers.image_processor import Pixels
+from ..layers.image_processor import ImageProcessor
 from ..resnet.model import ResNet
 from ..tokenizer.special_tokens import SpecialTokens, load_tokenizer, load_tokenizer_file
 from ..tokenizer.token_names import read_settings
@@ -29,7 +29,7 @@ from .tasks import (
     stored_head,
     task_of,
 )
-from .weights import Packing, fill
+from .weights import Packing, load_weights
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -67,7 +67,7 @@ def load(
     packed = Packing({key: m for key, m in chosen.items() if isinstance(m, Linear)}, kind, target, Workspace())
     with explained_memory(lambda: _too_large(f"loading {opened.model.source}", model, kind)):
         allocate(model, kind, target, without=set(packed.modules.values()))
-        fill(model, opened.shards, new_head=rows is None, packed=packed, announce=not head_follows)
+        load_weights(model, opened.shards, new_head=rows is None, packed=packed, announce=not head_follows)
         if rows and rows != sorted(rows):
             reorder_head(model.head, rows)
     model.eval()
@@ -119,7 +119,7 @@ def open_checkpoint(
         model = family(config, task, names, depth, pooling, normalize)
     model.tokens, model.source = tokens, info.source
     if isinstance(model, ResNet):
-        model.pixels = Pixels.read(folder, published, model.config.n_channels) or model.pixels
+        model.pixels = ImageProcessor.read(folder, published, model.config.n_channels) or model.pixels
     rows = head_rows(model, published, known) if depth == stored_depth else None
     if rows is None or task not in BY_TEXT:
         model.tokens = padding_of_new_head(tokens, words, task)

@@ -32,7 +32,7 @@ BUFFER, TO_DEVICE = 2**16, 2**23
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorOnDisk:
     """A tensor in a file: its name, where its bytes start, counted from the file's beginning, and what they are."""
 
     path: Path
@@ -46,7 +46,7 @@ class Stored:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def read_header(path: Path) -> dict[str, Stored]:
+def read_header(path: Path) -> dict[str, TensorOnDisk]:
     """The tensors of a file by name. ValueError where the file is damaged, or has a dtype that is unknown here."""
     with require_file(path, "safetensors file").open("rb") as file:
         size = file.seek(0, 2)
@@ -68,7 +68,7 @@ def _damaged(path: Path, what: str) -> ValueError:
     return ValueError(f"{path}: damaged or cut short ({what}); download or copy it again")
 
 
-def _stored(path: Path, name: str, entry: Any, data: int) -> Stored:
+def _stored(path: Path, name: str, entry: Any, data: int) -> TensorOnDisk:
     """One entry of the header, checked by itself; `data` is where the tensors begin."""
     try:
         dtype, shape, (first, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -79,13 +79,13 @@ def _stored(path: Path, name: str, entry: Any, data: int) -> Stored:
         raise _damaged(path, f"{name} has shape {shape} and data_offsets {first}, {end}")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{path}: {name} has dtype {dtype!r}, which is not implemented; known: {', '.join(DTYPES)}")
-    stored = Stored(path, name, data + first, tuple(shape), DTYPES[dtype])
+    stored = TensorOnDisk(path, name, data + first, tuple(shape), DTYPES[dtype])
     if stored.nbytes != end - first:
         raise _damaged(path, f"{name} takes {end - first} bytes, where {dtype} {shape} has {stored.nbytes}")
     return stored
 
 
-def _check_order(path: Path, found: dict[str, Stored], start: int, size: int) -> None:
+def _check_order(path: Path, found: dict[str, TensorOnDisk], start: int, size: int) -> None:
     """ValueError unless the tensors fill the file from `start` to its end, without gap or overlap."""
     for name, stored in sorted(found.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if stored.start != start:
@@ -95,7 +95,7 @@ def _check_order(path: Path, found: dict[str, Stored], start: int, size: int) ->
         raise _damaged(path, f"{size} bytes, where {start} were expected")
 
 
-def read_into(stored: Stored, target: Tensor) -> None:
+def read_into(stored: TensorOnDisk, target: Tensor) -> None:
     """Fill `target`, a view of any layout, device and dtype, whose entries come in the order of those stored.
 
     ValueError where one is NaN or infinite, or too large for a target in float16.
@@ -115,7 +115,7 @@ def read_into(stored: Stored, target: Tensor) -> None:
             )
 
 
-def _refuse_not_finite(stored: Stored, values: Tensor) -> None:
+def _refuse_not_finite(stored: TensorOnDisk, values: Tensor) -> None:
     if not _is_finite(values):
         raise ValueError(
             f"{stored.path}: {stored.name} holds NaN or infinity, with which nothing can be computed; download or copy "
@@ -136,12 +136,12 @@ def _is_finite(values: Tensor) -> bool:
     return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
-def holds(stored: Stored, target: Tensor) -> bool:
+def holds(stored: TensorOnDisk, target: Tensor) -> bool:
     """Whether the file has exactly the entries of `target`, once they are of its dtype."""
     return all(torch.equal(rows, block.to(rows)) for rows, block in _blocks(stored, target))
 
 
-def _blocks(stored: Stored, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _blocks(stored: TensorOnDisk, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Consecutive rows of `target`, each time with what is stored for them, which is valid until the next."""
     if target.numel() == 0:
         return
@@ -179,7 +179,7 @@ def _memory(tensor: Tensor) -> memoryview:
 
 
 @dataclass(frozen=True)
-class Made:
+class LazyTensor:
     """A tensor that is made when its turn to be written comes: what it will be, and how to make it."""
 
     shape: tuple[int, ...]
@@ -191,7 +191,7 @@ class Made:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_file(path: Path, tensors: Mapping[str, Stored | Made]) -> None:
+def write_file(path: Path, tensors: Mapping[str, TensorOnDisk | LazyTensor]) -> None:
     """Write tensors: those of another file are copied block by block, the others made one at a time.
 
     What `make` gives may be a view of any layout and device, whose entries come in order.
@@ -201,18 +201,18 @@ def write_file(path: Path, tensors: Mapping[str, Stored | Made]) -> None:
         file.write(header)
         for name in order:
             one = tensors[name]
-            for block in _stored_blocks(one) if isinstance(one, Stored) else _made_blocks(one):
+            for block in _stored_blocks(one) if isinstance(one, TensorOnDisk) else _made_blocks(one):
                 file.write(block)
 
 
-def same(one: Stored, other: Stored) -> bool:
+def same(one: TensorOnDisk, other: TensorOnDisk) -> bool:
     """Whether two stored tensors are equal, bit for bit."""
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False
     return all(a == b for a, b in zip(_stored_blocks(one), _stored_blocks(other), strict=True))
 
 
-def _stored_blocks(stored: Stored) -> Iterator[memoryview]:
+def _stored_blocks(stored: TensorOnDisk) -> Iterator[memoryview]:
     """The bytes of a tensor in a file, piece by piece, each valid until the next. ValueError for NaN and infinity."""
     left = math.prod(stored.shape)
     buffer = torch.empty(min(left, TO_DEVICE // stored.dtype.itemsize), dtype=stored.dtype)
@@ -226,7 +226,7 @@ def _stored_blocks(stored: Stored) -> Iterator[memoryview]:
             yield _memory(block)
 
 
-def _made_blocks(made: Made) -> Iterator[memoryview]:
+def _made_blocks(made: LazyTensor) -> Iterator[memoryview]:
     tensor = made.make().detach()
     tensor = tensor if tensor.dim() else tensor[None]
     for rows in tensor.split(_rows(tensor, tensor.element_size())):

@@ -12,11 +12,11 @@ from ..._folders import filling
 from ...kernels import Linear
 from ...kernels.lora.factors import Merged
 from ..families import Model
-from ..layers.key_map import Published
+from ..layers.key_map import CheckpointKey
 from ..resnet import ResNet
 from ..tokenizer.special_tokens import save_tokenizer
 from .pooling import write_pooling
-from .safetensors_io import Made, write_file
+from .safetensors_io import LazyTensor, write_file
 from .shards import SINGLE
 from .tasks import task_config
 from .weights import blocks, own_tensors
@@ -42,16 +42,16 @@ def save(model: Model, tokenizer: "Tokenizer | None", path: str | Path) -> None:
                 f"{name} carries an adapter: merge_lora(model) first, or save_adapter(model, path) instead"
             )
     own = own_tensors(model)
-    tensors: dict[str, Made] = {}
+    tensors: dict[str, LazyTensor] = {}
     for key, source in model.key_map().items():
         for name, rows in zip(source.names, blocks(own[key], source), strict=True):
-            tensors[name] = Made(stored_shape(source, rows), rows.dtype, partial(source.as_stored, rows))
+            tensors[name] = LazyTensor(stored_shape(source, rows), rows.dtype, partial(source.as_stored, rows))
     with filling(path, "config.json") as folder:
         write_file(folder / SINGLE, tensors)
         save_around(model, tokenizer, folder, next(iter(tensors.values())).dtype)
 
 
-def stored_shape(source: Published, rows: Tensor) -> tuple[int, ...]:
+def stored_shape(source: CheckpointKey, rows: Tensor) -> tuple[int, ...]:
     """The shape in which our rows are stored."""
     return tuple(source.theirs(rows.to("meta")).shape)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..._files import read_json
-from .safetensors_io import Stored, read_header
+from .safetensors_io import TensorOnDisk, read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -27,13 +27,14 @@ class Shards:
     """The tensors of a checkpoint folder by name: where each one lies. None is read here.
 
     Raises FileNotFoundError where there are no weights, ValueError where a file is damaged, the index names a file
-    outside the folder, a tensor is in two shards, or there are only pickle files. Where weights are not `required`, no
+    outside the folder, a tensor is in two shards, or there are only pickle files. Where weights are not
+    `supported_config_values`, no
     file of them is looked at.
     """
 
     def __init__(self, folder: Path, required: bool = True):
         self.folder = folder
-        self._stored: dict[str, Stored] = {}
+        self._stored: dict[str, TensorOnDisk] = {}
         if not required:
             return
         for path in self.paths():
@@ -71,7 +72,7 @@ class Shards:
         """The names of all tensors."""
         return list(self._stored)
 
-    def find(self, name: str) -> Stored:
+    def find(self, name: str) -> TensorOnDisk:
         """The tensor called `name`."""
         return self._stored[name]
 

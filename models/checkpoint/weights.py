@@ -4,8 +4,9 @@ Nothing is guessed: a tensor that is missing, left over or of another shape is a
 are few and said: a task's head that the checkpoint lacks is initialised and announced, the heads of other tasks are
 left out and named, and constant buffers are skipped.
 
-A model says in `heads` which tasks a stored head is for: one that is not the asked task's is left out, but a tensor of
-the task's own head that has no place is left over. And in `copies` which tensors may be stored a second time, a tied
+A model says in `head_keys` which tasks a stored head is for: one that is not the asked task's is left out, but a
+tensor of
+the task's own head that has no place is left over. And in `tied_keys` which tensors may be stored a second time, a tied
 output matrix above all: a copy that is none is an error, because nobody knows which of the two is meant.
 """
 
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 
 from ...kernels import Linear
 from ...kernels.quant.nf4 import Workspace
-from ..layers.key_map import Published
-from .safetensors_io import Stored, holds, read_into
+from ..layers.key_map import CheckpointKey
+from .safetensors_io import TensorOnDisk, holds, read_into
 from .shards import Shards
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def blocks(tensor: Tensor, source: Published) -> tuple[Tensor, ...]:
+def blocks(tensor: Tensor, source: CheckpointKey) -> tuple[Tensor, ...]:
     """The rows of our tensor that belong to each of the published names."""
     return tensor.detach().split(source.rows) if source.rows else (tensor.detach(),)
 
@@ -45,13 +46,13 @@ def blocks(tensor: Tensor, source: Published) -> tuple[Tensor, ...]:
 class Placement:
     """Where each tensor of a model is stored, by its published name (an optional one may not be).
 
-    `new`: those of a head that is to be made. `copies`: what is stored a second time, with our name of the first and
+    `new`: those of a head that is to be made. `tied_keys`: what is stored a second time, with our name of the first and
     what to say if it is no copy.
     """
 
-    stored: dict[str, Stored]
+    stored: dict[str, TensorOnDisk]
     new: list[str]
-    copies: list[tuple[str, Stored, str]]
+    tied_keys: list[tuple[str, TensorOnDisk, str]]
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,16 @@ class Packing:
 
 
 @torch.no_grad()
-def fill(model: "Model", shards: Shards, new_head: bool, packed: Packing, announce: bool = True) -> None:
+def load_weights(model: "Model", shards: Shards, new_head: bool, packed: Packing, announce: bool = True) -> None:
     """Copy every tensor of the key map from the shards into its rows; make the head where it is not there, or `new`.
 
     A head that is made is announced as one to be trained, unless the caller has another to put in its place.
 
     Of what is to be `packed` each weight is read and quantised before the next: one of them is there in full at a time.
 
-    Raises ValueError as `place` does, before anything is read; and for a copy that is none.
+    Raises ValueError as `match_keys` does, before anything is read; and for a copy that is none.
     """
-    placement, own = place(model, shards, new_head), own_tensors(model)
+    placement, own = match_keys(model, shards, new_head), own_tensors(model)
     if placement.new:
         model.initialize_head()
     for key, source in model.key_map().items():
@@ -96,7 +97,7 @@ def fill(model: "Model", shards: Shards, new_head: bool, packed: Packing, announ
                 packing.quantize_(packed.workspace)
             except ValueError as error:
                 raise ValueError(f"{key}: {error}") from error
-    for key, copy, said in placement.copies:
+    for key, copy, said in placement.tied_keys:
         if copy.shape != own[key].shape or not holds(copy, own[key]):
             raise ValueError(f"{shards.folder}: {said}")
     model.head_is_new = bool(placement.new)
@@ -104,14 +105,14 @@ def fill(model: "Model", shards: Shards, new_head: bool, packed: Packing, announ
         log.warning("new, to be trained, for %s: %s", model.task, ", ".join(sorted(placement.new)))
 
 
-def place(model: "Model", shards: Shards, new_head: bool) -> Placement:
+def match_keys(model: "Model", shards: Shards, new_head: bool) -> Placement:
     """Match the tensors of the key map with those of the shards; says which heads of other tasks are left out.
 
     Raises ValueError with a list of what is missing, left over, of another shape or kind, or there twice.
     """
     table, own = model.key_map(), own_tensors(model)
     short_names, twice = _by_short_name(model, shards, table)
-    found: dict[str, Stored] = {}
+    found: dict[str, TensorOnDisk] = {}
     new: list[str] = []
     missing: list[str] = []
     misshaped: list[str] = []
@@ -135,18 +136,18 @@ def place(model: "Model", shards: Shards, new_head: bool) -> Placement:
     )
     if others:
         log.warning("left out, of other tasks than %s: %s", model.task, ", ".join(others))
-    second = [(*model.copies[short], spare[short]) for short in copies]
+    second = [(*model.tied_keys[short], spare[short]) for short in copies]
     return Placement(found, new, [(key, shards.find(name), f"{name} is not {said}") for key, said, name in second])
 
 
-def _by_short_name(model: "Model", shards: Shards, table: dict[str, Published]) -> tuple[dict[str, str], list[str]]:
+def _by_short_name(model: "Model", shards: Shards, table: dict[str, CheckpointKey]) -> tuple[dict[str, str], list[str]]:
     """The stored names by their short form, in which all variants meet; and the pairs that do so in one checkpoint."""
     spelled = {other: name for source in table.values() for other, name in zip(source.also, source.names, strict=False)}
     stored: dict[str, str] = {}
     twice: list[str] = []
     for name in shards.names():
         short = _canonical(name, model.base_prefix)
-        if name in spelled and not (short in model.copies and spelled[name] in shards.names()):
+        if name in spelled and not (short in model.tied_keys and spelled[name] in shards.names()):
             short = _canonical(spelled[name], model.base_prefix)
         if short in stored:
             twice.append(f"{stored[short]} and {name}")
@@ -162,12 +163,12 @@ def _sort_out(model: "Model", spare: dict[str, str], new_head: bool) -> tuple[li
     replaced = new_head and not model.task.endswith("-lm")
     left, copies, others = [], [], []
     for short, name in spare.items():
-        pattern = next((pattern for pattern in model.heads if fnmatchcase(short, pattern)), None)
-        if pattern is not None and model.task not in model.heads[pattern]:
+        pattern = next((pattern for pattern in model.head_keys if fnmatchcase(short, pattern)), None)
+        if pattern is not None and model.task not in model.head_keys[pattern]:
             others.append(pattern.removesuffix(".*"))
-        elif short in model.copies:
+        elif short in model.tied_keys:
             copies.append(short)
-        elif not (pattern and replaced) and not any(fnmatchcase(short, ignored) for ignored in model.ignored):
+        elif not (pattern and replaced) and not any(fnmatchcase(short, ignored) for ignored in model.ignored_keys):
             left.append(name)
     return left, copies, sorted(set(others))
 
@@ -178,7 +179,7 @@ def _canonical(name: str, prefix: str | tuple[str, ...]) -> str:
     return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name))
 
 
-def _misfit(stored: Stored, rows: Tensor, source: Published) -> str:
+def _misfit(stored: TensorOnDisk, rows: Tensor, source: CheckpointKey) -> str:
     """Why a stored tensor doesn't fit its rows, or nothing. Its shape in our layout is found without its contents."""
     shape = source.ours(torch.empty(stored.shape, device="meta")).shape
     if shape != rows.shape:

@@ -22,8 +22,8 @@ from ...kernels import LayerNorm, Linear, attention, feed_forward, norm_linear
 from ..layers.config_fields import ACTIVATIONS, overridden
 from ..layers.heads import BY_TEXT, EmbeddingHead, MLPHead, last_unpadded, n_outputs, pool_tokens
 from ..layers.initialization import initialize
-from ..layers.inputs import ALL, key_bias, positions, refuse_longer
-from ..layers.key_map import TIED, Published
+from ..layers.inputs import ALL, check_length, key_bias, positions
+from ..layers.key_map import TIED, CheckpointKey
 from ..layers.kv_cache import KVCache
 from ..tokenizer.special_tokens import SpecialTokens
 from .config import PRESETS, GPT2Config, read_config, write_config
@@ -89,7 +89,7 @@ class GPT2(nn.Module):
     base_prefix = "transformer."
     # Methods of training that mean another objective here than for most models.
     objectives: ClassVar[dict[str, str]] = {}
-    of_positions: ClassVar[tuple[str, ...]] = ()
+    position_modules: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar = {
         "attention": ("layers.*.qkv", "layers.*.o"),
         "mlp": ("layers.*.up", "layers.*.down"),
@@ -102,15 +102,19 @@ class GPT2(nn.Module):
         "question-answering": "GPT2ForQuestionAnswering",
         "embedding": "GPT2Model",
     }
-    ignored = ("*.attn.bias", "*.attn.masked_bias")
-    heads: ClassVar = {
+    ignored_keys = ("*.attn.bias", "*.attn.masked_bias")
+    head_keys: ClassVar = {
         "lm_head.*": ("causal-lm",),
         "score.*": ("sequence-classification", "reward"),
         "classifier.*": ("token-classification",),
         "qa_outputs.*": ("question-answering",),
     }
-    copies: ClassVar = {"lm_head.weight": ("embed.tokens.weight", TIED)}
-    required: ClassVar = {"add_cross_attention": (False,), "is_encoder_decoder": (False,), "is_causal": (True, None)}
+    tied_keys: ClassVar = {"lm_head.weight": ("embed.tokens.weight", TIED)}
+    supported_config_values: ClassVar = {
+        "add_cross_attention": (False,),
+        "is_encoder_decoder": (False,),
+        "is_causal": (True, None),
+    }
 
     def __init__(
         self,
@@ -197,7 +201,7 @@ class GPT2(nn.Module):
         Only the states at the positions `read` (n,), where given, (B, n, D): the last layer feeds forward no others.
         """
         past = cache.length if cache is not None else 0
-        refuse_longer(input_ids, cu_seqlens, max_seqlen, self.config.max_positions, past)
+        check_length(input_ids, cu_seqlens, max_seqlen, self.config.max_positions, past)
         if position_ids is None:
             position_ids = positions(input_ids, attention_mask, cu_seqlens, past)
         if entering is None:
@@ -235,14 +239,14 @@ class GPT2(nn.Module):
         states = self.hidden(input_ids, attention_mask, **inputs)
         return self.head(self.pool(states, input_ids, attention_mask, inputs.get("cu_seqlens")))
 
-    def key_map(self) -> dict[str, Published]:
+    def key_map(self) -> dict[str, CheckpointKey]:
         """Our parameter names → their names in published checkpoints of this task."""
         base = "" if self.task == "embedding" else self.base_prefix
         table = {
-            "embed.tokens.weight": Published((f"{base}wte.weight",)),
-            "embed.positions.weight": Published((f"{base}wpe.weight",)),
-            "norm.weight": Published((f"{base}ln_f.weight",)),
-            "norm.bias": Published((f"{base}ln_f.bias",)),
+            "embed.tokens.weight": CheckpointKey((f"{base}wte.weight",)),
+            "embed.positions.weight": CheckpointKey((f"{base}wpe.weight",)),
+            "norm.weight": CheckpointKey((f"{base}ln_f.weight",)),
+            "norm.bias": CheckpointKey((f"{base}ln_f.bias",)),
         }
         modules = {
             "norm1": "ln_1",
@@ -255,15 +259,15 @@ class GPT2(nn.Module):
         for i in range(len(self.layers)):
             for ours, theirs in modules.items():
                 conv = not ours.startswith("norm")
-                table[f"layers.{i}.{ours}.weight"] = Published((f"{base}h.{i}.{theirs}.weight",), transposed=conv)
-                table[f"layers.{i}.{ours}.bias"] = Published((f"{base}h.{i}.{theirs}.bias",))
+                table[f"layers.{i}.{ours}.weight"] = CheckpointKey((f"{base}h.{i}.{theirs}.weight",), transposed=conv)
+                table[f"layers.{i}.{ours}.bias"] = CheckpointKey((f"{base}h.{i}.{theirs}.bias",))
         if self.task == "causal-lm":
             if not self.config.tied:
-                table["head.weight"] = Published(("lm_head.weight",))
+                table["head.weight"] = CheckpointKey(("lm_head.weight",))
             return table
         name = {"token-classification": "classifier", "question-answering": "qa_outputs"}.get(self.task, "score")
         for key, _ in self.head.named_parameters():
-            table[f"head.{key}"] = Published((f"{name}.{key.removeprefix('out.')}",))
+            table[f"head.{key}"] = CheckpointKey((f"{name}.{key.removeprefix('out.')}",))
         return table
 
     @classmethod

@@ -30,7 +30,7 @@ REQUIRED = {
 
 
 @dataclass(frozen=True)
-class Pixels:
+class ImageProcessor:
     """How an image becomes (C, size, size): scaled to `edge` on its short side, `size` cut out of the middle.
 
     `squeeze`: scaled to edge × edge, whatever its shape. `resample` is Pillow's number of the filter. `mean` and `std`,
@@ -58,17 +58,17 @@ class Pixels:
         if len(self.mean) != len(self.std) or not all(self.std):
             raise ValueError(f"mean {self.mean} and std {self.std}: expected one of each a channel, and no std of zero")
 
-    def at(self, size: int) -> "Pixels":
+    def at(self, size: int) -> "ImageProcessor":
         """The same at another size; what is cut off stays in proportion."""
         edge = size * self.edge // self.size
-        return Pixels(size, edge, self.squeeze, self.resample, self.mean, self.std)
+        return ImageProcessor(size, edge, self.squeeze, self.resample, self.mean, self.std)
 
-    def grey(self) -> "Pixels":
+    def grey(self) -> "ImageProcessor":
         """The same for one channel, whose mean and deviation are the means of those of the three, as in timm."""
         return replace(self, mean=(sum(self.mean) / len(self.mean),), std=(sum(self.std) / len(self.std),))
 
     @classmethod
-    def read(cls, folder: Path, config: dict[str, Any], n_channels: int = 3) -> "Pixels | None":
+    def read(cls, folder: Path, config: dict[str, Any], n_channels: int = 3) -> "ImageProcessor | None":
         """From preprocessor_config.json or timm's `pretrained_cfg`; None where there is neither.
 
         Raises ValueError for a damaged file, for a step that is not implemented, and for other channels than the

@@ -13,7 +13,7 @@ def key_bias(attention_mask: Tensor | None) -> Tensor | None:
     return attention_mask.bool()[:, None, None, :]
 
 
-def refuse_longer(
+def check_length(
     input_ids: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, limit: int, past: int = 0
 ) -> None:
     """ValueError where rows, or packed segments, are longer than the model's `limit` of positions."""

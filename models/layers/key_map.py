@@ -9,7 +9,7 @@ TIED = "the token embedding, but config.json has tie_word_embeddings = true; set
 
 
 @dataclass(frozen=True)
-class Published:
+class CheckpointKey:
     """How one of our parameters is stored in published checkpoints.
 
     `names` are the tensors whose rows, in this order, make up ours; `rows` the number of rows of each (empty where

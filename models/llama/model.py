@@ -21,8 +21,8 @@ from ...kernels import Linear, RMSNorm, attention, feed_forward, norm_linear, ro
 from ..layers.config_fields import overridden
 from ..layers.heads import BY_TEXT, EmbeddingHead, MLPHead, last_unpadded, n_outputs, pool_tokens
 from ..layers.initialization import initialize
-from ..layers.inputs import ALL, key_bias, positions, refuse_longer
-from ..layers.key_map import TIED, Published
+from ..layers.inputs import ALL, check_length, key_bias, positions
+from ..layers.key_map import TIED, CheckpointKey
 from ..layers.kv_cache import KVCache
 from ..tokenizer.special_tokens import SpecialTokens
 from .config import PRESETS, LlamaConfig, read_config, write_config
@@ -46,8 +46,8 @@ class Block(nn.Module):
         super().__init__()
         d, f, hd = config.d_model, config.d_ff, config.width
         self.index, self.head_width, self.window = index, hd, config.window_of(index)
-        self.heads = (config.n_head, config.n_kv_head or config.n_head, config.n_kv_head or config.n_head)
-        q, k, v = (h * hd for h in self.heads)
+        self.head_keys = (config.n_head, config.n_kv_head or config.n_head, config.n_kv_head or config.n_head)
+        q, k, v = (h * hd for h in self.head_keys)
         self.norm1, self.norm2 = RMSNorm(d, config.eps), RMSNorm(d, config.eps)
         self.qkv = Linear(d, q + k + v, config.qkv_bias, parts=(("q_proj", q), ("k_proj", k), ("v_proj", v)))
         self.q_norm = RMSNorm(hd, config.eps) if config.qk_norm else None
@@ -68,7 +68,7 @@ class Block(nn.Module):
         read: Tensor | None = None,
     ) -> Tensor:
         qkv = norm_linear(x, self.norm1, self.qkv).unflatten(-1, (-1, self.head_width))  # (B, T, H + 2K, hd)
-        q, k, v = qkv.split(self.heads, dim=2)
+        q, k, v = qkv.split(self.head_keys, dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)  # which keep all of qkv for their backward pass
         else:
@@ -91,7 +91,7 @@ class Llama(nn.Module):
     base_prefix = ("model.", "transformer.")  # the second is transformers' under question answering
     # Methods of training that mean another objective here than for most models.
     objectives: ClassVar[dict[str, str]] = {}
-    of_positions: ClassVar[tuple[str, ...]] = ()
+    position_modules: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar = {
         "attention": ("layers.*.qkv", "layers.*.o"),
         "mlp": ("layers.*.gate_up", "layers.*.down"),
@@ -104,14 +104,14 @@ class Llama(nn.Module):
         "question-answering": "{}ForQuestionAnswering",
         "embedding": "{}Model",
     }
-    ignored = ("*rotary_emb.inv_freq",)
-    heads: ClassVar = {
+    ignored_keys = ("*rotary_emb.inv_freq",)
+    head_keys: ClassVar = {
         "lm_head.*": ("causal-lm",),
         "score.*": ("sequence-classification", "reward", "token-classification"),
         "qa_outputs.*": ("question-answering",),
     }
-    copies: ClassVar = {"lm_head.weight": ("embed.tokens.weight", TIED)}
-    required: ClassVar = {
+    tied_keys: ClassVar = {"lm_head.weight": ("embed.tokens.weight", TIED)}
+    supported_config_values: ClassVar = {
         "is_causal": (True, None),
         "hidden_act": ("silu",),
         "pretraining_tp": (1,),
@@ -204,7 +204,7 @@ class Llama(nn.Module):
         or packed segments, would give states without meaning: they are refused (ValueError).
         """
         past = cache.length if cache is not None else 0
-        refuse_longer(input_ids, cu_seqlens, max_seqlen, self.config.max_positions, past)
+        check_length(input_ids, cu_seqlens, max_seqlen, self.config.max_positions, past)
         if position_ids is None:
             position_ids = positions(input_ids, attention_mask, cu_seqlens, past)
         x, bias = self.embed(input_ids) if entering is None else entering, key_bias(attention_mask)
@@ -238,35 +238,35 @@ class Llama(nn.Module):
         states = self.hidden(input_ids, attention_mask, **inputs)
         return self.head(self.pool(states, input_ids, attention_mask, inputs.get("cu_seqlens")))
 
-    def key_map(self) -> dict[str, Published]:
+    def key_map(self) -> dict[str, CheckpointKey]:
         """Our parameter names → their names in published checkpoints of this task."""
         base = "" if self.task == "embedding" else self.base_prefix[0]
         if self.task == "question-answering" and self.config.family != "Mistral":
             base = self.base_prefix[1]
         table = {
-            "embed.tokens.weight": Published((f"{base}embed_tokens.weight",)),
-            "norm.weight": Published((f"{base}norm.weight",)),
+            "embed.tokens.weight": CheckpointKey((f"{base}embed_tokens.weight",)),
+            "norm.weight": CheckpointKey((f"{base}norm.weight",)),
         }
         for i in range(len(self.layers)):
             layer = f"{base}layers.{i}"
-            table[f"layers.{i}.norm1.weight"] = Published((f"{layer}.input_layernorm.weight",))
-            table[f"layers.{i}.norm2.weight"] = Published((f"{layer}.post_attention_layernorm.weight",))
+            table[f"layers.{i}.norm1.weight"] = CheckpointKey((f"{layer}.input_layernorm.weight",))
+            table[f"layers.{i}.norm2.weight"] = CheckpointKey((f"{layer}.post_attention_layernorm.weight",))
             if self.config.qk_norm:
-                table[f"layers.{i}.q_norm.weight"] = Published((f"{layer}.self_attn.q_norm.weight",))
-                table[f"layers.{i}.k_norm.weight"] = Published((f"{layer}.self_attn.k_norm.weight",))
+                table[f"layers.{i}.q_norm.weight"] = CheckpointKey((f"{layer}.self_attn.q_norm.weight",))
+                table[f"layers.{i}.k_norm.weight"] = CheckpointKey((f"{layer}.self_attn.k_norm.weight",))
             for kind in ("weight", "bias"):
                 for ours, theirs, linear in self._projections(i):
                     if kind == "weight" or linear.bias is not None:
                         rows = tuple(part.size for part in linear.parts) if len(theirs) > 1 else ()
                         names = tuple(f"{layer}.{name}.{kind}" for name in theirs)
-                        table[f"layers.{i}.{ours}.{kind}"] = Published(names, rows)
+                        table[f"layers.{i}.{ours}.{kind}"] = CheckpointKey(names, rows)
         if self.task == "causal-lm":
             if not self.config.tied:
-                table["head.weight"] = Published(("lm_head.weight",))
+                table["head.weight"] = CheckpointKey(("lm_head.weight",))
             return table
         name = "qa_outputs" if self.task == "question-answering" else "score"
         for key, _ in self.head.named_parameters():
-            table[f"head.{key}"] = Published((f"{name}.{key.removeprefix('out.')}",))
+            table[f"head.{key}"] = CheckpointKey((f"{name}.{key.removeprefix('out.')}",))
         return table
 
     def _projections(self, index: int) -> list[tuple[str, tuple[str, ...], Linear]]:

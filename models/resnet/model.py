@@ -30,9 +30,9 @@ from ..._shapes import shown
 from ...kernels import Conv2d
 from ..layers.config_fields import MAX_LAYERS, MAX_SIZE, overridden, read_fields
 from ..layers.heads import EmbeddingHead, MLPHead, n_outputs
-from ..layers.image_processor import Pixels
+from ..layers.image_processor import ImageProcessor
 from ..layers.initialization import initialize
-from ..layers.key_map import Published
+from ..layers.key_map import CheckpointKey
 from ..tokenizer.special_tokens import SpecialTokens
 from .names import key_map
 
@@ -186,13 +186,13 @@ class ResNet(nn.Module):
     base_prefix = "resnet."
     # Methods of training that mean another objective here than for most models.
     objectives: ClassVar[dict[str, str]] = {"classify": "classify-images"}
-    of_positions: ClassVar[tuple[str, ...]] = ()
+    position_modules: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar = {"convolutions": ("layers.*.conv*",)}
     architectures: ClassVar = {"image-classification": "ResNetForImageClassification", "embedding": "ResNetModel"}
-    ignored = ()
-    heads: ClassVar = {"classifier.*": ("image-classification",), "fc.*": ("image-classification",)}
-    copies: ClassVar[dict[str, tuple[str, str]]] = {}
-    required: ClassVar = {"hidden_act": ("relu",), "layer_type": ("basic", "bottleneck")}
+    ignored_keys = ()
+    head_keys: ClassVar = {"classifier.*": ("image-classification",), "fc.*": ("image-classification",)}
+    tied_keys: ClassVar[dict[str, tuple[str, str]]] = {}
+    supported_config_values: ClassVar = {"hidden_act": ("relu",), "layer_type": ("basic", "bottleneck")}
 
     def __init__(
         self,
@@ -209,7 +209,7 @@ class ResNet(nn.Module):
         self.config, self.task, self.labels, self.head_layers = config, task, labels, head_layers
         self.tokens = SpecialTokens()
         self.source: str | None = None  # the folder or hub id that it was loaded from
-        pixels = Pixels(SMALL, SMALL) if config.small_images else Pixels()
+        pixels = ImageProcessor(SMALL, SMALL) if config.small_images else ImageProcessor()
         self.pixels = pixels.grey() if config.n_channels == 1 else pixels
         self.head_is_new = True  # until a checkpoint fills it
         self.embed = Stem(config)
@@ -277,7 +277,7 @@ class ResNet(nn.Module):
         """image-classification (B, C); embedding (B, D)."""
         return self.head(self.pool(self.hidden(pixel_values)))
 
-    def key_map(self) -> dict[str, Published]:
+    def key_map(self) -> dict[str, CheckpointKey]:
         """Our parameters and running statistics → their names in published checkpoints."""
         return key_map(self.config.depths, {*self.state_dict()}, self.task)
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..layers.config_fields import MAX_SIZE
-from ..layers.key_map import Published
+from ..layers.key_map import CheckpointKey
 
 # Sizes that timm's architectures stand for, in the fields of transformers' config.json. Others of its some hundred
 # ResNets (resnet18d, wide_resnet50_2, ...) have other stems, shortcuts or widths.
@@ -18,7 +18,7 @@ TIMM = {
 }
 
 
-def key_map(depths: tuple[int, ...], own: set[str], task: str) -> dict[str, Published]:
+def key_map(depths: tuple[int, ...], own: set[str], task: str) -> dict[str, CheckpointKey]:
     """Our names → Hugging Face's, with torchvision's as the other spelling. `own` are the tensors that the model has.
 
     `task` "embedding" is transformers' ResNetModel, whose names have no `resnet.` in front.
@@ -40,18 +40,18 @@ def key_map(depths: tuple[int, ...], own: set[str], task: str) -> dict[str, Publ
     for key in sorted(own):
         if key.startswith("head.out.") and ".lora." not in key:
             kind = key.removeprefix("head.out.")
-            table[key] = Published((f"classifier.1.{kind}",), also=(f"fc.{kind}",))
+            table[key] = CheckpointKey((f"classifier.1.{kind}",), also=(f"fc.{kind}",))
         elif key.startswith("head.hidden.") and ".lora." not in key:
-            table[key] = Published((f"classifier.{key.removeprefix('head.')}",))
+            table[key] = CheckpointKey((f"classifier.{key.removeprefix('head.')}",))
     return table
 
 
-def _pair(conv: str, norm: str, theirs: str, torch_conv: str, torch_norm: str) -> dict[str, Published]:
+def _pair(conv: str, norm: str, theirs: str, torch_conv: str, torch_norm: str) -> dict[str, CheckpointKey]:
     """The entries of a convolution and the norm behind it: our two names, Hugging Face's prefix, torchvision's two."""
-    table = {f"{conv}.weight": Published((f"{theirs}.convolution.weight",), also=(f"{torch_conv}.weight",))}
+    table = {f"{conv}.weight": CheckpointKey((f"{theirs}.convolution.weight",), also=(f"{torch_conv}.weight",))}
     for kind in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
         names, also = (f"{theirs}.normalization.{kind}",), (f"{torch_norm}.{kind}",)
-        table[f"{norm}.{kind}"] = Published(names, also=also, optional=kind == "num_batches_tracked")
+        table[f"{norm}.{kind}"] = CheckpointKey(names, also=also, optional=kind == "num_batches_tracked")
     return table
 
 

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from ...kernels import Linear, RMSNorm, attention, feed_forward, norm_linear
 from ..layers.inputs import key_bias
-from ..layers.key_map import Published
+from ..layers.key_map import CheckpointKey
 from ..layers.kv_cache import KVCache
 from ..layers.relative_positions import RelativeBias
 from .config import FEED_FORWARDS, T5Config
@@ -139,19 +139,19 @@ class Stack(nn.Module):
             cache.own.length += t
         return self.norm(x)
 
-    def key_map(self, theirs: str) -> dict[str, Published]:
+    def key_map(self, theirs: str) -> dict[str, CheckpointKey]:
         """The parameters' names → their names under `theirs` in published checkpoints."""
         bias = f"{theirs}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         table = {
-            "norm.weight": Published((f"{theirs}.final_layer_norm.weight",)),
-            "positions.table.weight": Published((bias,)),
+            "norm.weight": CheckpointKey((f"{theirs}.final_layer_norm.weight",)),
+            "positions.table.weight": CheckpointKey((bias,)),
         }
         for i, block in enumerate(self.layers):
             assert isinstance(block, Block)
             for name, published in block.published().items():
                 names = tuple(f"{theirs}.block.{i}.layer.{each}.weight" for each in published)
                 rows = tuple(part.size for part in getattr(block, name).parts) if len(names) > 1 else ()
-                table[f"layers.{i}.{name}.weight"] = Published(names, rows)
+                table[f"layers.{i}.{name}.weight"] = CheckpointKey(names, rows)
         return table
 
 

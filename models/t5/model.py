@@ -30,7 +30,7 @@ from ..layers.config_fields import overridden
 from ..layers.heads import BY_TEXT, EmbeddingHead, MLPHead, last_position, n_outputs, pool_tokens
 from ..layers.initialization import initialize
 from ..layers.inputs import unpacked
-from ..layers.key_map import Published
+from ..layers.key_map import CheckpointKey
 from ..layers.kv_cache import KVCache
 from ..tokenizer.special_tokens import SpecialTokens
 from .blocks import Block, Cache, Embed, Stack, shifted
@@ -49,7 +49,7 @@ class T5(nn.Module):
     # Methods of training that mean another objective here than for most models.
     objectives: ClassVar[dict[str, str]] = {"sft": "seq2seq", "pretrain": "span-corruption"}
     # An encoder alone has no cross_q, cross_kv and cross_o, so that no glob may be for them only.
-    of_positions: ClassVar[tuple[str, ...]] = ("*.positions.table",)
+    position_modules: ClassVar[tuple[str, ...]] = ("*.positions.table",)
     lora_targets: ClassVar = {
         "attention": ("*.layers.*.*[qv]", "*.layers.*.*o"),
         "mlp": ("*.layers.*.*up", "*.layers.*.down"),
@@ -62,20 +62,20 @@ class T5(nn.Module):
         "question-answering": "T5ForQuestionAnswering",
         "embedding": "T5EncoderModel",
     }
-    ignored = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
-    heads: ClassVar = {
+    ignored_keys = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
+    head_keys: ClassVar = {
         "lm_head.*": ("seq2seq-lm",),
         "classification_head.*": ("sequence-classification", "reward"),
         "classifier.*": ("token-classification",),
         "qa_outputs.*": ("question-answering",),
         "decoder.*": ("seq2seq-lm", "sequence-classification", "reward", "question-answering"),
     }
-    copies: ClassVar = {
+    tied_keys: ClassVar = {
         "encoder.embed_tokens.weight": ("embed.tokens.weight", "shared.weight; two embeddings are not implemented"),
         "decoder.embed_tokens.weight": ("embed.tokens.weight", "shared.weight; two embeddings are not implemented"),
         "lm_head.weight": ("embed.tokens.weight", "shared.weight"),  # where it is stored at all, it is a matrix apart
     }
-    required: ClassVar = {"is_decoder": (False,), "is_causal": (True, None)}
+    supported_config_values: ClassVar = {"is_decoder": (False,), "is_causal": (True, None)}
 
     def __init__(
         self,
@@ -233,17 +233,17 @@ class T5(nn.Module):
         states = self.hidden(input_ids, attention_mask, **inputs)
         return self.head(self.pool(states, input_ids, attention_mask, inputs.get("cu_seqlens")))
 
-    def key_map(self) -> dict[str, Published]:
+    def key_map(self) -> dict[str, CheckpointKey]:
         """Our parameter names → their names in published checkpoints of this task."""
         nested = ("sequence-classification", "reward", "token-classification")
         base = self.base_prefix if self.task in nested else ""
-        table = {"embed.tokens.weight": Published((f"{base}shared.weight",))}
+        table = {"embed.tokens.weight": CheckpointKey((f"{base}shared.weight",))}
         for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
             if stack is not None:
                 table |= {f"{name}.{key}": published for key, published in stack.key_map(base + name).items()}
         if self.task == "seq2seq-lm":
             if not self.config.tied:
-                table["head.weight"] = Published(("lm_head.weight",))
+                table["head.weight"] = CheckpointKey(("lm_head.weight",))
             return table
         plain = {"token-classification": "classifier", "question-answering": "qa_outputs"}
         for key, _ in self.head.named_parameters():
@@ -251,7 +251,7 @@ class T5(nn.Module):
                 theirs = f"{plain[self.task]}.{key.removeprefix('out.')}"
             else:
                 theirs = f"classification_head.{key}".replace(".out.", ".out_proj.").replace(".pooler.", ".dense.")
-            table[f"head.{key}"] = Published((theirs,))
+            table[f"head.{key}"] = CheckpointKey((theirs,))
         return table
 
     @classmethod

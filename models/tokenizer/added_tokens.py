@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import Linear
-from ...kernels.lora.factors import Part
+from ...kernels.lora.factors import LinearPart
 from ..layers.heads import MaskedLMHead
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _grow(model: Any, owners: list[tuple[nn.Module, str]], known: int, size: int
         module.register_parameter(name, nn.Parameter(rows, old.requires_grad))
     model.embed.tokens.num_embeddings = size
     if isinstance(model.head, Linear):
-        model.head.out_features, model.head.parts = size, (Part("", 0, size),)
+        model.head.out_features, model.head.parts = size, (LinearPart("", 0, size),)
     model.tie()
 
 

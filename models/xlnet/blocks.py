@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...kernels import LayerNorm, Linear, activation_linear, attention
 from ..layers.config_fields import ACTIVATIONS
-from ..layers.key_map import Published
+from ..layers.key_map import CheckpointKey
 from .config import XLNetConfig
 
 
@@ -183,23 +183,23 @@ class Block(nn.Module):
         r = self.r(table[None])[0]  # one table for all rows, which adapters by row can't be on
         return k, v, r.unflatten(-1, (self.n_head, -1))
 
-    def key_map(self, theirs: str) -> dict[str, Published]:
+    def key_map(self, theirs: str) -> dict[str, CheckpointKey]:
         """Our parameter names → their names in the published layer `theirs`."""
         d = self.q.in_features
         raw = (d, self.n_head, d // self.n_head)
         tensors = {"q": ("q",), "kv": ("k", "v"), "r": ("r",), "o": ("o",)}
         biases = {"content": "r_w_bias", "distance": "r_r_bias", "text": "r_s_bias"}
         modules = {"norm1": "rel_attn.layer_norm", "up": "ff.layer_1", "down": "ff.layer_2", "norm2": "ff.layer_norm"}
-        table = {"texts": Published((f"{theirs}.rel_attn.seg_embed",))}
+        table = {"texts": CheckpointKey((f"{theirs}.rel_attn.seg_embed",))}
         for ours, name in biases.items():
-            table[f"{ours}_bias"] = Published((f"{theirs}.rel_attn.{name}",))
+            table[f"{ours}_bias"] = CheckpointKey((f"{theirs}.rel_attn.{name}",))
         for ours, names in tensors.items():
             parts = tuple(f"{theirs}.rel_attn.{name}" for name in names)
             rows = (d, d) if len(names) > 1 else ()
-            table[f"{ours}.weight"] = Published(parts, rows, transposed=ours != "o", shape=raw)
+            table[f"{ours}.weight"] = CheckpointKey(parts, rows, transposed=ours != "o", shape=raw)
         for ours, name in modules.items():
             for kind in ("weight", "bias"):
-                table[f"{ours}.{kind}"] = Published((f"{theirs}.{name}.{kind}",))
+                table[f"{ours}.{kind}"] = CheckpointKey((f"{theirs}.{name}.{kind}",))
         return table
 
     def forward(self, x: Tensor, keys: tuple[Tensor, Tensor, Tensor], view: View) -> Tensor:

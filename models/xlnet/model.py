@@ -38,7 +38,7 @@ from ..layers.config_fields import overridden
 from ..layers.heads import BY_TEXT, EmbeddingHead, MLPHead, n_outputs, pool_tokens
 from ..layers.initialization import initialize
 from ..layers.inputs import unpacked
-from ..layers.key_map import TIED, Published
+from ..layers.key_map import TIED, CheckpointKey
 from ..tokenizer.special_tokens import SpecialTokens
 from .blocks import Block, Memory, sinusoids, target_positions, views
 from .config import PRESETS, XLNetConfig, read_config, write_config
@@ -60,7 +60,7 @@ class XLNet(nn.Module):
     base_prefix = "transformer."
     # Methods of training that mean another objective here than for most models.
     objectives: ClassVar[dict[str, str]] = {"pretrain": "permutation-lm", "sft": "ordered-lm"}
-    of_positions: ClassVar[tuple[str, ...]] = ("layers.*.r",)
+    position_modules: ClassVar[tuple[str, ...]] = ("layers.*.r",)
     lora_targets: ClassVar = {
         "attention": ("layers.*.q", "layers.*.kv", "layers.*.r", "layers.*.o"),
         "mlp": ("layers.*.up", "layers.*.down"),
@@ -73,16 +73,16 @@ class XLNet(nn.Module):
         "question-answering": "XLNetForQuestionAnsweringSimple",
         "embedding": "XLNetModel",
     }
-    ignored = ()
-    heads: ClassVar = {
+    ignored_keys = ()
+    head_keys: ClassVar = {
         "lm_loss.*": ("causal-lm",),
         "sequence_summary.*": ("sequence-classification", "reward"),
         "logits_proj.*": ("sequence-classification", "reward"),
         "classifier.*": ("token-classification",),
         "qa_outputs.*": ("question-answering",),
     }
-    copies: ClassVar = {"lm_loss.weight": ("embed.tokens.weight", TIED)}
-    required: ClassVar = {
+    tied_keys: ClassVar = {"lm_loss.weight": ("embed.tokens.weight", TIED)}
+    supported_config_values: ClassVar = {
         "untie_r": (True,),
         "summary_type": ("last",),
         "summary_use_proj": (True,),
@@ -254,12 +254,12 @@ class XLNet(nn.Module):
         states = self.hidden(input_ids, attention_mask, **inputs)
         return self.head(self.pool(states, input_ids, attention_mask, inputs.get("cu_seqlens")))
 
-    def key_map(self) -> dict[str, Published]:
+    def key_map(self) -> dict[str, CheckpointKey]:
         """Our parameter names → their names in published checkpoints of this task."""
         base = "" if self.task == "embedding" else self.base_prefix
         table = {
-            "embed.tokens.weight": Published((f"{base}word_embedding.weight",)),
-            "embed.mask": Published((f"{base}mask_emb",), shape=(1, 1, self.config.d_model)),
+            "embed.tokens.weight": CheckpointKey((f"{base}word_embedding.weight",)),
+            "embed.mask": CheckpointKey((f"{base}mask_emb",), shape=(1, 1, self.config.d_model)),
         }
         for i, block in enumerate(self.layers):
             assert isinstance(block, Block)
@@ -267,17 +267,17 @@ class XLNet(nn.Module):
             table |= {f"layers.{i}.{key}": published for key, published in theirs.items()}
         return table | self._head_keys()
 
-    def _head_keys(self) -> dict[str, Published]:
+    def _head_keys(self) -> dict[str, CheckpointKey]:
         if self.task == "causal-lm":
             kinds = ("bias",) if self.config.tied else ("weight", "bias")
-            return {f"head.{kind}": Published((f"lm_loss.{kind}",)) for kind in kinds}
+            return {f"head.{kind}": CheckpointKey((f"lm_loss.{kind}",)) for kind in kinds}
         name = {"token-classification": "classifier", "question-answering": "qa_outputs"}.get(self.task, "logits_proj")
         table = {}
         for key, _ in self.head.named_parameters():
             theirs = f"{name}.{key.removeprefix('out.')}"
             if key.startswith("pooler."):
                 theirs = f"sequence_summary.summary.{key.removeprefix('pooler.')}"
-            table[f"head.{key}"] = Published((theirs,))
+            table[f"head.{key}"] = CheckpointKey((theirs,))
         return table
 
     @classmethod
