@@ -76,7 +76,7 @@ def train(out: Path, changes: list[str], options: argparse.Namespace) -> dict[st
         f'method = "classify"\nout = {json.dumps(str(out))}\n'
         f"[model]\npath = {json.dumps(options.model)}\n"
         f"[data]\ntrain = {json.dumps(str(options.train.resolve()))}\nmax_length = 128\n"
-        f"[train]\nepochs = {options.epochs}\nbatch_rows = {options.rows}\nwarmup = 0.1\n"
+        f"[train]\nepochs = {options.epochs}\nbatch_size = {options.rows}\nwarmup = 0.1\n"
         f'schedule = "linear"\nbest = "last"\neval_every = {every}\n',
         encoding="utf-8",
     )

@@ -220,7 +220,7 @@ def test_methods_that_do_not_fit(job, complaint) -> None:
     assert "masked-lm" in complaint("train", job, "method=masked-lm")
     line = complaint("train", job, "model.task=embedding")
     assert line == "model.task = 'embedding', but method 'sft' trains 'causal-lm'"
-    assert "unknown key 'bath_size'; did you mean 'batch_size'?" in complaint("train", job, "train.bath_rows=3")
+    assert "unknown key 'bath_size'; did you mean 'batch_size'?" in complaint("train", job, "train.bath_size=3")
     assert "best = 'f1' is not a metric" in complaint("train", job, "train.best=f1", "data.eval=0.5")
 
 

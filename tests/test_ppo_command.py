@@ -24,7 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "ppo.toml").write_text(
         f'out = "run"\nprompts = "prompts.jsonl"\nreward = "short_texts:short"\n[model]\npath = "{MODEL}"\n'
         'dtype = "float32"\n'
-        "[ppo]\nepisodes = 96\nrollout_rows = 16\nbatch_rows = 8\nmax_new_tokens = 8\nlr = 2e-3\nbest_of = 4\n"
+        "[ppo]\nepisodes = 96\nrollout_batch_size = 16\nbatch_size = 8\nmax_new_tokens = 8\nlr = 2e-3\nbest_of = 4\n"
         'best_of_prompts = 4\n[ppo.lora]\nrank = 4\ntargets = "layers.[23].*"\n'
     )
     monkeypatch.chdir(tmp_path)
