@@ -171,7 +171,7 @@ def _config(published: dict[str, Any], family: Family, shards: Shards) -> Any:
     causal = "causal-lm" in family.architectures and class_name(family, "causal-lm", published["model_type"]) in stored
     if causal and published.get("tie_word_embeddings") is None and "lm_head.weight" not in shards.names():
         published = {**published, "tie_word_embeddings": True}
-    published = {**published, "own_head": "lm_head.weight" in shards.names()}  # all that T5 says of it
+    published = {**published, "has_lm_head": "lm_head.weight" in shards.names()}  # all that T5 says of it
     try:
         return family.read_config(published)
     except ValueError as error:

@@ -1,13 +1,14 @@
 """ResNet: a convolutional network whose blocks add to what they read.
 
 He et al. 2015, arXiv:1512.03385. x is an image (B, 3, H, W), normalised channel by channel (see `image_processor.py`).
+Shapes: B images, H × W pixels or positions of a feature map, C channels, D channels of the last stage.
 
     x = pool(relu(norm(conv₇ₓ₇ x)))                              the stem, to H/4 × W/4
     x = relu(shortcut(x) + norm(conv₃ₓ₃ relu(norm(conv₃ₓ₃ x))))    a basic block (18 and 34 layers)
     x = relu(shortcut(x) + norm(conv₁ₓ₁ … conv₃ₓ₃ … conv₁ₓ₁ x))    a bottleneck (50 and more), inside a quarter as wide
-    logits = W mean over places(x) + b                           the last x is (B, D, H/32, W/32)
+    logits = W mean over positions(x) + b                        the last x is (B, D, H/32, W/32)
 
-The first block of each stage but the first one halves the sides with stride 2, and its shortcut is a convolution with a
+In every stage but the first, the first block halves both sides with stride 2, and its shortcut is a convolution with a
 norm; other shortcuts are the identity. In a bottleneck the stride is that of the 3×3 convolution, as in torchvision and
 all checkpoints in use (called v1.5); the paper has it in the 1×1 in front (`downsample_in_bottleneck`).
 
@@ -15,8 +16,8 @@ Two names for each tensor are in use, Hugging Face's and torchvision's (which ar
 written. timm's config.json names an architecture and no sizes: what it means is in `names.py`. Where
 `num_batches_tracked` is missing, as in old files, it counts from zero: nothing here depends on it.
 
-For images of 32 pixels the stem would leave a map of 8 × 8. `small_images` is the paper's for CIFAR (section 4.2): a
-3×3 convolution with stride 1, no pooling. transformers has no such model and refuses the checkpoint.
+Of images of 32 pixels the stem would leave a map of 8 × 8. `small_images` is the paper's stem for CIFAR (section 4.2):
+a 3×3 convolution with stride 1 and no pooling. transformers has no such model and refuses the checkpoint.
 """
 
 from dataclasses import asdict, dataclass
@@ -37,27 +38,27 @@ from ..tokenizer.special_tokens import SpecialTokens
 from .names import key_map
 
 EPS, MOMENTUM = 1e-5, 0.1  # of all batch norms in all checkpoints
-SMALL = 32  # pixels; the size that `small_images` is meant for
+SMALL_SIDE = 32  # pixels; the size that `small_images` is meant for
 
 
 @dataclass(frozen=True)
 class ResNetConfig:
-    """`widths` and `depths` are channels and blocks of each stage, `stem_width` the channels of the stem."""
+    """The sizes of a ResNet; the defaults are those of ResNet-50."""
 
-    n_channels: int = 3
-    stem_width: int = 64
-    widths: tuple[int, ...] = (256, 512, 1024, 2048)
-    depths: tuple[int, ...] = (3, 4, 6, 3)
-    bottleneck: bool = True
-    downsample_in_first_stage: bool = False
-    downsample_in_bottleneck: bool = False
-    small_images: bool = False
+    n_channels: int = 3  # of the images; 1 for grey ones
+    stem_width: int = 64  # channels behind the stem
+    widths: tuple[int, ...] = (256, 512, 1024, 2048)  # channels of each stage
+    depths: tuple[int, ...] = (3, 4, 6, 3)  # blocks of each stage
+    bottleneck: bool = True  # blocks of three convolutions rather than two
+    downsample_in_first_stage: bool = False  # no: the stem's pooling halves the sides already
+    downsample_in_bottleneck: bool = False  # stride in the 1×1 convolution, as in the paper, rather than in the 3×3
+    small_images: bool = False  # a stem that leaves images of 32 pixels their size
 
     def __post_init__(self) -> None:
         for name in ("widths", "depths"):  # a list where they come from a file
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        numbers = (*self.widths, *self.depths)
-        positive = all(type(number) is int and number > 0 for number in numbers)
+
+        positive = all(type(size) is int and size > 0 for size in (*self.widths, *self.depths))
         sizes = f"hidden_sizes {shown(self.widths)}, depths {shown(self.depths)}"
         if not self.widths or len(self.widths) != len(self.depths) or not positive:
             raise ValueError(f"{sizes}: expected positive numbers, one of each a stage")
@@ -87,7 +88,7 @@ CONFIG_KEYS = {
     "downsample_in_bottleneck": "downsample_in_bottleneck",
     "small_images": "small_images",
 }
-SIZES = {"hidden_sizes": "widths", "depths": "depths"}
+SIZES = {"hidden_sizes": "widths", "depths": "depths"}  # the same, of the fields that are lists
 
 
 class BatchNorm(nn.Module):
@@ -95,10 +96,10 @@ class BatchNorm(nn.Module):
 
     In training mode μ and σ² are the batch's, and the running ones move towards them. But only while weight or bias
     trains: once both are frozen, so are the statistics, and the norm is in training what it is in evaluation, to the
-    last bit. Statistics that drift under a frozen network change it behind the back of an adapter or a new head.
+    last bit. Statistics that drift under a frozen network would change it behind the back of an adapter or a new head.
 
     With the statistics fixed it is x · scale + shift, whose backward pass needs no x: between two convolutions that are
-    frozen or adapted, only what the second one reads is kept, half of what torch's batch norm makes of it.
+    frozen or adapted, only what the second one reads is kept, half of what torch's batch norm keeps.
 
     A model loaded in bf16 keeps its statistics in fp32, and saves them so: a running mean moves by a tenth of the way,
     which bf16, three digits wide, rounds away once it is near. transformers reads them in the dtype it is asked for.
@@ -106,32 +107,42 @@ class BatchNorm(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
     def forward(self, x: Tensor) -> Tensor:
-        mean, var = self.get_buffer("running_mean"), self.get_buffer("running_var")
+        """The normalised x (B, C, H, W), in its dtype."""
+        mean = self.get_buffer("running_mean")
+        var = self.get_buffer("running_var")
         if self.training and (self.weight.requires_grad or self.bias.requires_grad):
             self.get_buffer("num_batches_tracked").add_(1)
-            weight, bias = self.weight.to(mean.dtype), self.bias.to(mean.dtype)  # all four of one dtype, x of any
+            # torch wants weight and bias in the dtype of the statistics; x may have another.
+            weight = self.weight.to(mean.dtype)
+            bias = self.bias.to(mean.dtype)
             return F.batch_norm(x, mean, var, weight, bias, True, MOMENTUM, EPS)
-        wide = torch.promote_types(var.dtype, torch.float32)
-        scale = self.weight.to(wide) * (var.to(wide) + EPS).rsqrt()
-        shift = self.bias.to(wide) - mean.to(wide) * scale
-        return torch.addcmul(shift.to(x.dtype)[:, None, None], x, scale.to(x.dtype)[:, None, None])
+
+        # Scale and shift are computed in fp32 at least, and rounded once.
+        dtype = torch.promote_types(var.dtype, torch.float32)
+        scale = self.weight.to(dtype) * (var.to(dtype) + EPS).rsqrt()  # (C,)
+        shift = self.bias.to(dtype) - mean.to(dtype) * scale  # (C,)
+        scale = scale.to(x.dtype)[:, None, None]  # (C, 1, 1)
+        shift = shift.to(x.dtype)[:, None, None]  # (C, 1, 1)
+        return torch.addcmul(shift, x, scale)
 
 
 class Shortcut(nn.Module):
-    """What a block adds to where its output has another shape than its input: a 1×1 convolution and a norm."""
+    """What a block adds where its output has another shape than its input: a 1×1 convolution of it, and a norm."""
 
     def __init__(self, fan_in: int, fan_out: int, stride: int):
         super().__init__()
-        self.conv, self.norm = Conv2d(fan_in, fan_out, 1, stride), BatchNorm(fan_out)
+        self.conv = Conv2d(fan_in, fan_out, 1, stride)
+        self.norm = BatchNorm(fan_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
+        return self.norm(self.conv(x))  # (B, C', H/stride, W/stride)
 
 
 class Block(nn.Module):
@@ -142,23 +153,29 @@ class Block(nn.Module):
         self.bottleneck = config.bottleneck
         self.shortcut = Shortcut(fan_in, width, stride) if stride != 1 or fan_in != width else None
         if config.bottleneck:
-            first = config.downsample_in_bottleneck
+            strides = (stride, 1) if config.downsample_in_bottleneck else (1, stride)
             inner = width // 4
-            self.conv1 = Conv2d(fan_in, inner, 1, stride if first else 1)
-            self.conv2 = Conv2d(inner, inner, 3, 1 if first else stride, padding=1)
+            self.conv1 = Conv2d(fan_in, inner, 1, strides[0])
+            self.conv2 = Conv2d(inner, inner, 3, strides[1], padding=1)
             self.conv3 = Conv2d(inner, width, 1)
-            self.norm1, self.norm2, self.norm3 = BatchNorm(inner), BatchNorm(inner), BatchNorm(width)
+            self.norm1 = BatchNorm(inner)
+            self.norm2 = BatchNorm(inner)
+            self.norm3 = BatchNorm(width)
         else:
             self.conv1 = Conv2d(fan_in, width, 3, stride, padding=1)
             self.conv2 = Conv2d(width, width, 3, padding=1)
-            self.norm1, self.norm2 = BatchNorm(width), BatchNorm(width)
+            self.norm1 = BatchNorm(width)
+            self.norm2 = BatchNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.norm1(self.conv1(x)))
+        """(B, C', H/stride, W/stride) from (B, C, H, W)."""
+        out = F.relu(self.norm1(self.conv1(x)))  # (B, C', ...), or in a bottleneck (B, C'/4, ...)
         out = self.norm2(self.conv2(out))
         if self.bottleneck:
-            out = self.norm3(self.conv3(F.relu(out)))
-        return F.relu(out + (x if self.shortcut is None else self.shortcut(x)))
+            out = self.norm3(self.conv3(F.relu(out)))  # (B, C', H/stride, W/stride)
+        if self.shortcut is not None:
+            x = self.shortcut(x)  # (B, C', H/stride, W/stride)
+        return F.relu(out + x)
 
 
 class Stem(nn.Module):
@@ -166,20 +183,22 @@ class Stem(nn.Module):
 
     def __init__(self, config: ResNetConfig):
         super().__init__()
-        self.small = config.small_images
-        kernel, stride = (3, 1) if self.small else (7, 2)
+        self.small_images = config.small_images
+        kernel, stride = (3, 1) if config.small_images else (7, 2)
         self.conv = Conv2d(config.n_channels, config.stem_width, kernel, stride, padding=kernel // 2)
         self.norm = BatchNorm(config.stem_width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.norm(self.conv(x)))
-        return x if self.small else F.max_pool2d(x, 3, 2, padding=1)
+        x = F.relu(self.norm(self.conv(x)))  # (B, C, H/2, W/2), or for small images (B, C, H, W)
+        if self.small_images:
+            return x
+        return F.max_pool2d(x, 3, 2, padding=1)  # (B, C, H/4, W/4)
 
 
 class ResNet(nn.Module):
     """A ResNet that classifies images, or embeds them (see `forward` for shapes).
 
-    Its own convolutions are what "all-linear" adapts: those of the blocks, shortcuts included, without the stem.
+    "all-linear" adapts the convolutions of the blocks, shortcuts included, without the stem.
     """
 
     presets: ClassVar = PRESETS
@@ -206,20 +225,26 @@ class ResNet(nn.Module):
         super().__init__()
         if task not in self.architectures:
             raise ValueError(f"task {task!r}: ResNet can do {', '.join(self.architectures)}")
-        self.config, self.task, self.labels, self.head_layers = config, task, labels, head_layers
+        self.config = config
+        self.task = task
+        self.labels = labels
+        self.head_layers = head_layers
         self.tokens = SpecialTokens()
         self.source: str | None = None  # the folder or hub id that it was loaded from
-        pixels = ImageProcessor(SMALL, SMALL) if config.small_images else ImageProcessor()
-        self.pixels = pixels.grey() if config.n_channels == 1 else pixels
+        self.pixels = ImageProcessor(SMALL_SIDE, SMALL_SIDE) if config.small_images else ImageProcessor()
+        if config.n_channels == 1:
+            self.pixels = self.pixels.grey()
         self.head_is_new = True  # until a checkpoint fills it
+
         self.embed = Stem(config)
         self.layers = nn.ModuleList()
         fan_in = config.stem_width
         for stage, (width, depth) in enumerate(zip(config.widths, config.depths, strict=True)):
             for i in range(depth):
-                halves = i == 0 and (stage > 0 or config.downsample_in_first_stage)
-                self.layers.append(Block(config, fan_in, width, 2 if halves else 1))
+                halves_sides = i == 0 and (stage > 0 or config.downsample_in_first_stage)
+                self.layers.append(Block(config, fan_in, width, stride=2 if halves_sides else 1))
                 fan_in = width
+
         self.head: nn.Module
         if task == "embedding":
             self.head = EmbeddingHead(normalize)
@@ -258,7 +283,7 @@ class ResNet(nn.Module):
         """The last feature map (B, D, H/32, W/32), rounded up, for images (B, 3, H, W); H/8, W/8 for `small_images`."""
         if pixel_values.dim() != 4 or pixel_values.shape[1] != self.config.n_channels:
             raise ValueError(f"expected images (B, {self.config.n_channels}, H, W), got {tuple(pixel_values.shape)}")
-        x = self.embed(pixel_values.to(self.embed.conv.weight.dtype))
+        x = self.embed(pixel_values.to(self.embed.conv.weight.dtype))  # (B, C, H/4, W/4)
         for block in self.layers:
             x = block(x)
         return x
@@ -270,11 +295,11 @@ class ResNet(nn.Module):
         attention_mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
-        """What the head reads: the mean over all places, (B, D). An image has neither ids, mask nor bounds."""
-        return states.mean((2, 3))
+        """What the head reads: the mean over all positions, (B, D). An image has neither ids, mask nor bounds."""
+        return states.mean((2, 3))  # (B, D)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """image-classification (B, C); embedding (B, D)."""
+        """image-classification gives (B, n_labels); embedding (B, D). Images are (B, 3, H, W)."""
         return self.head(self.pool(self.hidden(pixel_values)))
 
     def key_map(self) -> dict[str, CheckpointKey]:
@@ -293,10 +318,10 @@ class ResNet(nn.Module):
 
     def write_config(self) -> dict[str, Any]:
         """config.json as transformers writes it. With a small stem it is "resnet_small", which transformers refuses."""
-        ours = asdict(self.config)
-        out: dict[str, Any] = {theirs: ours[name] for theirs, name in CONFIG_KEYS.items() if name != "small_images"}
-        out |= {theirs: list(ours[name]) for theirs, name in SIZES.items()}
-        out |= {"layer_type": "bottleneck" if self.config.bottleneck else "basic", "hidden_act": "relu"}
-        if self.config.small_images:
-            return {"model_type": "resnet_small", **out, "small_images": True}
-        return {"model_type": "resnet", **out}
+        values = asdict(self.config)
+        fields = {theirs: values[ours] for theirs, ours in CONFIG_KEYS.items()}
+        fields |= {theirs: list(values[ours]) for theirs, ours in SIZES.items()}
+        fields |= {"layer_type": "bottleneck" if self.config.bottleneck else "basic", "hidden_act": "relu"}
+        if fields.pop("small_images"):
+            return {"model_type": "resnet_small", **fields, "small_images": True}
+        return {"model_type": "resnet", **fields}

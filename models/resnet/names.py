@@ -18,52 +18,69 @@ TIMM = {
 }
 
 
-def key_map(depths: tuple[int, ...], own: set[str], task: str) -> dict[str, CheckpointKey]:
-    """Our names → Hugging Face's, with torchvision's as the other spelling. `own` are the tensors that the model has.
+def key_map(depths: tuple[int, ...], tensor_names: set[str], task: str) -> dict[str, CheckpointKey]:
+    """Our names → Hugging Face's, with torchvision's as the other spelling, for the tensors that the model has.
 
     `task` "embedding" is transformers' ResNetModel, whose names have no `resnet.` in front.
     """
     base = "" if task == "embedding" else "resnet."
-    table = _pair("embed.conv", "embed.norm", f"{base}embedder.embedder", "conv1", "bn1")
+    table = _conv_and_norm("embed.conv", "embed.norm", f"{base}embedder.embedder", "conv1", "bn1")
+
+    # We number the blocks through; both libraries number them stage by stage.
     blocks = [(stage, i) for stage, depth in enumerate(depths) for i in range(depth)]
     for index, (stage, i) in enumerate(blocks):
-        ours, theirs, torchs = f"layers.{index}", f"{base}encoder.stages.{stage}.layers.{i}", f"layer{stage + 1}.{i}"
-        for j in "123":
-            if f"{ours}.conv{j}.weight" in own:
-                layer = f"{theirs}.layer.{int(j) - 1}"
-                table |= _pair(f"{ours}.conv{j}", f"{ours}.norm{j}", layer, f"{torchs}.conv{j}", f"{torchs}.bn{j}")
-        if f"{ours}.shortcut.conv.weight" in own:
-            short = f"{torchs}.downsample"
-            table |= _pair(
-                f"{ours}.shortcut.conv", f"{ours}.shortcut.norm", f"{theirs}.shortcut", f"{short}.0", f"{short}.1"
-            )
-    for key in sorted(own):
-        if key.startswith("head.out.") and ".lora." not in key:
-            kind = key.removeprefix("head.out.")
-            table[key] = CheckpointKey((f"classifier.1.{kind}",), also=(f"fc.{kind}",))
-        elif key.startswith("head.hidden.") and ".lora." not in key:
+        ours = f"layers.{index}"
+        theirs = f"{base}encoder.stages.{stage}.layers.{i}"
+        torchvision = f"layer{stage + 1}.{i}"
+        for j in (1, 2, 3):
+            if f"{ours}.conv{j}.weight" in tensor_names:
+                table |= _conv_and_norm(
+                    f"{ours}.conv{j}", f"{ours}.norm{j}",
+                    f"{theirs}.layer.{j - 1}", f"{torchvision}.conv{j}", f"{torchvision}.bn{j}",
+                )  # fmt: skip
+        if f"{ours}.shortcut.conv.weight" in tensor_names:
+            table |= _conv_and_norm(
+                f"{ours}.shortcut.conv", f"{ours}.shortcut.norm",
+                f"{theirs}.shortcut", f"{torchvision}.downsample.0", f"{torchvision}.downsample.1",
+            )  # fmt: skip
+
+    # torchvision's head is one layer; deeper ones are ours alone. An adapter on the head is no part of a checkpoint.
+    for key in sorted(name for name in tensor_names if ".lora." not in name):
+        if key.startswith("head.out."):
+            parameter = key.removeprefix("head.out.")
+            table[key] = CheckpointKey((f"classifier.1.{parameter}",), also=(f"fc.{parameter}",))
+        elif key.startswith("head.hidden."):
             table[key] = CheckpointKey((f"classifier.{key.removeprefix('head.')}",))
     return table
 
 
-def _pair(conv: str, norm: str, theirs: str, torch_conv: str, torch_norm: str) -> dict[str, CheckpointKey]:
+def _conv_and_norm(
+    conv: str, norm: str, theirs: str, torchvision_conv: str, torchvision_norm: str
+) -> dict[str, CheckpointKey]:
     """The entries of a convolution and the norm behind it: our two names, Hugging Face's prefix, torchvision's two."""
-    table = {f"{conv}.weight": CheckpointKey((f"{theirs}.convolution.weight",), also=(f"{torch_conv}.weight",))}
-    for kind in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-        names, also = (f"{theirs}.normalization.{kind}",), (f"{torch_norm}.{kind}",)
-        table[f"{norm}.{kind}"] = CheckpointKey(names, also=also, optional=kind == "num_batches_tracked")
+    table = {f"{conv}.weight": CheckpointKey((f"{theirs}.convolution.weight",), also=(f"{torchvision_conv}.weight",))}
+    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+        table[f"{norm}.{name}"] = CheckpointKey(
+            (f"{theirs}.normalization.{name}",),
+            also=(f"{torchvision_norm}.{name}",),
+            optional=name == "num_batches_tracked",
+        )
     return table
 
 
 def from_timm(config: dict[str, Any]) -> dict[str, Any]:
-    """timm's config.json in the words of transformers, `pretrained_cfg` left in it.
+    """timm's config.json with the fields that transformers would have; `pretrained_cfg` stays in it.
 
     Raises ValueError for an architecture that isn't one of these, and for arguments that change it.
     """
-    name, arguments = config["architecture"], {**(config.get("model_args") or {})}
+    name = config["architecture"]
     if name not in TIMM:
         raise ValueError(f"architecture {name!r} is not one of handtune ({', '.join(TIMM)})")
-    channels, n_classes = arguments.pop("in_chans", 3), arguments.pop("num_classes", config.get("num_classes", 1000))
+
+    # The arguments of timm's builder override the fields next to them. Those that are not taken out change the model.
+    arguments = dict(config.get("model_args") or {})
+    channels = arguments.pop("in_chans", 3)
+    n_classes = arguments.pop("num_classes", config.get("num_classes", 1000))
     pooling = arguments.pop("global_pool", config.get("global_pool", "avg"))
     if pooling not in ("avg", ""):
         raise ValueError(f"global_pool = {pooling!r} is not implemented")
@@ -71,6 +88,8 @@ def from_timm(config: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"model_args = {arguments} is not implemented")
     if not 0 <= n_classes <= MAX_SIZE:
         raise ValueError(f"num_classes = {n_classes}: expected at most {MAX_SIZE:,}")
+
+    # No classes is timm's way to say that the model has no head.
     classes = config.get("label_names") or [str(i) for i in range(n_classes)]
     return {
         **config,

@@ -1,10 +1,14 @@
-"""T5's configuration: sizes, presets, and how a published config.json says them.
+"""T5's configuration: its sizes, its presets, and how they are read from a published config.json.
 
-Two things it does not say plainly. The head is the embedding where `lm_head.weight` is missing: `tie_word_embeddings`
-can't be asked, because transformers 5 always writes it as true. But where it is false and the checkpoint is another
-task's, a classifier made of T5 1.1 say, the head was left behind, and is made anew. And a head that is an embedding
-wants smaller states: they are multiplied by d_model^-½ if `scale_decoder_outputs` says so; where that is absent, unless
-`tie_word_embeddings` is false. The two are independent.
+Two things the file does not say plainly:
+
+`tied`    The head is the embedding where `lm_head.weight` is missing. `tie_word_embeddings` does not tell, because
+          transformers 5 always writes it as true. But where it is false and the checkpoint is that of another task (a
+          classifier made from T5 1.1, say), the head was left out when it was saved, and is made anew.
+`scaled`  A head that is the embedding needs smaller states: they are multiplied by d_model^-½ if
+          `scale_decoder_outputs` is true, or, where that field is absent, unless `tie_word_embeddings` is false.
+
+The two are independent.
 """
 
 from dataclasses import asdict, dataclass
@@ -13,7 +17,7 @@ from typing import Any, ClassVar
 from ..._shapes import shown
 from ..layers.config_fields import own_spelling, read_fields, refuse_wider
 
-LM = "T5ForConditionalGeneration"
+LM_CLASS = "T5ForConditionalGeneration"
 
 # feed_forward_proj -> the activation of kernels/activations.py; "gated-gelu" has always meant the tanh form.
 FEED_FORWARDS = {
@@ -29,25 +33,22 @@ FEED_FORWARDS = {
 
 @dataclass(frozen=True)
 class T5Config:
-    """Sizes in the project's vocabulary. `n_decoder_layer` is n_layer where None; `start_id` begins every target.
-
-    `tied`: the head is the embedding. `scaled`: states are multiplied by d_model^-½ before the head.
-    """
+    """Sizes in the project's vocabulary; the defaults are those of t5-small."""
 
     vocab_size: int = 32128
-    n_layer: int = 6
-    n_decoder_layer: int | None = None
+    n_layer: int = 6  # blocks of the encoder
+    n_decoder_layer: int | None = None  # blocks of the decoder; None is as many as the encoder has
     n_head: int = 8
-    head_width: int = 64
+    head_width: int = 64  # hd; the heads together may be wider or narrower than d_model
     d_model: int = 512
     d_ff: int = 2048
-    feed_forward: str = "relu"
-    n_buckets: int = 32
-    max_distance: int = 128
-    eps: float = 1e-6
-    start_id: int = 0
-    tied: bool = True
-    scaled: bool = True
+    feed_forward: str = "relu"  # a key of FEED_FORWARDS; "gated-gelu" in T5 1.1 and Flan-T5
+    n_buckets: int = 32  # of relative distances, with a bias each
+    max_distance: int = 128  # tokens; from there on all distances share one bucket
+    eps: float = 1e-6  # of the norms
+    start_id: int = 0  # the token in front of every target; published models take their pad token
+    tied: bool = True  # the head is the embedding
+    scaled: bool = True  # states are multiplied by d_model^-½ before the head
 
     max_positions: ClassVar[None] = None  # relative positions have no end
 
@@ -67,25 +68,26 @@ class T5Config:
             )
 
 
-def _t5(n_layer: int, d_model: int, d_ff: int, n_head: int, head_width: int = 64) -> dict[str, Any]:
-    return {"n_layer": n_layer, "d_model": d_model, "d_ff": d_ff, "n_head": n_head, "head_width": head_width}
+def _sizes(n_layer: int, d_model: int, d_ff: int, n_head: int, head_width: int = 64, **fields: Any) -> dict[str, Any]:
+    return {"n_layer": n_layer, "d_model": d_model, "d_ff": d_ff, "n_head": n_head, "head_width": head_width, **fields}
 
 
-_1_1 = {"feed_forward": "gated-gelu", "tied": False, "scaled": False}
+# T5 1.1 and Flan-T5 have the same sizes: the second was trained further from the first.
+_V1_1: dict[str, Any] = {"feed_forward": "gated-gelu", "tied": False, "scaled": False}
 _SIZES_1_1 = {
-    "small": {**_t5(8, 512, 1024, 6), **_1_1},
-    "base": {**_t5(12, 768, 2048, 12), **_1_1},
-    "large": {**_t5(24, 1024, 2816, 16), **_1_1},
-    "xl": {**_t5(24, 2048, 5120, 32), **_1_1},
-    "xxl": {**_t5(24, 4096, 10240, 64), **_1_1},
+    "small": _sizes(8, 512, 1024, 6, **_V1_1),
+    "base": _sizes(12, 768, 2048, 12, **_V1_1),
+    "large": _sizes(24, 1024, 2816, 16, **_V1_1),
+    "xl": _sizes(24, 2048, 5120, 32, **_V1_1),
+    "xxl": _sizes(24, 4096, 10240, 64, **_V1_1),
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
     "t5-small": {},
-    "t5-base": _t5(12, 768, 3072, 12),
-    "t5-large": _t5(24, 1024, 4096, 16),
-    "t5-3b": _t5(24, 1024, 16384, 32, 128),
-    "t5-11b": _t5(24, 1024, 65536, 128, 128),
+    "t5-base": _sizes(12, 768, 3072, 12),
+    "t5-large": _sizes(24, 1024, 4096, 16),
+    "t5-3b": _sizes(24, 1024, 16384, 32, 128),
+    "t5-11b": _sizes(24, 1024, 65536, 128, 128),
     **{f"t5-v1_1-{size}": sizes for size, sizes in _SIZES_1_1.items()},
     **{f"flan-t5-{size}": sizes for size, sizes in _SIZES_1_1.items()},
 }
@@ -104,35 +106,43 @@ CONFIG_KEYS = {
     "relative_attention_max_distance": "max_distance",
     "layer_norm_epsilon": "eps",
 }
+# published field -> the field of CONFIG_KEYS that it is another name for
 ALIASES = {
-    "hidden_size": "d_model", "num_attention_heads": "num_heads", "num_hidden_layers": "num_layers", "head_dim": "d_kv"
-}  # fmt: skip
+    "hidden_size": "d_model",
+    "num_attention_heads": "num_heads",
+    "num_hidden_layers": "num_layers",
+    "head_dim": "d_kv",
+}
 
 
 def read_config(published: dict[str, Any]) -> T5Config:
-    """The configuration in a published config.json, to which `load` adds `own_head`: is there an lm_head.weight."""
-    given = own_spelling({key: value for key, value in published.items() if value is not None}, ALIASES)
-    found = read_fields(T5Config, given, CONFIG_KEYS)
-    said_untied = given.get("tie_word_embeddings") is False
-    scaled = bool(given.get("scale_decoder_outputs", not said_untied))
-    start = given.get("decoder_start_token_id", 0)
-    left_behind = said_untied and given.get("architectures", [LM]) != [LM]
-    tied = not given.get("own_head", False) and not left_behind
-    config = T5Config(**found, tied=tied, scaled=scaled, start_id=start)
-    for field, expected in _derived(config).items():
-        if field in given and given[field] != expected:
-            raise ValueError(f"{field} = {given[field]!r} contradicts feed_forward_proj = {config.feed_forward!r}")
+    """The configuration in a published config.json, to which `load` adds whether there is an lm_head.weight."""
+    fields = own_spelling({key: value for key, value in published.items() if value is not None}, ALIASES)
+    sizes = read_fields(T5Config, fields, CONFIG_KEYS)
+
+    # How the head is tied and scaled: see the module's docstring.
+    untied = fields.get("tie_word_embeddings") is False
+    head_left_out = untied and fields.get("architectures", [LM_CLASS]) != [LM_CLASS]
+    config = T5Config(
+        **sizes,
+        tied=not fields.get("has_lm_head", False) and not head_left_out,
+        scaled=bool(fields.get("scale_decoder_outputs", not untied)),
+        start_id=fields.get("decoder_start_token_id", 0),
+    )
+
+    for field, expected in _activation_fields(config).items():
+        if field in fields and fields[field] != expected:
+            raise ValueError(f"{field} = {fields[field]!r} contradicts feed_forward_proj = {config.feed_forward!r}")
     return config
 
 
 def write_config(config: T5Config, encoder_decoder: bool) -> dict[str, Any]:
     """config.json as transformers writes it; version 4 reads the scale from `tie_word_embeddings`."""
-    ours = asdict(config)
-    out = {theirs: ours[name] for theirs, name in CONFIG_KEYS.items() if ours[name] is not None}
+    values = asdict(config)
     return {
         "model_type": "t5",
-        **out,
-        **_derived(config),
+        **{theirs: values[ours] for theirs, ours in CONFIG_KEYS.items() if values[ours] is not None},
+        **_activation_fields(config),
         "is_encoder_decoder": encoder_decoder,
         "decoder_start_token_id": config.start_id,
         "tie_word_embeddings": config.tied,
@@ -140,7 +150,9 @@ def write_config(config: T5Config, encoder_decoder: bool) -> dict[str, Any]:
     }
 
 
-def _derived(config: T5Config) -> dict[str, Any]:
-    """The fields that transformers writes beside feed_forward_proj, and that follow from it."""
-    gate, _, name = config.feed_forward.rpartition("-")
-    return {"is_gated_act": bool(gate), "dense_act_fn": "gelu_new" if gate and name == "gelu" else name}
+def _activation_fields(config: T5Config) -> dict[str, Any]:
+    """The fields that transformers writes next to feed_forward_proj, and that follow from it."""
+    gate, _, activation = config.feed_forward.rpartition("-")
+    if gate and activation == "gelu":
+        activation = "gelu_new"
+    return {"is_gated_act": bool(gate), "dense_act_fn": activation}

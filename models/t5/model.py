@@ -9,12 +9,14 @@ arXiv:2210.11416.
     x = x + D relu(U norm₂(x))                         1.1: D (gelu(G h) ⊙ U h), h = norm₂(x)
     logits = H norm(x)
 
-The position bias (`relative_positions.py`) is one table a stack, shared by its blocks. Blocks are `encoder.layers.N`
-and `decoder.layers.N`; the glob `*layers.N.*` means both.
+Shapes: B rows, S source tokens, T target tokens, D = d_model, V = vocab_size, C labels.
 
-How a published checkpoint says whether the head is the embedding, and whether its states are scaled, is a story of its
-own (`config.py`). Published too, and unused: an EncDecAttention bias table in decoder block 0. In float16 T5's
-feed-forwards overflow: it is refused; bfloat16 and float32 are fine.
+The position bias (`relative_positions.py`) is one table for each stack, shared by its blocks. Blocks are named
+`encoder.layers.N` and `decoder.layers.N`; the glob `*layers.N.*` means both.
+
+How a published checkpoint tells whether the head is the embedding, and whether its states are scaled, is explained in
+`config.py`. Checkpoints also hold an EncDecAttention bias table in decoder block 0, which nothing uses. In float16 the
+feed-forwards of T5 overflow, so that it is refused; bfloat16 and float32 are fine.
 
 The bias depends on row and column, so that rows can't be laid end to end (`attention` takes no bias with segments):
 packed rows are accepted, but computed padded. Dropout, which T5 was trained with, is not applied; adapters have theirs.
@@ -33,7 +35,7 @@ from ..layers.inputs import unpacked
 from ..layers.key_map import CheckpointKey
 from ..layers.kv_cache import KVCache
 from ..tokenizer.special_tokens import SpecialTokens
-from .blocks import Block, Cache, Embed, Stack, shifted
+from .blocks import Block, Cache, Embed, Stack, shift_right
 from .config import PRESETS, T5Config, read_config, write_config
 
 
@@ -89,25 +91,29 @@ class T5(nn.Module):
         super().__init__()
         if task not in self.architectures:
             raise ValueError(f"task {task!r}: T5 can do {', '.join(self.architectures)}")
-        self.config, self.task, self.labels, self.head_layers = config, task, labels, head_layers
+        self.config = config
+        self.task = task
+        self.labels = labels
+        self.head_layers = head_layers
         self.pooling = pooling if task == "embedding" else "last"
         self.tokens = SpecialTokens()
         self.source: str | None = None  # the folder or hub id that it was loaded from
         self.head_is_new = True  # until a checkpoint fills it
+
         self.embed = Embed(config)
         self.encoder = Stack(config, config.n_layer, decoder=False)
         self.decoder: Stack | None = None
         if task not in ("embedding", "token-classification"):
             self.decoder = Stack(config, config.n_decoder_layer or config.n_layer, decoder=True)
+
         self.head: nn.Module
         if task == "seq2seq-lm":
             self.head = Linear(config.d_model, config.vocab_size, bias=False)
         elif task == "embedding":
             self.head = EmbeddingHead(normalize)
         else:
-            pooler = task in ("sequence-classification", "reward")
-            width = n_outputs(task, labels)
-            self.head = MLPHead(config.d_model, width, head_layers, pooler=pooler, scalar=task == "reward")
+            n = n_outputs(task, labels)
+            self.head = MLPHead(config.d_model, n, head_layers, pooler=task in BY_TEXT, scalar=task == "reward")
         self.tie()
 
     @classmethod
@@ -125,16 +131,18 @@ class T5(nn.Module):
     def initialize(self) -> None:
         """Fresh weights as Mesh TensorFlow draws them: N(0, 1 / inputs); q is divided by √hd, as attention here isn't.
 
-        An embedding is N(0, 1), unless it is a head whose states are not scaled; a head of its own and the position
+        The embedding is N(0, 1), unless it is also a head whose states are not scaled; a separate head and the position
         bias are N(0, 1/D).
         """
-        c, inner = self.config, self.config.n_head * self.config.head_width
+        c = self.config
+        inner = c.n_head * c.head_width  # H·hd
         initialize(self, c.d_model**-0.5)
         if c.scaled or not c.tied:
             self.embed.tokens.weight.normal_()
+
         for block in self.layers:
-            for q, o in block.attentions():
-                q.weight[:inner].div_(c.head_width**0.5)
+            for qkv, o in block.attention_projections():
+                qkv.weight[:inner].div_(c.head_width**0.5)
                 o.weight.normal_(0.0, inner**-0.5)
             block.down.weight.normal_(0.0, c.d_ff**-0.5)
 
@@ -156,8 +164,9 @@ class T5(nn.Module):
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` rows of up to `length` target positions."""
-        c, like = self.config, self.embed.tokens.weight
-        return Cache(KVCache(c.n_decoder_layer or c.n_layer, batch, length, c.n_head, c.head_width, like))
+        c = self.config
+        n_layer = c.n_decoder_layer or c.n_layer
+        return Cache(KVCache(n_layer, batch, length, c.n_head, c.head_width, like=self.embed.tokens.weight))
 
     def encode(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The encoder's states (B, S, D) for token ids and mask (B, S), padded on either side."""
@@ -188,21 +197,27 @@ class T5(nn.Module):
         if cu_seqlens is not None:
             if decoder_input_ids is not None:
                 raise ValueError("cu_seqlens: source and target in packed rows are not implemented; pad them")
-            ids, mask, place = unpacked(input_ids, cu_seqlens, max_seqlen)
-            return self.hidden(ids, mask).flatten(0, 1)[place][None]
-        known = cache is not None and len(cache.source) > 0
-        source = None if known else self.encode(input_ids, attention_mask)
+            ids, mask, flat_index = unpacked(input_ids, cu_seqlens, max_seqlen)  # (n, T), (n, T), (N,)
+            return self.hidden(ids, mask).flatten(0, 1)[flat_index][None]  # (1, N, D)
         if self.decoder is None:
-            assert source is not None  # an encoder has no cache
-            return source
+            return self.encode(input_ids, attention_mask)
+
+        # After the first call a cache holds the source's keys and values in every block; its states are not needed.
+        source = None
+        if cache is None or not cache.source:
+            source = self.encode(input_ids, attention_mask)  # (B, S, D)
+
         if decoder_input_ids is None:
             if self.task == "seq2seq-lm":
                 raise ValueError("decoder_input_ids: a seq2seq-lm needs them, the target behind the start token")
-            decoder_input_ids = shifted(input_ids, attention_mask, self.config.start_id)
+            decoder_input_ids = shift_right(input_ids, attention_mask, self.config.start_id)
             decoder_attention_mask = attention_mask
-        x = self.embed.tokens(decoder_input_ids)
+
+        x = self.embed.tokens(decoder_input_ids)  # (B, T, D)
         x = self.decoder(x, decoder_attention_mask, source, attention_mask, cache)
-        return x * self.config.d_model**-0.5 if self.task == "seq2seq-lm" and self.config.scaled else x
+        if self.task == "seq2seq-lm" and self.config.scaled:
+            x = x * self.config.d_model**-0.5
+        return x
 
     def pool(
         self,
@@ -213,42 +228,46 @@ class T5(nn.Module):
     ) -> Tensor:
         """What the head reads: every position (B, T, D), or one vector a row (B, D).
 
-        A text's class is read where transformers reads it, at the row's last eos; transformers refuses a row without,
-        as one that was cut, which is read at its last token here.
+        A text's class is read where transformers reads it, at the row's last eos. A row without one, because it was cut
+        say, is refused by transformers; here it is read at its last token.
         """
         if self.task in BY_TEXT and self.tokens.eos_id is not None:
-            ends = input_ids == self.tokens.eos_id
-            end = last_position(ends, attention_mask, cu_seqlens)
-            last = last_position(torch.ones_like(ends), attention_mask, cu_seqlens)
-            return states.flatten(0, 1)[torch.where(ends.flatten()[end], end, last)]
+            is_eos = input_ids == self.tokens.eos_id  # (B, T)
+            last_eos = last_position(is_eos, attention_mask, cu_seqlens)  # (B,), counted in (B·T,)
+            last_token = last_position(torch.ones_like(is_eos), attention_mask, cu_seqlens)
+            position = torch.where(is_eos.flatten()[last_eos], last_eos, last_token)
+            return states.flatten(0, 1)[position]  # (B, D)
         if self.task in (*BY_TEXT, "embedding"):
             return pool_tokens(self.pooling, states, attention_mask, cu_seqlens)
         return states
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
-        """seq2seq-lm (B, T, V) over `decoder_input_ids`; token-classification (B, S, C); question-answering (B, S, 2);
+        """What the head makes of the states: seq2seq-lm gives (B, T, V) for `decoder_input_ids` (B, T).
 
-        sequence-classification (B, C) and reward (B,), read at the last eos; embedding (B, D). `inputs`: of `hidden`.
+        token-classification gives (B, S, C); question-answering (B, S, 2); sequence-classification (B, C) and reward
+        (B,), read at the last eos; embedding (B, D). `inputs` are further arguments of `hidden`.
         """
         states = self.hidden(input_ids, attention_mask, **inputs)
         return self.head(self.pool(states, input_ids, attention_mask, inputs.get("cu_seqlens")))
 
     def key_map(self) -> dict[str, CheckpointKey]:
         """Our parameter names → their names in published checkpoints of this task."""
-        nested = ("sequence-classification", "reward", "token-classification")
-        base = self.base_prefix if self.task in nested else ""
+        # transformers' classifiers hold the model as `transformer`; its other classes are the model themselves.
+        nested = self.task in (*BY_TEXT, "token-classification")
+        base = self.base_prefix if nested else ""
         table = {"embed.tokens.weight": CheckpointKey((f"{base}shared.weight",))}
         for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
             if stack is not None:
-                table |= {f"{name}.{key}": published for key, published in stack.key_map(base + name).items()}
+                table |= {f"{name}.{key}": source for key, source in stack.key_map(base + name).items()}
         if self.task == "seq2seq-lm":
             if not self.config.tied:
                 table["head.weight"] = CheckpointKey(("lm_head.weight",))
             return table
-        plain = {"token-classification": "classifier", "question-answering": "qa_outputs"}
+
+        head_names = {"token-classification": "classifier", "question-answering": "qa_outputs"}
         for key, _ in self.head.named_parameters():
-            if self.task in plain:
-                theirs = f"{plain[self.task]}.{key.removeprefix('out.')}"
+            if self.task in head_names:
+                theirs = f"{head_names[self.task]}.{key.removeprefix('out.')}"
             else:
                 theirs = f"classification_head.{key}".replace(".out.", ".out_proj.").replace(".pooler.", ".dense.")
             table[f"head.{key}"] = CheckpointKey((theirs,))
@@ -256,7 +275,7 @@ class T5(nn.Module):
 
     @classmethod
     def read_config(cls, published: dict[str, Any]) -> T5Config:
-        """The configuration in a published config.json, to which `load` adds `own_head`: is there an lm_head.weight."""
+        """The configuration in a published config.json, to which `load` adds whether there is an lm_head.weight."""
         return read_config(published)
 
     def write_config(self) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""What special tokens are called: the files of a tokenizer name the text that ends a sequence, pads it, masks a word.
+"""The names of special tokens: the files of a tokenizer say which text ends a sequence, pads it, or masks a word.
 
 tokenizer_config.json names them. Where it doesn't list the added tokens (`added_tokens_decoder`), as old ones don't,
-special_tokens_map.json goes before it. What neither of them mentions is called as the tokenizer's class in transformers
-calls it, and null means that there is no such token.
+special_tokens_map.json takes precedence. A token that neither of them mentions has the name that the tokenizer's class
+in transformers gives it, and null means that there is no such token.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from ..._files import json_if_there
 
 SETTINGS = "tokenizer_config.json"
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# What transformers' classes call their special tokens, and the class of an architecture whose folder names none.
+# What transformers' classes call their special tokens.
 CLASS_NAMES = {
     "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
     "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
@@ -24,6 +24,7 @@ CLASS_NAMES = {
         "cls_token": "<cls>", "mask_token": "<mask>",
     },
 }  # fmt: skip
+# The class of an architecture's tokenizer, where the folder names none.
 CLASSES = {
     "gpt2": "GPT2Tokenizer",
     "qwen2": "Qwen2Tokenizer",
@@ -38,16 +39,17 @@ class TokenizerSettings(NamedTuple):
     """How the files of a tokenizer describe it."""
 
     stored: dict[str, Any]  # tokenizer_config.json
-    merged: dict[str, Any]  # with special_tokens_map.json over it, where that counts
-    class_name: str  # without "Fast": as named, or as usual for the architecture
+    merged: dict[str, Any]  # the same with special_tokens_map.json over it, where that takes precedence
+    class_name: str  # without "Fast": as named in the files, or as usual for the architecture
 
 
 def read_settings(folder: Path, config: dict[str, Any]) -> TokenizerSettings:
-    """What lies in `folder`, whose config.json says `config`. ValueError for a damaged file."""
+    """The settings in `folder`, whose config.json holds `config`. ValueError for a damaged file."""
     stored = json_if_there(folder / SETTINGS)
     merged = stored
     if "added_tokens_decoder" not in stored:
         merged = {**stored, **json_if_there(folder / "special_tokens_map.json")}
+
     usual = CLASSES.get(str(config.get("model_type")), "nameless tokenizer")
     class_name = merged.get("tokenizer_class") or config.get("tokenizer_class") or usual
     return TokenizerSettings(stored, merged, str(class_name).removesuffix("Fast"))
@@ -55,19 +57,18 @@ def read_settings(folder: Path, config: dict[str, Any]) -> TokenizerSettings:
 
 def special_names(settings: TokenizerSettings) -> dict[str, str]:
     """Special tokens by name, `{"eos_token": "</s>", ...}`, as chat templates may use them."""
-    more = settings.merged.get("extra_special_tokens")
-    named = {
-        **CLASS_NAMES.get(settings.class_name, {}),
-        **settings.merged,
-        **(more if isinstance(more, dict) else {}),
-    }
-    return {
-        name: token_text(entry)
-        for name, entry in named.items()
-        if name.endswith("_token") and isinstance(entry, str | dict) and entry
-    }
+    entries = {**CLASS_NAMES.get(settings.class_name, {}), **settings.merged}
+    extra = settings.merged.get("extra_special_tokens")
+    if isinstance(extra, dict):  # in old files it is a list of texts without names
+        entries |= extra
+
+    names = {}
+    for name, entry in entries.items():
+        if name.endswith("_token") and isinstance(entry, str | dict) and entry:
+            names[name] = token_text(entry)
+    return names
 
 
 def token_text(entry: Any) -> str:
-    """The text of a token, which these files write as such or in a table of its properties."""
+    """The text of a token, which these files hold as it is or in a table of the token's properties."""
     return str(entry["content"]) if isinstance(entry, dict) else str(entry)

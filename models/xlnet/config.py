@@ -1,6 +1,6 @@
-"""XLNet's configuration: sizes, presets, and how a published config.json says them.
+"""XLNet's configuration: its sizes, its presets, and how they are read from a published config.json.
 
-transformers' defaults are those of the large model, with a memory of 512; the published files say that there is none.
+transformers' defaults are those of the large model, with a memory of 512 tokens; the published files have none.
 Where a length is zero, or -1 for `clamp_len`, it is switched off: None here.
 """
 
@@ -12,11 +12,7 @@ from ..layers.config_fields import ACTIVATIONS, read_fields
 
 @dataclass(frozen=True)
 class XLNetConfig:
-    """Sizes in the project's vocabulary; the lengths are in tokens, None is without limit.
-
-    `clamp_len`: the greatest distance told apart. `mem_len`: what a memory keeps; `reuse_len`: how much of a segment
-    enters it, from its beginning.
-    """
+    """Sizes in the project's vocabulary; the defaults are transformers'. Lengths are in tokens, None is no limit."""
 
     vocab_size: int = 32000
     n_layer: int = 24
@@ -24,14 +20,14 @@ class XLNetConfig:
     d_model: int = 1024
     d_ff: int = 4096
     activation: str = "gelu"
-    eps: float = 1e-12
-    tied: bool = True
-    causal: bool = False
-    same_length: bool = False
-    bi_data: bool = False
-    clamp_len: int | None = None
-    mem_len: int | None = 512
-    reuse_len: int | None = None
+    eps: float = 1e-12  # of the norms
+    tied: bool = True  # the token embedding is the output matrix
+    causal: bool = False  # no token sees a later one: Transformer-XL
+    same_length: bool = False  # with `causal`: every token sees as many as the memory is long, and itself
+    bi_data: bool = False  # the second half of each batch is read backwards
+    clamp_len: int | None = None  # the greatest distance told apart
+    mem_len: int | None = 512  # what a memory keeps
+    reuse_len: int | None = None  # how much of a segment enters the memory, from its beginning
 
     max_positions: ClassVar[None] = None  # distances have no end
 
@@ -63,7 +59,7 @@ CONFIG_KEYS = {
     "mem_len": "mem_len",
     "reuse_len": "reuse_len",
 }
-# What old files, or files of other libraries, call some of them.
+# What old files, or files of other libraries, call some of them -> today's published field.
 ALIASES = {
     "n_token": "vocab_size",
     "hidden_size": "d_model",
@@ -79,25 +75,26 @@ def read_config(published: dict[str, Any]) -> XLNetConfig:
             "XLNetForQuestionAnswering looks for answers by beam search, with a head that is not implemented; load a "
             "checkpoint of XLNetForQuestionAnsweringSimple, or fine-tune from the language model"
         )
-    given = {ALIASES.get(key, key): value for key, value in published.items()}
+    fields = {ALIASES.get(key, key): value for key, value in published.items()}
     for field, off in {"clamp_len": (0, -1), "reuse_len": (0,), "mem_len": (0,)}.items():
-        if given.get(field) in off:
-            given[field] = None
-    kind = given.get("attn_type", "bi")
-    if kind not in ("bi", "uni"):
-        raise ValueError(f'attn_type = {kind!r} is not implemented; known: "bi", "uni"')
-    config = XLNetConfig(**read_fields(XLNetConfig, given, CONFIG_KEYS), causal=kind == "uni")
-    if given.get("d_head") not in (None, config.d_model // config.n_head):
-        raise ValueError(f"d_head = {given['d_head']!r} is not d_model / n_head, and not implemented")
+        if fields.get(field) in off:
+            fields[field] = None
+
+    attention = fields.get("attn_type", "bi")
+    if attention not in ("bi", "uni"):
+        raise ValueError(f'attn_type = {attention!r} is not implemented; known: "bi", "uni"')
+    config = XLNetConfig(**read_fields(XLNetConfig, fields, CONFIG_KEYS), causal=attention == "uni")
+    if fields.get("d_head") not in (None, config.d_model // config.n_head):
+        raise ValueError(f"d_head = {fields['d_head']!r} is not d_model / n_head, and not implemented")
     return config
 
 
 def write_config(config: XLNetConfig) -> dict[str, Any]:
     """config.json as transformers writes it."""
-    ours = asdict(config)
+    values = asdict(config)
     return {
         "model_type": "xlnet",
-        **{theirs: ours[name] for theirs, name in CONFIG_KEYS.items()},
+        **{theirs: values[ours] for theirs, ours in CONFIG_KEYS.items()},
         "clamp_len": config.clamp_len or -1,
         "attn_type": "uni" if config.causal else "bi",
         "d_head": config.d_model // config.n_head,

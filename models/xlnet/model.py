@@ -8,20 +8,22 @@ Yang et al. 2019, arXiv:1906.08237; relative positions and memory: Dai et al. 20
     layer(x) = norm₂(y + D gelu(U y)),  y = norm₁(x + O attention(x))
     logits = E g + b
 
+Shapes: B rows, T tokens, n predictions in each row, D = d_model, V = vocab_size, C labels.
+
 `perm_mask` (B, T, T) is 1 where token t may not see token s: it spells an order of the tokens. A token of the content
 stream always sees itself; of the query stream it doesn't, or it would read off what it should predict. `target_mapping`
-says where the predictions stand; without it there is no query stream, and h goes to the head. After the last layer h is
-of use to nobody, and is not computed where there is a g. Fine-tuning on labels uses h alone.
+says where the predictions stand; without it there is no query stream, and h goes to the head. Where there is a g,
+nothing reads h after the last layer, and it is not computed there. Fine-tuning on labels uses h alone.
 
 Positions are distances between columns, without an end: there is no longest row. `memory` carries what the layers read
-in one segment of a text into the next; its states are a constant there. `bi_data`: the second half of the batch is read
-backwards. `causal` (attn_type "uni") is Transformer-XL; with `same_length`, each of its tokens sees as many as the
+in one segment of a text into the next, where its states are constants. With `bi_data` the second half of the batch is
+read backwards. `causal` (attn_type "uni") is Transformer-XL; with `same_length`, each of its tokens sees as many as the
 memory is long, and itself.
 
 Published checkpoints hold q, k, v, o, r as raw tensors (D, H, hd), without ".weight"; the tied output matrix may be
-there or not. Texts end in <sep> <cls>, padding is on the left: a row's class is read from its last token, where
-transformers takes the last column whatever stands in it. The types of a pair are 0 and 1 and only compared; memory is
-of type 0. `untie_r` (u, v, w of each layer) is always true in them. Dropout is not applied; adapters have theirs.
+there or not. `untie_r` (each layer has its own u, v, w) is always true in them. Texts end in <sep> <cls> and are padded
+on the left: a row's class is read from its last token, where transformers takes the last column whatever it holds. The
+types of a pair are 0 and 1, and are only compared; memory is of type 0. Dropout is not applied; adapters have theirs.
 
 Distances give a bias for each pair, so that rows can't be laid end to end (`attention` takes no bias with segments):
 packed rows are accepted, but computed padded.
@@ -101,22 +103,26 @@ class XLNet(nn.Module):
         super().__init__()
         if task not in self.architectures:
             raise ValueError(f"task {task!r}: XLNet can do {', '.join(self.architectures)}")
-        self.config, self.task, self.labels, self.head_layers = config, task, labels, head_layers
+        self.config = config
+        self.task = task
+        self.labels = labels
+        self.head_layers = head_layers
         self.pooling = pooling if task == "embedding" else "last"
         self.tokens = SpecialTokens()
         self.source: str | None = None  # the folder or hub id that it was loaded from
         self.head_is_new = True  # until a checkpoint fills it
+
         self.embed = Embed(config)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+
         self.head: nn.Module
         if task == "causal-lm":
             self.head = Linear(config.d_model, config.vocab_size)
         elif task == "embedding":
             self.head = EmbeddingHead(normalize)
         else:
-            pooler = task in ("sequence-classification", "reward")
-            width = n_outputs(task, labels)
-            self.head = MLPHead(config.d_model, width, head_layers, pooler=pooler, scalar=task == "reward")
+            n = n_outputs(task, labels)
+            self.head = MLPHead(config.d_model, n, head_layers, pooler=task in BY_TEXT, scalar=task == "reward")
         self.tie()
 
     @classmethod
@@ -134,7 +140,7 @@ class XLNet(nn.Module):
 
     @torch.no_grad()
     def initialize(self) -> None:
-        """Fresh weights: N(0, 0.02²), those added to queries and the vector of predictions included."""
+        """Fresh weights: N(0, 0.02²), for the vectors added to queries and the one of predictions, too."""
         initialize(self)
         self.embed.mask.normal_(0.0, 0.02)
         for block in self.layers:
@@ -143,7 +149,7 @@ class XLNet(nn.Module):
                 parameter.normal_(0.0, 0.02)
 
     def initialize_head(self) -> None:
-        """Fresh weights for a head that a checkpoint may lack; the tied output matrix is none of them."""
+        """Fresh weights for a head that a checkpoint may lack; a tied output matrix is the embedding's and stays."""
         if isinstance(self.head, Linear) and self.config.tied:
             nn.init.zeros_(self.head.get_parameter("bias"))
         else:
@@ -155,11 +161,11 @@ class XLNet(nn.Module):
             self.head.weight = self.embed.tokens.get_parameter("weight")
 
     def new_memory(self) -> Memory:
-        """An empty memory; handed to `forward` with one segment of a text after the other, it carries them along."""
+        """An empty memory, to be passed to `forward` with one segment of a text after the other."""
         return Memory(self.config.n_layer, self.config.mem_len, self.config.reuse_len)
 
     def new_cache(self, batch: int, length: int) -> Memory:
-        """What `hidden` needs to go on with a text token by token. It grows by itself: the sizes are not needed."""
+        """What `hidden` needs to continue a text token by token. It grows as it is used: the sizes are not needed."""
         return Memory(self.config.n_layer, self.config.mem_len)
 
     def hidden(
@@ -177,9 +183,9 @@ class XLNet(nn.Module):
     ) -> Tensor:
         """States before the head: (B, T, D) of the tokens, or (B, n, D) of the predictions at `target_mapping`.
 
-        `attention_mask` is (B, T), or longer by what came before; the memory counts as seen where it is not. The target
-        mapping is (B, n), the positions, or as transformers has it (B, n, T), zeros with a one in each row. With a
-        `cache`, tokens go on from those of the call before, and (B, 1, D) is the prediction of the one behind them.
+        `attention_mask` is (B, T), or longer by what came before; where it is not, all of the memory may be seen. The
+        target mapping is (B, n), the positions, or as in transformers (B, n, T), zeros with a one in each row. With a
+        `cache`, tokens continue those of the call before, and (B, 1, D) is the prediction of the one behind them.
         Position ids are ignored: distances need no numbers.
 
         Raises ValueError where packed rows come with a memory or orders, and where a batch to read backwards is odd.
@@ -187,50 +193,59 @@ class XLNet(nn.Module):
         if cu_seqlens is not None:
             if any(extra is not None for extra in (perm_mask, target_mapping, memory, cache)) or self.config.bi_data:
                 raise ValueError("cu_seqlens: packed rows have no perm_mask, target_mapping, memory, cache or bi_data")
-            ids, mask, place = unpacked(input_ids, cu_seqlens, max_seqlen)
+            ids, mask, flat_index = unpacked(input_ids, cu_seqlens, max_seqlen)  # (n, T), (n, T), (N,)
             types = token_type_ids
             if types is not None:
-                types = ids.new_zeros(ids.numel()).index_copy(0, place, types[0]).view_as(ids)
-            return self.hidden(ids, mask, types).flatten(0, 1)[place][None]
+                types = ids.new_zeros(ids.numel()).index_copy(0, flat_index, types[0]).view_as(ids)  # (n, T)
+            return self.hidden(ids, mask, types).flatten(0, 1)[flat_index][None]  # (1, N, D)
         if cache is not None:
             if any(extra is not None for extra in (token_type_ids, perm_mask, target_mapping, memory)):
                 raise ValueError("cache: it goes on with a text of one type, in its own order; leave out the rest")
-            return self._next(input_ids, attention_mask, cache)
+            return self._predict_next(input_ids, attention_mask, cache)
         if target_mapping is not None and self.task != "causal-lm":
             raise ValueError(f"target_mapping: it is for predicting tokens, and this model's task is {self.task}")
-        (b, t), past = input_ids.shape, 0 if memory is None else memory.length
+        b, t = input_ids.shape
         if self.config.bi_data and b % 2:
             raise ValueError(f"bi_data reads half of the rows backwards; a batch of {b} has no half")
-        h, c = self.embed.tokens(input_ids), self.config
-        table = sinusoids(t, past + t, c.d_model, c.clamp_len, c.bi_data, h)
-        positions = None if target_mapping is None else target_positions(target_mapping)
-        g = None if positions is None else self.embed.mask.expand(b, positions.shape[1], -1)
+
+        # The two streams at their beginning, and the distances that every layer attends by.
+        c = self.config
+        past = 0 if memory is None else memory.length
+        h = self.embed.tokens(input_ids)  # (B, T, D)
+        table = sinusoids(t, past + t, c.d_model, c.clamp_len, c.bi_data, h)  # (G, P, D), see `blocks.py`
+        g = positions = None
+        if target_mapping is not None:
+            positions = target_positions(target_mapping)  # (B, n)
+            g = self.embed.mask.expand(b, positions.shape[1], -1)  # (B, n, D)
         content, query = views(c, t, past, attention_mask, token_type_ids, perm_mask, positions, h.device)
+
         for i, block in enumerate(self.layers):
             assert isinstance(block, Block)
             keys = block.keys(h if memory is None else memory.extend(i, h), table)
             if g is None or i + 1 < c.n_layer:
                 h = block(h, keys, content)
-            g = None if g is None else block(g, keys, query)
+            if g is not None:
+                g = block(g, keys, query)
         return h if g is None else g
 
-    def _next(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Memory) -> Tensor:
+    def _predict_next(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Memory) -> Tensor:
         """The prediction (B, 1, D) behind the tokens (B, T) of a text of which `cache` remembers what came before.
 
-        It stands on a place of its own at the end, which no token sees. The newest token is not remembered but read
+        It stands at a position of its own at the end, which no token sees. The newest token is not remembered but read
         once more with those that follow, and so sees one of them, as in transformers.
         """
-        start = input_ids if cache.last is None else torch.cat((cache.last, input_ids), 1)
-        tokens = F.pad(start, (0, 1))
+        tokens = input_ids if cache.last_token is None else torch.cat((cache.last_token, input_ids), 1)
+        tokens = F.pad(tokens, (0, 1))
         b, t = tokens.shape
         unseen = torch.zeros(1, t, t, dtype=torch.bool, device=tokens.device)
         unseen[:, :, -1] = True
-        mask = None if attention_mask is None else F.pad(attention_mask, (0, 1), value=1)
-        states = self.hidden(
-            tokens, mask, perm_mask=unseen, target_mapping=tokens.new_full((b, 1), t - 1), memory=cache
-        )
-        cache.forget(2)
-        cache.last = input_ids[:, -1:]
+        if attention_mask is not None:
+            attention_mask = F.pad(attention_mask, (0, 1), value=1)
+        last = tokens.new_full((b, 1), t - 1)
+        states = self.hidden(tokens, attention_mask, perm_mask=unseen, target_mapping=last, memory=cache)
+
+        cache.forget(2)  # the position of the prediction, and the newest token
+        cache.last_token = input_ids[:, -1:]
         return states
 
     def pool(
@@ -246,10 +261,10 @@ class XLNet(nn.Module):
         return states
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
-        """causal-lm (B, T, V), or (B, n, V) at a target mapping; token-classification (B, T, C);
+        """What the head makes of the states: causal-lm gives (B, T, V), or (B, n, V) at a target mapping.
 
-        question-answering (B, T, 2); sequence-classification (B, C) and reward (B,), read at the last token; embedding
-        (B, D). `inputs` as in `hidden`.
+        token-classification gives (B, T, C); question-answering (B, T, 2); sequence-classification (B, C) and reward
+        (B,), read at the last token; embedding (B, D). `inputs` are further arguments of `hidden`.
         """
         states = self.hidden(input_ids, attention_mask, **inputs)
         return self.head(self.pool(states, input_ids, attention_mask, inputs.get("cu_seqlens")))
@@ -263,18 +278,17 @@ class XLNet(nn.Module):
         }
         for i, block in enumerate(self.layers):
             assert isinstance(block, Block)
-            theirs = block.key_map(f"{base}layer.{i}")
-            table |= {f"layers.{i}.{key}": published for key, published in theirs.items()}
+            table |= {f"layers.{i}.{key}": source for key, source in block.key_map(f"{base}layer.{i}").items()}
         return table | self._head_keys()
 
     def _head_keys(self) -> dict[str, CheckpointKey]:
         if self.task == "causal-lm":
-            kinds = ("bias",) if self.config.tied else ("weight", "bias")
-            return {f"head.{kind}": CheckpointKey((f"lm_loss.{kind}",)) for kind in kinds}
-        name = {"token-classification": "classifier", "question-answering": "qa_outputs"}.get(self.task, "logits_proj")
+            names = ("bias",) if self.config.tied else ("weight", "bias")
+            return {f"head.{name}": CheckpointKey((f"lm_loss.{name}",)) for name in names}
+        out = {"token-classification": "classifier", "question-answering": "qa_outputs"}.get(self.task, "logits_proj")
         table = {}
         for key, _ in self.head.named_parameters():
-            theirs = f"{name}.{key.removeprefix('out.')}"
+            theirs = f"{out}.{key.removeprefix('out.')}"
             if key.startswith("pooler."):
                 theirs = f"sequence_summary.summary.{key.removeprefix('pooler.')}"
             table[f"head.{key}"] = CheckpointKey((theirs,))
