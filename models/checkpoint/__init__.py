@@ -1,6 +1,6 @@
 """Checkpoints in Hugging Face layout, read and written.
 
-In the order of reading: `hub.py` finds the folder, `info.py` reads config.json, `loading.py` makes the model
-(`tasks.py` says with which head, `pooling.py` how an embedding pools), and `weights.py` fills it from `shards.py` and
-`safetensors_io.py`. `saving.py` is the way back.
+In the order of reading: `hub.py` finds the folder and `info.py` reads config.json; `loading.py` makes the model, where
+`tasks.py` decides with which head and `pooling.py` how an embedding pools; `weights.py` fills it with what `shards.py`
+and `safetensors_io.py` read. `saving.py` is the way back.
 """

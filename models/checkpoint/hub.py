@@ -6,23 +6,34 @@ from pathlib import Path
 
 from ..._outside import others_code
 from ..layers.image_processor import FILE as PROCESSOR
-from ..tokenizer.special_tokens import GENERATION, KEPT, SETTINGS, TEMPLATES, VOCABULARIES
+from ..tokenizer.special_tokens import COPIED_FILES, GENERATION, SETTINGS, TEMPLATES, VOCABULARY_FILES
 from .shards import INDEX, PICKLES, SINGLE, Shards, pickle_refused
 
-# A sentencepiece model is small, and downloaded to be named where there is no tokenizer.json, and to be kept.
-WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "vocab.txt", "merges.txt", "*.model")
+# A sentencepiece model is small, and downloaded to be named in an error where there is no tokenizer.json, or copied.
+DOWNLOADED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "vocab.txt", "merges.txt", "*.model")
 # The same weights in other layouts: in folders of their own, or as Mistral's own code reads them.
-UNWANTED = ("*/*.safetensors", "consolidated*.safetensors", "*/*.model")
-# Besides the weights: what says how the model computes, pools, and reads images and texts.
-READ = ("config.json", PROCESSOR, "modules.json", "*/config.json", "tokenizer.json", SETTINGS, GENERATION, *KEPT,
-        *VOCABULARIES, "chat_template.jinja", f"{TEMPLATES}/*.jinja")  # fmt: skip
+NOT_DOWNLOADED = ("*/*.safetensors", "consolidated*.safetensors", "*/*.model")
+# What loading reads besides the weights: how the model computes, pools, and reads images and texts.
+READ_FILES = (
+    "config.json",
+    PROCESSOR,
+    "modules.json",
+    "*/config.json",
+    "tokenizer.json",
+    SETTINGS,
+    GENERATION,
+    *COPIED_FILES,
+    *VOCABULARY_FILES,
+    "chat_template.jinja",
+    f"{TEMPLATES}/*.jinja",
+)
 
 
 def checkpoint_folder(path: str | Path, weights: bool = True) -> Path:
     """The local folder of a checkpoint; a hub id is downloaded (or found in the hub's cache) first.
 
-    Without `weights` these are not. Raises FileNotFoundError where there is no such folder or repository, or no
-    config.json in it, and ValueError where the repository has its weights as pickles only.
+    Without `weights` they are not downloaded. Raises FileNotFoundError where there is no such folder or repository, or
+    no config.json in it, and ValueError where the repository has its weights as pickles only.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -31,14 +42,17 @@ def checkpoint_folder(path: str | Path, weights: bool = True) -> Path:
         raise ValueError(f"{folder} is a file; give the checkpoint's folder")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)):
         raise FileNotFoundError(f"{folder}: no such folder")
+
     from huggingface_hub import snapshot_download
 
     def explain(error: Exception) -> FileNotFoundError:
         return FileNotFoundError(f"{path}: no such folder, and the hub did not give it ({_reason(error)})")
 
-    unwanted = UNWANTED if weights else (*UNWANTED, "*.safetensors")
+    ignored = list(NOT_DOWNLOADED)
+    if not weights:
+        ignored.append("*.safetensors")
     with others_code(explain):  # what it raises depends on the HTTP client, and that on the library's version
-        folder = Path(snapshot_download(str(path), allow_patterns=list(WANTED), ignore_patterns=list(unwanted)))
+        folder = Path(snapshot_download(str(path), allow_patterns=list(DOWNLOADED), ignore_patterns=ignored))
     if weights and not any(folder.glob("*.safetensors")) and (pickles := _pickles(str(path))):
         raise pickle_refused(f"{path}/{pickles[0]}")
     return _with_config(folder)
@@ -50,8 +64,11 @@ def checkpoint_files(folder: Path) -> list[Path]:
         weights = Shards(folder, required=False).paths()
     except ValueError:  # a damaged index, or pickles: which loading refuses
         weights = sorted(folder.glob("*.safetensors"))
-    about = [path for pattern in READ for path in sorted(folder.glob(pattern))]
-    return [*about, *weights, *([] if weights == [folder / SINGLE] else [folder / INDEX])]
+    files = [path for pattern in READ_FILES for path in sorted(folder.glob(pattern))]
+    files += weights
+    if weights != [folder / SINGLE]:
+        files.append(folder / INDEX)
+    return files
 
 
 def _pickles(repository: str) -> list[str]:

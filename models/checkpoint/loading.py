@@ -20,15 +20,7 @@ from ..tokenizer.token_names import read_settings
 from .info import CheckpointInfo, checkpoint_info
 from .pooling import read_pooling
 from .shards import Shards
-from .tasks import (
-    class_name,
-    head_rows,
-    label_names,
-    padding_of_new_head,
-    reorder_head,
-    stored_head,
-    task_of,
-)
+from .tasks import class_name, head_rows, label_names, padding_of_new_head, reorder_head, stored_head, task_of
 from .weights import Packing, load_weights
 
 if TYPE_CHECKING:
@@ -48,25 +40,36 @@ def load(
 ) -> tuple[Model, "Tokenizer | None"]:
     """The model at `path` (a folder in Hugging Face layout, or a hub id) in eval mode, and its tokenizer or None.
 
-    `path` may be what `checkpoint_info` has read there already, with weights. `task`: one of the tasks of
-    `layers/heads.py`; None takes it from config.json's `architectures`. `dtype`: "auto" is the checkpoint's own (fp16
-    becomes fp32 on a CPU). `device`: "auto" is CUDA where there is one. `labels`: names, or their number, for a task
-    that classifies. `head_layers`: depth of the head. A stored head of another task, other labels or another depth than
-    asked for is made anew; of the same labels in another order its rows are reordered.
-    `quantize` chooses projections, given the empty model, that are kept in NF4 and frozen (`engine.projections`: what
-    `quantize` would take): each is packed as it is read, so that the whole model is never there in full.
-    `head_follows`: a head that is made anew is not announced, since one will be loaded, with an adapter for example.
+    path: may be what `checkpoint_info` has read there already, with weights.
+    task: one of the tasks of `layers/heads.py`; None takes it from config.json's `architectures`.
+    dtype: "auto" is the checkpoint's own (fp16 becomes fp32 on a CPU).
+    device: "auto" is CUDA where there is one.
+    labels: names, or their number, for a task that classifies.
+    head_layers: depth of the head. A stored head of another task, other labels or another depth than asked for is made
+        anew; of the same labels in another order its rows are reordered.
+    quantize: chooses projections, given the empty model, that are kept in NF4 and frozen (`engine.projections`: what
+        `quantize` would take). Each is packed as it is read, so that the whole model is never in memory in full.
+    head_follows: a head that is made anew is not announced, since one will be loaded, with an adapter for example.
 
     Raises FileNotFoundError for a missing folder or config.json, ValueError for everything that doesn't fit, and
     MemoryError where memory runs out.
     """
     opened = open_checkpoint(path, task, labels, head_layers=head_layers)
-    model, target, rows = opened.model, _device(device), opened.head_rows
-    kind = _dtype(dtype, opened.published, opened.shards, target)
-    chosen = {f"{path}.weight": model.get_submodule(path) for path in (quantize(model) if quantize else ())}
-    packed = Packing({key: m for key, m in chosen.items() if isinstance(m, Linear)}, kind, target, Workspace())
-    with explained_memory(lambda: _too_large(f"loading {opened.model.source}", model, kind)):
-        allocate(model, kind, target, without=set(packed.modules.values()))
+    model = opened.model
+    target = _device(device)
+    rows = opened.head_rows
+    weight_dtype = _dtype(dtype, opened.published, opened.shards, target)
+
+    # Projections to be quantised get no memory with the rest of the model, but each when its turn comes.
+    projections = {}
+    for name in quantize(model) if quantize else ():
+        module = model.get_submodule(name)
+        if isinstance(module, Linear):
+            projections[f"{name}.weight"] = module
+    packed = Packing(projections, weight_dtype, target, Workspace())
+
+    with explained_memory(lambda: _too_large(f"loading {opened.model.source}", model, weight_dtype)):
+        allocate(model, weight_dtype, target, without=set(projections.values()))
         load_weights(model, opened.shards, new_head=rows is None, packed=packed, announce=not head_follows)
         if rows and rows != sorted(rows):
             reorder_head(model.head, rows)
@@ -75,16 +78,13 @@ def load(
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that is opened but not read: the model on the meta device, and where its weights lie.
-
-    `head_rows`: which rows of the stored head the model's labels want; None where the head is to be made anew.
-    """
+    """A checkpoint that is opened but not read: the model on the meta device, and where its weights lie."""
 
     model: Model
     tokenizer: "Tokenizer | None"
     shards: Shards
-    published: dict[str, Any]
-    head_rows: list[int] | None
+    published: dict[str, Any]  # config.json, with transformers' fields
+    head_rows: list[int] | None  # rows of the stored head in the order of the model's labels; None: make it anew
 
 
 def open_checkpoint(
@@ -100,13 +100,13 @@ def open_checkpoint(
     """
     info = path if isinstance(path, CheckpointInfo) else checkpoint_info(path)
     folder, published, family = info.folder, info.published, info.family
-    shards = Shards(
-        folder, required=info.weights
-    )  # opened; the weights are read when nothing else can be wrong any more
+    shards = Shards(folder, required=info.weights)  # only headers; the weights are read when all else has been checked
     config = _config(published, family, shards)
     settings = read_settings(folder, published)
-    words = load_tokenizer(folder, settings)
-    tokens = SpecialTokens.read(folder, settings, published, words)
+    tokenizer = load_tokenizer(folder, settings)
+    tokens = SpecialTokens.read(folder, settings, published, tokenizer)
+
+    # What the head is to be, by the arguments or else by config.json.
     task = task or task_of(published, family, folder)
     known, stored_depth = stored_head(published, family, folder)
     names = label_names(labels, known)
@@ -114,21 +114,25 @@ def open_checkpoint(
         names = ()
     depth = stored_depth if head_layers is None else head_layers
     pooling, normalize = read_pooling(folder) if task == "embedding" else ("mean", False)
-    beyond = f"{folder / 'config.json'}: its sizes make a model that no memory can hold; restore it"
-    with without_weights(), explained_memory(lambda: beyond):
+
+    beyond_memory = f"{folder / 'config.json'}: its sizes make a model that no memory can hold; restore it"
+    with without_weights(), explained_memory(lambda: beyond_memory):
         model = family(config, task, names, depth, pooling, normalize)
-    model.tokens, model.source = tokens, info.source
+    model.tokens = tokens
+    model.source = info.source
     if isinstance(model, ResNet):
         model.pixels = ImageProcessor.read(folder, published, model.config.n_channels) or model.pixels
+
     rows = head_rows(model, published, known) if depth == stored_depth else None
     if rows is None or task not in BY_TEXT:
-        model.tokens = padding_of_new_head(tokens, words, task)
-    return Checkpoint(model, words, shards, published, rows)
+        model.tokens = padding_of_new_head(tokens, tokenizer, task)
+    return Checkpoint(model, tokenizer, shards, published, rows)
 
 
 def _too_large(doing: str, model: Model, dtype: torch.dtype) -> str:
-    """What to say where memory runs out."""
-    size, name = sum(p.numel() for p in model.parameters()) * dtype.itemsize, str(dtype).removeprefix("torch.")
+    """The message where memory runs out."""
+    size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    name = str(dtype).removeprefix("torch.")
     return (
         f"out of memory while {doing}: as {name} its weights take {size:,} bytes; give it more memory, load it in "
         "bfloat16 or quantised, or take a smaller model"
@@ -137,7 +141,7 @@ def _too_large(doing: str, model: Model, dtype: torch.dtype) -> str:
 
 def fresh(
     preset: str,
-    tokenizer: str | Path | None,
+    tokenizer_path: str | Path | None,
     task: str,
     labels: tuple[str, ...],
     seed: int,
@@ -145,55 +149,66 @@ def fresh(
     weights: bool = True,
     **overrides: Any,
 ) -> tuple[Model, "Tokenizer | None"]:
-    """A freshly initialised model of a published size, on the default device, with the tokenizer.json at `tokenizer`.
+    """A freshly initialised model of a published size, on the default device, with its tokenizer.
 
-    The vocabulary is the tokenizer's, and so are the tokens that end and pad texts (`SpecialTokens.of_tokenizer`).
-    Without `weights` the model is on the meta device. MemoryError where memory runs out.
+    `tokenizer_path` is a tokenizer.json. The vocabulary is the tokenizer's, and so are the tokens that end and pad
+    texts (`SpecialTokens.of_tokenizer`). Without `weights` the model is on the meta device. MemoryError where memory
+    runs out.
     """
     family = family_of_preset(preset)
-    words = load_tokenizer_file(Path(tokenizer)) if tokenizer is not None else None
-    if words is not None:
-        overrides = {"vocab_size": words.get_vocab_size(), **overrides}
+    tokenizer = None
+    if tokenizer_path is not None:
+        tokenizer = load_tokenizer_file(Path(tokenizer_path))
+        overrides = {"vocab_size": tokenizer.get_vocab_size(), **overrides}
+
     torch.manual_seed(seed)
-    smaller = f"out of memory: a fresh {preset} of these sizes is too large; take a smaller one"
-    with nullcontext() if weights else without_weights(), explained_memory(lambda: smaller):
+    too_large = f"out of memory: a fresh {preset} of these sizes is too large; take a smaller one"
+    with nullcontext() if weights else without_weights(), explained_memory(lambda: too_large):
         model = family.from_name(preset, task=task, labels=labels, **overrides)
         if weights:
             model = model.to(_device("auto"))
-    if words is not None:
-        model.tokens = padding_of_new_head(SpecialTokens.of_tokenizer(words), words, task)
-    return model.eval(), words
+    if tokenizer is not None:
+        model.tokens = padding_of_new_head(SpecialTokens.of_tokenizer(tokenizer), tokenizer, task)
+    return model.eval(), tokenizer
 
 
 def _config(published: dict[str, Any], family: Family, shards: Shards) -> Any:
-    """The configuration; where it doesn't say whether it is tied, a language model without output matrix is."""
-    stored = published.get("architectures") or ()
-    causal = "causal-lm" in family.architectures and class_name(family, "causal-lm", published["model_type"]) in stored
-    if causal and published.get("tie_word_embeddings") is None and "lm_head.weight" not in shards.names():
+    """The configuration; a language model without output matrix is tied, where config.json doesn't say."""
+    has_lm_head = "lm_head.weight" in shards.names()
+    if (
+        "causal-lm" in family.architectures
+        and class_name(family, "causal-lm", published["model_type"]) in (published.get("architectures") or ())
+        and published.get("tie_word_embeddings") is None
+        and not has_lm_head
+    ):
         published = {**published, "tie_word_embeddings": True}
-    published = {**published, "has_lm_head": "lm_head.weight" in shards.names()}  # all that T5 says of it
     try:
-        return family.read_config(published)
+        return family.read_config({**published, "has_lm_head": has_lm_head})  # which decides for T5
     except ValueError as error:
         raise ValueError(f"{shards.folder / 'config.json'}: {error}") from error
 
 
 def _device(device: str | torch.device) -> torch.device:
-    usable = torch.cuda.is_available()
+    """The device asked for; ValueError for one that is unknown, or that this machine doesn't have."""
+    has_cuda = torch.cuda.is_available()
+    if device == "auto":
+        device = "cuda" if has_cuda else "cpu"
+    expected = f'device {device!r}: expected "auto", "cpu" or "cuda"'
     try:
-        found = torch.device(("cuda" if usable else "cpu") if device == "auto" else device)
+        target = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f'device {device!r}: expected "auto", "cpu" or "cuda"') from error
-    if found.type not in ("cpu", "cuda"):
-        raise ValueError(f'device {device!r}: expected "auto", "cpu" or "cuda"')
-    if found.type == "cuda" and not usable:
+        raise ValueError(expected) from error
+    if target.type not in ("cpu", "cuda"):
+        raise ValueError(expected)
+    if target.type == "cuda" and not has_cuda:
         raise ValueError(f'device {device!r}: torch finds no CUDA here; use "cpu" or "auto"')
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device!r}: torch finds {torch.cuda.device_count()} GPUs here, which count from 0")
-    return found
+    return target
 
 
 def _dtype(dtype: str | torch.dtype, published: dict[str, Any], shards: Shards, device: torch.device) -> torch.dtype:
+    """The dtype asked for, or that of the checkpoint; ValueError for one that no model computes in."""
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if isinstance(dtype, torch.dtype):
         if dtype not in (*names.values(), torch.float64):
@@ -203,8 +218,11 @@ def _dtype(dtype: str | torch.dtype, published: dict[str, Any], shards: Shards, 
         if dtype not in names:
             raise ValueError(f'dtype {dtype!r}: expected "auto", {", ".join(names)}')
         return names[dtype]
+
     stored = str(published.get("dtype") or published.get("torch_dtype") or "auto").removeprefix("torch.")
     if stored not in (*names, "auto"):
         raise ValueError(f"{shards.folder / 'config.json'}: dtype = {stored!r} is not implemented; pass dtype=")
-    found = shards.dtype() if stored == "auto" else names[stored]
-    return torch.float32 if found == torch.float16 and device.type == "cpu" else found
+    checkpoint_dtype = shards.dtype() if stored == "auto" else names[stored]
+    if checkpoint_dtype == torch.float16 and device.type == "cpu":
+        return torch.float32
+    return checkpoint_dtype

@@ -1,14 +1,14 @@
-"""A safetensors file, read and written by hand, so that a tensor goes straight from the file into its place.
+"""A safetensors file, read and written by hand, so that a tensor goes straight from the file into its parameter.
 
     8 bytes     length n of the header, little-endian
     n bytes     JSON: name → {"dtype", "shape", "data_offsets": [first, last + 1]}, offsets counted from its end
     the rest    the tensors, row-major, one after the other without a gap
 
-https://huggingface.co/docs/safetensors. A library gives tensors of its own, by mapping the file into memory: each page
-that was read then stands in memory a second time, beside the parameter it was copied to. Here a tensor of the right
-dtype and layout is read *into* the parameter, and any other through a small buffer, so that loading takes the memory of
-the model and no more. Writing likewise. Numbers that are NaN or infinite are refused by name, as they are read: no
-model computes anything with them.
+https://huggingface.co/docs/safetensors. The usual library maps the file into memory and gives tensors in it: each page
+that was read is then in memory a second time, besides the parameter it was copied to. Here a tensor of the right dtype
+and layout is read *into* the parameter, and any other through a small buffer, so that loading takes the memory of the
+model and no more. Writing likewise. A tensor that holds NaN or infinity is refused by name as it is read: no model
+computes anything with it.
 """
 
 import math
@@ -26,18 +26,20 @@ from ..._files import parse_json, require_file
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, theirs) for name, theirs in _files.DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the published limit
-# Bytes. On a CPU so few that torch copies them with one thread, out of the cache: more threads are no faster, and wait
-# for one another where other processes want the cores too. To a device each copy has a price of its own.
-BUFFER, TO_DEVICE = 2**16, 2**23
+# Bytes that are copied at once on a CPU: so few that torch takes one thread, and finds them in the cache. More threads
+# are no faster, and wait for one another where other processes use the cores too.
+BUFFER = 2**16
+# Bytes that are copied at once to a device, where each copy has a cost of its own; also between files.
+TO_DEVICE = 2**23
 
 
 @dataclass(frozen=True)
 class TensorOnDisk:
-    """A tensor in a file: its name, where its bytes start, counted from the file's beginning, and what they are."""
+    """A tensor in a file: where its bytes are, and what they are."""
 
     path: Path
     name: str
-    start: int
+    start: int  # of its bytes, counted from the file's beginning
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -58,20 +60,24 @@ def read_header(path: Path) -> dict[str, TensorOnDisk]:
     header = parse_json(raw, f"{path}: damaged or cut short: the header", "download or copy it again")
     if not isinstance(header, dict):
         raise _damaged(path, "the header is not a JSON object")
+
     header.pop("__metadata__", None)
-    found = {name: _stored(path, name, entry, 8 + length) for name, entry in header.items()}
-    _check_order(path, found, 8 + length, size)
-    return found
+    data_start = 8 + length
+    tensors = {name: _tensor_on_disk(path, name, entry, data_start) for name, entry in header.items()}
+    _check_gapless(path, tensors, data_start, size)
+    return tensors
 
 
-def _damaged(path: Path, what: str) -> ValueError:
-    return ValueError(f"{path}: damaged or cut short ({what}); download or copy it again")
+def _damaged(path: Path, reason: str) -> ValueError:
+    return ValueError(f"{path}: damaged or cut short ({reason}); download or copy it again")
 
 
-def _stored(path: Path, name: str, entry: Any, data: int) -> TensorOnDisk:
-    """One entry of the header, checked by itself; `data` is where the tensors begin."""
+def _tensor_on_disk(path: Path, name: str, entry: Any, data_start: int) -> TensorOnDisk:
+    """The tensor of one entry of the header, checked by itself."""
     try:
-        dtype, shape, (first, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        dtype = entry["dtype"]
+        shape = entry["shape"]
+        first, end = entry["data_offsets"]
         numbers = (*shape, first, end)
     except (TypeError, KeyError, ValueError):
         raise _damaged(path, f"{name} has no dtype, shape and data_offsets") from None
@@ -79,18 +85,20 @@ def _stored(path: Path, name: str, entry: Any, data: int) -> TensorOnDisk:
         raise _damaged(path, f"{name} has shape {shape} and data_offsets {first}, {end}")
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{path}: {name} has dtype {dtype!r}, which is not implemented; known: {', '.join(DTYPES)}")
-    stored = TensorOnDisk(path, name, data + first, tuple(shape), DTYPES[dtype])
-    if stored.nbytes != end - first:
-        raise _damaged(path, f"{name} takes {end - first} bytes, where {dtype} {shape} has {stored.nbytes}")
-    return stored
+
+    tensor = TensorOnDisk(path, name, data_start + first, tuple(shape), DTYPES[dtype])
+    if tensor.nbytes != end - first:
+        raise _damaged(path, f"{name} takes {end - first} bytes, where {dtype} {shape} has {tensor.nbytes}")
+    return tensor
 
 
-def _check_order(path: Path, found: dict[str, TensorOnDisk], start: int, size: int) -> None:
+def _check_gapless(path: Path, tensors: dict[str, TensorOnDisk], start: int, size: int) -> None:
     """ValueError unless the tensors fill the file from `start` to its end, without gap or overlap."""
-    for name, stored in sorted(found.items(), key=lambda item: (item[1].start, item[1].nbytes)):
-        if stored.start != start:
-            raise _damaged(path, f"{name} begins at byte {stored.start}, where {start} was expected")
-        start += stored.nbytes
+    # Empty tensors sort before the one that begins at the same byte.
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.nbytes)):
+        if tensor.start != start:
+            raise _damaged(path, f"{tensor.name} begins at byte {tensor.start}, where {start} was expected")
+        start += tensor.nbytes
     if start != size:
         raise _damaged(path, f"{size} bytes, where {start} were expected")
 
@@ -98,14 +106,16 @@ def _check_order(path: Path, found: dict[str, TensorOnDisk], start: int, size: i
 def read_into(stored: TensorOnDisk, target: Tensor) -> None:
     """Fill `target`, a view of any layout, device and dtype, whose entries come in the order of those stored.
 
-    ValueError where one is NaN or infinite, or too large for a target in float16.
+    Raises ValueError where one is NaN or infinite, or too large for a target in float16.
     """
+    # Straight from the file, where the bytes are the same.
     if target.is_contiguous() and target.dtype == stored.dtype and target.device.type == "cpu":
         with stored.path.open("rb", buffering=0) as file:
             file.seek(stored.start)
             _read(file, target, stored.path)
-        _refuse_not_finite(stored, target)
+        _check_finite(stored, target)
         return
+
     for rows, block in _blocks(stored, target):
         rows.copy_(block)
         if target.dtype == torch.float16 and not _is_finite(rows):
@@ -115,7 +125,8 @@ def read_into(stored: TensorOnDisk, target: Tensor) -> None:
             )
 
 
-def _refuse_not_finite(stored: TensorOnDisk, values: Tensor) -> None:
+def _check_finite(stored: TensorOnDisk, values: Tensor) -> None:
+    """ValueError where a value read from `stored` is NaN or infinite."""
     if not _is_finite(values):
         raise ValueError(
             f"{stored.path}: {stored.name} holds NaN or infinity, with which nothing can be computed; download or copy "
@@ -127,7 +138,8 @@ def _is_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite. Neither a sum nor a maximum takes memory."""
     if not values.is_floating_point() or values.numel() == 0:
         return True
-    values = values.float() if values.itemsize == 1 else values
+    if values.itemsize == 1:  # torch has no sum of float8
+        values = values.float()
 
     # The sum is quickest. It is finite only where all values are, but may overflow where they are, too.
     if math.isfinite(values.sum().item()):
@@ -145,32 +157,33 @@ def _blocks(stored: TensorOnDisk, target: Tensor) -> Iterator[tuple[Tensor, Tens
     """Consecutive rows of `target`, each time with what is stored for them, which is valid until the next."""
     if target.numel() == 0:
         return
-    target = target if target.dim() else target[None]
-    at_once = _rows(target, stored.dtype.itemsize)
-    buffer = torch.empty((min(at_once, len(target)), *target.shape[1:]), dtype=stored.dtype)
+    if target.dim() == 0:
+        target = target[None]
+    n_rows = _rows_at_once(target, stored.dtype.itemsize)
+    buffer = torch.empty((min(n_rows, len(target)), *target.shape[1:]), dtype=stored.dtype)
     with stored.path.open("rb", buffering=0) as file:
         file.seek(stored.start)
-        for rows in target.split(at_once):
+        for rows in target.split(n_rows):
             block = buffer[: len(rows)]
             _read(file, block, stored.path)
-            _refuse_not_finite(stored, block)
+            _check_finite(stored, block)
             yield rows, block
 
 
-def _rows(tensor: Tensor, item_size: int) -> int:
+def _rows_at_once(tensor: Tensor, item_size: int) -> int:
     """How many rows of a tensor on this device to copy at once, with items of so many bytes."""
     size = BUFFER if tensor.device.type == "cpu" else TO_DEVICE
     return max(1, size // max(1, tensor[:1].numel() * item_size))
 
 
 def _read(file: FileIO, target: Tensor, path: Path) -> None:
-    """Fill a contiguous tensor on the CPU from where the file stands; one call of the system gives at most 2 GiB."""
-    left = _memory(target)
-    while left:
-        n = file.readinto(left)
+    """Fill a contiguous tensor on the CPU from the file's present position."""
+    unread = _memory(target)
+    while unread:
+        n = file.readinto(unread)  # one system call gives at most 2 GiB
         if not n:
             raise _damaged(path, "it ended while it was read")
-        left = left[n:]
+        unread = unread[n:]
 
 
 def _memory(tensor: Tensor) -> memoryview:
@@ -184,7 +197,7 @@ class LazyTensor:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
-    make: Callable[[], Tensor]
+    make: Callable[[], Tensor]  # may give a view of any layout and device, whose entries come in order
 
     @property
     def nbytes(self) -> int:
@@ -192,42 +205,42 @@ class LazyTensor:
 
 
 def write_file(path: Path, tensors: Mapping[str, TensorOnDisk | LazyTensor]) -> None:
-    """Write tensors: those of another file are copied block by block, the others made one at a time.
-
-    What `make` gives may be a view of any layout and device, whose entries come in order.
-    """
+    """Write tensors: those of another file are copied block by block, the others made one at a time."""
     order, header = _files.tensors_header(tensors, {"format": "pt"})
-    with _files.replacing(path, len(header) + sum(one.nbytes for one in tensors.values())) as file:
+    with _files.replacing(path, len(header) + sum(tensor.nbytes for tensor in tensors.values())) as file:
         file.write(header)
         for name in order:
-            one = tensors[name]
-            for block in _stored_blocks(one) if isinstance(one, TensorOnDisk) else _made_blocks(one):
+            tensor = tensors[name]
+            for block in _stored_blocks(tensor) if isinstance(tensor, TensorOnDisk) else _made_blocks(tensor):
                 file.write(block)
 
 
-def same(one: TensorOnDisk, other: TensorOnDisk) -> bool:
+def same(a: TensorOnDisk, b: TensorOnDisk) -> bool:
     """Whether two stored tensors are equal, bit for bit."""
-    if (one.shape, one.dtype) != (other.shape, other.dtype):
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
-    return all(a == b for a, b in zip(_stored_blocks(one), _stored_blocks(other), strict=True))
+    pairs = zip(_stored_blocks(a), _stored_blocks(b), strict=True)
+    return all(block_a == block_b for block_a, block_b in pairs)
 
 
 def _stored_blocks(stored: TensorOnDisk) -> Iterator[memoryview]:
     """The bytes of a tensor in a file, piece by piece, each valid until the next. ValueError for NaN and infinity."""
-    left = math.prod(stored.shape)
-    buffer = torch.empty(min(left, TO_DEVICE // stored.dtype.itemsize), dtype=stored.dtype)
+    n_unread = math.prod(stored.shape)
+    buffer = torch.empty(min(n_unread, TO_DEVICE // stored.dtype.itemsize), dtype=stored.dtype)
     with stored.path.open("rb", buffering=0) as file:
         file.seek(stored.start)
-        while left:
-            block = buffer[:left]
+        while n_unread:
+            block = buffer[:n_unread]
             _read(file, block, stored.path)
-            _refuse_not_finite(stored, block)
-            left -= len(block)
+            _check_finite(stored, block)
+            n_unread -= len(block)
             yield _memory(block)
 
 
-def _made_blocks(made: LazyTensor) -> Iterator[memoryview]:
-    tensor = made.make().detach()
-    tensor = tensor if tensor.dim() else tensor[None]
-    for rows in tensor.split(_rows(tensor, tensor.element_size())):
+def _made_blocks(lazy: LazyTensor) -> Iterator[memoryview]:
+    """The bytes of a tensor that is made now, piece by piece."""
+    tensor = lazy.make().detach()
+    if tensor.dim() == 0:
+        tensor = tensor[None]
+    for rows in tensor.split(_rows_at_once(tensor, tensor.element_size())):
         yield _memory(rows.cpu().contiguous())

@@ -41,10 +41,12 @@ def save(model: Model, tokenizer: "Tokenizer | None", path: str | Path) -> None:
             raise ValueError(
                 f"{name} carries an adapter: merge_lora(model) first, or save_adapter(model, path) instead"
             )
-    own = own_tensors(model)
+
+    # Each tensor is brought to its stored layout when its turn to be written comes, so that one copy exists at a time.
+    ours = own_tensors(model)
     tensors: dict[str, LazyTensor] = {}
     for key, source in model.key_map().items():
-        for name, rows in zip(source.names, blocks(own[key], source), strict=True):
+        for name, rows in zip(source.names, blocks(ours[key], source), strict=True):
             tensors[name] = LazyTensor(stored_shape(source, rows), rows.dtype, partial(source.as_stored, rows))
     with filling(path, "config.json") as folder:
         write_file(folder / SINGLE, tensors)
@@ -57,7 +59,7 @@ def stored_shape(source: CheckpointKey, rows: Tensor) -> tuple[int, ...]:
 
 
 def save_around(model: Model, tokenizer: "Tokenizer | None", folder: Path, dtype: torch.dtype) -> None:
-    """Write what a checkpoint's folder holds besides the weights, which are of this dtype."""
+    """Write what a checkpoint's folder holds besides the weights, whose dtype config.json names."""
     config = model.write_config()
     config |= task_config(model, config["model_type"])
     write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})

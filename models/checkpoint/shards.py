@@ -1,4 +1,4 @@
-"""Reading a checkpoint folder: its JSON files, and its weights in one safetensors file or in shards with an index.
+"""The weights of a checkpoint folder, in one safetensors file or in shards with an index.
 
 Pickle checkpoints are refused: loading one runs whatever code it carries.
 """
@@ -15,7 +15,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def pickle_refused(path: str | Path) -> ValueError:
-    """What to say of a checkpoint whose weights are there only in the pickle file at `path`."""
+    """The error for a checkpoint that has its weights only in the pickle file at `path`."""
     return ValueError(
         f"{path}: a pickle checkpoint can run code when loaded and is refused; convert it with transformers: "
         "AutoModel.from_pretrained(folder).save_pretrained(folder, safe_serialization=True), or with the class of its "
@@ -27,9 +27,8 @@ class Shards:
     """The tensors of a checkpoint folder by name: where each one lies. None is read here.
 
     Raises FileNotFoundError where there are no weights, ValueError where a file is damaged, the index names a file
-    outside the folder, a tensor is in two shards, or there are only pickle files. Where weights are not
-    `supported_config_values`, no
-    file of them is looked at.
+    outside the folder, a tensor is in two shards, or there are only pickle files. Where weights are not `required`, no
+    file of them is opened.
     """
 
     def __init__(self, folder: Path, required: bool = True):
@@ -37,6 +36,7 @@ class Shards:
         self._stored: dict[str, TensorOnDisk] = {}
         if not required:
             return
+
         for path in self.paths():
             for name, stored in read_header(path).items():
                 if name in self._stored:
@@ -49,17 +49,20 @@ class Shards:
         """The files that hold the weights."""
         if (self.folder / SINGLE).exists():
             return [self.folder / SINGLE]
+
         index = self.folder / INDEX
         if index.exists():
             table = read_json(index).get("weight_map")
             if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
                 raise ValueError(f"{index}: not a shard index, which has a weight_map of file names; restore the file")
-            return [self._inside(index, name) for name in sorted(set(table.values()))]
+            return [self._shard(index, name) for name in sorted(set(table.values()))]
+
         if pickles := [path.name for pattern in PICKLES for path in sorted(self.folder.glob(pattern))]:
             raise pickle_refused(self.folder / pickles[0])
         raise FileNotFoundError(f"{self.folder}: no {SINGLE} or {INDEX} there; the weights are missing")
 
-    def _inside(self, index: Path, name: str) -> Path:
+    def _shard(self, index: Path, name: str) -> Path:
+        """The path of a shard that the index names."""
         path = self.folder / name
         # Not resolved: in the hub's cache a shard is a link to a blob elsewhere. The name itself must be a plain one.
         if name != Path(name).name:
@@ -77,13 +80,17 @@ class Shards:
         return self._stored[name]
 
     def dtype(self) -> torch.dtype:
-        """The dtype of the largest part of the checkpoint: its first matrix. ValueError where none computes in it."""
+        """The dtype of the checkpoint's first matrix, float32 without one. ValueError where nothing computes in it.
+
+        Most of a checkpoint is matrices, while a norm may be stored in a wider dtype.
+        """
         for name, stored in self._stored.items():
-            if stored.dtype.is_floating_point and len(stored.shape) > 1:
-                if stored.dtype.itemsize < 2:
-                    raise ValueError(
-                        f"{stored.path}: {name} is stored as {stored.dtype}, in which nothing is computed, and "
-                        'config.json names no dtype; pass dtype="bfloat16" or "float32"'
-                    )
-                return stored.dtype
+            if not stored.dtype.is_floating_point or len(stored.shape) < 2:
+                continue
+            if stored.dtype.itemsize < 2:
+                raise ValueError(
+                    f"{stored.path}: {name} is stored as {stored.dtype}, in which nothing is computed, and "
+                    'config.json names no dtype; pass dtype="bfloat16" or "float32"'
+                )
+            return stored.dtype
         return torch.float32

@@ -1,4 +1,4 @@
-"""Which task a checkpoint is for, and which head it carries: what config.json says of them, read and written."""
+"""Which task a checkpoint is for, and which head it carries: the fields of config.json for them, read and written."""
 
 import logging
 from dataclasses import replace
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from ..families import Family, Model
 
 log = logging.getLogger("handtune")
-MAX_LABELS = 1_000_000  # more names nobody gave
+MAX_LABELS = 1_000_000  # nobody has named more
+# Tokens that may pad where no pad token is named: no text ends with one of them.
 PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<unk>", "[UNK]")
 
 
 def class_name(family: "Family", task: str, model_type: str) -> str:
-    """transformers' class for the task: where one class of ours is several families, theirs begin with the family."""
+    """transformers' class for the task. Where it has several for one of ours, their names begin with the family."""
     return family.architectures[task].format(model_type.capitalize())
 
 
@@ -32,32 +33,35 @@ def task_of(published: dict[str, Any], family: "Family", folder: Path) -> str:
     if published.get("handtune_task") in family.architectures:
         return published["handtune_task"]
     for task in family.architectures:
-        if class_name(family, task, published["model_type"]) in names or (
-            task == "masked-lm" and "BertForPreTraining" in names
-        ):
+        if class_name(family, task, published["model_type"]) in names:
+            return task
+        if task == "masked-lm" and "BertForPreTraining" in names:  # has a second head, which is left out
             return task
     tasks = ", ".join(family.architectures)
     raise ValueError(f"{folder / 'config.json'}: architectures {names} names no known task; pass task= one of {tasks}")
 
 
 def stored_head(published: dict[str, Any], family: "Family", folder: Path) -> tuple[tuple[str, ...], int]:
-    """Label names and depth of the head that is there. transformers leaves out the table of two unnamed labels."""
-    table, depth = published.get("id2label"), published.get("head_layers") or 1
-    kind = published["model_type"]
-    names = {class_name(family, task, kind) for task in LABELLED if task in family.architectures}
-    if table is None and names & set(published.get("architectures") or ()):
-        count = published.get("num_labels") or 2
-        if not 0 < count <= MAX_LABELS:
-            raise ValueError(f"{folder / 'config.json'}: num_labels = {count}: expected 1 to {MAX_LABELS:,}")
-        table = {i: f"LABEL_{i}" for i in range(count)}
+    """Label names and depth of the stored head. transformers leaves out the table of two unnamed labels."""
+    table = published.get("id2label")
+    if table is None:
+        classifiers = {
+            class_name(family, task, published["model_type"]) for task in LABELLED if task in family.architectures
+        }
+        if classifiers & set(published.get("architectures") or ()):
+            count = published.get("num_labels") or 2
+            if not 0 < count <= MAX_LABELS:
+                raise ValueError(f"{folder / 'config.json'}: num_labels = {count}: expected 1 to {MAX_LABELS:,}")
+            table = {i: f"LABEL_{i}" for i in range(count)}
     try:
-        return tuple(str(table[key]) for key in sorted(table, key=int)) if table else (), depth
+        names = tuple(str(table[key]) for key in sorted(table, key=int)) if table else ()
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: id2label is damaged ({error})") from error
+    return names, published.get("head_layers") or 1
 
 
 def label_names(labels: list[str] | tuple[str, ...] | int | None, known: tuple[str, ...]) -> tuple[str, ...]:
-    """The labels asked for by name or number, or else those `known`, which a number alone leaves as they are.
+    """The labels asked for by name or number, or else the `known` ones, which also serve a number that fits them.
 
     Raises ValueError where they are not different names.
     """
@@ -71,38 +75,43 @@ def label_names(labels: list[str] | tuple[str, ...] | int | None, known: tuple[s
 
 
 def head_rows(model: "Model", published: dict[str, Any], known: tuple[str, ...]) -> list[int] | None:
-    """For each output of the task's head the row of the stored one, whose labels are `known`; None: make it anew.
+    """For each output of the task's head its row in the stored head, whose labels are `known`; None: make it anew.
 
     The stored head is another task's where `architectures` says so: heads of several tasks go by the same name. The
     same labels in another order are the same head; other labels, be they as many, are another. Only the names that
     transformers gives to labels without one (LABEL_0, ...) may be replaced, which is announced.
     """
-    stored, asked = published.get("architectures"), model.labels
-    if stored and class_name(type(model), model.task, published["model_type"]) not in stored:
+    classes = published.get("architectures")
+    if classes and class_name(type(model), model.task, published["model_type"]) not in classes:
         return None
     if model.task not in (*LABELLED, "reward"):
-        return []
-    if len(known) != n_outputs(model.task, asked):
+        return []  # a head without labels, taken as it is
+    if len(known) != n_outputs(model.task, model.labels):
         return None
-    if model.task == "reward" or asked == known:
-        return list(range(len(known)))
-    if known == tuple(f"LABEL_{i}" for i in range(len(known))):
-        log.warning("the stored labels have no names; they are taken for %s, in this order", ", ".join(asked))
-        return list(range(len(known)))
-    return [known.index(label) for label in asked] if set(asked) == set(known) else None
+
+    in_order = list(range(len(known)))
+    if model.task == "reward" or model.labels == known:
+        return in_order
+    if known == tuple(f"LABEL_{i}" for i in in_order):
+        log.warning("the stored labels have no names; they are taken for %s, in this order", ", ".join(model.labels))
+        return in_order
+    if set(model.labels) != set(known):
+        return None
+    return [known.index(label) for label in model.labels]
 
 
 def padding_of_new_head(tokens: SpecialTokens, tokenizer: "Tokenizer | None", task: str) -> SpecialTokens:
-    """The special tokens with the pad id behind which a new head that reads a text's last token looks for it.
+    """The special tokens with the pad id in front of which a new head that reads a text's last token looks for it.
 
     transformers refuses batches without one. It is the checkpoint's; where that has none, a token that no text ends
-    with, or else eos. A classifier stores it, which is announced. A language model only remembers it: a reward model
-    may stand on it that was trained so.
+    with, or else eos. A classifier stores it, which is announced. A language model only remembers it, for a reward
+    model that may be made from it.
     """
     pad = tokens.pad_id
     if pad is None and tokenizer is not None:
-        pad = next((number for number in map(tokenizer.token_to_id, PADS) if number is not None), None)
-    pad = tokens.eos_id if pad is None else pad
+        pad = next((token_id for token_id in map(tokenizer.token_to_id, PADS) if token_id is not None), None)
+    if pad is None:
+        pad = tokens.eos_id
     if pad is None or task not in BY_TEXT:
         return replace(tokens, skipped_id=pad)
 
@@ -121,14 +130,14 @@ def reorder_head(head: nn.Module, rows: list[int]) -> None:
 
 
 def task_config(model: "Model", model_type: str) -> dict[str, Any]:
-    """The fields of config.json that tell the task, its labels and the head's depth, and the special tokens."""
-    out = model.tokens.to_config(classifies=model.task in BY_TEXT)
-    out |= {"architectures": [class_name(type(model), model.task, model_type)]}
-    if model.task == "reward":
-        out |= {"handtune_task": "reward", "num_labels": 1}
+    """The fields of config.json for the task, its labels and the head's depth, and the special tokens."""
+    fields = model.tokens.to_config(classifies=model.task in BY_TEXT)
+    fields["architectures"] = [class_name(type(model), model.task, model_type)]
+    if model.task == "reward":  # transformers has no class for it: a classifier with one label
+        fields |= {"handtune_task": "reward", "num_labels": 1}
     if model.head_layers > 1:
-        out["head_layers"] = model.head_layers
+        fields["head_layers"] = model.head_layers
     if model.labels:
-        out["id2label"] = {str(i): name for i, name in enumerate(model.labels)}
-        out["label2id"] = {name: i for i, name in enumerate(model.labels)}
-    return out
+        fields["id2label"] = {str(i): name for i, name in enumerate(model.labels)}
+        fields["label2id"] = {name: i for i, name in enumerate(model.labels)}
+    return fields

@@ -1,20 +1,19 @@
-"""Special tokens and chat templates of a checkpoint, its tokenizer, and the files beside it.
+"""Special tokens and chat templates of a checkpoint, its tokenizer, and the files next to it.
 
-Here, and nowhere else, it is decided which tokens begin, end and pad a text. The files may disagree, and then it is as
-in transformers, whose Trainer aligns a model with its tokenizer:
+This is the only place that decides which tokens begin, end and pad a text. Where the files disagree, it decides as
+transformers does, whose Trainer aligns a model with its tokenizer:
 
     end     the tokenizer's `eos_token` ends texts in training. What the model writes ends with it and with each
             `eos_token_id` of generation_config.json and config.json (of Llama 3's chat models there are three)
     begin   the tokenizer's `bos_token`, else config.json's id. Whether a text gets one is up to the tokenizer
     pad     the tokenizer's `pad_token`, else config.json's id
 
-A tokenizer whose token the model doesn't know of is said in one line. Some old configurations say -1 where they mean
-that there is no such token. How tokenizers name their tokens: token_names.py.
+A token of the tokenizer that the model's files don't list is reported in one line. Some old configurations have -1
+where they mean that there is no such token. How tokenizers name their tokens is in token_names.py.
 
-What else lies there for a tokenizer is kept as it is and written again, so that transformers makes of the saved folder
-the tokenizer that it makes of the first: special_tokens_map.json and added_tokens.json, which it reads where
-tokenizer_config.json doesn't list the added tokens, further chat templates, and the vocabulary files that its slow
-tokenizers want.
+Other files for a tokenizer are copied as they are, so that transformers makes the same tokenizer from the saved folder
+as from the first one: special_tokens_map.json and added_tokens.json, which it reads where tokenizer_config.json doesn't
+list the added tokens, further chat templates, and the vocabulary files that its slow tokenizers need.
 """
 
 import logging
@@ -34,35 +33,40 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("handtune")
 
+CONFIG = "config.json"
 GENERATION = "generation_config.json"
-SENTENCES = ("sentence_bert_config.json", "config_sentence_transformers.json")  # longest text, prompts
-KEPT = ("special_tokens_map.json", "added_tokens.json", *SENTENCES)
-ASKS_AS_CHAT = "handtune_asks_as_chat"
-IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-VOCABULARIES = ("vocab.json", "merges.txt", "vocab.txt", "*.model")
-TEMPLATES = "additional_chat_templates"  # where transformers puts all but the default one
+# Copied to a saved checkpoint. The last two are of sentence-transformers: its longest text and its prompts.
+COPIED_FILES = (
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+)
+VOCABULARY_FILES = ("vocab.json", "merges.txt", "vocab.txt", "*.model")
+ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+ASKS_AS_CHAT = "handtune_asks_as_chat"  # our own field of generation_config.json
+TEMPLATES = "additional_chat_templates"  # the folder where transformers puts all but the default one
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """The special tokens of a checkpoint: ids where they are known, names, the chat template, the raw settings.
-
-    `eos_id` ends a text, `more_ends` are further tokens that end what the model writes. `names` are the texts of
-    special tokens as chat templates know them, `{"eos_token": "</s>", ...}`. `settings` is tokenizer_config.json
-    without the template, `generation` generation_config.json without the ids, `files` what is
-    kept as it is, by name. `skipped_id` is the pad id in front of which transformers' classifiers look for the last
-    token of a text: config.json's.
-    """
+    """The special tokens of a checkpoint, its chat template, and the settings of its tokenizer."""
 
     bos_id: int | None = None
-    eos_id: int | None = None
+    eos_id: int | None = None  # ends a text, in training and in what the model writes
     pad_id: int | None = None
     chat_template: str | None = None
+    # tokenizer_config.json without the template
     settings: dict[str, Any] = field(default_factory=dict)
+    # further tokens that end what the model writes
     more_ends: tuple[int, ...] = ()
+    # contents of the files that are copied as they are, by name
     files: dict[str, bytes] = field(default_factory=dict, repr=False)
+    # texts of special tokens as chat templates know them, {"eos_token": "</s>", ...}
     names: dict[str, str] = field(default_factory=dict)
+    # generation_config.json without the ids
     generation: dict[str, Any] = field(default_factory=dict)
+    # config.json's pad id, in front of which transformers' classifiers look for the last token of a text
     skipped_id: int | None = None
 
     @classmethod
@@ -77,74 +81,90 @@ class SpecialTokens:
         generation = json_if_there(folder / GENERATION)
         names = special_names(settings)
 
-        # Of each kind the tokenizer's token goes first, and then what the model's files list.
-        ids: dict[str, tuple[int, ...]] = {}
-        for kind in ("bos", "eos", "pad"):
-            listed = [*_ids(config, kind, folder / "config.json"), *_ids(generation, kind, folder / GENERATION)]
-            text = names.get(f"{kind}_token")
-            named = tokenizer.token_to_id(text) if tokenizer is not None and text is not None else None
-            if named is not None and listed and named not in listed:
-                other = ", ".join(map(str, dict.fromkeys(listed)))
-                log.warning("%s: its %s_token is %r (%d), but its model says %s; %r is taken",
-                            folder, kind, text, named, other, text)  # fmt: skip
-            ids[kind] = tuple(dict.fromkeys([*([] if named is None else [named]), *listed]))
+        # The tokenizer's token goes first, and then what the model's files list.
+        ids: dict[str, list[int]] = {}
+        for role in ("bos", "eos", "pad"):
+            listed = [*_ids(config, role, folder / CONFIG), *_ids(generation, role, folder / GENERATION)]
+            text = names.get(f"{role}_token")
+            token_id = None
+            if tokenizer is not None and text is not None:
+                token_id = tokenizer.token_to_id(text)
+            if token_id is not None:
+                if listed and token_id not in listed:
+                    log.warning("%s: its %s_token is %r (%d), but its model says %s; %r is taken", folder, role, text,
+                                token_id, ", ".join(map(str, dict.fromkeys(listed))), text)  # fmt: skip
+                listed.insert(0, token_id)
+            ids[role] = list(dict.fromkeys(listed))
 
-        # An end that the tokenizer's files don't mention (null would say that there is none) a template may write, too.
+        # A chat template may also write an end that the tokenizer's files don't mention. Null would say there is none.
         if "eos_token" not in {**settings.stored, **names} and tokenizer is not None and ids["eos"]:
             text = tokenizer.id_to_token(ids["eos"][0])
-            names |= {} if text is None else {"eos_token": text}
-        generation = {key: value for key, value in generation.items() if key not in IDS}
+            if text is not None:
+                names["eos_token"] = text
 
-        kept = dict(settings.stored)
-        templates = _templates(folder, kept.pop("chat_template", None))
-        template = templates.pop("default", None)
-        more_templates = {f"{TEMPLATES}/{name}.jinja": text.encode() for name, text in templates.items()}
+        stored = dict(settings.stored)
+        templates = _templates(folder, stored.pop("chat_template", None))
+        default_template = templates.pop("default", None)
+        template_files = {f"{TEMPLATES}/{name}.jinja": text.encode() for name, text in templates.items()}
         return cls(
-            bos_id=next(iter(ids["bos"]), None), eos_id=next(iter(ids["eos"]), None),
-            pad_id=next(iter(ids["pad"]), None), chat_template=template, settings=kept, more_ends=ids["eos"][1:],
-            files={**_kept(folder), **more_templates}, names=names, generation=generation,
-            skipped_id=next(iter(_ids(config, "pad", folder / "config.json")), None),
-        )  # fmt: skip
+            bos_id=_first(*ids["bos"]),
+            eos_id=_first(*ids["eos"]),
+            pad_id=_first(*ids["pad"]),
+            chat_template=default_template,
+            settings=stored,
+            more_ends=tuple(ids["eos"][1:]),
+            files={**_copied_files(folder), **template_files},
+            names=names,
+            generation={key: value for key, value in generation.items() if key not in ID_FIELDS},
+            skipped_id=_first(*_ids(config, "pad", folder / CONFIG)),
+        )
 
     @classmethod
     def of_tokenizer(cls, tokenizer: "Tokenizer") -> "SpecialTokens":
         """For a model without a folder: "<|endoftext|>" or "</s>" ends texts, if there is one, "<pad>" pads."""
-        known = {
-            "eos_token": next(
-                (text for text in ("<|endoftext|>", "</s>") if tokenizer.token_to_id(text) is not None), ""
-            ),
-            "pad_token": "<pad>" if tokenizer.token_to_id("<pad>") is not None else "",
-        }
-        names = {name: text for name, text in known.items() if text}
-        eos, pad = (tokenizer.token_to_id(text) for text in known.values())
+        names = {}
+        for name, texts in {"eos_token": ("<|endoftext|>", "</s>"), "pad_token": ("<pad>",)}.items():
+            known = [text for text in texts if tokenizer.token_to_id(text) is not None]
+            if known:
+                names[name] = known[0]
+        ids = {name: tokenizer.token_to_id(text) for name, text in names.items()}
         # The class by which transformers takes the tokenizer.json as it is.
-        return cls(
-            eos_id=eos, pad_id=pad, names=names, settings={"tokenizer_class": "PreTrainedTokenizerFast", **names}
-        )
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+        return cls(eos_id=ids.get("eos_token"), pad_id=ids.get("pad_token"), names=names, settings=settings)
 
     @property
     def ends(self) -> tuple[int, ...]:
         """Every token that ends what the model writes."""
-        return self.more_ends if self.eos_id is None else (self.eos_id, *self.more_ends)
+        if self.eos_id is None:
+            return self.more_ends
+        return (self.eos_id, *self.more_ends)
 
     def ending_with(self, token: int) -> "SpecialTokens":
         """The same with one more token that ends what the model writes: a chat template's end of a turn."""
         if token in self.ends:
             return self
-        return replace(self, eos_id=token) if self.eos_id is None else replace(self, more_ends=(*self.more_ends, token))
+        if self.eos_id is None:
+            return replace(self, eos_id=token)
+        return replace(self, more_ends=(*self.more_ends, token))
 
     def with_adapter(self, adapter: Path, tokenizer: "Tokenizer | None") -> "SpecialTokens":
-        """The same with what lies beside an adapter, which trained with the tokenizer, template and ends there."""
+        """The same with what an adapter's folder holds: it was trained with the tokenizer, template and ends there."""
         if not (adapter / SETTINGS).is_file() and not (adapter / GENERATION).is_file():
             return self
-        own = SpecialTokens.read(adapter, read_settings(adapter, {}), {}, tokenizer)
-        ends = tuple(dict.fromkeys([*own.ends, *self.ends]))
+        trained = SpecialTokens.read(adapter, read_settings(adapter, {}), {}, tokenizer)
+        ends = list(dict.fromkeys([*trained.ends, *self.ends]))
         return replace(
-            self, eos_id=next(iter(ends), None), more_ends=ends[1:], pad_id=_first(own.pad_id, self.pad_id),
-            bos_id=_first(own.bos_id, self.bos_id), chat_template=own.chat_template or self.chat_template,
-            settings=own.settings or self.settings, names={**self.names, **own.names},
-            files={**self.files, **own.files}, generation={**self.generation, **own.generation},
-        )  # fmt: skip
+            self,
+            bos_id=_first(trained.bos_id, self.bos_id),
+            eos_id=_first(*ends),
+            pad_id=_first(trained.pad_id, self.pad_id),
+            chat_template=trained.chat_template or self.chat_template,
+            settings=trained.settings or self.settings,
+            more_ends=tuple(ends[1:]),
+            files={**self.files, **trained.files},
+            names={**self.names, **trained.names},
+            generation={**self.generation, **trained.generation},
+        )
 
     @property
     def asks_as_chat(self) -> bool:
@@ -157,53 +177,64 @@ class SpecialTokens:
 
     def padding_with(self, token: int, text: str | None) -> "SpecialTokens":
         """The same with a token that pads, also for the tokenizer, where its text is known."""
-        named = {} if text is None else {"pad_token": text}
-        return replace(self, pad_id=token, names=self.names | named, settings=self.settings | named)
+        if text is None:
+            return replace(self, pad_id=token)
+        names = {"pad_token": text}
+        return replace(self, pad_id=token, names=self.names | names, settings=self.settings | names)
 
     def to_config(self, classifies: bool = False) -> dict[str, Any]:
         """The ids as config.json and generation_config.json name them; several end tokens are a list.
 
-        The pad id of what `classifies` is the one in front of which it looks for a text's last token.
+        The pad id of a model that `classifies` is the one in front of which it looks for a text's last token.
         """
         eos = list(self.ends) if self.more_ends else self.eos_id
         pad = self.skipped_id if classifies else self.pad_id
-        ids = dict(zip(IDS, (self.bos_id, eos, pad), strict=True))
+        ids = dict(zip(ID_FIELDS, (self.bos_id, eos, pad), strict=True))
         return {key: value for key, value in ids.items() if value is not None}
 
 
 def _first(*ids: int | None) -> int | None:
-    return next((number for number in ids if number is not None), None)
+    return next((token_id for token_id in ids if token_id is not None), None)
 
 
-def _ids(config: dict[str, Any], name: str, path: Path) -> list[int]:
+def _ids(config: dict[str, Any], role: str, path: Path) -> list[int]:
     """The ids of a special token, one or several; below zero there is none. ValueError for what is no id."""
-    value = config.get(f"{name}_token_id")
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if any(type(number) is not int or number >= 2**31 for number in ids):
-        raise ValueError(f"{path}: {name}_token_id = {shown(value)}: expected a token's id, or a list of ids")
-    return [number for number in ids if number >= 0]
+    value = config.get(f"{role}_token_id")
+    if value is None:
+        return []
+    ids = value if isinstance(value, list) else [value]
+    if any(type(token_id) is not int or token_id >= 2**31 for token_id in ids):
+        raise ValueError(f"{path}: {role}_token_id = {shown(value)}: expected a token's id, or a list of ids")
+    return [token_id for token_id in ids if token_id >= 0]
 
 
 def _templates(folder: Path, stored: Any) -> dict[str, str]:
     """Chat templates by name; `stored` is what tokenizer_config.json has: one, or a list of several."""
-    where = f"{folder / SETTINGS}: chat_template"
-    with_fields({"chat_template": stored}, str(folder / SETTINGS), chat_template=str | list | None)
-    found = {} if stored is None else {"default": stored}
-    if isinstance(stored, list):
-        entries = [with_fields(entry, where, name=str, template=str) for entry in stored]
-        found = {entry["name"]: entry["template"] for entry in entries}
-    if unfit := [name for name in found if Path(name).name != name]:
-        raise ValueError(f"{folder / SETTINGS}: chat_template {shown(unfit[0])} can't be a file's name")
-    paths = [*folder.glob("chat_template.jinja"), *sorted((folder / TEMPLATES).glob("*.jinja"))]
-    for path in paths:
-        name = "default" if path.parent == folder else path.stem
-        found[name] = read_text(path, "chat template")
-    return found
+    settings = str(folder / SETTINGS)
+    with_fields({"chat_template": stored}, settings, chat_template=str | list | None)
+    templates = {}
+    if isinstance(stored, str):
+        templates["default"] = stored
+    elif stored is not None:
+        for entry in stored:
+            with_fields(entry, f"{settings}: chat_template", name=str, template=str)
+            templates[entry["name"]] = entry["template"]
+
+    # They are saved as files of these names.
+    if unfit := [name for name in templates if Path(name).name != name]:
+        raise ValueError(f"{settings}: chat_template {shown(unfit[0])} can't be a file's name")
+
+    # Templates in files of their own go before those in the settings.
+    for path in folder.glob("chat_template.jinja"):
+        templates["default"] = read_text(path, "chat template")
+    for path in sorted((folder / TEMPLATES).glob("*.jinja")):
+        templates[path.stem] = read_text(path, "chat template")
+    return templates
 
 
-def _kept(folder: Path) -> dict[str, bytes]:
-    """The files that are written again as they are."""
-    paths = [path for name in (*KEPT, *VOCABULARIES) for path in sorted(folder.glob(name))]
+def _copied_files(folder: Path) -> dict[str, bytes]:
+    """The contents of the files that are written again as they are."""
+    paths = [path for pattern in (*COPIED_FILES, *VOCABULARY_FILES) for path in sorted(folder.glob(pattern))]
     return {path.name: read_bytes(path) for path in paths}
 
 
@@ -226,10 +257,10 @@ def load_tokenizer_file(path: Path) -> "Tokenizer":
 
 
 def save_tokenizer(tokenizer: "Tokenizer | None", tokens: SpecialTokens, folder: Path, task: str) -> None:
-    """Write tokenizer.json, tokenizer_config.json, chat templates and what was kept, where there is something to write.
+    """Write tokenizer.json, tokenizer_config.json, chat templates and the copied files, as far as there are any.
 
-    Vocabulary files go with a tokenizer: without its tokenizer.json they would be taken for one to be built from them.
-    For a `task` that writes, generation_config.json names every token that ends what the model writes.
+    Vocabulary files are copied with a tokenizer only: without its tokenizer.json one would be built from them. For a
+    `task` that generates text, generation_config.json names every token that ends what the model writes.
     """
     if tokenizer is not None:
         write_file(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
@@ -240,6 +271,6 @@ def save_tokenizer(tokenizer: "Tokenizer | None", tokens: SpecialTokens, folder:
     if task in ("causal-lm", "seq2seq-lm"):
         write_json(folder / GENERATION, {**tokens.generation, **tokens.to_config()})
     for name, contents in tokens.files.items():
-        if tokenizer is not None or not any(fnmatchcase(name, pattern) for pattern in VOCABULARIES):
+        if tokenizer is not None or not any(fnmatchcase(name, pattern) for pattern in VOCABULARY_FILES):
             (folder / name).parent.mkdir(exist_ok=True)
             write_file(folder / name, contents)
