@@ -7,7 +7,7 @@ from pathlib import Path
 from ..._outside import others_code
 from ..layers.image_processor import FILE as PROCESSOR
 from ..tokenizer.special_tokens import COPIED_FILES, GENERATION, SETTINGS, TEMPLATES, VOCABULARY_FILES
-from .shards import INDEX, PICKLES, SINGLE, Shards, pickle_refused
+from .shards import INDEX, PICKLES, SINGLE, pickle_refused, weight_files
 
 # A sentencepiece model is small, and downloaded to be named in an error where there is no tokenizer.json, or copied.
 DOWNLOADED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "vocab.txt", "merges.txt", "*.model")
@@ -61,7 +61,7 @@ def checkpoint_folder(path: str | Path, weights: bool = True) -> Path:
 def checkpoint_files(folder: Path) -> list[Path]:
     """The files in a checkpoint's folder that loading reads. FileNotFoundError where there are no weights."""
     try:
-        weights = Shards(folder, required=False).paths()
+        weights = weight_files(folder)
     except ValueError:  # a damaged index, or pickles: which loading refuses
         weights = sorted(folder.glob("*.safetensors"))
     files = [path for pattern in READ_FILES for path in sorted(folder.glob(pattern))]

@@ -174,7 +174,7 @@ def fresh(
 
 def _config(published: dict[str, Any], family: Family, shards: Shards) -> Any:
     """The configuration; a language model without output matrix is tied, where config.json doesn't say."""
-    has_lm_head = "lm_head.weight" in shards.names()
+    has_lm_head = "lm_head.weight" in shards.tensors
     if (
         "causal-lm" in family.architectures
         and class_name(family, "causal-lm", published["model_type"]) in (published.get("architectures") or ())

@@ -47,6 +47,40 @@ class TensorOnDisk:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def blocks(self) -> Iterator[memoryview]:
+        """The bytes, piece by piece, each valid until the next. ValueError for NaN and infinity."""
+        n_unread = math.prod(self.shape)
+        buffer = torch.empty(min(n_unread, TO_DEVICE // self.dtype.itemsize), dtype=self.dtype)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            while n_unread:
+                block = buffer[:n_unread]
+                _read(file, block, self.path)
+                _check_finite(self, block)
+                n_unread -= len(block)
+                yield _memory(block)
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is made when its turn to be written comes: what it will be, and how to make it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]  # may give a view of any layout and device, whose entries come in order
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def blocks(self) -> Iterator[memoryview]:
+        """The bytes of the tensor, which is made now, piece by piece."""
+        tensor = self.make().detach()
+        if tensor.dim() == 0:
+            tensor = tensor[None]
+        for rows in tensor.split(_rows_at_once(tensor, tensor.element_size())):
+            yield _memory(rows.cpu().contiguous())
+
 
 def read_header(path: Path) -> dict[str, TensorOnDisk]:
     """The tensors of a file by name. ValueError where the file is damaged, or has a dtype that is unknown here."""
@@ -116,7 +150,7 @@ def read_into(stored: TensorOnDisk, target: Tensor) -> None:
         _check_finite(stored, target)
         return
 
-    for rows, block in _blocks(stored, target):
+    for rows, block in _rows_with_stored(stored, target):
         rows.copy_(block)
         if target.dtype == torch.float16 and not _is_finite(rows):
             raise ValueError(
@@ -150,10 +184,10 @@ def _is_finite(values: Tensor) -> bool:
 
 def holds(stored: TensorOnDisk, target: Tensor) -> bool:
     """Whether the file has exactly the entries of `target`, once they are of its dtype."""
-    return all(torch.equal(rows, block.to(rows)) for rows, block in _blocks(stored, target))
+    return all(torch.equal(rows, block.to(rows)) for rows, block in _rows_with_stored(stored, target))
 
 
-def _blocks(stored: TensorOnDisk, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _rows_with_stored(stored: TensorOnDisk, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Consecutive rows of `target`, each time with what is stored for them, which is valid until the next."""
     if target.numel() == 0:
         return
@@ -191,27 +225,13 @@ def _memory(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class LazyTensor:
-    """A tensor that is made when its turn to be written comes: what it will be, and how to make it."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    make: Callable[[], Tensor]  # may give a view of any layout and device, whose entries come in order
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
 def write_file(path: Path, tensors: Mapping[str, TensorOnDisk | LazyTensor]) -> None:
     """Write tensors: those of another file are copied block by block, the others made one at a time."""
     order, header = _files.tensors_header(tensors, {"format": "pt"})
     with _files.replacing(path, len(header) + sum(tensor.nbytes for tensor in tensors.values())) as file:
         file.write(header)
         for name in order:
-            tensor = tensors[name]
-            for block in _stored_blocks(tensor) if isinstance(tensor, TensorOnDisk) else _made_blocks(tensor):
+            for block in tensors[name].blocks():
                 file.write(block)
 
 
@@ -219,28 +239,4 @@ def same(a: TensorOnDisk, b: TensorOnDisk) -> bool:
     """Whether two stored tensors are equal, bit for bit."""
     if (a.shape, a.dtype) != (b.shape, b.dtype):
         return False
-    pairs = zip(_stored_blocks(a), _stored_blocks(b), strict=True)
-    return all(block_a == block_b for block_a, block_b in pairs)
-
-
-def _stored_blocks(stored: TensorOnDisk) -> Iterator[memoryview]:
-    """The bytes of a tensor in a file, piece by piece, each valid until the next. ValueError for NaN and infinity."""
-    n_unread = math.prod(stored.shape)
-    buffer = torch.empty(min(n_unread, TO_DEVICE // stored.dtype.itemsize), dtype=stored.dtype)
-    with stored.path.open("rb", buffering=0) as file:
-        file.seek(stored.start)
-        while n_unread:
-            block = buffer[:n_unread]
-            _read(file, block, stored.path)
-            _check_finite(stored, block)
-            n_unread -= len(block)
-            yield _memory(block)
-
-
-def _made_blocks(lazy: LazyTensor) -> Iterator[memoryview]:
-    """The bytes of a tensor that is made now, piece by piece."""
-    tensor = lazy.make().detach()
-    if tensor.dim() == 0:
-        tensor = tensor[None]
-    for rows in tensor.split(_rows_at_once(tensor, tensor.element_size())):
-        yield _memory(rows.cpu().contiguous())
+    return all(block_a == block_b for block_a, block_b in zip(a.blocks(), b.blocks(), strict=True))

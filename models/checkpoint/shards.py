@@ -23,6 +23,32 @@ def pickle_refused(path: str | Path) -> ValueError:
     )
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights. FileNotFoundError without any; ValueError for pickles and a damaged index."""
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+
+    index = folder / INDEX
+    if index.exists():
+        table = read_json(index).get("weight_map")
+        if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+            raise ValueError(f"{index}: not a shard index, which has a weight_map of file names; restore the file")
+        names = sorted(set(table.values()))
+        for name in names:
+            # The name must be a plain one. It isn't resolved: in the hub's cache a shard is a link to a blob elsewhere.
+            if name != Path(name).name:
+                raise ValueError(f"{index}: shard {name!r} lies outside the folder and is refused")
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"{folder / name}: the index names this shard, but it is not there; download it again"
+                )
+        return [folder / name for name in names]
+
+    if pickles := [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]:
+        raise pickle_refused(folder / pickles[0])
+    raise FileNotFoundError(f"{folder}: no {SINGLE} or {INDEX} there; the weights are missing")
+
+
 class Shards:
     """The tensors of a checkpoint folder by name: where each one lies. None is read here.
 
@@ -33,58 +59,24 @@ class Shards:
 
     def __init__(self, folder: Path, required: bool = True):
         self.folder = folder
-        self._stored: dict[str, TensorOnDisk] = {}
+        self.tensors: dict[str, TensorOnDisk] = {}
         if not required:
             return
 
-        for path in self.paths():
+        for path in weight_files(folder):
             for name, stored in read_header(path).items():
-                if name in self._stored:
-                    raise ValueError(f"{path}: {name} is in {self._stored[name].path.name} too; take out one of them")
-                self._stored[name] = stored
-        if not self._stored:
+                if name in self.tensors:
+                    raise ValueError(f"{path}: {name} is in {self.tensors[name].path.name} too; take out one of them")
+                self.tensors[name] = stored
+        if not self.tensors:
             raise ValueError(f"{folder}: its safetensors files hold no tensor")
-
-    def paths(self) -> list[Path]:
-        """The files that hold the weights."""
-        if (self.folder / SINGLE).exists():
-            return [self.folder / SINGLE]
-
-        index = self.folder / INDEX
-        if index.exists():
-            table = read_json(index).get("weight_map")
-            if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
-                raise ValueError(f"{index}: not a shard index, which has a weight_map of file names; restore the file")
-            return [self._shard(index, name) for name in sorted(set(table.values()))]
-
-        if pickles := [path.name for pattern in PICKLES for path in sorted(self.folder.glob(pattern))]:
-            raise pickle_refused(self.folder / pickles[0])
-        raise FileNotFoundError(f"{self.folder}: no {SINGLE} or {INDEX} there; the weights are missing")
-
-    def _shard(self, index: Path, name: str) -> Path:
-        """The path of a shard that the index names."""
-        path = self.folder / name
-        # Not resolved: in the hub's cache a shard is a link to a blob elsewhere. The name itself must be a plain one.
-        if name != Path(name).name:
-            raise ValueError(f"{index}: shard {name!r} lies outside the folder and is refused")
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: the index names this shard, but it is not there; download it again")
-        return path
-
-    def names(self) -> list[str]:
-        """The names of all tensors."""
-        return list(self._stored)
-
-    def find(self, name: str) -> TensorOnDisk:
-        """The tensor called `name`."""
-        return self._stored[name]
 
     def dtype(self) -> torch.dtype:
         """The dtype of the checkpoint's first matrix, float32 without one. ValueError where nothing computes in it.
 
         Most of a checkpoint is matrices, while a norm may be stored in a wider dtype.
         """
-        for name, stored in self._stored.items():
+        for name, stored in self.tensors.items():
             if not stored.dtype.is_floating_point or len(stored.shape) < 2:
                 continue
             if stored.dtype.itemsize < 2:

@@ -125,11 +125,12 @@ def match_keys(model: "Model", shards: Shards, new_head: bool) -> Placement:
             short = _canonical(name, model.base_prefix)
             used.add(short)
             if short in short_names and not remade:
-                stored[name] = shards.find(short_names[short])
+                stored[name] = shards.tensors[short_names[short]]
                 if problem := _misfit(stored[name], rows, source):
                     misshaped.append(f"{short_names[short]} {problem}")
             elif remade or not source.optional:
-                (new if key.startswith("head.") else missing).append(name)
+                absent = new if key.startswith("head.") else missing
+                absent.append(name)
 
     unused = {short: name for short, name in short_names.items() if short not in used}
     left_over, copies, other_heads = _sort_unused(model, unused, new_head)
@@ -144,7 +145,7 @@ def match_keys(model: "Model", shards: Shards, new_head: bool) -> Placement:
     for short in copies:
         key, original = model.tied_keys[short]
         name = unused[short]
-        tied_keys.append((key, shards.find(name), f"{name} is not {original}"))
+        tied_keys.append((key, shards.tensors[name], f"{name} is not {original}"))
     return Placement(stored, new, tied_keys)
 
 
@@ -154,13 +155,12 @@ def _by_short_name(model: "Model", shards: Shards, table: dict[str, CheckpointKe
     for source in table.values():
         spellings.update(zip(source.also, source.names, strict=False))
 
-    stored_names = set(shards.names())
     short_names: dict[str, str] = {}
     twice: list[str] = []
-    for name in shards.names():
+    for name in shards.tensors:
         short = _canonical(name, model.base_prefix)
         # Where both spellings of a tied tensor are stored, this one is the copy, and no tensor is there twice.
-        if name in spellings and not (short in model.tied_keys and spellings[name] in stored_names):
+        if name in spellings and not (short in model.tied_keys and spellings[name] in shards.tensors):
             short = _canonical(spellings[name], model.base_prefix)
         if short in short_names:
             twice.append(f"{short_names[short]} and {name}")

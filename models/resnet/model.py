@@ -206,11 +206,15 @@ class ResNet(nn.Module):
     # Methods of training that mean another objective here than for most models.
     objectives: ClassVar[dict[str, str]] = {"classify": "classify-images"}
     position_modules: ClassVar[tuple[str, ...]] = ()
+    # What the names of groups mean as LoRA targets.
     lora_targets: ClassVar = {"convolutions": ("layers.*.conv*",)}
+    # The tasks, and the class of transformers for each, which config.json names.
     architectures: ClassVar = {"image-classification": "ResNetForImageClassification", "embedding": "ResNetModel"}
     ignored_keys = ()
+    # Published heads, and the tasks that each is for.
     head_keys: ClassVar = {"classifier.*": ("image-classification",), "fc.*": ("image-classification",)}
     tied_keys: ClassVar[dict[str, tuple[str, str]]] = {}
+    # Fields of config.json that change the model, and the values that are implemented.
     supported_config_values: ClassVar = {"hidden_act": ("relu",), "layer_type": ("basic", "bottleneck")}
 
     def __init__(

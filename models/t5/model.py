@@ -50,12 +50,15 @@ class T5(nn.Module):
     base_prefix = "transformer."
     # Methods of training that mean another objective here than for most models.
     objectives: ClassVar[dict[str, str]] = {"sft": "seq2seq", "pretrain": "span-corruption"}
-    # An encoder alone has no cross_q, cross_kv and cross_o, so that no glob may be for them only.
+    # Modules that see distances rather than rows: no adapter that is for some rows of a batch may be on them.
     position_modules: ClassVar[tuple[str, ...]] = ("*.positions.table",)
+    # What the names of groups mean as LoRA targets. No glob is for cross_q, cross_kv and cross_o only, because an
+    # encoder alone has none of them.
     lora_targets: ClassVar = {
         "attention": ("*.layers.*.*[qv]", "*.layers.*.*o"),
         "mlp": ("*.layers.*.*up", "*.layers.*.down"),
     }
+    # The tasks, and the class of transformers for each, which config.json names.
     architectures: ClassVar = {
         "seq2seq-lm": "T5ForConditionalGeneration",
         "sequence-classification": "T5ForSequenceClassification",
@@ -64,7 +67,9 @@ class T5(nn.Module):
         "question-answering": "T5ForQuestionAnswering",
         "embedding": "T5EncoderModel",
     }
+    # Published tensors that nothing here reads.
     ignored_keys = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
+    # Published heads, and the tasks that each is for.
     head_keys: ClassVar = {
         "lm_head.*": ("seq2seq-lm",),
         "classification_head.*": ("sequence-classification", "reward"),
@@ -72,11 +77,13 @@ class T5(nn.Module):
         "qa_outputs.*": ("question-answering",),
         "decoder.*": ("seq2seq-lm", "sequence-classification", "reward", "question-answering"),
     }
+    # What may be stored a second time: the parameter it must equal, and how an error calls that.
     tied_keys: ClassVar = {
         "encoder.embed_tokens.weight": ("embed.tokens.weight", "shared.weight; two embeddings are not implemented"),
         "decoder.embed_tokens.weight": ("embed.tokens.weight", "shared.weight; two embeddings are not implemented"),
         "lm_head.weight": ("embed.tokens.weight", "shared.weight"),  # where it is stored at all, it is a matrix apart
     }
+    # Fields of config.json that change the model, and the values that are implemented.
     supported_config_values: ClassVar = {"is_decoder": (False,), "is_causal": (True, None)}
 
     def __init__(
@@ -159,8 +166,10 @@ class T5(nn.Module):
     @property
     def layers(self) -> list[Block]:
         """All blocks, the encoder's first."""
-        stacks = [self.encoder] if self.decoder is None else [self.encoder, self.decoder]
-        return [block for stack in stacks for block in stack.layers if isinstance(block, Block)]
+        modules = [*self.encoder.layers]
+        if self.decoder is not None:
+            modules += self.decoder.layers
+        return [block for block in modules if isinstance(block, Block)]
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """An empty cache for `batch` rows of up to `length` target positions."""

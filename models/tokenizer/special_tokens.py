@@ -241,7 +241,9 @@ def _copied_files(folder: Path) -> dict[str, bytes]:
 def load_tokenizer(folder: Path, settings: TokenizerSettings) -> "Tokenizer | None":
     """The folder's tokenizer, its tokenizer.json or what its vocabulary files describe; None where there is neither."""
     path = folder / "tokenizer.json"
-    return load_tokenizer_file(path) if path.exists() else build_tokenizer(folder, settings)
+    if path.exists():
+        return load_tokenizer_file(path)
+    return build_tokenizer(folder, settings)
 
 
 def load_tokenizer_file(path: Path) -> "Tokenizer":

@@ -16,6 +16,8 @@ width of one, P distances, G tables of distances (two where half of the batch is
 """
 
 from dataclasses import dataclass
+from functools import reduce
+from operator import and_
 
 import torch
 import torch.nn.functional as F
@@ -108,24 +110,26 @@ def views(
         rules.append((key <= query)[None])
         if config.same_length:
             rules.append((key >= query - past)[None])
-    visible = None
-    for rule in rules:
-        visible = rule if visible is None else visible & rule  # (B or 1, T or 1, S)
-
     other_text = None
     if token_type_ids is not None:
         key_types = F.pad(token_type_ids, (past, 0))  # (B, S); memory is of type 0
         other_text = token_type_ids[:, :, None] != key_types[:, None]  # (B, T, S)
 
-    # A token of the content stream always sees itself; of the query stream it would read off what it should predict.
-    allowed = None if visible is None else (visible | (key == query))[:, None]  # (B or 1, 1, T, S)
-    content = View(allowed, other_text)
+    # A token of the content stream always sees itself; in the query stream it would read off what it should predict.
+    visible = content_allowed = None
+    if rules:
+        visible = reduce(and_, rules)  # (B or 1, T or 1, S)
+        content_allowed = (visible | (key == query))[:, None]  # (B or 1, 1, T, S)
+    content = View(content_allowed, other_text)
     if positions is None:
         return content, content
-    allowed = None if visible is None else _rows_at(visible, positions, t)[:, None]  # (B, 1, n, S)
+
+    query_allowed = None
+    if visible is not None:
+        query_allowed = _rows_at(visible, positions, t)[:, None]  # (B, 1, n, S)
     if other_text is not None:
         other_text = _rows_at(other_text, positions, t)  # (B, n, S)
-    return content, View(allowed, other_text, distance_index=t - positions[..., None] + key)
+    return content, View(query_allowed, other_text, distance_index=t - positions[..., None] + key)
 
 
 def _rows_at(pairs: Tensor, positions: Tensor, t: int) -> Tensor:
@@ -222,7 +226,9 @@ class Block(nn.Module):
             same, other = torch.einsum("bthd,nhd->nbht", q + self.text_bias, self.texts)[..., None]  # (B, H, T, 1)
             bias = bias + torch.where(view.other_text[:, None], other, same)
         bias = bias * self.scale
-        return bias if view.allowed is None else bias.masked_fill(~view.allowed, torch.finfo(bias.dtype).min)
+        if view.allowed is not None:
+            bias = bias.masked_fill(~view.allowed, torch.finfo(bias.dtype).min)
+        return bias
 
     def key_map(self, prefix: str) -> dict[str, CheckpointKey]:
         """Our parameter names → their names in the published layer `prefix`."""

@@ -62,11 +62,14 @@ class XLNet(nn.Module):
     base_prefix = "transformer."
     # Methods of training that mean another objective here than for most models.
     objectives: ClassVar[dict[str, str]] = {"pretrain": "permutation-lm", "sft": "ordered-lm"}
+    # Modules that see distances rather than rows: no adapter that is for some rows of a batch may be on them.
     position_modules: ClassVar[tuple[str, ...]] = ("layers.*.r",)
+    # What the names of groups mean as LoRA targets.
     lora_targets: ClassVar = {
         "attention": ("layers.*.q", "layers.*.kv", "layers.*.r", "layers.*.o"),
         "mlp": ("layers.*.up", "layers.*.down"),
     }
+    # The tasks, and the class of transformers for each, which config.json names.
     architectures: ClassVar = {
         "causal-lm": "XLNetLMHeadModel",
         "sequence-classification": "XLNetForSequenceClassification",
@@ -76,6 +79,7 @@ class XLNet(nn.Module):
         "embedding": "XLNetModel",
     }
     ignored_keys = ()
+    # Published heads, and the tasks that each is for.
     head_keys: ClassVar = {
         "lm_loss.*": ("causal-lm",),
         "sequence_summary.*": ("sequence-classification", "reward"),
@@ -83,7 +87,9 @@ class XLNet(nn.Module):
         "classifier.*": ("token-classification",),
         "qa_outputs.*": ("question-answering",),
     }
+    # What may be stored a second time: the parameter it must equal, and how an error calls that.
     tied_keys: ClassVar = {"lm_loss.weight": ("embed.tokens.weight", TIED)}
+    # Fields of config.json that change the model, and the values that are implemented.
     supported_config_values: ClassVar = {
         "untie_r": (True,),
         "summary_type": ("last",),
