@@ -40,6 +40,7 @@ def checkpoint_folder(path: str | Path, weights: bool = True) -> Path:
         return _with_config(folder)
     if folder.exists():
         raise ValueError(f"{folder} is a file; give the checkpoint's folder")
+    # A path that can't be a hub id: the hub isn't asked.
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)):
         raise FileNotFoundError(f"{folder}: no such folder")
 
@@ -53,6 +54,8 @@ def checkpoint_folder(path: str | Path, weights: bool = True) -> Path:
         ignored.append("*.safetensors")
     with others_code(explain):  # what it raises depends on the HTTP client, and that on the library's version
         folder = Path(snapshot_download(str(path), allow_patterns=list(DOWNLOADED), ignore_patterns=ignored))
+
+    # A repository of pickles only looks like one without weights, as they aren't downloaded.
     if weights and not any(folder.glob("*.safetensors")) and (pickles := _pickles(str(path))):
         raise pickle_refused(f"{path}/{pickles[0]}")
     return _with_config(folder)

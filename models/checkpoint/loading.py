@@ -20,7 +20,7 @@ from ..tokenizer.token_names import read_settings
 from .info import CheckpointInfo, checkpoint_info
 from .pooling import read_pooling
 from .shards import Shards
-from .tasks import class_name, head_rows, label_names, padding_of_new_head, reorder_head, stored_head, task_of
+from .tasks import Labels, class_name, head_rows, label_names, padding_of_new_head, reorder_head, stored_head, task_of
 from .weights import Packing, load_weights
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def load(
     task: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
-    labels: list[str] | tuple[str, ...] | int | None = None,
+    labels: Labels = None,
     *,
     head_layers: int | None = None,
     quantize: Callable[[Model], Iterable[str]] | None = None,
@@ -90,7 +90,7 @@ class Checkpoint(NamedTuple):
 def open_checkpoint(
     path: str | Path | CheckpointInfo,
     task: str | None = None,
-    labels: list[str] | tuple[str, ...] | int | None = None,
+    labels: Labels = None,
     *,
     head_layers: int | None = None,
 ) -> Checkpoint:

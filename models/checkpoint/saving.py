@@ -31,6 +31,7 @@ def save(model: Model, tokenizer: "Tokenizer | None", path: str | Path) -> None:
     Raises ValueError where an adapter is attached and not merged: it would be lost silently. And where a weight is
     quantised: what it was is lost already.
     """
+    # Merging leaves the adapters in their places, for unmerging, so that their presence alone says nothing.
     merged = any(isinstance(getattr(module, "merged", None), Merged) for module in model.modules())
     for name, module in model.named_modules():
         if isinstance(module, Linear) and module.quantized is not None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..families import Family, Model
 
 log = logging.getLogger("handtune")
+Labels = list[str] | tuple[str, ...] | int | None  # names, or their number; None takes the stored ones
 MAX_LABELS = 1_000_000  # nobody has named more
 # Tokens that may pad where no pad token is named: no text ends with one of them.
 PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>", "<unk>", "[UNK]")
@@ -60,7 +61,7 @@ def stored_head(published: dict[str, Any], family: "Family", folder: Path) -> tu
     return names, published.get("head_layers") or 1
 
 
-def label_names(labels: list[str] | tuple[str, ...] | int | None, known: tuple[str, ...]) -> tuple[str, ...]:
+def label_names(labels: Labels, known: tuple[str, ...]) -> tuple[str, ...]:
     """The labels asked for by name or number, or else the `known` ones, which also serve a number that fits them.
 
     Raises ValueError where they are not different names.
@@ -68,6 +69,7 @@ def label_names(labels: list[str] | tuple[str, ...] | int | None, known: tuple[s
     if isinstance(labels, int):
         if not 1 <= labels <= MAX_LABELS:
             raise ValueError(f"labels {labels}: expected names, or a positive number, at most {MAX_LABELS:,}")
+        # As many as are stored: their names stay. Otherwise the head is new, and its labels have none.
         labels = known if labels == len(known) else [str(i) for i in range(labels)]
     if isinstance(labels, str) or len(set(labels or ())) != len(labels or ()):
         raise ValueError(f"labels {labels!r}: expected different names, or their number")

@@ -109,6 +109,7 @@ class T5(nn.Module):
 
         self.embed = Embed(config)
         self.encoder = Stack(config, config.n_layer, decoder=False)
+        # Vectors and tags are read from the source's own states, without a decoder.
         self.decoder: Stack | None = None
         if task not in ("embedding", "token-classification"):
             self.decoder = Stack(config, config.n_decoder_layer or config.n_layer, decoder=True)
@@ -203,6 +204,7 @@ class T5(nn.Module):
 
         Raises ValueError where a language model gets no `decoder_input_ids`, or packed ones.
         """
+        # Packed rows are unpacked and padded, since the position bias needs a row for each text.
         if cu_seqlens is not None:
             if decoder_input_ids is not None:
                 raise ValueError("cu_seqlens: source and target in packed rows are not implemented; pad them")
@@ -244,6 +246,7 @@ class T5(nn.Module):
             is_eos = input_ids == self.tokens.eos_id  # (B, T)
             last_eos = last_position(is_eos, attention_mask, cu_seqlens)  # (B,), counted in (B·T,)
             last_token = last_position(torch.ones_like(is_eos), attention_mask, cu_seqlens)
+            # A row without eos has its first token as `last_eos`.
             position = torch.where(is_eos.flatten()[last_eos], last_eos, last_token)
             return states.flatten(0, 1)[position]  # (B, D)
         if self.task in (*BY_TEXT, "embedding"):

@@ -196,6 +196,7 @@ class XLNet(nn.Module):
 
         Raises ValueError where packed rows come with a memory or orders, and where a batch to read backwards is odd.
         """
+        # Packed rows are unpacked and padded, since the bias of distances needs a row for each text.
         if cu_seqlens is not None:
             if any(extra is not None for extra in (perm_mask, target_mapping, memory, cache)) or self.config.bi_data:
                 raise ValueError("cu_seqlens: packed rows have no perm_mask, target_mapping, memory, cache or bi_data")
@@ -241,6 +242,8 @@ class XLNet(nn.Module):
         once more with those that follow, and so sees one of them, as in transformers.
         """
         tokens = input_ids if cache.last_token is None else torch.cat((cache.last_token, input_ids), 1)
+
+        # One more position to predict at, of any token: none may see it, and the query stream doesn't see itself.
         tokens = F.pad(tokens, (0, 1))
         b, t = tokens.shape
         unseen = torch.zeros(1, t, t, dtype=torch.bool, device=tokens.device)
