@@ -40,7 +40,7 @@ def checkpoint_folder(path: str | Path, weights: bool = True) -> Path:
         return _with_config(folder)
     if folder.exists():
         raise ValueError(f"{folder} is a file; give the checkpoint's folder")
-    # A path that can't be a hub id: the hub isn't asked.
+    # What can't be a hub id is a path to a missing folder: the hub isn't asked.
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)):
         raise FileNotFoundError(f"{folder}: no such folder")
 

@@ -54,7 +54,7 @@ def _published(folder: Path) -> dict[str, Any]:
     if "architecture" not in published or "model_type" in published:
         return published
 
-    # timm's builder takes its arguments, so that the counts may be at either place.
+    # timm passes model_args to its builder, so that the counts may be there, too.
     counts = {"num_classes": int | None, "in_chans": int | None}
     with_fields(published, where, architecture=str, model_args=dict | None, label_names=list | None, **counts)
     with_fields(published.get("model_args") or {}, f"{where}: model_args", **counts)

@@ -88,7 +88,7 @@ def read_header(path: Path) -> dict[str, TensorOnDisk]:
         size = file.seek(0, 2)
         file.seek(0)
         length = int.from_bytes(file.read(8), "little")
-        # Checked before so many bytes are read: in a file of another format these are any eight.
+        # Checked before that many bytes are read: in a file of another format the length may be anything.
         if size < 8 or length > min(size - 8, MAX_HEADER):
             raise _damaged(path, f"{size} bytes, where a header of {length} was expected")
         raw = file.read(length)

@@ -1,7 +1,7 @@
 """ResNet: a convolutional network whose blocks add to what they read.
 
 He et al. 2015, arXiv:1512.03385. x is an image (B, 3, H, W), normalised channel by channel (see `image_processor.py`).
-Shapes: B images, H × W pixels or positions of a feature map, C channels, D channels of the last stage.
+Shapes: B images, H × W pixels or positions of a feature map, C channels before a layer and C' behind it, D at the end.
 
     x = pool(relu(norm(conv₇ₓ₇ x)))                              the stem, to H/4 × W/4
     x = relu(shortcut(x) + norm(conv₃ₓ₃ relu(norm(conv₃ₓ₃ x))))    a basic block (18 and 34 layers)
@@ -239,7 +239,7 @@ class ResNet(nn.Module):
             raise ValueError(f"expected images (B, {self.config.n_channels}, H, W), got {tuple(pixel_values.shape)}")
         x = self.embed(pixel_values.to(self.embed.conv.weight.dtype))  # (B, C, H/4, W/4)
         for block in self.layers:
-            x = block(x)
+            x = block(x)  # (B, C', H/4, W/4) in the first stage, half the sides in each further one
         return x
 
     def pool(

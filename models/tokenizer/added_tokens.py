@@ -90,7 +90,7 @@ def _resize_rows(
         rows[sorted({*new_ids, *range(len(old), size)})] = _mean(old[:n_known])
         module.register_parameter(name, nn.Parameter(rows, old.requires_grad))
 
-    # Whatever else knows the number of tokens.
+    # Bring whatever else holds the number of tokens in step.
     model.embed.tokens.num_embeddings = size
     if isinstance(model.head, Linear):
         model.head.out_features = size

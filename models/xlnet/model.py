@@ -243,7 +243,7 @@ class XLNet(nn.Module):
         """
         tokens = input_ids if cache.last_token is None else torch.cat((cache.last_token, input_ids), 1)
 
-        # One more position to predict at, of any token: none may see it, and the query stream doesn't see itself.
+        # One more position, where the prediction stands. Its token is arbitrary: nothing sees it but itself.
         tokens = F.pad(tokens, (0, 1))
         b, t = tokens.shape
         unseen = torch.zeros(1, t, t, dtype=torch.bool, device=tokens.device)
