@@ -2,7 +2,7 @@
 
     layers/      what several architectures are made of, and how their weights and configurations are published
     tokenizer/   special tokens, and tokenizers of old vocabulary files
-    gpt2/  llama/  bloom  bert  t5/  xlnet/  resnet/      the architectures: begin with `gpt2/model.py`
+    gpt2/  llama/  bloom/  bert  t5/  xlnet/  resnet/     the architectures: begin with `gpt2/model.py`
     families     which of them a published `model_type` is
     checkpoint/  `load` reads a checkpoint in Hugging Face layout, `save` writes one
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .bert import Bert as Bert
-    from .bloom import Bloom as Bloom
+    from .bloom.model import Bloom as Bloom
     from .checkpoint.loading import load as load
     from .checkpoint.saving import save as save
     from .gpt2.model import GPT2 as GPT2
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Bert": "bert",
-    "Bloom": "bloom",
+    "Bloom": "bloom.model",
     "GPT2": "gpt2.model",
     "Llama": "llama.model",
     "ResNet": "resnet.model",

@@ -10,36 +10,39 @@ Devlin et al. 2018, arXiv:1810.04805.
 Published checkpoints come with or without `bert.` in front; old ones call a norm's weight and bias `gamma` and `beta`;
 of the masked-LM head's output only the bias is stored (as `cls.predictions.bias`, sometimes `.decoder.bias` too), its
 matrix being the token embedding; tagging and question answering have no pooler.
+
+Shapes: B rows, T tokens, D width, H heads of width hd, F feed-forward width, V vocabulary, C classes. Packed, B is 1
+and T all tokens.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..kernels import LayerNorm, Linear, activation_linear, attention
-from .layers.config_fields import ACTIVATIONS, overridden, read_fields
+from .layers.config_fields import ACTIVATIONS, overridden, read_fields, write_fields
 from .layers.heads import BY_TEXT, EmbeddingHead, MaskedLMHead, MLPHead, n_outputs, pool_tokens
 from .layers.initialization import initialize
 from .layers.inputs import check_length, key_bias, positions
-from .layers.key_map import CheckpointKey
+from .layers.key_map import CheckpointKey, head_key_map
 from .tokenizer.special_tokens import SpecialTokens
 
 
 @dataclass(frozen=True)
 class BertConfig:
-    """Sizes in the project's vocabulary; `n_types` is the number of segment ids."""
+    """Sizes in the project's vocabulary; the defaults are those of bert-base-uncased."""
 
     vocab_size: int = 30522
-    max_positions: int = 512
-    n_types: int = 2
+    max_positions: int = 512  # tokens of a row; the position table ends there
+    n_types: int = 2  # segment ids
     n_layer: int = 12
     n_head: int = 12
     d_model: int = 768
     d_ff: int = 3072
-    activation: str = "gelu"
-    eps: float = 1e-12
-    tied: bool = True
+    activation: str = "gelu"  # by its published name
+    eps: float = 1e-12  # of the norms
+    tied: bool = True  # the masked-LM output matrix is the token embedding; no other is implemented
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -82,8 +85,10 @@ class Embed(nn.Module):
         self.norm = LayerNorm(config.d_model, config.eps)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor) -> Tensor:
-        types = self.types(input_ids.new_zeros(1, 1) if token_type_ids is None else token_type_ids)
-        return self.norm(self.tokens(input_ids) + types + self.positions(position_ids))
+        if token_type_ids is None:
+            token_type_ids = input_ids.new_zeros(1, 1)
+        types = self.types(token_type_ids)  # (B or 1, T or 1, D)
+        return self.norm(self.tokens(input_ids) + types + self.positions(position_ids))  # (B, T, D)
 
 
 class Block(nn.Module):
@@ -97,14 +102,19 @@ class Block(nn.Module):
         self.o = Linear(d, d)
         self.up = Linear(d, config.d_ff)
         self.down = Linear(config.d_ff, d)
-        self.norm1, self.norm2 = LayerNorm(d, config.eps), LayerNorm(d, config.eps)
+        self.norm1 = LayerNorm(d, config.eps)
+        self.norm2 = LayerNorm(d, config.eps)
         self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).unbind(2)  # (B, T, H, hd)
+        """The stream x (B, T, D) after this layer; `bias` as `attention` takes it."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).unbind(2)  # (B, T, H, hd) each
         out = attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, bias=bias, causal=False)
-        x = self.norm1(self.o(out.flatten(2)), residual=x)
-        return self.norm2(activation_linear(self.up(x), self.activation, self.down), residual=x)
+        out = out.flatten(2)  # (B, T, D)
+
+        x = self.norm1(self.o(out), residual=x)
+        hidden = self.up(x)  # (B, T, F)
+        return self.norm2(activation_linear(hidden, self.activation, self.down), residual=x)  # (B, T, D)
 
 
 class Bert(nn.Module):
@@ -161,7 +171,10 @@ class Bert(nn.Module):
         super().__init__()
         if task not in self.architectures:
             raise ValueError(f"task {task!r}: BERT can do {', '.join(self.architectures)}")
-        self.config, self.task, self.labels, self.head_layers = config, task, labels, head_layers
+        self.config = config
+        self.task = task
+        self.labels = labels
+        self.head_layers = head_layers
         self.pooling = pooling if task == "embedding" else "first"
         self.tokens = SpecialTokens()
         self.source: str | None = None  # the folder or hub id that it was loaded from
@@ -217,9 +230,10 @@ class Bert(nn.Module):
         """States before the head (B, T, D) for token ids (B, T) and a mask (B, T) of ones and zeros."""
         check_length(input_ids, cu_seqlens, max_seqlen, self.config.max_positions)
         if position_ids is None:
-            position_ids = positions(input_ids, attention_mask, cu_seqlens)
-        x = self.embed(input_ids, token_type_ids, position_ids)
-        bias = key_bias(attention_mask)
+            position_ids = positions(input_ids, attention_mask, cu_seqlens)  # (B or 1, T)
+
+        x = self.embed(input_ids, token_type_ids, position_ids)  # (B, T, D)
+        bias = key_bias(attention_mask)  # (B, 1, 1, T) or None
         for block in self.layers:
             x = block(x, bias, cu_seqlens, max_seqlen)
         return x
@@ -237,9 +251,10 @@ class Bert(nn.Module):
         return states
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
-        """masked-lm (B, T, V); token-classification (B, T, C); question-answering (B, T, 2);
+        """The output of the task's head; `inputs` are further arguments of `hidden`.
 
-        sequence-classification (B, C) and reward (B,) from [CLS]; embedding (B, D). `inputs` as in `hidden`.
+        masked-lm (B, T, V); token-classification (B, T, C); question-answering (B, T, 2); embedding (B, D);
+        sequence-classification (B, C) and reward (B,), both read at [CLS].
         """
         states = self.hidden(input_ids, attention_mask, **inputs)
         return self.head(self.pool(states, input_ids, attention_mask, inputs.get("cu_seqlens")))
@@ -248,6 +263,12 @@ class Bert(nn.Module):
         """Our parameter names → their names in published checkpoints of this task."""
         base = "" if self.task == "embedding" else self.base_prefix
         d = self.config.d_model
+        table = {
+            "embed.tokens.weight": CheckpointKey((f"{base}embeddings.word_embeddings.weight",)),
+            "embed.positions.weight": CheckpointKey((f"{base}embeddings.position_embeddings.weight",)),
+            "embed.types.weight": CheckpointKey((f"{base}embeddings.token_type_embeddings.weight",)),
+        }
+
         modules = {
             "o": "attention.output.dense",
             "norm1": "attention.output.LayerNorm",
@@ -255,31 +276,26 @@ class Bert(nn.Module):
             "down": "output.dense",
             "norm2": "output.LayerNorm",
         }
-        table = {
-            "embed.tokens.weight": CheckpointKey((f"{base}embeddings.word_embeddings.weight",)),
-            "embed.positions.weight": CheckpointKey((f"{base}embeddings.position_embeddings.weight",)),
-            "embed.types.weight": CheckpointKey((f"{base}embeddings.token_type_embeddings.weight",)),
-        }
-        for kind in ("weight", "bias"):
-            table[f"embed.norm.{kind}"] = CheckpointKey((f"{base}embeddings.LayerNorm.{kind}",))
+        for tensor in ("weight", "bias"):
+            table[f"embed.norm.{tensor}"] = CheckpointKey((f"{base}embeddings.LayerNorm.{tensor}",))
             for i in range(len(self.layers)):
                 layer = f"{base}encoder.layer.{i}"
-                names = tuple(f"{layer}.attention.self.{part}.{kind}" for part in ("query", "key", "value"))
-                table[f"layers.{i}.qkv.{kind}"] = CheckpointKey(names, (d, d, d))
+                names = tuple(f"{layer}.attention.self.{part}.{tensor}" for part in ("query", "key", "value"))
+                table[f"layers.{i}.qkv.{tensor}"] = CheckpointKey(names, (d, d, d))
                 for ours, theirs in modules.items():
-                    table[f"layers.{i}.{ours}.{kind}"] = CheckpointKey((f"{layer}.{theirs}.{kind}",))
+                    table[f"layers.{i}.{ours}.{tensor}"] = CheckpointKey((f"{layer}.{theirs}.{tensor}",))
+
         if self.task == "masked-lm":
-            for kind in ("weight", "bias"):
-                table[f"head.dense.{kind}"] = CheckpointKey((f"cls.predictions.transform.dense.{kind}",))
-                table[f"head.norm.{kind}"] = CheckpointKey((f"cls.predictions.transform.LayerNorm.{kind}",))
+            for tensor in ("weight", "bias"):
+                table[f"head.dense.{tensor}"] = CheckpointKey((f"cls.predictions.transform.dense.{tensor}",))
+                table[f"head.norm.{tensor}"] = CheckpointKey((f"cls.predictions.transform.LayerNorm.{tensor}",))
             table["head.bias"] = CheckpointKey(("cls.predictions.bias",), also=("cls.predictions.decoder.bias",))
             return table
-        name = "qa_outputs" if self.task == "question-answering" else "classifier"
-        for key, _ in self.head.named_parameters():
-            theirs = f"{name}.{key.removeprefix('out.')}"
-            if key.startswith("pooler."):
-                theirs = f"{self.base_prefix}pooler.dense.{key.removeprefix('pooler.')}"
-            table[f"head.{key}"] = CheckpointKey((theirs,))
+
+        # The pooler is published beside the encoder, not under the head's name.
+        table |= head_key_map(self.head, self.task, self.head_keys)
+        for key in table.keys() & {"head.pooler.weight", "head.pooler.bias"}:
+            table[key] = CheckpointKey((f"{self.base_prefix}pooler.dense.{key.removeprefix('head.pooler.')}",))
         return table
 
     @classmethod
@@ -289,5 +305,4 @@ class Bert(nn.Module):
 
     def write_config(self) -> dict[str, Any]:
         """config.json as transformers writes it."""
-        ours = asdict(self.config)
-        return {"model_type": "bert", **{theirs: ours[name] for theirs, name in CONFIG_KEYS.items()}}
+        return {"model_type": "bert", **write_fields(self.config, CONFIG_KEYS)}

@@ -1,7 +1,7 @@
 """The families of models, by the `model_type` that published checkpoints give them."""
 
 from .bert import Bert
-from .bloom import Bloom
+from .bloom.model import Bloom
 from .gpt2.model import GPT2
 from .llama.model import Llama
 from .resnet.model import ResNet

@@ -32,8 +32,9 @@ from handtune.engine.data.batches import packed
 from handtune.engine.tasks.losses import causal_lm_loss
 from handtune.kernels import activate
 from handtune.models import Bloom, add_tokens, load, save
-from handtune.models.bloom import PRESETS, alibi_slopes
-from handtune.models.bloom import BloomConfig as OurConfig
+from handtune.models.bloom.config import PRESETS
+from handtune.models.bloom.config import BloomConfig as OurConfig
+from handtune.models.bloom.model import alibi_slopes
 
 TASKS = ("causal-lm", "sequence-classification", "token-classification", "question-answering", "embedding", "reward")
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -14,7 +14,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from handtune.engine import generate
 from handtune.engine.data.batches import packed
 from handtune.models import load, save
-from handtune.models.layers.rope_scaling import KINDS, Dynamic, LongRope, Rope, Yarn, read_rope, write_rope
+from handtune.models.layers.rope_config import read_rope, write_rope
+from handtune.models.layers.rope_scaling import SCALING_CLASSES, Dynamic, LongRope, Rope, Yarn
 
 LIMIT, WIDTH = 64, 16
 SHORT, LONG = [1.0 + i / 10 for i in range(WIDTH // 2)], [1.5 + i * i for i in range(WIDTH // 2)]
@@ -92,8 +93,8 @@ def test_frequencies_and_sharpening_are_those_of_transformers(scaling):
 
 def test_no_kind_of_transformers_is_forgotten():
     """`proportional` turns a part of a head, as Gemma does; with all of it, it is `linear`."""
-    assert {*ROPE_INIT_FUNCTIONS} - {"proportional"} == {*KINDS}
-    assert {scaling["rope_type"] for scaling in SCALINGS.values()} == {*KINDS}
+    assert {*ROPE_INIT_FUNCTIONS} - {"proportional"} == {*SCALING_CLASSES}
+    assert {scaling["rope_type"] for scaling in SCALINGS.values()} == {*SCALING_CLASSES}
 
 
 @pytest.mark.parametrize("scaling", [None, *SCALINGS.values()], ids=["default", *SCALINGS])

@@ -136,7 +136,7 @@ class PolicyAndCritic:
     def lower(self, inputs: dict[str, Any]) -> Tensor:
         """The states (1, N, D) that enter the lowest layer that isn't shared."""
         with torch.no_grad(), use_adapter(self.model, None):
-            return self.model.hidden(**inputs, layers=slice(0, self.share))
+            return self.model.hidden(**inputs, layer_range=slice(0, self.share))
 
     def logps(self, batch: Batch, adapter: str | None) -> Tensor:
         """The log-probabilities (n,) of the completions' tokens, in fp32 (5)."""
@@ -165,11 +165,13 @@ class PolicyAndCritic:
     def _states(self, model: Any, batch: Batch, adapter: str | None) -> Tensor:
         """The states (n, D) that predict the completions' tokens."""
         with use_adapter(model, adapter):
-            return model.hidden(**batch["inputs"], **self.above(batch.get("states")), read=batch["index"])[0]
+            return model.hidden(
+                **batch["inputs"], **self.above(batch.get("states")), positions_to_return=batch["index"]
+            )[0]
 
     def above(self, states: Tensor | None) -> dict[str, Any]:
         """How `hidden` goes on from the states (1, N, D) of the shared layers, where there are some."""
-        return {} if states is None else {"entering": states, "layers": slice(self.share, None)}
+        return {} if states is None else {"hidden_states": states, "layer_range": slice(self.share, None)}
 
 
 def chunks(order: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

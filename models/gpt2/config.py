@@ -4,36 +4,41 @@ Where GPT-3's bands lie is known (Child et al. 2019, arXiv:1904.10509), but not 
 "alternating dense and locally banded". Here they have 256 positions, as in GPT-Neo, which follows it.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from ..layers.config_fields import ACTIVATIONS, own_spelling, read_fields, refuse_wider
+from ..layers.config_fields import ACTIVATIONS, own_spelling, read_fields, refuse_wider, write_fields
 
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """Sizes in the project's vocabulary. `head_width` is d_model / n_head where None; `window` bands the odd layers."""
+    """Sizes in the project's vocabulary; the defaults are those of the smallest GPT-2."""
 
     vocab_size: int = 50257
-    max_positions: int = 1024
+    max_positions: int = 1024  # tokens of a row; the position table ends there
     n_layer: int = 12
     n_head: int = 12
     d_model: int = 768
-    d_ff: int | None = None
-    head_width: int | None = None
-    activation: str = "gelu_new"
-    eps: float = 1e-5
-    tied: bool = True
-    scale_attention: bool = True
-    scale_by_layer: bool = False
-    window: int | None = None
+    d_ff: int | None = None  # None: 4 d_model
+    head_width: int | None = None  # None: d_model / n_head, which is not what GPT-3 XL and 13B have
+    activation: str = "gelu_new"  # by its published name: gelu in its tanh form
+    eps: float = 1e-5  # of the norms
+    tied: bool = True  # the output matrix is the token embedding
+    scale_attention: bool = True  # scores are divided by √head_width
+    scale_by_layer: bool = False  # and by the number of the layer, counted from 1
+    window: int | None = None  # positions that odd layers look back, their own included; None: all, as in GPT-2
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation_function {self.activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
         if self.head_width is None and self.d_model % self.n_head:
             raise ValueError(f"n_embd {self.d_model} is not a multiple of n_head {self.n_head}")
-        refuse_wider(self.n_head, self.head_width or 1)
+        refuse_wider(self.n_head, self.width)
+
+    @property
+    def width(self) -> int:
+        """Entries of a head."""
+        return self.head_width or self.d_model // self.n_head
 
 
 def _gpt3(n_layer: int, d_model: int, n_head: int, head_width: int) -> dict[str, Any]:
@@ -90,9 +95,9 @@ def read_config(published: dict[str, Any]) -> GPT2Config:
 
 def write_config(config: GPT2Config) -> dict[str, Any]:
     """config.json as transformers writes it. A banded model is "gpt3", which transformers refuses to mistake."""
-    ours = asdict(config)
-    out = {theirs: ours[name] for theirs, name in CONFIG_KEYS.items() if name not in ("window", "head_width")}
-    extra = {"local_window": ours["window"], "head_width": ours["head_width"]}
+    out = write_fields(config, CONFIG_KEYS)
+    # transformers knows neither field.
+    extra = {key: out.pop(key) for key in ("local_window", "head_width")}
     if any(extra.values()):
         return {"model_type": "gpt3", **out, **extra}
     return {"model_type": "gpt2", **out}

@@ -11,6 +11,9 @@ GPT-3 is the same block; its odd layers attend in a band of `window` positions.
 
 Published GPT-2 checkpoints store projections as Conv1D, (in, out), so they are transposed on the way; leave out the
 tied `lm_head`; come with or without `transformer.` in front; and carry the constants `attn.bias`, `attn.masked_bias`.
+
+Shapes: B rows, T tokens, S cached and new tokens, D width, H heads of width hd, F feed-forward width, V vocabulary, C
+classes, n positions that are asked for. Packed, B is 1 and T all tokens.
 """
 
 from typing import Any, ClassVar
@@ -20,10 +23,10 @@ from torch import Tensor, nn
 
 from ...kernels import LayerNorm, Linear, attention, feed_forward, norm_linear
 from ..layers.config_fields import ACTIVATIONS, overridden
-from ..layers.heads import BY_TEXT, EmbeddingHead, MLPHead, last_unpadded, n_outputs, pool_tokens
+from ..layers.heads import BY_TEXT, decoder_head, last_unpadded, pool_tokens
 from ..layers.initialization import initialize
-from ..layers.inputs import ALL, check_length, key_bias, positions
-from ..layers.key_map import TIED, CheckpointKey
+from ..layers.inputs import ALL_LAYERS, check_length, key_bias, positions
+from ..layers.key_map import TIED, CheckpointKey, head_key_map
 from ..layers.kv_cache import KVCache
 from ..tokenizer.special_tokens import SpecialTokens
 from .config import PRESETS, GPT2Config, read_config, write_config
@@ -43,17 +46,25 @@ class Block(nn.Module):
 
     def __init__(self, config: GPT2Config, index: int):
         super().__init__()
-        self.index, self.n_head = index, config.n_head
-        self.head_width = config.head_width or config.d_model // config.n_head
-        d, inner = config.d_model, self.n_head * self.head_width
+        d = config.d_model
+        inner = config.n_head * config.width  # not D in GPT-3 XL and 13B
         d_ff = config.d_ff or 4 * d
-        self.norm1, self.norm2 = LayerNorm(d, config.eps), LayerNorm(d, config.eps)
+
+        self.index = index
+        self.n_head = config.n_head
+        self.head_width = config.width
+        self.activation = ACTIVATIONS[config.activation]
+        self.norm1 = LayerNorm(d, config.eps)
+        self.norm2 = LayerNorm(d, config.eps)
         self.qkv = Linear(d, 3 * inner)
         self.o = Linear(inner, d)
         self.up = Linear(d, d_ff)
         self.down = Linear(d_ff, d)
-        self.activation = ACTIVATIONS[config.activation]
-        self.scale = self.head_width**-0.5 if config.scale_attention else 1.0
+
+        # Some checkpoints leave the division of the scores by √hd out, or divide by the depth, too.
+        self.scale = 1.0
+        if config.scale_attention:
+            self.scale = self.head_width**-0.5
         if config.scale_by_layer:
             self.scale /= index + 1
         self.window = config.window if index % 2 else None
@@ -66,18 +77,24 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
         cache: KVCache | None,
-        read: Tensor | None = None,
+        positions_to_return: Tensor | None = None,
     ) -> Tensor:
-        qkv = norm_linear(x, self.norm1, self.qkv)
-        q, k, v = qkv.unflatten(-1, (3, self.n_head, self.head_width)).unbind(2)  # (B, T, H, hd)
+        """The stream x (B, T, D) after this layer; `bias` as `attention` takes it."""
+        qkv = norm_linear(x, self.norm1, self.qkv)  # (B, T, 3·H·hd)
+        q, k, v = qkv.unflatten(-1, (3, self.n_head, self.head_width)).unbind(2)  # (B, T, H, hd) each
         if cache is not None:
-            k, v = cache.append(self.index, k, v)
+            k, v = cache.append(self.index, k, v)  # (B, S, H, hd) each
+
         out = attention(
             q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, window=self.window, bias=bias, scale=self.scale
         )
-        out = out.flatten(2)
-        if read is not None:
-            x, out = x[:, read], out[:, read]
+        out = out.flatten(2)  # (B, T, H·hd)
+
+        # Every position was a key, but nobody reads what becomes of most of them behind the last layer.
+        if positions_to_return is not None:
+            x = x[:, positions_to_return]  # (B, n, D)
+            out = out[:, positions_to_return]  # (B, n, H·hd)
+
         x = x + self.o(out)
         return x + feed_forward(x, self.norm2, self.up, self.activation, self.down, self.recompute)
 
@@ -128,7 +145,10 @@ class GPT2(nn.Module):
         super().__init__()
         if task not in self.architectures:
             raise ValueError(f"task {task!r}: GPT-2 can do {', '.join(self.architectures)}")
-        self.config, self.task, self.labels, self.head_layers = config, task, labels, head_layers
+        self.config = config
+        self.task = task
+        self.labels = labels
+        self.head_layers = head_layers
         self.pooling = pooling
         self.tokens = SpecialTokens()
         self.source: str | None = None  # the folder or hub id that it was loaded from
@@ -136,15 +156,7 @@ class GPT2(nn.Module):
         self.embed = Embed(config)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = LayerNorm(config.d_model, config.eps)
-        self.head: nn.Module
-        if task == "causal-lm":
-            self.head = Linear(config.d_model, config.vocab_size, bias=False)
-        elif task == "embedding":
-            self.head = EmbeddingHead(normalize)
-        else:
-            bias = task in ("token-classification", "question-answering")
-            width = n_outputs(task, labels)
-            self.head = MLPHead(config.d_model, width, head_layers, bias, scalar=task == "reward")
+        self.head = decoder_head(config, task, labels, head_layers, normalize)
         self.tie()
 
     @classmethod
@@ -179,8 +191,8 @@ class GPT2(nn.Module):
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `batch` rows of up to `length` positions."""
-        c, like = self.config, self.embed.tokens.weight
-        return KVCache(c.n_layer, batch, length, c.n_head, c.head_width or c.d_model // c.n_head, like)
+        c = self.config
+        return KVCache(c.n_layer, batch, length, c.n_head, c.width, self.embed.tokens.weight)
 
     def hidden(
         self,
@@ -191,30 +203,37 @@ class GPT2(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         cache: KVCache | None = None,
-        entering: Tensor | None = None,
-        layers: slice = ALL,
-        read: Tensor | None = None,
+        hidden_states: Tensor | None = None,
+        layer_range: slice = ALL_LAYERS,
+        positions_to_return: Tensor | None = None,
     ) -> Tensor:
         """States before the head (B, T, D) for token ids (B, T); `attention_mask` is (B, S), S counting the cache.
 
-        Only `layers`, where given, on the states (B, T, D) `entering` them; up to one, the states that enter it.
-        Only the states at the positions `read` (n,), where given, (B, n, D): the last layer feeds forward no others.
+        `layer_range` computes these layers only, and `hidden_states` (B, T, D) is what enters the first of them. A
+        range with an end gives what would enter the layer behind it, without the last norm. `positions_to_return` (n,)
+        gives the states of these positions only, (B, n, D): the last layer feeds forward no others.
         """
         past = cache.length if cache is not None else 0
         check_length(input_ids, cu_seqlens, max_seqlen, self.config.max_positions, past)
-        if position_ids is None:
-            position_ids = positions(input_ids, attention_mask, cu_seqlens, past)
-        if entering is None:
-            entering = self.embed.tokens(input_ids) + self.embed.positions(position_ids)
-            if token_type_ids is not None:
-                entering = entering + self.embed.tokens(token_type_ids)
-        x = entering
-        bias = key_bias(attention_mask)
-        for block in tuple(self.layers)[layers]:
-            x = block(x, bias, cu_seqlens, max_seqlen, cache, read if block is self.layers[-1] else None)
+
+        x = hidden_states
+        if x is None:
+            if position_ids is None:
+                position_ids = positions(input_ids, attention_mask, cu_seqlens, past)  # (B or 1, T)
+            x = self.embed.tokens(input_ids) + self.embed.positions(position_ids)  # (B, T, D)
+            if token_type_ids is not None:  # which GPT-2 looks up among the tokens
+                x = x + self.embed.tokens(token_type_ids)
+
+        bias = key_bias(attention_mask)  # (B, 1, 1, S) or None
+        for block in tuple(self.layers)[layer_range]:
+            returned = positions_to_return if block is self.layers[-1] else None
+            x = block(x, bias, cu_seqlens, max_seqlen, cache, returned)
+
         if cache is not None:
             cache.length += input_ids.shape[1]
-        return self.norm(x) if layers.stop is None else x
+        if layer_range.stop is not None:
+            return x
+        return self.norm(x)
 
     def pool(
         self,
@@ -231,10 +250,10 @@ class GPT2(nn.Module):
         return states
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
-        """causal-lm (B, T, V); token-classification (B, T, C); question-answering (B, T, 2);
+        """The output of the task's head; `inputs` are further arguments of `hidden`.
 
-        sequence-classification (B, C) and reward (B,), read at the last token (`last_unpadded`); embedding (B, D).
-        `inputs`: of `hidden`.
+        causal-lm (B, T, V); token-classification (B, T, C); question-answering (B, T, 2); embedding (B, D);
+        sequence-classification (B, C) and reward (B,), both read at the last token (`last_unpadded`).
         """
         states = self.hidden(input_ids, attention_mask, **inputs)
         return self.head(self.pool(states, input_ids, attention_mask, inputs.get("cu_seqlens")))
@@ -248,6 +267,7 @@ class GPT2(nn.Module):
             "norm.weight": CheckpointKey((f"{base}ln_f.weight",)),
             "norm.bias": CheckpointKey((f"{base}ln_f.bias",)),
         }
+
         modules = {
             "norm1": "ln_1",
             "qkv": "attn.c_attn",
@@ -258,17 +278,13 @@ class GPT2(nn.Module):
         }
         for i in range(len(self.layers)):
             for ours, theirs in modules.items():
-                conv = not ours.startswith("norm")
-                table[f"layers.{i}.{ours}.weight"] = CheckpointKey((f"{base}h.{i}.{theirs}.weight",), transposed=conv)
+                conv1d = not ours.startswith("norm")
+                table[f"layers.{i}.{ours}.weight"] = CheckpointKey((f"{base}h.{i}.{theirs}.weight",), transposed=conv1d)
                 table[f"layers.{i}.{ours}.bias"] = CheckpointKey((f"{base}h.{i}.{theirs}.bias",))
-        if self.task == "causal-lm":
-            if not self.config.tied:
-                table["head.weight"] = CheckpointKey(("lm_head.weight",))
+
+        if self.task == "causal-lm" and self.config.tied:
             return table
-        name = {"token-classification": "classifier", "question-answering": "qa_outputs"}.get(self.task, "score")
-        for key, _ in self.head.named_parameters():
-            table[f"head.{key}"] = CheckpointKey((f"{name}.{key.removeprefix('out.')}",))
-        return table
+        return table | head_key_map(self.head, self.task, self.head_keys)
 
     @classmethod
     def read_config(cls, published: dict[str, Any]) -> GPT2Config:

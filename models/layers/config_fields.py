@@ -1,13 +1,14 @@
 """The fields of a published config.json: read with their types and bounds checked, and overridden in presets."""
 
 import math
-from dataclasses import fields
+from dataclasses import Field, fields
 from typing import Any, get_origin
 
 from ..._shapes import shown
 
 # What no model comes near. Beyond, a number is damaged: it would overflow, or take hours to make a model of.
-MAX_SIZE, MAX_LAYERS = 2**24, 1000
+MAX_SIZE = 2**24
+MAX_LAYERS = 1000
 DEPTHS = ("n_layer", "n_decoder_layer")  # the fields that count layers
 
 # published name of an activation -> ours
@@ -27,36 +28,48 @@ def own_spelling(published: dict[str, Any], aliases: dict[str, str]) -> dict[str
 
     Raises ValueError where both are there and contradict each other.
     """
-    given = dict(published)
-    for other, name in aliases.items():
-        if given.get(other) is None:
+    resolved = dict(published)
+    for alias, name in aliases.items():
+        if resolved.get(alias) is None:
             continue
-        if given.get(name) is None:
-            given[name] = given[other]
-        if given[name] != given[other]:
-            raise ValueError(f"{name} = {given[name]!r}, but {other} = {given[other]!r}; remove the wrong one")
-    return given
+
+        if resolved.get(name) is None:
+            resolved[name] = resolved[alias]
+        if resolved[name] != resolved[alias]:
+            raise ValueError(f"{name} = {resolved[name]!r}, but {alias} = {resolved[alias]!r}; remove the wrong one")
+    return resolved
 
 
-def read_fields(kind: type, published: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
-    """Fields of the configuration class `kind` found in config.json, by `keys` (published name → ours).
+def read_fields(config_class: type, published: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
+    """Fields of a configuration class that config.json has, by `keys` (published name → ours).
 
     Raises ValueError for a value of another type, and a size below one or beyond all sense.
     """
-    types = {field.name: field.type for field in fields(kind)}
-    given = {theirs: ours for theirs, ours in keys.items() if theirs in published}
-    for theirs, ours in given.items():
-        _check_field(theirs, published[theirs], types[ours], MAX_LAYERS if ours in DEPTHS else MAX_SIZE)
-    return {ours: published[theirs] for theirs, ours in given.items()}
+    by_name = {field.name: field for field in fields(config_class)}
+    present = {theirs: ours for theirs, ours in keys.items() if theirs in published}
+    for theirs, ours in present.items():
+        _check_field(theirs, published[theirs], by_name[ours])
+    return {ours: published[theirs] for theirs, ours in present.items()}
 
 
-def _check_field(name: str, value: Any, kind: Any, limit: int) -> None:
-    """ValueError where a field of a configuration is no `kind`, or a number out of range."""
-    fits = isinstance(value, kind | int if kind is float else kind)
-    if not fits or (isinstance(value, bool) and kind is not bool):
-        raise ValueError(f"{name} = {shown(value)}: expected {getattr(kind, '__name__', kind)}")
+def write_fields(config: Any, keys: dict[str, str]) -> dict[str, Any]:
+    """The same fields (`keys`: published name → ours) as config.json has them."""
+    return {theirs: getattr(config, ours) for theirs, ours in keys.items()}
+
+
+def _check_field(name: str, value: Any, field: Field) -> None:
+    """ValueError where the value called `name` isn't of the field's type, or a number out of range."""
+    expected: Any = field.type
+    accepted = expected
+    if expected is float:
+        accepted = float | int
+    # A bool is an int to Python, but no size.
+    if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
+        raise ValueError(f"{name} = {shown(value)}: expected {getattr(expected, '__name__', expected)}")
     if isinstance(value, bool):
         return
+
+    limit = MAX_LAYERS if field.name in DEPTHS else MAX_SIZE
     if isinstance(value, int) and value < 1 and name != "start_id":  # which counts from zero
         raise ValueError(f"{name} = {value!r}: expected a positive number")
     if isinstance(value, int) and value > limit:
@@ -71,17 +84,18 @@ def refuse_wider(n_head: int, head_width: int) -> None:
         raise ValueError(f"{n_head} heads of {head_width}: expected a width of at most {MAX_SIZE:,} together")
 
 
-def overridden(presets: dict[str, dict], name: str, overrides: dict, kind: type) -> dict:
-    """The preset called `name` with overrides, which are fields of the configuration class `kind`.
+def overridden(presets: dict[str, dict], name: str, overrides: dict, config_class: type) -> dict:
+    """The preset called `name` with overrides, which are fields of the configuration class.
 
     ValueError for a name that isn't exact, and for a value as `read_fields` says.
     """
     if name not in presets:
         raise ValueError(f"preset {name!r} is unknown; known: {', '.join(presets)}")
-    types: dict[str, Any] = {field.name: field.type for field in fields(kind)}
-    if unknown := sorted(set(overrides) - set(types)):
-        raise ValueError(f"{', '.join(unknown)}: no such configuration field; known: {', '.join(sorted(types))}")
-    for field, value in overrides.items():
-        if get_origin(types[field]) is not tuple:
-            _check_field(field, value, types[field], MAX_LAYERS if field in DEPTHS else MAX_SIZE)
+
+    by_name = {field.name: field for field in fields(config_class)}
+    if unknown := sorted(set(overrides) - set(by_name)):
+        raise ValueError(f"{', '.join(unknown)}: no such configuration field; known: {', '.join(sorted(by_name))}")
+    for key, value in overrides.items():
+        if get_origin(by_name[key].type) is not tuple:  # sizes of ResNet's stages, which it checks itself
+            _check_field(key, value, by_name[key])
     return {**presets[name], **overrides}

@@ -9,6 +9,8 @@ id that isn't config.json's `pad_token_id`, whatever the mask says. Where eos pa
 text's eos. So it is here, padded or packed, in training as in use: `last_unpadded`.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,7 +30,21 @@ TASKS = (
 )
 LABELLED = ("sequence-classification", "token-classification", "image-classification")
 MAX_LAYERS = 100  # of a head
-BY_TEXT = ("sequence-classification", "reward")  # whose head reads one state of a text
+BY_TEXT = ("sequence-classification", "reward")  # tasks whose head reads one state of a text
+
+
+def decoder_head(config: Any, task: str, labels: tuple[str, ...], head_layers: int, normalize: bool) -> nn.Module:
+    """The head of GPT-2, BLOOM and Llama for a task, on states as wide as `config.d_model`.
+
+    Text classifiers of decoders are published without a bias, those of tokens with one.
+    """
+    if task == "causal-lm":
+        return Linear(config.d_model, config.vocab_size, bias=False)
+    if task == "embedding":
+        return EmbeddingHead(normalize)
+
+    bias = task in ("token-classification", "question-answering")
+    return MLPHead(config.d_model, n_outputs(task, labels), head_layers, bias, scalar=task == "reward")
 
 
 def n_outputs(task: str, labels: tuple[str, ...]) -> int:
@@ -40,28 +56,36 @@ def n_outputs(task: str, labels: tuple[str, ...]) -> int:
     return {"question-answering": 2, "reward": 1}[task]
 
 
-def pool_tokens(kind: str, states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """One vector a row (B, D) from states (B, T, D), or (1, N, D) packed. `kind`: "first", "last", "mean", "max"."""
-    wide = torch.promote_types(states.dtype, torch.float32)  # in which a mean is summed
+def pool_tokens(pooling: str, states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """One vector a row (B, D) from states (B, T, D), or (1, N, D) packed; `pooling`: "first", "last", "mean", "max"."""
+    sum_dtype = torch.promote_types(states.dtype, torch.float32)  # a sum over a row in half precision would be rough
     if cu_seqlens is not None:
-        starts, ends, flat = cu_seqlens[:-1].long(), cu_seqlens[1:].long(), states[0]
-        if kind == "first":
-            return flat[starts]
-        if kind == "last":
-            return flat[ends - 1]
-        return torch.segment_reduce(flat.to(wide), kind, lengths=ends - starts).to(states.dtype)
+        flat = states[0]  # (N, D)
+        starts = cu_seqlens[:-1].long()  # (B,)
+        ends = cu_seqlens[1:].long()
+        if pooling == "first":
+            return flat[starts]  # (B, D)
+        if pooling == "last":
+            return flat[ends - 1]  # (B, D)
+        return torch.segment_reduce(flat.to(sum_dtype), pooling, lengths=ends - starts).to(states.dtype)  # (B, D)
+
     b, t, _ = states.shape
     if attention_mask is None:
-        attention_mask = torch.ones(b, t, dtype=torch.long, device=states.device)
-    rows, mask = torch.arange(b, device=states.device), attention_mask.bool()
-    if kind == "first":
-        return states[rows, mask.int().argmax(1)]
-    if kind == "last":
-        return states[rows, t - 1 - mask.flip(1).int().argmax(1)]
-    if kind == "max":
-        return states.masked_fill(~mask[..., None], torch.finfo(states.dtype).min).amax(1)
-    weights = mask[..., None].to(wide)
-    return ((states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)).to(states.dtype)
+        mask = torch.ones(b, t, dtype=torch.bool, device=states.device)
+    else:
+        mask = attention_mask.bool()
+    rows = torch.arange(b, device=states.device)
+
+    # argmax gives the first of equals, so that on 0 and 1 it finds the first real token; from behind, the last one.
+    if pooling == "first":
+        return states[rows, mask.int().argmax(1)]  # (B, D)
+    if pooling == "last":
+        return states[rows, t - 1 - mask.flip(1).int().argmax(1)]  # (B, D)
+    if pooling == "max":
+        return states.masked_fill(~mask[..., None], torch.finfo(states.dtype).min).amax(1)  # (B, D)
+
+    weights = mask[..., None].to(sum_dtype)  # (B, T, 1)
+    return ((states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)).to(states.dtype)  # (B, D)
 
 
 def last_position(chosen: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
@@ -69,14 +93,21 @@ def last_position(chosen: Tensor, attention_mask: Tensor | None, cu_seqlens: Ten
 
     It is the row's first token where none is chosen.
     """
-    (b, t), columns = chosen.shape, torch.arange(chosen.shape[1], device=chosen.device)
+    b, t = chosen.shape
+    columns = torch.arange(t, device=chosen.device)
     if cu_seqlens is not None:
-        starts, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-        rows = torch.arange(len(starts), device=chosen.device).repeat_interleave(lengths, output_size=t)
-        return starts.scatter_reduce(0, rows, columns * chosen[0], "amax")
+        starts = cu_seqlens[:-1].long()  # (B,)
+        lengths = cu_seqlens.diff().long()
+        rows = torch.arange(len(starts), device=chosen.device).repeat_interleave(lengths, output_size=t)  # (N,)
+        # The highest column of each segment's chosen tokens. `starts` holds what counts where there are none.
+        return starts.scatter_reduce(0, rows, columns * chosen[0], "amax")  # (B,)
 
-    mask = torch.ones_like(chosen) if attention_mask is None else attention_mask.bool()
-    first, last = mask.int().argmax(1), (columns * (chosen & mask)).amax(1)
+    if attention_mask is None:
+        mask = torch.ones_like(chosen)
+    else:
+        mask = attention_mask.bool()
+    first = mask.int().argmax(1)  # (B,)
+    last = (columns * (chosen & mask)).amax(1)  # (B,); 0 where none is chosen
     return torch.arange(b, device=chosen.device) * t + torch.maximum(first, last)
 
 
@@ -89,7 +120,8 @@ def last_unpadded(
     """
     if pad_id is None:
         return pool_tokens("last", states, attention_mask, cu_seqlens)
-    return states.flatten(0, 1)[last_position(input_ids != pad_id, attention_mask, cu_seqlens)]
+    index = last_position(input_ids != pad_id, attention_mask, cu_seqlens)  # (B,)
+    return states.flatten(0, 1)[index]  # (B, D)
 
 
 class MLPHead(nn.Module):
@@ -114,8 +146,11 @@ class MLPHead(nn.Module):
             x = activate(self.pooler(x), "tanh")
         for layer in self.hidden:
             x = activate(layer(x), "gelu")
-        x = self.out(x)
-        return x.squeeze(-1) if self.scalar else x
+        x = self.out(x)  # (..., C)
+
+        if self.scalar:
+            return x.squeeze(-1)  # (...,)
+        return x
 
 
 class MaskedLMHead(nn.Module):
@@ -127,15 +162,19 @@ class MaskedLMHead(nn.Module):
 
     def __init__(self, weight: Tensor, activation: str, eps: float):
         super().__init__()
-        vocab, d_model = weight.shape
-        self.dense, self.norm, self.activation = Linear(d_model, d_model), LayerNorm(d_model, eps), activation
-        self.weight, self.bias = weight, nn.Parameter(torch.zeros(vocab))
+        vocab_size, d_model = weight.shape
+        self.dense = Linear(d_model, d_model)
+        self.norm = LayerNorm(d_model, eps)
+        self.activation = activation
+        self.weight = weight
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
 
     def transform(self, x: Tensor) -> Tensor:
+        """What the output matrix is applied to, (..., D)."""
         return self.norm(activate(self.dense(x), self.activation))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(self.transform(x), self.weight, self.bias)
+        return F.linear(self.transform(x), self.weight, self.bias)  # (..., V)
 
 
 class EmbeddingHead(nn.Module):
@@ -146,4 +185,6 @@ class EmbeddingHead(nn.Module):
         self.normalize = normalize
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(x, dim=-1) if self.normalize else x
+        if not self.normalize:
+            return x
+        return F.normalize(x, dim=-1)

@@ -18,11 +18,13 @@ from ..._files import read_json, write_json
 from ..._shapes import shown
 
 FILE = "preprocessor_config.json"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 RESAMPLINGS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # Pillow's numbers
 MAX_SIDE = 4096  # pixels; more is damaged, and an image would take hundreds of megabytes
-WARPS_FROM = 384  # pixels; ConvNeXt's processor
-# What would change the pixels if it were otherwise.
+WARPS_FROM = 384  # pixels; from here on ConvNeXt's processor squeezes
+CROP_PCT = 224 / 256  # what ConvNeXt's processor and timm take where `crop_pct` is silent
+# Steps that would change the pixels if they were otherwise, and the values for which they don't.
 REQUIRED = {
     "do_resize": (True,), "do_rescale": (True,), "rescale_factor": (1 / 255, 0.00392156862745098),
     "do_flip_channel_order": (False, None), "do_pad": (False, None),
@@ -31,17 +33,13 @@ REQUIRED = {
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """How an image becomes (C, size, size): scaled to `edge` on its short side, `size` cut out of the middle.
+    """How an image becomes (C, size, size); the defaults are those that ResNets are commonly evaluated with."""
 
-    `squeeze`: scaled to edge × edge, whatever its shape. `resample` is Pillow's number of the filter. `mean` and `std`,
-    one a channel, are those of values between 0 and 1.
-    """
-
-    size: int = 224
-    edge: int = 256
-    squeeze: bool = False
-    resample: int = 3
-    mean: tuple[float, ...] = IMAGENET_MEAN
+    size: int = 224  # pixels a side, cut out of the middle
+    edge: int = 256  # pixels of the short side that the image is scaled to first
+    squeeze: bool = False  # scaled to edge × edge instead, whatever its shape
+    resample: int = 3  # Pillow's number of the filter
+    mean: tuple[float, ...] = IMAGENET_MEAN  # one a channel, of values between 0 and 1
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
@@ -60,12 +58,13 @@ class ImageProcessor:
 
     def at(self, size: int) -> "ImageProcessor":
         """The same at another size; what is cut off stays in proportion."""
-        edge = size * self.edge // self.size
-        return ImageProcessor(size, edge, self.squeeze, self.resample, self.mean, self.std)
+        return replace(self, size=size, edge=size * self.edge // self.size)
 
     def grey(self) -> "ImageProcessor":
         """The same for one channel, whose mean and deviation are the means of those of the three, as in timm."""
-        return replace(self, mean=(sum(self.mean) / len(self.mean),), std=(sum(self.std) / len(self.std),))
+        mean = sum(self.mean) / len(self.mean)
+        std = sum(self.std) / len(self.std)
+        return replace(self, mean=(mean,), std=(std,))
 
     @classmethod
     def read(cls, folder: Path, config: dict[str, Any], n_channels: int = 3) -> "ImageProcessor | None":
@@ -78,7 +77,8 @@ class ImageProcessor:
         try:
             if path.exists():
                 return cls(**_from_processor(read_json(path), n_channels))
-            if isinstance(timm := config.get("pretrained_cfg"), dict):
+            timm = config.get("pretrained_cfg")
+            if isinstance(timm, dict):
                 path = folder / "config.json"
                 return cls(**_from_timm(timm, n_channels))
         except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
@@ -107,58 +107,83 @@ class ImageProcessor:
 
 
 def _from_processor(stored: dict[str, Any], n_channels: int) -> dict[str, Any]:
+    """The fields of `ImageProcessor` in preprocessor_config.json."""
     for field, accepted in REQUIRED.items():
         if stored.get(field, accepted[0]) not in accepted:
             raise ValueError(f"{field} = {stored[field]!r} is not implemented")
     if not stored.get("do_normalize", True):
         stored = {**stored, "image_mean": 0.0, "image_std": 1.0}
-    mean, std = (_channels(field, stored.get(field), n_channels) for field in ("image_mean", "image_std"))
-    kind = str(stored.get("image_processor_type", stored.get("feature_extractor_type")))
-    default = {"resample": 3} if kind.startswith(("ConvNext", "Bit")) else {}
-    out = {"mean": mean, "std": std, "resample": int({**default, **stored}["resample"])}
+
+    mean = _channels("image_mean", stored.get("image_mean"), n_channels)
+    std = _channels("image_std", stored.get("image_std"), n_channels)
+    class_name = str(stored.get("image_processor_type", stored.get("feature_extractor_type")))
+    if class_name.startswith(("ConvNext", "Bit")):
+        stored = {"resample": 3, **stored}
+    return {"mean": mean, "std": std, "resample": int(stored["resample"]), **_framing(stored, class_name)}
+
+
+def _framing(stored: dict[str, Any], class_name: str) -> dict[str, Any]:
+    """Which part of an image is seen: `size`, `edge` and `squeeze`, as the processor of this class understands them."""
     size = stored["size"]
     if isinstance(size, dict):
         size = {side: pixels for side, pixels in size.items() if pixels is not None}
-    if isinstance(size, dict) and set(size) not in ({"shortest_edge"}, {"height", "width"}):
-        raise ValueError(f"size = {size} is not implemented; known: shortest_edge alone, or height and width")
+        if set(size) not in ({"shortest_edge"}, {"height", "width"}):
+            raise ValueError(f"size = {size} is not implemented; known: shortest_edge alone, or height and width")
+
     squeeze = isinstance(size, dict) and "height" in size
-    edge = _square("size", size) if squeeze else int(size["shortest_edge"] if isinstance(size, dict) else size)
-    if kind.startswith("ConvNext"):
+    if isinstance(size, dict) and not squeeze:
+        edge = int(size["shortest_edge"])
+    else:
+        edge = _square("size", size)
+
+    # ConvNeXt's `size` is what is left of the image, and not what it is scaled to.
+    if class_name.startswith("ConvNext"):
         if squeeze or stored.get("do_center_crop"):
             crop = stored.get("do_center_crop", False)
-            raise ValueError(f"size = {size}, do_center_crop = {crop} of a {kind} is not implemented")
+            raise ValueError(f"size = {size}, do_center_crop = {crop} of a {class_name} is not implemented")
         if edge >= WARPS_FROM:
-            return {**out, "size": edge, "edge": edge, "squeeze": True}
-        return {**out, "size": edge, "edge": int(edge / (stored.get("crop_pct") or 224 / 256))}
-    if stored.get("do_center_crop", kind.startswith("Bit")):
-        return {**out, "size": _square("crop_size", stored["crop_size"]), "edge": edge, "squeeze": squeeze}
+            return {"size": edge, "edge": edge, "squeeze": True}
+        return {"size": edge, "edge": int(edge / (stored.get("crop_pct") or CROP_PCT))}
+
+    if stored.get("do_center_crop", class_name.startswith("Bit")):
+        return {"size": _square("crop_size", stored["crop_size"]), "edge": edge, "squeeze": squeeze}
     if not squeeze:
         raise ValueError(f"size = {size} without do_center_crop, images of several shapes, is not implemented")
-    return {**out, "size": edge, "edge": edge, "squeeze": True}
+    return {"size": edge, "edge": edge, "squeeze": True}
 
 
 def _square(field: str, size: Any) -> int:
     """The side of a square that is given as a number, or as height and width."""
-    sides = [size["height"], size["width"]] if isinstance(size, dict) else [size, size]
-    if sides[0] != sides[1]:
+    if not isinstance(size, dict):
+        return int(size)
+    if size["height"] != size["width"]:
         raise ValueError(f"{field} = {size} is not a square, which is not implemented")
-    return int(sides[0])
+    return int(size["height"])
 
 
 def _channels(field: str, values: Any, n_channels: int) -> tuple[float, ...]:
     """One value a channel; a number is for all of them."""
-    values = [values] * n_channels if isinstance(values, int | float) else values
+    if isinstance(values, int | float):
+        values = [values] * n_channels
     if not isinstance(values, list | tuple) or len(values) != n_channels:
         raise ValueError(f"{field} = {values!r}: expected one value for each of the model's {n_channels} channels")
     return tuple(values)
 
 
 def _from_timm(stored: dict[str, Any], n_channels: int) -> dict[str, Any]:
-    size, crop = int(stored["input_size"][-1]), stored.get("crop_pct") or 224 / 256
-    mode, resample = stored.get("crop_mode") or "center", stored.get("interpolation") or "bicubic"
-    if mode not in ("center", "squash") or resample not in RESAMPLINGS:
-        raise ValueError(f"crop_mode = {mode!r}, interpolation = {resample!r} is not implemented")
-    mean = _channels("mean", stored.get("mean") or IMAGENET_MEAN, n_channels)
-    std = _channels("std", stored.get("std") or IMAGENET_STD, n_channels)
-    out = {"mean": mean, "std": std, "resample": RESAMPLINGS[resample]}
-    return {**out, "size": size, "edge": int(size / crop), "squeeze": mode == "squash"}
+    """The fields of `ImageProcessor` in timm's `pretrained_cfg`, where null stands for timm's default, too."""
+    size = int(stored["input_size"][-1])
+    crop_pct = stored.get("crop_pct") or CROP_PCT
+    crop_mode = stored.get("crop_mode") or "center"
+    resample = stored.get("interpolation") or "bicubic"
+    if crop_mode not in ("center", "squash") or resample not in RESAMPLINGS:
+        raise ValueError(f"crop_mode = {crop_mode!r}, interpolation = {resample!r} is not implemented")
+
+    return {
+        "mean": _channels("mean", stored.get("mean") or IMAGENET_MEAN, n_channels),
+        "std": _channels("std", stored.get("std") or IMAGENET_STD, n_channels),
+        "resample": RESAMPLINGS[resample],
+        "size": size,
+        "edge": int(size / crop_pct),
+        "squeeze": crop_mode == "squash",
+    }

@@ -16,11 +16,14 @@ def initialize(module: nn.Module, std: float = 0.02) -> None:
     for child in module.modules():
         if isinstance(child, Linear | nn.Embedding):
             child.weight.normal_(0.0, std)
+
         for name, parameter in child.named_parameters(recurse=False):
             if name == "bias":
                 parameter.zero_()
-            elif parameter.dim() == 1:
+            elif parameter.dim() == 1:  # a norm's weight
                 parameter.fill_(1.0)
+
+    # In a second pass: a head comes before its own projection, which would be drawn over above.
     for child in module.modules():
         if isinstance(child, MLPHead) and child.scalar:
             child.out.weight.normal_(0.0, (child.out.in_features + 1) ** -0.5)

@@ -1,30 +1,32 @@
 """The keys and values that generation keeps."""
 
-import torch
 from torch import Tensor
 
 
 class KVCache:
     """Keys and values of the positions seen so far: for each layer two buffers (B, K, S, hd), filled from the left.
 
-    Heads come first, because the products of a single query with its keys read them so.
+    Heads come first, because the products of a single query with its keys read them so. Dtype and device are those of
+    the tensor `like`.
     """
 
     def __init__(self, n_layer: int, batch: int, length: int, n_kv_head: int, head_width: int, like: Tensor):
-        shape = (n_layer, 2, batch, n_kv_head, length, head_width)
-        self.buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
-        self.length = 0
+        self.buffer = like.new_empty(n_layer, 2, batch, n_kv_head, length, head_width)
+        self.length = 0  # positions filled so far; the model counts them up after its last layer
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, T, K, hd) of the next T positions; give all keys and values so far, as views."""
-        stop = self.length + k.shape[1]
-        keys, values = self.buffer[layer].transpose(2, 3)  # (B, S, K, hd)
-        keys[:, self.length : stop], values[:, self.length : stop] = k, v
+        start = self.length
+        stop = start + k.shape[1]
+        keys, values = self.buffer[layer].transpose(2, 3)  # (B, S, K, hd) each
+
+        keys[:, start:stop] = k
+        values[:, start:stop] = v
         return keys[:, :stop], values[:, :stop]
 
     def reorder(self, rows: Tensor) -> None:
-        """Go on with these rows (B,) in the place of the present ones, a row once, several times or not at all."""
-        kept = self.buffer[:, :, rows, :, : self.length]
+        """Go on with these rows (n,) in the place of the present ones, a row once, several times or not at all."""
+        filled = self.buffer[:, :, rows, :, : self.length]  # (n_layer, 2, n, K, length, hd), a copy
         if len(rows) != self.buffer.shape[2]:
-            self.buffer = self.buffer.new_empty((*kept.shape[:4], *self.buffer.shape[4:]))
-        self.buffer[:, :, :, :, : self.length] = kept
+            self.buffer = self.buffer.new_empty((*filled.shape[:4], *self.buffer.shape[4:]))
+        self.buffer[:, :, :, :, : self.length] = filled

@@ -23,24 +23,30 @@ class RelativeBias(nn.Module):
     def __init__(self, n_buckets: int, max_distance: int, n_head: int, bidirectional: bool):
         super().__init__()
         self.table = nn.Embedding(n_buckets, n_head)
-        self.n_buckets, self.max_distance, self.bidirectional = n_buckets, max_distance, bidirectional
+        self.n_buckets = n_buckets
+        self.max_distance = max_distance
+        self.bidirectional = bidirectional
 
     def forward(self, t: int, s: int) -> Tensor:
-        positions = torch.arange(s, device=self.table.weight.device)
-        found = buckets(positions - positions[s - t :, None], self.n_buckets, self.max_distance, self.bidirectional)
-        return self.table(found).permute(2, 0, 1)[None]
+        positions = torch.arange(s, device=self.table.weight.device)  # (S,)
+        distance = positions - positions[s - t :, None]  # (T, S)
+        index = buckets(distance, self.n_buckets, self.max_distance, self.bidirectional)  # (T, S)
+        return self.table(index).permute(2, 0, 1)[None]  # (1, H, T, S)
 
 
 def buckets(distance: Tensor, n_buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
     """The bucket of each distance (key − query), of any shape; without `bidirectional`, keys ahead fall into 0."""
     first = torch.zeros_like(distance)
     if bidirectional:
+        # The upper half of the buckets is for keys after the query.
         n_buckets //= 2
         first = (distance > 0).long() * n_buckets
         distance = distance.abs()
     else:
         distance = (-distance).clamp(min=0)
-    exact = n_buckets // 2
-    turns = torch.log(distance.clamp(min=1).float() / exact) / math.log(max_distance / exact)
-    far = (exact + (turns * (n_buckets - exact)).long()).clamp(max=n_buckets - 1)
-    return first + torch.where(distance < exact, distance, far)
+
+    # One bucket a distance up to half of them, then on a logarithmic scale from there to `max_distance`.
+    n_exact = n_buckets // 2
+    share = torch.log(distance.clamp(min=1).float() / n_exact) / math.log(max_distance / n_exact)
+    far = (n_exact + (share * (n_buckets - n_exact)).long()).clamp(max=n_buckets - 1)
+    return first + torch.where(distance < n_exact, distance, far)

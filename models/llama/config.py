@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..._shapes import shown
-from ..layers.config_fields import read_fields, refuse_wider
-from ..layers.rope_scaling import Llama3, Rope, read_rope, write_rope
+from ..layers.config_fields import read_fields, refuse_wider, write_fields
+from ..layers.rope_config import read_rope, write_rope
+from ..layers.rope_scaling import Llama3, Rope
 
 # The families, as transformers' classes begin, and the fields that not all of them have. In small letters: model_type.
 FAMILIES: dict[str, tuple[str, ...]] = {
@@ -31,40 +32,39 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes in the project's vocabulary. `n_kv_head` is n_head and `head_width` d_model / n_head where None.
-
-    `window`: a position sees so many, itself included, in all layers or in `window_layers` (their indices).
-    """
+    """Sizes in the project's vocabulary; the defaults are those of the first Llama of 7B, as in transformers."""
 
     vocab_size: int = 32000
-    max_positions: int = 2048
+    max_positions: int = 2048  # tokens of a row, as far as the rotation makes sense
     n_layer: int = 32
     n_head: int = 32
-    n_kv_head: int | None = None
+    n_kv_head: int | None = None  # None: n_head
     d_model: int = 4096
     d_ff: int = 11008
-    head_width: int | None = None
-    eps: float = 1e-6
+    head_width: int | None = None  # None: d_model / n_head
+    eps: float = 1e-6  # of the norms
     rope: Rope = field(default_factory=Rope)
-    tied: bool = False
-    family: str = "Llama"
-    attention_bias: bool = False
+    tied: bool = False  # the output matrix is the token embedding
+    family: str = "Llama"  # a key of FAMILIES
+    attention_bias: bool = False  # of q, k, v and o; Qwen2 has one for q, k and v in any case
     mlp_bias: bool = False
-    window: int | None = None
-    window_layers: tuple[int, ...] | None = None
+    window: int | None = None  # positions that a layer looks back, its own included; None: all
+    window_layers: tuple[int, ...] | None = None  # indices of the layers with a window; None: all
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ValueError(f"family {self.family!r} is unknown; known: {', '.join(FAMILIES)}")
         for name in OPTIONAL:
-            if (value := getattr(self, name)) not in (None, False) and name not in FAMILIES[self.family]:
+            value = getattr(self, name)
+            if value not in (None, False) and name not in FAMILIES[self.family]:
                 raise ValueError(f"{name} = {value!r}: there is no such thing in {self.family}")
         if self.head_width is None and self.d_model % self.n_head:
             raise ValueError(f"hidden_size {self.d_model} is not a multiple of num_attention_heads {self.n_head}")
+
         refuse_wider(self.n_head, self.width)
         if self.width % 2:
             raise ValueError(f"head_dim {self.width} is odd, but rotary positions turn pairs of entries")
-        if self.n_head % (self.n_kv_head or self.n_head):
+        if self.n_head % self.kv_heads:
             raise ValueError(
                 f"num_attention_heads {self.n_head} is not a multiple of num_key_value_heads {self.n_kv_head}"
             )
@@ -75,6 +75,11 @@ class LlamaConfig:
         return self.head_width or self.d_model // self.n_head
 
     @property
+    def kv_heads(self) -> int:
+        """Key/value heads."""
+        return self.n_kv_head or self.n_head
+
+    @property
     def qkv_bias(self) -> bool:
         return self.attention_bias or self.family == "Qwen2"
 
@@ -83,8 +88,10 @@ class LlamaConfig:
         return self.family == "Qwen3"
 
     def window_of(self, layer: int) -> int | None:
-        """How many positions this layer sees back; None for all."""
-        return self.window if self.window_layers is None or layer in self.window_layers else None
+        """How many positions this layer looks back, its own included; None for all."""
+        if self.window_layers is None or layer in self.window_layers:
+            return self.window
+        return None
 
 
 def _smol(n_layer: int, d_model: int, n_head: int, n_kv_head: int, d_ff: int) -> dict[str, Any]:
@@ -106,11 +113,11 @@ _MISTRAL = {"family": "Mistral", "max_positions": 32768, "n_kv_head": 8, "d_ff":
 
 
 def _qwen(
-    family: str, n_layer: int, d_model: int, n_head: int, n_kv_head: int, d_ff: int, max_positions: int, **rest: Any
+    family: str, n_layer: int, d_model: int, n_head: int, n_kv_head: int, d_ff: int, max_positions: int, **fields: Any
 ) -> dict[str, Any]:
     return {
         "family": family, "vocab_size": 151936, "max_positions": max_positions, "n_layer": n_layer, "n_head": n_head,
-        "n_kv_head": n_kv_head, "d_model": d_model, "d_ff": d_ff, "rope": Rope(1000000.0), "tied": True, **rest,
+        "n_kv_head": n_kv_head, "d_model": d_model, "d_ff": d_ff, "rope": Rope(1000000.0), "tied": True, **fields,
     }  # fmt: skip
 
 
@@ -157,7 +164,7 @@ _QWEN = {
     "vocab_size": 151936, "max_position_embeddings": 32768, "num_key_value_heads": 32, "intermediate_size": 22016,
     "sliding_window": 4096, "max_window_layers": 28, "use_sliding_window": False,
 }  # fmt: skip
-SILENT: dict[str, dict[str, Any]] = {
+UPSTREAM_DEFAULTS: dict[str, dict[str, Any]] = {
     "Llama": {"max_position_embeddings": 2048},
     "Mistral": {
         "max_position_embeddings": 131072, "num_key_value_heads": 8, "intermediate_size": 14336, "sliding_window": 4096,
@@ -165,22 +172,31 @@ SILENT: dict[str, dict[str, Any]] = {
     "Qwen2": _QWEN,
     "Qwen3": {**_QWEN, "head_dim": 128},
 }  # fmt: skip
-NULLS = ("num_key_value_heads", "head_dim", "sliding_window")  # null says something here, elsewhere nothing
+# null says something in these fields: it doesn't stand for the default, as it does elsewhere.
+NULLABLE = ("num_key_value_heads", "head_dim", "sliding_window")
+
+
+def config_keys(family: str) -> dict[str, str]:
+    """Published field → ours, for the fields that the family has."""
+    return {theirs: ours for theirs, ours in CONFIG_KEYS.items() if ours not in OPTIONAL or ours in FAMILIES[family]}
 
 
 def read_config(published: dict[str, Any]) -> LlamaConfig:
     """The configuration in a published config.json. ValueError for what is not implemented, by name and value."""
     family = published.get("model_type", "llama").capitalize()
-    given = {key: value for key, value in published.items() if value is not None}
-    for key, value in SILENT[family].items():
-        if not (key in published and key in NULLS):
-            given.setdefault(key, value)
-    keys = {theirs: ours for theirs, ours in CONFIG_KEYS.items() if ours not in OPTIONAL or ours in FAMILIES[family]}
-    if "window_layers" in FAMILIES[family] and not _switch(given):
+    settings = {key: value for key, value in published.items() if value is not None}
+    for key, value in UPSTREAM_DEFAULTS[family].items():
+        if key not in published or key not in NULLABLE:
+            settings.setdefault(key, value)
+
+    keys = config_keys(family)
+    if "window_layers" in FAMILIES[family] and not _use_sliding_window(settings):
         del keys["sliding_window"]
-    config = LlamaConfig(**read_fields(LlamaConfig, given, keys), family=family)
-    layers = _window_layers(given, config)
-    rope = read_rope(given, config.width)
+    config = LlamaConfig(**read_fields(LlamaConfig, settings, keys), family=family)
+
+    # These depend on the sizes: which layers have a window, and how the rotation is scaled.
+    layers = _window_layers(settings, config)
+    rope = read_rope(settings, config.width)
     return replace(
         config,
         rope=rope,
@@ -190,42 +206,44 @@ def read_config(published: dict[str, Any]) -> LlamaConfig:
     )
 
 
-def _switch(given: dict[str, Any]) -> bool:
-    """Qwen's `use_sliding_window`."""
-    value = given["use_sliding_window"]
+def _use_sliding_window(settings: dict[str, Any]) -> bool:
+    """Qwen's switch, without which its `sliding_window` counts for nothing."""
+    value = settings["use_sliding_window"]
     if not isinstance(value, bool):
         raise ValueError(f"use_sliding_window = {value!r}: expected true or false")
     return value
 
 
-def _window_layers(given: dict[str, Any], config: LlamaConfig) -> tuple[int, ...]:
+def _window_layers(settings: dict[str, Any], config: LlamaConfig) -> tuple[int, ...]:
     """Indices of the layers with a window."""
-    some = "window_layers" in FAMILIES[config.family]
-    first = given["max_window_layers"] if some else 0
+    selectable = "window_layers" in FAMILIES[config.family]
+    first = settings["max_window_layers"] if selectable else 0
     if not isinstance(first, int) or isinstance(first, bool) or first < 0:
         raise ValueError(f"max_window_layers = {first!r}: expected a number of layers")
     expected = tuple(range(first, config.n_layer)) if config.window else ()
-    kinds = given.get("layer_types")
-    if kinds is None:
+
+    types = settings.get("layer_types")
+    if types is None:
         return expected
-    if not isinstance(kinds, list) or len(kinds) != config.n_layer or any(each not in LAYER_TYPES for each in kinds):
-        raise ValueError(f"layer_types = {shown(kinds)}: expected {' or '.join(LAYER_TYPES)} for each of the layers")
-    layers = tuple(i for i, kind in enumerate(kinds) if kind == LAYER_TYPES[1])
+    if not isinstance(types, list) or len(types) != config.n_layer or any(each not in LAYER_TYPES for each in types):
+        raise ValueError(f"layer_types = {shown(types)}: expected {' or '.join(LAYER_TYPES)} for each of the layers")
+
+    layers = tuple(i for i, layer_type in enumerate(types) if layer_type == LAYER_TYPES[1])
     if layers and not config.window:
-        raise ValueError(f"layer_types = {shown(kinds)}: the window is missing (sliding_window, use_sliding_window)")
-    if layers != expected and not some:
-        raise ValueError(f"layer_types = {shown(kinds)} is not implemented for {config.family}")
+        raise ValueError(f"layer_types = {shown(types)}: the window is missing (sliding_window, use_sliding_window)")
+    if layers != expected and not selectable:
+        raise ValueError(f"layer_types = {shown(types)} is not implemented for {config.family}")
     return layers
 
 
 def write_config(config: LlamaConfig) -> dict[str, Any]:
     """config.json as transformers writes it. Nothing is left out that would get another default."""
-    has = FAMILIES[config.family]
-    out = {theirs: getattr(config, ours) for theirs, ours in CONFIG_KEYS.items() if ours not in OPTIONAL or ours in has}
-    out |= {"num_key_value_heads": config.n_kv_head or config.n_head, "head_dim": config.width, "hidden_act": "silu"}
-    if config.head_width is None and "head_dim" not in SILENT[config.family]:
+    out = write_fields(config, config_keys(config.family))
+    out |= {"num_key_value_heads": config.kv_heads, "head_dim": config.width, "hidden_act": "silu"}
+    if config.head_width is None and "head_dim" not in UPSTREAM_DEFAULTS[config.family]:
         del out["head_dim"]
-    if "window_layers" in has:
+
+    if "window_layers" in FAMILIES[config.family]:
         layers = [i for i in range(config.n_layer) if config.window_of(i)]
         out["use_sliding_window"] = bool(layers)
         out["max_window_layers"] = min(layers, default=config.n_layer)

@@ -11,6 +11,9 @@ in `config.py`. Norms are RMSNorm.
 
 q, k, v are one product here, and so are gate and up; published checkpoints store them one by one. The order of the
 entries in a head is that of the Hugging Face layout: a pair that turns together lies hd/2 apart.
+
+Shapes: B rows, T tokens, S cached and new tokens, D width, H query heads and K key/value heads of width hd, F
+feed-forward width, V vocabulary, C classes, n positions that are asked for. Packed, B is 1 and T all tokens.
 """
 
 from typing import Any, ClassVar
@@ -19,13 +22,21 @@ from torch import Tensor, nn
 
 from ...kernels import Linear, RMSNorm, attention, feed_forward, norm_linear, rope
 from ..layers.config_fields import overridden
-from ..layers.heads import BY_TEXT, EmbeddingHead, MLPHead, last_unpadded, n_outputs, pool_tokens
+from ..layers.heads import BY_TEXT, decoder_head, last_unpadded, pool_tokens
 from ..layers.initialization import initialize
-from ..layers.inputs import ALL, check_length, key_bias, positions
-from ..layers.key_map import TIED, CheckpointKey
+from ..layers.inputs import ALL_LAYERS, check_length, key_bias, positions
+from ..layers.key_map import TIED, CheckpointKey, head_key_map
 from ..layers.kv_cache import KVCache
 from ..tokenizer.special_tokens import SpecialTokens
 from .config import PRESETS, LlamaConfig, read_config, write_config
+
+# Our projections, and the published modules whose rows make each of them up.
+PROJECTIONS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
 
 
 class Embed(nn.Module):
@@ -45,14 +56,20 @@ class Block(nn.Module):
     def __init__(self, config: LlamaConfig, index: int):
         super().__init__()
         d, f, hd = config.d_model, config.d_ff, config.width
-        self.index, self.head_width, self.window = index, hd, config.window_of(index)
-        self.head_keys = (config.n_head, config.n_kv_head or config.n_head, config.n_kv_head or config.n_head)
-        q, k, v = (h * hd for h in self.head_keys)
-        self.norm1, self.norm2 = RMSNorm(d, config.eps), RMSNorm(d, config.eps)
-        self.qkv = Linear(d, q + k + v, config.qkv_bias, parts=(("q_proj", q), ("k_proj", k), ("v_proj", v)))
+        q_width = config.n_head * hd
+        kv_width = config.kv_heads * hd
+
+        self.index = index
+        self.head_width = hd
+        self.qkv_heads = (config.n_head, config.kv_heads, config.kv_heads)
+        self.window = config.window_of(index)
+        self.norm1 = RMSNorm(d, config.eps)
+        self.norm2 = RMSNorm(d, config.eps)
+        qkv_parts = (("q_proj", q_width), ("k_proj", kv_width), ("v_proj", kv_width))
+        self.qkv = Linear(d, q_width + 2 * kv_width, config.qkv_bias, parts=qkv_parts)
         self.q_norm = RMSNorm(hd, config.eps) if config.qk_norm else None
         self.k_norm = RMSNorm(hd, config.eps) if config.qk_norm else None
-        self.o = Linear(q, d, config.attention_bias)
+        self.o = Linear(q_width, d, config.attention_bias)
         self.gate_up = Linear(d, 2 * f, config.mlp_bias, parts=(("gate_proj", f), ("up_proj", f)))
         self.down = Linear(f, d, config.mlp_bias)
         self.recompute = False  # see kernels/mlp.py
@@ -65,21 +82,30 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
         cache: KVCache | None,
-        read: Tensor | None = None,
+        positions_to_return: Tensor | None = None,
     ) -> Tensor:
+        """The stream x (B, T, D) after this layer; `tables` are cosine and sine, `bias` as `attention` takes it."""
         qkv = norm_linear(x, self.norm1, self.qkv).unflatten(-1, (-1, self.head_width))  # (B, T, H + 2K, hd)
-        q, k, v = qkv.split(self.head_keys, dim=2)
+        q, k, v = qkv.split(self.qkv_heads, dim=2)  # (B, T, H, hd), (B, T, K, hd), (B, T, K, hd)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)  # which keep all of qkv for their backward pass
+            # The norms keep all of qkv for their backward pass, so that v may stay a view of it.
+            q = self.q_norm(q)
+            k = self.k_norm(k)
         else:
-            v = v.contiguous()  # or attention, which keeps v, would keep the q and k from before the rotation with it
+            # Attention keeps v; a view would keep the q and k from before the rotation alive with it.
+            v = v.contiguous()
         q, k = rope(q, k, *tables)
         if cache is not None:
-            k, v = cache.append(self.index, k, v)
+            k, v = cache.append(self.index, k, v)  # (B, S, K, hd) each
+
         out = attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, window=self.window, bias=bias)
-        out = out.flatten(2)
-        if read is not None:
-            x, out = x[:, read], out[:, read]
+        out = out.flatten(2)  # (B, T, H·hd)
+
+        # Every position was a key, but nobody reads what becomes of most of them behind the last layer.
+        if positions_to_return is not None:
+            x = x[:, positions_to_return]  # (B, n, D)
+            out = out[:, positions_to_return]  # (B, n, H·hd)
+
         x = x + self.o(out)
         return x + feed_forward(x, self.norm2, self.gate_up, "swiglu", self.down, self.recompute)
 
@@ -131,7 +157,10 @@ class Llama(nn.Module):
         super().__init__()
         if task not in self.architectures:
             raise ValueError(f"task {task!r}: Llama can do {', '.join(self.architectures)}")
-        self.config, self.task, self.labels, self.head_layers = config, task, labels, head_layers
+        self.config = config
+        self.task = task
+        self.labels = labels
+        self.head_layers = head_layers
         self.pooling = pooling
         self.tokens = SpecialTokens()
         self.source: str | None = None  # the folder or hub id that it was loaded from
@@ -139,15 +168,7 @@ class Llama(nn.Module):
         self.embed = Embed(config)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.eps)
-        self.head: nn.Module
-        if task == "causal-lm":
-            self.head = Linear(config.d_model, config.vocab_size, bias=False)
-        elif task == "embedding":
-            self.head = EmbeddingHead(normalize)
-        else:
-            bias = task in ("token-classification", "question-answering")
-            width = n_outputs(task, labels)
-            self.head = MLPHead(config.d_model, width, head_layers, bias, scalar=task == "reward")
+        self.head = decoder_head(config, task, labels, head_layers, normalize)
         self.tie()
 
     @classmethod
@@ -179,8 +200,8 @@ class Llama(nn.Module):
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `batch` rows of up to `length` positions."""
-        c, like = self.config, self.embed.tokens.weight
-        return KVCache(c.n_layer, batch, length, c.n_kv_head or c.n_head, c.width, like)
+        c = self.config
+        return KVCache(c.n_layer, batch, length, c.kv_heads, c.width, self.embed.tokens.weight)
 
     def hidden(
         self,
@@ -191,14 +212,15 @@ class Llama(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         cache: KVCache | None = None,
-        entering: Tensor | None = None,
-        layers: slice = ALL,
-        read: Tensor | None = None,
+        hidden_states: Tensor | None = None,
+        layer_range: slice = ALL_LAYERS,
+        positions_to_return: Tensor | None = None,
     ) -> Tensor:
         """States before the head (B, T, D) for token ids (B, T); `attention_mask` is (B, S), S counting the cache.
 
-        Only `layers`, where given, on the states (B, T, D) `entering` them; up to one, the states that enter it.
-        Only the states at the positions `read` (n,), where given, (B, n, D): the last layer feeds forward no others.
+        `layer_range` computes these layers only, and `hidden_states` (B, T, D) is what enters the first of them. A
+        range with an end gives what would enter the layer behind it, without the last norm. `positions_to_return` (n,)
+        gives the states of these positions only, (B, n, D): the last layer feeds forward no others.
 
         Llama knows no token types: `token_type_ids` are ignored. No table ends at `max_positions`, so that longer rows,
         or packed segments, would give states without meaning: they are refused (ValueError).
@@ -206,14 +228,22 @@ class Llama(nn.Module):
         past = cache.length if cache is not None else 0
         check_length(input_ids, cu_seqlens, max_seqlen, self.config.max_positions, past)
         if position_ids is None:
-            position_ids = positions(input_ids, attention_mask, cu_seqlens, past)
-        x, bias = self.embed(input_ids) if entering is None else entering, key_bias(attention_mask)
-        tables = self.config.rope.tables(position_ids, self.config.width)
-        for block in tuple(self.layers)[layers]:
-            x = block(x, tables, bias, cu_seqlens, max_seqlen, cache, read if block is self.layers[-1] else None)
+            position_ids = positions(input_ids, attention_mask, cu_seqlens, past)  # (B or 1, T)
+        tables = self.config.rope.tables(position_ids, self.config.width)  # (B, T, hd/2) or (T, hd/2) each
+        bias = key_bias(attention_mask)  # (B, 1, 1, S) or None
+
+        x = hidden_states
+        if x is None:
+            x = self.embed(input_ids)  # (B, T, D)
+        for block in tuple(self.layers)[layer_range]:
+            returned = positions_to_return if block is self.layers[-1] else None
+            x = block(x, tables, bias, cu_seqlens, max_seqlen, cache, returned)
+
         if cache is not None:
             cache.length += input_ids.shape[1]
-        return self.norm(x) if layers.stop is None else x
+        if layer_range.stop is not None:
+            return x
+        return self.norm(x)
 
     def pool(
         self,
@@ -230,54 +260,46 @@ class Llama(nn.Module):
         return states
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
-        """causal-lm (B, T, V); token-classification (B, T, C); question-answering (B, T, 2);
+        """The output of the task's head; `inputs` are further arguments of `hidden`.
 
-        sequence-classification (B, C) and reward (B,), read at the last token (`last_unpadded`); embedding (B, D).
-        `inputs`: of `hidden`.
+        causal-lm (B, T, V); token-classification (B, T, C); question-answering (B, T, 2); embedding (B, D);
+        sequence-classification (B, C) and reward (B,), both read at the last token (`last_unpadded`).
         """
         states = self.hidden(input_ids, attention_mask, **inputs)
         return self.head(self.pool(states, input_ids, attention_mask, inputs.get("cu_seqlens")))
 
     def key_map(self) -> dict[str, CheckpointKey]:
         """Our parameter names → their names in published checkpoints of this task."""
-        base = "" if self.task == "embedding" else self.base_prefix[0]
-        if self.task == "question-answering" and self.config.family != "Mistral":
-            base = self.base_prefix[1]
+        base, under_question_answering = self.base_prefix
+        if self.task == "embedding":
+            base = ""
+        elif self.task == "question-answering" and self.config.family != "Mistral":
+            base = under_question_answering
+
         table = {
             "embed.tokens.weight": CheckpointKey((f"{base}embed_tokens.weight",)),
             "norm.weight": CheckpointKey((f"{base}norm.weight",)),
         }
-        for i in range(len(self.layers)):
+        for i, block in enumerate(self.layers):
             layer = f"{base}layers.{i}"
             table[f"layers.{i}.norm1.weight"] = CheckpointKey((f"{layer}.input_layernorm.weight",))
             table[f"layers.{i}.norm2.weight"] = CheckpointKey((f"{layer}.post_attention_layernorm.weight",))
             if self.config.qk_norm:
                 table[f"layers.{i}.q_norm.weight"] = CheckpointKey((f"{layer}.self_attn.q_norm.weight",))
                 table[f"layers.{i}.k_norm.weight"] = CheckpointKey((f"{layer}.self_attn.k_norm.weight",))
-            for kind in ("weight", "bias"):
-                for ours, theirs, linear in self._projections(i):
-                    if kind == "weight" or linear.bias is not None:
-                        rows = tuple(part.size for part in linear.parts) if len(theirs) > 1 else ()
-                        names = tuple(f"{layer}.{name}.{kind}" for name in theirs)
-                        table[f"layers.{i}.{ours}.{kind}"] = CheckpointKey(names, rows)
-        if self.task == "causal-lm":
-            if not self.config.tied:
-                table["head.weight"] = CheckpointKey(("lm_head.weight",))
-            return table
-        name = "qa_outputs" if self.task == "question-answering" else "score"
-        for key, _ in self.head.named_parameters():
-            table[f"head.{key}"] = CheckpointKey((f"{name}.{key.removeprefix('out.')}",))
-        return table
 
-    def _projections(self, index: int) -> list[tuple[str, tuple[str, ...], Linear]]:
-        """Our name, the published modules and the module of each projection of a block."""
-        block: Any = self.layers[index]
-        return [
-            ("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), block.qkv),
-            ("o", ("self_attn.o_proj",), block.o),
-            ("gate_up", ("mlp.gate_proj", "mlp.up_proj"), block.gate_up),
-            ("down", ("mlp.down_proj",), block.down),
-        ]
+            for tensor in ("weight", "bias"):
+                for ours, theirs in PROJECTIONS.items():
+                    linear: Any = block.get_submodule(ours)
+                    if tensor == "bias" and linear.bias is None:
+                        continue
+                    rows = tuple(part.size for part in linear.parts) if len(theirs) > 1 else ()
+                    names = tuple(f"{layer}.{name}.{tensor}" for name in theirs)
+                    table[f"layers.{i}.{ours}.{tensor}"] = CheckpointKey(names, rows)
+
+        if self.task == "causal-lm" and self.config.tied:
+            return table
+        return table | head_key_map(self.head, self.task, self.head_keys)
 
     @classmethod
     def read_config(cls, published: dict[str, Any]) -> LlamaConfig:

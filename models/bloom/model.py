@@ -12,75 +12,35 @@ of two below, and then, until there are enough, every other one of those of the 
 2⁻⁸, and 2⁻¹). There is no table of positions, so no row is too long.
 
 Published checkpoints store the rows of `query_key_value` head by head, (H, 3, hd), where ours are (3, H, hd): the key
-map and the adapter files sort them. They leave out the tied `lm_head`, come with or without `transformer.` in front,
-and spell sizes in two ways (`hidden_size`, `n_embed`; `n_head`, `num_attention_heads`). `pretraining_tp` tells how the
-training was spread over GPUs and changes nothing, but with `slow_but_exact`: transformers then leaves two biases out.
-`n_inner`, `offset_alibi`, `seq_length` and the names of fused kernels (`masked_softmax_fusion`, …) have no effect there
-either. Dropout is not applied; adapters have theirs.
+map and the adapter files sort them. They leave out the tied `lm_head`, and come with or without `transformer.` in
+front. Dropout is not applied; adapters have theirs.
+
+Shapes: B rows, T tokens, S cached and new tokens, D width, H heads of width hd, V vocabulary, C classes, n positions
+that are asked for. Packed, B is 1 and T all tokens.
 """
 
-from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels import LayerNorm, Linear, attention, feed_forward, norm_linear
-from .layers.config_fields import overridden, own_spelling, read_fields
-from .layers.heads import BY_TEXT, EmbeddingHead, MLPHead, last_unpadded, n_outputs, pool_tokens
-from .layers.initialization import initialize
-from .layers.inputs import ALL, key_bias
-from .layers.key_map import TIED, CheckpointKey
-from .layers.kv_cache import KVCache
-from .tokenizer.special_tokens import SpecialTokens
-
-
-@dataclass(frozen=True)
-class BloomConfig:
-    """Sizes in the project's vocabulary; the feed-forward is 4 d_model wide."""
-
-    vocab_size: int = 250880
-    n_layer: int = 24
-    n_head: int = 16
-    d_model: int = 1024
-    eps: float = 1e-5
-    tied: bool = True
-    max_positions: ClassVar[None] = None  # distances have no end
-
-    def __post_init__(self) -> None:
-        if self.d_model % self.n_head:
-            raise ValueError(f"hidden_size {self.d_model} is not a multiple of n_head {self.n_head}")
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "bloom-560m": {},
-    "bloom-1b1": {"d_model": 1536},
-    "bloom-1b7": {"d_model": 2048},
-    "bloom-3b": {"n_layer": 30, "n_head": 32, "d_model": 2560},
-    "bloom-7b1": {"n_layer": 30, "n_head": 32, "d_model": 4096},
-    "bloom-176b": {"n_layer": 70, "n_head": 112, "d_model": 14336},  # the hub calls it bloom
-}
-
-# published field -> ours
-CONFIG_KEYS = {
-    "vocab_size": "vocab_size",
-    "n_layer": "n_layer",
-    "n_head": "n_head",
-    "hidden_size": "d_model",
-    "layer_norm_epsilon": "eps",
-    "tie_word_embeddings": "tied",
-}
-ALIASES = {"n_embed": "hidden_size", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
-# What transformers takes where config.json is silent, if that is not what BloomConfig takes.
-SILENT = {"n_layer": 2, "n_head": 8, "hidden_size": 64}
+from ...kernels import LayerNorm, Linear, attention, feed_forward, norm_linear
+from ..layers.config_fields import overridden
+from ..layers.heads import BY_TEXT, decoder_head, last_unpadded, pool_tokens
+from ..layers.initialization import initialize
+from ..layers.inputs import ALL_LAYERS, key_bias
+from ..layers.key_map import TIED, CheckpointKey, head_key_map
+from ..layers.kv_cache import KVCache
+from ..tokenizer.special_tokens import SpecialTokens
+from .config import PRESETS, BloomConfig, read_config, write_config
 
 
 def alibi_slopes(n_head: int, device: torch.device | None = None) -> Tensor:
     """How steeply the scores of each head fall with the distance, (H,) fp32; see above."""
-    power = 2 ** (n_head.bit_length() - 1)
-    regular = torch.arange(1, power + 1, device=device) / power
-    between = (2 * torch.arange(n_head - power, device=device) + 1) / (2 * power)
-    return torch.exp2(-8 * torch.cat((regular, between)))
+    power = 2 ** (n_head.bit_length() - 1)  # the power of two below, or H itself
+    regular = torch.arange(1, power + 1, device=device) / power  # (power,)
+    between = (2 * torch.arange(n_head - power, device=device) + 1) / (2 * power)  # (H − power,)
+    return torch.exp2(-8 * torch.cat((regular, between)))  # (H,)
 
 
 def mask_bias(attention_mask: Tensor | None, slopes: Tensor) -> Tensor | None:
@@ -90,14 +50,19 @@ def mask_bias(attention_mask: Tensor | None, slopes: Tensor) -> Tensor | None:
     differ by the same number for all real keys of a row; that adds a constant to the scores of a query, and softmax
     doesn't see it. Only where padding stands between real tokens is there something to correct: (B, H, 1, S), float.
     """
-    seen = key_bias(attention_mask)
-    if seen is None or attention_mask is None:
+    visible = key_bias(attention_mask)  # (B, 1, 1, S)
+    if visible is None or attention_mask is None:
         return None
-    real = attention_mask.long()
-    if not bool((real.diff(dim=1).clamp(min=0).sum(1) + real[:, 0] > 1).any()):
-        return seen
+
+    # A row has a hole where real tokens begin more than once: a 1 behind a 0, or in the first column.
+    real = attention_mask.long()  # (B, S)
+    n_runs = real.diff(dim=1).clamp(min=0).sum(1) + real[:, 0]  # (B,)
+    if not bool((n_runs > 1).any()):
+        return visible
+
     shift = real.cumsum(1) - torch.arange(real.shape[1], device=real.device)  # (B, S)
-    return (slopes[:, None, None] * shift[:, None, None]).masked_fill(~seen, torch.finfo(slopes.dtype).min)
+    bias = slopes[:, None, None] * shift[:, None, None]  # (B, H, 1, S)
+    return bias.masked_fill(~visible, torch.finfo(slopes.dtype).min)
 
 
 class Embed(nn.Module):
@@ -118,8 +83,10 @@ class Block(nn.Module):
     def __init__(self, config: BloomConfig, index: int):
         super().__init__()
         d = config.d_model
-        self.index, self.n_head = index, config.n_head
-        self.norm1, self.norm2 = LayerNorm(d, config.eps), LayerNorm(d, config.eps)
+        self.index = index
+        self.n_head = config.n_head
+        self.norm1 = LayerNorm(d, config.eps)
+        self.norm2 = LayerNorm(d, config.eps)
         self.qkv = Linear(d, 3 * d)
         self.o = Linear(d, d)
         self.up = Linear(d, 4 * d)
@@ -134,16 +101,22 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
         cache: KVCache | None,
-        read: Tensor | None = None,
+        positions_to_return: Tensor | None = None,
     ) -> Tensor:
-        qkv = norm_linear(x, self.norm1, self.qkv)
-        q, k, v = qkv.unflatten(-1, (3, self.n_head, -1)).unbind(2)  # (B, T, H, hd)
+        """The stream x (B, T, D) after this layer; `slopes` are ALiBi's (H,), `bias` as `attention` takes it."""
+        qkv = norm_linear(x, self.norm1, self.qkv)  # (B, T, 3·D)
+        q, k, v = qkv.unflatten(-1, (3, self.n_head, -1)).unbind(2)  # (B, T, H, hd) each
         if cache is not None:
-            k, v = cache.append(self.index, k, v)
+            k, v = cache.append(self.index, k, v)  # (B, S, H, hd) each
+
         out = attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, bias=bias, alibi=slopes)
-        out = out.flatten(2)
-        if read is not None:
-            x, out = x[:, read], out[:, read]
+        out = out.flatten(2)  # (B, T, D)
+
+        # Every position was a key, but nobody reads what becomes of most of them behind the last layer.
+        if positions_to_return is not None:
+            x = x[:, positions_to_return]  # (B, n, D)
+            out = out[:, positions_to_return]  # (B, n, D)
+
         x = x + self.o(out)
         return x + feed_forward(x, self.norm2, self.up, "gelu_tanh", self.down, self.recompute)
 
@@ -193,7 +166,10 @@ class Bloom(nn.Module):
         super().__init__()
         if task not in self.architectures:
             raise ValueError(f"task {task!r}: BLOOM can do {', '.join(self.architectures)}")
-        self.config, self.task, self.labels, self.head_layers = config, task, labels, head_layers
+        self.config = config
+        self.task = task
+        self.labels = labels
+        self.head_layers = head_layers
         self.pooling = pooling
         self.tokens = SpecialTokens()
         self.source: str | None = None  # the folder or hub id that it was loaded from
@@ -201,15 +177,7 @@ class Bloom(nn.Module):
         self.embed = Embed(config)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = LayerNorm(config.d_model, config.eps)
-        self.head: nn.Module
-        if task == "causal-lm":
-            self.head = Linear(config.d_model, config.vocab_size, bias=False)
-        elif task == "embedding":
-            self.head = EmbeddingHead(normalize)
-        else:
-            bias = task in ("token-classification", "question-answering")
-            width = n_outputs(task, labels)
-            self.head = MLPHead(config.d_model, width, head_layers, bias, scalar=task == "reward")
+        self.head = decoder_head(config, task, labels, head_layers, normalize)
         self.tie()
 
     @classmethod
@@ -241,8 +209,8 @@ class Bloom(nn.Module):
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `batch` rows of up to `length` positions."""
-        c, like = self.config, self.embed.tokens.weight
-        return KVCache(c.n_layer, batch, length, c.n_head, c.d_model // c.n_head, like)
+        c = self.config
+        return KVCache(c.n_layer, batch, length, c.n_head, c.d_model // c.n_head, self.embed.tokens.weight)
 
     def hidden(
         self,
@@ -253,26 +221,34 @@ class Bloom(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         cache: KVCache | None = None,
-        entering: Tensor | None = None,
-        layers: slice = ALL,
-        read: Tensor | None = None,
+        hidden_states: Tensor | None = None,
+        layer_range: slice = ALL_LAYERS,
+        positions_to_return: Tensor | None = None,
     ) -> Tensor:
         """States before the head (B, T, D) for token ids (B, T); `attention_mask` is (B, S), S counting the cache.
 
-        Only `layers`, where given, on the states (B, T, D) `entering` them; up to one, the states that enter it.
-        Only the states at the positions `read` (n,), where given, (B, n, D): the last layer feeds forward no others.
+        `layer_range` computes these layers only, and `hidden_states` (B, T, D) is what enters the first of them. A
+        range with an end gives what would enter the layer behind it, without the last norm. `positions_to_return` (n,)
+        gives the states of these positions only, (B, n, D): the last layer feeds forward no others.
 
         BLOOM knows neither token types nor positions: `token_type_ids` and `position_ids` are ignored. Distances count
         the real tokens between two.
         """
-        slopes = alibi_slopes(self.config.n_head, input_ids.device)
-        bias = mask_bias(attention_mask, slopes)
-        x = self.embed(input_ids) if entering is None else entering
-        for block in tuple(self.layers)[layers]:
-            x = block(x, slopes, bias, cu_seqlens, max_seqlen, cache, read if block is self.layers[-1] else None)
+        slopes = alibi_slopes(self.config.n_head, input_ids.device)  # (H,)
+        bias = mask_bias(attention_mask, slopes)  # (B, 1 or H, 1, S) or None
+
+        x = hidden_states
+        if x is None:
+            x = self.embed(input_ids)  # (B, T, D)
+        for block in tuple(self.layers)[layer_range]:
+            returned = positions_to_return if block is self.layers[-1] else None
+            x = block(x, slopes, bias, cu_seqlens, max_seqlen, cache, returned)
+
         if cache is not None:
             cache.length += input_ids.shape[1]
-        return self.norm(x) if layers.stop is None else x
+        if layer_range.stop is not None:
+            return x
+        return self.norm(x)
 
     def pool(
         self,
@@ -289,10 +265,10 @@ class Bloom(nn.Module):
         return states
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
-        """causal-lm (B, T, V); token-classification (B, T, C); question-answering (B, T, 2);
+        """The output of the task's head; `inputs` are further arguments of `hidden`.
 
-        sequence-classification (B, C) and reward (B,), read at the last token (`last_unpadded`); embedding (B, D).
-        `inputs`: of `hidden`.
+        causal-lm (B, T, V); token-classification (B, T, C); question-answering (B, T, 2); embedding (B, D);
+        sequence-classification (B, C) and reward (B,), both read at the last token (`last_unpadded`).
         """
         states = self.hidden(input_ids, attention_mask, **inputs)
         return self.head(self.pool(states, input_ids, attention_mask, inputs.get("cu_seqlens")))
@@ -311,32 +287,21 @@ class Bloom(nn.Module):
                 f"layers.{i}.up": f"h.{i}.mlp.dense_h_to_4h",
                 f"layers.{i}.down": f"h.{i}.mlp.dense_4h_to_h",
             }
+
         for ours, theirs in modules.items():
             by_head = (self.config.n_head, 3) if ours.endswith(".qkv") else None
-            for kind in ("weight", "bias"):
-                table[f"{ours}.{kind}"] = CheckpointKey((f"{base}{theirs}.{kind}",), interleaved=by_head)
-        if self.task == "causal-lm":
-            if not self.config.tied:
-                table["head.weight"] = CheckpointKey(("lm_head.weight",))
+            for tensor in ("weight", "bias"):
+                table[f"{ours}.{tensor}"] = CheckpointKey((f"{base}{theirs}.{tensor}",), interleaved=by_head)
+
+        if self.task == "causal-lm" and self.config.tied:
             return table
-        name = {"token-classification": "classifier", "question-answering": "qa_outputs"}.get(self.task, "score")
-        for key, _ in self.head.named_parameters():
-            table[f"head.{key}"] = CheckpointKey((f"{name}.{key.removeprefix('out.')}",))
-        return table
+        return table | head_key_map(self.head, self.task, self.head_keys)
 
     @classmethod
     def read_config(cls, published: dict[str, Any]) -> BloomConfig:
-        """The configuration in a published config.json. ValueError where that can't be, or is contradictory."""
-        given = {key: value for key, value in published.items() if value is not None}
-        if given.get("slow_but_exact") and given.get("pretraining_tp", 1) != 1:
-            raise ValueError(
-                f"slow_but_exact = true is not implemented with pretraining_tp = {given['pretraining_tp']!r}: it leaves"
-                " biases out; set it to false, as in the published checkpoints"
-            )
-        given = own_spelling(given, ALIASES)
-        return BloomConfig(**read_fields(BloomConfig, {**SILENT, **given}, CONFIG_KEYS))
+        """The configuration in a published config.json."""
+        return read_config(published)
 
     def write_config(self) -> dict[str, Any]:
         """config.json as transformers writes it."""
-        ours = asdict(self.config)
-        return {"model_type": "bloom", **{theirs: ours[name] for theirs, name in CONFIG_KEYS.items()}}
+        return write_config(self.config)

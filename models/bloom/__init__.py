@@ -1,0 +1,3 @@
+"""BLOOM."""
+
+from .model import Bloom as Bloom
