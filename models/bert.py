@@ -113,22 +113,28 @@ class Block(nn.Module):
         out = out.flatten(2)  # (B, T, D)
 
         x = self.norm1(self.o(out), residual=x)
-        hidden = self.up(x)  # (B, T, F)
-        return self.norm2(activation_linear(hidden, self.activation, self.down), residual=x)  # (B, T, D)
+        return self.norm2(activation_linear(self.up(x), self.activation, self.down), residual=x)  # through (B, T, F)
 
 
 class Bert(nn.Module):
-    """BERT with the head of a task (see `forward` for shapes)."""
+    """BERT with the head of a task (see `forward` for shapes).
+
+    `head_layers` counts the layers of a head that classifies; `pooling` and `normalize` are for embeddings.
+    """
 
     presets: ClassVar = PRESETS
+    # What stands in front of the base model's tensors in a checkpoint with a head.
     base_prefix = "bert."
     # Methods of training that mean another objective here than for most models.
     objectives: ClassVar[dict[str, str]] = {}
+    # Modules that see positions or distances, and no rows.
     position_modules: ClassVar[tuple[str, ...]] = ()
+    # What "attention" and "mlp" mean as targets of adapters.
     lora_targets: ClassVar = {
         "attention": ("layers.*.qkv", "layers.*.o"),
         "mlp": ("layers.*.up", "layers.*.down"),
     }
+    # transformers' class for each task, as config.json names it.
     architectures: ClassVar = {
         "masked-lm": "BertForMaskedLM",
         "sequence-classification": "BertForSequenceClassification",
@@ -137,7 +143,9 @@ class Bert(nn.Module):
         "question-answering": "BertForQuestionAnswering",
         "embedding": "BertModel",
     }
+    # Constants that some checkpoints carry.
     ignored_keys = ("*embeddings.position_ids",)
+    # The tasks that a stored head is for; the heads of other tasks are left out.
     head_keys: ClassVar = {
         "cls.predictions.*": ("masked-lm",),
         "cls.seq_relationship.*": (),  # the next-sentence head of pretraining
@@ -145,6 +153,7 @@ class Bert(nn.Module):
         "qa_outputs.*": ("question-answering",),
         "pooler.*": ("sequence-classification", "reward"),
     }
+    # What may be stored a second time: of which parameter it must be a copy, and what to say where it isn't.
     tied_keys: ClassVar = {
         "cls.predictions.decoder.weight": (
             "embed.tokens.weight",
@@ -152,6 +161,7 @@ class Bert(nn.Module):
         ),
         "cls.predictions.decoder.bias": ("head.bias", "cls.predictions.bias; take one of them out"),
     }
+    # Published fields that would change what is computed, and the values for which they don't.
     supported_config_values: ClassVar = {
         "position_embedding_type": ("absolute", None),
         "is_decoder": (False,),
@@ -171,6 +181,7 @@ class Bert(nn.Module):
         super().__init__()
         if task not in self.architectures:
             raise ValueError(f"task {task!r}: BERT can do {', '.join(self.architectures)}")
+
         self.config = config
         self.task = task
         self.labels = labels
@@ -179,6 +190,7 @@ class Bert(nn.Module):
         self.tokens = SpecialTokens()
         self.source: str | None = None  # the folder or hub id that it was loaded from
         self.head_is_new = True  # until a checkpoint fills it
+
         self.embed = Embed(config)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.head: nn.Module
@@ -292,10 +304,11 @@ class Bert(nn.Module):
             table["head.bias"] = CheckpointKey(("cls.predictions.bias",), also=("cls.predictions.decoder.bias",))
             return table
 
-        # The pooler is published beside the encoder, not under the head's name.
         table |= head_key_map(self.head, self.task, self.head_keys)
-        for key in table.keys() & {"head.pooler.weight", "head.pooler.bias"}:
-            table[key] = CheckpointKey((f"{self.base_prefix}pooler.dense.{key.removeprefix('head.pooler.')}",))
+        # The pooler is published beside the encoder, not under the head's name.
+        if "head.pooler.weight" in table:
+            for tensor in ("weight", "bias"):
+                table[f"head.pooler.{tensor}"] = CheckpointKey((f"{self.base_prefix}pooler.dense.{tensor}",))
         return table
 
     @classmethod

@@ -100,17 +100,24 @@ class Block(nn.Module):
 
 
 class GPT2(nn.Module):
-    """GPT-2 or GPT-3 with the head of a task (see `forward` for shapes)."""
+    """GPT-2 or GPT-3 with the head of a task (see `forward` for shapes).
+
+    `head_layers` counts the layers of a head that classifies; `pooling` and `normalize` are for embeddings.
+    """
 
     presets: ClassVar = PRESETS
+    # What stands in front of the base model's tensors in a checkpoint with a head.
     base_prefix = "transformer."
     # Methods of training that mean another objective here than for most models.
     objectives: ClassVar[dict[str, str]] = {}
+    # Modules that see positions or distances, and no rows.
     position_modules: ClassVar[tuple[str, ...]] = ()
+    # What "attention" and "mlp" mean as targets of adapters.
     lora_targets: ClassVar = {
         "attention": ("layers.*.qkv", "layers.*.o"),
         "mlp": ("layers.*.up", "layers.*.down"),
     }
+    # transformers' class for each task, as config.json names it.
     architectures: ClassVar = {
         "causal-lm": "GPT2LMHeadModel",
         "sequence-classification": "GPT2ForSequenceClassification",
@@ -119,14 +126,18 @@ class GPT2(nn.Module):
         "question-answering": "GPT2ForQuestionAnswering",
         "embedding": "GPT2Model",
     }
+    # Constants that some checkpoints carry.
     ignored_keys = ("*.attn.bias", "*.attn.masked_bias")
+    # The tasks that a stored head is for; the heads of other tasks are left out.
     head_keys: ClassVar = {
         "lm_head.*": ("causal-lm",),
         "score.*": ("sequence-classification", "reward"),
         "classifier.*": ("token-classification",),
         "qa_outputs.*": ("question-answering",),
     }
+    # What may be stored a second time: of which parameter it must be a copy, and what to say where it isn't.
     tied_keys: ClassVar = {"lm_head.weight": ("embed.tokens.weight", TIED)}
+    # Published fields that would change what is computed, and the values for which they don't.
     supported_config_values: ClassVar = {
         "add_cross_attention": (False,),
         "is_encoder_decoder": (False,),
@@ -145,6 +156,7 @@ class GPT2(nn.Module):
         super().__init__()
         if task not in self.architectures:
             raise ValueError(f"task {task!r}: GPT-2 can do {', '.join(self.architectures)}")
+
         self.config = config
         self.task = task
         self.labels = labels
@@ -153,6 +165,7 @@ class GPT2(nn.Module):
         self.tokens = SpecialTokens()
         self.source: str | None = None  # the folder or hub id that it was loaded from
         self.head_is_new = True  # until a checkpoint fills it
+
         self.embed = Embed(config)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = LayerNorm(config.d_model, config.eps)
@@ -226,6 +239,7 @@ class GPT2(nn.Module):
 
         bias = key_bias(attention_mask)  # (B, 1, 1, S) or None
         for block in tuple(self.layers)[layer_range]:
+            # Below the last layer every position is a key of the next one.
             returned = positions_to_return if block is self.layers[-1] else None
             x = block(x, bias, cu_seqlens, max_seqlen, cache, returned)
 

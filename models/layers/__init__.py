@@ -1,5 +1,8 @@
-"""What several architectures are made of: their inputs, caches, heads and positions, and how they are published.
+"""What several architectures are made of, and how it is published.
 
-`key_map.py` and `config_fields.py` say how weights and configurations are called elsewhere; the rest is what it is
-called.
+    inputs  kv_cache  heads  initialization                what enters, what is kept, what leaves, how weights begin
+    rope_scaling  relative_positions                       positions, as rotations and as biases
+    key_map  config_fields  rope_config  image_processor   weights and settings, as published checkpoints have them
+
+None of these files imports an architecture.
 """

@@ -131,10 +131,12 @@ def _framing(stored: dict[str, Any], class_name: str) -> dict[str, Any]:
             raise ValueError(f"size = {size} is not implemented; known: shortest_edge alone, or height and width")
 
     squeeze = isinstance(size, dict) and "height" in size
-    if isinstance(size, dict) and not squeeze:
+    if squeeze:
+        edge = _square("size", size)
+    elif isinstance(size, dict):
         edge = int(size["shortest_edge"])
     else:
-        edge = _square("size", size)
+        edge = int(size)
 
     # ConvNeXt's `size` is what is left of the image, and not what it is scaled to.
     if class_name.startswith("ConvNext"):
@@ -154,11 +156,12 @@ def _framing(stored: dict[str, Any], class_name: str) -> dict[str, Any]:
 
 def _square(field: str, size: Any) -> int:
     """The side of a square that is given as a number, or as height and width."""
-    if not isinstance(size, dict):
-        return int(size)
-    if size["height"] != size["width"]:
+    height = width = size
+    if isinstance(size, dict):
+        height, width = size["height"], size["width"]
+    if height != width:
         raise ValueError(f"{field} = {size} is not a square, which is not implemented")
-    return int(size["height"])
+    return int(height)
 
 
 def _channels(field: str, values: Any, n_channels: int) -> tuple[float, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 from .rope_scaling import SCALING_CLASSES, Dynamic, LongRope, Rope, Scaling
 
 # published field -> ours
-KEYS = {
+SCALING_KEYS = {
     "factor": "factor",
     "original_max_position_embeddings": "original",
     "attention_factor": "attention",
@@ -34,8 +34,8 @@ def read_rope(published: dict[str, Any], head_width: int) -> Rope:
     Raises ValueError for a kind of scaling or a field of it that is not implemented, and for a value without sense.
     """
     table = _merged_table(published)
-    older = table.pop("type", "default")
-    rope_type = table.pop("rope_type", older)
+    older_spelling = table.pop("type", "default")
+    rope_type = table.pop("rope_type", older_spelling)
     theta = table.pop("rope_theta", Rope.theta)
     rotary_share = table.pop("partial_rotary_factor", 1.0)
     if not _is_number(theta) or theta <= 1:
@@ -43,7 +43,7 @@ def read_rope(published: dict[str, Any], head_width: int) -> Rope:
     if rotary_share != 1.0:
         raise ValueError(f"partial_rotary_factor = {rotary_share!r} is not implemented; known: 1.0")
 
-    # What is left in the table are the scaling's own fields.
+    # What is left in the table must be fields of the scaling.
     known: set[str] = set()
     if rope_type != "default":
         if not isinstance(rope_type, str) or rope_type not in SCALING_CLASSES:
@@ -51,7 +51,7 @@ def read_rope(published: dict[str, Any], head_width: int) -> Rope:
             raise ValueError(f"rope_type = {rope_type!r} is not implemented; known: default, {known_types}")
         known = {field.name for field in fields(SCALING_CLASSES[rope_type])}
     for key, value in table.items():
-        if KEYS.get(key) not in known or (rope_type == "dynamic" and key == ORIGINAL):
+        if SCALING_KEYS.get(key) not in known or (rope_type == "dynamic" and key == ORIGINAL):
             raise ValueError(f"{key} = {value!r} is not implemented for rope_type = {rope_type!r}")
 
     if rope_type == "default":
@@ -80,7 +80,7 @@ def _read_scaling(rope_type: str, table: dict[str, Any], published: dict[str, An
         table = {**table, ORIGINAL: limit}
     elif rope_type != "linear":  # a field outside of the table goes first
         table = {**table, ORIGINAL: published.get(ORIGINAL) or table.get(ORIGINAL, limit)}
-    values = {KEYS[key]: _checked(key, value, head_width) for key, value in table.items()}
+    values = {SCALING_KEYS[key]: _checked(key, value, head_width) for key, value in table.items()}
 
     if rope_type == "dynamic" and head_width == 2:
         raise ValueError(
@@ -92,7 +92,7 @@ def _read_scaling(rope_type: str, table: dict[str, Any], published: dict[str, An
     scaling_class = SCALING_CLASSES[rope_type]
     for field in fields(scaling_class):
         if field.default is MISSING and field.name not in values:
-            key = next(theirs for theirs, ours in KEYS.items() if ours == field.name)
+            key = next(theirs for theirs, ours in SCALING_KEYS.items() if ours == field.name)
             raise ValueError(f"{key} is missing, which rope_type = {rope_type!r} needs")
     return scaling_class(**values)
 
@@ -135,7 +135,7 @@ def write_rope(rope: Rope) -> dict[str, Any]:
     rope_type = next(name for name, scaling_class in SCALING_CLASSES.items() if isinstance(scaling, scaling_class))
     defaults = {field.name: field.default for field in fields(scaling)}
     table: dict[str, Any] = {"rope_type": rope_type}
-    for theirs, ours in KEYS.items():
+    for theirs, ours in SCALING_KEYS.items():
         if ours not in defaults:
             continue
         value = getattr(scaling, ours)

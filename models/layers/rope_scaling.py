@@ -49,14 +49,14 @@ class Dynamic:
 
     def frequencies(self, theta: float, exponents: Tensor, position_ids: Tensor) -> Tensor:
         head_width = 2 * len(exponents)
-        length = (position_ids.max() + 1).clamp(min=self.original)
+        length = (position_ids.max() + 1).clamp(min=self.original)  # (), stays on the device
         growth = self.factor * length / self.original - (self.factor - 1)
         return 1.0 / (theta * growth ** (head_width / (head_width - 2))) ** exponents
 
 
 @dataclass(frozen=True)
 class Yarn:
-    """The slow pairs `factor` times slower. The defaults are the paper's.
+    """The slow pairs `factor` times slower; `fast` and `slow` are the paper's.
 
     Where `attention` is not given, it is 0.1 ln `factor` + 1, or, for DeepSeek's `mscale` and `mscale_all`,
     (0.1 mscale ln factor + 1) / (0.1 mscale_all ln factor + 1).

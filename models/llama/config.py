@@ -76,7 +76,7 @@ class LlamaConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Key/value heads."""
+        """Key/value heads, each shared by n_head / kv_heads query heads."""
         return self.n_kv_head or self.n_head
 
     @property

@@ -111,18 +111,25 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """A model of the Llama kind with the head of a task (see `forward` for shapes)."""
+    """A model of the Llama kind with the head of a task (see `forward` for shapes).
+
+    `head_layers` counts the layers of a head that classifies; `pooling` and `normalize` are for embeddings.
+    """
 
     presets: ClassVar = PRESETS
-    base_prefix = ("model.", "transformer.")  # the second is transformers' under question answering
+    # What stands in front of the base model's tensors in a checkpoint with a head; the second under question answering.
+    base_prefix = ("model.", "transformer.")
     # Methods of training that mean another objective here than for most models.
     objectives: ClassVar[dict[str, str]] = {}
+    # Modules that see positions or distances, and no rows.
     position_modules: ClassVar[tuple[str, ...]] = ()
+    # What "attention" and "mlp" mean as targets of adapters.
     lora_targets: ClassVar = {
         "attention": ("layers.*.qkv", "layers.*.o"),
         "mlp": ("layers.*.gate_up", "layers.*.down"),
     }
-    architectures: ClassVar = {  # {}: the family
+    # transformers' class for each task, as config.json names it; {} stands for the family.
+    architectures: ClassVar = {
         "causal-lm": "{}ForCausalLM",
         "sequence-classification": "{}ForSequenceClassification",
         "reward": "{}ForSequenceClassification",
@@ -130,13 +137,17 @@ class Llama(nn.Module):
         "question-answering": "{}ForQuestionAnswering",
         "embedding": "{}Model",
     }
+    # Constants that some checkpoints carry.
     ignored_keys = ("*rotary_emb.inv_freq",)
+    # The tasks that a stored head is for; the heads of other tasks are left out.
     head_keys: ClassVar = {
         "lm_head.*": ("causal-lm",),
         "score.*": ("sequence-classification", "reward", "token-classification"),
         "qa_outputs.*": ("question-answering",),
     }
+    # What may be stored a second time: of which parameter it must be a copy, and what to say where it isn't.
     tied_keys: ClassVar = {"lm_head.weight": ("embed.tokens.weight", TIED)}
+    # Published fields that would change what is computed, and the values for which they don't.
     supported_config_values: ClassVar = {
         "is_causal": (True, None),
         "hidden_act": ("silu",),
@@ -157,6 +168,7 @@ class Llama(nn.Module):
         super().__init__()
         if task not in self.architectures:
             raise ValueError(f"task {task!r}: Llama can do {', '.join(self.architectures)}")
+
         self.config = config
         self.task = task
         self.labels = labels
@@ -165,6 +177,7 @@ class Llama(nn.Module):
         self.tokens = SpecialTokens()
         self.source: str | None = None  # the folder or hub id that it was loaded from
         self.head_is_new = True  # until a checkpoint fills it
+
         self.embed = Embed(config)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.eps)
@@ -236,6 +249,7 @@ class Llama(nn.Module):
         if x is None:
             x = self.embed(input_ids)  # (B, T, D)
         for block in tuple(self.layers)[layer_range]:
+            # Below the last layer every position is a key of the next one.
             returned = positions_to_return if block is self.layers[-1] else None
             x = block(x, tables, bias, cu_seqlens, max_seqlen, cache, returned)
 
