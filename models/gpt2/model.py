@@ -95,7 +95,7 @@ class Block(nn.Module):
             x = x[:, positions_to_return]  # (B, n, D)
             out = out[:, positions_to_return]  # (B, n, H·hd)
 
-        x = x + self.o(out)
+        x = x + self.o(out)  # (B, T or n, D)
         return x + feed_forward(x, self.norm2, self.up, self.activation, self.down, self.recompute)
 
 
@@ -229,10 +229,11 @@ class GPT2(nn.Module):
         past = cache.length if cache is not None else 0
         check_length(input_ids, cu_seqlens, max_seqlen, self.config.max_positions, past)
 
+        if position_ids is None:
+            position_ids = positions(input_ids, attention_mask, cu_seqlens, past)  # (B or 1, T)
+
         x = hidden_states
         if x is None:
-            if position_ids is None:
-                position_ids = positions(input_ids, attention_mask, cu_seqlens, past)  # (B or 1, T)
             x = self.embed.tokens(input_ids) + self.embed.positions(position_ids)  # (B, T, D)
             if token_type_ids is not None:  # which GPT-2 looks up among the tokens
                 x = x + self.embed.tokens(token_type_ids)

@@ -225,7 +225,7 @@ def _window_layers(settings: dict[str, Any], config: LlamaConfig) -> tuple[int, 
     types = settings.get("layer_types")
     if types is None:
         return expected
-    if not isinstance(types, list) or len(types) != config.n_layer or any(each not in LAYER_TYPES for each in types):
+    if not isinstance(types, list) or len(types) != config.n_layer or not all(name in LAYER_TYPES for name in types):
         raise ValueError(f"layer_types = {shown(types)}: expected {' or '.join(LAYER_TYPES)} for each of the layers")
 
     layers = tuple(i for i, layer_type in enumerate(types) if layer_type == LAYER_TYPES[1])

@@ -106,7 +106,7 @@ class Block(nn.Module):
             x = x[:, positions_to_return]  # (B, n, D)
             out = out[:, positions_to_return]  # (B, n, H·hd)
 
-        x = x + self.o(out)
+        x = x + self.o(out)  # (B, T or n, D)
         return x + feed_forward(x, self.norm2, self.gate_up, "swiglu", self.down, self.recompute)
 
 
