@@ -15,7 +15,7 @@ BEGIN, END = "<!-- by docs/reading_path.py -->", "<!-- end -->"
 START = "handtune/commands/train.py"
 # What another path would be about. A folder stands for all that is in it.
 ELSEWHERE = {
-    "other families": ["models/bloom.py", "models/bert.py", "models/t5", "models/xlnet", "models/resnet"],
+    "other families": ["models/bloom", "models/bert.py", "models/t5", "models/xlnet", "models/resnet"],
     "other methods": [
         "engine/rlhf", "engine/tasks/preferences.py", "engine/tasks/permutation_lm.py", "engine/tasks/seq2seq.py",
         "engine/tasks/encoding.py", "engine/tasks/metrics.py", "engine/tasks/scores.py", "engine/tasks/tag_schemes.py",
