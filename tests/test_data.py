@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from handtune.engine.data.labels import label_ids, label_name
 from handtune.engine.data.readers import label_names, read_prompts, read_rows, row_shape, split_rows
-from handtune.engine.data.schema import label_ids, label_name
 from handtune.engine.data.tables import csv_records
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]

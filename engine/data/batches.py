@@ -9,8 +9,9 @@ padding is ever computed; positions restart with each row, and attention never c
 packing get them *padded*, with a mask; then rows of similar length are put together.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,6 +23,7 @@ from .candidates import candidates
 IGNORE = -100
 Batch = dict[str, Any]
 CollateFn = Callable[[list[Any]], Any]
+TokenRows = Sequence[Sequence[int]]
 
 
 class Examples(Protocol):
@@ -40,46 +42,42 @@ def example_size(example: Any) -> int:
     return sum(len(example[key]) for key in texts if key in example)
 
 
+@dataclass(eq=False, repr=False)
 class Batches:
-    """Steps over `examples` (a sequence), as lists of micro-batches made by `collate(list of examples)`.
+    """Steps over `examples`, as lists of micro-batches made by `collate(list of examples)`.
 
-    A step is `rows` examples, or as many as fit in `tokens` (at least one); a micro-batch likewise. Without `shuffle`
-    the order is the sequence's. `by_length` sorts within windows of 50 steps, for padded layouts; the order of steps
-    stays random. `size(example)` counts tokens. ValueError where a row counts none under a budget of tokens.
+    A step is `rows` examples, or as many as fit in `tokens` (at least one); a micro-batch likewise. ValueError where a
+    row counts no token under a budget of tokens.
     """
 
-    def __init__(
-        self,
-        examples: Examples,
-        collate: CollateFn,
-        *,
-        rows: int | None = None,
-        tokens: int | None = None,
-        micro_batch_size: int | None = None,
-        micro_batch_tokens: int | None = None,
-        shuffle: bool = True,
-        by_length: bool = False,
-        seed: int = 0,
-        size: Callable[[Any], int] = example_size,
-    ):
-        if (rows is None) == (tokens is None):
+    examples: Examples
+    collate: CollateFn
+    _: KW_ONLY
+    rows: int | None = None  # of a step
+    tokens: int | None = None  # of a step, in the place of `rows`
+    micro_batch_size: int | None = None  # rows; by default a step is one micro-batch
+    micro_batch_tokens: int | None = None
+    shuffle: bool = True  # each epoch anew; else the order is that of `examples`
+    by_length: bool = False  # sorts within windows of 50 steps, for padded layouts; the order of steps stays random
+    seed: int = 0
+    size: Callable[[Any], int] = example_size  # counts the tokens of an example
+    epoch: int = field(default=0, init=False)
+    position: int = field(default=0, init=False)  # steps of this epoch that were given out
+
+    def __post_init__(self) -> None:
+        limits = (self.rows, self.tokens, self.micro_batch_size, self.micro_batch_tokens)
+        if (self.rows is None) == (self.tokens is None):
             raise ValueError("a step needs a number of rows or a budget of tokens, one of the two")
-        if len(examples) == 0:
+        if len(self.examples) == 0:
             raise ValueError("there is no example to make batches of")
-        if any(limit is not None and limit < 1 for limit in (rows, tokens, micro_batch_size, micro_batch_tokens)):
+        if any(limit is not None and limit < 1 for limit in limits):
             raise ValueError("a step or micro-batch needs at least 1 row or token")
-        self.examples, self.collate, self.seed = examples, collate, seed
-        self.rows, self.tokens, self.micro_batch_size, self.micro_batch_tokens = (
-            rows,
-            tokens,
-            micro_batch_size,
-            micro_batch_tokens,
-        )
-        self.shuffle, self.by_length, self.size = shuffle, by_length, size
-        self.epoch = self.position = 0
-        counts_tokens = tokens or micro_batch_tokens or by_length
-        self._sizes = np.array([size(example) for example in examples]) if counts_tokens else None
-        if self._sizes is not None and (tokens or micro_batch_tokens) and not self._sizes.all():
+
+        # Counting reads every example once, so it is left out where only rows are counted.
+        has_budget = self.tokens or self.micro_batch_tokens
+        counted = self.examples if has_budget or self.by_length else ()
+        self._sizes = np.array([self.size(example) for example in counted])
+        if has_budget and not self._sizes.all():
             raise ValueError(
                 f"row {int((self._sizes == 0).argmax()) + 1} counts 0 tokens, so that no number of rows fills a budget "
                 "of tokens: give rows with input_ids, or cut by batch_size and micro_batch_size"
@@ -93,38 +91,46 @@ class Batches:
         """The rows of each step of an epoch."""
         order = np.arange(len(self.examples))
         if not self.shuffle:
-            return self._cut(order, self.rows, self.tokens)
+            return self._chunks(order, self.rows, self.tokens)
+
+        # The epoch is part of the seed: any epoch's order can be made again without those before it.
         generator = np.random.default_rng([self.seed, epoch])
         generator.shuffle(order)
         if not self.by_length:
-            return self._cut(order, self.rows, self.tokens)
-        assert self._sizes is not None
-        window = 50 * (self.rows or max(1, int(self.tokens or 0) // max(1, int(self._sizes.mean()))))
-        pieces = [order[start : start + window] for start in range(0, len(order), window)]
-        grouped = np.concatenate([piece[np.argsort(-self._sizes[piece], kind="stable")] for piece in pieces])
-        steps = self._cut(grouped, self.rows, self.tokens)
+            return self._chunks(order, self.rows, self.tokens)
+
+        # Longest first within a window of about 50 steps, so that the rows of a step need little padding.
+        rows_per_step = self.rows or max(1, int(self.tokens or 0) // max(1, int(self._sizes.mean())))
+        windows = np.split(order, range(50 * rows_per_step, len(order), 50 * rows_per_step))
+        grouped = np.concatenate([window[np.argsort(-self._sizes[window], kind="stable")] for window in windows])
+        steps = self._chunks(grouped, self.rows, self.tokens)
         return [steps[i] for i in generator.permutation(len(steps))]
 
-    def _cut(self, order: np.ndarray, rows: int | None, tokens: int | None) -> list[np.ndarray]:
-        """Cut into groups of at most `rows` examples and at most `tokens` tokens, but never fewer than one example."""
-        bounds, start, total = [], 0, 0
-        for i, row in enumerate(order):
-            size = int(self._sizes[row]) if tokens is not None and self._sizes is not None else 0
-            if i > start and (
-                (rows is not None and i - start >= rows) or (tokens is not None and total + size > tokens)
-            ):
+    def _chunks(self, order: np.ndarray, max_rows: int | None, max_tokens: int | None) -> list[np.ndarray]:
+        """Split into groups of at most `max_rows` examples and `max_tokens` tokens, but at least one example each."""
+        row_limit = max_rows or len(order)
+        token_limit = max_tokens or math.inf
+        sizes = self._sizes[order].tolist() if max_tokens else [0] * len(order)
+
+        bounds = []
+        start = n_tokens = 0
+        for i, size in enumerate(sizes):
+            if i > start and (i - start >= row_limit or n_tokens + size > token_limit):
                 bounds.append(i)
-                start, total = i, 0
-            total += size
+                start = i
+                n_tokens = 0
+            n_tokens += size
         return np.split(order, bounds)
 
     def __iter__(self) -> Iterator[list[Any]]:
         """The rest of the current epoch; afterwards the next epoch is the current one."""
         for step in self.plan(self.epoch)[self.position :]:
+            # Before the step is given out: a checkpoint taken during it goes on behind it.
             self.position += 1
-            micro = self._cut(step, self.micro_batch_size, self.micro_batch_tokens)
-            yield [self.collate([self.examples[int(i)] for i in rows]) for rows in micro]
-        self.epoch, self.position = self.epoch + 1, 0
+            micro_batches = self._chunks(step, self.micro_batch_size, self.micro_batch_tokens)
+            yield [self.collate([self.examples[int(i)] for i in rows]) for rows in micro_batches]
+        self.epoch += 1
+        self.position = 0
 
     def rewind(self) -> None:
         """Start over from the first epoch."""
@@ -140,43 +146,47 @@ class Batches:
                 f"the data has changed since the checkpoint: {len(self.examples)} examples instead of "
                 f"{state['examples']}; put the old data back, or choose another out"
             )
-        self.epoch, self.position = state["epoch"], state["position"]
+        self.epoch = state["epoch"]
+        self.position = state["position"]
 
 
-def packed(rows: Sequence[Sequence[int]], token_types: Sequence[Sequence[int]] | None = None) -> dict[str, Any]:
+def packed(rows: TokenRows, token_types: TokenRows | None = None) -> dict[str, Any]:
     """Model inputs for token rows laid end to end: input_ids and position_ids (1, N), cu_seqlens (n + 1,) int32."""
     lengths = [len(row) for row in rows]
-    bounds = np.concatenate(([0], np.cumsum(lengths)))
-    flat = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
-    positions = np.arange(len(flat)) - np.repeat(bounds[:-1], lengths)
+    bounds = np.concatenate(([0], np.cumsum(lengths)))  # (n + 1,)
+    positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)  # (N,), from 0 again in each row
     inputs: dict[str, Any] = {
-        "input_ids": torch.from_numpy(flat)[None],
-        "position_ids": torch.from_numpy(positions)[None],
+        "input_ids": _end_to_end(rows),
+        "position_ids": torch.from_numpy(positions)[None],  # (1, N)
         "cu_seqlens": torch.from_numpy(bounds.astype(np.int32)),
         "max_seqlen": max(lengths),
     }
     if token_types is not None:
-        inputs["token_type_ids"] = torch.from_numpy(
-            np.concatenate([np.asarray(t, dtype=np.int64) for t in token_types])
-        )[None]
+        inputs["token_type_ids"] = _end_to_end(token_types)
     return inputs
 
 
-def padded(
-    rows: Sequence[Sequence[int]], pad_id: int, token_types: Sequence[Sequence[int]] | None = None
-) -> dict[str, Any]:
+def _end_to_end(rows: Sequence[Any]) -> Tensor:
+    return torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]))[None]  # (1, N)
+
+
+def padded(rows: TokenRows, pad_id: int, token_types: TokenRows | None = None) -> dict[str, Any]:
     """Model inputs for token rows filled up on the right: input_ids and attention_mask (B, T)."""
-    shape = (len(rows), max(len(row) for row in rows))
-    ids, mask = np.full(shape, pad_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)], mask[i, : len(row)] = row, 1
-    inputs = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+    inputs = {
+        "input_ids": _filled_up(rows, pad_id),
+        "attention_mask": _filled_up([np.ones(len(row)) for row in rows], 0),
+    }
     if token_types is not None:
-        types = np.zeros(shape, dtype=np.int64)
-        for i, row in enumerate(token_types):
-            types[i, : len(row)] = row
-        inputs["token_type_ids"] = torch.from_numpy(types)
+        inputs["token_type_ids"] = _filled_up(token_types, 0)
     return inputs
+
+
+def _filled_up(rows: Sequence[Any], value: int) -> Tensor:
+    """Rows of numbers as one int64 tensor (B, T), the shorter ones filled up with `value` on the right."""
+    matrix = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)  # (B, T)
+    for i, row in enumerate(rows):
+        matrix[i, : len(row)] = row
+    return torch.from_numpy(matrix)
 
 
 @dataclass(frozen=True)
@@ -184,21 +194,26 @@ class Masking:
     """BERT's masked-LM noise: of `share` of the tokens, 80 % become [MASK], 10 % a random token, 10 % stay."""
 
     mask_id: int
-    vocab_size: int
-    special_ids: tuple[int, ...] = ()
-    share: float = 0.15
+    vocab_size: int  # random tokens are drawn from all of it
+    special_ids: tuple[int, ...] = ()  # these are never masked
+    share: float = 0.15  # of all tokens, as in BERT
 
     def __call__(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Noisy ids, the flat positions to predict (at least one), their true tokens. Draws from torch's generator."""
-        flat = ids.flatten()
+        flat = ids.flatten()  # (N,)
         special = torch.isin(flat, torch.tensor(self.special_ids, dtype=flat.dtype))
-        chance = torch.rand(flat.shape).masked_fill_(special, 2.0)
-        index = (chance < self.share).nonzero()[:, 0]
+
+        # Each token is predicted with probability `share`; special ones never are, as 2 is above any share.
+        draws = torch.rand(flat.shape).masked_fill_(special, 2.0)
+        index = (draws < self.share).nonzero()[:, 0]  # (n,)
         if len(index) == 0:
-            index = chance.argmin()[None]
-        targets, kind = flat[index], torch.rand(len(index))
-        noise = torch.where(kind < 0.8, self.mask_id, torch.randint(self.vocab_size, (len(index),)))
-        noisy = flat.index_copy(0, index, torch.where(kind < 0.9, noise, targets))
+            index = draws.argmin()[None]  # (1,)
+        targets = flat[index]
+
+        # A second draw tells what becomes of each: below 0.8 [MASK], below 0.9 a random token, else it stays.
+        draws = torch.rand(len(index))
+        noise = torch.where(draws < 0.8, self.mask_id, torch.randint(self.vocab_size, (len(index),)))
+        noisy = flat.index_copy(0, index, torch.where(draws < 0.9, noise, targets))
         return noisy.view_as(ids), index, targets
 
 
@@ -214,75 +229,68 @@ class Collate:
     `also_right` (B, C) says which others are no wrong answers (`candidates.py`).
     """
 
-    layout: str = "packed"
-    pad_id: int = 0
-    masking: Masking | None = None
+    layout: str = "packed"  # or "padded"
+    pad_id: int = 0  # fills the rows of the padded layout, whose mask hides it
+    masking: Masking | None = None  # makes the targets of masked-LM batches, which are packed
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
         first = examples[0]
         if "anchor" in first:
             return self._pairs(examples)
-        types = [example["token_type_ids"] for example in examples] if "token_type_ids" in first else None
-        inputs = self._inputs([example["input_ids"] for example in examples], types)
-        batch: Batch = {"inputs": inputs, "lengths": [len(example["input_ids"]) for example in examples]}
+
+        rows = [example["input_ids"] for example in examples]
+        token_types = [example["token_type_ids"] for example in examples] if "token_type_ids" in first else None
+        inputs = self._inputs(rows, token_types)
+        batch: Batch = {"inputs": inputs, "lengths": [len(row) for row in rows]}
+
+        # What is to be predicted: tokens, the row's class, a span in it.
         if self.masking is not None:
             if self.layout != "packed":
                 raise ValueError("masked-LM batches are packed; the padded layout would mask padding")
             inputs["input_ids"], batch["index"], batch["targets"] = self.masking(inputs["input_ids"])
         if "targets" in first:
-            batch |= self._targets(
-                [np.asarray(example["targets"]) for example in examples], inputs["input_ids"].shape[1]
-            )
-        if "label" in first:
-            batch["labels"] = torch.tensor([example["label"] for example in examples])
-        if "start" in first:
-            batch["starts"] = torch.tensor([example["start"] for example in examples])
-            batch["ends"] = torch.tensor([example["end"] for example in examples])
+            batch |= self._targets([np.asarray(example["targets"]) for example in examples])
+        for name in ("label", "start", "end"):
+            if name in first:
+                batch[f"{name}s"] = torch.tensor([example[name] for example in examples])  # (B,)
+
         if "adapter" in first:
             batch["adapters"] = [example["adapter"] for example in examples]
         if "features" in first:
-            batch["features"] = _features([example["features"] for example in examples])
+            features = [example["features"] for example in examples]
+            # Vectors (D,) become (B, D); the states of tokens (T, D) are packed as the tokens are, (1, N, D).
+            batch["features"] = torch.stack(features) if features[0].dim() == 1 else torch.cat(features)[None]
         return batch
 
     def _pairs(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
-        texts = {
-            name: [tuple(example[name]) for example in examples]
-            for name in ("anchor", "positive", "negative")
-            if name in examples[0]
-        }
-        anchors, positives, negatives = texts["anchor"], texts["positive"], texts.get("negative", [])
-        first, targets, right = candidates(anchors, positives, negatives)
+        anchors = [tuple(example["anchor"]) for example in examples]  # tuples, which can be looked up
+        positives = [tuple(example["positive"]) for example in examples]
+        negatives = [tuple(example["negative"]) for example in examples] if "negative" in examples[0] else []
+        different = candidates(anchors, positives, negatives)
 
-        batch: Batch = {"anchor": self._inputs(anchors)}
-        n = len(positives)
-        batch["positive"] = self._inputs([positives[i] for i in first if i < n])
-        if new := [negatives[i - n] for i in first if i >= n]:
+        # Each text is encoded once, with the positives if it is among them.
+        n_positives = len(positives)
+        first_positives = [positives[i] for i in different.first if i < n_positives]
+        batch: Batch = {"anchor": self._inputs(anchors), "positive": self._inputs(first_positives)}
+        if new := [negatives[i - n_positives] for i in different.first if i >= n_positives]:
             batch["negative"] = self._inputs(new)
 
-        also_right = torch.zeros(len(anchors), len(first), dtype=torch.bool)
-        for row, columns in enumerate(right):
+        also_right = torch.zeros(len(anchors), len(different.first), dtype=torch.bool)  # (B, C)
+        for row, columns in enumerate(different.also_right):
             also_right[row, columns] = True
-        return {**batch, "targets": torch.tensor(targets), "also_right": also_right}
+        return {**batch, "targets": torch.tensor(different.target), "also_right": also_right}
 
-    def _inputs(self, rows: list, types: list | None = None) -> dict[str, Any]:
-        return packed(rows, types) if self.layout == "packed" else padded(rows, self.pad_id, types)
+    def _inputs(self, rows: list, token_types: list | None = None) -> dict[str, Any]:
+        if self.layout == "packed":
+            return packed(rows, token_types)
+        return padded(rows, self.pad_id, token_types)
 
-    def _targets(self, rows: list[np.ndarray], width: int) -> Batch:
-        lengths = [len(row) for row in rows]
-        starts = np.cumsum([0, *lengths[:-1]]) if self.layout == "packed" else np.arange(len(rows)) * width
-        kept = [np.flatnonzero(row != IGNORE) for row in rows]
-        index = np.concatenate([start + keep for start, keep in zip(starts, kept, strict=True)])
-        targets = np.concatenate([row[keep] for row, keep in zip(rows, kept, strict=True)])
-        return {
-            "index": torch.from_numpy(index.astype(np.int64)),
-            "targets": torch.from_numpy(targets.astype(np.int64)),
-            "counts": [len(keep) for keep in kept],
-        }
-
-
-def _features(rows: list[Tensor]) -> Tensor:
-    """Cached vectors (D,) as (B, D), or cached states (T, D) as one packed row (1, N, D)."""
-    return torch.stack(rows) if rows[0].dim() == 1 else torch.cat(rows)[None]
+    def _targets(self, rows: list[np.ndarray]) -> Batch:
+        """The tokens to predict and where they stand in the flattened inputs, laid out as these."""
+        layout = _end_to_end(rows) if self.layout == "packed" else _filled_up(rows, IGNORE)
+        targets = layout.flatten()  # (N,)
+        index = (targets != IGNORE).nonzero()[:, 0]  # (n,)
+        return {"index": index, "targets": targets[index], "counts": [int((row != IGNORE).sum()) for row in rows]}
 
 
 def count_tokens(batch: Any) -> int:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ..._files import require_file
 from ..._outside import others_code, visible_line
 from .batches import Batch
-from .schema import label_ids, label_name
+from .labels import label_ids, label_name
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 KEPT_BYTES = 2 * 2**30  # of decoded images; beyond, an image is decoded each time it is used
@@ -55,7 +55,7 @@ def image_rows(folder: Path) -> list[dict[str, str]]:
     """The images of a folder of class folders, as rows {"image": path, "label": name of the folder}, in order of names.
 
     Hidden files are left out. Raises ValueError for a folder without class folders, a class without images, one whose
-    name is that of a missing label (`rows.label_name`), and anything else that lies there.
+    name is that of a missing label (`labels.label_name`), and anything else that lies there.
     """
     classes = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
     if not classes:

@@ -21,8 +21,9 @@ from typing import Any, TypeVar
 
 from ..._files import parse_json, read_bytes
 from .images import image_rows
+from .labels import label_name
 from .placed_rows import PlacedRow, place_of
-from .schema import label_name, normalise, prompt_row, row_shape
+from .schema import normalise, prompt_row, row_shape
 from .tables import csv_rows, tsv_rows
 
 __all__ = ["label_names", "read_prompts", "read_rows", "row_shape", "split_rows"]
@@ -213,7 +214,7 @@ def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row],
 def label_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Sorted distinct labels, or tags with "O" first; whole numbers sort by value.
 
-    ValueError if rows have neither, or a label is missing, as `rows.label_name` says.
+    ValueError if rows have neither, or a label is missing, as `labels.label_name` says.
     """
     names: set[str] = set()
     for index, row in enumerate(rows):

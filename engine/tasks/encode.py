@@ -37,9 +37,10 @@ from ..chat.fields import check_used, trained_turns
 from ..chat.template import ChatTemplate, Dialogue, token_mask
 from ..chat.turns import ChatTargets, Rendered, drops_thinking
 from ..data.encode_report import Encoded, EncodeReport, Outcome
+from ..data.labels import label_ids
 from ..data.placed_rows import place_of
 from ..data.readers import label_names
-from ..data.schema import is_dialogue, label_ids, row_shape
+from ..data.schema import is_dialogue, row_shape
 from ..data.text import append_eos, beginning, begun, encode_with_seams, tokenize_pairs
 from .encoding import IGNORED, Numbered, Settings, classify, embed, joined_text, masked_lm, qa, seq2seq, tag, windows
 from .preferences import comparisons

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..data.encode_report import Encoded
+from ..data.labels import label_name
 from ..data.placed_rows import place_of
-from ..data.schema import label_name
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from ..data.batches import IGNORE, Batch, Examples
-from ..data.schema import label_ids, label_name
+from ..data.labels import label_ids, label_name
 from . import losses, metrics
 from .tag_schemes import tags_are_plain
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from .._files import resolved, write_file
+from ..engine.data.labels import label_name
 from ..engine.data.placed_rows import place_of
 from ..engine.data.readers import read_prompts
-from ..engine.data.schema import label_name
 from ..engine.tasks.zero_shot import label_texts
 from .generate import generator_of
 from .outputs import output
