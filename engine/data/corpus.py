@@ -6,8 +6,8 @@ fingerprint covers the sources' bytes, the tokenizer and the end token, so that 
 another cache and an old one is never read by mistake. It holds a checksum of the tokens, too: a cache of which one bit
 has changed is made again. Caches that are no longer wanted can be deleted at any time.
 
-Both files are written in one piece, the JSON last: where it exists the tokens are whole; by one
-process at a time.
+Both files are written in one piece, the JSON last, and by one process at a time: where the JSON exists the tokens are
+complete.
 
 Sources are read in pieces of some 256 KB, so memory stays bounded by the longest line. A piece ends after a line that
 isn't blank and in front of one that begins with a word, where tokenizers of the GPT-2 and Llama 3 kind split anyway.
@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,32 @@ _PIECE = 256 * 1024  # characters
 _ANCHOR = "\n"
 _BATCH = 4  # pieces tokenised at once, on as many cores
 
-Piece = tuple[str, bool]  # text, and whether a document ends with it
+
+class Piece(NamedTuple):
+    """A part of a document that is tokenised at once."""
+
+    text: str
+    ends_document: bool
+
+
+class _Recipe(NamedTuple):
+    """What a cache is made from, and how its tokens are stored."""
+
+    sources: Sequence[str | Path]
+    tokenizer: "Tokenizer"
+    eos: int | None  # put after every document
+    dtype: "np.dtype[Any]"
+
+    def facts(self) -> dict[str, Any]:
+        """What the JSON file says, and the cache's name is made of: everything that changes a token."""
+        return {
+            "format": _FORMAT,
+            "sources": [_identity(source) for source in self.sources],
+            "tokenizer": hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest(),
+            "begin": beginning(self.tokenizer),
+            "eos": self.eos,
+            "dtype": self.dtype.name,
+        }
 
 
 class TokenCorpus:
@@ -81,30 +106,26 @@ def token_corpus(
         raise ValueError("no sources for the corpus; give at least one text file")
     for source in sources:
         _check_source(source)
-    dtype = _dtype(tokenizer, eos)
-    about: dict[str, Any] = {
-        "format": _FORMAT,
-        "sources": [_identity(source) for source in sources],
-        "tokenizer": hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
-        "begin": beginning(tokenizer),
-        "eos": eos,
-        "dtype": dtype.name,
-    }
-    fingerprint = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
+    recipe = _Recipe(sources, tokenizer, eos, _dtype(tokenizer, eos))
+    facts = recipe.facts()
+    fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     path = Path(cache_dir) / f"{fingerprint}.bin"
-    if not _is_whole(path, about, dtype):
+
+    if not _is_complete(path, facts, recipe.dtype):
         with alone(path, path.with_suffix(".lock")):
-            if not _is_whole(path, about, dtype):  # which another process may have done in between
-                _make(path, sources, tokenizer, eos, about, dtype)
-    return TokenCorpus(np.memmap(path, dtype=dtype, mode="r"), max_length)
+            if not _is_complete(path, facts, recipe.dtype):  # which another process may have done in between
+                _make(path, recipe, facts)
+    return TokenCorpus(np.memmap(path, dtype=recipe.dtype, mode="r"), max_length)
 
 
 def _check_source(source: str | Path) -> None:
+    """Refuse what isn't there or isn't of a kind that is read, before anything is tokenised."""
     if isinstance(source, str):
         # A path by mistake would be trained on as text.
         if "\n" not in source and len(source) < 1024 and os.path.exists(source):
             raise ValueError(f"{source}: a file's name given as a document; give it as pathlib.Path")
         return
+
     require_file(source, "file of text")
     if source.suffix.lower() not in (".txt", ".jsonl"):
         raise ValueError(f"{source}: a corpus is made from .txt and .jsonl files, not {source.suffix or 'this'}")
@@ -119,80 +140,82 @@ def _identity(source: str | Path) -> dict[str, Any]:
 
 
 def _dtype(tokenizer: "Tokenizer", eos: int | None) -> "np.dtype[Any]":
+    """The smallest type that holds every id: half the memory for vocabularies below 65,536 tokens."""
     largest = max([*tokenizer.get_vocab().values(), eos or 0])
     return np.dtype(np.uint16 if largest + 1 < 65536 else np.uint32)
 
 
-def _is_whole(path: Path, about: dict[str, Any], dtype: "np.dtype[Any]") -> bool:
+def _is_complete(path: Path, facts: dict[str, Any], dtype: "np.dtype[Any]") -> bool:
+    """Whether a cache holds the tokens of these facts, undamaged."""
     try:
-        facts = path.with_suffix(".json")
-        stored = with_fields(read_json(facts), str(facts), count=int, sha256=str)
-        count, checksum = stored.pop("count"), stored.pop("sha256")
+        json_path = path.with_suffix(".json")
+        stored = with_fields(read_json(json_path), str(json_path), count=int, sha256=str)
+        count = stored.pop("count")
+        checksum = stored.pop("sha256")
         size = require_file(path).stat().st_size
-        return bool(stored == about and size == count * dtype.itemsize and digest(path) == checksum)
+        # The checksum comes last, as it reads the whole file.
+        return bool(stored == facts and size == count * dtype.itemsize and digest(path) == checksum)
     except (OSError, ValueError):
         return False  # absent or damaged: it is made again
 
 
-def _make(
-    path: Path,
-    sources: Sequence[str | Path],
-    tokenizer: "Tokenizer",
-    eos: int | None,
-    about: dict[str, Any],
-    dtype: "np.dtype[Any]",
-) -> None:
-    count = _write(path, _tokens(sources, tokenizer, eos, dtype), about, dtype)
+def _make(path: Path, recipe: _Recipe, facts: dict[str, Any]) -> None:
+    count = _write(path, _tokens(recipe), facts, recipe.dtype)
     if count < 2:
-        names = ", ".join(str(source) for source in sources if isinstance(source, Path)) or "the corpus"
+        names = ", ".join(str(source) for source in recipe.sources if isinstance(source, Path)) or "the corpus"
         raise ValueError(f"{names}: {count} tokens; give text with at least two")
 
 
-def _write(path: Path, arrays: Iterable[npt.NDArray[Any]], about: dict[str, Any], dtype: "np.dtype[Any]") -> int:
+def _write(path: Path, arrays: Iterable[npt.NDArray[Any]], facts: dict[str, Any], dtype: "np.dtype[Any]") -> int:
     """Write the tokens and what they were made from; gives their number. Fewer than two make no corpus."""
     checksum = hashlib.sha256()
 
-    def pieces() -> Iterator[bytes]:
+    def chunks() -> Iterator[bytes]:
+        # Hashed on the way, as the tokens may be more than memory holds.
         for array in arrays:
-            piece = array.tobytes()
-            checksum.update(piece)
-            yield piece
+            chunk = array.tobytes()
+            checksum.update(chunk)
+            yield chunk
 
-    write_file(path, pieces())
+    write_file(path, chunks())
     count = path.stat().st_size // dtype.itemsize
     if count < 2:
         path.unlink()
     else:
-        write_json(path.with_suffix(".json"), {**about, "count": count, "sha256": checksum.hexdigest()})
+        write_json(path.with_suffix(".json"), {**facts, "count": count, "sha256": checksum.hexdigest()})
     return count
 
 
-def _tokens(
-    sources: Sequence[str | Path], tokenizer: "Tokenizer", eos: int | None, dtype: "np.dtype[Any]"
-) -> Iterator[npt.NDArray[Any]]:
+def _tokens(recipe: _Recipe) -> Iterator[npt.NDArray[Any]]:
     """The tokens of each piece; a document's first one begins as texts do, its last one ends with `eos`."""
-    pieces = (piece for source in sources for piece in _pieces(source))
-    begin, front = beginning(tokenizer), tokenizer.encode(_ANCHOR, add_special_tokens=False).ids
-    is_first = True
+    tokenizer = recipe.tokenizer
+    begin = beginning(tokenizer)
+    anchor_ids = tokenizer.encode(_ANCHOR, add_special_tokens=False).ids
+    pieces = (piece for source in recipe.sources for piece in _pieces(source))
+    begins_document = True
     while batch := list(islice(pieces, _BATCH)):
-        firsts = [is_first, *(ends for _, ends in batch[:-1])]
-        is_first = batch[-1][1]
+        firsts = [begins_document, *(piece.ends_document for piece in batch[:-1])]
+        begins_document = batch[-1].ends_document
 
         # Inside a document a piece is tokenised behind a line end, as it stands there.
-        texts = [text if first else _ANCHOR + text for first, (text, _) in zip(firsts, batch, strict=True)]
+        texts = [piece.text if first else _ANCHOR + piece.text for first, piece in zip(firsts, batch, strict=True)]
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # which computes no offsets
-        for first, (text, ends), encoding in zip(firsts, batch, encodings, strict=True):
+        for first, piece, encoding in zip(firsts, batch, encodings, strict=True):
             ids = encoding.ids
             if first:
                 ids = begun(ids, begin)
-            elif ids[: len(front)] == front:
-                ids = ids[len(front) :]
+            elif ids[: len(anchor_ids)] == anchor_ids:
+                ids = ids[len(anchor_ids) :]
             else:
-                ids = tokenizer.encode(text, add_special_tokens=False).ids
-            yield np.asarray(append_eos(ids, 0, eos) if ends else ids, dtype=dtype)
+                # The line end was merged with what follows, so that it can't be taken off again.
+                ids = tokenizer.encode(piece.text, add_special_tokens=False).ids
+            if piece.ends_document:
+                ids = append_eos(ids, 0, recipe.eos)
+            yield np.asarray(ids, dtype=recipe.dtype)
 
 
 def _pieces(source: str | Path) -> Iterator[Piece]:
+    """The documents of a source in pieces, read line by line."""
     if isinstance(source, str):
         yield from _split(source.splitlines(keepends=True))
     elif source.suffix.lower() == ".txt":
@@ -205,22 +228,24 @@ def _pieces(source: str | Path) -> Iterator[Piece]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines with their ends as they are, decoded one by one: UTF-8 has no line-end byte inside a character."""
-    read = 0
+    n_read = 0  # bytes in front of the line
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 text = line.decode()
             except UnicodeDecodeError as error:
                 raise ValueError(
-                    f"{path} line {number}: byte {read + error.start} is not UTF-8; save the file as UTF-8"
+                    f"{path} line {number}: byte {n_read + error.start} is not UTF-8; save the file as UTF-8"
                 ) from None
             if "\0" in text:
                 raise ValueError(
-                    f"{path} line {number}: byte {read + line.index(0)} is zero, as in UTF-16 or a damaged file; "
+                    f"{path} line {number}: byte {n_read + line.index(0)} is zero, as in UTF-16 or a damaged file; "
                     "save it as UTF-8"
                 )
-            yield number, text.removeprefix("\ufeff") if number == 1 else text
-            read += len(line)
+            if number == 1:
+                text = text.removeprefix("\ufeff")  # a byte-order mark is no text
+            yield number, text
+            n_read += len(line)
 
 
 def _row_text(line: str, path: Path, number: int) -> str:
@@ -233,14 +258,16 @@ def _row_text(line: str, path: Path, number: int) -> str:
 
 def _split(lines: Iterable[str]) -> Iterator[Piece]:
     """A document in pieces of about _PIECE characters, cut at line ends only; the last one is marked."""
-    held: list[str] = []
+    piece: list[str] = []
     size = 0
     for line in lines:
-        good = size >= _PIECE and held[-1].strip() and not line[0].isspace()
-        if good or size >= 4 * _PIECE:
-            yield "".join(held), False
-            held, size = [], 0
-        held.append(line)
+        # Between such lines tokenizers split anyway. Where none come, text of blank lines is cut at any line end.
+        is_seam = size >= _PIECE and piece[-1].strip() and not line[0].isspace()
+        if is_seam or size >= 4 * _PIECE:
+            yield Piece("".join(piece), ends_document=False)
+            piece = []
+            size = 0
+        piece.append(line)
         size += len(line)
-    if held:
-        yield "".join(held), True
+    if piece:
+        yield Piece("".join(piece), ends_document=True)

@@ -15,7 +15,7 @@ PERCENTILES = (50, 90, 99, 100)
 class Outcome(NamedTuple):
     """What became of one row, in numbers; see `Encoded`."""
 
-    kept: bool
+    kept: bool  # whether it gave an example
     truncated: bool
     masked: bool
     tokens: int
@@ -25,18 +25,14 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Encoded:
-    """The examples of one row: none means that it is dropped; `masked` if its loss was masked away.
+    """The examples of one row, and what became of it."""
 
-    `tokens` counts the examples' positions, `targets` what the loss is on, `length` the row's tokens before any were
-    cut off, where some were.
-    """
-
-    examples: list[dict[str, Any]]
-    tokens: int = 0
-    targets: int = 0
+    examples: list[dict[str, Any]]  # none means that the row is dropped
+    tokens: int = 0  # positions of the examples
+    targets: int = 0  # what the loss is on: tokens, labels, spans
     truncated: bool = False
-    masked: bool = False
-    length: int = 0
+    masked: bool = False  # whether no target was left of it
+    length: int = 0  # the row's tokens before any were cut off, where some were; else 0
 
     @classmethod
     def together(cls, parts: Sequence["Encoded"]) -> "Encoded":
@@ -70,36 +66,37 @@ class Rows:
         return cls(len(indices), places_of(rows, indices[:SHOWN]))
 
     def __str__(self) -> str:
-        more = ", ..." if self.count > SHOWN else ""
-        return f"{self.count:,} ({self.first}{more})" if self.count else "0"
+        if self.count == 0:
+            return "0"
+        ellipsis = ", ..." if self.count > SHOWN else ""
+        return f"{self.count:,} ({self.first}{ellipsis})"
 
 
 @dataclass(frozen=True)
 class EncodeReport:
-    """What became of the rows.
-
-    `dropped` rows gave no example (the `masked` among them because no target was left; in an evaluation a question may
-    be masked and kept); `tokens` counts positions over all examples, `targets` target tokens, or labels, windows, pairs
-    where those are the targets. `lengths` are percentiles of the rows' tokens before anything was cut off.
-    """
+    """What became of the rows."""
 
     objective: str
-    read: int
-    kept: int
+    read: int  # rows
+    kept: int  # rows that gave an example
     examples: int
-    dropped: Rows
+    dropped: Rows  # these gave none
     truncated: Rows
-    masked: Rows
-    tokens: int
-    targets: int
-    lengths: tuple[int, ...] = ()
+    masked: Rows  # no target was left of these; in an evaluation a question may be masked and kept
+    tokens: int  # positions over all examples
+    targets: int  # target tokens, or labels, windows, pairs where those are the targets
+    lengths: tuple[int, ...] = ()  # of the rows in tokens before anything was cut off, at PERCENTILES
 
     @classmethod
     def of(
         cls, objective: str, rows: Sequence[Mapping[str, Any]], outcomes: Sequence[Outcome], examples: int
     ) -> "EncodeReport":
         """The report on rows, each with its outcome, of which there are in all so many examples."""
-        lengths = [outcome.length for outcome in outcomes]
+        lengths: list[int] = []
+        if outcomes:
+            all_lengths = [outcome.length for outcome in outcomes]
+            # Each is the length of some row, none lies between two.
+            lengths = np.percentile(all_lengths, PERCENTILES, method="inverted_cdf").tolist()
         return cls(
             objective,
             read=len(outcomes),
@@ -110,7 +107,7 @@ class EncodeReport:
             masked=Rows.where((outcome.masked for outcome in outcomes), rows),
             tokens=sum(outcome.tokens for outcome in outcomes if outcome.kept),
             targets=sum(outcome.targets for outcome in outcomes if outcome.kept),
-            lengths=tuple(np.percentile(lengths, PERCENTILES, method="inverted_cdf").tolist()) if lengths else (),
+            lengths=tuple(lengths),
         )
 
     def __str__(self) -> str:
@@ -124,7 +121,10 @@ class EncodeReport:
         """What to say where more than a tenth of the rows are too long; else None."""
         if self.truncated.count <= self.read / 10:
             return None
-        remedy = ", or choose with data.truncate what is cut" if self.objective in ("sft", "pairs") else ""
+
+        remedy = ""
+        if self.objective in ("sft", "pairs"):
+            remedy = ", or choose with data.truncate what is cut"
         numbers = ", ".join(
             f"{percent} % {length:,}" for percent, length in zip(PERCENTILES, self.lengths, strict=True)
         )
