@@ -46,19 +46,23 @@ def in_memory(model: nn.Module, trained: Container[str] = (), **given: Any) -> I
     Of a list count the tensors, numbers and texts in it, in dicts and lists too; of anything else its type. What is
     given in another form, as rows that are read when they are asked for, is not looked at.
     """
+    # What is trained changes during the run, and is compared as part of its checkpoint.
     frozen = {key: w for key, w in model.named_parameters() if ".lora." not in key and key not in trained}
-    values: dict[str, Any] = {"model": frozen}
-    values |= {name: value for name, value in given.items() if isinstance(value, list | tuple | str)}
-    inputs: Inputs = {}
-    for name, value in values.items():
-        content = hashlib.sha256()
-        _feed(content, value)
-        part = "what is frozen of it" if name == "model" else "what was given"
-        inputs[f"the {name}"] = [{"path": part, "files": {"": content.hexdigest()}}]
+    inputs = {"the model": [_in_memory(frozen, "what is frozen of it")]}
+    for name, value in given.items():
+        if isinstance(value, list | tuple | str):
+            inputs[f"the {name}"] = [_in_memory(value, "what was given")]
     return inputs
 
 
+def _in_memory(value: Any, what: str) -> dict[str, Any]:
+    content = hashlib.sha256()
+    _feed(content, value)
+    return {"path": what, "files": {"": content.hexdigest()}}
+
+
 def _feed(content: Any, value: Any) -> None:
+    """Hash a value with all that is in it. Lengths come first, so that [[1], 2] and [[1, 2]] differ."""
     if isinstance(value, Tensor):
         value = value.detach().cpu().contiguous()
         content.update(f"{value.dtype} {tuple(value.shape)} ".encode())
@@ -72,7 +76,7 @@ def _feed(content: Any, value: Any) -> None:
             _feed(content, inner)
     elif isinstance(value, list | tuple):
         content.update(f"[{len(value)} ".encode())
-        if set(map(type, value)) <= {int, float, bool}:
+        if set(map(type, value)) <= {int, float, bool}:  # at once: tokens are many
             content.update(repr(list(value)).encode())
         else:
             for inner in value:
@@ -87,13 +91,15 @@ def is_fingerprint(entry: Any) -> bool:
     """Whether a value that was read is a fingerprint."""
     if not isinstance(entry, dict):
         return False
-    path, files = entry.get("path"), entry.get("files")
-    return isinstance(path, str) and isinstance(files, dict) and all(isinstance(value, str) for value in files.values())
+    files = entry.get("files")
+    if not isinstance(entry.get("path"), str) or not isinstance(files, dict):
+        return False
+    return all(isinstance(value, str) for value in files.values())
 
 
-def same_contents(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def same_contents(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether two fingerprints are of the same contents, wherever these lie."""
-    return _contents(one) == _contents(other)
+    return _contents(before) == _contents(now)
 
 
 def _contents(entry: Mapping[str, Any]) -> dict[str, str]:
@@ -104,19 +110,29 @@ def _contents(entry: Mapping[str, Any]) -> dict[str, str]:
 
 def changed_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """In which files two fingerprints differ, in words."""
-    old, new = _contents(before), _contents(now)
+    old = _contents(before)
+    new = _contents(now)
     if not now["files"] and before["files"]:
         return f"{now['path']} is gone"
     if not old.keys() & new.keys():
         return f"{now['path']}, not {before['path']}"
-    texts = []
-    for name in sorted(name for name in {*old, *new} if old.get(name) != new.get(name)):
-        what = "is new" if name not in old else "is gone" if name not in new else "has changed"
-        inside = name in before["files"] or name in now["files"]
-        between = "" if not name or name.startswith(":") else "/"
-        texts.append(f"{now['path']}{between}{name} {what}" if inside else f"{now['path']} {what}")
-    more = f" and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
-    return ", ".join(texts[:SHOWN]) + more
+
+    changes = []
+    for name in sorted({*old, *new}):
+        change = "has changed"
+        if name not in old:
+            change = "is new"
+        elif name not in new:
+            change = "is gone"
+        elif old[name] == new[name]:
+            continue
+
+        # A single file goes by its ending, which is no name below the path.
+        is_below = name and (name in before["files"] or name in now["files"])
+        separator = "" if name.startswith(":") else "/"
+        changes.append(f"{now['path']}{separator}{name} {change}" if is_below else f"{now['path']} {change}")
+    remainder = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
+    return ", ".join(changes[:SHOWN]) + remainder
 
 
 def differences(before: Any, now: Any, name: str = "", but: Iterable[str] = ()) -> list[str]:
@@ -124,10 +140,13 @@ def differences(before: Any, now: Any, name: str = "", but: Iterable[str] = ()) 
     if name in but:
         return []
     if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted({*before, *now})
-        pairs = ((before.get(key), now.get(key), f"{name}.{key}".lstrip(".")) for key in keys)
-        return [text for one, other, field in pairs for text in differences(one, other, field, but)]
-    return [] if before == now else [f"{name} = {before!r}, not {now!r}"]
+        texts: list[str] = []
+        for key in sorted({*before, *now}):
+            texts += differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."), but)
+        return texts
+    if before == now:
+        return []
+    return [f"{name} = {before!r}, not {now!r}"]
 
 
 def run_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -135,11 +154,12 @@ def run_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 
     Not compared is where the run lies (`out`), and what a path in the configuration is called.
     """
-    old, new = before.get("inputs", {}), now.get("inputs", {})
-    shared = [field for field in new if len(old.get(field, ())) == len(new[field])]
+    old_inputs = before.get("inputs", {})
+    new_inputs = now.get("inputs", {})
+    shared = [field for field in new_inputs if len(old_inputs.get(field, ())) == len(new_inputs[field])]
     texts = differences(before["config"], now["config"], but={"out", *shared})
     for field in shared:
-        for one, other in zip(old[field], new[field], strict=True):
-            if not same_contents(one, other):
-                texts.append(f"other contents of {field} ({changed_files(one, other)})")
+        for old, new in zip(old_inputs[field], new_inputs[field], strict=True):
+            if not same_contents(old, new):
+                texts.append(f"other contents of {field} ({changed_files(old, new)})")
     return texts

@@ -3,10 +3,9 @@
     cars/0001.jpg   cars/0002.png   ...        the folder's name is the label
     trucks/a.jpg    trucks/b.jpg    ...
 
-How large an image is for a model, and how its values are normalised,
-the model says (`ImageProcessor`). In evaluation the
+The model says how large an image is for it, and how its values are normalised (`ImageProcessor`). In evaluation the
 window is cut out of the middle. In training it is cut out at random, and every other one is mirrored; where an image
-has no room to move the window in, it may reach beyond the edge by an eighth of its side and shows the mean colour there
+has no room to move the window in, it may reach beyond the edge by an eighth of its side and shows the mean color there
 (He et al. 2015, section 4.2). What is random comes from torch's default generator, whose state a checkpoint holds.
 """
 
@@ -29,7 +28,8 @@ from .labels import label_ids, label_name
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 KEPT_BYTES = 2 * 2**30  # of decoded images; beyond, an image is decoded each time it is used
 # A few bytes can stand for an image of any size, and one that is a line becomes long as its short side is scaled up.
-MAX_PIXELS, MAX_RATIO = 100_000_000, 50
+MAX_PIXELS = 100_000_000
+MAX_RATIO = 50  # of the long side to the short one
 MODES = {1: "L", 3: "RGB"}  # Pillow's names, by number of channels
 SHOWN = 8  # broken images that an error lists
 
@@ -60,27 +60,28 @@ def image_rows(folder: Path) -> list[dict[str, str]]:
     classes = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
     if not classes:
         raise ValueError(f"{folder}: no class folders in it; expected one folder a class, with its images")
-    rows = []
-    for path in [*classes, folder]:
-        found = [file for file in sorted(path.iterdir()) if not file.name.startswith(".") and file not in classes]
-        strange = next((file for file in found if file.suffix.lower() not in SUFFIXES or not file.is_file()), None)
-        if path == folder and found:
-            raise ValueError(f"{found[0]}: beside the class folders, so of no class; move it into one, or away")
-        if strange is not None:
-            raise ValueError(f"{strange}: no image file ({', '.join(SUFFIXES)}); move it out of the class folder")
-        if path != folder and not found:
+    rows: list[dict[str, str]] = []
+    for path in classes:
+        files = [file for file in sorted(path.iterdir()) if not file.name.startswith(".")]
+        for file in files:
+            if file.suffix.lower() not in SUFFIXES or not file.is_file():
+                raise ValueError(f"{file}: no image file ({', '.join(SUFFIXES)}); move it out of the class folder")
+        if not files:
             raise ValueError(f"{path}: a class without images; put some in, or remove the folder")
-        if path != folder:
-            label = label_name(path.name, f"class folder {path}")
-            rows += [{"image": str(file), "label": label} for file in found]
+        label = label_name(path.name, f"class folder {path}")
+        rows += [{"image": str(file), "label": label} for file in files]
+
+    for file in sorted(folder.iterdir()):
+        if not file.name.startswith(".") and file not in classes:
+            raise ValueError(f"{file}: beside the class folders, so of no class; move it into one, or away")
     return rows
 
 
 def class_counts(rows: Sequence[Mapping[str, Any]]) -> str:
     """How many images there are of each class, in words."""
     counts = Counter(row["label"] for row in rows)
-    each = ", ".join(f"{visible_line(label)} {counts[label]:,}" for label in sorted(counts))
-    return f"{len(rows):,} images in {len(counts)} classes: {each}"
+    classes = ", ".join(f"{visible_line(label)} {counts[label]:,}" for label in sorted(counts))
+    return f"{len(rows):,} images in {len(counts)} classes: {classes}"
 
 
 def decode(path: str | Path, pixels: ImageProcessor) -> Tensor:
@@ -94,6 +95,7 @@ def decode(path: str | Path, pixels: ImageProcessor) -> Tensor:
         raise ValueError("images need Pillow: pip install 'handtune[images]'") from error
 
     def explain(error: Exception) -> Exception:
+        """The error in our words, with the file."""
         if isinstance(error, FileNotFoundError):
             return error
         if isinstance(error, _TooLarge):
@@ -104,9 +106,10 @@ def decode(path: str | Path, pixels: ImageProcessor) -> Tensor:
     with others_code(explain), Image.open(require_file(path, "image")) as file:
         _check_size(file.size, pixels)
         image = _eight_bits(ImageOps.exif_transpose(file)).convert(MODES[len(pixels.mean)])
+
     image = image.resize(_scaled(image.size, pixels), pixels.resample)
-    array = np.array(image)
-    return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
+    array = np.array(image)  # (H, W, C), or (H, W) of a gray image
+    return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)  # (C, H, W)
 
 
 class _TooLarge(ValueError):
@@ -122,13 +125,14 @@ def _check_size(size: tuple[int, int], pixels: ImageProcessor) -> None:
 
 
 def _eight_bits(image: Any) -> Any:
-    """A grey image of 16 bits a pixel brought to 8; Pillow would make all above 255 white. Others as they are."""
+    """A gray image of 16 bits a pixel brought to 8; Pillow would make all above 255 white. Others as they are."""
     from PIL import Image
 
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers of unknown range; save it with 8 bits")
-    if not image.mode.startswith("I"):
+    if not image.mode.startswith("I"):  # Pillow's modes of more than 8 bits
         return image
+
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("its pixels have more than 16 bits; save it with 8")
@@ -139,8 +143,8 @@ def _scaled(size: tuple[int, int], pixels: ImageProcessor) -> tuple[int, int]:
     """Width and height with the short one at `edge`, the long one rounded down."""
     if pixels.squeeze:
         return pixels.edge, pixels.edge
-    short = min(size)
-    return pixels.edge * size[0] // short, pixels.edge * size[1] // short
+    width, height = size
+    return pixels.edge * width // min(size), pixels.edge * height // min(size)
 
 
 class ImageExamples:
@@ -158,20 +162,23 @@ class ImageExamples:
                 raise ValueError(f"expected images, found a row with {', '.join(row)}; give a folder of class folders")
             if row["label"] not in numbers:
                 raise ValueError(f"{row['image']}: class {row['label']!r} is none of the model's: {', '.join(labels)}")
-        self.rows, self.pixels = rows, pixels
+
+        self.rows = rows
+        self.pixels = pixels
         self.numbers = [numbers[row["label"]] for row in rows]
-        self._kept: dict[int, Tensor] = {}
-        self._room = KEPT_BYTES
+        self._cache: dict[int, Tensor] = {}  # by the number of the row
+        self._free_bytes = KEPT_BYTES
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image = self._kept.get(index)
+        image = self._cache.get(index)
         if image is None:
-            image = decode(self.rows[index]["image"], self.pixels)
-            if image.nbytes <= self._room:
-                self._kept[index], self._room = image, self._room - image.nbytes
+            image = decode(self.rows[index]["image"], self.pixels)  # (C, H, W)
+            if image.nbytes <= self._free_bytes:
+                self._cache[index] = image
+                self._free_bytes -= image.nbytes
         return {"image": image, "label": self.numbers[index]}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -186,8 +193,9 @@ class ImageExamples:
             except (ValueError, OSError) as error:
                 broken.append(str(error))
         if broken:
-            more = f"; and {len(broken) - SHOWN} more" if len(broken) > SHOWN else ""
-            raise ValueError("; ".join(broken[:SHOWN]) + more)
+            if len(broken) > SHOWN:
+                broken[SHOWN:] = [f"and {len(broken) - SHOWN} more"]
+            raise ValueError("; ".join(broken))
 
 
 @dataclass(frozen=True)
@@ -204,33 +212,45 @@ class ImageCollate:
         batch = {"labels": torch.tensor([example["label"] for example in examples]), "images": len(examples)}
         if "features" in examples[0]:
             return {**batch, "features": torch.stack([example["features"] for example in examples])}
-        images = [example["image"] for example in examples]
-        chances = torch.rand(len(images), 3).tolist() if self.augment else [None] * len(images)
-        windows = [self._window(image, chance) for image, chance in zip(images, chances, strict=True)]
-        return {**batch, "inputs": {"pixel_values": torch.stack(windows)}}
 
-    def _window(self, image: Tensor, chance: list[float] | None) -> Tensor:
-        """The window (C, size, size), normalised. `chance`: three numbers in [0, 1) for its place and a mirror."""
+        draws: list[list[float | None]] = [[None, None, None]] * len(examples)
+        if self.augment:
+            draws = torch.rand(len(examples), 3).tolist()
+        windows = [self._window(example["image"], draw) for example, draw in zip(examples, draws, strict=True)]
+        return {**batch, "inputs": {"pixel_values": torch.stack(windows)}}  # (B, C, size, size)
+
+    def _window(self, image: Tensor, draws: list[float | None]) -> Tensor:
+        """The window (C, size, size), normalised. `draws` are three: for its top, its left, and whether it is mirrored.
+
+        They are numbers in [0, 1), or None for the window in the middle.
+        """
         size = self.pixels.size
-        starts = [self._start(side, u) for side, u in zip(image.shape[1:], chance or (None, None), strict=False)]
-        ends = [min(start + size, side) for start, side in zip(starts, image.shape[1:], strict=True)]
-        firsts = [max(start, 0) for start in starts]
-        seen = image[:, firsts[0] : ends[0], firsts[1] : ends[1]].float().div_(255)
-        out = image.new_zeros(len(image), size, size, dtype=torch.float32)
-        y, x = (first - start for first, start in zip(firsts, starts, strict=True))
-        out[:, y : y + seen.shape[1], x : x + seen.shape[2]] = seen.sub_(self._channels(self.pixels.mean)).div_(
-            self._channels(self.pixels.std)
-        )
-        return out.flip(2) if chance and chance[2] < 0.5 else out
+        top_draw, left_draw, mirror_draw = draws
+        _, height, width = image.shape
+        top = self._start(height, top_draw)
+        left = self._start(width, left_draw)
 
-    def _start(self, side: int, chance: float | None) -> int:
+        # Only what lies in the image has values; what lies beyond stays 0, which after normalising is the mean color.
+        inside = image[:, max(top, 0) : top + size, max(left, 0) : left + size].float().div_(255)  # (C, h, w)
+        inside = inside.sub_(self._channels(self.pixels.mean)).div_(self._channels(self.pixels.std))
+        window = image.new_zeros(len(image), size, size, dtype=torch.float32)  # (C, size, size)
+        y = max(-top, 0)
+        x = max(-left, 0)
+        window[:, y : y + inside.shape[1], x : x + inside.shape[2]] = inside
+        if mirror_draw is not None and mirror_draw < 0.5:
+            return window.flip(2)
+        return window
+
+    def _start(self, side: int, draw: float | None) -> int:
         """Where the window begins on a side of the image."""
         room = side - self.pixels.size
-        if chance is None:
+        if draw is None:
             return room // 2
+
+        # Without room the window may reach beyond the edge, by an eighth of its side.
         beyond = 0 if room else self.pixels.size // 8
-        return int(chance * (room + 2 * beyond + 1)) - beyond
+        return int(draw * (room + 2 * beyond + 1)) - beyond
 
     @staticmethod
     def _channels(values: tuple[float, ...]) -> Tensor:
-        return torch.tensor(values)[:, None, None]
+        return torch.tensor(values)[:, None, None]  # (C, 1, 1)

@@ -31,7 +31,7 @@ __all__ = ["label_names", "read_prompts", "read_rows", "row_shape", "split_rows"
 BLANKS = " \t"  # what parts columns; any other kind of space is a character of a token
 
 Row = TypeVar("Row", bound=Mapping[str, Any])
-Placed = Iterator[tuple[str, Any]]  # where a row was found ("line 7"), and the row as it stands there
+Located = Iterator[tuple[str, Any]]  # where a row stands in its file ("line 7"), and the row as it stands there
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
@@ -43,13 +43,16 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     if path.is_dir() and path.suffix.lower() not in _READERS:
         return image_rows(path)
     rows: list[dict[str, Any]] = []
-    shape = first = ""
-    for place, row in _placed_rows(path, normalise):
+    first_shape = ""
+    first_line = ""
+    for line, row in _placed_rows(path, normalise):
+        shape = row_shape(row)
         if not rows:
-            shape, first = row_shape(row), place
-        elif row_shape(row) != shape:
+            first_shape = shape
+            first_line = line
+        elif shape != first_shape:
             raise ValueError(
-                f"{path} {place}: a {row_shape(row)} row, but {first} is {shape}; put each shape in a file of its own"
+                f"{path} {line}: a {shape} row, but {first_line} is {first_shape}; put each shape in a file of its own"
             )
         rows.append(row)
     return rows
@@ -63,22 +66,23 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
     return [row for _, row in _placed_rows(Path(path), prompt_row)]
 
 
-def _placed_rows(path: Path, as_row: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Placed:
-    """Every row, with its place in the file."""
+def _placed_rows(path: Path, as_row: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Located:
+    """Every row, brought into shape by `as_row`, with its place in the file."""
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"{path}: unknown kind of file {path.suffix!r}; use one of {' '.join(_READERS)}")
-    found = False
-    for place, raw in reader(read_text(path), path):
-        found = True
+
+    is_empty = True
+    for line, raw in reader(read_text(path), path):
+        is_empty = False
         try:
             if not isinstance(raw, dict):
                 raise ValueError(f"expected an object, found {type(raw).__name__}; every row is {{field: value}}")
             row = as_row(raw)
         except ValueError as error:
-            raise ValueError(f"{path} {place}: {error}") from None
-        yield place, PlacedRow(row, str(path), place)
-    if not found:
+            raise ValueError(f"{path} {line}: {error}") from None
+        yield line, PlacedRow(row, str(path), line)
+    if is_empty:
         raise ValueError(f"{path}: no rows in it; give a file with at least one")
 
 
@@ -93,6 +97,8 @@ def read_text(path: Path) -> str:
         line = data.count(b"\n", 0, offset) + 1
         utf16 = "the file is UTF-16; " if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
         raise ValueError(f"{path} line {line}: byte {offset} is not UTF-8; {utf16}save the file as UTF-8") from None
+
+    # UTF-16 without a mark is UTF-8 with many zeros as long as its text is plain.
     if (offset := data.find(b"\0")) >= 0:
         line = data.count(b"\n", 0, offset) + 1
         raise ValueError(f"{path} line {line}: byte {offset} is zero, as in UTF-16 or a damaged file; save it as UTF-8")
@@ -101,7 +107,7 @@ def read_text(path: Path) -> str:
     return text
 
 
-def _jsonl(text: str, path: Path) -> Placed:
+def _jsonl(text: str, path: Path) -> Located:
     # Not splitlines(): it also breaks at U+2028 and the like, which JSON strings may hold.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
@@ -111,7 +117,8 @@ def _jsonl(text: str, path: Path) -> Placed:
             yield f"line {number}", row
 
 
-def _json(text: str, path: Path) -> Placed:
+def _json(text: str, path: Path) -> Located:
+    """The rows of an array, which may be in an object, and, in SQuAD's files, in layers."""
     rows = parse_json(text, str(path), "correct the line")
     if isinstance(rows, dict) and isinstance(rows.get("data"), list):
         rows = rows["data"]
@@ -123,7 +130,7 @@ def _json(text: str, path: Path) -> Placed:
         yield from ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _squad(articles: list[Any], path: Path) -> Placed:
+def _squad(articles: list[Any], path: Path) -> Located:
     """SQuAD's articles -> paragraphs -> questions, flattened."""
     number = 0
     try:
@@ -140,37 +147,45 @@ def _squad(articles: list[Any], path: Path) -> Placed:
         ) from None
 
 
-def _txt(text: str, path: Path) -> Placed:
+def _txt(text: str, path: Path) -> Located:
     yield "", {"text": text}
 
 
-def _conll(text: str, path: Path) -> Placed:
+def _conll(text: str, path: Path) -> Located:
+    """Sentences, which blank lines part; each line is a token, its first column, and its tag, the last one."""
     tokens: list[str] = []
     tags: list[str] = []
-    width = width_line = start = 0
+    sentence_line = width = width_line = 0
     for number, line in enumerate(text.split("\n"), 1):
         line = line.rstrip("\r")
         if not line.strip(BLANKS) or line.startswith("-DOCSTART-"):
             if tokens:
-                yield f"line {start}", {"tokens": tokens, "tags": tags}
-            tokens, tags = [], []
+                yield f"line {sentence_line}", {"tokens": tokens, "tags": tags}
+            tokens = []
+            tags = []
             continue
+
         columns = line.split("\t") if "\t" in line else re.split(" +", line.strip(" "))
-        token, tag = columns[0].strip(BLANKS), columns[-1].strip(BLANKS)
+        token = columns[0].strip(BLANKS)
+        tag = columns[-1].strip(BLANKS)
         if not width:
-            width, width_line = len(columns), number
+            width = len(columns)
+            width_line = number
         if len(columns) != width or width < 2 or not token or not tag:
-            columns_as = f" in {width} columns, as on line {width_line}" if len(columns) != width else ""
+            expected = "a token and its tag"
+            if len(columns) != width:
+                expected += f" in {width} columns, as on line {width_line}"
             raise ValueError(
-                f"{path} line {number}: expected a token and its tag{columns_as}, "
+                f"{path} line {number}: expected {expected}, "
                 f"found {line[:60]!r}; write token<TAB>tag, and a blank line between sentences"
             )
 
-        start = start if tokens else number
+        if not tokens:
+            sentence_line = number
         tokens.append(token)
         tags.append(tag)
     if tokens:
-        yield f"line {start}", {"tokens": tokens, "tags": tags}
+        yield f"line {sentence_line}", {"tokens": tokens, "tags": tags}
 
 
 _READERS = {
@@ -194,21 +209,24 @@ def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row],
     """
     if not 0 < share < 1:
         raise ValueError(f"the share held out must lie between 0 and 1, not {share}; 0.1 holds out a tenth")
-    groups: dict[str, list[int]] = {}
+    groups: dict[str, list[int]] = {}  # indices of rows by their label
     for i, row in enumerate(rows):
         groups.setdefault(str(row.get("label", "")), []).append(i)
-    wanted = max(1, round(share * len(rows)))
+
+    # Round down label by label, then give what is missing to the largest remainders, so that the total is right.
+    n_held_out = max(1, round(share * len(rows)))
     counts = {label: min(int(share * len(group)), len(group) - 1) for label, group in groups.items()}
-    # Largest remainders, so that rounding label by label doesn't miss the total.
     remainders = {label: share * len(group) - counts[label] for label, group in groups.items()}
     for label in sorted(groups, key=lambda label: (-remainders[label], label)):
-        if sum(counts.values()) < wanted and counts[label] < len(groups[label]) - 1:
+        if sum(counts.values()) < n_held_out and counts[label] < len(groups[label]) - 1:
             counts[label] += 1
+
     generator = random.Random(seed)
-    held = {i for label in sorted(groups) for i in generator.sample(groups[label], counts[label])}
-    if not held or len(held) == len(rows):
+    held_out = {i for label in sorted(groups) for i in generator.sample(groups[label], counts[label])}
+    if not held_out or len(held_out) == len(rows):
         raise ValueError(f"{len(rows)} rows are too few to hold out {share:g} of them; give a file for evaluation")
-    return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
+    train = [row for i, row in enumerate(rows) if i not in held_out]
+    return train, [rows[i] for i in sorted(held_out)]
 
 
 def label_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -226,6 +244,7 @@ def label_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             names.update(map(label_name, row["tags"] if "tags" in row else [row["label"]]))
         except ValueError as error:
             raise ValueError(f"{place_of(row, index)}: {error}") from None
+
     if all(re.fullmatch("-?[0-9]+", name) for name in names):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names, key=lambda name: (name != "O", name))

@@ -14,7 +14,7 @@ from pathlib import Path
 from .schema import KNOWN_FIELDS
 
 Record = tuple[int, list[str]]  # the line in which a row begins, and its fields
-Rows = Iterator[tuple[str, dict[str, str]]]  # where a row was found ("line 7"), and its fields by name
+Rows = Iterator[tuple[str, dict[str, str]]]  # where a row stands in its file ("line 7"), and its fields by name
 
 LINE_BREAK = re.compile("\r\n|\n|\r")
 LINE_END = re.compile("[\r\n]")
@@ -40,27 +40,29 @@ def tsv_rows(text: str, path: Path) -> Rows:
 
 def csv_records(text: str, path: Path) -> Iterator[Record]:
     """The rows of a CSV file with all their fields, the header line among them. ValueError for a misplaced quote."""
-    position, line = 0, 1
-    while position < len(text):
-        # Most lines hold no quote, and are split at once.
-        end = _end(LINE_END, text, position)
-        begin, line_breaks = position, 1
+    begin = 0
+    line = 1
+    while begin < len(text):
+        n_lines = 1
+        end = _end(LINE_END, text, begin)
         if text.find('"', begin, end) < 0:
-            fields = text[begin:end].split(",")
+            fields = text[begin:end].split(",")  # at once, as most lines hold no quote
         else:
+            # A quoted field may hold line ends, which count as lines, but end no row.
             fields, end = _quoted_record(text, begin, path)
-            line_breaks += len(LINE_BREAK.findall(text, begin, end))
+            n_lines += len(LINE_BREAK.findall(text, begin, end))
 
         if any(fields):
             yield line, fields
-        line += line_breaks
-        position = end + (2 if text.startswith("\r\n", end) else 1)
+        line += n_lines
+        begin = end + (2 if text.startswith("\r\n", end) else 1)
 
 
 def _quoted_record(text: str, position: int, path: Path) -> tuple[list[str], int]:
     """The fields of the row that begins at `position`, and where its line end stands."""
     fields = []
     while True:
+        # Each round reads one field, quoted or not, and leaves `end` at what follows it.
         if text.startswith('"', position):
             close = _closing_quote(text, position)
             if close < 0:
@@ -69,7 +71,8 @@ def _quoted_record(text: str, position: int, path: Path) -> tuple[list[str], int
                     "or use JSONL"
                 )
             fields.append(text[position + 1 : close].replace('""', '"'))
-            if (end := close + 1) < len(text) and text[end] not in ",\r\n":
+            end = close + 1
+            if end < len(text) and text[end] not in ",\r\n":
                 raise ValueError(
                     f"{path} line {_line(text, end)}: {text[end : end + 20]!r} stands behind the quote that closes a "
                     f"field, which opened in line {_line(text, position)}; double a quote inside quotes, or use JSONL"
@@ -77,6 +80,7 @@ def _quoted_record(text: str, position: int, path: Path) -> tuple[list[str], int
         else:
             end = _end(FIELD_END, text, position)
             fields.append(text[position:end])
+
         if not text.startswith(",", end):
             return fields, end
         position = end + 1
@@ -91,6 +95,7 @@ def _closing_quote(text: str, start: int) -> int:
 
 
 def _end(pattern: re.Pattern[str], text: str, position: int) -> int:
+    """Where the pattern is next, from a position on, or else the text ends."""
     match = pattern.search(text, position)
     return match.start() if match else len(text)
 
@@ -115,13 +120,15 @@ def _named(records: Iterator[Record], path: Path, remedy: str) -> Rows:
 
 
 def _header(line: int, values: list[str], path: Path) -> list[str]:
+    """The names of the columns, of which we must know one. ValueError, too, for a name that two columns have."""
     fields = [value.strip() for value in values]
     if not KNOWN_FIELDS & set(fields):
-        separator = next((sign for sign in ";\t|" if len(fields) == 1 and sign in fields[0]), None)
         remedy = "the first line names the columns, as text,label"
-        if separator:
+        separator = next((sign for sign in ";\t|" if sign in fields[0]), None)
+        if separator and len(fields) == 1:
             remedy = f"separate columns by commas, not by {separator!r}"
         raise ValueError(f"{path} line {line}: no known column among {', '.join(fields)}; {remedy}")
+
     counts = Counter(field for field in fields if field)  # columns without a name may be several
     if repeated := [field for field, count in counts.items() if count > 1]:
         raise ValueError(f"{path} line {line}: the column {repeated[0]!r} stands there twice; rename one")
@@ -133,12 +140,15 @@ def _headless(records: list[Record], path: Path) -> Rows:
     for line, values in records:
         if len(values) != 2:
             raise ValueError(f"{path} line {line}: {len(values)} fields where line 1 has 2 (text, label); remove tabs")
-    first = records[0][1]
+
+    # A header with names of its own would pass for a row, and add a class that is one word of that header: where the
+    # first label occurs once and every other one more often, it may be such a word.
     counts = Counter(values[1] for _, values in records)
-    # A header with names of its own would pass for a row, and add a class that is one word of that header.
-    if counts[first[1]] == 1 and len(counts) > 1 and min(n for label, n in counts.items() if label != first[1]) > 1:
+    first_label = records[0][1][1]
+    n_first = counts.pop(first_label)
+    if n_first == 1 and counts and min(counts.values()) > 1:
         raise ValueError(
-            f"{path} line 1: {first[1]!r} occurs nowhere else as a label; if the line is a header, name its columns "
+            f"{path} line 1: {first_label!r} occurs nowhere else as a label; if the line is a header, name its columns "
             "text and label, if it is data, put the header text<TAB>label above it"
         )
     yield from ((f"line {line}", {"text": values[0], "label": values[1]}) for line, values in records)
