@@ -15,7 +15,7 @@ turn's end; what only the last turn has (Phi-3 writes the end of text behind eve
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .forms import ANSWER, probe_call, shared_length
 from .template import ChatTemplate
@@ -28,16 +28,11 @@ QUESTION: dict[str, Any] = {"role": "user", "content": "?"}
 
 @dataclass(frozen=True)
 class TurnEnd:
-    """How a template ends the assistant's turns.
+    """How a template ends the assistant's turns."""
 
-    token: the token that the model stops at, "" where the turn's end is plain text. behind: how many characters the
-    template writes behind the end of a dialogue's last turn. added: the text to put behind a last turn, where its end
-    is the token that begins the next one.
-    """
-
-    token: str
-    behind: int = 0
-    added: str = ""
+    token: str  # that the model stops at; "" where the turn's end is plain text
+    behind: int = 0  # characters that the template writes behind the end of a dialogue's last turn
+    added: str = ""  # text to put behind a last turn, where its end is the token that begins the next one
 
 
 def turn_end(template: ChatTemplate, tokenizer: "Tokenizer", calls: bool = False) -> int | None:
@@ -50,9 +45,12 @@ def turn_end(template: ChatTemplate, tokenizer: "Tokenizer", calls: bool = False
         token = learnt_end(template, tokenizer, calls).token
     except ValueError:
         return None
-    end = tokenizer.token_to_id(token) if token else None
-    added = tokenizer.get_added_tokens_decoder()
-    return end if not calls or (end in added and added[end].special) else None
+    token_id = tokenizer.token_to_id(token) if token else None
+    if calls:
+        added_tokens = tokenizer.get_added_tokens_decoder()
+        if token_id not in added_tokens or not added_tokens[token_id].special:
+            return None
+    return token_id
 
 
 def learnt_end(template: ChatTemplate, tokenizer: "Tokenizer", calls: bool = False, /, **arguments: Any) -> TurnEnd:
@@ -61,21 +59,34 @@ def learnt_end(template: ChatTemplate, tokenizer: "Tokenizer", calls: bool = Fal
     arguments: what the template gets besides messages. ValueError where it doesn't render such a turn.
     """
     answer: dict[str, Any] = {"role": "assistant", "content": ANSWER}
-    last = _behind_answer(template, [QUESTION, answer], arguments)
-    followed = _behind_answer(template, [QUESTION, answer, QUESTION], arguments)
-    pairs = [(last, followed)]
+    answered = _endings(template, answer, QUESTION, arguments)
+    turn = answered
     if calls:
         call = probe_call()
-        answer = {"role": "assistant", "tool_calls": [call]}
         result = {"role": "tool", "name": "tool", "tool_call_id": call["id"], "content": "?"}
-        last = _behind_answer(template, [QUESTION, answer], arguments)
-        pairs.append((last, _behind_answer(template, [QUESTION, answer, result], arguments)))
+        turn = _endings(template, {"role": "assistant", "tool_calls": [call]}, result, arguments)
 
     # Tokens that are special, or, where none ends the turn, any that the tokenizer knows as a whole.
-    added = tokenizer.get_added_tokens_decoder().values()
+    added_tokens = tokenizer.get_added_tokens_decoder().values()
     named = set(template.special_tokens.values())
-    end = _end_between(pairs, _any_of(named | {token.content for token in added if token.special}))
-    return end if end.token else _end_between(pairs, _any_of(named | {token.content for token in added}))
+    end = _end_between(answered, turn, _any_of(named | {token.content for token in added_tokens if token.special}))
+    if end.token:
+        return end
+    return _end_between(answered, turn, _any_of(named | {token.content for token in added_tokens}))
+
+
+class _Endings(NamedTuple):
+    """What a template writes behind the same answer of a last turn, and of a turn that another follows."""
+
+    last: str
+    followed: str
+
+
+def _endings(
+    template: ChatTemplate, turn: dict[str, Any], following: dict[str, Any], arguments: Mapping[str, Any]
+) -> _Endings:
+    last = _behind_answer(template, [QUESTION, turn], arguments)
+    return _Endings(last, _behind_answer(template, [QUESTION, turn, following], arguments))
 
 
 def _behind_answer(template: ChatTemplate, messages: list[dict[str, Any]], arguments: Mapping[str, Any]) -> str:
@@ -91,21 +102,18 @@ def _any_of(tokens: set[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def _end_between(pairs: list[tuple[str, str]], tokens: re.Pattern[str]) -> TurnEnd:
-    """The end from what stands behind the answer of a last turn, and behind the same one followed by another.
-
-    pairs: of the two, for a turn that answers, and, to learn the end of one that calls, for that one, too.
-    """
-    answer_ends = bool(_shared(*pairs[0], tokens).strip())
-    last, followed = pairs[-1]
-    common = _shared(last, followed, tokens)
+def _end_between(answered: _Endings, turn: _Endings, tokens: re.Pattern[str]) -> TurnEnd:
+    """The end of a turn, from what stands behind it; `answered` is of a turn that answers, which may be the same."""
+    last, followed = turn
+    common = _shared(turn, tokens)
     shared = common.rstrip()
     matches = list(tokens.finditer(shared))
     if matches and matches[-1].end() == len(shared):
         return TurnEnd(matches[-1].group(), len(last) - len(shared))
-    if answer_ends:  # in plain text
+    if _shared(answered, tokens).strip():  # turns end in plain text
         return TurnEnd("", len(last) - len(shared))
 
+    # Nothing ends turns that are followed by others: a token ends the last turn, as gpt-oss's, or begins the next one.
     if match := tokens.search(last, len(shared)):
         return TurnEnd(match.group(), len(last) - match.end())
     match = tokens.search(followed, len(shared))
@@ -114,10 +122,11 @@ def _end_between(pairs: list[tuple[str, str]], tokens: re.Pattern[str]) -> TurnE
     return TurnEnd("")
 
 
-def _shared(last: str, followed: str, tokens: re.Pattern[str]) -> str:
+def _shared(endings: _Endings, tokens: re.Pattern[str]) -> str:
     """What two texts have in common at their beginning."""
-    common = shared_length(last, followed)
-    for text in (last, followed):
+    common = shared_length(*endings)
+    for text in endings:
         # Two tokens may begin alike, as <|end|> and <|user|> do: none is cut in two.
-        common = min([common, *(match.start() for match in tokens.finditer(text) if match.end() > common)])
-    return last[:common]
+        cut = [match.start() for match in tokens.finditer(text) if match.end() > common]
+        common = min([common, *cut])
+    return endings.last[:common]

@@ -24,6 +24,7 @@ _SHOWN = ("tools", "functions", "documents")  # arguments of a template that sta
 SHORT = 32  # characters of a content that may well be part of another text
 
 Messages = Sequence[Mapping[str, Any]]
+Calls = Sequence[Mapping[str, Any]]
 
 
 def trained_turns(messages: Messages) -> list[int]:
@@ -40,10 +41,11 @@ def trained_turns(messages: Messages) -> list[int]:
         if len({bool(value) for value in marks.values()}) > 1:
             raise ValueError(f"messages[{index}]: {' and '.join(marks)} contradict each other; leave one of them")
 
-        trained = all(marks.values())
-        if message["role"] == "assistant" and trained:
+        if not all(marks.values()):
+            continue
+        if message["role"] == "assistant":
             turns.append(index)
-        elif marks and trained:
+        elif marks:
             key = next(iter(marks))
             raise ValueError(
                 f"messages[{index}]: {key} asks to train a message of {message['role']}, but only the assistant's are "
@@ -54,40 +56,55 @@ def trained_turns(messages: Messages) -> list[int]:
 
 def check_used(dialogue: Dialogue) -> None:
     """ValueError where the template drops something that the messages or its other arguments say."""
-    template, messages, arguments = dialogue.template, dialogue.messages, dialogue.arguments
-    text = dialogue.text(len(messages))
-    for name in arguments:
-        unused = name not in template.variables
-        if not unused and name in _SHOWN:
-            without = {key: value for key, value in arguments.items() if key != name}
-            unused = text == template.render(messages, **without)
-        if unused:
-            raise ValueError(
-                f"the chat template does not use the field {name!r}; take it out, or give another template"
-            )
-
-    calls: list[Mapping[str, Any]] = []
-    answers = 0  # of tools, to the calls of the last turn
-    for index, message in enumerate(messages):
-        content = text_of(message.get("content") or "")
-        # A few letters may stand elsewhere in the text, and what a tool has said in the answer, too.
-        if content.strip() and (message["role"] == "tool" or len(content) < SHORT or content.strip() not in text):
-            longer = {**message, "content": content + ANSWER}
-            # A template may write it with a later message, as some do a system prompt.
-            if not (
-                _shows_answer(dialogue, [*messages[:index], longer])
-                or _shows_answer(dialogue, [*messages[:index], longer, *messages[index + 1 :]])
-            ):
-                raise _refusal(index, f"does not write the content of this message of role {message['role']!r}")
+    _check_arguments(dialogue)
+    calls: Calls = []  # of the last turn
+    n_answers = 0  # of tools, to those calls
+    for index, message in enumerate(dialogue.messages):
+        _check_content(dialogue, index)
         if message["role"] == "tool":
-            _check_answer(dialogue, index, calls, answers)
-            answers += 1
+            _check_answer(dialogue, index, calls, n_answers)
+            n_answers += 1
             continue
-        calls, answers = message.get("tool_calls") or [], 0
+
+        calls = message.get("tool_calls") or []
+        n_answers = 0
         for key in _MEANINGFUL:
             if message.get(key) and not _uses(dialogue, index, key):
                 raise _refusal(index, f"does not use {key!r}")
         _check_calls(dialogue, index, calls)
+
+
+def _check_arguments(dialogue: Dialogue) -> None:
+    """ValueError where the template drops what a row gives it besides messages."""
+    text = dialogue.text(len(dialogue.messages))
+    for name in dialogue.arguments:
+        is_used = name in dialogue.template.variables
+        if is_used and name in _SHOWN:
+            # A template may look at them without writing them.
+            without = {key: value for key, value in dialogue.arguments.items() if key != name}
+            is_used = text != dialogue.template.render(dialogue.messages, **without)
+        if not is_used:
+            raise ValueError(
+                f"the chat template does not use the field {name!r}; take it out, or give another template"
+            )
+
+
+def _check_content(dialogue: Dialogue, index: int) -> None:
+    """ValueError where the template drops what a message says."""
+    messages = dialogue.messages
+    message = messages[index]
+    content = text_of(message.get("content") or "")
+    text = dialogue.text(len(messages))
+    # A few letters may stand elsewhere in the text, and what a tool has said in the answer, too.
+    is_telling = message["role"] != "tool" and len(content) >= SHORT
+    if not content.strip() or (is_telling and content.strip() in text):
+        return
+
+    # A template may write it with a later message, as some do a system prompt.
+    longer = {**message, "content": content + ANSWER}
+    beginnings = ([*messages[:index], longer], [*messages[:index], longer, *messages[index + 1 :]])
+    if not any(_shows_answer(dialogue, beginning) for beginning in beginnings):
+        raise _refusal(index, f"does not write the content of this message of role {message['role']!r}")
 
 
 def _shows_answer(dialogue: Dialogue, messages: Messages) -> bool:
@@ -98,17 +115,20 @@ def _shows_answer(dialogue: Dialogue, messages: Messages) -> bool:
         return True
 
 
-def _check_calls(dialogue: Dialogue, index: int, calls: Sequence[Mapping[str, Any]]) -> None:
+def _check_calls(dialogue: Dialogue, index: int, calls: Calls) -> None:
     """ValueError where the template leaves out one of a turn's calls, or a part of it."""
     for position, call in enumerate(calls):
         function = call.get("function", call)
         for part, probe in (("name", ANSWER), ("arguments", {ANSWER: "?"})):
             if not function.get(part):
                 continue
-            changed = {**function, part: probe}
-            others = list(calls)
-            others[position] = {**call, "function": changed} if "function" in call else changed
-            text = _other(dialogue, index, {**dialogue.messages[index], "tool_calls": others})
+
+            # The same turn, with a probe in the place of this part of this call.
+            changed_call = {**function, part: probe}
+            if "function" in call:
+                changed_call = {**call, "function": changed_call}
+            changed_calls = [*calls[:position], changed_call, *calls[position + 1 :]]
+            text = _text_with(dialogue, index, {**dialogue.messages[index], "tool_calls": changed_calls})
             if text is not None and ANSWER not in text:
                 raise _refusal(index, f"does not write the {part} of tool call {position + 1}")
 
@@ -123,32 +143,33 @@ def _uses(dialogue: Dialogue, index: int, key: str) -> bool:
     names = _REASONING if key in _REASONING else (key,)
     without = {name: value for name, value in message.items() if name not in names}
     text = dialogue.tried(index + 1)
-    return text is None or text != _other(dialogue, index, without)
+    return text is None or text != _text_with(dialogue, index, without)
 
 
-def _other(dialogue: Dialogue, index: int, message: Mapping[str, Any]) -> str | None:
+def _text_with(dialogue: Dialogue, index: int, message: Mapping[str, Any]) -> str | None:
+    """The text up to a message with another one in its place; None where the template doesn't render it."""
     try:
         return dialogue.with_message(index, message)
     except ValueError:
         return None
 
 
-def _check_answer(dialogue: Dialogue, index: int, calls: Sequence[Mapping[str, Any]], position: int) -> None:
+def _check_answer(dialogue: Dialogue, index: int, calls: Calls, position: int) -> None:
     """ValueError where a tool's message says which call it answers, and neither template nor order show it."""
     message = dialogue.messages[index]
-    expected = calls[position] if position < len(calls) else {}
-    if (number := message.get("tool_call_id")) is not None:
-        ids = [call.get("id") for call in calls]
-        if number not in ids and (not calls or any(ids)):
-            raise ValueError(f"messages[{index}]: tool_call_id {number!r} is the id of no call in the turn before it")
-        if number in ids:
-            expected = calls[ids.index(number)]
-            if ids.index(number) != position and not _uses(dialogue, index, "tool_call_id"):
-                raise ValueError(
-                    f"messages[{index}]: the chat template does not use 'tool_call_id'; put the answers of tools in "
-                    "the order of the calls"
-                )
+    call_id = message.get("tool_call_id")
+    call_ids = [call.get("id") for call in calls]
+    answered = calls[position] if position < len(calls) else {}
+    if call_id in call_ids and call_id is not None:
+        answered = calls[call_ids.index(call_id)]
+        if call_ids.index(call_id) != position and not _uses(dialogue, index, "tool_call_id"):
+            raise ValueError(
+                f"messages[{index}]: the chat template does not use 'tool_call_id'; put the answers of tools in "
+                "the order of the calls"
+            )
+    elif call_id is not None and (not calls or any(call_ids)):
+        raise ValueError(f"messages[{index}]: tool_call_id {call_id!r} is the id of no call in the turn before it")
 
-    name = expected.get("function", expected).get("name")
+    name = answered.get("function", answered).get("name")
     if message.get("name") not in (None, name) and not _uses(dialogue, index, "name"):
         raise _refusal(index, f"does not use 'name' ({message['name']!r}, in answer to a call of {name!r})")

@@ -28,12 +28,15 @@ Render = Callable[[list[dict[str, Any]]], str]
 
 
 class MessageForm:
-    """Brings messages into the form that a template takes; `render` is the template itself, on messages as they are."""
+    """Brings messages into the form that a template takes; `render` is the template itself, on messages as they are.
+
+    What form that is, is learnt once: of content with the first messages, of tool calls with the first that have some.
+    """
 
     def __init__(self, render: Render) -> None:
         self._render = render
-        self._parts: bool | None = None
-        self._calls: tuple[bool, dict[str, Any]] | None = None
+        self._parts: bool | None = None  # whether content is a list of parts
+        self._calls: tuple[bool, dict[str, Any]] | None = None  # see `_takes_calls`
 
     def __call__(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
         if self._parts is None:
@@ -43,7 +46,8 @@ class MessageForm:
     def _formed(self, message: Message) -> dict[str, Any]:
         # As transformers: an empty key is a missing key, and reasoning goes by all of its names.
         formed = {key: value for key, value in message.items() if value is not None}
-        if (reasoning := next((formed[key] for key in _REASONING if key in formed), None)) is not None:
+        reasoning = next((formed[key] for key in _REASONING if key in formed), None)
+        if reasoning is not None:
             formed = {"thinking": reasoning, **formed, "reasoning_content": reasoning}
 
         content = text_of(formed.get("content", ""))
@@ -55,10 +59,15 @@ class MessageForm:
             if not content and no_content != {"content": ""}:
                 formed.pop("content", None)
                 return formed | no_content
-        formed["content"] = [{"type": "text", "text": content}] if self._parts else content
+
+        formed["content"] = content
+        if self._parts:
+            formed["content"] = [{"type": "text", "text": content}]
         return formed
 
     def _takes_parts(self) -> bool:
+        """Whether content has to be a list of parts, as the template writes nothing of a text."""
+
         def writes(content: Any) -> bool:
             return ANSWER in self._tried([{"role": "user", "content": content}])
 
@@ -69,8 +78,8 @@ class MessageForm:
         question = self._formed({"role": "user", "content": "?"})
         for as_text, no_content in product((False, True), _NO_CONTENT):
             message = _with_calls([_with_arguments(probe_call(), as_text)]) | no_content
-            written = self._tried([question, message])
-            if ANSWER in written and _VALUE in written:
+            text = self._tried([question, message])
+            if ANSWER in text and _VALUE in text:
                 return as_text, no_content
         return False, {"content": ""}
 
@@ -83,7 +92,9 @@ class MessageForm:
 
 def text_of(content: Any) -> str:
     """A message's content as text: its parts one after the other."""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content)
 
 
 def shared_length(first: str, second: str) -> int:
@@ -105,6 +116,7 @@ def _with_arguments(call: Message, as_text: bool) -> dict[str, Any]:
     """A tool call with its arguments as an object or as JSON text; text that holds no object stays what it is."""
     if isinstance(call.get("function"), Mapping):
         return {**call, "function": _with_arguments(call["function"], as_text)}
+
     arguments = call.get("arguments")
     if as_text and isinstance(arguments, Mapping):
         return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
@@ -112,6 +124,7 @@ def _with_arguments(call: Message, as_text: bool) -> dict[str, Any]:
         try:
             parsed = parse_json(arguments, "arguments")
         except ValueError:
-            return dict(call)
-        return {**call, "arguments": parsed} if isinstance(parsed, dict) else dict(call)
+            parsed = None
+        if isinstance(parsed, dict):
+            return {**call, "arguments": parsed}
     return dict(call)

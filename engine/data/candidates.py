@@ -11,15 +11,11 @@ from typing import NamedTuple
 
 
 class Candidates(NamedTuple):
-    """The different texts among positives and negatives, in the order of their first occurrence.
+    """The different texts among positives and negatives, in the order of their first occurrence."""
 
-    `first` says where each stands first in the positives followed by the negatives; `target` which of them is each
-    anchor's positive; `also_right` the others that an anchor is not compared with.
-    """
-
-    first: list[int]
-    target: list[int]
-    also_right: list[list[int]]
+    first: list[int]  # where each candidate stands first in the positives followed by the negatives
+    target: list[int]  # which candidate is each anchor's positive
+    also_right: list[list[int]]  # the other candidates that each anchor is not compared with
 
 
 def candidates(
@@ -31,6 +27,7 @@ def candidates(
         first.setdefault(text, i)
     columns = {text: column for column, text in enumerate(first)}
 
+    # By the anchor's text, so that rows with one anchor share what is right for it.
     right = defaultdict(set)
     for anchor, positive in zip(anchors, positives, strict=True):
         right[anchor].add(columns[positive])

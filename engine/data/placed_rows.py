@@ -11,23 +11,29 @@ class PlacedRow(dict[str, Any]):
 
     def __init__(self, row: Mapping[str, Any], file: str, line: str) -> None:
         super().__init__(row)
-        self.file, self.line = file, line
+        self.file = file
+        self.line = line
 
 
 def place_of(row: Mapping[str, Any], index: int) -> str:
     """Where a row stands, for an error: in the file it was read from, else its number among the rows, from 1."""
-    return f"{row.file} {row.line}".rstrip() if isinstance(row, PlacedRow) else f"row {index + 1}"
+    if isinstance(row, PlacedRow):
+        return f"{row.file} {row.line}".rstrip()
+    return f"row {index + 1}"
 
 
 def places_of(rows: Sequence[Mapping[str, Any]], indices: Sequence[int]) -> str:
     """Where several of the rows stand; a file is named once for the lines in it that follow each other."""
     names: list[str] = []
-    file_before = None
+    last_file = None
     for index in indices:
         row = rows[index]
-        if isinstance(row, PlacedRow) and row.file == file_before:
-            names.append(row.line)
-        else:
-            names.append(place_of(row, index))
-        file_before = row.file if isinstance(row, PlacedRow) else None
+        name = place_of(row, index)
+        file = None
+        if isinstance(row, PlacedRow):
+            file = row.file
+            if file == last_file:
+                name = row.line
+        names.append(name)
+        last_file = file
     return ", ".join(names)

@@ -30,7 +30,9 @@ def beginning(tokenizer: "Tokenizer") -> list[int]:
 
 def begun(ids: list[int], begin: list[int]) -> list[int]:
     """The tokens of a text with `begin` in front, which it may have already."""
-    return ids if ids[: len(begin)] == begin else [*begin, *ids]
+    if ids[: len(begin)] == begin:
+        return ids
+    return [*begin, *ids]
 
 
 def prompt_tokens(tokenizer: "Tokenizer", prompts: Sequence[str]) -> list[list[int]]:
@@ -43,22 +45,28 @@ def prompt_tokens(tokenizer: "Tokenizer", prompts: Sequence[str]) -> list[list[i
 def tokenize_pairs(tokenizer: "Tokenizer", pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[list[int], int]]:
     """Of texts (prompt, completion) the tokens of both together, and how many of them are the prompt's."""
     begin = beginning(tokenizer)
-    prompts = tokenizer.encode_batch([prompt for prompt, _ in pairs], add_special_tokens=False)
-    wholes = tokenizer.encode_batch([prompt + completion for prompt, completion in pairs], add_special_tokens=False)
-    for (_, completion), prompt, whole in zip(pairs, prompts, wholes, strict=True):
-        ids = begun(prompt.ids, begin)
-        if whole.ids[: len(prompt.ids)] == prompt.ids:
-            yield [*ids, *whole.ids[len(prompt.ids) :]], len(ids)
-        else:
-            yield [*ids, *_behind(tokenizer, completion, prompt, whole)], len(ids)
+    texts = [prompt + completion for prompt, completion in pairs]
+    prompt_encodings = tokenizer.encode_batch([prompt for prompt, _ in pairs], add_special_tokens=False)
+    text_encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+    for (_, completion), prompt, text in zip(pairs, prompt_encodings, text_encodings, strict=True):
+        prompt_ids = prompt.ids
+        text_ids = text.ids
+        completion_ids = text_ids[len(prompt_ids) :]
+        if text_ids[: len(prompt_ids)] != prompt_ids:  # a token lies across the seam
+            completion_ids = _behind(tokenizer, completion, prompt_ids, text_ids)
+        prompt_ids = begun(prompt_ids, begin)
+        yield [*prompt_ids, *completion_ids], len(prompt_ids)
 
 
-def _behind(tokenizer: "Tokenizer", completion: str, prompt: "Encoding", whole: "Encoding") -> list[int]:
-    """A completion's tokens, where a token of the whole text lies across its beginning."""
-    text = tokenizer.decode(whole.ids, skip_special_tokens=False)
+def _behind(tokenizer: "Tokenizer", completion: str, prompt_ids: list[int], text_ids: list[int]) -> list[int]:
+    """A completion's tokens, where a token of the whole text lies across its beginning.
+
+    They are the first of several attempts that give the text again, when they are decoded behind the prompt.
+    """
+    text = tokenizer.decode(text_ids, skip_special_tokens=False)
     alone = tokenizer.encode(completion, add_special_tokens=False).ids
     for ids in (alone, *(ids for ids, _ in _continuations(tokenizer, completion))):
-        if tokenizer.decode([*prompt.ids, *ids], skip_special_tokens=False) == text:
+        if tokenizer.decode([*prompt_ids, *ids], skip_special_tokens=False) == text:
             return ids
     return alone
 
@@ -66,11 +74,15 @@ def _behind(tokenizer: "Tokenizer", completion: str, prompt: "Encoding", whole: 
 def _continuations(tokenizer: "Tokenizer", text: str) -> Iterator[tuple[list[int], list[Span]]]:
     """Tokens and offsets of a text that goes on from another: behind each anchor whose own tokens stay as they are."""
     for anchor in ANCHORS:
-        front = tokenizer.encode(anchor, add_special_tokens=False).ids
+        anchor_ids = tokenizer.encode(anchor, add_special_tokens=False).ids
         encoding = tokenizer.encode(anchor + text, add_special_tokens=False)
-        if encoding.ids[: len(front)] == front:
-            moved = [(first - len(anchor), last - len(anchor)) for first, last in encoding.offsets[len(front) :]]
-            yield encoding.ids[len(front) :], moved
+        n_anchor = len(anchor_ids)
+        if encoding.ids[:n_anchor] == anchor_ids:
+            yield encoding.ids[n_anchor:], _moved(encoding.offsets[n_anchor:], -len(anchor))
+
+
+def _moved(offsets: Sequence[Span], by: int) -> list[Span]:
+    return [(first + by, last + by) for first, last in offsets]
 
 
 def encode_with_seams(
@@ -86,12 +98,16 @@ def encode_with_seams(
     crossed = [seam for seam, prompt in pairs if encoding.ids[: len(prompt.ids)] != prompt.ids]
     if not crossed:
         return encoding.ids, encoding.offsets
-    beginning_of_text = tokenizer.encode(text[: crossed[0]], add_special_tokens=False)
-    ids, offsets = beginning_of_text.ids, beginning_of_text.offsets
+
+    # Put together from parts: the text before the first seam that a token crosses, and what follows each of those.
+    first_part = tokenizer.encode(text[: crossed[0]], add_special_tokens=False)
+    ids = first_part.ids
+    offsets = first_part.offsets
     for start, stop in zip(crossed, [*crossed[1:], len(text)], strict=True):
         alone = tokenizer.encode(text[start:stop], add_special_tokens=False)
-        more, places = next(_continuations(tokenizer, text[start:stop]), (alone.ids, alone.offsets))
-        ids, offsets = [*ids, *more], [*offsets, *((first + start, last + start) for first, last in places)]
+        part_ids, part_offsets = next(_continuations(tokenizer, text[start:stop]), (alone.ids, alone.offsets))
+        ids = [*ids, *part_ids]
+        offsets = [*offsets, *_moved(part_offsets, start)]
     return ids, offsets
 
 
@@ -104,11 +120,14 @@ def append_eos(ids: list[int], start: int, eos: int | None, more_ends: Sequence[
     ends = (eos, *more_ends)
     if eos is None or (ids and ids[-1] in ends):
         return ids
-    return [*ids, next((token for token in reversed(ids[:start]) if token in ends), eos)]
+    last_end = next((token for token in reversed(ids[:start]) if token in ends), eos)
+    return [*ids, last_end]
 
 
 def completion_text(tokenizer: "Tokenizer", prompt: Sequence[int], ids: Sequence[int]) -> str:
     """The text of tokens `ids` behind those of their prompt, special tokens left out."""
-    before = tokenizer.decode(list(prompt))
-    whole = tokenizer.decode([*prompt, *ids])
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(list(ids))
+    prompt_text = tokenizer.decode(list(prompt))
+    text = tokenizer.decode([*prompt, *ids])
+    if text.startswith(prompt_text):
+        return text[len(prompt_text) :]
+    return tokenizer.decode(list(ids))
