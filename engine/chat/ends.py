@@ -113,7 +113,7 @@ def _end_between(answered: _Endings, turn: _Endings, tokens: re.Pattern[str]) ->
     if _shared(answered, tokens).strip():  # turns end in plain text
         return TurnEnd("", len(last) - len(shared))
 
-    # Nothing ends turns that are followed by others: a token ends the last turn, as gpt-oss's, or begins the next one.
+    # The two have no end in common: the last turn has one of its own, as gpt-oss's, or ends where the next one begins.
     if match := tokens.search(last, len(shared)):
         return TurnEnd(match.group(), len(last) - match.end())
     match = tokens.search(followed, len(shared))

@@ -37,11 +37,15 @@ from .sizes import (
 
 MAX_SECONDS = 2.0  # of one rendering, which takes a millisecond as a rule
 MAX_MADE = 2**28  # of all that one rendering makes, with STEP for each thing that it does
-STEP, PORTION = 64, 8192  # what an operation counts, and what is made from one look at the clock to the next
+STEP = 64  # what an operation counts
+PORTION = 8192  # what is made from one look at the clock to the next, as a look costs more than most operations
 
-# Filters that we put in.
-_ROUNDS, _JOINED, _ADDED = "rounds of a loop", "texts put together", "a sum"
-_SLICED, _COUNTED = "a part of a text", "a list or object"
+# Filters that we put in. Their names hold spaces, so that no template can call them.
+_ROUNDS = "rounds of a loop"
+_JOINED = "texts put together"
+_ADDED = "a sum"
+_SLICED = "a part of a text"
+_COUNTED = "a list or object"
 
 
 class _Namespace(Namespace):
@@ -52,14 +56,20 @@ class _Namespace(Namespace):
 
 
 class Budget:
-    """What one rendering may still take. `left`: until it is looked at, in characters, and STEP for each operation."""
+    """What one rendering may still take, in characters, with STEP for each operation.
+
+    `left` is what may be made before the next look at the clock, `made` what was made before the last one, `until` the
+    time at which the rendering has to end.
+    """
 
     def __init__(self) -> None:
         self.begin()
 
     def begin(self) -> None:
         """Another rendering."""
-        self.left, self.made, self.is_spent = PORTION, 0, False
+        self.left = PORTION
+        self.made = 0
+        self.is_spent = False
         self.until = time.thread_time() + MAX_SECONDS
 
     def make(self, size: int) -> None:
@@ -103,6 +113,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.concat = self._concatenated  # type: ignore[method-assign, assignment]
         del self.globals["lipsum"]  # which makes a text of any length
         self.globals["namespace"] = _Namespace
+
+        # jinja2's own filters first: ours count by themselves.
         for name, function in {**self.filters}.items():
             self.filters[name] = self.bounded(name, function)
         self.filters |= {_ROUNDS: self._rounds, _JOINED: self._joined, _SLICED: self._sliced}
@@ -124,29 +136,42 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """A call in a template. Its parameters are called as jinja2's, which leaves names to the template's own."""
-        method = vars(__obj).get("__wrapped__", __obj) if isinstance(__obj, FunctionType) else __obj
-        owner = getattr(method, "__self__", None)  # the sandbox wraps `format` in a function
+        method = __obj
+        if isinstance(__obj, FunctionType):
+            method = vars(__obj).get("__wrapped__", __obj)  # the sandbox wraps `format` in a function
+        owner = getattr(method, "__self__", None)
+
+        # What may be large is counted before it is made, all else when it is there.
         if isinstance(owner, str | bytes):
             args = tuple(map(listed, args))
             __self._check_growth(METHODS, method.__name__, (owner, *args), kwargs)
         elif __obj is __self.globals.get("strftime_now"):
             __self.budget.make(256 * sum(map(size_of, (*args, *kwargs.values()))))  # as its widths may ask for
         out = super().call(__context, __obj, *args, **kwargs)
-        __self.budget.make_all(out) if __obj is dict else __self.budget.make(size_of(out))
+        if __obj is dict:
+            __self.budget.make_all(out)
+        else:
+            __self.budget.make(size_of(out))
         return out
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """An operation between two values whose result may be larger than both."""
-        size, numbers = 1, isinstance(left, int) and isinstance(right, int)
+        size = 1
         if operator == "%" and isinstance(left, str):
+            # A format takes a tuple as several values, and an object as its values by name, or as one value.
             self.budget.make_all(right)
-            values = (right, *right.values()) if isinstance(right, dict) else right
-            size = percent_size(left, values if isinstance(values, tuple) else (values,))
-        elif numbers and operator != "%":
+            values = right if isinstance(right, tuple) else (right,)
+            if isinstance(right, dict):
+                values = (right, *right.values())
+            size = percent_size(left, values)
+        elif operator != "%" and isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
-            size = 1 if bits <= MAX_BITS else MAX_SIZE + 1
-        elif operator == "*" and (isinstance(left, int) or isinstance(right, int)):
-            size = size_of(left) * right if isinstance(right, int) else size_of(right) * left
+            if bits > MAX_BITS:
+                size = MAX_SIZE + 1
+        elif operator == "*" and isinstance(right, int):
+            size = size_of(left) * right
+        elif operator == "*" and isinstance(left, int):
+            size = size_of(right) * left
         self.budget.make(max(0, size))
         return super().call_binop(context, operator, left, right)
 
@@ -154,20 +179,23 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self, table: dict[str, Callable[..., int]], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         """Count what a filter or method makes before it does. What its arguments are wrong for, it says itself."""
-        if name in table:
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, list | tuple | dict | VIEWS):
-                    self.budget.make_all(value)
-            try:
-                size = table[name](*args, **kwargs)
-            except (TypeError, ValueError, AttributeError):
-                return
-            self.budget.make(max(0, size))
+        if name not in table:
+            return
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, list | tuple | dict | VIEWS):
+                self.budget.make_all(value)
+        try:
+            size = table[name](*args, **kwargs)
+        except (TypeError, ValueError, AttributeError):
+            return
+        self.budget.make(max(0, size))
 
     def bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """A filter that counts what it makes."""
-        first = 1 if hasattr(function, "jinja_pass_arg") else 0  # its first argument is jinja2's
-        budget, makes_text, grows = self.budget, name not in NO_TEXT, name in FILTERS
+        budget = self.budget
+        first = int(hasattr(function, "jinja_pass_arg"))  # the value's position, as jinja2 may pass what is its own
+        makes_text = name not in NO_TEXT
+        grows = name in FILTERS
 
         @wraps(function)
         def bounded(*args: Any, **kwargs: Any) -> Any:
@@ -180,6 +208,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 budget.make_all(args[first])
             if grows:
                 self._check_growth(FILTERS, name, args[first:], kwargs)
+
+            # As `budget.make`, written out: filters are called often, and this is most of what they cost.
             out = function(*args, **kwargs)
             budget.left -= STEP + (len(out) if type(out) is str else size_of(out))
             if budget.left < 0:
@@ -201,14 +231,18 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         if attribute is None:
             return args, kwargs
         values = list(self._rounds(map(make_attrgetter(self, attribute), args[first])))
-        rest = tuple(None if i == position else value for i, value in enumerate(args) if i > first)
-        return (*args[:first], values, *rest), {name: value for name, value in kwargs.items() if name != "attribute"}
+        options = tuple(None if i == position else value for i, value in enumerate(args) if i > first)
+        kwargs = {name: value for name, value in kwargs.items() if name != "attribute"}
+        return (*args[:first], values, *options), kwargs
 
     def _finalized(self, value: Any) -> Any:
         """What is written: a list or an object as the text of all that is in it."""
-        return value if type(value) is str else self.budget.make_all(value)
+        if type(value) is str:
+            return value
+        return self.budget.make_all(value)
 
     def _rounds(self, values: Iterable[Any]) -> Iterator[Any]:
+        """The values of a loop, each of them counted as a step."""
         budget = self.budget
         for value in values:
             budget.left -= STEP
@@ -217,7 +251,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             yield value
 
     def _added(self, left: Any, right: Any) -> Any:
-        out, budget = left + right, self.budget  # each of the two is bounded, so that the sum is
+        out = left + right  # each of the two is bounded, so that the sum is
+        budget = self.budget
         budget.left -= STEP + (len(out) if type(out) is str else size_of(out))
         if budget.left < 0:
             budget.look()
@@ -235,7 +270,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def _concatenated(self, pieces: Iterable[str]) -> str:
         """What a template, a macro or a block writes."""
-        out, room = [], MAX_SIZE
+        out = []
+        room = MAX_SIZE
         for piece in pieces:
             room -= len(piece)
             if room < 0:

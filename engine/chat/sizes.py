@@ -67,18 +67,23 @@ VIEWS = KeysView | ValuesView | ItemsView
 
 def listed(value: Any) -> Any:
     """A list of what can be gone through only once."""
-    return list(value) if isinstance(value, Iterator) else value
+    if isinstance(value, Iterator):
+        return list(value)
+    return value
 
 
 def _length(value: Any) -> int:
     """Of a width that is a number, or the text to fill it with."""
-    return len(value) if isinstance(value, str) else int(value)
+    if isinstance(value, str):
+        return len(value)
+    return int(value)
 
 
-def _widths(found: Iterable[str]) -> int:
+def _widths(widths: Iterable[str]) -> int:
     """The sum of the widths in a format. TemplateRuntimeError where one comes from elsewhere, or they are too large."""
     total = 0
-    for width in found:
+    for width in widths:
+        # One that is no number, as `*`, is taken from the values, and may be any.
         total += int(width) if width.isdecimal() and len(width) < 8 else MAX_SIZE + 1
         if total > MAX_SIZE:
             raise TemplateRuntimeError("a format with widths of so many characters is not rendered")
@@ -92,39 +97,45 @@ def _largest(values: tuple[Any, ...]) -> int:
 
 def percent_size(text: str, values: tuple[Any, ...]) -> int:
     """The size of a text with values in the places that `%` marks."""
-    widths = _widths(width for found in _WIDTHS.finditer(text) for width in found.groups() if width)
+    widths = _widths(width for match in _WIDTHS.finditer(text) for width in match.groups() if width)
     return len(text) + widths + text.count("%") * _largest(values)
 
 
 def _format_size(text: str, values: tuple[Any, ...]) -> int:
     """The size of a text with values in the places that braces mark."""
-    widths, places = 0, 0
+    widths = 0
+    n_fields = 0
     for _, name, specification, _ in Formatter().parse(text):
-        if name is None:
+        if name is None:  # text behind the last field
             continue
         if "." in name or "[" in name:
             raise TemplateRuntimeError(f"a format with parts of values ({{{name[:40]}}}) is not rendered")
-        places += 1
+        n_fields += 1
+        # A brace in a specification stands for a width that is itself a value.
         widths += _widths(re.findall(r"\d+|\{", specification or ""))
         if widths > MAX_SIZE:
             return widths
-    return len(text) + widths + places * _largest(values)
+    return len(text) + widths + n_fields * _largest(values)
 
 
 def _json_size(value: Any, indent: Any, separators: Any) -> int:
     """What JSON adds to the texts of a value: an indent for each line and level, and what stands between entries."""
     if indent is not None and _length(indent) > MAX_INDENT:
         raise TemplateRuntimeError(f"JSON with an indent of more than {MAX_INDENT} characters is not made")
+    width = 1  # of an indent for each level, with the line end
+    if indent is not None:
+        width += _length(indent)
     between = sum(len(separator) for separator in separators or ())
-    return _lines(value, 1 if indent is None else 1 + _length(indent), between)
+    return _lines(value, width, between)
 
 
 def _lines(value: Any, indent: int, between: int, depth: int = 1) -> int:
+    """The indents and separators of a value at this depth, and of all that is in it."""
     if not isinstance(value, list | tuple | dict):
         return 0
-    inner = value.values() if isinstance(value, dict) else value
-    own = (len(value) + 1) * (depth * indent + between)
-    return own + sum(_lines(child, indent, between, depth + 1) for child in inner)
+    children = value.values() if isinstance(value, dict) else value
+    n_lines = len(value) + 1  # one for each entry, and one for the closing bracket
+    return n_lines * (depth * indent + between) + sum(_lines(child, indent, between, depth + 1) for child in children)
 
 
 def _urlize_size(text: str, attributes: str, schemes: Any) -> int:
@@ -136,14 +147,18 @@ def inner_values(value: Any) -> Iterable[Any]:
     """What is in a list or an object, as its text shows it."""
     if isinstance(value, dict):
         return value.items()
-    return value if isinstance(value, list | tuple | set | frozenset | VIEWS) else ()
+    if isinstance(value, list | tuple | set | frozenset | VIEWS):
+        return value
+    return ()
 
 
 def _weight(value: Any) -> int:
     """The size of a value as a text, with all that is in it; for what `make_all` has counted, which bounds the walk."""
     if isinstance(value, str | bytes | int):
         return size_of(value) + 1
-    return 2 + sum(2 + _weight(inner) for inner in inner_values(value)) if inner_values(value) else 64
+    if not inner_values(value):
+        return 64
+    return 2 + sum(2 + _weight(inner) for inner in inner_values(value))
 
 
 def size_of(value: Any) -> int:
@@ -152,4 +167,6 @@ def size_of(value: Any) -> int:
         return len(value)
     if isinstance(value, int):
         return value.bit_length() // 3
-    return ENTRY * len(value) if isinstance(value, list | tuple | dict | set | frozenset | range | VIEWS) else 1
+    if isinstance(value, list | tuple | dict | set | frozenset | range | VIEWS):
+        return ENTRY * len(value)
+    return 1
