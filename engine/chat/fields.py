@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .forms import ANSWER, text_of
-from .template import Dialogue
+from .template import Dialogue, Messages
 
 TRAINED = ("weight", "train", "training", "loss")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -23,7 +23,6 @@ _SHOWN = ("tools", "functions", "documents")  # arguments of a template that sta
 
 SHORT = 32  # characters of a content that may well be part of another text
 
-Messages = Sequence[Mapping[str, Any]]
 Calls = Sequence[Mapping[str, Any]]
 
 

@@ -209,7 +209,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             if grows:
                 self._check_growth(FILTERS, name, args[first:], kwargs)
 
-            # As `budget.make`, written out: filters are called often, and this is most of what they cost.
+            # Much as `budget.make`, written out: filters are called often, and this is most of what they cost.
             out = function(*args, **kwargs)
             budget.left -= STEP + (len(out) if type(out) is str else size_of(out))
             if budget.left < 0:

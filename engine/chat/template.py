@@ -20,6 +20,7 @@ from typing import Any
 from .forms import MessageForm, shared_length
 
 Span = tuple[int, int]  # first character, and the one after the last
+Messages = Sequence[Mapping[str, Any]]
 
 # For models without a template. The space after "Assistant:" is the assistant's: as a word's leading space it belongs
 # to the word's token, and the prompt then ends where a token ends.
@@ -35,7 +36,8 @@ DEFAULT_TEMPLATE = """\
 """
 
 # Written around the assistant's text by the {% generation %} block, and taken out again. Private-use characters.
-_OPEN, _CLOSE = "\ue0e0\ue0e1\ue0e0", "\ue0e2\ue0e1\ue0e2"
+_OPEN = "\ue0e0\ue0e1\ue0e0"
+_CLOSE = "\ue0e2\ue0e1\ue0e2"
 _MARK = re.compile(f"{_OPEN}|{_CLOSE}")
 _BLOCK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 _SPECIAL_TOKEN = re.compile(r"[a-z]+_token")
@@ -57,9 +59,7 @@ class ChatTemplate:
         self._failure: str | None = None
         self._lock = threading.Lock()
 
-    def render(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **arguments: Any
-    ) -> str:
+    def render(self, messages: Messages, add_generation_prompt: bool = False, **arguments: Any) -> str:
         """The conversation as text; with `add_generation_prompt` it ends where the assistant would go on.
 
         arguments: what the template gets besides, as tools, documents, enable_thinking. ValueError where the template
@@ -68,23 +68,24 @@ class ChatTemplate:
         return self.render_marked(messages, add_generation_prompt, **arguments)[0]
 
     def render_marked(
-        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False, **arguments: Any
+        self, messages: Messages, add_generation_prompt: bool = False, **arguments: Any
     ) -> tuple[str, list[Span]]:
         """The conversation as text, and the characters that the template marks as the assistant's, in order."""
-        plain = self._form(messages)
-        if self.marked and _MARK.search(json.dumps([plain, arguments], ensure_ascii=False)):
+        formed = self._form(messages)
+        if self.marked and _MARK.search(json.dumps([formed, arguments], ensure_ascii=False)):
             raise ValueError("a message holds the private-use characters that mark the assistant's text; remove them")
-        return _without_marks(self._run(plain, add_generation_prompt, arguments))
+        return _without_marks(self._run(formed, add_generation_prompt, arguments))
 
     @cached_property
     def generation_prompt(self) -> str:
         """What is written where the assistant is to go on; "" where nothing is, or no question can be rendered."""
         question = [{"role": "user", "content": "?"}]
         try:
-            plain, asked = self.render(question), self.render(question, True)
+            text = self.render(question)
+            prompt = self.render(question, True)
         except ValueError:
             return ""
-        return asked[shared_length(plain, asked) :]
+        return prompt[shared_length(text, prompt) :]
 
     def has_rendered(self, prompt: str) -> bool:
         """Whether a prompt has been through the template already: it ends as such prompts do."""
@@ -100,12 +101,14 @@ class ChatTemplate:
 
         if self._failure is not None:
             raise ValueError(self._failure)
-        given = {"tools": None, "documents": None, **self.special_tokens, **arguments}
-        given |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
+
+        # What every template may read, as transformers gives it; messages can't be replaced by an argument.
+        variables = {"tools": None, "documents": None, **self.special_tokens, **arguments}
+        variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
             with self._lock:  # of several threads one at a time, as they share the budget
                 self._environment.budget.begin()
-                text: str = self._template.render(given)
+                text: str = self._template.render(variables)
             return text
         except (
             TemplateError,
@@ -129,10 +132,10 @@ class ChatTemplate:
 class Dialogue:
     """Messages, and what else a template gets, under that template; each beginning is rendered once."""
 
-    def __init__(
-        self, template: ChatTemplate, messages: Sequence[Mapping[str, Any]], arguments: Mapping[str, Any]
-    ) -> None:
-        self.template, self.messages, self.arguments = template, messages, arguments
+    def __init__(self, template: ChatTemplate, messages: Messages, arguments: Mapping[str, Any]) -> None:
+        self.template = template
+        self.messages = messages
+        self.arguments = arguments
         self._rendered: dict[tuple[int, bool], tuple[str, list[Span]]] = {}
 
     def marked(self, length: int, prompt: bool = False) -> tuple[str, list[Span]]:
@@ -159,23 +162,29 @@ class Dialogue:
 
 
 def _without_marks(marked: str) -> tuple[str, list[Span]]:
+    """A text without its marks, and the spans of it that stood between them."""
     pieces: list[str] = []
     spans: list[Span] = []
-    length = start = last = 0
+    length = 0  # of the pieces
+    start = 0  # of the span that was opened last
+    position = 0  # behind the last mark, in the marked text
     for mark in _MARK.finditer(marked):
-        pieces.append(marked[last : mark.start()])
+        pieces.append(marked[position : mark.start()])
         length += len(pieces[-1])
-        last = mark.end()
+        position = mark.end()
         if mark.group() == _OPEN:
             start = length
         elif length > start:
             spans.append((start, length))
-    return "".join(pieces) + marked[last:], spans
+    return "".join(pieces) + marked[position:], spans
 
 
-def _roles(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+def _roles(messages: Messages) -> list[str]:
+    """The roles of messages, for an error: of many the first ones."""
     roles = [str(message.get("role")) for message in messages]
-    return roles if len(roles) <= 6 else [*roles[:5], "..."]
+    if len(roles) > 6:
+        roles[5:] = ["..."]
+    return roles
 
 
 def _compile(source: str) -> tuple[Any, Any, frozenset[str]]:
@@ -202,6 +211,7 @@ def _compile(source: str) -> tuple[Any, Any, frozenset[str]]:
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     environment.globals["assistant_wrote"] = _assistant_wrote
+
     source = _BLOCK.sub(_call_block, source)
     try:
         variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
@@ -216,7 +226,8 @@ def _compile(source: str) -> tuple[Any, Any, frozenset[str]]:
 def _call_block(block: re.Match[str]) -> str:
     # A call block renders its body in a scope of its own and hands it to a function: all the tag needs, and no parser.
     left, end, right = block.groups()
-    return f"{{%{left} {'endcall' if end else 'call assistant_wrote()'} {right}%}}"
+    tag = "endcall" if end else "call assistant_wrote()"
+    return f"{{%{left} {tag} {right}%}}"
 
 
 def _assistant_wrote(caller: Any) -> str:
@@ -251,6 +262,7 @@ def token_mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     for start, end in sorted(spans):
         while token < len(offsets) and offsets[token][1] <= start:
             token += 1
+        # Not moved along: a token may belong to two spans.
         for i in range(token, len(offsets)):
             first, last = offsets[i]
             if first >= end and not first == last == end:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from .ends import QUESTION, TurnEnd, learnt_end
 from .fields import check_used
 from .forms import ANSWER, shared_length, text_of
-from .template import ChatTemplate, Dialogue, Span
+from .template import ChatTemplate, Dialogue, Messages, Span
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -34,8 +34,6 @@ _EMPTY_THINKING = re.compile(rf"\s*<({_THINKING})>\s*</\1>\s*")
 _OPEN_THINKING = re.compile(rf"<{_THINKING}>\s*\Z")
 
 _MARK_IT = "put {% generation %} marks into it"
-
-Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -48,24 +46,26 @@ class Rendered:
 
 @dataclass(frozen=True)
 class _Turn:
-    """A turn as the last one of its dialogue.
+    """A turn as the last one of its dialogue."""
 
-    prompt: how many characters of `text` the generation prompt has written, where it is the whole prompt.
-    """
-
-    text: str
-    spans: list[Span]
-    prompt: int | None = None
+    text: str  # of the dialogue up to this turn
+    spans: list[Span]  # the characters of `text` that are targets
+    prompt: int | None = None  # characters of `text` that the generation prompt has written; None in marked templates
 
     def within(self, text: str) -> list[Span]:
         """Where the turn's targets are in the text of a longer dialogue; none where it is not rendered alike there."""
         spans = [span for span in self.spans if text.startswith(self.text[: span[1]])]
-        if spans or self.prompt is None:
-            return spans if spans[:1] == self.spans[:1] else []
+        if spans:
+            return spans
+        if self.prompt is None:
+            return []
+
         # Without the empty <think></think> that stands in the last turn alone, it is the answer to the very prompt.
         start, end = self.spans[0]
         beginning = self.text[: self.prompt] + self.text[start:end]
-        return [(self.prompt, len(beginning))] if text.startswith(beginning) else []
+        if not text.startswith(beginning):
+            return []
+        return [(self.prompt, len(beginning))]
 
 
 class ChatTargets:
@@ -84,16 +84,20 @@ class ChatTargets:
         """
         dialogue = Dialogue(self.template, messages, arguments)
         check_used(dialogue)
-        left = {turn: self._turn(dialogue, turn) for turn in turns}
-        left = {turn: rendered for turn, rendered in left.items() if rendered.spans}
+        rendered_turns = {turn: self._turn(dialogue, turn) for turn in turns}
+        remaining = {turn: rendered for turn, rendered in rendered_turns.items() if rendered.spans}
 
         # From the last turn back: it takes along every turn before it that stands in its text.
         examples = []
-        while left:
-            text = left[max(left)].text
-            within = {turn: spans for turn, rendered in left.items() if (spans := rendered.within(text))}
-            examples.append(Rendered(text, [span for turn in sorted(within) for span in within[turn]]))
-            left = {turn: rendered for turn, rendered in left.items() if turn not in within}
+        while remaining:
+            text = remaining[max(remaining)].text
+            spans: list[Span] = []
+            for turn in sorted(remaining):
+                turn_spans = remaining[turn].within(text)
+                if turn_spans:
+                    spans += turn_spans
+                    del remaining[turn]
+            examples.append(Rendered(text, spans))
         return examples[::-1]
 
     def answered(self, messages: Messages, first: int, /, **arguments: Any) -> dict[str, str]:
@@ -104,53 +108,74 @@ class ChatTargets:
         """
         dialogue = Dialogue(self.template, messages, arguments)
         check_used(dialogue)
-        turn, last = self._turn(dialogue, first), self._turn(dialogue, len(messages) - 1)
+        turn = self._turn(dialogue, first)
+        last = self._turn(dialogue, len(messages) - 1)
         if not turn.spans or not last.spans:
             return {}
-        seams = [seam for seam in (turn.spans[0][0], turn.prompt) if seam is not None]
+
+        # The last turn's text holds the first one's, as far as the template doesn't rewrite it.
+        seams = [turn.spans[0][0]]
+        if turn.prompt is not None:
+            seams.append(turn.prompt)
         end = last.spans[-1][1]
         return {last.text[:seam]: last.text[seam:end] for seam in seams if last.text.startswith(turn.text[:seam])}
 
     def _turn(self, dialogue: Dialogue, turn: int) -> _Turn:
         """The dialogue up to a turn of the assistant, and what of it is the turn's target."""
-        message = dialogue.messages[turn]
-        text, marks = dialogue.marked(turn + 1)
         if self.template.marked:
-            shared = shared_length(text, dialogue.tried(turn) or "")
-            spans = [span for span in marks if span[1] > shared]
-            token = self._token_of_end(message, dialogue.arguments)
-            if spans and token and text.startswith(token, spans[-1][1]):
-                spans[-1] = spans[-1][0], spans[-1][1] + len(token)
-            return _Turn(text, spans)
+            return self._marked_turn(dialogue, turn)
 
+        message = dialogue.messages[turn]
+        text = dialogue.text(turn + 1)
         if drops_thinking(message, text):
             text = _with_thinking(dialogue, turn)
-        end = self._end(bool(message.get("tool_calls")), dialogue.arguments)
+        end = self._end(message, dialogue.arguments)
         text += end.added
         stop = len(text) - end.behind
         if not text[:stop].endswith(end.token):
             raise ValueError(
                 f"the chat template ends messages[{turn}] without the {end.token} that ends other turns; {_MARK_IT}"
             )
+
         start = self._header(dialogue, turn, text)
         if start is None:
-            thinks = "enable_thinking" in self.template.variables and "enable_thinking" not in dialogue.arguments
-            remedy = "say in the row whether the model thinks, with enable_thinking" if thinks else _MARK_IT
+            remedy = _MARK_IT
+            if "enable_thinking" in self.template.variables and "enable_thinking" not in dialogue.arguments:
+                remedy = "say in the row whether the model thinks, with enable_thinking"
             raise ValueError(
                 f"the chat template begins messages[{turn}] otherwise than its generation prompt does, so that the "
                 f"assistant's tokens are unknown; {remedy}"
             )
 
+        # What the prompt writes is no target, and it may write more than the header, as an opened <think>.
         prompt = dialogue.tried(turn, True)
-        asked = len(prompt) if prompt is not None and text.startswith(prompt) else start
+        prompt_length = start
+        if prompt is not None and text.startswith(prompt):
+            prompt_length = len(prompt)
         thinking = _EMPTY_THINKING.match(text, start)
         if thinking is None or text_of(message.get("content") or "").lstrip().startswith(f"<{thinking[1]}>"):
-            return _Turn(text, [(asked, stop)], asked)
-        # The template has put it there: as its own prompt for answers without thinking does, if it has one.
-        begins = start + len(self._quiet) if self._quiet and text.startswith(self._quiet, start) else thinking.end()
-        return _Turn(text, [(min(begins, stop), stop)], asked)
+            return _Turn(text, [(prompt_length, stop)], prompt_length)
 
-    def _end(self, calls: bool, arguments: Mapping[str, Any]) -> TurnEnd:
+        # The template has put it there: as its own prompt for answers without thinking does, if it has one.
+        target_start = thinking.end()
+        if self._no_thinking and text.startswith(self._no_thinking, start):
+            target_start = start + len(self._no_thinking)
+        return _Turn(text, [(min(target_start, stop), stop)], prompt_length)
+
+    def _marked_turn(self, dialogue: Dialogue, turn: int) -> _Turn:
+        """The same in a template with generation marks, which tell the target; its end may stand behind them."""
+        text, marked_spans = dialogue.marked(turn + 1)
+        n_shared = shared_length(text, dialogue.tried(turn) or "")
+        spans = [span for span in marked_spans if span[1] > n_shared]
+        token = self._token_of_end(dialogue.messages[turn], dialogue.arguments)
+        if spans and token and text.startswith(token, spans[-1][1]):
+            start, end = spans[-1]
+            spans[-1] = (start, end + len(token))
+        return _Turn(text, spans)
+
+    def _end(self, message: Mapping[str, Any], arguments: Mapping[str, Any]) -> TurnEnd:
+        """What ends a turn, learnt once of turns that answer and of those that call, for each set of arguments."""
+        calls = bool(message.get("tool_calls"))
         key = json.dumps([calls, arguments], sort_keys=True, default=str)
         if key not in self._ends:
             self._ends[key] = learnt_end(self.template, self._tokenizer, calls, **arguments)
@@ -159,18 +184,20 @@ class ChatTargets:
     def _token_of_end(self, message: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
         """The token that ends a turn; "" where the template renders no dialogue to learn it from."""
         try:
-            return self._end(bool(message.get("tool_calls")), arguments).token
+            return self._end(message, arguments).token
         except ValueError:
             return ""
 
     @cached_property
-    def _quiet(self) -> str:
+    def _no_thinking(self) -> str:
         """What a prompt writes behind the header of a turn that shall not think; "" where a template has none."""
         if "enable_thinking" not in self.template.variables:
             return ""
         header = _OPEN_THINKING.sub("", self.template.render([QUESTION], True))
-        quiet = self.template.render([QUESTION], True, enable_thinking=False)
-        return quiet.removeprefix(header) if quiet.startswith(header) else ""
+        prompt = self.template.render([QUESTION], True, enable_thinking=False)
+        if not prompt.startswith(header):
+            return ""
+        return prompt.removeprefix(header)
 
     def _header(self, dialogue: Dialogue, turn: int, text: str) -> int | None:
         """How many characters of `text` stand before the turn's thinking and answer; None where that can't be told."""
@@ -188,10 +215,11 @@ class ChatTargets:
         header = _OPEN_THINKING.sub("", self.template.render([QUESTION], True, **dialogue.arguments))
         usual = self.template.render([QUESTION, answer], **dialogue.arguments)
         opening = dialogue.with_message(turn, answer)
-        before = usual[len(header) : usual.index(ANSWER)]
-        start = opening.index(ANSWER) - len(before)
-        alike = usual.startswith(header) and opening[start:].startswith(before) and text.startswith(opening[:start])
-        return start if alike else None
+        before_answer = usual[len(header) : usual.index(ANSWER)]  # an empty thinking, or nothing
+        start = opening.index(ANSWER) - len(before_answer)
+        if usual.startswith(header) and opening.startswith(before_answer, start) and text.startswith(opening[:start]):
+            return start
+        return None
 
 
 def drops_thinking(message: Mapping[str, Any], text: str) -> bool:
@@ -205,15 +233,19 @@ def _with_thinking(dialogue: Dialogue, turn: int) -> str:
 
     DeepSeek's distilled models drop it because their history has none: what they write in a turn begins with it.
     """
-    message, prompt = dialogue.messages[turn], dialogue.tried(turn, True)
-    opened = _OPEN_THINKING.search(prompt or "")
-    if prompt is None or opened is None or message.get("tool_calls"):
+    message = dialogue.messages[turn]
+    prompt = dialogue.tried(turn, True) or ""
+    opened = _OPEN_THINKING.search(prompt)
+    if opened is None or message.get("tool_calls"):
         raise ValueError(
             f"messages[{turn}]: the chat template drops the thinking in its content; take it out, or give the model a "
             "template that writes it"
         )
-    without = dialogue.with_message(turn, {"role": "assistant", "content": ANSWER})
+
+    # The prompt has opened the thinking, so the content goes on behind its tag; what ends the turn is the template's.
     content = text_of(message["content"]).lstrip()
-    if content.startswith(tag := opened.group().strip()):
+    tag = opened.group().strip()
+    if content.startswith(tag):
         content = content[len(tag) :].lstrip()
-    return prompt + content + without[without.index(ANSWER) + len(ANSWER) :]
+    text = dialogue.with_message(turn, {"role": "assistant", "content": ANSWER})
+    return prompt + content + text[text.index(ANSWER) + len(ANSWER) :]
