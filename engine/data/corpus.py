@@ -33,9 +33,9 @@ from .text import append_eos, beginning, begun
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_FORMAT = 3
+_FORMAT = 3  # of the files; one of another format is not read
 _PIECE = 256 * 1024  # characters
-_ANCHOR = "\n"
+_ANCHOR = "\n"  # a piece inside a document is tokenised behind this, and its tokens are taken off again
 _BATCH = 4  # pieces tokenised at once, on as many cores
 
 
@@ -80,13 +80,13 @@ class TokenCorpus:
         self.max_length = max_length
 
     def __len__(self) -> int:
-        return max(0, -(-(len(self.tokens) - 1) // self.max_length))
+        return max(0, -(-(len(self.tokens) - 1) // self.max_length))  # rounded up
 
     def __getitem__(self, index: int) -> dict[str, npt.NDArray[np.int64]]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
         start = index % len(self) * self.max_length
-        window = np.asarray(self.tokens[start : start + self.max_length + 1], dtype=np.int64)
+        window = np.asarray(self.tokens[start : start + self.max_length + 1], dtype=np.int64)  # (T + 1,)
         return {"input_ids": window[:-1], "targets": window[1:]}
 
     def __iter__(self) -> Iterator[dict[str, npt.NDArray[np.int64]]]:
@@ -106,6 +106,8 @@ def token_corpus(
         raise ValueError("no sources for the corpus; give at least one text file")
     for source in sources:
         _check_source(source)
+
+    # The cache is found by all that it depends on.
     recipe = _Recipe(sources, tokenizer, eos, _dtype(tokenizer, eos))
     facts = recipe.facts()
     fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
@@ -152,6 +154,7 @@ def _is_complete(path: Path, facts: dict[str, Any], dtype: "np.dtype[Any]") -> b
         stored = with_fields(read_json(json_path), str(json_path), count=int, sha256=str)
         count = stored.pop("count")
         checksum = stored.pop("sha256")
+
         size = require_file(path).stat().st_size
         # The checksum comes last, as it reads the whole file.
         return bool(stored == facts and size == count * dtype.itemsize and digest(path) == checksum)
@@ -160,30 +163,24 @@ def _is_complete(path: Path, facts: dict[str, Any], dtype: "np.dtype[Any]") -> b
 
 
 def _make(path: Path, recipe: _Recipe, facts: dict[str, Any]) -> None:
-    count = _write(path, _tokens(recipe), facts, recipe.dtype)
-    if count < 2:
-        names = ", ".join(str(source) for source in recipe.sources if isinstance(source, Path)) or "the corpus"
-        raise ValueError(f"{names}: {count} tokens; give text with at least two")
-
-
-def _write(path: Path, arrays: Iterable[npt.NDArray[Any]], facts: dict[str, Any], dtype: "np.dtype[Any]") -> int:
-    """Write the tokens and what they were made from; gives their number. Fewer than two make no corpus."""
+    """Write the tokens, and what they were made from. ValueError where they are fewer than two."""
     checksum = hashlib.sha256()
 
     def chunks() -> Iterator[bytes]:
         # Hashed on the way, as the tokens may be more than memory holds.
-        for array in arrays:
-            chunk = array.tobytes()
+        for ids in _tokens(recipe):
+            chunk = ids.tobytes()
             checksum.update(chunk)
             yield chunk
 
     write_file(path, chunks())
-    count = path.stat().st_size // dtype.itemsize
+    count = path.stat().st_size // recipe.dtype.itemsize
     if count < 2:
+        # One token has no other to predict it from.
         path.unlink()
-    else:
-        write_json(path.with_suffix(".json"), {**facts, "count": count, "sha256": checksum.hexdigest()})
-    return count
+        names = ", ".join(str(source) for source in recipe.sources if isinstance(source, Path)) or "the corpus"
+        raise ValueError(f"{names}: {count} tokens; give text with at least two")
+    write_json(path.with_suffix(".json"), {**facts, "count": count, "sha256": checksum.hexdigest()})
 
 
 def _tokens(recipe: _Recipe) -> Iterator[npt.NDArray[Any]]:
@@ -192,6 +189,7 @@ def _tokens(recipe: _Recipe) -> Iterator[npt.NDArray[Any]]:
     begin = beginning(tokenizer)
     anchor_ids = tokenizer.encode(_ANCHOR, add_special_tokens=False).ids
     pieces = (piece for source in recipe.sources for piece in _pieces(source))
+
     begins_document = True
     while batch := list(islice(pieces, _BATCH)):
         firsts = [begins_document, *(piece.ends_document for piece in batch[:-1])]
@@ -200,6 +198,7 @@ def _tokens(recipe: _Recipe) -> Iterator[npt.NDArray[Any]]:
         # Inside a document a piece is tokenised behind a line end, as it stands there.
         texts = [piece.text if first else _ANCHOR + piece.text for first, piece in zip(firsts, batch, strict=True)]
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # which computes no offsets
+
         for first, piece, encoding in zip(firsts, batch, encodings, strict=True):
             ids = encoding.ids
             if first:
@@ -209,6 +208,7 @@ def _tokens(recipe: _Recipe) -> Iterator[npt.NDArray[Any]]:
             else:
                 # The line end was merged with what follows, so that it can't be taken off again.
                 ids = tokenizer.encode(piece.text, add_special_tokens=False).ids
+
             if piece.ends_document:
                 ids = append_eos(ids, 0, recipe.eos)
             yield np.asarray(ids, dtype=recipe.dtype)
@@ -242,6 +242,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     f"{path} line {number}: byte {n_read + line.index(0)} is zero, as in UTF-16 or a damaged file; "
                     "save it as UTF-8"
                 )
+
             if number == 1:
                 text = text.removeprefix("\ufeff")  # a byte-order mark is no text
             yield number, text
@@ -261,7 +262,7 @@ def _split(lines: Iterable[str]) -> Iterator[Piece]:
     piece: list[str] = []
     size = 0
     for line in lines:
-        # Between such lines tokenizers split anyway. Where none come, text of blank lines is cut at any line end.
+        # Between such lines tokenizers split anyway. Where there are none for long, any line end has to do.
         is_seam = size >= _PIECE and piece[-1].strip() and not line[0].isspace()
         if is_seam or size >= 4 * _PIECE:
             yield Piece("".join(piece), ends_document=False)

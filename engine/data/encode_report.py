@@ -54,10 +54,10 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some of the rows: how many, and where the first few of them stand."""
+    """Some of the rows."""
 
     count: int
-    first: str
+    first: str  # where the first few of them stand
 
     @classmethod
     def where(cls, flags: Iterable[bool], rows: Sequence[Mapping[str, Any]]) -> "Rows":
@@ -97,6 +97,8 @@ class EncodeReport:
             all_lengths = [outcome.length for outcome in outcomes]
             # Each is the length of some row, none lies between two.
             lengths = np.percentile(all_lengths, PERCENTILES, method="inverted_cdf").tolist()
+
+        # Rows that gave no example take no part in the sums of tokens.
         return cls(
             objective,
             read=len(outcomes),
@@ -119,6 +121,7 @@ class EncodeReport:
     @property
     def warning(self) -> str | None:
         """What to say where more than a tenth of the rows are too long; else None."""
+        # A few cut rows are to be expected of any limit.
         if self.truncated.count <= self.read / 10:
             return None
 

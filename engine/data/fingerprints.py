@@ -34,6 +34,8 @@ def digest(path: str | Path) -> str:
 def fingerprint(path: str | Path, files: Sequence[Path]) -> dict[str, Any]:
     """What lies at `path`: one file, or of a folder these `files`. Only plain files count: a pipe might never end."""
     plain = [file for file in files if file.is_file()]
+
+    # Hashing lets go of Python's lock, so that threads use all cores.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         digests = list(pool.map(digest, plain))
     names = ["" if file == Path(path) else file.relative_to(path).as_posix() for file in plain]
@@ -104,7 +106,8 @@ def same_contents(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 def _contents(entry: Mapping[str, Any]) -> dict[str, str]:
     """The digests by name. A single file goes by its ending, by which it is read; what has no file, by its name."""
-    digests = {name or Path(entry["path"]).suffix.lower(): value for name, value in entry["files"].items()}
+    suffix = Path(entry["path"]).suffix.lower()
+    digests = {name or suffix: value for name, value in entry["files"].items()}
     return digests or {entry["path"]: ""}
 
 
@@ -156,6 +159,8 @@ def run_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
     """
     old_inputs = before.get("inputs", {})
     new_inputs = now.get("inputs", {})
+
+    # Where a field leads to as many things as before, these are compared, and not how they are called.
     shared = [field for field in new_inputs if len(old_inputs.get(field, ())) == len(new_inputs[field])]
     texts = differences(before["config"], now["config"], but={"out", *shared})
     for field in shared:

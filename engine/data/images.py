@@ -38,15 +38,15 @@ class ImageProcessor(Protocol):
     """How a model takes images: scaled to `edge` on the short side (both, if `squeeze`), `size` cut out."""
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int: ...  # pixels on each side of what the model sees
     @property
-    def edge(self) -> int: ...
+    def edge(self) -> int: ...  # pixels on the short side, before the window is cut out
     @property
-    def squeeze(self) -> bool: ...
+    def squeeze(self) -> bool: ...  # scales both sides to `edge`, whatever their ratio
     @property
-    def resample(self) -> int: ...
+    def resample(self) -> int: ...  # Pillow's number of the filter that scales
     @property
-    def mean(self) -> tuple[float, ...]: ...
+    def mean(self) -> tuple[float, ...]: ...  # of each channel's values in [0, 1], as is `std`
     @property
     def std(self) -> tuple[float, ...]: ...
 
@@ -89,6 +89,7 @@ def decode(path: str | Path, pixels: ImageProcessor) -> Tensor:
 
     Raises FileNotFoundError, or ValueError that names the file where it can't be decoded.
     """
+    # Only who trains on images needs Pillow.
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
@@ -133,7 +134,8 @@ def _eight_bits(image: Any) -> Any:
     if not image.mode.startswith("I"):  # Pillow's modes of more than 8 bits
         return image
 
-    values = np.asarray(image)
+    # Such modes hold 32 bits, of which files use 16 as a rule.
+    values = np.asarray(image)  # (H, W)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("its pixels have more than 16 bits; save it with 8")
     return Image.fromarray((values >> 8).astype(np.uint8))

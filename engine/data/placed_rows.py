@@ -29,6 +29,7 @@ def places_of(rows: Sequence[Mapping[str, Any]], indices: Sequence[int]) -> str:
     for index in indices:
         row = rows[index]
         name = place_of(row, index)
+        # Behind a row of the same file the line is enough.
         file = None
         if isinstance(row, PlacedRow):
             file = row.file

@@ -29,19 +29,22 @@ from .placed_rows import PlacedRow
 from .row_fields import refuse_unknown, refuse_unused, template_arguments, text_field, type_name
 
 # Where the fields of two shapes are present, the first in this list wins.
-_SHAPES = [
-    ("messages",),
-    ("prompt", "chosen", "rejected"),
-    ("question", "context", "answers"),
-    ("tokens", "tags"),
-    ("text", "text_pair", "label"),
-    ("text", "label"),
-    ("prompt", "completion"),
-    ("anchor", "positive", "negative"),
-    ("anchor", "positive"),
-    ("image", "label"),
-    ("text",),
-]
+_SHAPES = {
+    shape: shape.split("/")
+    for shape in (
+        "messages",
+        "prompt/chosen/rejected",
+        "question/context/answers",
+        "tokens/tags",
+        "text/text_pair/label",
+        "text/label",
+        "prompt/completion",
+        "anchor/positive/negative",
+        "anchor/positive",
+        "image/label",
+        "text",
+    )
+}
 _RENAMED = {
     "sentence": "text",
     "sentence1": "text",
@@ -51,16 +54,17 @@ _RENAMED = {
     "ner_tags": "tags",
 }
 _CONVERTED = {"conversations", "instruction", "input", "output", "chosen", "rejected"}
-KNOWN_FIELDS = frozenset({field for shape in _SHAPES for field in shape} | set(_RENAMED) | _CONVERTED)
+KNOWN_FIELDS = frozenset(_CONVERTED.union(_RENAMED, *_SHAPES.values()))
 
 
 def row_shape(row: Mapping[str, Any]) -> str:
     """Name the shape of a normalised row, as `prompt/completion`; ValueError if it has none."""
-    for fields in _SHAPES:
+    for shape, fields in _SHAPES.items():
         if all(field in row for field in fields):
-            return "/".join(fields)
-    shapes = ", ".join("/".join(fields) for fields in _SHAPES)
-    raise ValueError(f"the fields {', '.join(row) or '(none)'} make no known shape; rename them to one of: {shapes}")
+            return shape
+    raise ValueError(
+        f"the fields {', '.join(row) or '(none)'} make no known shape; rename them to one of: {', '.join(_SHAPES)}"
+    )
 
 
 def normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,7 +107,7 @@ def _shaped(raw: Mapping[str, Any]) -> dict[str, Any]:
         return _question(row)
     if shape == "tokens/tags":
         return _tokens(row)
-    return {field: label_name(row[field]) if field == "label" else text_field(row, field) for field in shape.split("/")}
+    return {field: label_name(row[field]) if field == "label" else text_field(row, field) for field in _SHAPES[shape]}
 
 
 def prompt_row(raw: Mapping[str, Any]) -> dict[str, Any]:
