@@ -40,6 +40,7 @@ def trained_turns(messages: Messages) -> list[int]:
         if len({bool(value) for value in marks.values()}) > 1:
             raise ValueError(f"messages[{index}]: {' and '.join(marks)} contradict each other; leave one of them")
 
+        # Zero and false say the same of any role: it is not trained.
         if not all(marks.values()):
             continue
         if message["role"] == "assistant":
@@ -158,6 +159,8 @@ def _check_answer(dialogue: Dialogue, index: int, calls: Calls, position: int) -
     message = dialogue.messages[index]
     call_id = message.get("tool_call_id")
     call_ids = [call.get("id") for call in calls]
+
+    # By its place among the answers, if it doesn't say otherwise.
     answered = calls[position] if position < len(calls) else {}
     if call_id in call_ids and call_id is not None:
         answered = calls[call_ids.index(call_id)]

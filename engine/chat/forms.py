@@ -52,6 +52,7 @@ class MessageForm:
 
         content = text_of(formed.get("content", ""))
         if formed.get("tool_calls"):
+            # Only now, as most templates are never given a call.
             if self._calls is None:
                 self._calls = self._takes_calls()
             as_text, no_content = self._calls
@@ -76,6 +77,8 @@ class MessageForm:
     def _takes_calls(self) -> tuple[bool, dict[str, Any]]:
         """Whether arguments are text, and what stands for no content: an empty text, if no calls are written."""
         question = self._formed({"role": "user", "content": "?"})
+
+        # transformers' form comes first; another one counts only where the template drops something in it.
         for as_text, no_content in product((False, True), _NO_CONTENT):
             message = _with_calls([_with_arguments(probe_call(), as_text)]) | no_content
             text = self._tried([question, message])

@@ -89,6 +89,7 @@ class Budget:
 
     def look(self) -> None:
         """See how much was made, and how much time is left."""
+        # `left` may be far below 0, where one thing was larger than a portion.
         self.made += PORTION - self.left
         self.left = PORTION
         if self.made > MAX_MADE:
@@ -147,6 +148,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             __self._check_growth(METHODS, method.__name__, (owner, *args), kwargs)
         elif __obj is __self.globals.get("strftime_now"):
             __self.budget.make(256 * sum(map(size_of, (*args, *kwargs.values()))))  # as its widths may ask for
+
         out = super().call(__context, __obj, *args, **kwargs)
         if __obj is dict:
             __self.budget.make_all(out)
@@ -167,11 +169,12 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         elif operator != "%" and isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
             if bits > MAX_BITS:
-                size = MAX_SIZE + 1
+                size = MAX_SIZE + 1  # which is refused
         elif operator == "*" and isinstance(right, int):
             size = size_of(left) * right
         elif operator == "*" and isinstance(left, int):
             size = size_of(right) * left
+
         self.budget.make(max(0, size))
         return super().call_binop(context, operator, left, right)
 
@@ -181,6 +184,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """Count what a filter or method makes before it does. What its arguments are wrong for, it says itself."""
         if name not in table:
             return
+
+        # The sizes of the table look at the whole of a value, which is counted here, so that the look is bounded.
         for value in (*args, *kwargs.values()):
             if isinstance(value, list | tuple | dict | VIEWS):
                 self.budget.make_all(value)
@@ -204,6 +209,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
                 kwargs = {name: listed(value) for name, value in kwargs.items()}
             if name in ATTRIBUTES:
                 args, kwargs = self._of_attribute(first, first + ATTRIBUTES[name], args, kwargs)
+
+            # A list becomes as large as the text of all that is in it.
             if makes_text and not grows and type(args[first]) is not str:
                 budget.make_all(args[first])
             if grows:
@@ -230,6 +237,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         attribute = args[position] if len(args) > position else kwargs.get("attribute")
         if attribute is None:
             return args, kwargs
+
         values = list(self._rounds(map(make_attrgetter(self, attribute), args[first])))
         options = tuple(None if i == position else value for i, value in enumerate(args) if i > first)
         kwargs = {name: value for name, value in kwargs.items() if name != "attribute"}
@@ -251,7 +259,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             yield value
 
     def _added(self, left: Any, right: Any) -> Any:
-        out = left + right  # each of the two is bounded, so that the sum is
+        out = left + right  # not counted before: each of the two is bounded, so that the sum is
         budget = self.budget
         budget.left -= STEP + (len(out) if type(out) is str else size_of(out))
         if budget.left < 0:

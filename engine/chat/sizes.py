@@ -98,6 +98,7 @@ def _largest(values: tuple[Any, ...]) -> int:
 def percent_size(text: str, values: tuple[Any, ...]) -> int:
     """The size of a text with values in the places that `%` marks."""
     widths = _widths(width for match in _WIDTHS.finditer(text) for width in match.groups() if width)
+    # Each place takes one value, and any may take the largest.
     return len(text) + widths + text.count("%") * _largest(values)
 
 
@@ -110,6 +111,7 @@ def _format_size(text: str, values: tuple[Any, ...]) -> int:
             continue
         if "." in name or "[" in name:
             raise TemplateRuntimeError(f"a format with parts of values ({{{name[:40]}}}) is not rendered")
+
         n_fields += 1
         # A brace in a specification stands for a width that is itself a value.
         widths += _widths(re.findall(r"\d+|\{", specification or ""))
@@ -122,17 +124,19 @@ def _json_size(value: Any, indent: Any, separators: Any) -> int:
     """What JSON adds to the texts of a value: an indent for each line and level, and what stands between entries."""
     if indent is not None and _length(indent) > MAX_INDENT:
         raise TemplateRuntimeError(f"JSON with an indent of more than {MAX_INDENT} characters is not made")
-    width = 1  # of an indent for each level, with the line end
+
+    indent_size = 1  # the line end
     if indent is not None:
-        width += _length(indent)
-    between = sum(len(separator) for separator in separators or ())
-    return _lines(value, width, between)
+        indent_size += _length(indent)
+    between = sum(map(len, separators or ()))
+    return _lines(value, indent_size, between)
 
 
 def _lines(value: Any, indent: int, between: int, depth: int = 1) -> int:
     """The indents and separators of a value at this depth, and of all that is in it."""
     if not isinstance(value, list | tuple | dict):
         return 0
+
     children = value.values() if isinstance(value, dict) else value
     n_lines = len(value) + 1  # one for each entry, and one for the closing bracket
     return n_lines * (depth * indent + between) + sum(_lines(child, indent, between, depth + 1) for child in children)

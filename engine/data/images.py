@@ -134,7 +134,7 @@ def _eight_bits(image: Any) -> Any:
     if not image.mode.startswith("I"):  # Pillow's modes of more than 8 bits
         return image
 
-    # Such modes hold 32 bits, of which files use 16 as a rule.
+    # The mode may have room for 32 bits; the values tell whether 16 are enough.
     values = np.asarray(image)  # (H, W)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("its pixels have more than 16 bits; save it with 8")

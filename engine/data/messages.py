@@ -4,7 +4,7 @@ content       text, or a list of parts, [{"type": "text", "text": ...}]; absent 
 tool_calls    [{"id": ..., "function": {"name": ..., "arguments": {...} or JSON text}}, ...]
 
 ShareGPT's messages have `from` and `value` in the place of `role` and `content`, and other names of the roles. A
-message keeps all of its keys. Every ValueError begins with the field, or says which is missing.
+message keeps all of its keys.
 """
 
 import math
@@ -51,6 +51,8 @@ def with_system(messages: Messages, raw: Mapping[str, Any]) -> Messages:
     check_characters_within(system, "field 'system'")
     if not system:
         return messages
+
+    # The same prompt may stand in both places.
     if messages[0]["role"] != "system":
         return [{"role": "system", "content": system}, *messages]
     if messages[0]["content"] != system:
@@ -61,6 +63,8 @@ def with_system(messages: Messages, raw: Mapping[str, Any]) -> Messages:
 def preference(raw: Mapping[str, Any]) -> dict[str, Any]:
     """A comparison of two answers: prompt, chosen and rejected, and, where they are given, margin and tie."""
     row = _sides(raw)
+
+    # Both are optional, and null in a table where they have no value.
     margin = raw.get("margin")
     if margin is not None:
         if type(margin) not in (int, float) or not math.isfinite(margin):
@@ -123,6 +127,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         others = {key: value for key, value in message.items() if key not in ("from", "value")}
         message = {"role": message["from"], "content": message["value"], **others}
 
+    # The content first: it may be in parts, and missing where calls stand in its place.
     message = _with_text_content(message, where)
     for key in ("role", "content"):
         if key not in message:
@@ -144,6 +149,7 @@ def _with_text_content(message: Mapping[str, Any], where: str) -> Mapping[str, A
     elif isinstance(content, list):
         message = {**message, "content": "".join(_part_text(part, where) for part in content)}
 
+    # Arguments may be of any form: the template's own is learnt (see `chat/forms.py`).
     calls = message.get("tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(map(_is_call, calls))):
         example = '{"function": {"name": ..., "arguments": {...}}}'

@@ -75,6 +75,7 @@ def _placed_rows(path: Path, as_row: Callable[[Mapping[str, Any]], dict[str, Any
     is_empty = True
     for line, raw in reader(read_text(path), path):
         is_empty = False
+        # Every error gets the file and the line of its row here.
         try:
             if not isinstance(raw, dict):
                 raise ValueError(f"expected an object, found {type(raw).__name__}; every row is {{field: value}}")
@@ -120,6 +121,7 @@ def _jsonl(text: str, path: Path) -> Located:
 def _json(text: str, path: Path) -> Located:
     """The rows of an array, which may be in an object, and, in SQuAD's files, in layers."""
     rows = parse_json(text, str(path), "correct the line")
+    # Some tools put the array into an object.
     if isinstance(rows, dict) and isinstance(rows.get("data"), list):
         rows = rows["data"]
     if not isinstance(rows, list):
@@ -165,6 +167,7 @@ def _conll(text: str, path: Path) -> Located:
             tags = []
             continue
 
+        # Plain spaces part columns only where no tab does: a token may hold other kinds of space.
         columns = line.split("\t") if "\t" in line else re.split(" +", line.strip(" "))
         token = columns[0].strip(BLANKS)
         tag = columns[-1].strip(BLANKS)
@@ -245,6 +248,7 @@ def label_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         except ValueError as error:
             raise ValueError(f"{place_of(row, index)}: {error}") from None
 
+    # By value, so that 10 comes after 9; among tags the one for "no entity" is number 0.
     if all(re.fullmatch("-?[0-9]+", name) for name in names):
         return sorted(names, key=lambda name: (int(name), name))
     return sorted(names, key=lambda name: (name != "O", name))

@@ -33,6 +33,7 @@ def text_field(row: Mapping[str, Any], field: str) -> str:
 
 def type_name(value: Any) -> str:
     """What a value is, in JSON's words, for an error."""
+    # NaN is what a table's reader puts where a value is missing.
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN, a missing value" if math.isnan(value) else "infinite"
     return _TYPE_NAMES.get(type(value), type(value).__name__)

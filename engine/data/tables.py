@@ -32,6 +32,8 @@ def tsv_rows(text: str, path: Path) -> Rows:
     remedy = "a field of a TSV file holds no tab and no line end: use CSV or JSONL for such texts"
     lines = (line.split("\t") for line in LINE_BREAK.split(text))
     records = [(number, fields) for number, fields in enumerate(lines, 1) if any(fields)]
+
+    # Two columns of which we know no name are taken for data, as such files are published.
     if records and len(records[0][1]) == 2 and not KNOWN_FIELDS & set(records[0][1]):
         yield from _headless(records, path)
     else:
@@ -89,6 +91,7 @@ def _quoted_record(text: str, position: int, path: Path) -> tuple[list[str], int
 def _closing_quote(text: str, start: int) -> int:
     """Where the quote stands that closes the field opened by the one at `start`; -1 if none does."""
     end = text.find('"', start + 1)
+    # A doubled quote is one that belongs to the field.
     while end >= 0 and text.startswith('""', end):
         end = text.find('"', end + 2)
     return end

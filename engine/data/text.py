@@ -23,6 +23,7 @@ ANCHORS = ("\n", "x", ".")
 
 def beginning(tokenizer: "Tokenizer") -> list[int]:
     """The special tokens that the tokenizer's post-processor puts in front of a text: mostly one, or none."""
+    # Tokens that the post-processor adds belong to no sequence.
     encoding = tokenizer.encode("a")
     first = next((i for i, sequence in enumerate(encoding.sequence_ids) if sequence is not None), 0)
     return encoding.ids[:first]
@@ -48,6 +49,7 @@ def tokenize_pairs(tokenizer: "Tokenizer", pairs: Sequence[tuple[str, str]]) -> 
     texts = [prompt + completion for prompt, completion in pairs]
     prompt_encodings = tokenizer.encode_batch([prompt for prompt, _ in pairs], add_special_tokens=False)
     text_encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+
     for (_, completion), prompt, text in zip(pairs, prompt_encodings, text_encodings, strict=True):
         prompt_ids = prompt.ids
         text_ids = text.ids
@@ -65,6 +67,7 @@ def _behind(tokenizer: "Tokenizer", completion: str, prompt_ids: list[int], text
     """
     text = tokenizer.decode(text_ids, skip_special_tokens=False)
     alone = tokenizer.encode(completion, add_special_tokens=False).ids
+
     for ids in (alone, *(ids for ids, _ in _continuations(tokenizer, completion))):
         if tokenizer.decode([*prompt_ids, *ids], skip_special_tokens=False) == text:
             return ids
@@ -77,6 +80,8 @@ def _continuations(tokenizer: "Tokenizer", text: str) -> Iterator[tuple[list[int
         anchor_ids = tokenizer.encode(anchor, add_special_tokens=False).ids
         encoding = tokenizer.encode(anchor + text, add_special_tokens=False)
         n_anchor = len(anchor_ids)
+
+        # Otherwise the anchor was merged with what follows, and can't be taken off.
         if encoding.ids[:n_anchor] == anchor_ids:
             yield encoding.ids[n_anchor:], _moved(encoding.offsets[n_anchor:], -len(anchor))
 
