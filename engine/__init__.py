@@ -1,7 +1,7 @@
 """Everything that trains. It works on any `nn.Module` with a loss function; the built-in losses need the models here.
 
-    model  finite  runtime    what the engine may ask of a model; weights that are no numbers; the process a run is in
-    data/  chat/              rows out of files, batches; chat templates, and what of a dialogue the assistant wrote
+    model  finite  runtime    what the engine may ask of a model; weights that are NaN or infinite; the process of a run
+    data/  chat/              rows out of files, batches; chat templates, and which tokens the assistant wrote
     adapters/  peft/          low-rank adapters, switched and merged; their files, in PEFT's format
     tasks/                    what each method of training means: encoding, loss, score
     generation/               sampling and beams, with a cache
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .training.freezing import unfreeze as unfreeze
     from .training.loop import train as train
 
+# The module of each name. An import of the package alone loads none of them.
 _HOME = {
     "LoRAConfig": "adapters.config",
     "PPOConfig": "rlhf.config",
@@ -74,5 +75,6 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value  # Python asks this function no second time
     return value

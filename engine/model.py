@@ -23,3 +23,8 @@ class KnownModel(Protocol):
     def pool(
         self, states: Tensor, input_ids: Tensor | None, attention_mask: Tensor | None, cu_seqlens: Tensor | None
     ) -> Tensor: ...
+
+
+def key_map_of(model: nn.Module) -> dict[str, Any]:
+    """The `CheckpointKey` of each of the model's tensors; none for a foreign model, whose own names are published."""
+    return model.key_map() if isinstance(model, KnownModel) else {}

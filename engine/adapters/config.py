@@ -13,48 +13,57 @@ MAX_RANK = 2**15  # no matrix has a higher one that an adapter could add
 class LoRAConfig:
     """What an adapter looks like: a correction s B A, where s is `alpha` / `rank`."""
 
+    # R, the rows of A and the columns of B: 16 suits most tasks. Parameters and optimizer state grow with it.
     rank: int = 16
-    alpha: float = 32.0  # twice the rank, as is usual: the learning rate then suits any rank
+
+    # Twice the rank, as is usual: where the two keep that ratio, one learning rate suits any rank.
+    alpha: float = 32.0
 
     # "all-linear" (every projection but the output head; a ResNet's convolutions), a group of the model's own
     # `lora_targets` ("attention", "mlp", "convolutions"), or names and shell globs that match a whole module path or
     # its end, in our spelling or the published one. In a foreign model "all-linear" is PEFT's, without convolutions.
     targets: str | tuple[str, ...] | list[str] = "all-linear"
 
-    dropout: float = 0.0  # on the input of the low-rank branch
-    rslora: bool = False  # s is alpha / √rank: Kalajdzievski 2023, arXiv:2312.03732
+    # A probability, on the input of the low-rank branch.
+    dropout: float = 0.0
+
+    # s is alpha / √rank: Kalajdzievski 2023, arXiv:2312.03732
+    rslora: bool = False
 
     # Another rank or alpha for single modules, by regular expressions on the end of their path.
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
-    dora: bool = False  # train the magnitudes of weights apart from their directions: arXiv:2402.09353
+    # Train the magnitudes of weights apart from their directions: arXiv:2402.09353
+    dora: bool = False
 
     # LoRA+: B learns so many times as fast as A (Hayou et al. 2024, arXiv:2402.12354). An adapter's file says nothing
     # of it.
     loraplus_lr_ratio: float = 1.0
 
-    # "pissa" starts from the largest singular triples of a projection's weight, in the place of zero
-    # (arXiv:2404.02948);
-    # the base is left alone, and the adapter's file has twice the rank.
+    # "pissa" starts from the largest singular triples of a projection's weight instead of zero (arXiv:2404.02948); the
+    # base is left alone, and the adapter's file has twice the rank.
     init: str = "kaiming"
 
     def __post_init__(self) -> None:
-        for place, rank in (("rank", self.rank), *(("rank_pattern", rank) for rank in self.rank_pattern.values())):
+        for option, rank in [("rank", self.rank), *(("rank_pattern", rank) for rank in self.rank_pattern.values())]:
             if type(rank) is not int or not 1 <= rank <= MAX_RANK:
-                raise ValueError(f"{place}: expected a positive whole number, at most {MAX_RANK:,}, got {rank!r}")
-        for place, alpha in (("alpha", self.alpha), *(("alpha_pattern", a) for a in self.alpha_pattern.values())):
+                raise ValueError(f"{option}: expected a positive whole number, at most {MAX_RANK:,}, got {rank!r}")
+        for option, alpha in [("alpha", self.alpha), *(("alpha_pattern", a) for a in self.alpha_pattern.values())]:
             if not is_finite(alpha):
-                raise ValueError(f"{place}: expected a finite number, got {alpha!r}")
-        for field_name in ("rslora", "dora"):
-            if type(value := getattr(self, field_name)) is not bool:
-                raise ValueError(f"{field_name}: expected true or false, got {value!r}")
-        for place in ("rank_pattern", "alpha_pattern"):
-            for pattern in getattr(self, place):
+                raise ValueError(f"{option}: expected a finite number, got {alpha!r}")
+        for option in ("rslora", "dora"):
+            if type(value := getattr(self, option)) is not bool:
+                raise ValueError(f"{option}: expected true or false, got {value!r}")
+
+        # A pattern is parsed now, so that an error names its option, and not when it is first matched.
+        for option in ("rank_pattern", "alpha_pattern"):
+            for pattern in getattr(self, option):
                 try:
                     parsed(pattern)
                 except ValueError as error:
-                    raise ValueError(f"{place}: {error}") from None
+                    raise ValueError(f"{option}: {error}") from None
+
         if not is_finite(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout!r}")
         if not is_finite(self.loraplus_lr_ratio) or self.loraplus_lr_ratio <= 0:
@@ -67,12 +76,12 @@ class LoRAConfig:
             raise ValueError('targets: name at least one, for example "all-linear"')
 
     def rank_of(self, path: str) -> int:
-        """Rank of the module with this published path."""
-        return next((r for key, r in self.rank_pattern.items() if matches_end(key, path)), self.rank)
+        """The rank of the module with this published path."""
+        return next((rank for pattern, rank in self.rank_pattern.items() if matches_end(pattern, path)), self.rank)
 
     def scale_of(self, path: str) -> float:
-        """Scale of the module with this published path."""
-        alpha = next((a for key, a in self.alpha_pattern.items() if matches_end(key, path)), self.alpha)
+        """The scale s of the module with this published path."""
+        alpha = next((alpha for pattern, alpha in self.alpha_pattern.items() if matches_end(pattern, path)), self.alpha)
         rank = self.rank_of(path)
         return alpha / (rank**0.5 if self.rslora else rank)
 

@@ -1,4 +1,7 @@
-"""Adapters on an embedding: its slot, and the factors in it."""
+"""Adapters on an embedding: the layer that carries them, and an adapter's factors.
+
+Shapes: ids (B, T) of a vocabulary of V, vectors of width D, rank R. y = W[ids] + s Aᵀ[ids] Bᵀ
+"""
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +30,7 @@ class LoRAEmbeddingWeights(nn.Module):
         self.m = nn.Parameter(self._norms(weight))
 
     def _norms(self, weight: Tensor) -> Tensor:
-        return row_norms(weight.T, self.a, self.b, self.scale)
+        return row_norms(weight.T, self.a, self.b, self.scale)  # (D,)
 
     def gain(self, weight: Tensor) -> Tensor:
         """DoRA's g (D,) for the weight (V, D)."""
@@ -36,17 +39,21 @@ class LoRAEmbeddingWeights(nn.Module):
 
     def merged(self, weight: Tensor) -> Tensor:
         """What the weight (V, D) becomes, in fp32."""
-        value = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.scale * (self.b @ self.a).T
+        fp32 = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        value = fp32 + self.scale * (self.b @ self.a).T  # (V, D)
         return value if self.m is None else value * self.gain(weight)
 
 
 class LoRAEmbedding(nn.Module):
-    """An embedding with an adapter slot; holds the wrapped embedding's own weight (V, D)."""
+    """An embedding that can carry adapters; it holds the wrapped embedding's own weight (V, D)."""
 
     def __init__(self, base: nn.Embedding):
         super().__init__()
-        self.weight, self.padding_idx = base.weight, base.padding_idx
-        self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
+        self.weight = base.weight
+        self.padding_idx = base.padding_idx
+        self.num_embeddings = base.num_embeddings
+        self.embedding_dim = base.embedding_dim
+
         self.lora = nn.ModuleDict()
         self.active: str | AdapterRows | None = None
         self.merged: Merged | None = None
@@ -57,10 +64,11 @@ class LoRAEmbedding(nn.Module):
         return self._look_up(ids, self.active)
 
     def _look_up(self, ids: Tensor, adapter: str | None) -> Tensor:
-        out = F.embedding(ids, self.weight, self.padding_idx)
+        y = F.embedding(ids, self.weight, self.padding_idx)  # (B, T, D)
         if adapter is None:
-            return out
+            return y
+
         factors: LoRAEmbeddingWeights = self.lora[adapter]  # type: ignore[assignment]
-        low = F.embedding(ids, factors.a.T.to(out.dtype))
-        out = out + factors.scale * (low @ factors.b.T.to(out.dtype))
-        return out if factors.m is None else rescale(out, factors.gain(self.weight), None)
+        low_rank = F.embedding(ids, factors.a.T.to(y.dtype))  # (B, T, R)
+        y = y + factors.scale * (low_rank @ factors.b.T.to(y.dtype))  # (B, T, D)
+        return y if factors.m is None else rescale(y, factors.gain(self.weight), None)

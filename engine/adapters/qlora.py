@@ -3,8 +3,9 @@
     model, tokenizer = load("gpt2", dtype="bfloat16", quantize=projections)
     add_lora(model, LoRAConfig())
 
-Read so, no more than one projection is ever there in full; `quantize(model)` does the same to a model that is there.
-What trains are the adapters (and what else is unfrozen); a projection that is to train itself can't be quantised.
+Loaded like this, no more than one projection is ever in memory in full; `quantize(model)` does the same to a model that
+is loaded. What trains are the adapters (and what else is unfrozen); a projection that is to train itself can't be
+quantised.
 """
 
 from torch import nn
@@ -12,11 +13,12 @@ from torch import nn
 from ...kernels import Linear
 from ...kernels.quant.nf4 import NF4Weight, Workspace
 from ..model import KnownModel
-from .belongings import owner_of
-from .lora import matches, refuse_merged, refuse_tied
+from .lora import refuse_merged
+from .modules_to_save import owner_of
+from .targets import Targets, match_targets, refuse_tied
 
 
-def projections(model: nn.Module, targets: str | tuple[str, ...] | list[str] = "all-linear") -> tuple[str, ...]:
+def projections(model: nn.Module, targets: Targets = "all-linear") -> tuple[str, ...]:
     """The paths of the projections of one of our models that can be kept in 4 bits, of those that `targets` name.
 
     Raises ValueError where a target matches nothing, or names a head, an embedding, a convolution, a part of a
@@ -24,40 +26,49 @@ def projections(model: nn.Module, targets: str | tuple[str, ...] | list[str] = "
     """
     if not isinstance(model, KnownModel):
         raise ValueError(f"{type(model).__name__} is not a model of handtune; only their projections can be quantised")
-    for path, parts, published in (chosen := matches(model, targets)):
+
+    matched = match_targets(model, targets)
+    for path, parts, published in matched:
         if not isinstance(model.get_submodule(path), Linear) or path.partition(".")[0] == "head":
             raise ValueError(
                 f"{path}: heads and embeddings stay as they are, and so do convolutions; name projections of the layers"
             )
         if len(parts) < len(published):
             raise ValueError(f"{published[parts[0]]} is a part of {path}, which is quantised whole: name that")
-    refuse_tied(model, [path for path, _, _ in chosen])
-    return tuple(path for path, _, _ in chosen)
+
+    paths = [path for path, _, _ in matched]
+    refuse_tied(model, paths)
+    return tuple(paths)
 
 
-def quantize(model: nn.Module, targets: str | tuple[str, ...] | list[str] = "all-linear") -> tuple[str, ...]:
-    """Keep the frozen projections of one of our models in NF4 (see kernels/quant/nf4.py), in place; gives their paths.
+def quantize(model: nn.Module, targets: Targets = "all-linear") -> tuple[str, ...]:
+    """Quantise the frozen projections of one of our models to NF4 (see kernels/quant/nf4.py), in place.
+
+    It gives their paths.
 
     `targets` are those of `LoRAConfig`. Of what they name, only what is frozen and not quantised yet is changed.
 
     Raises ValueError, with the model unchanged, as `projections` does, where all that the targets name trains, where an
-    adapter is merged into the weights, or where one has such a weight of its own. And, half done, where a weight holds
-    NaN or infinity.
+    adapter is merged into the weights, or where one has such a weight of its own. Where a weight holds NaN or infinity,
+    it raises ValueError with the weights before it quantised already.
     """
     refuse_merged(model)
-    chosen: dict[str, Linear] = {path: model.get_submodule(path) for path in projections(model, targets)}  # type: ignore
-    frozen = {path: m for path, m in chosen.items() if m.quantized is not None or not m.weight.requires_grad}
+    named: dict[str, Linear] = {path: model.get_submodule(path) for path in projections(model, targets)}  # type: ignore
+    frozen = {path: m for path, m in named.items() if m.quantized is not None or not m.weight.requires_grad}
     if not frozen:
         raise ValueError('all that targets name trains, and 4 bits can\'t: freeze(model, "*") first, then quantize')
-    new = {path: module for path, module in frozen.items() if module.quantized is None}
-    packed = [module for module in model.modules() if isinstance(module, NF4Weight)]
-    workspace = packed[0].workspace if packed else Workspace()
-    for path in new:
+
+    to_quantize = {path: module for path, module in frozen.items() if module.quantized is None}
+    for path in to_quantize:
         if owner := owner_of(model, f"{path}.weight"):
             raise ValueError(f"{path}.weight belongs to adapter {owner!r}: drop_adapter(model, {owner!r}) first")
-    for path, module in new.items():
+
+    # All quantised weights of a model share one workspace, into which they are dequantised one at a time.
+    workspaces = [module.workspace for module in model.modules() if isinstance(module, NF4Weight)]
+    workspace = workspaces[0] if workspaces else Workspace()
+    for path, module in to_quantize.items():
         try:
             module.quantize_(workspace)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-    return tuple(new)
+    return tuple(to_quantize)

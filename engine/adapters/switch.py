@@ -1,12 +1,13 @@
 """Switching adapters on and off, for all rows or row by row, and merging one into the weights.
 
-Merging is computed in fp32 and cast once. It is undone from a kept copy, not by subtraction: (W + Δ) − Δ differs from W
-in the last bit for about one weight in 25 in bf16.
+Merging is computed in fp32 and cast once. It is undone from a copy, not by subtraction: (W + Δ) − Δ differs from W in
+the last bit for about one weight in 25 in bf16.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,41 +17,59 @@ from ...kernels.conv import LoRAConvWeights
 from ...kernels.lora.factors import Merged
 from ...kernels.lora.per_row import AdapterRows
 from ..model import KnownModel
-from .belongings import active_belongings, claim, disown, give_up, restore, same_owner, switch
 from .embedding import LoRAEmbeddingWeights
-from .lora import active_adapter, adapter_sites, refuse_merged, train_only
+from .locking import adapter_lock, with_adapter_lock
+from .lora import AdapterSite, active_adapter, adapter_sites, refuse_merged, train_only
+from .modules_to_save import (
+    active_owners,
+    common_owner,
+    drop_tensors,
+    make_active_the_base,
+    mark_trained,
+    restore_owners,
+    switch_tensors,
+)
 from .rounding import rounded
-from .turns import alone, taking_turns
 from .wrapping import Adaptable
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of all adapters attached to the model, sorted."""
-    return sorted({name for slot in adapter_sites(model) for name in slot.module.lora})
+    return sorted({name for site in adapter_sites(model) for name in site.module.lora})
 
 
-@taking_turns
+def check_attached(model: nn.Module, *names: str | None) -> None:
+    """ValueError where one of these adapters isn't attached; None, the base model, always is."""
+    attached = adapter_names(model)
+    for name in names:
+        if name is not None and name not in attached:
+            raise ValueError(f"there is no adapter {name!r}; attached: {', '.join(attached) or 'none'}")
+
+
+@with_adapter_lock
 def set_adapter(model: nn.Module, name: str | None) -> None:
-    """Apply the adapter called `name` from here on, with what belongs to it (`belongings.py`); None is the base model.
+    """Apply the adapter called `name` from here on, with what belongs to it (`modules_to_save.py`).
 
-    An adapter that trained when it was last set trains again, and no other does; None leaves that as it is. What of the
-    base trains belongs to the adapter from here on, as if it were unfrozen now; the base keeps it as it is. A training
-    loop that isn't `train` chooses with `unfreeze`: of a parameter with `requires_grad_` set by hand nothing is kept.
+    None is the base model. An adapter that trained when it was last set trains again, and no other does; None leaves
+    that as it is. What of the base trains belongs to the adapter from here on, as if it were unfrozen now; the base
+    keeps it as it is. A training loop that isn't `train` chooses with `unfreeze`: of a parameter with `requires_grad_`
+    set by hand nothing is recorded.
 
     ValueError where there is none such, or another thread is in a `use_adapter` block.
     """
-    _require(model, name)
+    refuse_merged(model)
+    check_attached(model, name)
     _activate(model, name)
     if name is not None:
         train_only(model, name)
-        claim(model, name)
+        mark_trained(model, name)
 
 
 def _activate(model: nn.Module, name: str | None) -> None:
-    claim(model, active_adapter(model))
-    switch(model, name)
-    for slot in adapter_sites(model):
-        slot.module.active = name if name is not None and name in slot.module.lora else None
+    mark_trained(model, active_adapter(model))
+    switch_tensors(model, name)
+    for site in adapter_sites(model):
+        site.module.active = name if name is not None and name in site.module.lora else None
 
 
 @contextmanager
@@ -72,28 +91,65 @@ def use_adapter(
     language model's output head or a table of positions. And in the model, for a batch of another number of rows, or,
     in training, where adapters differ in dropout.
     """
-    with alone(model):
-        before = {slot.module: slot.module.active for slot in adapter_sites(model)}
-        outer, owners = active_adapter(model), active_belongings(model)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with adapter_lock(model):
+        before = _ActiveAdapters.of(model)
         if name is None or isinstance(name, str):
-            _require(model, name)
+            refuse_merged(model)
+            check_attached(model, name)
             _activate(model, name)
         else:
-            _set_by_row(model, AdapterRows(name, lengths))
+            _activate_by_row(model, AdapterRows(name, lengths))
         try:
             yield
         finally:
-            _restore(model, before, owners, outer, trained)
+            before.restore(model)
+
+
+class _ActiveAdapters(NamedTuple):
+    """Which adapters a model applied before a block."""
+
+    by_module: dict[Adaptable, str | AdapterRows | None]
+    for_all_rows: str | None
+    owners: dict[nn.Module, str | None]  # whose tensors were in the modules that have some for adapters
+    trained: list[nn.Parameter]  # they trained before the block, and don't come to belong to its adapter
+
+    @staticmethod
+    def of(model: nn.Module) -> "_ActiveAdapters":
+        return _ActiveAdapters(
+            {site.module: site.module.active for site in adapter_sites(model)},
+            active_adapter(model),
+            active_owners(model),
+            [parameter for parameter in model.parameters() if parameter.requires_grad],
+        )
+
+    def restore(self, model: nn.Module) -> None:
+        """Apply them again, as far as they are there: in the block adapters may have come, gone, been merged."""
+        merged = any(site.module.merged is not None for site in adapter_sites(model))
+        if not merged:
+            mark_trained(model, active_adapter(model), already_trained=self.trained)
+            restore_owners(model, self.owners, self.for_all_rows)
+
+        # A module that was made ready for adapters in the block does what the others did before it.
+        default = next((active for active in self.by_module.values() if active is not None), None)
+        for site in adapter_sites(model):
+            module = site.module
+            active = self.by_module.get(module, default)
+            if isinstance(active, AdapterRows):
+                is_attached = bool(active.on(module.lora))
+            else:
+                is_attached = active is not None and active in module.lora
+            module.active = active if is_attached and not merged else None
 
 
 @contextmanager
 def beams_of_rows(model: nn.Module, beams: int) -> Iterator[None]:
     """Inside, each row that has an adapter of its own may become so many rows of the batch."""
-    by_row = next((s.module.active for s in adapter_sites(model) if isinstance(s.module.active, AdapterRows)), None)
+    actives = (site.module.active for site in adapter_sites(model))
+    by_row = next((active for active in actives if isinstance(active, AdapterRows)), None)
     if by_row is None:
         yield
         return
+
     by_row.beams = beams
     try:
         yield
@@ -101,78 +157,61 @@ def beams_of_rows(model: nn.Module, beams: int) -> Iterator[None]:
         by_row.beams = 1
 
 
-def _restore(
-    model: nn.Module,
-    before: dict[Adaptable, str | AdapterRows | None],
-    owners: dict[nn.Module, str | None],
-    adapter: str | None,
-    trained: Collection[Tensor],
-) -> None:
-    """What was active before a block, as far as it is there: in the block adapters may have come, gone, been merged.
+def _activate_by_row(model: nn.Module, rows: AdapterRows) -> None:
+    refuse_merged(model)
+    check_attached(model, *rows.adapters)
+    sites = list(adapter_sites(model))
+    affected = [site for site in sites if rows.on(site.module.lora)]
+    _check_by_row(model, affected, rows)
 
-    `owners`: of what belongs to adapters; `adapter`: the one for all rows, if there was one; `trained`: the parameters
-    that trained before the block, which don't become its adapter's.
-    """
-    outer = next((was for was in before.values() if was is not None), None)
-    merged = any(slot.module.merged is not None for slot in adapter_sites(model))
-    if not merged:
-        claim(model, active_adapter(model), but=trained)
-        restore(model, owners, adapter)
-    for slot in adapter_sites(model):
-        module = slot.module
-        was = before.get(module, outer)
-        known = was in module.lora if isinstance(was, str) else was is not None and bool(was.on(module.lora))
-        module.active = was if known and not merged else None
+    # The rows share what is outside of the adapters, so that there has to be one version of it for all of them.
+    owner = common_owner(model, dict.fromkeys(rows.names))
+    mark_trained(model, active_adapter(model))
+    switch_tensors(model, owner)
+    for site in sites:
+        site.module.active = None
+    for site in affected:
+        site.module.active = rows
 
 
-def _set_by_row(model: nn.Module, rows: AdapterRows) -> None:
-    _require(model, *rows.adapters)
-    chosen = [(slot, rows if rows.on(slot.module.lora) else None) for slot in adapter_sites(model)]
-    in_head = [slot.path for slot, active in chosen if active is not None and slot.path.partition(".")[0] == "head"]
-    if in_head and isinstance(model, KnownModel) and model.task.endswith("-lm"):
-        raise ValueError(f"{in_head[0]}: the head sees chosen positions, not rows; an adapter on it must be used alone")
-    positional = model.position_modules if isinstance(model, KnownModel) else ()
-    for slot, active in chosen:
-        if active is not None and any(fnmatchcase(slot.path, glob) for glob in positional):
-            raise ValueError(f"{slot.path} sees positions, not rows; an adapter on it must be used alone")
-        for name in () if active is None else active.on(slot.module.lora):
-            if slot.module.lora[name].m is not None:
+def _check_by_row(model: nn.Module, affected: list[AdapterSite], rows: AdapterRows) -> None:
+    """ValueError where a layer, among those that have one of the adapters, can't take its adapter by row."""
+    if isinstance(model, KnownModel):
+        for site in affected:
+            if site.path.partition(".")[0] == "head" and model.task.endswith("-lm"):
+                raise ValueError(
+                    f"{site.path}: the head sees chosen positions, not rows; an adapter on it must be used alone"
+                )
+    for site in affected:
+        if isinstance(model, KnownModel) and any(fnmatchcase(site.path, glob) for glob in model.position_modules):
+            raise ValueError(f"{site.path} sees positions, not rows; an adapter on it must be used alone")
+        for name in rows.on(site.module.lora):
+            if site.module.lora[name].m is not None:
                 raise ValueError(
                     f"{name!r} is a DoRA, which can't be mixed with others in a batch: use it for all rows"
                 )
-    owner = same_owner(model, dict.fromkeys(rows.names))
-    claim(model, active_adapter(model))
-    switch(model, owner)
-    for slot, active in chosen:
-        slot.module.active = active
 
 
-def _require(model: nn.Module, *names: str | None) -> None:
-    refuse_merged(model)
-    known = {None, *adapter_names(model)}
-    if lacking := [name for name in names if name not in known]:
-        attached = ", ".join(sorted(name for name in known if name is not None))
-        raise ValueError(f"there is no adapter {lacking[0]!r}; attached: {attached or 'none'}")
-
-
-@taking_turns
+@with_adapter_lock
 def drop_adapter(model: nn.Module, name: str) -> None:
     """Take the adapter called `name` off the model, with what belongs to it; the others stay.
 
     Raises ValueError, with the model unchanged, where there is no such adapter, it is in use, or one is merged.
     """
-    _require(model, name)
-    holders = [slot.module for slot in adapter_sites(model) if name in slot.module.lora]
-    for module in holders:
+    refuse_merged(model)
+    check_attached(model, name)
+    modules = [site.module for site in adapter_sites(model) if name in site.module.lora]
+    for module in modules:
         by_row = isinstance(module.active, AdapterRows) and name in module.active.adapters
         if module.active == name or by_row:
             raise ValueError(f"adapter {name!r} is in use: set_adapter(model, None), or another, first")
-    for module in holders:
+
+    for module in modules:
         del module.lora[name]
-    give_up(model, name)
+    drop_tensors(model, name)
 
 
-@taking_turns
+@with_adapter_lock
 @torch.no_grad()
 def merge_lora(model: nn.Module, *, keep_base: bool = True) -> None:
     """Add the active adapter into the weights. `keep_base` keeps a copy of the adapted weights for `unmerge_lora`.
@@ -183,37 +222,47 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> None:
     Raises ValueError, with the model unchanged, where no adapter is active, one sits on a quantised weight or a
     convolution in groups, or a merged weight would hold NaN, infinity, or more than its dtype can.
     """
-    active = [slot for slot in adapter_sites(model) if slot.module.active is not None]
-    if any(isinstance(slot.module.active, AdapterRows) for slot in active):
+    active = [site for site in adapter_sites(model) if site.module.active is not None]
+    if any(isinstance(site.module.active, AdapterRows) for site in active):
         raise ValueError("each row has an adapter of its own here; set_adapter(model, name) to the one to merge")
     if not active:
         raise ValueError("no adapter is active: add_lora, load_adapter or set_adapter first")
-    for slot in active:
-        if isinstance(slot.module, Linear) and slot.module.quantized is not None:
-            raise ValueError(
-                f"{slot.path} is quantised to 4 bits, too coarse for a merged weight: save_adapter(model, path), load "
-                "the base in bfloat16, load_adapter and merge_lora there"
-            )
-        if isinstance(slot.module, Conv2d) and slot.module.groups > 1:
-            raise ValueError(
-                f"{slot.path} is a convolution in {slot.module.groups} groups: each reads all channels through the "
-                "adapter, but not through the weight, so that it can't be merged; save_adapter(model, path) instead"
-            )
-        assert isinstance(slot.module.active, str)
-        for rows, value in merged_rows(slot.module, slot.module.active):
-            rounded(value, rows.dtype, slot.path)  # all of them, before the first one is written
 
-    for slot in active:
-        module, name = slot.module, slot.module.active
+    # Everything is computed twice, the first time as a check: keeping it would take a second model's memory.
+    for site in active:
+        _check_mergeable(site)
+        assert isinstance(site.module.active, str)
+        for rows, value in merged_rows(site.module, site.module.active):
+            rounded(value, rows.dtype, site.path)
+
+    for site in active:
+        module = site.module
+        name = module.active
         assert isinstance(name, str)
         base = module.weight.detach().clone() if keep_base else None
         for rows, value in merged_rows(module, name):
             rows.copy_(value)
-        module.merged, module.active = None if base is None else Merged(name, base), None
+        if base is not None:
+            module.merged = Merged(name, base)
+        module.active = None
+
     if not keep_base:
-        for slot in adapter_sites(model):
-            slot.module.lora.clear()
-        disown(model)
+        for site in adapter_sites(model):
+            site.module.lora.clear()
+        make_active_the_base(model)
+
+
+def _check_mergeable(site: AdapterSite) -> None:
+    if isinstance(site.module, Linear) and site.module.quantized is not None:
+        raise ValueError(
+            f"{site.path} is quantised to 4 bits, too coarse for a merged weight: save_adapter(model, path), load "
+            "the base in bfloat16, load_adapter and merge_lora there"
+        )
+    if isinstance(site.module, Conv2d) and site.module.groups > 1:
+        raise ValueError(
+            f"{site.path} is a convolution in {site.module.groups} groups: each reads all channels through the "
+            "adapter, but not through the weight, so that it can't be merged; save_adapter(model, path) instead"
+        )
 
 
 def merged_rows(module: Adaptable, name: str) -> list[tuple[Tensor, Tensor]]:
@@ -221,18 +270,19 @@ def merged_rows(module: Adaptable, name: str) -> list[tuple[Tensor, Tensor]]:
     factors = module.lora[name]
     if isinstance(factors, LoRALinearWeights) and isinstance(module, Linear):
         blocks = [(part, module.matrix.data[part.start : part.start + part.size]) for part in factors.parts]
-        return [(rows, factors.merged(part, rows)) for part, rows in blocks]
+        return [(rows, factors.merged(part, rows)) for part, rows in blocks]  # (M, K) of each part
     assert isinstance(factors, LoRAConvWeights | LoRAEmbeddingWeights)
     return [(module.weight.data, factors.merged(module.weight.data))]
 
 
-@taking_turns
+@with_adapter_lock
 @torch.no_grad()
 def unmerge_lora(model: nn.Module) -> None:
     """Put the weights back, bitwise, and make the adapter active again. ValueError where none is merged."""
-    merged = [(slot.module, slot.module.merged) for slot in adapter_sites(model) if slot.module.merged is not None]
+    merged = [(site.module, site.module.merged) for site in adapter_sites(model) if site.module.merged is not None]
     if not merged:
         raise ValueError("no adapter is merged, or the base was not kept (keep_base=False)")
     for module, state in merged:
         module.weight.copy_(state.base)
-        module.active, module.merged = state.name, None
+        module.active = state.name
+        module.merged = None

@@ -10,62 +10,75 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from ..model import KnownModel
+from ..model import KnownModel, key_map_of
+
+IsBase = Callable[[str, Tensor], bool]  # whether the base's tensor of a published name has this value
+
+
+def published_names(model: nn.Module) -> set[str]:
+    """The published names of the tensors of one of our models, those of tied copies not among them."""
+    return {name for checkpoint_key in key_map_of(model).values() for name in checkpoint_key.names}
 
 
 def tied_copies(model: nn.Module) -> dict[str, str]:
     """The published names of the second and further occurrences of tied tensors, each with that of the first."""
     if not isinstance(model, KnownModel):
         first: dict[int, str] = {}
-        every = list(model.named_parameters(remove_duplicate=False))
-        return {name: first[id(p)] for name, p in every if first.setdefault(id(p), name) != name}
+        parameters = list(model.named_parameters(remove_duplicate=False))
+        return {name: first[id(p)] for name, p in parameters if first.setdefault(id(p), name) != name}
 
-    out = {}
-    published = {key: source.names for key, source in model.key_map().items()}
-    stored = {name for names in published.values() for name in names}
-    prefixes = (model.base_prefix,) if isinstance(model.base_prefix, str) else model.base_prefix
-    for short, (key, _) in model.tied_keys.items():
-        tasks = next((tasks for pattern, tasks in model.head_keys.items() if fnmatchcase(short, pattern)), None)
-        if short in stored or key not in published or (tasks is not None and model.task not in tasks):
-            continue  # a matrix of its own, or of a head that this task doesn't have
-        stack = short.partition(".")[0]
-        inside = [prefix for prefix in prefixes if any(name.startswith(f"{prefix}{stack}.") for name in stored)]
-        out[f"{inside[0]}{short}" if inside else short] = published[key][0]
-    return out
+    copies = {}
+    key_map = model.key_map()
+    stored = published_names(model)
+    for copy, (key, _) in model.tied_keys.items():
+        # A copy that is stored is a matrix of its own, and that of another task's head isn't there at all.
+        tasks = next((tasks for pattern, tasks in model.head_keys.items() if fnmatchcase(copy, pattern)), None)
+        if copy in stored or key not in key_map or (tasks is not None and model.task not in tasks):
+            continue
+        copies[_with_base_prefix(model, copy, stored)] = key_map[key].names[0]
+    return copies
 
 
-def without_copies(
-    model: nn.Module, stored: dict[str, Tensor], is_base: Callable[[str, Tensor], bool]
-) -> dict[str, Tensor]:
+def _with_base_prefix(model: KnownModel, copy: str, stored: set[str]) -> str:
+    """The name of a copy as this task publishes it: inside of the base model ("bert.") where its stack is."""
+    prefixes = [model.base_prefix] if isinstance(model.base_prefix, str) else model.base_prefix
+    stack = copy.partition(".")[0]
+    for prefix in prefixes:
+        if any(name.startswith(f"{prefix}{stack}.") for name in stored):
+            return f"{prefix}{copy}"
+    return copy
+
+
+def without_copies(model: nn.Module, stored: dict[str, Tensor], is_base: IsBase) -> dict[str, Tensor]:
     """An adapter's plain tensors, by published name, without second occurrences.
 
-    `is_base`: whether the base's tensor of that published name has this value. ValueError where one of several differs
-    from the others: where it is stored alone, from those of the base.
+    ValueError where one of several differs from the others: where it is stored alone, from those of the base.
     """
-    table = model.key_map() if isinstance(model, KnownModel) else {}
-    spellings = {name for source in table.values() for name in source.also}
+    other_spellings = {name for checkpoint_key in key_map_of(model).values() for name in checkpoint_key.also}
 
-    out, copies = dict(stored), tied_copies(model)
+    tensors = dict(stored)
+    copies = tied_copies(model)
     for copy, first in copies.items():
-        pair = [name for name in (copy, first) if name in stored]
-        if pair == [copy] and copy in spellings:
-            out[first] = out.pop(copy)  # BERT's output bias, which transformers computes with under this name
+        present = [name for name in (copy, first) if name in stored]
+        if present == [copy] and copy in other_spellings:
+            tensors[first] = tensors.pop(copy)  # BERT's output bias, which transformers computes with under this name
             continue
-        if len(pair) == 2 and not same_tensor(stored[copy], stored[first]):
+        if len(present) == 2 and not same_tensor(stored[copy], stored[first]):
             raise ValueError(
                 f"{copy} and {first} are two matrices in this adapter, and one in the base, which ties them; give it a "
                 "base with tie_word_embeddings = false and both matrices"
             )
-        if len(pair) == 1 and not is_base(first, stored[pair[0]]):
-            other = first if pair == [copy] else copy
-            tied = [name.removesuffix(".weight") for name in (first, *(key for key in copies if copies[key] == first))]
+        if len(present) == 1 and not is_base(first, stored[present[0]]):
+            absent = first if present == [copy] else copy
+            occurrences = [first, *(name for name in copies if copies[name] == first)]
+            modules = " and ".join(name.removesuffix(".weight") for name in occurrences)
             raise ValueError(
-                f"{pair[0]} comes without {other}, to which the base ties it, so that they are two from then on; train "
-                f"the adapter with {' and '.join(tied)} in modules_to_save and ensure_weight_tying, or on a base with "
+                f"{present[0]} comes without {absent}, to which the base ties it, so that they are two from then on; "
+                f"train the adapter with {modules} in modules_to_save and ensure_weight_tying, or on a base with "
                 "tie_word_embeddings = false and both matrices"
             )
-        out.pop(copy, None)
-    return out
+        tensors.pop(copy, None)
+    return tensors
 
 
 def same_tensor(a: Tensor, b: Tensor) -> bool:
@@ -79,39 +92,37 @@ def biased_output(model: nn.Module) -> str | None:
     PEFT computes it without the bias where token rows train (its TrainableTokensLayer).
     """
     copies = tied_copies(model)
-    table = model.key_map() if isinstance(model, KnownModel) else {}
-    known = {*copies, *(name for source in table.values() for name in source.names)}
+    names = {*copies, *published_names(model)}
     modules = [copy.removesuffix(".weight") for copy in copies if copy.endswith(".weight")]
-    return next((module for module in modules if f"{module}.bias" in known), None)
+    return next((module for module in modules if f"{module}.bias" in names), None)
 
 
-def read_otherwise(model: nn.Module, adapted: Collection[str], rows: Collection[str]) -> str | None:
+def peft_difference(model: nn.Module, adapted: Collection[str], with_token_rows: Collection[str]) -> str | None:
     """Why PEFT computes something else from factors on these published modules, or from token rows of those, or None.
 
     For it each occurrence of a tied matrix is a module. Factors change the one that they are on. Token rows go to all
     that transformers lists as tied, a head of its own among them where other occurrences are tied, but not to those
     inside a model that is wrapped for a task.
     """
-    copies = tied_copies(model)
-    pairs = {copy.removesuffix(".weight"): first.removesuffix(".weight") for copy, first in copies.items()}
-    for copy, first in pairs.items():
+    copies = {copy.removesuffix(".weight"): first.removesuffix(".weight") for copy, first in tied_copies(model).items()}
+    for copy, first in copies.items():
         if first in adapted:
             return f"{copy} is the same matrix as {first}, and PEFT's factors on {first} don't reach it"
-        if first in rows and isinstance(model, KnownModel) and copy.startswith(model.base_prefix):
+        if first in with_token_rows and isinstance(model, KnownModel) and copy.startswith(model.base_prefix):
             return f"{copy} is the same matrix as {first}, and PEFT's token rows of {first} don't reach it"
 
-    if isinstance(model, KnownModel) and set(rows) & set(pairs.values()):
-        stored = {name for source in model.key_map().values() for name in source.names}
-        if apart := next((name for name in model.tied_keys if name in stored), None):
-            head = apart.removesuffix(".weight")
+    if isinstance(model, KnownModel) and set(with_token_rows) & set(copies.values()):
+        stored = published_names(model)
+        if untied := next((name for name in model.tied_keys if name in stored), None):
+            head = untied.removesuffix(".weight")
             return f"{head} is a matrix of its own, over whose rows PEFT writes the token rows of the embedding"
 
-    if rows and (output := biased_output(model)):
+    if with_token_rows and (output := biased_output(model)):
         return f"{output} has a bias, without which PEFT computes where token rows train"
     return None
 
 
-def copies_beside(model: nn.Module, stored: Collection[str]) -> dict[str, str]:
+def copies_to_save(model: nn.Module, stored: Collection[str]) -> dict[str, str]:
     """The further occurrences to store beside these published tensors, and what each is a copy of.
 
     PEFT stores modules whole: with an output matrix goes its bias.

@@ -7,8 +7,8 @@ step are those of the chosen rows (n, D), taken from the whole gradient and writ
 In an adapter's files they stand as PEFT writes them: `trainable_token_indices`, and the rows as
 `<module>.token_adapter.trainable_tokens_delta` (n, D), which for all its name holds the rows themselves.
 
-The price is that gradient (V, D), which stands in memory for the time of a backward pass, and the product that makes
-it in the head. No state of it is kept.
+The price is that gradient (V, D), which is in memory for the time of a backward pass, and the product that makes it in
+the head. The optimizer has no state for the other rows.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..model import KnownModel
-from .belongings import ROWS, claim
+from ..model import KnownModel, key_map_of
 from .embedding import LoRAEmbedding
 from .lora import active_adapter
+from .modules_to_save import TRAINED_ROWS, mark_trained
 from .rounding import rounded
 from .tied import tied_copies
 
-STORED = ".token_adapter.trainable_tokens_delta"
+PEFT_ROWS = ".token_adapter.trainable_tokens_delta"  # what the names of token rows end in, in an adapter's file
 
 
 def train_rows(model: nn.Module, ids: Sequence[int]) -> None:
@@ -34,11 +34,12 @@ def train_rows(model: nn.Module, ids: Sequence[int]) -> None:
     Raises ValueError for ids that are not rows of the model, a model that is not of this project or has no token
     embedding, or one with an adapter on it.
     """
-    modules = _matrices(model)
-    size = len(modules[0].get_parameter("weight"))
-    if wrong := sorted({number for number in ids if not 0 <= number < size}) or not ids:
-        raise ValueError(f"ids {wrong if ids else '[]'}: expected token ids from 0 to {size - 1}, at least one")
-    _choose(model, modules, ids)
+    modules = _vocabulary_modules(model)
+    vocab_size = len(modules[0].get_parameter("weight"))
+    out_of_range = sorted({token_id for token_id in ids if not 0 <= token_id < vocab_size})
+    if out_of_range or not ids:
+        raise ValueError(f"ids {out_of_range}: expected token ids from 0 to {vocab_size - 1}, at least one")
+    _train_rows_of(model, modules, ids)
 
 
 def train_added_rows(model: nn.Module, ids: Sequence[int]) -> None:
@@ -46,28 +47,33 @@ def train_added_rows(model: nn.Module, ids: Sequence[int]) -> None:
 
     Raises ValueError for a model that is not of this project or has no token embedding, or one with an adapter on it.
     """
-    _choose(model, [module for module in _matrices(model) if not module.get_parameter("weight").requires_grad], ids)
+    frozen = [module for module in _vocabulary_modules(model) if not module.get_parameter("weight").requires_grad]
+    _train_rows_of(model, frozen, ids)
 
 
-def _choose(model: nn.Module, modules: Sequence[nn.Module], ids: Sequence[int]) -> None:
+def _train_rows_of(model: nn.Module, modules: Sequence[nn.Module], ids: Sequence[int]) -> None:
     """Train these rows of the modules' weights, which belong to the active adapter from here on."""
     weights = [module.get_parameter("weight").requires_grad_(True) for module in modules]
-    claim(model, active_adapter(model))
+
+    # Before the ids are there: the base's version of the modules has none.
+    mark_trained(model, active_adapter(model))
     for module, weight in zip(modules, weights, strict=True):
-        module.register_buffer(ROWS, torch.tensor(sorted(set(ids)), device=weight.device), persistent=False)
+        module.register_buffer(TRAINED_ROWS, torch.tensor(sorted(set(ids)), device=weight.device), persistent=False)
 
 
-def _matrices(model: nn.Module) -> list[nn.Module]:
+def _vocabulary_modules(model: nn.Module) -> list[nn.Module]:
     """The modules that hold a matrix with a row for each token, the embedding first."""
     if not isinstance(model, KnownModel):
         raise ValueError(f"{type(model).__name__} is not a model of handtune; only their token rows are known")
     embedding = dict(model.named_modules()).get("embed.tokens")
     if isinstance(embedding, LoRAEmbedding) or not isinstance(embedding, nn.Module):
         raise ValueError("embed.tokens carries an adapter or isn't there: no rows of it can train by themselves")
+
     weight = embedding.get_parameter("weight")
-    own = dict(model.head.named_parameters(recurse=False)).get("weight")
-    untied = own is not None and own is not weight and own.shape == weight.shape
-    return [embedding, model.head] if untied else [embedding]
+    head_weight = dict(model.head.named_parameters(recurse=False)).get("weight")
+    if head_weight is None or head_weight is weight or head_weight.shape != weight.shape:
+        return [embedding]
+    return [embedding, model.head]
 
 
 def trained_rows(model: nn.Module) -> dict[str, Tensor]:
@@ -77,14 +83,17 @@ def trained_rows(model: nn.Module) -> dict[str, Tensor]:
 
 def rows_among(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same, of tensors by their names in a model."""
-    ends = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[2] == ROWS}
-    return {f"{name.removesuffix(ROWS)}weight": ids for name, ids in ends.items()}
+    return {
+        f"{name.removesuffix(TRAINED_ROWS)}weight": ids
+        for name, ids in tensors.items()
+        if name.rpartition(".")[2] == TRAINED_ROWS
+    }
 
 
 def published_ids(model: nn.Module, rows: Mapping[str, Tensor]) -> dict[str, list[int]]:
     """PEFT's `trainable_token_indices`: the ids by published module, of those by the name of our parameter."""
-    names = model.key_map() if isinstance(model, KnownModel) else {}
-    return {names[key].names[0].removesuffix(".weight"): ids.tolist() for key, ids in rows.items()}
+    key_map = key_map_of(model)
+    return {key_map[key].names[0].removesuffix(".weight"): ids.tolist() for key, ids in rows.items()}
 
 
 class StoredRows(NamedTuple):
@@ -95,49 +104,53 @@ class StoredRows(NamedTuple):
     rows: Tensor
 
 
-def take_rows(model: nn.Module, stored: dict[str, Tensor], table: Any) -> list[StoredRows]:
-    """Take the token rows out of an adapter's tensors; `table` is its `trainable_token_indices`.
+def take_rows(model: nn.Module, stored: dict[str, Tensor], indices: Any) -> list[StoredRows]:
+    """Take the token rows out of an adapter's tensors; `indices` is its `trainable_token_indices`.
 
     Raises ValueError where they don't fit each other or the model.
     """
-    names = model.key_map() if isinstance(model, KnownModel) else {}
-    homes = {name: key for key, source in names.items() for name in source.names}
-    found = []
-    for key in [key for key in stored if key.endswith(STORED)]:
-        module, rows = key.removesuffix(STORED), stored.pop(key)
-        ids = table if isinstance(table, list) else _of_module(table, module)
-        path = homes.get(f"{module}.weight", "").removesuffix(".weight")
-        if f"{module}.weight" in (tied := tied_copies(model)):
+    key_by_name = {name: key for key, checkpoint_key in key_map_of(model).items() for name in checkpoint_key.names}
+    token_rows = []
+    for key in [key for key in stored if key.endswith(PEFT_ROWS)]:
+        module = key.removesuffix(PEFT_ROWS)
+        rows = stored.pop(key)
+
+        if first := tied_copies(model).get(f"{module}.weight"):
             raise ValueError(
-                f"{key} is of {module}, and the base ties that to {tied[f'{module}.weight'].removesuffix('.weight')}, "
-                "so that they would be two; train rows of the latter"
+                f"{key} is of {module}, and the base ties that to {first.removesuffix('.weight')}, so that they would "
+                "be two; train rows of the latter"
             )
+        path = key_by_name.get(f"{module}.weight", "").removesuffix(".weight")
         if path not in ("embed.tokens", "head"):
             raise ValueError(f"{key} has no place in this model; it was made for another base")
-        size, width = model.get_submodule(path).get_parameter("weight").shape
-        fits = isinstance(ids, list) and all(type(i) is int and 0 <= i < size for i in ids)
-        if not fits or len({*ids}) < len(ids) or tuple(rows.shape) != (len(ids), width):
+
+        ids = indices if isinstance(indices, list) else _ids_of_module(indices, module)
+        vocab_size, width = model.get_submodule(path).get_parameter("weight").shape
+        are_ids = isinstance(ids, list) and all(type(i) is int and 0 <= i < vocab_size for i in ids)
+        if not are_ids or len({*ids}) < len(ids) or tuple(rows.shape) != (len(ids), width):
             raise ValueError(
                 f"{key} {tuple(rows.shape)} with trainable_token_indices {ids} does not fit a matrix of "
-                f"{(size, width)}; give the base that it was trained on"
+                f"{(vocab_size, width)}; give the base that it was trained on"
             )
-        found.append(StoredRows(path, ids, rows))
-    if table and not found:
-        raise ValueError(f"trainable_token_indices = {table!r}, but their rows are not there; the adapter is damaged")
-    return found
+        token_rows.append(StoredRows(path, ids, rows))
+
+    if indices and not token_rows:
+        raise ValueError(f"trainable_token_indices = {indices!r}, but their rows are not there; the adapter is damaged")
+    return token_rows
 
 
-def _of_module(table: Any, module: str) -> Any:
-    """The ids under a module's name or the end of it."""
-    entries = table.items() if isinstance(table, dict) else ()
+def _ids_of_module(indices: Any, module: str) -> Any:
+    """The ids that a table has under a module's name or the end of it."""
+    entries = indices.items() if isinstance(indices, dict) else ()
     return next((ids for name, ids in entries if module == name or module.endswith(f".{name}")), None)
 
 
-def with_rows(found: list[StoredRows], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_rows(token_rows: list[StoredRows], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The matrices with the rows in them, and the ids of these, by name; `tensors` are those of the base."""
-    out: dict[str, Tensor] = {}
-    for path, ids, rows in found:
-        weight = tensors[f"{path}.weight"].detach().clone()
-        weight[ids] = rounded(rows, weight.dtype, f"{path}.weight").to(weight.device)
-        out |= {f"{path}.weight": weight, f"{path}.{ROWS}": torch.tensor(sorted(ids), device=weight.device)}
-    return out
+    changed: dict[str, Tensor] = {}
+    for path, ids, rows in token_rows:
+        weight = tensors[f"{path}.weight"].detach().clone()  # (V, D)
+        weight[ids] = rounded(rows, weight.dtype, f"{path}.weight").to(weight.device)  # (n, D)
+        changed[f"{path}.weight"] = weight
+        changed[f"{path}.{TRAINED_ROWS}"] = torch.tensor(sorted(ids), device=weight.device)
+    return changed

@@ -8,13 +8,17 @@ from torch import Tensor, nn
 
 from ...kernels import Conv2d, Linear, LoRALinearWeights
 from ...kernels.conv import LoRAConvWeights
-from .belongings import KEY as BELONGINGS
 from .embedding import LoRAEmbedding, LoRAEmbeddingWeights
+from .modules_to_save import VERSIONS
 
 Adaptable = Linear | Conv2d | LoRAEmbedding
 LoRAWeights = LoRALinearWeights | LoRAConvWeights | LoRAEmbeddingWeights
 
-# Where a module keeps its hooks; names of torch's, which change with its versions, and are those of every module.
+# Before and after wrapping.
+Convolution = nn.Conv2d | Conv2d
+Embedding = nn.Embedding | LoRAEmbedding
+
+# Where a module keeps its hooks: torch's names for that change with its versions, and are the same in every module.
 _HOOKS = {name for name in vars(nn.Module()) if "hook" in name}
 
 
@@ -25,14 +29,14 @@ def refuse_misfit(model: nn.Module, path: str, rank: int) -> None:
     try:
         if isinstance(module, nn.Conv2d):
             Conv2d.around(module)
-        if isinstance(module, nn.Conv2d | Conv2d) and rank % module.groups:
+        if isinstance(module, Convolution) and rank % module.groups:
             raise ValueError(f"rank {rank} can't be divided among the {module.groups} groups of the convolution")
     except ValueError as error:
         raise ValueError(f"{path}: {error}; choose another rank, or leave it out of the targets") from error
 
 
 def refuse_patched(path: str, module: nn.Module) -> None:
-    """ValueError where something else computes what the module gives, or brings its weight when it is needed.
+    """ValueError where something else computes the module's output, or brings its weight when it is needed.
 
     accelerate's offloading does both: by a `forward` of the instance's own, and with a weight on the meta device.
     """
@@ -46,29 +50,35 @@ def refuse_patched(path: str, module: nn.Module) -> None:
         raise ValueError(f"{path}: its weight is on the meta device, without data; load the model in full first")
 
 
-def ensure_slot(model: nn.Module, path: str) -> Adaptable:
-    """The module at `path` with an adapter slot, replaced by one that has it where needed."""
+def ensure_adaptable(model: nn.Module, path: str) -> Adaptable:
+    """The module at `path`, replaced in the model by one that can carry adapters where it can't."""
     module = model.get_submodule(path)
     if isinstance(module, Adaptable):
         return module
-    new: Adaptable
+
+    wrapped: Adaptable
     if isinstance(module, nn.Embedding):
-        new = LoRAEmbedding(module)
+        wrapped = LoRAEmbedding(module)
     elif isinstance(module, nn.Conv2d):
-        new = Conv2d.around(module)
+        wrapped = Conv2d.around(module)
     else:
         bias = None if module.bias is None else module.get_parameter("bias")
-        new = Linear.around(module.get_parameter("weight"), bias, transposed=is_conv1d(module))
-    new.train(module.training)
-    for attribute in (_HOOKS | {BELONGINGS}) & vars(module).keys():
-        vars(new)[attribute] = vars(module)[attribute]  # the same tables, so that a hook's handle still removes it
-    for place in [place for place, other in model.named_modules(remove_duplicate=False) if other is module]:
-        parent_path, _, child = place.rpartition(".")
+        wrapped = Linear.around(module.get_parameter("weight"), bias, transposed=is_conv1d(module))
+
+    # The dicts of hooks themselves and no copies, so that a hook's handle still removes it.
+    wrapped.train(module.training)
+    for attribute in (_HOOKS | {VERSIONS}) & vars(module).keys():
+        vars(wrapped)[attribute] = vars(module)[attribute]
+
+    # A module can be in the model several times.
+    occurrences = [name for name, other in model.named_modules(remove_duplicate=False) if other is module]
+    for occurrence in occurrences:
+        parent_path, _, child = occurrence.rpartition(".")
         parent = model.get_submodule(parent_path)
-        setattr(parent, child, new)
+        setattr(parent, child, wrapped)
         if isinstance(parent, nn.TransformerEncoderLayer):
             parent.activation_relu_or_gelu = 0  # no fast path: in eval mode it reads the weights past the adapter
-    return new
+    return wrapped
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 from ..adapters.config import LoRAConfig, is_finite
 
 # The type of an adapter on tensors that are no module for PEFT, or with such tensors stored beside it, which PEFT would
-# leave out without a word, or of which it computes something else (`tied.read_otherwise`): so it refuses the whole.
+# leave out without a word, or of which it computes something else (`tied.peft_difference`): so it refuses the whole.
 # Merged and saved, such a model is one that everybody loads.
 OURS = "HANDTUNE_LORA"
 
@@ -29,24 +29,8 @@ def lora_config(published: Any, path: Path) -> LoRAConfig:
     """The configuration that the file at `path` holds. ValueError where a field is none of ours, or no such value."""
     if not isinstance(published, dict):
         raise ValueError(f"{path}: expected an object with PEFT's fields, got {published!r:.40}; restore the file")
-    if published.get("peft_type", "LORA") not in ("LORA", OURS):
-        raise ValueError(f"{path}: peft_type {published['peft_type']!r} is not implemented; only LORA is")
-    for field, value in published.items():
-        if field not in _NEUTRAL | _READ and value not in (None, False, {}, [], "none"):
-            raise ValueError(f"{path}: {field} = {value!r} is not implemented")
-    if (init := published.get("init_lora_weights")) not in _INITS:
-        raise ValueError(f"{path}: init_lora_weights = {init!r} is not implemented; it changes the base model")
-    if published.get("bias") not in (None, "none", "all", "lora_only"):
-        raise ValueError(f"{path}: bias = {published['bias']!r} is not implemented")
-    for field in ("r", "lora_alpha"):
-        if not is_finite(published.get(field)):
-            raise ValueError(f"{path}: {field} = {published.get(field)!r}; expected a finite number")
-    for field in ("use_rslora", "use_dora", "fan_in_fan_out"):
-        if published.get(field) not in (None, True, False):
-            raise ValueError(f"{path}: {field} = {published[field]!r}; expected true or false")
-    for field in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(published.get(field) or {}, dict):
-            raise ValueError(f"{path}: {field} = {published[field]!r}; expected a table of module: number")
+    _check_implemented(published, path)
+    _check_values(published, path)
     try:
         return LoRAConfig(
             rank=published["r"],
@@ -59,3 +43,32 @@ def lora_config(published: Any, path: Path) -> LoRAConfig:
         )
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _check_implemented(published: dict[str, Any], path: Path) -> None:
+    """ValueError for what changes the arithmetic in a way that isn't implemented here."""
+    if published.get("peft_type", "LORA") not in ("LORA", OURS):
+        raise ValueError(f"{path}: peft_type {published['peft_type']!r} is not implemented; only LORA is")
+
+    # A field of a newer PEFT does nothing while it is switched off.
+    for field, value in published.items():
+        if field not in _NEUTRAL | _READ and value not in (None, False, {}, [], "none"):
+            raise ValueError(f"{path}: {field} = {value!r} is not implemented")
+
+    if (init := published.get("init_lora_weights")) not in _INITS:
+        raise ValueError(f"{path}: init_lora_weights = {init!r} is not implemented; it changes the base model")
+    if published.get("bias") not in (None, "none", "all", "lora_only"):
+        raise ValueError(f"{path}: bias = {published['bias']!r} is not implemented")
+
+
+def _check_values(published: dict[str, Any], path: Path) -> None:
+    """ValueError, by PEFT's name of the field, for a value of another type."""
+    for field in ("r", "lora_alpha"):
+        if not is_finite(published.get(field)):
+            raise ValueError(f"{path}: {field} = {published.get(field)!r}; expected a finite number")
+    for field in ("use_rslora", "use_dora", "fan_in_fan_out"):
+        if published.get(field) not in (None, True, False):
+            raise ValueError(f"{path}: {field} = {published[field]!r}; expected true or false")
+    for field in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(published.get(field) or {}, dict):
+            raise ValueError(f"{path}: {field} = {published[field]!r}; expected a table of module: number")

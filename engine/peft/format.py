@@ -7,7 +7,7 @@ changes the arithmetic and is not implemented is refused by name.
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,36 +18,46 @@ from ..._files import read_json, write_json, write_tensors
 from ..._folders import filling
 from ...kernels import Linear, LoRALinearWeights
 from ...kernels.conv import LoRAConvWeights
-from ..adapters.belongings import claim, give
 from ..adapters.embedding import LoRAEmbeddingWeights
+from ..adapters.locking import with_adapter_lock
 from ..adapters.lora import (
     AdapterSite,
     active_adapter,
     adapter_sites,
-    check_name,
-    make_room,
+    check_adapter_name,
+    prepare_for_adapter,
     refuse_merged,
-    refuse_tied,
 )
+from ..adapters.modules_to_save import attach_tensors, mark_trained
 from ..adapters.rounding import refuse_diverged
-from ..adapters.switch import adapter_names, set_adapter
-from ..adapters.tied import read_otherwise
-from ..adapters.token_rows import STORED, StoredRows, published_ids, take_rows, with_rows
-from ..adapters.turns import taking_turns
-from ..adapters.wrapping import LoRAWeights, ensure_slot, refuse_patched
+from ..adapters.switch import check_attached, set_adapter
+from ..adapters.targets import refuse_tied
+from ..adapters.tied import IsBase, peft_difference, published_names
+from ..adapters.token_rows import PEFT_ROWS, StoredRows, published_ids, take_rows, with_rows
+from ..adapters.wrapping import LoRAWeights, ensure_adaptable, refuse_patched
 from ..model import KnownModel
-from .beside import (
+from .config import OURS, lora_config
+from .saved_modules import (
     BASE,
+    apply_matched,
     compare_with,
-    filled,
-    places_beside,
+    match_changed_tensors,
+    match_tensors,
     plain_tensors,
+    tensors_to_save,
     tensors_with,
-    trained_beside,
     trained_rows_with,
 )
-from .config import OURS, lora_config
-from .weights import MAGNITUDE, PREFIX, plan_factors, read_weights, stored, stored_factor
+from .weights import (
+    MAGNITUDE,
+    PREFIX,
+    AdapterFile,
+    checkpoint_key_of,
+    factor_key_of,
+    read_weights,
+    take_factors,
+    to_stored,
+)
 
 TASK_TYPES = {
     "causal-lm": "CAUSAL_LM",
@@ -58,46 +68,50 @@ TASK_TYPES = {
     "question-answering": "QUESTION_ANS",
     "embedding": "FEATURE_EXTRACTION",
 }
-# Of an adapted module its published path, rank, scale, and factors under PEFT's names.
-Published = tuple[str, int, float, dict[str, Tensor]]
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+class PublishedFactors(NamedTuple):
+    """The factors on one published module, as PEFT stores them."""
+
+    module: str  # the published path
+    rank: int
+    scale: float
+    tensors: dict[str, Tensor]  # by PEFT's names, "lora_A.weight"
 
 
 def save_adapter(model: nn.Module, path: str | Path, name: str = "default", *, portable: bool = False) -> None:
     """Write the adapter called `name` to the folder `path` in PEFT's format.
 
-    What belongs to it (norms, biases, token rows that trained with it, see `belongings.py`) is stored too, under plain
-    published names, and the head of a classifier or of question answering in any case. `portable` is for servers that
-    read `r` and `lora_alpha` alone: one rank, to which others are filled up with zeros, and a scale of 1.
+    What belongs to it (norms, biases, token rows that trained with it, see `modules_to_save.py`) is stored too, under
+    plain published names, and the head of a classifier or of question answering in any case. `portable` is for servers
+    that read `r` and `lora_alpha` alone: one rank, to which others are filled up with zeros, and a scale of 1.
 
     Raises ValueError, and writes nothing, where there is no such adapter, or it holds NaN or infinity; and a portable
     one, where it has more than factors of projections, which such a server would leave out without a word.
     """
-    if name not in (known := adapter_names(model)):
-        raise ValueError(f"there is no adapter {name!r}; attached: {', '.join(known) or 'none'}")
-    adapted = [slot for slot in adapter_sites(model) if name in slot.module.lora]
-    found = [part for slot in adapted for part in _published_factors(model, slot, name)]
+    check_attached(model, name)
+    factors = [part for site in adapter_sites(model) for part in _published_factors(model, site, name)]
+    adapted = {part.module for part in factors}
 
-    # What trains without having been claimed yet belongs to the adapter in use, which may be this one.
-    claim(model, active_adapter(model))
-    extra = trained_beside(model, name, {published for published, *_ in found})
-    ids = published_ids(model, trained_rows_with(model, name))
-    saved = _saved_modules(extra)
-    obstacle = _beyond_peft(model, {published for published, *_ in found}, saved, ids)
+    # What trains without having been marked yet belongs to the adapter in use, which may be this one.
+    mark_trained(model, active_adapter(model))
+    plain = tensors_to_save(model, name, adapted)
+    row_ids = published_ids(model, trained_rows_with(model, name))
+    modules_to_save = _modules_to_save(plain)
+    is_beyond_peft = _is_beyond_peft(model, adapted, modules_to_save, row_ids)
     if portable:
-        found = _of_one_rank(found, [*extra, OURS] if obstacle else list(extra))
+        factors = _portable(factors, [*plain, OURS] if is_beyond_peft else list(plain))
 
-    tensors = {f"{published}.{key}": value for published, *_, weights in found for key, value in weights.items()}
-    tensors |= extra
+    tensors = {f"{part.module}.{key}": tensor for part in factors for key, tensor in part.tensors.items()} | plain
     refuse_diverged(tensors, "nothing is stored; go back to an earlier checkpoint, with a smaller learning rate")
-    tensors = {f"{PREFIX}{key}": value.detach().cpu().contiguous() for key, value in tensors.items()}
+    tensors = {f"{PREFIX}{key}": tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
 
-    modules = {published: (rank, scale * rank) for published, rank, scale, _ in found}
-    transposed = any(_stored_transposed(model, slot) for slot in adapted)
-    config = _peft_config(model, name, modules, saved, transposed)
-    config["bias"] = "lora_only" if any(key.endswith(f"{BASE}bias") for key in extra) else "none"
-    config["trainable_token_indices"] = ids or None
-    if obstacle:
+    config = _peft_config(model, name, factors, modules_to_save)
+    config["bias"] = "lora_only" if any(key.endswith(f"{BASE}bias") for key in plain) else "none"
+    config["trainable_token_indices"] = row_ids or None
+    if is_beyond_peft:
         config["peft_type"] = OURS
 
     with filling(path, CONFIG) as folder:
@@ -105,80 +119,94 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default", *, p
         write_json(folder / CONFIG, config)
 
 
-def _saved_modules(extra: Collection[str]) -> list[str]:
+def _modules_to_save(plain: Collection[str]) -> list[str]:
     """PEFT's `modules_to_save`: the outermost modules of the plain tensors beside the factors."""
-    whole = {key.rpartition(".")[0] for key in extra if not key.endswith(STORED) and BASE not in key}
-    return sorted(path for path in whole if not any(path.startswith(f"{other}.") for other in whole))
+    modules = {key.rpartition(".")[0] for key in plain if not key.endswith(PEFT_ROWS) and BASE not in key}
+    return sorted(path for path in modules if not any(path.startswith(f"{outer}.") for outer in modules))
 
 
-def _beyond_peft(model: nn.Module, adapted: Collection[str], saved: list[str], rows: Collection[str]) -> bool:
+def _is_beyond_peft(
+    model: nn.Module, adapted: Collection[str], modules_to_save: list[str], with_token_rows: Collection[str]
+) -> bool:
     """Whether PEFT would leave out some of an adapter, or compute something else from it.
 
-    `adapted`, `saved`, `rows`: the published modules with factors, those stored whole, those with token rows.
+    All are published modules: those with factors, those stored whole, those with token rows.
     """
-    raw = any(name in adapted for name in _published_names(model))  # a bare tensor, no module that PEFT could adapt
-    nested = any(path.startswith(f"{module}.") for module in saved for path in adapted)
-    return raw or nested or "" in saved or read_otherwise(model, adapted, rows) is not None
+    if "" in modules_to_save or not published_names(model).isdisjoint(adapted):
+        return True  # a bare tensor, no module that PEFT could store or adapt
+    if any(path.startswith(f"{module}.") for module in modules_to_save for path in adapted):
+        return True
+    return peft_difference(model, adapted, with_token_rows) is not None
 
 
-def _published_names(model: nn.Module) -> set[str]:
-    table = model.key_map() if isinstance(model, KnownModel) else {}
-    return {name for source in table.values() for name in source.names}
+def _portable(factors: list[PublishedFactors], others: list[str]) -> list[PublishedFactors]:
+    """The factors filled up with zeros to one rank, their scales multiplied into the B's.
 
-
-def _of_one_rank(found: list[Published], more: list[str]) -> list[Published]:
-    """The factors filled up with zeros to one rank, their scales multiplied into the B's. `more`: what else is stored.
-
-    ValueError where that, or a factor, is something that not every server applies.
+    ValueError where a factor, or one of the `others` that are stored, is something that not every server applies.
     """
-    for path, _, _, weights in found:
-        plain = {key for key, value in weights.items() if key.endswith(".weight") and value.dim() == 2}
-        more = [f"{path}.{key}" for key in weights if key not in plain] + more
-    if more:
+    for part in factors:
+        special = [key for key, t in part.tensors.items() if not key.endswith(".weight") or t.dim() != 2]
+        others = [f"{part.module}.{key}" for key in special] + others
+    if others:
         raise ValueError(
-            f"portable: a server that reads only r and lora_alpha would leave out {more[0]}, and answer wrongly; merge "
-            "the adapter into its base instead"
+            f"portable: a server that reads only r and lora_alpha would leave out {others[0]}, and answer wrongly; "
+            "merge the adapter into its base instead"
         )
-    top, out = max(rank for _, rank, _, _ in found), []
-    for path, rank, scale, weights in found:
-        a = F.pad(weights["lora_A.weight"], (0, 0, 0, top - rank))
-        b = F.pad(weights["lora_B.weight"] * scale, (0, top - rank))
-        out.append((path, top, 1.0, {"lora_A.weight": a, "lora_B.weight": b}))
-    return out
+
+    rank = max(part.rank for part in factors)
+    portable = []
+    for part in factors:
+        n_zeros = rank - part.rank
+        a = F.pad(part.tensors["lora_A.weight"], (0, 0, 0, n_zeros))  # (R, K)
+        b = F.pad(part.tensors["lora_B.weight"] * part.scale, (0, n_zeros))  # (M, R)
+        portable.append(PublishedFactors(part.module, rank, 1.0, {"lora_A.weight": a, "lora_B.weight": b}))
+    return portable
 
 
-def _published_factors(model: nn.Module, slot: AdapterSite, name: str) -> Iterator[Published]:
-    """For each adapted part: published module path, rank, scale, and its factors under PEFT's names."""
-    factors = slot.module.lora[name]
+def _published_factors(model: nn.Module, site: AdapterSite, name: str) -> Iterator[PublishedFactors]:
+    """The factors of the adapter on each part of the module that it sits on; none where it isn't there."""
+    if name not in site.module.lora:
+        return
+    factors = site.module.lora[name]
+    if isinstance(factors, LoRALinearWeights):
+        yield from _published_linear(model, site, factors)
+        return
+
     if isinstance(factors, LoRAEmbeddingWeights):
-        weights: dict[str, Tensor] = {"lora_embedding_A": factors.a, "lora_embedding_B": factors.b}
-        weights |= {} if factors.m is None else {MAGNITUDE: factors.m}
-        yield slot.published[0], factors.a.shape[0], factors.scale, weights
-    elif isinstance(factors, LoRAConvWeights):
-        weights = {"lora_A.weight": factors.a, "lora_B.weight": factors.b}
-        weights |= {} if factors.m is None else {MAGNITUDE: factors.m.view(1, -1, 1, 1)}
-        yield slot.published[0], factors.a.shape[0], factors.scale, weights
-    elif isinstance(factors, LoRALinearWeights) and isinstance(slot.module, Linear):
-        stored = stored_factor(model, slot.path)
-        for i, (part, scale, a, b) in enumerate(factors.blocks()):
-            weights = {"lora_A.weight": a, "lora_B.weight": stored.theirs(b) if stored else b}
-            if factors.m is not None:
-                column = factors.m[i][:, None]
-                weights[MAGNITUDE] = (stored.theirs(column) if stored else column)[:, 0]
-            yield slot.published[slot.module.parts.index(part)], len(a), scale, weights
+        tensors: dict[str, Tensor] = {"lora_embedding_A": factors.a, "lora_embedding_B": factors.b}
+        if factors.m is not None:
+            tensors[MAGNITUDE] = factors.m
+    else:
+        assert isinstance(factors, LoRAConvWeights)
+        tensors = {"lora_A.weight": factors.a, "lora_B.weight": factors.b}
+        if factors.m is not None:
+            tensors[MAGNITUDE] = factors.m.view(1, -1, 1, 1)  # (1, M, 1, 1)
+    yield PublishedFactors(site.published[0], factors.a.shape[0], factors.scale, tensors)
 
 
-def _stored_transposed(model: nn.Module, slot: AdapterSite) -> bool:
-    source = stored(model, slot.path)
-    return source.transposed if source else isinstance(slot.module, Linear) and slot.module.transposed
+def _published_linear(model: nn.Module, site: AdapterSite, factors: LoRALinearWeights) -> Iterator[PublishedFactors]:
+    assert isinstance(site.module, Linear)
+    factor_key = factor_key_of(model, site.path)
+    for i, (part, scale, a, b) in enumerate(factors.blocks()):
+        tensors = {"lora_A.weight": a, "lora_B.weight": to_stored(factor_key, b)}
+        if factors.m is not None:
+            # A magnitude is reordered as a B of one column.
+            tensors[MAGNITUDE] = to_stored(factor_key, factors.m[i][:, None])[:, 0]  # (M,)
+        yield PublishedFactors(site.published[site.module.parts.index(part)], len(a), scale, tensors)
 
 
 def _peft_config(
-    model: nn.Module, name: str, modules: dict[str, tuple[int, float]], saved: list[str], transposed: bool
+    model: nn.Module, name: str, factors: list[PublishedFactors], modules_to_save: list[str]
 ) -> dict[str, Any]:
     """PEFT's adapter_config.json. Scales are stored as alpha = s · r, so rsLoRA needs no field."""
-    ranks, alphas = [r for r, _ in modules.values()], [a for _, a in modules.values()]
-    rank, alpha = max(set(ranks), key=ranks.count), max(set(alphas), key=alphas.count)
+    sites = [site for site in adapter_sites(model) if name in site.module.lora]
+    weights: list[Any] = [site.module.lora[name] for site in sites]
+
+    # The most frequent rank and alpha are the defaults, so that the patterns are few.
+    ranks = {part.module: part.rank for part in factors}
+    alphas = {part.module: part.scale * part.rank for part in factors}
+    rank = _most_frequent(list(ranks.values()))
+    alpha = _most_frequent(list(alphas.values()))
     return {
         "peft_type": "LORA",
         "task_type": TASK_TYPES.get(model.task) if isinstance(model, KnownModel) else None,
@@ -186,15 +214,25 @@ def _peft_config(
         "inference_mode": True,
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "lora_dropout": _dropout(model, name),
-        "fan_in_fan_out": transposed,
-        "target_modules": sorted(modules),
-        "modules_to_save": saved or None,
-        "rank_pattern": {_exactly(path): r for path, (r, _) in modules.items() if r != rank},
-        "alpha_pattern": {_exactly(path): a for path, (_, a) in modules.items() if a != alpha},
+        "lora_dropout": next((w.dropout for w in weights if not isinstance(w, LoRAEmbeddingWeights)), 0.0),
+        "fan_in_fan_out": any(_is_stored_transposed(model, site) for site in sites),
+        "target_modules": sorted(ranks),
+        "modules_to_save": modules_to_save or None,
+        "rank_pattern": {_exactly(path): r for path, r in ranks.items() if r != rank},
+        "alpha_pattern": {_exactly(path): a for path, a in alphas.items() if a != alpha},
         "use_rslora": False,
-        "use_dora": any(factors.m is not None for factors in _factors(model, name)),
+        "use_dora": any(w.m is not None for w in weights),
     }
+
+
+def _most_frequent(values: list[Any]) -> Any:
+    return max(set(values), key=values.count)
+
+
+def _is_stored_transposed(model: nn.Module, site: AdapterSite) -> bool:
+    if checkpoint_key := checkpoint_key_of(model, site.path):
+        return bool(checkpoint_key.transposed)
+    return isinstance(site.module, Linear) and site.module.transposed
 
 
 def _exactly(path: str) -> str:
@@ -202,30 +240,15 @@ def _exactly(path: str) -> str:
     return f"^{re.escape(path)}"
 
 
-def _factors(model: nn.Module, name: str) -> list[Any]:
-    return [slot.module.lora[name] for slot in adapter_sites(model) if name in slot.module.lora]
-
-
-def _dropout(model: nn.Module, name: str) -> float:
-    return next(
-        (own.dropout for own in _factors(model, name) if isinstance(own, LoRALinearWeights | LoRAConvWeights)), 0.0
-    )
-
-
 class StoredAdapter(NamedTuple):
-    """An adapter's files, read and matched with a model: factors by module path, and what is stored beside them.
+    """An adapter's files, read and matched with a model."""
 
-    `plain`: tensors by published name; `rows`: token rows.
-    """
-
-    factors: list[tuple[str, LoRAWeights]]
-    plain: dict[str, Tensor]
-    rows: list[StoredRows]
+    factors: list[tuple[str, LoRAWeights]]  # by module path
+    plain: dict[str, Tensor]  # what is stored beside them, by published name
+    rows: list[StoredRows]  # token rows
 
 
-def read_adapter(
-    model: nn.Module, path: str | Path, is_base: Callable[[str, Tensor], bool] | None = None
-) -> StoredAdapter:
+def read_adapter(model: nn.Module, path: str | Path, is_base: IsBase | None = None) -> StoredAdapter:
     """Read the adapter in the folder `path`. Raises as `load_adapter`.
 
     The model may be on the meta device: `is_base` says then whether the base's tensor of a published name has a value.
@@ -236,25 +259,29 @@ def read_adapter(
     published = read_json(folder / CONFIG)
     config = lora_config(published, folder / CONFIG)
     tensors = read_weights(folder / WEIGHTS)
-    plan, rest = plan_factors(model, tensors, config, folder / WEIGHTS)
+
+    # Each step takes what it knows out of `remaining`; the plain tensors are what is left.
+    remaining = dict(tensors)
+    factors = take_factors(model, AdapterFile(folder / WEIGHTS, config, remaining))
     try:
-        refuse_tied(model, [module_path for module_path, _ in plan])
-        rows = take_rows(model, rest, published.get("trainable_token_indices"))
+        refuse_tied(model, [module_path for module_path, _ in factors])
+        rows = take_rows(model, remaining, published.get("trainable_token_indices"))
         if published.get("peft_type") != OURS:
-            _refuse_otherwise_read(model, tensors)
+            _refuse_peft_difference(model, tensors)
         base = tensors_with(model, None)
-        plain = plain_tensors(model, rest, is_base or compare_with(model, base))
-        places_beside(model, plain, base)
+        plain = plain_tensors(model, remaining, is_base or compare_with(model, base))
+        for _ in match_tensors(model, plain, base):
+            pass  # only for the error where one doesn't fit
     except ValueError as error:
         raise ValueError(f"{folder / WEIGHTS}: {error}") from error
-    return StoredAdapter(plan, plain, rows)
+    return StoredAdapter(factors, plain, rows)
 
 
-def _refuse_otherwise_read(model: nn.Module, tensors: Collection[str]) -> None:
-    """ValueError where what PEFT wrote means something else here. `tensors`: the published names in the file."""
-    adapted = {key.partition(".lora_")[0] for key in tensors if ".lora_" in key}
-    of_rows = {key.removesuffix(STORED) for key in tensors if key.endswith(STORED)}
-    if reason := read_otherwise(model, adapted, of_rows):
+def _refuse_peft_difference(model: nn.Module, names: Collection[str]) -> None:
+    """ValueError where what PEFT wrote means something else here. `names`: those of the tensors in the file."""
+    adapted = {name.partition(".lora_")[0] for name in names if ".lora_" in name}
+    with_token_rows = {name.removesuffix(PEFT_ROWS) for name in names if name.endswith(PEFT_ROWS)}
+    if reason := peft_difference(model, adapted, with_token_rows):
         raise ValueError(
             f"{reason}, so that the adapter means something else here; train it without the embedding among its "
             "target_modules and without trainable_token_indices, or with the whole matrix, in all modules that have "
@@ -262,7 +289,7 @@ def _refuse_otherwise_read(model: nn.Module, tensors: Collection[str]) -> None:
         )
 
 
-@taking_turns
+@with_adapter_lock
 def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> None:
     """Attach the adapter stored in the folder `path` (PEFT's format) as `name` and make it active.
 
@@ -272,20 +299,22 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     Raises FileNotFoundError or ValueError, with the model unchanged, where a file is missing or damaged, a field is not
     implemented, a tensor doesn't fit the model, or an adapter is merged into the weights.
     """
-    check_name(model, name)
+    # All that can fail comes before the first change.
+    check_adapter_name(model, name)
     refuse_merged(model)
-    stored, base = read_adapter(model, path), tensors_with(model, None)
-    for slot_path, _ in stored.factors:
-        refuse_patched(slot_path, model.get_submodule(slot_path))
+    stored = read_adapter(model, path)
+    base = tensors_with(model, None)
+    for module_path, _ in stored.factors:
+        refuse_patched(module_path, model.get_submodule(module_path))
     try:
-        brought = filled(places_beside(model, stored.plain, base), base)
-        brought |= with_rows(stored.rows, base | brought)
+        tensors = apply_matched(match_changed_tensors(model, stored.plain, base), base)
+        tensors |= with_rows(stored.rows, base | tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
-    make_room(model)
-    for slot_path, factors in stored.factors:
-        module = ensure_slot(model, slot_path)
-        module.lora[name] = factors.to(module.weight.device).train(module.training)
-    give(model, name, brought)
+    prepare_for_adapter(model)
+    for module_path, weights in stored.factors:
+        module = ensure_adaptable(model, module_path)
+        module.lora[name] = weights.to(module.weight.device).train(module.training)
+    attach_tensors(model, name, tensors)
     set_adapter(model, name)

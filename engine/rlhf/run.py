@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..adapters.lora import add_lora, lr_ratios, matches
+from ..adapters.lora import add_lora, lr_ratios
 from ..adapters.switch import adapter_names, drop_adapter, set_adapter
+from ..adapters.targets import match_targets
 from ..data.batches import Batches
 from ..data.fingerprints import in_memory
 from ..runtime import interruptible
@@ -190,7 +191,8 @@ class _Run:
                 f"the model carries the adapter {others[0]!r}, but the reference is the model without adapters: "
                 f"merge_lora(model, keep_base=False), or drop_adapter(model, {others[0]!r}), first"
             )
-        if outside := [path for path, _, _ in matches(model, config.lora.targets) if not path.startswith("layers.")]:
+        targets = match_targets(model, config.lora.targets)
+        if outside := [path for path, _, _ in targets if not path.startswith("layers.")]:
             raise ValueError(f"lora.targets: ppo adapts the layers, which its models share; {outside[0]!r} is in none")
         critic = None
         if config.group_size is None:

@@ -7,8 +7,8 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ...kernels.quant.nf4 import NF4Weight
-from ..adapters.belongings import claim, every_tensor_aside, give_back
 from ..adapters.lora import active_adapter, adapter_sites
+from ..adapters.modules_to_save import all_inactive_tensors, forget_trained, mark_trained
 from ..adapters.token_rows import trained_rows
 from ..adapters.wrapping import LoRAWeights
 
@@ -37,8 +37,8 @@ def freeze(model: nn.Module, *patterns: str) -> None:
     for parameter in names.values():
         parameter.requires_grad_(False)
 
-    give_back(model, names.values())
-    for name, tensor in every_tensor_aside(model):
+    forget_trained(model, names.values())
+    for name, tensor in all_inactive_tensors(model):
         if tensor.requires_grad and any(fnmatchcase(name, pattern) for pattern in patterns):
             tensor.requires_grad_(False)
     for slot in adapter_sites(model):
@@ -59,7 +59,7 @@ def unfreeze(model: nn.Module, *patterns: str) -> None:
             raise ValueError(f"{name} is of a quantised weight, which can't train: add_lora, or load it in bfloat16")
     for parameter in found.values():
         parameter.requires_grad_(True)
-    claim(model, active_adapter(model))
+    mark_trained(model, active_adapter(model))
 
 
 def unfreeze_due(model: nn.Module, schedule: Mapping[str, float], epoch: float) -> None:

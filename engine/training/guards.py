@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..._outside import explained_memory
 from ..data.batches import Batches
-from ..finite import not_finite, unsound_weights
-from ..runtime import same_modes, settled_arithmetic
+from ..finite import non_finite_weights, not_finite
+from ..runtime import configure_determinism, preserve_modes
 from .run_folder import RunFolder
 from .state import last_good, seeded
 
@@ -28,7 +28,7 @@ def clean_guest(model: nn.Module, seed: int, deterministic: bool = False) -> Ite
     Afterwards, also after an error, the caller's random generators, settings of torch and modes of modules are as they
     were.
     """
-    with settled_arithmetic(deterministic), seeded(seed), same_modes(model):
+    with configure_determinism(deterministic), seeded(seed), preserve_modes(model):
         yield
 
 
@@ -97,7 +97,7 @@ def require_finite(
     Or, for a model that is still as it was loaded, with the weights that hold NaN or infinity.
     """
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        if untrained is not None and unsound_weights(untrained):
+        if untrained is not None and non_finite_weights(untrained):
             raise not_finite(untrained, f"{step}: the loss")
         raise FloatingPointError(
             f"{step}: the loss is {loss}, its gradient norm {norm}; {last_good(record)}; try a smaller {lr}"

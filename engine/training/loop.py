@@ -22,8 +22,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..adapters.belongings import claim
 from ..adapters.lora import active_adapter, adapter_sites, lr_ratios
+from ..adapters.modules_to_save import mark_trained
 from ..adapters.token_rows import trained_rows
 from ..data.batches import Batches, count_images, count_tokens, to_device
 from ..data.fingerprints import in_memory
@@ -120,7 +120,7 @@ def train(
                 f"{', '.join(idle)}: there is no evaluation data to go by; give eval_data, or leave this out"
             )
         trained = _trained(model, config, isinstance(loss_fn, ByAdapter))
-        claim(model, active_adapter(model), trained.keys())
+        mark_trained(model, active_adapter(model), trained.keys())
         data = _batches(data, collate, config, shuffle=True)
         eval_data = None if eval_data is None else _batches(eval_data, collate, config, shuffle=False)
         if out is not None and not isinstance(data, Resumable):

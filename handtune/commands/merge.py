@@ -24,8 +24,8 @@ from ..engine.adapters.lora import adapter_sites
 from ..engine.adapters.rounding import Rounding, dtype_name, rounded
 from ..engine.adapters.switch import merged_rows
 from ..engine.adapters.wrapping import LoRAWeights
-from ..engine.peft.beside import all_places, tensors_with
 from ..engine.peft.format import StoredAdapter, read_adapter
+from ..engine.peft.saved_modules import match_tensors, tensors_with
 from ..kernels import Conv2d, Linear, LoRALinearWeights
 from ..models import ResNet, load, save
 from ..models.checkpoint.loading import Checkpoint, open_checkpoint
@@ -106,7 +106,7 @@ def _measure(model: Any, adapter: Path, rounding: Rounding) -> None:
     # What it brings whole, in fp32 from its file. A head that the base lacks changes nothing.
     stored, base, now = read_adapter(model, adapter), tensors_with(model, None), own_tensors(model)
     pointers = {rows.data_ptr() for rows in changed}
-    for key, index, value in all_places(model, stored.plain, base):
+    for key, index, value in match_tensors(model, stored.plain, base):
         is_new = model.head_is_new and key.startswith("head.")
         if not is_new and now[key].detach()[index].data_ptr() not in pointers:
             before = base[key].detach()[index]

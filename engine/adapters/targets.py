@@ -1,0 +1,134 @@
+"""Which modules an adapter goes on: the targets of a `LoRAConfig`, matched with the modules that could carry one."""
+
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from ...kernels import Linear
+from ..model import KnownModel, key_map_of
+from .wrapping import Adaptable, Convolution, Embedding, is_conv1d
+
+Targets = str | tuple[str, ...] | list[str]
+
+# What foreign models call their output head.
+FOREIGN_HEADS = ("lm_head", "head", "score", "classifier", "qa_outputs", "embed_out", "cls")
+
+
+def published_parts(path: str, key_map: dict[str, Any]) -> tuple[str, ...]:
+    """The published paths of the parts of the module at `path`: several for a fused projection."""
+    checkpoint_key = key_map.get(f"{path}.weight")
+    if checkpoint_key is None:
+        return (path,)
+    return tuple(name.removesuffix(".weight") for name in checkpoint_key.names)
+
+
+def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
+    """Every module that could carry an adapter: path, module, published paths of its parts."""
+    key_map = key_map_of(model)
+    for path, module in model.named_modules():
+        if not isinstance(module, Adaptable):
+            # A subclass may do more than look up or multiply.
+            is_look_up = type(module) is nn.Embedding and module.max_norm is None
+            if not (is_look_up or type(module) in (nn.Linear, nn.Conv2d) or is_conv1d(module)):
+                continue
+
+        # A weight that is computed, as under weight_norm, is no parameter of the module, and can't be adapted.
+        is_quantized = isinstance(module, Linear) and module.quantized is not None
+        if is_quantized or "weight" in dict(module.named_parameters(recurse=False)):
+            yield path, module, published_parts(path, key_map)
+
+
+def match_targets(model: nn.Module, targets: Targets) -> list[tuple[str, list[int], tuple[str, ...]]]:
+    """For each adapted module: its path, the indices of the adapted parts, the published paths of all its parts."""
+    modules = [(path, published) for path, _, published in candidates(model)]
+    parts_by_path: dict[str, set[int]] = {path: set() for path, _ in modules}
+    for target in _globs(model, targets):
+        n_matches = 0
+        for path, published in modules:
+            # Our path names all parts of a module, a published path one of them.
+            matches_path = _matches(path, target)
+            parts = [i for i, name in enumerate(published) if matches_path or _matches(name, target)]
+            parts_by_path[path].update(parts)
+            n_matches += len(parts)
+        if not n_matches:
+            _refuse_unmatched(model, target, modules)
+    return [(path, sorted(parts_by_path[path]), published) for path, published in modules if parts_by_path[path]]
+
+
+def _matches(path: str, target: str) -> bool:
+    """Whether the glob matches the whole path or its end."""
+    return fnmatchcase(path, target) or fnmatchcase(path, f"*.{target}")
+
+
+def _refuse_unmatched(model: nn.Module, target: str, modules: list[tuple[str, tuple[str, ...]]]) -> None:
+    """ValueError for a target that matches none of the modules: a tied copy, or a name that isn't there."""
+    tied_keys = model.tied_keys if isinstance(model, KnownModel) else {}
+    for copy, (key, _) in tied_keys.items():
+        if _matches(copy.removesuffix(".weight"), target):
+            refuse_tied(model, [key.removesuffix(".weight")])
+
+    known = sorted({name for path, published in modules for name in (path, *published)})
+    listed = ", ".join(known[:12])
+    if len(known) > 12:
+        listed += f" and {len(known) - 12} more"
+    raise ValueError(f"LoRA target {target!r} matches no layer; there are {listed}")
+
+
+def _globs(model: nn.Module, targets: Targets) -> list[str]:
+    """The targets as globs: "all-linear" and the model's own groups spelled out."""
+    globs: list[str] = []
+    groups = model.lora_targets if isinstance(model, KnownModel) else {}
+    for target in [targets] if isinstance(targets, str) else targets:
+        if target in groups:
+            globs += groups[target]
+        elif target == "all-linear":
+            globs += [glob for group in groups.values() for glob in group] if groups else _projections(model)
+        elif target not in ("attention", "mlp"):
+            globs.append(target)
+        elif groups:
+            raise ValueError(f"target {target!r}: {type(model).__name__} has no such group, but {', '.join(groups)}")
+        else:
+            raise ValueError(
+                f'target {target!r} is known for handtune\'s own models only; name the layers, e.g. "q_proj"'
+            )
+    return globs
+
+
+def _projections(model: nn.Module) -> list[str]:
+    """What "all-linear" means for a foreign module: its projections but the output head and what is tied to another."""
+    owners = weight_owners(model)
+    paths = []
+    for path, module, _ in candidates(model):
+        is_tied = len(owners.get(id(module.weight), ())) > 1  # a quantised weight is in one module only
+        if not isinstance(module, Embedding | Convolution) and not _is_head(path) and not is_tied:
+            paths.append(path)
+    if not paths:
+        raise ValueError('target "all-linear" matches no projection; name the layers, convolutions for example "conv*"')
+    return paths
+
+
+def _is_head(path: str) -> bool:
+    """Whether a foreign module is the output head, going by the names in use; `fc` only at the top, as in a ResNet."""
+    return path == "fc" or any(name in FOREIGN_HEADS for name in path.split("."))
+
+
+def weight_owners(model: nn.Module) -> dict[int, list[str]]:
+    """For each weight, by identity, the paths of the modules that hold it: several where it is tied."""
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "weight":
+                owners.setdefault(id(parameter), []).append(path)
+    return owners
+
+
+def refuse_tied(model: nn.Module, paths: list[str]) -> None:
+    """ValueError where a module at one of these paths shares its weight with another."""
+    owners = weight_owners(model)
+    for path in paths:
+        weight = model.get_submodule(path).weight
+        others = [owner for owner in owners.get(id(weight), ()) if owner != path]
+        if others:
+            raise ValueError(f"{path} is tied to {others[0]}: an adapter on one would change both; untie them first")

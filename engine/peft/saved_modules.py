@@ -1,0 +1,209 @@
+"""What is stored beside an adapter's factors under plain published names: what trained with it, and the head it needs.
+
+A module of which anything trains is stored whole, because PEFT loads whole modules: a norm that trains takes its
+running statistics with it, which moved as its weight did. PEFT takes its name for the end of a path: what else ends so
+is stored, too, and what lies inside. Of a projection with an adapter only what trains is stored, as PEFT's
+`base_layer`. The head of a task that PEFT gives one of its own goes with the adapter whether it trains or not: it is of
+no use without.
+"""
+
+from collections.abc import Container, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.lora import adapter_sites
+from ..adapters.modules_to_save import TRAINED_ROWS, inactive_tensors, trained_outside_adapters
+from ..adapters.rounding import rounded
+from ..adapters.tied import IsBase, copies_to_save, same_tensor, without_copies
+from ..adapters.token_rows import PEFT_ROWS, rows_among
+from ..model import KnownModel, key_map_of
+from .weights import to_ours, to_stored
+
+WITH_HEAD = ("sequence-classification", "reward", "token-classification", "question-answering")
+BASE = ".base_layer."
+
+
+def tensors_with(model: nn.Module, adapter: str | None) -> dict[str, Tensor]:
+    """The parameters and buffers by name as they are with an adapter, or None, wherever adapters stand now.
+
+    None is merged into them, and factors are not among them.
+    """
+    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = {key: tensor for key, tensor in tensors.items() if ".lora." not in key}
+    for site in adapter_sites(model):
+        if site.module.merged is not None:
+            tensors[f"{site.path}.weight"] = site.module.merged.base
+
+    for key, tensor in inactive_tensors(model, adapter).items():
+        if tensor is None:
+            tensors.pop(key, None)
+        elif key in tensors or _name_in_module(key) == TRAINED_ROWS:  # a tied matrix has one name here
+            tensors[key] = tensor
+    return tensors
+
+
+def trained_rows_with(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """The ids of the token rows that belong to an adapter, by the name of the parameter."""
+    trained = trained_outside_adapters(model, adapter)
+    return {key: ids for key, ids in rows_among(tensors_with(model, adapter)).items() if key in trained}
+
+
+def tensors_to_save(model: nn.Module, adapter: str, adapted: Container[str]) -> dict[str, Tensor]:
+    """Published tensors: of the modules of the parameters that belong to the adapter, and of the head.
+
+    `adapted`: the published modules that the adapter sits on.
+    """
+    trained = trained_outside_adapters(model, adapter)
+    row_ids = trained_rows_with(model, adapter)
+    tensors = tensors_with(model, adapter)
+    published = list(_published_tensors(model, tensors))
+
+    # The modules to store whole. PEFT takes each name for the end of a path, and loads what lies inside, too.
+    modules = {_module_of(key) for key in trained}
+    head = ("head.out.", "head.hidden.") if isinstance(model, KnownModel) and model.task in WITH_HEAD else ()
+    whole_modules = {
+        _module_of(entry.name)
+        for entry in published
+        if entry.key.startswith(head) or (_module_of(entry.key) in modules and entry.key not in row_ids)
+    }
+    suffixes = tuple(path for path in whole_modules if path and path not in adapted)
+    prefixes = tuple(f"{path}." for path in suffixes)
+
+    out: dict[str, Tensor] = {}
+    for entry in published:
+        module = _module_of(entry.name)
+        if entry.key in row_ids:
+            out[f"{module}{PEFT_ROWS}"] = entry.ours(tensors)[row_ids[entry.key]].cpu()  # (n, D)
+        elif module not in adapted:
+            if module in whole_modules or module.endswith(suffixes) or module.startswith(prefixes):
+                out[entry.name] = entry.stored(tensors)
+        elif entry.key in trained:  # under an adapter PEFT keeps the module itself as `base_layer`
+            out[f"{module}{BASE}{_name_in_module(entry.name)}"] = entry.stored(tensors)
+
+    # A matrix of which only rows are stored has no copies beside them: reading puts the rows into all of it.
+    whole_tensors = {entry.name: entry for entry in published if entry.key not in row_ids}
+    for copy, first in copies_to_save(model, out).items():
+        if first in whole_tensors:
+            out[copy] = whole_tensors[first].stored(tensors).clone()  # a file has no two names for one tensor
+    return out
+
+
+def _module_of(key: str) -> str:
+    """The path of the module that a tensor belongs to."""
+    return key.rpartition(".")[0]
+
+
+def _name_in_module(key: str) -> str:
+    """The name of a tensor in its module, "weight" for example."""
+    return key.rpartition(".")[2]
+
+
+class PublishedTensor(NamedTuple):
+    """Rows of one of our tensors that are published under a name of their own."""
+
+    key: str  # our name of the whole tensor
+    name: str
+    rows: Any  # a slice, or `...` for all of them
+    checkpoint_key: Any  # how they are stored; None: as they are
+
+    def ours(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The rows, out of the tensors by our names."""
+        return tensors[self.key].detach()[self.rows]
+
+    def stored(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The rows as a checkpoint has them, on the CPU."""
+        return to_stored(self.checkpoint_key, self.ours(tensors).cpu()).contiguous()
+
+
+def _published_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[PublishedTensor]:
+    """How those of the tensors that are in the model's state dict are published."""
+    key_map = key_map_of(model)
+    state_dict = model.state_dict()
+    for key in tensors:
+        if key not in state_dict:
+            continue
+
+        checkpoint_key = key_map.get(key)
+        if checkpoint_key is None:
+            yield PublishedTensor(key, key, ..., None)
+        elif not checkpoint_key.rows:
+            yield PublishedTensor(key, checkpoint_key.names[0], ..., checkpoint_key)
+        else:  # a fused tensor: each name has the next so many rows
+            start = 0
+            for name, n_rows in zip(checkpoint_key.names, checkpoint_key.rows, strict=True):
+                yield PublishedTensor(key, name, slice(start, start + n_rows), checkpoint_key)
+                start += n_rows
+
+
+def plain_tensors(model: nn.Module, stored: dict[str, Tensor], is_base: IsBase) -> dict[str, Tensor]:
+    """What is stored beside an adapter, by published names, of tied matrices the first one.
+
+    ValueError where of tied matrices one is stored without the others.
+    """
+    return without_copies(model, {name.replace(BASE, "."): tensor for name, tensor in stored.items()}, is_base)
+
+
+def compare_with(model: nn.Module, base: Mapping[str, Tensor]) -> IsBase:
+    """Whether the base's tensor of a published name has a value, for a base in memory; `base` has all by our names."""
+    key_by_name = {entry.name: entry.key for entry in _published_tensors(model, base)}
+    return lambda name, value: name in key_by_name and same_tensor(value, base[key_by_name[name]])
+
+
+class MatchedTensor(NamedTuple):
+    """A stored tensor matched with ours: our name of the parameter or buffer, rows of it, the value in our layout."""
+
+    key: str
+    rows: Any
+    value: Tensor
+
+
+def match_tensors(
+    model: nn.Module, stored: Mapping[str, Tensor], base: Mapping[str, Tensor]
+) -> Iterator[MatchedTensor]:
+    """Where each of these plain tensors goes; `base` has all tensors of the base by our names.
+
+    Raises ValueError for one that has no place in the model, or another shape.
+    """
+    published = {entry.name: entry for entry in _published_tensors(model, base)}
+    for name, tensor in stored.items():
+        if name not in published and name.endswith(".num_batches_tracked"):
+            continue  # of a batch norm, for a momentum that none here has
+        if name not in published:
+            raise ValueError(f"{name} has no place in this model; it was made for another base or task")
+
+        entry = published[name]
+        expected = entry.ours(base).shape
+        value = to_ours(entry.checkpoint_key, tensor)
+        if value.shape != expected:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, the model needs {tuple(expected)}; it is for another base"
+            )
+        yield MatchedTensor(entry.key, entry.rows, value)
+
+
+def match_changed_tensors(
+    model: nn.Module, stored: Mapping[str, Tensor], base: Mapping[str, Tensor]
+) -> list[MatchedTensor]:
+    """The same, of those that differ from the base's.
+
+    A copy of what the base has says nothing: a head is stored whether it trained or not, and by PEFT the matrix of an
+    adapted embedding.
+    """
+    changed = []
+    for matched in match_tensors(model, stored, base):
+        rows = base[matched.key].detach()[matched.rows]
+        if rows.is_meta or not torch.equal(matched.value.to(rows), rows):
+            changed.append(matched)
+    return changed
+
+
+def apply_matched(matched: list[MatchedTensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of the base's tensors with the stored values in them, by our names; of those only that change."""
+    tensors: dict[str, Tensor] = {}
+    for key, rows, value in matched:
+        if key not in tensors:
+            tensors[key] = base[key].detach().clone()
+        tensors[key][rows] = rounded(value, tensors[key].dtype, key).to(tensors[key].device)
+    return tensors
