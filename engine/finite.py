@@ -41,7 +41,7 @@ def not_finite(model: nn.Module, what: str) -> FloatingPointError:
         )
 
     checkpoint = f"{model.source}: " if isinstance(model, KnownModel) and model.source else ""
-    others = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-    return FloatingPointError(
-        f"{checkpoint}{names[0]}{others} holds NaN or infinity; restore the weights, or train them again"
-    )
+    listed = names[0]
+    if len(names) > 1:
+        listed += f" (and {len(names) - 1} more)"
+    return FloatingPointError(f"{checkpoint}{listed} holds NaN or infinity; restore the weights, or train them again")

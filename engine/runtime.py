@@ -1,6 +1,6 @@
 """What a run changes in the process that it is a guest in, and restores: arithmetic, modes of modules, Ctrl-C.
 
-By default CUDA computes a product of fp32 matrices in fp32. A convolution it doesn't: cuDNN may round the operands to
+By default CUDA computes a product of fp32 matrices in fp32, but not a convolution: cuDNN may round the operands to
 TF32, with 10 bits of mantissa, because `torch.backends.cudnn.allow_tf32` begins as True. Here convolutions do what
 matrix products do: exact unless `torch.set_float32_matmul_precision("high")` asks both for speed.
 """

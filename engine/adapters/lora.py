@@ -25,11 +25,11 @@ from .wrapping import Adaptable, Convolution, Embedding, LoRAWeights, ensure_ada
 
 
 class AdapterSite(NamedTuple):
-    """A module that can carry adapters: its path, the module, and how the model's tensors are published."""
+    """A module of a model that can carry adapters."""
 
     path: str
     module: Adaptable
-    key_map: Callable[[], dict[str, Any]]
+    key_map: Callable[[], dict[str, Any]]  # how the model's tensors are published; computed when first called
 
     @property
     def published(self) -> tuple[str, ...]:
@@ -39,7 +39,7 @@ class AdapterSite(NamedTuple):
 
 def adapter_sites(model: nn.Module) -> Iterator[AdapterSite]:
     """All modules that can carry adapters."""
-    key_map = cache(lambda: key_map_of(model))  # only when asked for: switching adapters needs none
+    key_map = cache(lambda: key_map_of(model))  # switching adapters needs none, and has to be fast
     for path, module in model.named_modules():
         if isinstance(module, Adaptable):
             yield AdapterSite(path, module, key_map)
@@ -70,6 +70,8 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> tup
         weights = _fresh_weights(module, {i: published[i] for i in parts}, config)
         _init_variant(weights, module, config)
         module.lora[name] = weights.train(module.training)
+
+    # On every site, since another adapter may have been active where this one isn't.
     for site in adapter_sites(model):
         site.module.active = name if name in site.module.lora else None
     return tuple(paths)
@@ -149,8 +151,10 @@ def _init_variant(weights: LoRAWeights, module: Adaptable, config: LoRAConfig) -
 
 def prepare_for_adapter(model: nn.Module) -> None:
     """Freeze everything, with the base in the model, for an adapter that is about to be attached."""
+    # What has begun to train belongs to the adapter that is active, and leaves the model with it.
     mark_trained(model, active_adapter(model))
     switch_tensors(model, None)
+
     train_only(model, None)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -165,6 +169,7 @@ def train_only(model: nn.Module, name: str | None) -> None:
                 for key in weights.paused:
                     weights.get_parameter(key).requires_grad_(True)
                 weights.paused = ()
+            # By name, because not all of them need train: `freeze` stops single ones.
             elif trained := tuple(key for key, p in weights.named_parameters() if p.requires_grad):
                 weights.paused = trained
                 weights.requires_grad_(False)

@@ -61,6 +61,7 @@ def parsed(pattern: str) -> Operations:
             f"{shown(pattern)} is no regular expression ({error}), which is what stands here, not a glob"
         ) from None
 
+    # A text pattern has UNICODE; any other flag comes from the pattern itself, "(?i)", and changes what matches.
     if operations.state.flags & ~re.UNICODE.value:
         raise ValueError(f"{shown(pattern)}: flags in a pattern are not implemented")
     if unknown := next((opcode for opcode in _opcodes(operations) if opcode not in _IMPLEMENTED), None):
@@ -106,6 +107,7 @@ class _Matcher:
     def ends(self, operations: Operations, positions: set[int]) -> set[int]:
         """Where a match of the operations can end that begins at one of the positions."""
         for opcode, argument in operations:
+            # At least one, because a repeat of nothing takes its time, too.
             self.steps += 1 + len(positions)
             if self.steps > MAX_STEPS:
                 raise ValueError(f"{shown(self.pattern)} takes too long to match ({MAX_STEPS:,} steps); simplify it")
@@ -136,7 +138,9 @@ class _Matcher:
 
     def _ends_of_repeat(self, least: int, most: int, body: Operations, positions: set[int]) -> set[int]:
         """Where `least` to `most` repeats end. Positions only move forward, so that they run out, or stay the same."""
-        reached: set[int] = set(positions) if least == 0 else set()
+        reached: set[int] = set()
+        if least == 0:
+            reached |= positions
         for count in range(1, most + 1):
             previous = positions
             positions = self.ends(body, positions)

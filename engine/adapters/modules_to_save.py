@@ -11,6 +11,7 @@ for each adapter with token rows, or with an embedding.
 """
 
 from collections.abc import Collection, Iterator, Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +45,10 @@ class TensorVersions:
         if owner == self.active:
             return {}
 
-        # Beginning with the base undoes what the active adapter has and this one hasn't.
-        tensors = {} if self.active is None else dict(self.base)
+        # The base's first: they undo what the active adapter has and this one hasn't.
+        tensors: NamedTensors = {}
+        if self.active is not None:
+            tensors |= self.base
         if owner is not None:
             tensors |= self.by_adapter[owner]
         return tensors
@@ -65,8 +68,12 @@ class TensorVersions:
 
 
 def _table(module: nn.Module, name: str) -> NamedTensors:
-    """The dict of the module in which a tensor of this name stands."""
+    """The module's own dict in which a tensor of this name is: setting it there passes by the checks of `setattr`."""
     return module._parameters if name in module._parameters else module._buffers  # type: ignore[return-value]
+
+
+def _tensors_in(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
+    return chain(module._parameters.items(), module._buffers.items())
 
 
 def _get(module: nn.Module, name: str) -> Tensor | None:
@@ -76,8 +83,9 @@ def _get(module: nn.Module, name: str) -> Tensor | None:
 def _put(module: nn.Module, name: str, tensor: Tensor | None) -> None:
     """Set a parameter or buffer, on the device and in the dtype of what it takes the place of."""
     if name == TRAINED_ROWS:
-        ids = None if tensor is None else tensor.to(module.get_parameter("weight").device)
-        module.register_buffer(TRAINED_ROWS, ids, persistent=False)
+        if tensor is not None:
+            tensor = tensor.to(module.get_parameter("weight").device)
+        module.register_buffer(TRAINED_ROWS, tensor, persistent=False)
         return
 
     old = _get(module, name)
@@ -91,7 +99,9 @@ def _check_shapes(path: str, module: nn.Module, incoming: NamedTensors) -> None:
     """ValueError where a tensor is no longer of the size of that in the module."""
     for name, new in incoming.items():
         old = _get(module, name)
-        if new is not None and old is not None and name != TRAINED_ROWS and old.shape != new.shape:
+        if new is None or old is None or name == TRAINED_ROWS:
+            continue  # there may be any number of rows that train
+        if old.shape != new.shape:
             raise ValueError(
                 f"{path}.{name} is {tuple(old.shape)} now, and {tuple(new.shape)} with another adapter: tokens were "
                 "added in between; add them before the adapters"
@@ -151,6 +161,7 @@ def _mark_parameter(module: nn.Module, adapter: str, name: str, base_copy: nn.Pa
     """The parameter in the module is the adapter's, with the buffers there; the base has copies."""
     versions = _versions_of(module)
     if versions.active is None:
+        # The module still holds the base's tensors, and the adapter has none here yet.
         versions.store_active(module)
         versions.by_adapter[adapter] = {}
         versions.active = adapter
@@ -159,6 +170,7 @@ def _mark_parameter(module: nn.Module, adapter: str, name: str, base_copy: nn.Pa
     tensors[name] = module._parameters[name]
     versions.base[name] = base_copy
 
+    # Running statistics will move with the parameter, wherever it trains.
     for buffer_name, buffer in _buffers(module).items():
         if buffer_name not in tensors:
             tensors[buffer_name] = buffer
@@ -213,15 +225,17 @@ def attach_tensors(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]
     # modules.
     replacements: dict[int, Tensor] = {}
     for path, module in model.named_modules():
-        for name, old in [*module._parameters.items(), *module._buffers.items()]:
+        for name, old in _tensors_in(module):
             new = tensors.get(_join(path, name))
             if old is None or new is None or name == TRAINED_ROWS:
                 continue
             replacements[id(old)] = nn.Parameter(new) if isinstance(old, nn.Parameter) else new
 
+    # The base's version is what is in the module now; the new one waits until the adapter is set.
     for path, module in model.named_modules():
-        old_tensors = [*module._parameters.items(), *module._buffers.items()]
-        replaced: NamedTensors = {name: replacements[id(old)] for name, old in old_tensors if id(old) in replacements}
+        replaced: NamedTensors = {
+            name: replacements[id(old)] for name, old in _tensors_in(module) if id(old) in replacements
+        }
         if not replaced:
             continue
         if (ids := tensors.get(_join(path, TRAINED_ROWS))) is not None:

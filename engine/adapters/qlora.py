@@ -44,9 +44,8 @@ def projections(model: nn.Module, targets: Targets = "all-linear") -> tuple[str,
 def quantize(model: nn.Module, targets: Targets = "all-linear") -> tuple[str, ...]:
     """Quantise the frozen projections of one of our models to NF4 (see kernels/quant/nf4.py), in place.
 
-    It gives their paths.
-
-    `targets` are those of `LoRAConfig`. Of what they name, only what is frozen and not quantised yet is changed.
+    `targets` are those of `LoRAConfig`. Of what they name, only what is frozen and not quantised yet is changed; it
+    gives the paths of that.
 
     Raises ValueError, with the model unchanged, as `projections` does, where all that the targets name trains, where an
     adapter is merged into the weights, or where one has such a weight of its own. Where a weight holds NaN or infinity,

@@ -39,7 +39,7 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def check_attached(model: nn.Module, *names: str | None) -> None:
-    """ValueError where one of these adapters isn't attached; None, the base model, always is."""
+    """ValueError where one of these adapters isn't attached. None, the base model, always is."""
     attached = adapter_names(model)
     for name in names:
         if name is not None and name not in attached:
@@ -66,6 +66,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 
 
 def _activate(model: nn.Module, name: str | None) -> None:
+    # What has begun to train belongs to the adapter that is active, and leaves the model with it.
     mark_trained(model, active_adapter(model))
     switch_tensors(model, name)
     for site in adapter_sites(model):
@@ -241,11 +242,12 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> None:
         assert isinstance(name, str)
         base = module.weight.detach().clone() if keep_base else None
         for rows, value in merged_rows(module, name):
-            rows.copy_(value)
+            rows.copy_(value)  # cast to the weight's dtype
         if base is not None:
             module.merged = Merged(name, base)
         module.active = None
 
+    # Adapters correct the old weights, which nothing can bring back any more.
     if not keep_base:
         for site in adapter_sites(model):
             site.module.lora.clear()

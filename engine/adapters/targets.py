@@ -36,7 +36,7 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ..
 
         # A weight that is computed, as under weight_norm, is no parameter of the module, and can't be adapted.
         is_quantized = isinstance(module, Linear) and module.quantized is not None
-        if is_quantized or "weight" in dict(module.named_parameters(recurse=False)):
+        if is_quantized or module._parameters.get("weight") is not None:
             yield path, module, published_parts(path, key_map)
 
 
@@ -80,13 +80,18 @@ def _globs(model: nn.Module, targets: Targets) -> list[str]:
     """The targets as globs: "all-linear" and the model's own groups spelled out."""
     globs: list[str] = []
     groups = model.lora_targets if isinstance(model, KnownModel) else {}
-    for target in [targets] if isinstance(targets, str) else targets:
+    if isinstance(targets, str):
+        targets = [targets]
+    for target in targets:
         if target in groups:
             globs += groups[target]
+        elif target == "all-linear" and groups:
+            globs += [glob for group in groups.values() for glob in group]
         elif target == "all-linear":
-            globs += [glob for group in groups.values() for glob in group] if groups else _projections(model)
+            globs += _projections(model)
         elif target not in ("attention", "mlp"):
             globs.append(target)
+        # A group that this model doesn't have: better said so than as a glob that matches nothing.
         elif groups:
             raise ValueError(f"target {target!r}: {type(model).__name__} has no such group, but {', '.join(groups)}")
         else:

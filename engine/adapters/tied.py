@@ -63,6 +63,8 @@ def without_copies(model: nn.Module, stored: dict[str, Tensor], is_base: IsBase)
         if present == [copy] and copy in other_spellings:
             tensors[first] = tensors.pop(copy)  # BERT's output bias, which transformers computes with under this name
             continue
+
+        # Two values, or one that isn't the base's, would make two matrices of what is one parameter here.
         if len(present) == 2 and not same_tensor(stored[copy], stored[first]):
             raise ValueError(
                 f"{copy} and {first} are two matrices in this adapter, and one in the base, which ties them; give it a "
@@ -106,11 +108,13 @@ def peft_difference(model: nn.Module, adapted: Collection[str], with_token_rows:
     """
     copies = {copy.removesuffix(".weight"): first.removesuffix(".weight") for copy, first in tied_copies(model).items()}
     for copy, first in copies.items():
+        # Here they change both, which are one parameter.
         if first in adapted:
             return f"{copy} is the same matrix as {first}, and PEFT's factors on {first} don't reach it"
         if first in with_token_rows and isinstance(model, KnownModel) and copy.startswith(model.base_prefix):
             return f"{copy} is the same matrix as {first}, and PEFT's token rows of {first} don't reach it"
 
+    # T5 1.1 has such a head: two stacks share the embedding, and the output matrix is another.
     if isinstance(model, KnownModel) and set(with_token_rows) & set(copies.values()):
         stored = published_names(model)
         if untied := next((name for name in model.tied_keys if name in stored), None):

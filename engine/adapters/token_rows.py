@@ -69,8 +69,9 @@ def _vocabulary_modules(model: nn.Module) -> list[nn.Module]:
     if isinstance(embedding, LoRAEmbedding) or not isinstance(embedding, nn.Module):
         raise ValueError("embed.tokens carries an adapter or isn't there: no rows of it can train by themselves")
 
+    # A tied head has the same rows, and a classifier's has none for tokens.
     weight = embedding.get_parameter("weight")
-    head_weight = dict(model.head.named_parameters(recurse=False)).get("weight")
+    head_weight = model.head._parameters.get("weight")
     if head_weight is None or head_weight is weight or head_weight.shape != weight.shape:
         return [embedding]
     return [embedding, model.head]
@@ -97,11 +98,11 @@ def published_ids(model: nn.Module, rows: Mapping[str, Tensor]) -> dict[str, lis
 
 
 class StoredRows(NamedTuple):
-    """Rows of a matrix as an adapter's file has them: the module's path, the ids, the rows (n, D)."""
+    """Rows of a matrix as an adapter's file has them."""
 
-    path: str
+    path: str  # of our module
     ids: list[int]
-    rows: Tensor
+    rows: Tensor  # (n, D)
 
 
 def take_rows(model: nn.Module, stored: dict[str, Tensor], indices: Any) -> list[StoredRows]:
@@ -124,6 +125,7 @@ def take_rows(model: nn.Module, stored: dict[str, Tensor], indices: Any) -> list
         if path not in ("embed.tokens", "head"):
             raise ValueError(f"{key} has no place in this model; it was made for another base")
 
+        # PEFT has a list of ids for the embedding, or a table of lists by module.
         ids = indices if isinstance(indices, list) else _ids_of_module(indices, module)
         vocab_size, width = model.get_submodule(path).get_parameter("weight").shape
         are_ids = isinstance(ids, list) and all(type(i) is int and 0 <= i < vocab_size for i in ids)

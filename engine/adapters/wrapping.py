@@ -45,7 +45,7 @@ def refuse_patched(path: str, module: nn.Module) -> None:
             f"{path} has a forward of its own, as accelerate's offloading gives it, which would pass the adapter by; "
             "load the model without offloading, or take the hooks off (accelerate.hooks.remove_hook_from_submodules)"
         )
-    weight = dict(module.named_parameters(recurse=False)).get("weight")  # a quantised one is no parameter
+    weight = module._parameters.get("weight")  # a quantised one is no parameter
     if weight is not None and weight.is_meta:
         raise ValueError(f"{path}: its weight is on the meta device, without data; load the model in full first")
 

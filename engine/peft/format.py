@@ -114,6 +114,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default", *, p
     if is_beyond_peft:
         config["peft_type"] = OURS
 
+    # The folder gets both files or none.
     with filling(path, CONFIG) as folder:
         write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
         write_json(folder / CONFIG, config)
@@ -164,7 +165,7 @@ def _portable(factors: list[PublishedFactors], others: list[str]) -> list[Publis
 
 
 def _published_factors(model: nn.Module, site: AdapterSite, name: str) -> Iterator[PublishedFactors]:
-    """The factors of the adapter on each part of the module that it sits on; none where it isn't there."""
+    """The factors of the adapter on each part of the module; none where it has none there."""
     if name not in site.module.lora:
         return
     factors = site.module.lora[name]

@@ -32,6 +32,8 @@ def tensors_with(model: nn.Module, adapter: str | None) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     tensors = {key: tensor for key, tensor in tensors.items() if ".lora." not in key}
+
+    # A weight with an adapter merged into it isn't the base's: that is in the copy.
     for site in adapter_sites(model):
         if site.module.merged is not None:
             tensors[f"{site.path}.weight"] = site.module.merged.base
@@ -62,7 +64,9 @@ def tensors_to_save(model: nn.Module, adapter: str, adapted: Container[str]) -> 
 
     # The modules to store whole. PEFT takes each name for the end of a path, and loads what lies inside, too.
     modules = {_module_of(key) for key in trained}
-    head = ("head.out.", "head.hidden.") if isinstance(model, KnownModel) and model.task in WITH_HEAD else ()
+    head: tuple[str, ...] = ()
+    if isinstance(model, KnownModel) and model.task in WITH_HEAD:
+        head = ("head.out.", "head.hidden.")
     whole_modules = {
         _module_of(entry.name)
         for entry in published
@@ -137,6 +141,10 @@ def _published_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Itera
                 start += n_rows
 
 
+def _published_by_name(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, PublishedTensor]:
+    return {entry.name: entry for entry in _published_tensors(model, tensors)}
+
+
 def plain_tensors(model: nn.Module, stored: dict[str, Tensor], is_base: IsBase) -> dict[str, Tensor]:
     """What is stored beside an adapter, by published names, of tied matrices the first one.
 
@@ -147,8 +155,8 @@ def plain_tensors(model: nn.Module, stored: dict[str, Tensor], is_base: IsBase) 
 
 def compare_with(model: nn.Module, base: Mapping[str, Tensor]) -> IsBase:
     """Whether the base's tensor of a published name has a value, for a base in memory; `base` has all by our names."""
-    key_by_name = {entry.name: entry.key for entry in _published_tensors(model, base)}
-    return lambda name, value: name in key_by_name and same_tensor(value, base[key_by_name[name]])
+    published = _published_by_name(model, base)
+    return lambda name, value: name in published and same_tensor(value, base[published[name].key])
 
 
 class MatchedTensor(NamedTuple):
@@ -166,13 +174,14 @@ def match_tensors(
 
     Raises ValueError for one that has no place in the model, or another shape.
     """
-    published = {entry.name: entry for entry in _published_tensors(model, base)}
+    published = _published_by_name(model, base)
     for name, tensor in stored.items():
         if name not in published and name.endswith(".num_batches_tracked"):
             continue  # of a batch norm, for a momentum that none here has
         if name not in published:
             raise ValueError(f"{name} has no place in this model; it was made for another base or task")
 
+        # In our layout, since a checkpoint may store it with other dimensions.
         entry = published[name]
         expected = entry.ours(base).shape
         value = to_ours(entry.checkpoint_key, tensor)

@@ -153,13 +153,15 @@ def _conv_weights(module: Convolution, published: str, file: AdapterFile) -> LoR
     if pair is None:
         return None
 
+    # The factors take their sizes from a convolution of ours.
     try:
-        conv = Conv2d.around(module) if isinstance(module, nn.Conv2d) else module
+        if isinstance(module, nn.Conv2d):
+            module = Conv2d.around(module)
     except ValueError as error:
         raise ValueError(f"{file.path}: {published}: {error}") from error
 
     a, b = pair  # (R, C, k, k), (M, R / groups, 1, 1)
-    weights = LoRAConvWeights(conv, len(a), file.config.scale_of(published), file.config.dropout)
+    weights = LoRAConvWeights(module, len(a), file.config.scale_of(published), file.config.dropout)
     weights.a = nn.Parameter(a.float())
     weights.b = nn.Parameter(b.float())
     if file.config.dora:
@@ -224,6 +226,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise ValueError(f"{path}: damaged or cut short ({visible_line(error)}); copy it again") from error
 
+    # Now, by name: later a single NaN would be in everything that the model computes.
     for key, tensor in tensors.items():
         if tensor.dtype not in FLOATS and not key.endswith(".num_batches_tracked"):
             raise ValueError(f"{path}: {key} holds {tensor.dtype}, no weights; the adapter is damaged")
@@ -239,6 +242,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors without the names of PEFT's wrapper of a saved module, and what that holds of the base."""
     unwrapped = {key: tensor for key, tensor in tensors.items() if _NOW not in key and _BEFORE not in key}
+    # A tensor may stand under its plain name as well; then the two have to be the same.
     for key, tensor in tensors.items():
         plain = key.replace(_NOW, ".")
         if _NOW in key and not torch.equal(unwrapped.setdefault(plain, tensor), tensor):
