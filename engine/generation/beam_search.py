@@ -24,55 +24,75 @@ NEVER = -1e9  # the score of what must not be chosen; finite, so that difference
 def beam_search(
     decoding: Decoding, beams: int, max_new_tokens: int, end_ids: Sequence[int], pad: int, length_penalty: float
 ) -> Tensor:
-    """The best text of each row (B, T + n), n ≤ `max_new_tokens`, filled up with `pad` after its end."""
-    first = decoding.tokens.shape[1]
-    rows, device = len(decoding.tokens), decoding.tokens.device
-    every = torch.arange(rows, device=device)[:, None]
-    logits = decoding.logits().repeat_interleave(beams, 0)
-    decoding.take(every.expand(-1, beams).flatten())
-    scores = torch.full((rows, beams), NEVER, device=device)
+    """The best text of each row (B, T + n), n ≤ `max_new_tokens`, filled up with `pad` after its end.
+
+    Shapes: B rows, K `beams`, V vocabulary, T tokens of the prompt, n new ones so far, C = 2K or more continuations.
+    """
+    B, T = decoding.tokens.shape
+    K = beams
+    device = decoding.tokens.device
+    row = torch.arange(B, device=device)[:, None]  # (B, 1)
+
+    # The prompts are computed once, and their logits and cache copied for the K beginnings of each row.
+    logits = decoding.logits().repeat_interleave(K, 0)  # (B K, V)
+    decoding.take(row.expand(-1, K).flatten())
+    scores = torch.full((B, K), NEVER, device=device)
     scores[:, 0] = 0.0  # the beginnings of a row are all the same still: go on with one
-    best = Finished(decoding.tokens.unflatten(0, (rows, beams)), max_new_tokens, pad)
+    best = Finished(decoding.tokens.unflatten(0, (B, K)), max_new_tokens, pad)
+
     for n in range(1, max_new_tokens + 1):
-        found = (logits.log_softmax(-1).unflatten(0, (rows, beams)) + scores[..., None]).flatten(1)
-        values, index = found.topk(max(2, 1 + len(end_ids)) * beams)  # (B, 2K) or more
-        if not bool(values[:, 0].isfinite().all()):
+        # The C likeliest continuations of a row, of all its beginnings together.
+        totals = logits.log_softmax(-1).unflatten(0, (B, K)) + scores[..., None]  # (B, K, V)
+        totals, index = totals.flatten(1).topk(max(2, 1 + len(end_ids)) * K)  # (B, C)
+        if not bool(totals[:, 0].isfinite().all()):
             raise FloatingPointError("the model's logits are not finite")
-        beam, token = index // logits.shape[-1], index % logits.shape[-1]
-        ends = torch.full_like(token, n == max_new_tokens, dtype=torch.bool)
+        beam = index // logits.shape[-1]  # (B, C)
+        token = index % logits.shape[-1]  # (B, C)
+
+        # A text that ends here counts if it is among the first K.
+        ends = torch.full_like(token, n == max_new_tokens, dtype=torch.bool)  # (B, C)
         for end in end_ids:
             ends |= token == end
-        texts = decoding.tokens.unflatten(0, (rows, beams))[every, beam]  # (B, 2K, T + n - 1)
-        best.add(torch.cat((texts, token[..., None]), -1)[:, :beams], values[:, :beams] / n**length_penalty, ends)
-        scores, kept = values.masked_fill(ends, NEVER).topk(beams)
+        texts = decoding.tokens.unflatten(0, (B, K))[row, beam]  # (B, C, T + n - 1)
+        texts = torch.cat((texts, token[..., None]), -1)  # (B, C, T + n)
+        best.add(texts[:, :K], totals[:, :K] / n**length_penalty, ends)
+
+        # The K best of the others go on.
+        scores, chosen = totals.masked_fill(ends, NEVER).topk(K)  # (B, K)
         best.close(scores[:, :1] / n**length_penalty)
         if n == max_new_tokens or not bool(best.open.any()):
             break
-        decoding.take((every * beams + beam.gather(1, kept)).flatten())
-        decoding.extend(token.gather(1, kept).flatten())
-        logits = decoding.logits()
-    return best.texts[:, 0, : first + int(best.lengths[:, 0].max())]
+        decoding.take((row * K + beam.gather(1, chosen)).flatten())
+        decoding.extend(token.gather(1, chosen).flatten())
+        logits = decoding.logits()  # (B K, V)
+    return best.texts[:, 0, : T + int(best.lengths[:, 0].max())]
 
 
 class Finished:
     """The K best texts of each row that have ended, the best one first."""
 
-    def __init__(self, beginnings: Tensor, max_new_tokens: int, pad: int):
-        self.first = beginnings.shape[-1]
-        self.texts = F.pad(beginnings, (0, max_new_tokens), value=pad)  # (B, K, T + n)
-        self.scores = torch.full(beginnings.shape[:2], NEVER, device=beginnings.device)
-        self.lengths = torch.zeros(beginnings.shape[:2], dtype=torch.long, device=beginnings.device)  # 0: none yet
-        self.open = torch.ones(len(beginnings), 1, dtype=torch.bool, device=beginnings.device)
+    def __init__(self, prompts: Tensor, max_new_tokens: int, pad: int):
+        B, K, T = prompts.shape
+        device = prompts.device
+        self.prompt_length = T
+        self.texts = F.pad(prompts, (0, max_new_tokens), value=pad)  # (B, K, T + max_new_tokens)
+        self.scores = torch.full((B, K), NEVER, device=device)
+        self.lengths = torch.zeros(B, K, dtype=torch.long, device=device)  # (B, K) of new tokens; 0: none ended yet
+        self.open = torch.ones(B, 1, dtype=torch.bool, device=device)
         self.pad = pad
 
     def add(self, texts: Tensor, scores: Tensor, ends: Tensor) -> None:
         """Take in those of K texts (B, K, T + n) that end, in rows that are open."""
-        n, beams = texts.shape[-1] - self.first, texts.shape[1]
-        counts = ends[:, :beams] & self.open
+        K = texts.shape[1]
+        n = texts.shape[-1] - self.prompt_length
+        ended = ends[:, :K] & self.open  # (B, K)
         texts = F.pad(texts, (0, self.texts.shape[-1] - texts.shape[-1]), value=self.pad)
-        self.scores, chosen = torch.cat((self.scores, scores.masked_fill(~counts, NEVER)), 1).topk(beams)
-        self.lengths = torch.cat((self.lengths, counts.long() * n), 1).gather(1, chosen)
-        self.texts = torch.cat((self.texts, texts), 1)[torch.arange(len(texts), device=texts.device)[:, None], chosen]
+
+        # The K best of those before and these: 2K candidates a row.
+        self.scores, chosen = torch.cat((self.scores, scores.masked_fill(~ended, NEVER)), 1).topk(K)  # (B, K)
+        self.lengths = torch.cat((self.lengths, ended.long() * n), 1).gather(1, chosen)  # (B, K)
+        row = torch.arange(len(texts), device=texts.device)[:, None]  # (B, 1)
+        self.texts = torch.cat((self.texts, texts), 1)[row, chosen]  # (B, K, T + max_new_tokens)
 
     def close(self, hope: Tensor) -> None:
         """Close the rows where K texts have ended and the open ones' `hope` (B, 1) is no better than the worst."""

@@ -19,59 +19,54 @@ def completions(
     stop: Sequence[str] = (),
     seed: int = 0,
     adapters: Sequence[str | None] | None = None,
-    **how: Any,
+    **sampling: Any,
 ) -> Iterator[str]:
     """What the model writes after each prompt (or, an encoder-decoder, on having read it), without its end.
 
     `batch_size` prompts are computed at a time, each batch by a seed of its own (`seed` and the number of its first
     row), so that a prompt given again is answered anew. `adapters` names one for each prompt, or None for the base
-    model; without them the active one answers. `how`: temperature, top_k, top_p, beams and length_penalty as
+    model; without them the active one answers. `sampling`: temperature, top_k, top_p, beams and length_penalty as
     in `generate`, whose errors come through. ValueError where a prompt is too long, before any is answered.
     """
-    ends = list(model.tokens.ends)
-    words = stop_texts(tokenizer, stop, ends)
-    ids = _prompts(prompts, model, tokenizer)
+    ends = list(model.tokens.ends)  # `stop_texts` may add to them
+    stop = stop_texts(tokenizer, stop, ends)
+    prompt_ids = _tokenize_prompts(prompts, model, tokenizer)
     limit = model.config.max_positions
-    for row, tokens in enumerate(ids, 1):
-        if limit is not None and len(tokens) + max_new_tokens - 1 > limit:
+    for row, ids in enumerate(prompt_ids, 1):
+        if limit is not None and len(ids) + max_new_tokens - 1 > limit:
             raise ValueError(
-                f"prompt {row} has {len(tokens)} tokens, and {max_new_tokens} new ones would exceed the model's "
+                f"prompt {row} has {len(ids)} tokens, and {max_new_tokens} new ones would exceed the model's "
                 f"{limit} positions; shorten one of them"
             )
-    return _answers(model, tokenizer, ids, max_new_tokens, batch_size, ends, words, seed, adapters, how)
+
+    # A generator of its own, so that the errors above come with the call and not with the first text.
+    def texts() -> Iterator[str]:
+        device = next(model.parameters()).device
+        for start in range(0, len(prompt_ids), batch_size):
+            batch = prompt_ids[start : start + batch_size]
+            input_ids, mask = left_padded(batch)  # (B, T)
+            by_row = nullcontext() if adapters is None else use_adapter(model, adapters[start : start + batch_size])
+            try:
+                with by_row:
+                    tokens = generate(
+                        model, input_ids.to(device), mask.to(device), max_new_tokens, seed=seed + start, eos_id=ends,
+                        stop=stop, tokenizer=tokenizer, **sampling,
+                    )  # fmt: skip
+            except FloatingPointError as error:
+                raise FloatingPointError(f"prompts {start + 1} to {start + len(batch)}: {error}") from None
+
+            # What an encoder-decoder writes is a text of its own, behind a start token, and no prompt's continuation.
+            if model.task == "seq2seq-lm":
+                for ids in tokens[:, 1:].tolist():
+                    yield text_of(ids, ends, stop, tokenizer)
+            else:
+                for prompt, ids in zip(batch, tokens[:, input_ids.shape[1] :].tolist(), strict=True):
+                    yield text_of(ids, ends, stop, tokenizer, prompt)
+
+    return texts()
 
 
-def _answers(
-    model: Any,
-    tokenizer: Any,
-    ids: list[list[int]],
-    max_new_tokens: int,
-    batch_size: int,
-    ends: list[int],
-    words: list[str],
-    seed: int,
-    adapters: Sequence[str | None] | None,
-    how: dict[str, Any],
-) -> Iterator[str]:
-    device = next(model.parameters()).device
-    for start in range(0, len(ids), batch_size):
-        batch, mask = left_padded(ids[start : start + batch_size])
-        by_row = nullcontext() if adapters is None else use_adapter(model, adapters[start : start + batch_size])
-        try:
-            with by_row:
-                found = generate(
-                    model, batch.to(device), mask.to(device), max_new_tokens, seed=seed + start, eos_id=ends,
-                    stop=words, tokenizer=tokenizer, **how,
-                )  # fmt: skip
-        except FloatingPointError as error:
-            raise FloatingPointError(f"prompts {start + 1} to {start + len(batch)}: {error}") from None
-        answers = model.task == "seq2seq-lm"  # which are texts of their own
-        first = 1 if answers else batch.shape[1]
-        for prompt, row in zip(ids[start : start + batch_size], found[:, first:].tolist(), strict=True):
-            yield text_of(row, ends, words, tokenizer, () if answers else prompt)
-
-
-def _prompts(texts: Sequence[str], model: Any, tokenizer: Any) -> list[list[int]]:
+def _tokenize_prompts(texts: Sequence[str], model: Any, tokenizer: Any) -> list[list[int]]:
     """The prompts' tokens as they were in training: for an encoder-decoder with the end token behind them."""
     end = model.tokens.eos_id
     if model.task == "seq2seq-lm" and end is not None:
@@ -86,5 +81,5 @@ def text_of(
     """The text of a completion, behind the tokens of its prompt, up to its first end token or stop string."""
     end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
     text = completion_text(tokenizer, prompt, ids[:end])
-    cuts = [at for word in stop if (at := text.find(word)) >= 0]
-    return text[: min(cuts)] if cuts else text
+    cuts = [at for string in stop if (at := text.find(string)) >= 0]
+    return text[: min(cuts, default=len(text))]

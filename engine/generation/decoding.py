@@ -17,28 +17,34 @@ class Decoding:
     """
 
     def __init__(self, model: Any, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int):
-        self.model, self.seen = model, 0
-        mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask
-        self.encoded = model.task == "seq2seq-lm"
-        self.source, self.mask = input_ids, mask
-        self.tokens = input_ids.new_full((len(input_ids), 1), model.config.start_id) if self.encoded else input_ids
+        self.model = model
+        self.n_cached = 0  # of the tokens, those whose keys and values are in the cache
+        self.has_encoder = model.task == "seq2seq-lm"
+        self.source = input_ids
+        self.tokens = input_ids
+        if self.has_encoder:
+            self.tokens = input_ids.new_full((len(input_ids), 1), model.config.start_id)  # (B, 1)
+
+        # None where nothing is padded: attention without a mask is faster.
+        self.mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask
         self.cache = model.new_cache(len(input_ids), self.tokens.shape[1] + max_new_tokens)
 
     def logits(self) -> Tensor:
         """Of the token after the last, (B, V) in fp32."""
-        new = self.tokens[:, self.seen :]
-        if self.encoded:  # the source is not read again once the cache has it
+        new = self.tokens[:, self.n_cached :]  # (B, T) at first, then (B, 1)
+        # The source is not read again once the cache has it.
+        if self.has_encoder:
             states = self.model.hidden(self.source, self.mask, decoder_input_ids=new, cache=self.cache)
         else:
             states = self.model.hidden(new, self.mask, cache=self.cache)
-        self.seen = self.tokens.shape[1]
-        return self.model.head(states[:, -1]).float()
+        self.n_cached = self.tokens.shape[1]
+        return self.model.head(states[:, -1]).float()  # (B, T, D) -> (B, V)
 
     def extend(self, tokens: Tensor) -> None:
         """Add a token (B,) to each text."""
-        self.tokens = torch.cat((self.tokens, tokens[:, None]), 1)
-        if self.mask is not None and not self.encoded:
-            self.mask = torch.cat((self.mask, self.mask.new_ones(len(tokens), 1)), 1)
+        self.tokens = torch.cat((self.tokens, tokens[:, None]), 1)  # (B, T + 1)
+        if self.mask is not None and not self.has_encoder:
+            self.mask = torch.cat((self.mask, self.mask.new_ones(len(tokens), 1)), 1)  # (B, T + 1)
 
     def take(self, rows: Tensor) -> None:
         """Go on with the texts at `rows`, each of which stands in its source's place, or with several for each."""

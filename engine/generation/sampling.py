@@ -5,7 +5,8 @@ Prompts of different lengths are padded on the left, so that all rows go on at t
 the prompt, and what it writes begins with its start token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,8 +23,9 @@ from .decoding import Decoding
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-MAX_NEW_TOKENS, MAX_BEAMS = 2**20, 1000  # more is a slip, and would fill the memory
-BEFORE = 8  # tokens that those which can hold a stop string are decoded behind: at a start they would be other texts
+MAX_NEW_TOKENS = 2**20  # more is a slip, and would fill the memory
+MAX_BEAMS = 1000
+CONTEXT = 8  # tokens that those which can hold a stop string are decoded behind: at a start they would be other texts
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
@@ -32,7 +34,8 @@ def left_padded(prompts: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tens
     ids = torch.full((len(prompts), width), pad_id)
     mask = torch.zeros_like(ids)
     for i, prompt in enumerate(prompts):
-        ids[i, width - len(prompt) :], mask[i, width - len(prompt) :] = torch.tensor(prompt), 1
+        ids[i, width - len(prompt) :] = torch.tensor(prompt)
+        mask[i, width - len(prompt) :] = 1
     return ids, mask
 
 
@@ -58,11 +61,16 @@ def generate(
 
     What an encoder-decoder gives is (B, 1 + n): its start token and the new ones.
 
-    `temperature` 0 is greedy. `top_k` > 0 keeps the k likeliest tokens, `top_p` < 1 the likeliest that together have
-    probability p. A row ends with `eos_id` (one of several, where they are a sequence), or when its new text (decoded
-    by `tokenizer`) contains one of the `stop` strings, or its tokens one that is a special token; what follows is
-    `pad_id` (by default the first `eos_id`, else 0). The same seed gives the same tokens. Several `beams` look for the
-    likeliest text instead; `length_penalty` weighs its length, as `beam_search.py` says.
+    temperature: divides the logits; 0 is greedy.
+    top_k: above 0, only the k likeliest tokens are drawn from.
+    top_p: below 1, only the likeliest tokens that together have probability p.
+    seed: the same one gives the same tokens.
+    eos_id: the token that ends a row, or several of them.
+    pad_id: what follows the end; by default the first `eos_id`, else 0.
+    stop: strings that end a row once its new text (decoded by `tokenizer`) contains one of them, or its tokens one that
+        is a special token.
+    beams: where several, they look for the likeliest text instead of drawing one.
+    length_penalty: weighs the length of the beams' texts, as `beam_search.py` says.
 
     Raises ValueError for settings out of range, for a model of another task than causal-lm and seq2seq-lm, and where
     prompt and new tokens exceed the model's positions; FloatingPointError where what is sampled from isn't finite.
@@ -72,15 +80,20 @@ def generate(
         raise ValueError(f"beams = {beams:,}: expected at most {MAX_BEAMS:,}")
     if beams < 1 or (beams > 1 and (temperature != 0 or stop)):
         raise ValueError(f"beams = {beams} look for the likeliest text: set temperature = 0, and no stop strings")
+
     ends = [eos_id] if isinstance(eos_id, int) else list(eos_id or ())
     pad = pad_id if pad_id is not None else next(iter(ends), 0)
-    words = () if tokenizer is None else stop_texts(tokenizer, stop, ends)
+    stop_strings = () if tokenizer is None else stop_texts(tokenizer, stop, ends)
+
     with in_eval_mode(model), gains_kept(), beams_of_rows(model, beams):
         decoding = Decoding(model, input_ids, attention_mask, max_new_tokens)
         try:
             if beams > 1:
                 return beam_search(decoding, beams, max_new_tokens, ends, pad, length_penalty)
-            return _one_by_one(decoding, max_new_tokens, (temperature, top_k, top_p), seed, ends, pad, words, tokenizer)
+
+            generator = torch.Generator(decoding.tokens.device).manual_seed(seed)
+            choose_next = partial(choose, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            return _token_by_token(decoding, choose_next, max_new_tokens, ends, pad, stop_strings, tokenizer)
         except FloatingPointError:
             raise not_finite(model, "the model's logits") from None
 
@@ -91,40 +104,49 @@ def stop_texts(tokenizer: "Tokenizer", stop: Sequence[str], ends: list[int]) -> 
     Raises ValueError for one that holds a special token among others, which no decoded text does.
     """
     special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    if mixed := [word for word in stop if word not in special and any(token in word for token in special)]:
-        raise ValueError(f"stop {mixed[0]!r} holds a special token and more; give the special token alone")
-    ends += [special[word] for word in stop if word in special]
-    return [word for word in stop if word not in special]
+    texts = []
+    for string in stop:
+        # Decoding leaves special tokens out, so that only their ids can be looked for.
+        if string in special:
+            ends.append(special[string])
+        elif any(token in string for token in special):
+            raise ValueError(f"stop {string!r} holds a special token and more; give the special token alone")
+        else:
+            texts.append(string)
+    return texts
 
 
-def _one_by_one(
+def _token_by_token(
     decoding: Decoding,
+    choose_next: Callable[[Tensor], Tensor],
     max_new_tokens: int,
-    how: tuple[float, int, float],
-    seed: int,
     ends: Sequence[int],
     pad: int,
     stop: Sequence[str],
     tokenizer: "Tokenizer | None",
 ) -> Tensor:
     """Each text grows by the one token chosen, until it ends."""
-    (rows, first), device = decoding.tokens.shape, decoding.tokens.device
-    generator = torch.Generator(device).manual_seed(seed)
-    reach = max((len(word.encode()) for word in stop), default=0)  # tokens that a stop can be in
-    done = torch.zeros(rows, dtype=torch.bool, device=device)
+    B, T = decoding.tokens.shape
+    device = decoding.tokens.device
+    reach = max((len(string.encode()) for string in stop), default=0)  # tokens that a stop string can be in
+    done = torch.zeros(B, dtype=torch.bool, device=device)
     for i in range(max_new_tokens):
-        step = choose(decoding.logits(), *how, generator).masked_fill_(done, pad)
-        decoding.extend(step)
+        token = choose_next(decoding.logits()).masked_fill_(done, pad)  # (B, V) -> (B,)
+        decoding.extend(token)
         for end in ends:
-            done |= step == end
+            done |= token == end
+
+        # A stop string can begin in an earlier token: the end of each text is decoded anew.
         if tokenizer is not None and stop:
-            start = max(first, decoding.tokens.shape[1] - reach)
-            before = decoding.tokens[:, max(0, start - BEFORE) : start].tolist()
+            start = max(T, decoding.tokens.shape[1] - reach)
+            contexts = decoding.tokens[:, max(0, start - CONTEXT) : start].tolist()
             texts = [
                 completion_text(tokenizer, context, new)
-                for context, new in zip(before, decoding.tokens[:, start:].tolist(), strict=True)
+                for context, new in zip(contexts, decoding.tokens[:, start:].tolist(), strict=True)
             ]
-            done |= torch.tensor([any(s in text for s in stop) for text in texts], device=device)
+            done |= torch.tensor([any(string in text for string in stop) for text in texts], device=device)
+
+        # Reading `done` makes the host wait for the GPU, and is of no use after the last token.
         if (ends or stop) and i + 1 < max_new_tokens and bool(done.all()):
             break
     return decoding.tokens
@@ -137,9 +159,10 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
         if not bool(best.values.isfinite().all()):  # NaN is the largest of all, too
             raise FloatingPointError("the model's logits are not finite")
         return best.indices
+
     # One uniform number a row: torch.multinomial draws one for each token of the vocabulary, 30 times as slow on a CPU.
-    mass = probabilities(logits, temperature, top_k, top_p).cumsum(-1, dtype=torch.float64)
-    total = mass[:, -1:]
+    mass = probabilities(logits, temperature, top_k, top_p).cumsum(-1, dtype=torch.float64)  # (B, V)
+    total = mass[:, -1:]  # (B, 1)
     if not bool(total.isfinite().all()):
         raise FloatingPointError("the model's logits are not finite")
     drawn = torch.rand(total.shape, generator=generator, device=mass.device, dtype=mass.dtype) * total
@@ -149,14 +172,18 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
 def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """The distribution sampled from, (B, V): logits over temperature, cut to the top k, then to the top p."""
     logits = logits / temperature
+    # The k-th likeliest logit and those that equal it stay.
     if 0 < top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]
+        least = logits.topk(top_k).values[:, -1:]  # (B, 1)
         logits = logits.masked_fill(logits < least, float("-inf"))
+
+    # A token stays if those that are likelier do not yet reach p.
     if top_p < 1:
-        ordered, order = logits.sort(descending=True)
+        ordered, order = logits.sort(descending=True)  # (B, V)
         p = ordered.softmax(-1)
-        beyond = p.cumsum(-1) - p >= top_p  # a token stays if those before it do not yet reach p
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), float("-inf"))
+        beyond = p.cumsum(-1) - p >= top_p
+        beyond = torch.zeros_like(beyond).scatter(1, order, beyond)  # (B, V), back in the vocabulary's order
+        logits = logits.masked_fill(beyond, float("-inf"))
     return logits.softmax(-1)
 
 
@@ -172,12 +199,15 @@ def _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, stop, to
             f"expected temperature ≥ 0, top_k ≥ 0, 0 < top_p ≤ 1 and max_new_tokens ≥ 1; got {temperature}, {top_k}, "
             f"{top_p}, {max_new_tokens}"
         )
+
     if max_new_tokens > MAX_NEW_TOKENS:
         raise ValueError(f"max_new_tokens = {max_new_tokens:,}: expected at most {MAX_NEW_TOKENS:,}")
     if stop and tokenizer is None:
         raise ValueError("stop strings need the tokenizer: pass tokenizer=")
+
+    # The last new token needs no position: it is not read again.
     limit = model.config.max_positions
-    if limit is not None and input_ids.shape[1] + max_new_tokens - 1 > limit:  # the last one is not read again
+    if limit is not None and input_ids.shape[1] + max_new_tokens - 1 > limit:
         raise ValueError(
             f"prompt of {input_ids.shape[1]} tokens and {max_new_tokens} new ones exceed the model's {limit} positions;"
             " shorten one of them"
