@@ -116,7 +116,7 @@ def test_comparisons_that_the_model_cannot_tell_apart() -> None:
     encoded, _ = encode(rows, byte_level(), "pairs", max_length=3, eos=0, evaluation=True)
     assert [example["row"] for example in encoded] == [0]
     score = OBJECTIVES["reward"].score((), encoded, rows)
-    score.of = lambda model, batch: torch.tensor([2.0])
+    score.compare = lambda model, batch: torch.tensor([2.0])
     model = torch.nn.Linear(1, 1)
     found = evaluate(model, Batches(encoded, PairCollate(), rows=2, shuffle=False), losses.reward_loss, score)
     assert found["accuracy"] == pytest.approx((1 + 0.5) / 2)

@@ -81,9 +81,12 @@ def encode(
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1, not {max_length}")
     if eos is not None and tokenizer.id_to_token(eos) is None:
-        raise ValueError(f"the tokenizer has no token {eos} to end texts with; its ids end at {_last_id(tokenizer)}")
+        last = max(tokenizer.get_vocab().values(), default=-1)
+        raise ValueError(f"the tokenizer has no token {eos} to end texts with; its ids end at {last}")
     _check_shapes(rows, objective, encoders)
     _check_arguments(rows)
+
+    # Defaults that depend on the rows.
     if labels is None and objective in ("classify", "tag"):
         labels = label_names(rows)
     if template is None and any(map(is_dialogue, rows)):
@@ -92,11 +95,16 @@ def encode(
         tokenizer, max_length, label_ids(labels or ()), eos, template, evaluation,
         tuple(more_ends), truncate,
     )  # fmt: skip
+
     examples: list[dict[str, Any]] = []
     outcomes: list[Outcome] = []
     for index, encoded in enumerate(_encode_batches(rows, encoders, settings)):
-        examples += [example | {"row": index} for example in encoded.examples] if evaluation else encoded.examples
+        if evaluation:
+            examples += [example | {"row": index} for example in encoded.examples]
+        else:
+            examples += encoded.examples
         outcomes.append(encoded.outcome())  # the examples are in one list, not two
+
     report = EncodeReport.of(objective, rows, outcomes, len(examples))
     if not examples:
         purpose = "evaluate" if evaluation else "train"
@@ -104,14 +112,11 @@ def encode(
     return examples, report
 
 
-def _last_id(tokenizer: "Tokenizer") -> int:
-    return max(tokenizer.get_vocab().values(), default=-1)
-
-
 def _default_template(tokenizer: "Tokenizer", eos: int | None) -> ChatTemplate:
     token = None if eos is None else tokenizer.id_to_token(eos)
     if token is None:
         return ChatTemplate(eos_token="")
+
     # The template writes the end of a turn as text, which has to come back as that one token.
     if tokenizer.encode(token, add_special_tokens=False).ids != [eos]:
         raise ValueError(f"messages: the text {token!r} doesn't tokenise to the end token {eos}; give a chat template")
@@ -139,38 +144,44 @@ def _check_arguments(rows: Sequence[Mapping[str, Any]]) -> None:
 def _encode_batches(
     rows: Sequence[Mapping[str, Any]], encoders: Mapping[str, "_Encoder"], settings: Settings
 ) -> Iterator[Encoded]:
+    """Each row encoded, in order; neighbours of one shape together, because tokenizers are fast on many texts."""
     for shape, group in groupby(enumerate(rows), key=lambda numbered: row_shape(numbered[1])):
         numbered = list(group)
         for start in range(0, len(numbered), _BATCH):
             yield from encoders[shape](numbered[start : start + _BATCH], settings)
 
 
-def _whole(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
+def _every_token(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
     """Loss on every token; long texts become windows, each token but the first a target exactly once."""
     length = settings.max_length
-    texts = [_whole_text(index, row, settings) for index, row in rows]
+    texts = [_text_to_train(index, row, settings) for index, row in rows]
     begin = beginning(settings.tokenizer)
     for encoding in _encode_texts(texts, settings):
         ids = append_eos(begun(encoding.ids, begin), 0, settings.eos, settings.more_ends)
-        examples = [
-            {"input_ids": ids[i : min(i + length, len(ids) - 1)], "targets": ids[i + 1 : i + length + 1]}
-            for i in range(0, len(ids) - 1, length)
-        ]
+        examples = []
+        # Of an empty row there are only the tokens that begin and end a text, which are no example.
+        if encoding.ids:
+            # Windows of length + 1 tokens share one: the last target of each is the first input of the next.
+            for start in range(0, len(ids) - 1, length):
+                window = ids[start : start + length + 1]
+                examples.append({"input_ids": window[:-1], "targets": window[1:]})
         targets = max(0, len(ids) - 1)
-        yield Encoded(examples if encoding.ids else [], targets, targets, masked=len(ids) == 1 and bool(encoding.ids))
+        yield Encoded(examples, targets, targets, masked=len(ids) == 1 and bool(encoding.ids))
 
 
-def _whole_text(index: int, row: Mapping[str, Any], settings: Settings) -> str:
+def _text_to_train(index: int, row: Mapping[str, Any], settings: Settings) -> str:
     if "messages" not in row:
         return joined_text(row)
     assert settings.template is not None  # encode() gives one where there are messages
-    messages, arguments = row["messages"], row.get("template_arguments", {})
+    messages = row["messages"]
     try:
         if len(trained_turns(messages)) < sum(message["role"] == "assistant" for message in messages):
             raise ValueError("messages: pretrain trains on every token, also of turns that are not to be trained")
-        dialogue = Dialogue(settings.template, messages, arguments)
+
+        dialogue = Dialogue(settings.template, messages, row.get("template_arguments", {}))
         check_used(dialogue)
         text = dialogue.text(len(messages))
+        # What sft trains may not go missing here: it would not be noticed.
         for turn, message in enumerate(messages):
             if message["role"] == "assistant" and drops_thinking(message, text):
                 raise ValueError(f"messages[{turn}]: the chat template drops its thinking, which sft would train")
@@ -195,21 +206,26 @@ def _chat(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
     assert settings.template is not None  # encode() gives one where there are messages
     targets = ChatTargets(settings.template, settings.tokenizer)
     rendered = [_rendered(index, row, targets) for index, row in rows]
-    encodings = iter(_encode_texts([part.text for parts in rendered for part in parts], settings))
-    begin, ends = beginning(settings.tokenizer), settings.ends_of_turns
-    for parts in rendered:
+    encodings = iter(_encode_texts([dialogue.text for dialogues in rendered for dialogue in dialogues], settings))
+    begin = beginning(settings.tokenizer)
+    ends = settings.ends_of_turns
+    for dialogues in rendered:
         encoded = []
-        for part in parts:
-            starts = [start for start, _ in part.spans]
-            ids, offsets = encode_with_seams(settings.tokenizer, part.text, next(encodings), starts)
-            mask, whole = token_mask(offsets, part.spans), begun(ids, begin)
-            mask = [False] * (len(whole) - len(ids)) + mask
+        for dialogue in dialogues:
+            # Which tokens are targets: those that hold a character of a trained turn.
+            starts = [start for start, _ in dialogue.spans]
+            ids, offsets = encode_with_seams(settings.tokenizer, dialogue.text, next(encodings), starts)
+            mask = token_mask(offsets, dialogue.spans)
+            ids = begun(ids, begin)
+            mask = [False] * (len(ids) - len(mask)) + mask
+
+            # A turn that the template ends in plain text ends with the end of texts, behind its last target.
             if settings.eos is not None and True in mask:
-                # A turn that the template ends in plain text ends with the end of texts, behind its last target.
                 stop = len(mask) - mask[::-1].index(True)
-                if whole[stop - 1] not in ends:
-                    whole, mask = [*whole[:stop], settings.eos], [*mask[:stop], True]
-            encoded.append(_with_loss(whole, mask, settings))
+                if ids[stop - 1] not in ends:
+                    ids = [*ids[:stop], settings.eos]
+                    mask = [*mask[:stop], True]
+            encoded.append(_with_loss(ids, mask, settings))
         yield Encoded.together(encoded)
 
 
@@ -223,16 +239,20 @@ def _rendered(index: int, row: Mapping[str, Any], targets: ChatTargets) -> list[
 
 def _with_loss(ids: list[int], mask: list[bool], settings: Settings) -> Encoded:
     """One example, with loss on the tokens in `mask` (the first token has nothing that predicts it)."""
-    whole = len(ids)
-    stay = _positions(ids, settings.max_length + 1, settings)
-    ids, mask = [ids[i] for i in stay], [mask[i] for i in stay]
+    length = len(ids)
+    positions = _truncated_positions(ids, settings.max_length + 1, settings)
+    ids = [ids[i] for i in positions]
+    mask = [mask[i] for i in positions]
+
+    # Shifted: position i sees the tokens up to i and predicts the next one.
     targets = [token if trained else IGNORED for token, trained in zip(ids[1:], mask[1:], strict=True)]
-    count, truncated = sum(mask[1:]), len(stay) < whole
-    examples = [{"input_ids": ids[:-1], "targets": targets}] if count else []
-    return Encoded(examples, len(targets), count, truncated, masked=not count, length=whole - 1)
+    n_targets = sum(mask[1:])
+    examples = [{"input_ids": ids[:-1], "targets": targets}] if n_targets else []
+    truncated = len(positions) < length
+    return Encoded(examples, len(targets), n_targets, truncated, masked=not n_targets, length=length - 1)
 
 
-def _positions(ids: list[int], limit: int, settings: Settings) -> Sequence[int]:
+def _truncated_positions(ids: list[int], limit: int, settings: Settings) -> Sequence[int]:
     """The positions of a row that stay; see "What doesn't fit" above."""
     length = len(ids)
     if length <= limit:
@@ -241,6 +261,8 @@ def _positions(ids: list[int], limit: int, settings: Settings) -> Sequence[int]:
         return range(0)
     if settings.truncate == "end":
         return range(limit)
+
+    # Cut at the beginning, behind the tokens that begin every text.
     begin = beginning(settings.tokenizer)
     first = len(begin) if ids[: len(begin)] == begin else 0
     return [*range(first), *range(length - limit + first, length)]
@@ -248,8 +270,8 @@ def _positions(ids: list[int], limit: int, settings: Settings) -> Sequence[int]:
 
 _Encoder = Callable[[Numbered, Settings], Iterator[Encoded]]
 _ENCODERS: dict[str, dict[str, _Encoder]] = {
-    "pretrain": dict.fromkeys(("text", "text/label", "prompt/completion", "messages"), _whole),
-    "sft": {"prompt/completion": _completion, "messages": _chat, "text": _whole},
+    "pretrain": dict.fromkeys(("text", "text/label", "prompt/completion", "messages"), _every_token),
+    "sft": {"prompt/completion": _completion, "messages": _chat, "text": _every_token},
     "masked-lm": dict.fromkeys(("text", "text/label", "prompt/completion"), masked_lm),
     "seq2seq": {"prompt/completion": seq2seq},
     "span-corruption": dict.fromkeys(("text", "text/label", "prompt/completion"), windows),

@@ -3,6 +3,9 @@
 A sum and a count rather than a mean, because the mean over a step is taken once, over all its micro-batches
 (`loop.py`). Batches are those of `batches.Collate`. `features` finds the states below the head: computed, or cached in
 the batch when nothing below the head trains.
+
+Shapes: B rows, T tokens of the longest row, N tokens of all rows, n of them targets, D width, V vocabulary, C classes
+or candidates.
 """
 
 from collections.abc import Callable
@@ -22,6 +25,7 @@ from ..data.batches import Batch
 
 LossFn = Callable[[Any, Batch], tuple[Tensor, int]]
 TEMPERATURE = 0.05  # of the cosines in `embedding_loss`, sentence-transformers' choice
+CHUNK_LOGITS = 2**24  # that a head with an adapter makes at a time: 64 MiB in fp32
 
 
 class ByAdapter:
@@ -44,37 +48,41 @@ def features(model: nn.Module, batch: Batch) -> Tensor:
 
 def pooled(model: Any, inputs: dict[str, Any]) -> Tensor:
     """Hidden states of the inputs, pooled as the model's task wants. Images have neither ids, mask nor bounds."""
-    ids, mask, bounds = (inputs.get(name) for name in ("input_ids", "attention_mask", "cu_seqlens"))
-    return model.pool(model.hidden(**inputs), ids, mask, bounds)
+    states = model.hidden(**inputs)  # (B, T, D), packed (1, N, D)
+    return model.pool(states, inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("cu_seqlens"))
 
 
 def causal_lm_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
     """Cross-entropy of the next token (an encoder-decoder's in what it writes), at the positions with a target."""
-    states, head, targets = features(model, batch), model.head, batch["targets"]
+    states = features(model, batch)  # (B, T, D)
+    targets = batch["targets"]  # (n,)
+    head = model.head
     if head.active is None:
         loss = linear_cross_entropy(states, head.weight, targets, head.bias, index=batch["index"])
     else:
-        loss = _adapted_cross_entropy(states.flatten(0, -2)[batch["index"]], head, targets)
+        loss = _adapted_cross_entropy(states.flatten(0, -2)[batch["index"]], head, targets)  # of (n, D)
     return loss, len(targets)
 
 
 def _adapted_cross_entropy(states: Tensor, head: Linear, targets: Tensor) -> Tensor:
     """The sum for states (n, D) of a head with an adapter: logits 64 MiB at a time, made again for the gradient."""
-    chunk = max(1, 2**24 // head.out_features)
 
-    def loss_of(rows: Tensor, targets: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
-        return F.cross_entropy(project(rows).float(), targets, reduction="sum")
+    def chunk_loss(states: Tensor, targets: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
+        return F.cross_entropy(project(states).float(), targets, reduction="sum")  # of logits (chunk, V)
 
-    losses = [
-        checkpoint(loss_of, rows, part, bind_projection(rows.dtype, head), use_reentrant=False)
-        for rows, part in zip(states.split(chunk), targets.split(chunk), strict=True)
-    ]
+    chunk = max(1, CHUNK_LOGITS // head.out_features)
+    losses = []
+    for chunk_states, chunk_targets in zip(states.split(chunk), targets.split(chunk), strict=True):
+        # Bound now, once a chunk: the backward pass has to meet the same adapter and the same dropout mask again.
+        project = bind_projection(states.dtype, head)
+        losses.append(checkpoint(chunk_loss, chunk_states, chunk_targets, project, use_reentrant=False))
     return torch.stack(losses).sum()
 
 
 def masked_lm_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
     """Cross-entropy of the masked tokens; only their states go through the head."""
-    states = model.head.transform(features(model, batch).flatten(0, 1)[batch["index"]])
+    states = features(model, batch).flatten(0, 1)[batch["index"]]  # (B, T, D) -> (n, D)
+    states = model.head.transform(states)
     loss = linear_cross_entropy(states, model.head.weight, batch["targets"], model.head.bias)
     return loss, len(batch["targets"])
 
@@ -111,19 +119,19 @@ def qa_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
 
 def span_logits(model: Any, batch: Batch) -> Tensor:
     """Start and end logits (B, T, 2) in fp32, −∞ beyond a row's end."""
-    logits = model.head(features(model, batch)).float()
+    logits = model.head(features(model, batch)).float()  # (B, T, 2), packed (1, N, 2)
     if logits.shape[0] == 1 and logits.shape[1] == sum(batch["lengths"]):
-        return pad_sequence(list(logits[0].split(batch["lengths"])), batch_first=True, padding_value=float("-inf"))
+        rows = logits[0].split(batch["lengths"])  # B of (T, 2)
+        return pad_sequence(list(rows), batch_first=True, padding_value=float("-inf"))
     return logits.masked_fill(batch["inputs"]["attention_mask"][..., None] == 0, float("-inf"))
 
 
 def qa_loss_of(logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
     """The same from logits (B, T, 2). A row whose start and end are -100 adds nothing, but counts."""
-    start, end = logits.unbind(-1)
-    loss = F.cross_entropy(start, batch["starts"], reduction="sum") + F.cross_entropy(
-        end, batch["ends"], reduction="sum"
-    )
-    return loss / 2, len(batch["starts"])
+    start, end = logits.unbind(-1)  # (B, T)
+    start_loss = F.cross_entropy(start, batch["starts"], reduction="sum")
+    end_loss = F.cross_entropy(end, batch["ends"], reduction="sum")
+    return (start_loss + end_loss) / 2, len(batch["starts"])
 
 
 def embedding_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
@@ -154,8 +162,10 @@ def embedding_loss_of(
 
 def embeddings(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Embeddings of the anchors (B, D), and of the candidates (C, D): the positives followed by the negatives."""
-    parts = [model.head(pooled(model, batch[name])) for name in ("anchor", "positive", "negative") if name in batch]
-    return parts[0], torch.cat(parts[1:])
+    anchors, *candidates = [
+        model.head(pooled(model, batch[name])) for name in ("anchor", "positive", "negative") if name in batch
+    ]
+    return anchors, torch.cat(candidates)
 
 
 def pair_loss(differences: Tensor, ties: Tensor) -> Tensor:
@@ -173,7 +183,7 @@ def reward_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
 
 def reward_differences(model: Any, batch: Batch) -> Tensor:
     """How much higher the chosen sides score, (B,)."""
-    chosen, rejected = model.head(features(model, batch)).float().chunk(2)
+    chosen, rejected = model.head(features(model, batch)).float().chunk(2)  # (2B,) -> (B,) each
     return chosen - rejected
 
 
@@ -187,11 +197,11 @@ def answer_logps(model: Any, batch: Batch) -> Tensor:
     """The log-probability of each row's answer, the sum over its tokens, in fp32."""
     if model.head.active is not None:
         raise ValueError("an adapter on the output head can't be trained on comparisons; leave it out of lora.targets")
-    states, head = features(model, batch), model.head
+    states = features(model, batch)
     losses = linear_cross_entropy(
-        states, head.weight, batch["targets"], head.bias, index=batch["index"], reduction="none"
-    )
-    return -torch.stack([part.sum() for part in losses.split(batch["counts"])])
+        states, model.head.weight, batch["targets"], model.head.bias, index=batch["index"], reduction="none"
+    )  # (n,)
+    return -torch.stack([answer.sum() for answer in losses.split(batch["counts"])])  # (B,)
 
 
 @dataclass(frozen=True)
@@ -202,12 +212,12 @@ class DPOLoss:
     as a reward model's does (ODPO: Amini et al. 2024, https://arxiv.org/abs/2402.10571).
     """
 
-    beta: float = 0.1
+    beta: float = 0.1  # how dear it is to leave the reference model; the paper's choice, for dialogue
 
     def __call__(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
         return reward_loss_of(self.differences(model, batch), batch)
 
     def differences(self, model: Any, batch: Batch) -> Tensor:
         """How much higher the chosen sides' implied reward is, (B,)."""
-        chosen, rejected = (answer_logps(model, batch) - batch["reference"]).chunk(2)
+        chosen, rejected = (answer_logps(model, batch) - batch["reference"]).chunk(2)  # (2B,) -> (B,) each
         return self.beta * (chosen - rejected)

@@ -17,6 +17,7 @@ caller says so, and it counts as wrong.
 """
 
 import math
+import operator
 import re
 import string
 import sys
@@ -52,12 +53,13 @@ def classification(predictions: ArrayLike, labels: ArrayLike, n_classes: int) ->
     gold = _class_ids("labels", labels, n_classes)
     _same_length("classification", "predictions", predicted, "labels", gold)
 
+    # The confusion matrix as one histogram of gold × predicted, with a last column for rows without prediction.
     width = n_classes + 1
-    column = np.where(predicted == NO_PREDICTION, n_classes, predicted)
-    counts = np.bincount(gold * width + column, minlength=n_classes * width).reshape(n_classes, width)
-    hits, occurs = np.diag(counts), counts.sum(0)[:n_classes] + counts.sum(1)
-    seen = occurs > 0
-    f1 = 2 * hits[seen] / occurs[seen]
+    column = np.where(predicted == NO_PREDICTION, n_classes, predicted)  # (N,)
+    counts = np.bincount(gold * width + column, minlength=n_classes * width).reshape(n_classes, width)  # (C, C + 1)
+    hits = np.diag(counts)
+    occurs = counts.sum(0)[:n_classes] + counts.sum(1)  # 2·TP + FP + FN of each class
+    f1 = 2 * hits[occurs > 0] / occurs[occurs > 0]
 
     confusion = counts if counts[:, n_classes].any() else counts[:, :n_classes]
     return {
@@ -87,21 +89,26 @@ def entity_f1(
     for row, (p, g) in enumerate(zip(predicted, gold, strict=True)):
         if len(p) != len(g):
             raise ValueError(f"entity_f1: row {row} has {len(p)} predicted tags for {len(g)} words; give one a word")
+
     n_words = sum(map(len, gold))
     if n_words == 0:
         raise ValueError("entity_f1: no words to score; give at least one row with tags")
 
-    plain = tags_are_plain({*names, *(tag for rows in (predicted, gold) for tags in rows for tag in tags if tag)})
-    guesses = [entities([tag or "O" for tag in tags], plain) for tags in predicted]
-    golds = [entities(tags, plain) for tags in gold]
-    hits = sum(len(a & b) for a, b in zip(guesses, golds, strict=True))
-    n_guesses, n_golds = sum(map(len, guesses)), sum(map(len, golds))
-    right = sum(a == b for p, g in zip(predicted, gold, strict=True) for a, b in zip(p, g, strict=True))
+    # Which scheme it is can only be told from all tags together.
+    tags = {tag for rows in (predicted, gold) for row in rows for tag in row if tag}
+    plain = tags_are_plain({*names, *tags})
+    predicted_entities = [entities([tag or "O" for tag in row], plain) for row in predicted]
+    gold_entities = [entities(row, plain) for row in gold]
+    hits = sum(len(p & g) for p, g in zip(predicted_entities, gold_entities, strict=True))
+    n_predicted = sum(map(len, predicted_entities))
+    n_gold = sum(map(len, gold_entities))
+
+    n_right = sum(sum(map(operator.eq, p, g)) for p, g in zip(predicted, gold, strict=True))
     return {
-        "precision": _ratio(hits, n_guesses),
-        "recall": _ratio(hits, n_golds),
-        "f1": _ratio(2 * hits, n_guesses + n_golds),
-        "token_accuracy": right / n_words,
+        "precision": _ratio(hits, n_predicted),
+        "recall": _ratio(hits, n_gold),
+        "f1": _ratio(2 * hits, n_predicted + n_gold),
+        "token_accuracy": n_right / n_words,
     }
 
 
@@ -120,14 +127,15 @@ def answers(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[
     _same_length("answers", "predictions", predictions, "golds", golds)
     if not len(golds):
         raise ValueError("answers: no rows to score; give at least one prediction")
+
     exact = overlap = 0.0
     for prediction, accepted in zip(predictions, golds, strict=True):
         if isinstance(accepted, str):
             raise TypeError("answers: each entry of golds is a list of answers, not one string; write [answer]")
-        words = _words(prediction)
-        choices = [_words(answer) for answer in accepted] or [[]]
-        exact += max(words == choice for choice in choices)
-        overlap += max(_word_f1(words, choice) for choice in choices)
+        predicted = _answer_words(prediction)
+        choices = [_answer_words(answer) for answer in accepted] or [[]]  # unanswerable: no words are right
+        exact += max(predicted == choice for choice in choices)
+        overlap += max(_word_f1(predicted, choice) for choice in choices)
     return {"exact_match": exact / len(golds), "f1": overlap / len(golds)}
 
 
@@ -152,24 +160,27 @@ def retrieval(
     n_missed: rows that have no embedding, and count as not found. Returns accuracy@1, mrr. Raises ValueError for other
     shapes or a row that is not finite.
     """
-    a, p = _unit_rows("anchors", anchors), _unit_rows("positives", positives)
+    a = _unit_rows("anchors", anchors)  # (N, D)
+    p = _unit_rows("positives", positives)  # (N, D)
     if a.shape != p.shape:
         raise ValueError(f"retrieval: anchors {a.shape} and positives {p.shape} differ in shape; give one pair a row")
     pairs = [(("anchor", i), ("positive", i)) for i in range(len(a))] if texts is None else texts
     _same_length("retrieval", "texts", pairs, "anchors", a)
     first_rows, targets, also_right = candidates([anchor for anchor, _ in pairs], [positive for _, positive in pairs])
 
-    reciprocals = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, len(first_rows) + 1))])
+    # Behind b better candidates, l level ones have the ranks b + 1, ..., b + l: the mean of 1/rank over them counts.
+    harmonic = np.concatenate([[0.0], np.cumsum(1 / np.arange(1, len(first_rows) + 1))])
     first = reciprocal = 0.0
     for begin in range(0, len(a), 1024):  # N × C cosines of a large set would not fit into memory at once
-        cosine = a[begin : begin + 1024] @ p[first_rows].T  # (rows, C)
-        target = np.take_along_axis(cosine, np.array(targets[begin : begin + 1024])[:, None], axis=1)  # (rows, 1)
+        cosine = a[begin : begin + 1024] @ p[first_rows].T  # (n, C), n of the N rows
+        target = np.take_along_axis(cosine, np.array(targets[begin : begin + 1024])[:, None], axis=1)  # (n, 1)
         for row, columns in enumerate(also_right[begin : begin + 1024]):
             cosine[row, columns] = -np.inf
-        better = (cosine > target + TIE).sum(1)
+
+        better = (cosine > target + TIE).sum(1)  # (n,)
         level = (np.abs(cosine - target) <= TIE).sum(1)  # at least 1: the own positive
         first += ((better == 0) / level).sum()
-        reciprocal += ((reciprocals[better + level] - reciprocals[better]) / level).sum()
+        reciprocal += ((harmonic[better + level] - harmonic[better]) / level).sum()
 
     n_rows = len(a) + n_missed
     return {"accuracy@1": float(first / n_rows), "mrr": float(reciprocal / n_rows)}
@@ -191,10 +202,12 @@ def comparisons(differences: ArrayLike, ties: ArrayLike) -> dict[str, float]:
         raise ValueError("comparisons: no rows to score but ties; give some with a better side")
     if np.isnan(d).any():
         raise ValueError("comparisons: a difference of scores is NaN; training has diverged, lower train.lr")
+
+    # Ten bins of confidence between 0.5 and 1; in each the sum of confidences less the sum of those that were right.
     right = (d > 0) + 0.5 * (d == 0)
-    sure = 1 / (1 + np.exp(-np.abs(d)))  # from 0.5 up
-    bins = np.minimum(((sure - 0.5) * 20).astype(int), 9)
-    gaps = np.bincount(bins, sure - right, minlength=10)
+    confidence = 1 / (1 + np.exp(-np.abs(d)))
+    bins = np.minimum(((confidence - 0.5) * 20).astype(int), 9)
+    gaps = np.bincount(bins, confidence - right, minlength=10)
     return {"accuracy": float(right.mean()), "calibration_error": float(np.abs(gaps).sum() / len(d))}
 
 
@@ -221,19 +234,21 @@ def rouge(predictions: Sequence[str], golds: Sequence[str]) -> dict[str, float]:
     _same_length("rouge", "predictions", predictions, "golds", golds)
     if not len(golds):
         raise ValueError("rouge: no texts to score; give at least one prediction")
+    # Imported here, because few need it and it is an extra to install.
     try:
         from nltk.stem.porter import PorterStemmer
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError:
         raise ValueError("ROUGE is computed by rouge-score; pip install handtune[rouge]") from None
-    kinds = ("rouge1", "rouge2", "rougeL")
-    scorer = RougeScorer(list(kinds), tokenizer=WordTokenizer(PorterStemmer()))
+
+    variants = ["rouge1", "rouge2", "rougeL"]
+    scorer = RougeScorer(variants, tokenizer=WordTokenizer(PorterStemmer()))
     scores = [scorer.score(gold, prediction) for prediction, gold in zip(predictions, golds, strict=True)]
-    return {kind: sum(score[kind].fmeasure for score in scores) / len(scores) for kind in kinds}
+    return {variant: sum(score[variant].fmeasure for score in scores) / len(scores) for variant in variants}
 
 
-def _ratio(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0
+def _ratio(part: int, total: int) -> float:
+    return part / total if total else 0.0
 
 
 def _same_length(score: str, name: str, values: Sized, other: str, others: Sized) -> None:
@@ -245,6 +260,7 @@ def _class_ids(name: str, values: ArrayLike, n_classes: int, lowest: int = 0) ->
     ids = np.asarray(values)
     if ids.ndim != 1 or len(ids) == 0 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"classification: {name} is {ids.dtype} {ids.shape}; give a non-empty list of class ids")
+
     wrong = np.flatnonzero((ids < lowest) | (ids >= n_classes))
     if len(wrong):
         row = wrong[0]
@@ -252,7 +268,7 @@ def _class_ids(name: str, values: ArrayLike, n_classes: int, lowest: int = 0) ->
     return ids.astype(np.int64)
 
 
-def _words(text: str) -> list[str]:
+def _answer_words(text: str) -> list[str]:
     """An answer's words after SQuAD's normalisation, in its order: lowercase, punctuation, articles, whitespace."""
     bare = "".join(c for c in text.lower() if c not in string.punctuation)
     return with_spaces(re.sub(r"\b(a|an|the)\b", " ", bare)).split()
@@ -269,6 +285,7 @@ def _unit_rows(name: str, rows: ArrayLike) -> NDArray[np.float64]:
     x = np.asarray(rows, dtype=np.float64)
     if x.ndim != 2 or len(x) == 0:
         raise ValueError(f"retrieval: {name} has shape {x.shape}; give one embedding a row, (N, D)")
+
     wrong = np.flatnonzero(~np.isfinite(x).all(1))
     if len(wrong):
         raise ValueError(f"retrieval: {name}[{wrong[0]}] is not finite; training has diverged, lower train.lr")

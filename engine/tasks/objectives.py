@@ -27,23 +27,26 @@ from .scores import (
 from .seq2seq import Seq2SeqCollate, SpanCorruption
 
 
-def _rows(model: Any, tokenizer: Any, packing: bool) -> CollateFn:
-    return Collate("packed" if packing else "padded", model.tokens.pad_id or 0)
+def _token_rows(model: Any, tokenizer: Any, packing: bool, masking: Masking | None = None) -> CollateFn:
+    return Collate("packed" if packing else "padded", model.tokens.pad_id or 0, masking)
 
 
 def _masked_rows(model: Any, tokenizer: Any, packing: bool) -> CollateFn:
     mask = tokenizer.token_to_id("[MASK]")
     if mask is None:
         raise ValueError("masked-lm needs a tokenizer with a [MASK] token, and this one has none")
-    special = tuple(i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special)
-    masking = Masking(mask, tokenizer.get_vocab_size(), special)
-    return Collate("packed" if packing else "padded", model.tokens.pad_id or 0, masking)
+    masking = Masking(mask, tokenizer.get_vocab_size(), tuple(_special_ids(tokenizer)))
+    return _token_rows(model, tokenizer, packing, masking)
+
+
+def _special_ids(tokenizer: Any) -> list[int]:
+    return [i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
 
 
 def _permuted_rows(model: Any, tokenizer: Any, packing: bool) -> CollateFn:
     """Padded whatever `packing` says: each row has its own order."""
-    special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    return PermutationCollate(model.tokens.pad_id or 0, tuple(sorted(special - {model.tokens.eos_id})))
+    special = set(_special_ids(tokenizer)) - {model.tokens.eos_id}  # the end of a text is predicted, too
+    return PermutationCollate(model.tokens.pad_id or 0, tuple(sorted(special)))
 
 
 def _ordered_rows(model: Any, tokenizer: Any, packing: bool) -> CollateFn:
@@ -66,28 +69,30 @@ def _both_sides(model: Any, tokenizer: Any, packing: bool) -> CollateFn:
 
 @dataclass(frozen=True)
 class Objective:
-    """A training method: the model's `task`, how rows are encoded, the loss, the score, the metric that names the best.
+    """A training method: what its rows, its loss and its evaluations are."""
 
-    `score(labels, examples, rows)` makes a fresh score for one evaluation; `collate(model, tokenizer, packing)` what
-    makes batches.
-    """
-
-    task: str
-    encoding: str
+    task: str  # of the model, which gives it its head
+    encoding: str  # the objective of `encode`
     loss: losses.LossFn
-    score: Callable[[Sequence[str], Examples, Sequence[Any]], Score]
-    best: str = "loss"
-    collate: Callable[[Any, Any, bool], CollateFn] = _rows
+    score: Callable[[Sequence[str], Examples, Sequence[Any]], Score]  # (labels, examples, rows); new each evaluation
+    best: str = "loss"  # the metric of that score by which the best evaluation is chosen
+    collate: Callable[[Any, Any, bool], CollateFn] = _token_rows  # (model, tokenizer, packing) to what makes batches
 
     @property
     def new_head(self) -> bool:
         """Whether the task's head usually begins untrained, and so trains beside an adapter."""
-        heads = ("sequence-classification", "token-classification", "question-answering", "image-classification")
-        return self.task in (*heads, "reward")
+        return self.task in (
+            "sequence-classification", "token-classification", "question-answering", "image-classification", "reward",
+        )  # fmt: skip
 
 
 def _perplexity(loss: losses.LossFn) -> Callable[..., Score]:
     return lambda labels, examples, rows: PerplexityScore(loss)
+
+
+def _next_token(task: str, encoding: str, collate: Callable[[Any, Any, bool], CollateFn]) -> Objective:
+    loss = losses.causal_lm_loss
+    return Objective(task, encoding, loss, _perplexity(loss), collate=collate)
 
 
 def _pair_score(differences: Callable[[Any, Batch], Tensor]) -> Callable[..., Score]:
@@ -103,35 +108,15 @@ def dpo(beta: float) -> Objective:
 # What a configuration may name as its method; each is an objective of that name, if the model doesn't say otherwise.
 METHODS = ("pretrain", "sft", "masked-lm", "classify", "tag", "qa", "embed", "reward", "dpo")
 OBJECTIVES = {
-    "pretrain": Objective("causal-lm", "pretrain", losses.causal_lm_loss, _perplexity(losses.causal_lm_loss)),
-    "sft": Objective("causal-lm", "sft", losses.causal_lm_loss, _perplexity(losses.causal_lm_loss)),
+    "pretrain": _next_token("causal-lm", "pretrain", _token_rows),
+    "sft": _next_token("causal-lm", "sft", _token_rows),
     "masked-lm": Objective(
-        "masked-lm",
-        "masked-lm",
-        losses.masked_lm_loss,
-        _perplexity(losses.masked_lm_loss),
-        collate=_masked_rows,
+        "masked-lm", "masked-lm", losses.masked_lm_loss, _perplexity(losses.masked_lm_loss), collate=_masked_rows
     ),
-    "seq2seq": Objective(
-        "seq2seq-lm",
-        "seq2seq",
-        losses.causal_lm_loss,
-        _perplexity(losses.causal_lm_loss),
-        collate=_sources_and_targets,
-    ),
-    "span-corruption": Objective(
-        "seq2seq-lm",
-        "span-corruption",
-        losses.causal_lm_loss,
-        _perplexity(losses.causal_lm_loss),
-        collate=_corrupted_spans,
-    ),
-    "permutation-lm": Objective(
-        "causal-lm", "pretrain", losses.causal_lm_loss, _perplexity(losses.causal_lm_loss), collate=_permuted_rows
-    ),
-    "ordered-lm": Objective(
-        "causal-lm", "sft", losses.causal_lm_loss, _perplexity(losses.causal_lm_loss), collate=_ordered_rows
-    ),
+    "seq2seq": _next_token("seq2seq-lm", "seq2seq", _sources_and_targets),
+    "span-corruption": _next_token("seq2seq-lm", "span-corruption", _corrupted_spans),
+    "permutation-lm": _next_token("causal-lm", "pretrain", _permuted_rows),
+    "ordered-lm": _next_token("causal-lm", "sft", _ordered_rows),
     "classify": Objective(
         "sequence-classification", "classify", losses.classification_loss, text_classification, "accuracy"
     ),

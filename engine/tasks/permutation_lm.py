@@ -26,7 +26,7 @@ import torch
 
 from ..data.batches import IGNORE, Batch, padded
 
-K = 6
+K = 6  # one token in K is predicted, as in the paper's partial prediction
 LONGEST_SPAN = 5
 
 Ranks = npt.NDArray[np.int64]
@@ -43,40 +43,45 @@ class PermutationCollate:
     """
 
     pad_id: int = 0
-    special_ids: tuple[int, ...] = ()
-    ordered: bool = False
+    special_ids: tuple[int, ...] = ()  # tokens that are never predicted
+    ordered: bool = False  # from left to right, instead of a drawn order
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
         rng = np.random.default_rng(int(torch.randint(2**62, ())))
-        rows, places, ranks = [], [], []
+        rows = []
+        predicted = []  # of each row the positions to predict
+        ranks = []
         for example in examples:
+            # All tokens of the row: the inputs, and the last target, which is no input.
             targets = np.asarray(example["targets"])
             last = targets[-1:]
             row = np.append(example["input_ids"], last[last != IGNORE])
+
             if self.ordered:
-                predicted = np.flatnonzero(targets != IGNORE) + 1
-                rank = _from_left(len(row), int(predicted[0]))
+                positions = np.flatnonzero(targets != IGNORE) + 1  # back from the shift
+                rank = _from_left(len(row), int(positions[0]))
             else:
-                predicted = spans(~np.isin(row, self.special_ids), rng)
+                positions = spans(~np.isin(row, self.special_ids), rng)
                 rank = np.full(len(row), -1)
-                rank[predicted] = rng.permutation(len(predicted))
+                rank[positions] = rng.permutation(len(positions))
             rows.append(row)
-            places.append(predicted)
+            predicted.append(positions)
             ranks.append(rank)
+
+        # The predictions of a row stand in the first columns of (B, n); the other columns are not in `index`.
+        n = max(map(len, predicted))
+        mapping = padded([positions.tolist() for positions in predicted], 0)["input_ids"]  # (B, n)
+        index = [i * n + np.arange(len(positions)) for i, positions in enumerate(predicted)]
+        tokens = [row[positions] for row, positions in zip(rows, predicted, strict=True)]
+
         inputs = padded([row.tolist() for row in rows], self.pad_id)
-        inputs["perm_mask"] = torch.from_numpy(_unseen(ranks))
-        width = max(len(row) for row in places)
-        mapping = np.zeros((len(rows), width), dtype=np.int64)
-        for i, row in enumerate(places):
-            mapping[i, : len(row)] = row
-        inputs["target_mapping"] = torch.from_numpy(mapping)
-        index = np.concatenate([i * width + np.arange(len(row)) for i, row in enumerate(places)])
-        tokens = np.concatenate([row[at] for row, at in zip(rows, places, strict=True)])
+        inputs["perm_mask"] = torch.from_numpy(_unseen(ranks))  # (B, T, T)
+        inputs["target_mapping"] = mapping
         return {
             "inputs": inputs,
             "lengths": [len(row) for row in rows],
-            "index": torch.from_numpy(index),
-            "targets": torch.from_numpy(tokens.astype(np.int64)),
+            "index": torch.from_numpy(np.concatenate(index)),
+            "targets": torch.from_numpy(np.concatenate(tokens).astype(np.int64)),
         }
 
 
@@ -84,15 +89,20 @@ def spans(usable: npt.NDArray[np.bool_], rng: "np.random.Generator") -> Ranks:
     """The positions to predict in a row: of the `usable` tokens about one in K, at least one and never all of two."""
     n = len(usable)
     chosen = np.zeros(n, dtype=bool)
+
+    # The row is divided into stretches, each K times as long as its span, which is placed at random within it.
     start = 0
     while start < n:
-        left = n - start
-        length = min(int(rng.integers(1, LONGEST_SPAN + 1)), max(1, left // K))
-        stretch = min(K * length, left)
+        remaining = n - start
+        length = min(int(rng.integers(1, LONGEST_SPAN + 1)), max(1, remaining // K))
+        stretch = min(K * length, remaining)
+        # A last stretch that is too short for one in K has a span only as often as its length deserves.
         if stretch == K * length or rng.random() < stretch / K:
             first = start + int(rng.integers(stretch - length + 1))
             chosen[first : first + length] = True
         start += stretch
+
+    # A span loses the special tokens in it; a row without a prediction would teach nothing.
     chosen &= usable
     if not chosen.any():
         candidates = np.flatnonzero(usable) if usable.any() else np.arange(n)
@@ -109,8 +119,8 @@ def _from_left(n: int, first: int) -> Ranks:
 def _unseen(ranks: Sequence[Ranks]) -> npt.NDArray[np.bool_]:
     """(B, T, T): which tokens (last) each token may not see."""
     width = max(len(rank) for rank in ranks)
-    out = np.zeros((len(ranks), width, width), dtype=bool)
+    unseen = np.zeros((len(ranks), width, width), dtype=bool)
     for i, rank in enumerate(ranks):
         n = len(rank)
-        out[i, :n, :n] = (rank[:, None] <= rank) & (rank >= 0)
-    return out
+        unseen[i, :n, :n] = (rank[:, None] <= rank) & (rank >= 0)  # (n, n)
+    return unseen

@@ -29,49 +29,59 @@ from .encoding import Numbered, Settings
 from .losses import answer_logps
 
 SIDES = ("chosen", "rejected")
-CHUNK = 8192  # tokens of a pass without gradients
+CHUNK_TOKENS = 8192  # of a pass without gradients
 
 
 def comparisons(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
     """Examples of `prompt/chosen/rejected` rows: `chosen` and `rejected` token ids, `starts` of the answers in them."""
+    begin = beginning(settings.tokenizer)
+    ends = settings.ends_of_turns
     texts = [_texts(index, row, settings) for index, row in rows]
-    tokenizer, begin, ends = settings.tokenizer, beginning(settings.tokenizer), settings.ends_of_turns
-    sides = [list(tokenize_pairs(tokenizer, [(text[0], text[1 + side]) for text in texts])) for side in range(2)]
-    for (_, row), text, chosen, rejected in zip(rows, texts, *sides, strict=True):
-        ids, starts = [chosen[0], rejected[0]], [chosen[1], rejected[1]]
-        # A chat template ends turns itself, if not in plain text.
-        if isinstance(row["prompt"], str) or any(side and side[-1] not in ends for side in ids):
-            ids = [
-                append_eos(side, start, settings.eos, settings.more_ends)
-                for side, start in zip(ids, starts, strict=True)
-            ]
-        if text[1] == text[2] or not (text[1] and text[2]):
+    chosen_sides = tokenize_pairs(settings.tokenizer, [(prompt, chosen) for prompt, chosen, _ in texts])
+    rejected_sides = tokenize_pairs(settings.tokenizer, [(prompt, rejected) for prompt, _, rejected in texts])
+    for (_, row), (_, *answers), chosen, rejected in zip(rows, texts, chosen_sides, rejected_sides, strict=True):
+        if answers[0] == answers[1] or not all(answers):
             yield Encoded([], masked=True)
             continue
-        length = max(map(len, ids))
-        over = max(0, length - settings.max_length)
-        if over and settings.truncate == "drop":
+
+        # A chat template ends turns itself, if not in plain text.
+        sides = [chosen[0], rejected[0]]
+        starts = [chosen[1], rejected[1]]  # of the answers
+        if isinstance(row["prompt"], str) or any(ids and ids[-1] not in ends for ids in sides):
+            sides = [
+                append_eos(ids, start, settings.eos, settings.more_ends)
+                for ids, start in zip(sides, starts, strict=True)
+            ]
+
+        length = max(map(len, sides))
+        excess = max(0, length - settings.max_length)
+        if excess and settings.truncate == "drop":
             yield Encoded([], truncated=True, masked=True, length=length)
             continue
 
         # Both sides lose the same of the prompt, which stays one, and no answer loses its beginning.
-        cut = min(over, *(start - len(begin) for start in starts)) if settings.truncate == "start" else 0
-        kept = [[*begin, *side[len(begin) + cut :]][: settings.max_length] for side in ids]
+        cut = 0
+        if settings.truncate == "start":
+            cut = min(excess, *(start - len(begin) for start in starts))
+        sides = [[*begin, *ids[len(begin) + cut :]][: settings.max_length] for ids in sides]
         starts = [start - cut for start in starts]
-        if kept[0] == kept[1] or any(len(side) <= start for side, start in zip(kept, starts, strict=True)):
+        if sides[0] == sides[1] or any(len(ids) <= start for ids, start in zip(sides, starts, strict=True)):
             yield Encoded([], truncated=True, masked=True, length=length)
             continue
-        example = dict(zip(SIDES, kept, strict=True)) | {"starts": starts}
+
+        example = dict(zip(SIDES, sides, strict=True)) | {"starts": starts}
         example |= {"margin": row.get("margin", 0.0), "tie": row.get("tie", False)}
-        yield Encoded([example], sum(map(len, kept)), 1, truncated=over > 0, length=length)
+        yield Encoded([example], sum(map(len, sides)), 1, truncated=excess > 0, length=length)
 
 
 def _texts(index: int, row: Mapping[str, Any], settings: Settings) -> tuple[str, str, str]:
     """Prompt, chosen and rejected as text; of a chat's answers what the model writes, to the end of the turn."""
     if isinstance(row["prompt"], str):
         return row["prompt"], row["chosen"], row["rejected"]
+
     assert settings.template is not None  # encode() gives one where there are messages
-    targets, arguments = ChatTargets(settings.template, settings.tokenizer), row.get("template_arguments", {})
+    targets = ChatTargets(settings.template, settings.tokenizer)
+    arguments = row.get("template_arguments", {})
     history = row["prompt"]
     try:
         for side in SIDES:
@@ -80,17 +90,17 @@ def _texts(index: int, row: Mapping[str, Any], settings: Settings) -> tuple[str,
     except ValueError as error:
         raise ValueError(f"{place_of(row, index)}: {error}") from None
 
+    # An empty <think></think> may count to the prompt or to the answer: both answers stand behind the same prompt.
     prompts = [prompt for prompt in chosen if prompt in rejected]
     if not prompts:
         raise ValueError(
             f"{place_of(row, index)}: the chat template asks otherwise for the chosen answer than for the rejected"
         )
-    empty = {side: not any(_says_something(message) for message in row[side]) for side in SIDES}
-    return (
-        prompts[0],
-        "" if empty["chosen"] else chosen[prompts[0]],
-        "" if empty["rejected"] else rejected[prompts[0]],
-    )
+
+    # Of an empty answer the template's end of the turn would be left.
+    chosen_text = chosen[prompts[0]] if _has_content(row["chosen"]) else ""
+    rejected_text = rejected[prompts[0]] if _has_content(row["rejected"]) else ""
+    return prompts[0], chosen_text, rejected_text
 
 
 def _check_answer(messages: Sequence[Mapping[str, Any]], side: str) -> None:
@@ -101,8 +111,8 @@ def _check_answer(messages: Sequence[Mapping[str, Any]], side: str) -> None:
         raise ValueError(f"{side}: an answer is compared as a whole; take weight or train out of its messages")
 
 
-def _says_something(message: Mapping[str, Any]) -> bool:
-    return bool(message.get("tool_calls") or text_of(message.get("content") or "").strip())
+def _has_content(messages: Sequence[Mapping[str, Any]]) -> bool:
+    return any(message.get("tool_calls") or text_of(message.get("content") or "").strip() for message in messages)
 
 
 class PairCollate:
@@ -114,14 +124,17 @@ class PairCollate:
     """
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
-        rows = [example[side] for side in SIDES for example in examples]
-        starts = [example["starts"][side] for side in range(2) for example in examples]
-        begins = np.cumsum([0, *(len(row) for row in rows[:-1])])
-        first = [max(start, 1) for start in starts]  # nothing predicts the first token of a row
+        rows = [example[side] for side in SIDES for example in examples]  # 2B of them
+
+        # Where each answer begins in its row; nothing predicts the first token of a row.
+        starts = [max(example["starts"][side], 1) for side in range(2) for example in examples]
+        offsets = np.cumsum([0, *map(len, rows[:-1])])  # where each row begins in the packed one
         index = [
-            begin + np.arange(start - 1, len(row) - 1) for begin, start, row in zip(begins, first, rows, strict=True)
+            offset + np.arange(start - 1, len(row) - 1)
+            for offset, start, row in zip(offsets, starts, rows, strict=True)
         ]
-        targets = [np.asarray(row[start:], dtype=np.int64) for row, start in zip(rows, first, strict=True)]
+        targets = [np.asarray(row[start:], dtype=np.int64) for row, start in zip(rows, starts, strict=True)]
+
         batch: Batch = {
             "inputs": packed(rows),
             "lengths": [len(row) for row in rows],
@@ -142,11 +155,12 @@ def add_reference(model: Any, examples: Examples) -> None:
 
     Before training that is the reference of DPO: computed once, it costs no second model and no pass a step.
     """
-    device, chunks = next(model.parameters()).device, Batches(examples, PairCollate(), tokens=CHUNK, shuffle=False)
-    found: list[list[float]] = []
+    device = next(model.parameters()).device
+    chunks = Batches(examples, PairCollate(), tokens=CHUNK_TOKENS, shuffle=False)
+    logps: list[list[float]] = []
     with in_eval_mode(model), use_adapter(model, None):
         for (batch,) in tqdm(chunks, desc="reference", unit="batch", disable=None):
-            chosen, rejected = answer_logps(model, to_device(batch, device)).chunk(2)
-            found += torch.stack((chosen, rejected), 1).tolist()
-    for example, reference in zip(examples, found, strict=True):
+            chosen, rejected = answer_logps(model, to_device(batch, device)).chunk(2)  # (2B,) -> (B,) each
+            logps += torch.stack((chosen, rejected), 1).tolist()  # (B, 2)
+    for example, reference in zip(examples, logps, strict=True):
         example["reference"] = reference

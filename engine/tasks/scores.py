@@ -18,7 +18,7 @@ from ..data.labels import label_ids, label_name
 from . import losses, metrics
 from .tag_schemes import tags_are_plain
 
-MAX_ANSWER_TOKENS = 30
+MAX_ANSWER_TOKENS = 30  # of a span, as in the SQuAD scripts
 
 
 class Score(Protocol):
@@ -53,18 +53,19 @@ class ClassificationScore:
     """Accuracy, macro F1, confusion matrix. `missed` are the classes of rows that the model does not see."""
 
     def __init__(self, n_classes: int, missed: Sequence[int] = ()):
-        self.n_classes, self.missed = n_classes, list(missed)
+        self.n_classes = n_classes
+        self.missed = list(missed)
         self.predicted: list[int] = []
         self.gold: list[int] = []
 
     def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
-        logits = model.head(losses.features(model, batch))
+        logits = model.head(losses.features(model, batch))  # (B, C)
         self.predicted += logits.argmax(-1).tolist()
         self.gold += batch["labels"].tolist()
         return losses.classification_loss_of(logits, batch)
 
     def result(self, loss: float) -> dict[str, Any]:
-        predicted = [*self.predicted, *[metrics.NO_PREDICTION] * len(self.missed)]
+        predicted = self.predicted + [metrics.NO_PREDICTION] * len(self.missed)
         return metrics.classification(predicted, self.gold + self.missed, self.n_classes)
 
 
@@ -82,18 +83,19 @@ class TaggingScore:
     """
 
     def __init__(self, names: Sequence[str], examples: Examples, rows: Sequence[Any]):
-        self.names, self.examples, self.next = list(label_ids(names)), examples, 0
+        self.names = list(label_ids(names))
+        self.examples = iter(examples)  # those that are still to come
         self.gold = [[label_name(tag) for tag in row["tags"]] for row in rows]
         self.predicted: list[list[str | None]] = [[None] * len(tags) for tags in self.gold]
-        tags_are_plain(self.names)
+        tags_are_plain(self.names)  # raises now rather than after the evaluation
 
     def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
-        logits = losses.tag_logits(model, batch)
-        for ids in logits.argmax(-1).split(batch["counts"]):
-            example = self.examples[self.next]
-            self.next += 1
-            for word, tag in zip(example["words"], ids.tolist(), strict=True):
-                self.predicted[example["row"]][word] = self.names[tag]
+        logits = losses.tag_logits(model, batch)  # (n, C)
+        for ids in logits.argmax(-1).split(batch["counts"]):  # the tags of one sentence
+            example = next(self.examples)
+            predicted = self.predicted[example["row"]]
+            for i, tag in zip(example["words"], ids.tolist(), strict=True):
+                predicted[i] = self.names[tag]
         return losses.tagging_loss_of(logits, batch)
 
     def result(self, loss: float) -> dict[str, Any]:
@@ -111,43 +113,55 @@ class AnswerScore:
     """
 
     def __init__(self, examples: Examples, rows: Sequence[Any]):
-        self.examples, self.rows, self.next = examples, rows, 0
-        self.best: dict[int, tuple[float, str]] = {}
+        self.examples = iter(examples)  # those that are still to come
+        self.rows = rows
+        self.best: dict[int, tuple[float, str]] = {}  # of each question the best span's start + end, and its text
         self.null: dict[int, float] = {}  # of each question the lowest start + end at the first token
         self.some_unanswerable = any(not row["answers"]["text"] for row in rows)
 
     def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
-        logits, first = losses.span_logits(model, batch), self.next
-        for row in logits.cpu().numpy():
-            example = self.examples[self.next]
-            self.next += 1
-            asked, offsets = example["row"], example["offsets"]
-            value, text = best_span(row[: len(offsets)], offsets, self.rows[asked]["context"])
-            if value > self.best.get(asked, (-np.inf, ""))[0]:
-                self.best[asked] = value, text
-            self.null[asked] = min(float(row[0].sum()), self.null.get(asked, np.inf))
+        logits = losses.span_logits(model, batch)  # (B, T, 2)
         loss, _ = losses.qa_loss_of(logits, batch)
-        return loss, sum(self.examples[i]["start"] != IGNORE for i in range(first, self.next))
+        n_targets = 0
+        for window in logits.cpu().numpy():
+            example = next(self.examples)
+            n_targets += example["start"] != IGNORE
 
-    def answer(self, asked: int) -> str:
+            # The windows of a question can be in several batches: of each question the best so far is noted.
+            question = example["row"]
+            offsets = example["offsets"]
+            score, text = best_span(window[: len(offsets)], offsets, self.rows[question]["context"])
+            if score > self.best.get(question, (-np.inf, ""))[0]:
+                self.best[question] = score, text
+            self.null[question] = min(float(window[0].sum()), self.null.get(question, np.inf))
+        return loss, n_targets
+
+    def answer(self, question: int) -> str:
         """The prediction for a question, by its number in `rows`."""
-        value, text = self.best.get(asked, (-np.inf, ""))
-        return "" if self.some_unanswerable and self.null.get(asked, np.inf) > value else text
+        score, text = self.best.get(question, (-np.inf, ""))
+        if self.some_unanswerable and self.null.get(question, np.inf) > score:
+            return ""
+        return text
 
     def result(self, loss: float) -> dict[str, Any]:
         golds = [row["answers"]["text"] for row in self.rows]
-        return metrics.answers([self.answer(asked) for asked in range(len(golds))], golds)
+        return metrics.answers([self.answer(question) for question in range(len(golds))], golds)
 
 
 def best_span(logits: np.ndarray, offsets: Sequence[Any], context: str) -> tuple[float, str]:
     """Highest start + end logit of a span in the context, at most 30 tokens long, and its text. Logits are (T, 2)."""
-    inside = np.array([offset is not None for offset in offsets])
-    start, end = np.where(inside, logits[:, 0], -np.inf), np.where(inside, logits[:, 1], -np.inf)
-    total = start[:, None] + end[None, :]
-    t = len(offsets)
-    allowed = np.triu(np.ones((t, t), dtype=bool)) & ~np.triu(np.ones((t, t), dtype=bool), MAX_ANSWER_TOKENS)
+    T = len(offsets)
+
+    # Scores of all spans (first, last); -inf at tokens that are not of the context.
+    in_context = np.array([offset is not None for offset in offsets])
+    start, end = np.where(in_context[:, None], logits, -np.inf).T  # (T,) each
+    total = start[:, None] + end[None, :]  # (T, T)
+
+    # first ≤ last < first + 30: the upper triangle, less the one that begins 30 diagonals above.
+    allowed = np.triu(np.ones((T, T), dtype=bool))
+    allowed &= ~np.triu(allowed, MAX_ANSWER_TOKENS)
     total = np.where(allowed, total, -np.inf)
-    first, last = divmod(int(total.argmax()), t)
+    first, last = divmod(int(total.argmax()), T)
     if not np.isfinite(total[first, last]):
         return -np.inf, ""
     return float(total[first, last]), context[offsets[first][0] : offsets[last][1]]
@@ -161,21 +175,22 @@ class RetrievalScore:
     """
 
     def __init__(self, examples: Examples, rows: Sequence[Any]):
-        asked = [rows[example["row"]] for example in examples]
-        self.texts = [(row["anchor"], row["positive"]) for row in asked]
+        encoded = [rows[example["row"]] for example in examples]
+        self.texts = [(row["anchor"], row["positive"]) for row in encoded]
         self.n_missed = len(without_example(examples, rows))
         self.anchors: list[np.ndarray] = []
         self.positives: list[np.ndarray] = []
 
     def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
-        anchors, candidates = losses.embeddings(model, batch)
+        anchors, candidates = losses.embeddings(model, batch)  # (B, D), (C, D)
         self.anchors.append(anchors.float().cpu().numpy())
         self.positives.append(candidates[batch["targets"]].float().cpu().numpy())
         return losses.embedding_loss_of(anchors, candidates, batch["targets"], batch["also_right"])
 
     def result(self, loss: float) -> dict[str, Any]:
-        anchors, positives = np.concatenate(self.anchors), np.concatenate(self.positives)
-        return metrics.retrieval(anchors, positives, self.texts, self.n_missed)
+        return metrics.retrieval(
+            np.concatenate(self.anchors), np.concatenate(self.positives), self.texts, self.n_missed
+        )
 
 
 class PairScore:
@@ -186,12 +201,12 @@ class PairScore:
 
     def __init__(self, differences: Callable[[Any, Batch], Tensor], examples: Examples, rows: Sequence[Any]):
         missed = without_example(examples, rows)
-        self.of = differences
+        self.compare = differences
         self.differences = [0.0] * len(missed)
         self.ties = [bool(row.get("tie")) for row in missed]
 
     def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
-        differences = self.of(model, batch)
+        differences = self.compare(model, batch)  # (B,)
         self.differences += differences.tolist()
         self.ties += batch["ties"].tolist()
         return losses.reward_loss_of(differences, batch)

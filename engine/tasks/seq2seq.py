@@ -26,12 +26,12 @@ from ..data.batches import Batch, padded
 
 @dataclass(frozen=True)
 class SpanCorruption:
-    """Spans of `mean` tokens on average, together `density` of a text; `sentinels` are ids, `eos` ends both parts."""
+    """Takes spans out of a text, each of which a sentinel stands for. The defaults are the paper's."""
 
-    sentinels: tuple[int, ...]
-    eos: int | None
-    density: float = 0.15
-    mean: float = 3.0
+    sentinels: tuple[int, ...]  # ids
+    eos: int | None  # ends source and target
+    density: float = 0.15  # the share of a text's tokens that is taken out
+    mean: float = 3.0  # tokens of a span, on average
 
     @classmethod
     def of(cls, tokenizer: Any, eos: int | None) -> "SpanCorruption":
@@ -48,26 +48,29 @@ class SpanCorruption:
         end = [] if self.eos is None else [self.eos]
         source: list[int] = []
         target: list[int] = []
-        place = 0
-        for sentinel, (kept, taken) in zip(self.sentinels, self._lengths(len(ids)), strict=False):
-            source += [*ids[place : place + kept], sentinel]
-            target += [sentinel, *ids[place + kept : place + kept + taken]]
-            place += kept + taken
+        start = 0
+        for sentinel, (n_stay, n_span) in zip(self.sentinels, self._lengths(len(ids)), strict=False):
+            span = start + n_stay
+            source += [*ids[start:span], sentinel]
+            target += [sentinel, *ids[span : span + n_span]]
+            start = span + n_span
         return source + end, target + end
 
     def _lengths(self, n: int) -> list[tuple[int, int]]:
         """Lengths of the runs that stay and of the spans that follow them."""
         if n == 1:
             return [(0, 1)]
-        taken = min(max(round(n * self.density), 1), n - 1)
-        spans = min(max(round(taken / self.mean), 1), n - taken)
-        if spans > len(self.sentinels):
+
+        # One token stays at least, and one in front of each span.
+        n_taken = min(max(round(n * self.density), 1), n - 1)
+        n_spans = min(max(round(n_taken / self.mean), 1), n - n_taken)
+        if n_spans > len(self.sentinels):
             most = int(len(self.sentinels) * self.mean / self.density)
             raise ValueError(
-                f"a row of {n} tokens has {spans} spans, but the tokenizer {len(self.sentinels)} sentinels "
+                f"a row of {n} tokens has {n_spans} spans, but the tokenizer {len(self.sentinels)} sentinels "
                 f"<extra_id_N>; set data.max_length to at most {most}"
             )
-        return list(zip(_parts(n - taken, spans), _parts(taken, spans), strict=True))
+        return list(zip(_parts(n - n_taken, n_spans), _parts(n_taken, n_spans), strict=True))
 
 
 def _parts(n: int, parts: int) -> list[int]:
@@ -85,17 +88,19 @@ class Seq2SeqCollate:
     """
 
     pad_id: int
-    start_id: int
-    corruption: SpanCorruption | None = None
+    start_id: int  # what the decoder's input begins with
+    corruption: SpanCorruption | None = None  # makes source and target of a text; None: examples have both
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
         if self.corruption is None:
             pairs = [(example["input_ids"], example["target_ids"]) for example in examples]
         else:
             pairs = [self.corruption(np.asarray(example["input_ids"]).tolist()) for example in examples]
-        targets = [target for _, target in pairs]
-        inputs = padded([source for source, _ in pairs], self.pad_id)
-        shifted = padded([[self.start_id, *target[:-1]] for target in targets], self.pad_id)
+        sources, targets = zip(*pairs, strict=True)
+
+        # The decoder sees at each position the target before it.
+        inputs = padded(sources, self.pad_id)
+        shifted = padded([[self.start_id, *target[:-1]] for target in targets], self.pad_id)  # (B, T)
         return {
             "inputs": {**inputs, "decoder_input_ids": shifted["input_ids"]},
             "index": shifted["attention_mask"].flatten().nonzero()[:, 0],

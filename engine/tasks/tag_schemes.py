@@ -31,6 +31,8 @@ def tags_are_plain(names: Iterable[str]) -> bool:
     side, in another spelling of a scheme, or numbers, of which nobody knows which one is O.
     """
     tags = sorted(set(names) - {"O"})
+
+    # Tags that are one thing altogether: marks without a type, or numbers.
     if tags and all(re.fullmatch(f"[{MARKS}]", tag) for tag in tags):
         return tags != ["I"] and not ("B" in tags and set("IMEL") & set(tags))
     if tags and all(re.fullmatch("[0-9]+", tag) for tag in tags):
@@ -38,6 +40,7 @@ def tags_are_plain(names: Iterable[str]) -> bool:
             f"tags are numbers ({', '.join(tags[:5])}), and a score needs to know which of them is O; write their names"
         )
 
+    # Some with a prefix and some without: one of the two is a mistake, and nobody knows which.
     plain = [tag for tag in tags if not PREFIXED.fullmatch(tag)]
     if plain and len(plain) < len(tags):
         prefixed = next(tag for tag in tags if tag not in plain)
@@ -45,34 +48,42 @@ def tags_are_plain(names: Iterable[str]) -> bool:
             f"tag {plain[0]!r} has no prefix and {prefixed!r} has one; write every tag as O, B-type or I-type, or, if "
             "none is meant as a prefix, with another sign than - or _ behind the first letter"
         )
-    others = [tag for tag in plain if OTHER_SPELLING.fullmatch(tag)]
-    if set(others) >= set(plain) - {"o"} and any(map(OTHER_B_OR_I.fullmatch, others)):
-        raise ValueError(f"tag {others[0]!r} looks like another spelling of B-type or I-type; write it like these")
+
+    misspelt = [tag for tag in plain if OTHER_SPELLING.fullmatch(tag)]
+    if set(misspelt) >= set(plain) - {"o"} and any(map(OTHER_B_OR_I.fullmatch, misspelt)):
+        raise ValueError(f"tag {misspelt[0]!r} looks like another spelling of B-type or I-type; write it like these")
     return bool(plain)
 
 
 def entities(tags: Sequence[str], plain: bool) -> set[Entity]:
     """The entities of one row by conlleval's startOfChunk and endOfChunk; of `plain` tags each word but O is one."""
-    out: set[Entity] = set()
-    first, before, before_kind = -1, "O", ""  # first < 0: no entity is open
+    spans: set[Entity] = set()
+    first: int | None = None  # word of the entity that is open
+    previous_mark = "O"
+    previous_type = ""
+
+    # The O behind the last word ends what is still open there.
     for i, tag in enumerate([*tags, "O"]):
-        mark, kind = _mark_and_kind(tag, plain)
-        opens = mark in "BS" or kind != before_kind or before in "OES"
-        if first >= 0 and (opens or mark == "O"):
-            out.add((first, i, before_kind))
-            first = -1
-        if opens and mark != "O":
+        mark, entity_type = _mark_and_type(tag, plain)
+        # An entity begins where a mark says so, where the type changes, and behind a mark that ends one.
+        begins = mark in "BS" or entity_type != previous_type or previous_mark in "OES"
+        if first is not None and (begins or mark == "O"):
+            spans.add((first, i, previous_type))
+            first = None
+        if begins and mark != "O":
             first = i
-        before, before_kind = mark, kind
-    return out
+
+        previous_mark = mark
+        previous_type = entity_type
+    return spans
 
 
-def _mark_and_kind(tag: str, plain: bool) -> tuple[str, str]:
+def _mark_and_type(tag: str, plain: bool) -> tuple[str, str]:
     """Where in an entity a word stands, as B, I, E, S or O, and the entity's type."""
     if tag == "O":
         return "O", ""
     if plain:
         return "S", tag
     match = PREFIXED.fullmatch(tag)
-    mark, kind = match.groups() if match else (tag, "")
-    return AS_IN_BIOES.get(mark, mark), kind
+    mark, entity_type = match.groups() if match else (tag, "")
+    return AS_IN_BIOES.get(mark, mark), entity_type

@@ -27,7 +27,7 @@ PICTOGRAPH = re.compile("[\u2600-\u27bf\U0001f000-\U0001faff]")
 class Stemmer(Protocol):
     """What shortens an English word to its stem, as nltk's PorterStemmer."""
 
-    def stem(self, word: str) -> str: ...
+    def stem(self, token: str, /) -> str: ...
 
 
 class WordTokenizer:
@@ -39,7 +39,8 @@ class WordTokenizer:
     def tokenize(self, text: str) -> list[str]:
         """Words in their order, lower-cased, without punctuation."""
         return [
-            self.stemmer.stem(word) if len(word) > 3 and ASCII_WORD.fullmatch(word) else word for word in split(text)
+            self.stemmer.stem(token) if len(token) > 3 and ASCII_WORD.fullmatch(token) else token
+            for token in split(text)
         ]
 
 
@@ -50,27 +51,30 @@ def with_spaces(text: str) -> str:
 
 def split(text: str) -> list[str]:
     """The words of `text` by the rules above, lower-cased."""
-    out: list[str] = []
+    tokens: list[str] = []
     takes_letters = takes_marks = False  # whether the last word goes on with a letter, with a mark
     for char in unicodedata.normalize("NFC", text).lower():
         category = unicodedata.category(char)
+        # Soft hyphens and joiners are invisible: "co\u00adoperate" is one word.
         if category == "Cf" and char != ZERO_WIDTH_SPACE:
             continue
 
+        # A mark, a pictograph, a character of a script without spaces, a letter or digit, and all that parts words.
         if category[0] == "M" and takes_marks:
-            out[-1] += char
+            tokens[-1] += char
         elif category == "So" and PICTOGRAPH.match(char):
-            out.append(char)
+            tokens.append(char)
             takes_letters = takes_marks = False
         elif category[0] in "LN" and UNSPACED.match(char):
-            out.append(char)
-            takes_letters, takes_marks = False, True
+            tokens.append(char)
+            takes_letters = False
+            takes_marks = True
         elif category[0] in "LN":
             if takes_letters:
-                out[-1] += char
+                tokens[-1] += char
             else:
-                out.append(char)
+                tokens.append(char)
             takes_letters = takes_marks = True
-        else:
+        else:  # a space, punctuation, or a mark behind one
             takes_letters = takes_marks = False
-    return out
+    return tokens

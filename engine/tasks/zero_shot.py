@@ -34,49 +34,59 @@ def label_texts(
     model: Any,
     tokenizer: Any,
     texts: Sequence[str],
-    words: Mapping[str, str],
+    verbalizers: Mapping[str, str],
     template: str = "{text}\n{label}",
     batch_size: int = 16,
 ) -> list[Labelled]:
-    """The label of each text. `words`: what stands for each label; `template` has a {text} and, after it, a {label}.
+    """The label of each text, by the text that stands for each label, its verbalizer.
+
+    `template` has a {text} and, after it, a {label}, where the verbalizers go.
 
     Raises ValueError for fewer than two labels, a template without its places, and a text that doesn't fit the model.
     """
-    if len(words) < 2:
-        raise ValueError(f"labels: give at least two to choose from, got {list(words)}")
-    before, sign, after = template.partition("{label}")
-    if not sign or "{text}" not in before or after.strip():
+    if len(verbalizers) < 2:
+        raise ValueError(f"labels: give at least two to choose from, got {list(verbalizers)}")
+    prompt, label_sign, after = template.partition("{label}")
+    if not label_sign or "{text}" not in prompt or after.strip():
         raise ValueError(f"template {template!r}: it needs a {{text}}, and, in the end, a {{label}}")
-    calibration = _scores(model, tokenizer, WITHOUT_CONTENT, words, before, batch_size).mean(0)
-    found = _scores(model, tokenizer, texts, words, before, batch_size) - calibration
-    names, belief = list(words), found.softmax(1)
-    best = belief.topk(2, 1)
+
+    # Relative to texts without content, after which some labels are likelier than others, too.
+    answers = list(verbalizers.values())
+    calibration = _answer_logps(model, tokenizer, WITHOUT_CONTENT, answers, prompt, batch_size).mean(0)  # (labels,)
+    logps = _answer_logps(model, tokenizer, texts, answers, prompt, batch_size) - calibration  # (texts, labels)
+
+    best = logps.softmax(1).topk(2, 1)  # (texts, 2)
+    labels = list(verbalizers)
     return [
-        Labelled(names[first], confidence, names[second])
+        Labelled(labels[first], confidence, labels[second])
         for (first, second), (confidence, _) in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
 
 
 @torch.no_grad()
-def _scores(
-    model: Any, tokenizer: Any, texts: Sequence[str], words: Mapping[str, str], before: str, batch_size: int
+def _answer_logps(
+    model: Any, tokenizer: Any, texts: Sequence[str], answers: Sequence[str], prompt: str, batch_size: int
 ) -> Tensor:
-    """The log-likelihood of each label's words after each text, (texts, labels) in fp32."""
-    device, limit = next(model.parameters()).device, model.config.max_positions
-    pairs = [(before.replace("{text}", text), word) for text in texts for word in words.values()]
+    """The log-likelihood of each label's answer after each text in the prompt, (texts, labels) in fp32."""
+    device = next(model.parameters()).device
+    limit = model.config.max_positions
+
+    # A row for each text and label; the rows of a text stand together.
+    pairs = [(prompt.replace("{text}", text), answer) for text in texts for answer in answers]
     examples = []
-    for number, (ids, start) in enumerate(tokenize_pairs(tokenizer, pairs)):
+    for i, (ids, start) in enumerate(tokenize_pairs(tokenizer, pairs)):
         if limit is not None and len(ids) - 1 > limit:
             raise ValueError(
-                f"text {number // len(words) + 1}: with template and label {len(ids)} tokens, the model takes {limit}"
+                f"text {i // len(answers) + 1}: with template and label {len(ids)} tokens, the model takes {limit}"
             )
         first = max(start, 1)  # nothing predicts the first token
         examples.append({"input_ids": ids[:-1], "targets": [*[IGNORE] * (first - 1), *ids[first:]]})
-    out = []
+
+    logps = []
     with in_eval_mode(model):
-        for at in range(0, len(examples), batch_size):
-            batch = to_device(Collate()(examples[at : at + batch_size]), device)
-            out.append(answer_logps(model, batch).cpu())
-            if not bool(out[-1].isfinite().all()):
-                raise not_finite(model, f"the likelihoods of text {at // len(words) + 1} and those after it")
-    return torch.cat(out).view(len(texts), len(words))
+        for i in range(0, len(examples), batch_size):
+            batch = to_device(Collate()(examples[i : i + batch_size]), device)
+            logps.append(answer_logps(model, batch).cpu())  # (B,)
+            if not bool(logps[-1].isfinite().all()):
+                raise not_finite(model, f"the likelihoods of text {i // len(answers) + 1} and those after it")
+    return torch.cat(logps).view(len(texts), len(answers))
