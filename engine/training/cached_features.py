@@ -14,21 +14,19 @@ from ..model import KnownModel
 from ..runtime import in_eval_mode
 from ..tasks.losses import pooled
 
-CHUNK_TOKENS, CHUNK_IMAGES = 8192, 64
-MAX_BYTES = 2 * 2**30
+CHUNK_TOKENS = 8192  # computed at a time: a full load for a GPU, without gradients
+CHUNK_IMAGES = 64
+MAX_BYTES = 2 * 2**30  # of all features, which stay in the host's memory
 
 
 def head_only(model: nn.Module) -> bool:
     """Whether only the head of a model of this project trains (one tied to the embedding is not only a head)."""
     if not isinstance(model, KnownModel):
         return False
-    trained = [(name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
-    shared = {id(p) for name, p in trained if not name.startswith("head.")}
-    return (
-        bool(trained)
-        and not shared
-        and all(not slot.path.startswith("head") or not slot.module.lora for slot in adapter_sites(model))
-    )
+    trained = [name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad]
+    if not trained or not all(name.startswith("head.") for name in trained):
+        return False
+    return not any(site.path.startswith("head") and site.module.lora for site in adapter_sites(model))
 
 
 def with_features(model: nn.Module, data: Any) -> Any:
@@ -39,10 +37,18 @@ def with_features(model: nn.Module, data: Any) -> Any:
     """
     if not isinstance(data, Batches) or not _repeats(data) or not head_only(model):
         return data
-    found = _of_images(model, data) if isinstance(data.collate, ImageCollate) else _of_text(model, data)
-    if found is None:
+    examples: Examples | None = None
+    if isinstance(data.collate, ImageCollate):
+        examples = _image_features(model, data)
+    else:
+        assert isinstance(data.collate, Collate)  # as `_repeats` has found
+        features = compute_features(model, data.examples, data.collate)
+        if features is not None:
+            examples = _ExamplesWithFeatures(data.examples, features)
+    if examples is None:
         return data
-    examples: Examples = found
+
+    # The same order of rows from the same step on: a resumed run has come some way.
     cached = Batches(
         examples, data.collate, rows=data.rows, tokens=data.tokens, micro_batch_size=data.micro_batch_size,
         micro_batch_tokens=data.micro_batch_tokens, shuffle=data.shuffle, by_length=data.by_length, seed=data.seed,
@@ -57,15 +63,17 @@ def _repeats(data: Batches) -> bool:
     collate = data.collate
     if isinstance(collate, ImageCollate):
         return not collate.augment
-    noisy = not isinstance(collate, Collate) or collate.masking is not None or collate.layout != "packed"
-    return not noisy and "input_ids" in data.examples[0]
+    if not isinstance(collate, Collate) or collate.masking is not None or collate.layout != "packed":
+        return False
+    return "input_ids" in data.examples[0]
 
 
-class _Featured:
-    """Examples with their features beside them."""
+class _ExamplesWithFeatures:
+    """Examples with their features beside them, joined when one is asked for: the examples may be on disk."""
 
     def __init__(self, examples: Examples, features: list[Tensor]):
-        self.examples, self.features = examples, features
+        self.examples = examples
+        self.features = features
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -77,22 +85,16 @@ class _Featured:
         return (self[i] for i in range(len(self)))
 
 
-def _of_text(model: Any, data: Batches) -> Examples | None:
-    assert isinstance(data.collate, Collate)
-    features = compute_features(model, data.examples, data.collate)
-    return None if features is None else _Featured(data.examples, features)
-
-
-def _of_images(model: Any, data: Batches) -> Examples | None:
+def _image_features(model: Any, data: Batches) -> list[dict[str, Any]] | None:
     """The examples with vectors (D,) in the place of their images, which need not be decoded again."""
     chunks = Batches(data.examples, data.collate, rows=CHUNK_IMAGES, shuffle=False)
     labels: list[int] = []
 
-    def rows(batch: Any, states: Tensor) -> list[Tensor]:
-        labels.extend(batch["labels"].tolist())
-        return list(states)
+    def split_states(batch: Any, states: Tensor) -> list[Tensor]:
+        labels.extend(batch["labels"].tolist())  # on the way: reading the examples for them would decode the images
+        return list(states)  # (B, D)
 
-    features = _below_the_head(model, chunks, rows)
+    features = _below_the_head(model, chunks, split_states)
     if features is None:
         return None
     return [{"label": label, "features": vector} for label, vector in zip(labels, features, strict=True)]
@@ -104,23 +106,32 @@ def compute_features(model: Any, examples: Examples, collate: Collate) -> list[T
     None where the first chunk shows that all would take more than `MAX_BYTES`.
     """
 
-    def rows(batch: Any, states: Tensor) -> list[Tensor]:
-        return list(states[0].split(batch["lengths"]) if states.dim() == 3 else states)
+    def split_states(batch: Any, states: Tensor) -> list[Tensor]:
+        if states.dim() == 2:
+            return list(states)  # (B, D), of a head that reads one vector a row
+        return list(states[0].split(batch["lengths"]))  # (1, N, D), rows packed end to end -> B of (T, D)
 
-    return _below_the_head(model, Batches(examples, collate, tokens=CHUNK_TOKENS, shuffle=False), rows)
+    return _below_the_head(model, Batches(examples, collate, tokens=CHUNK_TOKENS, shuffle=False), split_states)
 
 
 @torch.no_grad()
-def _below_the_head(model: Any, chunks: Batches, rows: Callable[[Any, Tensor], list[Tensor]]) -> list[Tensor] | None:
-    """What the head reads of each example, `rows(batch, states)` cutting a chunk; None if it would be too large."""
-    device, total = next(model.parameters()).device, len(chunks.examples)
-    out: list[Tensor] = []
+def _below_the_head(
+    model: Any, chunks: Batches, split_states: Callable[[Any, Tensor], list[Tensor]]
+) -> list[Tensor] | None:
+    """What the head reads of each example, cut from a chunk's by `split_states`; None if it would be too large."""
+    device = next(model.parameters()).device
+    total = len(chunks.examples)
+    features: list[Tensor] = []
     with in_eval_mode(model), tqdm(total=total, desc="features", unit="row", disable=None) as bar:
         for (batch,) in chunks:
-            found = rows(batch, pooled(model, to_device(batch["inputs"], device)).cpu())
-            out += [row.clone() for row in found]
-            bar.update(len(found))
-            if sum(row.nbytes for row in out) / len(out) * total > MAX_BYTES:
-                out = []
-                break
-    return out or None
+            states = pooled(model, to_device(batch["inputs"], device)).cpu()
+
+            # Copies, because what is pooled can be a view into all hidden states of the chunk.
+            chunk = [row.clone() for row in split_states(batch, states)]
+            features += chunk
+            bar.update(len(chunk))
+
+            # Estimated from the rows so far, so that the first chunk shows it already.
+            if sum(row.nbytes for row in features) / len(features) * total > MAX_BYTES:
+                return None
+    return features

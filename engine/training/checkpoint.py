@@ -15,7 +15,9 @@ from ..._files import DiskError, read_json, remove_left_overs, write_file, write
 from ..._folders import replacing_folder
 from ..data.fingerprints import digest
 
-TENSORS, FACTS, SUMS = "tensors.safetensors", "state.json", "SHA256SUMS"
+TENSORS = "tensors.safetensors"
+FACTS = "state.json"
+SUMS = "SHA256SUMS"
 _OLD = ".old"
 
 
@@ -26,6 +28,8 @@ def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], facts: dict[st
     """
     path = Path(path)
     _recover(path)
+
+    # A kill after both renames leaves the old folder aside; its successor is complete.
     old = path.with_name(path.name + _OLD)
     remove(old)
     try:
@@ -65,11 +69,14 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     _recover(path)
     if not (path / FACTS).is_file():
         raise FileNotFoundError(f"{path}: no checkpoint there ({FACTS} is missing)")
+
     try:
-        before, now = (path / SUMS).read_bytes(), _sums(path)
-        if before != now.encode():
-            other = next((line[66:] for line in now.splitlines() if line.encode() not in before.split(b"\n")), TENSORS)
-            raise ValueError(f"{other} has not the checksum in {SUMS}")
+        stored = (path / SUMS).read_bytes()
+        actual = _sums(path).encode()
+        if stored != actual:
+            # A line is 64 digits, two spaces and the name. Where all lines are there, SUMS itself has grown.
+            changed = [line[66:].decode() for line in actual.splitlines() if line not in stored.split(b"\n")]
+            raise ValueError(f"{next(iter(changed), TENSORS)} has not the checksum in {SUMS}")
         return load_file(path / TENSORS), read_json(path / FACTS)
     except (SafetensorError, ValueError, FileNotFoundError) as error:
         raise ValueError(f"{path}: the checkpoint is damaged ({_reason(error)}); {_remedy(path)}") from error
@@ -83,10 +90,11 @@ def _reason(error: Exception) -> str:
 
 def _remedy(path: Path) -> str:
     """What becomes of the run without this checkpoint."""
-    found = checkpoints(path.parent)
-    if path not in found:
+    siblings = checkpoints(path.parent)
+    # The best weights of a run, say, which are no step's checkpoint.
+    if path not in siblings:
         return "restore it from a copy, or run again with another out"
-    if earlier := found[: found.index(path)]:
+    if earlier := siblings[: siblings.index(path)]:
         return f"remove it, and the run goes on from {earlier[-1].name}"
     return (
         "restore it from a copy: there is no earlier one. If you remove it, the run begins again at step 0, and what"
@@ -104,11 +112,11 @@ def checkpoint_path(folder: str | Path, step: int) -> Path:
     return Path(folder) / f"step-{step:08d}"
 
 
-def prune(folder: str | Path, keep: int) -> None:
-    """Remove all but the last `keep` checkpoints, and what killed runs left half written or half removed."""
-    kept = checkpoints(folder)[-keep:] if keep else []
+def prune(folder: str | Path, keep_last: int) -> None:
+    """Remove all but the last `keep_last` checkpoints, and what killed runs left half written or half removed."""
+    latest = checkpoints(folder)[-keep_last:] if keep_last else []
     for path in Path(folder).glob("step-*"):
-        if path not in kept:
+        if path not in latest:
             remove(path)
     remove_left_overs(Path(folder))
 

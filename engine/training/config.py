@@ -13,18 +13,18 @@ class TrainConfig:
     """How to train. Where `epochs` and `max_steps` are both given, the run ends after whichever comes first."""
 
     # How long.
-    epochs: int = above_zero(1, most=1_000_000)
-    max_steps: int | None = above_zero(None, most=MANY)
+    epochs: int = above_zero(1, most=1_000_000)  # passes over the data
+    max_steps: int | None = above_zero(None, most=MANY)  # optimizer updates; None: as many as the epochs have
 
     # A step is so many rows, or so many tokens; a micro-batch is what is computed of it at a time.
     batch_size: int | None = above_zero(None, most=MANY)  # rows of a whole step, on all devices
-    batch_tokens: int | None = above_zero(None, most=MANY)
+    batch_tokens: int | None = above_zero(None, most=MANY)  # instead of rows, where their lengths differ much
     micro_batch_size: int | None = above_zero(None, most=MANY)  # rows; None: the whole step at once
-    micro_batch_tokens: int | None = above_zero(None, most=MANY)
+    micro_batch_tokens: int | None = above_zero(None, most=MANY)  # bounds the memory also where rows are long
 
     # The learning rate, over the steps of the run.
     lr: float = above_zero(2e-4, most=1e38)  # which suits adapters; full fine-tuning wants a tenth of it
-    schedule: str = "cosine"
+    schedule: str = "cosine"  # or "constant", "linear", "wsd"; see optim.lr_factor
     warmup: float = zero_or_more(0.05, most=MANY)  # a number of steps, or a share of them if below 1
     decay: float = above_zero(0.2, most=1)  # the share of the steps that "wsd" spends falling
     lr_floor: float = zero_or_more(0.0, most=1e6)  # where a falling schedule ends, as a share of `lr`
@@ -32,8 +32,8 @@ class TrainConfig:
     lr_decay: float = field(default=1.0, metadata={"most": 1e6})  # one more factor for each layer below the head
 
     # AdamW. The gradient's norm is clipped, because single rows can have a hundred times the usual one.
-    weight_decay: float = zero_or_more(0.01, most=1e6)
-    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = zero_or_more(0.01, most=1e6)  # of matrices only, decoupled: lr * weight_decay a step
+    betas: tuple[float, float] = (0.9, 0.999)  # torch's defaults, as `weight_decay` and `eps` are
     eps: float = field(default=1e-8, metadata={"most": 1e6})
     max_grad_norm: float | None = above_zero(1.0, most=float("inf"))  # None: not clipped
 
@@ -43,12 +43,12 @@ class TrainConfig:
     # weights are). Where `best` is given, the evaluation before training takes part. Without it (None), the metric is
     # the method's own, usually the loss, and what is given back has trained.
     eval_every: int | None = above_zero(None, most=MANY)  # steps; None: each epoch
-    best: str | None = None
+    best: str | None = None  # a key of the evaluation
     early_stopping_patience: int | None = above_zero(None, most=MANY)  # evaluations without a better one
 
     save_every: int | None = above_zero(None, most=MANY)  # steps; None: each epoch
     keep_last: int = above_zero(1, most=MANY)  # checkpoints, each of three times the trained weights in fp32
-    seed: int = zero_or_more(0, most=2**63 - 1)
+    seed: int = zero_or_more(0, most=2**63 - 1)  # of the order of rows, of dropout and of masking
     deterministic: bool = False  # CUDA repeats itself bitwise, and is slower
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from ..data.batches import Batches, to_device
 from ..tasks.losses import LossFn
 from ..tasks.scores import Score
-from .guards import clean_guest, sum_and_count
+from .guards import clean_guest, micro_batches, sum_and_count
 
 
 def evaluate(model: nn.Module, data: Iterable[Any], loss_fn: LossFn, score: Score | None = None) -> dict[str, Any]:
@@ -22,15 +22,22 @@ def evaluate(model: nn.Module, data: Iterable[Any], loss_fn: LossFn, score: Scor
     device = next(model.parameters()).device
     if isinstance(data, Batches):
         data.rewind()  # an evaluation that was broken off does not go on
-    total, count = torch.zeros((), dtype=torch.float64, device=device), 0
+
+    # In fp64, because a mean of millions of targets would lose digits in fp32.
+    loss_sum = torch.zeros((), dtype=torch.float64, device=device)
+    targets = 0
     with clean_guest(model, seed=0), torch.no_grad():
         model.eval()
-        for item in data:
-            for batch in item if isinstance(item, list) else [item]:
-                batch = to_device(batch, device)
-                loss, n = sum_and_count(score.update(model, batch) if score is not None else loss_fn(model, batch))
-                total, count = total + loss.double(), count + n
-    if count == 0:
+        loss_of = loss_fn if score is None else score.update
+        for step in data:
+            for batch in micro_batches(step):
+                loss, count = sum_and_count(loss_of(model, to_device(batch, device)))
+                loss_sum = loss_sum + loss.double()
+                targets += count
+
+    if targets == 0:
         raise ValueError("the evaluation data has no target: nothing was left after masking")
-    mean = float(total) / count
-    return {"loss": mean, **(score.result(mean) if score is not None else {})}
+    metrics: dict[str, Any] = {"loss": float(loss_sum) / targets}
+    if score is not None:
+        metrics |= score.result(metrics["loss"])
+    return metrics

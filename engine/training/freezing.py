@@ -15,16 +15,17 @@ from ..adapters.wrapping import LoRAWeights
 
 def match(model: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Parameter]:
     """The parameters whose names match the shell globs. ValueError for a glob that matches nothing."""
-    found: dict[str, nn.Parameter] = {}
-    everything = dict(model.named_parameters(remove_duplicate=False))  # a tied head is found under both names
-    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    # A tied head can be asked for by both its names, and goes by the first of them.
+    every_name = dict(model.named_parameters(remove_duplicate=False))
+    first_name = {id(parameter): name for name, parameter in model.named_parameters()}
+    matched: dict[str, nn.Parameter] = {}
     for pattern in patterns:
-        hits = {name: p for name, p in everything.items() if fnmatchcase(name, pattern)}
+        hits = [parameter for name, parameter in every_name.items() if fnmatchcase(name, pattern)]
         if not hits:
-            tops = sorted({name.split(".")[0] for name in everything})
+            tops = sorted({name.split(".")[0] for name in every_name})
             raise ValueError(f"{pattern!r} matches no parameter; names start with {', '.join(tops)}")
-        found |= {first[id(parameter)]: parameter for parameter in hits.values()}
-    return found
+        matched |= {first_name[id(parameter)]: parameter for parameter in hits}
+    return matched
 
 
 def freeze(model: nn.Module, *patterns: str) -> None:
@@ -33,19 +34,20 @@ def freeze(model: nn.Module, *patterns: str) -> None:
     Those of adapters that are not in use, too: they stay frozen once they are. What has not changed yet no longer
     belongs to the active adapter.
     """
-    names = match(model, patterns)
-    for parameter in names.values():
+    matched = match(model, patterns)
+    for parameter in matched.values():
         parameter.requires_grad_(False)
+    give_back(model, matched.values())
 
-    forget_trained(model, names.values())
-    for name, tensor in all_inactive_tensors(model):
+    # Adapters that are not in use: their tensors are set aside, and what was paused would train again with them.
+    for name, tensor in every_tensor_aside(model):
         if tensor.requires_grad and any(fnmatchcase(name, pattern) for pattern in patterns):
             tensor.requires_grad_(False)
-    for slot in adapter_sites(model):
-        for adapter, factors in slot.module.lora.items():
+    for site in adapter_sites(model):
+        for adapter, factors in site.module.lora.items():
             assert isinstance(factors, LoRAWeights)
-            prefix = f"{slot.path}.lora.{adapter}."
-            factors.paused = tuple(key for key in factors.paused if f"{prefix}{key}" not in names)
+            prefix = f"{site.path}.lora.{adapter}."
+            factors.paused = tuple(key for key in factors.paused if f"{prefix}{key}" not in matched)
 
 
 def unfreeze(model: nn.Module, *patterns: str) -> None:
@@ -53,11 +55,12 @@ def unfreeze(model: nn.Module, *patterns: str) -> None:
 
     Raises ValueError for a glob that matches nothing, or a quantised weight.
     """
-    found = match(model, patterns)
-    for name, parameter in found.items():
+    matched = match(model, patterns)
+    # All are checked before the first one changes.
+    for name, parameter in matched.items():
         if not parameter.is_floating_point():
             raise ValueError(f"{name} is of a quantised weight, which can't train: add_lora, or load it in bfloat16")
-    for parameter in found.values():
+    for parameter in matched.values():
         parameter.requires_grad_(True)
     mark_trained(model, active_adapter(model))
 
@@ -87,20 +90,20 @@ def train_mode(model: nn.Module) -> None:
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            own = list(module.parameters(recurse=False))
-            module.train(not own or any(parameter.requires_grad for parameter in own))
+            params = list(module.parameters(recurse=False))
+            module.train(not params or any(parameter.requires_grad for parameter in params))
 
 
 @dataclass(frozen=True)
 class TrainableReport:
     """What trains, in parameters, and what training takes beside activations, in bytes."""
 
-    trainable: int
-    total: int
-    weights: int
-    gradients: int
-    optimizer: int
-    modules: tuple[tuple[str, int], ...]
+    trainable: int  # parameters
+    total: int  # parameters of the model, its adapters' too
+    weights: int  # bytes
+    gradients: int  # bytes
+    optimizer: int  # bytes
+    modules: tuple[tuple[str, int], ...]  # (the first part of its name, or LoRA, and how many of its parameters train)
 
     def __str__(self) -> str:
         share = 100 * self.trainable / max(1, self.total)
@@ -117,18 +120,25 @@ def trainable_report(model: nn.Module) -> TrainableReport:
     """Count what trains. Optimizer bytes are AdamW's: two fp32 moments, and a master of narrower weights or rows."""
     trainable = total = weights = gradients = optimizer = 0
     modules: dict[str, int] = {}
-    chosen = trained_rows(model)
+    rows = trained_rows(model)
     for name, parameter in model.named_parameters():
-        n, width = parameter.numel(), parameter.element_size()
-        total, weights = total + n, weights + n * width
+        n = parameter.numel()
+        total += n
+        weights += parameter.nbytes
         if parameter.requires_grad:
-            gradients += n * width
-            n = len(chosen[name]) * parameter.shape[1] if name in chosen else n
+            # Autograd makes a whole gradient also where few rows train; the optimizer's state is theirs alone.
+            gradients += parameter.nbytes
+            has_master = parameter.element_size() < 4
+            if name in rows:
+                n = len(rows[name]) * parameter.shape[1]
+                has_master = True
             trainable += n
-            optimizer += n * (8 if width >= 4 and name not in chosen else 12)
+            optimizer += n * (12 if has_master else 8)
             group = "LoRA" if ".lora." in name else name.split(".")[0]
             modules[group] = modules.get(group, 0) + n
+
+    # A quantized weight is stored in several tensors, two weights to a byte, but counts as the matrix that it was.
     for module in model.modules():
-        if isinstance(module, NF4Weight):  # stored in several tensors, two weights to a byte
+        if isinstance(module, NF4Weight):
             total += module.shape[0] * module.shape[1] - sum(tensor.numel() for tensor in module.parameters())
     return TrainableReport(trainable, total, weights, gradients, optimizer, tuple(modules.items()))

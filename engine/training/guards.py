@@ -43,11 +43,20 @@ def smaller_batches(data: Any) -> str:
     """The next smaller micro-batch, as a setting."""
     if not isinstance(data, Batches):
         return "make micro-batches of half the size, several of them a step"
-    tokens, rows = data.micro_batch_tokens or data.tokens, data.micro_batch_size or data.rows
-    name, size = ("micro_batch_tokens", tokens) if tokens is not None else ("micro_batch_size", rows)
+
+    name = "micro_batch_tokens"
+    size = data.micro_batch_tokens or data.tokens
+    if size is None:
+        name = "micro_batch_size"
+        size = data.micro_batch_size or data.rows
     if not size or size < 2:
         return "even one row is too much; shorten the rows (data.max_length), train fewer weights, or use bfloat16"
     return f"set train.{name} = {size // 2} (it is {size}); the step and its result stay the same"
+
+
+def micro_batches(step: Any) -> list[Any]:
+    """The micro-batches of a step; an iterable of the caller's own may give a single batch instead of a list."""
+    return step if isinstance(step, list) else [step]
 
 
 def sum_and_count(returned: Any) -> tuple[Tensor, int]:
@@ -60,9 +69,9 @@ def sum_and_count(returned: Any) -> tuple[Tensor, int]:
     loss, count = returned
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         raise ValueError(f"{NO_SUM} its sum is {_described(loss)}")
-    if (number := _whole_number(count)) is None:
+    if (n_targets := _whole_number(count)) is None:
         raise ValueError(f"{NO_SUM} its count is {_described(count)}")
-    return loss, number
+    return loss, n_targets
 
 
 def require_targets(loss: float, targets: int, step: str) -> None:
@@ -75,41 +84,47 @@ def _whole_number(count: Any) -> int | None:
     """The count as an integer that is not negative, or None."""
     try:
         number = int(count)
-        return number if number >= 0 and number == count else None
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last one: a tensor of several
+        return number if 0 <= number == count else None
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of a tensor with several elements
         return None
 
 
 def _described(value: Any) -> str:
     """A value in a few words: a tensor by its shape, a collection by its size."""
+    if isinstance(value, Tensor) and value.dim():
+        return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}" if value.dim() else f"the tensor {value.detach().item():.4g}"
+        return f"the tensor {value.detach().item():.4g}"
     if isinstance(value, tuple | list):
         return f"a {type(value).__name__} of {len(value)}"
-    return f"{value!r:.60}" if isinstance(value, int | float | str | None) else f"a {type(value).__name__}"
+    if isinstance(value, int | float | str | None):
+        return f"{value!r:.60}"
+    return f"a {type(value).__name__}"
 
 
 def require_finite(
-    loss: float, norm: float, step: str, record: RunFolder, lr: str, untrained: nn.Module | None = None
+    loss: float, norm: float, step: str, run_folder: RunFolder, lr_option: str, untrained: nn.Module | None = None
 ) -> None:
-    """FloatingPointError where the loss or its gradient isn't finite, told with the setting `lr` to lower.
+    """FloatingPointError where the loss or its gradient isn't finite; it names the `lr_option` to lower.
 
-    Or, for a model that is still as it was loaded, with the weights that hold NaN or infinity.
+    Or, for a model that is still as it was loaded, the weights that hold NaN or infinity.
     """
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        if untrained is not None and non_finite_weights(untrained):
-            raise not_finite(untrained, f"{step}: the loss")
-        raise FloatingPointError(
-            f"{step}: the loss is {loss}, its gradient norm {norm}; {last_good(record)}; try a smaller {lr}"
-        )
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    if untrained is not None and unsound_weights(untrained):
+        raise not_finite(untrained, f"{step}: the loss")
+    raise FloatingPointError(
+        f"{step}: the loss is {loss}, its gradient norm {norm}; {last_good(run_folder)}; try a smaller {lr_option}"
+    )
 
 
 def infinite_epochs(data: Iterable[Any]) -> Iterator[Any]:
     """Steps, pass after pass over the data. ValueError where two passes on end give none."""
-    empty = 0  # a run resumed at the end of an epoch begins with an empty pass
-    while empty < 2:
-        empty += 1
+    # A run that is resumed at the end of an epoch begins with one empty pass.
+    empty_passes = 0
+    while empty_passes < 2:
+        empty_passes += 1
         for step in data:
-            empty = 0
+            empty_passes = 0
             yield step
     raise ValueError("the data gives no batch: an iterable of batches must begin anew each time it is iterated")

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from ..._files import parse_json, write_file
 
 log = logging.getLogger("handtune")
-SHOWN = 3  # numbers of damaged lines that are listed
-CHECK = "check"
+MAX_SHOWN = 3  # numbers of damaged lines that are listed
+CHECK = "check"  # the field of a row that holds its checksum
 
 
 class Line(NamedTuple):
@@ -57,16 +57,21 @@ def damaged_lines(path: Path, lines: Sequence[Line]) -> str:
     numbers = [str(line.number) for line in lines if line.damaged]
     if not numbers:
         return ""
-    shown = ", ".join(numbers[:SHOWN]) + (f" and {len(numbers) - SHOWN} more" if len(numbers) > SHOWN else "")
+    shown = ", ".join(numbers[:MAX_SHOWN])
+    if len(numbers) > MAX_SHOWN:
+        shown += f" and {len(numbers) - MAX_SHOWN} more"
     return f"{path} line {shown}: damaged"
 
 
 def rewrite(path: Path, lines: Sequence[Line], keep: Callable[[dict[str, Any]], bool] = lambda row: True) -> None:
     """Leave the whole lines that are to be kept, and move damaged ones to a file beside, which is said."""
+    # Damaged lines are copied before they are removed: a kill between the two leaves them twice, never nowhere.
     if damaged := b"".join(line.raw for line in lines if line.damaged):
-        aside = path.with_name(f"{path.stem}.damaged{path.suffix}")
-        write_file(aside, (aside.read_bytes() if aside.is_file() else b"") + damaged)
-        log.warning("%s, moved to %s", damaged_lines(path, lines), aside)
+        damaged_path = path.with_name(f"{path.stem}.damaged{path.suffix}")
+        earlier = damaged_path.read_bytes() if damaged_path.is_file() else b""
+        write_file(damaged_path, earlier + damaged)
+        log.warning("%s, moved to %s", damaged_lines(path, lines), damaged_path)
+
     remaining = b"".join(line.raw.rstrip(b"\n") + b"\n" for line in lines if line.row is not None and keep(line.row))
     if remaining != b"".join(line.raw for line in lines):
         write_file(path, remaining)

@@ -2,7 +2,7 @@
 
 One loop serves every method: it knows a module, batches and a loss function, and nothing of what they mean. A step is
 
-    unfreeze what is due → evaluate → save → micro-batches → divide by all targets, clip → update → log
+    unfreeze what is due → micro-batches → divide by all targets, clip → update → log → evaluate → save
 
 Two decisions hold it together. The loss function gives a *sum* and a *count*; gradients of sums are added up over the
 micro-batches and divided once by the number of targets of the whole step, so that the result does not depend on how the
@@ -38,6 +38,7 @@ from .guards import (
     clean_guest,
     explained_memory_error,
     infinite_epochs,
+    micro_batches,
     require_finite,
     require_targets,
     smaller_batches,
@@ -47,7 +48,7 @@ from .optim import Optimizer, layer_count, lr_factor
 from .run_folder import RunFolder, peak_memory
 from .state import keep_best, restore_best, resume, save, tell_resumed
 
-DEFAULT_ROWS = 16
+DEFAULT_ROWS = 16  # of a step, where the configuration gives neither rows nor tokens
 UNTRAINED = (
     "no evaluation was better than the one before training, so that the weights given back are the untrained ones; "
     'lower the learning rate or train longer, or ask for the last weights with best = "last"'
@@ -64,13 +65,13 @@ class Result:
     before it, and `best` of the best one so far.
     """
 
-    steps: int
-    train_loss: float
+    steps: int  # in all, those before a kill too
+    train_loss: float  # the mean over all targets of all steps
     metrics: dict[str, Any]
-    before: dict[str, Any]
+    before: dict[str, Any]  # the evaluation before the first step
     best: dict[str, Any]
-    seconds: float
-    peak_memory: int
+    seconds: float  # of training, without the time between a kill and the next call
+    peak_memory: int  # bytes
     interrupted: bool
 
 
@@ -98,38 +99,49 @@ def train(
 ) -> Result:
     """Train the parameters that require a gradient; gives back what came out, the model holding the best weights.
 
-    `data`: a sequence of rows together with `collate` (a list of rows → a batch), or any iterable of batches that has
-    `state_dict` and `load_state_dict` (values that JSON can hold; of no use without `out`); an item may be a list of
-    micro-batches, which make one step together. `loss_fn`: (model, batch) → (sum of losses, number of targets).
-    `eval_data`: the same without state; `score()` makes a fresh score for each evaluation, of which `metric` says what
-    is best where `config.best` doesn't. `out`: the run folder; the same call on it resumes, or finds the run finished
-    and changes nothing; without one the last weights stay, best or not. `about`: facts and configuration for its
-    run.json. Ctrl-C finishes the step and saves, a second one stops at once; a handler of the caller's own stays in
-    charge. The caller's random generators, settings of torch, signal handlers and modes of modules are afterwards, also
-    after an error, what they were.
+    data: a sequence of rows together with `collate`, or any iterable of batches that has `state_dict` and
+        `load_state_dict` (values that JSON can hold; of no use without `out`); an item may be a list of micro-batches,
+        which make one step together.
+    loss_fn: (model, batch) → (sum of losses, number of targets).
+    eval_data: as `data`, without state.
+    score: makes a fresh score for each evaluation.
+    collate: a list of rows → a batch.
+    out: the run folder; the same call on it resumes, or finds the run finished and changes nothing. Without one the
+        last weights stay, best or not.
+    about: facts and configuration for its run.json.
+    metric: what is best of an evaluation where `config.best` doesn't say.
+
+    Ctrl-C finishes the step and saves, a second one stops at once; a handler of the caller's own stays in charge. The
+    caller's random generators, settings of torch, signal handlers and modes of modules are afterwards, also after an
+    error, what they were.
 
     Raises ValueError where nothing trains, `loss_fn` returns anything else, the loss reaches nothing that trains, the
     folder holds a run of other settings, frozen weights or rows (those in a list are compared), another process works
     there, or `eval_every`, `early_stopping_patience` or `best` is set without `eval_data`; FloatingPointError where
     the loss is not finite, MemoryError where memory runs out, OSError where the disk does.
     """
-    with clean_guest(model, config.seed, config.deterministic), RunFolder(out).alone():
-        start, device = time.perf_counter(), next(model.parameters()).device
-        if eval_data is None and (idle := needs_evaluation(config)):
+    run_folder = RunFolder(out)
+    with clean_guest(model, config.seed, config.deterministic), run_folder.alone():
+        started = time.perf_counter()
+        device = next(model.parameters()).device
+        if eval_data is None and (unused := needs_evaluation(config)):
             raise ValueError(
-                f"{', '.join(idle)}: there is no evaluation data to go by; give eval_data, or leave this out"
+                f"{', '.join(unused)}: there is no evaluation data to go by; give eval_data, or leave this out"
             )
-        trained = _trained(model, config, isinstance(loss_fn, ByAdapter))
-        mark_trained(model, active_adapter(model), trained.keys())
+
+        # What trains, and on what. The folder is claimed after these checks: a call that is refused writes nothing.
+        trained = _trained_parameters(model, config, isinstance(loss_fn, ByAdapter))
+        claim(model, active_adapter(model), trained.keys())
         data = _batches(data, collate, config, shuffle=True)
-        eval_data = None if eval_data is None else _batches(eval_data, collate, config, shuffle=False)
+        if eval_data is not None:
+            eval_data = _batches(eval_data, collate, config, shuffle=False)
         if out is not None and not isinstance(data, Resumable):
             raise ValueError(
                 "data without state_dict and load_state_dict can't resume: give rows and collate, or no out"
             )
-        record = RunFolder(out)
-        rows = {"data": getattr(data, "examples", None), "eval_data": getattr(eval_data, "examples", None)}
-        record.start(about or {}, {"train": asdict(config)}, lambda: in_memory(model, trained, **rows))
+        examples = {"data": getattr(data, "examples", None), "eval_data": getattr(eval_data, "examples", None)}
+        run_folder.start(about or {}, {"train": asdict(config)}, lambda: in_memory(model, trained, **examples))
+
         optimizer = Optimizer(
             trained.items(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
             lr_scale=config.lr_scale, lr_ratios=lr_ratios(model), lr_decay=config.lr_decay, buffers=_buffers(model),
@@ -137,92 +149,120 @@ def train(
         )  # fmt: skip
         total, per_epoch = _steps(data, config)
         warmup = round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
-        eval_every, save_every = config.eval_every or per_epoch, config.save_every or per_epoch
+        eval_every = config.eval_every or per_epoch
+        save_every = config.save_every or per_epoch
 
-        progress = resume(record, optimizer, data, config.keep_last)
-        start, ended = start - progress.seconds, progress.ended(total, config.early_stopping_patience)
-        tell_resumed(record, "step", progress.step, total, ended)
+        progress = resume(run_folder, optimizer, data, config.keep_last)
+        started -= progress.seconds
+        ended = progress.ended(total, config.early_stopping_patience)
+        tell_resumed(run_folder, "step", progress.step, total, ended)
+
         # What trained in the last step before: a run that has ended is stored from here, too.
         put_into_training(model, config.unfreeze, (progress.step - 1) / per_epoch)
+        # Not while parts below the head may unfreeze later: their features would change.
         if not config.unfreeze and not ended:
-            data, eval_data = with_features(model, data), None if eval_data is None else with_features(model, eval_data)
+            data = with_features(model, data)
+            eval_data = with_features(model, eval_data)
 
         def evaluate_now() -> None:
             progress.metrics = evaluate(model, eval_data, loss_fn, score() if score else None)
             progress.before = progress.before or progress.metrics
-            record.log(step=progress.step, epoch=progress.step / per_epoch, eval=progress.metrics)
+            run_folder.log(step=progress.step, epoch=progress.step / per_epoch, eval=progress.metrics)
+            # Before the first step the weights are untrained: they are a candidate only where `best` is asked for.
             if config.best != "last" and (progress.step > 0 or config.best is not None):
-                keep_best(record, optimizer, progress, config.best or metric)
+                keep_best(run_folder, optimizer, progress, config.best or metric)
 
         bar = tqdm(total=total, initial=progress.step, unit="step", disable=None)
         with interruptible() as interrupt, explained_memory_error(device, partial(smaller_batches, data)), bar:
             if eval_data is not None and progress.step == 0:
                 evaluate_now()
-            steps, stop = infinite_epochs(data), ended or interrupt.is_set()
+
+            steps = infinite_epochs(data)
+            stop = ended or interrupt.is_set()
             while not stop:
-                before_step, micros = time.perf_counter(), next(steps)
+                step_started = time.perf_counter()
+                step = next(steps)
+
+                # What trains in this step, and how fast.
                 if config.unfreeze:
                     put_into_training(model, config.unfreeze, progress.step / per_epoch)
                 lr = config.lr * lr_factor(config.schedule, progress.step, total, warmup, config.decay, config.lr_floor)
+
+                # Forward and backward. The sum of the losses stays on the device: reading it would wait for the GPU.
                 loss_sum = torch.zeros((), dtype=torch.float64, device=device)
                 targets = tokens = images = 0
-                for batch in micros if isinstance(micros, list) else [micros]:
+                for batch in micro_batches(step):
                     loss, count = sum_and_count(loss_fn(model, to_device(batch, device)))
                     loss.backward()
                     optimizer.accumulate()
-                    loss_sum, targets = loss_sum + loss.detach(), targets + count
-                    tokens, images = tokens + count_tokens(batch), images + count_images(batch)
+                    loss_sum = loss_sum + loss.detach()
+                    targets += count
+                    tokens += count_tokens(batch)
+                    images += count_images(batch)
+
+                # The host waits once a step, here. The weights are still those before it if the loss is refused.
                 norm = optimizer.scale_gradients(max(1, targets), config.max_grad_norm)
                 loss_value, norm_value = torch.stack((loss_sum, norm.double())).tolist()
-                # the weights are still those before this step
                 require_targets(loss_value, targets, f"step {progress.step + 1}")
                 untrained = model if progress.step == 0 else None
-                require_finite(loss_value, norm_value, f"step {progress.step + 1}", record, "train.lr", untrained)
+                require_finite(loss_value, norm_value, f"step {progress.step + 1}", run_folder, "train.lr", untrained)
                 optimizer.step(lr)
                 progress.step += 1
-                progress.loss_sum, progress.targets = progress.loss_sum + loss_value, progress.targets + targets
+                progress.loss_sum += loss_value
+                progress.targets += targets
+
+                # Tell the run folder and the terminal.
                 mean = loss_value / max(1, targets)
-                unit, amount = ("images", images) if images else ("tokens", tokens)
-                speed = amount / (time.perf_counter() - before_step)
-                record.log(
+                unit = "images" if images else "tokens"
+                amount = images or tokens
+                speed = amount / (time.perf_counter() - step_started)
+                run_folder.log(
                     step=progress.step, epoch=progress.step / per_epoch, loss=mean, lr=lr, grad_norm=norm_value,
                     targets=targets, **{unit: amount, f"{unit}_per_second": speed}, peak_memory=peak_memory(),
-                    seconds=time.perf_counter() - start,
+                    seconds=time.perf_counter() - started,
                 )  # fmt: skip
                 shown = {"loss": f"{mean:.3f}", "lr": f"{lr:.1e}", "images/s" if images else "tok/s": f"{speed:.0f}"}
                 bar.set_postfix({**shown, "mem": f"{peak_memory() / 2**30:.1f}G"}, refresh=False)
                 bar.update()
+
+                # Evaluate before saving: a checkpoint says whether its own step was the best.
                 if eval_data is not None and (progress.step % eval_every == 0 or progress.step == total):
                     evaluate_now()
                 stop = interrupt.is_set() or progress.ended(total, config.early_stopping_patience)
                 if progress.step % save_every == 0 or stop:
-                    progress.seconds = time.perf_counter() - start
-                    save(record, progress, optimizer, data, config.keep_last)
+                    progress.seconds = time.perf_counter() - started
+                    save(run_folder, progress, optimizer, data, config.keep_last)
+
+        metrics = progress.metrics
         interrupted = interrupt.is_set() and progress.step < total
         if not interrupted:
-            restore_best(record, optimizer, progress)
+            restore_best(run_folder, optimizer, progress)
+            metrics = progress.best.get("metrics", metrics)
             if progress.best.get("step") == 0:
                 log.warning("%s", UNTRAINED)
-        metrics = progress.metrics if interrupted else progress.best.get("metrics", progress.metrics)
-        best = {key: value for key, value in progress.best.items() if key != "metrics"}
         return Result(
-            progress.step, progress.loss_sum / max(1, progress.targets), metrics, progress.before, best,
-            time.perf_counter() - start, peak_memory(), interrupted,
+            progress.step, progress.loss_sum / max(1, progress.targets), metrics, progress.before,
+            {key: value for key, value in progress.best.items() if key != "metrics"},
+            time.perf_counter() - started, peak_memory(), interrupted,
         )  # fmt: skip
 
 
-def _trained(model: nn.Module, config: TrainConfig, by_adapter: bool) -> dict[str, nn.Parameter]:
+def _trained_parameters(model: nn.Module, config: TrainConfig, by_adapter: bool) -> dict[str, nn.Parameter]:
     """The parameters that train now or later, by name."""
-    for slot in adapter_sites(model):
-        for name, factors in slot.module.lora.items():
-            if not by_adapter and name != slot.module.active and any(p.requires_grad for p in factors.parameters()):
+    # Rows reach only the active adapter, unless each row names its own (`by_adapter`).
+    for site in adapter_sites(model):
+        for name, factors in site.module.lora.items():
+            if not by_adapter and name != site.module.active and any(p.requires_grad for p in factors.parameters()):
                 raise ValueError(f"adapter {name!r} would train but is not active: set_adapter(model, {name!r}) first")
+
+    # A glob of `lr_scale` that matches nothing is refused here; its factors are the optimizer's business.
     match(model, config.lr_scale)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad} | match(model, config.unfreeze)
     if by_adapter and (shared := [name for name in trained if ".lora." not in name]):
         raise ValueError(f"{shared[0]} would train for rows of all adapters: freeze it, or train one adapter at a time")
     if not trained:
         raise ValueError("nothing trains: add_lora(model, ...) or unfreeze(model, ...) first")
+
     unfreeze_due(model, config.unfreeze, 0.0)
     if not any(parameter.requires_grad for parameter in trained.values()):
         raise ValueError("unfreeze: nothing trains from the beginning; let a part start at epoch 0")
@@ -241,23 +281,28 @@ def _batches(data: Any, collate: Callable[[list[Any]], Any] | None, config: Trai
         return data
     if not isinstance(data, Sequence):
         raise ValueError("collate goes with a sequence of rows; an iterable of batches makes its own")
-    rows, tokens = config.batch_size, config.batch_tokens
-    if rows is None and tokens is None:
+
+    rows = config.batch_size
+    if rows is None and config.batch_tokens is None:
         rows = DEFAULT_ROWS
-    if not shuffle:
-        rows, tokens = (config.micro_batch_size or rows), (config.micro_batch_tokens or tokens)
-        return Batches(data, collate, rows=rows if not tokens else None, tokens=tokens, shuffle=False)
-    return Batches(
-        data, collate, rows=rows, tokens=tokens, micro_batch_size=config.micro_batch_size,
-        micro_batch_tokens=config.micro_batch_tokens,
-        seed=config.seed,
-    )  # fmt: skip
+    if shuffle:
+        return Batches(
+            data, collate, rows=rows, tokens=config.batch_tokens, micro_batch_size=config.micro_batch_size,
+            micro_batch_tokens=config.micro_batch_tokens, seed=config.seed,
+        )  # fmt: skip
+
+    # No update follows a step of an evaluation, so that each step is a single micro-batch.
+    tokens = config.micro_batch_tokens or config.batch_tokens
+    rows = None if tokens else config.micro_batch_size or rows
+    return Batches(data, collate, rows=rows, tokens=tokens, shuffle=False)
 
 
 def _steps(data: Any, config: TrainConfig) -> tuple[int, int]:
     """Steps of the run, and of an epoch."""
+    # `Batches` by tokens can have more steps in one epoch than in another.
     if isinstance(data, Batches):
-        total, per_epoch = data.steps(config.epochs), len(data.plan(0))
+        per_epoch = len(data.plan(0))
+        total = data.steps(config.epochs)
     elif isinstance(data, Sized):
         per_epoch = len(data)
         total = per_epoch * config.epochs

@@ -18,6 +18,7 @@ from ...kernels.optim.adamw_state import AdamWParam
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 _STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a weight, once it was updated
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 def lr_factor(schedule: str, step: int, total: int, warmup: int, decay: float, floor: float) -> float:
@@ -27,15 +28,16 @@ def lr_factor(schedule: str, step: int, total: int, warmup: int, decay: float, f
     where the falling schedules end, as a share of the peak.
     """
     if step < warmup:
-        return (step + 1) / warmup
+        return (step + 1) / warmup  # above 0 from the first update on, which would otherwise be wasted
+
     done = (step - warmup) / max(1, total - warmup)
     if schedule == "linear":
         return floor + (1 - floor) * (1 - done)
     if schedule == "cosine":
         return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
     if schedule == "wsd":
-        left = (total - step) / max(1, round(decay * total))
-        return floor + (1 - floor) * min(1.0, left)
+        remaining = (total - step) / max(1, round(decay * total))  # above 1 while the rate is stable
+        return floor + (1 - floor) * min(1.0, remaining)
     return 1.0
 
 
@@ -47,8 +49,8 @@ def lr_scale_of(name: str, scales: dict[str, float], layer_decay: float, n_layer
     """
     factor = next((value for pattern, value in scales.items() if fnmatchcase(name, pattern)), 1.0)
     if layer_decay != 1.0:
-        if found := re.search(r"(?:^|\.)layers\.(\d+)\.", name):
-            factor *= layer_decay ** (n_layer - int(found[1]))
+        if layer := _LAYER.search(name):
+            factor *= layer_decay ** (n_layer - int(layer[1]))
         elif name.startswith("embed."):
             factor *= layer_decay ** (n_layer + 1)
     return factor
@@ -56,18 +58,21 @@ def lr_scale_of(name: str, scales: dict[str, float], layer_decay: float, n_layer
 
 def layer_count(names: Iterable[str]) -> int:
     """How many layers parameters of these names have: one more than the highest N of a layers.N, or 0."""
-    numbers = [int(found[1]) for name in names if (found := re.search(r"(?:^|\.)layers\.(\d+)\.", name))]
-    return max(numbers, default=-1) + 1
+    return max((int(layer[1]) for name in names if (layer := _LAYER.search(name))), default=-1) + 1
 
 
 class Optimizer:
     """AdamW over the named parameters, on fp32 masters.
 
-    A step is `accumulate()` after each micro-batch's backward pass and `step(...)` at the end. `buffers` (running
-    statistics, say) are not touched, but belong to the state. `rows`: of the parameters named there only these rows
-    train, on a master (n, ...) of their own, and the others are never written to. `n_layer`: the layers that `lr_decay`
-    counts, those of the whole model, also where the upper ones are frozen; None takes those of the named parameters.
-    `lr_ratios`: one more factor on the learning rate, by name.
+    A step is `accumulate()` after each micro-batch's backward pass, then `scale_gradients(...)` and `step(...)`.
+
+    lr_scale, lr_decay: factors on the learning rate by globs and by layers, see `lr_scale_of`.
+    buffers: running statistics, say; they are not touched, but belong to the state.
+    rows: of the parameters named there only these rows train, on a master (n, ...) of their own, and the others are
+        never written to.
+    n_layer: the layers that `lr_decay` counts, those of the whole model, also where the upper ones are frozen; None
+        takes those of the named parameters.
+    lr_ratios: one more factor on the learning rate, by name.
     """
 
     def __init__(
@@ -84,49 +89,65 @@ class Optimizer:
         n_layer: int | None = None,
         lr_ratios: Mapping[str, float] | None = None,
     ):
-        self.parameters, self.buffers = dict(named), dict(buffers or {})
+        self.parameters = dict(named)
+        self.buffers = dict(buffers or {})
+        self.betas = betas
+        self.eps = eps
+        self.factor: Tensor | None = None  # on the gradients in the next step; None: 1
         self.rows = {name: ids for name, ids in (rows or {}).items() if name in self.parameters}
         if lr_decay != 1.0 and not layer_count(self.parameters):
             raise ValueError("lr_decay: no trained parameter is called layers.N, as those of handtune's models are")
+
+        # What a step that was broken off has left behind would be added to the first one.
         for parameter in self.parameters.values():
-            parameter.grad = None  # what an interrupted step left behind
+            parameter.grad = None
+
         self.masters = {name: self._master(p, self.rows.get(name)) for name, p in self.parameters.items()}
-        n_layer = layer_count(self.parameters) if n_layer is None else n_layer
-        self.betas, self.eps = betas, eps
-        self.factor: Tensor | None = None
-        self.trained = {
-            name: AdamWParam(
-                master,
-                scale=lr_scale_of(name, lr_scale, lr_decay, n_layer) * (lr_ratios or {}).get(name, 1.0),
-                decay=weight_decay if master.dim() > 1 else 0.0,
-                copy=None if master is self.parameters[name] or name in self.rows else self.parameters[name],
-            )
-            for name, master in self.masters.items()
-        }
+        if n_layer is None:
+            n_layer = layer_count(self.parameters)
+        self.trained: dict[str, AdamWParam] = {}
+        for name, master in self.masters.items():
+            param = AdamWParam(master, lr_scale_of(name, lr_scale, lr_decay, n_layer))
+            if lr_ratios:
+                param.scale *= lr_ratios.get(name, 1.0)
+            if master.dim() > 1:
+                param.decay = weight_decay
+            # The update rounds a whole master into its parameter; rows are written by `_write_rows`.
+            if master is not self.parameters[name] and name not in self.rows:
+                param.copy = self.parameters[name]
+            self.trained[name] = param
 
     @staticmethod
     def _master(parameter: nn.Parameter, rows: Tensor | None) -> Tensor:
+        """What the update is made on: the parameter itself where it is fp32 or wider and trains in all its rows."""
+        if rows is None and parameter.element_size() >= 4:
+            return parameter
+        weight = parameter.detach()
         if rows is not None:
-            chosen = parameter.detach()[rows]
-            return (chosen.float() if chosen.element_size() < 4 else chosen).requires_grad_(True)
-        return parameter.detach().float().requires_grad_(True) if parameter.element_size() < 4 else parameter
+            weight = weight[rows]  # (n, ...)
+        return (weight.float() if weight.element_size() < 4 else weight).requires_grad_(True)
 
     def accumulate(self) -> None:
         """Move the gradients of narrow parameters, and of chosen rows, into their masters' gradients."""
         for name, parameter in self.parameters.items():
             master = self.masters[name]
-            if master is not parameter and parameter.grad is not None:
-                gradient = parameter.grad[self.rows[name]] if name in self.rows else parameter.grad
-                wide = gradient.to(master.dtype)
-                master.grad = wide if master.grad is None else master.grad.add_(wide)
-                parameter.grad = None
+            # The gradients of an fp32 parameter are summed up by autograd itself.
+            if master is parameter or parameter.grad is None:
+                continue
+            grad = parameter.grad
+            if name in self.rows:
+                grad = grad[self.rows[name]]  # (n, ...)
+            grad = grad.to(master.dtype)
+            master.grad = grad if master.grad is None else master.grad.add_(grad)
+            # Autograd would add the next micro-batch's to it in the narrow type.
+            parameter.grad = None
 
     def gradients(self) -> list[Tensor]:
         """The fp32 gradients that are there."""
         return [master.grad for master in self.masters.values() if master.grad is not None]
 
-    def scale_gradients(self, count: float, clip: float | None) -> Tensor:
-        """Divide the summed gradients by `count` and clip their joint norm to `clip`; gives the norm before that.
+    def scale_gradients(self, count: float, max_norm: float | None) -> Tensor:
+        """Divide the summed gradients by `count` and clip their joint norm to `max_norm`; gives the norm before that.
 
         It happens in `step`: a pass over the gradients is saved, where they are read there anyway. ValueError where
         there is none.
@@ -137,7 +158,9 @@ class Optimizer:
                 " the trained parts give, without detach() or no_grad(), or unfreeze the parts that it is computed from"
             )
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / count
-        factor = torch.ones_like(norm) if clip is None else (clip / (norm + 1e-6)).clamp(max=1.0)
+        factor = torch.ones_like(norm)
+        if max_norm is not None:
+            factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         self.factor = factor / count
         return norm
 
@@ -161,32 +184,35 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Masters, moments, update counts and the module's buffers, as a flat dictionary of tensors."""
-        out = {f"buffer.{name}": buffer for name, buffer in self.buffers.items()}
-        for name, one in self.trained.items():
-            out[f"weight.{name}"] = one.weight.detach()
-            if one.step > 0:
-                out |= {f"{key}.{name}": getattr(one, key) for key in _STATE}
-        return out
+        state = {f"buffer.{name}": buffer for name, buffer in self.buffers.items()}
+        for name, param in self.trained.items():
+            state[f"weight.{name}"] = param.weight.detach()
+            if param.step > 0:
+                state |= {f"{key}.{name}": getattr(param, key) for key in _STATE}
+        return state
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Put a `state_dict` back, into the parameters too. ValueError where it is one of other parameters."""
         shapes = {name: tuple(master.shape) for name, master in self.masters.items()}
         stored = {key.removeprefix("weight."): tuple(t.shape) for key, t in state.items() if key.startswith("weight.")}
-        if other := sorted(name for name in shapes | stored if shapes.get(name) != stored.get(name)):
-            name = other[0]
+        if different := sorted(name for name in shapes | stored if shapes.get(name) != stored.get(name)):
+            name = different[0]
             raise ValueError(
-                f"the checkpoint is of another model or other adapters: {len(other)} parameters differ, {name} is "
+                f"the checkpoint is of another model or other adapters: {len(different)} parameters differ, {name} is "
                 f"{stored.get(name, 'not there')} instead of {shapes.get(name, 'not there')}; choose another out"
             )
+
         for name, buffer in self.buffers.items():
             buffer.copy_(state[f"buffer.{name}"])
-        self.trained = {name: replace(one) for name, one in self.trained.items()}  # the same, never updated
-        for name, one in self.trained.items():
-            one.weight.copy_(state[f"weight.{name}"])
-            if one.copy is not None:
-                one.copy.copy_(one.weight)
+        # The same as never updated: moments of zero, made at the first update.
+        self.trained = {name: replace(param) for name, param in self.trained.items()}
+        for name, param in self.trained.items():
+            param.weight.copy_(state[f"weight.{name}"])
+            if param.copy is not None:
+                param.copy.copy_(param.weight)
+            # A weight that was never updated (it unfreezes later, say) has no moments in the checkpoint.
             if f"step.{name}" in state:
                 for key in _STATE:
-                    getattr(one, key).copy_(state[f"{key}.{name}"])
+                    getattr(param, key).copy_(state[f"{key}.{name}"])
         self._write_rows()

@@ -26,8 +26,10 @@ from ..data.fingerprints import Inputs, is_fingerprint, run_differences
 from .checkpoint import checkpoints
 from .journal import read_journal, rewrite
 
-# What kinds of values stand in the files of a run, where they are there.
-TEXT, NUMBER, TABLE = str | None, int | float | None, dict | None
+# The types of the fields in a run's files, of those that are there: `train` and `ppo` write different ones.
+TEXT = str | None
+NUMBER = int | float | None
+TABLE = dict | None
 FACTS: dict[str, Any] = {
     "config": dict, "inputs": dict, "folder": str, "versions": dict, "device": str, "world_size": int, "name": TEXT,
     "method": TEXT, "task": TEXT, "model": TEXT, "trains": TEXT, "started": TEXT, "labels": list, "chat": bool,
@@ -46,7 +48,7 @@ class RunFolder:
 
     def __init__(self, out: str | Path | None):
         self.out = Path(out) if out is not None else None
-        self._moved: dict[str, Any] = {}  # of run.json: what is called otherwise now
+        self._renamed: dict[str, Any] = {}  # what run.json calls otherwise than this call, as after a move
 
     @property
     def checkpoints(self) -> Path | None:
@@ -67,38 +69,41 @@ class RunFolder:
             yield
             return
         with alone(self.out, self.out / LOCK):
+            # In a folder that is no run's, files of such names are somebody else's.
             if (self.out / "run.json").is_file():
                 remove_left_overs(self.out)
             yield
 
-    def start(self, about: dict[str, Any], config: dict[str, Any], given: Callable[[], Inputs] = dict) -> None:
+    def start(self, facts: dict[str, Any], config: dict[str, Any], make_inputs: Callable[[], Inputs] = dict) -> None:
         """Claim the folder for this run, or find that it is this run's already.
 
-        `about` may have a `config` of its own, and `inputs`, the fingerprints of what the run is made from
-        (`inputs.py`); else `given` makes them. A run that has made no step yet holds nothing to protect: its
+        `facts` may have a `config` of its own, and `inputs`, the fingerprints of what the run is made from
+        (`inputs.py`); else `make_inputs` makes them. A run that has made no step yet holds nothing to protect: its
         configuration may change. Raises ValueError where the folder holds a run with another configuration or other
         inputs (naming them) or other things.
         """
         if self.out is None:
             return
-        inputs = about["inputs"] if "inputs" in about else given()
-        now = _plain(
-            {**about, "config": about.get("config") or config, "inputs": inputs, "folder": os.path.abspath(self.out)}
+        inputs = facts["inputs"] if "inputs" in facts else make_inputs()
+        facts = _plain(
+            {**facts, "config": facts.get("config") or config, "inputs": inputs, "folder": os.path.abspath(self.out)}
         )
+
+        # A run of these very inputs and configuration is gone on with; one that has no step yet is written over.
         path = self.out / "run.json"
         if path.is_file():
-            self._moved = {key: now[key] for key in ("config", "inputs", "folder")}
-            if self._is_same(now):
+            self._renamed = {key: facts[key] for key in ("config", "inputs", "folder")}
+            if self._is_same(facts):
                 return
-        elif self.out.is_dir() and any(path.name != LOCK and not is_temporary(path) for path in self.out.iterdir()):
+        elif self.out.is_dir() and any(entry.name != LOCK and not is_temporary(entry) for entry in self.out.iterdir()):
             raise ValueError(f"{self.out} is not empty and holds no run; choose another out")
         self.out.mkdir(parents=True, exist_ok=True)
-        write_json(path, {**now, **environment(), "started": datetime.now(UTC).isoformat(timespec="seconds")})
+        write_json(path, {**facts, **environment(), "started": datetime.now(UTC).isoformat(timespec="seconds")})
 
-    def _is_same(self, now: dict[str, Any]) -> bool:
+    def _is_same(self, facts: dict[str, Any]) -> bool:
         """Whether run.json is of this run. ValueError where it is of another one that has begun, and would be lost."""
         assert self.out is not None
-        changed = run_differences(read_facts(self.out / "run.json"), now)
+        changed = run_differences(read_facts(self.out / "run.json"), facts)
         if changed and self._has_begun():
             raise ValueError(
                 f"{self.out} holds a run with {'; '.join(changed)}; take back the change or choose another out"
@@ -116,22 +121,25 @@ class RunFolder:
         """Add facts to run.json that were not known when the run began."""
         if self.out is None:
             return
-        known = read_facts(self.out / "run.json")
-        if known != (amended := {**known, **_plain(facts)}):
+        stored = read_facts(self.out / "run.json")
+        amended = {**stored, **_plain(facts)}
+        if amended != stored:  # a finished run may lie where nothing can be written
             write_json(self.out / "run.json", amended)
 
     def finished(self, config: dict[str, Any], inputs: Inputs) -> dict[str, Any] | None:
         """What came out of the run in this folder, if it has come to its end. Raises as `start` for another run."""
         if self.out is None or not (self.out / "run.json").is_file():
             return None
-        if not self._is_same(_plain({"config": config, "inputs": inputs})) or not (self.out / "result.json").is_file():
+        path = self.out / "result.json"
+        if not self._is_same(_plain({"config": config, "inputs": inputs})) or not path.is_file():
             return None
-        result = read_result(self.out / "result.json")
-        needed = {"best", "stored_bytes", *(("episodes", "stopped") if "episodes" in result else ("steps",))}
-        if missing := [*sorted(needed - result.keys()), *sorted(BEST.keys() - (result.get("best") or BEST).keys())]:
-            raise ValueError(
-                f"{self.out / 'result.json'}: {missing[0]} is missing; remove the file, and the same command writes it"
-            )
+        result = read_result(path)
+
+        # What the commands read of it, after `train` and after `ppo`.
+        needed = {"best", "stored_bytes"} | ({"episodes", "stopped"} if "episodes" in result else {"steps"})
+        missing = sorted(needed - result.keys()) or sorted(BEST.keys() - (result.get("best") or BEST).keys())
+        if missing:
+            raise ValueError(f"{path}: {missing[0]} is missing; remove the file, and the same command writes it")
         return result
 
     def go_on(self) -> None:
@@ -141,8 +149,11 @@ class RunFolder:
         """
         if self.out is None:
             return
-        self.amend(**self._moved)
-        before, now = _flat(read_facts(self.out / "run.json")), _flat(environment())
+        self.amend(**self._renamed)
+
+        # What the run did not note then is not taken to differ.
+        before = _flat(read_facts(self.out / "run.json"))
+        now = _flat(environment())
         changed = [name for name in now if before.get(name, now[name]) != now[name]]
         if changed:
             texts = "; ".join(f"{name} {before[name]} before, {now[name]} now" for name in changed)
@@ -167,9 +178,10 @@ class RunFolder:
 
 def is_metrics(row: dict[str, Any]) -> bool:
     """Whether a row is one of metrics.jsonl: numbers of a step, or an evaluation."""
-    kinds: dict[str, Any] = {"eval": dict, "sample": str}
-    whole = all(isinstance(value, kinds.get(name, NUMBER)) for name, value in row.items())
-    return whole and type(row.get("step")) is int and row["step"] >= 0
+    types: dict[str, Any] = {"eval": dict, "sample": str}
+    if not all(isinstance(value, types.get(name, NUMBER)) for name, value in row.items()):
+        return False
+    return type(row.get("step")) is int and row["step"] >= 0
 
 
 def read_facts(path: Path) -> dict[str, Any]:
@@ -178,9 +190,12 @@ def read_facts(path: Path) -> dict[str, Any]:
     if "config" not in facts:
         raise ValueError(f"{path}: not the facts of a run; restore it, or choose another out")
     _check_fields(str(path), facts, FACTS)
+
+    # The entries of lists, into which the types above do not reach.
     for row in facts.get("best_of", []):
-        if not (isinstance(row, list) and len(row) == 3 and all(isinstance(value, int | float) for value in row)):
+        if not (_is_numbers(row) and len(row) == 3):
             raise ValueError(f"{path}: best_of is damaged; restore the file")
+
     for field, entries in facts.get("inputs", {}).items():
         if not (isinstance(entries, list) and all(map(is_fingerprint, entries))):
             raise ValueError(f"{path}: inputs.{field} is damaged; restore the file, or choose another out")
@@ -193,14 +208,18 @@ def read_result(path: Path) -> dict[str, Any]:
     _check_fields(str(path), result, RESULT)
     _check_fields(f"{path}: best", result.get("best") or {}, BEST)
     for row in result.get("confusion", []):
-        if not (isinstance(row, list) and all(isinstance(value, int | float) for value in row)):
+        if not _is_numbers(row):
             raise ValueError(f"{path}: confusion is damaged; restore the file")
     return result
 
 
-def _check_fields(where: str, values: dict[str, Any], kinds: dict[str, Any]) -> None:
-    """ValueError where a field that is there has another kind of value than it should have."""
-    with_fields(values, where, **{name: kind for name, kind in kinds.items() if name in values})
+def _is_numbers(row: Any) -> bool:
+    return isinstance(row, list) and all(isinstance(value, int | float) for value in row)
+
+
+def _check_fields(where: str, values: dict[str, Any], types: dict[str, Any]) -> None:
+    """ValueError where a field that is there is of another type than it should be."""
+    with_fields(values, where, **{name: expected for name, expected in types.items() if name in values})
 
 
 def environment() -> dict[str, Any]:
@@ -218,8 +237,8 @@ def environment() -> dict[str, Any]:
 
 def _flat(facts: dict[str, Any]) -> dict[str, Any]:
     """What bits depend on, by name."""
-    named = {"device": facts.get("device"), "world size": facts.get("world_size")}
-    return {**facts.get("versions", {}), **{name: value for name, value in named.items() if value is not None}}
+    hardware = {"device": facts.get("device"), "world size": facts.get("world_size")}
+    return {**facts.get("versions", {}), **{name: value for name, value in hardware.items() if value is not None}}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,126 +22,140 @@ from .run_folder import RunFolder
 
 @dataclass
 class Progress:
-    """Counts, evaluations and the best so far; the facts of a checkpoint. `seconds` is the time spent in training."""
+    """Counts, evaluations and the best so far; the facts of a checkpoint, which holds the fields by these names."""
 
-    step: int = 0
-    loss_sum: float = 0.0
+    step: int = 0  # updates made
+    loss_sum: float = 0.0  # over all targets of all steps
     targets: int = 0
-    seconds: float = 0.0
-    before: dict[str, Any] = field(default_factory=dict)
-    metrics: dict[str, Any] = field(default_factory=dict)
-    best: dict[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0  # spent in training
+    before: dict[str, Any] = field(default_factory=dict)  # the evaluation before the first step
+    metrics: dict[str, Any] = field(default_factory=dict)  # the last evaluation
+    best: dict[str, Any] = field(default_factory=dict)  # step, metric, value and metrics of the best evaluation
     evals_since_best: int = 0
 
     def ended(self, total: int, early_stopping_patience: int | None) -> bool:
-        """Whether nothing is left to train."""
-        return self.step >= total or self.stalled(early_stopping_patience)
-
-    def stalled(self, early_stopping_patience: int | None) -> bool:
-        """Whether `early_stopping_patience` evaluations went by without a better one."""
+        """Whether no step is left, or so many evaluations went by without a better one."""
+        if self.step >= total:
+            return True
         return early_stopping_patience is not None and self.evals_since_best >= early_stopping_patience
 
 
-def save(record: RunFolder, progress: Progress, optimizer: Optimizer, data: Any, keep: int) -> None:
-    """Write the checkpoint of this step, and remove all but the last `keep`."""
-    if record.checkpoints is None:
+def save(run_folder: RunFolder, progress: Progress, optimizer: Optimizer, data: Any, keep_last: int) -> None:
+    """Write the checkpoint of this step, and remove all but the last `keep_last`."""
+    if run_folder.checkpoints is None:
         return
-    tensors = {f"optimizer.{key}": value for key, value in optimizer.state_dict().items()}
-    states, facts = generators()
-    facts = {"progress": asdict(progress), "data": data.state_dict(), "random": facts}
-    save_checkpoint(checkpoint_path(record.checkpoints, progress.step), tensors | states, facts)
-    prune(record.checkpoints, keep)
+    random_tensors, random_facts = generators()
+    tensors = {f"optimizer.{key}": tensor for key, tensor in optimizer.state_dict().items()} | random_tensors
+    facts = {"progress": asdict(progress), "data": data.state_dict(), "random": random_facts}
+    save_checkpoint(checkpoint_path(run_folder.checkpoints, progress.step), tensors, facts)
+    prune(run_folder.checkpoints, keep_last)
 
 
-def resume(record: RunFolder, optimizer: Optimizer, data: Any, keep: int) -> Progress:
+def resume(run_folder: RunFolder, optimizer: Optimizer, data: Any, keep_last: int) -> Progress:
     """Continue from the newest checkpoint: weights, generators, place in the data. Without one, from the beginning."""
-    found = checkpoints(record.checkpoints) if record.checkpoints else []
-    if record.checkpoints is None or not found:
-        record.rewind(-1)
+    newest = _newest_checkpoint(run_folder)
+    if newest is None:
+        run_folder.rewind(-1)
         return Progress()
-    tensors, facts = load_checkpoint(found[-1])
+
+    tensors, facts = load_checkpoint(newest)
     progress = Progress(**facts["progress"])
-    record.rewind(progress.step)
-    weights = {key.removeprefix("optimizer."): v for key, v in tensors.items() if key.startswith("optimizer.")}
-    optimizer.load_state_dict(weights)
+    run_folder.rewind(progress.step)
+    optimizer.load_state_dict(
+        {key.removeprefix("optimizer."): tensor for key, tensor in tensors.items() if key.startswith("optimizer.")}
+    )
     data.load_state_dict(facts["data"])
     set_generators(tensors, facts["random"])
-    prune(record.checkpoints, keep)  # a kill after the last save leaves one too many
+    # A kill after the last save leaves one too many.
+    prune(newest.parent, keep_last)
     return progress
 
 
-def tell_resumed(record: RunFolder, unit: str, done: int, total: int, ended: bool) -> None:
+def _newest_checkpoint(run_folder: RunFolder) -> Path | None:
+    if run_folder.checkpoints is None:
+        return None
+    return next(reversed(checkpoints(run_folder.checkpoints)), None)
+
+
+def tell_resumed(run_folder: RunFolder, unit: str, done: int, total: int, ended: bool) -> None:
     """Say where a run goes on that has begun before, and what is otherwise now; nothing of one that begins."""
-    if not ended:
-        record.go_on()
     if ended:
         tqdm.write(f"finished already: {done} of {total} {unit}s, nothing is left to train", file=sys.stderr)
-    elif done:
+        return
+    run_folder.go_on()
+    if done:
         tqdm.write(f"going on at {unit} {done} of {total}", file=sys.stderr)
 
 
-def last_good(record: RunFolder) -> str:
+def last_good(run_folder: RunFolder) -> str:
     """Where to go on from, in words."""
-    found = checkpoints(record.checkpoints) if record.checkpoints else []
-    return f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+    newest = _newest_checkpoint(run_folder)
+    return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
 
 
 def generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The states of all random generators that a loss or collate function may draw from: tensors, and facts."""
-    states = {"random.cpu": torch.get_rng_state()}
+    tensors = {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        states["random.cuda"] = torch.cuda.get_rng_state()
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    return states, {"python": random.getstate(), "numpy": [kind, np.asarray(keys).tolist(), *rest]}
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    # numpy's legacy state is (algorithm, key, position, has a Gaussian in store, that Gaussian): JSON takes no array.
+    algorithm, key, *position = np.random.get_state(legacy=True)
+    return tensors, {"python": random.getstate(), "numpy": [algorithm, np.asarray(key).tolist(), *position]}
 
 
-def set_generators(states: dict[str, Tensor], facts: dict[str, Any]) -> None:
+def set_generators(tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Put back what `generators` gave."""
-    torch.set_rng_state(states["random.cpu"])
-    if "random.cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["random.cuda"])
-    version, words, gauss = facts["python"]
-    random.setstate((version, tuple(words), gauss))
+    torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random.cuda"])
+    version, internal_state, next_gauss = facts["python"]
+    random.setstate((version, tuple(internal_state), next_gauss))  # JSON made a list of the inner tuple
     np.random.set_state(tuple(facts["numpy"]))
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """torch's generators begin at `seed`; after the block all of them, Python's and numpy's too, are as they were."""
-    states, facts = generators()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    tensors, facts = generators()
+    # `manual_seed` reaches all GPUs, `generators` only the current one.
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     torch.manual_seed(seed)
     try:
         yield
     finally:
-        set_generators(states, facts)
-        if devices:
-            torch.cuda.set_rng_state_all(devices)
+        set_generators(tensors, facts)
+        if cuda_states:
+            torch.cuda.set_rng_state_all(cuda_states)
 
 
-def keep_best(record: RunFolder, optimizer: Optimizer, progress: Progress, metric: str) -> None:
+def keep_best(run_folder: RunFolder, optimizer: Optimizer, progress: Progress, metric: str) -> None:
     """Note, and keep, the weights of the best evaluation so far. ValueError where it has no such metric."""
     if metric not in progress.metrics:
         known = ", ".join(key for key, value in progress.metrics.items() if isinstance(value, int | float))
         raise ValueError(f"best = {metric!r} is not a metric of this evaluation; there are {known}")
-    value, sign = progress.metrics[metric], -1 if metric in LOWER_IS_BETTER else 1
+
+    value = progress.metrics[metric]
+    sign = -1 if metric in LOWER_IS_BETTER else 1
     progress.evals_since_best += 1
+    # Nothing compares as better than NaN, which would then stay the best for good.
     if not progress.best or math.isnan(progress.best["value"]) or sign * value > sign * progress.best["value"]:
         progress.best = {"step": progress.step, "metric": metric, "value": value, "metrics": progress.metrics}
         progress.evals_since_best = 0
-        if record.best is not None:
-            weights = {k: v for k, v in optimizer.state_dict().items() if k.startswith(("weight.", "buffer."))}
-            save_checkpoint(record.best, weights, {"step": progress.step, "metrics": progress.metrics})
+        if run_folder.best is not None:
+            # Moments are of no use here: training goes on from the last step, not from the best one.
+            weights = {
+                key: tensor for key, tensor in optimizer.state_dict().items() if key.startswith(("weight.", "buffer."))
+            }
+            save_checkpoint(run_folder.best, weights, {"step": progress.step, "metrics": progress.metrics})
 
 
-def restore_best(record: RunFolder, optimizer: Optimizer, progress: Progress) -> None:
+def restore_best(run_folder: RunFolder, optimizer: Optimizer, progress: Progress) -> None:
     """Put the best weights into the model; without a run folder the last ones stay, and count as the result."""
     if not progress.best:
         return
-    if record.best is None:
-        step, metrics = progress.step, progress.metrics
-    else:
-        weights, facts = load_checkpoint(record.best)
+    facts: dict[str, Any] = {"step": progress.step, "metrics": progress.metrics}
+    if run_folder.best is not None:
+        # What the folder says counts: a kill can leave a newer best there than the checkpoint knew of.
+        weights, facts = load_checkpoint(run_folder.best)
         optimizer.load_state_dict(weights)
-        step, metrics = facts["step"], facts["metrics"]
-    progress.best |= {"step": step, "metrics": metrics, "value": metrics[progress.best["metric"]]}
+    progress.best |= {**facts, "value": facts["metrics"][progress.best["metric"]]}
