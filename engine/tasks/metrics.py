@@ -251,9 +251,9 @@ def _ratio(part: int, total: int) -> float:
     return part / total if total else 0.0
 
 
-def _same_length(score: str, name: str, values: Sized, other: str, others: Sized) -> None:
-    if len(values) != len(others):
-        raise ValueError(f"{score}: {len(values)} {name} for {len(others)} {other}; give one for each row")
+def _same_length(score: str, name: str, values: Sized, gold_name: str, gold: Sized) -> None:
+    if len(values) != len(gold):
+        raise ValueError(f"{score}: {len(values)} {name} for {len(gold)} {gold_name}; give one for each row")
 
 
 def _class_ids(name: str, values: ArrayLike, n_classes: int, lowest: int = 0) -> NDArray[np.int64]:
