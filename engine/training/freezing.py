@@ -37,10 +37,10 @@ def freeze(model: nn.Module, *patterns: str) -> None:
     matched = match(model, patterns)
     for parameter in matched.values():
         parameter.requires_grad_(False)
-    give_back(model, matched.values())
+    forget_trained(model, matched.values())
 
     # Adapters that are not in use: their tensors are set aside, and what was paused would train again with them.
-    for name, tensor in every_tensor_aside(model):
+    for name, tensor in all_inactive_tensors(model):
         if tensor.requires_grad and any(fnmatchcase(name, pattern) for pattern in patterns):
             tensor.requires_grad_(False)
     for site in adapter_sites(model):

@@ -111,7 +111,7 @@ def require_finite(
     """
     if math.isfinite(loss) and math.isfinite(norm):
         return
-    if untrained is not None and unsound_weights(untrained):
+    if untrained is not None and non_finite_weights(untrained):
         raise not_finite(untrained, f"{step}: the loss")
     raise FloatingPointError(
         f"{step}: the loss is {loss}, its gradient norm {norm}; {last_good(run_folder)}; try a smaller {lr_option}"

@@ -131,7 +131,7 @@ def train(
 
         # What trains, and on what. The folder is claimed after these checks: a call that is refused writes nothing.
         trained = _trained_parameters(model, config, isinstance(loss_fn, ByAdapter))
-        claim(model, active_adapter(model), trained.keys())
+        mark_trained(model, active_adapter(model), trained.keys())
         data = _batches(data, collate, config, shuffle=True)
         if eval_data is not None:
             eval_data = _batches(eval_data, collate, config, shuffle=False)
