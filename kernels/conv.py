@@ -12,6 +12,8 @@ For x (B, C, H, W), weight (M, C/groups, k, k), A (R, C, k, k), B (M, R/groups, 
 The 1×1 convolution is a matrix product, added to y in place: measured on CPU at ResNet's sizes, fp32, 2 to 4 times as
 fast as a convolution and an addition, forward and backward. Views of (B, ·, H'W') serve both memory formats, so y keeps
 the one that the convolution chose. Saved are x and S; convolutions whose gradient nobody wants are not computed.
+
+Shapes: B images, C channels of x, M channels of y, R the rank, k the kernel, H'W' the places of y.
 """
 
 import math
@@ -26,55 +28,57 @@ from torch.autograd.function import once_differentiable
 from .linear import Merged
 from .lora.dora import rescale, row_norms
 from .lora.per_row import AdapterRows
-from .lora.products import LoRALinearArgs, draw_seed, drop
+from .lora.products import cast_for_autocast, check_dtypes_and_dropout, draw_seed, drop
 
 Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class _ConvArgs:
-    """Everything about a call that is not a tensor. The groups are those of the frozen convolution and of B."""
+    """Everything about a call that is not a tensor."""
 
-    stride: Pair
+    stride: Pair  # in pixels, as padding and dilation: of the frozen convolution and of the one with A
     padding: Pair
     dilation: Pair
-    groups: int
-    scale: float
-    dropout: float
-    seed: int
+    groups: int  # of the frozen convolution and of B; A reads all channels
+    scale: float  # s
+    dropout: float  # a probability
+    seed: int  # of the dropout mask
 
     def drop(self, x: Tensor) -> Tensor:
-        return drop(x, LoRALinearArgs(dropout=self.dropout, seed=self.seed))
+        return drop(x, self.dropout, self.seed)
 
     def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
 
     def convolve_backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, groups: int, need_x: bool, need_w: bool
+        self, grad: Tensor, x: Tensor, weight: Tensor, groups: int, need_x: bool, need_weight: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        if not (need_x or need_w):
+        """Gradients of x and weight, each only where it is needed."""
+        if not (need_x or need_weight):
             return None, None
-        geometry = (self.stride, self.padding, self.dilation, False, (0, 0), groups)
-        wanted = (need_x, need_w, False)
-        return torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, wanted)[:2]
+        geometry = (self.stride, self.padding, self.dilation, False, (0, 0), groups)  # not transposed
+        needs = (need_x, need_weight, False)
+        return torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, needs)[:2]
 
     def blocks(self, b: Tensor) -> Iterator[tuple[Tensor, slice, slice]]:
         """Each group's B as a matrix, its channels of y and of S."""
-        m, r = b.shape[0] // self.groups, b.shape[1]
+        m = b.shape[0] // self.groups
+        rank = b.shape[1]
         for i in range(self.groups):
-            rows = slice(i * m, (i + 1) * m)
-            yield b[rows, :, 0, 0], rows, slice(i * r, (i + 1) * r)
+            channels = slice(i * m, (i + 1) * m)
+            yield b[channels, :, 0, 0], channels, slice(i * rank, (i + 1) * rank)
 
 
 class _LoRAConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, plan: _ConvArgs):
-        y = plan.convolve(x, weight, bias, plan.groups)
-        s = plan.convolve(plan.drop(x), a, None, 1).flatten(2)
-        flat = y.view(*y.shape[:2], s.shape[2])
-        for matrix, rows, ranks in plan.blocks(b):
-            flat[:, rows].baddbmm_(matrix.expand(len(x), -1, -1), s[:, ranks], alpha=plan.scale)
-        ctx.plan = plan
+    def forward(ctx, x, weight, bias, a, b, args: _ConvArgs):
+        y = args.convolve(x, weight, bias, args.groups)  # (B, M, H', W')
+        s = args.convolve(args.drop(x), a, None, 1).flatten(2)  # (B, R, H'W')
+        flat = y.view(*y.shape[:2], s.shape[2])  # (B, M, H'W')
+        for matrix, channels, ranks in args.blocks(b):
+            flat[:, channels].baddbmm_(matrix.expand(len(x), -1, -1), s[:, ranks], alpha=args.scale)
+        ctx.args = args
         ctx.save_for_backward(x, weight, a, b, s)
         return y
 
@@ -82,43 +86,47 @@ class _LoRAConv2d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, a, b, s = ctx.saved_tensors
-        plan: _ConvArgs = ctx.plan
-        need_x, need_w, need_bias, need_a, need_b, _ = ctx.needs_input_grad
-        grad_bias = grad.sum((0, 2, 3)) if need_bias else None
-        grad_x, grad_w = plan.convolve_backward(grad, x, weight, plan.groups, need_x, need_w)
-        grad_b = _grad_b(grad.flatten(2), s, b, plan) if need_b else None
+        args: _ConvArgs = ctx.args
+        need_x, need_weight, need_bias, need_a, need_b, _ = ctx.needs_input_grad
+
+        grad_bias = grad.sum((0, 2, 3)) if need_bias else None  # (M,)
+        grad_x, grad_weight = args.convolve_backward(grad, x, weight, args.groups, need_x, need_weight)
+        grad_b = _grad_b(grad.flatten(2), s, b, args) if need_b else None  # (M, R/groups, 1, 1)
+
+        # Through the low-rank branch, whose input was dropped.
         grad_a = None
         if need_x or need_a:
-            grad_s = _grad_s(grad.flatten(2), s, b, plan).unflatten(2, grad.shape[2:])
-            masked = plan.drop(x) if need_a else x
-            low_x, grad_a = plan.convolve_backward(grad_s, masked, a, 1, need_x, need_a)
-            if grad_x is not None and low_x is not None:
-                grad_x.add_(plan.drop(low_x))
-        return grad_x, grad_w, grad_bias, grad_a, grad_b, None
+            grad_s = _grad_s(grad.flatten(2), s, b, args).unflatten(2, grad.shape[2:])  # (B, R, H', W')
+            dropped = args.drop(x) if need_a else x  # dx needs no more than its shape
+            low_rank_x, grad_a = args.convolve_backward(grad_s, dropped, a, 1, need_x, need_a)
+            if grad_x is not None and low_rank_x is not None:
+                grad_x.add_(args.drop(low_rank_x))
+        return grad_x, grad_weight, grad_bias, grad_a, grad_b, None
 
 
-def _grad_s(grad: Tensor, s: Tensor, b: Tensor, plan: _ConvArgs) -> Tensor:
+def _grad_s(grad: Tensor, s: Tensor, b: Tensor, args: _ConvArgs) -> Tensor:
     """s Bᵀ dy (B, R, H'W')."""
     grad_s = torch.empty_like(s)
-    for matrix, rows, ranks in plan.blocks(b):
-        grad_s[:, ranks] = torch.matmul(matrix.T * plan.scale, grad[:, rows])
+    for matrix, channels, ranks in args.blocks(b):
+        grad_s[:, ranks] = torch.matmul(matrix.T * args.scale, grad[:, channels])
     return grad_s
 
 
-def _grad_b(grad: Tensor, s: Tensor, b: Tensor, plan: _ConvArgs) -> Tensor:
+def _grad_b(grad: Tensor, s: Tensor, b: Tensor, args: _ConvArgs) -> Tensor:
     """s Σ dy Sᵀ; multiplied the other way round, which is up to seven times as fast on CPU.
 
     In low precision it is one product over all images, whose sum is one in fp32: those of single images would each be
     rounded before they are added up.
     """
     grad_b = torch.empty_like(b)
-    for _, rows, ranks in plan.blocks(b):
-        low, high = s[:, ranks].mT, grad[:, rows].mT  # (B, H'W', R), (B, H'W', M)
+    for _, channels, ranks in args.blocks(b):
+        s_t = s[:, ranks].mT  # (B, H'W', R)
+        grad_t = grad[:, channels].mT  # (B, H'W', M)
         if grad.element_size() < 4:
-            total = low.flatten(0, 1).T @ high.flatten(0, 1)
+            total = s_t.flatten(0, 1).T @ grad_t.flatten(0, 1)  # (R, M)
         else:
-            total = torch.bmm(low.mT, high).sum(0)
-        grad_b[rows, :, 0, 0] = total.mul_(plan.scale).T
+            total = torch.bmm(s_t.mT, grad_t).sum(0)  # (R, M)
+        grad_b[channels, :, 0, 0] = total.mul_(args.scale).T
     return grad_b
 
 
@@ -146,17 +154,18 @@ def lora_conv2d(
 
     Raises ValueError where shapes, dtypes or devices don't fit.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, a, b = x.to(dtype), weight.to(dtype), a.to(dtype), b.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    _check(x, weight, bias, a, b, groups, dropout)
-    stride, padding, dilation = _pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation)
+    x, weight, bias, a, b = cast_for_autocast((x, weight, bias, a, b), x.device.type)
+    _check(x, weight, bias, a, b, groups)
+    check_dtypes_and_dropout(x, weight, a, (b,), dropout)
+    stride = _pair("stride", stride)
+    padding = _pair("padding", padding)
+    dilation = _pair("dilation", dilation)
+
     if dropout and seed is None:
         seed = draw_seed()
-    tensors = (x, weight, bias, a, b)
+    args = _ConvArgs(stride, padding, dilation, groups, scale, dropout, seed or 0)
     with torch.autocast(x.device.type, enabled=False):
-        return _LoRAConv2d.apply(*tensors, _ConvArgs(stride, padding, dilation, groups, scale, dropout, seed or 0))
+        return _LoRAConv2d.apply(x, weight, bias, a, b, args)
 
 
 def _pair(name: str, value: int | Pair) -> Pair:
@@ -166,23 +175,19 @@ def _pair(name: str, value: int | Pair) -> Pair:
     return pair
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, groups: int, dropout: float) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, groups: int) -> None:
     of_weight = f"for weight {tuple(weight.shape)} with {groups} groups"
-    m, c = weight.shape[0], weight.shape[1] * groups
+    m, channels_per_group, *kernel = weight.shape
+    c = channels_per_group * groups
     if x.dim() != 4 or x.shape[1] != c:
         raise ValueError(f"x: expected (B, {c}, H, W) {of_weight}, got {tuple(x.shape)}")
     if bias is not None and bias.shape != (m,):
         raise ValueError(f"bias: expected ({m},) {of_weight}, got {tuple(bias.shape)}")
-    if a.dim() != 4 or a.shape[1:] != (c, *weight.shape[2:]):
-        expected = ", ".join(str(size) for size in ("R", c, *weight.shape[2:]))
+    if a.dim() != 4 or a.shape[1:] != (c, *kernel):
+        expected = ", ".join(str(size) for size in ("R", c, *kernel))
         raise ValueError(f"a: expected ({expected}) {of_weight}, got {tuple(a.shape)}")
     if m % groups or len(a) % groups or b.shape != (m, len(a) // groups, 1, 1):
         raise ValueError(f"b: expected ({m}, R/groups, 1, 1) {of_weight} and a {tuple(a.shape)}, got {tuple(b.shape)}")
-    for name, tensor in (("weight", weight), ("a", a), ("b", b)):
-        if tensor.dtype != x.dtype or tensor.device != x.device:
-            raise ValueError(f"{name}: {tensor.dtype} on {tensor.device}, but x is {x.dtype} on {x.device}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
 
 
 def lora_conv2d_reference(x, weight, bias, a, b, *, groups=1, scale=1.0, **geometry) -> Tensor:
@@ -200,12 +205,16 @@ class LoRAConvWeights(nn.Module):
 
     def __init__(self, conv: "Conv2d", rank: int, scale: float, dropout: float = 0.0):
         super().__init__()
-        self.groups, self.scale, self.dropout = conv.groups, scale, dropout
-        m, c, *kernel = conv.weight.shape
-        bound, device = 1 / math.sqrt(c * conv.groups * math.prod(kernel)), conv.weight.device
-        self.a = nn.Parameter(torch.empty(rank, c * conv.groups, *kernel, device=device).uniform_(-bound, bound))
-        self.b = nn.Parameter(torch.zeros(m, rank // conv.groups, 1, 1, device=device))
+        self.groups = conv.groups
+        self.scale = scale
+        self.dropout = dropout
 
+        m, channels_per_group, *kernel = conv.weight.shape
+        c = channels_per_group * conv.groups
+        bound = 1 / math.sqrt(c * math.prod(kernel))
+        device = conv.weight.device
+        self.a = nn.Parameter(torch.empty(rank, c, *kernel, device=device).uniform_(-bound, bound))
+        self.b = nn.Parameter(torch.zeros(m, rank // conv.groups, 1, 1, device=device))
         self.m: nn.Parameter | None = None  # DoRA's magnitudes (M,), see `dora.py`
         self.lr_ratio = 1.0  # of B's learning rate to A's
         self.paused: tuple[str, ...] = ()  # the parameters that train when it is the adapter in use
@@ -226,9 +235,9 @@ class LoRAConvWeights(nn.Module):
     def merged(self, weight: Tensor) -> Tensor:
         """What the weight (M, C, k, k) becomes, in fp32. Several groups have no such: each would read all channels."""
         assert self.groups == 1
-        delta = torch.einsum("mr,rcij->mcij", self.b[:, :, 0, 0].float(), self.a.float())
-        value = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.scale * delta
-        return value if self.m is None else value * self.gain(weight)[:, None, None, None]
+        delta = torch.einsum("mr,rcij->mcij", self.b[:, :, 0, 0].float(), self.a.float())  # (M, C, k, k)
+        merged = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.scale * delta
+        return merged if self.m is None else merged * self.gain(weight)[:, None, None, None]
 
 
 class Conv2d(nn.Module):
@@ -246,10 +255,15 @@ class Conv2d(nn.Module):
         self._set_up((stride, stride), (padding, padding), (1, 1), 1)
 
     def _set_up(self, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> None:
-        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self.stride = stride
+        self.padding = padding
+        self.dilation = dilation
+        self.groups = groups
+
+        # The slot of the adapters.
         self.lora = nn.ModuleDict()
         self.active: str | AdapterRows | None = None
-        self.merged: Merged | None = None
+        self.merged: Merged | None = None  # the adapter that stands in the weight
 
     @classmethod
     def around(cls, conv: nn.Conv2d) -> "Conv2d":
@@ -259,9 +273,10 @@ class Conv2d(nn.Module):
         """
         if conv.padding_mode != "zeros":
             raise ValueError(f"padding_mode {conv.padding_mode!r} is not implemented for an adapter; only zeros are")
-        new = cls.__new__(cls)
+        new = cls.__new__(cls)  # without __init__, which would make parameters
         nn.Module.__init__(new)
-        new.weight, new.bias = conv.get_parameter("weight"), None if conv.bias is None else conv.get_parameter("bias")
+        new.weight = conv.get_parameter("weight")
+        new.bias = None if conv.bias is None else conv.get_parameter("bias")
         new._set_up((conv.stride[0], conv.stride[1]), _zeros(conv), (conv.dilation[0], conv.dilation[1]), conv.groups)
         return new
 
@@ -273,6 +288,7 @@ class Conv2d(nn.Module):
     def _convolve(self, x: Tensor, adapter: str | None) -> Tensor:
         if adapter is None:
             return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
         factors: LoRAConvWeights = self.lora[adapter]  # type: ignore[assignment]
         y = lora_conv2d(
             x, self.weight, self.bias, factors.a.to(x.dtype), factors.b.to(x.dtype), stride=self.stride,
@@ -292,6 +308,8 @@ def _zeros(conv: nn.Conv2d) -> Pair:
         return 0, 0
     if conv.padding != "same":
         return _pair("padding", conv.padding)  # type: ignore[arg-type]
+
+    # "same" adds up to dilation · (k − 1), of which each side gets half.
     total = [d * (k - 1) for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
     if total[0] % 2 or total[1] % 2:
         raise ValueError(f'padding "same" of an even kernel {conv.kernel_size} is uneven, which is not implemented')

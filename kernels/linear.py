@@ -40,11 +40,17 @@ class Linear(nn.Module):
         self._set_up(in_features, out_features, parts)
 
     def _set_up(self, in_features: int, out_features: int, parts: tuple[tuple[str, int], ...]) -> None:
-        self.in_features, self.out_features, self.transposed = in_features, out_features, False
+        self.in_features = in_features
+        self.out_features = out_features
+        self.transposed = False
+
+        # The slot of the adapters.
         self.lora = nn.ModuleDict()
         self.active: str | AdapterRows | None = None
-        self.merged: Merged | None = None
-        start, blocks = 0, []
+        self.merged: Merged | None = None  # the adapter that stands in the weight
+
+        start = 0
+        blocks = []
         for name, size in parts or (("", out_features),):
             blocks.append(LinearPart(name, start, size))
             start += size
@@ -53,11 +59,12 @@ class Linear(nn.Module):
     @classmethod
     def around(cls, weight: nn.Parameter, bias: nn.Parameter | None, transposed: bool = False) -> "Linear":
         """A `Linear` that holds existing parameters: how a foreign layer becomes one of ours, keys unchanged."""
-        linear = cls.__new__(cls)
+        linear = cls.__new__(cls)  # without __init__, which would make parameters
         nn.Module.__init__(linear)
-        linear.weight, linear.bias = weight, bias
-        shape = weight.shape[::-1] if transposed else weight.shape
-        linear._set_up(shape[1], shape[0], ())
+        linear.weight = weight
+        linear.bias = bias
+        out_features, in_features = weight.shape[::-1] if transposed else weight.shape
+        linear._set_up(in_features, out_features, ())
         linear.transposed = transposed
         return linear
 
@@ -97,55 +104,55 @@ def _project(
     h: Tensor, linear: Linear, norm: LayerNorm | RMSNorm | None = None, activation: Activation | None = None
 ) -> Tensor:
     if isinstance(linear.active, AdapterRows):
-        return _project_by_row(h, linear, linear.active, norm, activation)
+        # What stands in front is evaluated before, and its output is kept.
+        x = h if norm is None else norm(h)
+        x = x if activation is None else Activate.apply(x, activation)
+        return _project_by_row(x, linear, linear.active)
     return bind_projection(h.dtype, linear, norm, activation)(h)
 
 
-def _project_by_row(
-    h: Tensor,
-    linear: Linear,
-    rows: AdapterRows,
-    norm: LayerNorm | RMSNorm | None,
-    activation: Activation | None,
-) -> Tensor:
-    """Each row with its own adapter. What stands in front is evaluated before, and its output is kept."""
-    x = h if norm is None else norm(h)
-    x = x if activation is None else Activate.apply(x, activation)
-    known = rows.on(linear.lora)
-    dropout = _same_dropout(linear, known) if linear.training else 0.0
-    factors: list[LoRALinearWeights] = [linear.lora[name] for name in known]  # type: ignore[misc]
-    a, bs, starts = rows.stacks(linear, factors, linear.parts, x.dtype)
-    segments = rows.segments(x.shape, known, x.device)
+def _project_by_row(x: Tensor, linear: Linear, adapter_rows: AdapterRows) -> Tensor:
+    """The projection of x (..., K) to (..., M), each row with its own adapter."""
+    names = adapter_rows.on(linear.lora)
+    adapters: list[LoRALinearWeights] = [linear.lora[name] for name in names]  # type: ignore[misc]
+    dropout = 0.0
+    if linear.training:
+        dropouts = sorted({adapter.dropout for adapter in adapters})
+        if len(dropouts) > 1:
+            raise ValueError(f"adapters of one batch must have the same dropout in training, got {dropouts}")
+        dropout = dropouts[0]
+
+    a, bs, rows = adapter_rows.stacks(linear, adapters, linear.parts, x.dtype)  # (G, ΣR, K), each (G, Mᵢ, Rᵢ)
+    segments = adapter_rows.segments(x.shape, names, x.device)
     weight = linear.quantized or linear.matrix
-    return lora_linear_batched(x, weight, linear.bias, a, bs, segments, rows=starts, dropout=dropout)
-
-
-def _same_dropout(linear: Linear, names: tuple[str, ...]) -> float:
-    factors: list[LoRALinearWeights] = [linear.lora[name] for name in names]  # type: ignore[misc]
-    shares = sorted({own.dropout for own in factors})
-    if len(shares) > 1:
-        raise ValueError(f"adapters of one batch must have the same dropout in training, got {shares}")
-    return shares[0]
+    return lora_linear_batched(x, weight, linear.bias, a, bs, segments, rows=rows, dropout=dropout)
 
 
 def bind_projection(
     dtype: torch.dtype, linear: Linear, norm: LayerNorm | RMSNorm | None = None, activation: Activation | None = None
 ) -> Callable[[Tensor], Tensor]:
     """The projection of h with the adapter that is active now, and the same dropout mask each time, also later on."""
-    in_front = norm.parameters_in_order() if norm is not None else None
-    weight, eps = linear.quantized or linear.matrix, norm.eps if norm is not None else 0.0
+    weight = linear.quantized or linear.matrix
+    norm_weights = None
+    eps = 0.0
+    if norm is not None:
+        norm_weights = norm.parameters_in_order()
+        eps = norm.eps
+
     if not isinstance(linear.active, str):
-        plan = LoRALinearArgs(eps=eps, activation=activation)
-        return lambda h: fused_linear(h, weight, linear.bias, None, (), plan, in_front)
+        args = LoRALinearArgs(eps=eps, activation=activation)
+        return lambda h: fused_linear(h, weight, linear.bias, None, (), args, norm_weights)
+
     adapter: LoRALinearWeights = linear.lora[linear.active]  # type: ignore[assignment]
     dropout = adapter.dropout if linear.training else 0.0
     seed = draw_seed() if dropout else 0
-    plan = LoRALinearArgs(adapter.rows, adapter.scales, eps, activation, dropout, seed)
-    a, bs = adapter.factors(dtype)
+    args = LoRALinearArgs(adapter.rows, adapter.scales, eps, activation, dropout, seed)
+    a, bs = adapter.factors(dtype)  # (ΣR, K), each (Mᵢ, Rᵢ)
     if adapter.m is None:
-        return lambda h: fused_linear(h, weight, linear.bias, a, bs, plan, in_front)
-    gain = adapter.gain(weight)
-    return lambda h: rescale(fused_linear(h, weight, linear.bias, a, bs, plan, in_front), gain, linear.bias)
+        return lambda h: fused_linear(h, weight, linear.bias, a, bs, args, norm_weights)
+
+    gain = adapter.gain(weight)  # (M,)
+    return lambda h: rescale(fused_linear(h, weight, linear.bias, a, bs, args, norm_weights), gain, linear.bias)
 
 
 def norm_linear(h: Tensor, norm: LayerNorm | RMSNorm, linear: Linear) -> Tensor:

@@ -22,21 +22,25 @@ def feed_forward(
     """down(activation(up(norm(x)))) for x (..., D); see above for `recompute`, which adapters by row ignore."""
     if not (recompute and torch.is_grad_enabled()) or isinstance(up.active, AdapterRows):
         return activation_linear(norm_linear(x, norm, up), activation, down)
-    project = bind_projection(x.dtype, up, norm)  # now: the backward pass may find another adapter active
-    u = project(x)
+
+    # Bound now: by the time of the backward pass another adapter may be active.
+    project = bind_projection(x.dtype, up, norm)
+    u = project(x)  # (..., F), or (..., 2F) if gated
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    place, size = u.data_ptr(), u.numel()
+    u_address = u.data_ptr()
+    u_size = u.numel()
 
-    def again() -> Tensor:
+    def recompute_u() -> Tensor:
         with torch.no_grad(), torch.autocast(device, autocast, enabled=autocast is not None):
             return project(x)
 
-    def pack(kept: Tensor) -> Tensor | Callable[[], Tensor]:
-        return again if kept.data_ptr() == place and kept.numel() == size else kept
+    # Autograd saves the function instead of u, which it knows by its address: `down` saves u with its rows flattened.
+    def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
+        return recompute_u if saved.data_ptr() == u_address and saved.numel() == u_size else saved
 
     def unpack(packed: Tensor | Callable[[], Tensor]) -> Tensor:
-        return packed if isinstance(packed, Tensor) else packed().flatten(0, -2)
+        return packed if isinstance(packed, Tensor) else packed().flatten(0, -2)  # (N, F) or (N, 2F)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return activation_linear(u, activation, down)

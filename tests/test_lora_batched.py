@@ -227,9 +227,9 @@ def test_tables_for_triton() -> None:
     assert where.blocks.tolist() == [[0, 0, 3], [2, 3, 67], [2, 67, 74]]
     assert where.pieces.tolist() == [[0, 0, 3], [2, 3, 74]]
     assert where.totals.tolist() == [[0, 0, 1], [2, 1, 2]]
-    assert not where.alone
+    assert not where.single_rows
     few = Segments.of((1, 1, -1, 0))
-    assert few.alone
+    assert few.single_rows
     assert few.adapters == (1, -1, 0)
     assert few.blocks.tolist() == [[0, 0, 1], [1, 1, 2], [1, 2, 3]]
     assert few.pieces.tolist() == [[0, 0, 1], [1, 1, 3]]

@@ -51,8 +51,12 @@ def case(name: str, dropout: float = 0.0) -> Case:
 def expected_kernels(name: str, dropout: float) -> set[str]:
     """Those of the products down to the rank and up again; single rows have their own, which know no dropout."""
     if name not in ("one row", "one token each"):
-        return {"_down_kernel", "_up_kernel"}
-    return {"_down_kernel", "_up_row_kernel", "_up_kernel"} if dropout else {"_down_row_kernel", "_up_row_kernel"}
+        return {"_lora_a_kernel", "_add_lora_kernel"}
+    return (
+        {"_lora_a_kernel", "_add_lora_row_kernel", "_add_lora_kernel"}
+        if dropout
+        else {"_lora_a_row_kernel", "_add_lora_row_kernel"}
+    )
 
 
 @every_dtype
@@ -66,7 +70,12 @@ def test_agrees_with_float64(name: str, dtype: torch.dtype, dropout: float, monk
     rounded = tuple(t.to(dtype) for t in one.inputs)
     with launched() as kernels:
         ours = run(one.op, leaves(rounded, dtype, DEVICE))
-    assert set(kernels) == {*expected_kernels(name, dropout), "_sweep_kernel", "_outer_kernel", "_total_kernel"}
+    assert set(kernels) == {
+        *expected_kernels(name, dropout),
+        "_s_and_b_gradients_kernel",
+        "_a_gradient_kernel",
+        "_sum_pieces_kernel",
+    }
     reference = run(one.reference, leaves(rounded, dtype))
     truth = run(one.reference, leaves(rounded, torch.float64, DEVICE))
     bound = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}[dtype]

@@ -35,14 +35,14 @@ MISTAKES = {
     ),
     "the scale of the second part taken for the first": (
         "lora.products",
-        "column : column + b.shape[1]] = b * scale",
-        "column : column + b.shape[1]] = b * plan.scales[0]",
+        "joined[rows, ranks] = b * scale",
+        "joined[rows, ranks] = b * args.scales[0]",
         lambda patch: contract.test_agrees_with_float64("lora parts", torch.float32, (13,), 7, patch),
     ),
     "what dropout keeps not scaled up": (
         "lora.linear_triton",
-        "        total = total / (1 - p)\n    place",
-        "        total = total\n    place",
+        "        total = total / (1 - p)\n    position",
+        "        total = total\n    position",
         lambda patch: contract.test_agrees_with_float64("lora dropout", torch.float32, (13,), 7, patch),
     ),
     "another mask in the backward pass": (

@@ -16,11 +16,13 @@ Forward as in Punica (SGMV, 2310.18547) and S-LoRA (2311.03285), training as in 
 need not be neighbours here, and every sum has a fixed order, so that two runs are bitwise equal.
 
 How rows are grouped is told in `row_groups.py`; parts and dropout are those of `linear.py`, the same mask included.
+
+Shapes: N rows, K columns of x, M columns of y, G adapters, ΣR the sum of all parts' ranks; n rows of S (by torch,
+its padding included); a `Step` has g adapters with L rows each.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,36 +31,46 @@ from torch.autograd.function import once_differentiable
 
 from .. import backend
 from ..quant.nf4 import NF4Weight
-from .products import LoRALinearArgs, draw_seed, drop, linear_with_lora
+from .products import (
+    LoRALinearArgs,
+    cast_for_autocast,
+    check_dtypes_and_dropout,
+    check_x_and_bias,
+    draw_seed,
+    drop,
+    linear_with_lora,
+    parts_of,
+)
 from .row_groups import Segments
 
 
 @dataclass(frozen=True)
 class _BatchedArgs:
-    """Everything about a call that is not a tensor: the segments, each part's first row in y, dropout and its seed."""
+    """Everything about a call that is not a tensor."""
 
     segments: Segments
-    rows: tuple[int, ...]
-    dropout: float
-    seed: int
+    rows: tuple[int, ...]  # each part's first row in W, which is its first column in y
+    dropout: float  # a probability
+    seed: int  # of the dropout mask
 
 
-def _evaluate(x, weight, bias, a, plan: _BatchedArgs, *bs) -> tuple[Tensor, Tensor]:
-    """y and S."""
-    y = linear_with_lora(x, weight, bias, None, (), LoRALinearArgs())
+def _evaluate(x, weight, bias, a, args: _BatchedArgs, *bs) -> tuple[Tensor, Tensor]:
+    """y (N, M) and S (n, ΣR)."""
+    y = linear_with_lora(x, weight, bias, None, (), LoRALinearArgs())  # (N, M)
     on_triton = backend.on_triton(x, a, *bs)
-    s = _down(x, a, plan, on_triton)
-    _up_(y, s, bs, plan, on_triton)
+    s = _lora_a_forward(x, a, args, on_triton)  # (n, ΣR)
+    _add_lora_(y, s, bs, args, on_triton)
     return y, s
 
 
 class _LoRALinearBatched(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, a, plan: _BatchedArgs, *bs):
-        y, s = _evaluate(x, weight, bias, a, plan, *bs)
+    def forward(ctx, x, weight, bias, a, args: _BatchedArgs, *bs):
+        y, s = _evaluate(x, weight, bias, a, args, *bs)
+        ctx.args = args
         ctx.on_triton = backend.on_triton(x, a, *bs)
+
         keep_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        ctx.plan = plan
         ctx.packed = weight if isinstance(weight, NF4Weight) else None  # decoded in each pass, never kept
         ctx.save_for_backward(x if keep_x else None, None if ctx.packed is not None else weight, a, s, *bs)
         return y
@@ -67,121 +79,121 @@ class _LoRALinearBatched(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, a, s, *bs = ctx.saved_tensors
-        need_x, need_w, need_bias, need_a, _, *need_bs = ctx.needs_input_grad
+        need_x, need_weight, need_bias, need_a, _, *need_bs = ctx.needs_input_grad
+
         grad_bs: list[Tensor | None] = [None] * len(bs)
-        grad_s = s  # nobody asks for dS where only W or the bias is trained
+        grad_s = s  # nobody reads dS where only W or the bias is trained
         if need_x or need_a or any(need_bs):
-            sweep = _sweep_triton if ctx.on_triton else _sweep
-            grad_s, grad_bs = sweep(grad, s, bs, ctx.plan, need_bs)
+            s_and_b_gradients = _s_and_b_gradients_triton if ctx.on_triton else _s_and_b_gradients
+            grad_s, grad_bs = s_and_b_gradients(grad, s, bs, ctx.args, need_bs)  # (n, ΣR), each (G, Mᵢ, Rᵢ)
+
         if ctx.packed is not None and need_x:
-            weight = ctx.packed.dequantize_into_buffer(grad.dtype)
+            weight = ctx.packed.dequantize_into_buffer(grad.dtype)  # (M, K)
         return (
-            _input_gradient(grad, weight, grad_s, a, ctx.plan, ctx.on_triton) if need_x else None,
-            grad.T @ x if need_w else None,
-            grad.sum(0) if need_bias else None,
-            _outer(grad_s, x, len(a), ctx.plan, ctx.on_triton) if need_a else None,
+            _input_gradient(grad, weight, grad_s, a, ctx.args, ctx.on_triton) if need_x else None,  # (N, K)
+            grad.T @ x if need_weight else None,  # (M, K)
+            grad.sum(0) if need_bias else None,  # (M,)
+            _a_gradient(grad_s, x, len(a), ctx.args, ctx.on_triton) if need_a else None,  # (G, ΣR, K)
             None,
             *grad_bs,
         )
 
 
-def _parts(bs: Sequence[Tensor], rows: Sequence[int]) -> Iterator[tuple[Tensor, slice, slice]]:
-    """Each part's B with its columns of y and of S."""
-    column = 0
-    for b, row in zip(bs, rows, strict=True):
-        yield b, slice(row, row + b.shape[1]), slice(column, column + b.shape[2])
-        column += b.shape[2]
-
-
-def _masked(x: Tensor, plan: _BatchedArgs) -> Tensor:
-    return drop(x, LoRALinearArgs(dropout=plan.dropout, seed=plan.seed))
-
-
-def _down(x: Tensor, a: Tensor, plan: _BatchedArgs, on_triton: bool) -> Tensor:
-    """S, in the order of places (Triton) or of cells (torch)."""
+def _lora_a_forward(x: Tensor, a: Tensor, args: _BatchedArgs, on_triton: bool) -> Tensor:
+    """S (n, ΣR), its rows in the order of positions (Triton) or of the steps (torch)."""
     if on_triton:
         from .batched_triton import lora_a_forward
 
-        return lora_a_forward(x, a, plan.segments, plan.dropout, plan.seed)
-    s, x = x.new_empty(plan.segments.cells, a.shape[1]), _masked(x, plan)
-    for step in plan.segments.steps:
-        rows, low = step.take(x), step.low(s)
+        return lora_a_forward(x, a, args.segments, args.dropout, args.seed)
+
+    s = x.new_empty(args.segments.n_s_rows, a.shape[1])  # (n, ΣR)
+    x = drop(x, args.dropout, args.seed)
+    for step in args.segments.steps:
+        rows = step.select_rows(x)  # (g, L, K)
+        a_of_step = step.select_adapters(a)  # (g, ΣR, K)
+        out = step.view_of_s(s)  # (g, L, ΣR)
         if step.shape[1] == 1 and x.dtype == torch.float32:  # a token a row: MKL reads A twice as fast from the left
-            torch.bmm(step.pick(a), rows.mT, out=low.mT)
+            torch.bmm(a_of_step, rows.mT, out=out.mT)
         else:
-            torch.bmm(rows, step.pick(a).mT, out=low)
+            torch.bmm(rows, a_of_step.mT, out=out)
         step.clear_padding_(s)
     return s
 
 
-def _up_(y: Tensor, s: Tensor, bs: Sequence[Tensor], plan: _BatchedArgs, on_triton: bool) -> None:
-    """Adds each row's B S to y."""
-    for b, columns, ranks in _parts(bs, plan.rows):
+def _add_lora_(y: Tensor, s: Tensor, bs: Sequence[Tensor], args: _BatchedArgs, on_triton: bool) -> None:
+    """Adds each row's B S to y (N, M), for s (n, ΣR), bs (G, Mᵢ, Rᵢ)."""
+    for b, columns, ranks in parts_of(bs, args.rows):
         if on_triton:
             from .batched_triton import add_lora_
 
-            add_lora_(y[:, columns], s[:, ranks], b, plan.segments)
+            add_lora_(y[:, columns], s[:, ranks], b, args.segments)
         else:
-            for step in plan.segments.steps:
-                step.add_(y[:, columns], step.low(s)[..., ranks], step.pick(b).mT)
+            for step in args.segments.steps:
+                step.add_product_(y[:, columns], step.view_of_s(s)[..., ranks], step.select_adapters(b).mT)
 
 
-def _sweep(
-    grad: Tensor, s: Tensor, bs: Sequence[Tensor], plan: _BatchedArgs, need_bs: Sequence[bool]
+def _s_and_b_gradients(
+    grad: Tensor, s: Tensor, bs: Sequence[Tensor], args: _BatchedArgs, need_bs: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """dS, and the dB's that are wanted."""
+    """dS (n, ΣR), and each part's dB (G, Mᵢ, Rᵢ) where it is needed, for grad (N, M)."""
     grad_s = torch.empty_like(s)
     wide = torch.promote_types(s.dtype, torch.float32)  # an adapter's sum may come from several steps
-    grad_bs = [torch.zeros_like(b, dtype=wide) if need else None for b, need in zip(bs, need_bs, strict=True)]
-    for step in plan.segments.steps:
-        rows = step.take(grad)
-        for (b, columns, ranks), grad_b in zip(_parts(bs, plan.rows), grad_bs, strict=True):
-            step.low(grad_s)[..., ranks] = torch.bmm(rows[..., columns], step.pick(b))
-            if grad_b is not None:
-                grad_b[step.adapters] += torch.bmm(step.low(s)[..., ranks].mT, rows[..., columns]).mT  # the faster way
+    grad_bs = [torch.zeros_like(b, dtype=wide) if need_b else None for b, need_b in zip(bs, need_bs, strict=True)]
+    for step in args.segments.steps:
+        rows = step.select_rows(grad)  # (g, L, M)
+        for (b, columns, ranks), grad_b in zip(parts_of(bs, args.rows), grad_bs, strict=True):
+            step.view_of_s(grad_s)[..., ranks] = torch.bmm(rows[..., columns], step.select_adapters(b))  # (g, L, Rᵢ)
+            if grad_b is not None:  # Sᵀ dy transposed, since it is faster than dyᵀ S
+                grad_b[step.adapters] += torch.bmm(step.view_of_s(s)[..., ranks].mT, rows[..., columns]).mT
         step.clear_padding_(grad_s)
     return grad_s, [None if grad_b is None else grad_b.to(s.dtype) for grad_b in grad_bs]
 
 
-def _sweep_triton(
-    grad: Tensor, s: Tensor, bs: Sequence[Tensor], plan: _BatchedArgs, need_bs: Sequence[bool]
+def _s_and_b_gradients_triton(
+    grad: Tensor, s: Tensor, bs: Sequence[Tensor], args: _BatchedArgs, need_bs: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
     from .batched_triton import s_and_b_gradients
 
-    grad, grad_s, grad_bs = grad.contiguous(), torch.empty_like(s), []
-    for (b, columns, ranks), need in zip(_parts(bs, plan.rows), need_bs, strict=True):
-        grad_s[:, ranks], grad_b = s_and_b_gradients(grad[:, columns], b, s[:, ranks], plan.segments)
-        grad_bs.append(grad_b if need else None)
+    grad = grad.contiguous()
+    grad_s = torch.empty_like(s)
+    grad_bs: list[Tensor | None] = []
+    for (b, columns, ranks), need_b in zip(parts_of(bs, args.rows), need_bs, strict=True):
+        grad_s[:, ranks], grad_b = s_and_b_gradients(grad[:, columns], b, s[:, ranks], args.segments)
+        grad_bs.append(grad_b if need_b else None)
     return grad_s, grad_bs
 
 
-def _outer(grad_s: Tensor, x: Tensor, adapters: int, plan: _BatchedArgs, on_triton: bool) -> Tensor:
-    """dA of every adapter; zero where it has no row."""
+def _a_gradient(grad_s: Tensor, x: Tensor, n_adapters: int, args: _BatchedArgs, on_triton: bool) -> Tensor:
+    """dA (G, ΣR, K) of every adapter, zero where it has no row, for grad_s (n, ΣR), x (N, K)."""
     if on_triton:
         from .batched_triton import a_gradient
 
-        return a_gradient(grad_s, x, adapters, plan.segments, plan.dropout, plan.seed)
-    shape = (adapters, grad_s.shape[1], x.shape[1])
-    grad_a = x.new_zeros(shape, dtype=torch.promote_types(x.dtype, torch.float32))
-    x = _masked(x, plan)
-    for step in plan.segments.steps:
-        grad_a[step.adapters] += torch.bmm(step.low(grad_s).mT, step.take(x))
+        return a_gradient(grad_s, x, n_adapters, args.segments, args.dropout, args.seed)
+
+    shape = (n_adapters, grad_s.shape[1], x.shape[1])
+    grad_a = x.new_zeros(shape, dtype=torch.promote_types(x.dtype, torch.float32))  # (G, ΣR, K)
+    x = drop(x, args.dropout, args.seed)
+    for step in args.segments.steps:
+        grad_a[step.adapters] += torch.bmm(step.view_of_s(grad_s).mT, step.select_rows(x))  # (g, ΣR, K)
     return grad_a.to(x.dtype)
 
 
 def _input_gradient(
-    grad: Tensor, weight: Tensor, grad_s: Tensor, a: Tensor, plan: _BatchedArgs, on_triton: bool
+    grad: Tensor, weight: Tensor, grad_s: Tensor, a: Tensor, args: _BatchedArgs, on_triton: bool
 ) -> Tensor:
-    grad_x = grad @ weight
+    """dx (N, K), for grad (N, M), weight (M, K), grad_s (n, ΣR), a (G, ΣR, K)."""
+    grad_x = grad @ weight  # (N, K)
     if on_triton:
         from .batched_triton import add_lora_
 
-        add_lora_(grad_x, grad_s, a.mT, plan.segments, plan.dropout, plan.seed)
+        add_lora_(grad_x, grad_s, a.mT, args.segments, args.dropout, args.seed)
         return grad_x
-    total = torch.zeros_like(grad_x) if plan.dropout else grad_x
-    for step in plan.segments.steps:
-        step.add_(total, step.low(grad_s), step.pick(a))
-    return grad_x.add_(_masked(total, plan)) if plan.dropout else grad_x
+
+    # The mask is drawn for all of x at once, so that dropout waits until the low-rank branch is added up.
+    low_rank = torch.zeros_like(grad_x) if args.dropout else grad_x  # (N, K)
+    for step in args.segments.steps:
+        step.add_product_(low_rank, step.view_of_s(grad_s), step.select_adapters(a))
+    return grad_x.add_(drop(low_rank, args.dropout, args.seed)) if args.dropout else grad_x
 
 
 def lora_linear_batched(
@@ -206,39 +218,28 @@ def lora_linear_batched(
 
     Raises ValueError where shapes, dtypes or devices don't fit.
     """
-    bs, rows = (b,) if isinstance(b, Tensor) else tuple(b), tuple(rows)
-    flat = x.reshape(-1, x.shape[-1])
-    _check(flat, weight, bias, a, bs, rows, dropout)
+    bs = (b,) if isinstance(b, Tensor) else tuple(b)
+    rows = tuple(rows)
+    flat = x.reshape(-1, x.shape[-1])  # (N, K)
+    check_x_and_bias(flat, weight, bias)
+    _check_factors(weight, a, bs, rows)
+    check_dtypes_and_dropout(flat, weight, a, bs, dropout)
     _check_segments(flat, a, segments)
+
     if dropout and seed is None:
         seed = draw_seed()
-    tensors: list[Any] = [flat, weight, bias, a, *bs]
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        tensors = [t.to(dtype) if isinstance(t, Tensor) else t for t in tensors]
-    plan = _BatchedArgs(segments, rows, dropout, seed or 0)
+    args = _BatchedArgs(segments, rows, dropout, seed or 0)
+    tensors = cast_for_autocast((flat, weight, bias, a, *bs), x.device.type)
     with torch.autocast(x.device.type, enabled=False):
         if torch.is_grad_enabled():
-            y = _LoRALinearBatched.apply(*tensors[:4], plan, *tensors[4:])
+            y = _LoRALinearBatched.apply(*tensors[:4], args, *tensors[4:])
         else:  # token by token, the Function's own cost counts
-            y = _evaluate(*tensors[:4], plan, *tensors[4:])[0]
-    return y.view(*x.shape[:-1], weight.shape[0])
+            y = _evaluate(*tensors[:4], args, *tensors[4:])[0]
+    return y.view(*x.shape[:-1], weight.shape[0])  # (..., M)
 
 
-def _check(
-    x: Tensor,
-    weight: Tensor | NF4Weight,
-    bias: Tensor | None,
-    a: Tensor,
-    bs: tuple[Tensor, ...],
-    rows: tuple,
-    dropout: float,
-) -> None:
+def _check_factors(weight: Tensor | NF4Weight, a: Tensor, bs: tuple[Tensor, ...], rows: tuple[int, ...]) -> None:
     m, k = weight.shape
-    if x.shape[-1] != k:
-        raise ValueError(f"x: last dimension must be K = {k} of weight {tuple(weight.shape)}, got {tuple(x.shape)}")
-    if bias is not None and bias.shape != (m,):
-        raise ValueError(f"bias: expected ({m},) for weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
     if a.dim() != 3 or a.shape[2] != k:
         raise ValueError(f"a: expected (G, R, {k}) for weight {tuple(weight.shape)}, got {tuple(a.shape)}")
     if len(bs) != len(rows):
@@ -248,13 +249,9 @@ def _check(
             raise ValueError(f"b: expected (G, M, R) with G = {len(a)} of a {tuple(a.shape)}, got {tuple(b.shape)}")
         if row + b.shape[1] > m:
             raise ValueError(f"b: rows {row} to {row + b.shape[1]} lie outside weight {tuple(weight.shape)}")
-    if sum(b.shape[2] for b in bs) != a.shape[1]:
-        raise ValueError(f"b: ranks {[b.shape[2] for b in bs]} must add up to the ranks of a {tuple(a.shape)}")
-    for name, tensor in (("weight", weight), ("a", a), *(("b", b) for b in bs)):
-        if isinstance(tensor, Tensor) and (tensor.dtype != x.dtype or tensor.device != x.device):
-            raise ValueError(f"{name}: {tensor.dtype} on {tensor.device}, but x is {x.dtype} on {x.device}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+    ranks = [b.shape[2] for b in bs]
+    if sum(ranks) != a.shape[1]:
+        raise ValueError(f"b: ranks {ranks} must add up to the ranks of a {tuple(a.shape)}")
 
 
 def _check_segments(x: Tensor, a: Tensor, segments: Segments) -> None:
@@ -267,8 +264,10 @@ def _check_segments(x: Tensor, a: Tensor, segments: Segments) -> None:
 
 
 def lora_linear_batched_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, owners: Sequence[int]
+    x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, adapter_of_row: Sequence[int]
 ) -> Tensor:
     """The formula row by row for x (N, K), one part and the adapter of each row, differentiated by autograd."""
-    changes = [b[g] @ (a[g] @ row) if g >= 0 else b.new_zeros(b.shape[1]) for row, g in zip(x, owners, strict=True)]
-    return F.linear(x, weight, bias) + torch.stack(changes)
+    low_rank = [
+        b[g] @ (a[g] @ row) if g >= 0 else b.new_zeros(b.shape[1]) for row, g in zip(x, adapter_of_row, strict=True)
+    ]
+    return F.linear(x, weight, bias) + torch.stack(low_rank)  # (N, M)

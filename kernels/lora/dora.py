@@ -16,6 +16,8 @@ V is never made. With y₀ = x Vᵀ + b, which `lora_linear` gives, y = g y₀ +
 
 which is a product with W of R columns, in W's dtype: for n rows of x, R/n of what the layer itself takes. Decoding
 token by token would pay R times the layer: in a block of `gains_kept` g is computed once.
+
+Shapes: M rows of W, K its columns, R the rank.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,58 +28,63 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TINY = 1e-30  # a row of zeros has a magnitude, too: 0/0 would spread
-GAINS: ContextVar[dict[object, Tensor] | None] = ContextVar("gains", default=None)  # by the factors' module
+TINY = 1e-30  # the least ‖V‖²: a row of zeros has a magnitude, too, and 0/0 would spread
+GAIN_CACHE: ContextVar[dict[object, Tensor] | None] = ContextVar("gains", default=None)  # by the factors' module
 
 
 @contextmanager
 def gains_kept() -> Iterator[None]:
     """A block in which no weight changes, so that without gradients each layer's g need not be computed again."""
-    before = GAINS.set({})
+    token = GAIN_CACHE.set({})
     try:
         yield
     finally:
-        GAINS.reset(before)
+        GAIN_CACHE.reset(token)
 
 
 @torch.no_grad()
 def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """‖W + s B A‖ of each row (M,) in fp32 (never 0), for weight (M, K), a (R, K), b (M, R)."""
     a, b = a.float(), b.float()
-    square = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
-    cross = ((weight @ a.to(weight.dtype).T).float() * b).sum(1)
-    own = ((b @ (a @ a.T)) * b).sum(1)
-    return (square + 2 * scale * cross + scale**2 * own).clamp_(min=TINY).sqrt_()
+    base_square = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()  # (M,)
+    cross_term = ((weight @ a.to(weight.dtype).T).float() * b).sum(1)  # (M,)
+    lora_square = ((b @ (a @ a.T)) * b).sum(1)  # (M,)
+    return (base_square + 2 * scale * cross_term + scale**2 * lora_square).clamp_(min=TINY).sqrt_()
 
 
 class _Rescale(torch.autograd.Function):
     """y = g y₀ + (1 − g) b, for y₀ with M entries along `dim`, g (M,) and b (M,) or None."""
 
     @staticmethod
-    def forward(ctx, y, g, bias, dim: int):
-        along, ctx.dim = _along(y, dim), dim
-        y = torch.mul(y, g.view(along), out=torch.empty_like(y))  # g in fp32: rounded to bf16 it would mostly be 1
+    def forward(ctx, y, gain, bias, dim: int):
+        shape = _shape_along(y, dim)
+        y = torch.mul(y, gain.view(shape), out=torch.empty_like(y))  # g in fp32: rounded to bf16 it would mostly be 1
         if bias is not None:
-            y.add_(((1 - g) * bias).view(along))
-        ctx.save_for_backward(y, g, bias)
+            y.add_(((1 - gain) * bias).view(shape))
+        ctx.save_for_backward(y, gain, bias)
+        ctx.dim = dim
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        y, g, bias = ctx.saved_tensors
-        need_y, need_g, need_bias, _ = ctx.needs_input_grad
-        along, others = _along(y, ctx.dim), [d for d in range(y.dim()) if d != ctx.dim % y.dim()]
-        grad_g = grad_bias = None
-        if need_g:
-            product = grad * (y if bias is None else y - bias.view(along))
-            grad_g = (product.sum(others, dtype=g.dtype) / g).masked_fill_(g == 0, 0.0)
+        y, gain, bias = ctx.saved_tensors
+        need_y, need_gain, need_bias, _ = ctx.needs_input_grad
+        shape = _shape_along(y, ctx.dim)
+        summed_dims = [dim for dim in range(y.dim()) if dim != ctx.dim % y.dim()]
+
+        grad_y = grad_gain = grad_bias = None
+        if need_y:
+            grad_y = (grad * gain.view(shape)).to(grad.dtype)
+        if need_gain:  # Σ dy (y − b) / g
+            product = grad * (y if bias is None else y - bias.view(shape))
+            grad_gain = (product.sum(summed_dims, dtype=gain.dtype) / gain).masked_fill_(gain == 0, 0.0)  # (M,)
         if need_bias:
-            grad_bias = (grad.sum(others, dtype=g.dtype) * (1 - g)).to(bias.dtype)
-        return (grad * g.view(along)).to(grad.dtype) if need_y else None, grad_g, grad_bias, None
+            grad_bias = (grad.sum(summed_dims, dtype=gain.dtype) * (1 - gain)).to(bias.dtype)  # (M,)
+        return grad_y, grad_gain, grad_bias, None
 
 
-def _along(y: Tensor, dim: int) -> list[int]:
+def _shape_along(y: Tensor, dim: int) -> list[int]:
     """The shape in which M entries lie along `dim` of y."""
     shape = [1] * y.dim()
     shape[dim] = -1
@@ -89,10 +96,11 @@ def rescale(y: Tensor, gain: Tensor, bias: Tensor | None, dim: int = -1) -> Tens
     return _Rescale.apply(y, gain, bias, dim)
 
 
-def gain_of(magnitudes: Sequence[Tensor], norms: Sequence[Tensor], starts: Sequence[int], size: int) -> Tensor:
+def gain_of_rows(magnitudes: Sequence[Tensor], norms: Sequence[Tensor], starts: Sequence[int], size: int) -> Tensor:
     """g (M,) in fp32: m / ‖V‖ in the rows of each part, which begin at `starts`, and 1 elsewhere."""
-    blocks, end = [], 0
-    for m, norm, start in zip(magnitudes, norms, starts, strict=True):
-        blocks += [norm.new_ones(start - end), m / norm]
-        end = start + len(m)
-    return torch.cat([*blocks, norms[0].new_ones(size - end)])
+    blocks = []
+    end = 0
+    for magnitude, norm, start in zip(magnitudes, norms, starts, strict=True):
+        blocks += [norm.new_ones(start - end), magnitude / norm]
+        end = start + len(norm)
+    return torch.cat([*blocks, norms[0].new_ones(size - end)])  # (M,)

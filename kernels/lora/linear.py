@@ -21,10 +21,12 @@ projections, only the residual stream and the attention's output; the feed-forwa
 **Dropout** acts on x in the low-rank branch alone. The mask is drawn from a seed and drawn again in the backward pass.
 
 The products themselves, by torch or by Triton, are in `products.py`.
+
+Shapes: N rows (tokens flattened), K columns of x, M columns of y, R the rank, ΣR the sum of all parts' ranks. h is
+(N, K), or (N, 2K) in front of a gated activation.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,88 +38,100 @@ from ..quant.nf4 import NF4Weight
 from .products import (
     LoRALinearArgs,
     a_gradient,
+    cast_for_autocast,
+    check_dtypes_and_dropout,
+    check_x_and_bias,
     draw_seed,
     factors_backward,
     input_gradient,
     linear_with_lora,
     lora_a_forward,
-    takes_triton,
+    low_rank_on_triton,
 )
 
 
 def _evaluate(
-    h, norm_weight, norm_bias, weight, bias, a, plan: LoRALinearArgs, *bs
+    h, norm_weight, norm_bias, weight, bias, a, args: LoRALinearArgs, *bs
 ) -> tuple[Tensor, Tensor | None, Stats]:
-    """y, S and the statistics of the norm."""
+    """y (N, M), S (N, ΣR) where there is an adapter, and the statistics of the norm where there is one."""
     x, s = h, None
     stats: Stats = ()
-    if norm_weight is not None and a is not None and takes_triton(h, a, rank=len(a)):
+    if norm_weight is not None and a is not None and low_rank_on_triton(h, a, rank=len(a)):
+        # One kernel makes x and S, so that the product with A needs no read of x.
         from ..norms_triton import normalize_down
 
-        x, stats, s = normalize_down(h, norm_weight, norm_bias, plan.eps, a, plan.dropout, plan.seed)
+        x, stats, s = normalize_down(h, norm_weight, norm_bias, args.eps, a, args.dropout, args.seed)
     elif norm_weight is not None:
-        x, stats = normalize(h, norm_weight, norm_bias, plan.eps)
-    elif plan.activation is not None:
-        x = plan.activation.forward(h)
+        x, stats = normalize(h, norm_weight, norm_bias, args.eps)
+    elif args.activation is not None:
+        x = args.activation.forward(h)  # (N, K)
+
     if a is not None and s is None:
-        s = lora_a_forward(x, a, plan)
-    return linear_with_lora(x, weight, bias, s, bs, plan), s, stats
+        s = lora_a_forward(x, a, args)  # (N, ΣR)
+    return linear_with_lora(x, weight, bias, s, bs, args), s, stats
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, norm_weight, norm_bias, weight, bias, a, plan: LoRALinearArgs, *bs):
-        y, s, stats = _evaluate(h, norm_weight, norm_bias, weight, bias, a, plan, *bs)
-        ctx.plan = plan
-        from_h = norm_weight is not None or plan.activation is not None
-        keep_h = from_h or ctx.needs_input_grad[3] or ctx.needs_input_grad[5]  # all frozen: dx = dy W needs no h
+    def forward(ctx, h, norm_weight, norm_bias, weight, bias, a, args: LoRALinearArgs, *bs):
+        y, s, stats = _evaluate(h, norm_weight, norm_bias, weight, bias, a, args, *bs)
+
+        # With all of it frozen and nothing in front, dx = dy W needs no h.
+        made_from_h = norm_weight is not None or args.activation is not None
+        keep_h = made_from_h or ctx.needs_input_grad[3] or ctx.needs_input_grad[5]
         ctx.packed = weight if isinstance(weight, NF4Weight) else None  # decoded in each pass, never kept
-        kept_weight = None if ctx.packed is not None else weight
-        ctx.save_for_backward(h if keep_h else None, norm_weight, norm_bias, kept_weight, a, s, *stats, *bs)
+        dense = None if ctx.packed is not None else weight
+        ctx.save_for_backward(h if keep_h else None, norm_weight, norm_bias, dense, a, s, *stats, *bs)
         ctx.n_stats = len(stats)
+        ctx.args = args
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        h, norm_weight, norm_bias, weight, a, s, *rest = ctx.saved_tensors
-        stats, bs = tuple(rest[: ctx.n_stats]), rest[ctx.n_stats :]
-        plan: LoRALinearArgs = ctx.plan
-        need_h, need_nw, need_nb, need_w, need_bias, need_a, _, *need_bs = ctx.needs_input_grad
-        need_x = need_h or need_nw or need_nb
+        h, norm_weight, norm_bias, weight, a, s, *stats_and_bs = ctx.saved_tensors
+        stats = tuple(stats_and_bs[: ctx.n_stats])
+        bs = stats_and_bs[ctx.n_stats :]
+        args: LoRALinearArgs = ctx.args
+        need_h, need_norm_weight, need_norm_bias, need_weight, need_bias, need_a, _, *need_bs = ctx.needs_input_grad
 
+        # Of the trained tensors. x is made again for those that read it, and let go before dx, which is as large.
         grad_weight = grad_a = None
-        grad_bias = grad.sum(0) if need_bias else None
-        grad_s, grad_bs = factors_backward(grad, s, bs, plan, need_bs)
-        if need_a or need_w:
-            x = _rebuild(h, norm_weight, norm_bias, stats, plan)
+        grad_bias = grad.sum(0) if need_bias else None  # (M,)
+        grad_s, grad_bs = factors_backward(grad, s, bs, args, need_bs)  # (N, ΣR), each (Mᵢ, Rᵢ)
+        if need_a or need_weight:
+            x = _rebuild(h, norm_weight, norm_bias, stats, args)  # (N, K)
             if need_a and grad_s is not None:
-                grad_a = a_gradient(grad_s, x, plan)
-            if need_w:
-                grad_weight = grad.T @ x
+                grad_a = a_gradient(grad_s, x, args)  # (ΣR, K)
+            if need_weight:
+                grad_weight = grad.T @ x  # (M, K)
             del x
-        if not need_x:
+        if not (need_h or need_norm_weight or need_norm_bias):
             return None, None, None, grad_weight, grad_bias, grad_a, None, *grad_bs
+
+        # Of the input: through the projection, and through what stands in front of it.
         if ctx.packed is not None:
-            weight = ctx.packed.dequantize_into_buffer(grad.dtype)
-        grad_x = input_gradient(grad, weight, grad_s, a, plan)
+            weight = ctx.packed.dequantize_into_buffer(grad.dtype)  # (M, K)
+        grad_x = input_gradient(grad, weight, grad_s, a, args)  # (N, K)
         grad_h: Tensor | None = grad_x
-        grad_nw = grad_nb = None
+        grad_norm_weight = grad_norm_bias = None
         if norm_weight is not None:
-            needs = (need_h, need_nw, need_nb)
-            grad_h, grad_nw, grad_nb = normalize_backward(grad_x, h, norm_weight, norm_bias, stats, needs)
-        elif plan.activation is not None:
-            grad_h = plan.activation.backward(grad_x, h)
-        return grad_h, grad_nw, grad_nb, grad_weight, grad_bias, grad_a, None, *grad_bs
+            needs = (need_h, need_norm_weight, need_norm_bias)
+            grad_h, grad_norm_weight, grad_norm_bias = normalize_backward(
+                grad_x, h, norm_weight, norm_bias, stats, needs
+            )
+        elif args.activation is not None:
+            grad_h = args.activation.backward(grad_x, h)
+        return grad_h, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias, grad_a, None, *grad_bs
 
 
 def _rebuild(
-    h: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, stats: tuple[Tensor, ...], plan: LoRALinearArgs
+    h: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, stats: Stats, args: LoRALinearArgs
 ) -> Tensor:
-    """x from what was saved of it; bitwise the x of the forward pass."""
+    """x (N, K) from what was saved of it; bitwise the x of the forward pass."""
     if norm_weight is not None:
-        return rebuild(h, norm_weight, norm_bias, plan.eps, stats)
-    return h if plan.activation is None else plan.activation.forward(h)
+        return rebuild(h, norm_weight, norm_bias, args.eps, stats)
+    return h if args.activation is None else args.activation.forward(h)
 
 
 def fused_linear(
@@ -126,23 +140,23 @@ def fused_linear(
     bias: Tensor | None,
     a: Tensor | None,
     bs: Sequence[Tensor],
-    plan: LoRALinearArgs,
+    args: LoRALinearArgs,
     norm: tuple[Tensor, Tensor | None] | None = None,
 ) -> Tensor:
     """[norm or activation] → linear → low-rank correction, for h (..., K); the general form behind the public ones."""
     norm_weight, norm_bias = norm or (None, None)
-    flat = h.reshape(-1, h.shape[-1])
-    tensors: list[Any] = [flat, norm_weight, norm_bias, weight, bias, a, *bs]
-    if torch.is_autocast_enabled(h.device.type):  # which knows F.linear, but not the in-place addition
-        dtype = torch.get_autocast_dtype(h.device.type)
-        tensors = [x.to(dtype) if isinstance(x, Tensor) else x for x in tensors]
-        with torch.autocast(h.device.type, enabled=False):
-            y = _LoRALinear.apply(*tensors[:6], plan, *tensors[6:])
+    flat = h.reshape(-1, h.shape[-1])  # (N, K)
+    device = h.device.type
+    tensors = cast_for_autocast((flat, norm_weight, norm_bias, weight, bias, a, *bs), device)
+
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            y = _LoRALinear.apply(*tensors[:6], args, *tensors[6:])
     elif torch.is_grad_enabled():
-        y = _LoRALinear.apply(*tensors[:6], plan, *tensors[6:])
+        y = _LoRALinear.apply(*tensors[:6], args, *tensors[6:])
     else:  # token by token, the Function's own cost counts
-        y = _evaluate(*tensors[:6], plan, *tensors[6:])[0]
-    return y.view(*h.shape[:-1], weight.shape[0])
+        y = _evaluate(*tensors[:6], args, *tensors[6:])[0]
+    return y.view(*h.shape[:-1], weight.shape[0])  # (..., M)
 
 
 def lora_linear(
@@ -167,34 +181,28 @@ def lora_linear(
     """
     bs = (b,) if isinstance(b, Tensor) else tuple(b)
     scales = (scale,) * len(bs) if isinstance(scale, int | float) else tuple(scale)
-    _check(x, weight, bias, a, bs, scales, tuple(rows), dropout)
+    rows = tuple(rows)
+    check_x_and_bias(x, weight, bias)
+    _check_factors(weight, a, bs, scales, rows)
+    check_dtypes_and_dropout(x, weight, a, bs, dropout)
+
     if dropout and seed is None:
         seed = draw_seed()
-    return fused_linear(x, weight, bias, a, bs, LoRALinearArgs(tuple(rows), scales, dropout=dropout, seed=seed or 0))
+    return fused_linear(x, weight, bias, a, bs, LoRALinearArgs(rows, scales, dropout=dropout, seed=seed or 0))
 
 
-def _check(
-    x: Tensor, weight: Tensor, bias: Any, a: Tensor, bs: tuple, scales: tuple, rows: tuple, dropout: float
-) -> None:
+def _check_factors(weight: Tensor, a: Tensor, bs: tuple[Tensor, ...], scales: tuple, rows: tuple[int, ...]) -> None:
     m, k = weight.shape
-    if x.shape[-1] != k:
-        raise ValueError(f"x: last dimension must be K = {k} of weight {tuple(weight.shape)}, got {tuple(x.shape)}")
-    if bias is not None and bias.shape != (m,):
-        raise ValueError(f"bias: expected ({m},) for weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
     if a.dim() != 2 or a.shape[1] != k:
         raise ValueError(f"a: expected (R, {k}) for weight {tuple(weight.shape)}, got {tuple(a.shape)}")
     if not len(bs) == len(scales) == len(rows):
         raise ValueError(f"b, scale, rows: one of each a part, got {len(bs)}, {len(scales)}, {len(rows)}")
-    if sum(b.shape[1] for b in bs) != a.shape[0]:
-        raise ValueError(f"b: ranks {[b.shape[1] for b in bs]} must add up to the rows of a {tuple(a.shape)}")
+    ranks = [b.shape[1] for b in bs]
+    if sum(ranks) != a.shape[0]:
+        raise ValueError(f"b: ranks {ranks} must add up to the rows of a {tuple(a.shape)}")
     for b, row in zip(bs, rows, strict=True):
         if row + b.shape[0] > m:
             raise ValueError(f"b: rows {row} to {row + b.shape[0]} lie outside weight {tuple(weight.shape)}")
-    for name, tensor in (("weight", weight), ("a", a), *(("b", b) for b in bs)):
-        if tensor.dtype != x.dtype or tensor.device != x.device:
-            raise ValueError(f"{name}: {tensor.dtype} on {tensor.device}, but x is {x.dtype} on {x.device}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
 
 
 def lora_linear_reference(x, weight, bias, a, b, *, scale=1.0) -> Tensor:

@@ -8,12 +8,13 @@ are 1.1 to 6 times as fast up to MAX_GATHERED_ROWS of them (a token a row, 2048�
 Beyond that, a copy of the rows costs more than a call: one view a run, and only short runs still gathered.
 
 For Triton the rows that have an adapter are listed by adapter in `order`, so that a block of that list belongs to one
-adapter, whatever the order of the batch; a position in the list is a *place*. The kernels read their rows through it.
+adapter, whatever the order of the batch. The kernels read their rows through it; a *position* is an index into it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,69 +22,75 @@ from torch import Tensor
 from .. import backend
 
 MAX_GATHERED_ROWS = 512  # rows that torch copies together, padding counted
-MIN_RUN_LENGTH = 16  # rows a run on average below which an adapter's rows are gathered
-# For Triton: up to so many rows, each is a block of its own; else rows a block; rows a piece of a sum over N.
-ALONE, BLOCK, PIECE = (8, 16, 32) if backend.INTERPRETED else (64, 64, 1024)
+MIN_RUN_LENGTH = 16  # an adapter's rows are gathered where its runs are shorter than this on average
+# For Triton: up to MAX_SINGLE_ROWS each row is a block of its own; a piece is what one program adds up of a sum over N.
+MAX_SINGLE_ROWS, ROWS_PER_BLOCK, ROWS_PER_PIECE = (8, 16, 32) if backend.INTERPRETED else (64, 64, 1024)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A batched product over g adapters with L rows each.
+    """A batched product over g adapters with L rows each."""
 
-    `adapters` picks them from a stack, `rows` their g·L rows from x, `cells` those of S. Where the groups differ in
-    length, `padding` says which of the g·L are none; they repeat a row of their own adapter, and hold zeros in S.
-    """
+    adapters: slice | Tensor  # picks the g adapters from a stack of all
+    rows: slice | Tensor  # picks their g·L rows from x; padding repeats a row of its own adapter
+    shape: tuple[int, int]  # (g, L)
+    s_rows: slice  # their g·L rows in S
+    padding: Tensor | None = None  # where adapters differ in length: which of the g·L are none, and zeros in S
 
-    adapters: slice | Tensor
-    rows: slice | Tensor
-    shape: tuple[int, int]
-    cells: slice
-    padding: Tensor | None = None
+    def select_adapters(self, stack: Tensor) -> Tensor:
+        """The adapters of this step, (g, ·, ·), of a stack (G, ·, ·)."""
+        return _select(stack, self.adapters)
 
-    def pick(self, stack: Tensor) -> Tensor:
-        """Of (G, ·, ·), the adapters of this step, (g, ·, ·)."""
-        return _take(stack, self.adapters)
+    def select_rows(self, x: Tensor) -> Tensor:
+        """The rows of this step, (g, L, ·), of x (N, ·)."""
+        return _select(x, self.rows).unflatten(0, self.shape)
 
-    def take(self, x: Tensor) -> Tensor:
-        """Of (N, ·), the rows of this step, (g, L, ·)."""
-        return _take(x, self.rows).unflatten(0, self.shape)
+    def view_of_s(self, s: Tensor) -> Tensor:
+        """A view of this step's part of S, (g, L, R)."""
+        return s[self.s_rows].unflatten(0, self.shape)
 
-    def low(self, s: Tensor) -> Tensor:
-        """Of S, a view of this step's part, (g, L, R)."""
-        return s[self.cells].unflatten(0, self.shape)
-
-    def add_(self, y: Tensor, left: Tensor, right: Tensor) -> None:
+    def add_product_(self, y: Tensor, left: Tensor, right: Tensor) -> None:
         """y[rows] += left right, for left (g, L, R) and right (g, R, ·)."""
         if isinstance(self.rows, slice):
             y[self.rows].unflatten(0, self.shape).baddbmm_(left, right)
-        else:  # padding adds zeros to a row that is there
+        else:  # padding adds zeros to the row that it repeats
             y.index_add_(0, self.rows, torch.bmm(left, right).flatten(0, 1))
 
     def clear_padding_(self, s: Tensor) -> None:
         if self.padding is not None:
-            s[self.cells].index_fill_(0, self.padding, 0.0)
+            s[self.s_rows].index_fill_(0, self.padding, 0.0)
 
 
-def _take(x: Tensor, index: slice | Tensor) -> Tensor:
+def _select(x: Tensor, index: slice | Tensor) -> Tensor:
     return x[index] if isinstance(index, slice) else x.index_select(0, index)
+
+
+class _Span(NamedTuple):
+    """Neighbors of one adapter: rows of the batch, or positions in `order`; `stop` is exclusive."""
+
+    adapter: int
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        return self.stop - self.start
 
 
 @dataclass(frozen=True)
 class Segments:
     """Runs of rows with the same adapter: `adapters[i]` (-1: none) for rows `bounds[i]` to `bounds[i + 1]`.
 
-    `steps` are torch's. The rest are int32 tables on the device: `order` (n,), the row of each place; `blocks` and
-    `pieces` (·, 3), adapter, first and last place (exclusive) of at most BLOCK or PIECE places; `totals` (·, 3),
-    adapter, its first and last piece.
+    `steps` are torch's. What follows are int32 tables on the device, for Triton.
     """
 
     adapters: tuple[int, ...]
     bounds: tuple[int, ...]
     steps: tuple[Step, ...]
-    order: Tensor
-    blocks: Tensor
-    pieces: Tensor
-    totals: Tensor
+    order: Tensor  # (n,): the rows that have an adapter, sorted by adapter
+    blocks: Tensor  # (·, 3): adapter, first and last position (exclusive) of at most ROWS_PER_BLOCK
+    pieces: Tensor  # (·, 3): the same of at most ROWS_PER_PIECE
+    totals: Tensor  # (·, 3): adapter, its first and last piece (exclusive)
 
     @classmethod
     def of(
@@ -98,104 +105,124 @@ class Segments:
             raise ValueError(f"lengths: one of each sequence, got {len(sizes)} for {len(adapters)} adapters")
         if min(sizes, default=0) < 0 or min(adapters, default=0) < -1:
             raise ValueError(f"expected adapters from -1 and lengths from 0 up, got {list(adapters)} and {sizes}")
-        filled = [(adapter, size) for adapter, size in zip(adapters, sizes, strict=True) if size]
-        runs = [(adapter, sum(size for _, size in run)) for adapter, run in groupby(filled, key=lambda pair: pair[0])]
+
+        # Neighboring sequences of one adapter are one run.
+        sequences = [(adapter, size) for adapter, size in zip(adapters, sizes, strict=True) if size]
+        runs = [(adapter, sum(size for _, size in run)) for adapter, run in groupby(sequences, key=lambda s: s[0])]
         bounds = tuple(accumulate((size for _, size in runs), initial=0))
-        segments = [(adapter, *span) for (adapter, _), span in zip(runs, pairwise(bounds), strict=True)]
+        spans = [_Span(adapter, *span) for (adapter, _), span in zip(runs, pairwise(bounds), strict=True)]
+
         order, groups = _by_adapter(runs)
-        block = BLOCK if len(order) > ALONE else 1
-        pieces = _cut(groups, PIECE)
-        tables = _moved([order, _cut(groups, block), pieces, _totals(pieces)], device)
-        steps = _steps([segment for segment in segments if segment[0] >= 0], groups, tables[0])
+        rows_per_block = ROWS_PER_BLOCK if len(order) > MAX_SINGLE_ROWS else 1
+        pieces = _cut(groups, ROWS_PER_PIECE)
+        tables = _to_device([order, _cut(groups, rows_per_block), pieces, _totals(pieces)], device)
+
+        steps = _steps([span for span in spans if span.adapter >= 0], groups, tables[0])
         return cls(tuple(adapter for adapter, _ in runs), bounds, steps, *tables)
 
     @property
-    def alone(self) -> bool:
+    def single_rows(self) -> bool:
         """Whether each block is a single row."""
         return len(self.blocks) == len(self.order)
 
     @property
-    def cells(self) -> int:
-        """Rows of S as torch lays it out."""
-        return self.steps[-1].cells.stop if self.steps else 0
+    def n_s_rows(self) -> int:
+        """The number of rows of S as torch lays it out, padding included."""
+        return self.steps[-1].s_rows.stop if self.steps else 0
 
 
-Span = tuple[int, int, int]  # adapter, first, last (exclusive)
+def _by_adapter(runs: list[tuple[int, int]]) -> tuple[Tensor, list[_Span]]:
+    """The rows that have an adapter, by adapter and else in their order; and each adapter's positions in that list."""
+    adapters, sizes = torch.tensor(runs, dtype=torch.int64).view(-1, 2).unbind(1)
+    adapter_of_row, order = adapters.repeat_interleave(sizes).sort(stable=True)
+    has_adapter = adapter_of_row >= 0
+
+    present, counts = adapter_of_row[has_adapter].unique_consecutive(return_counts=True)
+    bounds = pairwise(accumulate(counts.tolist(), initial=0))
+    return order[has_adapter].int(), [_Span(g, *span) for g, span in zip(present.tolist(), bounds, strict=True)]
 
 
-def _by_adapter(runs: list[tuple[int, int]]) -> tuple[Tensor, list[Span]]:
-    """The rows that have an adapter, by adapter and else in their order; and each adapter's places in that list."""
-    names, sizes = torch.tensor(runs, dtype=torch.int64).view(-1, 2).unbind(1)
-    owners, order = names.repeat_interleave(sizes).sort(stable=True)
-    order = order[owners >= 0].int()
-    used, counts = owners[owners >= 0].unique_consecutive(return_counts=True)
-    bounds = list(accumulate(counts.tolist(), initial=0))
-    return order, [(name, *span) for name, span in zip(used.tolist(), pairwise(bounds), strict=True)]
-
-
-def _cut(groups: list[Span], size: int) -> Tensor:
-    cut = [(g, i, min(i + size, last)) for g, first, last in groups for i in range(first, last, size)]
-    return torch.tensor(cut, dtype=torch.int32).view(-1, 3)
+def _cut(groups: list[_Span], size: int) -> Tensor:
+    """The table (·, 3) of the groups cut into spans of at most `size`."""
+    spans = [(g, i, min(i + size, stop)) for g, start, stop in groups for i in range(start, stop, size)]
+    return torch.tensor(spans, dtype=torch.int32).view(-1, 3)
 
 
 def _totals(pieces: Tensor) -> Tensor:
-    used, counts = pieces[:, 0].unique_consecutive(return_counts=True)
-    last = counts.cumsum(0)
-    return torch.stack((used, last - counts, last), 1).int()
+    adapters, counts = pieces[:, 0].unique_consecutive(return_counts=True)
+    stop = counts.cumsum(0)
+    return torch.stack((adapters, stop - counts, stop), 1).int()
 
 
-def _moved(tables: list[Tensor], device: torch.device | str | None) -> list[Tensor]:
+def _to_device(tables: list[Tensor], device: torch.device | str | None) -> list[Tensor]:
     """The tables on the device, in one transfer."""
     joined = torch.cat([table.flatten() for table in tables]).to(device)
     parts = joined.split([table.numel() for table in tables])
     return [part.view(table.shape) for part, table in zip(parts, tables, strict=True)]
 
 
-def _steps(segments: list[Span], groups: list[Span], order: Tensor) -> tuple[Step, ...]:
+def _steps(runs: list[_Span], groups: list[_Span], order: Tensor) -> tuple[Step, ...]:
+    """How torch takes these runs of rows, whose positions by adapter are `groups`: the fastest way of the three."""
     if not groups:
         return ()
-    names, longest = [name for name, _, _ in segments], max(last - first for _, first, last in groups)
-    in_order = names == list(range(names[0], names[0] + len(names)))
-    rows = len(groups) * longest
-    even = len(segments) == len(groups) and all(last - first == longest for _, first, last in segments)
-    if even and segments[-1][2] - segments[0][1] == rows and (in_order or rows > MAX_GATHERED_ROWS):
-        adapters = slice(names[0], names[-1] + 1) if in_order else torch.tensor(names, device=order.device)
-        return (Step(adapters, slice(segments[0][1], segments[-1][2]), (len(names), longest), slice(0, rows)),)
-    if rows <= MAX_GATHERED_ROWS:
-        return (_padded(groups, longest, order),)
-    return _one_by_one(segments, groups, order)
+    longest = max(group.length for group in groups)
+    n_padded_rows = len(groups) * longest
+
+    # Runs of one length that lie end to end, one an adapter: x is viewed, never copied.
+    adapters = [run.adapter for run in runs]
+    even = len(runs) == len(groups) and all(run.length == longest for run in runs)
+    end_to_end = even and runs[-1].stop - runs[0].start == n_padded_rows
+    if end_to_end and (_consecutive(adapters) or n_padded_rows > MAX_GATHERED_ROWS):
+        rows = slice(runs[0].start, runs[-1].stop)
+        return (Step(_index(adapters, order.device), rows, (len(runs), longest), slice(0, n_padded_rows)),)
+
+    if n_padded_rows <= MAX_GATHERED_ROWS:
+        return (_padded_step(groups, longest, order),)
+    return _steps_by_adapter(runs, groups, order)
 
 
-def _padded(groups: list[Span], longest: int, order: Tensor) -> Step:
+def _consecutive(adapters: list[int]) -> bool:
+    return adapters == list(range(adapters[0], adapters[0] + len(adapters)))
+
+
+def _index(adapters: list[int], device: torch.device) -> slice | Tensor:
+    """What picks these adapters from a stack: a slice where it can be one, since a slice copies nothing."""
+    if _consecutive(adapters):
+        return slice(adapters[0], adapters[-1] + 1)
+    return torch.tensor(adapters, device=device)
+
+
+def _padded_step(groups: list[_Span], longest: int, order: Tensor) -> Step:
     """One step for all adapters, each padded to `longest` by repeating its last row."""
-    names = [name for name, _, _ in groups]
-    places = [min(first + i, last - 1) for _, first, last in groups for i in range(longest)]
-    padding = [g * longest + i for g, (_, first, last) in enumerate(groups) for i in range(last - first, longest)]
-    names_there, places_there, padding_there = (torch.tensor(x, device=order.device) for x in (names, places, padding))
-    in_order = names == list(range(names[0], names[0] + len(names)))
+    positions = [min(group.start + i, group.stop - 1) for group in groups for i in range(longest)]
+    padding = [g * longest + i for g, group in enumerate(groups) for i in range(group.length, longest)]
     return Step(
-        slice(names[0], names[-1] + 1) if in_order else names_there,
-        order.index_select(0, places_there),
+        _index([group.adapter for group in groups], order.device),
+        order.index_select(0, torch.tensor(positions, device=order.device)),
         (len(groups), longest),
-        slice(0, len(places)),
-        padding_there if padding else None,
+        slice(0, len(positions)),
+        torch.tensor(padding, device=order.device) if padding else None,
     )
 
 
-def _one_by_one(segments: list[Span], groups: list[Span], order: Tensor) -> tuple[Step, ...]:
-    """For each adapter a step a run, or, where its runs are crumbs, a step for every MAX_GATHERED_ROWS of its rows."""
+def _steps_by_adapter(runs: list[_Span], groups: list[_Span], order: Tensor) -> tuple[Step, ...]:
+    """For each adapter a step a run, or, where its runs are short, a step for every MAX_GATHERED_ROWS of its rows."""
+    slices: dict[int, list[slice]] = {group.adapter: [] for group in groups}
+    for run in runs:
+        slices[run.adapter].append(slice(run.start, run.stop))
+
     steps: list[Step] = []
-    runs_of: dict[int, list[slice]] = {name: [] for name, _, _ in groups}
-    for name, first, last in segments:
-        runs_of[name].append(slice(first, last))
-    for name, start, stop in groups:
-        runs = runs_of[name]
-        rows: list[slice | Tensor] = [*runs]
-        sizes = [run.stop - run.start for run in runs]
-        if len(runs) > 1 and stop - start < MIN_RUN_LENGTH * len(runs):
-            rows = [*order[start:stop].split(MAX_GATHERED_ROWS)]
+    n_s_rows = 0
+    for group in groups:
+        views = slices[group.adapter]
+        rows: list[slice | Tensor] = [*views]
+        sizes = [view.stop - view.start for view in views]
+        if len(views) > 1 and group.length < MIN_RUN_LENGTH * len(views):
+            rows = [*order[group.start : group.stop].split(MAX_GATHERED_ROWS)]
             sizes = [len(chunk) for chunk in rows]  # type: ignore[arg-type]
+
+        adapter = slice(group.adapter, group.adapter + 1)
         for chunk, size in zip(rows, sizes, strict=True):
-            done = steps[-1].cells.stop if steps else 0
-            steps.append(Step(slice(name, name + 1), chunk, (1, size), slice(done, done + size)))
+            steps.append(Step(adapter, chunk, (1, size), slice(n_s_rows, n_s_rows + size)))
+            n_s_rows += size
     return tuple(steps)

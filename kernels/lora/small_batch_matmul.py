@@ -9,22 +9,28 @@ is the faster one.
 import torch
 from torch import Tensor
 
-MOST = 16  # rows
+MAX_ROWS = 16  # of x: with more, MKL's own product is the faster one
+MIN_COLUMNS = 256  # of y, so that each thread has enough to do
 
 
-def takes_blocks(x: Tensor, weight: Tensor) -> bool:
+def supports_small_batch_matmul(x: Tensor, weight: Tensor) -> bool:
     """Whether x (N, K) and weight (M, K) are what `small_batch_matmul` is for."""
-    few = x.device.type == "cpu" and x.dtype == torch.float32 and 0 < len(x) <= MOST
-    return few and weight.is_contiguous() and len(weight) >= 256
+    small = x.device.type == "cpu" and x.dtype == torch.float32 and 0 < len(x) <= MAX_ROWS
+    return small and weight.is_contiguous() and len(weight) >= MIN_COLUMNS
 
 
 def small_batch_matmul(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + bias for x (N, K), weight (M, K), bias (M,) or None; gives (N, M)."""
-    blocks = max(2, torch.get_num_threads())
-    size, cut = len(weight) // blocks, len(weight) // blocks * blocks
-    y = x.new_empty(len(x), len(weight))
-    product = torch.bmm(weight[:cut].view(blocks, size, -1), x.T.expand(blocks, -1, -1))  # (blocks, size, N)
-    y[:, :cut] = product.flatten(0, 1).T
-    if cut < len(weight):
-        y[:, cut:] = x @ weight[cut:].T
+    n_blocks = max(2, torch.get_num_threads())
+    rows_per_block = len(weight) // n_blocks
+    n_blocked = rows_per_block * n_blocks
+    y = x.new_empty(len(x), len(weight))  # (N, M)
+
+    blocks = weight[:n_blocked].view(n_blocks, rows_per_block, -1)  # (n_blocks, rows_per_block, K)
+    product = torch.bmm(blocks, x.T.expand(n_blocks, -1, -1))  # (n_blocks, rows_per_block, N)
+    y[:, :n_blocked] = product.flatten(0, 1).T  # (N, n_blocked)
+
+    # The rows of W that the blocks leave over.
+    if n_blocked < len(weight):
+        y[:, n_blocked:] = x @ weight[n_blocked:].T
     return y if bias is None else y.add_(bias)
