@@ -75,6 +75,8 @@ class _LoRAConv2d(torch.autograd.Function):
     def forward(ctx, x, weight, bias, a, b, args: _ConvArgs):
         y = args.convolve(x, weight, bias, args.groups)  # (B, M, H', W')
         s = args.convolve(args.drop(x), a, None, 1).flatten(2)  # (B, R, H'W')
+
+        # Into y in place, through a view that serves both memory formats.
         flat = y.view(*y.shape[:2], s.shape[2])  # (B, M, H'W')
         for matrix, channels, ranks in args.blocks(b):
             flat[:, channels].baddbmm_(matrix.expand(len(x), -1, -1), s[:, ranks], alpha=args.scale)
@@ -97,7 +99,8 @@ class _LoRAConv2d(torch.autograd.Function):
         grad_a = None
         if need_x or need_a:
             grad_s = _grad_s(grad.flatten(2), s, b, args).unflatten(2, grad.shape[2:])  # (B, R, H', W')
-            dropped = args.drop(x) if need_a else x  # dx needs no more than its shape
+            # Where dA is not needed, the values of x are not read.
+            dropped = args.drop(x) if need_a else x
             low_rank_x, grad_a = args.convolve_backward(grad_s, dropped, a, 1, need_x, need_a)
             if grad_x is not None and low_rank_x is not None:
                 grad_x.add_(args.drop(low_rank_x))
@@ -161,6 +164,7 @@ def lora_conv2d(
     padding = _pair("padding", padding)
     dilation = _pair("dilation", dilation)
 
+    # Autocast is off inside, since it would not cast the operands of the product in place.
     if dropout and seed is None:
         seed = draw_seed()
     args = _ConvArgs(stride, padding, dilation, groups, scale, dropout, seed or 0)
@@ -260,7 +264,7 @@ class Conv2d(nn.Module):
         self.dilation = dilation
         self.groups = groups
 
-        # The slot of the adapters.
+        # The slot of the adapters, as `Linear` has it.
         self.lora = nn.ModuleDict()
         self.active: str | AdapterRows | None = None
         self.merged: Merged | None = None  # the adapter that stands in the weight

@@ -49,6 +49,7 @@ class Linear(nn.Module):
         self.active: str | AdapterRows | None = None
         self.merged: Merged | None = None  # the adapter that stands in the weight
 
+        # The parts follow each other without a gap.
         start = 0
         blocks = []
         for name, size in parts or (("", out_features),):
@@ -90,7 +91,9 @@ class Linear(nn.Module):
         if self.weight.requires_grad:
             raise ValueError("the weight trains, and 4 bits can't: freeze it first, and train an adapter on it")
         packed = NF4Weight(self.matrix, workspace)
-        del self.weight  # a module can't be put over a parameter
+
+        # A module can't be put over a parameter.
+        del self.weight
         self.weight = packed  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -115,6 +118,8 @@ def _project_by_row(x: Tensor, linear: Linear, adapter_rows: AdapterRows) -> Ten
     """The projection of x (..., K) to (..., M), each row with its own adapter."""
     names = adapter_rows.on(linear.lora)
     adapters: list[LoRALinearWeights] = [linear.lora[name] for name in names]  # type: ignore[misc]
+
+    # One mask serves the rows of all adapters.
     dropout = 0.0
     if linear.training:
         dropouts = sorted({adapter.dropout for adapter in adapters})
@@ -143,6 +148,7 @@ def bind_projection(
         args = LoRALinearArgs(eps=eps, activation=activation)
         return lambda h: fused_linear(h, weight, linear.bias, None, (), args, norm_weights)
 
+    # The factors are cast and the seed is drawn once, so that each call of the function gives the same.
     adapter: LoRALinearWeights = linear.lora[linear.active]  # type: ignore[assignment]
     dropout = adapter.dropout if linear.training else 0.0
     seed = draw_seed() if dropout else 0

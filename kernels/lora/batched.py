@@ -71,8 +71,12 @@ class _LoRALinearBatched(torch.autograd.Function):
         ctx.on_triton = backend.on_triton(x, a, *bs)
 
         keep_x = ctx.needs_input_grad[1] or ctx.needs_input_grad[3]
-        ctx.packed = weight if isinstance(weight, NF4Weight) else None  # decoded in each pass, never kept
-        ctx.save_for_backward(x if keep_x else None, None if ctx.packed is not None else weight, a, s, *bs)
+        ctx.packed = None
+        if isinstance(weight, NF4Weight):
+            # A packed weight is decoded in each pass, and the dense one never kept.
+            ctx.packed = weight
+            weight = None
+        ctx.save_for_backward(x if keep_x else None, weight, a, s, *bs)
         return y
 
     @staticmethod
@@ -82,21 +86,23 @@ class _LoRALinearBatched(torch.autograd.Function):
         need_x, need_weight, need_bias, need_a, _, *need_bs = ctx.needs_input_grad
 
         grad_bs: list[Tensor | None] = [None] * len(bs)
-        grad_s = s  # nobody reads dS where only W or the bias is trained
+        grad_s = s  # not dS, which nobody reads where only W or the bias is trained
         if need_x or need_a or any(need_bs):
             s_and_b_gradients = _s_and_b_gradients_triton if ctx.on_triton else _s_and_b_gradients
             grad_s, grad_bs = s_and_b_gradients(grad, s, bs, ctx.args, need_bs)  # (n, ΣR), each (G, Mᵢ, Rᵢ)
 
-        if ctx.packed is not None and need_x:
-            weight = ctx.packed.dequantize_into_buffer(grad.dtype)  # (M, K)
-        return (
-            _input_gradient(grad, weight, grad_s, a, ctx.args, ctx.on_triton) if need_x else None,  # (N, K)
-            grad.T @ x if need_weight else None,  # (M, K)
-            grad.sum(0) if need_bias else None,  # (M,)
-            _a_gradient(grad_s, x, len(a), ctx.args, ctx.on_triton) if need_a else None,  # (G, ΣR, K)
-            None,
-            *grad_bs,
-        )
+        grad_x = grad_weight = grad_bias = grad_a = None
+        if need_x:
+            if ctx.packed is not None:
+                weight = ctx.packed.dequantize_into_buffer(grad.dtype)  # (M, K)
+            grad_x = _input_gradient(grad, weight, grad_s, a, ctx.args, ctx.on_triton)  # (N, K)
+        if need_weight:
+            grad_weight = grad.T @ x  # (M, K)
+        if need_bias:
+            grad_bias = grad.sum(0)  # (M,)
+        if need_a:
+            grad_a = _a_gradient(grad_s, x, len(a), ctx.args, ctx.on_triton)  # (G, ΣR, K)
+        return grad_x, grad_weight, grad_bias, grad_a, None, *grad_bs
 
 
 def _lora_a_forward(x: Tensor, a: Tensor, args: _BatchedArgs, on_triton: bool) -> Tensor:
@@ -112,7 +118,8 @@ def _lora_a_forward(x: Tensor, a: Tensor, args: _BatchedArgs, on_triton: bool) -
         rows = step.select_rows(x)  # (g, L, K)
         a_of_step = step.select_adapters(a)  # (g, ΣR, K)
         out = step.view_of_s(s)  # (g, L, ΣR)
-        if step.shape[1] == 1 and x.dtype == torch.float32:  # a token a row: MKL reads A twice as fast from the left
+        if step.shape[1] == 1 and x.dtype == torch.float32:
+            # A token a row: MKL reads A twice as fast from the left.
             torch.bmm(a_of_step, rows.mT, out=out.mT)
         else:
             torch.bmm(rows, a_of_step.mT, out=out)
@@ -137,13 +144,16 @@ def _s_and_b_gradients(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """dS (n, ΣR), and each part's dB (G, Mᵢ, Rᵢ) where it is needed, for grad (N, M)."""
     grad_s = torch.empty_like(s)
-    wide = torch.promote_types(s.dtype, torch.float32)  # an adapter's sum may come from several steps
+
+    # In fp32, since an adapter's sum may come from several steps.
+    wide = torch.promote_types(s.dtype, torch.float32)
     grad_bs = [torch.zeros_like(b, dtype=wide) if need_b else None for b, need_b in zip(bs, need_bs, strict=True)]
     for step in args.segments.steps:
         rows = step.select_rows(grad)  # (g, L, M)
         for (b, columns, ranks), grad_b in zip(parts_of(bs, args.rows), grad_bs, strict=True):
             step.view_of_s(grad_s)[..., ranks] = torch.bmm(rows[..., columns], step.select_adapters(b))  # (g, L, Rᵢ)
-            if grad_b is not None:  # Sᵀ dy transposed, since it is faster than dyᵀ S
+            if grad_b is not None:
+                # (Sᵀ dy)ᵀ, which is faster than dyᵀ S.
                 grad_b[step.adapters] += torch.bmm(step.view_of_s(s)[..., ranks].mT, rows[..., columns]).mT
         step.clear_padding_(grad_s)
     return grad_s, [None if grad_b is None else grad_b.to(s.dtype) for grad_b in grad_bs]
@@ -170,6 +180,7 @@ def _a_gradient(grad_s: Tensor, x: Tensor, n_adapters: int, args: _BatchedArgs, 
 
         return a_gradient(grad_s, x, n_adapters, args.segments, args.dropout, args.seed)
 
+    # Of zeros, for adapters without a row; and in fp32, as for dB.
     shape = (n_adapters, grad_s.shape[1], x.shape[1])
     grad_a = x.new_zeros(shape, dtype=torch.promote_types(x.dtype, torch.float32))  # (G, ΣR, K)
     x = drop(x, args.dropout, args.seed)
@@ -189,7 +200,7 @@ def _input_gradient(
         add_lora_(grad_x, grad_s, a.mT, args.segments, args.dropout, args.seed)
         return grad_x
 
-    # The mask is drawn for all of x at once, so that dropout waits until the low-rank branch is added up.
+    # The mask is drawn for all of x at once: under dropout the low-rank branch is added up apart, and dropped whole.
     low_rank = torch.zeros_like(grad_x) if args.dropout else grad_x  # (N, K)
     for step in args.segments.steps:
         step.add_product_(low_rank, step.view_of_s(grad_s), step.select_adapters(a))
@@ -226,6 +237,7 @@ def lora_linear_batched(
     check_dtypes_and_dropout(flat, weight, a, bs, dropout)
     _check_segments(flat, a, segments)
 
+    # Autocast is off inside: it would cast the operands of some products, and not those of the products in place.
     if dropout and seed is None:
         seed = draw_seed()
     args = _BatchedArgs(segments, rows, dropout, seed or 0)
@@ -233,7 +245,8 @@ def lora_linear_batched(
     with torch.autocast(x.device.type, enabled=False):
         if torch.is_grad_enabled():
             y = _LoRALinearBatched.apply(*tensors[:4], args, *tensors[4:])
-        else:  # token by token, the Function's own cost counts
+        else:
+            # Token by token, the Function's own cost counts.
             y = _evaluate(*tensors[:4], args, *tensors[4:])[0]
     return y.view(*x.shape[:-1], weight.shape[0])  # (..., M)
 

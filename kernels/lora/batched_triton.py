@@ -85,10 +85,12 @@ def _add_lora_kernel(
         mask=(column < m)[None, :] & (r < rank)[:, None], other=0.0,
     )  # fmt: skip
     low_rank = tl.dot(s_block, b_block, input_precision="ieee")  # (BLOCK_N, BLOCK_M)
+
     if DROPOUT:
         quad = tl.program_id(1) * (BLOCK_M // 4) + tl.arange(0, BLOCK_M // 4)
         low_rank = tl.where(keep(seed, row, quad, m, p), low_rank / (1 - p), 0.0)
 
+    # Read and written at the rows of this block alone, so that rows without an adapter are left alone.
     target = y + row[:, None] * y_row + column[None, :]
     mask = inside[:, None] & (column < m)[None, :]
     after = tl.load(target, mask=mask, other=0.0).to(tl.float32) + low_rank
@@ -246,6 +248,7 @@ def lora_a_forward(x: Tensor, a: Tensor, segments: Segments, p: float, seed: int
     if not n:
         return s
 
+    # The kernels for single rows know no dropout.
     single_rows = segments.single_rows and not p
     columns, warps = _tile(x, rank, single_rows)
     tensors = (x.contiguous(), a.contiguous(), s, segments.order, segments.blocks)
@@ -287,6 +290,7 @@ def s_and_b_gradients(grad: Tensor, b: Tensor, s: Tensor, segments: Segments) ->
     columns, warps = _tile(grad, rank)
     grid = (len(segments.pieces), triton.cdiv(m, columns))
 
+    # dS comes in one piece a block of columns, dB in one or more an adapter.
     ds_pieces = grad.new_empty(grid[1], n, rank, dtype=torch.float32)
     db_pieces = grad.new_empty(grid[0], m, rank, dtype=torch.float32)
     if n:
@@ -304,6 +308,7 @@ def a_gradient(grad_s: Tensor, x: Tensor, n_adapters: int, segments: Segments, p
     columns, warps = _tile(x, rank)
     grid = (len(segments.pieces), triton.cdiv(k, columns))
 
+    # An adapter with many rows has several pieces, one without rows none.
     da_pieces = x.new_empty(grid[0], rank, k, dtype=torch.float32)
     if len(segments.order):
         _a_gradient_kernel[grid](

@@ -45,7 +45,10 @@ def gains_kept() -> Iterator[None]:
 @torch.no_grad()
 def row_norms(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """‖W + s B A‖ of each row (M,) in fp32 (never 0), for weight (M, K), a (R, K), b (M, R)."""
-    a, b = a.float(), b.float()
+    a = a.float()
+    b = b.float()
+
+    # ‖W‖² + 2 s Σ (W Aᵀ) ⊙ B + s² Σ (B (A Aᵀ)) ⊙ B, for which V is never made.
     base_square = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()  # (M,)
     cross_term = ((weight @ a.to(weight.dtype).T).float() * b).sum(1)  # (M,)
     lora_square = ((b @ (a @ a.T)) * b).sum(1)  # (M,)
@@ -58,9 +61,13 @@ class _Rescale(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, gain, bias, dim: int):
         shape = _shape_along(y, dim)
-        y = torch.mul(y, gain.view(shape), out=torch.empty_like(y))  # g in fp32: rounded to bf16 it would mostly be 1
+
+        # g stays in fp32: rounded to bf16 it would mostly be 1.
+        y = torch.mul(y, gain.view(shape), out=torch.empty_like(y))
         if bias is not None:
             y.add_(((1 - gain) * bias).view(shape))
+
+        # y serves both passes, so that y₀ need not be kept beside it.
         ctx.save_for_backward(y, gain, bias)
         ctx.dim = dim
         return y
@@ -76,7 +83,8 @@ class _Rescale(torch.autograd.Function):
         grad_y = grad_gain = grad_bias = None
         if need_y:
             grad_y = (grad * gain.view(shape)).to(grad.dtype)
-        if need_gain:  # Σ dy (y − b) / g
+        if need_gain:
+            # Σ dy (y − b) / g; a magnitude of exactly 0 gets no gradient.
             product = grad * (y if bias is None else y - bias.view(shape))
             grad_gain = (product.sum(summed_dims, dtype=gain.dtype) / gain).masked_fill_(gain == 0, 0.0)  # (M,)
         if need_bias:

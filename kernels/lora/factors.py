@@ -80,11 +80,14 @@ class LoRALinearWeights(nn.Module):
         for part, rank, scale, b in zip(self.parts, self.ranks, self.scales, self.b, strict=True):
             rows = matrix[part.start : part.start + part.size].float()  # (Mᵢ, K)
             u, singular_values, v = torch.linalg.svd(rows, full_matrices=False)
+
+            # U Σ Vᵀ is shared out evenly: √Σ to each factor, with the scale taken back.
             root = (singular_values[:rank] / scale).sqrt()  # (R,)
             b.copy_(u[:, :rank] * root)
             a_blocks.append(v[:rank] * root[:, None])
         self.a.copy_(torch.cat(a_blocks))
 
+        # The start is kept as buffers: the weight stays as it is, and the start is subtracted in each pass.
         self.pissa = True
         self.register_buffer("a_start", self.a.detach().clone())
         self.register_buffer("b_start", torch.cat([b.detach().flatten() for b in self.b]))
@@ -129,6 +132,7 @@ class LoRALinearWeights(nn.Module):
         if cache is not None and self in cache:
             return cache[self]
 
+        # Decoded to fp32, since the norms are fp32.
         dense = matrix.dequantize(torch.float32) if isinstance(matrix, NF4Weight) else matrix
         gain = gain_of_rows(list(self.m), self._norms(dense), self.rows, matrix.shape[0])
         if cache is not None:

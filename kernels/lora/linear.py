@@ -79,9 +79,12 @@ class _LoRALinear(torch.autograd.Function):
         # With all of it frozen and nothing in front, dx = dy W needs no h.
         made_from_h = norm_weight is not None or args.activation is not None
         keep_h = made_from_h or ctx.needs_input_grad[3] or ctx.needs_input_grad[5]
-        ctx.packed = weight if isinstance(weight, NF4Weight) else None  # decoded in each pass, never kept
-        dense = None if ctx.packed is not None else weight
-        ctx.save_for_backward(h if keep_h else None, norm_weight, norm_bias, dense, a, s, *stats, *bs)
+        ctx.packed = None
+        if isinstance(weight, NF4Weight):
+            # A packed weight is decoded in each pass, and the dense one never kept.
+            ctx.packed = weight
+            weight = None
+        ctx.save_for_backward(h if keep_h else None, norm_weight, norm_bias, weight, a, s, *stats, *bs)
         ctx.n_stats = len(stats)
         ctx.args = args
         return y
@@ -150,11 +153,13 @@ def fused_linear(
     tensors = cast_for_autocast((flat, norm_weight, norm_bias, weight, bias, a, *bs), device)
 
     if torch.is_autocast_enabled(device):
+        # Off inside: it would cast the operands of some products, and not those of the products in place.
         with torch.autocast(device, enabled=False):
             y = _LoRALinear.apply(*tensors[:6], args, *tensors[6:])
     elif torch.is_grad_enabled():
         y = _LoRALinear.apply(*tensors[:6], args, *tensors[6:])
-    else:  # token by token, the Function's own cost counts
+    else:
+        # Token by token, the Function's own cost counts.
         y = _evaluate(*tensors[:6], args, *tensors[6:])[0]
     return y.view(*h.shape[:-1], weight.shape[0])  # (..., M)
 

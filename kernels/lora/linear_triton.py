@@ -61,6 +61,7 @@ def _linear_kernel(
     row = ((first + tile % (GROUP * tiles_m) % height) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     column = (tile % (GROUP * tiles_m) // height * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
 
+    # The product with W, whose strides say whether it is read as it is (forward) or transposed (backward).
     inner = tl.arange(0, BLOCK_K)
     x_tile = x + row[:, None] * k + inner[None, :]  # (BLOCK_N, BLOCK_K)
     w_tile = w + column[None, :] * w_row + inner[:, None] * w_column  # (BLOCK_K, BLOCK_M)
@@ -94,6 +95,7 @@ def _add_lora_kernel(
     y, s, b, n, m, rank, b_row, b_column, seed, p,
     R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
+    # In int64, since an offset into y may pass 2³¹.
     row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     column = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     r = tl.arange(0, R)
@@ -106,6 +108,7 @@ def _add_lora_kernel(
     )  # fmt: skip
     low_rank = tl.dot(s_block, b_block, input_precision="ieee")  # (BLOCK_N, BLOCK_M)
 
+    # The mask is that of a (N, M) matrix, the sum is rounded once.
     position = row[:, None] * m + column[None, :]
     mask = (row < n)[:, None] & (column < m)[None, :]
     before = tl.load(y + position, mask=mask, other=0.0).to(tl.float32)
@@ -254,6 +257,7 @@ def s_and_b_gradients(grad: Tensor, b: Tensor, s: Tensor) -> tuple[Tensor, Tenso
     rows_per_piece = backend.entry(_ROWS_PER_PIECE, grad)
     grid = (triton.cdiv(n, rows_per_piece), triton.cdiv(m, columns))
 
+    # dS comes in one piece a block of columns, dB in one a piece of rows; both are added up in a fixed order.
     ds_pieces = grad.new_empty(grid[1], n, rank, dtype=torch.float32)
     db_pieces = grad.new_empty(grid[0], m, rank, dtype=torch.float32)
     _s_and_b_gradients_kernel[grid](
@@ -268,6 +272,8 @@ def a_gradient(grad_s: Tensor, x: Tensor, p: float, seed: int) -> Tensor:
     n, k = x.shape
     rank = grad_s.shape[1]
     rows, columns, warps = backend.entry(_STREAM_TILES, x)
+
+    # One piece of rows a program: its sum is added to those of the others afterwards, in a fixed order.
     rows_per_piece = backend.entry(_ROWS_PER_PIECE, x)
     grid = (triton.cdiv(n, rows_per_piece), triton.cdiv(k, columns))
 

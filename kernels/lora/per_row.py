@@ -56,6 +56,7 @@ class AdapterRows:
 
     def segments(self, shape: torch.Size, layer_adapters: tuple[str, ...], device: torch.device) -> Segments:
         """The segments of an input (..., K), where adapters are numbered as in `layer_adapters`; others are none."""
+        # Layers differ in the adapters that they carry, and so in their numbers.
         leading = tuple(shape[:-1])
         key = (leading, layer_adapters, device)
         if key not in self._segments:
@@ -96,6 +97,7 @@ class AdapterRows:
             rows_of_adapter.setdefault(name, []).append(row)
         index = {name: torch.tensor(row_ids, device=x.device) for name, row_ids in rows_of_adapter.items()}
 
-        out = torch.cat([compute(rows.index_select(0, row_ids), name) for name, row_ids in index.items()])  # by adapter
-        out = out.index_select(0, torch.cat(list(index.values())).argsort())  # in the order of the batch
+        # What comes out is sorted by adapter; argsort inverts that order.
+        out = torch.cat([compute(rows.index_select(0, row_ids), name) for name, row_ids in index.items()])  # (N, ...)
+        out = out.index_select(0, torch.cat(list(index.values())).argsort())
         return out.unflatten(0, x.shape[:n_row_dims])

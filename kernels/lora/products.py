@@ -51,7 +51,9 @@ def drop(x: Tensor, dropout: float, seed: int) -> Tensor:
     if dropout == 0.0:
         return x
     generator = torch.Generator(x.device).manual_seed(seed)
-    mask = x.new_empty(x.shape).bernoulli_(1 - dropout, generator=generator)  # in row order, whatever x's strides
+
+    # The mask is contiguous whatever x's strides are, so that it does not depend on them.
+    mask = x.new_empty(x.shape).bernoulli_(1 - dropout, generator=generator)
     return mask.mul_(x).div_(1 - dropout)
 
 
@@ -103,6 +105,7 @@ def linear_with_lora(
 ) -> Tensor:
     """y = x Wᵀ + bias (N, M), plus each part's s S Bᵀ, for x (N, K), weight (M, K), s (N, ΣR), bs (Mᵢ, Rᵢ)."""
     if isinstance(weight, NF4Weight) and weight.supports_fused_matmul(x):
+        # A few rows: such a product waits for the weight, which is then read in four bits.
         y = weight.product(x, bias)  # (N, M)
     else:
         dense = weight.dequantize_into_buffer(x.dtype) if isinstance(weight, NF4Weight) else weight  # (M, K)
@@ -114,6 +117,7 @@ def linear_with_lora(
         matmul = small_batch_matmul if supports_small_batch_matmul(x, dense) else F.linear
         y = matmul(x, dense, bias)  # (N, M)
 
+    # In place and part by part: there is no intermediate of y's size.
     if s is not None:
         for (b, columns, ranks), scale in zip(parts_of(bs, args.rows), args.scales, strict=True):
             y[:, columns].addmm_(s[:, ranks], b.T, alpha=scale)
@@ -167,6 +171,8 @@ def factors_backward(
     if s is None:
         return None, []
     on_triton = low_rank_on_triton(grad, s, rank=s.shape[1]) and max(b.shape[1] for b in bs) <= MAX_PART_RANK
+
+    # The kernel takes rows of any stride, but the entries of a row have to be neighbors.
     if on_triton:
         grad = grad.contiguous()
 

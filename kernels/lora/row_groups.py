@@ -53,7 +53,8 @@ class Step:
         """y[rows] += left right, for left (g, L, R) and right (g, R, ·)."""
         if isinstance(self.rows, slice):
             y[self.rows].unflatten(0, self.shape).baddbmm_(left, right)
-        else:  # padding adds zeros to the row that it repeats
+        else:
+            # Padding adds zeros to the row that it repeats.
             y.index_add_(0, self.rows, torch.bmm(left, right).flatten(0, 1))
 
     def clear_padding_(self, s: Tensor) -> None:
@@ -113,6 +114,7 @@ class Segments:
         spans = [_Span(adapter, *span) for (adapter, _), span in zip(runs, pairwise(bounds), strict=True)]
 
         order, groups = _by_adapter(runs)
+        # Where rows are few, each is a block of its own, for the kernels without tensor cores.
         rows_per_block = ROWS_PER_BLOCK if len(order) > MAX_SINGLE_ROWS else 1
         pieces = _cut(groups, ROWS_PER_PIECE)
         tables = _to_device([order, _cut(groups, rows_per_block), pieces, _totals(pieces)], device)
@@ -134,6 +136,8 @@ class Segments:
 def _by_adapter(runs: list[tuple[int, int]]) -> tuple[Tensor, list[_Span]]:
     """The rows that have an adapter, by adapter and else in their order; and each adapter's positions in that list."""
     adapters, sizes = torch.tensor(runs, dtype=torch.int64).view(-1, 2).unbind(1)
+
+    # Stable, so that an adapter's rows keep their order, and each sum over them has a fixed one.
     adapter_of_row, order = adapters.repeat_interleave(sizes).sort(stable=True)
     has_adapter = adapter_of_row >= 0
 
@@ -176,6 +180,7 @@ def _steps(runs: list[_Span], groups: list[_Span], order: Tensor) -> tuple[Step,
         rows = slice(runs[0].start, runs[-1].stop)
         return (Step(_index(adapters, order.device), rows, (len(runs), longest), slice(0, n_padded_rows)),)
 
+    # Few rows: copying them costs less than a call for each adapter.
     if n_padded_rows <= MAX_GATHERED_ROWS:
         return (_padded_step(groups, longest, order),)
     return _steps_by_adapter(runs, groups, order)
@@ -217,6 +222,7 @@ def _steps_by_adapter(runs: list[_Span], groups: list[_Span], order: Tensor) -> 
         views = slices[group.adapter]
         rows: list[slice | Tensor] = [*views]
         sizes = [view.stop - view.start for view in views]
+        # Many short runs: to gather their rows costs less than a call for each.
         if len(views) > 1 and group.length < MIN_RUN_LENGTH * len(views):
             rows = [*order[group.start : group.stop].split(MAX_GATHERED_ROWS)]
             sizes = [len(chunk) for chunk in rows]  # type: ignore[arg-type]
