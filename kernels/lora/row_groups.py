@@ -222,6 +222,7 @@ def _steps_by_adapter(runs: list[_Span], groups: list[_Span], order: Tensor) -> 
         views = slices[group.adapter]
         rows: list[slice | Tensor] = [*views]
         sizes = [view.stop - view.start for view in views]
+
         # Many short runs: to gather their rows costs less than a call for each.
         if len(views) > 1 and group.length < MIN_RUN_LENGTH * len(views):
             rows = [*order[group.start : group.stop].split(MAX_GATHERED_ROWS)]
