@@ -6,8 +6,8 @@
     lora/                                                 the low-rank operations: read `lora/linear.py` first
     linear  conv  mlp                                     layers of models, put together from all of these
 
-Every backward pass keeps as little as it can and rebuilds the rest (see `lora/linear.py` for the reasoning); gradients
-are computed only for inputs that want them. Names are imported at first use (PEP 562).
+Every backward pass keeps as little as it can and rebuilds what else it needs (`lora/linear.py` has the reasoning);
+gradients are computed only for inputs that require them. Names are imported at first use (PEP 562).
 """
 
 from importlib import import_module

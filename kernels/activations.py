@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from . import backend
 
 _aten = torch.ops.aten
-CACHED = 2**21  # bytes of the input that are worked on at once
+CHUNK_BYTES = 2**21  # of the input that is worked on at once: fits in a CPU core's second-level cache
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,10 @@ class Activation:
 
 def _rows_in_cache(u: Tensor) -> int:
     """How many rows of u to take at once, so that what is made of them on the way stays in a CPU core's cache."""
+    # A GPU gains nothing from chunks, and the compiler would unroll a loop over them.
     if not u.is_cpu or torch.compiler.is_compiling():
         return max(len(u), 1)
-    return max(CACHED // (u.shape[-1] * u.element_size()), 1)
+    return max(CHUNK_BYTES // (u.shape[-1] * u.element_size()), 1)
 
 
 def _gated(name: str, gate: Activation) -> Activation:
@@ -53,7 +54,7 @@ def _gated(name: str, gate: Activation) -> Activation:
             from . import activations_triton
 
             return activations_triton.forward(u, name)
-        g, v = u.chunk(2, dim=-1)
+        g, v = u.chunk(2, dim=-1)  # (..., F) each
         return gate.forward(g).mul_(v)
 
     def backward(grad: Tensor, u: Tensor) -> Tensor:
@@ -61,13 +62,16 @@ def _gated(name: str, gate: Activation) -> Activation:
             from . import activations_triton
 
             return activations_triton.backward(grad, u, name)
-        out = torch.empty_like(u)
-        rows = _rows_in_cache(u)
-        for d, from_u, to_u in zip(grad.split(rows), u.split(rows), out.split(rows), strict=True):
-            (g, v), (grad_g, grad_v) = from_u.chunk(2, dim=-1), to_u.chunk(2, dim=-1)
-            grad_g.copy_(gate.backward(d * v, g))
-            grad_v.copy_(gate.forward(g).mul_(d))
-        return out
+        grad_u = torch.empty_like(u)  # (..., 2F)
+        n_rows = _rows_in_cache(u)
+        for dy, u_rows, grad_rows in zip(grad.split(n_rows), u.split(n_rows), grad_u.split(n_rows), strict=True):
+            g, v = u_rows.chunk(2, dim=-1)  # (..., F) each
+            grad_g, grad_v = grad_rows.chunk(2, dim=-1)
+
+            # The halves are views of grad_u: nothing has to be concatenated.
+            grad_g.copy_(gate.backward(dy * v, g))
+            grad_v.copy_(gate.forward(g).mul_(dy))
+        return grad_u
 
     return Activation(forward, backward, gated=True)
 
@@ -111,9 +115,9 @@ class Activate(torch.autograd.Function):
 
 
 def activate(u: Tensor, name: str) -> Tensor:
-    """Apply the activation called `name` (a key of `ACTIVATIONS`) to u (..., F), or (..., 2F) if gated; u is saved.
+    """Apply the activation `name`, a key of `ACTIVATIONS`, to u (..., F), or (..., 2F) if gated; only u is saved.
 
-    Raises ValueError for an unknown name, and where a gated one is given an odd last dimension.
+    Raises ValueError for an unknown name, and where a gated activation is given an odd last dimension.
     """
     if name not in ACTIVATIONS:
         raise ValueError(f"activation {name!r} is unknown; known: {', '.join(sorted(ACTIVATIONS))}")

@@ -20,26 +20,33 @@ _TILE = {0: (16, 16, 1), 80: (1, 1024, 4)}  # rows and columns that a program ta
 
 @triton.jit
 def _gate(g, GATE: tl.constexpr):
-    """a(g) and a'(g). SiLU and the tanh form are g σ(h): x/2 (1 + tanh z) = x σ(2z)."""
+    """a(g) and its derivative a'(g). SiLU and the tanh form are g σ(h): x/2 (1 + tanh z) = x σ(2z)."""
     if GATE == 1:
-        phi = 0.5 + 0.5 * tl.erf(g * 0.7071067811865476)
-        return g * phi, phi + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)
+        phi = 0.5 + 0.5 * tl.erf(g * 0.7071067811865476)  # 1/√2
+        return g * phi, phi + g * 0.3989422804014327 * tl.exp(-0.5 * g * g)  # 1/√(2π)
+
+    # h and its derivative; the constant is 2 √(2/π)
     if GATE == 2:
         square = g * g
-        h, slope = 1.5957691216057308 * g * (1 + 0.044715 * square), 1.5957691216057308 * (1 + 0.134145 * square)
+        h = 1.5957691216057308 * g * (1 + 0.044715 * square)
+        slope = 1.5957691216057308 * (1 + 0.134145 * square)
     else:
-        h, slope = g, 1.0
+        h = g
+        slope = 1.0
     s = tl.sigmoid(h)
     return g * s, s + g * s * (1 - s) * slope
 
 
 @triton.jit
 def _forward_kernel(u, out, n, f, GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
-    row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
-    column = (tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F))[None, :]
+    row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]  # (BLOCK_N, 1)
+    column = (tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F))[None, :]  # (1, BLOCK_F)
     inside = (row < n) & (column < f)
+
     g = tl.load(u + 2 * row * f + column, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(u + 2 * row * f + f + column, mask=inside, other=0.0).to(tl.float32)
+
+    # Rounded to the dtype before the product, where torch rounds too.
     a, _ = _gate(g, GATE)
     dtype = out.dtype.element_ty
     tl.store(out + row * f + column, (a.to(dtype).to(tl.float32) * v).to(dtype), mask=inside)
@@ -47,12 +54,14 @@ def _forward_kernel(u, out, n, f, GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLO
 
 @triton.jit
 def _backward_kernel(grad, u, du, n, f, GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
-    row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]
-    column = (tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F))[None, :]
+    row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]  # (BLOCK_N, 1)
+    column = (tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F))[None, :]  # (1, BLOCK_F)
     inside = (row < n) & (column < f)
+
     dy = tl.load(grad + row * f + column, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(u + 2 * row * f + column, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(u + 2 * row * f + f + column, mask=inside, other=0.0).to(tl.float32)
+
     a, slope = _gate(g, GATE)
     dtype = du.dtype.element_ty
     tl.store(du + 2 * row * f + column, (dy * v * slope).to(dtype), mask=inside)
@@ -61,8 +70,11 @@ def _backward_kernel(grad, u, du, n, f, GATE: tl.constexpr, BLOCK_N: tl.constexp
 
 def forward(u: Tensor, name: str) -> Tensor:
     """a(g) ⊙ v (..., F) for u = [g | v] (..., 2F) and a name in `GATES`."""
-    u, f = u.contiguous(), u.shape[-1] // 2
-    out, n = u.new_empty(*u.shape[:-1], f), u.numel() // (2 * f)
+    u = u.contiguous()
+    f = u.shape[-1] // 2
+    n = u.numel() // (2 * f)
+    out = u.new_empty(*u.shape[:-1], f)  # (..., F)
+
     rows, columns, warps = backend.entry(_TILE, u)
     grid = (triton.cdiv(n, rows), triton.cdiv(f, columns))
     _forward_kernel[grid](u, out, n, f, GATE=GATES[name], BLOCK_N=rows, BLOCK_F=columns, num_warps=warps)
@@ -71,8 +83,12 @@ def forward(u: Tensor, name: str) -> Tensor:
 
 def backward(grad: Tensor, u: Tensor, name: str) -> Tensor:
     """du (..., 2F) for the incoming gradient (..., F)."""
-    grad, u, f = grad.contiguous(), u.contiguous(), u.shape[-1] // 2
-    du, n = torch.empty_like(u), grad.numel() // f
+    grad = grad.contiguous()
+    u = u.contiguous()
+    f = u.shape[-1] // 2
+    n = grad.numel() // f
+    du = torch.empty_like(u)  # (..., 2F)
+
     rows, columns, warps = backend.entry(_TILE, u)
     grid = (triton.cdiv(n, rows), triton.cdiv(f, columns))
     _backward_kernel[grid](grad, u, du, n, f, GATE=GATES[name], BLOCK_N=rows, BLOCK_F=columns, num_warps=warps)

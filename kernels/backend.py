@@ -24,15 +24,18 @@ def on_triton(*tensors: Tensor | None) -> bool:
 
     Raises ValueError for tensors on a GPU that is not the current one.
     """
-    given = [tensor for tensor in tensors if tensor is not None]
-    if given[0].device.type != ("cpu" if INTERPRETED else "cuda"):
+    present = [tensor for tensor in tensors if tensor is not None]
+    device = present[0].device
+    if device.type != ("cpu" if INTERPRETED else "cuda"):
         return False
-    fits = all(tensor.numel() and tensor.dtype in DTYPES for tensor in given)
-    return fits and _usable(given[0].device) and _is_current(given[0].device)
+
+    # An empty tensor has nothing to launch a kernel for.
+    supported = all(tensor.numel() and tensor.dtype in DTYPES for tensor in present)
+    return supported and _usable(device) and _is_current(device)
 
 
 def _is_current(device: torch.device) -> bool:
-    """True; Triton launches on the current device whatever its arguments, so that another one is an error."""
+    """Always true: Triton launches on the current device whatever its arguments, so that another device is an error."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         raise ValueError(f"tensors on {device}, which is not the current device: torch.cuda.set_device({device.index})")
     return True
@@ -40,13 +43,16 @@ def _is_current(device: torch.device) -> bool:
 
 @cache
 def _usable(device: torch.device) -> bool:
+    """Whether Triton is installed and made for this device; warns once where it isn't."""
     if find_spec("triton") is None:
-        why = "triton is not installed"
+        reason = "triton is not installed"
     elif not INTERPRETED and torch.cuda.get_device_capability(device) < (8, 0):
-        why = f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
+        reason = f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     else:
         return True
-    warnings.warn(f"no Triton kernels on {device}, torch operations instead: {why}", RuntimeWarning, stacklevel=4)
+
+    # Level 4 is the caller of the operation: this function, on_triton and the operation are in between.
+    warnings.warn(f"no Triton kernels on {device}, torch operations instead: {reason}", RuntimeWarning, stacklevel=4)
     return False
 
 
@@ -59,10 +65,11 @@ def capability(x: Tensor) -> int:
 
 
 def entry(table: dict[int, Any], x: Tensor) -> Any:
-    """What a table of block sizes says for x: the entry of its capability, or of the next lower one.
+    """What a table of block sizes holds for x: the entry of its capability, or of the next lower one in the table.
 
     Consumer GPUs (86, 89, 120) have less shared memory and no wgmma: they take the entries of 80, made to fit them.
     """
-    now = capability(x)
-    now = 80 if now >= 120 else now
-    return table[max(key for key in table if key <= now)]
+    level = capability(x)
+    if level >= 120:
+        level = 80
+    return table[max(key for key in table if key <= level)]

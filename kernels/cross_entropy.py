@@ -20,8 +20,8 @@ On a GPU the chunk's logits stay as the product stored them, in bf16 say: one ke
 overwrites them with dz (`cross_entropy_triton.py`). There, `index` spares the host from waiting for the device.
 """
 
-from collections.abc import Sequence
-from typing import Literal, overload
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,8 @@ def _chunk_rows(n: int, vocab: int) -> int:
     return max(16, min(n, 2**24 // vocab))
 
 
-def _wide(x: Tensor) -> torch.dtype:
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of losses and of sums over rows."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -51,6 +52,7 @@ class _SumLoss(torch.autograd.Function):
         grads = _zero_gradients(x, weight, bias, ctx.needs_input_grad)
         sum_loss = _sum_on_triton if backend.on_triton(x, weight, bias) else _sum_in_torch
         total = sum_loss(x, weight, bias, targets, grads)
+
         ctx.save_for_backward(*grads)
         ctx.dtypes = (x.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
         return total
@@ -58,54 +60,63 @@ class _SumLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        made = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if g is None else (g * grad).to(dtype) for g, dtype in made), None
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if g is None else (g * grad).to(dtype) for g, dtype in pairs), None
 
 
 def _zero_gradients(x: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]) -> Gradients:
     """Room for dx, in its dtype, and for dW and db, which are summed over the chunks; where `needs` says so."""
-    grad_x = torch.empty_like(x) if needs[0] else None
-    grad_w = torch.zeros_like(weight, dtype=_wide(x)) if needs[1] else None
-    grad_b = torch.zeros_like(bias, dtype=_wide(x)) if bias is not None and needs[2] else None
+    grad_x = torch.empty_like(x) if needs[0] else None  # (N, D)
+    grad_w = torch.zeros_like(weight, dtype=_sum_dtype(x)) if needs[1] else None  # (V, D)
+    grad_b = torch.zeros_like(bias, dtype=_sum_dtype(x)) if bias is not None and needs[2] else None  # (V,)
     return grad_x, grad_w, grad_b
 
 
 def _add_chunk(grads: Gradients, rows: slice, dz: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Put the gradients that flow through these rows' dz (rows, V) where they belong."""
+    """Add what these rows' dz (rows, V) contributes to the gradients."""
     grad_x, grad_w, grad_b = grads
     if grad_b is not None:
         grad_b += dz.sum(0, dtype=grad_b.dtype)
-    low = dz.to(x.dtype)
+
+    # The products run in x's dtype, as those of a linear layer would.
+    dz = dz.to(x.dtype)
     if grad_x is not None:
-        grad_x[rows] = low @ weight
+        grad_x[rows] = dz @ weight  # (rows, D)
     if grad_w is not None:
-        grad_w += low.T @ x[rows]
+        grad_w += dz.T @ x[rows]  # (V, D)
 
 
 def _sum_in_torch(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, grads: Gradients) -> Tensor:
+    """The sum of the losses (), and the gradients of it in `grads`; Σe is called `norm` here."""
     grad_x, grad_w, grad_b = grads
-    total = torch.zeros((), dtype=_wide(x), device=x.device)
+    total = torch.zeros((), dtype=_sum_dtype(x), device=x.device)
     for rows, z in _logit_chunks(x, weight):
-        norm = torch.empty(len(z), 1, dtype=_wide(x), device=x.device)
+        norm = torch.empty(len(z), 1, dtype=_sum_dtype(x), device=x.device)
         for strip in _strips(z):
-            e, target = _widened(z[strip], bias), targets[rows][strip, None]
+            # logsumexp − z[target] is max + log Σe − z[target]; the logarithms follow for the whole chunk.
+            e = _widened(z[strip], bias)
+            target = targets[rows][strip, None]
             top = e.amax(1, keepdim=True)
             total += top.sum() - e.gather(1, target).sum()
+
             torch.sum(e.sub_(top).exp_(), 1, keepdim=True, out=norm[strip])
-            e.scatter_add_(1, target, -norm[strip])  # now dz, but for the division by norm
+            # Now e is dz, but for the division by norm.
+            e.scatter_add_(1, target, -norm[strip])
             if e.dtype != z.dtype:
                 z[strip] = e
         total += norm.log().sum()
+
+        # Dividing dx (rows, D) is cheaper than dividing dz (rows, V); dW and db, sums over rows, need dz itself.
         if grad_x is not None:
-            grad_x[rows] = (z @ weight).to(_wide(x)).div_(norm)
+            grad_x[rows] = (z @ weight).to(_sum_dtype(x)).div_(norm)
         if grad_w is not None or grad_b is not None:
-            _add_chunk((None, grad_w, grad_b), rows, z.to(_wide(x)).div_(norm), x, weight)
+            _add_chunk((None, grad_w, grad_b), rows, z.to(_sum_dtype(x)).div_(norm), x, weight)
     return total
 
 
 def _strips(z: Tensor) -> list[slice]:
     """Rows of logits to widen at a time: few, so that the fp32 copies stay in the cache; all, if they are wide."""
-    step = len(z) if z.dtype == _wide(z) else 16
+    step = len(z) if z.dtype == _sum_dtype(z) else 16
     return [slice(start, start + step) for start in range(0, len(z), step)]
 
 
@@ -128,46 +139,68 @@ def _logit_chunks(x: Tensor, weight: Tensor):
     fast there (measured at V 50257, D 768; in bf16 it is the slower one).
     """
     n, vocab = len(x), len(weight)
-    chunks = -(-n // _chunk_rows(n, vocab))
-    step = -(-n // chunks) if n else 1
+    if n == 0:
+        return
+
+    # Chunks of equal length, instead of full ones and a short one at the end.
+    n_chunks = -(-n // _chunk_rows(n, vocab))
+    step = -(-n // n_chunks)
     vocab_first = x.device.type == "cpu" and x.dtype == torch.float32
     buffer = x.new_empty((vocab, step) if vocab_first else (step, vocab))
+
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
         if vocab_first:
-            z = torch.mm(weight, x[rows].T, out=buffer.flatten()[: vocab * (rows.stop - start)].view(vocab, -1)).T
+            out = buffer.flatten()[: vocab * (rows.stop - start)].view(vocab, -1)  # (V, rows)
+            z = torch.mm(weight, x[rows].T, out=out).T
         else:
             z = torch.mm(x[rows], weight.T, out=buffer[: rows.stop - start])
-        yield rows, z
+        yield rows, z  # (rows, V)
 
 
 def _widened(z: Tensor, bias: Tensor | None) -> Tensor:
     """Logits in at least fp32, with the bias; z itself where it is as wide."""
-    wide = z.to(_wide(z))
-    return wide if bias is None else wide.add_(bias)
+    wide = z.to(_sum_dtype(z))
+    if bias is not None:
+        wide.add_(bias)
+    return wide
+
+
+class _ChunkLosses(NamedTuple):
+    """Of a chunk's rows: losses, logsumexps and entropies (rows,), and dz (rows, V); the last two where asked for."""
+
+    rows: slice
+    losses: Tensor
+    lse: Tensor
+    entropy: Tensor | None
+    dz: Tensor | None
 
 
 class _TokenLosses(torch.autograd.Function):
     """One loss a row, and optionally the entropy, which has no gradient.
 
-    Of x alone, a row's gradient is made with its loss, and scaled later; of the head, the logits are made once more.
+    Where x alone needs a gradient, a row's is made with its loss, and scaled later. Where the head needs one, too, the
+    backward pass computes the logits again.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, with_entropy: bool):
-        losses = torch.empty(len(x), dtype=_wide(x), device=x.device)
+        losses = torch.empty(len(x), dtype=_sum_dtype(x), device=x.device)  # (N,)
         lse = torch.empty_like(losses)
         entropy = torch.empty_like(losses) if with_entropy else None
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[:3] == (True, False, False) else None
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[:3] == (True, False, False) else None  # (N, D)
+
         chunk_losses = _losses_on_triton if backend.on_triton(x, weight, bias) else _losses_in_torch
-        for rows, dz, *of_rows in chunk_losses(x, weight, bias, targets, with_entropy, grad_x is not None):
-            for whole, part in zip((losses, lse, entropy), of_rows, strict=True):
-                if whole is not None:
-                    whole[rows] = part
-            if grad_x is not None:
-                grad_x[rows] = dz.to(x.dtype) @ weight
-        ctx.of_x_alone = grad_x is not None
-        ctx.save_for_backward(*((grad_x,) if ctx.of_x_alone else (x, weight, bias, targets, lse)))
+        for chunk in chunk_losses(x, weight, bias, targets, with_entropy, grad_x is not None):
+            losses[chunk.rows] = chunk.losses
+            lse[chunk.rows] = chunk.lse
+            if entropy is not None and chunk.entropy is not None:
+                entropy[chunk.rows] = chunk.entropy
+            if grad_x is not None and chunk.dz is not None:
+                grad_x[chunk.rows] = chunk.dz.to(x.dtype) @ weight
+
+        ctx.only_x = grad_x is not None
+        ctx.save_for_backward(*((grad_x,) if ctx.only_x else (x, weight, bias, targets, lse)))
         if entropy is not None:
             ctx.mark_non_differentiable(entropy)
         return losses, entropy
@@ -175,48 +208,54 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor, _):
-        if ctx.of_x_alone:
+        if ctx.only_x:
             (grad_x,) = ctx.saved_tensors
             return (grad_x * grad[:, None]).to(grad_x.dtype), None, None, None, None
+
         x, weight, bias, targets, lse = ctx.saved_tensors
         grads = _zero_gradients(x, weight, bias, ctx.needs_input_grad)
         chunk_gradients = _gradients_on_triton if backend.on_triton(x, weight, bias) else _gradients_in_torch
         for rows, dz in chunk_gradients(x, weight, bias, targets, lse, grad):
             _add_chunk(grads, rows, dz, x, weight)
-        likes = (x, weight, bias)
-        return *(None if g is None else g.to(like.dtype) for g, like in zip(grads, likes, strict=True)), None, None
+
+        inputs = (x, weight, bias)
+        return *(None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)), None, None
 
 
 def _losses_in_torch(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, with_entropy: bool, with_gradient: bool
-):
-    """Yield rows, their dz, losses, log-sum-exps and entropies; of the first and the last, what is wanted."""
+) -> Iterator[_ChunkLosses]:
     for rows, logits in _logit_chunks(x, weight):
-        z, target = _widened(logits, bias), targets[rows, None]
+        z = _widened(logits, bias)  # (rows, V)
+        target = targets[rows, None]  # (rows, 1)
         lse = z.logsumexp(1)
-        losses, dz = lse - z.gather(1, target)[:, 0], None
-        entropy = lse - (z - lse[:, None]).exp_().mul_(z).sum(1) if with_entropy else None
-        if with_gradient:
+        losses = lse - z.gather(1, target)[:, 0]
+
+        entropy = dz = None
+        if with_entropy:
+            entropy = lse - (z - lse[:, None]).exp_().mul_(z).sum(1)  # lse − Σ p z
+        if with_gradient:  # last, since it overwrites the logits
             dz = z.sub_(lse[:, None]).exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=z.dtype))
-        yield rows, dz, losses, lse, entropy
+        yield _ChunkLosses(rows, losses, lse, entropy, dz)
 
 
 def _losses_on_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, with_entropy: bool, with_gradient: bool
-):
+) -> Iterator[_ChunkLosses]:
     from . import cross_entropy_triton as kernels
 
     for rows, z in kernels.logit_chunks(x, weight):
         losses, lse, entropy = kernels.losses(z, bias, targets[rows], with_entropy)
-        yield rows, kernels.gradient_(z, bias, targets[rows], lse) if with_gradient else None, losses, lse, entropy
+        dz = kernels.gradient_(z, bias, targets[rows], lse) if with_gradient else None
+        yield _ChunkLosses(rows, losses, lse, entropy, dz)
 
 
 def _gradients_in_torch(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor, grad: Tensor):
-    """Yield rows, and their dz for the incoming gradient of each loss."""
+    """Yield rows, and their dz (rows, V) for the incoming gradient of each loss."""
     for rows, z in _logit_chunks(x, weight):
-        weights = grad[rows, None]
-        dz = _widened(z, bias).sub_(lse[rows, None]).exp_().mul_(weights)
-        yield rows, dz.scatter_add_(1, targets[rows, None], -weights)
+        row_grads = grad[rows, None]  # (rows, 1)
+        dz = _widened(z, bias).sub_(lse[rows, None]).exp_().mul_(row_grads)
+        yield rows, dz.scatter_add_(1, targets[rows, None], -row_grads)
 
 
 def _gradients_on_triton(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor, grad: Tensor):
@@ -255,27 +294,37 @@ def linear_cross_entropy(
         raise ValueError(f'reduction: "sum", or "none" (which with_entropy needs), got {reduction!r}')
     if targets.shape != (x.shape[:-1] if index is None else index.shape):
         raise ValueError(f"targets: {tuple(targets.shape)} doesn't fit x {tuple(x.shape)} and the index")
-    flat, labels, kept = x.reshape(-1, x.shape[-1]), targets.reshape(-1), None
+    x = x.reshape(-1, x.shape[-1])  # (N, D)
+    labels = targets.reshape(-1)  # (N,), or (n,) with an index
+    labeled = None
+    # Rows without a target are dropped before the product.
     if index is not None:
-        flat = flat.index_select(0, index)
+        x = x.index_select(0, index)
     elif bool((labels == IGNORE).any()):
-        kept = (labels != IGNORE).nonzero()[:, 0]
-        flat, labels = flat.index_select(0, kept), labels[kept]
-    if not torch.is_grad_enabled():  # a Function sees who could want a gradient, not whether one is wanted
-        flat, weight, bias = flat.detach(), weight.detach(), None if bias is None else bias.detach()
-    if reduction == "sum":
-        return _SumLoss.apply(flat, weight, bias, labels)
-    losses, entropy = _TokenLosses.apply(flat, weight, bias, labels, with_entropy)
+        labeled = (labels != IGNORE).nonzero()[:, 0]  # (n,)
+        x = x.index_select(0, labeled)
+        labels = labels[labeled]
 
-    def place(values: Tensor) -> Tensor:
-        if kept is not None:
-            values = values.new_zeros(targets.numel()).index_put((kept,), values)
+    # A Function sees which inputs could require a gradient, not whether gradients are enabled.
+    if not torch.is_grad_enabled():
+        x, weight = x.detach(), weight.detach()
+        if bias is not None:
+            bias = bias.detach()
+    if reduction == "sum":
+        return _SumLoss.apply(x, weight, bias, labels)
+    losses, entropy = _TokenLosses.apply(x, weight, bias, labels, with_entropy)
+
+    def like_targets(values: Tensor) -> Tensor:
+        if labeled is not None:
+            values = values.new_zeros(targets.numel()).index_put((labeled,), values)
         return values.view(targets.shape)
 
-    return (place(losses), place(entropy)) if with_entropy else place(losses)
+    if not with_entropy:
+        return like_targets(losses)
+    return like_targets(losses), like_targets(entropy)
 
 
 def linear_cross_entropy_reference(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
     """The sum of the losses in plain torch, with the full logits: the oracle of the tests."""
     logits = F.linear(x, weight, bias).flatten(0, -2)
-    return F.cross_entropy(logits.to(_wide(x)), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(logits.to(_sum_dtype(x)), targets.flatten(), ignore_index=IGNORE, reduction="sum")

@@ -31,6 +31,7 @@ _CHUNK = {0: 2**13, 80: 2**28}
 @triton.jit
 def _logits(z, bias, column, v, width, BIAS: tl.constexpr):
     """A block of a row in fp32, LOWEST behind its end."""
+    # What lies in the padding is read, since that keeps loads vectors, and replaced.
     x = tl.load(z + column, mask=column < width, other=0.0).to(tl.float32)
     x = tl.where(column < v, x, LOWEST)
     if BIAS:
@@ -43,8 +44,11 @@ def _loss_kernel(
     z, bias, targets, lse, losses, entropies, v, width,
     BIAS: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, lane = tl.program_id(0), tl.arange(0, BLOCK)
+    """One row of logits z; `m`, `s` and `t` hold an entry for each lane (module docstring)."""
+    row = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
     z += row.to(tl.int64) * width
+
     m = tl.full((BLOCK,), LOWEST, tl.float32)
     s = tl.zeros((BLOCK,), tl.float32)
     t = tl.zeros((BLOCK,), tl.float32)
@@ -56,16 +60,22 @@ def _loss_kernel(
             t = tl.where(rise > 0, e * (t - s * rise), t + e * rise)
         s = tl.where(rise > 0, s * e + 1, s + e)
         m = tl.where(rise > 0, x, m)
+
+    # The lanes' sums refer to maxima of their own: e brings them to the row's.
     top = tl.max(m)
     e = tl.exp(m - top)
     total = tl.sum(s * e)
     tl.store(lse + row, top + tl.log(total))
+
+    # A target that is no entry of the vocabulary makes the loss NaN, rather than a stray read.
     target = tl.load(targets + row)
-    known = (target >= 0) & (target < v)  # any other target makes the loss NaN, rather than a stray read
-    own = tl.load(z + target, mask=known, other=float("nan")).to(tl.float32)
+    known = (target >= 0) & (target < v)
+    target_logit = tl.load(z + target, mask=known, other=float("nan")).to(tl.float32)
     if BIAS:
-        own += tl.load(bias + target, mask=known, other=0.0).to(tl.float32)
-    tl.store(losses + row, top - own + tl.log(total))
+        target_logit += tl.load(bias + target, mask=known, other=0.0).to(tl.float32)
+    tl.store(losses + row, top - target_logit + tl.log(total))
+
+    # log Σe − Σ p (z − top), with z − top = (z − m) + (m − top) in each lane
     if ENTROPY:
         tl.store(entropies + row, tl.log(total) - tl.sum(e * (t + s * (m - top))) / total)
 
@@ -75,12 +85,15 @@ def _gradient_kernel(
     z, bias, targets, lse, weights, v, width,
     BIAS: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     z += row.to(tl.int64) * width
-    dz = tl.exp(_logits(z, bias, column, v, width, BIAS) - tl.load(lse + row))
+    dz = tl.exp(_logits(z, bias, column, v, width, BIAS) - tl.load(lse + row))  # softmax(z)
     dz = tl.where(column == tl.load(targets + row), dz - 1, dz)
     if WEIGHTS:
         dz = dz * tl.load(weights + row)
+
+    # The padding gets zeros, exp(LOWEST − lse), and a store of whole vectors.
     tl.store(z + column, dz.to(z.dtype.element_ty), mask=column < width)
 
 
@@ -88,41 +101,48 @@ def logit_chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield (rows, logits (rows, V) of x (N, D) and weight (V, D), without the bias); one buffer serves all chunks."""
     n, vocab = len(x), len(weight)
     width = triton.cdiv(vocab, _LINE) * _LINE
-    most = max(1, backend.entry(_CHUNK, x) // (width * x.element_size()))
-    step = triton.cdiv(n, triton.cdiv(n, most))
+
+    # Chunks of equal length, instead of full ones and a short one at the end.
+    max_rows = max(1, backend.entry(_CHUNK, x) // (width * x.element_size()))
+    step = triton.cdiv(n, triton.cdiv(n, max_rows))
     buffer = x.new_empty(step, width)
+
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
-        z = buffer[: rows.stop - start, :vocab]
+        z = buffer[: rows.stop - start, :vocab]  # (rows, V), with rows `width` apart
         torch.mm(x[rows], weight.T, out=z)
         yield rows, z
 
 
-def _in_line(vector: Tensor | None) -> Tensor | None:
+def _contiguous(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
 def losses(
     z: Tensor, bias: Tensor | None, targets: Tensor, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss, logsumexp and entropy of each row of a chunk, (rows,) in fp32."""
-    (n, v), width = z.shape, z.stride(0)
+    """Loss, logsumexp and entropy of each row of a chunk z (rows, V), each (rows,) in fp32."""
+    n, v = z.shape
+    width = z.stride(0)
     lse = torch.empty(n, dtype=torch.float32, device=z.device)
-    out, entropy = torch.empty_like(lse), torch.empty_like(lse) if with_entropy else None
+    out = torch.empty_like(lse)
+    entropy = torch.empty_like(lse) if with_entropy else None
+
     block, warps = backend.entry(_BLOCK, z)
     _loss_kernel[(n,)](
-        z, _in_line(bias), _in_line(targets), lse, out, entropy, v, width,
+        z, _contiguous(bias), _contiguous(targets), lse, out, entropy, v, width,
         BIAS=bias is not None, ENTROPY=with_entropy, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return out, lse, entropy
 
 
 def gradient_(z: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Overwrite a chunk of logits with (softmax − onehot) · weights, for weights (rows,) or 1."""
-    (n, v), width = z.shape, z.stride(0)
+    """Overwrite a chunk of logits (rows, V) with (softmax − onehot) · weights, for weights (rows,) or 1."""
+    n, v = z.shape
+    width = z.stride(0)
     block, warps = backend.entry(_BLOCK, z)
     _gradient_kernel[(n, triton.cdiv(width, block))](
-        z, _in_line(bias), _in_line(targets), lse, _in_line(weights), v, width,
+        z, _contiguous(bias), _contiguous(targets), lse, _contiguous(weights), v, width,
         BIAS=bias is not None, WEIGHTS=weights is not None, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return z

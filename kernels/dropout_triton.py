@@ -1,10 +1,11 @@
-"""What every Triton kernel with low-rank factors uses: the dropout mask of its input, and how a rank is padded."""
+"""What every Triton kernel of the low-rank operations uses: the dropout mask of its input, and how a rank is padded."""
 
 import triton
 import triton.language as tl
 
 
 def padded_rank(rank: int) -> int:
+    """The least size of a tile that holds the rank: a power of two, and 16 for the tensor cores."""
     return max(16, triton.next_power_of_2(rank))
 
 
@@ -14,6 +15,8 @@ def keep(seed, row, quad, k, p):
 
     One Philox draw of seven rounds (which pass the usual test batteries: Salmon et al., 2011) decides four neighbours.
     """
-    a, b, c, d = tl.randint4x(seed, row[:, None] * tl.cdiv(k, 4) + quad[None, :], 7)
-    words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (row.shape[0], 4 * quad.shape[0]))
-    return tl.uint_to_uniform_float(words) >= p
+    a, b, c, d = tl.randint4x(seed, row[:, None] * tl.cdiv(k, 4) + quad[None, :], 7)  # (N, quads) each
+
+    # join makes a last dimension of two: this order of joins puts a, b, c, d next to each other.
+    bits = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (row.shape[0], 4 * quad.shape[0]))  # (N, 4 quads)
+    return tl.uint_to_uniform_float(bits) >= p

@@ -25,7 +25,7 @@ Stats = tuple[Tensor, ...]
 
 
 class LayerNorm(nn.Module):
-    """Weights of a LayerNorm over the last `d_model` entries; called, it normalises x (..., D), or x + residual."""
+    """LayerNorm over the last `d_model` entries of x (..., D), or of x + residual."""
 
     def __init__(self, d_model: int, eps: float = 1e-5):
         super().__init__()
@@ -41,7 +41,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Weights of an RMSNorm over the last `d_model` entries; called, it normalises x (..., D), or x + residual."""
+    """RMSNorm over the last `d_model` entries of x (..., D), or of x + residual."""
 
     def __init__(self, d_model: int, eps: float = 1e-6):
         super().__init__()
@@ -55,7 +55,8 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps, residual)
 
 
-def _wide(x: Tensor) -> Tensor:
+def _widened(x: Tensor) -> Tensor:
+    """x in at least fp32."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
@@ -68,24 +69,26 @@ def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tup
     if bias is not None:
         out, mean, rstd = _aten.native_layer_norm(x, (x.shape[-1],), weight, bias, eps)
         return out, (mean, rstd)
-    wide = _wide(x)
-    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+
+    wide = _widened(x)
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # (..., 1)
     return _scaled(wide, rstd, x.dtype, weight), (rstd,)
 
 
 def _scaled(wide: Tensor, rstd: Tensor, dtype: torch.dtype, weight: Tensor) -> Tensor:
+    """RMSNorm from the statistics; x̂ is rounded to x's dtype before it meets the weight, as Llama's code does."""
     return (wide * rstd).to(dtype) * weight
 
 
 def rebuild(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, stats: Stats) -> Tensor:
-    """The normalised x once more, for a backward pass that did not keep it; bitwise what `normalize` gave."""
+    """The normalised x (..., D) once more, for a backward pass that did not save it; bitwise what `normalize` gave."""
     if backend.on_triton(x, weight):
         from . import norms_triton
 
         return norms_triton.rebuild(x, weight, bias, stats)
     if bias is not None:
         return normalize(x, weight, bias, eps)[0]
-    return _scaled(_wide(x), stats[0], x.dtype, weight)
+    return _scaled(_widened(x), stats[0], x.dtype, weight)
 
 
 def normalize_backward(
@@ -96,7 +99,7 @@ def normalize_backward(
     stats: Stats,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias, each only where `needs` says so."""
+    """Gradients of x (..., D), weight and bias (D,), each only where `needs` says so."""
     if backend.on_triton(grad, x, weight):
         from . import norms_triton
 
@@ -105,20 +108,26 @@ def normalize_backward(
     if bias is not None:
         mean, rstd = stats
         return _aten.native_layer_norm_backward(grad, x, (x.shape[-1],), mean, rstd, weight, bias, list(needs))
-    (rstd,) = stats
-    wide_x, wide = _wide(x), _wide(grad)
+
+    (rstd,) = stats  # (..., 1)
+    wide_x = _widened(x)
+    g = _widened(grad)
     grad_weight = None
     if needs[1]:
-        normed = (wide_x * rstd).to(x.dtype)
-        grad_weight = (wide * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+        normed = (wide_x * rstd).to(x.dtype)  # x̂, rounded as in the forward pass
+        grad_weight = (g * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)  # (D,)
     if not needs[0]:
         return None, grad_weight, None
-    wide = wide * weight
-    inner = (wide * wide_x).sum(-1, keepdim=True).mul_(rstd.pow(3) / x.shape[-1])  # rstd mean(g ⊙ x̂) of x = x̂ / rstd
-    return wide.mul_(rstd).addcmul_(wide_x, inner, value=-1).to(x.dtype), grad_weight, None
+
+    # With x̂ = x · rstd, the second term, rstd x̂ mean(g ⊙ x̂), is x times rstd³ mean(g ⊙ x).
+    g = g * weight
+    inner = (g * wide_x).sum(-1, keepdim=True).mul_(rstd.pow(3) / x.shape[-1])  # (..., 1)
+    return g.mul_(rstd).addcmul_(wide_x, inner, value=-1).to(x.dtype), grad_weight, None
 
 
 class _Norm(torch.autograd.Function):
+    """Saves h = x + residual (or x), the weights and the row statistics."""
+
     @staticmethod
     def forward(ctx, x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
         if residual is not None and backend.on_triton(x, residual, weight):
@@ -128,6 +137,7 @@ class _Norm(torch.autograd.Function):
         else:
             h = x if residual is None else x + residual
             out, stats = normalize(h, weight, bias, eps)
+
         ctx.save_for_backward(h, weight, bias, *stats)
         return out
 
@@ -135,13 +145,16 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         h, weight, bias, *stats = ctx.saved_tensors
-        need_x, need_residual, *need_rest = ctx.needs_input_grad[:4]
-        needs = (need_x or need_residual, *need_rest)
-        grad_h, *rest = normalize_backward(grad, h, weight, bias, tuple(stats), needs)
-        return grad_h if need_x else None, grad_h if need_residual else None, *rest, None
+        need_x, need_residual, need_weight, need_bias, _ = ctx.needs_input_grad
+
+        # h is a plain sum, so that x and residual have the same gradient.
+        needs = (need_x or need_residual, need_weight, need_bias)
+        grad_h, grad_weight, grad_bias = normalize_backward(grad, h, weight, bias, tuple(stats), needs)
+        return grad_h, grad_h if need_residual else None, grad_weight, grad_bias, None
 
 
 def _checked(x: Tensor, residual: Tensor | None, weight: Tensor) -> Tensor:
+    """x, if the shapes fit."""
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"residual: expected {tuple(x.shape)} as x, got {tuple(residual.shape)}")
     if weight.shape != x.shape[-1:]:
@@ -172,5 +185,5 @@ def layer_norm_reference(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     """The formula in plain torch, differentiated by autograd: the oracle of the tests."""
-    wide = _wide(x)
+    wide = _widened(x)
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight

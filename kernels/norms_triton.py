@@ -21,6 +21,7 @@ _TILE = {0: (16, 16, 1), 80: (16, 256, 4)}  # rows, columns, warps of the tiles 
 
 
 def _warps(block: int) -> int:
+    """As many warps as give each of their lanes 16 entries of a row."""
     return min(16, max(1, block // 512))
 
 
@@ -37,15 +38,21 @@ def _norm_kernel(
     x, residual, weight, bias, h, out, mean, rstd, d, eps,
     CENTERED: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, column = tl.program_id(0), tl.arange(0, BLOCK)
-    inside, place = column < d, row.to(tl.int64) * d + column
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)  # (BLOCK,), the next power of two above D
+    inside = column < d
+    offset = row.to(tl.int64) * d + column
     dtype = out.dtype.element_ty
-    v = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+
+    # h is normalised as it is stored, rounded: the backward pass sees no other.
+    v = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
     if RESIDUAL:
-        v = (v + tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)).to(dtype)
-        tl.store(h + place, v, mask=inside)
+        v = (v + tl.load(residual + offset, mask=inside, other=0.0).to(tl.float32)).to(dtype)
+        tl.store(h + offset, v, mask=inside)
         v = v.to(tl.float32)
-    mu, shift = 0.0, 0.0
+
+    mu = 0.0
+    shift = 0.0
     if CENTERED:
         mu = tl.sum(v) / d
         shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
@@ -53,8 +60,9 @@ def _norm_kernel(
     centered = tl.where(inside, v - mu, 0.0)
     r = 1 / tl.sqrt(tl.sum(centered * centered) / d + eps)
     tl.store(rstd + row, r)
+
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + place, _apply(v, mu, r, scale, shift, CENTERED, dtype).to(dtype), mask=inside)
+    tl.store(out + offset, _apply(v, mu, r, scale, shift, CENTERED, dtype).to(dtype), mask=inside)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -62,9 +70,12 @@ def _norm_down_kernel(
     x, weight, bias, a, out, s, mean, rstd, n, d, rank, eps, seed, p,
     CENTERED: tl.constexpr, DROPOUT: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    low, inner = tl.arange(0, R), tl.arange(0, BLOCK_D)
+    """Walks along BLOCK_N rows three times, for mean, variance and product; from the second time on they are cached."""
+    row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)  # (BLOCK_N,)
+    low = tl.arange(0, R)  # (R,), indices of the rank
+    inner = tl.arange(0, BLOCK_D)
     dtype = out.dtype.element_ty
+
     mu = tl.zeros((BLOCK_N,), tl.float32)
     if CENTERED:
         for start in range(0, d, BLOCK_D):
@@ -73,6 +84,7 @@ def _norm_down_kernel(
             mu += tl.sum(v, 1)
         mu = mu / d
         tl.store(mean + row, mu, mask=row < n)
+
     squares = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, d, BLOCK_D):
         inside = (row < n)[:, None] & (start + inner < d)[None, :]
@@ -81,24 +93,29 @@ def _norm_down_kernel(
         squares += tl.sum(v * v, 1)
     r = 1 / tl.sqrt(squares / d + eps)
     tl.store(rstd + row, r, mask=row < n)
+
     total = tl.zeros((BLOCK_N, R), tl.float32)
     for start in range(0, d, BLOCK_D):
         column = start + inner
-        inside, place = (row < n)[:, None] & (column < d)[None, :], row[:, None] * d + column[None, :]
-        v = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+        inside = (row < n)[:, None] & (column < d)[None, :]
+        offset = row[:, None] * d + column[None, :]
+        v = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)  # (BLOCK_N, BLOCK_D)
         scale = tl.load(weight + column, mask=column < d, other=0.0).to(tl.float32)[None, :]
         shift = 0.0
         if CENTERED:
             shift = tl.load(bias + column, mask=column < d, other=0.0).to(tl.float32)[None, :]
         y = _apply(v, mu[:, None], r[:, None], scale, shift, CENTERED, dtype).to(dtype)
-        tl.store(out + place, y, mask=inside)
+        tl.store(out + offset, y, mask=inside)
+
+        # What is stored has no dropout: the base weight's product reads it.
         if DROPOUT:
             quad = start // 4 + tl.arange(0, BLOCK_D // 4)
             y = tl.where(keep(seed, row, quad, d, p), y, 0.0).to(dtype)
         a_block = tl.load(
             a + low[None, :] * d + column[:, None], mask=(low < rank)[None, :] & (column < d)[:, None], other=0.0
-        )
+        )  # (BLOCK_D, R)
         total = tl.dot(tl.where(inside, y, 0.0).to(dtype), a_block, total, input_precision="ieee")
+
     if DROPOUT:
         total = total / (1 - p)
     tl.store(s + row[:, None] * rank + low[None, :], total.to(dtype), mask=(row < n)[:, None] & (low < rank)[None, :])
@@ -106,16 +123,21 @@ def _norm_down_kernel(
 
 @triton.jit
 def _rebuild_kernel(x, weight, bias, mean, rstd, out, d, CENTERED: tl.constexpr, BLOCK: tl.constexpr):
-    row, column = tl.program_id(0), tl.arange(0, BLOCK)
-    inside, place = column < d, row.to(tl.int64) * d + column
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < d
+    offset = row.to(tl.int64) * d + column
     dtype = out.dtype.element_ty
-    mu, shift = 0.0, 0.0
+
+    mu = 0.0
+    shift = 0.0
     if CENTERED:
         mu = tl.load(mean + row)
         shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    v = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+
+    v = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + place, _apply(v, mu, tl.load(rstd + row), scale, shift, CENTERED, dtype).to(dtype), mask=inside)
+    tl.store(out + offset, _apply(v, mu, tl.load(rstd + row), scale, shift, CENTERED, dtype).to(dtype), mask=inside)
 
 
 @triton.jit
@@ -123,29 +145,35 @@ def _backward_kernel(
     grad, x, weight, mean, rstd, dx, dw_pieces, db_pieces, n, d,
     CENTERED: tl.constexpr, WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    piece, column = tl.program_id(0), tl.arange(0, BLOCK)
+    piece = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
     dtype = x.dtype.element_ty
     scale = tl.load(weight + column, mask=column < d, other=0.0).to(tl.float32)
     dw = tl.zeros((BLOCK,), tl.float32)
     db = tl.zeros((BLOCK,), tl.float32)
     for i in range(ROWS):
+        # Behind the last row nothing is inside, and the statistics are read from the last one.
         row = piece.to(tl.int64) * ROWS + i
-        inside, place = column < tl.where(row < n, d, 0), row * d + column
-        dy = tl.load(grad + place, mask=inside, other=0.0).to(tl.float32)
-        normed = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-        at = tl.minimum(row, n - 1)
-        r = tl.load(rstd + at)
+        inside = column < tl.where(row < n, d, 0)
+        offset = row * d + column
+        dy = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
+        normed = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
+        existing_row = tl.minimum(row, n - 1)
+        r = tl.load(rstd + existing_row)
         if CENTERED:
-            normed = tl.where(inside, normed - tl.load(mean + at), 0.0)
-        normed = normed * r
+            normed = tl.where(inside, normed - tl.load(mean + existing_row), 0.0)
+        normed = normed * r  # x̂
+
         g = dy * scale
         inner = g - normed * (tl.sum(g * normed) / d)
         if CENTERED:
             inner = inner - tl.sum(g) / d
-        tl.store(dx + place, (inner * r).to(dtype), mask=inside)
+        tl.store(dx + offset, (inner * r).to(dtype), mask=inside)
+
         if WEIGHT:
             db += dy
             dw += dy * normed if CENTERED else dy * normed.to(dtype).to(tl.float32)
+
     if WEIGHT:
         tl.store(dw_pieces + piece.to(tl.int64) * d + column, dw, mask=column < d)
         if CENTERED:
@@ -153,6 +181,7 @@ def _backward_kernel(
 
 
 def _statistics(x: Tensor, centered: bool) -> tuple[Tensor, ...]:
+    """Room for mean (if `centered`) and rstd of x (..., D), (..., 1) each."""
     shape = (*x.shape[:-1], 1)
     return tuple(torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(1 + centered))
 
@@ -161,12 +190,17 @@ def normalize(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """h = x + residual, norm(h) (..., D) and the statistics (mean for a LayerNorm, and rstd), (..., 1) in fp32."""
-    x, d = x.contiguous(), x.shape[-1]
-    out, stats = torch.empty_like(x), _statistics(x, bias is not None)
+    x = x.contiguous()
+    if residual is not None:
+        residual = residual.contiguous()
+    d = x.shape[-1]
     h = x if residual is None else torch.empty_like(x)
+    out = torch.empty_like(x)
+    stats = _statistics(x, bias is not None)
+
     block = triton.next_power_of_2(d)
     _norm_kernel[(x.numel() // d,)](
-        x, None if residual is None else residual.contiguous(), weight, bias, h, out, stats[0], stats[-1], d, eps,
+        x, residual, weight, bias, h, out, stats[0], stats[-1], d, eps,
         CENTERED=bias is not None, RESIDUAL=residual is not None, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return h, out, stats
@@ -176,8 +210,14 @@ def normalize_down(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, a: Tensor, p: float, seed: int
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
     """norm(x) (N, D), its statistics, and S = drop(norm(x)) aᵀ (N, R), for x (N, D), a (R, D)."""
-    x, a, (n, d), rank = x.contiguous(), a.contiguous(), x.shape, a.shape[0]
-    out, stats, s = torch.empty_like(x), _statistics(x, bias is not None), x.new_empty(n, rank)
+    x = x.contiguous()
+    a = a.contiguous()
+    n, d = x.shape
+    rank = len(a)
+    out = torch.empty_like(x)
+    stats = _statistics(x, bias is not None)
+    s = x.new_empty(n, rank)
+
     rows, columns, warps = backend.entry(_TILE, x)
     _norm_down_kernel[(triton.cdiv(n, rows),)](
         x, weight, bias, a, out, s, stats[0], stats[-1], n, d, rank, eps, seed, p,
@@ -187,9 +227,11 @@ def normalize_down(
 
 
 def rebuild(x: Tensor, weight: Tensor, bias: Tensor | None, stats: tuple[Tensor, ...]) -> Tensor:
-    """norm(x) once more."""
-    x, d = x.contiguous(), x.shape[-1]
-    out, block = torch.empty_like(x), triton.next_power_of_2(d)
+    """norm(x) (..., D) once more, from its statistics."""
+    x = x.contiguous()
+    d = x.shape[-1]
+    out = torch.empty_like(x)
+    block = triton.next_power_of_2(d)
     _rebuild_kernel[(x.numel() // d,)](
         x, weight, bias, stats[0], stats[-1], out, d, CENTERED=bias is not None, BLOCK=block, num_warps=_warps(block)
     )
@@ -199,15 +241,28 @@ def rebuild(x: Tensor, weight: Tensor, bias: Tensor | None, stats: tuple[Tensor,
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stats: tuple[Tensor, ...], weights: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """dx, and (if `weights`) dw and db."""
-    grad, x, d = grad.contiguous(), x.contiguous(), x.shape[-1]
-    n, block = x.numel() // d, triton.next_power_of_2(d)
-    rows = backend.entry(ROWS, x) if weights else 1  # several, where there is a sum over rows to make
-    dx, pieces = torch.empty_like(x), triton.cdiv(n, rows)
+    """dx (..., D), and (if `weights`) dw and db (D,)."""
+    grad = grad.contiguous()
+    x = x.contiguous()
+    d = x.shape[-1]
+    n = x.numel() // d
+
+    # Several rows a program, where there is a sum over rows to make.
+    rows = backend.entry(ROWS, x) if weights else 1
+    pieces = triton.cdiv(n, rows)
+    dx = torch.empty_like(x)
     dw = torch.empty(pieces, d, dtype=torch.float32, device=x.device) if weights else None
     db = torch.empty_like(dw) if dw is not None and bias is not None else None
+
+    block = triton.next_power_of_2(d)
     _backward_kernel[(pieces,)](
         grad, x, weight, stats[0], stats[-1], dx, dw, db, n, d,
         CENTERED=bias is not None, WEIGHT=weights, ROWS=rows, BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
-    return dx, None if dw is None else dw.sum(0).to(weight.dtype), None if db is None else db.sum(0).to(weight.dtype)
+
+    # The pieces are added up in a fixed order: no atomics, bitwise repeatable.
+    if dw is not None:
+        dw = dw.sum(0).to(weight.dtype)  # (D,)
+    if db is not None:
+        db = db.sum(0).to(weight.dtype)
+    return dx, dw, db

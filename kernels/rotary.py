@@ -15,9 +15,13 @@ from . import backend
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = cos.unsqueeze(-2).to(x.dtype), sign * sin.unsqueeze(-2).to(x.dtype)
-    out = x * torch.cat((cos, cos), -1)
+    """x (B, T, H, hd) turned by `sign` times the angles of the tables (T, hd/2) or (B, T, hd/2)."""
+    cos = cos.unsqueeze(-2).to(x.dtype)  # (T, 1, hd/2) or (B, T, 1, hd/2)
+    sin = sign * sin.unsqueeze(-2).to(x.dtype)
+    first, second = x.chunk(2, dim=-1)  # (B, T, H, hd/2) each
+
+    # The halves of the result are views, so that it is never concatenated.
+    out = x * torch.cat((cos, cos), -1)  # (B, T, H, hd)
     low, high = out.chunk(2, dim=-1)
     low.addcmul_(second, sin, value=-1)
     high.addcmul_(first, sin)
@@ -33,6 +37,8 @@ def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) ->
 
 
 class _Rope(torch.autograd.Function):
+    """Saves the tables alone."""
+
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
@@ -42,9 +48,9 @@ class _Rope(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_q: Tensor, grad_k: Tensor):
         cos, sin = ctx.saved_tensors
-        back_q, back_k = _rotate_both(grad_q, grad_k, cos, sin, -1.0)
+        dq, dk = _rotate_both(grad_q, grad_k, cos, sin, -1.0)
         need_q, need_k = ctx.needs_input_grad[:2]
-        return back_q if need_q else None, back_k if need_k else None, None, None
+        return dq if need_q else None, dk if need_k else None, None, None
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,7 +68,8 @@ def rope_reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tens
 
     def rotate(x: Tensor) -> Tensor:
         first, second = x.chunk(2, dim=-1)
-        c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)
+        c = cos.unsqueeze(-2)
+        s = sin.unsqueeze(-2)
         return torch.cat((first * c - second * s, second * c + first * s), dim=-1)
 
     return rotate(q), rotate(k)

@@ -1,4 +1,4 @@
-"""The arithmetic of PPO, on tensors (N, T) of N completions filled up on the right, with a mask of what is there.
+"""The arithmetic of PPO, on tensors (N, T) of N completions of up to T tokens, padded on the right, and their mask.
 
 No model, no randomness, only numbers. Where implementations differ, lm-human-preferences is followed, OpenAI's code of
 Ziegler et al. 2019 and Stiennon et al. 2020. Numbers are those of the list in `round.py`.
@@ -18,12 +18,17 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
 
     δₜ = rₜ + γ V(sₜ₊₁) − V(sₜ),   Aₜ = δₜ + γ λ Aₜ₊₁,   Rₜ = Aₜ + V(sₜ). Behind the last token nothing follows.
     """
-    rewards, values = rewards * mask, values * mask
-    advantages = torch.zeros_like(rewards)
-    after = next_value = rewards.new_zeros(len(rewards))
+    rewards = rewards * mask
+    values = values * mask
+    advantages = torch.zeros_like(rewards)  # (N, T)
+
+    # From the last token to the first: each step needs the value and the advantage of the next.
+    advantage = next_value = rewards.new_zeros(len(rewards))  # (N,)
     for t in reversed(range(rewards.shape[1])):
-        after = (rewards[:, t] + gamma * next_value - values[:, t] + gamma * gae_lambda * after) * mask[:, t]
-        advantages[:, t], next_value = after, values[:, t]
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = (delta + gamma * gae_lambda * advantage) * mask[:, t]
+        advantages[:, t] = advantage
+        next_value = values[:, t]
     return advantages, (advantages + values) * mask
 
 
@@ -40,30 +45,33 @@ def by_group(scores: Tensor, size: int) -> Tensor:
 
     GRPO: Shao et al. 2024, https://arxiv.org/abs/2402.03300, section 4.1.2.
     """
-    groups = scores.view(-1, size)
+    groups = scores.view(-1, size)  # (prompts, size)
     spread = groups.std(1, keepdim=True, correction=0)
     return ((groups - groups.mean(1, keepdim=True)) / (spread + 1e-4)).flatten()
 
 
-def kl_estimate(kind: str, logps: Tensor, reference: Tensor) -> Tensor:
+def kl_estimate(estimator: str, logps: Tensor, reference: Tensor) -> Tensor:
     """An estimate of KL(π‖ρ) at each token, from the log-probabilities of what π sampled.
 
     "k1" is log π/ρ; "k3", ρ/π − 1 − log ρ/π, is never negative; both are unbiased: http://joschu.net/blog/kl-approx.html
     """
     difference = (logps - reference).clamp(-FAR, FAR)
-    return difference if kind == "k1" else torch.expm1(-difference) + difference
+    if estimator == "k1":
+        return difference
+    return torch.expm1(-difference) + difference
 
 
-def policy_loss(logps: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+def policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """PPO's clipped loss of each token, and the ratio π/π_old: Schulman et al. 2017, arXiv:1707.06347, equation 7."""
-    ratio = (logps - old).clamp(-FAR, FAR).exp()  # 13
-    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip)), ratio
+    ratio = (logps - old_logps).clamp(-FAR, FAR).exp()  # 13
+    losses = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+    return losses, ratio
 
 
-def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Tensor:
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float) -> Tensor:
     """Half the squared error of each token's value, or, where that is larger, of one within `clip` of the old value."""
-    kept = old + (values - old).clamp(-clip, clip)
-    return 0.5 * torch.maximum((values - returns).square(), (kept - returns).square())
+    clipped = old_values + (values - old_values).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
 
 
 def best_of(scores: Tensor) -> list[tuple[int, float, float]]:
@@ -72,34 +80,37 @@ def best_of(scores: Tensor) -> list[tuple[int, float, float]]:
     Of each n its KL from the sampling policy in nats, log n − (n − 1)/n (Stiennon et al. 2020, arXiv:2009.01325,
     appendix G.3), and the expected score: the mean of the largest over all choices of n among the N.
     """
-    ordered, total = scores.double().sort(1).values, scores.shape[1]
-    out = []
-    for n in (2**k for k in range(total.bit_length())):
-        weights = [math.comb(i, n - 1) / math.comb(total, n) for i in range(total)]  # the rest are among i lower ones
-        mean = float((ordered @ torch.tensor(weights, dtype=torch.float64, device=scores.device)).mean())
-        out.append((n, math.log(n) - (n - 1) / n, mean))
-    return out
+    ascending = scores.double().sort(1).values  # (P, N)
+    n_samples = scores.shape[1]
+
+    results = []
+    for n in (2**k for k in range(n_samples.bit_length())):
+        # Of all choices of n, those whose best is at place i take the other n − 1 from the i places below it.
+        weights = [math.comb(i, n - 1) / math.comb(n_samples, n) for i in range(n_samples)]
+        best = ascending @ torch.tensor(weights, dtype=torch.float64, device=scores.device)  # (P,)
+        results.append((n, math.log(n) - (n - 1) / n, float(best.mean())))
+    return results
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 − Var(R − V) / Var(R): 1 where the critic foresees every return, 0 where it knows no more than their mean."""
-    chosen = mask.bool()
-    spread = returns[chosen].var(correction=0)
-    return 1 - (returns - values)[chosen].var(correction=0) / spread.clamp(min=1e-12)
+    is_token = mask.bool()
+    variance = returns[is_token].var(correction=0)
+    return 1 - (returns - values)[is_token].var(correction=0) / variance.clamp(min=1e-12)
 
 
 @dataclass
 class AdaptiveKL:
-    """9: β such that the KL of a completion comes to `target` nats: Ziegler et al. 2019, arXiv:1909.08593, equation 5.
+    """9: β such that the KL of a completion comes to `target` nats.
 
-    Per `horizon` completions, more than a round has, it moves at most by a fifth. Without target it stays.
+    Ziegler et al. 2019, arXiv:1909.08593, equation 5.
     """
 
     beta: float
-    target: float | None = None
-    horizon: int = 10_000
+    target: float | None = None  # nats a completion; without it β stays
+    horizon: int = 10_000  # completions over which β moves at most by a fifth; more than a round has
 
-    def update(self, kl: float, completions: int) -> None:
+    def update(self, kl: float, n_completions: int) -> None:
         if self.target is not None:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.beta *= 1 + error * completions / self.horizon
+            self.beta *= 1 + error * n_completions / self.horizon

@@ -17,25 +17,25 @@ class PPOConfig:
     """
 
     episodes: int = above_zero(10_000, most=MANY)  # completions in all
-    rollout_batch_size: int = above_zero(64, most=10**6)
-    batch_size: int = above_zero(16, most=10**6)
-    micro_batch_size: int | None = above_zero(None, most=10**6)  # None: the whole step at once
-    epochs: int = above_zero(4, most=10_000)
+    rollout_batch_size: int = above_zero(64, most=10**6)  # completions a round
+    batch_size: int = above_zero(16, most=10**6)  # completions a step
+    micro_batch_size: int | None = above_zero(None, most=10**6)  # completions at once; None: the whole step
+    epochs: int = above_zero(4, most=10_000)  # passes over a round's completions
 
     # What the policy writes, at the temperature that it is trained at: else the ratios would be of another policy.
-    max_new_tokens: int = above_zero(48, most=2**20)
-    temperature: float = above_zero(1.0, most=1e6)
-    group_size: int | None = None  # completions of each prompt, compared with each other in the place of a critic: GRPO
+    max_new_tokens: int = above_zero(48, most=2**20)  # of a completion
+    temperature: float = above_zero(1.0, most=1e6)  # logits are divided by it
+    group_size: int | None = None  # completions of each prompt, compared with each other instead of a critic: GRPO
     missing_eos_penalty: float | None = zero_or_more(None, most=1e38)  # what a completion without end loses in score
     reward_norm_samples: int = zero_or_more(256, most=10**6)  # of the reference, for a reward model without a scale
 
     # How far one round may move the policy and its critic.
-    lr: float = above_zero(2e-4, most=1e38)
-    schedule: str = "linear"
-    gamma: float = zero_to_one(1.0)
-    gae_lambda: float = zero_to_one(0.95)
-    clip_range: float = above_zero(0.2, most=1e38)  # of the ratio
-    clip_range_vf: float = above_zero(0.2, most=1e38)  # of the value
+    lr: float = above_zero(2e-4, most=1e38)  # of AdamW, at its highest
+    schedule: str = "linear"  # how the learning rate falls over the rounds, a key of SCHEDULES
+    gamma: float = zero_to_one(1.0)  # discount a token; 1, since a completion is short and its score comes at the end
+    gae_lambda: float = zero_to_one(0.95)  # how far ahead advantages look at rewards, rather than at the critic
+    clip_range: float = above_zero(0.2, most=1e38)  # of the ratio, around 1
+    clip_range_vf: float = above_zero(0.2, most=1e38)  # of the value, around the old one
     vf_coef: float = zero_or_more(0.1, most=1e38)  # the weight of the value's loss
     max_grad_norm: float | None = above_zero(1.0, most=float("inf"))  # None: not clipped
     target_kl: float | None = above_zero(None, most=1e38)  # nats a token, after which a round's epochs end
@@ -48,13 +48,13 @@ class PPOConfig:
     max_kl: float | None = above_zero(None, most=1e38)  # nats a completion: beyond, the run ends with the best before
 
     # Best of n: so many samples of the reference for each of so many prompts, which show what choosing gives (0: none).
-    best_of: int = zero_or_more(0, most=10**6)
+    best_of: int = zero_or_more(0, most=10**6)  # samples a prompt
     best_of_prompts: int = above_zero(32, most=10**6)
 
     lora: LoRAConfig = field(default_factory=LoRAConfig)  # the adapters of policy and critic
     save_every: int = above_zero(10, most=MANY)  # rounds
     keep_last: int = above_zero(1, most=MANY)  # checkpoints
-    seed: int = zero_or_more(0, most=2**63 - 1)
+    seed: int = zero_or_more(0, most=2**63 - 1)  # of prompts, samples and the order of updates
 
     def __post_init__(self) -> None:
         check_bounds(self)

@@ -29,7 +29,8 @@ from ..runtime import in_eval_mode
 from .shared_base import with_head
 
 RewardFn = Callable[[Sequence[Any], Sequence[Any]], Any]
-ADAPTER, SCALE = "reward", "reward.json"
+ADAPTER = "reward"  # the name of its adapter on a shared base
+SCALE = "reward.json"  # the file of shift and scale
 ROWS = 16  # scored at a time
 
 
@@ -41,24 +42,32 @@ class Reward:
     """
 
     def __init__(self, model: Any, tokenizer: Any = None, shift: float = 0.0, scale: float | None = None):
-        self.model, self.tokenizer, self.shift, self.scale = model, tokenizer, shift, scale
+        self.model = model
+        self.tokenizer = tokenizer
+        self.shift = shift
+        self.scale = scale
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:
         pairs = list(zip(prompts, completions, strict=True))
-        rows = self._tokens(pairs) if isinstance(prompts[0], str) else [[*a, *b] for a, b in pairs]
+        if isinstance(prompts[0], str):
+            rows = self._tokens(pairs)
+        else:
+            rows = [[*prompt, *completion] for prompt, completion in pairs]
+
         device = next(self.model.parameters()).device
-        chunks = [to_device(packed(rows[i : i + ROWS]), device) for i in range(0, len(rows), ROWS)]
-        return torch.cat([self.score(inputs) for inputs in chunks])
+        batches = [to_device(packed(rows[i : i + ROWS]), device) for i in range(0, len(rows), ROWS)]
+        return torch.cat([self.score(inputs) for inputs in batches])
 
     def _tokens(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
-        """Texts as in training: `pairs.comparisons`."""
+        """The token ids of texts, as `pairs.comparisons` makes them in training."""
         if self.tokenizer is None:
             raise ValueError("a reward model without a tokenizer was given texts: Reward(model, tokenizer)")
         tokens = self.model.tokens
-        template, chat_end = None, None
+        template = chat_end = None
         if tokens.chat_template is not None:
             template = ChatTemplate(tokens.chat_template, **tokens.names)
             chat_end = turn_end(template, self.tokenizer)
+
         rows = []
         for (prompt, _), (ids, start) in zip(pairs, tokenize_pairs(self.tokenizer, pairs), strict=True):
             # A chat's turn ends as its template has it, also where no turn before shows that.
@@ -69,14 +78,19 @@ class Reward:
         return rows
 
     @torch.no_grad()
-    def score(self, inputs: dict[str, Any], **how: Any) -> Tensor:
-        """The scores (B,) of packed rows, in fp32. `how`: more that `hidden` takes."""
-        own = use_adapter(self.model, ADAPTER) if ADAPTER in adapter_names(self.model) else nullcontext()
-        with in_eval_mode(self.model), own:
-            states = self.model.hidden(**inputs, **how)
-            pooled = self.model.pool(states, inputs["input_ids"], None, inputs["cu_seqlens"])  # 6 in `round.py`
-            found = self.model.head(pooled)
-        return found.float() * (1.0 if self.scale is None else self.scale) + self.shift
+    def score(self, inputs: dict[str, Any], **hidden_arguments: Any) -> Tensor:
+        """The scores (B,) of packed rows, in fp32. `hidden_arguments`: what `hidden` takes besides."""
+        adapter = use_adapter(self.model, ADAPTER) if ADAPTER in adapter_names(self.model) else nullcontext()
+        # 6 in `round.py`: the head reads the last token that isn't padding.
+        with in_eval_mode(self.model), adapter:
+            states = self.model.hidden(**inputs, **hidden_arguments)  # (1, tokens, D)
+            pooled = self.model.pool(states, inputs["input_ids"], None, inputs["cu_seqlens"])  # (B, D)
+            outputs = self.model.head(pooled)  # (B,)
+
+        scores = outputs.float()
+        if self.scale is not None:
+            scores = scores * self.scale
+        return scores + self.shift
 
     def on(self, policy: Any) -> bool:
         """Whether it stands on the policy's base."""
@@ -87,12 +101,16 @@ class Reward:
 
         ValueError where all of them score the same.
         """
-        self.shift, self.scale = 0.0, None
+        # Scores of the head alone
+        self.shift = 0.0
+        self.scale = None
         scores = self(prompts, completions).double()
         spread = float(scores.std(correction=0))
         if not spread > 0:
             raise ValueError(f"the reward model gives all {len(scores)} samples the same score, {float(scores[0]):.4g}")
-        self.shift, self.scale = -float(scores.mean()) / spread, 1 / spread
+
+        self.shift = -float(scores.mean()) / spread
+        self.scale = 1 / spread
 
     def save(self, path: str | Path) -> None:
         """Write its adapter, head and normalisation to the folder `path`; `load_reward` reads it back."""
@@ -109,16 +127,19 @@ def load_reward(policy: Any, path: str | Path, tokenizer: Any = None) -> Reward:
     """
     model = with_head(policy, "reward")
     stored = read_adapter(model, path)
-    heads = {source.names[0] for key, source in model.key_map().items() if key.startswith("head.")}
-    if missing := sorted(heads - stored.plain.keys()):
+
+    # Nothing is missing of the head, and nothing comes with it that policy and reward model share.
+    head_keys = {source.names[0] for key, source in model.key_map().items() if key.startswith("head.")}
+    if missing := sorted(head_keys - stored.plain.keys()):
         raise ValueError(
             f'{path}: there is no {missing[0]}, the head of a reward model; train one with method = "reward"'
         )
-    if stored.rows or (more := sorted(stored.plain.keys() - heads)):
-        what = more[0] if not stored.rows else "token rows"
-        raise ValueError(f"{path} brings {what}, which would change the policy, too; train adapter and head alone")
-    facts = Path(path) / SCALE
-    scale = _scale_of(facts) if facts.exists() else {}
+    shared = ["token rows"] if stored.rows else sorted(stored.plain.keys() - head_keys)
+    if shared:
+        raise ValueError(f"{path} brings {shared[0]}, which would change the policy, too; train adapter and head alone")
+
+    scale_file = Path(path) / SCALE
+    scale = _scale_of(scale_file) if scale_file.exists() else {}
     load_adapter(model, path, ADAPTER)
     model.requires_grad_(False)
     return Reward(model, tokenizer, **scale)
@@ -135,11 +156,15 @@ def _scale_of(path: Path) -> dict[str, Any]:
 
 def checked_scores(reward: RewardFn, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:
     """The scores (B,) that a reward gives, in fp32. ValueError where they are not one finite number a completion."""
-    found = reward(prompts, completions)
+    result = reward(prompts, completions)
     try:
-        scores = found.detach().float() if isinstance(found, Tensor) else torch.tensor(list(found), dtype=torch.float32)
+        if isinstance(result, Tensor):
+            scores = result.detach().float()
+        else:
+            scores = torch.tensor(list(result), dtype=torch.float32)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"the reward must give a number for each completion, not {found!r:.60}") from error
+        raise ValueError(f"the reward must give a number for each completion, not {result!r:.60}") from error
+
     if scores.shape != (len(completions),):
         raise ValueError(f"the reward gave {tuple(scores.shape)} for {len(completions)} completions; give one for each")
     if not scores.isfinite().all():

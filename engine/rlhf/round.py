@@ -1,6 +1,6 @@
-"""A round of PPO: sample, score, and improve the policy on what was sampled (`run.py` has the whole).
+"""A round of PPO: sample, score, and improve the policy on what was sampled (`run.py` has the loop).
 
-The details that decide whether it works, by the numbers that stand beside them in the code. H: Huang et al. 2023, "The
+The details that decide whether it works; comments in the code give their numbers. H: Huang et al. 2023, "The
 N implementation details of RLHF with PPO" (https://huggingface.co/blog/the_n_implementation_details_of_rlhf_with_ppo),
 read off the code of Z: Ziegler et al. 2019, arXiv:1909.08593. S: Schulman et al. 2017, arXiv:1707.06347. T: Stiennon et
 al. 2020, arXiv:2009.01325. Without a letter: ours.
@@ -47,7 +47,7 @@ PER_TOKEN = ("logps", "reference", "entropy", "values")
 
 
 class Round:
-    """What every round of a run has in common: who takes part, and how."""
+    """What every round of a run has in common: models, rewards, optimizer and settings."""
 
     def __init__(
         self,
@@ -58,28 +58,37 @@ class Round:
         config: PPOConfig,
         tokenizer: Any,
     ):
-        self.actors, self.rewards, self.optimizer, self.kl = actors, list(rewards), optimizer, kl
-        self.config, self.tokenizer = config, tokenizer
-        self.model, self.critic = actors.model, actors.critic
+        self.actors = actors
+        self.rewards = list(rewards)
+        self.optimizer = optimizer
+        self.kl = kl
+        self.config = config
+        self.tokenizer = tokenizer
+        self.model = actors.model
+        self.critic = actors.critic
         self.device = next(self.model.parameters()).device
         self.ends = list(self.model.tokens.ends)
 
     def __call__(self, prompts: Sequence[Prompt], lr: float) -> tuple[Rollout, dict[str, float]]:
         """One round on these prompts; the rollout, and what is worth knowing about it."""
-        began = time.perf_counter()
+        started = time.perf_counter()
         prompts = [prompt for prompt in prompts for _ in range(self.config.group_size or 1)]
+        n = len(prompts)
         rollout = self.sample(prompts, POLICY)
-        sampled, n = time.perf_counter(), len(prompts)
+        sampled = time.perf_counter()
+
         # 1: the first epoch's order is drawn before anything is computed, so that its micro-batches are known.
         orders = [torch.randperm(n).tolist() for _ in range(self.config.epochs)]
         self.evaluate_rollout(rollout, orders[0])
         advantages, returns = self.advantages(rollout)
-        stats, assessed = self.about(rollout, returns), time.perf_counter()
+        stats = self.statistics(rollout, returns)
+        assessed = time.perf_counter()
+
         stats |= self.update(rollout, orders, advantages, returns, lr)
         self.kl.update(stats["kl"], n)
         ended = time.perf_counter()
-        stats |= {"lr": lr, "rollout_seconds": sampled - began, "assess_seconds": assessed - sampled}
-        return rollout, stats | {"update_seconds": ended - assessed, "episodes_per_second": n / (ended - began)}
+        stats |= {"lr": lr, "rollout_seconds": sampled - started, "assess_seconds": assessed - sampled}
+        return rollout, stats | {"update_seconds": ended - assessed, "episodes_per_second": n / (ended - started)}
 
     def sample(self, prompts: Sequence[Prompt], adapter: str | None) -> Rollout:
         """Completions at the temperature that is trained at, of the whole distribution (2)."""
@@ -97,30 +106,40 @@ class Round:
     @torch.no_grad()
     def evaluate_rollout(self, rollout: Rollout, order: Sequence[int]) -> None:
         """Fill in what is fixed for the round: log-probabilities, values, scores."""
-        n, share = len(rollout.ids), self.actors.share
-        on_base = next((own for own in self.rewards if isinstance(own, Reward) and own.on(self.model)), None)
-        lower = shared_layers(self.model, (REWARD,)) < share  # the reward model adapts layers that the others share
+        n = len(rollout.ids)
+        share = self.actors.share
+        reward_models = [reward for reward in self.rewards if isinstance(reward, Reward)]
+        on_base = next((reward for reward in reward_models if reward.on(self.model)), None)
+        reward_differs_below = shared_layers(self.model, (REWARD,)) < share  # it adapts layers that the others share
+
         rollout.states = [torch.empty(0)] * n if share else []
-        found = {name: [torch.empty(0)] * n for name in PER_TOKEN}
+        per_token = {name: [torch.empty(0)] * n for name in PER_TOKEN}  # a row's tensor (tokens,) each
         scores = torch.zeros(n, device=self.device)
         for rows in self.micro_batches(order):
-            whole, states = to_device(packed([rollout.ids[i] for i in rows]), self.device), None
+            # Prompts and completions: states of the shared layers, and the score that is read off them.
+            inputs = to_device(packed([rollout.ids[i] for i in rows]), self.device)
+            states = None
             if share:
-                states = self.actors.lower(whole)
+                states = self.actors.lower(inputs)  # (1, tokens, D)
                 _put(rollout.states, rows, states[0].split([len(rollout.ids[i]) for i in rows]))
             if on_base is not None:
-                scores[list(rows)] = on_base.score(whole, **self.actors.above(None if lower else states))
+                reward_states = None if reward_differs_below else states
+                scores[list(rows)] = on_base.score(inputs, **self.actors.above(reward_states))
+
+            # The completions' tokens: as policy, reference and critic see them.
             batch = rollout.batch(rows, self.device)
             logps, entropy = self.actors.logps_and_entropy(batch, POLICY)
             reference = self.actors.logps(batch, None)
             values = torch.zeros_like(logps) if self.critic is None else self.actors.values(batch)
             for name, tokens in zip(PER_TOKEN, (logps, reference, entropy, values), strict=True):
-                _put(found[name], rows, tokens.split(batch["counts"]))
-        for name, tokens_of in found.items():
-            setattr(rollout, name, pad_sequence(tokens_of, batch_first=True))
+                _put(per_token[name], rows, tokens.split(batch["counts"]))
+
+        for name, row_tensors in per_token.items():
+            setattr(rollout, name, pad_sequence(row_tensors, batch_first=True))  # (N, T)
         lengths = torch.tensor(rollout.lengths, device=self.device)
-        rollout.mask = (torch.arange(rollout.logps.shape[1], device=self.device) < lengths[:, None]).float()
-        rollout.scores = scores + self.external_rewards(rollout, [own for own in self.rewards if own is not on_base])
+        rollout.mask = (torch.arange(rollout.logps.shape[1], device=self.device) < lengths[:, None]).float()  # (N, T)
+        external = [reward for reward in self.rewards if reward is not on_base]
+        rollout.scores = scores + self.external_rewards(rollout, external)
 
     def as_given(self, rollout: Rollout) -> tuple[list[Any], list[Any]]:
         """Prompts as the caller gave them, and completions likewise: as texts, where there is a tokenizer."""
@@ -138,88 +157,113 @@ class Round:
         total = torch.zeros(len(completions), device=self.device)
         for reward in rewards:
             total += checked_scores(reward, prompts, completions).to(self.device)
-        if self.config.missing_eos_penalty is not None:  # 10
+
+        # 10: a completion that was cut off has no end.
+        if self.config.missing_eos_penalty is not None:
             total -= self.config.missing_eos_penalty * (~torch.tensor(rollout.ended, device=self.device)).float()
         return total
 
     def advantages(self, rollout: Rollout) -> tuple[Tensor, Tensor]:
         """Advantages and returns (N, T)."""
-        config, mask = self.config, rollout.mask
+        config = self.config
+        mask = rollout.mask
         if config.group_size is not None:
             return by_group(rollout.scores, config.group_size)[:, None] * mask, torch.zeros_like(mask)
+
         # 9: each token pays for its own divergence from the reference, and the score comes with the last token.
-        rewards = -self.kl.beta * kl_estimate(config.kl_estimate, rollout.logps, rollout.reference) * mask
+        rewards = -self.kl.beta * kl_estimate(config.kl_estimate, rollout.logps, rollout.reference) * mask  # (N, T)
         last = torch.tensor(rollout.lengths, device=self.device)[:, None] - 1
         rewards.scatter_add_(1, last, rollout.scores[:, None].to(rewards.dtype))
         advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.gae_lambda)
-        return whiten(advantages, mask), returns  # 11: the critic learns returns that are not whitened
+
+        # 11: the critic learns returns that are not whitened.
+        return whiten(advantages, mask), returns
 
     def update(
         self, rollout: Rollout, orders: Sequence[Sequence[int]], advantages: Tensor, returns: Tensor, lr: float
     ) -> dict[str, float]:
-        """The epochs of clipped updates (12); how they went."""
+        """The epochs of clipped updates (12); means over their steps of what `backward` reports."""
         sums: dict[str, float] = defaultdict(float)
-        steps, low, high = 0, 1.0, 1.0
+        n_steps = 0
+        lowest_ratio = highest_ratio = 1.0
         for rows in (rows for order in orders for rows in chunks(order, self.config.batch_size)):
-            tokens, moved = sum(rollout.lengths[i] for i in rows), 0.0
-            for part in chunks(rows, self.config.micro_batch_size or self.config.batch_size):
-                found = self.backward(rollout, part, advantages, returns)
-                low, high = min(low, found.pop("ratio_min")), max(high, found.pop("ratio_max"))
-                for name, value in found.items():
-                    sums[name] += value / tokens
-                moved += found["approx_kl"] / tokens
+            n_tokens = sum(rollout.lengths[i] for i in rows)
+            step_kl = 0.0  # nats a token, between the policy that sampled and the one before this step
+            for micro_rows in chunks(rows, self.config.micro_batch_size or self.config.batch_size):
+                part = self.backward(rollout, micro_rows, advantages, returns)
+                lowest_ratio = min(lowest_ratio, part.pop("ratio_min"))
+                highest_ratio = max(highest_ratio, part.pop("ratio_max"))
+                for name, value in part.items():
+                    sums[name] += value / n_tokens
+                step_kl += part["approx_kl"] / n_tokens
+
             # 14 and 15: gradients of a mean over the step's tokens, clipped
-            sums["grad_norm"] += float(self.optimizer.scale_gradients(tokens, self.config.max_grad_norm))
+            sums["grad_norm"] += float(self.optimizer.scale_gradients(n_tokens, self.config.max_grad_norm))
             self.optimizer.step(lr)
-            steps += 1
-            if self.config.target_kl is not None and moved > self.config.target_kl:  # 16
+            n_steps += 1
+            if self.config.target_kl is not None and step_kl > self.config.target_kl:  # 16
                 break
-        means = {name: value / steps for name, value in sums.items()}
-        return means | {"ratio_min": low, "ratio_max": high, "steps": float(steps)}
+
+        means = {name: value / n_steps for name, value in sums.items()}
+        return means | {"ratio_min": lowest_ratio, "ratio_max": highest_ratio, "steps": float(n_steps)}
 
     def backward(self, rollout: Rollout, rows: Sequence[int], advantages: Tensor, returns: Tensor) -> dict[str, float]:
         """The gradients of a micro-batch, of sums over its tokens; and sums of what is worth knowing."""
-        config, batch = self.config, rollout.batch(rows, self.device)
-        old, advantage = rollout.flat(rollout.logps, rows), rollout.flat(advantages, rows)
+        config = self.config
+        batch = rollout.batch(rows, self.device)
+        old_logps = rollout.flat(rollout.logps, rows)  # (n,), a number for each token of these completions
         logps = self.actors.logps(batch, POLICY)
-        losses, ratio = policy_loss(logps, old, advantage, config.clip_range)
-        if config.group_size is not None:  # GRPO pays for its divergence in the loss: arXiv:2402.03300, equation 3
+        losses, ratio = policy_loss(logps, old_logps, rollout.flat(advantages, rows), config.clip_range)
+
+        # GRPO pays for its divergence in the loss: arXiv:2402.03300, equation 3.
+        if config.group_size is not None:
             losses = losses + self.kl.beta * kl_estimate("k3", logps, rollout.flat(rollout.reference, rows))
         losses.sum().backward()
-        ratio, moved = ratio.detach(), (logps - old).detach()
+
+        ratio = ratio.detach()
+        log_ratio = (logps - old_logps).detach()
         sums = {
             "policy_loss": losses.detach().sum(),
-            "approx_kl": (torch.expm1(moved) - moved).sum(),
+            "approx_kl": (torch.expm1(log_ratio) - log_ratio).sum(),
             "clip_fraction": ((ratio - 1).abs() > config.clip_range).sum(),
             "ratio": ratio.sum(),
             "ratio_min": ratio.min(),
             "ratio_max": ratio.max(),
         }
+
+        # The critic has an adapter of its own: its loss has its own backward pass, and memory is needed for one only.
         if self.critic is not None:
-            values, before = self.actors.values(batch), rollout.flat(rollout.values, rows)
-            value_losses = value_loss(values, before, rollout.flat(returns, rows), config.clip_range_vf)
+            values = self.actors.values(batch)
+            old_values = rollout.flat(rollout.values, rows)
+            value_losses = value_loss(values, old_values, rollout.flat(returns, rows), config.clip_range_vf)
             (config.vf_coef * value_losses.sum()).backward()
             sums["value_loss"] = value_losses.detach().sum()
-            sums["value_clip_fraction"] = ((values.detach() - before).abs() > config.clip_range_vf).sum()
+            sums["value_clip_fraction"] = ((values.detach() - old_values).abs() > config.clip_range_vf).sum()
+
         self.optimizer.accumulate()
-        numbers = torch.stack([value.float() for value in sums.values()]).tolist()  # one wait for the device
+
+        # One wait for the device, for all numbers.
+        numbers = torch.stack([value.float() for value in sums.values()]).tolist()
         return dict(zip(sums, numbers, strict=True))
 
     @torch.no_grad()
     def is_finite(self, rollout: Rollout) -> bool:
         """Whether policy and critic still give numbers after the last step, which no loss has seen."""
         batch = rollout.batch([0], self.device)
-        found = self.actors.logps(batch, POLICY).sum()
-        return bool((found if self.critic is None else found + self.actors.values(batch).sum()).isfinite())
+        total = self.actors.logps(batch, POLICY).sum()
+        if self.critic is not None:
+            total = total + self.actors.values(batch).sum()
+        return bool(total.isfinite())
 
     def micro_batches(self, rows: Sequence[int]) -> Iterator[Sequence[int]]:
         """Rows in the micro-batches of their steps."""
         for step in chunks(rows, self.config.batch_size):
             yield from chunks(step, self.config.micro_batch_size or self.config.batch_size)
 
-    def about(self, rollout: Rollout, returns: Tensor) -> dict[str, float]:
+    def statistics(self, rollout: Rollout, returns: Tensor) -> dict[str, float]:
         """A rollout in numbers. The KL is in nats a completion, the entropy in nats a token."""
-        mask, n = rollout.mask, len(rollout.ids)
+        mask = rollout.mask
+        n = len(rollout.ids)
         kl = float(((rollout.logps - rollout.reference) * mask).sum() / n)
         score = float(rollout.scores.mean())
         stats = {
@@ -237,6 +281,6 @@ class Round:
         return stats
 
 
-def _put(into: list[Tensor], rows: Sequence[int], parts: Sequence[Tensor]) -> None:
+def _put(row_tensors: list[Tensor], rows: Sequence[int], parts: Sequence[Tensor]) -> None:
     for i, part in zip(rows, parts, strict=True):
-        into[i] = part
+        row_tensors[i] = part

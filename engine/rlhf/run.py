@@ -6,14 +6,14 @@ Policy and critic are adapters of one frozen base, and the reference is that bas
 stand on it, too. So all four cost one model in memory, and where the adapters sit in the upper layers only, the lower
 ones are computed once a round (`rollouts.py`). With `group_size` there is no critic: completions of one prompt are
 compared with each other (GRPO: Shao et al. 2024, arXiv:2402.03300). What happens in a round stands in `round.py`, with
-a list of details; their numbers stand beside them here, too.
+a list of details, whose numbers comments here give, too.
 """
 
 import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from ..training.run_folder import RunFolder, peak_memory
 from ..training.state import generators, set_generators, tell_resumed
 from .advantages import AdaptiveKL, best_of
 from .config import PPOConfig
+from .progress import PPOProgress, PPOResult
 from .reward_model import ADAPTER as REWARD
 from .reward_model import Reward, RewardFn
 from .rollouts import CRITIC, POLICY, PolicyAndCritic, Prompt, Rollout, fitting_prompts
@@ -42,32 +43,6 @@ from .round import Round
 from .shared_base import shared_layers, with_head
 
 log = logging.getLogger("handtune")
-
-
-@dataclass(frozen=True)
-class PPOResult:
-    """What a run came to: the `stats` of its last round, and `best`, those of the round of the highest objective, score
-    less β KL. `stopped` says why it ended before its episodes: "kl", "interrupted", or None.
-    """
-
-    episodes: int
-    stats: dict[str, float]
-    best: dict[str, float]
-    seconds: float
-    stopped: str | None
-
-
-@dataclass
-class PPOProgress:
-    """How far a run is: the facts of a checkpoint."""
-
-    round: int = 0
-    episodes: int = 0
-    seconds: float = 0.0
-    beta: float = 0.0
-    stopped: str | None = None
-    stats: dict[str, float] = field(default_factory=dict)
-    best: dict[str, float] = field(default_factory=dict)
 
 
 def ppo(
@@ -95,51 +70,67 @@ def ppo(
     FloatingPointError where training diverges.
     """
     with clean_guest(model, config.seed), RunFolder(out).alone():
-        start = time.perf_counter()
-        record, words = RunFolder(out), None if tokenizer is None else tokenizer.to_str()
-        given: dict[str, Any] = {"prompts": list(prompts), "tokenizer": words}
-        record.start(about or {}, {"ppo": asdict(config)}, lambda: in_memory(model, **given))
-        run = _Run(model, prompts, [reward] if callable(reward) else reward, config, tokenizer, record)
+        started = time.perf_counter()
+        run_folder = RunFolder(out)
+        tokenizer_json = None if tokenizer is None else tokenizer.to_str()
+        inputs: dict[str, Any] = {"prompts": list(prompts), "tokenizer": tokenizer_json}
+        run_folder.start(about or {}, {"ppo": asdict(config)}, lambda: in_memory(model, **inputs))
+
+        run = _Run(model, prompts, [reward] if callable(reward) else reward, config, tokenizer, run_folder)
         progress = run.begin()
-        start -= progress.seconds
-        total = -(-config.episodes // config.rollout_batch_size)
-        tell_resumed(record, "round", progress.round, total, progress.round >= total or progress.stopped is not None)
+        started -= progress.seconds
+        n_rounds = -(-config.episodes // config.rollout_batch_size)
+        finished = progress.round >= n_rounds or progress.stopped is not None
+        tell_resumed(run_folder, "round", progress.round, n_rounds, finished)
+
         bar = tqdm(total=config.episodes, initial=progress.episodes, unit="episode", disable=None)
         with interruptible() as interrupt, explained_memory_error(run.round.device, _smaller(config)), bar:
             prompt = (batch[0][0] for batch in infinite_epochs(run.batches))
-            each_round = config.rollout_batch_size // (config.group_size or 1)
-            while progress.round < total and progress.stopped is None:
-                lr = config.lr * lr_factor(config.schedule, progress.round, total, 0, 0.2, 0.0)
-                before = run.weights()  # which the round's rollout, and so its objective, is of
-                rollout, stats = run.round(list(islice(prompt, each_round)), lr)
+            prompts_per_round = config.rollout_batch_size // (config.group_size or 1)
+            while progress.round < n_rounds and progress.stopped is None:
+                lr = config.lr * lr_factor(config.schedule, progress.round, n_rounds, 0, 0.2, 0.0)
+
+                # The rollout, and so the objective, is of the weights before the round's updates.
+                before = run.weights()
+                rollout, stats = run.round(list(islice(prompt, prompts_per_round)), lr)
                 loss = stats["policy_loss"] if run.round.is_finite(rollout) else math.nan
-                require_finite(loss, stats["grad_norm"], f"round {progress.round + 1}", record, "ppo.lr")
-                progress.round, progress.episodes = progress.round + 1, progress.episodes + len(rollout.ids)
-                progress.stats, progress.seconds = stats, time.perf_counter() - start
-                record.log(step=progress.round, episodes=progress.episodes, **stats, sample=run.shown(rollout),
-                           peak_memory=peak_memory(), seconds=progress.seconds)  # fmt: skip
+                require_finite(loss, stats["grad_norm"], f"round {progress.round + 1}", run_folder, "ppo.lr")
+
+                # Log, show a sample, move the bar.
+                progress.round += 1
+                progress.episodes += len(rollout.ids)
+                progress.stats = stats
+                progress.seconds = time.perf_counter() - started
+                run_folder.log(step=progress.round, episodes=progress.episodes, **stats, sample=run.shown(rollout),
+                               peak_memory=peak_memory(), seconds=progress.seconds)  # fmt: skip
                 if show is not None:
                     show(run.shown(rollout))
                 bar.set_postfix({key: f"{stats[key]:.3f}" for key in ("score", "kl")}, refresh=False)
                 bar.update(len(rollout.ids))
-                if config.max_kl is not None and stats["kl"] > config.max_kl:  # 16
+
+                # 16: a run whose KL runs away ends, with the best weights so far.
+                if config.max_kl is not None and stats["kl"] > config.max_kl:
                     progress.stopped = "kl"
                     run.optimizer.load_state_dict(run.best)
                 elif not progress.best or stats["objective"] > progress.best["objective"]:
-                    progress.best, run.best = {"round": progress.round, **stats}, before
-                ends = interrupt.is_set() or progress.stopped is not None or progress.round == total
+                    progress.best = {"round": progress.round, **stats}
+                    run.best = before
+
+                ends = interrupt.is_set() or progress.stopped is not None or progress.round == n_rounds
                 if ends or progress.round % config.save_every == 0:
                     run.save(progress)
                 if ends:
                     break
+
         if progress.stopped == "kl" and progress.best["round"] == 1:
             log.warning("no round was better than the first: the policy given back is the untrained one; lower ppo.lr")
         set_adapter(model, POLICY)
-        stopped = progress.stopped or ("interrupted" if progress.round < total else None)
-        return PPOResult(progress.episodes, progress.stats, progress.best, time.perf_counter() - start, stopped)
+        stopped = progress.stopped or ("interrupted" if progress.round < n_rounds else None)
+        return PPOResult(progress.episodes, progress.stats, progress.best, time.perf_counter() - started, stopped)
 
 
 def _smaller(config: PPOConfig) -> Callable[[], str]:
+    """What to do where memory is too small."""
     rows = config.micro_batch_size or config.batch_size
     return lambda: f"set ppo.micro_batch_size = {max(1, rows // 2)} (it is {rows}), or ppo.rollout_batch_size lower"
 
@@ -154,36 +145,45 @@ class _Run:
         rewards: Sequence[RewardFn],
         config: PPOConfig,
         tokenizer: Any,
-        record: RunFolder,
+        run_folder: RunFolder,
     ):
-        self.model, self.config, self.tokenizer, self.rewards = model, config, tokenizer, list(rewards)
-        self.folder, self.record = record.checkpoints, record
-        # One at a time, so that a round is whole where a pass over the prompts ends in it
+        self.model = model
+        self.config = config
+        self.tokenizer = tokenizer
+        self.rewards = list(rewards)
+        self.run_folder = run_folder
+        self.folder = run_folder.checkpoints
+
+        # One at a time, so that a round has all its prompts where a pass over them ends within it
         fitting = fitting_prompts(prompts, tokenizer, config.max_new_tokens, model.config.max_positions)
         self.batches = Batches(fitting, list, rows=1, seed=config.seed)
-        self.stored = self._load()
-        if self.stored is not None:
-            _take_off(model)  # what this run has trained so far stands in its checkpoint
+
+        # Adapters that an earlier call of this run left on the model give way to those of its checkpoint.
+        self.checkpoint = self._load()
+        if self.checkpoint is not None:
+            _take_off(model)
         critic = self._attach()
+
+        # The critic's head is no adapter, but trained like one.
         named = [(n, p) for n, p in model.named_parameters() if f".lora.{POLICY}." in n or f".lora.{CRITIC}." in n]
         if critic is not None:
             named += [(f"critic.head.{n}", p) for n, p in critic.head.named_parameters()]
         for _, parameter in named:
             parameter.requires_grad_(True)
+
         # 15: Adam's ε is OpenAI's. Near ratios of 1 gradients are small, and 1e-8 would make steps of their noise.
         self.optimizer = Optimizer(
             named, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0, lr_scale={}, lr_ratios=lr_ratios(model),
             lr_decay=1.0,
         )  # fmt: skip
         self.kl = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
-        share = shared_layers(model, (POLICY, CRITIC))
-        actors = PolicyAndCritic(model, critic, share, config.temperature)
+        actors = PolicyAndCritic(model, critic, shared_layers(model, (POLICY, CRITIC)), config.temperature)
         self.round = Round(actors, self.rewards, self.optimizer, self.kl, config, tokenizer)
         self.best: dict[str, Tensor] = {}
 
     def _attach(self) -> Any:
-        """Adapters for policy and critic; the critic, or None."""
-        model, config = self.model, self.config
+        """Add adapters for policy and critic; gives the critic, or None."""
+        model = self.model
         if model.task != "causal-lm" or model.head.active is not None:
             raise ValueError("ppo trains a causal language model, whose output head has no adapter")
         if others := [name for name in adapter_names(model) if name != REWARD]:
@@ -191,17 +191,24 @@ class _Run:
                 f"the model carries the adapter {others[0]!r}, but the reference is the model without adapters: "
                 f"merge_lora(model, keep_base=False), or drop_adapter(model, {others[0]!r}), first"
             )
-        targets = match_targets(model, config.lora.targets)
-        if outside := [path for path, _, _ in targets if not path.startswith("layers.")]:
+        if outside := [
+            path for path, _, _ in match_targets(model, self.config.lora.targets) if not path.startswith("layers.")
+        ]:
             raise ValueError(f"lora.targets: ppo adapts the layers, which its models share; {outside[0]!r} is in none")
+
         critic = None
-        if config.group_size is None:
+        if self.config.group_size is None:
             critic = with_head(model, "reward")
-            torch.nn.init.zeros_(critic.head.out.weight)  # 7: it expects nothing, until it has learnt something
-            add_lora(model, config.lora, CRITIC)
-        add_lora(model, config.lora, POLICY)
-        set_adapter(model, None)  # where nobody asks for another, as a reward without one, it is the reference
-        model.eval()  # 4: with dropout, a ratio would compare two masks
+            # 7: the critic expects nothing, until it has learnt something.
+            torch.nn.init.zeros_(critic.head.out.weight)
+            add_lora(model, self.config.lora, CRITIC)
+        add_lora(model, self.config.lora, POLICY)
+
+        # Where nobody asks for an adapter, as a reward without one, the model is the reference.
+        set_adapter(model, None)
+
+        # 4: with dropout, a ratio would compare two masks.
+        model.eval()
         return critic
 
     def weights(self) -> dict[str, Tensor]:
@@ -216,39 +223,48 @@ class _Run:
 
     def normalise(self) -> None:
         """Shift and scale the reward models that are not normalised yet, on samples of the reference policy."""
-        fresh = [own for own in self.rewards if isinstance(own, Reward) and own.scale is None]
-        if not (fresh and self.config.reward_norm_samples):
+        unscaled = [reward for reward in self._reward_models() if reward.scale is None]
+        if not (unscaled and self.config.reward_norm_samples):
             return
+
+        # As in a round: a reward model on the policy's base sees tokens, any other what the caller gave.
         samples = self.round.sample(self._drawn(self.config.reward_norm_samples), None)
-        for own in fresh:
-            tokens = [prompt.ids for prompt in samples.prompts], samples.completions
-            own.normalise(*(tokens if own.on(self.model) else self.round.as_given(samples)))
+        for reward in unscaled:
+            if reward.on(self.model):
+                reward.normalise([prompt.ids for prompt in samples.prompts], samples.completions)
+            else:
+                reward.normalise(*self.round.as_given(samples))
+
+    def _reward_models(self) -> list[Reward]:
+        return [reward for reward in self.rewards if isinstance(reward, Reward)]
 
     def _drawn(self, n: int) -> list[Prompt]:
-        """n prompts at random, none of them again before all others came."""
-        every = self.batches.examples
-        order = torch.cat([torch.randperm(len(every)) for _ in range(0, n, len(every))])
-        return [every[i] for i in order[:n].tolist()]
+        """n prompts at random, none of them a second time before all others came."""
+        prompts = self.batches.examples
+        order = torch.cat([torch.randperm(len(prompts)) for _ in range(0, n, len(prompts))])
+        return [prompts[i] for i in order[:n].tolist()]
 
     def best_of(self) -> list[tuple[int, float, float]]:
         """What choosing among samples of the reference gives: n, KL and score. PPO should do better at the same KL."""
-        count, n = min(len(self.batches.examples), self.config.best_of_prompts), self.config.best_of
-        prompts = [prompt for prompt in self._drawn(count) for _ in range(n)]
+        n_prompts = min(len(self.batches.examples), self.config.best_of_prompts)
+        n = self.config.best_of
+        prompts = [prompt for prompt in self._drawn(n_prompts) for _ in range(n)]
         samples = self.round.sample(prompts, None)
         self.round.evaluate_rollout(samples, range(len(prompts)))
         return best_of(samples.scores.view(-1, n))
 
     def save(self, progress: PPOProgress) -> None:
+        """Write a checkpoint, if there is a run folder."""
         if self.folder is None:
             return
+
         progress.beta = self.kl.beta
         tensors = {f"optimizer.{key}": value for key, value in self.optimizer.state_dict().items()}
         tensors |= {f"best.{key}": value for key, value in self.best.items()}
         states, random = generators()
-        scales = [(own.shift, own.scale) for own in self.rewards if isinstance(own, Reward)]
-        facts = {
-            "progress": asdict(progress), "data": self.batches.state_dict(), "random": random, "rewards": scales,
-        }  # fmt: skip
+        scales = [(reward.shift, reward.scale) for reward in self._reward_models()]
+        data = self.batches.state_dict()
+        facts = {"progress": asdict(progress), "data": data, "random": random, "rewards": scales}
         save_checkpoint(checkpoint_path(self.folder, progress.round), tensors | states, facts)
         prune(self.folder, self.config.keep_last)
 
@@ -256,37 +272,41 @@ class _Run:
         """From the newest checkpoint, or from the beginning; where that fails, policy and critic come off again."""
         try:
             with explained_memory_error(self.round.device, _smaller(self.config)):
-                return self._start() if self.stored is None else self._resume(*self.stored)
+                return self._start() if self.checkpoint is None else self._resume(*self.checkpoint)
         except BaseException:
             _take_off(self.model)
             raise
         finally:
-            self.stored = None
+            self.checkpoint = None  # frees its tensors
 
     def _start(self) -> PPOProgress:
-        self.record.rewind(-1)
+        self.run_folder.rewind(-1)
         self.normalise()
         if self.config.best_of:
-            self.record.amend(best_of=self.best_of())
+            self.run_folder.amend(best_of=self.best_of())
         return PPOProgress()
 
     def _load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The newest checkpoint, if there is one."""
-        if self.folder is None or not (found := checkpoints(self.folder)):
+        if self.folder is None:
             return None
-        return load_checkpoint(found[-1])
+        paths = checkpoints(self.folder)
+        return load_checkpoint(paths[-1]) if paths else None
 
     def _resume(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> PPOProgress:
         progress = PPOProgress(**facts["progress"])
-        self.record.rewind(progress.round)
+        self.run_folder.rewind(progress.round)
         self.optimizer.load_state_dict(_under("optimizer.", tensors))
-        self.best, self.kl.beta = _under("best.", tensors), progress.beta
+        self.best = _under("best.", tensors)
+        self.kl.beta = progress.beta
         self.batches.load_state_dict(facts["data"])
-        for own, scale in zip((own for own in self.rewards if isinstance(own, Reward)), facts["rewards"], strict=True):
-            own.shift, own.scale = scale
+        for reward, scale in zip(self._reward_models(), facts["rewards"], strict=True):
+            reward.shift, reward.scale = scale
         set_generators(tensors, facts["random"])
+
+        # A process that was killed after its last save left a checkpoint too many.
         if self.folder is not None:
-            prune(self.folder, self.config.keep_last)  # a kill after the last save leaves one too many
+            prune(self.folder, self.config.keep_last)
         return progress
 
 
@@ -298,4 +318,5 @@ def _take_off(model: Any) -> None:
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
     return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

@@ -17,20 +17,31 @@ def with_head(model: Any, task: str) -> Any:
     Adapters are attached to both at once, and so are they switched. ValueError where the architecture lacks the task.
     """
     with without_weights():
-        other = type(model)(model.config, task)
+        view = type(model)(model.config, task)
+
+    # The very modules, not copies of them.
     for name, module in model.named_children():
         if name != "head":
-            setattr(other, name, module)
-    like = next(model.parameters())
-    allocate(other.head, like.dtype, like.device)
-    other.initialize_head()
-    other.tokens, other.source = model.tokens, model.source
-    return other.train(model.training)
+            setattr(view, name, module)
+
+    parameter = next(model.parameters())
+    allocate(view.head, parameter.dtype, parameter.device)
+    view.initialize_head()
+    view.tokens = model.tokens
+    view.source = model.source
+    return view.train(model.training)
 
 
 def shared_layers(model: Any, adapters: Iterable[str], trained: Iterable[str] = ()) -> int:
     """How many of the lower layers none of these adapters, and no parameter `trained`, changes."""
-    names, found = set(adapters), [*trained]
-    found += [slot.path for slot in adapter_sites(model) if names & slot.module.lora.keys()]
-    layers = [re.match(r"layers\.(\d+)\.", path) for path in found if not path.startswith(("head.", "norm."))]
-    return min((int(layer[1]) if layer else 0 for layer in layers), default=len(model.layers))
+    names = set(adapters)
+    changed = [*trained]
+    changed += [site.path for site in adapter_sites(model) if names & site.module.lora.keys()]
+
+    # Head and last norm are above all layers; whatever else is in no layer, as the embedding, is below them.
+    lowest = len(model.layers)
+    for path in changed:
+        if not path.startswith(("head.", "norm.")):
+            layer = re.match(r"layers\.(\d+)\.", path)
+            lowest = min(lowest, int(layer[1]) if layer else 0)
+    return lowest

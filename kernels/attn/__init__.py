@@ -1,1 +1,1 @@
-"""Attention: `attend.py` chooses by mask and device; `cpu.py` and the two Triton files compute what torch does not."""
+"""Attention: `attend.py` chooses by mask and device, `rows.py` uses torch, `cpu.py` and the kernels do what is left."""

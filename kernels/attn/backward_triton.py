@@ -20,19 +20,19 @@ from .forward_triton import (
     SMALL,
     STEPS,
     Mask,
-    arguments,
+    block_count,
+    block_range,
+    constants,
+    launch_arguments,
     load_rows,
     logits_of,
-    reach,
+    nth_block,
+    program_indices,
     sequence,
     sequences,
     store_rows,
-    strided,
-    switches,
-    tiles,
-    visit,
-    visit_count,
-    work_of,
+    tile_sizes,
+    with_kernel_strides,
 )
 
 # As in `forward_triton.py`: BLOCK_T, BLOCK_S, warps, stages.
@@ -60,11 +60,13 @@ _DELTA = {0: 16, 80: 64}  # rows a program
 def _delta_kernel(
     grad, out, delta, t, heads, blocks, HD: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr
 ):  # fmt: skip
-    block, head, batch = work_of(heads, blocks)
-    query, row = block * BLOCK_T + tl.arange(0, BLOCK_T), heads * HD
-    here = tl.cast(batch, tl.int64) * t * row + head * HD
-    do = load_rows(grad + here, block * BLOCK_T, t, row, HD, D, BLOCK_T).to(tl.float32)
-    o = load_rows(out + here, block * BLOCK_T, t, row, HD, D, BLOCK_T).to(tl.float32)
+    block, head, batch = program_indices(heads, blocks)
+    query = block * BLOCK_T + tl.arange(0, BLOCK_T)
+    token_stride = heads * HD
+    offset = tl.cast(batch, tl.int64) * t * token_stride + head * HD
+
+    do = load_rows(grad + offset, block * BLOCK_T, t, token_stride, HD, D, BLOCK_T).to(tl.float32)
+    o = load_rows(out + offset, block * BLOCK_T, t, token_stride, HD, D, BLOCK_T).to(tl.float32)
     tl.store(delta + (tl.cast(batch, tl.int64) * heads + head) * t + query, tl.sum(do * o, 1), mask=query < t)
 
 
@@ -75,39 +77,48 @@ def _dq_kernel(
     HD: tl.constexpr, D: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    block, head, index = work_of(heads, blocks)
+    block, head, index = program_indices(heads, blocks)
     batch, first, queries, keys = sequence(bounds, index, t, s, PACKED)
-    start, shift, row = block * BLOCK_T, keys - queries, heads * HD
+    start = block * BLOCK_T
+    shift = keys - queries
+    token_stride = heads * HD
     if start >= queries:
         return
-    query, line = start + tl.arange(0, BLOCK_T), (batch * heads + head) * t + first
-    here = (batch * t + first) * row + head * HD
+
+    # What belongs to the queries is loaded once. Beyond the last query L is +∞, so that p is 0.
+    query = start + tl.arange(0, BLOCK_T)
+    number_offset = (batch * heads + head) * t + first  # of lse and delta
+    offset = (batch * t + first) * token_stride + head * HD
     q_block = load_rows(q + batch * q_b + first * q_t + head * q_h, start, queries, q_t, HD, D, BLOCK_T)
-    do = load_rows(grad + here, start, queries, row, HD, D, BLOCK_T)
-    level = tl.load(lse + line + query, mask=query < queries, other=float("inf"))[:, None]
-    mean = tl.load(delta + line + query, mask=query < queries, other=0.0)[:, None]
-    kv = batch * k_b + first * k_s + head // group * k_h
-    slope = tl.load(slopes + head).to(tl.float32) if ALIBI else 0.0
+    do = load_rows(grad + offset, start, queries, token_stride, HD, D, BLOCK_T)
+    lse_block = tl.load(lse + number_offset + query, mask=query < queries, other=float("inf"))[:, None]
+    delta_block = tl.load(delta + number_offset + query, mask=query < queries, other=0.0)[:, None]
+
+    kv_offset = batch * k_b + first * k_s + head // group * k_h
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes + head).to(tl.float32)
     if BIAS:
         bias += batch * bias_b + tl.cast(head, tl.int64) * bias_h
-    low, full_low, full_high, high = reach(
+    low, full_low, full_high, high = block_range(
         start + shift, min(start + BLOCK_T, queries) + shift, before, after, keys, BLOCK_S
     )
-    total = tl.zeros((BLOCK_T, D), tl.float32)
+
+    dq_block = tl.zeros((BLOCK_T, D), tl.float32)
     for EDGES in tl.static_range(2):
-        for i in range(0, visit_count(low, full_low, full_high, high, EDGES)):
-            at = visit(i, low, full_low, full_high, high, EDGES) * BLOCK_S
-            key = at + tl.arange(0, BLOCK_S)
-            k_block = load_rows(k + kv, at, keys, k_s, HD, D, BLOCK_S)
-            v_block = load_rows(v + kv, at, keys, k_s, HD, D, BLOCK_S)
+        for i in range(0, block_count(low, full_low, full_high, high, EDGES)):
+            key_start = nth_block(i, low, full_low, full_high, high, EDGES) * BLOCK_S
+            key = key_start + tl.arange(0, BLOCK_S)
+            k_block = load_rows(k + kv_offset, key_start, keys, k_s, HD, D, BLOCK_S)
+            v_block = load_rows(v + kv_offset, key_start, keys, k_s, HD, D, BLOCK_S)
             logits = logits_of(
                 tl.dot(q_block, tl.trans(k_block), input_precision="tf32x3"), query[:, None], key[None, :], bias, slope,
                 queries, keys, scale, before, after, bias_t, bias_s, BIAS, ALIBI, EDGES,
             )  # fmt: skip
             dp = tl.dot(do, tl.trans(v_block), input_precision="tf32x3")
-            dl = tl.exp2(logits - level) * (dp - mean)
-            total = tl.dot(dl.to(k_block.dtype), k_block, total, input_precision="tf32x3")
-    store_rows(dq + here, total * scale, start, queries, row, HD, D, BLOCK_T)
+            dl = tl.exp2(logits - lse_block) * (dp - delta_block)
+            dq_block = tl.dot(dl.to(k_block.dtype), k_block, dq_block, input_precision="tf32x3")
+    store_rows(dq + offset, dq_block * scale, start, queries, token_stride, HD, D, BLOCK_T)
 
 
 @triton.jit(do_not_specialize=STEPS)
@@ -119,46 +130,61 @@ def _dkv_kernel(
 ):  # fmt: skip
     """Tiles are (keys, queries) here, so that no product needs one transposed."""
     kv_heads = heads // group
-    block, kv_head, index = work_of(kv_heads, blocks)
-    block = blocks - 1 - block  # the first keys are seen by the most queries
+    block, kv_head, index = program_indices(kv_heads, blocks)
+    # The longest first here, too: under a causal mask the first keys are seen by the most queries.
+    block = blocks - 1 - block
     batch, first, queries, keys = sequence(bounds, index, t, s, PACKED)
-    start, shift, row = block * BLOCK_S, keys - queries, heads * HD
+    start = block * BLOCK_S
+    shift = keys - queries
+    token_stride = heads * HD
     if start >= keys:
         return
+
     key = start + tl.arange(0, BLOCK_S)
-    kv = batch * k_b + first * k_s + kv_head * k_h
-    k_block = load_rows(k + kv, start, keys, k_s, HD, D, BLOCK_S)
-    v_block = load_rows(v + kv, start, keys, k_s, HD, D, BLOCK_S)
-    low, full_low, full_high, high = reach(
+    kv_offset = batch * k_b + first * k_s + kv_head * k_h
+    k_block = load_rows(k + kv_offset, start, keys, k_s, HD, D, BLOCK_S)
+    v_block = load_rows(v + kv_offset, start, keys, k_s, HD, D, BLOCK_S)
+
+    # Seen from the keys, `before` and `after` change places.
+    low, full_low, full_high, high = block_range(
         start - shift, min(start + BLOCK_S, keys) - shift, after, before, queries, BLOCK_T
     )
+
     dk_block = tl.zeros((BLOCK_S, D), tl.float32)
     dv_block = tl.zeros((BLOCK_S, D), tl.float32)
     for EDGES in tl.static_range(2):
-        visits = visit_count(low, full_low, full_high, high, EDGES)
-        for i in range(0, group * visits):
-            head = kv_head * group + i // visits
-            at = visit(i % visits, low, full_low, full_high, high, EDGES) * BLOCK_T
-            query, line = at + tl.arange(0, BLOCK_T), (batch * heads + head) * t + first
-            q_block = load_rows(q + batch * q_b + first * q_t + head * q_h, at, queries, q_t, HD, D, BLOCK_T)
-            do = load_rows(grad + (batch * t + first) * row + head * HD, at, queries, row, HD, D, BLOCK_T)
-            level = tl.load(lse + line + query, mask=query < queries, other=float("inf"))[None, :]
-            mean = tl.load(delta + line + query, mask=query < queries, other=0.0)[None, :]
-            slope = tl.load(slopes + head).to(tl.float32) if ALIBI else 0.0
+        # One loop over the query heads of this key/value head, and the blocks of queries of each.
+        n_blocks = block_count(low, full_low, full_high, high, EDGES)
+        for i in range(0, group * n_blocks):
+            head = kv_head * group + i // n_blocks
+            query_start = nth_block(i % n_blocks, low, full_low, full_high, high, EDGES) * BLOCK_T
+            query = query_start + tl.arange(0, BLOCK_T)
+            number_offset = (batch * heads + head) * t + first  # of lse and delta
+            q_block = load_rows(q + batch * q_b + first * q_t + head * q_h, query_start, queries, q_t, HD, D, BLOCK_T)
+            do_rows = grad + (batch * t + first) * token_stride + head * HD
+            do = load_rows(do_rows, query_start, queries, token_stride, HD, D, BLOCK_T)
+            lse_block = tl.load(lse + number_offset + query, mask=query < queries, other=float("inf"))[None, :]
+            delta_block = tl.load(delta + number_offset + query, mask=query < queries, other=0.0)[None, :]
+
+            slope = 0.0
+            if ALIBI:
+                slope = tl.load(slopes + head).to(tl.float32)
             logits = logits_of(
                 tl.dot(k_block, tl.trans(q_block), input_precision="tf32x3"), query[None, :], key[:, None],
                 bias + batch * bias_b + tl.cast(head, tl.int64) * bias_h if BIAS else bias, slope,
                 queries, keys, scale, before, after, bias_t, bias_s, BIAS, ALIBI, EDGES,
             )  # fmt: skip
-            p = tl.exp2(logits - level)
+            p = tl.exp2(logits - lse_block)
             dv_block = tl.dot(p.to(do.dtype), do, dv_block, input_precision="tf32x3")
             dp = tl.dot(v_block, tl.trans(do), input_precision="tf32x3")
-            dl = p * (dp - mean)
+            dl = p * (dp - delta_block)
             dk_block = tl.dot(dl.to(q_block.dtype), q_block, dk_block, input_precision="tf32x3")
-    kv_row = kv_heads * HD
-    there = (batch * s + first) * kv_row + kv_head * HD
-    store_rows(dk + there, dk_block * scale, start, keys, kv_row, HD, D, BLOCK_S)
-    store_rows(dv + there, dv_block, start, keys, kv_row, HD, D, BLOCK_S)
+
+    # dk and dv are contiguous, whatever the strides of k and v.
+    kv_stride = kv_heads * HD
+    offset = (batch * s + first) * kv_stride + kv_head * HD
+    store_rows(dk + offset, dk_block * scale, start, keys, kv_stride, HD, D, BLOCK_S)
+    store_rows(dv + offset, dv_block, start, keys, kv_stride, HD, D, BLOCK_S)
 
 
 @triton.jit(do_not_specialize=STEPS)
@@ -169,79 +195,103 @@ def _dbias_kernel(
 ):  # fmt: skip
     """Adds up over `sum_heads` heads and `sum_rows` rows of the batch: all where bias is broadcast, else one."""
     blocks_t = tl.cdiv(t, BLOCK_T)
-    block, bias_head, bias_batch = work_of(heads // sum_heads, blocks)
-    start, at, row = block % blocks_t * BLOCK_T, block // blocks_t * BLOCK_S, heads * HD
-    query, key = start + tl.arange(0, BLOCK_T), at + tl.arange(0, BLOCK_S)
-    nearest, farthest = start + s - t - (at + BLOCK_S - 1), start + BLOCK_T - 1 + s - t - at
+    block, bias_head, bias_batch = program_indices(heads // sum_heads, blocks)
+    query_start = block % blocks_t * BLOCK_T
+    key_start = block // blocks_t * BLOCK_S
+    token_stride = heads * HD
+    query = query_start + tl.arange(0, BLOCK_T)
+    key = key_start + tl.arange(0, BLOCK_S)
+
+    # A tile of which no query sees a key is zero, and not computed.
+    nearest = query_start + s - t - (key_start + BLOCK_S - 1)
+    farthest = query_start + BLOCK_T - 1 + s - t - key_start
     count = tl.where((nearest < before) & (farthest > -after), sum_heads * sum_rows, 0)
+
     total = tl.zeros((BLOCK_T, BLOCK_S), tl.float32)
     for i in range(0, count):
-        head, batch = bias_head + i % sum_heads, tl.cast(bias_batch + i // sum_heads, tl.int64)
-        here, line = batch * t * row + head * HD, (batch * heads + head) * t
-        kv = batch * k_b + head // group * k_h
-        q_block = load_rows(q + batch * q_b + head * q_h, start, t, q_t, HD, D, BLOCK_T)
-        k_block = load_rows(k + kv, at, s, k_s, HD, D, BLOCK_S)
-        slope = tl.load(slopes + head).to(tl.float32) if ALIBI else 0.0
+        head = bias_head + i % sum_heads
+        batch = tl.cast(bias_batch + i // sum_heads, tl.int64)
+        offset = batch * t * token_stride + head * HD
+        number_offset = (batch * heads + head) * t  # of lse and delta
+        kv_offset = batch * k_b + head // group * k_h
+        q_block = load_rows(q + batch * q_b + head * q_h, query_start, t, q_t, HD, D, BLOCK_T)
+        k_block = load_rows(k + kv_offset, key_start, s, k_s, HD, D, BLOCK_S)
+
+        slope = 0.0
+        if ALIBI:
+            slope = tl.load(slopes + head).to(tl.float32)
         logits = logits_of(
             tl.dot(q_block, tl.trans(k_block), input_precision="tf32x3"), query[:, None], key[None, :],
             bias + batch * bias_b + tl.cast(head, tl.int64) * bias_h, slope, t, s, scale, before, after, bias_t, bias_s,
             PAIR_BIAS, ALIBI, True,
         )  # fmt: skip
-        do = load_rows(grad + here, start, t, row, HD, D, BLOCK_T)
-        v_block = load_rows(v + kv, at, s, k_s, HD, D, BLOCK_S)
-        level = tl.load(lse + line + query, mask=query < t, other=float("inf"))[:, None]
-        mean = tl.load(delta + line + query, mask=query < t, other=0.0)[:, None]
-        total += tl.exp2(logits - level) * (tl.dot(do, tl.trans(v_block), input_precision="tf32x3") - mean)
-    place = (tl.cast(bias_batch, tl.int64) * (heads // sum_heads) + bias_head) * t
-    place = (place + query)[:, None] * s + key[None, :]
+        do = load_rows(grad + offset, query_start, t, token_stride, HD, D, BLOCK_T)
+        v_block = load_rows(v + kv_offset, key_start, s, k_s, HD, D, BLOCK_S)
+        lse_block = tl.load(lse + number_offset + query, mask=query < t, other=float("inf"))[:, None]
+        delta_block = tl.load(delta + number_offset + query, mask=query < t, other=0.0)[:, None]
+        p = tl.exp2(logits - lse_block)
+        dp = tl.dot(do, tl.trans(v_block), input_precision="tf32x3")
+        total += p * (dp - delta_block)
+
+    dbias_row = (tl.cast(bias_batch, tl.int64) * (heads // sum_heads) + bias_head) * t
+    index = (dbias_row + query)[:, None] * s + key[None, :]
     inside = (query < t)[:, None] & (key < s)[None, :]
-    tl.store(dbias + place, total.to(dbias.dtype.element_ty), mask=inside)
+    tl.store(dbias + index, total.to(dbias.dtype.element_ty), mask=inside)
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, scale: float,
-    wanted: tuple[bool, bool, bool],
+    needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """dq, dk, dv and dbias; `wanted` says which of dq, dk with dv, and dbias."""
-    q, k, v = strided(q, k, v)
-    grad, delta = grad.contiguous(), torch.empty_like(lse)
+    """dq, dk, dv and dbias; `needs` says which of dq, dk with dv, and dbias."""
+    q, k, v = with_kernel_strides(q, k, v)
+    grad = grad.contiguous()
     b, t, heads, hd = q.shape
-    settings, rows = switches(q, mask), backend.entry(_DELTA, q)
+    shared = constants(q, mask)
+
+    delta = torch.empty_like(lse)  # (B, H, T)
+    rows = backend.entry(_DELTA, q)
     blocks = triton.cdiv(t, rows)
-    _delta_kernel[(blocks * heads * b,)](grad, out, delta, t, heads, blocks, hd, settings["D"], rows)
+    _delta_kernel[(blocks * heads * b,)](grad, out, delta, t, heads, blocks, hd, shared["D"], rows)
+
     inputs = (q, k, v, mask.bias, mask.alibi, mask.bounds, grad, lse, delta)
-    dq = dk = dv = None
-    if wanted[0]:
-        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        rows, columns, warps, stages = tiles(_DQ, q)
-        count, longest = sequences(q, mask)
-        blocks = triton.cdiv(longest, rows)
-        _dq_kernel[(blocks * heads * count,)](
-            *inputs, dq, *arguments(q, k, mask, scale, blocks), **settings,
-            BLOCK_T=rows, BLOCK_S=columns, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-    if wanted[1]:
-        dk, dv = (torch.empty(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-        rows, columns, warps, stages = tiles(_DKV, q)
-        count, longest = sequences(k, mask)
-        blocks = triton.cdiv(longest, columns)
-        _dkv_kernel[(blocks * k.shape[2] * count,)](
-            *inputs, dk, dv, *arguments(q, k, mask, scale, blocks), **settings,
-            BLOCK_T=rows, BLOCK_S=columns, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-    return dq, dk, dv, _dbias(inputs, mask, scale) if wanted[2] else None
+    dq = dk = dv = dbias = None
+    if needs[0]:
+        dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # (B, T, H, hd)
+        sizes = tile_sizes(_DQ, q)
+        n_sequences, longest = sequences(q, mask)
+        blocks = triton.cdiv(longest, sizes["BLOCK_T"])
+        _dq_kernel[(blocks * heads * n_sequences,)](
+            *inputs, dq, *launch_arguments(q, k, mask, scale, blocks), **shared, **sizes
+        )
+    if needs[1]:
+        dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)  # (B, S, K, hd)
+        dv = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+        sizes = tile_sizes(_DKV, q)
+        n_sequences, longest = sequences(k, mask)
+        blocks = triton.cdiv(longest, sizes["BLOCK_S"])
+        _dkv_kernel[(blocks * k.shape[2] * n_sequences,)](
+            *inputs, dk, dv, *launch_arguments(q, k, mask, scale, blocks), **shared, **sizes
+        )
+    if needs[2] and mask.bias is not None:
+        dbias = _bias_gradient(q, k, v, mask.bias, mask, grad, lse, delta, scale)
+    return dq, dk, dv, dbias
 
 
-def _dbias(inputs: tuple, mask: Mask, scale: float) -> Tensor:
-    q, k, v, bias, alibi, _, grad, lse, delta = inputs
-    (b, t, heads, _), s = q.shape, k.shape[1]
+def _bias_gradient(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Mask, grad: Tensor, lse: Tensor, delta: Tensor, scale: float
+) -> Tensor:
+    """dbias, in the shape of the bias: (B or 1, H or 1, T, S)."""
+    b, t, heads, _ = q.shape
+    s = k.shape[1]
+    bias_rows, bias_heads = bias.shape[:2]
     dbias = torch.empty(bias.shape, dtype=bias.dtype, device=q.device)
-    rows, columns, warps, stages = tiles(_DBIAS, q)
-    blocks = triton.cdiv(t, rows) * triton.cdiv(s, columns)
-    settings = switches(q, mask)
-    _dbias_kernel[(blocks * bias.shape[0] * bias.shape[1],)](
-        q, k, v, bias, alibi, grad, lse, delta, dbias, *arguments(q, k, mask, scale, blocks),
-        heads // bias.shape[1], b // bias.shape[0], HD=settings["HD"], D=settings["D"], ALIBI=settings["ALIBI"],
-        BLOCK_T=rows, BLOCK_S=columns, num_warps=warps, num_stages=stages,
+
+    sizes = tile_sizes(_DBIAS, q)
+    blocks = triton.cdiv(t, sizes["BLOCK_T"]) * triton.cdiv(s, sizes["BLOCK_S"])
+    shared = constants(q, mask)
+    _dbias_kernel[(blocks * bias_rows * bias_heads,)](
+        q, k, v, bias, mask.alibi, grad, lse, delta, dbias, *launch_arguments(q, k, mask, scale, blocks),
+        heads // bias_heads, b // bias_rows, HD=shared["HD"], D=shared["D"], ALIBI=shared["ALIBI"], **sizes,
     )  # fmt: skip
     return dbias

@@ -1,9 +1,9 @@
-"""Attention on a CPU, where torch's own falls short (`attend.py` has the maths).
+"""Attention on a CPU, where torch's own falls short (`attend.py` has the maths, `rows.py` chooses).
 
 `Recomputed`, for bf16: products over blocks of queries, with the probabilities rebuilt in the backward pass; twice as
 fast as torch's fused kernel. Saved are q, k, v alone, laid out as the products want them, heads first. Query heads that
 share a key/value head are rows of one product with it, so that keys and values are never repeated, and the sums of
-their gradients over the heads come out of the products.
+their gradients over the heads come out of the products. Shapes: G is H / K, the query heads of a key/value head.
 
 `FusedGrouped`, for fp32 with fewer key/value heads than query heads: torch's fused kernel, which wants as many, but
 saving k and v as they are, and repeating them for the time of each pass.
@@ -21,29 +21,36 @@ class Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-        heads_first = [_heads_first(x, k.shape[2]) for x in (q, k, v)]
-        ctx.save_for_backward(*heads_first)
-        ctx.causal, ctx.scale, ctx.batch = causal, scale, len(q)
-        q, k, v = heads_first
-        blocks = [p @ v[:, 0, keys] for _, keys, p in _probabilities(q, k, causal, scale)]
-        return _heads_last(_joined(blocks[::-1], q), ctx.batch)
+        ctx.causal = causal
+        ctx.scale = scale
+        ctx.batch = len(q)
+        q, k, v = (_heads_first(x, k.shape[2]) for x in (q, k, v))  # (B·K, G, T, hd); k and v (B·K, 1, S, hd)
+        ctx.save_for_backward(q, k, v)
+
+        blocks = [p @ v[:, 0, keys] for _, keys, p in _probabilities(q, k, causal, scale)]  # (B·K, G · positions, hd)
+        return _heads_last(_concatenated(blocks[::-1], q), ctx.batch)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         q, k, v = ctx.saved_tensors
-        grad = _heads_first(grad, len(k) // ctx.batch)
-        dk, dv = torch.empty_like(k), torch.empty_like(v)
-        dqs: list[Tensor] = []
-        for at, keys, p in _probabilities(q, k, ctx.causal, ctx.scale):
-            out = grad[:, :, at].flatten(1, 2)
-            dp = out @ v[:, 0, keys].transpose(1, 2)
+        grad = _heads_first(grad, len(k) // ctx.batch)  # (B·K, G, T, hd)
+        dk = torch.empty_like(k)
+        dv = torch.empty_like(v)
+        dq_blocks: list[Tensor] = []
+        for positions, keys, p in _probabilities(q, k, ctx.causal, ctx.scale):
+            do = grad[:, :, positions].flatten(1, 2)  # (B·K, G · positions, hd)
+            dp = do @ v[:, 0, keys].transpose(1, 2)  # (B·K, G · positions, keys), as p
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(ctx.scale)
-            beta = 1 if dqs else 0  # the first block reaches all keys, and what memory held does not count
-            dv[:, 0, keys].baddbmm_(p.transpose(1, 2), out, beta=beta)
-            dk[:, 0, keys].baddbmm_(ds.transpose(1, 2), q[:, :, at].flatten(1, 2), beta=beta)
-            dqs.append(ds @ k[:, 0, keys])
-        return *(_heads_last(x, ctx.batch) for x in (_joined(dqs[::-1], q), dk, dv)), None, None
+
+            # The first block reaches all keys: it overwrites what the memory held, and the others are added.
+            beta = 1 if dq_blocks else 0
+            dv[:, 0, keys].baddbmm_(p.transpose(1, 2), do, beta=beta)
+            dk[:, 0, keys].baddbmm_(ds.transpose(1, 2), q[:, :, positions].flatten(1, 2), beta=beta)
+            dq_blocks.append(ds @ k[:, 0, keys])
+
+        dq = _concatenated(dq_blocks[::-1], q)
+        return *(_heads_last(x, ctx.batch) for x in (dq, dk, dv)), None, None
 
 
 class FusedGrouped(torch.autograd.Function):
@@ -51,8 +58,9 @@ class FusedGrouped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
-        ctx.causal, ctx.scale = causal, scale
-        out, lse = _flash(*_repeated(q, k, v), 0.0, causal, scale=scale)
+        ctx.causal = causal
+        ctx.scale = scale
+        out, lse = _flash(*_repeated(q, k, v), 0.0, causal, scale=scale)  # (B, H, T, hd), (B, H, T)
         ctx.save_for_backward(q, k, v, out, lse)
         return out.transpose(1, 2)
 
@@ -61,8 +69,10 @@ class FusedGrouped(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         q, k, v, out, lse = ctx.saved_tensors
         tensors = (grad.transpose(1, 2), *_repeated(q, k, v), out, lse)
-        dq, *rest = _flash_backward(*tensors, 0.0, ctx.causal, scale=ctx.scale)
-        dk, dv = (x.unflatten(1, (k.shape[2], -1)).sum(2).transpose(1, 2) for x in rest)  # over the heads that share
+        dq, *head_grads = _flash_backward(*tensors, 0.0, ctx.causal, scale=ctx.scale)  # (B, H, T, hd), (B, H, S, hd)
+
+        # A key/value head's gradient is the sum over the query heads that share it.
+        dk, dv = (x.unflatten(1, (k.shape[2], -1)).sum(2).transpose(1, 2) for x in head_grads)  # (B, S, K, hd)
         return dq.transpose(1, 2), dk, dv, None, None
 
 
@@ -72,8 +82,8 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 def _repeated(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     """(B, H, ·, hd) of each."""
-    heads = q.shape[2] // k.shape[2]
-    return [q.transpose(1, 2), *(x.transpose(1, 2).repeat_interleave(heads, 1) for x in (k, v))]
+    group = q.shape[2] // k.shape[2]
+    return [q.transpose(1, 2), *(x.transpose(1, 2).repeat_interleave(group, 1) for x in (k, v))]
 
 
 def _heads_first(x: Tensor, kv_heads: int) -> Tensor:
@@ -82,10 +92,12 @@ def _heads_first(x: Tensor, kv_heads: int) -> Tensor:
     return x.reshape(b, t, kv_heads, -1, hd).permute(0, 2, 3, 1, 4).reshape(b * kv_heads, -1, t, hd)
 
 
-def _joined(blocks: list[Tensor], like: Tensor) -> Tensor:
+def _concatenated(blocks: list[Tensor], like: Tensor) -> Tensor:
     """Blocks (B·K, G · positions, hd) as one (B·K, G, T, hd)."""
     parts = [block.unflatten(1, (like.shape[1], -1)) for block in blocks]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts, 2)
 
 
 def _heads_last(x: Tensor, batch: int) -> Tensor:
@@ -94,15 +106,21 @@ def _heads_last(x: Tensor, batch: int) -> Tensor:
 
 
 def _probabilities(q: Tensor, k: Tensor, causal: bool, scale: float):
-    """Yield (positions, key columns, softmax (B·K, G · positions, columns)) block by block, the last one first."""
-    heads, t = q.shape[1:3]
+    """Yield (positions, keys, softmax (B·K, G · positions, keys)) block by block, the last one first.
+
+    For q (B·K, G, T, hd), k (B·K, 1, S, hd).
+    """
+    group, t = q.shape[1:3]
     for start in reversed(range(0, t, QUERY_BLOCK)):
-        at = slice(start, min(start + QUERY_BLOCK, t))
-        keys = slice(0, at.stop if causal else k.shape[2])
-        rows, columns = q[:, :, at].flatten(1, 2), k[:, 0, keys].transpose(1, 2)
+        positions = slice(start, min(start + QUERY_BLOCK, t))
+        keys = slice(0, positions.stop if causal else k.shape[2])
+        queries = q[:, :, positions].flatten(1, 2)  # (B·K, G · positions, hd)
+        columns = k[:, 0, keys].transpose(1, 2)  # (B·K, hd, keys)
+
+        # −∞ at the keys behind each query is added by the product itself.
         if causal:
-            later = torch.full((at.stop - start, keys.stop), float("-inf"), dtype=q.dtype).triu_(start + 1)
-            scores = torch.baddbmm(later.repeat(heads, 1), rows, columns, alpha=scale)
+            later = torch.full((positions.stop - start, keys.stop), float("-inf"), dtype=q.dtype).triu_(start + 1)
+            scores = torch.baddbmm(later.repeat(group, 1), queries, columns, alpha=scale)
         else:
-            scores = (rows @ columns).mul_(scale)
-        yield at, keys, scores.softmax(-1)
+            scores = (queries @ columns).mul_(scale)
+        yield positions, keys, scores.softmax(-1)

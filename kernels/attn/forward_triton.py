@@ -11,6 +11,10 @@ at position t + S − T. It may see key s where −after < t + S − T − s < b
 batch or a packed segment. A query that sees nothing gives zeros; its L is +∞, so that all p are 0 in the backward pass.
 
 Products of fp32 are made of three in TF32, which is nearly as exact; plain FMAs take minutes to compile.
+
+Names of the kernels' arguments: `t` and `s` are T and S, `group` is H / K, `blocks` the number of blocks a sequence;
+`q_b`, `q_t`, `q_h` are q's strides of batch, token and head, and so on; `bounds` is `cu_seqlens`. HD is hd, D is hd
+padded to a power of two. Offsets into memory are int64: B · T · H · hd may be beyond 2³¹.
 """
 
 from dataclasses import dataclass
@@ -24,7 +28,9 @@ from .. import backend
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FAR = 2**30  # beyond every position, and still an int32 when a position is added
-NO_BIAS, KEY_BIAS, PAIR_BIAS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+NO_BIAS = tl.constexpr(0)
+KEY_BIAS = tl.constexpr(1)  # the same for all queries
+PAIR_BIAS = tl.constexpr(2)
 
 # By capability and padded width of a head: BLOCK_T, BLOCK_S, warps, stages. At 16 bits and up to 128 none spills.
 SMALL = dict.fromkeys((64, 128, 256), (16, 16, 1, 1))
@@ -39,7 +45,7 @@ STEPS = ["t", "s", "blocks", "before", "after"]  # change from call to call: no 
 
 
 @triton.jit
-def work_of(heads, blocks):
+def program_indices(heads, blocks):
     """Block, head and sequence of this program. Blocks come last first: under a causal mask the long ones."""
     program = tl.program_id(0)
     return blocks - 1 - program % blocks, program // blocks % heads, program // blocks // heads
@@ -47,7 +53,7 @@ def work_of(heads, blocks):
 
 @triton.jit
 def sequence(bounds, index, t, s, PACKED: tl.constexpr):
-    """Row of the batch, first position in it, number of queries and of keys."""
+    """Row of the batch, first position in it, number of queries and of keys, of sequence `index`."""
     if PACKED:
         first = tl.load(bounds + index).to(tl.int64)
         length = (tl.load(bounds + index + 1) - first).to(tl.int32)
@@ -56,7 +62,7 @@ def sequence(bounds, index, t, s, PACKED: tl.constexpr):
 
 
 @triton.jit
-def reach(start, stop, before, after, n, BLOCK: tl.constexpr):
+def block_range(start, stop, before, after, n, BLOCK: tl.constexpr):
     """For positions [start, stop) against the blocks of [0, n), where i sees j if −after < i − j < before.
 
     Gives low, full_low, full_high, high: blocks to visit are [low, high), those of [full_low, full_high) need no mask.
@@ -69,15 +75,16 @@ def reach(start, stop, before, after, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def visit(i, low, full_low, full_high, high, EDGES: tl.constexpr):
-    """The i-th block at the edges, or the i-th between them."""
+def nth_block(i, low, full_low, full_high, high, EDGES: tl.constexpr):
+    """The i-th block at the edges, which need a mask, or the i-th between them."""
     if EDGES:
         return low + i + tl.where(i < full_low - low, 0, full_high - full_low)
     return full_low + i
 
 
 @triton.jit
-def visit_count(low, full_low, full_high, high, EDGES: tl.constexpr):
+def block_count(low, full_low, full_high, high, EDGES: tl.constexpr):
+    """How many blocks `nth_block` has."""
     if EDGES:
         return max(full_low - low + high - full_high, 0)
     return full_high - full_low
@@ -86,8 +93,11 @@ def visit_count(low, full_low, full_high, high, EDGES: tl.constexpr):
 @triton.jit
 def load_rows(x, start, rows, stride, HD: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     """Rows [start, start + BLOCK) of a (rows, HD) matrix, (BLOCK, D): zeros beyond it."""
-    row, column = tl.arange(0, BLOCK), tl.arange(0, D)
+    row = tl.arange(0, BLOCK)
+    column = tl.arange(0, D)
     inside = (start + row < rows)[:, None]
+
+    # Where no column has to be masked, loads are wider vectors.
     if HD < D:
         inside = inside & (column < HD)[None, :]
     x += tl.cast(start, tl.int64) * stride
@@ -96,7 +106,9 @@ def load_rows(x, start, rows, stride, HD: tl.constexpr, D: tl.constexpr, BLOCK: 
 
 @triton.jit
 def store_rows(x, value, start, rows, stride, HD: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
-    row, column = tl.arange(0, BLOCK), tl.arange(0, D)
+    """Write `value` (BLOCK, D) to rows [start, start + BLOCK) of a (rows, HD) matrix, as far as they are in it."""
+    row = tl.arange(0, BLOCK)
+    column = tl.arange(0, D)
     inside = (start + row < rows)[:, None] & (column < HD)[None, :]
     x += tl.cast(start, tl.int64) * stride
     tl.store(x + row[:, None] * stride + column[None, :], value.to(x.dtype.element_ty), mask=inside)
@@ -112,6 +124,8 @@ def logits_of(
     distance = query + (s - t) - key
     if ALIBI:
         logits -= slope * LOG2E * distance.to(tl.float32)
+
+    # A boolean bias allows, any other is added.
     if BIAS:
         if BIAS == KEY_BIAS:
             value = tl.load(bias + key.to(tl.int64) * bias_s, mask=key < s, other=0)
@@ -122,6 +136,7 @@ def logits_of(
             logits = tl.where(value, logits, float("-inf"))
         else:
             logits += value.to(tl.float32) * LOG2E
+
     if MASKED:
         logits = tl.where((distance < before) & (distance > -after) & (key < s), logits, float("-inf"))
     return logits
@@ -134,91 +149,121 @@ def _forward_kernel(
     HD: tl.constexpr, D: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    block, head, index = work_of(heads, blocks)
+    block, head, index = program_indices(heads, blocks)
     batch, first, queries, keys = sequence(bounds, index, t, s, PACKED)
-    start, shift = block * BLOCK_T, keys - queries
+    start = block * BLOCK_T
+    shift = keys - queries
     if start >= queries:
         return
-    query, line = start + tl.arange(0, BLOCK_T), (batch * heads + head) * t + first
+
+    # The block of queries, and where the head's keys and values begin.
+    query = start + tl.arange(0, BLOCK_T)
+    lse_offset = (batch * heads + head) * t + first
     q_block = load_rows(q + batch * q_b + first * q_t + head * q_h, start, queries, q_t, HD, D, BLOCK_T)
-    kv = batch * k_b + first * k_s + head // group * k_h
-    slope = tl.load(slopes + head).to(tl.float32) if ALIBI else 0.0
+    kv_offset = batch * k_b + first * k_s + head // group * k_h
+    slope = 0.0
+    if ALIBI:
+        slope = tl.load(slopes + head).to(tl.float32)
     if BIAS:
         bias += batch * bias_b + tl.cast(head, tl.int64) * bias_h
-    low, full_low, full_high, high = reach(
+    low, full_low, full_high, high = block_range(
         start + shift, min(start + BLOCK_T, queries) + shift, before, after, keys, BLOCK_S
     )
-    top = tl.full((BLOCK_T,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK_T,), tl.float32)
+
+    row_max = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_T,), tl.float32)
     o = tl.zeros((BLOCK_T, D), tl.float32)
     for EDGES in tl.static_range(2):
-        for i in range(0, visit_count(low, full_low, full_high, high, EDGES)):
-            at = visit(i, low, full_low, full_high, high, EDGES) * BLOCK_S
-            key = at + tl.arange(0, BLOCK_S)
-            k_block = load_rows(k + kv, at, keys, k_s, HD, D, BLOCK_S)
+        for i in range(0, block_count(low, full_low, full_high, high, EDGES)):
+            key_start = nth_block(i, low, full_low, full_high, high, EDGES) * BLOCK_S
+            key = key_start + tl.arange(0, BLOCK_S)
+            k_block = load_rows(k + kv_offset, key_start, keys, k_s, HD, D, BLOCK_S)
             logits = logits_of(
                 tl.dot(q_block, tl.trans(k_block), input_precision="tf32x3"), query[:, None], key[None, :], bias, slope,
                 queries, keys, scale, before, after, bias_t, bias_s, BIAS, ALIBI, EDGES,
             )  # fmt: skip
-            higher = tl.maximum(top, tl.max(logits, 1))
-            finite = tl.where(higher == float("-inf"), 0.0, higher)
-            p, shrink = tl.exp2(logits - finite[:, None]), tl.exp2(top - finite)
-            v_block = load_rows(v + kv, at, keys, k_s, HD, D, BLOCK_S)
-            o = tl.dot(p.to(v_block.dtype), v_block, o * shrink[:, None], input_precision="tf32x3")
-            total, top = total * shrink + tl.sum(p, 1), higher
-    level = tl.where(total > 0, top + tl.log2(tl.maximum(total, 1e-30)), float("inf"))
-    tl.store(lse + line + query, level, mask=query < queries)
-    o = o / tl.where(total > 0, total, 1.0)[:, None]
-    out_row = heads * HD
-    store_rows(out + (batch * t + first) * out_row + head * HD, o, start, queries, out_row, HD, D, BLOCK_T)
+
+            # Online softmax: what was summed so far is rescaled to the new maximum. As long as a query has seen
+            # nothing its maximum is −∞, and −∞ − −∞ would be NaN.
+            new_max = tl.maximum(row_max, tl.max(logits, 1))
+            finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
+            p = tl.exp2(logits - finite_max[:, None])
+            rescale = tl.exp2(row_max - finite_max)
+
+            v_block = load_rows(v + kv_offset, key_start, keys, k_s, HD, D, BLOCK_S)
+            o = tl.dot(p.to(v_block.dtype), v_block, o * rescale[:, None], input_precision="tf32x3")
+            row_sum = row_sum * rescale + tl.sum(p, 1)
+            row_max = new_max
+
+    # L, and the output divided by the sum.
+    log_sum = tl.where(row_sum > 0, row_max + tl.log2(tl.maximum(row_sum, 1e-30)), float("inf"))
+    tl.store(lse + lse_offset + query, log_sum, mask=query < queries)
+    o = o / tl.where(row_sum > 0, row_sum, 1.0)[:, None]
+    token_stride = heads * HD
+    store_rows(out + (batch * t + first) * token_stride + head * HD, o, start, queries, token_stride, HD, D, BLOCK_T)
 
 
 @dataclass(frozen=True)
 class Mask:
-    """What bounds and biases the pairs: see `attend.attention`. `longest` is the greatest length of a segment."""
+    """Which pairs of query and key count, and what is added to them: see `attend.attention`."""
 
     bias: Tensor | None  # of four dimensions
     alibi: Tensor | None
-    bounds: Tensor | None
-    longest: int
+    bounds: Tensor | None  # `cu_seqlens`
+    longest: int  # the greatest length of a segment
     window: int | None
     causal: bool
 
 
-def width(q: Tensor) -> int:
+def padded_head_width(q: Tensor) -> int:
     return max(16, triton.next_power_of_2(q.shape[3]))
 
 
-def tiles(table: dict[int, dict[int, tuple[int, int, int, int]]], q: Tensor) -> tuple[int, int, int, int]:
-    sizes = backend.entry(_SINGLE if q.dtype == torch.float32 else table, q)
-    return sizes[max(64, width(q))]
+def tile_sizes(table: dict[int, dict[int, tuple[int, int, int, int]]], q: Tensor) -> dict[str, int]:
+    """BLOCK_T, BLOCK_S and the launch's warps and stages for q, out of a table as `_FORWARD`."""
+    if q.dtype == torch.float32:
+        table = _SINGLE
+    sizes = backend.entry(table, q)[max(64, padded_head_width(q))]
+    return dict(zip(("BLOCK_T", "BLOCK_S", "num_warps", "num_stages"), sizes, strict=True))
 
 
-def strided(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def with_kernel_strides(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Copies where the kernels' layout asks for it: contiguous heads, and the same strides in k and v."""
-    q = q if q.stride(3) == 1 else q.contiguous()
-    same = k.stride() == v.stride() and k.stride(3) == 1
-    return (q, k, v) if same else (q, k.contiguous(), v.contiguous())
+    if q.stride(3) != 1:
+        q = q.contiguous()
+
+    # The kernels find k and v by one set of strides.
+    if k.stride() == v.stride() and k.stride(3) == 1:
+        return q, k, v
+    return q, k.contiguous(), v.contiguous()
 
 
-def arguments(q: Tensor, k: Tensor, mask: Mask, scale: float, blocks: int) -> tuple:
+def launch_arguments(q: Tensor, k: Tensor, mask: Mask, scale: float, blocks: int) -> tuple:
     """The numbers that all kernels take, from t to bias_s."""
-    (b, t, heads, _), s = q.shape, k.shape[1]
+    b, t, heads, _ = q.shape
+    s, kv_heads = k.shape[1:3]
     before = FAR if mask.window is None else mask.window
     after = 1 if mask.causal else before
-    strides = (0, 0, 0, 0) if mask.bias is None else mask.bias.expand(b, heads, t, s).stride()
-    return t, s, heads, heads // k.shape[2], blocks, scale, before, after, *q.stride()[:3], *k.stride()[:3], *strides
+
+    # expand gives a broadcast dimension the stride 0.
+    strides: tuple[int, ...] = (0, 0, 0, 0)
+    if mask.bias is not None:
+        strides = mask.bias.expand(b, heads, t, s).stride()
+    return t, s, heads, heads // kv_heads, blocks, scale, before, after, *q.stride()[:3], *k.stride()[:3], *strides
 
 
-def switches(q: Tensor, mask: Mask) -> dict[str, int | bool]:
+def constants(q: Tensor, mask: Mask) -> dict[str, int | bool]:
+    """The compile-time arguments that the kernels share."""
     if mask.bias is None:
-        kind = NO_BIAS
+        bias = NO_BIAS
+    elif mask.bias.shape[2] == 1 or mask.bias.stride(2) == 0:
+        bias = KEY_BIAS
     else:
-        kind = KEY_BIAS if mask.bias.shape[2] == 1 or mask.bias.stride(2) == 0 else PAIR_BIAS
+        bias = PAIR_BIAS
     return {
         "HD": q.shape[3],
-        "D": width(q),
-        "BIAS": kind.value,
+        "D": padded_head_width(q),
+        "BIAS": bias.value,
         "ALIBI": mask.alibi is not None,
         "PACKED": mask.bounds is not None,
     }
@@ -226,20 +271,24 @@ def switches(q: Tensor, mask: Mask) -> dict[str, int | bool]:
 
 def sequences(x: Tensor, mask: Mask) -> tuple[int, int]:
     """Number of sequences, and the length of the longest, in x (B, T, ..)."""
-    return (len(x), x.shape[1]) if mask.bounds is None else (len(mask.bounds) - 1, mask.longest)
+    if mask.bounds is None:
+        return len(x), x.shape[1]
+    return len(mask.bounds) - 1, mask.longest
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
     """Attention (B, T, H, hd) and its L (B, H, T), for q (B, T, H, hd), k and v (B, S, K, hd)."""
-    q, k, v = strided(q, k, v)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(len(q), q.shape[2], q.shape[1], dtype=torch.float32, device=q.device)
-    rows, columns, warps, stages = tiles(_FORWARD, q)
-    count, longest = sequences(q, mask)
-    blocks = triton.cdiv(longest, rows)
-    _forward_kernel[(blocks * q.shape[2] * count,)](
-        q, k, v, mask.bias, mask.alibi, mask.bounds, out, lse, *arguments(q, k, mask, scale, blocks),
-        **switches(q, mask),
-        BLOCK_T=rows, BLOCK_S=columns, num_warps=warps, num_stages=stages,
+    q, k, v = with_kernel_strides(q, k, v)
+    b, t, heads, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # (B, T, H, hd)
+    lse = torch.empty(b, heads, t, dtype=torch.float32, device=q.device)
+
+    # One program for each block of queries of each head of each sequence.
+    sizes = tile_sizes(_FORWARD, q)
+    n_sequences, longest = sequences(q, mask)
+    blocks = triton.cdiv(longest, sizes["BLOCK_T"])
+    _forward_kernel[(blocks * heads * n_sequences,)](
+        q, k, v, mask.bias, mask.alibi, mask.bounds, out, lse, *launch_arguments(q, k, mask, scale, blocks),
+        **constants(q, mask), **sizes,
     )  # fmt: skip
     return out, lse

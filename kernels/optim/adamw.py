@@ -8,11 +8,10 @@ At update t, for a weight w with gradient g, a factor c that all gradients share
 c divides sums of gradients by their count and clips their norm; it stays on the device, so that nobody waits for it. A
 weight trained in fp32 may stand for a narrower one that the model computes with: its `copy`, which is rounded anew.
 
-Everything a parameter needs is a `AdamWParam` (`adamw_state.py`). On a GPU one launch updates them all,
-out of a table of
-their addresses (`adamw_triton.py`): the weights, moments and gradients stay the tensors they are. One flat buffer of
-each kind would save nothing: on CPU, 144 LoRA factors of 768 × 16 take 3.6 ms one by one (2 threads) and 4.1 ms in flat
-buffers, into which the gradients must be copied first.
+What an update needs to know of a weight is an `AdamWParam` (`adamw_state.py`). On a GPU one launch updates them all,
+out of a table of their addresses (`adamw_triton.py`): weights, moments and gradients stay the tensors they are. Flat
+buffers for all weights, all gradients and so on would save nothing: on CPU, 144 LoRA factors of 768 × 16 take 3.6 ms
+one by one (2 threads) and 4.1 ms in flat buffers, into which the gradients must be copied first.
 """
 
 from collections.abc import Iterable
@@ -30,45 +29,60 @@ def adamw_(
     trained: Iterable[AdamWParam], lr: float, betas: tuple[float, float], eps: float, factor: Tensor | None = None
 ) -> None:
     """One update in place of all weights that have a gradient; `factor` () is c. The gradients may be overwritten."""
-    due = [(one, one.weight.grad) for one in trained if one.weight.grad is not None]
-    in_line = all(_in_line(*pair) for pair in due)
-    if due and in_line and _on_triton(due):
-        from .adamw_triton import update_
+    due = [(param, param.weight.grad) for param in trained if param.weight.grad is not None]
+    if not due:
+        return
 
-        torch._foreach_add_([one.step for one, _ in due], 1)
-        update_(due, lr, betas, eps, factor)
-        written = [x for one, _ in due for x in (one.weight, one.copy) if x is not None]
-        torch.autograd.graph.increment_version(written)  # so that a graph which still needs the old values says so
-    elif due:
-        _update_in_torch(due, lr, betas, eps, factor, in_line)
+    same_layout = all(_same_layout(param, gradient) for param, gradient in due)
+    if not (same_layout and _on_triton(due)):
+        _update_in_torch(due, lr, betas, eps, factor, same_layout)
+        return
+
+    from .adamw_triton import update_
+
+    torch._foreach_add_([param.step for param, _ in due], 1)
+    update_(due, lr, betas, eps, factor)
+
+    # Autograd didn't see the kernel write: so a graph that still needs the old values raises its error.
+    written = [x for param, _ in due for x in (param.weight, param.copy) if x is not None]
+    torch.autograd.graph.increment_version(written)
 
 
-def _in_line(one: AdamWParam, gradient: Tensor) -> bool:
-    """Whether a kernel may walk along the tensors of a weight as along a line; torch's fused ones don't ask."""
-    tensors = (gradient, one.exp_avg, one.exp_avg_sq, one.copy)
-    return all(x is None or x.stride() == one.weight.stride() for x in tensors)
+def _same_layout(param: AdamWParam, gradient: Tensor) -> bool:
+    """Whether a kernel may walk along all tensors of a weight in the order of memory; torch's fused ones don't ask."""
+    tensors = (gradient, param.exp_avg, param.exp_avg_sq, param.copy)
+    return all(x is None or x.stride() == param.weight.stride() for x in tensors)
 
 
 def _on_triton(due: ParamsWithGrads) -> bool:
-    kinds = {(x.device, x.dtype) for one, gradient in due for x in (one.weight, gradient)}
-    return kinds == {(due[0][0].weight.device, torch.float32)} and backend.on_triton(*(one.weight for one, _ in due))
+    """Whether all weights and gradients are fp32 on one device, of which Triton takes tensors."""
+    weights = [param.weight for param, _ in due]
+    layouts = {(x.device, x.dtype) for param, gradient in due for x in (param.weight, gradient)}
+    return layouts == {(weights[0].device, torch.float32)} and backend.on_triton(*weights)
 
 
 def _update_in_torch(
-    due: ParamsWithGrads, lr: float, betas: tuple[float, float], eps: float, factor: Tensor | None, in_line: bool
+    due: ParamsWithGrads, lr: float, betas: tuple[float, float], eps: float, factor: Tensor | None, same_layout: bool
 ) -> None:
     if factor is not None:
         torch._foreach_mul_([gradient for _, gradient in due], factor)
-    fused = in_line and due[0][0].weight.device.type == "cpu"  # elsewhere it would want the counts on the device
+
+    # torch's function takes one learning rate and one decay a call.
     groups: dict[tuple[float, float], ParamsWithGrads] = {}
-    for one, gradient in due:
-        groups.setdefault((one.scale, one.decay), []).append((one, gradient))
+    for param, gradient in due:
+        groups.setdefault((param.scale, param.decay), []).append((param, gradient))
+
+    # Elsewhere the fused update would want the counts of updates on the device.
+    fused = same_layout and due[0][0].weight.device.type == "cpu"
     for (scale, decay), group in groups.items():
+        params = [param for param, _ in group]
         adamw(
-            [one.weight for one, _ in group], [gradient for _, gradient in group], [one.exp_avg for one, _ in group],
-            [one.exp_avg_sq for one, _ in group], [], [one.step for one, _ in group], fused=fused, foreach=not fused,
-            amsgrad=False, beta1=betas[0], beta2=betas[1], lr=lr * scale, weight_decay=decay, eps=eps, maximize=False,
+            [param.weight for param in params], [gradient for _, gradient in group],
+            [param.exp_avg for param in params], [param.exp_avg_sq for param in params], [],
+            [param.step for param in params], fused=fused, foreach=not fused, amsgrad=False, beta1=betas[0],
+            beta2=betas[1], lr=lr * scale, weight_decay=decay, eps=eps, maximize=False,
         )  # fmt: skip
-    for one, _ in due:
-        if one.copy is not None:
-            one.copy.copy_(one.weight)
+
+    for param, _ in due:
+        if param.copy is not None:
+            param.copy.copy_(param.weight)

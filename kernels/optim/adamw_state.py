@@ -9,25 +9,23 @@ from torch import Tensor
 
 @dataclass
 class AdamWParam:
-    """A weight in at least fp32, with a gradient in `.grad`; how often it was updated, and its moments m and v.
+    """A weight with a gradient in `.grad`, how often it was updated, and its moments, made at the first update."""
 
-    `scale` multiplies the learning rate, `decay` is λ, `copy` the narrower weight that follows this one. The moments
-    are made at the first update.
-    """
-
-    weight: Tensor
-    scale: float = 1.0
-    decay: float = 0.0
-    copy: Tensor | None = None
+    weight: Tensor  # in at least fp32
+    scale: float = 1.0  # multiplies the learning rate
+    decay: float = 0.0  # λ
+    copy: Tensor | None = None  # the narrower weight that follows this one
     step: Tensor = field(init=False, default_factory=lambda: torch.zeros(()))  # on the CPU, where it is read
 
     @cached_property
     def exp_avg(self) -> Tensor:
+        """m"""
         return torch.zeros_like(self.weight, requires_grad=False)
 
     @cached_property
     def exp_avg_sq(self) -> Tensor:
+        """v"""
         return torch.zeros_like(self.weight, requires_grad=False)
 
 
-ParamsWithGrads = list[tuple[AdamWParam, Tensor]]  # with their gradients
+ParamsWithGrads = list[tuple[AdamWParam, Tensor]]

@@ -32,13 +32,13 @@ from torch import Tensor, nn
 from .. import backend
 from .nf4_format import BLOCK, FEW_ROWS, RANGE_BLOCK, TINY, Tables, dynamic_map, midpoints, nf4_levels
 
-_PIECE = 2**14  # blocks that torch decodes at a time: 4 MB in fp32
+_DECODED_BLOCKS = 2**14  # that torch decodes at a time: 4 MB in fp32
 
 
 class Workspace:
-    """What the quantised weights of a model share: a buffer a device and dtype for the one in use, and the constants.
+    """What the quantised weights of a model share: a buffer for the weight in use, and the constants of the format.
 
-    The buffer is as large as the largest weight that has been in use. Copies of it begin empty.
+    There is a buffer for each device and dtype, as large as the largest weight that was in use. Copies begin empty.
     """
 
     def __init__(self) -> None:
@@ -51,43 +51,50 @@ class Workspace:
     @torch.inference_mode(False)  # what is made in inference mode could not be used outside of it
     def buffer(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Space for (M, K), contiguous; the contents last until the next call."""
-        key, size = (device, dtype), shape[0] * shape[1]
+        key = (device, dtype)
+        size = shape[0] * shape[1]
         if key not in self._buffers or self._buffers[key].numel() < size:
-            self._buffers.pop(key, None)  # before the larger one is made
+            # Freed before the larger one is made, so that there are never two.
+            self._buffers.pop(key, None)
             self._buffers[key] = torch.empty(size, dtype=dtype, device=device)
         return self._buffers[key][:size].view(shape)
 
     @torch.inference_mode(False)
     def tables(self, device: torch.device) -> Tables:
         if device not in self._tables:
+            # Byte i stands for levels i // 16 and i % 16: the first weight is in the high half.
             levels = nf4_levels()
-            pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), 1)
+            pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), 1)  # (256, 2)
             self._tables[device] = Tables(*(table.to(device) for table in (levels, pairs, dynamic_map())))
         return self._tables[device]
 
 
 def _blocks(flat: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The line in rows of `size`, filled up with zeros and divided by their maxima, in fp32; and the maxima."""
-    rows = F.pad(flat.float(), (0, -len(flat) % size)).view(-1, size)
-    maxima = rows.abs().amax(1)
-    return rows * (1 / maxima.clamp(min=TINY))[:, None], maxima
+    """`flat` (N,) in blocks (⌈N/size⌉, size), divided by their maxima, and these (⌈N/size⌉,), in fp32."""
+    blocks = F.pad(flat.float(), (0, -len(flat) % size)).view(-1, size)
+    maxima = blocks.abs().amax(1)
+
+    # Times the reciprocal, as bitsandbytes does: a division would round some weights to another code.
+    return blocks * (1 / maxima.clamp(min=TINY))[:, None], maxima
 
 
 def quantize_blocks(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """`codes` (32 ⌈MK/64⌉,) of a matrix (M, K), and the maxima (⌈MK/64⌉,) of its blocks in fp32."""
-    flat = matrix.contiguous().view(-1)
-    between = midpoints(nf4_levels()).to(flat.device)
+    flat = matrix.contiguous().view(-1)  # (MK,)
+    thresholds = midpoints(nf4_levels()).to(flat.device)  # (15,)
     if backend.on_triton(flat):
         from .nf4_triton import quantize
 
-        return quantize(flat, between)
+        return quantize(flat, thresholds)
+
     scaled, maxima = _blocks(flat, BLOCK)
-    codes = torch.bucketize(scaled, between, out_int32=True).to(torch.uint8).view(-1, 2)
+    codes = torch.bucketize(scaled, thresholds, out_int32=True).to(torch.uint8).view(-1, 2)
     return codes[:, 0] << 4 | codes[:, 1], maxima
 
 
 def quantize_maxima(maxima: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`scales` (n,), `ranges` (⌈n/256⌉,) and `offset` (1,) of the maxima (n,) of blocks."""
+    # Maxima are positive; without their mean they use numbers of both signs.
     offset = maxima.mean()
     scaled, ranges = _blocks(maxima - offset, RANGE_BLOCK)
     scales = torch.bucketize(scaled, midpoints(dynamic_map()).to(maxima.device), out_int32=True)
@@ -95,7 +102,7 @@ def quantize_maxima(maxima: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class NF4Weight(nn.Module):
-    """A frozen weight (M, K) in NF4, in the place of the parameter. Weights that share `workspace` take turns in it.
+    """A frozen weight (M, K) in NF4, which replaces the parameter. Weights that share `workspace` take turns in it.
 
     Raises ValueError where the matrix is empty or holds NaN or infinity.
     """
@@ -105,12 +112,17 @@ class NF4Weight(nn.Module):
         m, k = matrix.shape
         if not matrix.numel() or not matrix.isfinite().all():
             raise ValueError(f"a weight ({m}, {k}) that is empty or holds NaN or infinity can't be quantised")
-        self.shape, self.workspace = (m, k), workspace
+
+        self.shape = (m, k)
+        self.workspace = workspace
         codes, maxima = quantize_blocks(matrix.detach())
         scales, ranges, offset = quantize_maxima(maxima)
+
         # Frozen parameters, not buffers: a training checkpoint holds buffers, but not what is frozen.
-        self.codes, self.scales = _frozen(codes), _frozen(scales)
-        self.ranges, self.offset = _frozen(ranges.view(torch.int32)), _frozen(offset.view(torch.int32))
+        self.codes = _frozen(codes)  # (32 ⌈MK/64⌉,)
+        self.scales = _frozen(scales)  # (⌈MK/64⌉,)
+        self.ranges = _frozen(ranges.view(torch.int32))  # (⌈MK/64/256⌉,)
+        self.offset = _frozen(offset.view(torch.int32))  # (1,)
 
     @property
     def device(self) -> torch.device:
@@ -120,7 +132,7 @@ class NF4Weight(nn.Module):
         return f"{self.shape[0]}, {self.shape[1]}"
 
     def maxima(self) -> Tensor:
-        """The maxima of the blocks (⌈MK/64⌉,) in fp32, as far as `scales` remember them."""
+        """The maxima of the blocks (⌈MK/64⌉,) in fp32, decoded from `scales`."""
         numbers = self.workspace.tables(self.device).map.index_select(0, self.scales.int())
         ranges = self.ranges.view(torch.float32).repeat_interleave(RANGE_BLOCK)[: len(numbers)]
         return numbers * ranges + self.offset.view(torch.float32)
@@ -130,7 +142,7 @@ class NF4Weight(nn.Module):
         return self._decode(torch.empty(self.shape, dtype=dtype, device=self.device))
 
     def dequantize_into_buffer(self, dtype: torch.dtype) -> Tensor:
-        """The weight (M, K) in this dtype, in the workspace: good until any weight with that workspace is borrowed."""
+        """The weight (M, K) in this dtype, in the workspace: good until the next call for a weight that shares it."""
         return self._decode(self.workspace.buffer(self.shape, dtype, self.device))
 
     def supports_fused_matmul(self, x: Tensor) -> bool:
@@ -148,18 +160,23 @@ class NF4Weight(nn.Module):
 
     def _decode(self, out: Tensor) -> Tensor:
         """Write the weight into `out` (M, K), contiguous; level · maximum is rounded once, from fp32."""
-        tables, flat = self.workspace.tables(self.device), out.view(-1)
+        tables = self.workspace.tables(self.device)
+        flat = out.view(-1)  # (MK,)
         if backend.on_triton(out):
             from .nf4_triton import dequantize_
 
             dequantize_(flat, *self._stored(), tables)
             return out
-        maxima, codes = self.maxima(), self.codes.view(-1, BLOCK // 2)
-        for start in range(0, len(maxima), _PIECE):
-            blocks = slice(start, start + _PIECE)
-            values = tables.pairs.index_select(0, codes[blocks].reshape(-1).int()).view(-1, BLOCK)
-            piece = flat[start * BLOCK : (start + _PIECE) * BLOCK]
-            piece.copy_(values.mul_(maxima[blocks, None]).view(-1)[: len(piece)])
+
+        maxima = self.maxima()
+        codes = self.codes.view(-1, BLOCK // 2)  # (blocks, 32)
+        for start in range(0, len(maxima), _DECODED_BLOCKS):
+            stop = start + _DECODED_BLOCKS
+            values = tables.pairs.index_select(0, codes[start:stop].reshape(-1).int()).view(-1, BLOCK)
+            target = flat[start * BLOCK : stop * BLOCK]
+
+            # The last block may be filled up beyond the end of the weight.
+            target.copy_(values.mul_(maxima[start:stop, None]).view(-1)[: len(target)])
         return out
 
 
