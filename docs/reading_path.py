@@ -26,8 +26,8 @@ ELSEWHERE = {
         "kernels/conv.py", "kernels/quant", "kernels/lora/batched.py", "kernels/lora/batched_triton.py",
         "kernels/lora/row_groups.py", "kernels/lora/per_row.py", "kernels/lora/dora.py", "engine/adapters/embedding.py",
         "engine/adapters/token_rows.py", "engine/adapters/combine.py", "engine/adapters/qlora.py",
-        "engine/adapters/tied.py", "engine/adapters/rounding.py", "engine/adapters/belongings.py",
-        "engine/adapters/turns.py", "engine/adapters/module_patterns.py", "engine/training/freezing.py",
+        "engine/adapters/tied.py", "engine/adapters/rounding.py", "engine/adapters/modules_to_save.py",
+        "engine/adapters/locking.py", "engine/adapters/module_patterns.py", "engine/training/freezing.py",
     ],
     "other data": [
         "engine/chat", "engine/data/corpus.py", "engine/data/images.py", "engine/data/tables.py",

@@ -9,6 +9,7 @@ import os as _os
 
 __version__ = "0.1.0"
 
-# A clone without symbolic links (core.symlinks = false) has text files in their place: the folders are found beside.
+# A clone without symbolic links (core.symlinks = false) has text files in place of the links: then the folders beside
+# this one are searched, too.
 if not _os.path.isdir(_os.path.join(__path__[0], "engine")):
     __path__.append(_os.path.dirname(__path__[0]))

@@ -1,7 +1,7 @@
-"""One process at a time: a file, locked by the operating system, in which the process id of its holder stands.
+"""One process at a time: a file, locked by the operating system, that contains the process id of its holder.
 
-The lock ends with its process, however that ends. Its file goes when the holder has done; who had opened it before
-that, and gets a lock on a file without a name, looks again. Where a file system knows no locks, there is none.
+The lock ends with its process, however that ends. The holder removes the file in the end; a process that had opened it
+before that, and gets the lock of a file without a name, tries again. On a file system without locks, nothing is locked.
 """
 
 import errno
@@ -15,41 +15,46 @@ from pathlib import Path
 
 from ._files import disk_error, resolved
 
-_held: dict[Path, tuple[int, int]] = {}  # lock file: process and thread
+_held: dict[Path, tuple[int, int]] = {}  # the process and thread that hold each lock file of this process
 
 
 @contextmanager
 def alone(path: str | Path, lock: str | Path) -> Iterator[None]:
-    """Inside, no other process, and no other thread, works on `path`, for which the file `lock` stands.
+    """Inside, no other process, and no other thread, works on `path`, which the file `lock` guards.
 
     ValueError, which names the other process, where one does already; OSError where the file can't be made.
     """
     lock = Path(lock)
     lock = resolved(lock.parent) / lock.name
+
+    # Whoever holds it already, further up the stack, goes on.
     holder = os.getpid(), threading.get_ident()
     if _held.get(lock) == holder:
         yield
         return
+
+    # Folders that are made for the lock alone are removed with it.
     missing = [folder for folder in lock.parents if not folder.exists()]
     try:
-        descriptor = _acquired(path, lock)
+        descriptor = _acquire(path, lock)
     except OSError as error:
         raise disk_error(Path(path), error) from error
+
     _held[lock] = holder
     try:
         yield
     finally:
         del _held[lock]
         with suppress(OSError):
-            lock.unlink()  # before the lock ends: afterwards the name may be another's
+            lock.unlink()  # before the lock ends: afterwards another process may have made a file of this name
         os.close(descriptor)
         for folder in missing:
-            with suppress(OSError):
-                folder.rmdir()  # where nothing has come of it
+            with suppress(OSError):  # of a folder that is not empty
+                folder.rmdir()
 
 
-def _acquired(path: str | Path, lock: Path) -> int:
-    """The open and locked file."""
+def _acquire(path: str | Path, lock: Path) -> int:
+    """Open and lock the file, and write this process's id into it. Returns its descriptor."""
     while True:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +62,8 @@ def _acquired(path: str | Path, lock: Path) -> int:
         except (FileNotFoundError, FileExistsError):
             if lock.parent.exists() and not lock.parent.is_dir():
                 raise
-            continue  # the folder went with the one before, after it was found there or before it was used
+            continue  # the holder before has just removed the folder
+
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -65,9 +71,12 @@ def _acquired(path: str | Path, lock: Path) -> int:
             os.close(descriptor)
             raise ValueError(f"{path}: {holder} works there; wait for its end, or end it") from None
         except OSError as error:
+            # A file system without locks: the work goes on without one.
             if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
                 os.close(descriptor)
                 raise
+
+        # The holder before may have removed the file after it was opened here: then its lock keeps nobody out.
         if _has_name(descriptor, lock):
             try:
                 os.ftruncate(descriptor, 0)
@@ -80,7 +89,7 @@ def _acquired(path: str | Path, lock: Path) -> int:
 
 
 def _has_name(descriptor: int, lock: Path) -> bool:
-    """Whether the open file is the one that others find."""
+    """Whether the open file is the one that other processes see under the name."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(lock, follow_symlinks=False))
     except FileNotFoundError:
@@ -88,7 +97,7 @@ def _has_name(descriptor: int, lock: Path) -> bool:
 
 
 def _holder(descriptor: int) -> str:
-    """Who has the lock; it may need a moment to write that down."""
+    """The process that has the lock, which may need a moment to write its id down."""
     for _ in range(100):
         if (text := os.pread(descriptor, 32, 0).strip()).isdigit():
             return f"process {int(text)}"

@@ -8,12 +8,14 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# Control characters, which steer a terminal; the ones that turn the direction of writing, by which a name can pose as
-# another; halves of surrogate pairs, which no encoding has.
+# Control characters, which steer a terminal; characters that change the direction of writing, by which a name can pose
+# as another one; halves of surrogate pairs, which no encoding has.
 _UNSAFE = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff"
-_IN_TEXT, _IN_LINE = re.compile(f"[{_UNSAFE}]"), re.compile(f"[\t\n{_UNSAFE}]")
-# How torch says it: its allocator on the CPU, the two of C++, CUDA and its libraries, sizes beyond 64 bits.
-_NO_MEMORY = (
+_UNSAFE_IN_TEXT = re.compile(f"[{_UNSAFE}]")
+_UNSAFE_IN_LINE = re.compile(f"[\t\n{_UNSAFE}]")
+# The messages by which torch says it: its allocator on the CPU, the two of C++, CUDA and its libraries, and sizes that
+# need more than 64 bits.
+_OUT_OF_MEMORY_MESSAGES = (
     "can't allocate memory", "not enough memory", "bad_alloc", "bad alloc", "out of memory", "ALLOC_FAILED",
     "Storage size calculation overflowed", "Overflow when unpacking long",
 )  # fmt: skip
@@ -21,12 +23,12 @@ _NO_MEMORY = (
 
 def visible(text: object) -> str:
     """A text with its control characters escaped, line ends and tabs excepted: safe on a terminal and in a page."""
-    return _IN_TEXT.sub(_escaped, str(text))
+    return _UNSAFE_IN_TEXT.sub(_escaped, str(text))
 
 
 def visible_line(text: object) -> str:
-    """The same in one line, of a name: line ends and tabs are escaped, too."""
-    return _IN_LINE.sub(_escaped, str(text))
+    """A name as a single line, escaped as by `visible`, and its line ends and tabs, too."""
+    return _UNSAFE_IN_LINE.sub(_escaped, str(text))
 
 
 def _escaped(match: re.Match[str]) -> str:
@@ -35,18 +37,20 @@ def _escaped(match: re.Match[str]) -> str:
 
 @contextmanager
 def others_code(explain: Callable[[Exception], Exception]) -> Iterator[None]:
-    """Code inside that may raise anything, of a library or the user's: `explain` makes an error of ours of it, or gives
-    it back where it says enough. Memory that runs out is told as it is.
+    """For code inside, of a library or of the user, that may raise anything. `explain` turns what it raises into an
+    error of handtune, or returns it unchanged if it is clear enough. Memory that runs out is left alone.
 
-    Also Rust's panics, which derive from BaseException. It has the only `except` of all exceptions but the command
-    line's, and is for calls of such code alone: a mistake of ours in it would be taken for the user's.
+    Rust's panics, which derive from BaseException, are caught, too. Apart from the command line's, this is the only
+    `except` for all exceptions. It should enclose the foreign call alone: a mistake of handtune inside it would be
+    taken for one of the user.
     """
     try:
         yield
     except MemoryError:
         raise
     except Exception as error:
-        if (explained := explain(error)) is error:
+        explained = explain(error)
+        if explained is error:
             raise
         raise explained from error
     except BaseException as error:
@@ -61,9 +65,9 @@ class OutOfMemory(MemoryError):
 
 @contextmanager
 def explained_memory(explain: Callable[[], str]) -> Iterator[None]:
-    """Out of memory, as Python, NumPy, torch or the system say it, as an OutOfMemory of `explain()`'s words.
+    """Turns running out of memory, however Python, NumPy, torch or the system say it, into OutOfMemory(explain()).
 
-    One that has been explained inside passes.
+    An error that has been explained further inside, where more is known, stays as it is.
     """
     try:
         yield
@@ -78,4 +82,4 @@ def explained_memory(explain: Callable[[], str]) -> Iterator[None]:
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)
+    return isinstance(error, MemoryError) or any(message in str(error) for message in _OUT_OF_MEMORY_MESSAGES)

@@ -1,5 +1,9 @@
-"""The expected shape of what comes from outside: TOML, and the fields of an object. An error names file and field."""
+"""Texts from outside are parsed here, JSON and TOML, and values from outside are checked for their expected shape.
 
+`parse_json` and `parse_toml` are the only parsers of either. Every error names the file, and the line or the field.
+"""
+
+import json
 import re
 import reprlib
 import tomllib
@@ -9,15 +13,64 @@ from types import NoneType
 from typing import Any, get_args
 
 MAX_TOML = 1_000_000  # characters
-_STRING = re.compile(r"\"(?:[^\"\\\n]|\\.)*+\"|'[^'\n]*+'")
+MAX_DIGITS = 300  # of an integer in JSON, which can then still be converted to a finite float
+_TOML_STRING = re.compile(r"\"(?:[^\"\\\n]|\\.)*+\"|'[^'\n]*+'")
 _LONG_KEY = re.compile(r"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){64}")
-KINDS = {
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+TYPE_NAMES = {
     dict: "an object", list: "a list", str: "text", int: "a whole number", float: "a number", bool: "true or false",
 }  # fmt: skip
 
 
 class NotTOML(ValueError):
     """A text that isn't TOML."""
+
+
+def parse_json(text: str | bytes, where: str, remedy: str = "restore the file") -> Any:
+    """The value that a JSON text stands for. ValueError, which begins with `where`, for anything else.
+
+    Two more things are refused: a field that occurs twice in one object, whose value would be ambiguous, and what
+    Python can't hold, such as lists nested a thousand deep or a number of hundreds of digits.
+    """
+    try:
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not JSON (byte {error.start} is not UTF-8); {remedy}") from None
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if "\n" in text.rstrip() else ""
+        raise ValueError(f"{where}: not JSON ({error.msg}, {line}column {error.colno}); {remedy}") from None
+    except RecursionError:
+        raise ValueError(f"{where}: JSON that is nested too deeply to be read; {remedy}") from None
+    except ValueError as error:  # of `_object` or `_integer`
+        raise ValueError(f"{where}: JSON that can't be read ({error}); {remedy}") from None
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(digits):,} digits, and at most {MAX_DIGITS} make sense")
+    return int(digits)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. ValueError where it has a field twice: one of the two would be dropped without a word."""
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {repeated[:60]!r} stands twice in one object")
+    return entries
+
+
+def check_surrogates(value: Any, contents: bytes, where: str) -> None:
+    """ValueError where a text in `value`, parsed from `contents`, has half of a surrogate pair: it can't be stored."""
+    # Most files have no such escape, and encoding a large value only to see whether it works is slow.
+    if _ESCAPED_SURROGATE.search(contents):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{where}: half of a surrogate pair stands in it (a \\ud... escape); remove it") from None
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:
@@ -27,8 +80,10 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
     """
     if len(text) > MAX_TOML:
         raise ValueError(f"{where}: {len(text):,} characters, where a configuration has at most {MAX_TOML:,}")
-    if _LONG_KEY.search(_STRING.sub("s", text)):  # whose parts would take memory by the square of their number
+    # Python's parser takes memory by the square of the number of a key's parts.
+    if _LONG_KEY.search(_TOML_STRING.sub("s", text)):
         raise ValueError(f"{where}: a key of more than 64 parts; none is that long")
+
     try:
         table = tomllib.loads(text)
         _check_integers(table, "")
@@ -36,12 +91,13 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
         raise NotTOML(f"{where}: not valid TOML ({error})") from None
     except RecursionError:
         raise ValueError(f"{where}: TOML that is nested too deeply to be read") from None
-    except ValueError as error:  # of Python's own limit, or ours
+    except ValueError as error:  # too many digits, for Python or for `_check_integers`
         raise ValueError(f"{where}: {str(error).split(';')[0]}") from None
     return table
 
 
 def _check_integers(value: Any, name: str) -> None:
+    """ValueError where an integer in the value, at whatever depth, has more than 64 bits; `name` is the value's key."""
     if isinstance(value, dict):
         for key, inner in value.items():
             _check_integers(inner, f"{name}.{key}" if name else key)
@@ -52,48 +108,52 @@ def _check_integers(value: Any, name: str) -> None:
         raise ValueError(f"{name} is a number of {value.bit_length():,} bits, and TOML has at most 64")
 
 
-def with_fields(value: Any, where: str, /, **kinds: Any) -> dict[str, Any]:
-    """`value`, an object whose fields are of these kinds: `with_fields(value, path, r=int, bias=str | None)`.
+def with_fields(value: Any, where: str, /, **field_types: Any) -> dict[str, Any]:
+    """`value`, once it is known to have fields of these types: `with_fields(value, path, r=int, bias=str | None)`.
 
-    A field that may be None may also be missing; others that are not named here may be anything. ValueError, which
-    begins with `where` and names the field, where it is otherwise.
+    A field that may be None may also be missing; fields that are not named here may be anything. Otherwise ValueError,
+    which begins with `where` and names the field.
     """
     if not isinstance(value, dict):
         raise ValueError(f"{where}: expected an object, got {shown(value)}; restore the file")
-    for name, kind in kinds.items():
-        options = get_args(kind) or (kind,)
+
+    for name, field_type in field_types.items():
+        types = get_args(field_type) or (field_type,)  # the members of a union
         entry = value.get(name)
-        if type(entry) not in options and not (float in options and type(entry) is int):
-            expected = " or ".join(KINDS[option] for option in options if option is not NoneType)
+        # By exact type, because True is an int for isinstance; but 1 is a fine float.
+        if type(entry) not in types and not (float in types and type(entry) is int):
+            expected = " or ".join(TYPE_NAMES[each] for each in types if each is not NoneType)
             got = f"got {shown(entry)}" if name in value else "and it is missing"
             raise ValueError(f"{where}: {name}: expected {expected}, {got}; restore the file")
     return value
 
 
 def above_zero(default: float | None, most: float) -> Any:
-    """A field of a dataclass that is a positive number, or None where that is the default."""
+    """A dataclass field that is a positive number, or None where that is the default."""
     return field(default=default, metadata={"above": 0, "most": most})
 
 
 def zero_or_more(default: float | None, most: float) -> Any:
-    """A field of a dataclass that is no negative number, or None where that is the default."""
+    """A dataclass field that is zero or a positive number, or None where that is the default."""
     return field(default=default, metadata={"least": 0, "most": most})
 
 
 def zero_to_one(default: float) -> Any:
-    """A field of a dataclass that is a share."""
+    """A dataclass field that is a share."""
     return field(default=default, metadata={"between": (0, 1)})
 
 
 def check_bounds(config: Any) -> None:
-    """ValueError where a field of a dataclass is a number out of its bounds.
+    """ValueError where a field of a dataclass is a number out of the bounds in its metadata.
 
-    `most` is more than makes sense: beyond it, a run would last for ever, or numbers overflow.
+    `most` is more than makes sense: beyond it, a run would last for ever, or numbers would overflow.
     """
     for option in fields(config):
-        value, bounds = getattr(config, option.name), option.metadata
+        value = getattr(config, option.name)
+        bounds = option.metadata
         if value is None:
             continue
+
         if "above" in bounds and not value > bounds["above"]:
             raise ValueError(f"{option.name}: expected a positive number, got {value}")
         if "least" in bounds and not value >= bounds["least"]:
@@ -104,20 +164,28 @@ def check_bounds(config: Any) -> None:
             raise ValueError(f"{option.name}: expected at most {bounds['most']:,}, got {shown(value)}")
 
 
-class _Short(reprlib.Repr):
-    """A value in a few words, of a table the first fields in their order."""
+class _ShortRepr(reprlib.Repr):
+    """Shortens a value's repr. The entries of a table keep their order, which `reprlib` alone would change."""
 
     def repr_dict(self, x: dict[Any, Any], level: int) -> str:
-        if level <= 0 or not x:
-            return "{...}" if x else "{}"
-        pieces = [f"{self.repr1(k, level - 1)}: {self.repr1(v, level - 1)}" for k, v in islice(x.items(), self.maxdict)]
-        return "{" + ", ".join(pieces + ["..."] * (len(x) > self.maxdict)) + "}"
+        if not x:
+            return "{}"
+        if level <= 0:
+            return "{...}"
+        shown_items = islice(x.items(), self.maxdict)
+        entries = [f"{self.repr1(key, level - 1)}: {self.repr1(value, level - 1)}" for key, value in shown_items]
+        if len(x) > self.maxdict:
+            entries.append("...")
+        return "{" + ", ".join(entries) + "}"
 
 
-_SHORT = _Short()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 80, 80, 60
+_SHORT_REPR = _ShortRepr()
+_SHORT_REPR.maxlevel = 3
+_SHORT_REPR.maxstring = 80
+_SHORT_REPR.maxother = 80
+_SHORT_REPR.maxlong = 60
 
 
 def shown(value: Any) -> str:
-    """A value from outside as an error shows it, however long or deep it is."""
-    return _SHORT.repr(value)
+    """A value from outside as an error shows it: short, however long or deep it is."""
+    return _SHORT_REPR.repr(value)

@@ -1,8 +1,8 @@
 """The command line: where models and engine are put together.
 
-Parsing imports nothing heavy; each command's work is in `handtune/commands/`. A mistake of the user is one line on
-standard error and exit code 2, a fault of handtune one that says how to report it, and exit code 70 (`--debug` shows
-the traceback of both).
+Parsing imports nothing heavy; the work of each command is in `handtune/commands/`. A mistake of the user is reported in
+one line on standard error, with exit code 2; a fault of handtune in one line that says how to report it, with exit code
+70. `--debug` shows the traceback of both.
 """
 
 import argparse
@@ -14,28 +14,32 @@ from . import __version__
 from ._outside import explained_memory
 from .terminal import INTERRUPTED, interruptible, safe_streams
 
-MISTAKE, FAULT = 2, 70  # as sysexits.h has it, EX_SOFTWARE
+MISTAKE = 2  # as argparse has it
+FAULT = 70  # EX_SOFTWARE of sysexits.h
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    top = argparse.ArgumentParser(prog="handtune", description="Fine-tune a pretrained model on your own data.")
-    top.add_argument("--version", action="version", version=f"handtune {__version__}")
-    top.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    grammar = argparse.ArgumentParser(prog="handtune", description="Fine-tune a pretrained model on your own data.")
+    grammar.add_argument("--version", action="version", version=f"handtune {__version__}")
+    grammar.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = grammar.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
+        # Also behind the command; its default must not overwrite a --debug in front of it.
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         return command
 
+    def add_configuration(command: argparse.ArgumentParser, example: str) -> None:
+        command.add_argument("config", help="the TOML file")
+        command.add_argument("override", nargs="*", help=f"a change to it, like {example}")
+
     train = add("train", "Train as a TOML file says; the same command on the same folder resumes.")
-    train.add_argument("config", help="the TOML file")
-    train.add_argument("override", nargs="*", help="a change to it, like train.lr=1e-4")
+    add_configuration(train, "train.lr=1e-4")
 
     check = add("check-data", "Show the rows as the model will see them, and which tokens are in the loss.")
-    check.add_argument("config", help="the TOML file")
-    check.add_argument("override", nargs="*", help="a change to it, like data.max_length=256")
+    add_configuration(check, "data.max_length=256")
     check.add_argument("-n", "--rows", type=int, default=3, help="how many (default 3)")
 
     evaluate = add("evaluate", "Evaluate a finished run on held-out rows.")
@@ -59,9 +63,6 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--max-new-tokens", type=int, default=64)
     compare.add_argument("--temperature", type=float, default=1.0)
     compare.add_argument("--stop", action="append", default=[], help="end at this text (may be repeated)")
-    compare.add_argument("--batch-size", type=int, default=16)
-    compare.add_argument("--seed", type=int, default=0)
-    compare.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
 
     generate = add("generate", "Continue prompts.")
     generate.add_argument("model", help="a checkpoint's folder or hub id, or the folder of a run")
@@ -83,13 +84,9 @@ def parser() -> argparse.ArgumentParser:
     generate.add_argument("--beams", type=int, default=1, help="look for the likeliest text with so many beams")
     generate.add_argument("--length-penalty", type=float, help="of beams: above 1 favours long texts (default 1)")
     generate.add_argument("--stop", action="append", default=[], help="end at this text (may be repeated)")
-    generate.add_argument("--batch-size", type=int, default=16)
-    generate.add_argument("--seed", type=int, default=0)
-    generate.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
 
     ppo = add("ppo", "Improve a model on rewards, as a TOML file says; the same command on the same folder resumes.")
-    ppo.add_argument("config", help="the TOML file")
-    ppo.add_argument("override", nargs="*", help="a change to it, like ppo.kl_coef=0.05")
+    add_configuration(ppo, "ppo.kl_coef=0.05")
     ppo.add_argument("--quiet", action="store_true", help="show no samples")
 
     label = add("label", "Label texts by a causal model, with a confidence; people can review the least certain.")
@@ -101,8 +98,6 @@ def parser() -> argparse.ArgumentParser:
     label.add_argument("--force", action="store_true", help="replace a file that is there")
     label.add_argument("--sort", action="store_true", help="the least certain first")
     label.add_argument("--adapter", action="append", default=[], help="an adapter's folder")
-    label.add_argument("--batch-size", type=int, default=16)
-    label.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
 
     merge = add("merge", "Merge an adapter into its base and write a plain checkpoint.")
     merge.add_argument("model", help="the base: a folder or hub id")
@@ -113,37 +108,46 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("runs", nargs="+", help="run folders")
     report.add_argument("-o", "--out", default="report.html", help="the page (default report.html)")
     report.add_argument("--force", action="store_true", help="replace a file that is no page of handtune's")
-    return top
+    # The commands that compute with a model of their choice.
+    for command in (compare, generate, label):
+        command.add_argument("--batch-size", type=int, default=16)
+        if command is not label:
+            command.add_argument("--seed", type=int, default=0)
+        command.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+    return grammar
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    """The options; changes to a configuration may stand behind them, too, where argparse alone refuses them."""
+    """The options. Changes to a configuration may also follow the options, which argparse alone refuses."""
     grammar = parser()
-    options, rest = grammar.parse_known_args(arguments)
-    if rest and ("override" not in options or any(word.startswith("-") for word in rest)):
-        grammar.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
-        options.override += rest
+    options, unparsed = grammar.parse_known_args(arguments)
+    if unparsed and ("override" not in options or any(argument.startswith("-") for argument in unparsed)):
+        grammar.error(f"unrecognized arguments: {' '.join(unparsed)}")
+    if unparsed:
+        options.override += unparsed
     return options
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; gives the exit code: 0, 2 for a mistake of the user, 70 for one of handtune, 130 if interrupted.
+    """Run a command. Returns the exit code: 0, 2 for a mistake of the user, 70 for one of handtune, 130 if interrupted.
 
-    This is the outermost frame: what nobody foresaw ends here, and nowhere else.
+    This is the outermost frame: errors that nobody foresaw end here, and nowhere else.
     """
-    given = sys.argv[1:] if arguments is None else arguments
+    if arguments is None:
+        arguments = sys.argv[1:]
     with safe_streams() as (output, _):
         try:
-            code = _run(given)
+            code = _run(arguments)
         except SystemExit:  # of argparse, after its help or its complaint
             raise
         except BaseException as error:
-            if _debugged(given):
+            if "--debug" in arguments:  # the options themselves need not have been parsed
                 traceback.print_exception(error)
-            code, line = _judged(error, given)
+            code, line = _exit_code_and_message(error, arguments)
             if line:
                 print(f"handtune: {line}", file=sys.stderr)
+
+        # A full disk, for example, which a command that only prints would not notice.
         output.flush()
         if output.error is not None and code == 0:
             print(f"handtune: standard output: {output.error}; not all is there that was printed", file=sys.stderr)
@@ -152,12 +156,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    # Python decodes other bytes to halves of surrogate pairs, which would fail much later, wherever they are written.
     for argument in arguments:
         try:
             argument.encode()
         except UnicodeEncodeError:
             raise ValueError(f"the argument {argument[:60]!r} is not UTF-8; rename what it names") from None
 
+    # Imported only after parsing, because torch takes seconds, and --help or a mistyped option should not.
     options = parsed(arguments)
     from . import commands
 
@@ -165,33 +171,29 @@ def _run(arguments: list[str]) -> int:
         return commands.COMMANDS[options.command](options)
 
 
-def _debugged(arguments: list[str]) -> bool:
-    return "--debug" in arguments
-
-
-def _judged(error: BaseException, arguments: list[str]) -> tuple[int, str]:
-    """The exit code that an error comes to, and the line that says it."""
+def _exit_code_and_message(error: BaseException, arguments: list[str]) -> tuple[int, str]:
+    """The exit code for an error, and the line that reports it."""
     if _was_interrupted(error):
         return INTERRUPTED, ""
     if isinstance(error, ValueError | OSError | ArithmeticError | MemoryError):
         return MISTAKE, " ".join(str(error).split()) or type(error).__name__
-    command = next((word for word in arguments if not word.startswith("-")), "")
-    said = " ".join(f"{type(error).__name__}: {error}".split())
+
+    # Nothing else is raised on purpose.
+    command = next((argument for argument in arguments if not argument.startswith("-")), "")
+    message = " ".join(f"{type(error).__name__}: {error}".split())
     return FAULT, (
-        f"a fault of handtune, not of what it was given: {said}; please report this line, and what the same command "
+        f"a fault of handtune, not of what it was given: {message}; please report this line, and what the same command "
         f"prints with --debug (handtune {command}: {_versions()})"
     )
 
 
 def _was_interrupted(error: BaseException | None) -> bool:
-    """Whether a Ctrl-C began it: on its way out, through C code for example, it may have turned into another error."""
+    """Whether a Ctrl-C caused the error: on its way out, through C code for example, it may have become another one."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 def _versions() -> str:
-    torch = sys.modules.get("torch")
-    known = {"handtune": __version__, "torch": getattr(torch, "__version__", "not imported")}
-    known |= {"Python": platform.python_version(), "on": platform.platform()}
-    return ", ".join(f"{name} {version}" for name, version in known.items())
+    torch = getattr(sys.modules.get("torch"), "__version__", "not imported")
+    return f"handtune {__version__}, torch {torch}, Python {platform.python_version()}, on {platform.platform()}"

@@ -18,8 +18,8 @@ from .engine.tasks.encoding import TRUNCATE
 from .engine.tasks.objectives import METHODS
 from .engine.training.config import TrainConfig
 
-MAX_SECTIONS = 8  # of a change on the command line
-# What options are called elsewhere, or were called here once: in the section that has it, the first of these.
+MAX_SECTIONS = 8  # that a change on the command line may name
+# The names of options elsewhere, and earlier ones here: "did you mean" suggests the first of these that a section has.
 ELSEWHERE = {
     "learning_rate": "lr", "steps": "max_steps", "num_train_epochs": "epochs", "lr_scheduler_type": "schedule",
     "per_device_train_batch_size": "micro_batch_size", "gradient_accumulation_steps": "micro_batch_size",
@@ -38,25 +38,24 @@ ELSEWHERE = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Where the model comes from: `path` (a folder or hub id), or a `preset` with `overrides`, freshly initialised.
+    """Where the model comes from: a checkpoint (`path`), or a `preset`, whose weights are freshly initialized."""
 
-    `tokenizer` is the tokenizer.json of a preset. `task` and `labels` follow from method and data where not given.
-    `add_tokens` are special tokens that vocabulary and embedding grow by; their rows train, whatever else is frozen.
-    `quantize` = "nf4" keeps the projections in 4 bits, frozen (QLoRA: it goes with a [lora] table). `recompute` makes
-    the feed-forwards again in the backward pass instead of keeping their widest tensor (the price: kernels/mlp.py).
-    """
+    path: str | None = None  # a folder or hub id
+    preset: str | None = None  # the name of a configuration, "gpt2" for example
+    overrides: dict[str, Any] = field(default_factory=dict)  # fields of the preset's configuration
+    tokenizer: str | None = None  # the tokenizer.json of a preset; a checkpoint has its own
+    add_tokens: list[str] = field(default_factory=list)  # special tokens, whose new rows train whatever else is frozen
 
-    path: str | None = None
-    preset: str | None = None
-    overrides: dict[str, Any] = field(default_factory=dict)
-    tokenizer: str | None = None
-    add_tokens: list[str] = field(default_factory=list)
+    # What the head computes. Both follow from the method and the data where they are not given.
     task: str | None = None
-    dtype: str = "auto"
-    device: str = "auto"
     labels: list[str] | None = None
-    head_layers: int | None = None
-    quantize: str | None = None
+    head_layers: int | None = None  # the depth of the head; None: as the checkpoint has it, or 1 for a new head
+
+    dtype: str = "auto"  # of the weights; "auto": the checkpoint's own (on a CPU, fp16 becomes fp32)
+    device: str = "auto"  # "auto": CUDA where there is one
+    quantize: str | None = None  # "nf4": the projections in 4 bits and frozen (QLoRA), which needs a [lora] table
+    # Compute the feed-forwards again in the backward pass, instead of keeping their widest tensor (see kernels/mlp.py
+    # for the price).
     recompute: bool = False
 
     def __post_init__(self) -> None:
@@ -66,29 +65,24 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Rows to train on (a file or several), and `eval`: a file, or the share of the rows held out.
+    """The rows to train on and to evaluate on, and how they become examples."""
 
-    `max_length` is in tokens (None: the model's positions). `packing` lays rows end to end instead of padding them,
-    where the objective can; sources and targets of an encoder-decoder are padded, each at most `max_length` long.
+    train: str | list[str]  # a file or several
+    eval: str | float | None = None  # a file, or the share of the rows that is held out
 
-    `truncate`: of a dialogue, a prompt with its completion or a comparison that is longer, the "end" is cut, or the
-    "start", or it is dropped ("drop"). `chat`: whether rows of prompt and completion are trained through the model's
-    chat template ("auto": where it has one; "on", "off"). Of images: `image_size` is the side of what the model sees,
-    in pixels (None: the model's own); `augment` shifts and mirrors them in training, which is wrong where left and
-    right mean something.
-    """
-
-    train: str | list[str]
-    eval: str | float | None = None
-    max_length: int | None = None
+    max_length: int | None = None  # tokens of a row (of a source and of a target each); None: the model's positions
+    # Which side of a longer dialogue, prompt with completion or comparison is cut, "end" or "start"; "drop": the row is
+    # left out.
     truncate: str = "end"
-    chat: str = "auto"
-    packing: bool = True
-    image_size: int | None = None
-    augment: bool = True
+    chat: str = "auto"  # prompts and completions through the chat template: "on", "off", "auto" (if the model has one)
+    packing: bool = True  # rows end to end, where the method allows it, because padding is computed for nothing
+
+    image_size: int | None = None  # pixels, the side of what the model sees; None: the model's own
+    augment: bool = True  # shift and mirror images in training; wrong where left and right mean something
 
     def __post_init__(self) -> None:
-        for name, value, known in (("truncate", self.truncate, TRUNCATE), ("chat", self.chat, ("auto", "on", "off"))):
+        choices = (("truncate", self.truncate, TRUNCATE), ("chat", self.chat, ("auto", "on", "off")))
+        for name, value, known in choices:
             if value not in known:
                 raise ValueError(f"data.{name} = {value!r}: expected one of {', '.join(known)}")
         if self.image_size is not None and self.image_size < 1:
@@ -97,22 +91,20 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class FreezeConfig:
-    """Globs of parameters not to train, and those of them to train `except`ed.
+    """Which parameters are not trained."""
 
-    `token_rows`: tokens whose rows of the embedding (and of a head of its own) train although the others don't. Those
-    of `model.add_tokens` need not be named.
-    """
-
-    names: list[str] = field(default_factory=list)
-    except_: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # globs of parameters to freeze
+    except_: list[str] = field(default_factory=list)  # globs of those that train nevertheless
+    # Tokens whose rows of the embedding (and of a separate head) train although the other rows don't. Those of
+    # `model.add_tokens` need not be named.
     token_rows: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class DPOConfig:
-    """`beta`: what a nat of log-probability ratio is worth in reward; the smaller, the further the model may move."""
+    """The loss of method "dpo"."""
 
-    beta: float = 0.1
+    beta: float = 0.1  # reward per nat of log-probability ratio; the smaller, the further the model may move
 
     def __post_init__(self) -> None:
         if not self.beta > 0:
@@ -121,17 +113,17 @@ class DPOConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The whole file."""
+    """The file of `handtune train`."""
 
-    method: str
-    out: str
+    method: str  # "sft", "classify", "dpo", ...: see `METHODS`
+    out: str  # the run's folder
     model: ModelConfig
     data: DataConfig
-    lora: LoRAConfig | None = None
+    lora: LoRAConfig | None = None  # None: the weights themselves are trained
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
-    name: str | None = None
+    name: str | None = None  # in reports; None: that of the folder
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -148,19 +140,16 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class PPORunConfig:
-    """The whole file of `handtune ppo`.
+    """The file of `handtune ppo`."""
 
-    `prompts`: files of rows with a prompt, messages or a text each. `reward`: the folder of a reward model (a run, an
-    adapter for the same base, or a checkpoint), or a Python function, "module:function"; of several the scores are
-    added up.
-    """
-
-    out: str
+    out: str  # the run's folder
     model: ModelConfig
-    prompts: str | list[str]
+    prompts: str | list[str]  # files of rows with a prompt, messages or a text each
+    # The folder of a reward model (a run, an adapter for the same base, or a checkpoint), or a Python function,
+    # "module:function". The scores of several are added up.
     reward: str | list[str]
     ppo: PPOConfig = field(default_factory=PPOConfig)
-    name: str | None = None
+    name: str | None = None  # in reports; None: that of the folder
 
     def __post_init__(self) -> None:
         if self.model.path is None:
@@ -171,16 +160,16 @@ class PPORunConfig:
         return asdict(self)
 
 
-def read_config(path: str | Path, overrides: Sequence[str] = (), kind: type = RunConfig) -> Any:
+def read_config(path: str | Path, overrides: Sequence[str] = (), config_class: type = RunConfig) -> Any:
     """The configuration in the TOML file at `path`, changed by overrides like "train.lr=1e-4".
 
     Raises FileNotFoundError where there is no file, ValueError for anything in it that doesn't fit.
     """
-    return from_table(kind, read_table(path, overrides), str(path))
+    return from_table(config_class, read_table(path, overrides), str(path))
 
 
 def read_table(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """What stands in a TOML file, changed by overrides. FileNotFoundError, or ValueError where it isn't TOML."""
+    """The table in a TOML file, changed by overrides. FileNotFoundError, or ValueError where it isn't TOML."""
     table = parse_toml(read_text(path, "configuration file"), str(path))
     for override in overrides:
         _override(table, override)
@@ -188,96 +177,118 @@ def read_table(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
 
 
 def _override(table: dict[str, Any], override: str) -> None:
-    """Set "a.b=value" in the table. The value is TOML; what is not is taken as a string."""
+    """Set "a.b=value" in the table. The value is read as TOML, or as a string where it isn't TOML."""
     name, sign, text = override.partition("=")
     if not sign or not name:
         raise ValueError(f"{override!r}: expected section.field=value, for example train.lr=1e-4")
+
+    # A shell takes away the quotes of a string.
     try:
         value = parse_toml(f"value = {text}", name[:60])["value"]
     except NotTOML:
         value = text
-    *sections, last = name.split(".")
+
+    # Sections that are missing are made on the way to the field.
+    *sections, key = name.split(".")
     if len(sections) > MAX_SECTIONS:
         raise ValueError(f"{shown(override)}: no field lies in {len(sections):,} sections")
     for section in sections:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
             raise ValueError(f"{override!r}: {section} is not a section")
-    table[last] = value
+    table[key] = value
 
 
-def from_table(cls: type, table: dict[str, Any], place: str) -> Any:
-    """A dataclass from a TOML table, tables within it included. A trailing underscore of a field is not written."""
-    hints, known = get_type_hints(cls), {f.name.rstrip("_"): f for f in fields(cls)}
+def from_table(cls: type, table: dict[str, Any], where: str) -> Any:
+    """A dataclass from a TOML table, and from the tables inside it. The table's keys lack a field's last underscore.
+
+    ValueError, which begins with `where`, for unknown, missing and wrong fields.
+    """
+    hints = get_type_hints(cls)
+    known = {each.name.rstrip("_"): each for each in fields(cls)}
     for key in table:
         if key not in known:
-            near = [name for name in ELSEWHERE.get(key, "").split() if name in known]
-            near = near or difflib.get_close_matches(key, known, n=1)
-            meant = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-            raise ValueError(f"{place}: unknown key {key!r}{meant}")
-    missing = [
-        key for key, f in known.items() if key not in table and f.default is MISSING and f.default_factory is MISSING
-    ]
+            raise ValueError(f"{where}: unknown key {key!r}; {_suggestion(key, list(known))}")
+
+    # All at once, so that nobody has to run it once for each of them.
+    missing = []
+    for key, each in known.items():
+        if key not in table and each.default is MISSING and each.default_factory is MISSING:
+            missing.append(key)
     if missing:
-        raise ValueError(f"{place}: {', '.join(missing)} is missing")
-    values = {known[key].name: _value(hints[known[key].name], value, f"{place}: {key}") for key, value in table.items()}
+        raise ValueError(f"{where}: {', '.join(missing)} is missing")
+
+    values = {known[key].name: _value(hints[known[key].name], value, f"{where}: {key}") for key, value in table.items()}
     try:
         return cls(**values)
     except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
 
 
-def _value(hint: Any, value: Any, place: str) -> Any:
-    """`value` as the type says, or a ValueError."""
-    options = get_args(hint) if get_origin(hint) is UnionType else (hint,)
-    _check_numbers(value, place)
-    for option in options:
-        if isinstance(value, dict) and isinstance(option, type) and is_dataclass(option):
-            return from_table(option, value, place)
-        if option is float and type(value) is int:
+def _suggestion(key: str, known: list[str]) -> str:
+    """The known key that an unknown one may have meant, or all of them."""
+    similar = [name for name in ELSEWHERE.get(key, "").split() if name in known]
+    similar = similar or difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {similar[0]!r}?" if similar else f"known: {', '.join(known)}"
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """`value`, converted to the type that a field's annotation says. ValueError where it has another type."""
+    types = get_args(hint) if get_origin(hint) is UnionType else (hint,)
+    _check_numbers(value, where)
+    for expected in types:
+        if isinstance(value, dict) and isinstance(expected, type) and is_dataclass(expected):
+            return from_table(expected, value, where)
+        if expected is float and type(value) is int:
             return float(value)
-        if _fits(option, value):
-            return tuple(value) if get_origin(option) is tuple else value
-    names = " or ".join(dict.fromkeys(_name(option) for option in options if option is not NoneType))
-    raise ValueError(f"{place}: expected {names}, got {shown(value)}")
+        if _fits(expected, value):
+            return tuple(value) if get_origin(expected) is tuple else value
+
+    names = " or ".join(dict.fromkeys(_type_name(expected) for expected in types if expected is not NoneType))
+    raise ValueError(f"{where}: expected {names}, got {shown(value)}")
 
 
-def _check_numbers(value: Any, place: str) -> None:
-    """ValueError where a number in it is NaN, infinite or larger than a tensor can hold."""
+def _check_numbers(value: Any, where: str) -> None:
+    """ValueError where a number in the value, at whatever depth, is NaN, infinite or larger than a tensor can hold."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            _check_numbers(inner, f"{place}: {key}")
+            _check_numbers(inner, f"{where}: {key}")
     elif isinstance(value, list | tuple):
         for inner in value:
-            _check_numbers(inner, place)
+            _check_numbers(inner, where)
     elif type(value) is float and not abs(value) <= LARGEST:
-        raise ValueError(f"{place}: {value} is no number to compute with; the largest is {LARGEST:.3g}, of float32")
+        raise ValueError(f"{where}: {value} is no number to compute with; the largest is {LARGEST:.3g}, of float32")
     elif type(value) is int and not -(2**63) <= value < 2**63:
-        raise ValueError(f"{place}: a whole number of {value.bit_length():,} bits, where 64 are the most")
+        raise ValueError(f"{where}: a whole number of {value.bit_length():,} bits, where 64 are the most")
 
 
-def _fits(option: Any, value: Any) -> bool:
-    """Whether a TOML value is of a type; a tuple is written as an array, a float may be written as an integer."""
-    kind, inside = get_origin(option), get_args(option)
-    if kind in (list, tuple):
-        variable = kind is list or inside[-1] is Ellipsis
-        right_length = isinstance(value, list | tuple) and (variable or len(value) == len(inside))
-        return right_length and all(_fits(inside[0], item) for item in value)
-    if kind is dict:
-        return isinstance(value, dict) and all(_fits(inside[1], item) for item in value.values())
-    if option is Any:
+def _fits(expected: Any, value: Any) -> bool:
+    """Whether a TOML value is of a type. Tuples are written as arrays, and floats may be written as integers."""
+    container = get_origin(expected)
+    item_types = get_args(expected)
+    if container in (list, tuple):
+        any_length = container is list or item_types[-1] is Ellipsis
+        right_length = isinstance(value, list | tuple) and (any_length or len(value) == len(item_types))
+        return right_length and all(_fits(item_types[0], item) for item in value)
+    if container is dict:
+        return isinstance(value, dict) and all(_fits(item_types[1], item) for item in value.values())
+
+    if expected is Any:
         return True
-    if option is float:
+    if expected is float:
         return type(value) in (float, int)
-    return type(value) is option
+    return type(value) is expected
 
 
-def _name(option: Any) -> str:
-    """A type as a user would say it."""
-    kind, inside = get_origin(option), get_args(option)
-    if kind in (list, tuple):
-        names = ["..." if item is Ellipsis else _name(item) for item in inside]
-        return f"[{', '.join([*names, '...'] if kind is list else names)}]"
-    if kind is dict:
-        return f"a table of {_name(inside[1])}"
-    return "a table" if is_dataclass(option) else str(getattr(option, "__name__", option))
+def _type_name(expected: Any) -> str:
+    """A type in the terms of TOML."""
+    container = get_origin(expected)
+    item_types = get_args(expected)
+    if container in (list, tuple):
+        names = ["..." if item is Ellipsis else _type_name(item) for item in item_types]
+        if container is list:
+            names.append("...")
+        return f"[{', '.join(names)}]"
+    if container is dict:
+        return f"a table of {_type_name(item_types[1])}"
+    return "a table" if is_dataclass(expected) else str(getattr(expected, "__name__", expected))

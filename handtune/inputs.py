@@ -1,7 +1,8 @@
-"""Which files a run is made from: of each field of its configuration that leads to some, their fingerprints.
+"""What a run reads: its rows, and the fingerprints by which its files are recognized.
 
-`inputs_of` is what `train` and `ppo` compare before they go on with a run. `located` finds the same files again for a
-run that was moved, alone or together with them.
+`read_splits` reads rows to train and to evaluate on; `corpora` does the same for plain text, which is tokenized once.
+`train` and `ppo` compare what `inputs_of` returns, fingerprints by the field of the configuration that names the files,
+before they continue a run. `located` finds the same files again for a run that was moved, alone or together with them.
 """
 
 import os
@@ -13,31 +14,43 @@ from typing import Any
 
 from ._files import resolved
 from ._outside import others_code
-from .config import PPORunConfig, RunConfig
+from ._shapes import parse_json
+from .config import DataConfig, PPORunConfig, RunConfig
+from .engine.data.batches import Examples
+from .engine.data.corpus import TokenCorpus, token_corpus
 from .engine.data.fingerprints import Inputs, changed_files, fingerprint, same_contents
+from .engine.data.readers import read_rows, split_rows
+from .engine.data.schema import normalise, row_shape
 from .engine.peft.format import CONFIG, WEIGHTS
 from .engine.rlhf.reward_model import SCALE
 from .models.checkpoint.hub import checkpoint_files, checkpoint_folder
 
-BASE, DATA = ("model.path", "model.tokenizer"), ("data.train", "data.eval")
+# The fields that name a run's base and its rows.
+BASE = ("model.path", "model.tokenizer")
+DATA = ("data.train", "data.eval")
+
+
+def as_list(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
 
 
 def inputs_of(config: RunConfig | PPORunConfig) -> Inputs:
-    """What a configuration leads to, by field. Raises as `load` does where the base is missing."""
+    """The fingerprints of a configuration's inputs, by field. Raises as `load` does where the base is missing."""
     fields: dict[str, Any] = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
     if isinstance(config, PPORunConfig):
         fields |= {"prompts": config.prompts, "reward": config.reward}
     else:
         fields |= {"data.train": config.data.train, "data.eval": config.data.eval}
-    return {
-        field: [_fingerprint(field, path) for path in ([value] if isinstance(value, str) else value)]
-        for field, value in fields.items()
-        if isinstance(value, str | list)
-    }
+
+    inputs = {}
+    for field, value in fields.items():
+        if isinstance(value, str | list):  # neither None nor the share of the rows to hold out
+            inputs[field] = [_fingerprint(field, path) for path in as_list(value)]
+    return inputs
 
 
 def _fingerprint(field: str, path: str) -> dict[str, Any]:
-    """What a path, a hub id or the name of a function leads to."""
+    """The fingerprint of what a path, a hub id or the name of a function leads to."""
     if field == "model.path":
         return of_checkpoint(path)
     if field == "reward":
@@ -48,21 +61,25 @@ def _fingerprint(field: str, path: str) -> dict[str, Any]:
 
 
 def of_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Weights, configuration, tokenizer and templates of a checkpoint; one of the hub is called by its id."""
+    """The fingerprint of a checkpoint's weights, configuration, tokenizer and templates."""
     folder = checkpoint_folder(path)
     entry = fingerprint(folder, checkpoint_files(folder))
-    return entry if Path(path).expanduser().is_dir() else {**entry, "path": str(path)}
+    if not Path(path).expanduser().is_dir():
+        entry["path"] = str(path)  # its id on the hub, because the folder lies in this machine's cache
+    return entry
 
 
 def _of_reward(spec: str) -> dict[str, Any]:
-    """A reward model's adapter or checkpoint, or the file that a function stands in (not what this imports)."""
+    """The fingerprint of a reward model's adapter or checkpoint, or of a function's file (not of what that imports)."""
     if not Path(spec).exists():
         module, _, function = spec.partition(":")
         file = _file_of(module)
         if file is None:
             return {"path": spec, "files": {}}
+        # With its name, because another function of the same file is another reward.
         entry = fingerprint(file, [file])
         return {**entry, "files": {f":{function}": value for value in entry["files"].values()}}
+
     adapter = reward_adapter(Path(spec))
     if adapter is not None:
         return fingerprint(adapter, [adapter / name for name in (CONFIG, WEIGHTS, SCALE)])
@@ -70,21 +87,21 @@ def _of_reward(spec: str) -> dict[str, Any]:
 
 
 def reward_adapter(path: Path) -> Path | None:
-    """The adapter of a reward model, of a run or alone; None where it is a whole checkpoint."""
+    """The folder of a reward model's adapter, in a run or by itself; None where the model is a whole checkpoint."""
     adapter = path / "adapter" if (path / "adapter").is_dir() else path
     return adapter if (adapter / CONFIG).is_file() else None
 
 
 def reward_checkpoint(path: Path) -> Path:
-    """The checkpoint of a reward model, of a run or alone."""
+    """The folder of a reward model's checkpoint, in a run or by itself."""
     return path / "model" if (path / "model").is_dir() else path
 
 
 def _file_of(module: str) -> Path | None:
     """The file of a Python module on the path or in the current folder, if there is one."""
-    sys.path.insert(0, str(Path.cwd()))
+    sys.path.insert(0, str(Path.cwd()))  # as `python -m` does
     try:
-        # Of a module in a package, the package is imported, which may raise anything.
+        # For a module in a package, this imports the package, which may raise anything.
         with others_code(lambda error: ValueError(f"{module}: {type(error).__name__}: {error}")):
             spec = find_spec(module)
     except ValueError as error:
@@ -93,39 +110,116 @@ def _file_of(module: str) -> Path | None:
         raise
     finally:
         sys.path.pop(0)
-    return Path(spec.origin) if spec is not None and spec.has_location and spec.origin else None
+
+    if spec is None or not spec.has_location or not spec.origin:  # a namespace package, or built in
+        return None
+    return Path(spec.origin)
 
 
 def located(run: Path, facts: dict[str, Any], table: dict[str, Any], fields: Sequence[str]) -> None:
-    """Have these fields of a run's configuration `table` lead from here to what they led to when it was made.
+    """Replace the paths in these fields of a run's configuration `table` by paths to the same contents from here.
 
-    Looked at is where it lay then, where it lies if it was moved together with the run, and where the configuration
-    says. Raises ValueError where none of these has the same contents.
+    Three paths are tried: where the input lay when the run was made, where it lies if it was moved together with the
+    run, and what the configuration says. Raises ValueError where none of these has the same contents.
     """
     for field in fields:
         if field not in facts.get("inputs", {}):
             continue
+        # A field may name several files, each of which has a fingerprint.
         section, _, name = field.partition(".")
-        before, value = facts["inputs"][field], table[section][name]
-        written = [value] if isinstance(value, str) else value
-        places = [_locate(run, facts, field, *pair) for pair in zip(before, written, strict=True)]
-        table[section][name] = places[0] if isinstance(value, str) else places
+        value = table[section][name]
+        paths = []
+        for before, configured in zip(facts["inputs"][field], as_list(value), strict=True):
+            paths.append(_locate(run, facts, field, before, configured))
+        table[section][name] = paths[0] if isinstance(value, str) else paths
 
 
-def _locate(run: Path, facts: dict[str, Any], field: str, before: dict[str, Any], written: str) -> str:
-    places = [written]  # an id of the hub
+def _locate(run: Path, facts: dict[str, Any], field: str, before: dict[str, Any], configured: str) -> str:
+    """The path of the input whose fingerprint was `before`."""
+    # An id of the hub stays as it is; a path may have moved.
+    candidates = [configured]
     if os.path.isabs(before["path"]):
-        beside = os.path.join(resolved(run), os.path.relpath(before["path"], facts["folder"]))
-        named = map(os.path.abspath, (before["path"], beside, os.path.expanduser(written)))
-        places = [path for path in dict.fromkeys(named) if os.path.exists(path)]
-    other = f"{before['path']} is gone"
-    for path in places:
+        moved_with_run = os.path.join(resolved(run), os.path.relpath(before["path"], facts["folder"]))
+        paths = map(os.path.abspath, (before["path"], moved_with_run, os.path.expanduser(configured)))
+        candidates = [path for path in dict.fromkeys(paths) if os.path.exists(path)]
+
+    reason = f"{before['path']} is gone"
+    for path in candidates:
         try:
             now = _fingerprint(field, path)
         except (ValueError, OSError) as error:  # something else lies there now
-            other = str(error)
+            reason = str(error)
             continue
         if same_contents(before, now):
             return path
-        other = changed_files(before, now)
-    raise ValueError(f"{run}: {field} is not what it was when the run was made ({other}); put it back")
+        reason = changed_files(before, now)
+    raise ValueError(f"{run}: {field} is not what it was when the run was made ({reason}); put it back")
+
+
+def data_files(data: DataConfig) -> list[str]:
+    """All files that a run reads rows from."""
+    files = as_list(data.train)
+    return [*files, data.eval] if isinstance(data.eval, str) else files
+
+
+def is_corpus(path: Path) -> bool:
+    """Whether a file is plain text, or JSONL whose first row is a text: what is tokenized once and memory-mapped."""
+    if path.suffix != ".jsonl" or not path.is_file():
+        return path.suffix == ".txt"
+    with path.open("rb") as file:
+        line = file.readline()
+    try:
+        return row_shape(normalise(parse_json(line, str(path)))) == "text"
+    except (ValueError, TypeError):
+        return False  # `read_rows` will say what is wrong with it
+
+
+def corpora(data: DataConfig, tokenizer: Any, cache: Path, length: int, eos: int | None) -> tuple[TokenCorpus, Any]:
+    """Token windows to train on and to hold out. A held-out share is the end of the corpus."""
+    corpus = token_corpus([Path(file) for file in as_list(data.train)], tokenizer, cache, length, eos)
+    held_out: Any = []
+    if isinstance(data.eval, str):
+        held_out = token_corpus([Path(data.eval)], tokenizer, cache, length, eos)
+    elif data.eval is not None:
+        if not 0 < data.eval < 1:
+            raise ValueError(f"the share held out must lie between 0 and 1, not {data.eval}; 0.1 holds out a tenth")
+        cut = int(len(corpus.tokens) * (1 - data.eval))
+        held_out = TokenCorpus(corpus.tokens[cut:], length)
+        corpus = TokenCorpus(corpus.tokens[:cut], length)
+
+    # A single token is no window: nothing follows that could be predicted.
+    splits = {"train": corpus}
+    if data.eval is not None:
+        splits["eval"] = held_out
+    for split, windows in splits.items():
+        if len(windows) == 0:
+            raise ValueError(f"data.{split}: no target left to train on: fewer than two tokens")
+        print(f"{split}: {len(windows.tokens):,} tokens in {len(windows):,} windows of {length}", file=sys.stderr)
+    return corpus, held_out
+
+
+def read_splits(data: DataConfig, seed: int) -> tuple[list[Any], list[Any]]:
+    """The rows to train on and those to evaluate on."""
+    rows = [row for file in as_list(data.train) for row in read_rows(file)]
+    shapes = sorted({row_shape(row) for row in rows})
+    if len(shapes) > 1:
+        raise ValueError(f"data.train: the files hold rows of different shapes ({', '.join(shapes)})")
+
+    # Rows to evaluate on: none, a file of their own, or a share of the others.
+    if data.eval is None:
+        return rows, []
+    if isinstance(data.eval, str):
+        return rows, read_rows(data.eval)
+    if len(rows) == 1 and row_shape(rows[0]) == "text":
+        return rows, []  # of a single long text, windows are held out (see `split_windows`)
+    return split_rows(rows, data.eval, seed)
+
+
+def split_windows(examples: Examples, share: Any) -> tuple[Examples, Examples]:
+    """The windows of a single long text, the last of which are held out."""
+    windows = list(examples)
+    cut = len(windows) - max(1, round(len(windows) * share))
+    if cut < 1:
+        raise ValueError(f"data.eval = {share}: the text is too short to hold out a part of it")
+    print(f"held out: the last {len(windows) - cut} of {len(windows)} windows", file=sys.stderr)
+    return windows[:cut], windows[cut:]

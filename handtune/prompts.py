@@ -1,4 +1,4 @@
-"""How a model is asked: its chat template, which rows go through it, and which tokens end its answers."""
+"""How a model is prompted: its chat template, which rows go through it, and which tokens end its answers."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,17 +15,21 @@ from .engine.data.schema import as_dialogue, row_shape
 
 def template_of(model: Any) -> ChatTemplate:
     """The model's chat template, or the plain one where it has none."""
-    tokens = model.tokens
-    return ChatTemplate(_plain(tokens) if tokens.chat_template is None else tokens.chat_template, **tokens.names)
+    template = model.tokens.chat_template
+    if template is None:
+        template = _default_template(model.tokens)
+    return ChatTemplate(template, **model.tokens.names)
 
 
-def _plain(tokens: Any) -> str:
-    """The plain template; its turns end with nothing where the model knows no end of a text."""
-    return DEFAULT_TEMPLATE if "eos_token" in tokens.names else DEFAULT_TEMPLATE.replace(" + eos_token", "")
+def _default_template(tokens: Any) -> str:
+    """The plain template; its turns have no end token where the model has none."""
+    if "eos_token" in tokens.names:
+        return DEFAULT_TEMPLATE
+    return DEFAULT_TEMPLATE.replace(" + eos_token", "")
 
 
 def learn_turn_end(model: Any, tokenizer: Any) -> None:
-    """Have the model's answers end with what its chat template puts behind one, or behind a tool call, too."""
+    """Let the model's answers also end with the tokens that its chat template puts behind one or behind a tool call."""
     if model.tokens.chat_template is not None and tokenizer is not None:
         template = template_of(model)
         for end in (turn_end(template, tokenizer), turn_end(template, tokenizer, calls=True)):
@@ -36,33 +40,36 @@ def learn_turn_end(model: Any, tokenizer: Any) -> None:
 def through_template(config: RunConfig, rows: Sequence[Any], model: Any) -> Sequence[Any]:
     """The rows as they are trained: those of prompt and completion as dialogues, where `data.chat` says so.
 
-    A prompt that has been through the template already stays what it is. What was done is said. ValueError where "on"
-    is asked of another method than sft, or another model than a causal one.
+    A prompt that has been through the template already stays as it is. How many rows became dialogues is printed.
+    ValueError where data.chat is "on" for a method other than sft, or a model other than a causal one.
     """
-    choice, applies = config.data.chat, config.method == "sft" and model.task == "causal-lm"
+    choice = config.data.chat
+    applies = config.method == "sft" and model.task == "causal-lm"
     if choice == "on" and not applies:
         raise ValueError('data.chat = "on": method sft of a causal model asks through a chat template, no other')
     if not applies or choice == "off" or (choice == "auto" and model.tokens.chat_template is None):
         return rows
 
+    # A prompt that has been through the template before is left alone.
     template = template_of(model)
-    asked = [row_shape(row) == "prompt/completion" and not template.has_rendered(row["prompt"]) for row in rows]
-    if any(asked):
-        print(f"{sum(asked):,} of {len(rows):,} rows are prompts and completions that are trained through the chat "
+    converted = [row_shape(row) == "prompt/completion" and not template.has_rendered(row["prompt"]) for row in rows]
+    if any(converted):
+        print(f"{sum(converted):,} of {len(rows):,} rows are prompts and completions that are trained through the chat "
               "template (data.chat = \"off\" leaves them as they are)", file=sys.stderr)  # fmt: skip
-    return [as_dialogue(row) if chat else row for row, chat in zip(rows, asked, strict=True)]
+    return [as_dialogue(row) if convert else row for row, convert in zip(rows, converted, strict=True)]
 
 
 def adopt_template(model: Any) -> None:
-    """Have a model that is trained on chats and has no template keep the plain one, and the end that it writes."""
+    """Give a model that is trained on chats and has no template the plain one, so that both are stored together."""
     tokens = model.tokens
     if tokens.chat_template is None:
-        named = {key: tokens.names[key] for key in ("bos_token", "eos_token") if key in tokens.names}
-        model.tokens = replace(tokens, chat_template=_plain(tokens), settings={**named, **tokens.settings})
+        # The template writes these two, so that the stored settings must name them.
+        used = {key: tokens.names[key] for key in ("bos_token", "eos_token") if key in tokens.names}
+        model.tokens = replace(tokens, chat_template=_default_template(tokens), settings={**used, **tokens.settings})
 
 
 def prompts_of(rows: Sequence[Mapping[str, Any]], model: Any, chats: Sequence[bool]) -> list[str]:
-    """The text that each row wants to be continued, as `prompt_of` says; its errors name the row."""
+    """The prompt of each row, as `prompt_of` makes it; errors name the row."""
     prompts = []
     for index, (row, chat) in enumerate(zip(rows, chats, strict=True)):
         try:
@@ -73,22 +80,25 @@ def prompts_of(rows: Sequence[Mapping[str, Any]], model: Any, chats: Sequence[bo
 
 
 def prompt_of(row: Mapping[str, Any], model: Any, chat: bool = False) -> str:
-    """The text that a row wants to be continued; with `chat` a plain prompt is asked through the template, too.
+    """The text that a row asks the model to continue; with `chat`, a plain prompt goes through the template, too.
 
-    ValueError where the template doesn't use all that the row says, or the row has something for a template and doesn't
-    go through one.
+    ValueError where the template doesn't use all that the row has, or where the row has arguments for a template and
+    doesn't go through one.
     """
     arguments = row.get("template_arguments", {})
-    question = row.get("prompt", row.get("text", ""))
-    if chat and "messages" not in row and not template_of(model).has_rendered(question):
-        row = {"messages": as_dialogue({"prompt": question, "completion": ""})["messages"][:1]}
+    text = row.get("prompt", row.get("text", ""))
+    if chat and "messages" not in row and not template_of(model).has_rendered(text):
+        row = {"messages": as_dialogue({"prompt": text, "completion": ""})["messages"][:1]}
+
     if "messages" not in row:
         if arguments:
             raise ValueError(f"only a chat template uses {', '.join(arguments)}; ask with messages, or take it out")
-        return str(question)
+        return str(text)
 
+    # An answer at the end is what the model should write.
     messages = row["messages"]
-    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-    dialogue = Dialogue(template_of(model), asked, arguments)
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    dialogue = Dialogue(template_of(model), messages, arguments)
     check_used(dialogue)
-    return dialogue.text(len(asked), True)
+    return dialogue.text(len(messages), True)

@@ -1,12 +1,13 @@
-"""Where a command stands: the streams that it prints to, and Ctrl-C.
+"""What surrounds a command: the streams that it prints to, and Ctrl-C.
 
-A stream whose reader has gone (`handtune train run.toml | head -1`), or that was closed from the beginning, silences
-what is printed and no more: the command goes on to its end. What is printed is escaped, since names from files could
-steer the terminal, and what an encoding lacks is written as its code.
+A stream whose reader has gone (`handtune train run.toml | head -1`), or that was closed from the beginning, drops what
+is printed, and the command goes on to its end. Text is escaped, because names from files could steer the terminal, and
+characters that the stream's encoding lacks are written as their codes.
 
-Ctrl-C ends the process at once, with 130 and without a word, before a command runs and after it (`leave_at_once`):
-nothing is there then to be tidied up, while an exception could fall into an import, where it may turn into any other,
-or into the interpreter's shutdown, which shows it. While a command runs it is Python's KeyboardInterrupt.
+Before and after a command runs, Ctrl-C ends the process at once, with exit code 130 and without a message
+(`leave_at_once`). Nothing has to be tidied up then, while an exception could be raised in an import, which may turn it
+into any other, or in the interpreter's shutdown, which prints it. While a command runs, Ctrl-C is Python's
+KeyboardInterrupt.
 """
 
 import atexit
@@ -15,7 +16,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, NoReturn, TextIO, cast
 
 from ._outside import visible
@@ -24,87 +25,87 @@ INTERRUPTED = 130
 
 
 class Stream:
-    """Standard output or error, in the place of the `stream` that Python made of it (None: it is closed).
-
-    `closed`: nobody reads it any more. `error`: why the rest could not be written, where nobody meant it to be lost.
-    """
+    """Standard output or error, in place of Python's own `stream` (None if it is closed)."""
 
     def __init__(self, stream: TextIO | None):
-        self.stream, self.closed = stream, stream is None
-        self.error: Exception | None = None
-        self.gone = {errno.EPIPE, errno.ECONNRESET} | ({errno.EIO} if self.isatty() else set())  # no reader any more
+        self.stream = stream
+        self.closed = stream is None  # nobody reads it, or not any more
+        self.error: Exception | None = None  # why the rest could not be written, although somebody reads it
+        self.gone_codes = {errno.EPIPE, errno.ECONNRESET}  # of errors that mean that the reader has gone
+        if self.isatty():
+            self.gone_codes.add(errno.EIO)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        """Write a text with its control characters escaped; a progress bar begins with a carriage return."""
+        """Write a text with its control characters escaped, except the carriage return that begins a progress bar."""
         is_bar = text.startswith("\r")
         return self.write_unescaped("\r" * is_bar + visible(text[is_bar:]))
 
     def write_unescaped(self, text: str) -> int:
-        """Write a text as it is, apart from what the stream's encoding lacks."""
-        if self.stream is not None and not self.closed:
+        """Write a text as it is, except for characters that the stream's encoding lacks."""
+        if not self.closed:
             encoding = getattr(self.stream, "encoding", None) or "utf-8"
-            try:
-                self.stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-            except (OSError, ValueError) as error:
-                self._give_up(error)
-            except RuntimeError:
-                pass  # the handler of a signal writes in the middle of a write that it interrupted
+            self._call("write", text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:
-        if self.stream is not None and not self.closed:
-            try:
-                self.stream.flush()
-            except (OSError, ValueError) as error:
-                self._give_up(error)
-            except RuntimeError:
-                pass
+        self._call("flush")
+
+    def _call(self, method: str, *arguments: str) -> None:
+        """Call a method of the stream, whose failure ends the output and not the command."""
+        if self.closed:
+            return
+        try:
+            getattr(self.stream, method)(*arguments)
+        except (OSError, ValueError) as error:
+            self._give_up(error)
+        except RuntimeError:
+            pass  # the write of a signal's handler, in the middle of a write that the signal interrupted
 
     def isatty(self) -> bool:
         return self.stream is not None and not self.closed and self.stream.isatty()
 
     def _give_up(self, error: Exception) -> None:
-        """Nothing more is written: what still waits in Python's buffer, or comes from C, goes nowhere either."""
+        """Write nothing more."""
         self.closed = True
-        if isinstance(error, OSError) and error.errno not in self.gone:
+        if isinstance(error, OSError) and error.errno not in self.gone_codes:
             self.error = error
-        with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), self.fileno())
+        # What is still in Python's buffer, or comes from C code, must not fail again.
+        with suppress(OSError, ValueError), open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), self.fileno())
 
 
 @contextmanager
 def safe_streams() -> Iterator[tuple[Stream, Stream]]:
-    """Inside, standard output and error are `Stream`s, which are flushed in the end."""
-    before, streams = (sys.stdout, sys.stderr), (Stream(sys.stdout), Stream(sys.stderr))
-    sys.stdout, sys.stderr = cast(TextIO, streams[0]), cast(TextIO, streams[1])
-    try:
-        yield streams
-    finally:
-        for stream in streams:
-            stream.flush()
-        sys.stdout, sys.stderr = before
+    """Inside, standard output and error are `Stream`s, which are flushed at the end."""
+    streams = Stream(sys.stdout), Stream(sys.stderr)
+    with redirect_stdout(cast(TextIO, streams[0])), redirect_stderr(cast(TextIO, streams[1])):
+        try:
+            yield streams
+        finally:
+            for stream in streams:
+                stream.flush()
 
 
 def print_unescaped(text: str) -> None:
-    """Print a text as it is: data for a file or a pipe, or what has been escaped and coloured."""
+    """Print a text as it is: data for a file or a pipe, or text that has been escaped and then colored."""
     write = getattr(sys.stdout, "write_unescaped", sys.stdout.write)
     write(text + "\n")
     sys.stdout.flush()
 
 
 def begin_process() -> None:
-    """Make a process ready that is the command line's alone: descriptors 0 to 2 in use, Ctrl-C without a traceback."""
-    signal_now = signal.getsignal(signal.SIGINT)
-    if signal_now is signal.default_int_handler:  # a shell has background processes ignore it
+    """Prepare a process that belongs to the command line alone: no traceback for Ctrl-C, descriptors 0 to 2 in use."""
+    # A shell has background processes ignore the signal, which stays so.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave_at_once)
-        # When threads have ended, all is done: what the interpreter still takes down would be cut off by the signal.
+        # At exit the work is done: from then on, the signal would only disturb the interpreter's shutdown.
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     sys.unraisablehook = _unraisable
 
-    # What is closed would be given to the first file that is opened, and that would get what C code prints.
+    # The first file to be opened would get a closed descriptor's number, and then the output of C code.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
@@ -113,12 +114,12 @@ def begin_process() -> None:
 
 
 def leave_at_once(*_: Any) -> NoReturn:
-    """End the process as Ctrl-C does; what is stored is whole at any moment."""
+    """End the process as Ctrl-C does; no file is left half written, because each is whole at any moment."""
     os._exit(INTERRUPTED)
 
 
 def _unraisable(unraisable: Any) -> None:
-    """A Ctrl-C that falls into the end of an object would be shown, and forgotten."""
+    """A Ctrl-C during an object's `__del__` would otherwise be printed and forgotten."""
     if issubclass(unraisable.exc_type, KeyboardInterrupt):
         leave_at_once()
     sys.__unraisablehook__(unraisable)
@@ -126,7 +127,7 @@ def _unraisable(unraisable: Any) -> None:
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, Ctrl-C raises KeyboardInterrupt where it would else leave at once."""
+    """Inside, Ctrl-C raises KeyboardInterrupt, where it would otherwise end the process at once."""
     if signal.getsignal(signal.SIGINT) is not leave_at_once:
         yield
         return

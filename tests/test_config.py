@@ -11,7 +11,7 @@ from handtune.config import ELSEWHERE, RunConfig, from_table, read_config
 from handtune.engine.adapters.lora import LoRAConfig
 from handtune.engine.rlhf.config import PPOConfig
 from handtune.engine.training.config import TrainConfig
-from handtune.saved_runs import _written
+from handtune.saved_runs import _as_toml
 
 FULL = """
 method = "classify"
@@ -83,7 +83,7 @@ def test_a_stored_configuration_comes_back(tmp_path) -> None:
     """run.json holds it as JSON; `evaluate` and `generate` read it from there."""
     config = read(tmp_path, FULL)
     stored = json.loads(json.dumps(config.as_dict()))
-    again = from_table(RunConfig, _written(stored), "run.json")
+    again = from_table(RunConfig, _as_toml(stored), "run.json")
     assert json.loads(json.dumps(again.as_dict())) == stored
 
 

@@ -10,7 +10,7 @@ from small_tokenizers import byte_level
 
 from handtune.engine.data import corpus as corpus_module
 from handtune.engine.data.corpus import TokenCorpus, token_corpus
-from handtune.prepare import _is_corpus
+from handtune.inputs import is_corpus
 
 END = 0
 STORY = "The cat sat on the mat,\nand the dog looked at the cat.\n\nhello good morning\n"
@@ -156,4 +156,4 @@ def test_a_corpus_is_known_by_its_first_row(tmp_path):
         ("text", False),
     ):
         (tmp_path / "a.jsonl").write_text(f"{first}\n{{broken", encoding="utf-8")
-        assert _is_corpus(tmp_path / "a.jsonl") == known, first
+        assert is_corpus(tmp_path / "a.jsonl") == known, first

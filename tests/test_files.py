@@ -21,12 +21,11 @@ from handtune._files import (
     append_line,
     is_temporary,
     replacing,
-    stored_files,
     write_file,
     write_json,
     write_tensors,
 )
-from handtune._folders import filling, half_filled, replacing_folder
+from handtune._folders import filling, half_filled, replacing_folder, stored_files
 from handtune._locks import alone
 
 ENDED = 4_000_000  # no process has this number: more than Linux gives

@@ -23,7 +23,7 @@ from small_tokenizers import byte_level
 from small_xlnet import both as both_xlnets
 from test_adapter_exchange import tiny_bloom
 
-from handtune._files import stored_files
+from handtune._folders import stored_files
 from handtune.cli import main
 from handtune.commands.merge import merge
 from handtune.engine import LoRAConfig, add_lora, load_adapter, merge_lora, save_adapter, train_rows, unfreeze

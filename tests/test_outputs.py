@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from small_runs import write_rows
 
-from handtune._files import stored_files
+from handtune._folders import stored_files
 from handtune.cli import main
 from handtune.commands.outputs import output
 from handtune.reporting.page import MARK, report

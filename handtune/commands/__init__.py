@@ -13,18 +13,18 @@ from .ppo import run_ppo
 from .report import run_report
 from .train import run_train
 
-_CONFIGURED = 'set model.dtype = "bfloat16", or model.quantize = "nf4", or take a smaller model'
-_ASKED = "use --dtype bfloat16 or fewer --batch-size, or take a smaller model"
-# What to do where memory runs out and no closer advice was given.
+_FOR_CONFIGURATIONS = 'set model.dtype = "bfloat16", or model.quantize = "nf4", or take a smaller model'
+_FOR_OPTIONS = "use --dtype bfloat16 or fewer --batch-size, or take a smaller model"
+# What to do where memory runs out, unless the code that ran out of it gives better advice.
 LESS_MEMORY = {
-    **dict.fromkeys(("train", "check-data", "ppo"), _CONFIGURED),
-    **dict.fromkeys(("compare", "generate", "label"), _ASKED),
+    **dict.fromkeys(("train", "check-data", "ppo"), _FOR_CONFIGURATIONS),
+    **dict.fromkeys(("compare", "generate", "label"), _FOR_OPTIONS),
     "evaluate": "end what else runs here, or train and evaluate with shorter rows (data.max_length)",
     "merge": "end what else runs here; the largest tensor, and what the adapter changes of it, must fit in memory",
     "report": "end what else runs here, or compare fewer runs",
 }
 
-# Of each command the function that does it, in the file of its name.
+# The function of each command, in the file of its name.
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": run_train,
     "check-data": run_check_data,

@@ -13,24 +13,28 @@ from .token_display import distribution, legend, show
 
 
 def run_check_data(options: argparse.Namespace) -> int:
-    """`handtune check-data`: rows token by token, with the loss mask, and how often each class or tag is there.
+    """`handtune check-data`: rows token by token, with the loss mask, and how often each class or tag occurs.
 
-    Of `handtune ppo`'s file the prompts. The weights need not be there.
+    For the file of `handtune ppo`, its prompts. The weights need not be there.
     """
     color = sys.stdout.isatty()
     table = read_table(options.config, options.override)
     if "prompts" in table:
         check_prompts(from_table(PPORunConfig, table, options.config), options.rows, color)
         return 0
+
     config = from_table(RunConfig, table, options.config)
+    # A run would keep its tokenized corpus in its folder, which nothing has made here.
     with tempfile.TemporaryDirectory() as cache:
         ready = prepare(config, run_base(config, weights=False), Path(cache))
-        encoding = ready.objective.encoding if ready.objective.task != "reward" else "reward"
+        # A reward model's examples are pairs like those of DPO, and its loss is on other tokens.
+        encoding = "reward" if ready.objective.task == "reward" else ready.objective.encoding
         if encoding == "images":
-            return 0  # the counts of each class have been said, and every image was decoded
-        for what, part in (("train", ready.examples), ("eval", ready.eval_examples)):
-            if len(part) and (counts := distribution(part, encoding, ready.labels)):
-                print(f"{what} {counts}")
+            return 0  # the counts of each class have been printed, and every image has been decoded
+
+        for split, examples in (("train", ready.examples), ("eval", ready.eval_examples)):
+            if len(examples) and (counts := distribution(examples, encoding, ready.labels)):
+                print(f"{split} {counts}")
         print(legend(encoding, color) + "\n")
         print_unescaped(show(ready.examples, ready.tokenizer, encoding, options.rows, color, ready.labels))
     return 0

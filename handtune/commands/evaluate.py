@@ -21,15 +21,18 @@ from ..saved_runs import config_of, facts_of, put_weights
 def run_evaluate(options: argparse.Namespace) -> int:
     """`handtune evaluate`: a finished run's weights on held-out rows."""
     run = Path(options.run)
+    # With rows of one's own, the run's rows may be gone.
     config = config_of(run, BASE if options.data else (*BASE, *DATA))
-    if options.data:  # in the place of the training rows too, which may be gone by now
+    if options.data:
         config = replace(config, data=replace(config.data, train=options.data, eval=options.data))
     elif facts_of(run).get("method") == "ppo":
         raise ValueError(f"{run}: ppo holds no rows out; give a file with --data")
+
     ready = prepare(config, run_base(config), run / "corpus", head_follows=True)
     if len(ready.eval_examples) == 0:
         raise ValueError(f"{run}: the run held no rows out; give a file with --data")
     put_weights(run, ready.model)
+
     batches = ready.eval_batches()
     assert batches is not None
     metrics = evaluate(ready.model, batches, ready.objective.loss, ready.score())
@@ -42,26 +45,37 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
 
 def _rouge(ready: Prepared) -> dict[str, float]:
-    """ROUGE of what the model writes for held-out prompts: greedily, to its end token, at most twice as long as the
-    longest gold text, or, after a long prompt, as far as the model's positions go.
+    """ROUGE of what the model writes greedily for held-out prompts.
+
+    Each text ends with an end token, or once it is twice as long as the longest gold text, or where the model's
+    positions end.
     """
     rows = [row for row in ready.eval_rows if "completion" in row]
     if not rows:
         raise ValueError("--rouge compares texts: it needs held-out rows with prompt and completion")
-    prompts, golds = prompts_of(rows, ready.model, [ready.chat] * len(rows)), [row["completion"] for row in rows]
-    room, limit = 2 * max(_lengths(ready, golds)), ready.model.config.max_positions
-    rooms = [room if limit is None else min(room, limit - length) for length in _lengths(ready, prompts)]
-    if min(rooms) < 1:
-        raise ValueError(f"--rouge: held-out prompt {rooms.index(min(rooms)) + 1} fills the model's {limit} positions")
-    written = [""] * len(prompts)
-    for size in set(rooms):
-        rows = [i for i, own in enumerate(rooms) if own == size]
-        texts = completions(ready.model, ready.tokenizer, [prompts[i] for i in rows], size, temperature=0)
-        for i, text in zip(rows, texts, strict=True):
-            written[i] = text
-    return rouge(written, golds)
+    prompts = prompts_of(rows, ready.model, [ready.chat] * len(rows))
+    golds = [row["completion"] for row in rows]
+
+    # What is generated must fit behind its prompt.
+    limit = ready.model.config.max_positions
+    max_new_tokens = [2 * max(_lengths(ready, golds))] * len(rows)
+    if limit is not None:
+        lengths = _lengths(ready, prompts)
+        max_new_tokens = [min(n, limit - length) for n, length in zip(max_new_tokens, lengths, strict=True)]
+    if min(max_new_tokens) < 1:
+        number = max_new_tokens.index(min(max_new_tokens)) + 1
+        raise ValueError(f"--rouge: held-out prompt {number} fills the model's {limit} positions")
+
+    # A call of `completions` has one limit for all its prompts.
+    texts = [""] * len(prompts)
+    for n in set(max_new_tokens):
+        indices = [i for i, own_limit in enumerate(max_new_tokens) if own_limit == n]
+        written = completions(ready.model, ready.tokenizer, [prompts[i] for i in indices], n, temperature=0)
+        for i, text in zip(indices, written, strict=True):
+            texts[i] = text
+    return rouge(texts, golds)
 
 
 def _lengths(ready: Prepared, texts: Sequence[str]) -> list[int]:
-    """The tokens of each, an end token included."""
+    """How many tokens each text has, with an end token."""
     return [1 + len(ids) for ids in prompt_tokens(ready.tokenizer, texts)]

@@ -1,7 +1,8 @@
-"""`handtune label`: a causal model labels texts, in rows that `train` reads and people can review."""
+"""`handtune label`: a causal model labels texts, in rows that `train` reads and that people can review."""
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +24,32 @@ def run_label(options: argparse.Namespace) -> int:
 
 
 def _label(options: argparse.Namespace, out: Path) -> int:
-    words = dict(label_and_words(spec) for spec in options.labels)
+    verbalizers = dict(label_and_words(spec) for spec in options.labels)
     texts = [row["text"] if "text" in row else row["prompt"] for row in _rows(options.data)]
     model, tokenizer, *_ = generator_of(options)
     if model.task != "causal-lm":
         raise ValueError(f"{options.model}: labels are chosen by a causal language model, and this is for {model.task}")
-    template = options.template.replace("\\n", "\n")
-    found = label_texts(model, tokenizer, texts, words, template, options.batch_size)
-    rows = [{"text": text, **one._asdict()} for text, one in zip(texts, found, strict=True)]
+
+    template = options.template.replace("\\n", "\n")  # a shell makes it hard to give a line end
+    predictions = label_texts(model, tokenizer, texts, verbalizers, template, options.batch_size)
+    rows = [{"text": text, **prediction._asdict()} for text, prediction in zip(texts, predictions, strict=True)]
+    # The least certain first: they are worth a person's time.
     if options.sort:
         rows.sort(key=lambda row: row["confidence"])
     write_file(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    counts = ", ".join(f"{name} {sum(one.label == name for one in found)}" for name in words)
-    print(f"{len(rows)} rows written to {options.out}: {counts}")
+    counts = Counter(prediction.label for prediction in predictions)
+    summary = ", ".join(f"{label} {counts[label]}" for label in verbalizers)
+    print(f"{len(rows)} rows written to {options.out}: {summary}")
     return 0
 
 
 def label_and_words(spec: str) -> tuple[str, str]:
-    """A label and its words, of "label" or "label=words". ValueError for a label that `train` would refuse."""
-    name, sign, words = spec.partition("=")
-    return label_name(name, f"--labels {spec!r}"), words if sign else name
+    """A label and the words that stand for it: from "label=words", or from "label", which stands for itself.
+
+    ValueError for a label that `train` would refuse.
+    """
+    name, equals, verbalizer = spec.partition("=")
+    return label_name(name, f"--labels {spec!r}"), verbalizer if equals else name
 
 
 def _rows(path: str) -> list[dict[str, Any]]:

@@ -1,9 +1,9 @@
-"""`handtune merge`: an adapter added into its base, tensor by tensor, for a base that need not fit in memory.
+"""`handtune merge`: an adapter merged into its base, tensor by tensor, so that the base need not fit in memory.
 
-Nothing is loaded: the base is opened (`open_checkpoint`), and the merged checkpoint written in its shards, in their
-dtypes. What the adapter leaves alone is copied from file to file; what it changes is read, changed in fp32 and written,
-one tensor at a time; what it brings (a head, norms) takes the place of the stored one, or goes into the last shard.
-Where the dtype is narrower than fp32, how much of the adapter's change is left in it is said on standard error.
+Nothing is loaded: the base is opened (`open_checkpoint`), and the merged checkpoint is written in the same shards and
+dtypes. Tensors that the adapter leaves alone are copied from file to file. Tensors that it changes are read, changed in
+fp32 and written, one at a time. Whole tensors of the adapter (a head, norms) replace those of the base, or go into the
+last shard. Where the dtype is narrower than fp32, standard error says how much of the adapter's change survives in it.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from ..models.layers.key_map import CheckpointKey
 from ..prompts import learn_turn_end
 from ..saved_runs import adds_tokens, head_of, put_adapter, resized_vocabulary
 
-Source = TensorOnDisk | LazyTensor
+Source = TensorOnDisk | LazyTensor  # copied from a file, or computed when it is written
 MAIN = "config.json"  # without it no folder is a checkpoint
 
 
@@ -46,35 +46,37 @@ MAIN = "config.json"  # without it no folder is a checkpoint
 def merge(base: str, adapter: Path, out: Path) -> None:
     """Write the merged checkpoint to the folder `out`, which is empty or new.
 
-    In memory where the adapter adds tokens, has another vocabulary, or orders the labels of a stored head anew. Raises
-    what loading raises; ValueError where `out` holds something, where the base lacks a head that the adapter doesn't
-    bring, for a convolution in groups, or where a merged number is none, or more than the base's dtype can hold.
+    The model is loaded into memory only if the adapter adds tokens, has another vocabulary, or orders the labels of
+    a stored head anew. Raises what loading raises; ValueError where `out` is not empty, where neither the base nor the
+    adapter has a head, for a convolution in groups, and where a merged number is NaN or overflows the base's dtype.
     """
     out = resolved(out)
     _require_empty(out)
     with alone(out, out / LOCK):
-        _require_empty(out)
+        _require_empty(out)  # again, because another process may have merged by now
         rounding, dtype = _merge(base, adapter, out)
-    _say(rounding, dtype)
+    _report(rounding, dtype)
 
 
 def _require_empty(out: Path) -> None:
-    """ValueError where `out` holds anything but what a merge that was killed has left there."""
+    """ValueError where `out` contains anything but what a killed merge has left there."""
     if not out.exists():
         return
     remove_unfilled(out)
-    left = {LOCK, *(Path(name).parts[0] for name in half_filled(out))}
-    if not out.is_dir() or any(path.name not in left and not is_temporary(path) for path in out.iterdir()):
+    left_over = {LOCK, *(Path(name).parts[0] for name in half_filled(out))}
+    if not out.is_dir() or any(path.name not in left_over and not is_temporary(path) for path in out.iterdir()):
         raise ValueError(f"{out} holds something already; give a new folder for the merged checkpoint")
 
 
 def _merge(base: str, adapter: Path, out: Path) -> tuple[Rounding, torch.dtype]:
-    """Fill the folder; how much of the change is left in the dtype of the base."""
-    opened, rounding = open_checkpoint(base, **head_of(adapter)), Rounding()
+    """Write the checkpoint's files; returns how much of the change survives in the dtype of the base."""
+    opened = open_checkpoint(base, **head_of(adapter))
+    rounding = Rounding()
     with filling(out, MAIN) as folder:
-        reordered = (opened.head_rows or []) != sorted(opened.head_rows or [])
-        resized = resized_vocabulary(adapter, opened.model) is not None
-        if adds_tokens(adapter, opened.tokenizer) or resized or reordered:
+        head_rows = opened.head_rows or []
+        is_reordered = head_rows != sorted(head_rows)
+        is_resized = resized_vocabulary(adapter, opened.model) is not None
+        if adds_tokens(adapter, opened.tokenizer) or is_resized or is_reordered:
             model, tokenizer = load(base, dtype=opened.shards.dtype(), head_follows=True, **head_of(adapter))
             put_adapter(model, tokenizer, adapter)
             _measure(model, adapter, rounding)
@@ -86,8 +88,8 @@ def _merge(base: str, adapter: Path, out: Path) -> tuple[Rounding, torch.dtype]:
     return rounding, opened.shards.dtype()
 
 
-def _say(rounding: Rounding, dtype: torch.dtype) -> None:
-    """How much of the change survived, on standard error, where something can be lost."""
+def _report(rounding: Rounding, dtype: torch.dtype) -> None:
+    """Say on standard error how much of the change survived, where the dtype can lose some of it."""
     if dtype.itemsize >= 4 or not rounding.change:
         return
     remedy = "" if rounding.survives > 0.9 else "; convert the base to float32 first, or use base and adapter unmerged"
@@ -95,78 +97,105 @@ def _say(rounding: Rounding, dtype: torch.dtype) -> None:
 
 
 def _measure(model: Any, adapter: Path, rounding: Rounding) -> None:
-    """Count what merging the active adapter of a loaded model will come to, as merging tensor by tensor does."""
-    changed: list[Tensor] = []
-    for slot in adapter_sites(model):
-        if isinstance(slot.module.active, str):
-            for rows, value in merged_rows(slot.module, slot.module.active):
-                rounding.add(rows, value, value.to(rows.dtype))
-                changed.append(rows)
+    """Count how much of the active adapter of a loaded model will survive, as merging tensor by tensor does."""
+    # What low-rank factors change.
+    counted: set[int] = set()
+    for site in adapter_sites(model):
+        if isinstance(site.module.active, str):
+            for rows, merged in merged_rows(site.module, site.module.active):
+                rounding.add(rows, merged, merged.to(rows.dtype))
+                counted.add(rows.data_ptr())
 
-    # What it brings whole, in fp32 from its file. A head that the base lacks changes nothing.
-    stored, base, now = read_adapter(model, adapter), tensors_with(model, None), own_tensors(model)
-    pointers = {rows.data_ptr() for rows in changed}
-    for key, index, value in match_tensors(model, stored.plain, base):
+    # Whole tensors of the adapter, in fp32 from its file. A head that the base lacks changes nothing.
+    stored = read_adapter(model, adapter)
+    base_tensors = tensors_with(model, None)
+    active_tensors = own_tensors(model)
+    for key, index, value in match_tensors(model, stored.plain, base_tensors):
         is_new = model.head_is_new and key.startswith("head.")
-        if not is_new and now[key].detach()[index].data_ptr() not in pointers:
-            before = base[key].detach()[index]
+        if not is_new and active_tensors[key].detach()[index].data_ptr() not in counted:
+            before = base_tensors[key].detach()[index]
             rounding.add(before, value, value.to(before.dtype))
+
+    # Single rows of the embedding, for tokens.
     for path, ids, rows in stored.rows:
-        before = base[f"{path}.weight"].detach()[ids]
+        before = base_tensors[f"{path}.weight"].detach()[ids]  # (n, D)
         rounding.add(before, rows, rows.to(before.dtype))
 
 
 def _stream(opened: Checkpoint, base: str, adapter: Path, folder: Path, rounding: Rounding) -> None:
-    """The merged checkpoint, tensor by tensor."""
+    """Write the merged checkpoint tensor by tensor."""
     model = opened.model
     if isinstance(model, ResNet):
         model.pixels = ImageProcessor.read(adapter, {}, model.config.n_channels) or model.pixels
     placement = match_keys(model, opened.shards, new_head=opened.head_rows is None)
 
+    # An adapter may store a copy of a base tensor, which then changes nothing.
     def is_base(name: str, value: Tensor) -> bool:
         tensor = placement.stored.get(name)
         return tensor is not None and value.shape == tensor.shape and holds(tensor, value.to(tensor.dtype))
 
-    stored = read_adapter(model, adapter, is_base)
-    tensors = _tensors(opened, placement, stored, rounding)
-    for key, copy, said in placement.tied_keys:
+    stored_adapter = read_adapter(model, adapter, is_base)
+    tensors = _merged_tensors(opened, placement, stored_adapter, rounding)
+
+    # A tied tensor that is stored twice is written once.
+    for key, copy, message in placement.tied_keys:
         if not same(copy, placement.stored[model.key_map()[key].names[0]]):
-            raise ValueError(f"{base}: {said}")
+            raise ValueError(f"{base}: {message}")
+
     _write(tensors, placement, folder)
     model.tokens = model.tokens.with_adapter(adapter, opened.tokenizer)
     learn_turn_end(model, opened.tokenizer)
     save_around(model, opened.tokenizer, folder, opened.shards.dtype())
 
 
-def _tensors(opened: Checkpoint, placement: Placement, adapter: StoredAdapter, rounding: Rounding) -> dict[str, Source]:
-    """What each tensor of the merged checkpoint is made of, by its published name."""
-    model, own = opened.model, own_tensors(opened.model)
+class _Target(NamedTuple):
+    """A tensor of the merged checkpoint, and what the base and the adapter have for it."""
+
+    name: str  # its published name
+    layout: CheckpointKey  # how it is stored
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    block: Tensor  # its rows of our parameter, on the meta device
+    in_base: TensorOnDisk | None
+    in_adapter: Tensor | None  # a whole tensor that replaces the base's
+
+
+def _merged_tensors(
+    opened: Checkpoint, placement: Placement, adapter: StoredAdapter, rounding: Rounding
+) -> dict[str, Source]:
+    """The tensors of the merged checkpoint, by published name; those that change are computed when they are written."""
+    model = opened.model
+    parameters = own_tensors(model)
     factors = dict(adapter.factors)
-    token_rows = {f"{rows.path}.weight": rows for rows in adapter.rows}
-    out: dict[str, Source] = {}
-    for key, source in model.key_map().items():
+    token_rows = {f"{path}.weight": (ids, rows) for path, ids, rows in adapter.rows}
+
+    tensors: dict[str, Source] = {}
+    for key, layout in model.key_map().items():
         path = key.removesuffix(".weight")
-        for i, (name, block) in enumerate(zip(source.names, blocks(own[key], source), strict=True)):
-            stored, shape, plain = placement.stored.get(name), stored_shape(source, block), adapter.plain.get(name)
-            dtype = opened.shards.dtype() if stored is None else stored.dtype
-            if stored is None and plain is None and name in placement.new:
-                raise ValueError(f"{name}: neither the base nor the adapter has it; merge the adapter that trained it")
-            if stored is None and plain is None:
-                out[name] = LazyTensor(shape, dtype, partial(torch.zeros, shape, dtype=dtype))
-            elif path in factors and key.endswith(".weight") and _changes(model, path, factors[path], i):
-                rows = partial(_rows, source, block, dtype, stored, plain, name)
-                merged = partial(_merged, model, path, factors[path], i, source, rows, name, rounding)
-                out[name] = LazyTensor(shape, dtype, merged)
-            elif plain is not None:
-                out[name] = LazyTensor(shape, dtype, partial(_brought, plain, stored, dtype, name, rounding))
+        for index, (name, block) in enumerate(zip(layout.names, blocks(parameters[key], layout), strict=True)):
+            in_base = placement.stored.get(name)
+            dtype = opened.shards.dtype() if in_base is None else in_base.dtype
+            target = _Target(name, layout, stored_shape(layout, block), dtype, block, in_base, adapter.plain.get(name))
+
+            make: Callable[[], Tensor]
+            if target.in_base is None and target.in_adapter is None:
+                if name in placement.new:
+                    raise ValueError(
+                        f"{name}: neither the base nor the adapter has it; merge the adapter that trained it"
+                    )
+                make = partial(torch.zeros, target.shape, dtype=dtype)  # an optional tensor
+            elif path in factors and key.endswith(".weight") and _changes(model, path, factors[path], index):
+                make = partial(_with_factors, target, model, path, factors[path], index, rounding)
+            elif target.in_adapter is not None:
+                make = partial(_replaced, target, rounding)
             elif key in token_rows:
-                assert stored is not None
-                with_rows = partial(_with_rows, stored, block, *token_rows[key][1:], name, rounding)
-                out[name] = LazyTensor(shape, dtype, with_rows)
+                make = partial(_with_token_rows, target, *token_rows[key], rounding)
             else:
-                assert stored is not None
-                out[name] = stored
-    return out
+                assert in_base is not None
+                tensors[name] = in_base
+                continue
+            tensors[name] = LazyTensor(target.shape, dtype, make)
+    return tensors
 
 
 def _changes(model: Any, path: str, factors: LoRAWeights, index: int) -> bool:
@@ -177,78 +206,64 @@ def _changes(model: Any, path: str, factors: LoRAWeights, index: int) -> bool:
     return not isinstance(factors, LoRALinearWeights) or module.parts[index] in factors.parts
 
 
-def _rows(
-    source: CheckpointKey,
-    block: Tensor,
-    dtype: torch.dtype,
-    stored: TensorOnDisk | None,
-    plain: Tensor | None,
-    name: str,
+def _with_factors(
+    target: _Target, model: Any, path: str, factors: LoRAWeights, index: int, rounding: Rounding
 ) -> Tensor:
-    """The rows before the adapter, in our layout: as stored in the base, or as the adapter brings them as `name`."""
-    if plain is not None:
-        return source.ours(rounded(plain, dtype, name)).contiguous()
-    assert stored is not None
-    rows = torch.empty(block.shape, dtype=dtype)
-    read_into(stored, source.as_stored(rows))
-    return rows
+    """The tensor with the low-rank change of the module at `path`, of which it is the part `index`."""
+    # The rows before the change, in our layout: from the adapter where it replaces them as well, else from the base.
+    if target.in_adapter is not None:
+        rows = target.layout.ours(rounded(target.in_adapter, target.dtype, target.name)).contiguous()
+    else:
+        assert target.in_base is not None
+        rows = torch.empty(target.block.shape, dtype=target.dtype)
+        read_into(target.in_base, target.layout.as_stored(rows))
 
-
-def _merged(
-    model: Any,
-    path: str,
-    factors: LoRAWeights,
-    index: int,
-    source: CheckpointKey,
-    rows_of: Callable[[], Tensor],
-    name: str,
-    rounding: Rounding,
-) -> Tensor:
-    """The rows with the adapter in them, as they are stored under `name`."""
-    rows, module = rows_of(), model.get_submodule(path)
+    module = model.get_submodule(path)
     if isinstance(factors, LoRALinearWeights) and isinstance(module, Linear):
-        value = factors.merged(module.parts[index], rows)
+        merged = factors.merged(module.parts[index], rows)
     else:
         assert not isinstance(factors, LoRALinearWeights)
-        value = factors.merged(rows)
-    out = rounded(value, rows.dtype, name)
-    rounding.add(rows, value, out)
-    return source.as_stored(out)
+        merged = factors.merged(rows)
+    stored = rounded(merged, rows.dtype, target.name)
+    rounding.add(rows, merged, stored)
+    return target.layout.as_stored(stored)
 
 
-def _brought(plain: Tensor, stored: TensorOnDisk | None, dtype: torch.dtype, name: str, rounding: Rounding) -> Tensor:
-    """What the adapter brings whole, in the place of what is `stored`."""
-    out = rounded(plain, dtype, name)
-    if stored is not None and dtype.itemsize < 4:
-        before = torch.empty(stored.shape, dtype=stored.dtype)
-        read_into(stored, before)
-        rounding.add(before, plain, out)
-    return out
+def _replaced(target: _Target, rounding: Rounding) -> Tensor:
+    """The adapter's own tensor."""
+    assert target.in_adapter is not None
+    stored = rounded(target.in_adapter, target.dtype, target.name)
+    if target.in_base is not None and target.dtype.itemsize < 4:
+        before = torch.empty(target.in_base.shape, dtype=target.in_base.dtype)
+        read_into(target.in_base, before)
+        rounding.add(before, target.in_adapter, stored)
+    return stored
 
 
-def _with_rows(
-    stored: TensorOnDisk, block: Tensor, ids: list[int], rows: Tensor, name: str, rounding: Rounding
-) -> Tensor:
+def _with_token_rows(target: _Target, ids: list[int], rows: Tensor, rounding: Rounding) -> Tensor:
     """An embedding with the token rows that the adapter trained."""
-    matrix = torch.empty(block.shape, dtype=stored.dtype)
-    read_into(stored, matrix)
-    out = rounded(rows, stored.dtype, name)
-    rounding.add(matrix[ids], rows, out)
-    matrix[ids] = out
+    assert target.in_base is not None
+    matrix = torch.empty(target.block.shape, dtype=target.dtype)  # (V, D)
+    read_into(target.in_base, matrix)
+    stored = rounded(rows, target.dtype, target.name)  # (n, D)
+    rounding.add(matrix[ids], rows, stored)
+    matrix[ids] = stored
     return matrix
 
 
 def _write(tensors: dict[str, Source], placement: Placement, folder: Path) -> None:
-    """In the files that the base has them in; what is new in the last one."""
+    """Write each tensor to the file that the base has it in, and new ones to the last file."""
     files = sorted({stored.path.name for stored in placement.stored.values()})
     if len(files) == 1:
         write_file(folder / SINGLE, tensors)
         return
-    homes = {name: placement.stored[name].path.name if name in placement.stored else files[-1] for name in tensors}
+
+    weight_map = dict.fromkeys(tensors, files[-1])
+    weight_map |= {name: stored.path.name for name, stored in placement.stored.items() if name in tensors}
     for file in files:
-        write_file(folder / file, {name: source for name, source in tensors.items() if homes[name] == file})
-    size = sum(source.nbytes for source in tensors.values())
-    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": homes})
+        write_file(folder / file, {name: tensor for name, tensor in tensors.items() if weight_map[name] == file})
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
 
 
 def run_merge(options: argparse.Namespace) -> int:

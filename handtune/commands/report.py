@@ -9,6 +9,7 @@ def run_report(options: argparse.Namespace) -> int:
     from ..reporting.page import page_at, report
     from ..reporting.runs import comparison_table
 
+    # An existing file is refused before the runs are read and printed.
     page_at(Path(options.out), options.force)
     runs = [Path(run) for run in options.runs]
     print(comparison_table(runs))

@@ -1,13 +1,13 @@
-"""Examples token by token, with what the loss is on: what `handtune check-data` prints.
+"""Examples token by token, with the tokens that the loss is on: what `handtune check-data` prints.
 
-In colour, tokens in the loss are green; in plain text they stand in [brackets]. Tokens are parted by `|`. Line ends are
-shown as a sign, and characters that could steer the terminal are escaped: data is not to be trusted. `legend` says what
-the signs mean, `distribution` how often each class or tag is there.
+On a terminal, tokens in the loss are green; in plain text they stand in [brackets]. Tokens are separated by `|`. Line
+ends are shown as a sign, and characters that could steer the terminal are escaped, because data is not to be trusted.
+`legend` explains the signs, and `distribution` counts how often each class or tag occurs.
 """
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._outside import visible_line
 from ..engine.data.batches import Examples
@@ -16,9 +16,11 @@ from ..engine.tasks.preferences import SIDES
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_GREEN, _GREY, _RESET = "\x1b[1;32m", "\x1b[90m", "\x1b[0m"
+_GREEN = "\x1b[1;32m"
+_GREY = "\x1b[90m"
+_RESET = "\x1b[0m"
 _SIGNS = {"\n": "↵", "\t": "→", "\r": "␍"}
-# What the loss of an objective is on, with {} for how that is marked.
+# What the loss of an encoding is on; {} stands for how that is marked.
 _LEGENDS = {
     "classify": "the loss is on the label of the whole row",
     "masked-lm": "the loss is on tokens that are masked anew in each epoch",
@@ -41,15 +43,15 @@ def show(
     color: bool,
     labels: Sequence[str] = (),
 ) -> str:
-    """The first `count` examples of `encode`, each under a line that names it; `legend` says what the signs mean.
+    """The first `count` examples of `encode`, each under a line that describes it; `legend` explains the signs.
 
-    `objective` is the encoding; of comparisons "reward", where a score is read, and "pairs", where answers are trained.
-    `labels` names classes and tags.
+    `objective` is the encoding; for comparisons it is "reward" where a score is read, and "pairs" where answers are
+    trained. `labels` names classes and tags.
     """
     blocks = []
-    for number in range(min(count, len(examples))):
-        note, pieces = _marked(examples[number], tokenizer, objective, labels)
-        blocks.append(f"example {number + 1} of {len(examples)}: {note}\n{_paint(pieces, color)}")
+    for i in range(min(count, len(examples))):
+        note, tokens = _mark(examples[i], tokenizer, objective, labels)
+        blocks.append(f"example {i + 1} of {len(examples)}: {note}\n{_paint(tokens, color)}")
     return "\n\n".join(blocks)
 
 
@@ -61,74 +63,110 @@ def legend(objective: str, color: bool) -> str:
 
 
 def distribution(examples: Examples, objective: str, labels: Sequence[str]) -> str:
-    """How many rows are of each class, or words of each tag, in words; nothing for other objectives."""
+    """How many rows are of each class, or how many words have each tag; nothing for other encodings."""
     if objective == "classify":
-        counts, what = Counter(int(example["label"]) for example in examples), "classes"
+        title = "classes"
+        counts = Counter(int(example["label"]) for example in examples)
     elif objective == "tag":
-        counts, what = Counter(int(tag) for example in examples for tag in example["targets"] if tag >= 0), "tags"
+        title = "tags"
+        counts = Counter(int(tag) for example in examples for tag in example["targets"] if tag >= 0)
     else:
         return ""
     total = max(1, sum(counts.values()))
-    each = (f"{visible_line(name)} {counts[i]:,} ({100 * counts[i] / total:.1f} %)" for i, name in enumerate(labels))
-    return f"{what}: {', '.join(each)}"
+    shares = (f"{visible_line(name)} {counts[i]:,} ({100 * counts[i] / total:.1f} %)" for i, name in enumerate(labels))
+    return f"{title}: {', '.join(shares)}"
 
 
-def _marked(
+class _Token(NamedTuple):
+    """A token's text, or a heading between tokens."""
+
+    text: str
+    in_loss: bool = False
+
+
+def _mark(
     example: Mapping[str, Any], tokenizer: "Tokenizer", objective: str, labels: Sequence[str]
-) -> tuple[str, list[tuple[str, bool]]]:
-    """A note on the example, and its tokens with whether each is (part of) a target."""
+) -> tuple[str, list[_Token]]:
+    """A note on the example, and its tokens."""
     if objective == "embed":
-        fields = [field for field in ("anchor", "positive", "negative") if field in example]
-        note = ", ".join(f"{field} {len(example[field])} tokens" for field in fields)
-        return note, [(text, False) for field in fields for text in [f"{field}:", *_texts(example[field], tokenizer)]]
+        return _mark_fields(example, tokenizer)
     if objective in ("pairs", "reward"):
-        return _both_sides(example, tokenizer, objective)
+        return _mark_both_sides(example, tokenizer, objective)
+
     ids = [int(token) for token in example["input_ids"]]
     note = f"{len(ids)} tokens"
+    # Nothing is marked where the whole row is judged, or where targets are drawn anew in each epoch.
     if objective == "classify":
-        return f"{note}, label {_name(example['label'], labels)}", [(text, False) for text in _texts(ids, tokenizer)]
+        return f"{note}, label {_name(example['label'], labels)}", _tokens(ids, tokenizer)
     if objective == "prompts":
-        return f"{note} to continue", [(text, False) for text in _texts(ids, tokenizer)]
+        return f"{note} to continue", _tokens(ids, tokenizer)
     if objective in ("masked-lm", "span-corruption"):
-        return f"{note}, masked anew in each epoch", [(text, False) for text in _texts(ids, tokenizer)]
+        return f"{note}, masked anew in each epoch", _tokens(ids, tokenizer)
     if objective == "seq2seq":
-        written = [(text, True) for text in _texts(example["target_ids"], tokenizer)]
-        pieces = [(text, False) for text in _texts(ids, tokenizer)] + [("writes:", False), *written]
-        return f"{note} to read, {len(written)} to write", pieces
+        written = _tokens(example["target_ids"], tokenizer, in_loss=True)
+        return f"{note} to read, {len(written)} to write", [*_tokens(ids, tokenizer), _Token("writes:"), *written]
+
+    # Position 0, where no answer can be, stands for "no answer".
+    texts = _texts(ids, tokenizer)
     if objective == "qa":
-        start, end = example["start"], example["end"]
-        note = f"{note}, row {example['row'] + 1}, " + (f"answer at {start} to {end}" if start else "no answer here")
-        return note, [(text, 0 < start <= i <= end) for i, text in enumerate(_texts(ids, tokenizer))]
+        start = example["start"]
+        end = example["end"]
+        answer = f"answer at {start} to {end}" if start else "no answer here"
+        tokens = [_Token(text, 0 < start <= i <= end) for i, text in enumerate(texts)]
+        return f"{note}, row {example['row'] + 1}, {answer}", tokens
+
     targets = [int(target) for target in example["targets"]]
-    note = f"{note}, {sum(target >= 0 for target in targets)} targets"
+    in_loss = [target >= 0 for target in targets]
+    note = f"{note}, {sum(in_loss)} targets"
     if objective == "tag":
-        names = [f":{_name(target, labels)}" if target >= 0 else "" for target in targets]
-        return note, [(text + name, bool(name)) for text, name in zip(_texts(ids, tokenizer), names, strict=True)]
-    # Targets are shifted: the token at i + 1 is in the loss if targets[i] is, and the last one is only there.
-    shown = ids + targets[-1:] if targets[-1] >= 0 else ids
-    wanted = [False] + [target >= 0 for target in targets]
-    return note, list(zip(_texts(shown, tokenizer), wanted, strict=False))
+        tokens = []
+        for text, target in zip(texts, targets, strict=True):
+            if target >= 0:
+                tokens.append(_Token(f"{text}:{_name(target, labels)}", True))
+            else:
+                tokens.append(_Token(text))
+        return note, tokens
+
+    # Targets are shifted: token i + 1 is in the loss if targets[i] is, and the last target is no input.
+    if in_loss[-1]:
+        texts += _texts(targets[-1:], tokenizer)
+    return note, [_Token(text, marked) for text, marked in zip(texts, [False, *in_loss], strict=False)]
 
 
-def _both_sides(
-    example: Mapping[str, Any], tokenizer: "Tokenizer", objective: str
-) -> tuple[str, list[tuple[str, bool]]]:
-    """The same of a comparison: the answers of both sides, or the tokens at which both are scored."""
-    notes, pieces = [], []
+def _mark_fields(example: Mapping[str, Any], tokenizer: "Tokenizer") -> tuple[str, list[_Token]]:
+    """An anchor, its positive and perhaps its negative, none of whose tokens is a target by itself."""
+    notes: list[str] = []
+    tokens: list[_Token] = []
+    for field in ("anchor", "positive", "negative"):
+        if field in example:
+            notes.append(f"{field} {len(example[field])} tokens")
+            tokens += [_Token(f"{field}:"), *_tokens(example[field], tokenizer)]
+    return ", ".join(notes), tokens
+
+
+def _mark_both_sides(example: Mapping[str, Any], tokenizer: "Tokenizer", objective: str) -> tuple[str, list[_Token]]:
+    """A comparison: marked are the answers of both sides, or the tokens at which both are scored."""
+    notes = []
+    tokens = []
     for side, start in zip(SIDES, example["starts"], strict=True):
         ids = [int(token) for token in example[side]]
         first = len(ids) - 1 if objective == "reward" else max(start, 1)  # nothing predicts the first token of a row
         notes.append(f"{side} {len(ids)} tokens, {len(ids) - start} of them the answer")
-        pieces += [(f"{side}:", False), *((text, i >= first) for i, text in enumerate(_texts(ids, tokenizer)))]
+        tokens.append(_Token(f"{side}:"))
+        tokens += [_Token(text, i >= first) for i, text in enumerate(_texts(ids, tokenizer))]
     if example["tie"]:
         notes.append("a tie")
     if example["margin"]:
         notes.append(f"margin {example['margin']:g}")
-    return "; ".join(notes), pieces
+    return "; ".join(notes), tokens
 
 
 def _name(index: int, labels: Sequence[str]) -> str:
     return visible_line(labels[index]) if index < len(labels) else str(index)
+
+
+def _tokens(ids: Sequence[int], tokenizer: "Tokenizer", in_loss: bool = False) -> list[_Token]:
+    return [_Token(text, in_loss) for text in _texts(ids, tokenizer)]
 
 
 def _texts(ids: Sequence[int], tokenizer: "Tokenizer") -> list[str]:
@@ -141,7 +179,8 @@ def _visible(text: str) -> str:
     )
 
 
-def _paint(pieces: Sequence[tuple[str, bool]], color: bool) -> str:
+def _paint(tokens: Sequence[_Token], color: bool) -> str:
     if color:
-        return f"{_GREY}|{_RESET}".join(f"{_GREEN}{text}{_RESET}" if wanted else text for text, wanted in pieces)
-    return "|".join(f"[{text}]" if wanted else text for text, wanted in pieces)
+        texts = (f"{_GREEN}{token.text}{_RESET}" if token.in_loss else token.text for token in tokens)
+        return f"{_GREY}|{_RESET}".join(texts)
+    return "|".join(f"[{token.text}]" if token.in_loss else token.text for token in tokens)

@@ -1,1 +1,1 @@
-"""Runs looked at together: read and compared by `runs.py`, drawn by `plots.py`, put on a page by `page.py`."""
+"""Runs side by side: read and compared by `runs.py`, shown by `plots.py` and `tables.py`, on a page by `page.py`."""

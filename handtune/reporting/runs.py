@@ -1,10 +1,10 @@
-"""Reads run folders and compares them in numbers; `report` draws the same runs as a page.
+"""Reading run folders, and comparing them in numbers; `report` draws the same runs as a page.
 
     print(comparison_table([Path("runs/lora"), Path("runs/full")]))
 
-A run folder holds run.json (what was asked for), metrics.jsonl (a line a step, a line an evaluation) and, once training
-has ended, result.json. A run that is still going, or was killed while it wrote a line, is read as far as it got. Bytes
-are decimal (1 MB = 10⁶ bytes).
+A run folder contains run.json (the configuration and other facts), metrics.jsonl (a line a step, a line an evaluation)
+and, once training has ended, result.json. A run that is still going, or was killed while it wrote a line, is read as
+far as it got. Bytes are decimal (1 MB = 10⁶ bytes).
 """
 
 import logging
@@ -22,7 +22,7 @@ from ..engine.training.run_folder import is_metrics, read_facts, read_result
 log = logging.getLogger("handtune")
 Row = dict[str, Any]
 
-# What a task is judged by: the first pair that a run has measured heads its columns.
+# What a task is judged by: the first pair that a run has measured gets columns.
 MAIN_METRICS = (
     ("accuracy", "macro_f1"),
     ("accuracy", "calibration_error"),
@@ -33,42 +33,48 @@ MAIN_METRICS = (
     ("perplexity", "loss"),
 )
 PERCENT = {"accuracy", "macro_f1", "exact_match", "f1", "precision", "recall", "token_accuracy", "accuracy@1"}
-NAMES = {"macro_f1": "macro F1", "f1": "F1", "mrr": "MRR", "lr": "learning rate", "peak_memory": "peak memory"}
-NAMES |= {"tokens_per_second": "tokens per second", "images_per_second": "images per second"}
-NAMES |= {"grad_norm": "gradient norm", "kl": "KL", "approx_kl": "KL of the updates", "beta": "β"}
+NAMES = {
+    "macro_f1": "macro F1", "f1": "F1", "mrr": "MRR", "lr": "learning rate", "peak_memory": "peak memory",
+    "tokens_per_second": "tokens per second", "images_per_second": "images per second", "grad_norm": "gradient norm",
+    "kl": "KL", "approx_kl": "KL of the updates", "beta": "β",
+}  # fmt: skip
 
 
 @dataclass
 class Run:
-    """A run folder as read: info is run.json, steps and evals are metrics.jsonl, result is {} until the run ends.
-
-    notes say what is missing or was left out.
-    """
+    """The contents of a run folder."""
 
     path: Path
     name: str
-    info: Row
-    steps: list[Row]
-    evals: list[Row]
-    result: Row
-    notes: list[str]
+    info: Row  # run.json
+    steps: list[Row]  # the step lines of metrics.jsonl
+    evals: list[Row]  # its evaluation lines
+    result: Row  # result.json; {} until the run ends
+    notes: list[str]  # on what is missing, or was left out
 
 
 def comparison_table(runs: Sequence[Path]) -> str:
-    """A comparison as plain text, a line a run: trained parameters, main metrics before → after, peak memory,
-    time, stored size. Raises as `read_runs` does."""
+    """A comparison as plain text, a line a run: trained parameters, main metrics before → after, and costs.
+
+    Raises as `read_runs` does.
+    """
     loaded = read_runs(runs)
-    cells = [["run", "trained", *(f"{metric_name(key)} (before → after)" for key in main_metrics(loaded))]]
-    cells[0] += ["peak memory", "time", "stored"]
+    metrics = main_metrics(loaded)
+    titles = [f"{metric_name(key)} (before → after)" for key in metrics]
+    table = [["run", "trained", *titles, "peak memory", "time", "stored"]]
     for run in loaded:
-        scores = [" → ".join(score(key, value) for value in before_after(run, key)) for key in main_metrics(loaded)]
-        cells.append([run.name, trained(run), *scores, *costs(run)])
-    cells = [[visible_line(cell) for cell in line] for line in cells]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    cells.insert(1, ["─" * width for width in widths])
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in cells
-    )
+        scores = [" → ".join(score(key, value) for value in before_after(run, key)) for key in metrics]
+        table.append([run.name, trained(run), *scores, *costs(run)])
+
+    # The first column is aligned left, numbers right.
+    table = [[visible_line(cell) for cell in row] for row in table]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    table.insert(1, ["─" * width for width in widths])
+    lines = []
+    for row in table:
+        cells = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
 # Reading
@@ -82,6 +88,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     if not paths:
         raise ValueError("report: no run folder given; name at least one, such as runs/headlines")
     runs = [_read_run(Path(path)) for path in paths]
+
+    # Copies of a run, for example, have its name, too.
     names = [run.name for run in runs]
     for run in runs:
         if names.count(run.name) > 1:
@@ -95,20 +103,25 @@ def _read_run(path: Path) -> Run:
         raise FileNotFoundError(f"{path}: there is no such run folder; {remedy}")
     if not (path / "run.json").is_file():
         raise FileNotFoundError(f"{path}: not a run folder, it has no run.json; {remedy}")
+
     info = read_facts(path / "run.json")
     steps, evals, notes = _read_metrics(path / "metrics.jsonl")
-    result = read_result(path / "result.json") if (path / "result.json").is_file() else {}
-    if not result:
-        reached = f"stopped after step {steps[-1]['step']:,}" if steps else "not at its first step yet"
-        notes.insert(0, f"no result.json: still going, or {reached}" if steps else f"no result.json: {reached}")
+    result: Row = {}
+    if (path / "result.json").is_file():
+        result = read_result(path / "result.json")
+    if not result and steps:
+        notes.insert(0, f"no result.json: still going, or stopped after step {steps[-1]['step']:,}")
+    elif not result:
+        notes.insert(0, "no result.json: not at its first step yet")
     return Run(path, str(info.get("name") or resolved(path).name), info, steps, evals, result, notes)
 
 
 def _read_metrics(path: Path) -> tuple[list[Row], list[Row], list[str]]:
     """Step rows, evaluation rows, and notes on lines left out.
 
-    A step that a resumed run has repeated counts once, as repeated.
+    Of a step that a resumed run has repeated, the later row counts.
     """
+    # By step, because a resumed run repeats the steps after its last checkpoint.
     steps: dict[int, Row] = {}
     evals: dict[int, Row] = {}
     lines = read_journal(path, is_metrics)
@@ -118,18 +131,25 @@ def _read_metrics(path: Path) -> tuple[list[Row], list[Row], list[str]]:
             evals[row["step"]] = {"step": row["step"], **row["eval"]}
         elif row:
             steps[row["step"]] = row
-    notes = [f"{text}, left out" for text in filter(None, [damaged_lines(path, lines)])]
-    for note in notes:
-        log.warning("%s", note)
+
+    notes = []
+    if damage := damaged_lines(path, lines):
+        notes.append(f"{damage}, left out")
+        log.warning("%s, left out", damage)
     notes += [f"{path} line {line.number}: not whole yet, left out" for line in lines if line.cut_short]
-    return [steps[k] for k in sorted(steps)], [evals[k] for k in sorted(evals)], notes
+    return [steps[step] for step in sorted(steps)], [evals[step] for step in sorted(evals)], notes
 
 
 def before_after(run: Run, key: str) -> tuple[float | None, float | None]:
     """A metric at step 0 and at the end (or at the last evaluation so far); None where it was not measured."""
-    first = run.evals[0] if run.evals and run.evals[0]["step"] == 0 else {}
-    last = run.evals[-1] if run.evals and run.evals[-1]["step"] > 0 else {}
-    return (run.result.get("before") or first).get(key), (run.result.get("metrics") or last).get(key)
+    # A run that has not ended has no result yet, but perhaps evaluations.
+    before: Row = run.result.get("before") or {}
+    after: Row = run.result.get("metrics") or {}
+    if not before and run.evals and run.evals[0]["step"] == 0:
+        before = run.evals[0]
+    if not after and run.evals and run.evals[-1]["step"] > 0:
+        after = run.evals[-1]
+    return before.get(key), after.get(key)
 
 
 def main_metrics(runs: Sequence[Run]) -> list[str]:
@@ -137,9 +157,9 @@ def main_metrics(runs: Sequence[Run]) -> list[str]:
     chosen: list[str] = []
     for run in runs:
         measured = {name for row in run.evals for name in row} | set(run.result.get("metrics") or {})
-        known = [pair for pair in MAIN_METRICS if measured.issuperset(pair)]
         best = str((run.result.get("best") or {}).get("metric"))
-        keys = known[0] if known else [key for key in (best, "loss") if key in measured][:1]
+        candidates = [*MAIN_METRICS, (best,), ("loss",)]
+        keys = next((keys for keys in candidates if measured.issuperset(keys)), ())
         chosen += [key for key in keys if key not in chosen]
     return chosen
 
@@ -156,7 +176,9 @@ def score(key: str, value: float | None) -> str:
         return "–"
     if not math.isfinite(value):
         return str(value)
-    return f"{100 * value:.1f} %" if key in PERCENT else f"{value:,.4g}" if abs(value) < 1e4 else f"{value:.2e}"
+    if key in PERCENT:
+        return f"{100 * value:.1f} %"
+    return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:.2e}"
 
 
 def _scaled(value: float | None, units: Sequence[str]) -> str:
@@ -165,8 +187,13 @@ def _scaled(value: float | None, units: Sequence[str]) -> str:
         return "–"
     power = 0
     while abs(value) >= 999.5 and power < len(units) - 1:
-        value, power = value / 1000, power + 1
-    digits = 0 if power == 0 or value >= 99.95 else 1 if value >= 9.995 else 2
+        value /= 1000
+        power += 1
+    digits = 2
+    if power == 0 or value >= 99.95:
+        digits = 0
+    elif value >= 9.995:
+        digits = 1
     return f"{value:.{digits}f} {units[power]}".rstrip()
 
 
@@ -179,27 +206,38 @@ def duration(seconds: float | None) -> str:
         return "–"
     if seconds < 59.95:
         return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    minutes, remaining_seconds = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {remaining_seconds:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def trained(run: Run) -> str:
-    trained, total = run.result.get("trainable"), run.result.get("parameters")
-    if trained is None or not total:
+    """How many parameters were trained, and which share of all."""
+    n_trained = run.result.get("trainable")
+    n_total = run.result.get("parameters")
+    if n_trained is None or not n_total:
         return "–"
-    share = 100 * trained / total
-    digits = 0 if share >= 99.95 else 1 if share >= 9.95 else 2 if share >= 0.01 else 4
-    return f"{_scaled(trained, ('', 'k', 'M', 'G', 'T'))} ({share:.{digits}f} %)"
+    percent = 100 * n_trained / n_total
+    # The digits after the point, from the smallest percentage that they suffice for.
+    digits = next((digits for smallest, digits in ((99.95, 0), (9.95, 1), (0.01, 2)) if percent >= smallest), 4)
+    return f"{_scaled(n_trained, ('', 'k', 'M', 'G', 'T'))} ({percent:.{digits}f} %)"
 
 
 def trains(run: Run) -> str:
+    """What a run trains, such as "LoRA r=8"."""
+    if run.info.get("trains"):
+        return str(run.info["trains"])
+    # A run that has not begun to train has its configuration alone.
     lora = run.info["config"].get("lora")
-    rank = lora.get("rank") if isinstance(lora, dict) else None
-    return str(run.info.get("trains") or (f"LoRA r={rank}" if rank else "–"))
+    if isinstance(lora, dict) and lora.get("rank"):
+        return f"LoRA r={lora['rank']}"
+    return "–"
 
 
 def costs(run: Run) -> tuple[str, str, str]:
     """Peak memory, time and stored size; the first two also of a run that has not ended."""
+    last_step: Row = run.steps[-1] if run.steps else {}
     peak = run.result.get("peak_memory") or max((row.get("peak_memory") or 0 for row in run.steps), default=0)
-    seconds = run.result.get("seconds") or (run.steps[-1].get("seconds") if run.steps else None)
+    seconds = run.result.get("seconds") or last_step.get("seconds")
     return size(peak or None), duration(seconds), size(run.result.get("stored_bytes"))
