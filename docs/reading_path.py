@@ -27,15 +27,16 @@ ELSEWHERE = {
         "kernels/lora/row_groups.py", "kernels/lora/per_row.py", "kernels/lora/dora.py", "engine/adapters/embedding.py",
         "engine/adapters/token_rows.py", "engine/adapters/combine.py", "engine/adapters/qlora.py",
         "engine/adapters/tied.py", "engine/adapters/rounding.py", "engine/adapters/modules_to_save.py",
+        "engine/adapters/switch.py",
         "engine/adapters/locking.py", "engine/adapters/module_patterns.py", "engine/training/freezing.py",
     ],
     "other data": [
         "engine/chat", "engine/data/corpus.py", "engine/data/images.py", "engine/data/tables.py",
-        "engine/data/row_fields.py", "engine/data/schema.py", "engine/data/candidates.py", "models/tokenizer",
+        "engine/data/row_fields.py", "engine/data/schema.py", "engine/data/candidates.py", "engine/data/labels.py", "models/tokenizer",
         "models/layers/image_processor.py", "models/checkpoint/pooling.py", "models/layers/relative_positions.py",
         "models/layers/rope_scaling.py", "models/llama/config.py",
     ],
-    "attention on a GPU": ["kernels/attn/cpu.py", "kernels/attn/forward_triton.py", "kernels/attn/backward_triton.py"],
+    "attention on a GPU": ["kernels/attn/cpu.py", "kernels/attn/rows.py", "kernels/attn/forward_triton.py", "kernels/attn/backward_triton.py"],
     "care": [
         "handtune", "engine/finite.py", "engine/data/fingerprints.py", "engine/data/placed_rows.py",
         "engine/data/encode_report.py", "engine/training/cached_features.py", "engine/training/guards.py",
