@@ -32,11 +32,15 @@ ELSEWHERE = {
     ],
     "other data": [
         "engine/chat", "engine/data/corpus.py", "engine/data/images.py", "engine/data/tables.py",
-        "engine/data/row_fields.py", "engine/data/schema.py", "engine/data/candidates.py", "engine/data/labels.py", "models/tokenizer",
+        "engine/data/row_fields.py", "engine/data/schema.py", "engine/data/candidates.py", "engine/data/labels.py",
+        "models/tokenizer",
         "models/layers/image_processor.py", "models/checkpoint/pooling.py", "models/layers/relative_positions.py",
         "models/layers/rope_scaling.py", "models/llama/config.py",
     ],
-    "attention on a GPU": ["kernels/attn/cpu.py", "kernels/attn/rows.py", "kernels/attn/forward_triton.py", "kernels/attn/backward_triton.py"],
+    "attention beyond torch's": [
+        "kernels/attn/cpu.py", "kernels/attn/rows.py", "kernels/attn/forward_triton.py",
+        "kernels/attn/backward_triton.py",
+    ],
     "care": [
         "handtune", "engine/finite.py", "engine/data/fingerprints.py", "engine/data/placed_rows.py",
         "engine/data/encode_report.py", "engine/training/cached_features.py", "engine/training/guards.py",
