@@ -131,10 +131,9 @@ def test_log_probabilities_row_by_row(family: str, tmp_path: Path) -> None:
 def test_ppo_comes_near_the_optimum_of_an_enumerable_task(beta: float, rounds: int, least: float) -> None:
     """J* = β log E_ρ[exp(r/β)] is the best there is; PPO comes to it from below."""
     task = Enumerable(beta)
-    seconds = task.learn(rounds)
+    task.learn(rounds)
     assert least <= task.share()
     assert task.value() <= task.best + 1e-6
-    assert seconds < 60
 
 
 def test_rounds_are_whole_where_prompts_are_few() -> None:
