@@ -197,6 +197,13 @@ def loading() -> str:
     return table(["model", "size", "peak, of the size", "transformers' peak", "seconds, times reading alone"], rows)
 
 
+def chat_masks() -> str:
+    totals = results("chat_masks")["totals"]
+    return table(
+        [f"dialogues of {sum(totals.values()):,}", *totals], [["", *(f"{count:,}" for count in totals.values())]]
+    )
+
+
 def page() -> str:
     """The whole of benchmarks/README.md."""
     versions = results("train_gpt2_cpu_float32")
@@ -272,9 +279,15 @@ its rounding.
 ## Exchange
 
 `python benchmarks/exchange.py` prints the grid of families and heads: what is stored here gives transformers, PEFT and
-sentence-transformers the numbers that it gives here, and the other way round. `benchmarks/chat_masks.py` compares the
-loss masks of published chat templates with twins of them that mark what the assistant writes, and
-`benchmarks/chat_model.py` what a trained chat model writes here and in transformers.
+sentence-transformers the numbers that it gives here, and the other way round. `benchmarks/chat_model.py` compares what
+a trained chat model writes here and in transformers.
+
+`benchmarks/chat_masks.py` compares the loss masks of published chat templates (those of
+{results("chat_masks")["templates"]}) with twins of them that mark what the assistant writes. "By rule": equal but for
+what a written rule decides, such as a line end behind the turn's last token. "Refused": the template drops or refuses
+something.
+
+{chat_masks()}
 """
 
 

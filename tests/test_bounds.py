@@ -22,7 +22,7 @@ from handtune.engine import LoRAConfig, PPOConfig, TrainConfig
 from handtune.engine.adapters.module_patterns import matches_end
 from handtune.engine.chat.template import ChatTemplate
 from handtune.engine.data.images import MAX_PIXELS, decode
-from handtune.models import GPT2, load
+from handtune.models import GPT2, Llama, load
 from handtune.models.layers.image_processor import ImageProcessor
 
 
@@ -175,6 +175,8 @@ def test_numbers_of_labels_and_layers_without_end(base, tmp_path) -> None:
     for field in ("n_layer", "d_model"):
         with pytest.raises(ValueError, match=f"{field} = 1000000000: expected at most"):
             GPT2.from_name("gpt2", **{field: 10**9})
+    sizes = {"n_layer": 2, "d_model": 64, "n_head": 4, "n_kv_head": 2, "d_ff": 64, "vocab_size": 64, "head_width": 16}
+    assert Llama.from_name("Qwen2.5-7B", window=8, window_layers=(1,), **sizes).config.window_layers == (1,)
     with pytest.raises(ValueError, match="n_layer = 'a': expected int"):
         GPT2.from_name("gpt2", n_layer="a")
 

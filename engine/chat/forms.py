@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from ..._files import parse_json
+from ..._shapes import parse_json
 
 ANSWER = "\ue0e4"  # a private-use character: what is looked for in a rendered dialogue
 _VALUE = "\ue0e5"

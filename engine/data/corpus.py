@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..._files import parse_json, read_json, require_file, write_file, write_json
+from ..._files import read_json, require_file, write_file, write_json
 from ..._locks import alone
-from ..._shapes import with_fields
+from ..._shapes import parse_json, with_fields
 from .fingerprints import digest
 from .text import append_eos, beginning, begun
 

@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..._files import parse_json, read_bytes
+from ..._files import read_bytes
+from ..._shapes import parse_json
 from .images import image_rows
 from .labels import label_name
 from .placed_rows import PlacedRow, place_of

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..._files import parse_json
+from ..._shapes import parse_json
 
 _LISTS = ("tools", "functions", "documents")
 _RESERVED = ("messages", "add_generation_prompt", "self")  # what every template gets; Python's own

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..._files import parse_json, write_file
+from ..._files import write_file
+from ..._shapes import parse_json
 
 log = logging.getLogger("handtune")
 MAX_SHOWN = 3  # numbers of damaged lines that are listed

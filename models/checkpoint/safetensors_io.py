@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from ... import _files
-from ..._files import parse_json, require_file
+from ..._files import require_file
+from ..._shapes import parse_json
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, theirs) for name, theirs in _files.DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the published limit

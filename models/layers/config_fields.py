@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import Field, fields
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 from ..._shapes import shown
 
@@ -96,6 +96,8 @@ def overridden(presets: dict[str, dict], name: str, overrides: dict, config_clas
     if unknown := sorted(set(overrides) - set(by_name)):
         raise ValueError(f"{', '.join(unknown)}: no such configuration field; known: {', '.join(sorted(by_name))}")
     for key, value in overrides.items():
-        if get_origin(by_name[key].type) is not tuple:  # sizes of ResNet's stages, which it checks itself
+        field_type = by_name[key].type
+        # A tuple of sizes or layers, also one that may be None, is checked by the configuration itself.
+        if not any(get_origin(option) is tuple for option in (field_type, *get_args(field_type))):
             _check_field(key, value, by_name[key])
     return {**presets[name], **overrides}
