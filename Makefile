@@ -23,7 +23,7 @@ demo: $(STAMP)
 # Triton's interpreter needs a process of its own, which works beside the other one; what it says comes at the end.
 test: $(STAMP)
 	@log=$$(mktemp); \
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_triton_*.py > $$log 2>&1 & triton=$$!; \
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels/triton > $$log 2>&1 & triton=$$!; \
 	$(PY) -m pytest; main=$$?; \
 	wait $$triton; interpreted=$$?; \
 	echo "Triton's interpreter:"; cat $$log; rm -f $$log; \
@@ -47,7 +47,7 @@ bench: $(STAMP)
 # These two run from a bare clone, with any python3 that has torch and triton.
 test-gpu:
 	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "no CUDA here: nothing to test"; exit 1; }
-	$(PYTHON) -m pytest -m 'not deep' tests/test_cuda.py tests/test_triton_*.py
+	$(PYTHON) -m pytest -m 'not deep' tests/kernels/test_cuda.py tests/kernels/triton
 
 bench-gpu:
 	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "no CUDA here: nothing to measure"; exit 1; }

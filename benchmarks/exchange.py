@@ -8,7 +8,7 @@ largest difference of any output from transformers', over texts that end with eo
 or do neither, and over ways to pad (`exchange_models.py`). Ours is computed alone, padded and packed each time.
 
 Where transformers gives a row of a batch another output than the same row alone, ours is compared with the latter, and
-the reason is printed. The checks are tests, too: `tests/test_exchange.py`.
+the reason is printed. The checks are tests, too: `tests/models/checkpoint/test_exchange.py`.
 """
 
 import argparse

@@ -5,7 +5,7 @@
 Every operation runs once on fake tensors of real sizes while its launches are recorded, exactly as they would be made
 on each GPU (A100: sm_80, H100 and H200: sm_90, B200: sm_100). The recorded kernels are then compiled ahead of time, and
 what the binaries use is read from them. A kernel that spills registers, or wants more shared memory than the GPU has,
-is a failure: the script lists it and exits with 1. `tests/test_resources.py` asserts the same.
+is a failure: the script lists it and exits with 1. `tests/kernels/test_resources.py` asserts the same.
 """
 
 import argparse

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from project import ROOT
 
-ROOT = Path(__file__).parent.parent
 ROOMS = ("engine", "models", "kernels", "handtune", "benchmarks", "docs", "examples", "tests")
 
 

@@ -4,11 +4,10 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+from project import ROOT
 from small_runs import CHAT, gpt2_folder, write_config, write_rows
 
-ROOT = Path(__file__).parent.parent
 TOUCH = (
     "import handtune.engine, handtune.models, handtune.kernels\n"
     "for package in (handtune.engine, handtune.models, handtune.kernels):\n"

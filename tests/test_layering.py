@@ -4,13 +4,14 @@ import ast
 import importlib
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from project import ROOT
 
-ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {"kernels": {"kernels"}, "models": {"models", "kernels"}, "engine": {"engine", "kernels"}}
 TORCH_ONLY = {"torch", "triton"}
 # The package itself, which imports nothing; the one writer and reader of files, and what these hold; the lock; what is
@@ -206,3 +207,11 @@ def test_type_checkers_see_the_same_names(package: str) -> None:
     block = next(node for node in tree.body if isinstance(node, ast.If))
     shown = {alias.asname: node.module for node in block.body for alias in node.names}  # type: ignore[attr-defined]
     assert shown == module._HOME
+
+
+def test_a_name_of_the_tests_helpers_means_one_thing() -> None:
+    names: list[str] = []
+    for path in sorted((ROOT / "tests/helpers").glob("*.py")):
+        definitions = (ast.FunctionDef, ast.ClassDef)
+        names += [node.name for node in ast.parse(path.read_text()).body if isinstance(node, definitions)]
+    assert [name for name, count in Counter(names).items() if count > 1] == []

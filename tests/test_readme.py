@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from project import ROOT
 from small_models import CLASSES, tiny_gpt2, tiny_llama
 from small_tokenizers import byte_level, sentence_piece
 from transformers import PreTrainedTokenizerFast
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = ROOT / "README.md"
 TEXTS = ["the cat sat on the mat", "good morning", "who wrote the book?"] * 4
 
 

@@ -9,7 +9,8 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.append(sys.path[0] + "/helpers")
 
 import conftest  # noqa: F401  offline, one thread
 from mutants.inputs import make

@@ -1,0 +1,67 @@
+"""The example data sets written for this project: offsets right, lengths as promised, nothing empty or repeated."""
+
+import importlib.util
+import json
+
+import pytest
+from project import EXAMPLES, ROOT
+
+from handtune.engine.data.readers import read_rows
+
+DIABETES = EXAMPLES / "diabetes-qa"
+
+
+@pytest.mark.parametrize(("name", "passages", "questions"), [("passages.json", 41, 174), ("passages-eval.json", 8, 34)])
+def test_passages(name, passages, questions):
+    articles = json.loads((DIABETES / name).read_text(encoding="utf-8"))["data"]
+    paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
+    assert len(paragraphs) == passages
+    assert all(60 <= len(paragraph["context"].split()) <= 130 for paragraph in paragraphs)
+    assert all(4 <= len(paragraph["qas"]) <= 5 for paragraph in paragraphs)
+    rows = read_rows(DIABETES / name)  # which checks that each answer is at its offset
+    assert len(rows) == questions
+    assert len({question["id"] for paragraph in paragraphs for question in paragraph["qas"]}) == questions
+    assert all(row["question"].endswith("?") and len(row["answers"]["text"]) == 1 for row in rows)
+    for row in rows:
+        text, start = row["answers"]["text"][0], row["answers"]["answer_start"][0]
+        before, after = row["context"][start - 1 : start], row["context"][start + len(text) :][:1]
+        assert text == text.strip() and not before.isalnum() and not after.isalnum(), text
+
+
+def test_held_out_passages_are_not_trained_on():
+    parts = [read_rows(DIABETES / name) for name in ("passages.json", "passages-eval.json")]
+    contexts, held_out = ({row["context"] for row in part} for part in parts)
+    assert not contexts & held_out
+    questions = [(row["question"], row["context"]) for part in parts for row in part]
+    assert len(questions) == len(set(questions))
+
+
+def test_clauses():
+    rows = read_rows(EXAMPLES / "summaries" / "clauses.jsonl")
+    assert len(rows) == 182
+    for field in ("prompt", "completion"):
+        texts = [" ".join(row[field].lower().split()) for row in rows]
+        assert len(texts) == len(set(texts))
+        assert all(row[field] == row[field].strip() and "\n" not in row[field] for row in rows)
+    assert all(40 <= len(row["prompt"].split()) <= 110 for row in rows)
+    assert all(5 <= len(row["completion"].split()) <= 40 for row in rows)
+    words = [set(row["prompt"].lower().split()) for row in rows]
+    pairs = ((a, b) for i, a in enumerate(words) for b in words[:i])
+    assert max(len(a & b) / len(a | b) for a, b in pairs) < 0.6
+
+
+def test_cars_and_trucks_leave_out_what_is_hidden(tmp_path) -> None:
+    path = ROOT / "examples/cars-trucks/adapt.py"
+    spec = importlib.util.spec_from_file_location("adapt", path)
+    assert spec is not None
+    assert spec.loader is not None
+    adapt = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(adapt)
+    for name in ("car/1.png", "car/2.png", "car/.DS_Store", "truck/1.png", "truck/2.png", ".cache/x.png"):
+        (tmp_path / "all" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "all" / name).write_bytes(b"")
+    out = adapt.few(tmp_path / "all", 2, 0, tmp_path / "few")
+    found = sorted(str(file.relative_to(out)) for file in out.glob("*/*"))
+    assert found == ["car/1.png", "car/2.png", "truck/1.png", "truck/2.png"]
+    with pytest.raises(SystemExit, match="2 images, and 3 are wanted"):
+        adapt.few(tmp_path / "all", 3, 0, tmp_path / "few")
