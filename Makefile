@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test deep check bench test-gpu bench-gpu clean .venv
+.PHONY: demo test deep lowest check bench test-gpu bench-gpu clean .venv
 
 .venv: $(STAMP)
 
@@ -31,6 +31,24 @@ test: $(STAMP)
 
 deep: $(STAMP)
 	$(PY) -m pytest -m deep
+	$(MAKE) lowest
+
+# The lowest versions that pyproject.toml allows, by tests that need no other package. Their torch brings CUDA: gigabytes.
+LOWEST := .venv-lowest
+$(LOWEST)/.installed: pyproject.toml tests/lowest.py
+	rm -rf $(LOWEST)
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python tests/lowest.py > $(LOWEST)/requirements.txt
+	$(LOWEST)/bin/python -m pip install --quiet --requirement $(LOWEST)/requirements.txt pytest
+	touch $@
+
+lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pytest $(addprefix tests/,kernels/test_kernels.py kernels/test_attention.py \
+	  kernels/test_cross_entropy.py kernels/test_lora_batched.py kernels/test_compile.py engine/training/test_loop.py \
+	  engine/training/test_optim.py engine/training/test_features.py engine/data/test_data.py engine/data/test_corpus.py \
+	  engine/tasks/test_encode.py engine/tasks/test_losses.py engine/adapters/test_qlora.py \
+	  command_line/test_inputs.py command_line/test_ppo_command.py command_line/test_files.py \
+	  models/checkpoint/test_tensor_file.py)
 
 check: $(STAMP)
 	@test -d handtune/engine || { echo "make check needs symbolic links: git config core.symlinks true && git checkout -f"; exit 1; }
@@ -57,4 +75,4 @@ bench-gpu:
 	    --length $$length --out benchmarks/results/train_$${model}_$${length}_cuda.json || exit 1; done; done
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info

@@ -1,9 +1,10 @@
-"""A clone as some systems make it: without symbolic links."""
+"""A clone as some systems make it, without symbolic links, and the archive that is built of it."""
 
 import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,15 @@ def test_it_says_what_make_check_needs(clone: Path) -> None:
     done = subprocess.run(["make", "check"], cwd=clone, env=environment, capture_output=True, text=True)
     assert done.returncode != 0
     assert done.stdout == "make check needs symbolic links: git config core.symlinks true && git checkout -f\n"
+
+
+def test_a_source_archive_holds_what_its_tests_need(clone: Path, tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=clone, capture_output=True, check=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        stored = {name.partition("/")[2] for name in archive.getnames()}
+
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=clone, capture_output=True, text=True, check=True).stdout
+    links = {f"handtune/{package}" for package in ("engine", "models", "kernels")}
+    assert set(listed.strip("\0").split("\0")) - stored == {".ci/run", ".gitignore", *links}

@@ -1,0 +1,10 @@
+"""The lowest versions that pyproject.toml allows, as a file of requirements: `python tests/lowest.py > FILE`."""
+
+import tomllib
+from pathlib import Path
+
+PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+
+if __name__ == "__main__":
+    for requirement in PROJECT["dependencies"]:
+        print(requirement.replace(">=", "=="))
