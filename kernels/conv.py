@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .linear import Merged
-from .lora.dora import rescale, row_norms
+from .lora.dora import rescale
+from .lora.factors import LinearPart, LoRAMatrixWeights, Merged
 from .lora.per_row import AdapterRows
 from .lora.products import cast_for_autocast, check_dtypes_and_dropout, draw_seed, drop
 
@@ -200,50 +200,6 @@ def lora_conv2d_reference(x, weight, bias, a, b, *, groups=1, scale=1.0, **geome
     return F.conv2d(x, weight, bias, groups=groups, **geometry) + scale * low_rank
 
 
-class LoRAConvWeights(nn.Module):
-    """One adapter's factors on a convolution: `a` (R, C, k, k), `b` (M, R/groups, 1, 1), scaled by `scale`. fp32.
-
-    A is Kaiming uniform with a = √5, which is U(±1/√(C k k)); B is zero, so that the sum starts as the base model. As
-    in PEFT, the groups of the convolution are those of B, among which the rank is divided, while A reads all channels.
-    """
-
-    def __init__(self, conv: "Conv2d", rank: int, scale: float, dropout: float = 0.0):
-        super().__init__()
-        self.groups = conv.groups
-        self.scale = scale
-        self.dropout = dropout
-
-        m, channels_per_group, *kernel = conv.weight.shape
-        c = channels_per_group * conv.groups
-        bound = 1 / math.sqrt(c * math.prod(kernel))
-        device = conv.weight.device
-        self.a = nn.Parameter(torch.empty(rank, c, *kernel, device=device).uniform_(-bound, bound))
-        self.b = nn.Parameter(torch.zeros(m, rank // conv.groups, 1, 1, device=device))
-        self.m: nn.Parameter | None = None  # DoRA's magnitudes (M,), see `dora.py`
-        self.lr_ratio = 1.0  # of B's learning rate to A's
-        self.paused: tuple[str, ...] = ()  # the parameters that train when it is the adapter in use
-
-    @torch.no_grad()
-    def add_magnitudes(self, weight: Tensor) -> None:
-        """Train the magnitudes of the weight (M, C, k, k), too; they start as they are. One group only."""
-        self.m = nn.Parameter(self._norms(weight))
-
-    def _norms(self, weight: Tensor) -> Tensor:
-        return row_norms(weight.flatten(1), self.a.flatten(1), self.b.flatten(1), self.scale)
-
-    def gain(self, weight: Tensor) -> Tensor:
-        """DoRA's g (M,) for the weight (M, C, k, k)."""
-        assert self.m is not None
-        return self.m / self._norms(weight)
-
-    def merged(self, weight: Tensor) -> Tensor:
-        """What the weight (M, C, k, k) becomes, in fp32. Several groups have no such: each would read all channels."""
-        assert self.groups == 1
-        delta = torch.einsum("mr,rcij->mcij", self.b[:, :, 0, 0].float(), self.a.float())  # (M, C, k, k)
-        merged = weight.to(torch.promote_types(weight.dtype, torch.float32)) + self.scale * delta
-        return merged if self.m is None else merged * self.gain(weight)[:, None, None, None]
-
-
 class Conv2d(nn.Module):
     """y = conv(x, weight) + bias for x (B, C, H, W), weight (M, C/groups, k, k); plus the active adapter's correction.
 
@@ -263,6 +219,7 @@ class Conv2d(nn.Module):
         self.padding = padding
         self.dilation = dilation
         self.groups = groups
+        self.parts = (LinearPart("", 0, len(self.weight)),)
 
         # The slot of the adapters, as `Linear` has it.
         self.lora = nn.ModuleDict()
@@ -284,6 +241,26 @@ class Conv2d(nn.Module):
         new._set_up((conv.stride[0], conv.stride[1]), _zeros(conv), (conv.dilation[0], conv.dilation[1]), conv.groups)
         return new
 
+    @property
+    def matrix(self) -> Tensor:
+        """The weight with its rows first, (M, C/groups, k, k)."""
+        return self.weight
+
+    def new_adapter(
+        self, parts: list[LinearPart], ranks: list[int], scales: list[float], dropout: float
+    ) -> LoRAMatrixWeights:
+        """A fresh adapter of the sum 0, not attached yet: `a` (R, C, k, k), `b` (M, R/groups, 1, 1).
+
+        A is Kaiming uniform with a = √5, which is U(±1/√(C k k)); B is zero. As in PEFT, the groups of the convolution
+        are those of B, among which the rank is divided, while A reads all channels.
+        """
+        m, channels_per_group, *kernel = self.weight.shape
+        fan_in = (channels_per_group * self.groups, *kernel)
+        bound = 1 / math.sqrt(math.prod(fan_in))
+        a = torch.empty(ranks[0], *fan_in, device=self.weight.device).uniform_(-bound, bound)
+        b = torch.zeros(m, ranks[0] // self.groups, 1, 1, device=self.weight.device)
+        return LoRAMatrixWeights(parts[0], a, b, scales[0], dropout)
+
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.active, AdapterRows):
             return self.active.apply(x, 1, self.active.on(self.lora), self._convolve)
@@ -293,13 +270,13 @@ class Conv2d(nn.Module):
         if adapter is None:
             return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
-        factors: LoRAConvWeights = self.lora[adapter]  # type: ignore[assignment]
+        factors: LoRAMatrixWeights = self.lora[adapter]  # type: ignore[assignment]
         y = lora_conv2d(
             x, self.weight, self.bias, factors.a.to(x.dtype), factors.b.to(x.dtype), stride=self.stride,
             padding=self.padding, dilation=self.dilation, groups=self.groups, scale=factors.scale,
             dropout=factors.dropout if self.training else 0.0,
         )  # fmt: skip
-        return y if factors.m is None else rescale(y, factors.gain(self.weight), self.bias, dim=1)
+        return y if factors.m is None else rescale(y, factors.gain(self.matrix), self.bias, dim=1)
 
     def extra_repr(self) -> str:
         m, c, *kernel = self.weight.shape

@@ -96,6 +96,12 @@ class Linear(nn.Module):
         del self.weight
         self.weight = packed  # type: ignore[assignment]
 
+    def new_adapter(
+        self, parts: list[LinearPart], ranks: list[int], scales: list[float], dropout: float
+    ) -> LoRALinearWeights:
+        """A fresh adapter on these of its parts, each with a rank and a scale; not attached yet."""
+        return LoRALinearWeights(self.in_features, parts, ranks, scales, dropout, self.weight.device)
+
     def forward(self, x: Tensor) -> Tensor:
         return _project(x, self)
 

@@ -13,15 +13,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...kernels import Conv2d, Linear, LoRALinearWeights
-from ...kernels.conv import LoRAConvWeights
+from ...kernels.lora.factors import LinearPart, PartWeights
 from .config import is_finite
-from .embedding import LoRAEmbedding, LoRAEmbeddingWeights
 from .locking import with_adapter_lock
-from .lora import adapter_sites, check_adapter_name, prepare_for_adapter, refuse_merged
+from .lora import AdapterSite, adapter_sites, check_adapter_name, prepare_for_adapter, refuse_merged
 from .modules_to_save import trained_outside_adapters
 from .switch import check_attached, set_adapter
-from .wrapping import Adaptable, LoRAWeights
+from .wrapping import LoRAWeights, n_groups
 
 Pair = tuple[Tensor, Tensor]  # A (R, K) and B (M, R)
 
@@ -47,7 +45,7 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str, 
     for site in adapter_sites(model):
         present = {adapter: weight for adapter, weight in weights.items() if adapter in site.module.lora}
         if present:
-            combined.append((site.module, _combined(site.path, site.module, present, rank)))
+            combined.append((site.module, _combined(site, present, rank)))
 
     prepare_for_adapter(model)
     for module, factors in combined:
@@ -69,68 +67,31 @@ def _check_summable(model: nn.Module, weights: Mapping[str, float], rank: int | 
             )
     for site in adapter_sites(model):
         for adapter in weights:
-            if adapter in site.module.lora and site.module.lora[adapter].m is not None:
+            if adapter in site.adapters and site.adapters[adapter].m is not None:
                 raise ValueError(
                     f"{adapter!r} is a DoRA, whose magnitudes can't be added up; merge it into the base instead"
                 )
 
 
-def _combined(path: str, module: Adaptable, weights: Mapping[str, float], rank: int | None) -> LoRAWeights:
+def _combined(site: AdapterSite, weights: Mapping[str, float], rank: int | None) -> LoRAWeights:
     """The sum of the adapters on one module."""
-    if isinstance(module, Linear):
-        return _combined_linear(module, weights, rank)
-    if isinstance(module, LoRAEmbedding):
-        return _combined_embedding(module, weights, rank)
-    if module.groups > 1:
+    if (groups := n_groups(site.module)) > 1:
         raise ValueError(
-            f"{path} is a convolution in {module.groups} groups, each with a rank of its own: no sum of them"
+            f"{site.path} is a convolution in {groups} groups, each with a rank of its own: no sum of them"
         )
-    return _combined_convolution(module, weights, rank)
 
-
-def _combined_linear(module: Linear, weights: Mapping[str, float], rank: int | None) -> LoRALinearWeights:
     # Each adapter sits on some parts of a fused projection, and each part has a sum of its own.
-    pairs: dict[int, list[Pair]] = {}
+    pairs: dict[LinearPart, list[Pair]] = {}
     for adapter, weight in weights.items():
-        factors: LoRALinearWeights = module.lora[adapter]  # type: ignore[assignment]
-        for part, scale, a, b in factors.blocks():
-            pairs.setdefault(module.parts.index(part), []).append((a, weight * scale * b))
+        for block in site.adapters[adapter].blocks():
+            scaled = weight * block.scale * block.b
+            pairs.setdefault(block.part, []).append((block.a.flatten(1), scaled.flatten(1)))
 
-    indices = sorted(pairs)
-    parts = [module.parts[index] for index in indices]
-    sums = [_sum(pairs[index], rank) for index in indices]
-    ranks = [len(a) for a, _ in sums]
-    out = LoRALinearWeights(module.in_features, parts, ranks, [1.0] * len(parts), device=module.weight.device)
-    out.a.data = torch.cat([a for a, _ in sums])  # (ΣR, K)
-    for parameter, (_, b) in zip(out.b, sums, strict=True):
-        parameter.data = b  # (M, R) of the part
-    return out
-
-
-def _combined_embedding(module: LoRAEmbedding, weights: Mapping[str, float], rank: int | None) -> LoRAEmbeddingWeights:
-    pairs = []
-    for adapter, weight in weights.items():
-        factors: LoRAEmbeddingWeights = module.lora[adapter]  # type: ignore[assignment]
-        pairs.append((factors.a, weight * factors.scale * factors.b))
-    a, b = _sum(pairs, rank)  # (R, V), (D, R)
-
-    out = LoRAEmbeddingWeights(module.num_embeddings, module.embedding_dim, len(a), 1.0, a.device)
-    out.a.data = a
-    out.b.data = b
-    return out
-
-
-def _combined_convolution(module: Conv2d, weights: Mapping[str, float], rank: int | None) -> LoRAConvWeights:
-    pairs = []
-    for adapter, weight in weights.items():
-        factors: LoRAConvWeights = module.lora[adapter]  # type: ignore[assignment]
-        pairs.append((factors.a.flatten(1), weight * factors.scale * factors.b.flatten(1)))
-    a, b = _sum(pairs, rank)  # (R, C·k·k), (M, R)
-
-    out = LoRAConvWeights(module, len(a), 1.0)
-    out.a.data = a.view(len(a), *out.a.shape[1:])  # (R, C, k, k)
-    out.b.data = b[..., None, None]  # (M, R, 1, 1)
-    return out
+    parts = [part for part in site.module.parts if part in pairs]
+    sums = [_sum(pairs[part], rank) for part in parts]
+    combined = site.module.new_adapter(parts, [len(a) for a, _ in sums], [1.0] * len(parts), dropout=0.0)
+    combined.fill([PartWeights(part, 1.0, a, b) for part, (a, b) in zip(parts, sums, strict=True)])
+    return combined
 
 
 def _sum(pairs: Sequence[Pair], rank: int | None) -> Pair:

@@ -13,15 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ...kernels import Conv2d, Linear, LoRALinearWeights
-from ...kernels.conv import LoRAConvWeights
+from ...kernels import Linear, LoRALinearWeights
+from ...kernels.quant.nf4 import NF4Weight
 from ..model import key_map_of
 from .config import LoRAConfig
-from .embedding import LoRAEmbedding, LoRAEmbeddingWeights
 from .locking import with_adapter_lock
 from .modules_to_save import mark_trained, switch_tensors
 from .targets import match_targets, published_parts, refuse_tied
-from .wrapping import Adaptable, Convolution, Embedding, LoRAWeights, ensure_adaptable, refuse_misfit
+from .wrapping import Adaptable, LoRAWeights, as_adaptable, ensure_adaptable, n_groups, refuse_patched
 
 
 class AdapterSite(NamedTuple):
@@ -32,9 +31,19 @@ class AdapterSite(NamedTuple):
     key_map: Callable[[], dict[str, Any]]  # how the model's tensors are published; computed when first called
 
     @property
+    def checkpoint_key(self) -> Any:
+        """How its weight is stored in published checkpoints: a `CheckpointKey`. None: as it is."""
+        return self.key_map().get(f"{self.path}.weight")
+
+    @property
     def published(self) -> tuple[str, ...]:
         """The published path of each of its parts."""
         return published_parts(self.path, self.key_map())
+
+    @property
+    def adapters(self) -> dict[str, LoRAWeights]:
+        """The adapters on it, by name."""
+        return dict(self.module.lora.items())  # type: ignore[arg-type]
 
 
 def adapter_sites(model: nn.Module) -> Iterator[AdapterSite]:
@@ -58,23 +67,21 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> tup
     check_adapter_name(model, name)
     refuse_merged(model)
     targets = match_targets(model, config.targets)
-    paths = [path for path, _, _ in targets]
-    refuse_tied(model, paths)
-    for path, parts, published in targets:
-        refuse_misfit(model, path, config.rank_of(published[0]))
-        _check_variant(model, path, config, {i: config.rank_of(published[i]) for i in parts})
+    refuse_tied(model, list(targets))
+    for path, published in targets.items():
+        _refuse_misfit(model, path, published, config)
 
     prepare_for_adapter(model)
-    for path, parts, published in targets:
+    for path, published in targets.items():
         module = ensure_adaptable(model, path)
-        weights = _fresh_weights(module, {i: published[i] for i in parts}, config)
+        weights = fresh_adapter(module, published, config)
         _init_variant(weights, module, config)
         module.lora[name] = weights.train(module.training)
 
     # On every site, since another adapter may have been active where this one isn't.
     for site in adapter_sites(model):
         site.module.active = name if name in site.module.lora else None
-    return tuple(paths)
+    return tuple(targets)
 
 
 def check_adapter_name(model: nn.Module, name: str) -> None:
@@ -93,60 +100,56 @@ def refuse_merged(model: nn.Module) -> None:
         raise ValueError("an adapter is merged into the weights; unmerge_lora(model) first")
 
 
-def _check_variant(model: nn.Module, path: str, config: LoRAConfig, ranks: Mapping[int, int]) -> None:
-    """ValueError where the module at `path` can't have what the configuration asks for. `ranks`: by index of part."""
+def _refuse_misfit(model: nn.Module, path: str, published: Mapping[int, str], config: LoRAConfig) -> None:
+    """ValueError where the module at `path` can't have such an adapter on the parts with these published paths."""
     module = model.get_submodule(path)
+    refuse_patched(path, module)
+    ranks = {i: config.rank_of(name) for i, name in published.items()}
+    try:
+        layer = as_adaptable(module)
+        groups = n_groups(layer)
+        for rank in ranks.values():
+            if rank % groups:
+                raise ValueError(f"rank {rank} can't be divided among the {groups} groups of the convolution")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; choose another rank, or leave it out of the targets") from error
+
     if config.init == "pissa":
-        _check_pissa(path, module, ranks)
-    if config.dora and isinstance(module, Convolution) and module.groups > 1:
-        raise ValueError(f"{path}: a convolution in {module.groups} groups has no DoRA; leave it out of the targets")
+        _check_pissa(path, layer, ranks)
+    if config.dora and groups > 1:
+        raise ValueError(f"{path}: a convolution in {groups} groups has no DoRA; leave it out of the targets")
 
 
-def _check_pissa(path: str, module: nn.Module, ranks: Mapping[int, int]) -> None:
-    if isinstance(module, Embedding | Convolution):
+def _check_pissa(path: str, layer: Adaptable, ranks: Mapping[int, int]) -> None:
+    if not isinstance(layer, Linear):
         raise ValueError(f'{path}: init "pissa" is for projections; leave it out of the targets, or choose "kaiming"')
-    for part, rank in ranks.items():
-        # A quantised weight has no shape of its own.
-        if isinstance(module, Linear):
-            limit = min(module.parts[part].size, module.in_features)
-        else:
-            limit = min(module.get_parameter("weight").shape)
+    for i, rank in ranks.items():
+        limit = min(layer.parts[i].size, layer.in_features)
         if rank > limit:
             raise ValueError(
                 f'{path}: init "pissa" has {limit} singular values to start from; choose rank {limit} or less'
             )
 
 
-def _fresh_weights(module: Adaptable, published: Mapping[int, str], config: LoRAConfig) -> LoRAWeights:
-    """An adapter's factors for some parts of the module, whose published paths these are by index."""
+def fresh_adapter(layer: Adaptable, published: Mapping[int, str], config: LoRAConfig) -> LoRAWeights:
+    """An adapter on some parts of a layer, whose published paths these are by index; not attached yet."""
+    parts = [layer.parts[i] for i in published]
     ranks = [config.rank_of(path) for path in published.values()]
     scales = [config.scale_of(path) for path in published.values()]
-    device = module.weight.device
-    if isinstance(module, LoRAEmbedding):
-        return LoRAEmbeddingWeights(module.num_embeddings, module.embedding_dim, ranks[0], scales[0], device)
-    if isinstance(module, Conv2d):
-        return LoRAConvWeights(module, ranks[0], scales[0], config.dropout)
-    parts = [module.parts[i] for i in published]
-    return LoRALinearWeights(module.in_features, parts, ranks, scales, config.dropout, device)
+    return layer.new_adapter(parts, ranks, scales, config.dropout)
 
 
 @torch.no_grad()
-def _init_variant(weights: LoRAWeights, module: Adaptable, config: LoRAConfig) -> None:
+def _init_variant(weights: LoRAWeights, layer: Adaptable, config: LoRAConfig) -> None:
     """PiSSA, LoRA+ and DoRA for fresh factors."""
     weights.lr_ratio = config.loraplus_lr_ratio
 
-    # The base's weight as both variants need it: stored (out, in), and in floats.
-    if not isinstance(module, Linear):
-        base_weight = module.weight
-    elif module.quantized is None:
-        base_weight = module.matrix
-    else:
-        base_weight = module.quantized.dequantize(torch.float32)
-
+    # Both variants need the weight in floats.
+    matrix = layer.weight.dequantize(torch.float32) if isinstance(layer.weight, NF4Weight) else layer.matrix
     if config.init == "pissa" and isinstance(weights, LoRALinearWeights):
-        weights.start_from(base_weight)
+        weights.start_from(matrix)
     if config.dora:
-        weights.add_magnitudes(base_weight)
+        weights.add_magnitudes(matrix)
 
 
 def prepare_for_adapter(model: nn.Module) -> None:
@@ -162,9 +165,8 @@ def prepare_for_adapter(model: nn.Module) -> None:
 
 def train_only(model: nn.Module, name: str | None) -> None:
     """The factors of the adapter called `name` train again if they did before, those of all others no longer."""
-    for _, module, _ in adapter_sites(model):
-        for adapter, weights in module.lora.items():
-            assert isinstance(weights, LoRAWeights)
+    for site in adapter_sites(model):
+        for adapter, weights in site.adapters.items():
             if adapter == name:
                 for key in weights.paused:
                     weights.get_parameter(key).requires_grad_(True)
@@ -177,18 +179,17 @@ def train_only(model: nn.Module, name: str | None) -> None:
 
 def active_adapter(model: nn.Module) -> str | None:
     """The adapter that is applied to all rows; None where there is none, one for each row, or one is merged."""
-    return next((module.active for _, module, _ in adapter_sites(model) if isinstance(module.active, str)), None)
+    return next((site.module.active for site in adapter_sites(model) if isinstance(site.module.active, str)), None)
 
 
 def lr_ratios(model: nn.Module) -> dict[str, float]:
     """LoRA+: the factor on the learning rate of each B that has one, by the parameter's name."""
     ratios: dict[str, float] = {}
-    for path, module, _ in adapter_sites(model):
-        for adapter, weights in module.lora.items():
-            assert isinstance(weights, LoRAWeights)
+    for site in adapter_sites(model):
+        for adapter, weights in site.adapters.items():
             if weights.lr_ratio == 1.0:
                 continue
             for key, _ in weights.named_parameters():
                 if key == "b" or key.startswith("b."):  # one B, or one for each part of a fused projection
-                    ratios[f"{path}.lora.{adapter}.{key}"] = weights.lr_ratio
+                    ratios[f"{site.path}.lora.{adapter}.{key}"] = weights.lr_ratio
     return ratios

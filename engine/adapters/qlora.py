@@ -28,17 +28,18 @@ def projections(model: nn.Module, targets: Targets = "all-linear") -> tuple[str,
         raise ValueError(f"{type(model).__name__} is not a model of handtune; only their projections can be quantised")
 
     matched = match_targets(model, targets)
-    for path, parts, published in matched:
-        if not isinstance(model.get_submodule(path), Linear) or path.partition(".")[0] == "head":
+    for path, published in matched.items():
+        module = model.get_submodule(path)
+        if not isinstance(module, Linear) or path.partition(".")[0] == "head":
             raise ValueError(
                 f"{path}: heads and embeddings stay as they are, and so do convolutions; name projections of the layers"
             )
-        if len(parts) < len(published):
-            raise ValueError(f"{published[parts[0]]} is a part of {path}, which is quantised whole: name that")
+        if len(published) < len(module.parts):
+            part = next(iter(published.values()))
+            raise ValueError(f"{part} is a part of {path}, which is quantised whole: name that")
 
-    paths = [path for path, _, _ in matched]
-    refuse_tied(model, paths)
-    return tuple(paths)
+    refuse_tied(model, list(matched))
+    return tuple(matched)
 
 
 def quantize(model: nn.Module, targets: Targets = "all-linear") -> tuple[str, ...]:

@@ -12,12 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...kernels import Conv2d, Linear, LoRALinearWeights
-from ...kernels.conv import LoRAConvWeights
 from ...kernels.lora.factors import Merged
 from ...kernels.lora.per_row import AdapterRows
+from ...kernels.quant.nf4 import NF4Weight
 from ..model import KnownModel
-from .embedding import LoRAEmbeddingWeights
 from .locking import adapter_lock, with_adapter_lock
 from .lora import AdapterSite, active_adapter, adapter_sites, refuse_merged, train_only
 from .modules_to_save import (
@@ -30,7 +28,7 @@ from .modules_to_save import (
     switch_tensors,
 )
 from .rounding import rounded
-from .wrapping import Adaptable
+from .wrapping import Adaptable, n_groups
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -187,7 +185,7 @@ def _check_by_row(model: nn.Module, affected: list[AdapterSite], rows: AdapterRo
         if isinstance(model, KnownModel) and any(fnmatchcase(site.path, glob) for glob in model.position_modules):
             raise ValueError(f"{site.path} sees positions, not rows; an adapter on it must be used alone")
         for name in rows.on(site.module.lora):
-            if site.module.lora[name].m is not None:
+            if site.adapters[name].m is not None:
                 raise ValueError(
                     f"{name!r} is a DoRA, which can't be mixed with others in a batch: use it for all rows"
                 )
@@ -232,19 +230,17 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> None:
     # Everything is computed twice, the first time as a check: keeping it would take a second model's memory.
     for site in active:
         _check_mergeable(site)
-        assert isinstance(site.module.active, str)
-        for rows, value in merged_rows(site.module, site.module.active):
+        for rows, value in merged_rows(site):
             rounded(value, rows.dtype, site.path)
 
     for site in active:
         module = site.module
-        name = module.active
-        assert isinstance(name, str)
         base = module.weight.detach().clone() if keep_base else None
-        for rows, value in merged_rows(module, name):
+        for rows, value in merged_rows(site):
             rows.copy_(value)  # cast to the weight's dtype
         if base is not None:
-            module.merged = Merged(name, base)
+            assert isinstance(module.active, str)
+            module.merged = Merged(module.active, base)
         module.active = None
 
     # Adapters correct the old weights, which nothing can bring back any more.
@@ -255,26 +251,25 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> None:
 
 
 def _check_mergeable(site: AdapterSite) -> None:
-    if isinstance(site.module, Linear) and site.module.quantized is not None:
+    if isinstance(site.module.weight, NF4Weight):
         raise ValueError(
             f"{site.path} is quantised to 4 bits, too coarse for a merged weight: save_adapter(model, path), load "
             "the base in bfloat16, load_adapter and merge_lora there"
         )
-    if isinstance(site.module, Conv2d) and site.module.groups > 1:
+    if (groups := n_groups(site.module)) > 1:
         raise ValueError(
-            f"{site.path} is a convolution in {site.module.groups} groups: each reads all channels through the "
-            "adapter, but not through the weight, so that it can't be merged; save_adapter(model, path) instead"
+            f"{site.path} is a convolution in {groups} groups: each reads all channels through the adapter, but not "
+            "through the weight, so that it can't be merged; save_adapter(model, path) instead"
         )
 
 
-def merged_rows(module: Adaptable, name: str) -> list[tuple[Tensor, Tensor]]:
-    """Blocks of the weight as (rows, fan-in) views, each with what it becomes with the adapter in it, in fp32."""
-    factors = module.lora[name]
-    if isinstance(factors, LoRALinearWeights) and isinstance(module, Linear):
-        blocks = [(part, module.matrix.data[part.start : part.start + part.size]) for part in factors.parts]
-        return [(rows, factors.merged(part, rows)) for part, rows in blocks]  # (M, K) of each part
-    assert isinstance(factors, LoRAConvWeights | LoRAEmbeddingWeights)
-    return [(module.weight.data, factors.merged(module.weight.data))]
+def merged_rows(site: AdapterSite) -> list[tuple[Tensor, Tensor]]:
+    """The rows of the weight that the active adapter changes, each a view, with what they become, in fp32."""
+    module = site.module
+    assert isinstance(module.active, str)
+    blocks = site.adapters[module.active].blocks()
+    rows = [block.part.rows_of(module.matrix.data) for block in blocks]  # (M, K) of each part
+    return [(part_rows, block.merged(part_rows)) for block, part_rows in zip(blocks, rows, strict=True)]
 
 
 @with_adapter_lock

@@ -8,7 +8,7 @@ from torch import nn
 
 from ...kernels import Linear
 from ..model import KnownModel, key_map_of
-from .wrapping import Adaptable, Convolution, Embedding, is_conv1d
+from .wrapping import Adaptable, is_conv1d
 
 Targets = str | tuple[str, ...] | list[str]
 
@@ -40,21 +40,21 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ..
             yield path, module, published_parts(path, key_map)
 
 
-def match_targets(model: nn.Module, targets: Targets) -> list[tuple[str, list[int], tuple[str, ...]]]:
-    """For each adapted module: its path, the indices of the adapted parts, the published paths of all its parts."""
-    modules = [(path, published) for path, _, published in candidates(model)]
-    parts_by_path: dict[str, set[int]] = {path: set() for path, _ in modules}
+def match_targets(model: nn.Module, targets: Targets) -> dict[str, dict[int, str]]:
+    """For each module that a target matches, by its path: the published paths of the parts matched, by their index."""
+    modules = {path: published for path, _, published in candidates(model)}
+    matched: dict[str, dict[int, str]] = {path: {} for path in modules}
     for target in _globs(model, targets):
         n_matches = 0
-        for path, published in modules:
+        for path, published in modules.items():
             # Our path names all parts of a module, a published path one of them.
             matches_path = _matches(path, target)
-            parts = [i for i, name in enumerate(published) if matches_path or _matches(name, target)]
-            parts_by_path[path].update(parts)
+            parts = {i: name for i, name in enumerate(published) if matches_path or _matches(name, target)}
+            matched[path] |= parts
             n_matches += len(parts)
         if not n_matches:
             _refuse_unmatched(model, target, modules)
-    return [(path, sorted(parts_by_path[path]), published) for path, published in modules if parts_by_path[path]]
+    return {path: dict(sorted(parts.items())) for path, parts in matched.items() if parts}
 
 
 def _matches(path: str, target: str) -> bool:
@@ -62,14 +62,14 @@ def _matches(path: str, target: str) -> bool:
     return fnmatchcase(path, target) or fnmatchcase(path, f"*.{target}")
 
 
-def _refuse_unmatched(model: nn.Module, target: str, modules: list[tuple[str, tuple[str, ...]]]) -> None:
+def _refuse_unmatched(model: nn.Module, target: str, modules: dict[str, tuple[str, ...]]) -> None:
     """ValueError for a target that matches none of the modules: a tied copy, or a name that isn't there."""
     tied_keys = model.tied_keys if isinstance(model, KnownModel) else {}
     for copy, (key, _) in tied_keys.items():
         if _matches(copy.removesuffix(".weight"), target):
             refuse_tied(model, [key.removesuffix(".weight")])
 
-    known = sorted({name for path, published in modules for name in (path, *published)})
+    known = sorted({name for path, published in modules.items() for name in (path, *published)})
     listed = ", ".join(known[:12])
     if len(known) > 12:
         listed += f" and {len(known) - 12} more"
@@ -106,8 +106,9 @@ def _projections(model: nn.Module) -> list[str]:
     owners = weight_owners(model)
     paths = []
     for path, module, _ in candidates(model):
+        is_projection = isinstance(module, Linear | nn.Linear) or is_conv1d(module)
         is_tied = len(owners.get(id(module.weight), ())) > 1  # a quantised weight is in one module only
-        if not isinstance(module, Embedding | Convolution) and not _is_head(path) and not is_tied:
+        if is_projection and not _is_head(path) and not is_tied:
             paths.append(path)
     if not paths:
         raise ValueError('target "all-linear" matches no projection; name the layers, convolutions for example "conv*"')

@@ -1,38 +1,27 @@
-"""Foreign layers made ready for adapters: an `nn.Linear`, transformers' `Conv1D`, `nn.Conv2d`, or `nn.Embedding`.
+"""The layers that can carry adapters, and foreign ones made so: `nn.Linear`, `Conv1D`, `nn.Conv2d`, `nn.Embedding`.
 
-Each is replaced by a layer of ours that holds the same parameters under the same names, wherever it stands in the
-model, and takes its hooks with it. What computes by a `forward` of its own is refused: the adapter would be passed by.
+A foreign layer is replaced by one of ours that holds the same parameters under the same names, wherever it stands in
+the model, and takes its hooks with it. What computes by a `forward` of its own is refused: the adapter would be passed
+by.
+
+Whatever the layer, the engine asks it for the same: its weight as a `matrix` (M, ...), a view; the `parts` of the rows
+of that; a `new_adapter` on some of the parts; and `lora`, the adapters on it by name, of which `active` is applied and
+`merged` stands in the weight. An adapter gives its factors as `blocks`, one for each part that it is on, and takes
+others with `fill`. What a block does to the weight, and how it is stored, is the same for all of them.
 """
 
 from torch import Tensor, nn
 
 from ...kernels import Conv2d, Linear, LoRALinearWeights
-from ...kernels.conv import LoRAConvWeights
-from .embedding import LoRAEmbedding, LoRAEmbeddingWeights
+from ...kernels.lora.factors import LoRAMatrixWeights
+from .embedding import LoRAEmbedding
 from .modules_to_save import VERSIONS
 
 Adaptable = Linear | Conv2d | LoRAEmbedding
-LoRAWeights = LoRALinearWeights | LoRAConvWeights | LoRAEmbeddingWeights
-
-# Before and after wrapping.
-Convolution = nn.Conv2d | Conv2d
-Embedding = nn.Embedding | LoRAEmbedding
+LoRAWeights = LoRALinearWeights | LoRAMatrixWeights
 
 # Where a module keeps its hooks: torch's names for that change with its versions, and are the same in every module.
 _HOOKS = {name for name in vars(nn.Module()) if "hook" in name}
-
-
-def refuse_misfit(model: nn.Module, path: str, rank: int) -> None:
-    """ValueError where no adapter can sit on the module at `path`, or none of this rank."""
-    module = model.get_submodule(path)
-    refuse_patched(path, module)
-    try:
-        if isinstance(module, nn.Conv2d):
-            Conv2d.around(module)
-        if isinstance(module, Convolution) and rank % module.groups:
-            raise ValueError(f"rank {rank} can't be divided among the {module.groups} groups of the convolution")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; choose another rank, or leave it out of the targets") from error
 
 
 def refuse_patched(path: str, module: nn.Module) -> None:
@@ -50,20 +39,24 @@ def refuse_patched(path: str, module: nn.Module) -> None:
         raise ValueError(f"{path}: its weight is on the meta device, without data; load the model in full first")
 
 
+def as_adaptable(module: nn.Module) -> Adaptable:
+    """The module, or one around its parameters that can carry adapters; ValueError for a convolution that can't."""
+    if isinstance(module, Adaptable):
+        return module
+    if isinstance(module, nn.Embedding):
+        return LoRAEmbedding(module)
+    if isinstance(module, nn.Conv2d):
+        return Conv2d.around(module)
+    bias = None if module.bias is None else module.get_parameter("bias")
+    return Linear.around(module.get_parameter("weight"), bias, transposed=is_conv1d(module))
+
+
 def ensure_adaptable(model: nn.Module, path: str) -> Adaptable:
     """The module at `path`, replaced in the model by one that can carry adapters where it can't."""
     module = model.get_submodule(path)
-    if isinstance(module, Adaptable):
-        return module
-
-    wrapped: Adaptable
-    if isinstance(module, nn.Embedding):
-        wrapped = LoRAEmbedding(module)
-    elif isinstance(module, nn.Conv2d):
-        wrapped = Conv2d.around(module)
-    else:
-        bias = None if module.bias is None else module.get_parameter("bias")
-        wrapped = Linear.around(module.get_parameter("weight"), bias, transposed=is_conv1d(module))
+    wrapped = as_adaptable(module)
+    if wrapped is module:
+        return wrapped
 
     # The dicts of hooks themselves and no copies, so that a hook's handle still removes it.
     wrapped.train(module.training)
@@ -79,6 +72,11 @@ def ensure_adaptable(model: nn.Module, path: str) -> Adaptable:
         if isinstance(parent, nn.TransformerEncoderLayer):
             parent.activation_relu_or_gelu = 0  # no fast path: in eval mode it reads the weights past the adapter
     return wrapped
+
+
+def n_groups(layer: Adaptable) -> int:
+    """The groups of a convolution, among which the rank of an adapter is divided; 1 of another layer."""
+    return layer.groups if isinstance(layer, Conv2d) else 1
 
 
 def is_conv1d(module: nn.Module) -> bool:

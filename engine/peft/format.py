@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from ..._files import read_json, write_json, write_tensors
 from ..._folders import filling
-from ...kernels import Linear, LoRALinearWeights
-from ...kernels.conv import LoRAConvWeights
-from ..adapters.embedding import LoRAEmbeddingWeights
+from ...kernels import Linear
 from ..adapters.locking import with_adapter_lock
 from ..adapters.lora import (
     AdapterSite,
@@ -48,16 +46,7 @@ from .saved_modules import (
     tensors_with,
     trained_rows_with,
 )
-from .weights import (
-    MAGNITUDE,
-    PREFIX,
-    AdapterFile,
-    checkpoint_key_of,
-    factor_key_of,
-    read_weights,
-    take_factors,
-    to_stored,
-)
+from .weights import PREFIX, AdapterFile, FactorLayout, read_weights, take_factors
 
 TASK_TYPES = {
     "causal-lm": "CAUSAL_LM",
@@ -92,7 +81,7 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default", *, p
     one, where it has more than factors of projections, which such a server would leave out without a word.
     """
     check_attached(model, name)
-    factors = [part for site in adapter_sites(model) for part in _published_factors(model, site, name)]
+    factors = [part for site in adapter_sites(model) for part in _published_factors(site, name)]
     adapted = {part.module for part in factors}
 
     # What trains without having been marked yet belongs to the adapter in use, which may be this one.
@@ -164,44 +153,21 @@ def _portable(factors: list[PublishedFactors], others: list[str]) -> list[Publis
     return portable
 
 
-def _published_factors(model: nn.Module, site: AdapterSite, name: str) -> Iterator[PublishedFactors]:
+def _published_factors(site: AdapterSite, name: str) -> Iterator[PublishedFactors]:
     """The factors of the adapter on each part of the module; none where it has none there."""
-    if name not in site.module.lora:
-        return
-    factors = site.module.lora[name]
-    if isinstance(factors, LoRALinearWeights):
-        yield from _published_linear(model, site, factors)
-        return
-
-    if isinstance(factors, LoRAEmbeddingWeights):
-        tensors: dict[str, Tensor] = {"lora_embedding_A": factors.a, "lora_embedding_B": factors.b}
-        if factors.m is not None:
-            tensors[MAGNITUDE] = factors.m
-    else:
-        assert isinstance(factors, LoRAConvWeights)
-        tensors = {"lora_A.weight": factors.a, "lora_B.weight": factors.b}
-        if factors.m is not None:
-            tensors[MAGNITUDE] = factors.m.view(1, -1, 1, 1)  # (1, M, 1, 1)
-    yield PublishedFactors(site.published[0], factors.a.shape[0], factors.scale, tensors)
-
-
-def _published_linear(model: nn.Module, site: AdapterSite, factors: LoRALinearWeights) -> Iterator[PublishedFactors]:
-    assert isinstance(site.module, Linear)
-    factor_key = factor_key_of(model, site.path)
-    for i, (part, scale, a, b) in enumerate(factors.blocks()):
-        tensors = {"lora_A.weight": a, "lora_B.weight": to_stored(factor_key, b)}
-        if factors.m is not None:
-            # A magnitude is reordered as a B of one column.
-            tensors[MAGNITUDE] = to_stored(factor_key, factors.m[i][:, None])[:, 0]  # (M,)
-        yield PublishedFactors(site.published[site.module.parts.index(part)], len(a), scale, tensors)
+    if name in site.adapters:
+        layout = FactorLayout.of(site.module, site.checkpoint_key)
+        for block in site.adapters[name].blocks():
+            published = site.published[site.module.parts.index(block.part)]
+            yield PublishedFactors(published, len(block.a), block.scale, layout.stored(block))
 
 
 def _peft_config(
     model: nn.Module, name: str, factors: list[PublishedFactors], modules_to_save: list[str]
 ) -> dict[str, Any]:
     """PEFT's adapter_config.json. Scales are stored as alpha = s · r, so rsLoRA needs no field."""
-    sites = [site for site in adapter_sites(model) if name in site.module.lora]
-    weights: list[Any] = [site.module.lora[name] for site in sites]
+    sites = [site for site in adapter_sites(model) if name in site.adapters]
+    weights = [site.adapters[name] for site in sites]
 
     # The most frequent rank and alpha are the defaults, so that the patterns are few.
     ranks = {part.module: part.rank for part in factors}
@@ -215,8 +181,8 @@ def _peft_config(
         "inference_mode": True,
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
-        "lora_dropout": next((w.dropout for w in weights if not isinstance(w, LoRAEmbeddingWeights)), 0.0),
-        "fan_in_fan_out": any(_is_stored_transposed(model, site) for site in sites),
+        "lora_dropout": max(w.dropout for w in weights),
+        "fan_in_fan_out": any(_is_stored_transposed(site) for site in sites),
         "target_modules": sorted(ranks),
         "modules_to_save": modules_to_save or None,
         "rank_pattern": {_exactly(path): r for path, r in ranks.items() if r != rank},
@@ -230,9 +196,9 @@ def _most_frequent(values: list[Any]) -> Any:
     return max(set(values), key=values.count)
 
 
-def _is_stored_transposed(model: nn.Module, site: AdapterSite) -> bool:
-    if checkpoint_key := checkpoint_key_of(model, site.path):
-        return bool(checkpoint_key.transposed)
+def _is_stored_transposed(site: AdapterSite) -> bool:
+    if site.checkpoint_key:
+        return bool(site.checkpoint_key.transposed)
     return isinstance(site.module, Linear) and site.module.transposed
 
 

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 
 from ..._files import require_file
 from ..._outside import visible_line
-from ...kernels import Conv2d, Linear, LoRALinearWeights
-from ...kernels.conv import LoRAConvWeights
-from ...kernels.lora.factors import LinearPart
+from ...kernels.lora.factors import PartWeights
 from ..adapters.config import LoRAConfig
-from ..adapters.embedding import LoRAEmbeddingWeights
+from ..adapters.embedding import LoRAEmbedding
+from ..adapters.lora import fresh_adapter
 from ..adapters.targets import candidates
 from ..adapters.tied import tied_copies
-from ..adapters.wrapping import Convolution, Embedding, LoRAWeights, is_conv1d
+from ..adapters.wrapping import Adaptable, LoRAWeights, as_adaptable
 from ..model import key_map_of
 
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's
@@ -32,17 +31,6 @@ _NOW = ".modules_to_save."
 _BEFORE = ".original_module."
 
 
-def checkpoint_key_of(model: nn.Module, path: str) -> Any:
-    """How published checkpoints store the weight of the module at `path`: its `CheckpointKey`. None: as it is."""
-    return key_map_of(model).get(f"{path}.weight")
-
-
-def factor_key_of(model: nn.Module, path: str) -> Any:
-    """How the factor B of the module at `path` is stored: rows in the order of the weight's, but always (out, R)."""
-    checkpoint_key = checkpoint_key_of(model, path)
-    return replace(checkpoint_key, transposed=False, shape=()) if checkpoint_key else None
-
-
 def to_ours(checkpoint_key: Any, stored: Tensor) -> Tensor:
     """A stored tensor in our layout. `checkpoint_key`: how it is stored, None for as it is."""
     return checkpoint_key.ours(stored) if checkpoint_key else stored
@@ -53,6 +41,35 @@ def to_stored(checkpoint_key: Any, ours: Tensor) -> Tensor:
     return checkpoint_key.theirs(ours) if checkpoint_key else ours
 
 
+class FactorLayout(NamedTuple):
+    """How PEFT stores the factors of an adapter on one layer."""
+
+    names: tuple[str, str]  # of A and B
+    checkpoint_key: Any  # how rows of B are stored: in the order of the weight's, but always (M, R)
+
+    @staticmethod
+    def of(layer: Adaptable, checkpoint_key: Any) -> "FactorLayout":
+        """Of a layer whose weight is stored so."""
+        names = ("lora_A.weight", "lora_B.weight")
+        if isinstance(layer, LoRAEmbedding):
+            names = ("lora_embedding_A", "lora_embedding_B")
+        return FactorLayout(names, replace(checkpoint_key, transposed=False, shape=()) if checkpoint_key else None)
+
+    def stored(self, block: PartWeights) -> dict[str, Tensor]:
+        """A block's tensors by PEFT's names."""
+        tensors = dict(zip(self.names, (block.a, to_stored(self.checkpoint_key, block.b)), strict=True))
+        if block.m is not None:
+            # A magnitude is reordered as a B of one column.
+            column = to_stored(self.checkpoint_key, block.m[:, None])  # (M, 1)
+            tensors[MAGNITUDE] = column.view(magnitude_shape(block.b))
+        return tensors
+
+
+def magnitude_shape(b: Tensor) -> tuple[int, ...]:
+    """The shape in which the magnitudes beside this B are stored: (M,), or (1, M, 1, 1) of a convolution."""
+    return (len(b),) if b.dim() == 2 else (1, len(b), 1, 1)
+
+
 @dataclass(frozen=True)
 class AdapterFile:
     """The tensors of an adapter's file. The factors are taken out of it, one module after another."""
@@ -61,38 +78,46 @@ class AdapterFile:
     config: LoRAConfig
     remaining: dict[str, Tensor]  # what has not been taken, by published name
 
-    def take_pair(
-        self, module: str, key_format: str, rows: int, columns: tuple[int, ...], groups: int = 1
-    ) -> tuple[Tensor, Tensor] | None:
-        """Take the factors A (R, *columns) and B (rows, R / groups, 1, ...) of a published module, if they are there.
+    def take_adapter(self, layer: Adaptable, published: tuple[str, ...], layout: FactorLayout) -> LoRAWeights | None:
+        """Take the factors on a layer, whose parts have these published paths, if there are some.
 
-        `key_format` is that of their names. ValueError where one of the two is missing, or they don't fit the module.
+        ValueError where one of a part's two factors is missing, or they don't fit the layer or the configuration.
         """
-        keys = [f"{module}.{key_format.format(factor)}" for factor in "AB"]
-        a, b = (self.remaining.pop(key, None) for key in keys)
-        if a is None and b is None:
+        adapted = {
+            i: module
+            for i, module in enumerate(published)
+            if any(f"{module}.{name}" in self.remaining for name in layout.names)
+        }
+        if not adapted:
             return None
-        if a is None or b is None:
-            present, missing = keys if b is None else reversed(keys)
-            raise ValueError(f"{self.path}: {present} is there without {missing}; the adapter is damaged")
+        weights = fresh_adapter(layer, adapted, self.config)
+        parts = zip(adapted.values(), weights.blocks(), strict=True)
+        weights.fill([self._take_block(module, fresh, layout) for module, fresh in parts])
+        return weights
 
-        rank = a.shape[0] if a.dim() else 0
-        b_shape = (rows, rank // groups, *(1 for _ in columns[1:]))
-        self._check_shape(module, (tuple(a.shape), tuple(b.shape)), ((rank, *columns), b_shape))
-        if rank != self.config.rank_of(module):
-            raise ValueError(
-                f"{self.path}: {module} has rank {rank}, but adapter_config.json says {self.config.rank_of(module)}"
-            )
-        return a, b
+    def _take_block(self, module: str, fresh: PartWeights, layout: FactorLayout) -> PartWeights:
+        """Take the factors of one published module, which have to be of the sizes of fresh ones."""
+        keys = [f"{module}.{name}" for name in layout.names]
+        for missing, present in (keys, reversed(keys)):
+            if missing not in self.remaining:
+                raise ValueError(f"{self.path}: {present} is there without {missing}; the adapter is damaged")
+        a, b = (self.remaining.pop(key) for key in keys)
 
-    def take_magnitude(self, module: str, shape: tuple[int, ...]) -> Tensor:
-        """Take DoRA's magnitudes of one published module. ValueError where they are not there."""
+        rank = len(fresh.a)
+        if a.dim() and len(a) != rank:
+            raise ValueError(f"{self.path}: {module} has rank {len(a)}, but adapter_config.json says {rank}")
+        self._check_shape(module, (tuple(a.shape), tuple(b.shape)), (tuple(fresh.a.shape), tuple(fresh.b.shape)))
+        b = to_ours(layout.checkpoint_key, b).float()
+        if not self.config.dora:
+            return PartWeights(fresh.part, fresh.scale, a.float(), b)
+
         key = f"{module}.{MAGNITUDE}"
         if key not in self.remaining:
             raise ValueError(f"{self.path}: use_dora is set, but {key} is not there; the adapter is damaged")
         magnitude = self.remaining.pop(key)
-        self._check_shape(module, tuple(magnitude.shape), shape)
-        return magnitude.float()
+        self._check_shape(module, tuple(magnitude.shape), magnitude_shape(b))
+        column = to_ours(layout.checkpoint_key, magnitude.float().view(-1, 1))  # (M, 1)
+        return PartWeights(fresh.part, fresh.scale, a.float(), b, column[:, 0])
 
     def _check_shape(self, module: str, shape: tuple, expected: tuple) -> None:
         if shape != expected:
@@ -104,17 +129,19 @@ class AdapterFile:
 
 def take_factors(model: nn.Module, file: AdapterFile) -> list[tuple[str, LoRAWeights]]:
     """Take the factors to attach out of the file, by module path; what is no factor remains in it."""
+    key_map = key_map_of(model)
+    adapted = {key.partition(".lora_")[0] for key in file.remaining if ".lora_" in key}
     factors: list[tuple[str, LoRAWeights]] = []
-    for module_path, module, published in candidates(model):
-        weights: LoRAWeights | None
-        if isinstance(module, Embedding):
-            weights = _embedding_weights(module, published[0], file)
-        elif isinstance(module, Convolution):
-            weights = _conv_weights(module, published[0], file)
-        else:
-            weights = _linear_weights(module, published, factor_key_of(model, module_path), file)
-        if weights is not None:
-            factors.append((module_path, weights))
+    for path, module, published in candidates(model):
+        if adapted.isdisjoint(published):
+            continue
+        try:
+            layer = as_adaptable(module)
+        except ValueError as error:
+            raise ValueError(f"{file.path}: {published[0]}: {error}") from error
+        layout = FactorLayout.of(layer, key_map.get(f"{path}.weight"))
+        if (weights := file.take_adapter(layer, published, layout)) is not None:
+            factors.append((path, weights))
 
     # Factors that no module took: of a tied copy, which is no module here, or of another base altogether.
     copies = tied_copies(model)
@@ -128,85 +155,6 @@ def take_factors(model: nn.Module, file: AdapterFile) -> list[tuple[str, LoRAWei
     if not factors:
         raise ValueError(f"{file.path}: none of its tensors belongs to this model; it was made for another base")
     return factors
-
-
-def _embedding_weights(module: Embedding, published: str, file: AdapterFile) -> LoRAEmbeddingWeights | None:
-    vocab_size, width = module.num_embeddings, module.embedding_dim
-    pair = file.take_pair(published, "lora_embedding_{}", width, (vocab_size,))
-    if pair is None:
-        return None
-
-    a, b = pair  # (R, V), (D, R)
-    weights = LoRAEmbeddingWeights(vocab_size, width, len(a), file.config.scale_of(published))
-    weights.a.data = a.float()
-    weights.b.data = b.float()
-    if file.config.dora:
-        weights.m = nn.Parameter(file.take_magnitude(published, (width,)))
-    return weights
-
-
-def _conv_weights(module: Convolution, published: str, file: AdapterFile) -> LoRAConvWeights | None:
-    out_channels, in_channels, *kernel = module.weight.shape
-    groups = module.groups
-    columns = (in_channels * groups, *kernel)  # A reads all channels, B those of its group
-    pair = file.take_pair(published, "lora_{}.weight", out_channels, columns, groups)
-    if pair is None:
-        return None
-
-    # The factors take their sizes from a convolution of ours.
-    try:
-        if isinstance(module, nn.Conv2d):
-            module = Conv2d.around(module)
-    except ValueError as error:
-        raise ValueError(f"{file.path}: {published}: {error}") from error
-
-    a, b = pair  # (R, C, k, k), (M, R / groups, 1, 1)
-    weights = LoRAConvWeights(module, len(a), file.config.scale_of(published), file.config.dropout)
-    weights.a = nn.Parameter(a.float())
-    weights.b = nn.Parameter(b.float())
-    if file.config.dora:
-        weights.m = nn.Parameter(file.take_magnitude(published, (1, out_channels, 1, 1)).flatten())
-    return weights
-
-
-class _PartFactors(NamedTuple):
-    """The factors of one part of a projection, under its published path: A (R, K) and B (M, R) as it is stored."""
-
-    part: LinearPart
-    published: str
-    a: Tensor
-    b: Tensor
-
-
-def _linear_weights(
-    module: nn.Module, published: tuple[str, ...], factor_key: Any, file: AdapterFile
-) -> LoRALinearWeights | None:
-    if isinstance(module, Linear):
-        fan_in = module.in_features
-        parts = module.parts
-    else:
-        assert isinstance(module.weight, Tensor)  # a foreign projection, see candidates
-        fan_out, fan_in = module.weight.shape[::-1] if is_conv1d(module) else module.weight.shape
-        parts = (LinearPart("", 0, fan_out),)
-
-    adapted = []
-    for part, name in zip(parts, published, strict=True):
-        if pair := file.take_pair(name, "lora_{}.weight", part.size, (fan_in,)):
-            adapted.append(_PartFactors(part, name, *pair))
-    if not adapted:
-        return None
-
-    scales = [file.config.scale_of(factors.published) for factors in adapted]
-    ranks = [len(factors.a) for factors in adapted]
-    weights = LoRALinearWeights(fan_in, [f.part for f in adapted], ranks, scales, file.config.dropout)
-    weights.a.data = torch.cat([factors.a.float() for factors in adapted])  # (ΣR, K)
-    for parameter, factors in zip(weights.b, adapted, strict=True):
-        parameter.data = to_ours(factor_key, factors.b).float()  # (M, R)
-    if file.config.dora:
-        # A magnitude is reordered as a B of one column.
-        columns = [file.take_magnitude(f.published, (f.part.size,))[:, None] for f in adapted]  # (M, 1)
-        weights.m = nn.ParameterList([to_ours(factor_key, column)[:, 0] for column in columns])
-    return weights
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

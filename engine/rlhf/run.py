@@ -192,7 +192,7 @@ class _Run:
                 f"merge_lora(model, keep_base=False), or drop_adapter(model, {others[0]!r}), first"
             )
         if outside := [
-            path for path, _, _ in match_targets(model, self.config.lora.targets) if not path.startswith("layers.")
+            path for path in match_targets(model, self.config.lora.targets) if not path.startswith("layers.")
         ]:
             raise ValueError(f"lora.targets: ppo adapts the layers, which its models share; {outside[0]!r} is in none")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._files import LOCK, is_temporary, resolved, write_json
 from .._folders import filling, half_filled, remove_unfilled
@@ -23,10 +23,10 @@ from ..engine import merge_lora
 from ..engine.adapters.lora import adapter_sites
 from ..engine.adapters.rounding import Rounding, dtype_name, rounded
 from ..engine.adapters.switch import merged_rows
-from ..engine.adapters.wrapping import LoRAWeights
+from ..engine.adapters.wrapping import LoRAWeights, as_adaptable, n_groups
 from ..engine.peft.format import StoredAdapter, read_adapter
 from ..engine.peft.saved_modules import match_tensors, tensors_with
-from ..kernels import Conv2d, Linear, LoRALinearWeights
+from ..kernels.lora.factors import PartWeights
 from ..models import ResNet, load, save
 from ..models.checkpoint.loading import Checkpoint, open_checkpoint
 from ..models.checkpoint.safetensors_io import LazyTensor, TensorOnDisk, holds, read_into, same, write_file
@@ -102,7 +102,7 @@ def _measure(model: Any, adapter: Path, rounding: Rounding) -> None:
     counted: set[int] = set()
     for site in adapter_sites(model):
         if isinstance(site.module.active, str):
-            for rows, merged in merged_rows(site.module, site.module.active):
+            for rows, merged in merged_rows(site):
                 rounding.add(rows, merged, merged.to(rows.dtype))
                 counted.add(rows.data_ptr())
 
@@ -184,8 +184,9 @@ def _merged_tensors(
                         f"{name}: neither the base nor the adapter has it; merge the adapter that trained it"
                     )
                 make = partial(torch.zeros, target.shape, dtype=dtype)  # an optional tensor
-            elif path in factors and key.endswith(".weight") and _changes(model, path, factors[path], index):
-                make = partial(_with_factors, target, model, path, factors[path], index, rounding)
+            elif path in factors and (change := _block_on_part(model, path, factors[path], index)):
+                is_embedding = isinstance(model.get_submodule(path), nn.Embedding)
+                make = partial(_with_factors, target, change, is_embedding, rounding)
             elif target.in_adapter is not None:
                 make = partial(_replaced, target, rounding)
             elif key in token_rows:
@@ -198,18 +199,16 @@ def _merged_tensors(
     return tensors
 
 
-def _changes(model: Any, path: str, factors: LoRAWeights, index: int) -> bool:
-    """Whether the adapter changes this part of the module."""
-    module = model.get_submodule(path)
-    if isinstance(module, Conv2d) and module.groups > 1:
-        raise ValueError(f"{path} is a convolution in {module.groups} groups, into which no adapter can be merged")
-    return not isinstance(factors, LoRALinearWeights) or module.parts[index] in factors.parts
+def _block_on_part(model: Any, path: str, factors: LoRAWeights, index: int) -> PartWeights | None:
+    """The adapter's factors on this part of the module, if it changes that."""
+    layer = as_adaptable(model.get_submodule(path))
+    if (groups := n_groups(layer)) > 1:
+        raise ValueError(f"{path} is a convolution in {groups} groups, into which no adapter can be merged")
+    return next((block for block in factors.blocks() if block.part == layer.parts[index]), None)
 
 
-def _with_factors(
-    target: _Target, model: Any, path: str, factors: LoRAWeights, index: int, rounding: Rounding
-) -> Tensor:
-    """The tensor with the low-rank change of the module at `path`, of which it is the part `index`."""
+def _with_factors(target: _Target, block: PartWeights, is_embedding: bool, rounding: Rounding) -> Tensor:
+    """The tensor with the low-rank change of its module."""
     # The rows before the change, in our layout: from the adapter where it replaces them as well, else from the base.
     if target.in_adapter is not None:
         rows = target.layout.ours(rounded(target.in_adapter, target.dtype, target.name)).contiguous()
@@ -218,12 +217,8 @@ def _with_factors(
         rows = torch.empty(target.block.shape, dtype=target.dtype)
         read_into(target.in_base, target.layout.as_stored(rows))
 
-    module = model.get_submodule(path)
-    if isinstance(factors, LoRALinearWeights) and isinstance(module, Linear):
-        merged = factors.merged(module.parts[index], rows)
-    else:
-        assert not isinstance(factors, LoRALinearWeights)
-        merged = factors.merged(rows)
+    # An embedding's weight (V, D) is for its adapter that of a projection of one-hot vectors.
+    merged = block.merged(rows.T).T if is_embedding else block.merged(rows)
     stored = rounded(merged, rows.dtype, target.name)
     rounding.add(rows, merged, stored)
     return target.layout.as_stored(stored)

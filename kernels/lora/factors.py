@@ -1,4 +1,6 @@
-"""The low-rank factors of adapters on a `Linear`: one adapter's, and those of several put together.
+"""The low-rank factors of adapters: those of one adapter on one layer, and of several on a `Linear` put together.
+
+Whatever the layer, its weight is a matrix, and an adapter's factors on it come as `blocks`, one for each adapted part.
 
 Shapes: G adapters, M rows of the weight and K its columns; part i has Mᵢ rows and the rank Rᵢ, and ΣR is the sum of
 the ranks.
@@ -19,20 +21,44 @@ from .dora import GAIN_CACHE, gain_of_rows, row_norms
 
 @dataclass(frozen=True)
 class LinearPart:
-    """A block of rows of a `Linear`."""
+    """A block of rows of a layer's weight as a matrix."""
 
     name: str  # as published
     start: int  # its first row
     size: int  # its number of rows
 
+    def rows_of(self, matrix: Tensor) -> Tensor:
+        """The rows (Mᵢ, K) of the weight (M, K), a view."""
+        return matrix[self.start : self.start + self.size]
+
 
 class PartWeights(NamedTuple):
-    """One adapter's factors on one part, in the compute dtype."""
+    """One adapter's factors on one part of a layer. Those of a convolution have K as (C, k, k), as has its weight."""
 
     part: LinearPart
     scale: float  # s
     a: Tensor  # (R, K)
     b: Tensor  # (Mᵢ, R)
+    m: Tensor | None = None  # DoRA's magnitudes (Mᵢ,)
+
+    def norms(self, rows: Tensor) -> Tensor:
+        """‖W + s B A‖ of the part's rows of the weight (Mᵢ, K), in fp32 (Mᵢ,)."""
+        return row_norms(rows.flatten(1), self.a.flatten(1), self.b.flatten(1), self.scale)
+
+    def gain(self, rows: Tensor) -> Tensor:
+        """DoRA's g (Mᵢ,) for the part's rows of the weight (Mᵢ, K)."""
+        assert self.m is not None
+        return self.m / self.norms(rows)
+
+    def merged(self, rows: Tensor) -> Tensor:
+        """What the part's rows of the weight (Mᵢ, K) become, in fp32."""
+        wide = torch.promote_types(rows.dtype, torch.float32)
+        a = self.a.flatten(1).to(wide)  # (R, K)
+        b = self.b.flatten(1).to(wide)  # (Mᵢ, R)
+        merged = torch.addmm(rows.flatten(1).to(wide), b, a, alpha=self.scale)  # (Mᵢ, K)
+        if self.m is not None:
+            merged *= self.gain(rows)[:, None]
+        return merged.view(rows.shape)
 
 
 class LoRALinearWeights(nn.Module):
@@ -78,7 +104,7 @@ class LoRALinearWeights(nn.Module):
         """
         a_blocks = []
         for part, rank, scale, b in zip(self.parts, self.ranks, self.scales, self.b, strict=True):
-            rows = matrix[part.start : part.start + part.size].float()  # (Mᵢ, K)
+            rows = part.rows_of(matrix).float()  # (Mᵢ, K)
             u, singular_values, v = torch.linalg.svd(rows, full_matrices=False)
 
             # U Σ Vᵀ is shared out evenly: √Σ to each factor, with the scale taken back.
@@ -117,13 +143,20 @@ class LoRALinearWeights(nn.Module):
         """The factors of each adapted part."""
         a, bs = self.factors(dtype)
         a_blocks = a.split([b.shape[1] for b in bs]) if len(bs) > 1 else (a,)
-        return [PartWeights(*weights) for weights in zip(self.parts, self.scales, a_blocks, bs, strict=True)]
+        magnitudes = [None] * len(bs) if self.m is None else self.m
+        zipped = zip(self.parts, self.scales, a_blocks, bs, magnitudes, strict=True)
+        return [PartWeights(*weights) for weights in zipped]
+
+    def fill(self, blocks: Sequence[PartWeights]) -> None:
+        """Take these factors, one block for each adapted part, in the place of the fresh ones."""
+        self.a = nn.Parameter(torch.cat([block.a for block in blocks]))  # (ΣR, K)
+        self.b = nn.ParameterList([block.b for block in blocks])
+        if magnitudes := [block.m for block in blocks if block.m is not None]:
+            self.m = nn.ParameterList(magnitudes)
 
     def _norms(self, matrix: Tensor) -> list[Tensor]:
         """‖W + s B A‖ of the rows of each part (Mᵢ,), for the weight (M, K)."""
-        return [
-            row_norms(matrix[part.start : part.start + part.size], a, b, scale) for part, scale, a, b in self.blocks()
-        ]
+        return [block.norms(block.part.rows_of(matrix)) for block in self.blocks()]
 
     def gain(self, matrix: Tensor | NF4Weight) -> Tensor:
         """DoRA's g (M,) for the weight (M, K)."""
@@ -139,15 +172,45 @@ class LoRALinearWeights(nn.Module):
             cache[self] = gain
         return gain
 
-    def merged(self, part: LinearPart, rows: Tensor) -> Tensor:
-        """What an adapted part's rows of the weight (Mᵢ, K) become, in fp32."""
-        index = self.parts.index(part)
-        _, scale, a, b = self.blocks()[index]
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        merged = torch.addmm(rows.to(wide), b.to(wide), a.to(wide), alpha=scale)  # (Mᵢ, K)
-        if self.m is not None:
-            merged *= (self.m[index] / row_norms(rows, a, b, scale))[:, None]
-        return merged
+
+class LoRAMatrixWeights(nn.Module):
+    """One adapter's factors on a layer of one part, a convolution or an embedding: `a` (R, ...) and `b` (M, ...).
+
+    fp32 masters in PEFT's shapes, started by the layer's `new_adapter`. With DoRA there is an `m` (M,), too.
+    """
+
+    def __init__(self, part: LinearPart, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0):
+        super().__init__()
+        self.part = part
+        self.a = nn.Parameter(a)
+        self.b = nn.Parameter(b)
+        self.m: nn.Parameter | None = None
+        self.scale = scale
+        self.dropout = dropout
+
+        self.lr_ratio = 1.0  # of B's learning rate to A's
+        self.paused: tuple[str, ...] = ()  # the parameters that train when it is the adapter in use
+
+    def blocks(self) -> list[PartWeights]:
+        """The factors on the one part."""
+        return [PartWeights(self.part, self.scale, self.a, self.b, self.m)]
+
+    def fill(self, blocks: Sequence[PartWeights]) -> None:
+        """Take the factors of this block, which may be matrices, in the place of the fresh ones."""
+        (block,) = blocks
+        self.a = nn.Parameter(block.a.view_as(self.a))
+        self.b = nn.Parameter(block.b.view_as(self.b))
+        if block.m is not None:
+            self.m = nn.Parameter(block.m)
+
+    @torch.no_grad()
+    def add_magnitudes(self, matrix: Tensor) -> None:
+        """Train the magnitudes of the rows of the weight (M, K), too; they start as they are."""
+        self.m = nn.Parameter(self.blocks()[0].norms(matrix))
+
+    def gain(self, matrix: Tensor) -> Tensor:
+        """DoRA's g (M,) for the weight (M, K)."""
+        return self.blocks()[0].gain(matrix)
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,9 @@ def test_the_sum_is_exact(tmp_path: Path) -> None:
         for path, start in base.items():
             module = model.get_submodule(path)
             if name in module.lora:
-                for part in module.lora[name].parts:
-                    at = slice(part.start, part.start + part.size)
-                    rows = module.lora[name].merged(part, start[at]).detach()
+                for block in module.lora[name].blocks():
+                    at = slice(block.part.start, block.part.start + block.part.size)
+                    rows = block.merged(start[at]).detach()
                     expected[path][at] += weight * (rows - start[at])
     combine_adapters(model, WEIGHTS, "both")
     assert adapter_names(model) == ["a", "b", "both"]
@@ -67,7 +67,7 @@ def test_a_rank_is_the_best_of_that_rank(rank: int, tmp_path: Path) -> None:
     for module in model.modules():
         if isinstance(module, Linear) and "cut" in module.lora:
             blocks = zip(module.lora["exact"].blocks(), module.lora["cut"].blocks(), strict=True)
-            for (_, s, a, b), (_, cut_s, cut_a, cut_b) in blocks:
+            for (_, s, a, b, _), (_, cut_s, cut_a, cut_b, _) in blocks:
                 exact, cut = s * b @ a, cut_s * cut_b @ cut_a
                 assert len(cut_a) == min(rank, len(a))
                 left = torch.linalg.svdvals(exact)[rank:].norm() if rank < len(a) else torch.zeros(())

@@ -12,7 +12,7 @@ from small_models import both, theirs, tiny_bert, tiny_gpt2, token_rows
 from torch import Tensor, nn
 
 from handtune.engine import LoRAConfig, add_lora
-from handtune.engine.adapters.lora import LoRAEmbedding
+from handtune.engine.adapters.embedding import LoRAEmbedding
 from handtune.engine.data.batches import Collate
 from handtune.engine.tasks.losses import causal_lm_loss
 from handtune.kernels import Linear
@@ -121,7 +121,7 @@ def peft_pairs(reference: nn.Module, model: nn.Module) -> list[tuple[str, Tensor
     pairs = []
     for slot in adapter_sites(model):
         if "default" in slot.module.lora:
-            for published, _, _, weights in _published_factors(model, slot, "default"):
+            for published, _, _, weights in _published_factors(slot, "default"):
                 for kind, ours in weights.items():
                     infix = kind.replace(".weight", ".default.weight") if "embedding" not in kind else f"{kind}.default"
                     pairs.append((f"{published}.{kind}", own[f"base_model.model.{published}.{infix}"], ours))
