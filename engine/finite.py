@@ -9,12 +9,12 @@ from itertools import chain
 
 from torch import nn
 
-from .model import KnownModel, key_map_of
+from .model import facts_of
 
 
 def non_finite_weights(model: nn.Module) -> list[str]:
     """The published names of the weights, or else ours, that hold NaN or infinity."""
-    key_map = key_map_of(model)
+    key_map = facts_of(model).key_map()
     names: list[str] = []
     for key, tensor in chain(model.named_parameters(), model.named_buffers()):
         if not tensor.is_floating_point() or bool(tensor.isfinite().all()):
@@ -40,7 +40,8 @@ def not_finite(model: nn.Module, what: str) -> FloatingPointError:
             "or float32"
         )
 
-    checkpoint = f"{model.source}: " if isinstance(model, KnownModel) and model.source else ""
+    source = facts_of(model).source
+    checkpoint = f"{source}: " if source else ""
     listed = names[0]
     if len(names) > 1:
         listed += f" (and {len(names) - 1} more)"

@@ -25,6 +25,20 @@ class KnownModel(Protocol):
     ) -> Tensor: ...
 
 
-def key_map_of(model: nn.Module) -> dict[str, Any]:
-    """The `CheckpointKey` of each of the model's tensors; none for a foreign model, whose own names are published."""
-    return model.key_map() if isinstance(model, KnownModel) else {}
+class ForeignModel:
+    """What is known of any other module: nothing. Its own names are published, and it has no groups of targets."""
+
+    lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {}
+    tied_keys: ClassVar[dict[str, tuple[str, str]]] = {}
+    base_prefix = ()
+    position_modules = ()
+    task = ""
+    source = None
+
+    def key_map(self) -> dict[str, Any]:
+        return {}
+
+
+def facts_of(model: nn.Module) -> KnownModel | ForeignModel:
+    """What the model says of itself: the `CheckpointKey` of each of its tensors, its task, and so on."""
+    return model if isinstance(model, KnownModel) else ForeignModel()

@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from ...kernels import Linear, LoRALinearWeights
+from ...kernels.lora.per_row import AdapterRows
 from ...kernels.quant.nf4 import NF4Weight
-from ..model import key_map_of
+from ..model import facts_of
 from .config import LoRAConfig
 from .locking import with_adapter_lock
 from .modules_to_save import mark_trained, switch_tensors
 from .targets import match_targets, published_parts, refuse_tied
-from .wrapping import Adaptable, LoRAWeights, as_adaptable, ensure_adaptable, n_groups, refuse_patched
+from .wrapping import Active, Adaptable, LoRAWeights, as_adaptable, ensure_adaptable, n_groups, refuse_patched
 
 
 class AdapterSite(NamedTuple):
@@ -48,7 +49,7 @@ class AdapterSite(NamedTuple):
 
 def adapter_sites(model: nn.Module) -> Iterator[AdapterSite]:
     """All modules that can carry adapters."""
-    key_map = cache(lambda: key_map_of(model))  # switching adapters needs none, and has to be fast
+    key_map = cache(lambda: facts_of(model).key_map())  # switching adapters needs none, and has to be fast
     for path, module in model.named_modules():
         if isinstance(module, Adaptable):
             yield AdapterSite(path, module, key_map)
@@ -73,14 +74,11 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> tup
 
     prepare_for_adapter(model)
     for path, published in targets.items():
-        module = ensure_adaptable(model, path)
-        weights = fresh_adapter(module, published, config)
-        _init_variant(weights, module, config)
-        module.lora[name] = weights.train(module.training)
-
-    # On every site, since another adapter may have been active where this one isn't.
-    for site in adapter_sites(model):
-        site.module.active = name if name in site.module.lora else None
+        layer = ensure_adaptable(model, path)
+        weights = fresh_adapter(layer, published, config)
+        _init_variant(weights, layer, config)
+        layer.lora[name] = weights.train(layer.training)
+        layer.active = name
     return tuple(targets)
 
 
@@ -88,7 +86,7 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
     """ValueError where an adapter can't be called `name`."""
     if not isinstance(name, str) or not name or "." in name:
         raise ValueError(f"adapter name {name!r}: it must be a text, not empty and without a dot")
-    if hasattr(nn.ModuleDict, name) or hasattr(nn.ModuleDict(), name):
+    if name in dir(nn.ModuleDict()):
         raise ValueError(f"adapter name {name!r} means something in torch's modules; choose another")
     if any(name in site.module.lora for site in adapter_sites(model)):
         raise ValueError(f"adapter {name!r} exists already; choose another name")
@@ -152,12 +150,24 @@ def _init_variant(weights: LoRAWeights, layer: Adaptable, config: LoRAConfig) ->
         weights.add_magnitudes(matrix)
 
 
-def prepare_for_adapter(model: nn.Module) -> None:
-    """Freeze everything, with the base in the model, for an adapter that is about to be attached."""
+def activate(model: nn.Module, active: Active, owner: str | None) -> None:
+    """Apply `active` from here on where it is attached, with the tensors that belong to `owner`."""
     # What has begun to train belongs to the adapter that is active, and leaves the model with it.
     mark_trained(model, active_adapter(model))
-    switch_tensors(model, None)
+    switch_tensors(model, owner)
+    for site in adapter_sites(model):
+        site.module.active = attached_to(site.module, active)
 
+
+def attached_to(layer: Adaptable, active: Active) -> Active:
+    """`active`, or None where the layer has none of its adapters."""
+    adapters = active.adapters if isinstance(active, AdapterRows) else [active]
+    return None if layer.lora.keys().isdisjoint(adapters) else active
+
+
+def prepare_for_adapter(model: nn.Module) -> None:
+    """Freeze everything, with the base in the model, for an adapter that is about to be attached."""
+    activate(model, None, owner=None)
     train_only(model, None)
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -11,7 +11,6 @@ for each adapter with token rows, or with an embedding.
 """
 
 from collections.abc import Collection, Iterator, Mapping
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -72,8 +71,9 @@ def _table(module: nn.Module, name: str) -> NamedTensors:
     return module._parameters if name in module._parameters else module._buffers  # type: ignore[return-value]
 
 
-def _tensors_in(module: nn.Module) -> Iterator[tuple[str, Tensor | None]]:
-    return chain(module._parameters.items(), module._buffers.items())
+def named_tensors(module: nn.Module, recurse: bool = True) -> dict[str, Tensor]:
+    """Its parameters and buffers by name, with those of its submodules or without."""
+    return {**dict(module.named_parameters(recurse=recurse)), **dict(module.named_buffers(recurse=recurse))}
 
 
 def _get(module: nn.Module, name: str) -> Tensor | None:
@@ -135,10 +135,10 @@ def mark_trained(
     if adapter is None:
         return
 
-    excluded = {id(parameter) for parameter in already_trained}
+    excluded = set(already_trained)
     trained = {}
     for name, parameter in model.named_parameters():
-        if ".lora." in name or id(parameter) in excluded:
+        if ".lora." in name or parameter in excluded:
             continue
         if parameter.requires_grad or name in names:
             trained[name] = parameter
@@ -188,14 +188,14 @@ def _buffers(module: nn.Module) -> NamedTensors:
 
 def forget_trained(model: nn.Module, parameters: Collection[nn.Parameter]) -> None:
     """These parameters no longer train: those of them that are still as in the base are the base's again."""
-    ids = {id(parameter) for parameter in parameters}
+    parameters = set(parameters)
     for _, module, versions in _versioned_modules(model):
         if versions.active is None:
             continue
 
         tensors = versions.by_adapter[versions.active]
         for name, parameter in list(module._parameters.items()):
-            if name in tensors and id(parameter) in ids and _equal(parameter, versions.base[name]):
+            if name in tensors and parameter in parameters and _equal(parameter, versions.base[name]):
                 versions.base[name] = parameter
                 del tensors[name]
 
@@ -221,21 +221,16 @@ def _delete_if_empty(module: nn.Module, versions: TensorVersions) -> None:
 
 def attach_tensors(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> None:
     """Give an adapter that is not active yet these tensors, by their names in the model, which must hold the base."""
-    # New tensors by the id of the one that they replace: a tied matrix has one of its names here, and is in several
-    # modules.
-    replacements: dict[int, Tensor] = {}
-    for path, module in model.named_modules():
-        for name, old in _tensors_in(module):
-            new = tensors.get(_join(path, name))
-            if old is None or new is None or name == TRAINED_ROWS:
-                continue
-            replacements[id(old)] = nn.Parameter(new) if isinstance(old, nn.Parameter) else new
+    # By the tensors that they replace: a tied matrix has one of its names here, and is in several modules.
+    replacements: dict[Tensor, Tensor] = {}
+    for name, old in named_tensors(model).items():
+        if name in tensors and not name.endswith(TRAINED_ROWS):
+            replacements[old] = nn.Parameter(tensors[name]) if isinstance(old, nn.Parameter) else tensors[name]
 
     # The base's version is what is in the module now; the new one waits until the adapter is set.
     for path, module in model.named_modules():
-        replaced: NamedTensors = {
-            name: replacements[id(old)] for name, old in _tensors_in(module) if id(old) in replacements
-        }
+        module_tensors = named_tensors(module, recurse=False)
+        replaced: NamedTensors = {n: replacements[old] for n, old in module_tensors.items() if old in replacements}
         if not replaced:
             continue
         if (ids := tensors.get(_join(path, TRAINED_ROWS))) is not None:
@@ -274,15 +269,6 @@ def trained_outside_adapters(model: nn.Module, adapter: str) -> set[str]:
     return names & {name for name, _ in model.named_parameters()}
 
 
-def owner_of(model: nn.Module, parameter: str) -> str | None:
-    """An adapter to which a parameter of this name belongs, or None."""
-    module_path, _, name = parameter.rpartition(".")
-    for path, _, versions in _versioned_modules(model):
-        if path == module_path:
-            return next((adapter for adapter, tensors in versions.by_adapter.items() if name in tensors), None)
-    return None
-
-
 def inactive_tensors(model: nn.Module, adapter: str | None) -> NamedTensors:
     """The tensors with this adapter, by their names in the model, that are not in it now."""
     return {
@@ -290,15 +276,6 @@ def inactive_tensors(model: nn.Module, adapter: str | None) -> NamedTensors:
         for path, _, versions in _versioned_modules(model)
         for name, tensor in versions.inactive(adapter).items()
     }
-
-
-def all_inactive_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that are not in the model now, of all adapters and the base, by their names in it."""
-    for path, _, versions in _versioned_modules(model):
-        for adapter in (None, *versions.by_adapter):
-            for name, tensor in versions.inactive(adapter).items():
-                if tensor is not None:
-                    yield _join(path, name), tensor
 
 
 def common_owner(model: nn.Module, adapters: Collection[str | None]) -> str | None:

@@ -14,7 +14,8 @@ from ...kernels import Linear
 from ...kernels.quant.nf4 import NF4Weight, Workspace
 from ..model import KnownModel
 from .lora import refuse_merged
-from .modules_to_save import owner_of
+from .modules_to_save import trained_outside_adapters
+from .switch import adapter_names
 from .targets import Targets, match_targets, refuse_tied
 
 
@@ -54,18 +55,19 @@ def quantize(model: nn.Module, targets: Targets = "all-linear") -> tuple[str, ..
     """
     refuse_merged(model)
     named: dict[str, Linear] = {path: model.get_submodule(path) for path in projections(model, targets)}  # type: ignore
-    frozen = {path: m for path, m in named.items() if m.quantized is not None or not m.weight.requires_grad}
-    if not frozen:
+    in_floats = {path: module for path, module in named.items() if module.quantized is None}
+    to_quantize = {path: module for path, module in in_floats.items() if not module.weight.requires_grad}
+    if in_floats == named and not to_quantize:
         raise ValueError('all that targets name trains, and 4 bits can\'t: freeze(model, "*") first, then quantize')
 
-    to_quantize = {path: module for path, module in frozen.items() if module.quantized is None}
+    owners = {key: name for name in adapter_names(model) for key in trained_outside_adapters(model, name)}
     for path in to_quantize:
-        if owner := owner_of(model, f"{path}.weight"):
+        if owner := owners.get(f"{path}.weight"):
             raise ValueError(f"{path}.weight belongs to adapter {owner!r}: drop_adapter(model, {owner!r}) first")
 
     # All quantised weights of a model share one workspace, into which they are dequantised one at a time.
-    workspaces = [module.workspace for module in model.modules() if isinstance(module, NF4Weight)]
-    workspace = workspaces[0] if workspaces else Workspace()
+    workspaces = (module.workspace for module in model.modules() if isinstance(module, NF4Weight))
+    workspace = next(workspaces, Workspace())
     for path, module in to_quantize.items():
         try:
             module.quantize_(workspace)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ...kernels.lora.factors import Merged
 from ...kernels.lora.per_row import AdapterRows
 from ...kernels.quant.nf4 import NF4Weight
-from ..model import KnownModel
+from ..model import facts_of
 from .locking import adapter_lock, with_adapter_lock
-from .lora import AdapterSite, active_adapter, adapter_sites, refuse_merged, train_only
+from .lora import AdapterSite, activate, active_adapter, adapter_sites, attached_to, refuse_merged, train_only
 from .modules_to_save import (
     active_owners,
     common_owner,
@@ -25,10 +25,9 @@ from .modules_to_save import (
     make_active_the_base,
     mark_trained,
     restore_owners,
-    switch_tensors,
 )
 from .rounding import rounded
-from .wrapping import Adaptable, n_groups
+from .wrapping import Active, Adaptable, n_groups
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -57,18 +56,10 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     """
     refuse_merged(model)
     check_attached(model, name)
-    _activate(model, name)
+    activate(model, name, owner=name)
     if name is not None:
         train_only(model, name)
         mark_trained(model, name)
-
-
-def _activate(model: nn.Module, name: str | None) -> None:
-    # What has begun to train belongs to the adapter that is active, and leaves the model with it.
-    mark_trained(model, active_adapter(model))
-    switch_tensors(model, name)
-    for site in adapter_sites(model):
-        site.module.active = name if name is not None and name in site.module.lora else None
 
 
 @contextmanager
@@ -92,12 +83,16 @@ def use_adapter(
     """
     with adapter_lock(model):
         before = _ActiveAdapters.of(model)
+        refuse_merged(model)
         if name is None or isinstance(name, str):
-            refuse_merged(model)
             check_attached(model, name)
-            _activate(model, name)
+            activate(model, name, owner=name)
         else:
-            _activate_by_row(model, AdapterRows(name, lengths))
+            rows = AdapterRows(name, lengths)
+            check_attached(model, *rows.adapters)
+            _check_by_row(model, rows)
+            # The rows share what is outside of the adapters, so that there has to be one version of it for all of them.
+            activate(model, rows, common_owner(model, dict.fromkeys(rows.names)))
         try:
             yield
         finally:
@@ -107,8 +102,7 @@ def use_adapter(
 class _ActiveAdapters(NamedTuple):
     """Which adapters a model applied before a block."""
 
-    by_module: dict[Adaptable, str | AdapterRows | None]
-    for_all_rows: str | None
+    by_module: dict[Adaptable, Active]
     owners: dict[nn.Module, str | None]  # whose tensors were in the modules that have some for adapters
     trained: list[nn.Parameter]  # they trained before the block, and don't come to belong to its adapter
 
@@ -116,28 +110,22 @@ class _ActiveAdapters(NamedTuple):
     def of(model: nn.Module) -> "_ActiveAdapters":
         return _ActiveAdapters(
             {site.module: site.module.active for site in adapter_sites(model)},
-            active_adapter(model),
             active_owners(model),
             [parameter for parameter in model.parameters() if parameter.requires_grad],
         )
 
     def restore(self, model: nn.Module) -> None:
         """Apply them again, as far as they are there: in the block adapters may have come, gone, been merged."""
+        # A module that was made ready for adapters in the block does what the others did before it.
+        default = next((active for active in self.by_module.values() if active is not None), None)
+
         merged = any(site.module.merged is not None for site in adapter_sites(model))
         if not merged:
             mark_trained(model, active_adapter(model), already_trained=self.trained)
-            restore_owners(model, self.owners, self.for_all_rows)
-
-        # A module that was made ready for adapters in the block does what the others did before it.
-        default = next((active for active in self.by_module.values() if active is not None), None)
+            restore_owners(model, self.owners, default if isinstance(default, str) else None)
         for site in adapter_sites(model):
-            module = site.module
-            active = self.by_module.get(module, default)
-            if isinstance(active, AdapterRows):
-                is_attached = bool(active.on(module.lora))
-            else:
-                is_attached = active is not None and active in module.lora
-            module.active = active if is_attached and not merged else None
+            active = None if merged else self.by_module.get(site.module, default)
+            site.module.active = attached_to(site.module, active)
 
 
 @contextmanager
@@ -156,35 +144,20 @@ def beams_of_rows(model: nn.Module, beams: int) -> Iterator[None]:
         by_row.beams = 1
 
 
-def _activate_by_row(model: nn.Module, rows: AdapterRows) -> None:
-    refuse_merged(model)
-    check_attached(model, *rows.adapters)
-    sites = list(adapter_sites(model))
-    affected = [site for site in sites if rows.on(site.module.lora)]
-    _check_by_row(model, affected, rows)
-
-    # The rows share what is outside of the adapters, so that there has to be one version of it for all of them.
-    owner = common_owner(model, dict.fromkeys(rows.names))
-    mark_trained(model, active_adapter(model))
-    switch_tensors(model, owner)
-    for site in sites:
-        site.module.active = None
-    for site in affected:
-        site.module.active = rows
-
-
-def _check_by_row(model: nn.Module, affected: list[AdapterSite], rows: AdapterRows) -> None:
-    """ValueError where a layer, among those that have one of the adapters, can't take its adapter by row."""
-    if isinstance(model, KnownModel):
-        for site in affected:
-            if site.path.partition(".")[0] == "head" and model.task.endswith("-lm"):
-                raise ValueError(
-                    f"{site.path}: the head sees chosen positions, not rows; an adapter on it must be used alone"
-                )
-    for site in affected:
-        if isinstance(model, KnownModel) and any(fnmatchcase(site.path, glob) for glob in model.position_modules):
+def _check_by_row(model: nn.Module, rows: AdapterRows) -> None:
+    """ValueError where a layer that has one of the adapters can't take its adapter by row."""
+    facts = facts_of(model)
+    for site in adapter_sites(model):
+        adapters = rows.on(site.module.lora)
+        if not adapters:
+            continue
+        if site.path.partition(".")[0] == "head" and facts.task.endswith("-lm"):
+            raise ValueError(
+                f"{site.path}: the head sees chosen positions, not rows; an adapter on it must be used alone"
+            )
+        if any(fnmatchcase(site.path, glob) for glob in facts.position_modules):
             raise ValueError(f"{site.path} sees positions, not rows; an adapter on it must be used alone")
-        for name in rows.on(site.module.lora):
+        for name in adapters:
             if site.adapters[name].m is not None:
                 raise ValueError(
                     f"{name!r} is a DoRA, which can't be mixed with others in a batch: use it for all rows"

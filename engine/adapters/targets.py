@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ...kernels import Linear
-from ..model import KnownModel, key_map_of
+from ..model import facts_of
 from .wrapping import Adaptable, is_conv1d
 
 Targets = str | tuple[str, ...] | list[str]
@@ -26,7 +26,7 @@ def published_parts(path: str, key_map: dict[str, Any]) -> tuple[str, ...]:
 
 def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
     """Every module that could carry an adapter: path, module, published paths of its parts."""
-    key_map = key_map_of(model)
+    key_map = facts_of(model).key_map()
     for path, module in model.named_modules():
         if not isinstance(module, Adaptable):
             # A subclass may do more than look up or multiply.
@@ -34,9 +34,9 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ..
             if not (is_look_up or type(module) in (nn.Linear, nn.Conv2d) or is_conv1d(module)):
                 continue
 
-        # A weight that is computed, as under weight_norm, is no parameter of the module, and can't be adapted.
-        is_quantized = isinstance(module, Linear) and module.quantized is not None
-        if is_quantized or module._parameters.get("weight") is not None:
+        # A weight that is computed, as under weight_norm, is no parameter of the module, and can't be adapted. A
+        # quantised one is a module.
+        if "weight" in module._parameters or "weight" in module._modules:
             yield path, module, published_parts(path, key_map)
 
 
@@ -64,8 +64,7 @@ def _matches(path: str, target: str) -> bool:
 
 def _refuse_unmatched(model: nn.Module, target: str, modules: dict[str, tuple[str, ...]]) -> None:
     """ValueError for a target that matches none of the modules: a tied copy, or a name that isn't there."""
-    tied_keys = model.tied_keys if isinstance(model, KnownModel) else {}
-    for copy, (key, _) in tied_keys.items():
+    for copy, (key, _) in facts_of(model).tied_keys.items():
         if _matches(copy.removesuffix(".weight"), target):
             refuse_tied(model, [key.removesuffix(".weight")])
 
@@ -79,7 +78,7 @@ def _refuse_unmatched(model: nn.Module, target: str, modules: dict[str, tuple[st
 def _globs(model: nn.Module, targets: Targets) -> list[str]:
     """The targets as globs: "all-linear" and the model's own groups spelled out."""
     globs: list[str] = []
-    groups = model.lora_targets if isinstance(model, KnownModel) else {}
+    groups = facts_of(model).lora_targets
     if isinstance(targets, str):
         targets = [targets]
     for target in targets:
@@ -124,9 +123,8 @@ def weight_owners(model: nn.Module) -> dict[int, list[str]]:
     """For each weight, by identity, the paths of the modules that hold it: several where it is tied."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if name == "weight":
-                owners.setdefault(id(parameter), []).append(path)
+        if (weight := module._parameters.get("weight")) is not None:
+            owners.setdefault(id(weight), []).append(path)
     return owners
 
 

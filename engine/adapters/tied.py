@@ -10,14 +10,14 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from ..model import KnownModel, key_map_of
+from ..model import KnownModel, facts_of
 
 IsBase = Callable[[str, Tensor], bool]  # whether the base's tensor of a published name has this value
 
 
-def published_names(model: nn.Module) -> set[str]:
-    """The published names of the tensors of one of our models, those of tied copies not among them."""
-    return {name for checkpoint_key in key_map_of(model).values() for name in checkpoint_key.names}
+def published_names(model: nn.Module) -> dict[str, str]:
+    """Our name of each tensor of one of our models by its published ones, those of tied copies not among them."""
+    return {name: key for key, checkpoint_key in facts_of(model).key_map().items() for name in checkpoint_key.names}
 
 
 def tied_copies(model: nn.Module) -> dict[str, str]:
@@ -39,7 +39,7 @@ def tied_copies(model: nn.Module) -> dict[str, str]:
     return copies
 
 
-def _with_base_prefix(model: KnownModel, copy: str, stored: set[str]) -> str:
+def _with_base_prefix(model: KnownModel, copy: str, stored: Collection[str]) -> str:
     """The name of a copy as this task publishes it: inside of the base model ("bert.") where its stack is."""
     prefixes = [model.base_prefix] if isinstance(model.base_prefix, str) else model.base_prefix
     stack = copy.partition(".")[0]
@@ -54,7 +54,7 @@ def without_copies(model: nn.Module, stored: dict[str, Tensor], is_base: IsBase)
 
     ValueError where one of several differs from the others: where it is stored alone, from those of the base.
     """
-    other_spellings = {name for checkpoint_key in key_map_of(model).values() for name in checkpoint_key.also}
+    other_spellings = {name for checkpoint_key in facts_of(model).key_map().values() for name in checkpoint_key.also}
 
     tensors = dict(stored)
     copies = tied_copies(model)
@@ -88,17 +88,6 @@ def same_tensor(a: Tensor, b: Tensor) -> bool:
     return not b.is_meta and a.shape == b.shape and torch.equal(a.to(b), b)
 
 
-def biased_output(model: nn.Module) -> str | None:
-    """The published module of an output matrix that has a bias and is tied to another module, or None.
-
-    PEFT computes it without the bias where token rows train (its TrainableTokensLayer).
-    """
-    copies = tied_copies(model)
-    names = {*copies, *published_names(model)}
-    modules = [copy.removesuffix(".weight") for copy in copies if copy.endswith(".weight")]
-    return next((module for module in modules if f"{module}.bias" in names), None)
-
-
 def peft_difference(model: nn.Module, adapted: Collection[str], with_token_rows: Collection[str]) -> str | None:
     """Why PEFT computes something else from factors on these published modules, or from token rows of those, or None.
 
@@ -106,22 +95,25 @@ def peft_difference(model: nn.Module, adapted: Collection[str], with_token_rows:
     that transformers lists as tied, a head of its own among them where other occurrences are tied, but not to those
     inside a model that is wrapped for a task.
     """
+    facts = facts_of(model)
     copies = {copy.removesuffix(".weight"): first.removesuffix(".weight") for copy, first in tied_copies(model).items()}
     for copy, first in copies.items():
         # Here they change both, which are one parameter.
         if first in adapted:
             return f"{copy} is the same matrix as {first}, and PEFT's factors on {first} don't reach it"
-        if first in with_token_rows and isinstance(model, KnownModel) and copy.startswith(model.base_prefix):
+        if first in with_token_rows and copy.startswith(facts.base_prefix):
             return f"{copy} is the same matrix as {first}, and PEFT's token rows of {first} don't reach it"
 
     # T5 1.1 has such a head: two stacks share the embedding, and the output matrix is another.
-    if isinstance(model, KnownModel) and set(with_token_rows) & set(copies.values()):
-        stored = published_names(model)
-        if untied := next((name for name in model.tied_keys if name in stored), None):
-            head = untied.removesuffix(".weight")
-            return f"{head} is a matrix of its own, over whose rows PEFT writes the token rows of the embedding"
+    stored = published_names(model)
+    untied = next((name for name in facts.tied_keys if name in stored), None)
+    if untied is not None and not {*with_token_rows}.isdisjoint(copies.values()):
+        head = untied.removesuffix(".weight")
+        return f"{head} is a matrix of its own, over whose rows PEFT writes the token rows of the embedding"
 
-    if with_token_rows and (output := biased_output(model)):
+    # It computes such an output matrix without the bias where token rows train (its TrainableTokensLayer).
+    biases = {*copies, *stored}
+    if with_token_rows and (output := next((copy for copy in copies if f"{copy}.bias" in biases), None)):
         return f"{output} has a bias, without which PEFT computes where token rows train"
     return None
 

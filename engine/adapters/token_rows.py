@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..model import KnownModel, key_map_of
+from ..model import KnownModel, facts_of
 from .embedding import LoRAEmbedding
 from .lora import active_adapter
 from .modules_to_save import TRAINED_ROWS, mark_trained
 from .rounding import rounded
-from .tied import tied_copies
+from .tied import published_names, tied_copies
 
 PEFT_ROWS = ".token_adapter.trainable_tokens_delta"  # what the names of token rows end in, in an adapter's file
 
@@ -66,7 +66,7 @@ def _vocabulary_modules(model: nn.Module) -> list[nn.Module]:
     if not isinstance(model, KnownModel):
         raise ValueError(f"{type(model).__name__} is not a model of handtune; only their token rows are known")
     embedding = dict(model.named_modules()).get("embed.tokens")
-    if isinstance(embedding, LoRAEmbedding) or not isinstance(embedding, nn.Module):
+    if embedding is None or isinstance(embedding, LoRAEmbedding):
         raise ValueError("embed.tokens carries an adapter or isn't there: no rows of it can train by themselves")
 
     # A tied head has the same rows, and a classifier's has none for tokens.
@@ -93,7 +93,7 @@ def rows_among(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def published_ids(model: nn.Module, rows: Mapping[str, Tensor]) -> dict[str, list[int]]:
     """PEFT's `trainable_token_indices`: the ids by published module, of those by the name of our parameter."""
-    key_map = key_map_of(model)
+    key_map = facts_of(model).key_map()
     return {key_map[key].names[0].removesuffix(".weight"): ids.tolist() for key, ids in rows.items()}
 
 
@@ -110,7 +110,7 @@ def take_rows(model: nn.Module, stored: dict[str, Tensor], indices: Any) -> list
 
     Raises ValueError where they don't fit each other or the model.
     """
-    key_by_name = {name: key for key, checkpoint_key in key_map_of(model).items() for name in checkpoint_key.names}
+    key_by_name = published_names(model)
     token_rows = []
     for key in [key for key in stored if key.endswith(PEFT_ROWS)]:
         module = key.removesuffix(PEFT_ROWS)

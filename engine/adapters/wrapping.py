@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from ...kernels import Conv2d, Linear, LoRALinearWeights
 from ...kernels.lora.factors import LoRAMatrixWeights
+from ...kernels.lora.per_row import AdapterRows
 from .embedding import LoRAEmbedding
 from .modules_to_save import VERSIONS
 
 Adaptable = Linear | Conv2d | LoRAEmbedding
 LoRAWeights = LoRALinearWeights | LoRAMatrixWeights
+Active = str | AdapterRows | None  # the adapter that a layer applies, or one for each row
 
 # Where a module keeps its hooks: torch's names for that change with its versions, and are the same in every module.
 _HOOKS = {name for name in vars(nn.Module()) if "hook" in name}
@@ -64,12 +66,11 @@ def ensure_adaptable(model: nn.Module, path: str) -> Adaptable:
         vars(wrapped)[attribute] = vars(module)[attribute]
 
     # A module can be in the model several times.
-    occurrences = [name for name, other in model.named_modules(remove_duplicate=False) if other is module]
-    for occurrence in occurrences:
-        parent_path, _, child = occurrence.rpartition(".")
-        parent = model.get_submodule(parent_path)
-        setattr(parent, child, wrapped)
-        if isinstance(parent, nn.TransformerEncoderLayer):
+    for parent in list(model.modules()):
+        names = [name for name, child in parent._modules.items() if child is module]
+        for name in names:
+            setattr(parent, name, wrapped)
+        if names and isinstance(parent, nn.TransformerEncoderLayer):
             parent.activation_relu_or_gelu = 0  # no fast path: in eval mode it reads the weights past the adapter
     return wrapped
 

@@ -33,20 +33,19 @@ from ..adapters.targets import refuse_tied
 from ..adapters.tied import IsBase, peft_difference, published_names
 from ..adapters.token_rows import PEFT_ROWS, StoredRows, published_ids, take_rows, with_rows
 from ..adapters.wrapping import LoRAWeights, ensure_adaptable, refuse_patched
-from ..model import KnownModel
+from ..model import facts_of
 from .config import OURS, lora_config
 from .saved_modules import (
     BASE,
-    apply_matched,
+    changed_tensors,
     compare_with,
-    match_changed_tensors,
     match_tensors,
     plain_tensors,
     tensors_to_save,
     tensors_with,
     trained_rows_with,
 )
-from .weights import PREFIX, AdapterFile, FactorLayout, read_weights, take_factors
+from .weights import PREFIX, FactorLayout, read_weights, take_factors
 
 TASK_TYPES = {
     "causal-lm": "CAUSAL_LM",
@@ -86,8 +85,9 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default", *, p
 
     # What trains without having been marked yet belongs to the adapter in use, which may be this one.
     mark_trained(model, active_adapter(model))
-    plain = tensors_to_save(model, name, adapted)
-    row_ids = published_ids(model, trained_rows_with(model, name))
+    rows = trained_rows_with(model, name)
+    plain = tensors_to_save(model, name, adapted, rows)
+    row_ids = published_ids(model, rows)
     modules_to_save = _modules_to_save(plain)
     is_beyond_peft = _is_beyond_peft(model, adapted, modules_to_save, row_ids)
     if portable:
@@ -122,7 +122,7 @@ def _is_beyond_peft(
 
     All are published modules: those with factors, those stored whole, those with token rows.
     """
-    if "" in modules_to_save or not published_names(model).isdisjoint(adapted):
+    if "" in modules_to_save or not published_names(model).keys().isdisjoint(adapted):
         return True  # a bare tensor, no module that PEFT could store or adapt
     if any(path.startswith(f"{module}.") for module in modules_to_save for path in adapted):
         return True
@@ -176,8 +176,8 @@ def _peft_config(
     alpha = _most_frequent(list(alphas.values()))
     return {
         "peft_type": "LORA",
-        "task_type": TASK_TYPES.get(model.task) if isinstance(model, KnownModel) else None,
-        "base_model_name_or_path": model.source if isinstance(model, KnownModel) else None,
+        "task_type": TASK_TYPES.get(facts_of(model).task),
+        "base_model_name_or_path": facts_of(model).source,
         "inference_mode": True,
         "r": rank,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
@@ -229,16 +229,15 @@ def read_adapter(model: nn.Module, path: str | Path, is_base: IsBase | None = No
 
     # Each step takes what it knows out of `remaining`; the plain tensors are what is left.
     remaining = dict(tensors)
-    factors = take_factors(model, AdapterFile(folder / WEIGHTS, config, remaining))
     try:
+        factors = take_factors(model, config, remaining)
         refuse_tied(model, [module_path for module_path, _ in factors])
         rows = take_rows(model, remaining, published.get("trainable_token_indices"))
         if published.get("peft_type") != OURS:
             _refuse_peft_difference(model, tensors)
         base = tensors_with(model, None)
         plain = plain_tensors(model, remaining, is_base or compare_with(model, base))
-        for _ in match_tensors(model, plain, base):
-            pass  # only for the error where one doesn't fit
+        list(match_tensors(model, plain, base))  # only for the error where one doesn't fit
     except ValueError as error:
         raise ValueError(f"{folder / WEIGHTS}: {error}") from error
     return StoredAdapter(factors, plain, rows)
@@ -274,7 +273,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     for module_path, _ in stored.factors:
         refuse_patched(module_path, model.get_submodule(module_path))
     try:
-        tensors = apply_matched(match_changed_tensors(model, stored.plain, base), base)
+        tensors = changed_tensors(model, stored.plain, base)
         tensors |= with_rows(stored.rows, base | tensors)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

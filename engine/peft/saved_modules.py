@@ -10,15 +10,14 @@ no use without.
 from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from ..adapters.lora import adapter_sites
-from ..adapters.modules_to_save import TRAINED_ROWS, inactive_tensors, trained_outside_adapters
+from ..adapters.modules_to_save import TRAINED_ROWS, inactive_tensors, named_tensors, trained_outside_adapters
 from ..adapters.rounding import rounded
 from ..adapters.tied import IsBase, copies_to_save, same_tensor, without_copies
 from ..adapters.token_rows import PEFT_ROWS, rows_among
-from ..model import KnownModel, key_map_of
+from ..model import facts_of
 from .weights import to_ours, to_stored
 
 WITH_HEAD = ("sequence-classification", "reward", "token-classification", "question-answering")
@@ -30,8 +29,7 @@ def tensors_with(model: nn.Module, adapter: str | None) -> dict[str, Tensor]:
 
     None is merged into them, and factors are not among them.
     """
-    tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    tensors = {key: tensor for key, tensor in tensors.items() if ".lora." not in key}
+    tensors = {key: tensor for key, tensor in named_tensors(model).items() if ".lora." not in key}
 
     # A weight with an adapter merged into it isn't the base's: that is in the copy.
     for site in adapter_sites(model):
@@ -52,31 +50,32 @@ def trained_rows_with(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     return {key: ids for key, ids in rows_among(tensors_with(model, adapter)).items() if key in trained}
 
 
-def tensors_to_save(model: nn.Module, adapter: str, adapted: Container[str]) -> dict[str, Tensor]:
+def tensors_to_save(
+    model: nn.Module, adapter: str, adapted: Container[str], row_ids: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Published tensors: of the modules of the parameters that belong to the adapter, and of the head.
 
-    `adapted`: the published modules that the adapter sits on.
+    `adapted`: the published modules that the adapter sits on; `row_ids`: what `trained_rows_with` gives.
     """
     trained = trained_outside_adapters(model, adapter)
-    row_ids = trained_rows_with(model, adapter)
     tensors = tensors_with(model, adapter)
-    published = list(_published_tensors(model, tensors))
+    published = _published_tensors(model, tensors)
 
     # The modules to store whole. PEFT takes each name for the end of a path, and loads what lies inside, too.
     modules = {_module_of(key) for key in trained}
     head: tuple[str, ...] = ()
-    if isinstance(model, KnownModel) and model.task in WITH_HEAD:
+    if facts_of(model).task in WITH_HEAD:
         head = ("head.out.", "head.hidden.")
     whole_modules = {
         _module_of(entry.name)
-        for entry in published
+        for entry in published.values()
         if entry.key.startswith(head) or (_module_of(entry.key) in modules and entry.key not in row_ids)
     }
     suffixes = tuple(path for path in whole_modules if path and path not in adapted)
     prefixes = tuple(f"{path}." for path in suffixes)
 
     out: dict[str, Tensor] = {}
-    for entry in published:
+    for entry in published.values():
         module = _module_of(entry.name)
         if entry.key in row_ids:
             out[f"{module}{PEFT_ROWS}"] = entry.ours(tensors)[row_ids[entry.key]].cpu()  # (n, D)
@@ -87,10 +86,9 @@ def tensors_to_save(model: nn.Module, adapter: str, adapted: Container[str]) -> 
             out[f"{module}{BASE}{_name_in_module(entry.name)}"] = entry.stored(tensors)
 
     # A matrix of which only rows are stored has no copies beside them: reading puts the rows into all of it.
-    whole_tensors = {entry.name: entry for entry in published if entry.key not in row_ids}
     for copy, first in copies_to_save(model, out).items():
-        if first in whole_tensors:
-            out[copy] = whole_tensors[first].stored(tensors).clone()  # a file has no two names for one tensor
+        if published[first].key not in row_ids:
+            out[copy] = published[first].stored(tensors).clone()  # a file has no two names for one tensor
     return out
 
 
@@ -121,28 +119,26 @@ class PublishedTensor(NamedTuple):
         return to_stored(self.checkpoint_key, self.ours(tensors).cpu()).contiguous()
 
 
-def _published_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[PublishedTensor]:
-    """How those of the tensors that are in the model's state dict are published."""
-    key_map = key_map_of(model)
+def _published_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, PublishedTensor]:
+    """How those of the tensors that are in the model's state dict are published, by published name."""
+    key_map = facts_of(model).key_map()
     state_dict = model.state_dict()
+    published = {}
     for key in tensors:
         if key not in state_dict:
             continue
-
         checkpoint_key = key_map.get(key)
-        if checkpoint_key is None:
-            yield PublishedTensor(key, key, ..., None)
-        elif not checkpoint_key.rows:
-            yield PublishedTensor(key, checkpoint_key.names[0], ..., checkpoint_key)
-        else:  # a fused tensor: each name has the next so many rows
-            start = 0
-            for name, n_rows in zip(checkpoint_key.names, checkpoint_key.rows, strict=True):
-                yield PublishedTensor(key, name, slice(start, start + n_rows), checkpoint_key)
-                start += n_rows
+        names = (key,) if checkpoint_key is None else checkpoint_key.names
+        if checkpoint_key is None or not checkpoint_key.rows:
+            published[names[0]] = PublishedTensor(key, names[0], ..., checkpoint_key)
+            continue
 
-
-def _published_by_name(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, PublishedTensor]:
-    return {entry.name: entry for entry in _published_tensors(model, tensors)}
+        # A fused tensor: each name has the next so many rows.
+        start = 0
+        for name, n_rows in zip(names, checkpoint_key.rows, strict=True):
+            published[name] = PublishedTensor(key, name, slice(start, start + n_rows), checkpoint_key)
+            start += n_rows
+    return published
 
 
 def plain_tensors(model: nn.Module, stored: dict[str, Tensor], is_base: IsBase) -> dict[str, Tensor]:
@@ -155,7 +151,7 @@ def plain_tensors(model: nn.Module, stored: dict[str, Tensor], is_base: IsBase) 
 
 def compare_with(model: nn.Module, base: Mapping[str, Tensor]) -> IsBase:
     """Whether the base's tensor of a published name has a value, for a base in memory; `base` has all by our names."""
-    published = _published_by_name(model, base)
+    published = _published_tensors(model, base)
     return lambda name, value: name in published and same_tensor(value, base[published[name].key])
 
 
@@ -174,7 +170,7 @@ def match_tensors(
 
     Raises ValueError for one that has no place in the model, or another shape.
     """
-    published = _published_by_name(model, base)
+    published = _published_tensors(model, base)
     for name, tensor in stored.items():
         if name not in published and name.endswith(".num_batches_tracked"):
             continue  # of a batch norm, for a momentum that none here has
@@ -192,26 +188,16 @@ def match_tensors(
         yield MatchedTensor(entry.key, entry.rows, value)
 
 
-def match_changed_tensors(
-    model: nn.Module, stored: Mapping[str, Tensor], base: Mapping[str, Tensor]
-) -> list[MatchedTensor]:
-    """The same, of those that differ from the base's.
+def changed_tensors(model: nn.Module, stored: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of those of the base's tensors that the stored ones change, with these in them, by our names.
 
     A copy of what the base has says nothing: a head is stored whether it trained or not, and by PEFT the matrix of an
     adapted embedding.
     """
-    changed = []
-    for matched in match_tensors(model, stored, base):
-        rows = base[matched.key].detach()[matched.rows]
-        if rows.is_meta or not torch.equal(matched.value.to(rows), rows):
-            changed.append(matched)
-    return changed
-
-
-def apply_matched(matched: list[MatchedTensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of the base's tensors with the stored values in them, by our names; of those only that change."""
     tensors: dict[str, Tensor] = {}
-    for key, rows, value in matched:
+    for key, rows, value in match_tensors(model, stored, base):
+        if same_tensor(value, base[key].detach()[rows]):
+            continue
         if key not in tensors:
             tensors[key] = base[key].detach().clone()
         tensors[key][rows] = rounded(value, tensors[key].dtype, key).to(tensors[key].device)

@@ -3,7 +3,7 @@
 The A's of the parts of a fused projection are stacked; a B comes in the order of the published rows and is put in ours.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +18,8 @@ from ..adapters.embedding import LoRAEmbedding
 from ..adapters.lora import fresh_adapter
 from ..adapters.targets import candidates
 from ..adapters.tied import tied_copies
-from ..adapters.wrapping import Adaptable, LoRAWeights, as_adaptable
-from ..model import key_map_of
+from ..adapters.wrapping import LoRAWeights, as_adaptable
+from ..model import facts_of
 
 MAGNITUDE = "lora_magnitude_vector"  # DoRA's
 PREFIX = "base_model.model."
@@ -42,16 +42,16 @@ def to_stored(checkpoint_key: Any, ours: Tensor) -> Tensor:
 
 
 class FactorLayout(NamedTuple):
-    """How PEFT stores the factors of an adapter on one layer."""
+    """How PEFT stores the factors of an adapter on one layer, and reads them."""
 
     names: tuple[str, str]  # of A and B
     checkpoint_key: Any  # how rows of B are stored: in the order of the weight's, but always (M, R)
 
     @staticmethod
-    def of(layer: Adaptable, checkpoint_key: Any) -> "FactorLayout":
-        """Of a layer whose weight is stored so."""
+    def of(module: nn.Module, checkpoint_key: Any) -> "FactorLayout":
+        """Of a module whose weight is stored so."""
         names = ("lora_A.weight", "lora_B.weight")
-        if isinstance(layer, LoRAEmbedding):
+        if isinstance(module, nn.Embedding | LoRAEmbedding):
             names = ("lora_embedding_A", "lora_embedding_B")
         return FactorLayout(names, replace(checkpoint_key, transposed=False, shape=()) if checkpoint_key else None)
 
@@ -61,99 +61,77 @@ class FactorLayout(NamedTuple):
         if block.m is not None:
             # A magnitude is reordered as a B of one column.
             column = to_stored(self.checkpoint_key, block.m[:, None])  # (M, 1)
-            tensors[MAGNITUDE] = column.view(magnitude_shape(block.b))
+            tensors[MAGNITUDE] = column.view(_magnitude_shape(block.b))
         return tensors
 
+    def take(self, stored: dict[str, Tensor], module: str, fresh: PartWeights, dora: bool) -> PartWeights:
+        """Take the block of a published module out of stored tensors; ValueError where it isn't of a fresh one's size.
 
-def magnitude_shape(b: Tensor) -> tuple[int, ...]:
+        Raises ValueError, too, where one of its tensors is missing.
+        """
+        keys = [f"{module}.{name}" for name in self.names]
+        for missing, present in (keys, reversed(keys)):
+            if missing not in stored:
+                raise ValueError(f"{present} is there without {missing}; the adapter is damaged")
+        if dora:
+            keys.append(f"{module}.{MAGNITUDE}")
+            if keys[-1] not in stored:
+                raise ValueError(f"use_dora is set, but {keys[-1]} is not there; the adapter is damaged")
+        tensors = [stored.pop(key).float() for key in keys]
+        a, b = tensors[:2]  # (R, K), (M, R)
+
+        rank = len(fresh.a)
+        if a.dim() and len(a) != rank:
+            raise ValueError(f"{module} has rank {len(a)}, but adapter_config.json says {rank}")
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors)
+        expected = (tuple(fresh.a.shape), tuple(fresh.b.shape), _magnitude_shape(fresh.b))[: len(tensors)]
+        if shapes != expected:
+            raise ValueError(
+                f"{module} has factors of shape {shapes}, the model needs {expected}; it is for another base"
+            )
+
+        m = to_ours(self.checkpoint_key, tensors[2].view(-1, 1))[:, 0] if dora else None  # (M,)
+        return PartWeights(fresh.part, fresh.scale, a, to_ours(self.checkpoint_key, b), m)
+
+
+def _magnitude_shape(b: Tensor) -> tuple[int, ...]:
     """The shape in which the magnitudes beside this B are stored: (M,), or (1, M, 1, 1) of a convolution."""
     return (len(b),) if b.dim() == 2 else (1, len(b), 1, 1)
 
 
-@dataclass(frozen=True)
-class AdapterFile:
-    """The tensors of an adapter's file. The factors are taken out of it, one module after another."""
+def take_factors(model: nn.Module, config: LoRAConfig, stored: dict[str, Tensor]) -> list[tuple[str, LoRAWeights]]:
+    """Take the factors to attach out of an adapter's tensors, by module path; what is no factor remains.
 
-    path: Path  # for error messages
-    config: LoRAConfig
-    remaining: dict[str, Tensor]  # what has not been taken, by published name
-
-    def take_adapter(self, layer: Adaptable, published: tuple[str, ...], layout: FactorLayout) -> LoRAWeights | None:
-        """Take the factors on a layer, whose parts have these published paths, if there are some.
-
-        ValueError where one of a part's two factors is missing, or they don't fit the layer or the configuration.
-        """
-        adapted = {
-            i: module
-            for i, module in enumerate(published)
-            if any(f"{module}.{name}" in self.remaining for name in layout.names)
-        }
-        if not adapted:
-            return None
-        weights = fresh_adapter(layer, adapted, self.config)
-        parts = zip(adapted.values(), weights.blocks(), strict=True)
-        weights.fill([self._take_block(module, fresh, layout) for module, fresh in parts])
-        return weights
-
-    def _take_block(self, module: str, fresh: PartWeights, layout: FactorLayout) -> PartWeights:
-        """Take the factors of one published module, which have to be of the sizes of fresh ones."""
-        keys = [f"{module}.{name}" for name in layout.names]
-        for missing, present in (keys, reversed(keys)):
-            if missing not in self.remaining:
-                raise ValueError(f"{self.path}: {present} is there without {missing}; the adapter is damaged")
-        a, b = (self.remaining.pop(key) for key in keys)
-
-        rank = len(fresh.a)
-        if a.dim() and len(a) != rank:
-            raise ValueError(f"{self.path}: {module} has rank {len(a)}, but adapter_config.json says {rank}")
-        self._check_shape(module, (tuple(a.shape), tuple(b.shape)), (tuple(fresh.a.shape), tuple(fresh.b.shape)))
-        b = to_ours(layout.checkpoint_key, b).float()
-        if not self.config.dora:
-            return PartWeights(fresh.part, fresh.scale, a.float(), b)
-
-        key = f"{module}.{MAGNITUDE}"
-        if key not in self.remaining:
-            raise ValueError(f"{self.path}: use_dora is set, but {key} is not there; the adapter is damaged")
-        magnitude = self.remaining.pop(key)
-        self._check_shape(module, tuple(magnitude.shape), magnitude_shape(b))
-        column = to_ours(layout.checkpoint_key, magnitude.float().view(-1, 1))  # (M, 1)
-        return PartWeights(fresh.part, fresh.scale, a.float(), b, column[:, 0])
-
-    def _check_shape(self, module: str, shape: tuple, expected: tuple) -> None:
-        if shape != expected:
-            raise ValueError(
-                f"{self.path}: {module} has factors of shape {shape}, the model needs {expected}; it is for another "
-                "base"
-            )
-
-
-def take_factors(model: nn.Module, file: AdapterFile) -> list[tuple[str, LoRAWeights]]:
-    """Take the factors to attach out of the file, by module path; what is no factor remains in it."""
-    key_map = key_map_of(model)
-    adapted = {key.partition(".lora_")[0] for key in file.remaining if ".lora_" in key}
+    Raises ValueError where they don't fit each other, the model or the configuration.
+    """
+    key_map = facts_of(model).key_map()
     factors: list[tuple[str, LoRAWeights]] = []
     for path, module, published in candidates(model):
-        if adapted.isdisjoint(published):
+        layout = FactorLayout.of(module, key_map.get(f"{path}.weight"))
+        adapted = {
+            i: part for i, part in enumerate(published) if any(f"{part}.{name}" in stored for name in layout.names)
+        }
+        if not adapted:
             continue
         try:
-            layer = as_adaptable(module)
+            weights = fresh_adapter(as_adaptable(module), adapted, config)
         except ValueError as error:
-            raise ValueError(f"{file.path}: {published[0]}: {error}") from error
-        layout = FactorLayout.of(layer, key_map.get(f"{path}.weight"))
-        if (weights := file.take_adapter(layer, published, layout)) is not None:
-            factors.append((path, weights))
+            raise ValueError(f"{published[0]}: {error}") from error
+        parts = zip(adapted.values(), weights.blocks(), strict=True)
+        weights.fill([layout.take(stored, part, fresh, config.dora) for part, fresh in parts])
+        factors.append((path, weights))
 
     # Factors that no module took: of a tied copy, which is no module here, or of another base altogether.
     copies = tied_copies(model)
-    for key in file.remaining:
+    for key in stored:
         module_name, factor, _ = key.partition(".lora_")
         if factor and (first := copies.get(f"{module_name}.weight")):
             raise ValueError(
-                f"{file.path}: {key} is of {module_name}, and the base ties that to {first.removesuffix('.weight')}, "
+                f"{key} is of {module_name}, and the base ties that to {first.removesuffix('.weight')}, "
                 "so that they would be two; train the adapter without it among its target_modules"
             )
     if not factors:
-        raise ValueError(f"{file.path}: none of its tensors belongs to this model; it was made for another base")
+        raise ValueError("none of its tensors belongs to this model; it was made for another base")
     return factors
 
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from ...kernels.quant.nf4 import NF4Weight
 from ..adapters.lora import active_adapter, adapter_sites
-from ..adapters.modules_to_save import all_inactive_tensors, forget_trained, mark_trained
+from ..adapters.modules_to_save import forget_trained, inactive_tensors, mark_trained
+from ..adapters.switch import adapter_names
 from ..adapters.token_rows import trained_rows
-from ..adapters.wrapping import LoRAWeights
 
 
 def match(model: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Parameter]:
@@ -40,12 +40,12 @@ def freeze(model: nn.Module, *patterns: str) -> None:
     forget_trained(model, matched.values())
 
     # Adapters that are not in use: their tensors are set aside, and what was paused would train again with them.
-    for name, tensor in all_inactive_tensors(model):
-        if tensor.requires_grad and any(fnmatchcase(name, pattern) for pattern in patterns):
-            tensor.requires_grad_(False)
+    for adapter in (None, *adapter_names(model)):
+        for name, tensor in inactive_tensors(model, adapter).items():
+            if tensor is not None and any(fnmatchcase(name, pattern) for pattern in patterns):
+                tensor.requires_grad_(False)
     for site in adapter_sites(model):
-        for adapter, factors in site.module.lora.items():
-            assert isinstance(factors, LoRAWeights)
+        for adapter, factors in site.adapters.items():
             prefix = f"{site.path}.lora.{adapter}."
             factors.paused = tuple(key for key in factors.paused if f"{prefix}{key}" not in matched)
 
