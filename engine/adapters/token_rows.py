@@ -21,7 +21,6 @@ from ..model import KnownModel, facts_of
 from .embedding import LoRAEmbedding
 from .lora import active_adapter
 from .modules_to_save import TRAINED_ROWS, mark_trained
-from .rounding import rounded
 from .tied import published_names, tied_copies
 
 PEFT_ROWS = ".token_adapter.trainable_tokens_delta"  # what the names of token rows end in, in an adapter's file
@@ -145,14 +144,3 @@ def _ids_of_module(indices: Any, module: str) -> Any:
     """The ids that a table has under a module's name or the end of it."""
     entries = indices.items() if isinstance(indices, dict) else ()
     return next((ids for name, ids in entries if module == name or module.endswith(f".{name}")), None)
-
-
-def with_rows(token_rows: list[StoredRows], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The matrices with the rows in them, and the ids of these, by name; `tensors` are those of the base."""
-    changed: dict[str, Tensor] = {}
-    for path, ids, rows in token_rows:
-        weight = tensors[f"{path}.weight"].detach().clone()  # (V, D)
-        weight[ids] = rounded(rows, weight.dtype, f"{path}.weight").to(weight.device)  # (n, D)
-        changed[f"{path}.weight"] = weight
-        changed[f"{path}.{TRAINED_ROWS}"] = torch.tensor(sorted(ids), device=weight.device)
-    return changed

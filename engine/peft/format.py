@@ -31,7 +31,7 @@ from ..adapters.rounding import refuse_diverged
 from ..adapters.switch import check_attached, set_adapter
 from ..adapters.targets import refuse_tied
 from ..adapters.tied import IsBase, peft_difference, published_names
-from ..adapters.token_rows import PEFT_ROWS, StoredRows, published_ids, take_rows, with_rows
+from ..adapters.token_rows import PEFT_ROWS, StoredRows, published_ids, take_rows
 from ..adapters.wrapping import LoRAWeights, ensure_adaptable, refuse_patched
 from ..model import facts_of
 from .config import OURS, lora_config
@@ -273,8 +273,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     for module_path, _ in stored.factors:
         refuse_patched(module_path, model.get_submodule(module_path))
     try:
-        tensors = changed_tensors(model, stored.plain, base)
-        tensors |= with_rows(stored.rows, base | tensors)
+        tensors = changed_tensors(model, stored.plain, stored.rows, base)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

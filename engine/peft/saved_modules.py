@@ -10,13 +10,14 @@ no use without.
 from collections.abc import Container, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..adapters.lora import adapter_sites
 from ..adapters.modules_to_save import TRAINED_ROWS, inactive_tensors, named_tensors, trained_outside_adapters
 from ..adapters.rounding import rounded
 from ..adapters.tied import IsBase, copies_to_save, same_tensor, without_copies
-from ..adapters.token_rows import PEFT_ROWS, rows_among
+from ..adapters.token_rows import PEFT_ROWS, StoredRows, rows_among
 from ..model import facts_of
 from .weights import to_ours, to_stored
 
@@ -188,17 +189,25 @@ def match_tensors(
         yield MatchedTensor(entry.key, entry.rows, value)
 
 
-def changed_tensors(model: nn.Module, stored: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def changed_tensors(
+    model: nn.Module, plain: Mapping[str, Tensor], token_rows: list[StoredRows], base: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Copies of those of the base's tensors that the stored ones change, with these in them, by our names.
 
-    A copy of what the base has says nothing: a head is stored whether it trained or not, and by PEFT the matrix of an
-    adapted embedding.
+    Of token rows there are their ids, too. A plain tensor that is as in the base says nothing: a head is stored whether
+    it trained or not, and by PEFT the matrix of an adapted embedding.
     """
     tensors: dict[str, Tensor] = {}
-    for key, rows, value in match_tensors(model, stored, base):
-        if same_tensor(value, base[key].detach()[rows]):
-            continue
+
+    def put(key: str, rows: Any, value: Tensor) -> None:
         if key not in tensors:
             tensors[key] = base[key].detach().clone()
         tensors[key][rows] = rounded(value, tensors[key].dtype, key).to(tensors[key].device)
+
+    for key, rows, value in match_tensors(model, plain, base):
+        if not same_tensor(value, base[key].detach()[rows]):
+            put(key, rows, value)
+    for path, ids, values in token_rows:
+        put(f"{path}.weight", ids, values)  # (n, D)
+        tensors[f"{path}.{TRAINED_ROWS}"] = torch.tensor(sorted(ids), device=base[f"{path}.weight"].device)
     return tensors
