@@ -45,12 +45,9 @@ def turn_end(template: ChatTemplate, tokenizer: "Tokenizer", calls: bool = False
         token = learnt_end(template, tokenizer, calls).token
     except ValueError:
         return None
-    token_id = tokenizer.token_to_id(token) if token else None
-    if calls:
-        added_tokens = tokenizer.get_added_tokens_decoder()
-        if token_id not in added_tokens or not added_tokens[token_id].special:
-            return None
-    return token_id
+    if calls and token not in _contents(tokenizer, special_only=True):
+        return None
+    return tokenizer.token_to_id(token) if token else None
 
 
 def learnt_end(template: ChatTemplate, tokenizer: "Tokenizer", calls: bool = False, /, **arguments: Any) -> TurnEnd:
@@ -67,12 +64,17 @@ def learnt_end(template: ChatTemplate, tokenizer: "Tokenizer", calls: bool = Fal
         turn = _endings(template, {"role": "assistant", "tool_calls": [call]}, result, arguments)
 
     # Tokens that are special, or, where none ends the turn, any that the tokenizer knows as a whole.
-    added_tokens = tokenizer.get_added_tokens_decoder().values()
     named = set(template.special_tokens.values())
-    end = _end_between(answered, turn, _any_of(named | {token.content for token in added_tokens if token.special}))
+    end = _end_between(answered, turn, _any_of(named | _contents(tokenizer, special_only=True)))
     if end.token:
         return end
-    return _end_between(answered, turn, _any_of(named | {token.content for token in added_tokens}))
+    return _end_between(answered, turn, _any_of(named | _contents(tokenizer)))
+
+
+def _contents(tokenizer: "Tokenizer", special_only: bool = False) -> set[str]:
+    """The texts of the tokens that the tokenizer knows as a whole."""
+    tokens = tokenizer.get_added_tokens_decoder().values()
+    return {token.content for token in tokens if token.special or not special_only}
 
 
 class _Endings(NamedTuple):
@@ -85,20 +87,18 @@ class _Endings(NamedTuple):
 def _endings(
     template: ChatTemplate, turn: dict[str, Any], following: dict[str, Any], arguments: Mapping[str, Any]
 ) -> _Endings:
-    last = _behind_answer(template, [QUESTION, turn], arguments)
-    return _Endings(last, _behind_answer(template, [QUESTION, turn, following], arguments))
-
-
-def _behind_answer(template: ChatTemplate, messages: list[dict[str, Any]], arguments: Mapping[str, Any]) -> str:
-    text = template.render(messages, **arguments)
-    if ANSWER not in text:
-        raise ValueError("the chat template does not write what the assistant answers")
-    return text[text.index(ANSWER) + len(ANSWER) :]
+    endings = []
+    for messages in ([QUESTION, turn], [QUESTION, turn, following]):
+        _, answer, ending = template.render(messages, **arguments).partition(ANSWER)
+        if not answer:
+            raise ValueError("the chat template does not write what the assistant answers")
+        endings.append(ending)
+    return _Endings(*endings)
 
 
 def _any_of(tokens: set[str]) -> re.Pattern[str]:
     """Matches any of the tokens, of two that begin alike the longer one; blank ones mark no end."""
-    longest_first = sorted((token for token in tokens if token.strip()), key=lambda token: (-len(token), token))
+    longest_first = sorted(filter(str.strip, tokens), key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 

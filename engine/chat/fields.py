@@ -13,12 +13,11 @@ each key that changes what a message says is left out once; where the text stays
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .forms import ANSWER, text_of
+from .forms import ANSWER, REASONING, text_of
 from .template import Dialogue, Messages
 
 TRAINED = ("weight", "train", "training", "loss")
-_REASONING = ("reasoning_content", "reasoning", "thinking")
-_MEANINGFUL = ("name", "tool_calls", "function_call", "refusal", "audio", *_REASONING)
+_MEANINGFUL = ("name", "tool_calls", "function_call", "refusal", "audio", *REASONING)
 _SHOWN = ("tools", "functions", "documents")  # arguments of a template that stand in its text
 
 SHORT = 32  # characters of a content that may well be part of another text
@@ -35,7 +34,7 @@ def trained_turns(messages: Messages) -> list[int]:
     for index, message in enumerate(messages):
         marks = {key: message[key] for key in TRAINED if message.get(key) is not None}
         for key, value in marks.items():
-            if not isinstance(value, bool | int | float) or value not in (0, 1):
+            if value not in (0, 1):  # which false and true are, too
                 raise ValueError(f"messages[{index}]: {key} must be 0 or 1, true or false, not {value!r}")
         if len({bool(value) for value in marks.values()}) > 1:
             raise ValueError(f"messages[{index}]: {' and '.join(marks)} contradict each other; leave one of them")
@@ -93,26 +92,16 @@ def _check_content(dialogue: Dialogue, index: int) -> None:
     """ValueError where the template drops what a message says."""
     messages = dialogue.messages
     message = messages[index]
-    content = text_of(message.get("content") or "")
-    text = dialogue.text(len(messages))
+    content = text_of(message)
     # A few letters may stand elsewhere in the text, and what a tool has said in the answer, too.
     is_telling = message["role"] != "tool" and len(content) >= SHORT
-    if not content.strip() or (is_telling and content.strip() in text):
+    if not content.strip() or (is_telling and content.strip() in dialogue.text(len(messages))):
         return
 
     # A template may write it with a later message, as some do a system prompt.
     longer = {**message, "content": content + ANSWER}
-    beginnings = ([*messages[:index], longer], [*messages[:index], longer, *messages[index + 1 :]])
-    if not any(_shows_answer(dialogue, beginning) for beginning in beginnings):
+    if all(_drops_answer(dialogue, index, longer, more) for more in ((), messages[index + 1 :])):
         raise _refusal(index, f"does not write the content of this message of role {message['role']!r}")
-
-
-def _shows_answer(dialogue: Dialogue, messages: Messages) -> bool:
-    """Whether `ANSWER` is in the text of other messages, which the template may refuse to render."""
-    try:
-        return ANSWER in dialogue.template.render(messages, **dialogue.arguments)
-    except ValueError:
-        return True
 
 
 def _check_calls(dialogue: Dialogue, index: int, calls: Calls) -> None:
@@ -128,8 +117,7 @@ def _check_calls(dialogue: Dialogue, index: int, calls: Calls) -> None:
             if "function" in call:
                 changed_call = {**call, "function": changed_call}
             changed_calls = [*calls[:position], changed_call, *calls[position + 1 :]]
-            text = _text_with(dialogue, index, {**dialogue.messages[index], "tool_calls": changed_calls})
-            if text is not None and ANSWER not in text:
+            if _drops_answer(dialogue, index, {**dialogue.messages[index], "tool_calls": changed_calls}):
                 raise _refusal(index, f"does not write the {part} of tool call {position + 1}")
 
 
@@ -140,16 +128,22 @@ def _refusal(index: int, reason: str) -> ValueError:
 def _uses(dialogue: Dialogue, index: int, key: str) -> bool:
     """Whether the dialogue up to a message would be another text without this key of it."""
     message = dialogue.messages[index]
-    names = _REASONING if key in _REASONING else (key,)
+    names = REASONING if key in REASONING else (key,)
     without = {name: value for name, value in message.items() if name not in names}
     text = dialogue.tried(index + 1)
     return text is None or text != _text_with(dialogue, index, without)
 
 
-def _text_with(dialogue: Dialogue, index: int, message: Mapping[str, Any]) -> str | None:
-    """The text up to a message with another one in its place; None where the template doesn't render it."""
+def _drops_answer(dialogue: Dialogue, index: int, message: Mapping[str, Any], more: Messages = ()) -> bool:
+    """Whether `ANSWER`, which a message holds, is missing in the text with this message in the place of another."""
+    text = _text_with(dialogue, index, message, more)
+    return text is not None and ANSWER not in text
+
+
+def _text_with(dialogue: Dialogue, index: int, message: Mapping[str, Any], more: Messages = ()) -> str | None:
+    """`Dialogue.with_message`; None where the template doesn't render it."""
     try:
-        return dialogue.with_message(index, message)
+        return dialogue.with_message(index, message, more)
     except ValueError:
         return None
 
@@ -160,18 +154,18 @@ def _check_answer(dialogue: Dialogue, index: int, calls: Calls, position: int) -
     call_id = message.get("tool_call_id")
     call_ids = [call.get("id") for call in calls]
 
-    # By its place among the answers, if it doesn't say otherwise.
-    answered = calls[position] if position < len(calls) else {}
     if call_id in call_ids and call_id is not None:
-        answered = calls[call_ids.index(call_id)]
         if call_ids.index(call_id) != position and not _uses(dialogue, index, "tool_call_id"):
             raise ValueError(
                 f"messages[{index}]: the chat template does not use 'tool_call_id'; put the answers of tools in "
                 "the order of the calls"
             )
+        position = call_ids.index(call_id)
     elif call_id is not None and (not calls or any(call_ids)):
         raise ValueError(f"messages[{index}]: tool_call_id {call_id!r} is the id of no call in the turn before it")
 
+    # By its place among the answers, if it doesn't say otherwise.
+    answered = calls[position] if position < len(calls) else {}
     name = answered.get("function", answered).get("name")
     if message.get("name") not in (None, name) and not _uses(dialogue, index, "name"):
         raise _refusal(index, f"does not use 'name' ({message['name']!r}, in answer to a call of {name!r})")

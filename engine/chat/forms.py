@@ -13,6 +13,7 @@ What a row has is given to a template in the form in which its text has everythi
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..._shapes import parse_json
 
 ANSWER = "\ue0e4"  # a private-use character: what is looked for in a rendered dialogue
 _VALUE = "\ue0e5"
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers' names for it, the standard one first
+REASONING = ("reasoning_content", "thinking", "reasoning")  # transformers' names for it, the standard one first
 _NO_CONTENT: tuple[dict[str, Any], ...] = ({}, {"content": ""}, {"content": None})
 
 Message = Mapping[str, Any]
@@ -35,66 +36,55 @@ class MessageForm:
 
     def __init__(self, render: Render) -> None:
         self._render = render
-        self._parts: bool | None = None  # whether content is a list of parts
-        self._calls: tuple[bool, dict[str, Any]] | None = None  # see `_takes_calls`
 
-    def __call__(self, messages: Sequence[Message]) -> list[dict[str, Any]]:
-        if self._parts is None:
-            self._parts = self._takes_parts()
-        return [self._formed(message) for message in messages]
-
-    def _formed(self, message: Message) -> dict[str, Any]:
+    def __call__(self, message: Message) -> dict[str, Any]:
         # As transformers: an empty key is a missing key, and reasoning goes by all of its names.
         formed = {key: value for key, value in message.items() if value is not None}
-        reasoning = next((formed[key] for key in _REASONING if key in formed), None)
+        reasoning = next((formed[key] for key in REASONING if key in formed), None)
         if reasoning is not None:
             formed = {"thinking": reasoning, **formed, "reasoning_content": reasoning}
 
-        content = text_of(formed.get("content", ""))
+        content = formed["content"] = text_of(formed)
+        if self._takes_parts:
+            formed["content"] = [{"type": "text", "text": content}]
         if formed.get("tool_calls"):
-            # Only now, as most templates are never given a call.
-            if self._calls is None:
-                self._calls = self._takes_calls()
-            as_text, no_content = self._calls
+            as_text, no_content = self._takes_calls
             formed["tool_calls"] = [_with_arguments(call, as_text) for call in formed["tool_calls"]]
             if not content and no_content != {"content": ""}:
-                formed.pop("content", None)
-                return formed | no_content
-
-        formed["content"] = content
-        if self._parts:
-            formed["content"] = [{"type": "text", "text": content}]
+                del formed["content"]
+                formed |= no_content
         return formed
 
+    @cached_property
     def _takes_parts(self) -> bool:
         """Whether content has to be a list of parts, as the template writes nothing of a text."""
+        text = {"role": "user", "content": ANSWER}
+        parts = {"role": "user", "content": [{"type": "text", "text": ANSWER}]}
+        return not self._writes(text) and self._writes(parts)
 
-        def writes(content: Any) -> bool:
-            return ANSWER in self._tried([{"role": "user", "content": content}])
-
-        return not writes(ANSWER) and writes([{"type": "text", "text": ANSWER}])
-
+    @cached_property
     def _takes_calls(self) -> tuple[bool, dict[str, Any]]:
         """Whether arguments are text, and what stands for no content: an empty text, if no calls are written."""
-        question = self._formed({"role": "user", "content": "?"})
+        question = self({"role": "user", "content": "?"})
 
         # transformers' form comes first; another one counts only where the template drops something in it.
         for as_text, no_content in product((False, True), _NO_CONTENT):
-            message = _with_calls([_with_arguments(probe_call(), as_text)]) | no_content
-            text = self._tried([question, message])
-            if ANSWER in text and _VALUE in text:
+            calls = [_with_arguments(probe_call(), as_text)]
+            if self._writes(question, {"role": "assistant", "tool_calls": calls, **no_content}, probes=ANSWER + _VALUE):
                 return as_text, no_content
         return False, {"content": ""}
 
-    def _tried(self, messages: list[dict[str, Any]]) -> str:
+    def _writes(self, *messages: dict[str, Any], probes: str = ANSWER) -> bool:
+        """Whether the template renders these messages, with each of the characters that are looked for."""
         try:
-            return self._render(messages)
+            return set(probes) <= set(self._render([*messages]))
         except ValueError:
-            return ""
+            return False
 
 
-def text_of(content: Any) -> str:
-    """A message's content as text: its parts one after the other."""
+def text_of(message: Message) -> str:
+    """A message's content as text: its parts one after the other; "" where it has none."""
+    content = message.get("content") or ""
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content)
@@ -109,10 +99,6 @@ def shared_length(first: str, second: str) -> int:
 def probe_call() -> dict[str, Any]:
     """A tool call whose function is called `ANSWER`."""
     return {"id": "call00001", "type": "function", "function": {"name": ANSWER, "arguments": {"value": _VALUE}}}
-
-
-def _with_calls(calls: list[dict[str, Any]]) -> dict[str, Any]:
-    return {"role": "assistant", "tool_calls": calls}
 
 
 def _with_arguments(call: Message, as_text: bool) -> dict[str, Any]:

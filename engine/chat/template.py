@@ -14,8 +14,11 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cached_property
+from functools import cache, cached_property
+from textwrap import shorten
 from typing import Any
+
+import numpy as np
 
 from .forms import MessageForm, shared_length
 
@@ -38,8 +41,9 @@ DEFAULT_TEMPLATE = """\
 # Written around the assistant's text by the {% generation %} block, and taken out again. Private-use characters.
 _OPEN = "\ue0e0\ue0e1\ue0e0"
 _CLOSE = "\ue0e2\ue0e1\ue0e2"
-_MARK = re.compile(f"{_OPEN}|{_CLOSE}")
-_BLOCK = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
+_MARK = re.compile(f"({_OPEN}|{_CLOSE})")
+_BLOCK_BEGIN = re.compile(r"\{%([-+]?)\s*generation\s*([-+]?)%\}")
+_BLOCK_END = re.compile(r"\{%([-+]?)\s*endgeneration\s*([-+]?)%\}")
 _SPECIAL_TOKEN = re.compile(r"[a-z]+_token")
 
 
@@ -52,10 +56,10 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str = DEFAULT_TEMPLATE, **special_tokens: str) -> None:
-        self.source = source
         self.special_tokens = special_tokens
-        self.marked = _BLOCK.search(source) is not None
-        self._environment, self._template, self.variables = _compile(source)
+        self.marked = _BLOCK_BEGIN.search(source) is not None
+        self._template, self.variables = _compile(source)
+        self._form = MessageForm(self._run)
         self._failure: str | None = None
         self._lock = threading.Lock()
 
@@ -71,10 +75,10 @@ class ChatTemplate:
         self, messages: Messages, add_generation_prompt: bool = False, **arguments: Any
     ) -> tuple[str, list[Span]]:
         """The conversation as text, and the characters that the template marks as the assistant's, in order."""
-        formed = self._form(messages)
+        formed = [self._form(message) for message in messages]
         if self.marked and _MARK.search(json.dumps([formed, arguments], ensure_ascii=False)):
             raise ValueError("a message holds the private-use characters that mark the assistant's text; remove them")
-        return _without_marks(self._run(formed, add_generation_prompt, arguments))
+        return _without_marks(self._run(formed, add_generation_prompt, **arguments))
 
     @cached_property
     def generation_prompt(self) -> str:
@@ -92,11 +96,8 @@ class ChatTemplate:
         ending = self.generation_prompt.strip()
         return bool(ending) and prompt.rstrip().endswith(ending)
 
-    @cached_property
-    def _form(self) -> MessageForm:
-        return MessageForm(lambda messages: self._run(messages, False, {}))
-
-    def _run(self, messages: list[dict[str, Any]], add_generation_prompt: bool, arguments: Mapping[str, Any]) -> str:
+    def _run(self, messages: list[dict[str, Any]], add_generation_prompt: bool = False, **arguments: Any) -> str:
+        """The text of messages that have the template's form."""
         from jinja2 import TemplateError
 
         if self._failure is not None:
@@ -105,9 +106,10 @@ class ChatTemplate:
         # What every template may read, as transformers gives it; messages can't be replaced by an argument.
         variables = {"tools": None, "documents": None, **self.special_tokens, **arguments}
         variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        budget = self._template.environment.budget
         try:
             with self._lock:  # of several threads one at a time, as they share the budget
-                self._environment.budget.begin()
+                budget.begin()
                 text: str = self._template.render(variables)
             return text
         except (
@@ -122,9 +124,10 @@ class ChatTemplate:
         ) as error:
             # A template is a program, and these are its bugs or its refusals.
             reason = " ".join(str(error).split()) or type(error).__name__
-            roles = ", ".join(_roles(messages)) or "none"
-            message = f"the chat template cannot render {len(messages)} messages ({roles}): {reason}"
-            if self._environment.budget.is_spent:  # it is not tried again, with other messages or in another form
+            roles = ", ".join(str(message.get("role")) for message in messages) or "none"
+            of_whom = shorten(roles, 60, placeholder=" ...")
+            message = f"the chat template cannot render {len(messages)} messages ({of_whom}): {reason}"
+            if budget.is_spent:  # it is not tried again, with other messages or in another form
                 self._failure = message
             raise ValueError(message) from None
 
@@ -136,14 +139,11 @@ class Dialogue:
         self.template = template
         self.messages = messages
         self.arguments = arguments
-        self._rendered: dict[tuple[int, bool], tuple[str, list[Span]]] = {}
+        self.marked = cache(self._marked)
 
-    def marked(self, length: int, prompt: bool = False) -> tuple[str, list[Span]]:
+    def _marked(self, length: int, prompt: bool) -> tuple[str, list[Span]]:
         """The first `length` messages as text, with the generation prompt or without, and what the template marks."""
-        key = length, prompt
-        if key not in self._rendered:
-            self._rendered[key] = self.template.render_marked(self.messages[:length], prompt, **self.arguments)
-        return self._rendered[key]
+        return self.template.render_marked(self.messages[:length], prompt, **self.arguments)
 
     def text(self, length: int, prompt: bool = False) -> str:
         """The first `length` messages as text."""
@@ -156,39 +156,28 @@ class Dialogue:
         except ValueError:
             return None
 
-    def with_message(self, index: int, message: Mapping[str, Any]) -> str:
-        """The text of the messages before `index` and another message there."""
-        return self.template.render([*self.messages[:index], message], **self.arguments)
+    def with_message(self, index: int, message: Mapping[str, Any], more: Messages = ()) -> str:
+        """The text of the messages before `index`, another message there, and perhaps `more` behind it."""
+        return self.template.render([*self.messages[:index], message, *more], **self.arguments)
 
 
 def _without_marks(marked: str) -> tuple[str, list[Span]]:
     """A text without its marks, and the spans of it that stood between them."""
-    pieces: list[str] = []
+    text = ""
     spans: list[Span] = []
-    length = 0  # of the pieces
     start = 0  # of the span that was opened last
-    position = 0  # behind the last mark, in the marked text
-    for mark in _MARK.finditer(marked):
-        pieces.append(marked[position : mark.start()])
-        length += len(pieces[-1])
-        position = mark.end()
-        if mark.group() == _OPEN:
-            start = length
-        elif length > start:
-            spans.append((start, length))
-    return "".join(pieces) + marked[position:], spans
+    for piece in _MARK.split(marked):  # a text and a mark by turns
+        if piece == _OPEN:
+            start = len(text)
+        elif piece != _CLOSE:
+            text += piece
+        elif len(text) > start:
+            spans.append((start, len(text)))
+    return text, spans
 
 
-def _roles(messages: Messages) -> list[str]:
-    """The roles of messages, for an error: of many the first ones."""
-    roles = [str(message.get("role")) for message in messages]
-    if len(roles) > 6:
-        roles[5:] = ["..."]
-    return roles
-
-
-def _compile(source: str) -> tuple[Any, Any, frozenset[str]]:
-    """The environment, the compiled template, and the names of the variables that it reads from outside."""
+def _compile(source: str) -> tuple[Any, frozenset[str]]:
+    """The compiled template, and the names of the variables that it reads from outside."""
     import jinja2
     import jinja2.meta
 
@@ -212,22 +201,17 @@ def _compile(source: str) -> tuple[Any, Any, frozenset[str]]:
     environment.globals["strftime_now"] = _strftime_now
     environment.globals["assistant_wrote"] = _assistant_wrote
 
-    source = _BLOCK.sub(_call_block, source)
+    # A call block renders its body in a scope of its own and hands it to a function: all the tag needs, and no parser.
+    source = _BLOCK_BEGIN.sub(r"{%\1 call assistant_wrote() \2%}", source)
+    source = _BLOCK_END.sub(r"{%\1 endcall \2%}", source)
     try:
-        variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
-        return environment, environment.from_string(source), frozenset(variables)
+        tree = environment.parse(source)
+        return environment.from_string(tree), frozenset(jinja2.meta.find_undeclared_variables(tree))
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"chat template line {error.lineno}: {error.message}; correct the template") from None
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # of Python, which it is compiled to
         reason = str(error).split(";")[0] or type(error).__name__
         raise ValueError(f"chat template: {reason}; correct the template") from None
-
-
-def _call_block(block: re.Match[str]) -> str:
-    # A call block renders its body in a scope of its own and hands it to a function: all the tag needs, and no parser.
-    left, end, right = block.groups()
-    tag = "endcall" if end else "call assistant_wrote()"
-    return f"{{%{left} {tag} {right}%}}"
 
 
 def _assistant_wrote(caller: Any) -> str:
@@ -257,15 +241,8 @@ def token_mask(offsets: Sequence[Span], spans: Sequence[Span]) -> list[bool]:
     Byte-level tokenizers trim spaces off the offsets, so that a token of spaces alone is empty, (b, b): it counts as
     the character before b.
     """
-    mask = [False] * len(offsets)
-    token = 0
-    for start, end in sorted(spans):
-        while token < len(offsets) and offsets[token][1] <= start:
-            token += 1
-        # Not moved along: a token may belong to two spans.
-        for i in range(token, len(offsets)):
-            first, last = offsets[i]
-            if first >= end and not first == last == end:
-                break
-            mask[i] = True
-    return mask
+    first, last = np.array(offsets, dtype=np.int64).reshape(-1, 2).T  # (T,) each
+    mask = np.zeros(len(offsets), dtype=bool)  # (T,)
+    for start, end in spans:
+        mask |= (last > start) & ((first < end) | (last == end))
+    return mask.tolist()

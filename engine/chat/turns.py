@@ -42,18 +42,10 @@ class Rendered:
 
     text: str
     spans: list[Span]
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """A turn as the last one of its dialogue."""
-
-    text: str  # of the dialogue up to this turn
-    spans: list[Span]  # the characters of `text` that are targets
     prompt: int | None = None  # characters of `text` that the generation prompt has written; None in marked templates
 
     def within(self, text: str) -> list[Span]:
-        """Where the turn's targets are in the text of a longer dialogue; none where it is not rendered alike there."""
+        """Where a turn's targets are in the text of a longer dialogue; none where it is not rendered alike there."""
         spans = [span for span in self.spans if text.startswith(self.text[: span[1]])]
         if spans:
             return spans
@@ -84,8 +76,7 @@ class ChatTargets:
         """
         dialogue = Dialogue(self.template, messages, arguments)
         check_used(dialogue)
-        rendered_turns = {turn: self._turn(dialogue, turn) for turn in turns}
-        remaining = {turn: rendered for turn, rendered in rendered_turns.items() if rendered.spans}
+        remaining = {turn: rendered for turn in turns if (rendered := self._turn(dialogue, turn)).spans}
 
         # From the last turn back: it takes along every turn before it that stands in its text.
         examples = []
@@ -120,7 +111,7 @@ class ChatTargets:
         end = last.spans[-1][1]
         return {last.text[:seam]: last.text[seam:end] for seam in seams if last.text.startswith(turn.text[:seam])}
 
-    def _turn(self, dialogue: Dialogue, turn: int) -> _Turn:
+    def _turn(self, dialogue: Dialogue, turn: int) -> Rendered:
         """The dialogue up to a turn of the assistant, and what of it is the turn's target."""
         if self.template.marked:
             return self._marked_turn(dialogue, turn)
@@ -153,25 +144,29 @@ class ChatTargets:
         if prompt is not None and text.startswith(prompt):
             prompt_length = len(prompt)
         thinking = _EMPTY_THINKING.match(text, start)
-        if thinking is None or text_of(message.get("content") or "").lstrip().startswith(f"<{thinking[1]}>"):
-            return _Turn(text, [(prompt_length, stop)], prompt_length)
+        if thinking is None or text_of(message).lstrip().startswith(f"<{thinking[1]}>"):
+            return Rendered(text, [(prompt_length, stop)], prompt_length)
 
         # The template has put it there: as its own prompt for answers without thinking does, if it has one.
         target_start = thinking.end()
         if self._no_thinking and text.startswith(self._no_thinking, start):
             target_start = start + len(self._no_thinking)
-        return _Turn(text, [(min(target_start, stop), stop)], prompt_length)
+        return Rendered(text, [(min(target_start, stop), stop)], prompt_length)
 
-    def _marked_turn(self, dialogue: Dialogue, turn: int) -> _Turn:
+    def _marked_turn(self, dialogue: Dialogue, turn: int) -> Rendered:
         """The same in a template with generation marks, which tell the target; its end may stand behind them."""
-        text, marked_spans = dialogue.marked(turn + 1)
+        text, marked_spans = dialogue.marked(turn + 1, False)
         n_shared = shared_length(text, dialogue.tried(turn) or "")
         spans = [span for span in marked_spans if span[1] > n_shared]
-        token = self._token_of_end(dialogue.messages[turn], dialogue.arguments)
-        if spans and token and text.startswith(token, spans[-1][1]):
+        try:
+            token = self._end(dialogue.messages[turn], dialogue.arguments).token
+        except ValueError:
+            return Rendered(text, spans)  # the template renders no dialogue to learn it from
+
+        if spans and text.startswith(token, spans[-1][1]):
             start, end = spans[-1]
             spans[-1] = (start, end + len(token))
-        return _Turn(text, spans)
+        return Rendered(text, spans)
 
     def _end(self, message: Mapping[str, Any], arguments: Mapping[str, Any]) -> TurnEnd:
         """What ends a turn, learnt once of turns that answer and of those that call, for each set of arguments."""
@@ -180,13 +175,6 @@ class ChatTargets:
         if key not in self._ends:
             self._ends[key] = learnt_end(self.template, self._tokenizer, calls, **arguments)
         return self._ends[key]
-
-    def _token_of_end(self, message: Mapping[str, Any], arguments: Mapping[str, Any]) -> str:
-        """The token that ends a turn; "" where the template renders no dialogue to learn it from."""
-        try:
-            return self._end(message, arguments).token
-        except ValueError:
-            return ""
 
     @cached_property
     def _no_thinking(self) -> str:
@@ -224,7 +212,7 @@ class ChatTargets:
 
 def drops_thinking(message: Mapping[str, Any], text: str) -> bool:
     """Whether a turn's content has thinking that is not in the dialogue's text."""
-    thinking, closed, _ = text_of(message.get("content") or "").rpartition("</think>")
+    thinking, closed, _ = text_of(message).rpartition("</think>")
     return bool(closed) and thinking.rpartition("<think>")[2].strip() not in text
 
 
@@ -243,9 +231,6 @@ def _with_thinking(dialogue: Dialogue, turn: int) -> str:
         )
 
     # The prompt has opened the thinking, so the content goes on behind its tag; what ends the turn is the template's.
-    content = text_of(message["content"]).lstrip()
-    tag = opened.group().strip()
-    if content.startswith(tag):
-        content = content[len(tag) :].lstrip()
+    content = text_of(message).lstrip().removeprefix(opened.group().strip()).lstrip()
     text = dialogue.with_message(turn, {"role": "assistant", "content": ANSWER})
-    return prompt + content + text[text.index(ANSWER) + len(ANSWER) :]
+    return prompt + content + text.partition(ANSWER)[2]

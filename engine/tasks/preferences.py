@@ -112,7 +112,7 @@ def _check_answer(messages: Sequence[Mapping[str, Any]], side: str) -> None:
 
 
 def _has_content(messages: Sequence[Mapping[str, Any]]) -> bool:
-    return any(message.get("tool_calls") or text_of(message.get("content") or "").strip() for message in messages)
+    return any(message.get("tool_calls") or text_of(message).strip() for message in messages)
 
 
 class PairCollate:
