@@ -12,7 +12,7 @@ What a row has is given to a template in the form in which its text has everythi
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from itertools import product
 from typing import Any

@@ -9,8 +9,10 @@ or signal is needed.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import wraps
+from itertools import chain, islice
 from types import FunctionType
 from typing import Any
 
@@ -21,7 +23,6 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 from .sizes import (
-    ATTRIBUTES,
     FILTERS,
     FORBIDDEN,
     MAX_BITS,
@@ -33,6 +34,7 @@ from .sizes import (
     listed,
     percent_size,
     size_of,
+    weight,
 )
 
 MAX_SECONDS = 2.0  # of one rendering, which takes a millisecond as a rule
@@ -43,7 +45,6 @@ PORTION = 8192  # what is made from one look at the clock to the next, as a look
 # Filters that we put in. Their names hold spaces, so that no template can call them.
 _ROUNDS = "rounds of a loop"
 _JOINED = "texts put together"
-_ADDED = "a sum"
 _SLICED = "a part of a text"
 _COUNTED = "a list or object"
 
@@ -80,12 +81,16 @@ class Budget:
         if self.left < 0:
             self.look()
 
-    def make_all(self, value: Any) -> Any:
+    def count(self, value: Any) -> Any:
+        """A value that was made, counted without what is in it."""
+        self.make(len(value) if type(value) is str else size_of(value))
+        return value
+
+    def count_all(self, value: Any) -> Any:
         """The value, counted with all that is in it, as often as it is in it: what it would be as a text."""
         for inner in inner_values(value):
-            self.make_all(inner)
-        self.make(size_of(value))
-        return value
+            self.count_all(inner)
+        return self.count(value)
 
     def look(self) -> None:
         """See how much was made, and how much time is left."""
@@ -105,7 +110,7 @@ class Budget:
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
     """jinja2's sandbox with a budget; call `budget.begin()` before each rendering."""
 
-    intercepted_binops = frozenset(("*", "**", "%"))
+    intercepted_binops = frozenset(("+", "*", "**", "%"))
 
     def __init__(self, **options: Any) -> None:
         # Without the optimizer nothing is computed while a template is compiled, when no budget applies.
@@ -116,10 +121,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.globals["namespace"] = _Namespace
 
         # jinja2's own filters first: ours count by themselves.
-        for name, function in {**self.filters}.items():
-            self.filters[name] = self.bounded(name, function)
+        self.filters = {name: self.bounded(name, function) for name, function in self.filters.items()}
+        self.filters |= {"join": self._joined, "sum": self._summed}
         self.filters |= {_ROUNDS: self._rounds, _JOINED: self._joined, _SLICED: self._sliced}
-        self.filters |= {_ADDED: self._added, _COUNTED: self.budget.make_all}
+        self.filters[_COUNTED] = self.budget.count_all
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         return _Bounding().visit(super()._parse(source, name, filename))
@@ -132,7 +137,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def getitem(self, obj: Any, argument: Any) -> Any:
         """An entry. Where there is none, the error shows what was asked for."""
         if not isinstance(argument, str | int):
-            self.budget.make_all(argument)
+            self.budget.count_all(argument)
         return super().getitem(obj, argument)
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
@@ -143,29 +148,25 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         owner = getattr(method, "__self__", None)
 
         # What may be large is counted before it is made, all else when it is there.
-        if isinstance(owner, str | bytes):
-            args = tuple(map(listed, args))
-            __self._check_growth(METHODS, method.__name__, (owner, *args), kwargs)
-        elif __obj is __self.globals.get("strftime_now"):
-            __self.budget.make(256 * sum(map(size_of, (*args, *kwargs.values()))))  # as its widths may ask for
-
+        if isinstance(owner, str | bytes) and method.__name__ in METHODS:
+            (_, *inputs), kwargs = __self._check_growth(METHODS[method.__name__], (owner, *args), kwargs)
+            args = tuple(inputs)
         out = super().call(__context, __obj, *args, **kwargs)
-        if __obj is dict:
-            __self.budget.make_all(out)
-        else:
-            __self.budget.make(size_of(out))
-        return out
+        return __self.budget.count_all(out) if __obj is dict else __self.budget.count(out)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """An operation between two values whose result may be larger than both."""
+        if operator == "+":
+            return self.budget.count(left + right)  # not counted before: each is bounded, so that their sum is
+
         size = 1
         if operator == "%" and isinstance(left, str):
             # A format takes a tuple as several values, and an object as its values by name, or as one value.
-            self.budget.make_all(right)
+            self.budget.count_all(right)
             values = right if isinstance(right, tuple) else (right,)
             if isinstance(right, dict):
                 values = (right, *right.values())
-            size = percent_size(left, values)
+            size = percent_size(left, *values)
         elif operator != "%" and isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
             if bits > MAX_BITS:
@@ -179,151 +180,107 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def _check_growth(
-        self, table: dict[str, Callable[..., int]], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Count what a filter or method makes before it does. What its arguments are wrong for, it says itself."""
-        if name not in table:
-            return
+        self, size: Callable[..., int], args: Iterable[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Count what a filter or method makes before it does. What its arguments are wrong for, it says itself.
 
+        Returns the arguments, of which those that have no length until they are gone through are lists.
+        """
+        args = [*map(listed, args)]
+        kwargs = {name: listed(value) for name, value in kwargs.items()}
         # The sizes of the table look at the whole of a value, which is counted here, so that the look is bounded.
         for value in (*args, *kwargs.values()):
             if isinstance(value, list | tuple | dict | VIEWS):
-                self.budget.make_all(value)
-        try:
-            size = table[name](*args, **kwargs)
-        except (TypeError, ValueError, AttributeError):
-            return
-        self.budget.make(max(0, size))
+                self.budget.count_all(value)
+
+        with suppress(TypeError, ValueError, AttributeError):
+            self.budget.make(max(0, size(*args, **kwargs)))
+        return args, kwargs
 
     def bounded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         """A filter that counts what it makes."""
-        budget = self.budget
         first = int(hasattr(function, "jinja_pass_arg"))  # the value's position, as jinja2 may pass what is its own
         makes_text = name not in NO_TEXT
-        grows = name in FILTERS
+        size = FILTERS.get(name)
 
         @wraps(function)
         def bounded(*args: Any, **kwargs: Any) -> Any:
-            if grows:  # what has no length until it is gone through is gone through
-                args = (*args[:first], *map(listed, args[first:]))
-                kwargs = {name: listed(value) for name, value in kwargs.items()}
-            if name in ATTRIBUTES:
-                args, kwargs = self._of_attribute(first, first + ATTRIBUTES[name], args, kwargs)
-
-            # A list becomes as large as the text of all that is in it.
-            if makes_text and not grows and type(args[first]) is not str:
-                budget.make_all(args[first])
-            if grows:
-                self._check_growth(FILTERS, name, args[first:], kwargs)
-
-            # Much as `budget.make`, written out: filters are called often, and this is most of what they cost.
-            out = function(*args, **kwargs)
-            budget.left -= STEP + (len(out) if type(out) is str else size_of(out))
-            if budget.left < 0:
-                budget.look()
-                if isinstance(out, str) and len(out) > MAX_SIZE:
-                    budget.make(len(out))
-            return out
+            if size is not None:
+                values, kwargs = self._check_growth(size, args[first:], kwargs)
+                args = (*args[:first], *values)
+            elif makes_text and type(args[first]) is not str:
+                self.budget.count_all(args[first])  # a list becomes as large as the text of all that is in it
+            return self.budget.count(function(*args, **kwargs))
 
         return bounded
-
-    def _of_attribute(
-        self, first: int, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of a filter with an attribute of each value in the place of the value, where one is asked for.
-
-        So it is counted before the filter puts them together.
-        """
-        attribute = args[position] if len(args) > position else kwargs.get("attribute")
-        if attribute is None:
-            return args, kwargs
-
-        values = list(self._rounds(map(make_attrgetter(self, attribute), args[first])))
-        options = tuple(None if i == position else value for i, value in enumerate(args) if i > first)
-        kwargs = {name: value for name, value in kwargs.items() if name != "attribute"}
-        return (*args[:first], values, *options), kwargs
 
     def _finalized(self, value: Any) -> Any:
         """What is written: a list or an object as the text of all that is in it."""
         if type(value) is str:
             return value
-        return self.budget.make_all(value)
+        return self.budget.count_all(value)
 
     def _rounds(self, values: Iterable[Any]) -> Iterator[Any]:
         """The values of a loop, each of them counted as a step."""
-        budget = self.budget
         for value in values:
-            budget.left -= STEP
-            if budget.left < 0:
-                budget.look()
+            self.budget.make(0)
             yield value
 
-    def _added(self, left: Any, right: Any) -> Any:
-        out = left + right  # not counted before: each of the two is bounded, so that the sum is
-        budget = self.budget
-        budget.left -= STEP + (len(out) if type(out) is str else size_of(out))
-        if budget.left < 0:
-            budget.look()
-        return out
+    def _values_of(self, values: Iterable[Any], attribute: str | int | None) -> list[Any]:
+        """The values of a list, or an attribute of each of them, counted with all that is in them."""
+        if attribute is not None:
+            values = map(make_attrgetter(self, attribute), values)
+        return self.budget.count_all(list(self._rounds(values)))
 
-    def _joined(self, parts: tuple[Any, ...]) -> str:
-        texts = [str(self._finalized(part)) for part in parts]
-        self.budget.make(sum(map(len, texts)))
-        return "".join(texts)
+    def _joined(self, value: Iterable[Any], d: Any = "", attribute: str | int | None = None) -> str:
+        """jinja2's filter `join`, and its operator `~`."""
+        separator = str(self._finalized(d))
+        pairs = ((separator, str(part)) for part in self._values_of(value, attribute))
+        return self._concatenated(islice(chain.from_iterable(pairs), 1, None))
+
+    def _summed(self, iterable: Iterable[Any], attribute: str | int | None = None, start: Any = 0) -> Any:
+        """jinja2's filter `sum`."""
+        values = self._values_of(iterable, attribute)
+        if not isinstance(start, int | float):  # lists, and each is added to a copy of those before it
+            self.budget.make(len(values) * (weight(values) + weight(self.budget.count_all(start))))
+        return self.budget.count(sum(values, start))
 
     def _sliced(self, value: Any, *bounds: Any) -> Any:
-        out = value[slice(*bounds)]
-        self.budget.make(size_of(out))
-        return out
+        return self.budget.count(value[slice(*bounds)])
 
     def _concatenated(self, pieces: Iterable[str]) -> str:
         """What a template, a macro or a block writes."""
         out = []
-        room = MAX_SIZE
+        size = 0
         for piece in pieces:
-            room -= len(piece)
-            if room < 0:
-                self.budget.make(MAX_SIZE + 1)
+            size += len(piece)
+            if size > MAX_SIZE:
+                break
             out.append(piece)
-        self.budget.make(MAX_SIZE - room)
+        self.budget.make(size)
         return "".join(out)
 
 
 class _Bounding(NodeTransformer):
-    """Puts what jinja2 computes without a call through a filter of ours: loops, sums, slices, lists, objects."""
+    """Puts what jinja2 computes without a call through a filter of ours: loops, `~`, slices, lists, objects."""
 
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        self.generic_visit(node)
-        node.iter = _filtered(node.iter, _ROUNDS)
+    def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
+        super().generic_visit(node)
+        match node:
+            case nodes.For():
+                node.iter = _filtered(node.iter, _ROUNDS)
+            case nodes.Concat():
+                return _filtered(nodes.Tuple(node.nodes, "load", lineno=node.lineno), _JOINED)
+            case nodes.List() | nodes.Dict() | nodes.Tuple(ctx="load") if not _is_constant(node):
+                return _filtered(node, _COUNTED)
+            case nodes.Getitem(arg=nodes.Slice(start=start, stop=stop, step=step)):
+                return _filtered(node.node, _SLICED, *(bound or nodes.Const(None) for bound in (start, stop, step)))
         return node
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        self.generic_visit(node)
-        return _filtered(nodes.Tuple(node.nodes, "load", lineno=node.lineno), _JOINED)
-
-    def visit_Add(self, node: nodes.Add) -> nodes.Node:
-        self.generic_visit(node)
-        return _filtered(node.left, _ADDED, [node.right])
-
-    def visit_List(self, node: nodes.List | nodes.Dict | nodes.Tuple) -> nodes.Node:
-        self.generic_visit(node)
-        is_target = isinstance(node, nodes.Tuple) and node.ctx != "load"
-        return node if is_target or _is_constant(node) else _filtered(node, _COUNTED)
-
-    visit_Dict = visit_Tuple = visit_List
-
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        self.generic_visit(node)
-        if not isinstance(node.arg, nodes.Slice):
-            return node
-        bounds = [bound or nodes.Const(None) for bound in (node.arg.start, node.arg.stop, node.arg.step)]
-        return _filtered(node.node, _SLICED, bounds)
 
 
 def _is_constant(node: nodes.Node) -> bool:
-    inner = list(node.iter_child_nodes())
-    return all(isinstance(child, nodes.Const | nodes.Pair) and _is_constant(child) for child in inner)
+    return all(isinstance(inner, nodes.Const | nodes.Pair) for inner in node.find_all(nodes.Node))
 
 
-def _filtered(node: Any, name: str, arguments: list[nodes.Expr] | None = None) -> nodes.Filter:
-    return nodes.Filter(node, name, arguments or [], [], None, None, lineno=node.lineno)
+def _filtered(node: Any, name: str, *arguments: nodes.Expr) -> nodes.Filter:
+    return nodes.Filter(node, name, [*arguments], [], None, None, lineno=node.lineno)

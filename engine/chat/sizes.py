@@ -12,53 +12,15 @@ from jinja2 import TemplateRuntimeError
 
 MAX_SIZE = 2**22  # characters of a text, in the making or in the end; a list's entries count as ENTRY each
 MAX_BITS = 10_000  # of a whole number
+MAX_INDENT = 16  # of JSON
 ENTRY = 16
 
-# What methods and filters make that is larger than what they are given: its size at most. All else makes no more than a
-# few times what it is given: `upper`, `split`, `escape`, `urlencode`.
-METHODS: dict[str, Callable[..., int]] = {
-    "center": lambda text, width, *_: max(len(text), width),
-    "ljust": lambda text, width, *_: max(len(text), width),
-    "rjust": lambda text, width, *_: max(len(text), width),
-    "zfill": lambda text, width: max(len(text), width),
-    "expandtabs": lambda text, tabsize=8: len(text) + text.count("\t") * max(0, tabsize),
-    "replace": lambda text, old, new, *_: len(text) + text.count(old) * len(new),
-    "join": lambda text, parts: sum(map(size_of, parts)) + len(text) * len(parts),
-    "format": lambda text, *values, **named: _format_size(text, (*values, *named.values())),
-    "format_map": lambda text, values: _format_size(text, tuple(values.values())),
-}
-FILTERS: dict[str, Callable[..., int]] = {
-    "center": lambda value, width=80: max(len(str(value)), width),
-    "replace": lambda s, old, new, count=None: len(str(s)) + str(s).count(str(old)) * len(str(new)),
-    "join": lambda value, d="", attribute=None: _weight(value) + len(str(d)) * len(value),
-    "format": lambda value, *values, **named: percent_size(str(value), (*values, *named.values())),
-    "indent": lambda s, width=4, *_, **__: len(s) + (len(s.splitlines()) + 2) * _length(width),
-    "batch": lambda value, linecount, fill_with=None: ENTRY * (len(value) + linecount),
-    "slice": lambda value, slices, fill_with=None: ENTRY * (len(value) + slices),
-    "tojson": lambda value, ensure_ascii=False, indent=None, separators=None, **_: _json_size(
-        value, indent, separators
-    ),
-    "pprint": lambda value: 64 * _weight(value),  # it is indented, and each part of it written at each level
-    "wordwrap": lambda s, width=79, break_long_words=True, wrapstring=None, *_, **__: (
-        len(s) * (1 + len(str(wrapstring or "\n")))
-    ),
-    "urlize": lambda value, trim_url_limit=None, nofollow=False, target="", rel="", extra_schemes=None: _urlize_size(
-        str(value), str(target) + str(rel), extra_schemes
-    ),
-    "sum": lambda value, attribute=None, start=0: (
-        1 if isinstance(start, int | float) else len(value) * (_weight(value) + _weight(start))
-    ),
-    "round": lambda value, precision=0, *_, **__: 1 if abs(precision) <= 100 else MAX_SIZE + 1,
-    "int": lambda value, default=0, base=10: 1 if base == 10 or len(str(value)) <= MAX_BITS // 5 else MAX_SIZE + 1,
-}
 # Attributes of texts and numbers that are not to be had: what makes other texts by tables, and what makes bytes.
 FORBIDDEN = {"translate", "maketrans", "encode", "to_bytes", "from_bytes"}
-MAX_INDENT = 16
-ATTRIBUTES = {"join": 2, "sum": 1}  # where the attribute stands that such a filter takes of each value
 # Filters that make no text of a list or an object.
 NO_TEXT = {
     "attr", "batch", "count", "d", "default", "dictsort", "first", "groupby", "items", "last", "length", "list", "map",
-    "max", "min", "random", "reject", "rejectattr", "reverse", "select", "selectattr", "slice", "sort", "sum", "unique",
+    "max", "min", "random", "reject", "rejectattr", "reverse", "select", "selectattr", "slice", "sort", "unique",
 }  # fmt: skip
 # In a format with `%`: its widths and precisions, which stand behind the sign, or behind a key in parentheses.
 _WIDTHS = re.compile(r"[%)][-+ #0]*(\*|\d+)?(?:\.(\*|\d+))?")
@@ -70,6 +32,10 @@ def listed(value: Any) -> Any:
     if isinstance(value, Iterator):
         return list(value)
     return value
+
+
+def _padded_size(value: Any, width: int = 80, *_: Any) -> int:
+    return max(len(str(value)), width)
 
 
 def _length(value: Any) -> int:
@@ -90,19 +56,15 @@ def _widths(widths: Iterable[str]) -> int:
     return total
 
 
-def _largest(values: tuple[Any, ...]) -> int:
-    """The size of the largest of the values in a format, where a float may be written with more than 300 digits."""
-    return max((320 if isinstance(value, float) else _weight(value) for value in values), default=0)
-
-
-def percent_size(text: str, values: tuple[Any, ...]) -> int:
+def percent_size(value: Any, /, *values: Any, **named: Any) -> int:
     """The size of a text with values in the places that `%` marks."""
+    text = str(value)
     widths = _widths(width for match in _WIDTHS.finditer(text) for width in match.groups() if width)
     # Each place takes one value, and any may take the largest.
-    return len(text) + widths + text.count("%") * _largest(values)
+    return len(text) + widths + text.count("%") * max(map(weight, (*values, *named.values())), default=0)
 
 
-def _format_size(text: str, values: tuple[Any, ...]) -> int:
+def _format_size(text: str, /, *values: Any, **named: Any) -> int:
     """The size of a text with values in the places that braces mark."""
     widths = 0
     n_fields = 0
@@ -117,10 +79,12 @@ def _format_size(text: str, values: tuple[Any, ...]) -> int:
         widths += _widths(re.findall(r"\d+|\{", specification or ""))
         if widths > MAX_SIZE:
             return widths
-    return len(text) + widths + n_fields * _largest(values)
+    return len(text) + widths + n_fields * max(map(weight, (*values, *named.values())), default=0)
 
 
-def _json_size(value: Any, indent: Any, separators: Any) -> int:
+def _json_size(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> int:
     """What JSON adds to the texts of a value: an indent for each line and level, and what stands between entries."""
     if indent is not None and _length(indent) > MAX_INDENT:
         raise TemplateRuntimeError(f"JSON with an indent of more than {MAX_INDENT} characters is not made")
@@ -142,9 +106,17 @@ def _lines(value: Any, indent: int, between: int, depth: int = 1) -> int:
     return n_lines * (depth * indent + between) + sum(_lines(child, indent, between, depth + 1) for child in children)
 
 
-def _urlize_size(text: str, attributes: str, schemes: Any) -> int:
-    """The size of a text whose words become links with these attributes, with a step for each look at a scheme."""
-    return 3 * len(text) + len(text.split()) * (len(attributes) + 64 + len(schemes or ()))
+def _urlize_size(
+    value: Any,
+    trim_url_limit: Any = None,
+    nofollow: bool = False,
+    target: Any = "",
+    rel: Any = "",
+    extra_schemes: Any = None,
+) -> int:
+    """The size of a text whose words become links with attributes, with a step for each look at a scheme."""
+    text = str(value)
+    return 3 * len(text) + len(text.split()) * (len(str(target)) + len(str(rel)) + 64 + len(extra_schemes or ()))
 
 
 def inner_values(value: Any) -> Iterable[Any]:
@@ -156,13 +128,15 @@ def inner_values(value: Any) -> Iterable[Any]:
     return ()
 
 
-def _weight(value: Any) -> int:
-    """The size of a value as a text, with all that is in it; for what `make_all` has counted, which bounds the walk."""
+def weight(value: Any) -> int:
+    """The size of a value as a text, with all in it; for what `count_all` has counted, so that the walk is bounded."""
     if isinstance(value, str | bytes | int):
         return size_of(value) + 1
+    if isinstance(value, float):
+        return 320  # it may be written with more than 300 digits
     if not inner_values(value):
         return 64
-    return 2 + sum(2 + _weight(inner) for inner in inner_values(value))
+    return 2 + sum(2 + weight(inner) for inner in inner_values(value))
 
 
 def size_of(value: Any) -> int:
@@ -174,3 +148,35 @@ def size_of(value: Any) -> int:
     if isinstance(value, list | tuple | dict | set | frozenset | range | VIEWS):
         return ENTRY * len(value)
     return 1
+
+
+# What methods and filters make that is larger than what they are given: its size at most. All else makes no more than a
+# few times what it is given: `upper`, `split`, `escape`, `urlencode`. Parameters are called as there.
+METHODS: dict[str, Callable[..., int]] = {
+    "center": _padded_size,
+    "ljust": _padded_size,
+    "rjust": _padded_size,
+    "zfill": _padded_size,
+    "expandtabs": lambda text, tabsize=8: len(text) + text.count("\t") * max(0, tabsize),
+    "replace": lambda text, old, new, *_, **__: len(text) + text.count(old) * len(new),
+    "join": lambda text, parts: sum(map(size_of, parts)) + len(text) * len(parts),
+    "format": _format_size,
+    "format_map": lambda text, values: _format_size(text, *values.values()),
+}
+FILTERS: dict[str, Callable[..., int]] = {
+    "center": _padded_size,
+    "replace": lambda s, old, new, count=None: len(str(s)) + str(s).count(str(old)) * len(str(new)),
+    "format": percent_size,
+    "indent": lambda s, width=4, *_, **__: len(s) + (len(s.splitlines()) + 2) * _length(width),
+    "batch": lambda value, linecount, fill_with=None: ENTRY * (len(value) + linecount),
+    "slice": lambda value, slices, fill_with=None: ENTRY * (len(value) + slices),
+    "tojson": _json_size,
+    "pprint": lambda value: 64 * weight(value),  # it is indented, and each part of it written at each level
+    "wordwrap": lambda s, width=79, break_long_words=True, wrapstring=None, *_, **__: (
+        len(s) * (1 + len(str(wrapstring or "\n")))
+    ),
+    "urlize": _urlize_size,
+    "round": lambda value, precision=0, *_, **__: 1 if abs(precision) <= 100 else MAX_SIZE + 1,
+    "int": lambda value, default=0, base=10: 1 if base == 10 or len(str(value)) <= MAX_BITS // 5 else MAX_SIZE + 1,
+    "strftime_now": lambda pattern: 256 * len(pattern),  # as its widths may ask for
+}

@@ -198,7 +198,7 @@ def _compile(source: str) -> tuple[Any, frozenset[str]]:
     )
     environment.filters["tojson"] = environment.bounded("tojson", _to_json)
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = environment.bounded("strftime_now", _strftime_now)
     environment.globals["assistant_wrote"] = _assistant_wrote
 
     # A call block renders its body in a scope of its own and hands it to a function: all the tag needs, and no parser.

@@ -202,11 +202,11 @@ class ChatTargets:
         answer = {"role": "assistant", "content": ANSWER}
         header = _OPEN_THINKING.sub("", self.template.render([QUESTION], True, **dialogue.arguments))
         usual = self.template.render([QUESTION, answer], **dialogue.arguments)
-        opening = dialogue.with_message(turn, answer)
-        before_answer = usual[len(header) : usual.index(ANSWER)]  # an empty thinking, or nothing
-        start = opening.index(ANSWER) - len(before_answer)
-        if usual.startswith(header) and opening.startswith(before_answer, start) and text.startswith(opening[:start]):
-            return start
+        opening = dialogue.with_message(turn, answer).partition(ANSWER)[0]
+        before_answer = usual.partition(ANSWER)[0].removeprefix(header)  # an empty thinking, or nothing
+        beginning = opening.removesuffix(before_answer)
+        if usual.startswith(header) and opening.endswith(before_answer) and text.startswith(beginning):
+            return len(beginning)
         return None
 
 

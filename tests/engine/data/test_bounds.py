@@ -319,6 +319,10 @@ LARGE = "{% set s = 'a' * 4000000 %}"
         LARGE + "{% macro f() %}{{ kwargs.values() }}{% endmacro %}{{ f(a=[s] * 10000) }}",
         LARGE + "{{ {}[[s] * 10000] }}", "{{ '%99999999999d'.encode() % 5 }}", "{{ ('f' * 4000000) | int(0, 16) }}",
         "{{ range(9) | map('string') | batch(10**9, 'x') | list }}", "{{ strftime_now('%200d' * 800000) }}",
+        "{{ strftime_now(pattern='%200d' * 800000) }}", LARGE + "{{ ('{text}' * 10000).format(text=s) }}",
+        LARGE + "{{ ('http://a.com ' * 20000) | urlize(trim_url_limit=9, target=s) }}",
+        LARGE + "{{ ([[s]] * 10000) | join }}", LARGE + "{{ ([s] * 10000) | join(s) }}", LARGE + "{{ s + s }}",
+        LARGE + "{{ ([[s] * 10000] * 10000) | sum(start=[]) | length }}",
     ],
 )  # fmt: skip
 def test_templates_that_grow(source: str) -> None:
