@@ -26,8 +26,9 @@ import numpy.typing as npt
 
 from ..._files import read_json, require_file, write_file, write_json
 from ..._locks import alone
-from ..._shapes import parse_json, with_fields
+from ..._shapes import with_fields
 from .fingerprints import digest
+from .readers import decoded, json_lines
 from .text import append_eos, beginning, begun
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Piece(NamedTuple):
     """A part of a document that is tokenised at once."""
 
     text: str
+    begins_document: bool
     ends_document: bool
 
 
@@ -78,14 +80,13 @@ class TokenCorpus:
             raise ValueError(f"max_length must be at least 1, not {max_length}")
         self.tokens = tokens
         self.max_length = max_length
+        self._starts = range(0, len(tokens) - 1, max_length)
 
     def __len__(self) -> int:
-        return max(0, -(-(len(self.tokens) - 1) // self.max_length))  # rounded up
+        return len(self._starts)
 
     def __getitem__(self, index: int) -> dict[str, npt.NDArray[np.int64]]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
-        start = index % len(self) * self.max_length
+        start = self._starts[index]
         window = np.asarray(self.tokens[start : start + self.max_length + 1], dtype=np.int64)  # (T + 1,)
         return {"input_ids": window[:-1], "targets": window[1:]}
 
@@ -190,18 +191,14 @@ def _tokens(recipe: _Recipe) -> Iterator[npt.NDArray[Any]]:
     anchor_ids = tokenizer.encode(_ANCHOR, add_special_tokens=False).ids
     pieces = (piece for source in recipe.sources for piece in _pieces(source))
 
-    begins_document = True
     while batch := list(islice(pieces, _BATCH)):
-        firsts = [begins_document, *(piece.ends_document for piece in batch[:-1])]
-        begins_document = batch[-1].ends_document
-
         # Inside a document a piece is tokenised behind a line end, as it stands there.
-        texts = [piece.text if first else _ANCHOR + piece.text for first, piece in zip(firsts, batch, strict=True)]
+        texts = [piece.text if piece.begins_document else _ANCHOR + piece.text for piece in batch]
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # which computes no offsets
 
-        for first, piece, encoding in zip(firsts, batch, encodings, strict=True):
+        for piece, encoding in zip(batch, encodings, strict=True):
             ids = encoding.ids
-            if first:
+            if piece.begins_document:
                 ids = begun(ids, begin)
             elif ids[: len(anchor_ids)] == anchor_ids:
                 ids = ids[len(anchor_ids) :]
@@ -221,54 +218,36 @@ def _pieces(source: str | Path) -> Iterator[Piece]:
     elif source.suffix.lower() == ".txt":
         yield from _split(line for _, line in _lines(source))
     else:
-        for number, line in _lines(source):
-            if line.strip():
-                yield from _split(_row_text(line, source, number).splitlines(keepends=True))
+        for line, row in json_lines(_lines(source), source):
+            text = row.get("text") if isinstance(row, dict) else None
+            if not isinstance(text, str):
+                raise ValueError(f"{source} {line}: no text in a field 'text'; a corpus row is {{\"text\": ...}}")
+            yield from _split(text.splitlines(keepends=True))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines with their ends as they are, decoded one by one: UTF-8 has no line-end byte inside a character."""
-    n_read = 0  # bytes in front of the line
+    offset = 0  # of the line, in bytes
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            try:
-                text = line.decode()
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path} line {number}: byte {n_read + error.start} is not UTF-8; save the file as UTF-8"
-                ) from None
-            if "\0" in text:
-                raise ValueError(
-                    f"{path} line {number}: byte {n_read + line.index(0)} is zero, as in UTF-16 or a damaged file; "
-                    "save it as UTF-8"
-                )
-
-            if number == 1:
-                text = text.removeprefix("\ufeff")  # a byte-order mark is no text
-            yield number, text
-            n_read += len(line)
-
-
-def _row_text(line: str, path: Path, number: int) -> str:
-    row = parse_json(line, f"{path} line {number}", "correct the line")
-    text = row.get("text") if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f"{path} line {number}: no text in a field 'text'; a corpus row is {{\"text\": ...}}")
-    return text
+            yield number, decoded(line, path, number, offset)
+            offset += len(line)
 
 
 def _split(lines: Iterable[str]) -> Iterator[Piece]:
-    """A document in pieces of about _PIECE characters, cut at line ends only; the last one is marked."""
+    """A document in pieces of about _PIECE characters, cut at line ends only; the first and the last are marked."""
     piece: list[str] = []
     size = 0
+    begins = True
     for line in lines:
         # Between such lines tokenizers split anyway. Where there are none for long, any line end has to do.
         is_seam = size >= _PIECE and piece[-1].strip() and not line[0].isspace()
         if is_seam or size >= 4 * _PIECE:
-            yield Piece("".join(piece), ends_document=False)
+            yield Piece("".join(piece), begins, ends_document=False)
             piece = []
             size = 0
+            begins = False
         piece.append(line)
         size += len(line)
     if piece:
-        yield Piece("".join(piece), ends_document=True)
+        yield Piece("".join(piece), begins, ends_document=True)

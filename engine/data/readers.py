@@ -15,7 +15,7 @@ with file, line and remedy; nothing is skipped but blank lines.
 
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,28 +90,38 @@ def _placed_rows(path: Path, as_row: Callable[[Mapping[str, Any]], dict[str, Any
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file without its byte-order mark, line ends as they are."""
-    data = read_bytes(path, "file of rows")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        # Counted in the object decoded, which lacks the mark.
-        offset = error.start + len(data) - len(error.object)
-        line = data.count(b"\n", 0, offset) + 1
-        utf16 = "the file is UTF-16; " if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        raise ValueError(f"{path} line {line}: byte {offset} is not UTF-8; {utf16}save the file as UTF-8") from None
-
-    # UTF-16 without a mark is UTF-8 with many zeros as long as its text is plain.
-    if (offset := data.find(b"\0")) >= 0:
-        line = data.count(b"\n", 0, offset) + 1
-        raise ValueError(f"{path} line {line}: byte {offset} is zero, as in UTF-16 or a damaged file; save it as UTF-8")
+    text = decoded(read_bytes(path, "file of rows"), path)
     if not text.strip():
         raise ValueError(f"{path}: the file is empty; give a file with at least one row")
     return text
 
 
+def decoded(data: bytes, path: Path, line: int = 1, offset: int = 0) -> str:
+    """UTF-8 as text: a whole file without its byte-order mark, or what begins in this line of it, at this byte."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        damaged = error.start
+        utf16 = "the file is UTF-16; " if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        reason = f"not UTF-8; {utf16}save the file as UTF-8"
+    else:
+        # UTF-16 without a mark is UTF-8 with many zeros as long as its text is plain.
+        damaged = data.find(b"\0")
+        if damaged < 0:
+            return text if offset else text.removeprefix("\ufeff")
+        reason = "zero, as in UTF-16 or a damaged file; save it as UTF-8"
+    line += data.count(b"\n", 0, damaged)
+    raise ValueError(f"{path} line {line}: byte {offset + damaged} is {reason}")
+
+
 def _jsonl(text: str, path: Path) -> Located:
     # Not splitlines(): it also breaks at U+2028 and the like, which JSON strings may hold.
-    for number, line in enumerate(text.split("\n"), 1):
+    return json_lines(enumerate(text.split("\n"), 1), path)
+
+
+def json_lines(lines: Iterable[tuple[int, str]], path: Path) -> Located:
+    """The values in the numbered lines of a JSONL file."""
+    for number, line in lines:
         if line.strip():
             row = parse_json(line, f"{path} line {number}", "correct the line")
             if number == 1 and isinstance(row, list):
@@ -159,7 +169,7 @@ def _conll(text: str, path: Path) -> Located:
     tokens: list[str] = []
     tags: list[str] = []
     sentence_line = width = width_line = 0
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate([*text.split("\n"), ""], 1):  # the last sentence needs a blank line, too
         line = line.rstrip("\r")
         if not line.strip(BLANKS) or line.startswith("-DOCSTART-"):
             if tokens:
@@ -188,8 +198,6 @@ def _conll(text: str, path: Path) -> Located:
             sentence_line = number
         tokens.append(token)
         tags.append(tag)
-    if tokens:
-        yield f"line {sentence_line}", {"tokens": tokens, "tags": tags}
 
 
 _READERS = {
@@ -227,7 +235,7 @@ def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row],
 
     generator = random.Random(seed)
     held_out = {i for label in sorted(groups) for i in generator.sample(groups[label], counts[label])}
-    if not held_out or len(held_out) == len(rows):
+    if not held_out:
         raise ValueError(f"{len(rows)} rows are too few to hold out {share:g} of them; give a file for evaluation")
     train = [row for i, row in enumerate(rows) if i not in held_out]
     return train, [rows[i] for i in sorted(held_out)]

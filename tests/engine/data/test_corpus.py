@@ -57,16 +57,17 @@ def test_pieces_give_the_tokens_of_the_whole_text(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus_module, "_PIECE", 100)
     pieces = list(corpus_module._pieces(text))
     assert len(pieces) > 50
-    assert max(len(piece) for piece, _ in pieces) < 250
-    assert not any(piece[0].isspace() for piece, _ in pieces)
-    assert [ends for _, ends in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert max(len(piece.text) for piece in pieces) < 250
+    assert not any(piece.text[0].isspace() for piece in pieces)
+    assert [piece.begins_document for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+    assert [piece.ends_document for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     assert build(tmp_path, text).tokens.tolist() == [*ids(text), END]
 
 
 def test_lines_without_a_good_place_to_cut_are_cut_all_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus_module, "_PIECE", 100)
     text = " indented\n" * 500
-    assert max(len(piece) for piece, _ in corpus_module._pieces(text)) <= 410
+    assert max(len(piece.text) for piece in corpus_module._pieces(text)) <= 410
     assert byte_level().decode(build(tmp_path, text, eos=None).tokens.tolist()) == text
 
 
