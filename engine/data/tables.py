@@ -8,7 +8,8 @@ A line ends with \\n, \\r\\n or \\r and nothing else. Lines without any content,
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from .schema import KNOWN_FIELDS
@@ -19,12 +20,15 @@ Rows = Iterator[tuple[str, dict[str, str]]]  # where a row stands in its file ("
 LINE_BREAK = re.compile("\r\n|\n|\r")
 LINE_END = re.compile("[\r\n]")
 FIELD_END = re.compile("[,\r\n]")
+QUOTED = re.compile('"((?:[^"]++|"")*+)"')  # a doubled quote belongs to the field
 
 
 def csv_rows(text: str, path: Path) -> Rows:
     """Rows of a CSV file. ValueError that names the line for a quote that is never closed and a row of other width."""
     remedy = "quote a field that holds a comma, double a quote inside quotes, or use JSONL"
-    yield from _named(csv_records(text, path), path, remedy)
+    records = csv_records(text, path)
+    for line, names in islice(records, 1):
+        yield from _named(records, _header(line, names, path), "the header", remedy, path)
 
 
 def tsv_rows(text: str, path: Path) -> Rows:
@@ -32,12 +36,12 @@ def tsv_rows(text: str, path: Path) -> Rows:
     remedy = "a field of a TSV file holds no tab and no line end: use CSV or JSONL for such texts"
     lines = (line.split("\t") for line in LINE_BREAK.split(text))
     records = [(number, fields) for number, fields in enumerate(lines, 1) if any(fields)]
-
-    # Two columns of which we know no name are taken for data, as such files are published.
-    if records and len(records[0][1]) == 2 and not KNOWN_FIELDS & set(records[0][1]):
-        yield from _headless(records, path)
-    else:
-        yield from _named(iter(records), path, remedy)
+    for line, names in records[:1]:
+        # Two columns of which we know no name are taken for data, as such files are published.
+        if len(names) == 2 and not KNOWN_FIELDS & set(names):
+            yield from _headless(records, path)
+        else:
+            yield from _named(records[1:], _header(line, names, path), "the header", remedy, path)
 
 
 def csv_records(text: str, path: Path) -> Iterator[Record]:
@@ -65,20 +69,19 @@ def _quoted_record(text: str, position: int, path: Path) -> tuple[list[str], int
     fields = []
     while True:
         # Each round reads one field, quoted or not, and leaves `end` at what follows it.
-        if text.startswith('"', position):
-            close = _closing_quote(text, position)
-            if close < 0:
-                raise ValueError(
-                    f"{path} line {_line(text, position)}: a quote that opens a field here is never closed; close it, "
-                    "or use JSONL"
-                )
-            fields.append(text[position + 1 : close].replace('""', '"'))
-            end = close + 1
-            if end < len(text) and text[end] not in ",\r\n":
+        if quoted := QUOTED.match(text, position):
+            fields.append(quoted[1].replace('""', '"'))
+            end = quoted.end()
+            if not text.startswith((",", "\r", "\n"), end) and end < len(text):
                 raise ValueError(
                     f"{path} line {_line(text, end)}: {text[end : end + 20]!r} stands behind the quote that closes a "
                     f"field, which opened in line {_line(text, position)}; double a quote inside quotes, or use JSONL"
                 )
+        elif text.startswith('"', position):
+            raise ValueError(
+                f"{path} line {_line(text, position)}: a quote that opens a field here is never closed; close it, "
+                "or use JSONL"
+            )
         else:
             end = _end(FIELD_END, text, position)
             fields.append(text[position:end])
@@ -86,15 +89,6 @@ def _quoted_record(text: str, position: int, path: Path) -> tuple[list[str], int
         if not text.startswith(",", end):
             return fields, end
         position = end + 1
-
-
-def _closing_quote(text: str, start: int) -> int:
-    """Where the quote stands that closes the field opened by the one at `start`; -1 if none does."""
-    end = text.find('"', start + 1)
-    # A doubled quote is one that belongs to the field.
-    while end >= 0 and text.startswith('""', end):
-        end = text.find('"', end + 2)
-    return end
 
 
 def _end(pattern: re.Pattern[str], text: str, position: int) -> int:
@@ -107,19 +101,15 @@ def _line(text: str, position: int) -> int:
     return 1 + len(LINE_BREAK.findall(text, 0, position))
 
 
-def _named(records: Iterator[Record], path: Path, remedy: str) -> Rows:
-    """The rows below a header line, by its names."""
-    fields: list[str] = []
+def _named(records: Iterable[Record], fields: list[str], named_by: str, remedy: str, path: Path) -> Rows:
+    """The rows below a header line, or without one, by the names of their fields."""
     for line, values in records:
-        if not fields:
-            fields = _header(line, values, path)
-        elif len(values) != len(fields):
+        if len(values) != len(fields):
+            names = ", ".join(fields)
             raise ValueError(
-                f"{path} line {line}: {len(values)} fields where the header has {len(fields)} ({', '.join(fields)}); "
-                f"{remedy}"
+                f"{path} line {line}: {len(values)} fields where {named_by} has {len(fields)} ({names}); {remedy}"
             )
-        else:
-            yield f"line {line}", dict(zip(fields, values, strict=True))
+        yield f"line {line}", dict(zip(fields, values, strict=True))
 
 
 def _header(line: int, values: list[str], path: Path) -> list[str]:
@@ -140,18 +130,16 @@ def _header(line: int, values: list[str], path: Path) -> list[str]:
 
 def _headless(records: list[Record], path: Path) -> Rows:
     """Two columns without a header: text, label."""
-    for line, values in records:
-        if len(values) != 2:
-            raise ValueError(f"{path} line {line}: {len(values)} fields where line 1 has 2 (text, label); remove tabs")
+    rows = list(_named(records, ["text", "label"], "line 1", "remove tabs", path))
 
     # A header with names of its own would pass for a row, and add a class that is one word of that header: where the
     # first label occurs once and every other one more often, it may be such a word.
-    counts = Counter(values[1] for _, values in records)
-    first_label = records[0][1][1]
+    counts = Counter(row["label"] for _, row in rows)
+    first_label = rows[0][1]["label"]
     n_first = counts.pop(first_label)
     if n_first == 1 and counts and min(counts.values()) > 1:
         raise ValueError(
             f"{path} line 1: {first_label!r} occurs nowhere else as a label; if the line is a header, name its columns "
             "text and label, if it is data, put the header text<TAB>label above it"
         )
-    yield from ((f"line {line}", {"text": values[0], "label": values[1]}) for line, values in records)
+    yield from rows
