@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from tqdm import tqdm
 
 from ..._files import require_file
@@ -57,12 +58,13 @@ def image_rows(folder: Path) -> list[dict[str, str]]:
     Hidden files are left out. Raises ValueError for a folder without class folders, a class without images, one whose
     name is that of a missing label (`labels.label_name`), and anything else that lies there.
     """
-    classes = [path for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    entries = _visible_in(folder)
+    classes = [path for path in entries if path.is_dir()]
     if not classes:
         raise ValueError(f"{folder}: no class folders in it; expected one folder a class, with its images")
     rows: list[dict[str, str]] = []
     for path in classes:
-        files = [file for file in sorted(path.iterdir()) if not file.name.startswith(".")]
+        files = _visible_in(path)
         for file in files:
             if file.suffix.lower() not in SUFFIXES or not file.is_file():
                 raise ValueError(f"{file}: no image file ({', '.join(SUFFIXES)}); move it out of the class folder")
@@ -71,10 +73,14 @@ def image_rows(folder: Path) -> list[dict[str, str]]:
         label = label_name(path.name, f"class folder {path}")
         rows += [{"image": str(file), "label": label} for file in files]
 
-    for file in sorted(folder.iterdir()):
-        if not file.name.startswith(".") and file not in classes:
-            raise ValueError(f"{file}: beside the class folders, so of no class; move it into one, or away")
+    for path in entries:
+        if path not in classes:
+            raise ValueError(f"{path}: beside the class folders, so of no class; move it into one, or away")
     return rows
+
+
+def _visible_in(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
 
 
 def class_counts(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -97,18 +103,20 @@ def decode(path: str | Path, pixels: ImageProcessor) -> Tensor:
 
     def explain(error: Exception) -> Exception:
         """The error in our words, with the file."""
-        if isinstance(error, FileNotFoundError):
+        if isinstance(error, FileNotFoundError | _TooLarge):
             return error
-        if isinstance(error, _TooLarge):
-            return ValueError(f"{path}: {error}; crop it, or remove it")
         return ValueError(f"{path}: the image can't be decoded ({error}); replace or remove it")
 
     # Pillow's decoders raise whatever a damaged file leads to. What is too large is refused before anything is decoded.
     with others_code(explain), Image.open(require_file(path, "image")) as file:
-        _check_size(file.size, pixels)
+        _check_size(path, file.size, pixels)
         image = _eight_bits(ImageOps.exif_transpose(file)).convert(MODES[len(pixels.mean)])
 
-    image = image.resize(_scaled(image.size, pixels), pixels.resample)
+    # The short side at `edge`, the long one rounded down.
+    size = [pixels.edge * side // min(image.size) for side in image.size]
+    if pixels.squeeze:
+        size = [pixels.edge, pixels.edge]
+    image = image.resize(size, pixels.resample)
     array = np.array(image)  # (H, W, C), or (H, W) of a gray image
     return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1)  # (C, H, W)
 
@@ -117,12 +125,15 @@ class _TooLarge(ValueError):
     """An image that would take too much memory."""
 
 
-def _check_size(size: tuple[int, int], pixels: ImageProcessor) -> None:
+def _check_size(path: str | Path, size: tuple[int, int], pixels: ImageProcessor) -> None:
     width, height = size
+    limit = ""
     if width * height > MAX_PIXELS:
-        raise _TooLarge(f"an image of {width} x {height} pixels; at most {MAX_PIXELS:,} are read")
-    if not pixels.squeeze and max(size) > MAX_RATIO * min(size):
-        raise _TooLarge(f"an image of {width} x {height} pixels; one side may be {MAX_RATIO} times the other")
+        limit = f"at most {MAX_PIXELS:,} are read"
+    elif not pixels.squeeze and max(size) > MAX_RATIO * min(size):
+        limit = f"one side may be {MAX_RATIO} times the other"
+    if limit:
+        raise _TooLarge(f"{path}: an image of {width} x {height} pixels; {limit}; crop it, or remove it")
 
 
 def _eight_bits(image: Any) -> Any:
@@ -139,14 +150,6 @@ def _eight_bits(image: Any) -> Any:
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("its pixels have more than 16 bits; save it with 8")
     return Image.fromarray((values >> 8).astype(np.uint8))
-
-
-def _scaled(size: tuple[int, int], pixels: ImageProcessor) -> tuple[int, int]:
-    """Width and height with the short one at `edge`, the long one rounded down."""
-    if pixels.squeeze:
-        return pixels.edge, pixels.edge
-    width, height = size
-    return pixels.edge * width // min(size), pixels.edge * height // min(size)
 
 
 class ImageExamples:
@@ -194,9 +197,9 @@ class ImageExamples:
                 self[i]
             except (ValueError, OSError) as error:
                 broken.append(str(error))
+        if len(broken) > SHOWN:
+            broken[SHOWN:] = [f"and {len(broken) - SHOWN} more"]
         if broken:
-            if len(broken) > SHOWN:
-                broken[SHOWN:] = [f"and {len(broken) - SHOWN} more"]
             raise ValueError("; ".join(broken))
 
 
@@ -215,40 +218,33 @@ class ImageCollate:
         if "features" in examples[0]:
             return {**batch, "features": torch.stack([example["features"] for example in examples])}
 
-        draws: list[list[float | None]] = [[None, None, None]] * len(examples)
-        if self.augment:
-            draws = torch.rand(len(examples), 3).tolist()
-        windows = [self._window(example["image"], draw) for example, draw in zip(examples, draws, strict=True)]
-        return {**batch, "inputs": {"pixel_values": torch.stack(windows)}}  # (B, C, size, size)
+        windows = torch.stack([self._window(example["image"]) for example in examples])
+        return {**batch, "inputs": {"pixel_values": windows}}  # (B, C, size, size)
 
-    def _window(self, image: Tensor, draws: list[float | None]) -> Tensor:
-        """The window (C, size, size), normalised. `draws` are three: for its top, its left, and whether it is mirrored.
-
-        They are numbers in [0, 1), or None for the window in the middle.
-        """
+    def _window(self, image: Tensor) -> Tensor:
+        """The window (C, size, size), normalised: the one in the middle, or one at random, which may be mirrored."""
         size = self.pixels.size
-        top_draw, left_draw, mirror_draw = draws
         _, height, width = image.shape
-        top = self._start(height, top_draw)
-        left = self._start(width, left_draw)
+        top = (height - size) // 2
+        left = (width - size) // 2
+        is_mirrored = False
+        if self.augment:
+            top_draw, left_draw, mirror_draw = torch.rand(3).tolist()
+            top = self._random_start(height, top_draw)
+            left = self._random_start(width, left_draw)
+            is_mirrored = mirror_draw < 0.5
 
-        # Only what lies in the image has values; what lies beyond stays 0, which after normalising is the mean color.
+        # Only what lies in the image has values; what lies beyond is 0, which after normalising is the mean color.
         inside = image[:, max(top, 0) : top + size, max(left, 0) : left + size].float().div_(255)  # (C, h, w)
         inside = inside.sub_(self._channels(self.pixels.mean)).div_(self._channels(self.pixels.std))
-        window = image.new_zeros(len(image), size, size, dtype=torch.float32)  # (C, size, size)
-        y = max(-top, 0)
         x = max(-left, 0)
-        window[:, y : y + inside.shape[1], x : x + inside.shape[2]] = inside
-        if mirror_draw is not None and mirror_draw < 0.5:
-            return window.flip(2)
-        return window
+        y = max(-top, 0)
+        window = pad(inside, (x, size - x - inside.shape[2], y, size - y - inside.shape[1]))  # (C, size, size)
+        return window.flip(2) if is_mirrored else window
 
-    def _start(self, side: int, draw: float | None) -> int:
-        """Where the window begins on a side of the image."""
+    def _random_start(self, side: int, draw: float) -> int:
+        """Where the window begins on a side of the image, for a number in [0, 1)."""
         room = side - self.pixels.size
-        if draw is None:
-            return room // 2
-
         # Without room the window may reach beyond the edge, by an eighth of its side.
         beyond = 0 if room else self.pixels.size // 8
         return int(draw * (room + 2 * beyond + 1)) - beyond
