@@ -12,7 +12,7 @@ they lie: so a run may be moved together with its data, and a file of the same s
 
 import hashlib
 import os
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -59,44 +59,43 @@ def in_memory(model: nn.Module, trained: Container[str] = (), **given: Any) -> I
 
 def _in_memory(value: Any, what: str) -> dict[str, Any]:
     content = hashlib.sha256()
-    _feed(content, value)
+    for chunk in _chunks(value):
+        content.update(chunk)
     return {"path": what, "files": {"": content.hexdigest()}}
 
 
-def _feed(content: Any, value: Any) -> None:
-    """Hash a value with all that is in it. Lengths come first, so that [[1], 2] and [[1, 2]] differ."""
+def _chunks(value: Any) -> Iterator[bytes | memoryview]:
+    """A value with all that is in it as bytes. Lengths come first, so that [[1], 2] and [[1, 2]] differ."""
     if isinstance(value, Tensor):
         value = value.detach().cpu().contiguous()
-        content.update(f"{value.dtype} {tuple(value.shape)} ".encode())
-        content.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+        yield f"{value.dtype} {tuple(value.shape)} ".encode()
+        yield memoryview(value.reshape(-1).view(torch.uint8).numpy())
     elif isinstance(value, np.ndarray) and value.dtype != object:
-        content.update(f"{value.dtype} {value.shape} ".encode() + value.tobytes())
+        yield f"{value.dtype} {value.shape} ".encode() + value.tobytes()
     elif isinstance(value, Mapping):
-        content.update(f"{{{len(value)}".encode())
+        yield f"{{{len(value)}".encode()
         for key, inner in value.items():
-            _feed(content, key)
-            _feed(content, inner)
+            yield from _chunks(key)
+            yield from _chunks(inner)
     elif isinstance(value, list | tuple):
-        content.update(f"[{len(value)} ".encode())
+        yield f"[{len(value)} ".encode()
         if set(map(type, value)) <= {int, float, bool}:  # at once: tokens are many
-            content.update(repr(list(value)).encode())
+            yield repr(list(value)).encode()
         else:
             for inner in value:
-                _feed(content, inner)
+                yield from _chunks(inner)
     elif value is None or isinstance(value, str | bytes | int | float | np.generic):
-        content.update(f"{type(value).__name__} {value!r} ".encode())
+        yield f"{type(value).__name__} {value!r} ".encode()
     else:
-        content.update(f"{type(value).__qualname__} ".encode())
+        yield f"{type(value).__qualname__} ".encode()
 
 
 def is_fingerprint(entry: Any) -> bool:
     """Whether a value that was read is a fingerprint."""
-    if not isinstance(entry, dict):
-        return False
-    files = entry.get("files")
-    if not isinstance(entry.get("path"), str) or not isinstance(files, dict):
-        return False
-    return all(isinstance(value, str) for value in files.values())
+    match entry:
+        case {"path": str(), "files": dict(files)}:
+            return all(isinstance(value, str) for value in files.values())
+    return False
 
 
 def same_contents(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -121,35 +120,30 @@ def changed_files(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         return f"{now['path']}, not {before['path']}"
 
     changes = []
-    for name in sorted({*old, *new}):
+    for name in sorted(name for name in {*old, *new} if old.get(name) != new.get(name)):
+        path = now["path"]
+        # A single file goes by its ending, which is no name below the path.
+        if name and name in {*before["files"], *now["files"]}:
+            path += name if name.startswith(":") else f"/{name}"
         change = "has changed"
         if name not in old:
             change = "is new"
         elif name not in new:
             change = "is gone"
-        elif old[name] == new[name]:
-            continue
-
-        # A single file goes by its ending, which is no name below the path.
-        is_below = name and (name in before["files"] or name in now["files"])
-        separator = "" if name.startswith(":") else "/"
-        changes.append(f"{now['path']}{separator}{name} {change}" if is_below else f"{now['path']} {change}")
+        changes.append(f"{path} {change}")
     remainder = f" and {len(changes) - SHOWN} more" if len(changes) > SHOWN else ""
     return ", ".join(changes[:SHOWN]) + remainder
 
 
-def differences(before: Any, now: Any, name: str = "", but: Iterable[str] = ()) -> list[str]:
+def differences(before: Any, now: Any, but: Container[str], name: str = "") -> Iterator[str]:
     """The fields in which two configurations differ, as "name = before, not now"; `but` are not compared."""
-    if name in but:
-        return []
+    if name in but or before == now:
+        return
     if isinstance(before, dict) and isinstance(now, dict):
-        texts: list[str] = []
         for key in sorted({*before, *now}):
-            texts += differences(before.get(key), now.get(key), f"{name}.{key}".lstrip("."), but)
-        return texts
-    if before == now:
-        return []
-    return [f"{name} = {before!r}, not {now!r}"]
+            yield from differences(before.get(key), now.get(key), but, f"{name}.{key}".lstrip("."))
+    else:
+        yield f"{name} = {before!r}, not {now!r}"
 
 
 def run_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -162,7 +156,7 @@ def run_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 
     # Where a field leads to as many things as before, these are compared, and not how they are called.
     shared = [field for field in new_inputs if len(old_inputs.get(field, ())) == len(new_inputs[field])]
-    texts = differences(before["config"], now["config"], but={"out", *shared})
+    texts = list(differences(before["config"], now["config"], but={"out", *shared}))
     for field in shared:
         for old, new in zip(old_inputs[field], new_inputs[field], strict=True):
             if not same_contents(old, new):

@@ -45,14 +45,11 @@ def messages_of(value: Any, field: str) -> Messages:
 
 def with_system(messages: Messages, raw: Mapping[str, Any]) -> Messages:
     """A dialogue with the system prompt that its row has in a field of its own. ValueError for two that differ."""
-    system = raw.get("system") or ""
-    if not isinstance(system, str):
-        raise ValueError(f"field 'system' must be text, not {system!r}")
-    check_characters_within(system, "field 'system'")
-    if not system:
+    if not raw.get("system"):
         return messages
 
     # The same prompt may stand in both places.
+    system = text_field(raw, "system")
     if messages[0]["role"] != "system":
         return [{"role": "system", "content": system}, *messages]
     if messages[0]["content"] != system:
