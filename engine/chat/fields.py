@@ -11,6 +11,8 @@ each key that changes what a message says is left out once; where the text stays
 """
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from itertools import product
 from typing import Any
 
 from .forms import ANSWER, REASONING, text_of
@@ -36,7 +38,7 @@ def trained_turns(messages: Messages) -> list[int]:
         for key, value in marks.items():
             if value not in (0, 1):  # which false and true are, too
                 raise ValueError(f"messages[{index}]: {key} must be 0 or 1, true or false, not {value!r}")
-        if len({bool(value) for value in marks.values()}) > 1:
+        if len(set(marks.values())) > 1:
             raise ValueError(f"messages[{index}]: {' and '.join(marks)} contradict each other; leave one of them")
 
         # Zero and false say the same of any role: it is not trained.
@@ -106,18 +108,14 @@ def _check_content(dialogue: Dialogue, index: int) -> None:
 
 def _check_calls(dialogue: Dialogue, index: int, calls: Calls) -> None:
     """ValueError where the template leaves out one of a turn's calls, or a part of it."""
-    for position, call in enumerate(calls):
+    for position, part in product(range(len(calls)), ("name", "arguments")):
+        # The same turn, with a probe in the place of this part of this call.
+        message: dict[str, Any] = deepcopy({**dialogue.messages[index]})
+        call = message["tool_calls"][position]
         function = call.get("function", call)
-        for part, probe in (("name", ANSWER), ("arguments", {ANSWER: "?"})):
-            if not function.get(part):
-                continue
-
-            # The same turn, with a probe in the place of this part of this call.
-            changed_call = {**function, part: probe}
-            if "function" in call:
-                changed_call = {**call, "function": changed_call}
-            changed_calls = [*calls[:position], changed_call, *calls[position + 1 :]]
-            if _drops_answer(dialogue, index, {**dialogue.messages[index], "tool_calls": changed_calls}):
+        if function.get(part):
+            function[part] = ANSWER if part == "name" else {ANSWER: "?"}
+            if _drops_answer(dialogue, index, message):
                 raise _refusal(index, f"does not write the {part} of tool call {position + 1}")
 
 

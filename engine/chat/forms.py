@@ -13,6 +13,7 @@ What a row has is given to a template in the form in which its text has everythi
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -110,10 +111,8 @@ def _with_arguments(call: Message, as_text: bool) -> dict[str, Any]:
     if as_text and isinstance(arguments, Mapping):
         return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
     if not as_text and isinstance(arguments, str):
-        try:
+        with suppress(ValueError):
             parsed = parse_json(arguments, "arguments")
-        except ValueError:
-            parsed = None
-        if isinstance(parsed, dict):
-            return {**call, "arguments": parsed}
+            if isinstance(parsed, dict):
+                return {**call, "arguments": parsed}
     return dict(call)

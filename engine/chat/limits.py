@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import wraps
 from itertools import chain, islice
+from math import prod
 from types import FunctionType
 from typing import Any
 
@@ -34,7 +35,6 @@ from .sizes import (
     listed,
     percent_size,
     size_of,
-    weight,
 )
 
 MAX_SECONDS = 2.0  # of one rendering, which takes a millisecond as a rule
@@ -161,20 +161,15 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
         size = 1
         if operator == "%" and isinstance(left, str):
-            # A format takes a tuple as several values, and an object as its values by name, or as one value.
+            # A format takes a tuple as several values, and an object as its values by name, each smaller than it is.
             self.budget.count_all(right)
-            values = right if isinstance(right, tuple) else (right,)
-            if isinstance(right, dict):
-                values = (right, *right.values())
-            size = percent_size(left, *values)
+            size = percent_size(left, *(right if isinstance(right, tuple) else (right,)))
         elif operator != "%" and isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length() * right if operator == "**" else left.bit_length() + right.bit_length()
             if bits > MAX_BITS:
                 size = MAX_SIZE + 1  # which is refused
-        elif operator == "*" and isinstance(right, int):
-            size = size_of(left) * right
-        elif operator == "*" and isinstance(left, int):
-            size = size_of(right) * left
+        elif operator == "*":
+            size = prod(value if isinstance(value, int) else size_of(value) for value in (left, right))
 
         self.budget.make(max(0, size))
         return super().call_binop(context, operator, left, right)
@@ -241,9 +236,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def _summed(self, iterable: Iterable[Any], attribute: str | int | None = None, start: Any = 0) -> Any:
         """jinja2's filter `sum`."""
         values = self._values_of(iterable, attribute)
-        if not isinstance(start, int | float):  # lists, and each is added to a copy of those before it
-            self.budget.make(len(values) * (weight(values) + weight(self.budget.count_all(start))))
-        return self.budget.count(sum(values, start))
+        if isinstance(start, int | float):
+            return self.budget.count(sum(values, start))
+        for value in values:  # a list, and each is added to a copy of those before it
+            start = self.budget.count(start + value)
+        return start
 
     def _sliced(self, value: Any, *bounds: Any) -> Any:
         return self.budget.count(value[slice(*bounds)])

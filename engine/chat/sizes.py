@@ -59,9 +59,9 @@ def _widths(widths: Iterable[str]) -> int:
 def percent_size(value: Any, /, *values: Any, **named: Any) -> int:
     """The size of a text with values in the places that `%` marks."""
     text = str(value)
-    widths = _widths(width for match in _WIDTHS.finditer(text) for width in match.groups() if width)
+    widths = _widths(width for groups in _WIDTHS.findall(text) for width in groups if width)
     # Each place takes one value, and any may take the largest.
-    return len(text) + widths + text.count("%") * max(map(weight, (*values, *named.values())), default=0)
+    return len(text) + widths + text.count("%") * max(map(_weight, (*values, *named.values())), default=0)
 
 
 def _format_size(text: str, /, *values: Any, **named: Any) -> int:
@@ -79,7 +79,7 @@ def _format_size(text: str, /, *values: Any, **named: Any) -> int:
         widths += _widths(re.findall(r"\d+|\{", specification or ""))
         if widths > MAX_SIZE:
             return widths
-    return len(text) + widths + n_fields * max(map(weight, (*values, *named.values())), default=0)
+    return len(text) + widths + n_fields * max(map(_weight, (*values, *named.values())), default=0)
 
 
 def _json_size(
@@ -128,7 +128,7 @@ def inner_values(value: Any) -> Iterable[Any]:
     return ()
 
 
-def weight(value: Any) -> int:
+def _weight(value: Any) -> int:
     """The size of a value as a text, with all in it; for what `count_all` has counted, so that the walk is bounded."""
     if isinstance(value, str | bytes | int):
         return size_of(value) + 1
@@ -136,7 +136,7 @@ def weight(value: Any) -> int:
         return 320  # it may be written with more than 300 digits
     if not inner_values(value):
         return 64
-    return 2 + sum(2 + weight(inner) for inner in inner_values(value))
+    return 2 + sum(2 + _weight(inner) for inner in inner_values(value))
 
 
 def size_of(value: Any) -> int:
@@ -171,7 +171,7 @@ FILTERS: dict[str, Callable[..., int]] = {
     "batch": lambda value, linecount, fill_with=None: ENTRY * (len(value) + linecount),
     "slice": lambda value, slices, fill_with=None: ENTRY * (len(value) + slices),
     "tojson": _json_size,
-    "pprint": lambda value: 64 * weight(value),  # it is indented, and each part of it written at each level
+    "pprint": lambda value: 64 * _weight(value),  # it is indented, and each part of it written at each level
     "wordwrap": lambda s, width=79, break_long_words=True, wrapstring=None, *_, **__: (
         len(s) * (1 + len(str(wrapstring or "\n")))
     ),

@@ -26,7 +26,6 @@ import numpy.typing as npt
 
 from ..._files import read_json, require_file, write_file, write_json
 from ..._locks import alone
-from ..._shapes import with_fields
 from .fingerprints import digest
 from .readers import decoded, json_lines
 from .text import append_eos, beginning, begun
@@ -91,7 +90,7 @@ class TokenCorpus:
         return {"input_ids": window[:-1], "targets": window[1:]}
 
     def __iter__(self) -> Iterator[dict[str, npt.NDArray[np.int64]]]:
-        return (self[i] for i in range(len(self)))
+        return map(self.__getitem__, range(len(self)))
 
 
 def token_corpus(
@@ -151,14 +150,9 @@ def _dtype(tokenizer: "Tokenizer", eos: int | None) -> "np.dtype[Any]":
 def _is_complete(path: Path, facts: dict[str, Any], dtype: "np.dtype[Any]") -> bool:
     """Whether a cache holds the tokens of these facts, undamaged."""
     try:
-        json_path = path.with_suffix(".json")
-        stored = with_fields(read_json(json_path), str(json_path), count=int, sha256=str)
-        count = stored.pop("count")
-        checksum = stored.pop("sha256")
-
-        size = require_file(path).stat().st_size
-        # The checksum comes last, as it reads the whole file.
-        return bool(stored == facts and size == count * dtype.itemsize and digest(path) == checksum)
+        stored = read_json(path.with_suffix(".json"))
+        count = require_file(path).stat().st_size // dtype.itemsize
+        return bool(stored == {**facts, "count": count, "sha256": digest(path)})
     except (OSError, ValueError):
         return False  # absent or damaged: it is made again
 

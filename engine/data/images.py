@@ -187,7 +187,7 @@ class ImageExamples:
         return {"image": image, "label": self.numbers[index]}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[i] for i in range(len(self)))
+        return map(self.__getitem__, range(len(self)))
 
     def check(self) -> None:
         """Decode every image once. ValueError that names those that can't be."""

@@ -122,9 +122,9 @@ def _header(line: int, values: list[str], path: Path) -> list[str]:
             remedy = f"separate columns by commas, not by {separator!r}"
         raise ValueError(f"{path} line {line}: no known column among {', '.join(fields)}; {remedy}")
 
-    counts = Counter(field for field in fields if field)  # columns without a name may be several
-    if repeated := [field for field, count in counts.items() if count > 1]:
-        raise ValueError(f"{path} line {line}: the column {repeated[0]!r} stands there twice; rename one")
+    for field in fields:
+        if field and fields.count(field) > 1:  # columns without a name may be several
+            raise ValueError(f"{path} line {line}: the column {field!r} stands there twice; rename one")
     return fields
 
 

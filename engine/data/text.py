@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 Span = tuple[int, int]  # first character, and the one after the last
 
-# Texts to tokenise a completion behind: nothing merges across the end of at least one of them.
-ANCHORS = ("\n", "x", ".")
+# Texts to tokenise a completion behind: nothing merges across the end of at least one of them. The last is no text.
+ANCHORS = ("\n", "x", ".", "")
 
 
 def beginning(tokenizer: "Tokenizer") -> list[int]:
@@ -66,16 +66,18 @@ def _behind(tokenizer: "Tokenizer", completion: str, prompt_ids: list[int], text
     They are the first of several attempts that give the text again, when they are decoded behind the prompt.
     """
     text = tokenizer.decode(text_ids, skip_special_tokens=False)
-    alone = tokenizer.encode(completion, add_special_tokens=False).ids
-
-    for ids in (alone, *(ids for ids, _ in _continuations(tokenizer, completion))):
+    *behind_anchors, alone = [ids for ids, _ in _continuations(tokenizer, completion)]
+    for ids in (alone, *behind_anchors):
         if tokenizer.decode([*prompt_ids, *ids], skip_special_tokens=False) == text:
             return ids
     return alone
 
 
-def _continuations(tokenizer: "Tokenizer", text: str) -> Iterator[tuple[list[int], list[Span]]]:
-    """Tokens and offsets of a text that goes on from another: behind each anchor whose own tokens stay as they are."""
+def _continuations(tokenizer: "Tokenizer", text: str, start: int = 0) -> Iterator[tuple[list[int], list[Span]]]:
+    """Tokens and offsets of a text that goes on from another, at its character `start`.
+
+    They are made behind each anchor whose own tokens stay as they are, and at last of the text alone.
+    """
     for anchor in ANCHORS:
         anchor_ids = tokenizer.encode(anchor, add_special_tokens=False).ids
         encoding = tokenizer.encode(anchor + text, add_special_tokens=False)
@@ -83,11 +85,9 @@ def _continuations(tokenizer: "Tokenizer", text: str) -> Iterator[tuple[list[int
 
         # Otherwise the anchor was merged with what follows, and can't be taken off.
         if encoding.ids[:n_anchor] == anchor_ids:
-            yield encoding.ids[n_anchor:], _moved(encoding.offsets[n_anchor:], -len(anchor))
-
-
-def _moved(offsets: Sequence[Span], by: int) -> list[Span]:
-    return [(first + by, last + by) for first, last in offsets]
+            shift = start - len(anchor)
+            offsets = [(first + shift, last + shift) for first, last in encoding.offsets[n_anchor:]]
+            yield encoding.ids[n_anchor:], offsets
 
 
 def encode_with_seams(
@@ -109,10 +109,9 @@ def encode_with_seams(
     ids = first_part.ids
     offsets = first_part.offsets
     for start, stop in zip(crossed, [*crossed[1:], len(text)], strict=True):
-        alone = tokenizer.encode(text[start:stop], add_special_tokens=False)
-        part_ids, part_offsets = next(_continuations(tokenizer, text[start:stop]), (alone.ids, alone.offsets))
+        part_ids, part_offsets = next(_continuations(tokenizer, text[start:stop], start))
         ids = [*ids, *part_ids]
-        offsets = [*offsets, *_moved(part_offsets, start)]
+        offsets = [*offsets, *part_offsets]
     return ids, offsets
 
 
