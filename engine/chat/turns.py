@@ -17,6 +17,7 @@ turn, where it stands right behind.
 import json
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -42,15 +43,13 @@ class Rendered:
 
     text: str
     spans: list[Span]
-    prompt: int | None = None  # characters of `text` that the generation prompt has written; None in marked templates
+    prompt: int = 0  # characters of `text` that the generation prompt has written; none of them is a target
 
     def within(self, text: str) -> list[Span]:
         """Where a turn's targets are in the text of a longer dialogue; none where it is not rendered alike there."""
         spans = [span for span in self.spans if text.startswith(self.text[: span[1]])]
         if spans:
             return spans
-        if self.prompt is None:
-            return []
 
         # Without the empty <think></think> that stands in the last turn alone, it is the answer to the very prompt.
         start, end = self.spans[0]
@@ -105,9 +104,7 @@ class ChatTargets:
             return {}
 
         # The last turn's text holds the first one's, as far as the template doesn't rewrite it.
-        seams = [turn.spans[0][0]]
-        if turn.prompt is not None:
-            seams.append(turn.prompt)
+        seams = (turn.spans[0][0], turn.prompt)
         end = last.spans[-1][1]
         return {last.text[:seam]: last.text[seam:end] for seam in seams if last.text.startswith(turn.text[:seam])}
 
@@ -139,10 +136,10 @@ class ChatTargets:
             )
 
         # What the prompt writes is no target, and it may write more than the header, as an opened <think>.
-        prompt = dialogue.tried(turn, True)
+        prompt = dialogue.tried(turn, True) or ""
         prompt_length = start
-        if prompt is not None and text.startswith(prompt):
-            prompt_length = len(prompt)
+        if text.startswith(prompt):
+            prompt_length = max(start, len(prompt))
         thinking = _EMPTY_THINKING.match(text, start)
         if thinking is None or text_of(message).lstrip().startswith(f"<{thinking[1]}>"):
             return Rendered(text, [(prompt_length, stop)], prompt_length)
@@ -158,15 +155,15 @@ class ChatTargets:
         text, marked_spans = dialogue.marked(turn + 1, False)
         n_shared = shared_length(text, dialogue.tried(turn) or "")
         spans = [span for span in marked_spans if span[1] > n_shared]
-        try:
-            token = self._end(dialogue.messages[turn], dialogue.arguments).token
-        except ValueError:
-            return Rendered(text, spans)  # the template renders no dialogue to learn it from
+        if not spans:
+            return Rendered(text, [])
 
-        if spans and text.startswith(token, spans[-1][1]):
-            start, end = spans[-1]
-            spans[-1] = (start, end + len(token))
-        return Rendered(text, spans)
+        start, end = spans[-1]
+        with suppress(ValueError):  # of a template that renders no dialogue to learn the end from
+            token = self._end(dialogue.messages[turn], dialogue.arguments).token
+            if text.startswith(token, end):
+                spans[-1] = (start, end + len(token))
+        return Rendered(text, spans, prompt=spans[0][0])
 
     def _end(self, message: Mapping[str, Any], arguments: Mapping[str, Any]) -> TurnEnd:
         """What ends a turn, learnt once of turns that answer and of those that call, for each set of arguments."""

@@ -150,32 +150,26 @@ def _dtype(tokenizer: "Tokenizer", eos: int | None) -> "np.dtype[Any]":
 def _is_complete(path: Path, facts: dict[str, Any], dtype: "np.dtype[Any]") -> bool:
     """Whether a cache holds the tokens of these facts, undamaged."""
     try:
-        stored = read_json(path.with_suffix(".json"))
-        count = require_file(path).stat().st_size // dtype.itemsize
-        return bool(stored == {**facts, "count": count, "sha256": digest(path)})
+        return bool(read_json(path.with_suffix(".json")) == _with_tokens(path, facts, dtype))
     except (OSError, ValueError):
         return False  # absent or damaged: it is made again
 
 
 def _make(path: Path, recipe: _Recipe, facts: dict[str, Any]) -> None:
     """Write the tokens, and what they were made from. ValueError where they are fewer than two."""
-    checksum = hashlib.sha256()
-
-    def chunks() -> Iterator[bytes]:
-        # Hashed on the way, as the tokens may be more than memory holds.
-        for ids in _tokens(recipe):
-            chunk = ids.tobytes()
-            checksum.update(chunk)
-            yield chunk
-
-    write_file(path, chunks())
-    count = path.stat().st_size // recipe.dtype.itemsize
-    if count < 2:
+    write_file(path, (ids.tobytes() for ids in _tokens(recipe)))
+    stored = _with_tokens(path, facts, recipe.dtype)
+    if stored["count"] < 2:
         # One token has no other to predict it from.
         path.unlink()
         names = ", ".join(str(source) for source in recipe.sources if isinstance(source, Path)) or "the corpus"
-        raise ValueError(f"{names}: {count} tokens; give text with at least two")
-    write_json(path.with_suffix(".json"), {**facts, "count": count, "sha256": checksum.hexdigest()})
+        raise ValueError(f"{names}: {stored['count']} tokens; give text with at least two")
+    write_json(path.with_suffix(".json"), stored)
+
+
+def _with_tokens(path: Path, facts: dict[str, Any], dtype: "np.dtype[Any]") -> dict[str, Any]:
+    """The facts, and how many tokens lie at the path, and which."""
+    return {**facts, "count": require_file(path).stat().st_size // dtype.itemsize, "sha256": digest(path)}
 
 
 def _tokens(recipe: _Recipe) -> Iterator[npt.NDArray[Any]]:

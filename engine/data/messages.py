@@ -120,12 +120,24 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise ValueError(
             f"{where} must be an object with role and content (or from and value), not {type_name(message)}"
         )
+    message = dict(message)
     if "from" in message and "value" in message:
-        others = {key: value for key, value in message.items() if key not in ("from", "value")}
-        message = {"role": message["from"], "content": message["value"], **others}
+        message = {"role": message.pop("from"), "content": message.pop("value")} | message
 
-    # The content first: it may be in parts, and missing where calls stand in its place.
-    message = _with_text_content(message, where)
+    # The content may be in parts, and missing where calls stand in its place.
+    content = message.get("content")
+    if content is None and any(message.get(key) for key in _IN_PLACE_OF_CONTENT):
+        message["content"] = ""
+    elif isinstance(content, list):
+        message["content"] = "".join(_part_text(part, where) for part in content)
+
+    # Arguments may be of any form: the template's own is learnt (see `chat/forms.py`).
+    calls = message.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and all(map(_is_call, calls))):
+        example = '{"function": {"name": ..., "arguments": {...}}}'
+        raise ValueError(f"{where}: tool_calls must be a list of calls, each {example}")
+    check_characters_within({key: value for key, value in message.items() if key not in ("role", "content")}, where)
+
     for key in ("role", "content"):
         if key not in message:
             raise ValueError(f"{where} has no {key!r}: a message has role and content (or from and value)")
@@ -135,23 +147,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
             raise ValueError(f"{where}: {error}") from None
     if message["role"] not in _ROLES:
         raise ValueError(f"{where}: role {message['role']!r} is unknown; use one of {', '.join(_ROLES)}")
-    return {**message, "role": _ROLES[message["role"]]}
-
-
-def _with_text_content(message: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """A message with its content as text and its tool calls checked."""
-    content = message.get("content")
-    if content is None and any(message.get(key) for key in _IN_PLACE_OF_CONTENT):
-        message = {**message, "content": ""}
-    elif isinstance(content, list):
-        message = {**message, "content": "".join(_part_text(part, where) for part in content)}
-
-    # Arguments may be of any form: the template's own is learnt (see `chat/forms.py`).
-    calls = message.get("tool_calls")
-    if calls is not None and not (isinstance(calls, list) and all(map(_is_call, calls))):
-        example = '{"function": {"name": ..., "arguments": {...}}}'
-        raise ValueError(f"{where}: tool_calls must be a list of calls, each {example}")
-    check_characters_within({key: value for key, value in message.items() if key not in ("role", "content")}, where)
+    message["role"] = _ROLES[message["role"]]
     return message
 
 

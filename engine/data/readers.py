@@ -228,8 +228,7 @@ def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row],
     # Round down label by label, then give what is missing to the largest remainders, so that the total is right.
     n_held_out = max(1, round(share * len(rows)))
     counts = {label: min(int(share * len(group)), len(group) - 1) for label, group in groups.items()}
-    remainders = {label: share * len(group) - counts[label] for label, group in groups.items()}
-    for label in sorted(groups, key=lambda label: (-remainders[label], label)):
+    for label in sorted(groups, key=lambda label: (counts[label] - share * len(groups[label]), label)):
         if sum(counts.values()) < n_held_out and counts[label] < len(groups[label]) - 1:
             counts[label] += 1
 
