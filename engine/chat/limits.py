@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import wraps
+from inspect import unwrap
 from itertools import chain, islice
 from math import prod
-from types import FunctionType
 from typing import Any
 
 from jinja2 import TemplateRuntimeError, nodes
@@ -142,9 +142,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         """A call in a template. Its parameters are called as jinja2's, which leaves names to the template's own."""
-        method = __obj
-        if isinstance(__obj, FunctionType):
-            method = vars(__obj).get("__wrapped__", __obj)  # the sandbox wraps `format` in a function
+        method = unwrap(__obj)  # the sandbox wraps `format` in a function
         owner = getattr(method, "__self__", None)
 
         # What may be large is counted before it is made, all else when it is there.

@@ -92,18 +92,17 @@ def _json_size(
     indent_size = 1  # the line end
     if indent is not None:
         indent_size += _length(indent)
-    between = sum(map(len, separators or ()))
-    return _lines(value, indent_size, between)
+    return _lines(value, indent_size + sum(map(len, separators or ())), indent_size)
 
 
-def _lines(value: Any, indent: int, between: int, depth: int = 1) -> int:
-    """The indents and separators of a value at this depth, and of all that is in it."""
+def _lines(value: Any, line_size: int, indent: int) -> int:
+    """The indents and separators of a value's lines, which are of this size, and of all that is in it."""
     if not isinstance(value, list | tuple | dict):
         return 0
 
     children = value.values() if isinstance(value, dict) else value
     n_lines = len(value) + 1  # one for each entry, and one for the closing bracket
-    return n_lines * (depth * indent + between) + sum(_lines(child, indent, between, depth + 1) for child in children)
+    return n_lines * line_size + sum(_lines(child, line_size + indent, indent) for child in children)
 
 
 def _urlize_size(

@@ -236,7 +236,8 @@ class ImageCollate:
 
         # Only what lies in the image has values; what lies beyond is 0, which after normalising is the mean color.
         inside = image[:, max(top, 0) : top + size, max(left, 0) : left + size].float().div_(255)  # (C, h, w)
-        inside = inside.sub_(self._channels(self.pixels.mean)).div_(self._channels(self.pixels.std))
+        mean, std = torch.tensor([self.pixels.mean, self.pixels.std])[:, :, None, None]  # (C, 1, 1) each
+        inside = inside.sub_(mean).div_(std)
         x = max(-left, 0)
         y = max(-top, 0)
         window = pad(inside, (x, size - x - inside.shape[2], y, size - y - inside.shape[1]))  # (C, size, size)
@@ -248,7 +249,3 @@ class ImageCollate:
         # Without room the window may reach beyond the edge, by an eighth of its side.
         beyond = 0 if room else self.pixels.size // 8
         return int(draw * (room + 2 * beyond + 1)) - beyond
-
-    @staticmethod
-    def _channels(values: tuple[float, ...]) -> Tensor:
-        return torch.tensor(values)[:, None, None]  # (C, 1, 1)
