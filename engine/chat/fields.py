@@ -15,7 +15,7 @@ from copy import deepcopy
 from itertools import product
 from typing import Any
 
-from .forms import ANSWER, REASONING, text_of
+from .forms import ANSWER, REASONING, attempt, text_of
 from .template import Dialogue, Messages
 
 TRAINED = ("weight", "train", "training", "loss")
@@ -128,22 +128,14 @@ def _uses(dialogue: Dialogue, index: int, key: str) -> bool:
     message = dialogue.messages[index]
     names = REASONING if key in REASONING else (key,)
     without = {name: value for name, value in message.items() if name not in names}
-    text = dialogue.tried(index + 1)
-    return text is None or text != _text_with(dialogue, index, without)
+    text = attempt(dialogue.text, index + 1)
+    return text is None or text != attempt(dialogue.with_message, index, without)
 
 
 def _drops_answer(dialogue: Dialogue, index: int, message: Mapping[str, Any], more: Messages = ()) -> bool:
     """Whether `ANSWER`, which a message holds, is missing in the text with this message in the place of another."""
-    text = _text_with(dialogue, index, message, more)
+    text = attempt(dialogue.with_message, index, message, more)
     return text is not None and ANSWER not in text
-
-
-def _text_with(dialogue: Dialogue, index: int, message: Mapping[str, Any], more: Messages = ()) -> str | None:
-    """`Dialogue.with_message`; None where the template doesn't render it."""
-    try:
-        return dialogue.with_message(index, message, more)
-    except ValueError:
-        return None
 
 
 def _check_answer(dialogue: Dialogue, index: int, calls: Calls, position: int) -> None:

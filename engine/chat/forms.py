@@ -77,10 +77,15 @@ class MessageForm:
 
     def _writes(self, *messages: dict[str, Any], probes: str = ANSWER) -> bool:
         """Whether the template renders these messages, with each of the characters that are looked for."""
-        try:
-            return set(probes) <= set(self._render([*messages]))
-        except ValueError:
-            return False
+        return set(probes) <= set(attempt(self._render, [*messages]) or "")
+
+
+def attempt(render: Callable[..., str], *arguments: Any) -> str | None:
+    """The text that a template renders; None where it doesn't, as some refuse to without a user's message."""
+    try:
+        return render(*arguments)
+    except ValueError:
+        return None
 
 
 def text_of(message: Message) -> str:

@@ -149,13 +149,6 @@ class Dialogue:
         """The first `length` messages as text."""
         return self.marked(length, prompt)[0]
 
-    def tried(self, length: int, prompt: bool = False) -> str | None:
-        """The same; None where the template doesn't render it, as some don't without a user's message."""
-        try:
-            return self.text(length, prompt)
-        except ValueError:
-            return None
-
     def with_message(self, index: int, message: Mapping[str, Any], more: Messages = ()) -> str:
         """The text of the messages before `index`, another message there, and perhaps `more` behind it."""
         return self.template.render([*self.messages[:index], message, *more], **self.arguments)

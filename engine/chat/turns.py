@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from .ends import QUESTION, TurnEnd, learnt_end
 from .fields import check_used
-from .forms import ANSWER, shared_length, text_of
+from .forms import ANSWER, attempt, shared_length, text_of
 from .template import ChatTemplate, Dialogue, Messages, Span
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class ChatTargets:
             )
 
         # What the prompt writes is no target, and it may write more than the header, as an opened <think>.
-        prompt = dialogue.tried(turn, True) or ""
+        prompt = attempt(dialogue.text, turn, True) or ""
         prompt_length = start
         if text.startswith(prompt):
             prompt_length = max(start, len(prompt))
@@ -153,7 +153,7 @@ class ChatTargets:
     def _marked_turn(self, dialogue: Dialogue, turn: int) -> Rendered:
         """The same in a template with generation marks, which tell the target; its end may stand behind them."""
         text, marked_spans = dialogue.marked(turn + 1, False)
-        n_shared = shared_length(text, dialogue.tried(turn) or "")
+        n_shared = shared_length(text, attempt(dialogue.text, turn) or "")
         spans = [span for span in marked_spans if span[1] > n_shared]
         if not spans:
             return Rendered(text, [])
@@ -186,7 +186,7 @@ class ChatTargets:
 
     def _header(self, dialogue: Dialogue, turn: int, text: str) -> int | None:
         """How many characters of `text` stand before the turn's thinking and answer; None where that can't be told."""
-        prompt = dialogue.tried(turn, True)
+        prompt = attempt(dialogue.text, turn, True)
         if prompt is not None:
             # A prompt may open the thinking, too, where the turn has none.
             header = _OPEN_THINKING.sub("", prompt)
@@ -219,7 +219,7 @@ def _with_thinking(dialogue: Dialogue, turn: int) -> str:
     DeepSeek's distilled models drop it because their history has none: what they write in a turn begins with it.
     """
     message = dialogue.messages[turn]
-    prompt = dialogue.tried(turn, True) or ""
+    prompt = attempt(dialogue.text, turn, True) or ""
     opened = _OPEN_THINKING.search(prompt)
     if opened is None or message.get("tool_calls"):
         raise ValueError(
