@@ -65,13 +65,14 @@ def learnt_end(template: ChatTemplate, tokenizer: "Tokenizer", calls: bool = Fal
 
     # Tokens that are special, or, where none ends the turn, any that the tokenizer knows as a whole.
     named = set(template.special_tokens.values())
-    end = _end_between(answered, turn, _any_of(named | _contents(tokenizer, special_only=True)))
-    if end.token:
-        return end
-    return _end_between(answered, turn, _any_of(named | _contents(tokenizer)))
+    for special_only in (True, False):
+        end = _end_between(answered, turn, _any_of(named | _contents(tokenizer, special_only)))
+        if end.token:
+            break
+    return end
 
 
-def _contents(tokenizer: "Tokenizer", special_only: bool = False) -> set[str]:
+def _contents(tokenizer: "Tokenizer", special_only: bool) -> set[str]:
     """The texts of the tokens that the tokenizer knows as a whole."""
     tokens = tokenizer.get_added_tokens_decoder().values()
     return {token.content for token in tokens if token.special or not special_only}
@@ -107,18 +108,18 @@ def _end_between(answered: _Endings, turn: _Endings, tokens: re.Pattern[str]) ->
     last, followed = turn
     common = _shared(turn, tokens)
     shared = common.rstrip()
-    matches = list(tokens.finditer(shared))
-    if matches and matches[-1].end() == len(shared):
-        return TurnEnd(matches[-1].group(), len(last) - len(shared))
+    for match in tokens.finditer(shared):
+        if match.end() == len(shared):
+            return TurnEnd(match.group(), len(last) - len(shared))
     if _shared(answered, tokens).strip():  # turns end in plain text
         return TurnEnd("", len(last) - len(shared))
 
     # The two have no end in common: the last turn has one of its own, as gpt-oss's, or ends where the next one begins.
-    if match := tokens.search(last, len(shared)):
-        return TurnEnd(match.group(), len(last) - match.end())
-    match = tokens.search(followed, len(shared))
-    if match and common == last and not followed[len(shared) : match.start()].strip():
-        return TurnEnd(match.group(), added=followed[len(common) : match.end()])
+    if own_end := tokens.search(last, len(shared)):
+        return TurnEnd(own_end.group(), len(last) - own_end.end())
+    beginning = tokens.search(followed, len(shared))
+    if beginning and common == last and not followed[len(shared) : beginning.start()].strip():
+        return TurnEnd(beginning.group(), added=followed[len(common) : beginning.end()])
     return TurnEnd("")
 
 

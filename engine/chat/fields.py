@@ -110,7 +110,7 @@ def _check_calls(dialogue: Dialogue, index: int, calls: Calls) -> None:
     """ValueError where the template leaves out one of a turn's calls, or a part of it."""
     for position, part in product(range(len(calls)), ("name", "arguments")):
         # The same turn, with a probe in the place of this part of this call.
-        message: dict[str, Any] = deepcopy({**dialogue.messages[index]})
+        message: dict[str, Any] = {**dialogue.messages[index], "tool_calls": list(map(deepcopy, calls))}
         call = message["tool_calls"][position]
         function = call.get("function", call)
         if function.get(part):

@@ -122,9 +122,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
         # jinja2's own filters first: ours count by themselves.
         self.filters = {name: self.bounded(name, function) for name, function in self.filters.items()}
-        self.filters |= {"join": self._joined, "sum": self._summed}
-        self.filters |= {_ROUNDS: self._rounds, _JOINED: self._joined, _SLICED: self._sliced}
-        self.filters[_COUNTED] = self.budget.count_all
+        self.filters |= {"join": self._joined, "sum": self._summed, _ROUNDS: self._rounds, _JOINED: self._joined}
+        self.filters |= {_SLICED: self._sliced, _COUNTED: self.budget.count_all}
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         return _Bounding().visit(super()._parse(source, name, filename))

@@ -219,9 +219,7 @@ def _to_json(
 
 
 def _raise_exception(message: str) -> None:
-    import jinja2
-
-    raise jinja2.TemplateError(message)
+    raise ValueError(message)
 
 
 def _strftime_now(pattern: str) -> str:

@@ -133,8 +133,8 @@ def _json(text: str, path: Path) -> Located:
     """The rows of an array, which may be in an object, and, in SQuAD's files, in layers."""
     rows = parse_json(text, str(path), "correct the line")
     # Some tools put the array into an object.
-    if isinstance(rows, dict) and isinstance(rows.get("data"), list):
-        rows = rows["data"]
+    if isinstance(rows, dict):
+        rows = rows.get("data")
     if not isinstance(rows, list):
         raise ValueError(f'{path}: expected an array of objects or {{"data": [...]}}; one object a line is .jsonl')
     if rows and isinstance(rows[0], dict) and "paragraphs" in rows[0]:

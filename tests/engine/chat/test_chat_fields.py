@@ -99,6 +99,8 @@ def test_parts_that_a_template_drops_are_named() -> None:
     calls = [{"id": f"call0000{i}", "type": "function", "function": function} for i in range(2)]
     row = {"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": calls}]}
     refused(row, r"does not write the arguments of tool call 1", first_name)
+    last_call = first_name.replace("m.tool_calls[0].function.name", "m.tool_calls[-1].function | tojson")
+    refused(row, r"does not write the name of tool call 1", last_call)
 
     silent = CHATML.replace("{%- for m in messages %}", "{%- for m in messages if m.role != 'system' %}")
     refused({"messages": [{"role": "system", "content": "At"}, *PLAIN]}, "does not write the content", silent)
