@@ -59,7 +59,7 @@ def _widths(widths: Iterable[str]) -> int:
 def percent_size(value: Any, /, *values: Any, **named: Any) -> int:
     """The size of a text with values in the places that `%` marks."""
     text = str(value)
-    widths = _widths(width for groups in _WIDTHS.findall(text) for width in groups if width)
+    widths = _widths(width for match in _WIDTHS.finditer(text) for width in match.groups() if width)
     # Each place takes one value, and any may take the largest.
     return len(text) + widths + text.count("%") * max(map(_weight, (*values, *named.values())), default=0)
 
