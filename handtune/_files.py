@@ -17,7 +17,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -92,27 +92,22 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as a whole safetensors file.
+    """Write tensors as a whole safetensors file."""
+    write_blocks(path, tensors, metadata, lambda tensor: [memory_of(tensor.detach().cpu().contiguous())])
 
-    This is written by hand because the library's writer uses temporary names of its own, and makes files that only
-    their owner can read.
+
+def write_blocks(
+    path: str | Path,
+    tensors: Mapping[str, Any],
+    metadata: dict[str, str] | None,
+    blocks_of: Callable[[Any], Iterable[memoryview]],
+) -> None:
+    """Write a whole safetensors file of tensors whose bytes `blocks_of` gives, each when its turn comes.
+
+    Only dtype, shape and nbytes of each are used besides. This is written by hand because the library's writer uses
+    temporary names of its own, and makes files that only their owner can read.
     """
-    import torch
-
-    order, header = tensors_header(tensors, metadata)
-    with replacing(path, len(header) + sum(tensor.nbytes for tensor in tensors.values())) as file:
-        file.write(header)
-        for name in order:
-            flat = tensors[name].detach().cpu().contiguous().view(-1)  # (n,)
-            file.write(memoryview(flat.view(torch.uint8).numpy()))  # as bytes, because NumPy has no bf16
-
-
-def tensors_header(tensors: Mapping[str, Any], metadata: dict[str, str] | None) -> tuple[list[str], bytes]:
-    """The order in which a safetensors file holds `tensors`, and the bytes that precede them.
-
-    Only dtype, shape and nbytes of each tensor are used. Wider dtypes come first, so that each tensor starts at a
-    multiple of its item size, as the format requires.
-    """
+    # Wider dtypes come first, so that each tensor starts at a multiple of its item size, as the format requires.
     order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
     stored_names = {f"torch.{torch_name}": stored_name for stored_name, torch_name in DTYPES.items()}
 
@@ -130,7 +125,18 @@ def tensors_header(tensors: Mapping[str, Any], metadata: dict[str, str] | None) 
     # Its length in 8 bytes, then the JSON, padded so that the first tensor is aligned, too.
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    return order, len(text).to_bytes(8, "little") + text
+    with replacing(path, 8 + len(text) + end) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            for block in blocks_of(tensors[name]):
+                file.write(block)
+
+
+def memory_of(tensor: Any) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, in place."""
+    import torch
+
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # as bytes, because NumPy has no bf16
 
 
 def append_line(path: str | Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""What comes from outside: texts made safe to show, exceptions of other people's code, memory that runs out.
+"""What comes from outside: texts made safe to show, errors that name their file, other people's code, memory's end.
 
 Nothing here imports more than the standard library, so that the command line can use it before torch is there.
 """
@@ -57,6 +57,15 @@ def others_code(explain: Callable[[Exception], Exception]) -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise explain(RuntimeError(str(error))) from error
+
+
+@contextmanager
+def located(where: object) -> Iterator[None]:
+    """Puts `where`, a file or a field, in front of every ValueError about what the code inside reads there."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 class OutOfMemory(MemoryError):

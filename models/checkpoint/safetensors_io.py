@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ... import _files
-from ..._files import require_file
+from ..._files import memory_of, require_file
 from ..._shapes import parse_json
 
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, theirs) for name, theirs in _files.DTYPES.items()}
@@ -50,16 +50,15 @@ class TensorOnDisk:
 
     def blocks(self) -> Iterator[memoryview]:
         """The bytes, piece by piece, each valid until the next. ValueError for NaN and infinity."""
-        n_unread = math.prod(self.shape)
-        buffer = torch.empty(min(n_unread, TO_DEVICE // self.dtype.itemsize), dtype=self.dtype)
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.start)
-            while n_unread:
-                block = buffer[:n_unread]
-                _read(file, block, self.path)
-                _check_finite(self, block)
-                n_unread -= len(block)
-                yield _memory(block)
+        entries = torch.empty(math.prod(self.shape), dtype=self.dtype, device="meta")  # which are read, but not kept
+        for _, block in _rows_with_stored(self, entries):
+            yield memory_of(block)
+
+    def open(self) -> FileIO:
+        """The file, from the tensor's first byte on."""
+        file = self.path.open("rb", buffering=0)
+        file.seek(self.start)
+        return file
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,9 @@ class LazyTensor:
 
     def blocks(self) -> Iterator[memoryview]:
         """The bytes of the tensor, which is made now, piece by piece."""
-        tensor = self.make().detach()
-        if tensor.dim() == 0:
-            tensor = tensor[None]
+        tensor = torch.atleast_1d(self.make().detach())
         for rows in tensor.split(_rows_at_once(tensor, tensor.element_size())):
-            yield _memory(rows.cpu().contiguous())
+            yield memory_of(rows.cpu().contiguous())
 
 
 def read_header(path: Path) -> dict[str, TensorOnDisk]:
@@ -146,10 +143,8 @@ def read_into(stored: TensorOnDisk, target: Tensor) -> None:
     """
     # Straight from the file, where the bytes are the same.
     if target.is_contiguous() and target.dtype == stored.dtype and target.device.type == "cpu":
-        with stored.path.open("rb", buffering=0) as file:
-            file.seek(stored.start)
-            _read(file, target, stored.path)
-        _check_finite(stored, target)
+        with stored.open() as file:
+            _read(file, stored, target)
         return
 
     for rows, block in _rows_with_stored(stored, target):
@@ -159,15 +154,6 @@ def read_into(stored: TensorOnDisk, target: Tensor) -> None:
                 f"{stored.path}: {stored.name} holds numbers beyond {torch.finfo(torch.float16).max:,.0f}, the largest "
                 "of float16; load it in bfloat16 or float32"
             )
-
-
-def _check_finite(stored: TensorOnDisk, values: Tensor) -> None:
-    """ValueError where a value read from `stored` is NaN or infinite."""
-    if not _is_finite(values):
-        raise ValueError(
-            f"{stored.path}: {stored.name} holds NaN or infinity, with which nothing can be computed; download or copy "
-            "it again"
-        )
 
 
 def _is_finite(values: Tensor) -> bool:
@@ -191,18 +177,13 @@ def holds(stored: TensorOnDisk, target: Tensor) -> bool:
 
 def _rows_with_stored(stored: TensorOnDisk, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Consecutive rows of `target`, each time with what is stored for them, which is valid until the next."""
-    if target.numel() == 0:
-        return
-    if target.dim() == 0:
-        target = target[None]
+    target = torch.atleast_1d(target)
     n_rows = _rows_at_once(target, stored.dtype.itemsize)
     buffer = torch.empty((min(n_rows, len(target)), *target.shape[1:]), dtype=stored.dtype)
-    with stored.path.open("rb", buffering=0) as file:
-        file.seek(stored.start)
+    with stored.open() as file:
         for rows in target.split(n_rows):
             block = buffer[: len(rows)]
-            _read(file, block, stored.path)
-            _check_finite(stored, block)
+            _read(file, stored, block)
             yield rows, block
 
 
@@ -212,29 +193,25 @@ def _rows_at_once(tensor: Tensor, item_size: int) -> int:
     return max(1, size // max(1, tensor[:1].numel() * item_size))
 
 
-def _read(file: FileIO, target: Tensor, path: Path) -> None:
-    """Fill a contiguous tensor on the CPU from the file's present position."""
-    unread = _memory(target)
+def _read(file: FileIO, stored: TensorOnDisk, target: Tensor) -> None:
+    """Fill a contiguous tensor on the CPU with what comes next in the file. ValueError where it is NaN or infinite."""
+    unread = memory_of(target)
     while unread:
         n = file.readinto(unread)  # one system call gives at most 2 GiB
         if not n:
-            raise _damaged(path, "it ended while it was read")
+            raise _damaged(stored.path, "it ended while it was read")
         unread = unread[n:]
 
-
-def _memory(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, in place."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    if not _is_finite(target):
+        raise ValueError(
+            f"{stored.path}: {stored.name} holds NaN or infinity, with which nothing can be computed; download or copy "
+            "it again"
+        )
 
 
 def write_file(path: Path, tensors: Mapping[str, TensorOnDisk | LazyTensor]) -> None:
     """Write tensors: those of another file are copied block by block, the others made one at a time."""
-    order, header = _files.tensors_header(tensors, {"format": "pt"})
-    with _files.replacing(path, len(header) + sum(tensor.nbytes for tensor in tensors.values())) as file:
-        file.write(header)
-        for name in order:
-            for block in tensors[name].blocks():
-                file.write(block)
+    _files.write_blocks(path, tensors, {"format": "pt"}, lambda tensor: tensor.blocks())
 
 
 def same(a: TensorOnDisk, b: TensorOnDisk) -> bool:
