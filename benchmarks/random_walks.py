@@ -104,7 +104,7 @@ def learn(graph: Graph, seed: int, episodes: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     sizes = {"vocab_size": NODES + 1, "n_layer": 6, "n_head": 12, "d_model": 144, "max_positions": 16}
     model = GPT2.from_name("gpt2", **sizes)
-    model.tokens = SpecialTokens(eos_id=END)
+    model.tokens = SpecialTokens(ends=(END,))
     rows = [{"input_ids": walk, "targets": [*walk[1:], END]} for walk in graph.walks]
     train(model, rows, causal_lm_loss, TrainConfig(epochs=10, lr=1e-3, batch_size=64, seed=seed), collate=Collate())
     model.eval()

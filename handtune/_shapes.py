@@ -4,9 +4,11 @@
 """
 
 import json
+import math
 import re
 import reprlib
 import tomllib
+from collections.abc import Sequence
 from dataclasses import field, fields
 from itertools import islice
 from types import NoneType
@@ -26,7 +28,7 @@ class NotTOML(ValueError):
     """A text that isn't TOML."""
 
 
-def parse_json(text: str | bytes, where: str, remedy: str = "restore the file") -> Any:
+def parse_json(text: str | bytes, where: object, remedy: str = "restore the file") -> Any:
     """The value that a JSON text stands for. ValueError, which begins with `where`, for anything else.
 
     Two more things are refused: a field that occurs twice in one object, whose value would be ambiguous, and what
@@ -63,7 +65,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def check_surrogates(value: Any, contents: bytes, where: str) -> None:
+def check_surrogates(value: Any, contents: bytes, where: object) -> None:
     """ValueError where a text in `value`, parsed from `contents`, has half of a surrogate pair: it can't be stored."""
     # Most files have no such escape, and encoding a large value only to see whether it works is slow.
     if _ESCAPED_SURROGATE.search(contents):
@@ -73,10 +75,10 @@ def check_surrogates(value: Any, contents: bytes, where: str) -> None:
             raise ValueError(f"{where}: half of a surrogate pair stands in it (a \\ud... escape); remove it") from None
 
 
-def parse_toml(text: str, where: str) -> dict[str, Any]:
+def parse_toml(text: str, where: object) -> dict[str, Any]:
     """The table that a TOML text stands for. NotTOML, which begins with `where`, for anything else.
 
-    ValueError for what nobody means: integers of more than 64 bits, which TOML doesn't have, and endless nesting.
+    ValueError for what nobody means: numbers of thousands of digits, and endless nesting.
     """
     if len(text) > MAX_TOML:
         raise ValueError(f"{where}: {len(text):,} characters, where a configuration has at most {MAX_TOML:,}")
@@ -85,30 +87,16 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: a key of more than 64 parts; none is that long")
 
     try:
-        table = tomllib.loads(text)
-        _check_integers(table, "")
+        return tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise NotTOML(f"{where}: not valid TOML ({error})") from None
     except RecursionError:
         raise ValueError(f"{where}: TOML that is nested too deeply to be read") from None
-    except ValueError as error:  # too many digits, for Python or for `_check_integers`
+    except ValueError as error:  # too many digits for Python
         raise ValueError(f"{where}: {str(error).split(';')[0]}") from None
-    return table
 
 
-def _check_integers(value: Any, name: str) -> None:
-    """ValueError where an integer in the value, at whatever depth, has more than 64 bits; `name` is the value's key."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            _check_integers(inner, f"{name}.{key}" if name else key)
-    elif isinstance(value, list):
-        for inner in value:
-            _check_integers(inner, name)
-    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ValueError(f"{name} is a number of {value.bit_length():,} bits, and TOML has at most 64")
-
-
-def with_fields(value: Any, where: str, /, **field_types: Any) -> dict[str, Any]:
+def with_fields(value: Any, where: object, /, **field_types: Any) -> dict[str, Any]:
     """`value`, once it is known to have fields of these types: `with_fields(value, path, r=int, bias=str | None)`.
 
     A field that may be None may also be missing; fields that are not named here may be anything. Otherwise ValueError,
@@ -129,39 +117,54 @@ def with_fields(value: Any, where: str, /, **field_types: Any) -> dict[str, Any]
 
 
 def above_zero(default: float | None, most: float) -> Any:
-    """A dataclass field that is a positive number, or None where that is the default."""
-    return field(default=default, metadata={"above": 0, "most": most})
+    """A dataclass field that is a positive number, or None where that is the default.
+
+    `most` is more than makes sense: beyond it, a run would last for ever, or numbers would overflow.
+    """
+    return _bounded(default, math.ulp(0.0), most, "a positive number", f"at most {most:,}")
 
 
 def zero_or_more(default: float | None, most: float) -> Any:
     """A dataclass field that is zero or a positive number, or None where that is the default."""
-    return field(default=default, metadata={"least": 0, "most": most})
+    return _bounded(default, 0, most, "zero or a positive number", f"at most {most:,}")
 
 
 def zero_to_one(default: float) -> Any:
     """A dataclass field that is a share."""
-    return field(default=default, metadata={"between": (0, 1)})
+    return _bounded(default, 0, 1, "a number between 0 and 1", "a number between 0 and 1")
+
+
+def any_up_to(default: float, most: float) -> Any:
+    """A dataclass field that is a number of either sign."""
+    return _bounded(default, -math.inf, most, "a number", f"at most {most:,}")
+
+
+def _bounded(default: float | None, least: float, most: float, below: str, beyond: str) -> Any:
+    """A dataclass field between two numbers; what an error expects instead of a value below or beyond them."""
+    return field(default=default, metadata={"least": (least, below), "most": (most, beyond)})
+
+
+def one_of(default: str, choices: Sequence[str]) -> Any:
+    """A dataclass field that is one of several words."""
+    return field(default=default, metadata={"choices": choices})
 
 
 def check_bounds(config: Any) -> None:
-    """ValueError where a field of a dataclass is a number out of the bounds in its metadata.
-
-    `most` is more than makes sense: beyond it, a run would last for ever, or numbers would overflow.
-    """
+    """ValueError where a field of a dataclass is no choice, or a number out of the bounds, in its metadata."""
     for option in fields(config):
         value = getattr(config, option.name)
-        bounds = option.metadata
-        if value is None:
+        if "choices" in option.metadata and value not in option.metadata["choices"]:
+            choices = ", ".join(option.metadata["choices"])
+            raise ValueError(f"{option.name} = {value!r}: expected one of {choices}")
+        if value is None or "least" not in option.metadata:
             continue
 
-        if "above" in bounds and not value > bounds["above"]:
-            raise ValueError(f"{option.name}: expected a positive number, got {value}")
-        if "least" in bounds and not value >= bounds["least"]:
-            raise ValueError(f"{option.name}: expected zero or a positive number, got {value}")
-        if "between" in bounds and not bounds["between"][0] <= value <= bounds["between"][1]:
-            raise ValueError(f"{option.name}: expected a number between 0 and 1, got {value}")
-        if "most" in bounds and not value <= bounds["most"]:
-            raise ValueError(f"{option.name}: expected at most {bounds['most']:,}, got {shown(value)}")
+        least, below = option.metadata["least"]
+        most, beyond = option.metadata["most"]
+        if not value >= least:
+            raise ValueError(f"{option.name}: expected {below}, got {shown(value)}")
+        if not value <= most:
+            raise ValueError(f"{option.name}: expected {beyond}, got {shown(value)}")
 
 
 class _ShortRepr(reprlib.Repr):

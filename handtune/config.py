@@ -5,13 +5,14 @@ An unknown key or a value of the wrong type is an error that names the nearest k
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from ._files import read_text
-from ._shapes import NotTOML, parse_toml, shown
+from ._outside import located
+from ._shapes import NotTOML, above_zero, check_bounds, one_of, parse_toml, shown
 from .engine.adapters.config import LARGEST, LoRAConfig
 from .engine.rlhf.config import PPOConfig
 from .engine.tasks.encoding import TRUNCATE
@@ -73,20 +74,17 @@ class DataConfig:
     max_length: int | None = None  # tokens of a row (of a source and of a target each); None: the model's positions
     # Which side of a longer dialogue, prompt with completion or comparison is cut, "end" or "start"; "drop": the row is
     # left out.
-    truncate: str = "end"
-    chat: str = "auto"  # prompts and completions through the chat template: "on", "off", "auto" (if the model has one)
+    truncate: str = one_of("end", TRUNCATE)
+    # Prompts and completions through the chat template, always, never, or if the model has one.
+    chat: str = one_of("auto", ("auto", "on", "off"))
     packing: bool = True  # rows end to end, where the method allows it, because padding is computed for nothing
 
-    image_size: int | None = None  # pixels, the side of what the model sees; None: the model's own
+    # Pixels, the side of what the model sees; None: the model's own.
+    image_size: int | None = above_zero(None, most=10**6)
     augment: bool = True  # shift and mirror images in training; wrong where left and right mean something
 
     def __post_init__(self) -> None:
-        choices = (("truncate", self.truncate, TRUNCATE), ("chat", self.chat, ("auto", "on", "off")))
-        for name, value, known in choices:
-            if value not in known:
-                raise ValueError(f"data.{name} = {value!r}: expected one of {', '.join(known)}")
-        if self.image_size is not None and self.image_size < 1:
-            raise ValueError(f"data.image_size = {self.image_size}: expected a positive number of pixels")
+        check_bounds(self)
 
 
 @dataclass(frozen=True)
@@ -104,11 +102,11 @@ class FreezeConfig:
 class DPOConfig:
     """The loss of method "dpo"."""
 
-    beta: float = 0.1  # reward per nat of log-probability ratio; the smaller, the further the model may move
+    # Reward per nat of log-probability ratio; the smaller, the further the model may move.
+    beta: float = above_zero(0.1, most=float("inf"))
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise ValueError(f"dpo.beta: expected a positive number, got {self.beta}")
+        check_bounds(self)
 
 
 @dataclass(frozen=True)
@@ -133,10 +131,6 @@ class RunConfig:
         if self.model.quantize is not None and self.lora is None:
             raise ValueError("model.quantize freezes the weights in 4 bits: add a [lora] table, whose adapter trains")
 
-    def as_dict(self) -> dict[str, Any]:
-        """The configuration as plain values."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class PPORunConfig:
@@ -154,10 +148,6 @@ class PPORunConfig:
     def __post_init__(self) -> None:
         if self.model.path is None:
             raise ValueError("model.path: ppo trains a model that can write already; name its folder or hub id")
-
-    def as_dict(self) -> dict[str, Any]:
-        """The configuration as plain values."""
-        return asdict(self)
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = (), config_class: type = RunConfig) -> Any:
@@ -204,25 +194,28 @@ def from_table(cls: type, table: dict[str, Any], where: str) -> Any:
 
     ValueError, which begins with `where`, for unknown, missing and wrong fields.
     """
+    with located(where):
+        return _from_table(cls, table)
+
+
+def _from_table(cls: type, table: dict[str, Any]) -> Any:
     hints = get_type_hints(cls)
     known = {each.name.rstrip("_"): each for each in fields(cls)}
     for key in table:
         if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}; {_suggestion(key, list(known))}")
+            raise ValueError(f"unknown key {key!r}; {_suggestion(key, list(known))}")
 
     # All at once, so that nobody has to run it once for each of them.
-    missing = []
-    for key, each in known.items():
-        if key not in table and each.default is MISSING and each.default_factory is MISSING:
-            missing.append(key)
-    if missing:
-        raise ValueError(f"{where}: {', '.join(missing)} is missing")
+    required = [key for key, each in known.items() if each.default is MISSING and each.default_factory is MISSING]
+    if missing := [key for key in required if key not in table]:
+        raise ValueError(f"{', '.join(missing)} is missing")
 
-    values = {known[key].name: _value(hints[known[key].name], value, f"{where}: {key}") for key, value in table.items()}
-    try:
-        return cls(**values)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+    values = {}
+    for key, value in table.items():
+        name = known[key].name
+        with located(key):
+            values[name] = _value(hints[name], value)
+    return cls(**values)
 
 
 def _suggestion(key: str, known: list[str]) -> str:
@@ -232,34 +225,35 @@ def _suggestion(key: str, known: list[str]) -> str:
     return f"did you mean {similar[0]!r}?" if similar else f"known: {', '.join(known)}"
 
 
-def _value(hint: Any, value: Any, where: str) -> Any:
+def _value(hint: Any, value: Any) -> Any:
     """`value`, converted to the type that a field's annotation says. ValueError where it has another type."""
-    types = get_args(hint) if get_origin(hint) is UnionType else (hint,)
-    _check_numbers(value, where)
+    types = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    _check_numbers(value)
     for expected in types:
         if isinstance(value, dict) and isinstance(expected, type) and is_dataclass(expected):
-            return from_table(expected, value, where)
+            return _from_table(expected, value)
         if expected is float and type(value) is int:
             return float(value)
         if _fits(expected, value):
             return tuple(value) if get_origin(expected) is tuple else value
 
     names = " or ".join(dict.fromkeys(_type_name(expected) for expected in types if expected is not NoneType))
-    raise ValueError(f"{where}: expected {names}, got {shown(value)}")
+    raise ValueError(f"expected {names}, got {shown(value)}")
 
 
-def _check_numbers(value: Any, where: str) -> None:
+def _check_numbers(value: Any) -> None:
     """ValueError where a number in the value, at whatever depth, is NaN, infinite or larger than a tensor can hold."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            _check_numbers(inner, f"{where}: {key}")
-    elif isinstance(value, list | tuple):
+            with located(key):
+                _check_numbers(inner)
+    elif isinstance(value, list):
         for inner in value:
-            _check_numbers(inner, where)
+            _check_numbers(inner)
     elif type(value) is float and not abs(value) <= LARGEST:
-        raise ValueError(f"{where}: {value} is no number to compute with; the largest is {LARGEST:.3g}, of float32")
+        raise ValueError(f"{value} is no number to compute with; the largest is {LARGEST:.3g}, of float32")
     elif type(value) is int and not -(2**63) <= value < 2**63:
-        raise ValueError(f"{where}: a whole number of {value.bit_length():,} bits, where 64 are the most")
+        raise ValueError(f"a whole number of {value.bit_length():,} bits, where 64 are the most")
 
 
 def _fits(expected: Any, value: Any) -> bool:
@@ -267,8 +261,8 @@ def _fits(expected: Any, value: Any) -> bool:
     container = get_origin(expected)
     item_types = get_args(expected)
     if container in (list, tuple):
-        any_length = container is list or item_types[-1] is Ellipsis
-        right_length = isinstance(value, list | tuple) and (any_length or len(value) == len(item_types))
+        any_length = container is list or Ellipsis in item_types
+        right_length = isinstance(value, list) and (any_length or len(value) == len(item_types))
         return right_length and all(_fits(item_types[0], item) for item in value)
     if container is dict:
         return isinstance(value, dict) and all(_fits(item_types[1], item) for item in value.values())
@@ -284,11 +278,12 @@ def _type_name(expected: Any) -> str:
     """A type in the terms of TOML."""
     container = get_origin(expected)
     item_types = get_args(expected)
+    if container is list:
+        item_types = (*item_types, Ellipsis)
     if container in (list, tuple):
-        names = ["..." if item is Ellipsis else _type_name(item) for item in item_types]
-        if container is list:
-            names.append("...")
-        return f"[{', '.join(names)}]"
+        return f"[{', '.join(map(_type_name, item_types))}]"
     if container is dict:
         return f"a table of {_type_name(item_types[1])}"
+    if expected is Ellipsis:
+        return "..."
     return "a table" if is_dataclass(expected) else str(getattr(expected, "__name__", expected))

@@ -127,7 +127,7 @@ def prepare(config: RunConfig, base: RunBase, cache: Path, *, head_follows: bool
         try:
             examples, report = encode(
                 split_rows, tokenizer, objective.encoding, max_length=max_length, labels=labels,
-                eos=model.tokens.eos_id, more_ends=model.tokens.more_ends, template=template,
+                eos=model.tokens.eos_id, more_ends=model.tokens.ends[1:], template=template,
                 evaluation=split == "eval", truncate=config.data.truncate,
             )  # fmt: skip
         except ValueError as error:

@@ -71,7 +71,7 @@ class Reward:
         rows = []
         for (prompt, _), (ids, start) in zip(pairs, tokenize_pairs(self.tokenizer, pairs), strict=True):
             # A chat's turn ends as its template has it, also where no turn before shows that.
-            ends = (tokens.eos_id, tokens.more_ends)
+            ends = (tokens.eos_id, tokens.ends[1:])
             if template is not None and chat_end is not None and template.has_rendered(prompt):
                 ends = (chat_end, ())
             rows.append(append_eos(ids, start, *ends))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from ..._shapes import above_zero, check_bounds, zero_or_more
+from ..._shapes import above_zero, any_up_to, check_bounds, zero_or_more
 from .optim import SCHEDULES
 
 MANY = 10**9  # steps, rows and tokens: nobody waits for more
@@ -29,12 +29,12 @@ class TrainConfig:
     decay: float = above_zero(0.2, most=1)  # the share of the steps that "wsd" spends falling
     lr_floor: float = zero_or_more(0.0, most=1e6)  # where a falling schedule ends, as a share of `lr`
     lr_scale: dict[str, float] = field(default_factory=dict)  # factors on `lr`, by globs of parameters
-    lr_decay: float = field(default=1.0, metadata={"most": 1e6})  # one more factor for each layer below the head
+    lr_decay: float = any_up_to(1.0, most=1e6)  # one more factor for each layer below the head
 
     # AdamW. The gradient's norm is clipped, because single rows can have a hundred times the usual one.
     weight_decay: float = zero_or_more(0.01, most=1e6)  # of matrices only, decoupled: lr * weight_decay a step
     betas: tuple[float, float] = (0.9, 0.999)  # torch's defaults, as `weight_decay` and `eps` are
-    eps: float = field(default=1e-8, metadata={"most": 1e6})
+    eps: float = any_up_to(1e-8, most=1e6)
     max_grad_norm: float | None = above_zero(1.0, most=float("inf"))  # None: not clipped
 
     unfreeze: dict[str, float] = field(default_factory=dict)  # the epoch from which globs of parameters train

@@ -5,6 +5,7 @@ While a command writes a file or a run's folder, no other process does.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,11 @@ def run_once(
     out = Path(config.out)
     run_folder = RunFolder(out)
     inputs = inputs_of(config)
-    result = run_folder.finished(config.as_dict(), inputs)
+    result = run_folder.finished(asdict(config), inputs)
     if result is None or not has_stored(out):
         with run_folder.alone():
             # Again, because another process may have finished it by now.
-            result = run_folder.finished(config.as_dict(), inputs)
+            result = run_folder.finished(asdict(config), inputs)
             if result is None or not has_stored(out):
                 return train(run_folder, inputs)
     print(f"finished already: nothing is left to train\n{summary(result)}")

@@ -46,9 +46,9 @@ def _ppo(config: PPORunConfig, run_folder: RunFolder, inputs: Inputs, quiet: boo
     assert base.path is not None
     facts = {
         "name": config.name or out.name, "method": "ppo", "task": "causal-lm", "model": base.path,
-        "config": config.as_dict(), "trains": f"LoRA r={config.ppo.lora.rank}", "inputs": inputs,
+        "config": asdict(config), "trains": f"LoRA r={config.ppo.lora.rank}", "inputs": inputs,
     }  # fmt: skip
-    run_folder.start(facts, config.as_dict())
+    run_folder.start(facts, asdict(config))
 
     # With quantize, each projection is packed as it is read, and nothing of the base trains.
     model, tokenizer = load(

@@ -34,7 +34,7 @@ def _train(config: RunConfig, stored_in: Path, run_folder: RunFolder, inputs: In
     base = run_base(config)
     facts: dict[str, Any] = {
         "name": config.name or out.name, "method": config.method, "task": base.objective.task,
-        "model": config.model.path or config.model.preset, "config": config.as_dict(),
+        "model": config.model.path or config.model.preset, "config": asdict(config),
         "inputs": inputs,
     }  # fmt: skip
     run_folder.start(facts, facts["config"])

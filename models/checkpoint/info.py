@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..._files import read_json
+from ..._outside import located
 from ..._shapes import shown, with_fields
 from ..families import FAMILIES, Family
+from ..layers.config_fields import require_values
 from ..resnet.names import from_timm
 from .hub import checkpoint_folder
 
@@ -29,16 +31,17 @@ def checkpoint_info(path: str | Path, weights: bool = True) -> CheckpointInfo:
     or kind that is not implemented.
     """
     folder = checkpoint_folder(path, weights)
-    published = _published(folder)
-    return CheckpointInfo(str(path), folder, published, _family(published, folder), weights)
+    config_path = folder / "config.json"
+    published = _published(config_path)
+    with located(config_path):
+        return CheckpointInfo(str(path), folder, published, _family(published), weights)
 
 
-def _published(folder: Path) -> dict[str, Any]:
+def _published(path: Path) -> dict[str, Any]:
     """config.json with transformers' fields; timm's has an architecture instead of a model_type."""
-    where = str(folder / "config.json")
     published = with_fields(
-        read_json(folder / "config.json"),
-        where,
+        read_json(path),
+        path,
         model_type=str | None,
         architectures=list | None,
         id2label=dict | None,
@@ -50,36 +53,31 @@ def _published(folder: Path) -> dict[str, Any]:
         pretrained_cfg=dict | None,
     )
     if any(not isinstance(name, str) for name in published.get("architectures") or ()):
-        raise ValueError(f"{where}: architectures: expected names, got {shown(published['architectures'])}")
+        raise ValueError(f"{path}: architectures: expected names, got {shown(published['architectures'])}")
     if "architecture" not in published or "model_type" in published:
         return published
 
     # timm passes model_args to its builder, so that the counts may be there, too.
     counts = {"num_classes": int | None, "in_chans": int | None}
-    with_fields(published, where, architecture=str, model_args=dict | None, label_names=list | None, **counts)
-    with_fields(published.get("model_args") or {}, f"{where}: model_args", **counts)
-    try:
+    with_fields(published, path, architecture=str, model_args=dict | None, label_names=list | None, **counts)
+    with_fields(published.get("model_args") or {}, f"{path}: model_args", **counts)
+    with located(path):
         return from_timm(published)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
 
 
-def _family(published: dict[str, Any], folder: Path) -> Family:
+def _family(published: dict[str, Any]) -> Family:
     """The family of config.json's model_type; ValueError for one that is unknown, or settings it can't compute."""
-    where = str(folder / "config.json")
     model_type = published.get("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
+    if model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise ValueError(f"{where}: model_type {shown(model_type)} is not an architecture of handtune ({known})")
+        raise ValueError(f"model_type {shown(model_type)} is not an architecture of handtune ({known})")
     family = FAMILIES[model_type]
-    for field, accepted in family.supported_config_values.items():
-        if field in published and published[field] not in accepted:
-            raise ValueError(f"{where}: {field} = {shown(published[field])} is not implemented")
+    require_values(published, family.supported_config_values)
 
     quantization = published.get("quantization_config")
     if quantization is not None:
         raise ValueError(
-            f"{where}: quantization_config = {shown(quantization)} is not implemented; load the "
+            f"quantization_config = {shown(quantization)} is not implemented; load the "
             "checkpoint that was quantised, with model.quantize if it should be small"
         )
     return family

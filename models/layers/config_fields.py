@@ -52,6 +52,13 @@ def read_fields(config_class: type, published: dict[str, Any], keys: dict[str, s
     return {ours: published[theirs] for theirs, ours in present.items()}
 
 
+def require_values(published: dict[str, Any], accepted: dict[str, tuple], remedy: str = "") -> None:
+    """ValueError, which ends with `remedy`, for a field with another value than those that are `accepted` in it."""
+    for name, values in accepted.items():
+        if name in published and published[name] not in values:
+            raise ValueError(f"{name} = {shown(published[name])} is not implemented{remedy}")
+
+
 def write_fields(config: Any, keys: dict[str, str]) -> dict[str, Any]:
     """The same fields (`keys`: published name → ours) as config.json has them."""
     return {theirs: getattr(config, ours) for theirs, ours in keys.items()}

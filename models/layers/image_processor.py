@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..._files import read_json, write_json
+from ..._outside import located
 from ..._shapes import shown
+from .config_fields import require_values
 
 FILE = "preprocessor_config.json"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -43,17 +45,17 @@ class ImageProcessor:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        if type(self.size) is not int or type(self.edge) is not int or not 0 < self.edge <= MAX_SIDE:
+        if not 0 < self.edge <= MAX_SIDE:
             raise ValueError(
                 f"images of {shown(self.size)} out of {shown(self.edge)}: at most {MAX_SIDE} pixels a side"
             )
+        if not 0 < self.size <= self.edge:
+            raise ValueError(f"a window of {self.size} pixels can't be cut out of an image scaled to {self.edge}")
         if self.resample not in RESAMPLINGS.values():
             raise ValueError(f"resample = {shown(self.resample)} is no filter of Pillow's")
         if not all(isinstance(value, int | float) and math.isfinite(value) for value in (*self.mean, *self.std)):
             raise ValueError(f"mean {shown(self.mean)} and std {shown(self.std)}: expected finite numbers")
-        if not 0 < self.size <= self.edge:
-            raise ValueError(f"a window of {self.size} pixels can't be cut out of an image scaled to {self.edge}")
-        if len(self.mean) != len(self.std) or not all(self.std):
+        if not all(self.std):
             raise ValueError(f"mean {self.mean} and std {self.std}: expected one of each a channel, and no std of zero")
 
     def at(self, size: int) -> "ImageProcessor":
@@ -74,18 +76,21 @@ class ImageProcessor:
         model's.
         """
         path = folder / FILE
-        try:
-            if path.exists():
-                return cls(**_from_processor(read_json(path), n_channels))
-            timm = config.get("pretrained_cfg")
-            if isinstance(timm, dict):
-                path = folder / "config.json"
-                return cls(**_from_timm(timm, n_channels))
-        except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
-            raise ValueError(f"{path}: the size or normalisation of images is damaged ({error!r})") from error
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        return None
+        if path.exists():
+            stored = read_json(path)
+            fields_in = _from_processor
+        else:
+            path = folder / "config.json"
+            stored = config.get("pretrained_cfg")
+            fields_in = _from_timm
+        if stored is None:
+            return None
+
+        with located(path):
+            try:
+                return cls(**fields_in(stored, n_channels))
+            except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
+                raise ValueError(f"the size or normalisation of images is damaged ({error!r})") from error
 
     def write(self, folder: Path) -> None:
         """Write preprocessor_config.json as BiT's processor, which names every step."""
@@ -108,9 +113,7 @@ class ImageProcessor:
 
 def _from_processor(stored: dict[str, Any], n_channels: int) -> dict[str, Any]:
     """The fields of `ImageProcessor` in preprocessor_config.json."""
-    for field, accepted in REQUIRED.items():
-        if stored.get(field, accepted[0]) not in accepted:
-            raise ValueError(f"{field} = {stored[field]!r} is not implemented")
+    require_values(stored, REQUIRED)
     if not stored.get("do_normalize", True):
         stored = {**stored, "image_mean": 0.0, "image_std": 1.0}
 
@@ -125,43 +128,37 @@ def _from_processor(stored: dict[str, Any], n_channels: int) -> dict[str, Any]:
 def _framing(stored: dict[str, Any], class_name: str) -> dict[str, Any]:
     """Which part of an image is seen: `size`, `edge` and `squeeze`, as the processor of this class understands them."""
     size = stored["size"]
+    edges = size
+    squeeze = False
     if isinstance(size, dict):
         size = {side: pixels for side, pixels in size.items() if pixels is not None}
         if set(size) not in ({"shortest_edge"}, {"height", "width"}):
             raise ValueError(f"size = {size} is not implemented; known: shortest_edge alone, or height and width")
-
-    squeeze = isinstance(size, dict) and "height" in size
-    if squeeze:
-        edge = _square("size", size)
-    elif isinstance(size, dict):
-        edge = int(size["shortest_edge"])
-    else:
-        edge = int(size)
+        edges = size.get("shortest_edge", size)
+        squeeze = "height" in size
+    edge = _square("size", edges)
 
     # ConvNeXt's `size` is what is left of the image, and not what it is scaled to.
     if class_name.startswith("ConvNext"):
         if squeeze or stored.get("do_center_crop"):
             crop = stored.get("do_center_crop", False)
             raise ValueError(f"size = {size}, do_center_crop = {crop} of a {class_name} is not implemented")
-        if edge >= WARPS_FROM:
-            return {"size": edge, "edge": edge, "squeeze": True}
-        return {"size": edge, "edge": int(edge / (stored.get("crop_pct") or CROP_PCT))}
-
-    if stored.get("do_center_crop", class_name.startswith("Bit")):
+        if edge < WARPS_FROM:
+            return {"size": edge, "edge": int(edge / (stored.get("crop_pct") or CROP_PCT))}
+    elif stored.get("do_center_crop", class_name.startswith("Bit")):
         return {"size": _square("crop_size", stored["crop_size"]), "edge": edge, "squeeze": squeeze}
-    if not squeeze:
+    elif not squeeze:
         raise ValueError(f"size = {size} without do_center_crop, images of several shapes, is not implemented")
     return {"size": edge, "edge": edge, "squeeze": True}
 
 
 def _square(field: str, size: Any) -> int:
     """The side of a square that is given as a number, or as height and width."""
-    height = width = size
     if isinstance(size, dict):
-        height, width = size["height"], size["width"]
-    if height != width:
-        raise ValueError(f"{field} = {size} is not a square, which is not implemented")
-    return int(height)
+        if size["height"] != size["width"]:
+            raise ValueError(f"{field} = {size} is not a square, which is not implemented")
+        size = size["height"]
+    return int(size)
 
 
 def _channels(field: str, values: Any, n_channels: int) -> tuple[float, ...]:

@@ -4,9 +4,11 @@ Two spellings are in use: `rope_theta` beside a table `rope_scaling`, and a tabl
 scaling knows its own fields; any other is refused, because a model that ignored it would read wrong and say nothing.
 """
 
+import math
 from dataclasses import MISSING, fields
 from typing import Any
 
+from .config_fields import require_values
 from .rope_scaling import SCALING_CLASSES, Dynamic, LongRope, Rope, Scaling
 
 # published field -> ours
@@ -26,6 +28,17 @@ SCALING_KEYS = {
 }
 LARGEST = 10**15  # beyond, a number is damaged; infinity and NaN are
 ORIGINAL = "original_max_position_embeddings"
+NUMBER = (int, float)
+POSITIVE = (NUMBER, math.ulp(0.0), "a positive number")
+# What a field may hold, if not POSITIVE: values of these types from the least that makes sense; as an error says it.
+VALUES = {
+    "rope_theta": (NUMBER, math.nextafter(1, 2), "a number above 1"),
+    "factor": (NUMBER, 1, "a number from 1 up"),
+    ORIGINAL: ((int,), 2, "a whole number above 1"),
+    "truncate": ((bool,), 0, "true or false"),
+    "mscale": (NUMBER, 0, "a number from 0 up"),
+    "mscale_all_dim": (NUMBER, 0, "a number from 0 up"),
+}
 
 
 def read_rope(published: dict[str, Any], head_width: int) -> Rope:
@@ -36,41 +49,40 @@ def read_rope(published: dict[str, Any], head_width: int) -> Rope:
     table = _merged_table(published)
     older_spelling = table.pop("type", "default")
     rope_type = table.pop("rope_type", older_spelling)
-    theta = table.pop("rope_theta", Rope.theta)
-    rotary_share = table.pop("partial_rotary_factor", 1.0)
-    if not _is_number(theta) or theta <= 1:
-        raise ValueError(f"rope_theta = {theta!r}; expected a number above 1")
-    if rotary_share != 1.0:
-        raise ValueError(f"partial_rotary_factor = {rotary_share!r} is not implemented; known: 1.0")
+    theta = _checked("rope_theta", table.pop("rope_theta", Rope.theta))
+    require_values(table, {"partial_rotary_factor": (1.0,)}, remedy="; known: 1.0")
+    table.pop("partial_rotary_factor", None)
 
+    types = ("default", *SCALING_CLASSES)
+    if rope_type not in types:
+        raise ValueError(f"rope_type = {rope_type!r} is not implemented; known: {', '.join(types)}")
     # What is left in the table must be fields of the scaling.
-    known: set[str] = set()
-    if rope_type != "default":
-        if not isinstance(rope_type, str) or rope_type not in SCALING_CLASSES:
-            known_types = ", ".join(SCALING_CLASSES)
-            raise ValueError(f"rope_type = {rope_type!r} is not implemented; known: default, {known_types}")
-        known = {field.name for field in fields(SCALING_CLASSES[rope_type])}
+    scaling_class = SCALING_CLASSES.get(rope_type)
+    known = {field.name for field in fields(scaling_class)} if scaling_class else set()
     for key, value in table.items():
         if SCALING_KEYS.get(key) not in known or (rope_type == "dynamic" and key == ORIGINAL):
             raise ValueError(f"{key} = {value!r} is not implemented for rope_type = {rope_type!r}")
 
-    if rope_type == "default":
+    if scaling_class is None:
         return Rope(theta)
     return Rope(theta, _read_scaling(rope_type, table, published, head_width))
 
 
 def _merged_table(published: dict[str, Any]) -> dict[str, Any]:
     """What config.json says of the rotation, inside its table and outside of it, without nulls."""
-    tables = [published[name] for name in ("rope_scaling", "rope_parameters") if published.get(name)]
-    if len(tables) == 2 and tables[0] != tables[1]:
+    older = published.get("rope_scaling")
+    newer = published.get("rope_parameters")
+    if older and newer and older != newer:
         raise ValueError("rope_scaling and rope_parameters are both there and differ; take one out")
-    if tables and not isinstance(tables[0], dict):
-        raise ValueError(f"rope_parameters = {tables[0]!r}; expected a table")
+    table = older or newer or {}
+    if not isinstance(table, dict):
+        raise ValueError(f"rope_parameters = {table!r}; expected a table")
 
-    merged = {key: published.get(key) for key in ("rope_theta", "partial_rotary_factor")}
-    for table in tables:
-        merged |= {key: value for key, value in table.items() if value is not None}  # the table goes first
-    return {key: value for key, value in merged.items() if value is not None}
+    outside = {key: published.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    merged: dict[str, Any] = {}
+    for source in (outside, table):  # the table goes first
+        merged |= {key: value for key, value in source.items() if value is not None}
+    return merged
 
 
 def _read_scaling(rope_type: str, table: dict[str, Any], published: dict[str, Any], head_width: int) -> Scaling:
@@ -80,7 +92,12 @@ def _read_scaling(rope_type: str, table: dict[str, Any], published: dict[str, An
         table = {**table, ORIGINAL: limit}
     elif rope_type != "linear":  # a field outside of the table goes first
         table = {**table, ORIGINAL: published.get(ORIGINAL) or table.get(ORIGINAL, limit)}
-    values = {SCALING_KEYS[key]: _checked(key, value, head_width) for key, value in table.items()}
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key in ("short_factor", "long_factor"):
+            values[SCALING_KEYS[key]] = _checked_list(key, value, head_width // 2)
+        else:
+            values[SCALING_KEYS[key]] = _checked(key, value)
 
     if rope_type == "dynamic" and head_width == 2:
         raise ValueError(
@@ -90,39 +107,31 @@ def _read_scaling(rope_type: str, table: dict[str, Any], published: dict[str, An
         values.setdefault("factor", max(limit / values["original"], 1.0))
 
     scaling_class = SCALING_CLASSES[rope_type]
-    for field in fields(scaling_class):
-        if field.default is MISSING and field.name not in values:
-            key = next(theirs for theirs, ours in SCALING_KEYS.items() if ours == field.name)
+    required = {field.name for field in fields(scaling_class) if field.default is MISSING}
+    for key, ours in SCALING_KEYS.items():
+        if ours in required - values.keys():
             raise ValueError(f"{key} is missing, which rope_type = {rope_type!r} needs")
     return scaling_class(**values)
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
-
-
-def _checked(key: str, value: Any, head_width: int) -> Any:
-    """A value as the scaling holds it. ValueError where it makes no sense."""
-    if key in ("short_factor", "long_factor"):
-        n_pairs = head_width // 2
-        if not isinstance(value, list) or len(value) != n_pairs or not all(_is_number(x) and x > 0 for x in value):
-            raise ValueError(f"{key} = {value!r}; expected {n_pairs} positive numbers")
-        return tuple(value)
-
-    number = _is_number(value)
-    if key == "truncate":
-        valid, expected = isinstance(value, bool), "true or false"
-    elif key == ORIGINAL:
-        valid, expected = number and isinstance(value, int) and value > 1, "a whole number above 1"
-    elif key == "factor":
-        valid, expected = number and value >= 1, "a number from 1 up"
-    elif key in ("mscale", "mscale_all_dim"):
-        valid, expected = number and value >= 0, "a number from 0 up"
-    else:
-        valid, expected = number and value > 0, "a positive number"
-    if not valid:
+def _checked(key: str, value: Any) -> Any:
+    """The value of a field. ValueError where it makes no sense."""
+    types, least, expected = VALUES.get(key, POSITIVE)
+    if not _is_within(value, types, least):
         raise ValueError(f"{key} = {value!r}; expected {expected}")
     return value
+
+
+def _checked_list(key: str, values: Any, n_pairs: int) -> tuple[float, ...]:
+    """The value of a field that has a positive number for each pair. ValueError where it makes no sense."""
+    types, least, _ = POSITIVE
+    if not isinstance(values, list) or [_is_within(value, types, least) for value in values] != [True] * n_pairs:
+        raise ValueError(f"{key} = {values!r}; expected {n_pairs} positive numbers")
+    return tuple(values)
+
+
+def _is_within(value: Any, types: tuple[type, ...], least: float) -> bool:
+    return type(value) in types and least <= value <= LARGEST
 
 
 def write_rope(rope: Rope) -> dict[str, Any]:
@@ -132,15 +141,11 @@ def write_rope(rope: Rope) -> dict[str, Any]:
         return {"rope_theta": rope.theta, "rope_scaling": None}
 
     # Fields that have their defaults are left out.
-    rope_type = next(name for name, scaling_class in SCALING_CLASSES.items() if isinstance(scaling, scaling_class))
-    defaults = {field.name: field.default for field in fields(scaling)}
-    table: dict[str, Any] = {"rope_type": rope_type}
-    for theirs, ours in SCALING_KEYS.items():
-        if ours not in defaults:
-            continue
-        value = getattr(scaling, ours)
-        if value != defaults[ours]:
-            table[theirs] = list(value) if isinstance(value, tuple) else value
+    table: dict[str, Any] = {
+        "rope_type": next(name for name, scaling_class in SCALING_CLASSES.items() if isinstance(scaling, scaling_class))
+    }
+    changed = {field.name for field in fields(scaling) if getattr(scaling, field.name) != field.default}
+    table |= {theirs: getattr(scaling, ours) for theirs, ours in SCALING_KEYS.items() if ours in changed}
 
     out = {"rope_theta": rope.theta, "rope_scaling": table}
     if isinstance(scaling, Dynamic):

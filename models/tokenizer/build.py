@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..._files import json_if_there
-from ..._outside import others_code
+from ..._outside import located, others_code
 from ..._shapes import with_fields
-from .token_names import CLASS_NAMES, NAMES, SETTINGS, TokenizerSettings, token_text
+from ..layers.config_fields import require_values
+from .token_names import SETTINGS, TokenizerSettings, token_text
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -47,59 +48,53 @@ def build_tokenizer(folder: Path, described: TokenizerSettings) -> "Tokenizer | 
         raise ValueError(
             f"{sentencepiece[0]}: a sentencepiece model is not read, and there is no tokenizer.json; {CONVERT}"
         )
-    byte_level = [folder / name for name in ("vocab.json", "merges.txt")]
-    word_piece = folder / "vocab.txt"
-    has_byte_level = all(path.is_file() for path in byte_level)
-    has_word_piece = word_piece.is_file()
-    if not has_byte_level and not has_word_piece:
+    complete = [names for names, _ in BUILDERS.values() if all((folder / name).is_file() for name in names)]
+    if not complete:
         return None
-
-    settings = described.merged
-    class_name = described.class_name
-    for field, accepted in NEUTRAL_VALUES.items():
-        if (value := settings.get(field)) not in accepted:
-            raise ValueError(f"{folder / SETTINGS}: {field} = {value!r} is not implemented; {CONVERT}")
+    with located(folder / SETTINGS):
+        require_values(described.merged, NEUTRAL_VALUES, remedy=f"; {CONVERT}")
 
     # The files alone don't tell how the text is cut; the class does.
-    if class_name == "BertTokenizer" and has_word_piece:
-        tokenizer = _word_piece(word_piece, settings)
-    elif class_name == "GPT2Tokenizer" and has_byte_level:
-        tokenizer = _byte_level(byte_level, settings)
-    else:
-        path = word_piece if has_word_piece else byte_level[0]
+    class_name = described.class_name
+    if class_name not in BUILDERS or BUILDERS[class_name][0] not in complete:
         raise ValueError(
-            f"{path}: of a {class_name}, which is not built from such files, without tokenizer.json; {CONVERT}"
+            f"{folder / complete[0][0]}: of a {class_name}, which is not built from such files, without "
+            f"tokenizer.json; {CONVERT}"
         )
-
-    settings = {**CLASS_NAMES[class_name], **settings}
-    _add_special_tokens(tokenizer, folder, settings)
+    names, build = BUILDERS[class_name]
+    tokenizer: Tokenizer = build([folder / name for name in names], described)
+    with located(folder):
+        _add_special_tokens(tokenizer, folder / "added_tokens.json", described)
     if class_name == "BertTokenizer":
-        _frame_texts(tokenizer, folder, settings)
+        with located(folder / SETTINGS):
+            _frame_texts(tokenizer, described)
     return tokenizer
 
 
-def _byte_level(paths: list[Path], settings: dict[str, Any]) -> "Tokenizer":
+def _byte_level(paths: list[Path], described: TokenizerSettings) -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     with others_code(lambda error: ValueError(f"{paths[0]}, {paths[1].name}: damaged ({error}); restore them")):
         vocabulary, merges = models.BPE.read_file(*map(str, paths))
         tokenizer = Tokenizer(models.BPE(vocabulary, merges))
-    add_prefix_space = bool(settings.get("add_prefix_space", False))
+    add_prefix_space = bool(described.merged.get("add_prefix_space", False))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     return tokenizer
 
 
-def _word_piece(path: Path, settings: dict[str, Any]) -> "Tokenizer":
+def _word_piece(paths: list[Path], described: TokenizerSettings) -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+    (path,) = paths
     with others_code(lambda error: ValueError(f"{path}: damaged ({error}); restore the file")):
         vocabulary = models.WordPiece.read_file(str(path))
-    unknown = token_text(settings.get("unk_token") or CLASS_NAMES["BertTokenizer"]["unk_token"])
+    unknown = described.names.get("unk_token", "[UNK]")
     if unknown not in vocabulary:
         raise ValueError(f"{path}: the unknown token {unknown!r} is not in it; restore the file")
 
+    settings = described.merged
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token=unknown))
     tokenizer.normalizer = normalizers.BertNormalizer(
         clean_text=True,
@@ -112,15 +107,22 @@ def _word_piece(path: Path, settings: dict[str, Any]) -> "Tokenizer":
     return tokenizer
 
 
-def _frame_texts(tokenizer: "Tokenizer", folder: Path, settings: dict[str, Any]) -> None:
+# By the name of transformers' class: the files that such a tokenizer is built from, and how.
+BUILDERS = {
+    "BertTokenizer": (("vocab.txt",), _word_piece),
+    "GPT2Tokenizer": (("vocab.json", "merges.txt"), _byte_level),
+}
+
+
+def _frame_texts(tokenizer: "Tokenizer", described: TokenizerSettings) -> None:
     """[CLS] text [SEP], or [CLS] text [SEP] text [SEP] with segment ids 0 and 1. ValueError where one is null."""
     from tokenizers import processors
 
     for name in ("cls_token", "sep_token"):
-        if not settings[name]:
-            raise ValueError(f"{folder / SETTINGS}: {name} = {settings[name]!r}: a text needs it; name one")
-    cls = token_text(settings["cls_token"])
-    sep = token_text(settings["sep_token"])
+        if name not in described.names:
+            raise ValueError(f"{name} = {described.merged[name]!r}: a text needs it; name one")
+    cls = described.names["cls_token"]
+    sep = described.names["sep_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=[cls, "$A", sep],
         pair=[cls, "$A", sep, "$B:1", f"{sep}:1"],
@@ -128,40 +130,40 @@ def _frame_texts(tokenizer: "Tokenizer", folder: Path, settings: dict[str, Any])
     )
 
 
-def _add_special_tokens(tokenizer: "Tokenizer", folder: Path, settings: dict[str, Any]) -> None:
-    """Tokens beyond the vocabulary by their ids, then the special ones; ValueError where an id isn't the next free."""
-    for listed_id, token in _added_tokens(folder, settings):
+def _add_special_tokens(tokenizer: "Tokenizer", path: Path, described: TokenizerSettings) -> None:
+    """Tokens beyond the vocabulary by their ids, then the special ones; ValueError where an id isn't the next free.
+
+    The file at `path` lists those with ids, unless the settings do.
+    """
+    for listed_id, token in _added_tokens(path, described):
         tokenizer.add_tokens([token])
         token_id = tokenizer.token_to_id(token.content)
         if token_id != listed_id:
-            raise ValueError(
-                f"{folder}: the added token {token.content!r} has id {listed_id}, but {token_id} is its place"
-            )
+            raise ValueError(f"the added token {token.content!r} has id {listed_id}, but {token_id} is its place")
 
     # What is known already is listed with its properties, which a bare name would take away.
+    settings = described.merged
     extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
     if isinstance(extra, dict):
         extra = extra.values()
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    for entry in [*(settings[name] for name in NAMES if settings.get(name)), *extra]:
+    for entry in [*described.special.values(), *extra]:
         if token_text(entry) not in known:
             tokenizer.add_special_tokens([_added_token(entry, special=True)])
 
 
-def _added_tokens(folder: Path, settings: dict[str, Any]) -> "Iterator[tuple[int, AddedToken]]":
+def _added_tokens(path: Path, described: TokenizerSettings) -> "Iterator[tuple[int, AddedToken]]":
     """The tokens that have an id besides those of the vocabulary, in the order of the ids."""
-    table = settings.get("added_tokens_decoder")
-    if isinstance(table, dict):
+    table = described.merged.get("added_tokens_decoder")
+    if table is not None:
         for token_id in sorted(table, key=int):
             yield int(token_id), _added_token(table[token_id], special=False)
         return
 
-    path = folder / "added_tokens.json"
     ids = json_if_there(path)
-    with_fields(ids, str(path), **dict.fromkeys(ids, int))
-    special = {token_text(settings[name]) for name in NAMES if settings.get(name)}
+    with_fields(ids, path.name, **dict.fromkeys(ids, int))
     for text in sorted(ids, key=ids.__getitem__):
-        yield ids[text], _added_token(text, special=text in special)
+        yield ids[text], _added_token(text, special=text in described.names.values())
 
 
 def _added_token(entry: Any, special: bool) -> "AddedToken":
@@ -169,6 +171,6 @@ def _added_token(entry: Any, special: bool) -> "AddedToken":
     from tokenizers import AddedToken
 
     if not isinstance(entry, dict):
-        return AddedToken(str(entry), special=special, normalized=not special)
+        return AddedToken(token_text(entry), special=special, normalized=not special)
     flags = {key: bool(entry[key]) for key in ("single_word", "lstrip", "rstrip", "normalized") if key in entry}
-    return AddedToken(entry["content"], special=special or bool(entry.get("special")), **flags)
+    return AddedToken(token_text(entry), special=special or bool(entry.get("special")), **flags)

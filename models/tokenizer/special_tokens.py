@@ -17,6 +17,7 @@ list the added tokens, further chat templates, and the vocabulary files that its
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -26,7 +27,7 @@ from ..._files import json_if_there, read_bytes, read_text, require_file, write_
 from ..._outside import others_code
 from ..._shapes import shown, with_fields
 from .build import build_tokenizer
-from .token_names import SETTINGS, TokenizerSettings, read_settings, special_names
+from .token_names import SETTINGS, TokenizerSettings, read_settings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -53,13 +54,11 @@ class SpecialTokens:
     """The special tokens of a checkpoint, its chat template, and the settings of its tokenizer."""
 
     bos_id: int | None = None
-    eos_id: int | None = None  # ends a text, in training and in what the model writes
+    ends: tuple[int, ...] = ()  # each ends what the model writes; the first of them ends texts in training
     pad_id: int | None = None
     chat_template: str | None = None
     # tokenizer_config.json without the template
     settings: dict[str, Any] = field(default_factory=dict)
-    # further tokens that end what the model writes
-    more_ends: tuple[int, ...] = ()
     # contents of the files that are copied as they are, by name
     files: dict[str, bytes] = field(default_factory=dict, repr=False)
     # texts of special tokens as chat templates know them, {"eos_token": "</s>", ...}
@@ -79,26 +78,28 @@ class SpecialTokens:
         file, and for ids that are none.
         """
         generation = json_if_there(folder / GENERATION)
-        names = special_names(settings)
+        names = dict(settings.names)
 
         # The tokenizer's token goes first, and then what the model's files list.
         ids: dict[str, list[int]] = {}
-        for role in ("bos", "eos", "pad"):
-            listed = [*_ids(config, role, folder / CONFIG), *_ids(generation, role, folder / GENERATION)]
-            text = names.get(f"{role}_token")
+        for field_name in ID_FIELDS:
+            listed = [*_ids(config, field_name, folder / CONFIG), *_ids(generation, field_name, folder / GENERATION)]
+            name = field_name.removesuffix("_id")
+            text = names.get(name)
             token_id = None
             if tokenizer is not None and text is not None:
                 token_id = tokenizer.token_to_id(text)
             if token_id is not None:
                 if listed and token_id not in listed:
-                    log.warning("%s: its %s_token is %r (%d), but its model says %s; %r is taken", folder, role, text,
+                    log.warning("%s: its %s is %r (%d), but its model says %s; %r is taken", folder, name, text,
                                 token_id, ", ".join(map(str, dict.fromkeys(listed))), text)  # fmt: skip
                 listed.insert(0, token_id)
-            ids[role] = list(dict.fromkeys(listed))
+            ids[name] = list(dict.fromkeys(listed))
 
         # A chat template may also write an end that the tokenizer's files don't mention. Null would say there is none.
-        if "eos_token" not in {**settings.stored, **names} and tokenizer is not None and ids["eos"]:
-            text = tokenizer.id_to_token(ids["eos"][0])
+        ends = ids["eos_token"]
+        if "eos_token" not in {**settings.stored, **names} and tokenizer is not None and ends:
+            text = tokenizer.id_to_token(ends[0])
             if text is not None:
                 names["eos_token"] = text
 
@@ -107,60 +108,54 @@ class SpecialTokens:
         default_template = templates.pop("default", None)
         template_files = {f"{TEMPLATES}/{name}.jinja": text.encode() for name, text in templates.items()}
         return cls(
-            bos_id=_first(*ids["bos"]),
-            eos_id=_first(*ids["eos"]),
-            pad_id=_first(*ids["pad"]),
+            bos_id=_first(ids["bos_token"]),
+            ends=tuple(ends),
+            pad_id=_first(ids["pad_token"]),
             chat_template=default_template,
             settings=stored,
-            more_ends=tuple(ids["eos"][1:]),
             files={**_copied_files(folder), **template_files},
             names=names,
             generation={key: value for key, value in generation.items() if key not in ID_FIELDS},
-            skipped_id=_first(*_ids(config, "pad", folder / CONFIG)),
+            skipped_id=_first(_ids(config, "pad_token_id", folder / CONFIG)),
         )
 
     @classmethod
     def of_tokenizer(cls, tokenizer: "Tokenizer") -> "SpecialTokens":
         """For a model without a folder: "<|endoftext|>" or "</s>" ends texts, if there is one, "<pad>" pads."""
-        names = {}
-        for name, texts in {"eos_token": ("<|endoftext|>", "</s>"), "pad_token": ("<pad>",)}.items():
-            known = [text for text in texts if tokenizer.token_to_id(text) is not None]
-            if known:
-                names[name] = known[0]
-        ids = {name: tokenizer.token_to_id(text) for name, text in names.items()}
+        vocabulary = tokenizer.get_vocab()
+        names: dict[str, str] = {}
+        ends: tuple[int, ...] = ()
+        for text in ("</s>", "<|endoftext|>"):  # the second goes first
+            if text in vocabulary:
+                names["eos_token"] = text
+                ends = (vocabulary[text],)
+        if "<pad>" in vocabulary:
+            names["pad_token"] = "<pad>"
         # The class by which transformers takes the tokenizer.json as it is.
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
-        return cls(eos_id=ids.get("eos_token"), pad_id=ids.get("pad_token"), names=names, settings=settings)
+        return cls(ends=ends, pad_id=vocabulary.get("<pad>"), names=names, settings=settings)
 
     @property
-    def ends(self) -> tuple[int, ...]:
-        """Every token that ends what the model writes."""
-        if self.eos_id is None:
-            return self.more_ends
-        return (self.eos_id, *self.more_ends)
+    def eos_id(self) -> int | None:
+        """The token that ends a text, in training and in what the model writes."""
+        return _first(self.ends)
 
     def ending_with(self, token: int) -> "SpecialTokens":
         """The same with one more token that ends what the model writes: a chat template's end of a turn."""
-        if token in self.ends:
-            return self
-        if self.eos_id is None:
-            return replace(self, eos_id=token)
-        return replace(self, more_ends=(*self.more_ends, token))
+        return replace(self, ends=tuple(dict.fromkeys([*self.ends, token])))
 
     def with_adapter(self, adapter: Path, tokenizer: "Tokenizer | None") -> "SpecialTokens":
         """The same with what an adapter's folder holds: it was trained with the tokenizer, template and ends there."""
         if not (adapter / SETTINGS).is_file() and not (adapter / GENERATION).is_file():
             return self
         trained = SpecialTokens.read(adapter, read_settings(adapter, {}), {}, tokenizer)
-        ends = list(dict.fromkeys([*trained.ends, *self.ends]))
         return replace(
             self,
-            bos_id=_first(trained.bos_id, self.bos_id),
-            eos_id=_first(*ends),
-            pad_id=_first(trained.pad_id, self.pad_id),
+            bos_id=self.bos_id if trained.bos_id is None else trained.bos_id,
+            ends=tuple(dict.fromkeys([*trained.ends, *self.ends])),
+            pad_id=self.pad_id if trained.pad_id is None else trained.pad_id,
             chat_template=trained.chat_template or self.chat_template,
             settings=trained.settings or self.settings,
-            more_ends=tuple(ends[1:]),
             files={**self.files, **trained.files},
             names={**self.names, **trained.names},
             generation={**self.generation, **trained.generation},
@@ -187,30 +182,30 @@ class SpecialTokens:
 
         The pad id of a model that `classifies` is the one in front of which it looks for a text's last token.
         """
-        eos = list(self.ends) if self.more_ends else self.eos_id
+        eos = list(self.ends) if len(self.ends) > 1 else self.eos_id
         pad = self.skipped_id if classifies else self.pad_id
         ids = dict(zip(ID_FIELDS, (self.bos_id, eos, pad), strict=True))
         return {key: value for key, value in ids.items() if value is not None}
 
 
-def _first(*ids: int | None) -> int | None:
-    return next((token_id for token_id in ids if token_id is not None), None)
+def _first(ids: Sequence[int]) -> int | None:
+    return ids[0] if ids else None
 
 
-def _ids(config: dict[str, Any], role: str, path: Path) -> list[int]:
+def _ids(config: dict[str, Any], field_name: str, path: Path) -> list[int]:
     """The ids of a special token, one or several; below zero there is none. ValueError for what is no id."""
-    value = config.get(f"{role}_token_id")
+    value = config.get(field_name)
     if value is None:
         return []
     ids = value if isinstance(value, list) else [value]
     if any(type(token_id) is not int or token_id >= 2**31 for token_id in ids):
-        raise ValueError(f"{path}: {role}_token_id = {shown(value)}: expected a token's id, or a list of ids")
+        raise ValueError(f"{path}: {field_name} = {shown(value)}: expected a token's id, or a list of ids")
     return [token_id for token_id in ids if token_id >= 0]
 
 
 def _templates(folder: Path, stored: Any) -> dict[str, str]:
     """Chat templates by name; `stored` is what tokenizer_config.json has: one, or a list of several."""
-    settings = str(folder / SETTINGS)
+    settings = folder / SETTINGS
     with_fields({"chat_template": stored}, settings, chat_template=str | list | None)
     templates = {}
     if isinstance(stored, str):

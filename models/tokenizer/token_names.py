@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..._files import json_if_there
+from ..._outside import located
+from ..._shapes import shown, with_fields
 
 SETTINGS = "tokenizer_config.json"
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -41,6 +43,8 @@ class TokenizerSettings(NamedTuple):
     stored: dict[str, Any]  # tokenizer_config.json
     merged: dict[str, Any]  # the same with special_tokens_map.json over it, where that takes precedence
     class_name: str  # without "Fast": as named in the files, or as usual for the architecture
+    special: dict[str, Any]  # special tokens by name, the usual ones first, each as `token_text` takes it
+    names: dict[str, str]  # their texts, {"eos_token": "</s>", ...}, as chat templates may use them
 
 
 def read_settings(folder: Path, config: dict[str, Any]) -> TokenizerSettings:
@@ -49,26 +53,33 @@ def read_settings(folder: Path, config: dict[str, Any]) -> TokenizerSettings:
     merged = stored
     if "added_tokens_decoder" not in stored:
         merged = {**stored, **json_if_there(folder / "special_tokens_map.json")}
+    with_fields(
+        merged,
+        folder / SETTINGS,
+        added_tokens_decoder=dict | None,
+        additional_special_tokens=list | None,
+        extra_special_tokens=list | dict | None,
+    )
 
     usual = CLASSES.get(str(config.get("model_type")), "nameless tokenizer")
-    class_name = merged.get("tokenizer_class") or config.get("tokenizer_class") or usual
-    return TokenizerSettings(stored, merged, str(class_name).removesuffix("Fast"))
+    class_name = str(merged.get("tokenizer_class") or config.get("tokenizer_class") or usual).removesuffix("Fast")
 
-
-def special_names(settings: TokenizerSettings) -> dict[str, str]:
-    """Special tokens by name, `{"eos_token": "</s>", ...}`, as chat templates may use them."""
-    entries = {**CLASS_NAMES.get(settings.class_name, {}), **settings.merged}
-    extra = settings.merged.get("extra_special_tokens")
+    entries = {**dict.fromkeys(NAMES), **CLASS_NAMES.get(class_name, {}), **merged}
+    extra = merged.get("extra_special_tokens")
     if isinstance(extra, dict):  # in old files it is a list of texts without names
         entries |= extra
-
-    names = {}
+    special = {}
     for name, entry in entries.items():
         if name.endswith("_token") and isinstance(entry, str | dict) and entry:
-            names[name] = token_text(entry)
-    return names
+            special[name] = entry
+    with located(folder / SETTINGS):
+        names = {name: token_text(entry) for name, entry in special.items()}
+    return TokenizerSettings(stored, merged, class_name, special, names)
 
 
 def token_text(entry: Any) -> str:
     """The text of a token, which these files hold as it is or in a table of the token's properties."""
-    return str(entry["content"]) if isinstance(entry, dict) else str(entry)
+    text = entry.get("content") if isinstance(entry, dict) else entry
+    if not isinstance(text, str):
+        raise ValueError(f"{shown(entry)} is no token, which is a text or has one as content; restore the file")
+    return text

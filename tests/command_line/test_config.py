@@ -82,9 +82,9 @@ def test_defaults(tmp_path) -> None:
 def test_a_stored_configuration_comes_back(tmp_path) -> None:
     """run.json holds it as JSON; `evaluate` and `generate` read it from there."""
     config = read(tmp_path, FULL)
-    stored = json.loads(json.dumps(config.as_dict()))
+    stored = json.loads(json.dumps(dataclasses.asdict(config)))
     again = from_table(RunConfig, _as_toml(stored), "run.json")
-    assert json.loads(json.dumps(again.as_dict())) == stored
+    assert json.loads(json.dumps(dataclasses.asdict(again))) == stored
 
 
 def test_overrides(tmp_path) -> None:
@@ -144,12 +144,14 @@ def test_refused(tmp_path, changes, message) -> None:
     assert message in refusal(tmp_path, FULL, *changes)
 
 
-def test_a_stored_number_that_no_tensor_holds() -> None:
-    """In run.json, whose whole numbers may be of any length."""
+def test_a_stored_number_that_no_tensor_holds(tmp_path) -> None:
+    """In run.json, or written in hexadecimal digits: whole numbers may be of any length there."""
     with pytest.raises(ValueError, match=r"run\.json: train: seed: a whole number of 100 bits, where 64 are the most"):
         from_table(
             RunConfig, {"train": {"seed": 2**99}, "method": "sft", "out": "o", "model": {}, "data": {}}, "run.json"
         )
+    large = "train.lr_scale={ 'a' = [1, 0x" + "f" * 10_000 + "] }"
+    assert "run.toml: train: lr_scale: a: a whole number of 40,000 bits" in refusal(tmp_path, FULL, large)
 
 
 def test_files_that_cannot_be_read(tmp_path) -> None:

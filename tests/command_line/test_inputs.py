@@ -47,7 +47,7 @@ def base_with_everything(folder: Path) -> Path:
     """A checkpoint in two shards, with every file that says how texts are read and written."""
     model, words = load(gpt2_folder(folder), device="cpu")
     model.tokens = model.tokens.__class__(
-        eos_id=0, names={"eos_token": "<|end|>"}, chat_template=TEMPLATE, settings={"eos_token": "<|end|>"}
+        ends=(0,), names={"eos_token": "<|end|>"}, chat_template=TEMPLATE, settings={"eos_token": "<|end|>"}
     )
     save(model, words, folder)
     (folder / "special_tokens_map.json").write_text('{"eos_token": "<|end|>"}')

@@ -44,7 +44,7 @@ def base_folder(family: str, folder: Path) -> Path:
     model: Any
     if family == "gpt2":
         model, words = gpt2(), byte_level()
-        model.tokens = SpecialTokens(eos_id=0)
+        model.tokens = SpecialTokens(ends=(0,))
     elif family == "bert":
         model, words = bert("masked-lm"), word_piece()
     elif family == "t5":
@@ -52,7 +52,7 @@ def base_folder(family: str, folder: Path) -> Path:
         words = sentence_piece()
         sizes = {"n_layer": 2, "d_model": 32, "n_head": 2, "head_width": 16, "d_ff": 64}
         model = T5.from_name("flan-t5-small", vocab_size=words.get_vocab_size(), **sizes)
-        model.tokens = SpecialTokens(eos_id=1, pad_id=0)
+        model.tokens = SpecialTokens(ends=(1,), pad_id=0)
     else:
         torch.manual_seed(0)
         small = {"stem_width": 8, "widths": (8, 16), "depths": (1, 1), "small_images": True}

@@ -70,7 +70,7 @@ def bert(task: str = "sequence-classification", labels: tuple[str, ...] = (), **
 def gpt2_folder(path: Path, **sizes: Any) -> Path:
     """A checkpoint with a tokenizer; `<|end|>` ends texts."""
     model = gpt2(**sizes)
-    model.tokens = SpecialTokens(eos_id=0)
+    model.tokens = SpecialTokens(ends=(0,))
     save(model, byte_level(), path)
     return path
 

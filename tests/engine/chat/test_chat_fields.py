@@ -224,7 +224,7 @@ def test_comparisons_of_turns_with_calls_thinking_and_tools() -> None:
 
 
 def model_with(jinja: str | None) -> Any:
-    return SimpleNamespace(tokens=SpecialTokens(eos_id=1, chat_template=jinja, names=TOKENS))
+    return SimpleNamespace(tokens=SpecialTokens(ends=(1,), chat_template=jinja, names=TOKENS))
 
 
 @pytest.mark.parametrize("jinja", [THINKER, HEADERS, DISTILLED, None])

@@ -27,7 +27,7 @@ TURN_END = byte_level().token_to_id("<|im_end|>")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base model, whose texts end with `<|end|>`, with a template whose turns end with `<|im_end|>`."""
     model, folder = gpt2(), tmp_path_factory.mktemp("chat") / "base"
-    model.tokens = SpecialTokens(eos_id=0, chat_template=CHATML, settings=NAMES)
+    model.tokens = SpecialTokens(ends=(0,), chat_template=CHATML, settings=NAMES)
     save(model, byte_level(), folder)
     return folder
 
@@ -149,7 +149,7 @@ def test_which_rows_go_through_the_template(chat, prompt, asked, base, tmp_path,
 def test_a_base_without_a_template_keeps_the_plain_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """And transformers asks by it, as it was trained."""
     model = gpt2()
-    model.tokens = SpecialTokens(eos_id=0, settings={"tokenizer_class": "PreTrainedTokenizerFast"})
+    model.tokens = SpecialTokens(ends=(0,), settings={"tokenizer_class": "PreTrainedTokenizerFast"})
     save(model, byte_level(), tmp_path / "base")
     run = trained(tmp_path / "base", tmp_path, data={"train": str(tmp_path / "rows.jsonl"), "chat": "on"})
     assert main(["generate", str(run), "--prompt", QUESTION, "--temperature", "0", "--max-new-tokens", "20"]) == 0

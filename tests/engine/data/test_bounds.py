@@ -73,7 +73,6 @@ def changed(base: Path, target: Path, name: str = "config.json", **fields: objec
         ("a." * 200_000 + "a = 1", "a key of more than 64 parts"),
         ("a = " + "[" * 100_000, "nested too deeply"),
         ("a = " + "9" * 5000, "limit .4300 digits"),
-        ("[a.b]\nc = [1, 0x" + "f" * 10_000 + "]", "a.b.c is a number of 40,000 bits"),
         ("#" * 1_000_001, "at most 1,000,000"),
     ],
 )
@@ -199,7 +198,7 @@ def test_other_files_of_a_checkpoint(base, tmp_path) -> None:
         ("train.max_steps=1000000000000000000", "train: max_steps: expected at most 1,000,000,000"),
         ("train.warmup=1e300", "train: warmup: 1e+300 is no number to compute with"),
         ("train.lr=inf", "train: lr: inf is no number to compute with"),
-        ("train.lr=" + "9" * 400, "train.lr: value is a number of 1,329 bits"),
+        ("train.lr=" + "9" * 400, "train: lr: a whole number of 1,329 bits, where 64 are the most"),
         ("lora.rank=1000000000", "lora: rank: expected a positive whole number, at most 32,768"),
         ('lora.rank_pattern={ "(a)\\\\1" = 4 }', "rank_pattern: '(a)\\\\1': groupref in a pattern"),
         ("model.head_layers=1000000000", "head_layers: expected a number from 1 to 100"),

@@ -83,7 +83,7 @@ FAMILIES = {
 def test_the_first_ratio_is_exactly_one(family: str, targets: str, micro: int | None, tmp_path: Path) -> None:
     """Rows of different lengths, before the first step of the optimizer: ratio 1, KL 0, to the last bit."""
     model = FAMILIES[family](tmp_path)
-    model.tokens = model.tokens.__class__(eos_id=11, more_ends=(33, 44))
+    model.tokens = model.tokens.__class__(ends=(11, 33, 44))
     lora = LoRAConfig(rank=4, targets=[targets])
     run = run_of(model, micro_batch_size=micro, temperature=0.7, lora=lora, max_new_tokens=20)
     moved(run)
@@ -319,7 +319,7 @@ def test_a_reward_that_is_not_normalised_yet_is_by_the_reference() -> None:
 def test_rewards_see_what_was_given(tmp_path: Path) -> None:
     """Prompts with their special tokens; a reward model of another base is normalised on what it will score."""
     model, tokenizer, seen = small_gpt2(vocab_size=500), byte_level(), set()
-    model.tokens = model.tokens.__class__(eos_id=0)
+    model.tokens = model.tokens.__class__(ends=(0,))
     prompts = ["<|im_start|>user The cat<|im_end|>", " the dog", "Question: who"]
     own = Reward(with_head(small_gpt2(vocab_size=500), "reward"), tokenizer)
 
@@ -410,7 +410,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 def test_completions_without_end_pay_for_it() -> None:
     model = small_gpt2()
-    model.tokens = model.tokens.__class__(eos_id=11)
+    model.tokens = model.tokens.__class__(ends=(11,))
     run = run_of(model, missing_eos_penalty=5.0)
     rollout = sampled(run)
     run.round.evaluate_rollout(rollout, range(16))

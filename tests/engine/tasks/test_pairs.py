@@ -111,7 +111,7 @@ def test_answers_end_as_the_model_ends_them(ends: tuple[str, ...]) -> None:
     (plain,), _ = encoded([{"prompt": "hi", "chosen": "yes", "rejected": "no"}], eos=first, more_ends=more)
     assert plain["chosen"] == [*tokenizer.encode("hiyes").ids, first]
     model = small_gpt2(vocab_size=500)
-    model.tokens = SpecialTokens(eos_id=first, more_ends=tuple(more))
+    model.tokens = SpecialTokens(ends=(first, *more))
     reward = Reward(with_head(model, "reward"), tokenizer)
     scores = reward([prompt, "hi"], ["yes", "yes"])
     by_tokens = [reward([row[:-1]], [row[-1:]]) for row in (written, plain["chosen"])]

@@ -38,7 +38,7 @@ def small_xlnet(**sizes) -> XLNet:
 def base(tmp_path_factory) -> Path:
     """A checkpoint with a tokenizer; `<|end|>` ends texts. Its embeddings are far apart, as if they had learned."""
     folder, model = tmp_path_factory.mktemp("base"), small_xlnet(n_layer=1)
-    model.tokens = SpecialTokens(eos_id=0)
+    model.tokens = SpecialTokens(ends=(0,))
     with torch.no_grad():
         model.embed.tokens.weight.mul_(15)
     save(model, byte_level(), folder)

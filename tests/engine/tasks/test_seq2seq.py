@@ -154,7 +154,7 @@ def base(tmp_path_factory) -> Path:
     """A tiny T5 with a tokenizer."""
     torch.manual_seed(0)
     model = T5.from_name("flan-t5-small", vocab_size=104, **SIZES)
-    model.tokens = SpecialTokens(eos_id=1, pad_id=0)
+    model.tokens = SpecialTokens(ends=(1,), pad_id=0)
     folder = tmp_path_factory.mktemp("t5")
     save(model, sentence_piece(), folder)
     return folder

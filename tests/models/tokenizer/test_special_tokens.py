@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from handtune.models import load, save
 from handtune.models.tokenizer.special_tokens import SpecialTokens
-from handtune.models.tokenizer.token_names import read_settings, special_names
+from handtune.models.tokenizer.token_names import read_settings
 
 FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
 TABLE = {"__type": "AddedToken", "content": "</s>", "lstrip": False, "rstrip": False, "single_word": False}
@@ -49,8 +49,7 @@ def lay(folder: Path, **files: Any) -> Path:
 def test_names_are_those_of_transformers(files: dict[str, Any], tmp_path: Path) -> None:
     folder = lay(tmp_path, **files, config={"model_type": "llama"})
     assert (
-        special_names(read_settings(folder, {"model_type": "llama"}))
-        == AutoTokenizer.from_pretrained(folder).special_tokens_map
+        read_settings(folder, {"model_type": "llama"}).names == AutoTokenizer.from_pretrained(folder).special_tokens_map
     )
 
 
