@@ -75,8 +75,10 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         actual = _sums(path).encode()
         if stored != actual:
             # A line is 64 digits, two spaces and the name. Where all lines are there, SUMS itself has grown.
-            changed = [line[66:].decode() for line in actual.splitlines() if line not in stored.split(b"\n")]
-            raise ValueError(f"{next(iter(changed), TENSORS)} has not the checksum in {SUMS}")
+            for line in actual.splitlines():
+                if line not in stored.split(b"\n"):
+                    raise ValueError(f"{line[66:].decode()} has not the checksum in {SUMS}")
+            raise ValueError(f"{SUMS} holds more than the checksums of {TENSORS} and {FACTS}")
         return load_file(path / TENSORS), read_json(path / FACTS)
     except (SafetensorError, ValueError, FileNotFoundError) as error:
         raise ValueError(f"{path}: the checkpoint is damaged ({_reason(error)}); {_remedy(path)}") from error

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..._outside import explained_memory
+from ..._outside import explained_memory, located
 from ..._weightless import allocate, without_weights
 from ...kernels import Linear
 from ...kernels.quant.nf4 import Workspace
@@ -20,7 +20,16 @@ from ..tokenizer.token_names import read_settings
 from .info import CheckpointInfo, checkpoint_info
 from .pooling import read_pooling
 from .shards import Shards
-from .tasks import Labels, class_name, head_rows, label_names, padding_of_new_head, reorder_head, stored_head, task_of
+from .tasks import (
+    Labels,
+    head_rows,
+    label_names,
+    padding_of_new_head,
+    reorder_head,
+    stored_head,
+    stored_tasks,
+    task_of,
+)
 from .weights import Packing, load_weights
 
 if TYPE_CHECKING:
@@ -101,14 +110,15 @@ def open_checkpoint(
     info = path if isinstance(path, CheckpointInfo) else checkpoint_info(path)
     folder, published, family = info.folder, info.published, info.family
     shards = Shards(folder, required=info.weights)  # only headers; the weights are read when all else has been checked
-    config = _config(published, family, shards)
+    with located(folder / "config.json"):
+        config = _config(published, family, "lm_head.weight" in shards.tensors)
+        task = task or task_of(published, family)
+        known, stored_depth = stored_head(published, family)
     settings = read_settings(folder, published)
     tokenizer = load_tokenizer(folder, settings)
     tokens = SpecialTokens.read(folder, settings, published, tokenizer)
 
     # What the head is to be, by the arguments or else by config.json.
-    task = task or task_of(published, family, folder)
-    known, stored_depth = stored_head(published, family, folder)
     names = label_names(labels, known)
     if task in ("reward", "question-answering"):  # whose outputs transformers would make as many as there are labels
         names = ()
@@ -172,20 +182,12 @@ def fresh(
     return model.eval(), tokenizer
 
 
-def _config(published: dict[str, Any], family: Family, shards: Shards) -> Any:
+def _config(published: dict[str, Any], family: Family, has_lm_head: bool) -> Any:
     """The configuration; a language model without output matrix is tied, where config.json doesn't say."""
-    has_lm_head = "lm_head.weight" in shards.tensors
-    if (
-        "causal-lm" in family.architectures
-        and class_name(family, "causal-lm", published["model_type"]) in (published.get("architectures") or ())
-        and published.get("tie_word_embeddings") is None
-        and not has_lm_head
-    ):
+    is_causal_lm = "causal-lm" in stored_tasks(published, family)
+    if is_causal_lm and not has_lm_head and published.get("tie_word_embeddings") is None:
         published = {**published, "tie_word_embeddings": True}
-    try:
-        return family.read_config({**published, "has_lm_head": has_lm_head})  # which decides for T5
-    except ValueError as error:
-        raise ValueError(f"{shards.folder / 'config.json'}: {error}") from error
+    return family.read_config({**published, "has_lm_head": has_lm_head})  # which decides for T5
 
 
 def _device(device: str | torch.device) -> torch.device:

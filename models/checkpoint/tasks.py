@@ -2,7 +2,6 @@
 
 import logging
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,36 +27,38 @@ def class_name(family: "Family", task: str, model_type: str) -> str:
     return family.architectures[task].format(model_type.capitalize())
 
 
-def task_of(published: dict[str, Any], family: "Family", folder: Path) -> str:
-    """The task that config.json's `architectures` names. ValueError where it names none."""
-    names = published.get("architectures") or []
+def stored_tasks(published: dict[str, Any], family: "Family") -> list[str]:
+    """The tasks whose classes config.json's `architectures` names."""
+    names = set(published.get("architectures") or ())
+    if "BertForPreTraining" in names:  # has a second head, which is left out
+        names.add("BertForMaskedLM")
+    return [task for task in family.architectures if class_name(family, task, published["model_type"]) in names]
+
+
+def task_of(published: dict[str, Any], family: "Family") -> str:
+    """The task that config.json names. ValueError where it names none."""
     if published.get("handtune_task") in family.architectures:
         return published["handtune_task"]
-    for task in family.architectures:
-        if class_name(family, task, published["model_type"]) in names:
-            return task
-        if task == "masked-lm" and "BertForPreTraining" in names:  # has a second head, which is left out
-            return task
-    tasks = ", ".join(family.architectures)
-    raise ValueError(f"{folder / 'config.json'}: architectures {names} names no known task; pass task= one of {tasks}")
+    tasks = stored_tasks(published, family)
+    if not tasks:
+        names = published.get("architectures") or []
+        known = ", ".join(family.architectures)
+        raise ValueError(f"architectures {names} names no known task; pass task= one of {known}")
+    return tasks[0]
 
 
-def stored_head(published: dict[str, Any], family: "Family", folder: Path) -> tuple[tuple[str, ...], int]:
+def stored_head(published: dict[str, Any], family: "Family") -> tuple[tuple[str, ...], int]:
     """Label names and depth of the stored head. transformers leaves out the table of two unnamed labels."""
-    table = published.get("id2label")
-    if table is None:
-        classifiers = {
-            class_name(family, task, published["model_type"]) for task in LABELLED if task in family.architectures
-        }
-        if classifiers & set(published.get("architectures") or ()):
-            count = published.get("num_labels") or 2
-            if not 0 < count <= MAX_LABELS:
-                raise ValueError(f"{folder / 'config.json'}: num_labels = {count}: expected 1 to {MAX_LABELS:,}")
-            table = {i: f"LABEL_{i}" for i in range(count)}
+    table = published.get("id2label") or {}
+    if published.get("id2label") is None and set(LABELLED).intersection(stored_tasks(published, family)):
+        count = published.get("num_labels") or 2
+        if not 0 < count <= MAX_LABELS:
+            raise ValueError(f"num_labels = {count}: expected 1 to {MAX_LABELS:,}")
+        table = {i: f"LABEL_{i}" for i in range(count)}
     try:
-        names = tuple(str(table[key]) for key in sorted(table, key=int)) if table else ()
+        names = tuple(str(table[key]) for key in sorted(table, key=int))
     except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: id2label is damaged ({error})") from error
+        raise ValueError(f"id2label is damaged ({error})") from error
     return names, published.get("head_layers") or 1
 
 
@@ -83,8 +84,7 @@ def head_rows(model: "Model", published: dict[str, Any], known: tuple[str, ...])
     same labels in another order are the same head; other labels, be they as many, are another. Only the names that
     transformers gives to labels without one (LABEL_0, ...) may be replaced, which is announced.
     """
-    classes = published.get("architectures")
-    if classes and class_name(type(model), model.task, published["model_type"]) not in classes:
+    if published.get("architectures") and model.task not in stored_tasks(published, type(model)):
         return None
     if model.task not in (*LABELLED, "reward"):
         return []  # a head without labels, taken as it is

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..._outside import located
 from ...kernels import Linear
 from ...kernels.quant.nf4 import Workspace
 from ..layers.key_map import CheckpointKey
@@ -62,10 +63,6 @@ class Packing:
     device: torch.device
     workspace: Workspace
 
-    def empty_weight(self, weight: Tensor) -> nn.Parameter:
-        """Memory for a weight of this shape, to be read into and quantised."""
-        return nn.Parameter(torch.empty(weight.shape, dtype=self.dtype, device=self.device), requires_grad=False)
-
 
 @torch.no_grad()
 def load_weights(model: "Model", shards: Shards, new_head: bool, packed: Packing, announce: bool = True) -> None:
@@ -82,7 +79,8 @@ def load_weights(model: "Model", shards: Shards, new_head: bool, packed: Packing
     for key, source in model.key_map().items():
         projection = packed.modules.get(key)
         if projection is not None:
-            tensors[key] = projection.weight = packed.empty_weight(tensors[key])
+            empty = torch.empty(tensors[key].shape, dtype=packed.dtype, device=packed.device)
+            tensors[key] = projection.weight = nn.Parameter(empty, requires_grad=False)
         for name, rows in zip(source.names, blocks(tensors[key], source), strict=True):
             if name in placement.stored:
                 read_into(placement.stored[name], source.as_stored(rows))
@@ -92,10 +90,8 @@ def load_weights(model: "Model", shards: Shards, new_head: bool, packed: Packing
         # Quantised before the next one is read, so that a single weight is in memory in full at a time.
         if projection is not None:
             del tensors[key]
-            try:
+            with located(key):
                 projection.quantize_(packed.workspace)
-            except ValueError as error:
-                raise ValueError(f"{key}: {error}") from error
 
     for key, copy, problem in placement.tied_keys:
         if copy.shape != tensors[key].shape or not holds(copy, tensors[key]):

@@ -42,6 +42,11 @@ def test_every_flipped_bit_of_a_checkpoint_is_noticed(tmp_path) -> None:
             ) as error:
                 load_checkpoint(path)
             assert str(error.value).endswith("remove it, and the run goes on from step-00000001"), (name, at, bit)
+    sums = (path / "SHA256SUMS").read_bytes()
+    for more in (b"\n", b"0" * 64 + b"  other\n"):
+        (path / "SHA256SUMS").write_bytes(sums + more)
+        with pytest.raises(ValueError, match=r"damaged \(SHA256SUMS holds more than the checksums of .*json\); remove"):
+            load_checkpoint(path)
     (path / "SHA256SUMS").unlink()
     with pytest.raises(ValueError, match=r"step-00000002: the checkpoint is damaged \(SHA256SUMS is missing\)"):
         load_checkpoint(path)

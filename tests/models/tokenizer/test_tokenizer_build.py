@@ -123,6 +123,13 @@ def test_word_piece(tmp_path, lower, accents, chinese):
 
 ADDED = [
     {"tokenizer_config.json": {"pad_token": "<pad>", "additional_special_tokens": ["<tool>", "<extra>"]}},
+    {
+        "tokenizer_config.json": {
+            "pad_token": "<pad>",
+            "image_token": "<image>",
+            "extra_special_tokens": {"x_token": "<x>"},
+        }
+    },
     {"special_tokens_map.json": {"pad_token": "<pad>", "additional_special_tokens": ["<tool>"]}},
     {
         "special_tokens_map.json": {"pad_token": {"content": "<pad>", "lstrip": True, "rstrip": True}},
@@ -198,6 +205,18 @@ DAMAGES = {
     "bos": ({"tokenizer_config.json": {"add_bos_token": True}}, "add_bos_token = True is not implemented; write it"),
     "basic": ({"tokenizer_config.json": {"do_basic_tokenize": False}}, "do_basic_tokenize = False is not implemented"),
     "never": ({"tokenizer_config.json": {"never_split": ["x"]}}, r"never_split = \['x'\] is not implemented"),
+    "no token": (
+        {"tokenizer_config.json": {"eos_token": {"id": 3}}},
+        r"config.json: \{'id': 3\} is no token, which is",
+    ),
+    "no token among more": (
+        {"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "additional_special_tokens": [3]}},
+        "/x: 3 is no token, which is",
+    ),
+    "no list": (
+        {"tokenizer_config.json": {"additional_special_tokens": 3}},
+        "config.json: additional_special_tokens: expected a list, got 3",
+    ),
     "id": ({"added_tokens.json": {"<new>": 5000}}, "the added token '<new>' has id 5000, but [0-9]+ is its place"),
 }
 
