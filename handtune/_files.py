@@ -37,12 +37,22 @@ _in_use: set[Path] = set()  # the temporary names under which this process is wr
 
 
 class DiskError(OSError):
-    """`path` could not be written, for this reason, with this remedy. `size` is how many bytes it needs, if known."""
+    """Says why `path`, of `size` bytes if that is known, could not be written, and what to do."""
 
-    def __init__(self, path: Path, reason: str, remedy: str, code: int | None, size: int | None):
+    def __init__(self, path: Path, error: OSError, size: int | None = None):
+        if size is None:
+            size = getattr(error, "size", None)  # of a DiskError
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        remedy = "what was there before is untouched"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):  # the disk is full, or the user's share of it
+            needed = "" if size is None else f"{size:,} bytes are needed, "
+            free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free
+            reason += f": {needed}{free:,} are free"
+            remedy = "make room, then run the same again"
+
         super().__init__(f"{path}: could not be written ({reason}); {remedy}")
         self.reason = reason
-        self.errno = code
+        self.errno = error.errno
         self.size = size
 
 
@@ -209,7 +219,7 @@ def _is_running(process: int) -> bool:
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):
-        return True
+        pass
     return True
 
 
@@ -268,22 +278,7 @@ def explained(path: Path, inside: Path, size: int | None = None) -> Iterator[Non
             failed = Path(os.fsdecode(error.filename))
             if not failed.is_relative_to(inside) and not any(map(is_temporary, (failed, *failed.parents))):
                 raise
-        raise disk_error(path, error, size) from error
-
-
-def disk_error(path: Path, error: OSError, size: int | None = None) -> DiskError:
-    """The error that says why `path`, of `size` bytes if that is known, could not be written."""
-    if size is None:
-        size = getattr(error, "size", None)  # of a DiskError
-    reason = os.strerror(error.errno) if error.errno else str(error)
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return DiskError(path, reason, "what was there before is untouched", error.errno, size)
-
-    # The disk is full, or the user's share of it.
-    needed = "" if size is None else f"{size:,} bytes are needed, "
-    free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.is_dir())).free
-    reason += f": {needed}{free:,} are free"
-    return DiskError(path, reason, "make room, then run the same again", error.errno, size)
+        raise DiskError(path, error, size) from error
 
 
 def resolved(path: str | Path) -> Path:

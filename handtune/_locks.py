@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ._files import disk_error, resolved
+from ._files import DiskError, resolved
 
 _held: dict[Path, tuple[int, int]] = {}  # the process and thread that hold each lock file of this process
 
@@ -38,7 +38,7 @@ def alone(path: str | Path, lock: str | Path) -> Iterator[None]:
     try:
         descriptor = _acquire(path, lock)
     except OSError as error:
-        raise disk_error(Path(path), error) from error
+        raise DiskError(Path(path), error) from error
 
     _held[lock] = holder
     try:

@@ -10,7 +10,6 @@ import reprlib
 import tomllib
 from collections.abc import Sequence
 from dataclasses import field, fields
-from itertools import islice
 from types import NoneType
 from typing import Any, get_args
 
@@ -39,14 +38,15 @@ def parse_json(text: str | bytes, where: object, remedy: str = "restore the file
             text = text.decode("utf-8")
         return json.loads(text, object_pairs_hook=_object, parse_int=_integer)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not JSON (byte {error.start} is not UTF-8); {remedy}") from None
+        problem = f"not JSON (byte {error.start} is not UTF-8)"
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if "\n" in text.rstrip() else ""
-        raise ValueError(f"{where}: not JSON ({error.msg}, {line}column {error.colno}); {remedy}") from None
+        problem = f"not JSON ({error.msg}, {line}column {error.colno})"
     except RecursionError:
-        raise ValueError(f"{where}: JSON that is nested too deeply to be read; {remedy}") from None
+        problem = "JSON that is nested too deeply to be read"
     except ValueError as error:  # of `_object` or `_integer`
-        raise ValueError(f"{where}: JSON that can't be read ({error}); {remedy}") from None
+        problem = f"JSON that can't be read ({error})"
+    raise ValueError(f"{where}: {problem}; {remedy}")
 
 
 def _integer(digits: str) -> int:
@@ -167,22 +167,7 @@ def check_bounds(config: Any) -> None:
             raise ValueError(f"{option.name}: expected {beyond}, got {shown(value)}")
 
 
-class _ShortRepr(reprlib.Repr):
-    """Shortens a value's repr. The entries of a table keep their order, which `reprlib` alone would change."""
-
-    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
-        if not x:
-            return "{}"
-        if level <= 0:
-            return "{...}"
-        shown_items = islice(x.items(), self.maxdict)
-        entries = [f"{self.repr1(key, level - 1)}: {self.repr1(value, level - 1)}" for key, value in shown_items]
-        if len(x) > self.maxdict:
-            entries.append("...")
-        return "{" + ", ".join(entries) + "}"
-
-
-_SHORT_REPR = _ShortRepr()
+_SHORT_REPR = reprlib.Repr()
 _SHORT_REPR.maxlevel = 3
 _SHORT_REPR.maxstring = 80
 _SHORT_REPR.maxother = 80

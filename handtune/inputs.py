@@ -2,13 +2,15 @@
 
 `read_splits` reads rows to train and to evaluate on; `corpora` does the same for plain text, which is tokenized once.
 `train` and `ppo` compare what `inputs_of` returns, fingerprints by the field of the configuration that names the files,
-before they continue a run. `located` finds the same files again for a run that was moved, alone or together with them.
+before they continue a run. `relocate_inputs` finds the same files again for a run that was moved, alone or together
+with them.
 """
 
 import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,10 @@ from .engine.peft.format import CONFIG, WEIGHTS
 from .engine.rlhf.reward_model import SCALE
 from .models.checkpoint.hub import checkpoint_files, checkpoint_folder
 
-# The fields that name a run's base and its rows.
+# The fields that name a run's base, its rows, and what ppo has in their place.
 BASE = ("model.path", "model.tokenizer")
 DATA = ("data.train", "data.eval")
+PROMPTS = ("prompts", "reward")
 
 
 def as_list(value: str | list[str]) -> list[str]:
@@ -36,14 +39,9 @@ def as_list(value: str | list[str]) -> list[str]:
 
 def inputs_of(config: RunConfig | PPORunConfig) -> Inputs:
     """The fingerprints of a configuration's inputs, by field. Raises as `load` does where the base is missing."""
-    fields: dict[str, Any] = {"model.path": config.model.path, "model.tokenizer": config.model.tokenizer}
-    if isinstance(config, PPORunConfig):
-        fields |= {"prompts": config.prompts, "reward": config.reward}
-    else:
-        fields |= {"data.train": config.data.train, "data.eval": config.data.eval}
-
     inputs = {}
-    for field, value in fields.items():
+    for field in (*BASE, *(PROMPTS if isinstance(config, PPORunConfig) else DATA)):
+        value = attrgetter(field)(config)
         if isinstance(value, str | list):  # neither None nor the share of the rows to hold out
             inputs[field] = [_fingerprint(field, path) for path in as_list(value)]
     return inputs
@@ -116,7 +114,7 @@ def _file_of(module: str) -> Path | None:
     return Path(spec.origin)
 
 
-def located(run: Path, facts: dict[str, Any], table: dict[str, Any], fields: Sequence[str]) -> None:
+def relocate_inputs(run: Path, facts: dict[str, Any], table: dict[str, Any], fields: Sequence[str]) -> None:
     """Replace the paths in these fields of a run's configuration `table` by paths to the same contents from here.
 
     Three paths are tried: where the input lay when the run was made, where it lies if it was moved together with the
@@ -176,26 +174,22 @@ def is_corpus(path: Path) -> bool:
 
 def corpora(data: DataConfig, tokenizer: Any, cache: Path, length: int, eos: int | None) -> tuple[TokenCorpus, Any]:
     """Token windows to train on and to hold out. A held-out share is the end of the corpus."""
-    corpus = token_corpus([Path(file) for file in as_list(data.train)], tokenizer, cache, length, eos)
-    held_out: Any = []
+    splits = {"train": token_corpus([Path(file) for file in as_list(data.train)], tokenizer, cache, length, eos)}
     if isinstance(data.eval, str):
-        held_out = token_corpus([Path(data.eval)], tokenizer, cache, length, eos)
+        splits["eval"] = token_corpus([Path(data.eval)], tokenizer, cache, length, eos)
     elif data.eval is not None:
         if not 0 < data.eval < 1:
             raise ValueError(f"the share held out must lie between 0 and 1, not {data.eval}; 0.1 holds out a tenth")
-        cut = int(len(corpus.tokens) * (1 - data.eval))
-        held_out = TokenCorpus(corpus.tokens[cut:], length)
-        corpus = TokenCorpus(corpus.tokens[:cut], length)
+        tokens = splits["train"].tokens
+        cut = int(len(tokens) * (1 - data.eval))
+        splits = {"train": TokenCorpus(tokens[:cut], length), "eval": TokenCorpus(tokens[cut:], length)}
 
     # A single token is no window: nothing follows that could be predicted.
-    splits = {"train": corpus}
-    if data.eval is not None:
-        splits["eval"] = held_out
     for split, windows in splits.items():
         if len(windows) == 0:
             raise ValueError(f"data.{split}: no target left to train on: fewer than two tokens")
         print(f"{split}: {len(windows.tokens):,} tokens in {len(windows):,} windows of {length}", file=sys.stderr)
-    return corpus, held_out
+    return splits["train"], splits.get("eval", [])
 
 
 def read_splits(data: DataConfig, seed: int) -> tuple[list[Any], list[Any]]:

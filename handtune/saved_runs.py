@@ -19,7 +19,7 @@ from .engine.adapters.switch import adapter_names
 from .engine.peft.format import CONFIG, TASK_TYPES, WEIGHTS
 from .engine.peft.weights import PREFIX
 from .engine.training.run_folder import read_facts
-from .inputs import located
+from .inputs import relocate_inputs
 from .models import ResNet, add_tokens, load
 from .models.checkpoint.safetensors_io import read_header
 from .models.layers.image_processor import ImageProcessor
@@ -56,7 +56,7 @@ def config_of(run: Path, locate: Sequence[str] = ()) -> RunConfig:
             table["model"]["labels"] = facts["labels"]
         if "chat" in facts and table["method"] == "sft":  # as the run was trained, whatever rows it is evaluated on
             table["data"]["chat"] = "on" if facts["chat"] else "off"
-        located(run, facts, table, locate)
+        relocate_inputs(run, facts, table, locate)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: config is damaged ({error}); restore the file") from error
     config: RunConfig = from_table(RunConfig, _as_toml(table), path)

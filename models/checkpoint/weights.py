@@ -34,7 +34,7 @@ log = logging.getLogger("handtune")
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of a model by name: what a key map may name."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def blocks(tensor: Tensor, source: CheckpointKey) -> tuple[Tensor, ...]:
@@ -129,19 +129,13 @@ def match_keys(model: "Model", shards: Shards, new_head: bool) -> Placement:
                 absent.append(name)
 
     unused = {short: name for short, name in short_names.items() if short not in used}
-    left_over, copies, other_heads = _sort_unused(model, unused, new_head)
+    left_over, tied_keys, other_heads = _sort_unused(model, shards, unused, new_head)
     _check_match(
         shards.folder,
         {"missing": missing, "left over": left_over, "of another shape": misshaped, "under two spellings": twice},
     )
     if other_heads:
         log.warning("left out, of other tasks than %s: %s", model.task, ", ".join(other_heads))
-
-    tied_keys = []
-    for short in copies:
-        key, original = model.tied_keys[short]
-        name = unused[short]
-        tied_keys.append((key, shards.tensors[name], f"{name} is not {original}"))
     return Placement(stored, new, tied_keys)
 
 
@@ -164,24 +158,27 @@ def _by_short_name(model: "Model", shards: Shards, table: dict[str, CheckpointKe
     return short_names, twice
 
 
-def _sort_unused(model: "Model", unused: dict[str, str], new_head: bool) -> tuple[list[str], list[str], list[str]]:
-    """Of the tensors that no key matches: names left over, short names of copies, and the heads of other tasks.
+def _sort_unused(
+    model: "Model", shards: Shards, unused: dict[str, str], new_head: bool
+) -> tuple[list[str], list[tuple[str, TensorOnDisk, str]], list[str]]:
+    """Of the tensors that no key matches: names left over, copies (as `Placement` has them), heads of other tasks.
 
     Where the whole head is `new_head`, it replaces all that belongs to the stored one; but not a language model's.
     """
     head_is_replaced = new_head and not model.task.endswith("-lm")
-    left_over, copies, other_heads = [], [], set()
+    left_over, tied_keys, other_heads = [], [], set()
     for short, name in unused.items():
         pattern = next((pattern for pattern in model.head_keys if fnmatchcase(short, pattern)), None)
         if pattern is not None and model.task not in model.head_keys[pattern]:
             other_heads.add(pattern.removesuffix(".*"))
         elif short in model.tied_keys:
-            copies.append(short)
+            key, original = model.tied_keys[short]
+            tied_keys.append((key, shards.tensors[name], f"{name} is not {original}"))
         elif pattern is not None and head_is_replaced:
             continue
         elif not any(fnmatchcase(short, ignored) for ignored in model.ignored_keys):
             left_over.append(name)
-    return left_over, copies, sorted(other_heads)
+    return left_over, tied_keys, sorted(other_heads)
 
 
 def _canonical(name: str, prefix: str | tuple[str, ...]) -> str:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..._files import json_if_there, read_bytes, read_text, require_file, write_file, write_json
-from ..._outside import others_code
+from ..._outside import located, others_code
 from ..._shapes import shown, with_fields
 from .build import build_tokenizer
 from .token_names import SETTINGS, TokenizerSettings, read_settings
@@ -205,19 +205,15 @@ def _ids(config: dict[str, Any], field_name: str, path: Path) -> list[int]:
 
 def _templates(folder: Path, stored: Any) -> dict[str, str]:
     """Chat templates by name; `stored` is what tokenizer_config.json has: one, or a list of several."""
-    settings = folder / SETTINGS
-    with_fields({"chat_template": stored}, settings, chat_template=str | list | None)
     templates = {}
     if isinstance(stored, str):
-        templates["default"] = stored
-    elif stored is not None:
-        for entry in stored:
-            with_fields(entry, f"{settings}: chat_template", name=str, template=str)
+        stored = [{"name": "default", "template": stored}]
+    with located(folder / SETTINGS):
+        for entry in stored or []:
+            with_fields(entry, "chat_template", name=str, template=str)
+            if Path(entry["name"]).name != entry["name"]:  # it is saved as a file of this name
+                raise ValueError(f"chat_template {shown(entry['name'])} can't be a file's name")
             templates[entry["name"]] = entry["template"]
-
-    # They are saved as files of these names.
-    if unfit := [name for name in templates if Path(name).name != name]:
-        raise ValueError(f"{settings}: chat_template {shown(unfit[0])} can't be a file's name")
 
     # Templates in files of their own go before those in the settings.
     for path in folder.glob("chat_template.jinja"):

@@ -58,6 +58,7 @@ def read_settings(folder: Path, config: dict[str, Any]) -> TokenizerSettings:
         folder / SETTINGS,
         added_tokens_decoder=dict | None,
         additional_special_tokens=list | None,
+        chat_template=str | list | None,
         extra_special_tokens=list | dict | None,
     )
 
