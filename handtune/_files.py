@@ -10,7 +10,6 @@ files contain. Nothing is read that isn't a plain file: a pipe or a device might
 """
 
 import errno
-import glob
 import json
 import os
 import re
@@ -82,18 +81,12 @@ def replacing(path: str | Path, size: int | None = None) -> Iterator[IO[bytes]]:
         flush_folder(path.parent)
 
 
-def write_file(path: str | Path, contents: bytes | str | Iterable[bytes]) -> None:
-    """Write a whole file: bytes, text as UTF-8, or chunks of bytes that are made one by one."""
+def write_file(path: str | Path, contents: bytes | str) -> None:
+    """Write a whole file: bytes, or text as UTF-8."""
     if isinstance(contents, str):
         contents = contents.encode("utf-8")
-
-    size = None  # that of chunks is unknown before the last one is made
-    if isinstance(contents, bytes):
-        size = len(contents)
-        contents = [contents]
-    with replacing(path, size) as file:
-        for chunk in contents:
-            file.write(chunk)
+    with replacing(path, len(contents)) as file:
+        file.write(contents)
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -185,11 +178,7 @@ def remove_left_overs(folder: Path, name: str | None = None) -> None:
 
 def left_overs(folder: Path, name: str | None) -> list[Path]:
     """The temporary files and folders of `name`, or of any name, in which no process is writing any more."""
-    if name is None:
-        candidates = folder.rglob(".*.tmp")
-    else:
-        candidates = folder.glob(f".{glob.escape(name)}.*.tmp")
-
+    candidates = folder.rglob(".*.tmp") if name is None else folder.glob(".*.tmp")
     paths = []
     for path in candidates:
         match = _TEMPORARY.fullmatch(path.name)

@@ -34,12 +34,12 @@ _LIST = "files.json"
 
 def stored_files(folder: str | Path) -> list[Path]:
     """The files in a folder and in those inside it, without locks and unfinished files."""
-    names = []
-    for path in Path(folder).rglob("*"):
+    paths = []
+    for path in sorted(Path(folder).rglob("*")):
         name = path.relative_to(folder)
-        if path.is_file() and name.name != LOCK and not any(is_temporary(Path(part)) for part in name.parts):
-            names.append(name)
-    return [Path(folder) / name for name in sorted(names)]
+        if path.is_file() and name.name != LOCK and not any(map(is_temporary, (name, *name.parents))):
+            paths.append(path)
+    return paths
 
 
 @contextmanager
@@ -85,8 +85,8 @@ def _move_up(hidden: Path, folder: Path, last: str) -> None:
     """Move the files of a `filling` into its folder; where that fails, the files that they replaced are put back."""
     new = hidden / _NEW
     old = hidden / _OLD
-    names = sorted((path.relative_to(new) for path in hidden.rglob("*") if path.is_file()), key=str)
-    names.sort(key=lambda name: name == Path(last))
+    names = [path.relative_to(new) for path in new.rglob("*") if path.is_file()]
+    names.sort(key=lambda name: (name == Path(last), str(name)))
 
     # This list takes over from those that earlier, killed writers left: one of them names each file of no use.
     earlier = left_overs(folder, _NEW)

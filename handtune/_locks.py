@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ._files import DiskError, resolved
@@ -64,28 +64,23 @@ def _acquire(path: str | Path, lock: Path) -> int:
                 raise
             continue  # the holder before has just removed the folder
 
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = _holder(descriptor)
-            os.close(descriptor)
-            raise ValueError(f"{path}: {holder} works there; wait for its end, or end it") from None
-        except OSError as error:
-            # A file system without locks: the work goes on without one.
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                os.close(descriptor)
-                raise
-
-        # The holder before may have removed the file after it was opened here: then its lock keeps nobody out.
-        if _has_name(descriptor, lock):
+        with ExitStack() as unless_held:
+            unless_held.callback(os.close, descriptor)
             try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"{path}: {_holder(descriptor)} works there; wait for its end, or end it") from None
+            except OSError as error:
+                # A file system without locks: the work goes on without one.
+                if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                    raise
+
+            # The holder before may have removed the file after it was opened here: then its lock keeps nobody out.
+            if _has_name(descriptor, lock):
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-            except BaseException:
-                os.close(descriptor)
-                raise
-            return descriptor
-        os.close(descriptor)
+                unless_held.pop_all()
+                return descriptor
 
 
 def _has_name(descriptor: int, lock: Path) -> bool:

@@ -8,8 +8,10 @@ import math
 import re
 import reprlib
 import tomllib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import field, fields
+from itertools import islice
 from types import NoneType
 from typing import Any, get_args
 
@@ -59,8 +61,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. ValueError where it has a field twice: one of the two would be dropped without a word."""
     entries = dict(pairs)
     if len(entries) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
+        repeated, _ = Counter(name for name, _ in pairs).most_common(1)[0]
         raise ValueError(f"the field {repeated[:60]!r} stands twice in one object")
     return entries
 
@@ -167,7 +168,20 @@ def check_bounds(config: Any) -> None:
             raise ValueError(f"{option.name}: expected {beyond}, got {shown(value)}")
 
 
-_SHORT_REPR = reprlib.Repr()
+class _ShortRepr(reprlib.Repr):
+    """Shortens a value's repr. The entries of a table keep their order, which `reprlib` alone would change."""
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        if level <= 0:
+            return "{...}"
+        shown_items = islice(x.items(), self.maxdict)
+        entries = [f"{self.repr1(key, level - 1)}: {self.repr1(value, level - 1)}" for key, value in shown_items]
+        if len(x) > self.maxdict:
+            entries.append("...")
+        return "{" + ", ".join(entries) + "}"
+
+
+_SHORT_REPR = _ShortRepr()
 _SHORT_REPR.maxlevel = 3
 _SHORT_REPR.maxstring = 80
 _SHORT_REPR.maxother = 80

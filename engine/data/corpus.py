@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..._files import read_json, require_file, write_file, write_json
+from ..._files import read_json, replacing, require_file, write_json
 from ..._locks import alone
 from .fingerprints import digest
 from .readers import decoded, json_lines
@@ -157,7 +157,10 @@ def _is_complete(path: Path, facts: dict[str, Any], dtype: "np.dtype[Any]") -> b
 
 def _make(path: Path, recipe: _Recipe, facts: dict[str, Any]) -> None:
     """Write the tokens, and what they were made from. ValueError where they are fewer than two."""
-    write_file(path, (ids.tobytes() for ids in _tokens(recipe)))
+    with replacing(path) as file:
+        for ids in _tokens(recipe):
+            file.write(ids.tobytes())
+
     stored = _with_tokens(path, facts, recipe.dtype)
     if stored["count"] < 2:
         # One token has no other to predict it from.

@@ -77,7 +77,7 @@ def load(
             projections[f"{name}.weight"] = module
     packed = Packing(projections, weight_dtype, target, Workspace())
 
-    with explained_memory(lambda: _too_large(f"loading {opened.model.source}", model, weight_dtype)):
+    with explained_memory(lambda: _too_large(model, weight_dtype)):
         allocate(model, weight_dtype, target, without=set(projections.values()))
         load_weights(model, opened.shards, new_head=rows is None, packed=packed, announce=not head_follows)
         if rows and rows != sorted(rows):
@@ -139,13 +139,13 @@ def open_checkpoint(
     return Checkpoint(model, tokenizer, shards, published, rows)
 
 
-def _too_large(doing: str, model: Model, dtype: torch.dtype) -> str:
+def _too_large(model: Model, dtype: torch.dtype) -> str:
     """The message where memory runs out."""
     size = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     name = str(dtype).removeprefix("torch.")
     return (
-        f"out of memory while {doing}: as {name} its weights take {size:,} bytes; give it more memory, load it in "
-        "bfloat16 or quantised, or take a smaller model"
+        f"out of memory while loading {model.source}: as {name} its weights take {size:,} bytes; give it more memory, "
+        "load it in bfloat16 or quantised, or take a smaller model"
     )
 
 
@@ -221,7 +221,7 @@ def _dtype(dtype: str | torch.dtype, published: dict[str, Any], shards: Shards, 
             raise ValueError(f'dtype {dtype!r}: expected "auto", {", ".join(names)}')
         return names[dtype]
 
-    stored = str(published.get("dtype") or published.get("torch_dtype") or "auto").removeprefix("torch.")
+    stored = (published.get("dtype") or published.get("torch_dtype") or "auto").removeprefix("torch.")
     if stored not in (*names, "auto"):
         raise ValueError(f"{shards.folder / 'config.json'}: dtype = {stored!r} is not implemented; pass dtype=")
     checkpoint_dtype = shards.dtype() if stored == "auto" else names[stored]

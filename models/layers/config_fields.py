@@ -30,13 +30,13 @@ def own_spelling(published: dict[str, Any], aliases: dict[str, str]) -> dict[str
     """
     resolved = dict(published)
     for alias, name in aliases.items():
-        if resolved.get(alias) is None:
+        value = resolved.get(alias)
+        if value is None:
             continue
-
         if resolved.get(name) is None:
-            resolved[name] = resolved[alias]
-        if resolved[name] != resolved[alias]:
-            raise ValueError(f"{name} = {resolved[name]!r}, but {alias} = {resolved[alias]!r}; remove the wrong one")
+            resolved[name] = value
+        if resolved[name] != value:
+            raise ValueError(f"{name} = {resolved[name]!r}, but {alias} = {value!r}; remove the wrong one")
     return resolved
 
 
@@ -73,15 +73,13 @@ def _check_field(name: str, value: Any, field: Field) -> None:
     # A bool is an int to Python, but no size.
     if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
         raise ValueError(f"{name} = {shown(value)}: expected {getattr(expected, '__name__', expected)}")
-    if isinstance(value, bool):
-        return
-
-    limit = MAX_LAYERS if field.name in DEPTHS else MAX_SIZE
-    if isinstance(value, int) and value < 1 and name != "start_id":  # which counts from zero
-        raise ValueError(f"{name} = {value!r}: expected a positive number")
-    if isinstance(value, int) and value > limit:
-        raise ValueError(f"{name} = {shown(value)}: expected at most {limit:,}")
-    if isinstance(value, float) and not 0 <= value < math.inf:
+    if type(value) is int:
+        limit = MAX_LAYERS if field.name in DEPTHS else MAX_SIZE
+        if value < 1 and name != "start_id":  # which counts from zero
+            raise ValueError(f"{name} = {value!r}: expected a positive number")
+        if value > limit:
+            raise ValueError(f"{name} = {shown(value)}: expected at most {limit:,}")
+    elif type(value) is float and not 0 <= value < math.inf:
         raise ValueError(f"{name} = {value!r}: expected a finite number, not below zero")
 
 
@@ -100,7 +98,7 @@ def overridden(presets: dict[str, dict], name: str, overrides: dict, config_clas
         raise ValueError(f"preset {name!r} is unknown; known: {', '.join(presets)}")
 
     by_name = {field.name: field for field in fields(config_class)}
-    if unknown := sorted(set(overrides) - set(by_name)):
+    if unknown := sorted(overrides.keys() - by_name.keys()):
         raise ValueError(f"{', '.join(unknown)}: no such configuration field; known: {', '.join(sorted(by_name))}")
     for key, value in overrides.items():
         field_type = by_name[key].type

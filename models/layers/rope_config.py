@@ -28,6 +28,7 @@ SCALING_KEYS = {
 }
 LARGEST = 10**15  # beyond, a number is damaged; infinity and NaN are
 ORIGINAL = "original_max_position_embeddings"
+LISTS = ("short_factor", "long_factor")
 NUMBER = (int, float)
 POSITIVE = (NUMBER, math.ulp(0.0), "a positive number")
 # What a field may hold, if not POSITIVE: values of these types from the least that makes sense; as an error says it.
@@ -49,7 +50,7 @@ def read_rope(published: dict[str, Any], head_width: int) -> Rope:
     table = _merged_table(published)
     older_spelling = table.pop("type", "default")
     rope_type = table.pop("rope_type", older_spelling)
-    theta = _checked("rope_theta", table.pop("rope_theta", Rope.theta))
+    theta = _checked("rope_theta", table.pop("rope_theta", Rope.theta), head_width // 2)
     require_values(table, {"partial_rotary_factor": (1.0,)}, remedy="; known: 1.0")
     table.pop("partial_rotary_factor", None)
 
@@ -92,12 +93,7 @@ def _read_scaling(rope_type: str, table: dict[str, Any], published: dict[str, An
         table = {**table, ORIGINAL: limit}
     elif rope_type != "linear":  # a field outside of the table goes first
         table = {**table, ORIGINAL: published.get(ORIGINAL) or table.get(ORIGINAL, limit)}
-    values: dict[str, Any] = {}
-    for key, value in table.items():
-        if key in ("short_factor", "long_factor"):
-            values[SCALING_KEYS[key]] = _checked_list(key, value, head_width // 2)
-        else:
-            values[SCALING_KEYS[key]] = _checked(key, value)
+    values = {SCALING_KEYS[key]: _checked(key, value, head_width // 2) for key, value in table.items()}
 
     if rope_type == "dynamic" and head_width == 2:
         raise ValueError(
@@ -114,24 +110,16 @@ def _read_scaling(rope_type: str, table: dict[str, Any], published: dict[str, An
     return scaling_class(**values)
 
 
-def _checked(key: str, value: Any) -> Any:
-    """The value of a field. ValueError where it makes no sense."""
+def _checked(key: str, value: Any, n_pairs: int) -> Any:
+    """The value of a field, which may have a number for each pair. ValueError where it makes no sense."""
     types, least, expected = VALUES.get(key, POSITIVE)
-    if not _is_within(value, types, least):
+    numbers = [value]
+    if key in LISTS:
+        expected = f"{n_pairs} positive numbers"
+        numbers = value if isinstance(value, list) and len(value) == n_pairs else [None]
+    if not all(type(number) in types and least <= number <= LARGEST for number in numbers):
         raise ValueError(f"{key} = {value!r}; expected {expected}")
-    return value
-
-
-def _checked_list(key: str, values: Any, n_pairs: int) -> tuple[float, ...]:
-    """The value of a field that has a positive number for each pair. ValueError where it makes no sense."""
-    types, least, _ = POSITIVE
-    if not isinstance(values, list) or [_is_within(value, types, least) for value in values] != [True] * n_pairs:
-        raise ValueError(f"{key} = {values!r}; expected {n_pairs} positive numbers")
-    return tuple(values)
-
-
-def _is_within(value: Any, types: tuple[type, ...], least: float) -> bool:
-    return type(value) in types and least <= value <= LARGEST
+    return tuple(value) if key in LISTS else value
 
 
 def write_rope(rope: Rope) -> dict[str, Any]:

@@ -101,10 +101,10 @@ class Yarn:
         if self.attention is not None:
             return self.attention
 
-        mscale, mscale_all = 1.0, 0.0
+        log_factor = math.log(self.factor)
         if self.mscale and self.mscale_all:
-            mscale, mscale_all = self.mscale, self.mscale_all
-        return (0.1 * mscale * math.log(self.factor) + 1) / (0.1 * mscale_all * math.log(self.factor) + 1)
+            return (0.1 * self.mscale * log_factor + 1) / (0.1 * self.mscale_all * log_factor + 1)
+        return 0.1 * log_factor + 1
 
 
 @dataclass(frozen=True)

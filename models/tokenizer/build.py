@@ -171,6 +171,6 @@ def _added_token(entry: Any, special: bool) -> "AddedToken":
     from tokenizers import AddedToken
 
     if not isinstance(entry, dict):
-        return AddedToken(token_text(entry), special=special, normalized=not special)
+        entry = {"content": entry, "normalized": not special}
     flags = {key: bool(entry[key]) for key in ("single_word", "lstrip", "rstrip", "normalized") if key in entry}
     return AddedToken(token_text(entry), special=special or bool(entry.get("special")), **flags)
