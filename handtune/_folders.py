@@ -96,21 +96,23 @@ def _move_up(hidden: Path, folder: Path, last: str) -> None:
         remove_whole(left_over)
 
     with ExitStack() as undo:
+
+        def move(source: Path, target: Path) -> None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(source, target)
+            undo.callback(os.replace, target, source)
+
         # Old files leave in reverse order, `last` first: without it, nobody takes the folder for a complete one.
         for name in [*reversed(names), *(Path(name) for name in half_moved if Path(name) not in names)]:
             if (folder / name).is_file() or (folder / name).is_symlink():
-                (old / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(folder / name, old / name)
-                undo.callback(os.replace, old / name, folder / name)
+                move(folder / name, old / name)
         flush_folder(folder)
 
         # New files arrive, `last` at the end, once the disk has the names of all others.
         for name in names:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             if name == Path(last):
                 flush_folder(folder)
-            os.replace(new / name, folder / name)
-            undo.callback((folder / name).unlink, missing_ok=True)
+            move(new / name, folder / name)
         for inner in {(folder / name).parent for name in names}:
             flush_folder(inner)
         undo.pop_all()

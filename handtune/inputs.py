@@ -86,13 +86,18 @@ def _of_reward(spec: str) -> dict[str, Any]:
 
 def reward_adapter(path: Path) -> Path | None:
     """The folder of a reward model's adapter, in a run or by itself; None where the model is a whole checkpoint."""
-    adapter = path / "adapter" if (path / "adapter").is_dir() else path
+    adapter = _inside(path, "adapter")
     return adapter if (adapter / CONFIG).is_file() else None
 
 
 def reward_checkpoint(path: Path) -> Path:
     """The folder of a reward model's checkpoint, in a run or by itself."""
-    return path / "model" if (path / "model").is_dir() else path
+    return _inside(path, "model")
+
+
+def _inside(run: Path, name: str) -> Path:
+    """What a run has stored under a name, or the path itself, if that is no run's."""
+    return run / name if (run / name).is_dir() else run
 
 
 def _file_of(module: str) -> Path | None:
@@ -120,15 +125,15 @@ def relocate_inputs(run: Path, facts: dict[str, Any], table: dict[str, Any], fie
     Three paths are tried: where the input lay when the run was made, where it lies if it was moved together with the
     run, and what the configuration says. Raises ValueError where none of these has the same contents.
     """
+    inputs = facts.get("inputs", {})
     for field in fields:
-        if field not in facts.get("inputs", {}):
+        if field not in inputs:
             continue
         # A field may name several files, each of which has a fingerprint.
         section, _, name = field.partition(".")
         value = table[section][name]
-        paths = []
-        for before, configured in zip(facts["inputs"][field], as_list(value), strict=True):
-            paths.append(_locate(run, facts, field, before, configured))
+        files = zip(inputs[field], as_list(value), strict=True)
+        paths = [_locate(run, facts, field, before, configured) for before, configured in files]
         table[section][name] = paths[0] if isinstance(value, str) else paths
 
 

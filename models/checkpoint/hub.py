@@ -1,6 +1,7 @@
 """Where a checkpoint lies: a folder, or a repository of the hub, of which only what is read here is downloaded."""
 
 import re
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -46,13 +47,12 @@ def checkpoint_folder(path: str | Path, weights: bool = True) -> Path:
 
     from huggingface_hub import snapshot_download
 
-    def explain(error: Exception) -> FileNotFoundError:
-        return FileNotFoundError(f"{path}: no such folder, and the hub did not give it ({_reason(error)})")
-
+    missing = f"{path}: no such folder, and the hub did not give it"
     ignored = list(NOT_DOWNLOADED)
     if not weights:
         ignored.append("*.safetensors")
-    with others_code(explain):  # what it raises depends on the HTTP client, and that on the library's version
+    # What it raises depends on the HTTP client, and that on the library's version.
+    with others_code(lambda error: FileNotFoundError(f"{missing} ({_reason(error)})")):
         folder = Path(snapshot_download(str(path), allow_patterns=list(DOWNLOADED), ignore_patterns=ignored))
 
     # A repository of pickles only looks like one without weights, as they aren't downloaded.
@@ -78,11 +78,10 @@ def _pickles(repository: str) -> list[str]:
     """The pickle files in a repository, which are not downloaded; none where it can't be asked."""
     from huggingface_hub import list_repo_files
 
-    try:
-        with others_code(lambda error: FileNotFoundError(str(error))):
-            names = list_repo_files(repository)
-    except FileNotFoundError:  # offline, say: then the weights are missing, which is said where they are read
-        return []
+    names: list[str] = []
+    # Offline, say, the weights are missing, which is said where they are read.
+    with suppress(FileNotFoundError), others_code(lambda error: FileNotFoundError(str(error))):
+        names = list_repo_files(repository)
     return sorted(name for name in names if "/" not in name and any(fnmatchcase(name, pattern) for pattern in PICKLES))
 
 

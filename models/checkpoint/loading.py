@@ -10,7 +10,6 @@ import torch
 from ..._outside import explained_memory, located
 from ..._weightless import allocate, without_weights
 from ...kernels import Linear
-from ...kernels.quant.nf4 import Workspace
 from ..families import Family, Model, family_of_preset
 from ..layers.heads import BY_TEXT
 from ..layers.image_processor import ImageProcessor
@@ -30,7 +29,7 @@ from .tasks import (
     stored_tasks,
     task_of,
 )
-from .weights import Packing, load_weights
+from .weights import load_weights
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -75,11 +74,10 @@ def load(
         module = model.get_submodule(name)
         if isinstance(module, Linear):
             projections[f"{name}.weight"] = module
-    packed = Packing(projections, weight_dtype, target, Workspace())
 
     with explained_memory(lambda: _too_large(model, weight_dtype)):
         allocate(model, weight_dtype, target, without=set(projections.values()))
-        load_weights(model, opened.shards, new_head=rows is None, packed=packed, announce=not head_follows)
+        load_weights(model, opened.shards, rows is None, projections, weight_dtype, target, announce=not head_follows)
         if rows and rows != sorted(rows):
             reorder_head(model.head, rows)
     model.eval()

@@ -83,8 +83,7 @@ class LazyTensor:
 def read_header(path: Path) -> dict[str, TensorOnDisk]:
     """The tensors of a file by name. ValueError where the file is damaged, or has a dtype that is unknown here."""
     with require_file(path, "safetensors file").open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(0)
+        size = path.stat().st_size
         length = int.from_bytes(file.read(8), "little")
         # Checked before that many bytes are read: in a file of another format the length may be anything.
         if size < 8 or length > min(size - 8, MAX_HEADER):

@@ -44,8 +44,8 @@ def weight_files(folder: Path) -> list[Path]:
                 )
         return [folder / name for name in names]
 
-    if pickles := [path.name for pattern in PICKLES for path in sorted(folder.glob(pattern))]:
-        raise pickle_refused(folder / pickles[0])
+    if pickles := [path for pattern in PICKLES for path in sorted(folder.glob(pattern))]:
+        raise pickle_refused(pickles[0])
     raise FileNotFoundError(f"{folder}: no {SINGLE} or {INDEX} there; the weights are missing")
 
 

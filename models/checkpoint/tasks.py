@@ -140,6 +140,6 @@ def task_config(model: "Model", model_type: str) -> dict[str, Any]:
     if model.head_layers > 1:
         fields["head_layers"] = model.head_layers
     if model.labels:
-        fields["id2label"] = {str(i): name for i, name in enumerate(model.labels)}
+        fields["id2label"] = dict(enumerate(model.labels))
         fields["label2id"] = {name: i for i, name in enumerate(model.labels)}
     return fields

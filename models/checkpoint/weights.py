@@ -11,6 +11,7 @@ tied output matrix above all: a copy that differs is an error, because nobody kn
 
 import logging
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -54,32 +55,33 @@ class Placement:
     tied_keys: list[tuple[str, TensorOnDisk, str]]
 
 
-@dataclass(frozen=True)
-class Packing:
-    """Projections to be quantised as they are read, by the names of their weights."""
-
-    modules: dict[str, Linear]
-    dtype: torch.dtype  # in which they are read
-    device: torch.device
-    workspace: Workspace
-
-
 @torch.no_grad()
-def load_weights(model: "Model", shards: Shards, new_head: bool, packed: Packing, announce: bool = True) -> None:
+def load_weights(
+    model: "Model",
+    shards: Shards,
+    new_head: bool,
+    projections: Mapping[str, Linear],
+    dtype: torch.dtype,
+    device: torch.device,
+    announce: bool = True,
+) -> None:
     """Copy every tensor of the key map from the shards into its rows; make the head where it is missing, or `new_head`.
 
-    A head that is made is announced as one to be trained, unless the caller has another to put in its place.
+    The `projections`, by the names of their weights, have no memory yet: each is read as `dtype` on the device, and
+    quantised at once. A head that is made is announced as one to be trained, unless the caller has another to put in
+    its place.
 
     Raises ValueError as `match_keys` does, before anything is read, and for a copy that differs.
     """
     placement = match_keys(model, shards, new_head)
     tensors = own_tensors(model)
+    workspace = Workspace()
     if placement.new:
         model.initialize_head()
     for key, source in model.key_map().items():
-        projection = packed.modules.get(key)
+        projection = projections.get(key)
         if projection is not None:
-            empty = torch.empty(tensors[key].shape, dtype=packed.dtype, device=packed.device)
+            empty = torch.empty(tensors[key].shape, dtype=dtype, device=device)
             tensors[key] = projection.weight = nn.Parameter(empty, requires_grad=False)
         for name, rows in zip(source.names, blocks(tensors[key], source), strict=True):
             if name in placement.stored:
@@ -91,7 +93,7 @@ def load_weights(model: "Model", shards: Shards, new_head: bool, packed: Packing
         if projection is not None:
             del tensors[key]
             with located(key):
-                projection.quantize_(packed.workspace)
+                projection.quantize_(workspace)
 
     for key, copy, problem in placement.tied_keys:
         if copy.shape != tensors[key].shape or not holds(copy, tensors[key]):

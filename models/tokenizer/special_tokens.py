@@ -83,7 +83,7 @@ class SpecialTokens:
         # The tokenizer's token goes first, and then what the model's files list.
         ids: dict[str, list[int]] = {}
         for field_name in ID_FIELDS:
-            listed = [*_ids(config, field_name, folder / CONFIG), *_ids(generation, field_name, folder / GENERATION)]
+            listed = _ids(config, field_name, folder / CONFIG) + _ids(generation, field_name, folder / GENERATION)
             name = field_name.removesuffix("_id")
             text = names.get(name)
             token_id = None
