@@ -9,7 +9,7 @@ import re
 import reprlib
 import tomllib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import field, fields
 from itertools import islice
 from types import NoneType
@@ -109,12 +109,16 @@ def with_fields(value: Any, where: object, /, **field_types: Any) -> dict[str, A
     for name, field_type in field_types.items():
         types = get_args(field_type) or (field_type,)  # the members of a union
         entry = value.get(name)
-        # By exact type, because True is an int for isinstance; but 1 is a fine float.
-        if type(entry) not in types and not (float in types and type(entry) is int):
+        if not is_of(entry, types):
             expected = " or ".join(TYPE_NAMES[each] for each in types if each is not NoneType)
             got = f"got {shown(entry)}" if name in value else "and it is missing"
             raise ValueError(f"{where}: {name}: expected {expected}, {got}; restore the file")
     return value
+
+
+def is_of(value: Any, types: Container[type]) -> bool:
+    """Whether a value is exactly of one of these types: True is an int for isinstance. But 1 is a fine float."""
+    return type(value) in types or (type(value) is int and float in types)
 
 
 def above_zero(default: float | None, most: float) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ._files import read_text
 from ._outside import located
-from ._shapes import NotTOML, above_zero, check_bounds, one_of, parse_toml, shown
+from ._shapes import NotTOML, above_zero, check_bounds, is_of, one_of, parse_toml, shown
 from .engine.adapters.config import LARGEST, LoRAConfig
 from .engine.rlhf.config import PPOConfig
 from .engine.tasks.encoding import TRUNCATE
@@ -267,11 +267,7 @@ def _fits(expected: Any, value: Any) -> bool:
     if container is dict:
         return isinstance(value, dict) and all(_fits(item_types[1], item) for item in value.values())
 
-    if expected is Any:
-        return True
-    if expected is float:
-        return type(value) in (float, int)
-    return type(value) is expected
+    return expected is Any or is_of(value, (expected,))
 
 
 def _type_name(expected: Any) -> str:

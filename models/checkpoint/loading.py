@@ -66,7 +66,7 @@ def load(
     model = opened.model
     target = _device(device)
     rows = opened.head_rows
-    weight_dtype = _dtype(dtype, opened.published, opened.shards, target)
+    weight_dtype = _dtype(dtype, opened, target)
 
     # Projections to be quantised get no memory with the rest of the model, but each when its turn comes.
     projections = {}
@@ -207,7 +207,7 @@ def _device(device: str | torch.device) -> torch.device:
     return target
 
 
-def _dtype(dtype: str | torch.dtype, published: dict[str, Any], shards: Shards, device: torch.device) -> torch.dtype:
+def _dtype(dtype: str | torch.dtype, opened: Checkpoint, device: torch.device) -> torch.dtype:
     """The dtype asked for, or that of the checkpoint; ValueError for one that no model computes in."""
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if isinstance(dtype, torch.dtype):
@@ -219,10 +219,11 @@ def _dtype(dtype: str | torch.dtype, published: dict[str, Any], shards: Shards, 
             raise ValueError(f'dtype {dtype!r}: expected "auto", {", ".join(names)}')
         return names[dtype]
 
+    published = opened.published
     stored = (published.get("dtype") or published.get("torch_dtype") or "auto").removeprefix("torch.")
     if stored not in (*names, "auto"):
-        raise ValueError(f"{shards.folder / 'config.json'}: dtype = {stored!r} is not implemented; pass dtype=")
-    checkpoint_dtype = shards.dtype() if stored == "auto" else names[stored]
+        raise ValueError(f"{opened.shards.folder / 'config.json'}: dtype = {stored!r} is not implemented; pass dtype=")
+    checkpoint_dtype = opened.shards.dtype() if stored == "auto" else names[stored]
     if checkpoint_dtype == torch.float16 and device.type == "cpu":
         return torch.float32
     return checkpoint_dtype

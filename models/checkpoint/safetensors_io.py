@@ -75,8 +75,7 @@ class LazyTensor:
 
     def blocks(self) -> Iterator[memoryview]:
         """The bytes of the tensor, which is made now, piece by piece."""
-        tensor = torch.atleast_1d(self.make().detach())
-        for rows in tensor.split(_rows_at_once(tensor, tensor.element_size())):
+        for rows in _pieces(self.make().detach(), self.dtype.itemsize):
             yield memory_of(rows.cpu().contiguous())
 
 
@@ -176,20 +175,20 @@ def holds(stored: TensorOnDisk, target: Tensor) -> bool:
 
 def _rows_with_stored(stored: TensorOnDisk, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Consecutive rows of `target`, each time with what is stored for them, which is valid until the next."""
-    target = torch.atleast_1d(target)
-    n_rows = _rows_at_once(target, stored.dtype.itemsize)
-    buffer = torch.empty((min(n_rows, len(target)), *target.shape[1:]), dtype=stored.dtype)
+    pieces = _pieces(target, stored.dtype.itemsize)
+    buffer = torch.empty(pieces[0].shape, dtype=stored.dtype)
     with stored.open() as file:
-        for rows in target.split(n_rows):
+        for rows in pieces:
             block = buffer[: len(rows)]
             _read(file, stored, block)
             yield rows, block
 
 
-def _rows_at_once(tensor: Tensor, item_size: int) -> int:
-    """How many rows of a tensor on this device to copy at once, with items of so many bytes."""
+def _pieces(tensor: Tensor, item_size: int) -> tuple[Tensor, ...]:
+    """Consecutive rows of a tensor, each time as many as are copied at once, with items of so many bytes."""
+    tensor = torch.atleast_1d(tensor)
     size = BUFFER if tensor.device.type == "cpu" else TO_DEVICE
-    return max(1, size // max(1, tensor[:1].numel() * item_size))
+    return tensor.split(max(1, size // max(1, tensor[:1].numel() * item_size)))
 
 
 def _read(file: FileIO, stored: TensorOnDisk, target: Tensor) -> None:

@@ -119,9 +119,11 @@ def padding_of_new_head(tokens: SpecialTokens, tokenizer: "Tokenizer | None", ta
 
     if tokens.pad_id is None:
         name = None if tokenizer is None else tokenizer.id_to_token(pad)
-        tokens = tokens.padding_with(pad, name)
+        if name is not None:  # for the tokenizer, too
+            names = {"pad_token": name}
+            tokens = replace(tokens, names=tokens.names | names, settings=tokens.settings | names)
         log.warning("no pad token is named: id %d (%s) becomes it; a text is read at its last other token", pad, name)
-    return replace(tokens, skipped_id=pad)
+    return replace(tokens, pad_id=pad, skipped_id=pad)
 
 
 @torch.no_grad()

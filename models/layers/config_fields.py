@@ -4,7 +4,7 @@ import math
 from dataclasses import Field, fields
 from typing import Any, get_args, get_origin
 
-from ..._shapes import shown
+from ..._shapes import is_of, shown
 
 # What no model comes near. Beyond, a number is damaged: it would overflow, or take hours to make a model of.
 MAX_SIZE = 2**24
@@ -46,10 +46,12 @@ def read_fields(config_class: type, published: dict[str, Any], keys: dict[str, s
     Raises ValueError for a value of another type, and a size below one or beyond all sense.
     """
     by_name = {field.name: field for field in fields(config_class)}
-    present = {theirs: ours for theirs, ours in keys.items() if theirs in published}
-    for theirs, ours in present.items():
-        _check_field(theirs, published[theirs], by_name[ours])
-    return {ours: published[theirs] for theirs, ours in present.items()}
+    values = {}
+    for theirs, ours in keys.items():
+        if theirs in published:
+            _check_field(theirs, published[theirs], by_name[ours])
+            values[ours] = published[theirs]
+    return values
 
 
 def require_values(published: dict[str, Any], accepted: dict[str, tuple], remedy: str = "") -> None:
@@ -67,12 +69,9 @@ def write_fields(config: Any, keys: dict[str, str]) -> dict[str, Any]:
 def _check_field(name: str, value: Any, field: Field) -> None:
     """ValueError where the value called `name` isn't of the field's type, or a number out of range."""
     expected: Any = field.type
-    accepted = expected
-    if expected is float:
-        accepted = float | int
-    # A bool is an int to Python, but no size.
-    if not isinstance(value, accepted) or (isinstance(value, bool) and expected is not bool):
+    if not is_of(value, get_args(expected) or (expected,)):
         raise ValueError(f"{name} = {shown(value)}: expected {getattr(expected, '__name__', expected)}")
+
     if type(value) is int:
         limit = MAX_LAYERS if field.name in DEPTHS else MAX_SIZE
         if value < 1 and name != "start_id":  # which counts from zero

@@ -8,6 +8,7 @@ import math
 from dataclasses import MISSING, fields
 from typing import Any
 
+from ..._shapes import is_of
 from .config_fields import require_values
 from .rope_scaling import SCALING_CLASSES, Dynamic, LongRope, Rope, Scaling
 
@@ -29,16 +30,15 @@ SCALING_KEYS = {
 LARGEST = 10**15  # beyond, a number is damaged; infinity and NaN are
 ORIGINAL = "original_max_position_embeddings"
 LISTS = ("short_factor", "long_factor")
-NUMBER = (int, float)
-POSITIVE = (NUMBER, math.ulp(0.0), "a positive number")
-# What a field may hold, if not POSITIVE: values of these types from the least that makes sense; as an error says it.
+POSITIVE = (float, math.ulp(0.0), "a positive number")
+# What a field may hold, if not POSITIVE: values of this type from the least that makes sense; as an error says it.
 VALUES = {
-    "rope_theta": (NUMBER, math.nextafter(1, 2), "a number above 1"),
-    "factor": (NUMBER, 1, "a number from 1 up"),
-    ORIGINAL: ((int,), 2, "a whole number above 1"),
-    "truncate": ((bool,), 0, "true or false"),
-    "mscale": (NUMBER, 0, "a number from 0 up"),
-    "mscale_all_dim": (NUMBER, 0, "a number from 0 up"),
+    "rope_theta": (float, math.nextafter(1, 2), "a number above 1"),
+    "factor": (float, 1, "a number from 1 up"),
+    ORIGINAL: (int, 2, "a whole number above 1"),
+    "truncate": (bool, 0, "true or false"),
+    "mscale": (float, 0, "a number from 0 up"),
+    "mscale_all_dim": (float, 0, "a number from 0 up"),
 }
 
 
@@ -112,12 +112,12 @@ def _read_scaling(rope_type: str, table: dict[str, Any], published: dict[str, An
 
 def _checked(key: str, value: Any, n_pairs: int) -> Any:
     """The value of a field, which may have a number for each pair. ValueError where it makes no sense."""
-    types, least, expected = VALUES.get(key, POSITIVE)
+    number_type, least, expected = VALUES.get(key, POSITIVE)
     numbers = [value]
     if key in LISTS:
         expected = f"{n_pairs} positive numbers"
         numbers = value if isinstance(value, list) and len(value) == n_pairs else [None]
-    if not all(type(number) in types and least <= number <= LARGEST for number in numbers):
+    if not all(is_of(number, (number_type,)) and least <= number <= LARGEST for number in numbers):
         raise ValueError(f"{key} = {value!r}; expected {expected}")
     return tuple(value) if key in LISTS else value
 

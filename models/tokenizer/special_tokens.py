@@ -86,10 +86,7 @@ class SpecialTokens:
             listed = _ids(config, field_name, folder / CONFIG) + _ids(generation, field_name, folder / GENERATION)
             name = field_name.removesuffix("_id")
             text = names.get(name)
-            token_id = None
-            if tokenizer is not None and text is not None:
-                token_id = tokenizer.token_to_id(text)
-            if token_id is not None:
+            if tokenizer is not None and text is not None and (token_id := tokenizer.token_to_id(text)) is not None:
                 if listed and token_id not in listed:
                     log.warning("%s: its %s is %r (%d), but its model says %s; %r is taken", folder, name, text,
                                 token_id, ", ".join(map(str, dict.fromkeys(listed))), text)  # fmt: skip
@@ -169,13 +166,6 @@ class SpecialTokens:
     def asking_as_chat(self, chat: bool) -> "SpecialTokens":
         """The same, remembering how the model was trained to be asked, in generation_config.json."""
         return replace(self, generation={**self.generation, ASKS_AS_CHAT: chat})
-
-    def padding_with(self, token: int, text: str | None) -> "SpecialTokens":
-        """The same with a token that pads, also for the tokenizer, where its text is known."""
-        if text is None:
-            return replace(self, pad_id=token)
-        names = {"pad_token": text}
-        return replace(self, pad_id=token, names=self.names | names, settings=self.settings | names)
 
     def to_config(self, classifies: bool = False) -> dict[str, Any]:
         """The ids as config.json and generation_config.json name them; several end tokens are a list.

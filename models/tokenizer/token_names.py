@@ -69,10 +69,8 @@ def read_settings(folder: Path, config: dict[str, Any]) -> TokenizerSettings:
     extra = merged.get("extra_special_tokens")
     if isinstance(extra, dict):  # in old files it is a list of texts without names
         entries |= extra
-    special = {}
-    for name, entry in entries.items():
-        if name.endswith("_token") and isinstance(entry, str | dict) and entry:
-            special[name] = entry
+    named = {name: entry for name, entry in entries.items() if name.endswith("_token")}
+    special = {name: entry for name, entry in named.items() if isinstance(entry, str | dict) and entry}
     with located(folder / SETTINGS):
         names = {name: token_text(entry) for name, entry in special.items()}
     return TokenizerSettings(stored, merged, class_name, special, names)
