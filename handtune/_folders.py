@@ -51,25 +51,20 @@ def filling(folder: str | Path, last: str) -> Iterator[Path]:
     """
     folder = Path(folder)
     is_new = not folder.exists()
-    with ExitStack() as at_end:
-        # Left in reverse order: the hidden folder is gone before the one around it is removed, if that is empty.
+    try:
+        with explained(folder, folder), unfinished(folder / _NEW) as hidden:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_unfilled(folder)
+            for inner in (hidden, hidden / _NEW, hidden / _OLD):
+                inner.mkdir()
+            yield hidden / _NEW
+
+            _flush_all(hidden)
+            _move_up(hidden, folder, last)
+    finally:
         if is_new:
-            at_end.callback(_remove_if_empty, folder)
-        at_end.enter_context(explained(folder, folder))
-        hidden = at_end.enter_context(unfinished(folder / _NEW))
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_unfilled(folder)
-        for inner in (hidden, hidden / _NEW, hidden / _OLD):
-            inner.mkdir()
-        yield hidden / _NEW
-
-        _flush_all(hidden)
-        _move_up(hidden, folder, last)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with suppress(OSError):
-        folder.rmdir()
+            with suppress(OSError):  # of a folder that is not empty
+                folder.rmdir()
 
 
 def _flush_all(folder: Path) -> None:

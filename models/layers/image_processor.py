@@ -68,8 +68,8 @@ class ImageProcessor:
         std = sum(self.std) / len(self.std)
         return replace(self, mean=(mean,), std=(std,))
 
-    @classmethod
-    def read(cls, folder: Path, config: dict[str, Any], n_channels: int = 3) -> "ImageProcessor | None":
+    @staticmethod
+    def read(folder: Path, config: dict[str, Any], n_channels: int = 3) -> "ImageProcessor | None":
         """From preprocessor_config.json or timm's `pretrained_cfg`; None where there is neither.
 
         Raises ValueError for a damaged file, for a step that is not implemented, and for other channels than the
@@ -78,17 +78,17 @@ class ImageProcessor:
         path = folder / FILE
         if path.exists():
             stored = read_json(path)
-            fields_in = _from_processor
+            build = _from_processor
         else:
             path = folder / "config.json"
             stored = config.get("pretrained_cfg")
-            fields_in = _from_timm
+            build = _from_timm
         if stored is None:
             return None
 
         with located(path):
             try:
-                return cls(**fields_in(stored, n_channels))
+                return build(stored, n_channels)
             except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
                 raise ValueError(f"the size or normalisation of images is damaged ({error!r})") from error
 
@@ -111,21 +111,23 @@ class ImageProcessor:
         write_json(folder / FILE, out)
 
 
-def _from_processor(stored: dict[str, Any], n_channels: int) -> dict[str, Any]:
-    """The fields of `ImageProcessor` in preprocessor_config.json."""
+def _from_processor(stored: dict[str, Any], n_channels: int) -> ImageProcessor:
+    """As preprocessor_config.json says."""
     require_values(stored, REQUIRED)
     if not stored.get("do_normalize", True):
         stored = {**stored, "image_mean": 0.0, "image_std": 1.0}
-
     mean = _channels("image_mean", stored.get("image_mean"), n_channels)
     std = _channels("image_std", stored.get("image_std"), n_channels)
+
     class_name = str(stored.get("image_processor_type", stored.get("feature_extractor_type")))
     if class_name.startswith(("ConvNext", "Bit")):
         stored = {"resample": 3, **stored}
-    return {"mean": mean, "std": std, "resample": int(stored["resample"]), **_framing(stored, class_name)}
+    resample = int(stored["resample"])
+    size, edge, squeeze = _framing(stored, class_name)
+    return ImageProcessor(size, edge, squeeze, resample, mean, std)
 
 
-def _framing(stored: dict[str, Any], class_name: str) -> dict[str, Any]:
+def _framing(stored: dict[str, Any], class_name: str) -> tuple[int, int, bool]:
     """Which part of an image is seen: `size`, `edge` and `squeeze`, as the processor of this class understands them."""
     size = stored["size"]
     edges = size
@@ -144,12 +146,12 @@ def _framing(stored: dict[str, Any], class_name: str) -> dict[str, Any]:
             crop = stored.get("do_center_crop", False)
             raise ValueError(f"size = {size}, do_center_crop = {crop} of a {class_name} is not implemented")
         if edge < WARPS_FROM:
-            return {"size": edge, "edge": int(edge / (stored.get("crop_pct") or CROP_PCT))}
+            return edge, int(edge / (stored.get("crop_pct") or CROP_PCT)), False
     elif stored.get("do_center_crop", class_name.startswith("Bit")):
-        return {"size": _square("crop_size", stored["crop_size"]), "edge": edge, "squeeze": squeeze}
+        return _square("crop_size", stored["crop_size"]), edge, squeeze
     elif not squeeze:
         raise ValueError(f"size = {size} without do_center_crop, images of several shapes, is not implemented")
-    return {"size": edge, "edge": edge, "squeeze": True}
+    return edge, edge, True
 
 
 def _square(field: str, size: Any) -> int:
@@ -170,20 +172,15 @@ def _channels(field: str, values: Any, n_channels: int) -> tuple[float, ...]:
     return tuple(values)
 
 
-def _from_timm(stored: dict[str, Any], n_channels: int) -> dict[str, Any]:
-    """The fields of `ImageProcessor` in timm's `pretrained_cfg`, where null stands for timm's default, too."""
+def _from_timm(stored: dict[str, Any], n_channels: int) -> ImageProcessor:
+    """As timm's `pretrained_cfg` says, where null stands for timm's default, too."""
     size = int(stored["input_size"][-1])
-    crop_pct = stored.get("crop_pct") or CROP_PCT
+    edge = int(size / (stored.get("crop_pct") or CROP_PCT))
     crop_mode = stored.get("crop_mode") or "center"
     resample = stored.get("interpolation") or "bicubic"
     if crop_mode not in ("center", "squash") or resample not in RESAMPLINGS:
         raise ValueError(f"crop_mode = {crop_mode!r}, interpolation = {resample!r} is not implemented")
 
-    return {
-        "mean": _channels("mean", stored.get("mean") or IMAGENET_MEAN, n_channels),
-        "std": _channels("std", stored.get("std") or IMAGENET_STD, n_channels),
-        "resample": RESAMPLINGS[resample],
-        "size": size,
-        "edge": int(size / crop_pct),
-        "squeeze": crop_mode == "squash",
-    }
+    mean = _channels("mean", stored.get("mean") or IMAGENET_MEAN, n_channels)
+    std = _channels("std", stored.get("std") or IMAGENET_STD, n_channels)
+    return ImageProcessor(size, edge, crop_mode == "squash", RESAMPLINGS[resample], mean, std)
