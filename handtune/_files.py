@@ -154,7 +154,7 @@ def append_line(path: str | Path, text: str) -> None:
     with explained(path, path, len(line)), open(path, "ab+", buffering=0) as file:
         old_size = file.seek(0, os.SEEK_END)
         file.seek(max(0, old_size - 1))
-        if old_size > 0 and file.read(1) != b"\n":
+        if file.read(1) not in (b"", b"\n"):
             line = b"\n" + line
         try:
             while line:
@@ -304,8 +304,8 @@ def read_text(path: str | Path, what: str = "file") -> str:
 def read_json(path: str | Path, expected: type = dict) -> Any:
     """The value in a JSON file. ValueError where it is damaged or of another type, FileNotFoundError if missing."""
     contents = read_bytes(path)
-    value = parse_json(contents, str(path))
-    check_surrogates(value, contents, str(path))
+    value = parse_json(contents, path)
+    check_surrogates(value, contents, path)
     if not isinstance(value, expected):
         raise ValueError(f"{path}: expected {TYPE_NAMES[expected]}, got {shown(value)}; restore the file")
     return value

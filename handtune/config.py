@@ -155,12 +155,12 @@ def read_config(path: str | Path, overrides: Sequence[str] = (), config_class: t
 
     Raises FileNotFoundError where there is no file, ValueError for anything in it that doesn't fit.
     """
-    return from_table(config_class, read_table(path, overrides), str(path))
+    return from_table(config_class, read_table(path, overrides), path)
 
 
 def read_table(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The table in a TOML file, changed by overrides. FileNotFoundError, or ValueError where it isn't TOML."""
-    table = parse_toml(read_text(path, "configuration file"), str(path))
+    table = parse_toml(read_text(path, "configuration file"), path)
     for override in overrides:
         _override(table, override)
     return table
@@ -189,7 +189,7 @@ def _override(table: dict[str, Any], override: str) -> None:
     table[key] = value
 
 
-def from_table(cls: type, table: dict[str, Any], where: str) -> Any:
+def from_table(cls: type, table: dict[str, Any], where: object) -> Any:
     """A dataclass from a TOML table, and from the tables inside it. The table's keys lack a field's last underscore.
 
     ValueError, which begins with `where`, for unknown, missing and wrong fields.

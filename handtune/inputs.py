@@ -86,18 +86,13 @@ def _of_reward(spec: str) -> dict[str, Any]:
 
 def reward_adapter(path: Path) -> Path | None:
     """The folder of a reward model's adapter, in a run or by itself; None where the model is a whole checkpoint."""
-    adapter = _inside(path, "adapter")
+    adapter = path / "adapter" if (path / "adapter").is_dir() else path
     return adapter if (adapter / CONFIG).is_file() else None
 
 
 def reward_checkpoint(path: Path) -> Path:
     """The folder of a reward model's checkpoint, in a run or by itself."""
-    return _inside(path, "model")
-
-
-def _inside(run: Path, name: str) -> Path:
-    """What a run has stored under a name, or the path itself, if that is no run's."""
-    return run / name if (run / name).is_dir() else run
+    return path / "model" if (path / "model").is_dir() else path
 
 
 def _file_of(module: str) -> Path | None:
@@ -172,7 +167,7 @@ def is_corpus(path: Path) -> bool:
     with path.open("rb") as file:
         line = file.readline()
     try:
-        return row_shape(normalise(parse_json(line, str(path)))) == "text"
+        return row_shape(normalise(parse_json(line, path))) == "text"
     except (ValueError, TypeError):
         return False  # `read_rows` will say what is wrong with it
 

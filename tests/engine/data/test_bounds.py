@@ -88,7 +88,12 @@ def test_toml_with_dots_in_its_texts() -> None:
 
 
 def test_json_without_end() -> None:
-    for text, message in [("[" * 100_000, "nested too deeply"), ("[" + "9" * 400 + "]", "a number of 400 digits")]:
+    twice = ", ".join(f'"{i}": 1' for i in (*range(200_000), 199_999))
+    for text, message in [
+        ("[" * 100_000, "nested too deeply"),
+        ("[" + "9" * 400 + "]", "a number of 400 digits"),
+        ("{" + twice + "}", "the field '199999' stands twice"),
+    ]:
         with pytest.raises(ValueError, match=f"^x: .*{message}.*; restore"):
             parse_json(text, "x")
 
