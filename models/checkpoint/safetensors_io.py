@@ -214,6 +214,5 @@ def write_file(path: Path, tensors: Mapping[str, TensorOnDisk | LazyTensor]) -> 
 
 def same(a: TensorOnDisk, b: TensorOnDisk) -> bool:
     """Whether two stored tensors are equal, bit for bit."""
-    if (a.shape, a.dtype) != (b.shape, b.dtype):
-        return False
-    return all(block_a == block_b for block_a, block_b in zip(a.blocks(), b.blocks(), strict=True))
+    blocks = zip(a.blocks(), b.blocks(), strict=True)
+    return a.shape == b.shape and a.dtype == b.dtype and all(block_a == block_b for block_a, block_b in blocks)

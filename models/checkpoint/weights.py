@@ -152,8 +152,9 @@ def _by_short_name(model: "Model", shards: Shards, table: dict[str, CheckpointKe
     for name in shards.tensors:
         short = _canonical(name, model.base_prefix)
         # Where both spellings of a tied tensor are stored, this one is the copy, and no tensor is there twice.
-        if name in spellings and not (short in model.tied_keys and spellings[name] in shards.tensors):
-            short = _canonical(spellings[name], model.base_prefix)
+        usual = spellings.get(name)
+        if usual is not None and not (short in model.tied_keys and usual in shards.tensors):
+            short = _canonical(usual, model.base_prefix)
         if short in short_names:
             twice.append(f"{short_names[short]} and {name}")
         short_names[short] = name

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...kernels import Linear
 from ...kernels.lora.factors import LinearPart
@@ -87,7 +87,9 @@ def _resize_rows(
         old = module.get_parameter(name)  # (V, D), or a bias (V,)
         rows = old.new_zeros((size, *old.shape[1:]))
         rows[: len(old)] = old[:size]
-        rows[sorted({*new_ids, *range(len(old), size)})] = _mean(old[:n_known])
+        # The mean in at least fp32: a sum in bf16 would stop growing.
+        mean = old[:n_known].mean(0, dtype=torch.promote_types(old.dtype, torch.float32))  # (D,), or of a bias ()
+        rows[sorted({*new_ids, *range(len(old), size)})] = mean.to(old.dtype)
         module.register_parameter(name, nn.Parameter(rows, old.requires_grad))
 
     # Bring whatever else holds the number of tokens in step.
@@ -97,11 +99,6 @@ def _resize_rows(
         model.head.parts = (LinearPart("", 0, size),)
     model.tie()
     model.config = replace(model.config, vocab_size=size)
-
-
-def _mean(rows: Tensor) -> Tensor:
-    """The mean row in at least fp32, brought to the rows' dtype: a sum in bf16 would stop growing."""
-    return rows.mean(0, dtype=torch.promote_types(rows.dtype, torch.float32)).to(rows.dtype)
 
 
 def _list_in_settings(model: Any, tokenizer: "Tokenizer", new_ids: list[int]) -> None:
