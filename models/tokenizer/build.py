@@ -14,7 +14,6 @@ Other tokenizers with files of these names cut text differently, so that the cla
 architecture. sentencepiece models (T5's spiece.model, XLNet's, Llama 2's tokenizer.model) are not read.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,8 +62,7 @@ def build_tokenizer(folder: Path, described: TokenizerSettings) -> "Tokenizer | 
         )
     names, build = BUILDERS[class_name]
     tokenizer: Tokenizer = build([folder / name for name in names], described)
-    with located(folder):
-        _add_special_tokens(tokenizer, folder / "added_tokens.json", described)
+    _add_special_tokens(tokenizer, folder, described)
     if class_name == "BertTokenizer":
         with located(folder / SETTINGS):
             _frame_texts(tokenizer, described)
@@ -130,16 +128,15 @@ def _frame_texts(tokenizer: "Tokenizer", described: TokenizerSettings) -> None:
     )
 
 
-def _add_special_tokens(tokenizer: "Tokenizer", path: Path, described: TokenizerSettings) -> None:
-    """Tokens beyond the vocabulary by their ids, then the special ones; ValueError where an id isn't the next free.
-
-    The file at `path` lists those with ids, unless the settings do.
-    """
-    for listed_id, token in _added_tokens(path, described):
+def _add_special_tokens(tokenizer: "Tokenizer", folder: Path, described: TokenizerSettings) -> None:
+    """Tokens beyond the vocabulary by their ids, then the special ones; ValueError where an id isn't the next free."""
+    for listed_id, token in _added_tokens(folder, described):
         tokenizer.add_tokens([token])
         token_id = tokenizer.token_to_id(token.content)
         if token_id != listed_id:
-            raise ValueError(f"the added token {token.content!r} has id {listed_id}, but {token_id} is its place")
+            raise ValueError(
+                f"{folder}: the added token {token.content!r} has id {listed_id}, but {token_id} is its place"
+            )
 
     # What is known already is listed with its properties, which a bare name would take away.
     settings = described.merged
@@ -147,23 +144,25 @@ def _add_special_tokens(tokenizer: "Tokenizer", path: Path, described: Tokenizer
     if isinstance(extra, dict):
         extra = extra.values()
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    for entry in [*described.special.values(), *extra]:
-        if token_text(entry) not in known:
-            tokenizer.add_special_tokens([_added_token(entry, special=True)])
+    with located(folder / SETTINGS):
+        for entry in [*described.special.values(), *extra]:
+            if token_text(entry) not in known:
+                tokenizer.add_special_tokens([_added_token(entry, special=True)])
 
 
-def _added_tokens(path: Path, described: TokenizerSettings) -> "Iterator[tuple[int, AddedToken]]":
+def _added_tokens(folder: Path, described: TokenizerSettings) -> "list[tuple[int, AddedToken]]":
     """The tokens that have an id besides those of the vocabulary, in the order of the ids."""
     table = described.merged.get("added_tokens_decoder")
     if table is not None:
-        for token_id in sorted(table, key=int):
-            yield int(token_id), _added_token(table[token_id], special=False)
-        return
+        with located(folder / SETTINGS):
+            ids = sorted(table, key=int)
+            return [(int(token_id), _added_token(table[token_id], special=False)) for token_id in ids]
 
-    ids = json_if_there(path)
-    with_fields(ids, path.name, **dict.fromkeys(ids, int))
-    for text in sorted(ids, key=ids.__getitem__):
-        yield ids[text], _added_token(text, special=text in described.names.values())
+    path = folder / "added_tokens.json"
+    by_text = json_if_there(path)
+    with_fields(by_text, path, **dict.fromkeys(by_text, int))
+    texts = sorted(by_text, key=by_text.__getitem__)
+    return [(by_text[text], _added_token(text, special=text in described.names.values())) for text in texts]
 
 
 def _added_token(entry: Any, special: bool) -> "AddedToken":

@@ -211,7 +211,7 @@ DAMAGES = {
     ),
     "no token among more": (
         {"tokenizer_config.json": {"tokenizer_class": "GPT2Tokenizer", "additional_special_tokens": [3]}},
-        "/x: 3 is no token, which is",
+        "config.json: 3 is no token, which is",
     ),
     "no list": (
         {"tokenizer_config.json": {"additional_special_tokens": 3}},
