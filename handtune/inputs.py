@@ -40,7 +40,8 @@ def as_list(value: str | list[str]) -> list[str]:
 def inputs_of(config: RunConfig | PPORunConfig) -> Inputs:
     """The fingerprints of a configuration's inputs, by field. Raises as `load` does where the base is missing."""
     inputs = {}
-    for field in (*BASE, *(PROMPTS if isinstance(config, PPORunConfig) else DATA)):
+    rows = PROMPTS if isinstance(config, PPORunConfig) else DATA
+    for field in (*BASE, *rows):
         value = attrgetter(field)(config)
         if isinstance(value, str | list):  # neither None nor the share of the rows to hold out
             inputs[field] = [_fingerprint(field, path) for path in as_list(value)]

@@ -18,7 +18,7 @@ def read_pooling(folder: Path) -> tuple[str, bool]:
     listing = folder / "modules.json"
     if not listing.exists():
         return "mean", False
-    entries = [with_fields(entry, str(listing), type=str, path=str) for entry in read_json(listing, list)]
+    entries = [with_fields(entry, listing, type=str, path=str) for entry in read_json(listing, list)]
     modules = {entry["type"].rsplit(".", 1)[-1]: entry["path"] for entry in entries}
     if unknown := sorted(set(modules) - {"Transformer", "Pooling", "Normalize"}):
         raise ValueError(f"{listing}: {', '.join(unknown)} is not implemented; the embeddings would be others")
