@@ -138,7 +138,7 @@ def with_handtune(task: Task, rounds: int, upper: bool, keep: bool) -> dict[str,
         max_new_tokens=task.new, lora=lora, reward_norm_samples=0,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        ppo(model, prompts(task), Reward(scorer), config, out=folder)
+        ppo(model, prompts(task), Reward(scorer), config, run_dir=folder)
         lines = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     logged = [json.loads(line) for line in lines]
     timed = {key: [line[key] for line in logged[1:]] for key in SPEEDS}

@@ -52,29 +52,29 @@ def ppo(
     config: PPOConfig,
     *,
     tokenizer: Any = None,
-    out: str | Path | None = None,
-    about: dict[str, Any] | None = None,
+    run_dir: str | Path | None = None,
+    metadata: dict[str, Any] | None = None,
     show: Callable[[str], None] | None = None,
 ) -> PPOResult:
     """Train a causal language model to write what `reward` scores high, without moving far from what it is.
 
     `prompts` are texts, where there is a `tokenizer`, else token ids. `reward(prompts, completions)` gives a number for
     each completion, texts or token ids likewise; a `Reward`; or several, whose scores are added up. The policy is left
-    as the active adapter "policy". `out`: the run folder; the same call on it resumes, on the same model, too, or finds
-    the run finished and changes nothing. `show` gets a sample a round. Random generators, settings of torch, signal
-    handlers and modes of modules are afterwards what they were.
+    as the active adapter "policy". `run_dir`: the run folder; the same call on it resumes, on the same model, too, or
+    finds the run finished and changes nothing. `show` gets a sample a round. Random generators, settings of torch,
+    signal handlers and modes of modules are afterwards what they were.
 
     Raises ValueError for a model with adapters other than a reward's (merge them first), LoRA targets outside its
     layers, an empty prompt, none that leaves room for a completion, a reward that gives anything but one finite number
     each, and a folder of a run with another configuration, base or prompts, or on which another process works;
     FloatingPointError where training diverges.
     """
-    with clean_guest(model, config.seed), RunFolder(out).alone():
+    with clean_guest(model, config.seed), RunFolder(run_dir).alone():
         started = time.perf_counter()
-        run_folder = RunFolder(out)
+        run_folder = RunFolder(run_dir)
         tokenizer_json = None if tokenizer is None else tokenizer.to_str()
         inputs: dict[str, Any] = {"prompts": list(prompts), "tokenizer": tokenizer_json}
-        run_folder.start(about or {}, {"ppo": asdict(config)}, lambda: in_memory(model, **inputs))
+        run_folder.start(metadata or {}, {"ppo": asdict(config)}, lambda: in_memory(model, **inputs))
 
         run = _Run(model, prompts, [reward] if callable(reward) else reward, config, tokenizer, run_folder)
         progress = run.begin()

@@ -93,22 +93,22 @@ def train(
     eval_data: Any = None,
     score: Callable[[], Score] | None = None,
     collate: Callable[[list[Any]], Any] | None = None,
-    out: str | Path | None = None,
-    about: dict[str, Any] | None = None,
+    run_dir: str | Path | None = None,
+    metadata: dict[str, Any] | None = None,
     metric: str = "loss",
 ) -> Result:
     """Train the parameters that require a gradient; gives back what came out, the model holding the best weights.
 
     data: a sequence of rows together with `collate`, or any iterable of batches that has `state_dict` and
-        `load_state_dict` (values that JSON can hold; of no use without `out`); an item may be a list of micro-batches,
-        which make one step together.
+        `load_state_dict` (values that JSON can hold; of no use without `run_dir`); an item may be a list of
+        micro-batches, which make one step together.
     loss_fn: (model, batch) → (sum of losses, number of targets).
     eval_data: as `data`, without state.
     score: makes a fresh score for each evaluation.
     collate: a list of rows → a batch.
-    out: the run folder; the same call on it resumes, or finds the run finished and changes nothing. Without one the
+    run_dir: the run folder; the same call on it resumes, or finds the run finished and changes nothing. Without one the
         last weights stay, best or not.
-    about: facts and configuration for its run.json.
+    metadata: facts and configuration for its run.json.
     metric: what is best of an evaluation where `config.best` doesn't say.
 
     Ctrl-C finishes the step and saves, a second one stops at once; a handler of the caller's own stays in charge. The
@@ -120,7 +120,7 @@ def train(
     there, or `eval_every`, `early_stopping_patience` or `best` is set without `eval_data`; FloatingPointError where
     the loss is not finite, MemoryError where memory runs out, OSError where the disk does.
     """
-    run_folder = RunFolder(out)
+    run_folder = RunFolder(run_dir)
     with clean_guest(model, config.seed, config.deterministic), run_folder.alone():
         started = time.perf_counter()
         device = next(model.parameters()).device
@@ -135,12 +135,12 @@ def train(
         data = _batches(data, collate, config, shuffle=True)
         if eval_data is not None:
             eval_data = _batches(eval_data, collate, config, shuffle=False)
-        if out is not None and not isinstance(data, Resumable):
+        if run_dir is not None and not isinstance(data, Resumable):
             raise ValueError(
-                "data without state_dict and load_state_dict can't resume: give rows and collate, or no out"
+                "data without state_dict and load_state_dict can't resume: give rows and collate, or no run_dir"
             )
         examples = {"data": getattr(data, "examples", None), "eval_data": getattr(eval_data, "examples", None)}
-        run_folder.start(about or {}, {"train": asdict(config)}, lambda: in_memory(model, trained, **examples))
+        run_folder.start(metadata or {}, {"train": asdict(config)}, lambda: in_memory(model, trained, **examples))
 
         optimizer = Optimizer(
             trained.items(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,

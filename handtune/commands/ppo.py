@@ -62,7 +62,7 @@ def _ppo(config: PPORunConfig, run_folder: RunFolder, inputs: Inputs, quiet: boo
 
     rewards = [_reward(spec, model, tokenizer, inputs) for spec in as_list(config.reward)]
     result = ppo(
-        model, prompts, rewards, config.ppo, tokenizer=tokenizer, out=out, about=facts,
+        model, prompts, rewards, config.ppo, tokenizer=tokenizer, run_dir=out, metadata=facts,
         show=None if quiet else tqdm.write,
     )  # fmt: skip
     if result.stopped == "interrupted":

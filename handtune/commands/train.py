@@ -53,7 +53,7 @@ def _train(config: RunConfig, stored_in: Path, run_folder: RunFolder, inputs: In
     )  # fmt: skip
     result = train(
         ready.model, data, ready.objective.loss, settings, eval_data=ready.eval_batches(), score=ready.score,
-        out=out, about=facts, metric=ready.objective.best,
+        run_dir=out, metadata=facts, metric=ready.objective.best,
     )  # fmt: skip
     if result.interrupted:
         print(f"stopped at step {result.steps}; the same command goes on from there")

@@ -55,12 +55,12 @@ def test_every_flipped_bit_of_a_checkpoint_is_noticed(tmp_path) -> None:
 def test_a_run_does_not_go_on_from_a_damaged_checkpoint(tmp_path) -> None:
     """Nor does it end with damaged best weights."""
     out = tmp_path / "run"
-    line(epochs=2, save_every=5, keep_last=2, out=out, eval_data=ROWS, best="loss")
+    line(epochs=2, save_every=5, keep_last=2, run_dir=out, eval_data=ROWS, best="loss")
     newest = checkpoints(out / "checkpoints")[-1]
     for path, remedy in ((newest, "goes on from step-00000005"), (out / "best", "restore it from a copy")):
         for _ in flips(path / "tensors.safetensors", 1):
             with pytest.raises(ValueError, match=rf"{path.name}: the checkpoint is damaged .*{remedy}"):
-                line(epochs=2, save_every=5, keep_last=2, out=out, eval_data=ROWS, best="loss")
+                line(epochs=2, save_every=5, keep_last=2, run_dir=out, eval_data=ROWS, best="loss")
 
 
 def test_every_flipped_bit_of_a_token_cache_is_noticed(tmp_path) -> None:
@@ -77,7 +77,7 @@ def test_every_flipped_bit_of_a_token_cache_is_noticed(tmp_path) -> None:
 def test_a_damaged_line_of_the_log_is_named_and_kept_aside(tmp_path, caplog) -> None:
     """In its middle, where no kill cuts; what stands behind it stays. A last one cut short is as if never begun."""
     out = tmp_path / "run"
-    line(epochs=2, save_every=5, out=out)
+    line(epochs=2, save_every=5, run_dir=out)
     path, aside = out / "metrics.jsonl", out / "metrics.damaged.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     broken = [lines[2].replace(b'"step": 3', b'"step": "3"'), lines[5][:9] + b"\xff" + lines[5][10:]]
@@ -88,15 +88,15 @@ def test_a_damaged_line_of_the_log_is_named_and_kept_aside(tmp_path, caplog) -> 
     assert path.read_bytes() == text
     assert f"{path} line 3, 6: damaged, left out" in caplog.text
     with pytest.raises(ValueError, match="holds a run with"):  # a run that has begun, whatever its log says
-        line(epochs=3, save_every=5, out=out)
+        line(epochs=3, save_every=5, run_dir=out)
 
     caplog.clear()
-    line(epochs=2, save_every=5, out=out)
+    line(epochs=2, save_every=5, run_dir=out)
     assert caplog.messages == [f"{path} line 3, 6: damaged, moved to {aside}"]
     assert path.read_bytes() == b"".join([*lines[:2], *lines[3:5], *lines[6:]])
     assert aside.read_bytes() == b"".join(broken)
     path.write_bytes(b"null\n" + path.read_bytes())
-    line(epochs=2, save_every=5, out=out)
+    line(epochs=2, save_every=5, run_dir=out)
     assert aside.read_bytes() == b"".join([*broken, b"null\n"])
 
 
@@ -160,7 +160,7 @@ def test_a_flipped_bit_gives_no_other_answers(tmp_path) -> None:
     ],
 )  # fmt: skip
 def test_a_field_of_the_wrong_kind_is_named(name, field, value, tmp_path) -> None:
-    line(out=tmp_path / "run")
+    line(run_dir=tmp_path / "run")
     path = tmp_path / "run" / name
     facts = json.loads(path.read_text()) if path.exists() else {"best": {}, "steps": 5, "stored_bytes": 9}
     path.write_text(json.dumps(facts | {field: value}))

@@ -95,16 +95,16 @@ def test_a_run_tells_where_it_goes_on(tmp_path, capsys) -> None:
         return squares(model, batch)
 
     with pytest.raises(KeyboardInterrupt):
-        line(epochs=3, save_every=2, loss_fn=interrupted, out=tmp_path / "run")
+        line(epochs=3, save_every=2, loss_fn=interrupted, run_dir=tmp_path / "run")
     assert capsys.readouterr().err == ""
-    line(epochs=3, save_every=2, out=tmp_path / "run")
+    line(epochs=3, save_every=2, run_dir=tmp_path / "run")
     assert "going on at step 6 of 15" in capsys.readouterr().err
     before = files(tmp_path / "run")
-    model, result = line(epochs=3, save_every=2, out=tmp_path / "run")
+    model, result = line(epochs=3, save_every=2, run_dir=tmp_path / "run")
     assert "finished already: 15 of 15 steps" in capsys.readouterr().err
     assert (result.steps, len(model.seen)) == (15, 0)
     assert files(tmp_path / "run") == before
-    line(ROWS[:4], out=None)
+    line(ROWS[:4], run_dir=None)
     assert capsys.readouterr().err == ""
 
 

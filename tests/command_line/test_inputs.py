@@ -355,7 +355,7 @@ def test_what_is_given_in_memory_is_compared_too(tmp_path) -> None:
         add_lora(model, LoRAConfig(rank=2))
         change(model, rows)
         config = TrainConfig(epochs=2, batch_size=2)
-        return train(model, rows, losses.causal_lm_loss, config, collate=Collate(), out=out)
+        return train(model, rows, losses.causal_lm_loss, config, collate=Collate(), run_dir=out)
 
     def row_changed(model: Any, rows: Any) -> None:
         rows[1]["input_ids"] = [*rows[1]["input_ids"][:-1], 9]
@@ -384,10 +384,10 @@ def test_what_is_given_in_memory_is_compared_too(tmp_path) -> None:
 
 
 def test_a_run_without_its_log_is_still_a_run(tmp_path) -> None:
-    line(out=tmp_path / "run", lr=0.1)
+    line(run_dir=tmp_path / "run", lr=0.1)
     (tmp_path / "run/metrics.jsonl").unlink()
     with pytest.raises(ValueError, match=r"holds a run with train\.lr = 0\.1, not 0\.2"):
-        line(out=tmp_path / "run", lr=0.2)
+        line(run_dir=tmp_path / "run", lr=0.2)
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["", "vocabulary files"])

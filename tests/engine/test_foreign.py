@@ -64,7 +64,7 @@ def test_a_transformers_llama_learns_by_lora(tmp_path) -> None:
     assert len(adapted) == 2 * 7
     config = TrainConfig(epochs=60, batch_size=4, micro_batch_size=2, lr=1e-2, best="last")
     out = tmp_path / "run"
-    result = train(model, rows, loss_fn, config, eval_data=rows, collate=collate, out=out)
+    result = train(model, rows, loss_fn, config, eval_data=rows, collate=collate, run_dir=out)
     assert result.metrics["loss"] < 0.1 < 0.6 < result.before["loss"]
     assert [e["tokens"] for e in logged(out) if "loss" in e] == [sum(len(row["input_ids"]) for row in rows)] * 60
     after = {name: p for name, p in weights(model).items() if ".lora." not in name}
@@ -101,7 +101,7 @@ def test_a_killed_foreign_run_resumes(tmp_path) -> None:
             return loss_fn(model, batch)
 
         config = TrainConfig(epochs=6, batch_size=2, lr=1e-2, save_every=3)
-        settings = {"collate": collate, "out": tmp_path / str(broken)}
+        settings = {"collate": collate, "run_dir": tmp_path / str(broken)}
         if broken:
             with pytest.raises(RuntimeError, match="power"):
                 train(model, rows, loss, config, **settings)

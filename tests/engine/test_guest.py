@@ -47,7 +47,7 @@ def failing(model: Any, batch: torch.Tensor) -> tuple[torch.Tensor, int]:
 
 def trains(loss_fn: Any, out: Path) -> nn.Module:
     model, config = Mixed(), TrainConfig(batch_size=4, deterministic=True)
-    train(model, ROWS, loss_fn, config, eval_data=ROWS, collate=torch.stack, out=out)
+    train(model, ROWS, loss_fn, config, eval_data=ROWS, collate=torch.stack, run_dir=out)
     return model
 
 
@@ -65,7 +65,7 @@ def improves(loss_fn: Any, out: Path) -> nn.Module:
         loss_fn(Line(), torch.stack(ROWS))
         return [float(len(completion)) for completion in completions]
 
-    ppo(model, [[1, 2], [3]], reward, SMALL, out=out)
+    ppo(model, [[1, 2], [3]], reward, SMALL, run_dir=out)
     return model
 
 

@@ -53,7 +53,7 @@ def masked_lm(out: Path) -> Any:
         epochs=12, batch_size=3, micro_batch_size=2, lr=3e-2, eval_every=4, save_every=3, keep_last=2, seed=5,
         unfreeze={"head.*": 0, "layers.*": 1, "embed.*": 2},
     )  # fmt: skip
-    return model, train(model, rows, noisy_loss, config, eval_data=rows[:4], collate=collate, out=out)
+    return model, train(model, rows, noisy_loss, config, eval_data=rows[:4], collate=collate, run_dir=out)
 
 
 def lora_run(out: Path) -> Any:
@@ -62,7 +62,7 @@ def lora_run(out: Path) -> Any:
     add_lora(model, LoRAConfig(rank=4, dropout=0.1))
     rows = examples(TEXTS * 3, "pretrain")
     config = TrainConfig(epochs=9, batch_tokens=70, micro_batch_tokens=40, lr=1e-2, save_every=1, seed=7)
-    return model, train(model, rows, losses.causal_lm_loss, config, collate=Collate(), out=out)
+    return model, train(model, rows, losses.causal_lm_loss, config, collate=Collate(), run_dir=out)
 
 
 def seq2seq(out: Path) -> Any:
@@ -74,7 +74,7 @@ def seq2seq(out: Path) -> Any:
     rows = encode(TEXTS * 3, words, "span-corruption", max_length=24)[0]
     collate = Seq2SeqCollate(0, 0, SpanCorruption.of(words, 1))
     config = TrainConfig(epochs=6, batch_size=4, micro_batch_size=3, lr=1e-2, eval_every=5, save_every=2, seed=3)
-    return model, train(model, rows, losses.causal_lm_loss, config, eval_data=rows[:4], collate=collate, out=out)
+    return model, train(model, rows, losses.causal_lm_loss, config, eval_data=rows[:4], collate=collate, run_dir=out)
 
 
 def permutation(out: Path) -> Any:
@@ -87,7 +87,7 @@ def permutation(out: Path) -> Any:
         unfreeze={"*": 0, "layers.1.*": 1},
     )  # fmt: skip
     collate = PermutationCollate()
-    return model, train(model, rows, losses.causal_lm_loss, config, eval_data=rows[:4], collate=collate, out=out)
+    return model, train(model, rows, losses.causal_lm_loss, config, eval_data=rows[:4], collate=collate, run_dir=out)
 
 
 def bloom(out: Path) -> Any:
@@ -97,7 +97,7 @@ def bloom(out: Path) -> Any:
     model, rows = Bloom.from_name("bloom-560m", **sizes).bfloat16(), examples(TEXTS * 3, "pretrain")
     add_lora(model, LoRAConfig(rank=4, dropout=0.1))
     config = TrainConfig(epochs=5, batch_tokens=70, micro_batch_tokens=40, lr=1e-2, eval_every=7, save_every=2, seed=6)
-    return model, train(model, rows, losses.causal_lm_loss, config, eval_data=rows[:4], collate=Collate(), out=out)
+    return model, train(model, rows, losses.causal_lm_loss, config, eval_data=rows[:4], collate=Collate(), run_dir=out)
 
 
 def image_run(out: Path) -> Any:
@@ -110,7 +110,7 @@ def image_run(out: Path) -> Any:
     data = Batches(rows, ImageCollate(pixels, augment=True), rows=8, micro_batch_size=4, seed=2)
     held = Batches(rows[:6], ImageCollate(pixels), rows=6, shuffle=False)
     config = TrainConfig(epochs=6, batch_size=8, lr=1e-2, eval_every=4, save_every=2, seed=2)
-    return model, train(model, data, losses.classification_loss, config, eval_data=held, out=out)
+    return model, train(model, data, losses.classification_loss, config, eval_data=held, run_dir=out)
 
 
 RUNS: dict[str, Callable[[Path], Any]] = {"masked_lm": masked_lm, "lora": lora_run}

@@ -263,7 +263,7 @@ def test_a_bf16_model_trains_through_the_loop(tmp_path):
         return F.cross_entropy(model(batch[0]).float(), batch[1], reduction="sum"), len(batch[1])
 
     config = TrainConfig(epochs=6, batch_size=4, lr=1e-2)
-    result = train(model, rows, loss_fn, config, eval_data=rows, collate=collate, out=tmp_path / "out")
+    result = train(model, rows, loss_fn, config, eval_data=rows, collate=collate, run_dir=tmp_path / "out")
     assert result.metrics["loss"] < 0.7 * result.before["loss"]
     assert model.embed.norm.running_var.dtype == torch.float32
 

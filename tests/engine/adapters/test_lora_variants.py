@@ -332,7 +332,7 @@ def test_a_resumed_run_is_the_same_run(settings: dict[str, Any], tmp_path: Path)
                 raise RuntimeError("broken off")
             return causal_lm_loss(model, batch)
 
-        train(model, rows, loss, config, collate=Collate(), out=out)
+        train(model, rows, loss, config, collate=Collate(), run_dir=out)
         return {key: value.clone() for key, value in model.state_dict().items()} | {"steps": torch.tensor(len(seen))}
 
     whole = run(tmp_path / "whole")

@@ -119,7 +119,7 @@ def test_trains_an_adapter_and_nothing_else(tmp_path: Path) -> None:
     before = {name: p.clone() for name, p in model.named_parameters() if ".lora." not in name}
     with torch.no_grad():
         start = line_loss(model, {"ids": IDS})[0].item()
-    train(model, Repeats(), line_loss, TrainConfig(lr=2e-2, epochs=8), out=tmp_path / "run")
+    train(model, Repeats(), line_loss, TrainConfig(lr=2e-2, epochs=8), run_dir=tmp_path / "run")
     with torch.no_grad():
         assert line_loss(model, {"ids": IDS})[0].item() < 0.6 * start
     now = dict(model.named_parameters())

@@ -132,7 +132,7 @@ def test_a_run_stopped_and_resumed_is_the_same_run(tmp_path):
             settings = TrainConfig(lr=0.01, epochs=4, max_steps=8, save_every=1)
             data = Stopping(batches(rows_with(ids)), stop)
             with suppress(KeyboardInterrupt):
-                train(model, data, causal_lm_loss, settings, out=tmp_path / name)
+                train(model, data, causal_lm_loss, settings, run_dir=tmp_path / name)
         ends.append({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 

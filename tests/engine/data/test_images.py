@@ -110,7 +110,7 @@ def test_a_killed_run_resumes_with_the_same_augmentation(tmp_path):
             data = Batches(
                 ImageExamples(rows, model.labels, pixels), ImageCollate(pixels, True), rows=8, micro_batch_size=4
             )
-            train(model, data, loss, TrainConfig(epochs=3, lr=1e-2, save_every=3), out=tmp_path / str(killed))
+            train(model, data, loss, TrainConfig(epochs=3, lr=1e-2, save_every=3), run_dir=tmp_path / str(killed))
             return model
 
         if killed:

@@ -163,7 +163,7 @@ def weights_of(model: Any) -> dict[str, Tensor]:
 def test_a_run_stopped_and_resumed_is_the_same_run(tmp_path: Path) -> None:
     config = PPOConfig(**{**SMALL, "episodes": 96, "save_every": 2, "kl_target": 0.5, "kl_horizon": 100})
     whole = small_gpt2()
-    expected = ppo(whole, PROMPTS * 4, evens, config, out=tmp_path / "whole")
+    expected = ppo(whole, PROMPTS * 4, evens, config, run_dir=tmp_path / "whole")
     calls = []
 
     def breaks(prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
@@ -173,9 +173,9 @@ def test_a_run_stopped_and_resumed_is_the_same_run(tmp_path: Path) -> None:
         return evens(prompts, completions)
 
     with pytest.raises(RuntimeError, match="broken off"):
-        ppo(small_gpt2(), PROMPTS * 4, breaks, config, out=tmp_path / "halves")
+        ppo(small_gpt2(), PROMPTS * 4, breaks, config, run_dir=tmp_path / "halves")
     again = small_gpt2()
-    result = ppo(again, PROMPTS * 4, evens, config, out=tmp_path / "halves")
+    result = ppo(again, PROMPTS * 4, evens, config, run_dir=tmp_path / "halves")
     assert {k: v for k, v in result.stats.items() if "second" not in k} == {
         k: v for k, v in expected.stats.items() if "second" not in k
     }
@@ -187,7 +187,7 @@ def test_a_run_stopped_and_resumed_is_the_same_run(tmp_path: Path) -> None:
     assert [line["step"] for line in lines[1]] == list(range(1, 7))
     assert [line["kl"] for line in lines[0]] == [line["kl"] for line in lines[1]]
     assert (
-        ppo(small_gpt2(), PROMPTS * 4, evens, config, out=tmp_path / "whole").episodes == 96
+        ppo(small_gpt2(), PROMPTS * 4, evens, config, run_dir=tmp_path / "whole").episodes == 96
     )  # it has ended: nothing more
 
 
@@ -205,7 +205,7 @@ def test_the_same_model_goes_on_and_a_changed_one_does_not(tmp_path: Path) -> No
         return evens(prompts, completions)
 
     model = small_gpt2()
-    assert ppo(model, PROMPTS * 4, interrupted, config, out=tmp_path / "run").stopped == "interrupted"
+    assert ppo(model, PROMPTS * 4, interrupted, config, run_dir=tmp_path / "run").stopped == "interrupted"
     with pytest.raises(ValueError, match=r"the adapter 'critic'.* or drop_adapter\(model, 'critic'\), first"):
         ppo(model, PROMPTS * 4, evens, config)
     merged = copy.deepcopy(model)
@@ -213,13 +213,13 @@ def test_the_same_model_goes_on_and_a_changed_one_does_not(tmp_path: Path) -> No
     with pytest.raises(
         ValueError, match=r"other contents of the model \(what is frozen of it has changed\); take back"
     ):
-        ppo(merged, PROMPTS * 4, evens, config, out=tmp_path / "run")
+        ppo(merged, PROMPTS * 4, evens, config, run_dir=tmp_path / "run")
     with pytest.raises(ValueError, match="other contents of the prompts"):
-        ppo(small_gpt2(), [*PROMPTS[:3], [8, 8]] * 4, evens, config, out=tmp_path / "run")
+        ppo(small_gpt2(), [*PROMPTS[:3], [8, 8]] * 4, evens, config, run_dir=tmp_path / "run")
     with pytest.raises(ValueError, match="other contents of the prompts"):
-        ppo(model, PROMPTS, evens, config, out=tmp_path / "run")
+        ppo(model, PROMPTS, evens, config, run_dir=tmp_path / "run")
     assert adapter_names(model) == ["critic", "policy"]
-    assert ppo(model, PROMPTS * 4, evens, config, out=tmp_path / "run").stopped is None
+    assert ppo(model, PROMPTS * 4, evens, config, run_dir=tmp_path / "run").stopped is None
     ours, theirs = weights_of(model), weights_of(whole)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
@@ -231,7 +231,7 @@ def test_what_fails_at_the_beginning_leaves_the_model_as_it_was(tmp_path: Path) 
     model = small_gpt2()
     (tmp_path / "kept.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty and holds no run"):
-        ppo(model, PROMPTS, evens, PPOConfig(**SMALL), out=tmp_path)
+        ppo(model, PROMPTS, evens, PPOConfig(**SMALL), run_dir=tmp_path)
     with pytest.raises(MemoryError, match=r"out of memory on cpu: set ppo\.micro_batch_size = 4"):
         ppo(model, PROMPTS, out_of_memory, PPOConfig(**SMALL, best_of=2))
     assert adapter_names(model) == []
@@ -242,7 +242,7 @@ def test_a_policy_that_runs_away_is_stopped_and_its_best_given_back(
 ) -> None:
     model = writer()
     config = PPOConfig(**{**SMALL, "episodes": 640, "lr": 0.1, "kl_coef": 0.0, "max_kl": 3.0, "max_grad_norm": None})
-    result = ppo(model, PROMPTS * 4, evens, config, out=tmp_path)
+    result = ppo(model, PROMPTS * 4, evens, config, run_dir=tmp_path)
     assert result.stopped == "kl"
     assert result.stats["kl"] > 3.0 >= result.best["kl"]
     assert result.episodes < 640
@@ -426,7 +426,7 @@ def test_a_policy_that_diverges_is_named(tmp_path: Path) -> None:
         ppo(small_gpt2(), PROMPTS * 4, evens, wild)
     last = PPOConfig(**{**SMALL, "episodes": 16, "batch_size": 16, "epochs": 1, "lr": 1e30, "schedule": "constant"})
     with pytest.raises(FloatingPointError, match="round 1: the loss is nan"):  # which only the last step has made
-        ppo(small_gpt2(), PROMPTS * 4, evens, last, out=tmp_path)
+        ppo(small_gpt2(), PROMPTS * 4, evens, last, run_dir=tmp_path)
     assert not list(tmp_path.glob("checkpoints/*"))
     model = small_gpt2()
     model.norm.weight.data.fill_(math.nan)

@@ -149,7 +149,7 @@ def test_an_interrupted_run_goes_on_with_the_same_orders(tmp_path) -> None:
                 raise RuntimeError("the power goes")
             return causal_lm_loss(model, batch)
 
-        train(model, rows, loss, config, eval_data=rows[:3], collate=PermutationCollate(), out=out)
+        train(model, rows, loss, config, eval_data=rows[:3], collate=PermutationCollate(), run_dir=out)
         return weights(model)
 
     through = run(tmp_path / "through")

@@ -143,7 +143,7 @@ def test_a_span_corruption_run_resumes_bitwise(tmp_path):
             torch.manual_seed(0)
             model = T5.from_name("t5-small", vocab_size=104, **SIZES)
             with suppress(BrokenOff):
-                result = train(model, rows, loss, config, collate=collate, out=tmp_path / place)
+                result = train(model, rows, loss, config, collate=collate, run_dir=tmp_path / place)
         ends.append((weights(model), result.train_loss))
     assert_same_weights(*(end for end, _ in ends))
     assert ends[0][1] == ends[1][1]

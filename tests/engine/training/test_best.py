@@ -36,7 +36,9 @@ def scripted_run(values, out: Path | None, **settings):
         return (model(batch) - 1).square().sum(), len(batch)
 
     config = TrainConfig(epochs=3, batch_size=2, lr=0.1, eval_every=1, best="accuracy", **settings)
-    result = train(model, ROWS, loss_fn, config, eval_data=ROWS, collate=torch.stack, score=scripted(values), out=out)
+    result = train(
+        model, ROWS, loss_fn, config, eval_data=ROWS, collate=torch.stack, score=scripted(values), run_dir=out
+    )
     return model, result, history
 
 
@@ -55,12 +57,12 @@ def test_best_checkpoint_is_given_back(tmp_path) -> None:
 
 def test_lower_is_better_for_a_loss_and_last_takes_the_last(tmp_path) -> None:
     away = [5.0 * row for row in ROWS[:3]]
-    model, result = line(eval_data=ROWS, lr=0.1, epochs=2, eval_every=1, out=tmp_path / "a")
+    model, result = line(eval_data=ROWS, lr=0.1, epochs=2, eval_every=1, run_dir=tmp_path / "a")
     evals = {e["step"]: e["eval"]["loss"] for e in logged(tmp_path / "a") if "eval" in e}
     assert result.best["value"] == min(evals.values()) == result.metrics["loss"]
     assert evals[result.best["step"]] == result.best["value"]
     assert evaluate(model, STEPS, squares)["loss"] == pytest.approx(result.best["value"])
-    model, result = line(away, eval_data=ROWS, best="last", out=tmp_path / "c")
+    model, result = line(away, eval_data=ROWS, best="last", run_dir=tmp_path / "c")
     assert result.best == {}
     assert model.weight.abs().max() > 0
     assert not (tmp_path / "c/best").exists()
@@ -69,14 +71,14 @@ def test_lower_is_better_for_a_loss_and_last_takes_the_last(tmp_path) -> None:
 def test_the_weights_before_training_take_part_where_the_best_is_asked_for(tmp_path, caplog) -> None:
     """Training that only does harm gives back the weights it began with, and says so; or else the least harm."""
     harm = [-row for row in ROWS]
-    model, result = line(harm, eval_data=ROWS, best="loss", out=tmp_path / "asked")
+    model, result = line(harm, eval_data=ROWS, best="loss", run_dir=tmp_path / "asked")
     assert (result.best["step"], result.metrics) == (0, result.before)
     assert model.weight.abs().max() == 0
     assert "no evaluation was better than the one before training" in caplog.text
     assert "the weights given back are the untrained ones" in caplog.text
     caplog.clear()
 
-    model, result = line(harm, eval_data=ROWS, epochs=3, eval_every=1, out=tmp_path / "not asked")
+    model, result = line(harm, eval_data=ROWS, epochs=3, eval_every=1, run_dir=tmp_path / "not asked")
     losses = {entry["step"]: entry["eval"]["loss"] for entry in logged(tmp_path / "not asked") if "eval" in entry}
     assert result.before["loss"] == losses.pop(0) < min(losses.values())
     assert (result.best["step"], result.best["value"]) == (1, losses[1])

@@ -27,10 +27,10 @@ def test_buffers_belong_to_the_state(tmp_path) -> None:
             return module(batch).square().sum(), len(batch)
 
         if steps is None:
-            train(model, rows, loss_fn, config, collate=torch.stack, out=out)
+            train(model, rows, loss_fn, config, collate=torch.stack, run_dir=out)
         else:
             with pytest.raises(RuntimeError, match="killed"):
-                train(model, rows, loss_fn, config, collate=torch.stack, out=out)
+                train(model, rows, loss_fn, config, collate=torch.stack, run_dir=out)
         return model
 
     alone = run(tmp_path / "alone", None)
@@ -60,10 +60,10 @@ def test_shared_buffers_are_kept_and_those_that_are_not_stored_are_not(tmp_path)
         return module.linear(batch).square().sum(), len(batch)  # type: ignore[operator]
 
     model = Shared()
-    train(model, rows, loss_fn, TrainConfig(batch_size=2), collate=torch.stack, out=tmp_path / "run")
+    train(model, rows, loss_fn, TrainConfig(batch_size=2), collate=torch.stack, run_dir=tmp_path / "run")
     tensors, _ = load_checkpoint(tmp_path / "run/checkpoints/step-00000002")
     assert {key for key in tensors if ".buffer." in key} == {"optimizer.buffer.part", "optimizer.buffer.whole"}
     again = Shared()
-    train(again, rows, loss_fn, TrainConfig(batch_size=2), collate=torch.stack, out=tmp_path / "run")
+    train(again, rows, loss_fn, TrainConfig(batch_size=2), collate=torch.stack, run_dir=tmp_path / "run")
     assert again.part.tolist() == [2.0] * 4
     assert again.whole.tolist() == [2.0] * 8

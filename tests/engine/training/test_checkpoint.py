@@ -83,7 +83,7 @@ def test_order_is_that_of_the_steps(tmp_path) -> None:
 
 def test_a_save_that_fails_leaves_everything_as_it_was(tmp_path, monkeypatch) -> None:
     """The run ends with one sentence, its checkpoint is there, and it goes on from it to the same end."""
-    whole, _ = line(epochs=2, save_every=2, out=tmp_path / "whole")
+    whole, _ = line(epochs=2, save_every=2, run_dir=tmp_path / "whole")
     out, fsync = tmp_path / "run", os.fsync
 
     def full(descriptor: int) -> None:
@@ -97,10 +97,10 @@ def test_a_save_that_fails_leaves_everything_as_it_was(tmp_path, monkeypatch) ->
             OSError,
             match=r"step-00000006: the checkpoint could not be written .*No space left.*: [\d,]+ bytes are needed",
         ) as error:
-            line(epochs=2, save_every=2, out=out)
+            line(epochs=2, save_every=2, run_dir=out)
     assert "earlier ones are untouched; make room, then the same command goes on" in str(error.value)
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000004"]
-    model, result = line(epochs=2, save_every=2, out=out)
+    model, result = line(epochs=2, save_every=2, run_dir=out)
     assert (result.steps, len(model.seen)) == (10, 6)
     assert torch.equal(model.weight, whole.weight)
 
@@ -124,18 +124,18 @@ def test_a_damaged_checkpoint_says_what_becomes_of_the_run(tmp_path) -> None:
     """Of two, the earlier one is used once the damaged one is gone; of one, the run would begin again."""
     for keep in (1, 2):
         out = tmp_path / str(keep)
-        line(epochs=2, save_every=5, keep_last=keep, out=out)
+        line(epochs=2, save_every=5, keep_last=keep, run_dir=out)
         newest = checkpoints(out / "checkpoints")[-1]
         (newest / "tensors.safetensors").write_bytes(b"\x10")
         with pytest.raises(ValueError, match="step-00000010: the checkpoint is damaged") as error:
-            line(epochs=2, save_every=5, keep_last=keep, out=out)
+            line(epochs=2, save_every=5, keep_last=keep, run_dir=out)
         if keep == 1:
             assert "there is no earlier one" in str(error.value)
             assert "begins again at step 0, and what it logged is lost" in str(error.value)
         else:
             assert str(error.value).endswith("remove it, and the run goes on from step-00000005")
         shutil.rmtree(newest)
-        model, result = line(epochs=2, save_every=5, keep_last=keep, out=out)
+        model, result = line(epochs=2, save_every=5, keep_last=keep, run_dir=out)
         assert (result.steps, len(model.seen)) == (10, 10 if keep == 1 else 5)
 
 

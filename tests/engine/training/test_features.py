@@ -167,7 +167,7 @@ def test_images_without_augmentation_are_seen_once(monkeypatch, tmp_path) -> Non
         config = TrainConfig(epochs=6, lr=3e-2, eps=1e-4, unfreeze={} if cached else {"head.*": 0})
         score = lambda: ClassificationScore(2)  # noqa: E731
         out = tmp_path / str(cached)
-        result = train(model, data, losses.classification_loss, config, eval_data=held, score=score, out=out)
+        result = train(model, data, losses.classification_loss, config, eval_data=held, score=score, run_dir=out)
         steps = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines() if '"lr"' in text]
         assert [step["images"] for step in steps] == [6, 6, 6, 2] * 6 and "tokens" not in steps[0]
         assert all(step["images_per_second"] > 0 for step in steps)

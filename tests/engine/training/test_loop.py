@@ -91,7 +91,7 @@ def test_training_in_micro_batches_gives_the_same_weights() -> None:
 def test_a_step_is_the_update_written_out(tmp_path) -> None:
     """Adam's first step on the mean over all targets, and the facts in the log."""
     model, result = line(
-        ROWS[:5], batch_size=5, micro_batch_size=2, weight_decay=0.0, max_grad_norm=None, out=tmp_path / "run"
+        ROWS[:5], batch_size=5, micro_batch_size=2, weight_decay=0.0, max_grad_norm=None, run_dir=tmp_path / "run"
     )
     x = torch.stack(ROWS[:5])
     gradient = (2 * (x @ torch.zeros(3) - 1)[:, None] * x).mean(0)
@@ -105,11 +105,11 @@ def test_a_step_is_the_update_written_out(tmp_path) -> None:
 
 
 def test_learning_rate_follows_the_schedule(tmp_path) -> None:
-    line(epochs=2, schedule="linear", warmup=0.2, out=tmp_path / "a")
+    line(epochs=2, schedule="linear", warmup=0.2, run_dir=tmp_path / "a")
     assert [entry["lr"] for entry in logged(tmp_path / "a")] == pytest.approx(
         [0.05, 0.1, 0.1, 0.0875, 0.075, 0.0625, 0.05, 0.0375, 0.025, 0.0125]
     )
-    line(epochs=2, schedule="wsd", warmup=3, decay=0.3, lr_floor=0.1, out=tmp_path / "b")
+    line(epochs=2, schedule="wsd", warmup=3, decay=0.3, lr_floor=0.1, run_dir=tmp_path / "b")
     assert [entry["lr"] for entry in logged(tmp_path / "b")] == pytest.approx(
         [0.1 / 3, 0.2 / 3, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.07, 0.04]
     )
@@ -132,7 +132,7 @@ def test_an_iterable_of_batches(tmp_path) -> None:
     model, result = line(Sized(STEPS), epochs=2, collate=None)
     assert result.steps == 10
     assert model.seen == [[row.item() for row in step[:, 0]] for step in STEPS] * 2
-    _, result = line(Stream(STEPS), max_steps=7, collate=None, out=tmp_path / "run")
+    _, result = line(Stream(STEPS), max_steps=7, collate=None, run_dir=tmp_path / "run")
     assert result.steps == 7
     assert json.loads((tmp_path / "run/checkpoints/step-00000007/state.json").read_text())["data"] == {"next": 2}
 
@@ -188,8 +188,8 @@ def test_data_that_cannot_be_trained_on() -> None:
 
 def test_state_is_needed_where_there_is_something_to_resume(tmp_path) -> None:
     assert line(STEPS, collate=None)[1].steps == 5
-    with pytest.raises(ValueError, match="can't resume: give rows and collate, or no out"):
-        line(STEPS, collate=None, out=tmp_path / "run")
+    with pytest.raises(ValueError, match="can't resume: give rows and collate, or no run_dir"):
+        line(STEPS, collate=None, run_dir=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -246,19 +246,19 @@ def test_when_it_evaluates_and_saves(tmp_path) -> None:
     def evaluated(name: str) -> list[int]:
         return [entry["step"] for entry in logged(tmp_path / name) if "eval" in entry]
 
-    line(eval_data=ROWS, epochs=2, keep_last=9, out=tmp_path / "epochs")
+    line(eval_data=ROWS, epochs=2, keep_last=9, run_dir=tmp_path / "epochs")
     assert (folders("epochs"), evaluated("epochs")) == ([5, 10], [0, 5, 10])
-    line(eval_data=ROWS, epochs=2, keep_last=9, save_every=4, eval_every=3, out=tmp_path / "steps")
+    line(eval_data=ROWS, epochs=2, keep_last=9, save_every=4, eval_every=3, run_dir=tmp_path / "steps")
     assert (folders("steps"), evaluated("steps")) == ([4, 8, 10], [0, 3, 6, 9, 10])
-    line(epochs=2, keep_last=2, save_every=1, out=tmp_path / "two")
+    line(epochs=2, keep_last=2, save_every=1, run_dir=tmp_path / "two")
     assert folders("two") == [9, 10]
-    line(epochs=2, save_every=3, out=tmp_path / "one")
+    line(epochs=2, save_every=3, run_dir=tmp_path / "one")
     assert folders("one") == [10]
     assert evaluated("one") == []
 
 
 def test_the_record_of_a_run(tmp_path) -> None:
-    _, result = line(eval_data=ROWS, out=tmp_path / "run")
+    _, result = line(eval_data=ROWS, run_dir=tmp_path / "run")
     facts = json.loads((tmp_path / "run/run.json").read_text())
     assert facts["config"]["train"]["batch_size"] == 2
     assert {"handtune", "torch", "python"} <= facts["versions"].keys()
@@ -277,7 +277,7 @@ def test_the_record_of_a_run(tmp_path) -> None:
 def test_metrics_count_targets_and_tokens(tmp_path) -> None:
     rows, model = ragged(), gpt2()
     config = TrainConfig(batch_size=8, micro_batch_size=3)
-    train(model, rows, losses.causal_lm_loss, config, collate=Collate(), out=tmp_path / "run")
+    train(model, rows, losses.causal_lm_loss, config, collate=Collate(), run_dir=tmp_path / "run")
     (entry,) = logged(tmp_path / "run")
     assert entry["tokens"] == sum(len(row["input_ids"]) for row in rows)
     assert entry["targets"] == sum(t >= 0 for row in rows for t in row["targets"])

@@ -23,12 +23,12 @@ def test_not_a_number_stops_with_the_step_and_the_last_good_checkpoint(tmp_path)
         return loss * (math.nan if len(model.seen) == 8 else 1.0), count
 
     with pytest.raises(FloatingPointError) as error:
-        line(epochs=2, loss_fn=broken, save_every=2, out=tmp_path / "run")
+        line(epochs=2, loss_fn=broken, save_every=2, run_dir=tmp_path / "run")
     place = tmp_path / "run/checkpoints/step-00000006"
     assert str(error.value).startswith("step 8: the loss is nan")
     assert f"the last good checkpoint is {place}; try a smaller train.lr" in str(error.value)
     assert place.is_dir()
-    model, result = line(epochs=2, save_every=2, out=tmp_path / "run")  # with the cause away, it goes on from there
+    model, result = line(epochs=2, save_every=2, run_dir=tmp_path / "run")  # with the cause away, it goes on from there
     assert (result.steps, len(model.seen)) == (10, 4)
     with pytest.raises(FloatingPointError, match="step 3: the loss is inf.*there is no checkpoint yet"):
         line(loss_fn=lambda m, b: (squares(m, b)[0] * (math.inf if len(m.seen) == 3 else 1), 1))
@@ -80,7 +80,7 @@ def test_memory_that_really_runs_out() -> None:
 
 
 def test_ctrl_c_finishes_the_step_and_saves(tmp_path) -> None:
-    whole, expected = line(epochs=4, out=tmp_path / "whole")
+    whole, expected = line(epochs=4, run_dir=tmp_path / "whole")
     handler = signal.getsignal(signal.SIGINT)
 
     def interrupting(model, batch):
@@ -88,11 +88,11 @@ def test_ctrl_c_finishes_the_step_and_saves(tmp_path) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return squares(model, batch)
 
-    _, result = line(epochs=4, loss_fn=interrupting, out=tmp_path / "run")
+    _, result = line(epochs=4, loss_fn=interrupting, run_dir=tmp_path / "run")
     assert (result.interrupted, result.steps) == (True, 7)
     assert (tmp_path / "run/checkpoints/step-00000007").is_dir()
     assert signal.getsignal(signal.SIGINT) is handler
-    model, result = line(epochs=4, out=tmp_path / "run")
+    model, result = line(epochs=4, run_dir=tmp_path / "run")
     assert (result.interrupted, result.steps, result.train_loss) == (False, 20, expected.train_loss)
     assert torch.equal(model.weight, whole.weight)
     assert logged(tmp_path / "run") == logged(tmp_path / "whole")
@@ -110,7 +110,7 @@ def test_ctrl_c_at_the_end_of_an_epoch_and_in_an_evaluation_saves_too(tmp_path) 
             return squares(model, batch)
 
         out = tmp_path / str(number)
-        result = line(epochs=3, loss_fn=interrupting, eval_data=ROWS, eval_every=5, out=out)[1]
+        result = line(epochs=3, loss_fn=interrupting, eval_data=ROWS, eval_every=5, run_dir=out)[1]
         assert (result.interrupted, result.steps) == (True, steps)
         assert len(list(out.glob("checkpoints/*"))) == (steps > 0)
 
@@ -139,10 +139,10 @@ def test_a_second_ctrl_c_stops_at_once() -> None:
 
 
 def test_a_folder_with_another_run_or_other_things_is_refused(tmp_path) -> None:
-    line(out=tmp_path / "run", lr=0.1)
+    line(run_dir=tmp_path / "run", lr=0.1)
     before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*"))
     with pytest.raises(ValueError) as error:
-        line(out=tmp_path / "run", lr=0.2, seed=3)
+        line(run_dir=tmp_path / "run", lr=0.2, seed=3)
     assert "train.lr = 0.1, not 0.2; train.seed = 0, not 3; take back the change or choose another out" in str(
         error.value
     )
@@ -150,11 +150,11 @@ def test_a_folder_with_another_run_or_other_things_is_refused(tmp_path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="is not empty and holds no run; choose another out"):
-        line(out=tmp_path / "other")
+        line(run_dir=tmp_path / "other")
     assert [p.name for p in (tmp_path / "other").iterdir()] == ["thesis.tex"]
     (tmp_path / "run/run.json").write_text("{")
     with pytest.raises(ValueError, match=r"run\.json: not JSON"):
-        line(out=tmp_path / "run")
+        line(run_dir=tmp_path / "run")
 
 
 def test_a_run_that_never_began_may_change_its_configuration(tmp_path) -> None:
@@ -162,8 +162,8 @@ def test_a_run_that_never_began_may_change_its_configuration(tmp_path) -> None:
         raise ValueError("the data is not what it should be")
 
     with pytest.raises(ValueError, match="not what it should be"):
-        line(loss_fn=wrong, out=tmp_path / "run")
-    _, result = line(lr=0.3, out=tmp_path / "run")
+        line(loss_fn=wrong, run_dir=tmp_path / "run")
+    _, result = line(lr=0.3, run_dir=tmp_path / "run")
     assert result.steps == 5
     assert json.loads((tmp_path / "run/run.json").read_text())["config"]["train"]["lr"] == 0.3
 
@@ -196,7 +196,7 @@ def test_after_ctrl_c_the_result_is_of_the_weights_that_are_there(tmp_path) -> N
 
     away = [-row for row in ROWS]
     model, result = line(
-        away, eval_data=ROWS, eval_every=1, best="loss", loss_fn=interrupting, out=tmp_path / "run"
+        away, eval_data=ROWS, eval_every=1, best="loss", loss_fn=interrupting, run_dir=tmp_path / "run"
     )  # fmt: skip
     assert result.interrupted
     assert model.weight.abs().max() > 0
@@ -209,7 +209,7 @@ def test_after_ctrl_c_the_result_is_of_the_weights_that_are_there(tmp_path) -> N
 @pytest.mark.parametrize("at", [3, 12, 24])
 def test_an_evaluation_that_is_broken_off_is_made_again(tmp_path, at) -> None:
     """Ctrl-C twice in the evaluation before training, after the first epoch, after the second."""
-    whole, expected = line(epochs=3, eval_data=ROWS, out=tmp_path / "whole")
+    whole, expected = line(epochs=3, eval_data=ROWS, run_dir=tmp_path / "whole")
 
     def breaking(model, batch):
         if len(model.seen) == at - 1:
@@ -217,8 +217,8 @@ def test_an_evaluation_that_is_broken_off_is_made_again(tmp_path, at) -> None:
         return squares(model, batch)
 
     with pytest.raises(KeyboardInterrupt):
-        line(epochs=3, eval_data=ROWS, loss_fn=breaking, out=tmp_path / "run")
-    model, result = line(epochs=3, eval_data=ROWS, out=tmp_path / "run")
+        line(epochs=3, eval_data=ROWS, loss_fn=breaking, run_dir=tmp_path / "run")
+    model, result = line(epochs=3, eval_data=ROWS, run_dir=tmp_path / "run")
     assert (result.steps, result.metrics, result.best) == (15, expected.metrics, expected.best)
     assert torch.equal(model.weight, whole.weight)
     assert logged(tmp_path / "run") == logged(tmp_path / "whole")
