@@ -35,6 +35,8 @@ ELSEWHERE = {
     "update_stop": "target_kl", "kl_stop": "max_kl", "no_end": "missing_eos_penalty", "group": "group_size",
     "num_generations": "group_size", "normalise": "reward_norm_samples",
 }  # fmt: skip
+# Options of earlier versions, and the scripts that do since then what they asked for.
+SCRIPTS = {"best_of": "benchmarks/best_of.py", "best_of_prompts": "benchmarks/best_of.py"}
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,8 @@ def _from_table(cls: type, table: dict[str, Any]) -> Any:
 
 def _suggestion(key: str, known: list[str]) -> str:
     """The known key that an unknown one may have meant, or all of them."""
+    if key in SCRIPTS:
+        return f"{SCRIPTS[key]} does that, once the run has ended"
     similar = [name for name in ELSEWHERE.get(key, "").split() if name in known]
     similar = similar or difflib.get_close_matches(key, known, n=1)
     return f"did you mean {similar[0]!r}?" if similar else f"known: {', '.join(known)}"

@@ -4,7 +4,6 @@ No model, no randomness, only numbers. Where implementations differ, lm-human-pr
 Ziegler et al. 2019 and Stiennon et al. 2020. Numbers are those of the list in `round.py`.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -72,24 +71,6 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float)
     """Half the squared error of each token's value, or, where that is larger, of one within `clip` of the old value."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
-
-
-def best_of(scores: Tensor) -> list[tuple[int, float, float]]:
-    """What choosing the best of n samples gives, n = 1, 2, 4, ... up to N, from the scores (P, N) of N for each prompt.
-
-    Of each n its KL from the sampling policy in nats, log n − (n − 1)/n (Stiennon et al. 2020, arXiv:2009.01325,
-    appendix G.3), and the expected score: the mean of the largest over all choices of n among the N.
-    """
-    ascending = scores.double().sort(1).values  # (P, N)
-    n_samples = scores.shape[1]
-
-    results = []
-    for n in (2**k for k in range(n_samples.bit_length())):
-        # Of all choices of n, those whose best is at place i take the other n − 1 from the i places below it.
-        weights = [math.comb(i, n - 1) / math.comb(n_samples, n) for i in range(n_samples)]
-        best = ascending @ torch.tensor(weights, dtype=torch.float64, device=scores.device)  # (P,)
-        results.append((n, math.log(n) - (n - 1) / n, float(best.mean())))
-    return results
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:

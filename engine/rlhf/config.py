@@ -47,10 +47,6 @@ class PPOConfig:
     kl_horizon: int = above_zero(10_000, most=10**12)  # completions in which β adapts
     max_kl: float | None = above_zero(None, most=1e38)  # nats a completion: beyond, the run ends with the best before
 
-    # Best of n: so many samples of the reference for each of so many prompts, which show what choosing gives (0: none).
-    best_of: int = zero_or_more(0, most=10**6)  # samples a prompt
-    best_of_prompts: int = above_zero(32, most=10**6)
-
     lora: LoRAConfig = field(default_factory=LoRAConfig)  # the adapters of policy and critic
     save_every: int = above_zero(10, most=MANY)  # rounds
     keep_last: int = above_zero(1, most=MANY)  # checkpoints

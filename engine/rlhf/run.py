@@ -33,7 +33,7 @@ from ..training.guards import clean_guest, explained_memory_error, infinite_epoc
 from ..training.optim import Optimizer, lr_factor
 from ..training.run_folder import RunFolder, peak_memory
 from ..training.state import generators, set_generators, tell_resumed
-from .advantages import AdaptiveKL, best_of
+from .advantages import AdaptiveKL
 from .config import PPOConfig
 from .progress import PPOProgress, PPOResult
 from .reward_model import ADAPTER as REWARD
@@ -244,15 +244,6 @@ class _Run:
         order = torch.cat([torch.randperm(len(prompts)) for _ in range(0, n, len(prompts))])
         return [prompts[i] for i in order[:n].tolist()]
 
-    def best_of(self) -> list[tuple[int, float, float]]:
-        """What choosing among samples of the reference gives: n, KL and score. PPO should do better at the same KL."""
-        n_prompts = min(len(self.batches.examples), self.config.best_of_prompts)
-        n = self.config.best_of
-        prompts = [prompt for prompt in self._drawn(n_prompts) for _ in range(n)]
-        samples = self.round.sample(prompts, None)
-        self.round.evaluate_rollout(samples, range(len(prompts)))
-        return best_of(samples.scores.view(-1, n))
-
     def save(self, progress: PPOProgress) -> None:
         """Write a checkpoint, if there is a run folder."""
         if self.folder is None:
@@ -282,8 +273,6 @@ class _Run:
     def _start(self) -> PPOProgress:
         self.run_folder.rewind(-1)
         self.normalise()
-        if self.config.best_of:
-            self.run_folder.amend(best_of=self.best_of())
         return PPOProgress()
 
     def _load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:

@@ -33,7 +33,6 @@ TABLE = dict | None
 FACTS: dict[str, Any] = {
     "config": dict, "inputs": dict, "folder": str, "versions": dict, "device": str, "world_size": int, "name": TEXT,
     "method": TEXT, "task": TEXT, "model": TEXT, "trains": TEXT, "started": TEXT, "labels": list, "chat": bool,
-    "best_of": list,
 }  # fmt: skip
 RESULT: dict[str, Any] = {
     "steps": int, "episodes": int, "train_loss": NUMBER, "metrics": TABLE, "before": TABLE, "best": TABLE,
@@ -190,11 +189,6 @@ def read_facts(path: Path) -> dict[str, Any]:
     if "config" not in facts:
         raise ValueError(f"{path}: not the facts of a run; restore it, or choose another out")
     _check_fields(str(path), facts, FACTS)
-
-    # The entries of lists, into which the types above do not reach.
-    for row in facts.get("best_of", []):
-        if not (_is_numbers(row) and len(row) == 3):
-            raise ValueError(f"{path}: best_of is damaged; restore the file")
 
     for field, entries in facts.get("inputs", {}).items():
         if not (isinstance(entries, list) and all(map(is_fingerprint, entries))):

@@ -42,25 +42,17 @@ def run_ppo(options: argparse.Namespace) -> int:
 
 def _ppo(config: PPORunConfig, run_folder: RunFolder, inputs: Inputs, quiet: bool) -> int:
     out = Path(config.out)
-    base = config.model
-    assert base.path is not None
     facts = {
-        "name": config.name or out.name, "method": "ppo", "task": "causal-lm", "model": base.path,
+        "name": config.name or out.name, "method": "ppo", "task": "causal-lm", "model": config.model.path,
         "config": asdict(config), "trains": f"LoRA r={config.ppo.lora.rank}", "inputs": inputs,
     }  # fmt: skip
     run_folder.start(facts, asdict(config))
 
-    # With quantize, each projection is packed as it is read, and nothing of the base trains.
-    model, tokenizer = load(
-        base.path, "causal-lm", base.dtype, base.device, quantize=projections if base.quantize else None
-    )
-    if base.quantize:
-        freeze(model, "*")
-        quantize(model)
-    prompts = _prompts(config, model, tokenizer)
+    model, tokenizer = load_policy(config)
+    prompts = policy_prompts(config, model, tokenizer)
     run_folder.amend(chat=model.tokens.asks_as_chat)
 
-    rewards = [_reward(spec, model, tokenizer, inputs) for spec in as_list(config.reward)]
+    rewards = [reward_of(spec, model, tokenizer, inputs) for spec in as_list(config.reward)]
     result = ppo(
         model, prompts, rewards, config.ppo, tokenizer=tokenizer, run_dir=out, metadata=facts,
         show=None if quiet else tqdm.write,
@@ -92,7 +84,21 @@ def _ppo(config: PPORunConfig, run_folder: RunFolder, inputs: Inputs, quiet: boo
     return 0
 
 
-def _prompts(config: PPORunConfig, model: Any, tokenizer: Any) -> list[str]:
+def load_policy(config: PPORunConfig) -> tuple[Any, Any]:
+    """The model that the policy begins with, and its tokenizer."""
+    # With quantize, each projection is packed as it is read, and nothing of the base trains.
+    base = config.model
+    assert base.path is not None
+    model, tokenizer = load(
+        base.path, "causal-lm", base.dtype, base.device, quantize=projections if base.quantize else None
+    )
+    if base.quantize:
+        freeze(model, "*")
+        quantize(model)
+    return model, tokenizer
+
+
+def policy_prompts(config: PPORunConfig, model: Any, tokenizer: Any) -> list[str]:
     """The texts that the policy continues, through the chat template if the model was trained so.
 
     The model's settings say from then on whether prompts went through it.
@@ -113,7 +119,7 @@ def check_prompts(config: PPORunConfig, count: int, color: bool) -> None:
     assert config.model.path is not None
     opened: Any = open_checkpoint(checkpoint_info(config.model.path, weights=False), "causal-lm")
     model, tokenizer = opened.model, opened.tokenizer
-    prompts = _prompts(config, model, tokenizer)
+    prompts = policy_prompts(config, model, tokenizer)
     max_new_tokens = config.ppo.max_new_tokens
     fitting = fitting_prompts(prompts, tokenizer, max_new_tokens, model.config.max_positions)
     lengths = [len(prompt.ids) for prompt in fitting]
@@ -143,7 +149,7 @@ def _first_round(out: Path) -> dict[str, Any]:
     return {key: value for key, value in next(rows, {}).items() if isinstance(value, int | float)}
 
 
-def _reward(spec: str, policy: Any, tokenizer: Any, inputs: Inputs) -> RewardFn:
+def reward_of(spec: str, policy: Any, tokenizer: Any, inputs: Inputs) -> RewardFn:
     """The reward that the configuration names: a folder, or "module:function"."""
     path = Path(spec)
     if not path.exists():

@@ -59,17 +59,14 @@ def evaluation_figures(runs: Sequence[Run]) -> list[str]:
 
 
 def frontier_figures(runs: Sequence[Run]) -> list[str]:
-    """Score over KL, round by round, and next to it what choosing the best of n samples of the reference gives."""
+    """Score over KL, round by round."""
     curves = []
     for i, run in enumerate(runs):
         rows = [row for row in run.steps if is_number(row.get("kl")) and is_number(row.get("score"))]
         points = [(row["kl"], row["score"]) for row in rows]
         curves += _noisy(i, sorted(points))
-        curves.append(Curve(i, [(kl, score) for _, kl, score in run.info.get("best_of") or []], "marks"))
-    note = "round by round"
-    if any(run.info.get("best_of") for run in runs):
-        note += "; marked: the best of 1, 2, 4, ... samples of the reference"
-    return _figure("score", curves, note=note, full=True, number=1, over="KL from the reference, nats a completion")
+    over = "KL from the reference, nats a completion"
+    return _figure("score", curves, note="round by round", full=True, number=1, over=over)
 
 
 def training_figures(runs: Sequence[Run]) -> list[str]:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,10 @@ from project import ROOT
 from small_runs import write_rows
 
 from handtune.cli import main
+from handtune.config import PPORunConfig, read_config
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from best_of import compare
 
 MODEL = ROOT / "examples/kjv-gpt"
 PROMPTS = ["And the king said", "In those days", "The LORD spake unto", "Now it came to pass"]
@@ -25,8 +30,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "ppo.toml").write_text(
         f'out = "run"\nprompts = "prompts.jsonl"\nreward = "short_texts:short"\n[model]\npath = "{MODEL}"\n'
         'dtype = "float32"\n'
-        "[ppo]\nepisodes = 96\nrollout_batch_size = 16\nbatch_size = 8\nmax_new_tokens = 8\nlr = 2e-3\nbest_of = 4\n"
-        'best_of_prompts = 4\n[ppo.lora]\nrank = 4\ntargets = "layers.[23].*"\n'
+        "[ppo]\nepisodes = 96\nrollout_batch_size = 16\nbatch_size = 8\nmax_new_tokens = 8\nlr = 2e-3\n"
+        '[ppo.lora]\nrank = 4\ntargets = "layers.[23].*"\n'
     )
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -59,10 +64,10 @@ def test_its_prompts_are_shown_without_weights(folder: Path, capsys: pytest.Capt
 def test_a_run_and_what_is_done_with_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["ppo", "ppo.toml"]) == 0
     result = json.loads(Path("run/result.json").read_text())
-    facts = json.loads(Path("run/run.json").read_text())
     assert result["metrics"]["score"] > result["before"]["score"]
-    assert [n for n, _, _ in facts["best_of"]] == [1, 2, 4]
-    assert facts["best_of"][2][2] > facts["best_of"][0][2]
+    rows = compare(read_config("ppo.toml", (), PPORunConfig), n_samples=4, n_prompts=4)
+    assert [row["n"] for row in rows] == [1, 2, 4]
+    assert rows[2]["score"] > rows[0]["score"]
     assert "stored: the policy after the last round, 96 episodes\nstored in run/adapter" in capsys.readouterr().out
     before = files()
     assert main(["ppo", "ppo.toml"]) == 0  # it has ended: nothing changes
@@ -90,7 +95,7 @@ def test_a_run_and_what_is_done_with_it(folder: Path, capsys: pytest.CaptureFixt
     assert main(["report", "run"]) == 0
     page = Path("report.html").read_text()
     assert "Samples" in page
-    assert "the best of 1, 2, 4" in page
+    assert "round by round" in page
 
 
 @pytest.mark.parametrize(
@@ -103,6 +108,7 @@ def test_a_run_and_what_is_done_with_it(folder: Path, capsys: pytest.CaptureFixt
         (["ppo.max_new_tokens=400"], "no prompt leaves room"),
         (["model.path=nowhere"], "nowhere"),
         (["ppo.top_k=5"], "unknown key 'top_k'"),
+        (["ppo.best_of=8"], "unknown key 'best_of'; benchmarks/best_of.py does that, once the run has ended"),
     ],
     ids=str,
 )

@@ -21,7 +21,7 @@ def workshop(folder: Path) -> Path:
     )  # fmt: skip
     write_config(
         folder / "ppo.toml", out="none", prompts=rows, reward="command_scores:short", model={"path": base},
-        ppo={"episodes": 4, "rollout_batch_size": 4, "batch_size": 4, "max_new_tokens": 2, "best_of": 0,
+        ppo={"episodes": 4, "rollout_batch_size": 4, "batch_size": 4, "max_new_tokens": 2,
         "lora": {"rank": 2}},
     )  # fmt: skip
     assert main(["train", str(folder / "train.toml")]) == 0

@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,6 @@ from torch import Tensor
 
 from handtune.engine.rlhf.advantages import (
     AdaptiveKL,
-    best_of,
     by_group,
     explained_variance,
     gae,
@@ -18,6 +19,9 @@ from handtune.engine.rlhf.advantages import (
     value_loss,
     whiten,
 )
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from best_of import best_of
 
 LENGTHS = (5, 1, 3, 4)
 

@@ -225,15 +225,17 @@ def test_the_same_model_goes_on_and_a_changed_one_does_not(tmp_path: Path) -> No
 
 
 def test_what_fails_at_the_beginning_leaves_the_model_as_it_was(tmp_path: Path) -> None:
-    def out_of_memory(prompts: Sequence[Any], completions: Sequence[Any]) -> list[float]:
+    def out_of_memory(inputs: dict[str, Any]) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     model = small_gpt2()
+    reward = Reward(with_head(small_gpt2(), "reward"))  # not normalised yet, which comes first
+    reward.score = out_of_memory
     (tmp_path / "kept.txt").write_text("mine")
     with pytest.raises(ValueError, match="is not empty and holds no run"):
         ppo(model, PROMPTS, evens, PPOConfig(**SMALL), run_dir=tmp_path)
     with pytest.raises(MemoryError, match=r"out of memory on cpu: set ppo\.micro_batch_size = 4"):
-        ppo(model, PROMPTS, out_of_memory, PPOConfig(**SMALL, best_of=2))
+        ppo(model, PROMPTS, reward, PPOConfig(**SMALL))
     assert adapter_names(model) == []
 
 
