@@ -225,7 +225,7 @@ def handtune_steps(task: Task) -> tuple[Callable[[int | None], float], Any]:
     add_lora(model, LoRAConfig(RANK, ALPHA))
     model.train()
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    optimizer = Optimizer(trained, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, lr_scale={}, lr_decay=1.0)
+    optimizer = Optimizer(trained, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     batches = batches_of(task)
     examples = [
         [{"input_ids": row[:-1], "targets": [-100] * (p - 1) + row[p:]} for row, p in batch] for batch in batches

@@ -173,8 +173,7 @@ class _Run:
 
         # 15: Adam's ε is OpenAI's. Near ratios of 1 gradients are small, and 1e-8 would make steps of their noise.
         self.optimizer = Optimizer(
-            named, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0, lr_scale={}, lr_ratios=lr_ratios(model),
-            lr_decay=1.0,
+            named, betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0, scales=lr_ratios(model)
         )  # fmt: skip
         self.kl = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
         actors = PolicyAndCritic(model, critic, shared_layers(model, (POLICY, CRITIC)), config.temperature)

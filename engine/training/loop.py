@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..adapters.lora import active_adapter, adapter_sites, lr_ratios
+from ..adapters.lora import active_adapter, adapter_sites
 from ..adapters.modules_to_save import mark_trained
 from ..adapters.token_rows import trained_rows
 from ..data.batches import Batches, count_images, count_tokens, to_device
@@ -44,7 +44,7 @@ from .guards import (
     smaller_batches,
     sum_and_count,
 )
-from .optim import Optimizer, layer_count, lr_factor
+from .optim import Optimizer, lr_factor, lr_scales
 from .run_folder import RunFolder, peak_memory
 from .state import keep_best, restore_best, resume, save, tell_resumed
 
@@ -144,8 +144,8 @@ def train(
 
         optimizer = Optimizer(
             trained.items(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
-            lr_scale=config.lr_scale, lr_ratios=lr_ratios(model), lr_decay=config.lr_decay, buffers=_buffers(model),
-            rows=trained_rows(model), n_layer=layer_count(name for name, _ in model.named_parameters()),
+            scales=lr_scales(model, trained, config.lr_scale, config.lr_decay), buffers=_buffers(model),
+            rows=trained_rows(model),
         )  # fmt: skip
         total, per_epoch = _steps(data, config)
         warmup = round(config.warmup * total) if config.warmup < 1 else int(config.warmup)

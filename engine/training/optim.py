@@ -6,7 +6,7 @@ step is made on the master, and the parameter is its rounding. Gradients of seve
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...kernels.optim.adamw import adamw_
 from ...kernels.optim.adamw_state import AdamWParam
+from ..adapters.lora import lr_ratios
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 _STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a weight, once it was updated
@@ -41,24 +42,30 @@ def lr_factor(schedule: str, step: int, total: int, warmup: int, decay: float, f
     return 1.0
 
 
-def lr_scale_of(name: str, scales: dict[str, float], layer_decay: float, n_layer: int) -> float:
-    """Factor on the learning rate of the parameter called `name`.
+def lr_scales(
+    model: nn.Module, trained: Collection[str], by_glob: Mapping[str, float], layer_decay: float
+) -> dict[str, float]:
+    """Factors on the learning rate of the parameters called `trained`.
 
-    Its first matching glob in `scales`, times `layer_decay` for each layer between it and the head: layers.i has
-    n_layer − i of them, the embedding n_layer + 1.
+    Each is that of its first matching glob, times LoRA+'s ratio of a B, times `layer_decay` for each layer between the
+    parameter and the head: layers.i has n_layer − i of them, the embedding n_layer + 1.
     """
-    factor = next((value for pattern, value in scales.items() if fnmatchcase(name, pattern)), 1.0)
-    if layer_decay != 1.0:
-        if layer := _LAYER.search(name):
-            factor *= layer_decay ** (n_layer - int(layer[1]))
+    # All layers of the model count, also where the upper ones are frozen.
+    layers = {name: int(layer[1]) for name, _ in model.named_parameters() if (layer := _LAYER.search(name))}
+    n_layer = max(layers.values(), default=-1) + 1
+    if layer_decay != 1.0 and layers.keys().isdisjoint(trained):
+        raise ValueError("lr_decay: no trained parameter is called layers.N, as those of handtune's models are")
+
+    ratios = lr_ratios(model)
+    scales = {}
+    for name in trained:
+        scale = next((value for pattern, value in by_glob.items() if fnmatchcase(name, pattern)), 1.0)
+        if name in layers:
+            scale *= layer_decay ** (n_layer - layers[name])
         elif name.startswith("embed."):
-            factor *= layer_decay ** (n_layer + 1)
-    return factor
-
-
-def layer_count(names: Iterable[str]) -> int:
-    """How many layers parameters of these names have: one more than the highest N of a layers.N, or 0."""
-    return max((int(layer[1]) for name in names if (layer := _LAYER.search(name))), default=-1) + 1
+            scale *= layer_decay ** (n_layer + 1)
+        scales[name] = scale * ratios.get(name, 1.0)
+    return scales
 
 
 class Optimizer:
@@ -66,13 +73,10 @@ class Optimizer:
 
     A step is `accumulate()` after each micro-batch's backward pass, then `scale_gradients(...)` and `step(...)`.
 
-    lr_scale, lr_decay: factors on the learning rate by globs and by layers, see `lr_scale_of`.
+    scales: factors on the learning rate by name, 1 where there is none.
     buffers: running statistics, say; they are not touched, but belong to the state.
     rows: of the parameters named there only these rows train, on a master (n, ...) of their own, and the others are
         never written to.
-    n_layer: the layers that `lr_decay` counts, those of the whole model, also where the upper ones are frozen; None
-        takes those of the named parameters.
-    lr_ratios: one more factor on the learning rate, by name.
     """
 
     def __init__(
@@ -82,12 +86,9 @@ class Optimizer:
         betas: tuple[float, float],
         eps: float,
         weight_decay: float,
-        lr_scale: dict[str, float],
-        lr_decay: float,
+        scales: Mapping[str, float] | None = None,
         buffers: Mapping[str, Tensor] | None = None,
         rows: Mapping[str, Tensor] | None = None,
-        n_layer: int | None = None,
-        lr_ratios: Mapping[str, float] | None = None,
     ):
         self.parameters = dict(named)
         self.buffers = dict(buffers or {})
@@ -95,26 +96,18 @@ class Optimizer:
         self.eps = eps
         self.factor: Tensor | None = None  # on the gradients in the next step; None: 1
         self.rows = {name: ids for name, ids in (rows or {}).items() if name in self.parameters}
-        if lr_decay != 1.0 and not layer_count(self.parameters):
-            raise ValueError("lr_decay: no trained parameter is called layers.N, as those of handtune's models are")
 
-        # What a step that was broken off has left behind would be added to the first one.
-        for parameter in self.parameters.values():
-            parameter.grad = None
-
-        self.masters = {name: self._master(p, self.rows.get(name)) for name, p in self.parameters.items()}
-        if n_layer is None:
-            n_layer = layer_count(self.parameters)
         self.trained: dict[str, AdamWParam] = {}
-        for name, master in self.masters.items():
-            param = AdamWParam(master, lr_scale_of(name, lr_scale, lr_decay, n_layer))
-            if lr_ratios:
-                param.scale *= lr_ratios.get(name, 1.0)
+        for name, parameter in self.parameters.items():
+            # What a step that was broken off has left behind would be added to the first one.
+            parameter.grad = None
+            master = self._master(parameter, self.rows.get(name))
+            param = AdamWParam(master, (scales or {}).get(name, 1.0))
             if master.dim() > 1:
                 param.decay = weight_decay
             # The update rounds a whole master into its parameter; rows are written by `_write_rows`.
-            if master is not self.parameters[name] and name not in self.rows:
-                param.copy = self.parameters[name]
+            if master is not parameter and name not in self.rows:
+                param.copy = parameter
             self.trained[name] = param
 
     @staticmethod
@@ -130,7 +123,7 @@ class Optimizer:
     def accumulate(self) -> None:
         """Move the gradients of narrow parameters, and of chosen rows, into their masters' gradients."""
         for name, parameter in self.parameters.items():
-            master = self.masters[name]
+            master = self.trained[name].weight
             # The gradients of an fp32 parameter are summed up by autograd itself.
             if master is parameter or parameter.grad is None:
                 continue
@@ -144,7 +137,7 @@ class Optimizer:
 
     def gradients(self) -> list[Tensor]:
         """The fp32 gradients that are there."""
-        return [master.grad for master in self.masters.values() if master.grad is not None]
+        return [param.weight.grad for param in self.trained.values() if param.weight.grad is not None]
 
     def scale_gradients(self, count: float, max_norm: float | None) -> Tensor:
         """Divide the summed gradients by `count` and clip their joint norm to `max_norm`; gives the norm before that.
@@ -174,13 +167,13 @@ class Optimizer:
     def _write_rows(self) -> None:
         for name, ids in self.rows.items():
             parameter = self.parameters[name]
-            parameter.index_copy_(0, ids, self.masters[name].to(parameter.dtype))
+            parameter.index_copy_(0, ids, self.trained[name].weight.to(parameter.dtype))
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
         self.factor = None
-        for master in self.masters.values():
-            master.grad = None
+        for param in self.trained.values():
+            param.weight.grad = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """Masters, moments, update counts and the module's buffers, as a flat dictionary of tensors."""
@@ -194,7 +187,7 @@ class Optimizer:
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Put a `state_dict` back, into the parameters too. ValueError where it is one of other parameters."""
-        shapes = {name: tuple(master.shape) for name, master in self.masters.items()}
+        shapes = {name: tuple(param.weight.shape) for name, param in self.trained.items()}
         stored = {key.removeprefix("weight."): tuple(t.shape) for key, t in state.items() if key.startswith("weight.")}
         if different := sorted(name for name in shapes | stored if shapes.get(name) != stored.get(name)):
             name = different[0]

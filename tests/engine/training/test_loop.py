@@ -26,7 +26,7 @@ from handtune.engine.training.optim import Optimizer
 def gradient_of(model, micros, loss_fn=losses.causal_lm_loss) -> dict[str, torch.Tensor]:
     """The gradient that the loop makes of one step's micro-batches."""
     model.zero_grad()
-    rest = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "lr_scale": {}, "lr_decay": 1.0}
+    rest = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
     optimizer = Optimizer(model.named_parameters(), **rest)
     targets = 0
     for batch in micros:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from handtune.engine.training.optim import Optimizer, lr_factor, lr_scale_of
+from handtune.engine.training.optim import Optimizer, lr_factor, lr_scales
 
 
 def optimizer(named, **settings) -> Optimizer:
-    usual = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "lr_scale": {}, "lr_decay": 1.0}
+    usual = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
     return Optimizer(named, **{**usual, **settings})
 
 
@@ -94,7 +94,7 @@ def test_narrow_parameters_have_fp32_masters() -> None:
         mine.step(1e-4)
         if step == 0:
             assert torch.equal(weight.detach(), torch.ones_like(weight))
-    master = mine.masters["w"]
+    master = mine.trained["w"].weight
     assert master.dtype == torch.float32
     assert (master - (1 - 400 * 1e-4)).abs().max() < 1e-4
     assert torch.equal(weight.detach(), master.detach().bfloat16())
@@ -113,16 +113,19 @@ def test_narrow_gradients_are_summed_in_fp32() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_wide_parameters_are_their_own_masters(dtype) -> None:
     weight = nn.Parameter(torch.ones(2, dtype=dtype))
-    assert optimizer([("w", weight)]).masters["w"] is weight
+    assert optimizer([("w", weight)]).trained["w"].weight is weight
 
 
 def test_lr_scale_and_decay_by_layer() -> None:
-    assert lr_scale_of("head.out.weight", {"head.*": 10.0, "*": 2.0}, 1.0, 4) == 10.0
-    assert lr_scale_of("layers.3.up.weight", {"head.*": 10.0, "*": 2.0}, 1.0, 4) == 2.0
-    assert lr_scale_of("norm.weight", {"head.*": 10.0}, 1.0, 4) == 1.0
-    scales = {name: lr_scale_of(name, {}, 0.5, 4) for name in ("head.x", "layers.3.x", "layers.0.x", "embed.tokens.x")}
-    assert scales == {"head.x": 1.0, "layers.3.x": 0.5, "layers.0.x": 0.5**4, "embed.tokens.x": 0.5**5}
-    assert lr_scale_of("base.layers.2.x", {"*.layers.*": 3.0}, 0.5, 4) == 3 * 0.25
+    model = nn.ModuleDict({"embed": nn.Linear(1, 1), "layers": nn.ModuleList(nn.Linear(1, 1) for _ in range(4))})
+    model.update({"norm": nn.Linear(1, 1), "head": nn.Linear(1, 1)})
+    names = ("head.weight", "layers.3.weight", "layers.0.weight", "embed.weight")
+    scales = lr_scales(model, names, {"head.*": 10.0, "*": 2.0}, 1.0)
+    assert (scales["head.weight"], scales["layers.3.weight"]) == (10.0, 2.0)
+    assert lr_scales(model, ["norm.weight"], {"head.*": 10.0}, 1.0) == {"norm.weight": 1.0}
+    assert lr_scales(model, names, {}, 0.5) == dict(zip(names, (1.0, 0.5, 0.5**4, 0.5**5), strict=True))
+    base = nn.ModuleDict({"base": model})
+    assert lr_scales(base, ["base.layers.2.weight"], {"*.layers.*": 3.0}, 0.5) == {"base.layers.2.weight": 3 * 0.25}
 
 
 def test_scaled_rates_reach_the_update() -> None:
@@ -130,7 +133,8 @@ def test_scaled_rates_reach_the_update() -> None:
     layers = nn.ModuleDict(
         {"layers": nn.ModuleList(nn.Linear(2, 2, bias=False) for _ in range(3)), "head": nn.Linear(2, 2)}
     )
-    mine = optimizer(layers.named_parameters(), weight_decay=0.0, lr_decay=0.5, lr_scale={"head.*": 4.0})
+    scales = lr_scales(layers, [name for name, _ in layers.named_parameters()], {"head.*": 4.0}, 0.5)
+    mine = optimizer(layers.named_parameters(), weight_decay=0.0, scales=scales)
     before = {name: p.detach().clone() for name, p in layers.named_parameters()}
     for parameter in layers.parameters():
         parameter.grad = torch.full_like(parameter, 3.0)

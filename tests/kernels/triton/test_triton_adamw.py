@@ -121,7 +121,7 @@ def test_a_graph_that_needs_the_old_weight_says_so() -> None:
 
 def optimizer(model: nn.Module) -> Optimizer:
     return Optimizer(
-        model.named_parameters(), betas=BETAS, eps=EPS, weight_decay=0.1, lr_scale={"2.*": 0.5}, lr_decay=1.0
+        model.named_parameters(), betas=BETAS, eps=EPS, weight_decay=0.1, scales={"2.weight": 0.5, "2.bias": 0.5}
     )
 
 
