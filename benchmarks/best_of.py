@@ -26,9 +26,9 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # the package from
 from handtune.commands.ppo import load_policy, policy_prompts, reward_of
 from handtune.config import PPORunConfig, read_config
 from handtune.engine import load_checkpoint
-from handtune.engine.rlhf.run import _Run
+from handtune.engine.rlhf.rollouts import draw, fitting_prompts, sample
+from handtune.engine.rlhf.round import Trainer
 from handtune.engine.training.checkpoint import checkpoints
-from handtune.engine.training.run_folder import RunFolder
 from handtune.inputs import as_list, inputs_of
 
 NEAREST = 5  # rounds that are averaged
@@ -79,15 +79,16 @@ def sampled_scores(config: PPORunConfig, n_samples: int, n_prompts: int) -> Tens
     model, tokenizer = load_policy(config)
     texts = policy_prompts(config, model, tokenizer)
     rewards = [reward_of(spec, model, tokenizer, inputs_of(config)) for spec in as_list(config.reward)]
-    run = _Run(model, texts, rewards, config.ppo, tokenizer, RunFolder(None))
+    fitting = fitting_prompts(texts, tokenizer, config.ppo.max_new_tokens, model.config.max_positions)
+    trainer = Trainer(model, rewards, config.ppo, tokenizer)
 
     # Reward models shift and scale their scores as they did in the run.
-    for reward, scale in zip(run._reward_models(), facts["rewards"], strict=True):
+    for reward, scale in zip(trainer.reward_models, facts["rewards"], strict=True):
         reward.shift, reward.scale = scale
 
-    prompts = [prompt for prompt in run._drawn(n_prompts) for _ in range(n_samples)]
-    samples = run.round.sample(prompts, None)
-    run.round.evaluate_rollout(samples, range(len(prompts)))
+    prompts = [prompt for prompt in draw(fitting, n_prompts) for _ in range(n_samples)]
+    samples = sample(model, prompts, None, config.ppo)
+    trainer.evaluate_rollout(samples, range(len(prompts)))
     return samples.scores.view(-1, n_samples)  # (P, N)
 
 

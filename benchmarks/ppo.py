@@ -116,14 +116,14 @@ def with_handtune(task: Task, rounds: int, upper: bool, keep: bool) -> dict[str,
     import torch
 
     from handtune.engine import LoRAConfig, PPOConfig, add_lora, ppo
-    from handtune.engine.rlhf import run
+    from handtune.engine.rlhf import actors
     from handtune.engine.rlhf.reward_model import Reward
     from handtune.engine.rlhf.shared_base import with_head
     from handtune.models import GPT2
     from handtune.models.tokenizer.special_tokens import SpecialTokens
 
     if not keep:
-        run.shared_layers = lambda model, adapters: 0
+        actors.shared_layers = lambda model, adapters: 0
     torch.manual_seed(0)
     model = GPT2.from_name(
         "gpt2", vocab_size=task.vocabulary, n_layer=LAYERS, d_model=task.width, n_head=task.heads, max_positions=128

@@ -1,9 +1,8 @@
-"""Rollouts: what a policy writes, and what it, its critic, the reference and the reward make of it.
+"""Rollouts: what a policy writes, and what is known of it.
 
 Prompts are padded on the left to be continued. Everything after that works on the same rows packed end to end: no
 padding is computed, positions begin anew in each row, and the other rows of a batch change nothing but the order of
-sums. Where the lower layers are neither adapted nor trained, their hidden states are computed once a rollout and saved:
-policy, critic, reference, reward and every epoch go on from there.
+sums.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,13 +13,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...kernels import linear_cross_entropy
 from ..adapters.switch import use_adapter
 from ..data.batches import IGNORE, Batch, Collate, to_device
 from ..data.text import prompt_tokens
 from ..generation.sampling import generate, left_padded
-
-POLICY, CRITIC = "policy", "critic"
+from .config import PPOConfig
 
 
 @dataclass(frozen=True)
@@ -52,20 +49,20 @@ def fitting_prompts(prompts: Sequence[Any], tokenizer: Any, room: int, limit: in
     return fitting
 
 
-@dataclass
+@dataclass(eq=False, repr=False)
 class Rollout:
     """N completions, and what there is to know of each of their tokens: tensors (N, T), padded on the right."""
 
     prompts: Sequence[Prompt]
     ids: list[list[int]]  # tokens of prompt and completion
     ended: list[bool]  # whether the completion ended by itself
-    states: list[Tensor] = field(default_factory=list)  # of the shared lower layers, (tokens, D) a row
-    mask: Tensor = field(default_factory=lambda: torch.empty(0))  # (N, T), 1 where there is a token
-    logps: Tensor = field(default_factory=lambda: torch.empty(0))  # (N, T), of the policy that wrote it
-    reference: Tensor = field(default_factory=lambda: torch.empty(0))  # (N, T), log-probabilities of the reference
-    entropy: Tensor = field(default_factory=lambda: torch.empty(0))  # (N, T), of the policy, in nats
-    values: Tensor = field(default_factory=lambda: torch.empty(0))  # (N, T), what the critic expects
-    scores: Tensor = field(default_factory=lambda: torch.empty(0))  # (N,)
+    states: dict[int, Tensor] = field(default_factory=dict)  # of the shared lower layers, (tokens, D) a row
+    mask: Tensor = field(init=False)  # (N, T), 1 where there is a token
+    logps: Tensor = field(init=False)  # (N, T), of the policy that wrote it
+    reference: Tensor = field(init=False)  # (N, T), log-probabilities of the reference
+    entropy: Tensor = field(init=False)  # (N, T), of the policy, in nats
+    values: Tensor = field(init=False)  # (N, T), what the critic expects
+    scores: Tensor = field(init=False)  # (N,)
 
     def __post_init__(self) -> None:
         self.starts = [len(prompt.ids) for prompt in self.prompts]
@@ -98,25 +95,27 @@ class Rollout:
         return torch.cat([values[i, : self.lengths[i]] for i in rows])
 
 
-def sample(
-    model: Any,
-    prompts: Sequence[Prompt],
-    max_new_tokens: int,
-    temperature: float,
-    ends: Sequence[int],
-    rows: int,
-) -> Rollout:
-    """Completions of `prompts` by the active adapter, `rows` at a time; torch's generator draws."""
+def draw(prompts: Sequence[Prompt], n: int) -> list[Prompt]:
+    """n prompts at random, none of them a second time before all others came."""
+    order = torch.cat([torch.randperm(len(prompts)) for _ in range(0, n, len(prompts))])
+    return [prompts[i] for i in order[:n].tolist()]
+
+
+def sample(model: Any, prompts: Sequence[Prompt], adapter: str | None, config: PPOConfig) -> Rollout:
+    """Completions of the whole distribution, at the temperature that is trained at (2); torch's generator draws."""
     device = next(model.parameters()).device
+    ends = model.tokens.ends
     ids, ended = [], []
-    for batch_prompts in chunks(prompts, rows):
+    for batch_prompts in chunks(prompts, config.rollout_batch_size):
         tokens, mask = left_padded([prompt.ids for prompt in batch_prompts])  # 3
 
         # The sampler's seed comes from torch's generator, whose state checkpoints hold.
         seed = int(torch.randint(2**62, ()))
-        generated = generate(
-            model, tokens.to(device), mask.to(device), max_new_tokens, temperature, seed=seed, eos_id=ends
-        )  # fmt: skip
+        with use_adapter(model, adapter):
+            generated = generate(
+                model, tokens.to(device), mask.to(device), config.max_new_tokens, config.temperature, seed=seed,
+                eos_id=ends,
+            )  # fmt: skip
 
         # A completion ends with its first end token, which belongs to it; what stands behind that is padding.
         for prompt, completion in zip(batch_prompts, generated[:, tokens.shape[1] :].tolist(), strict=True):
@@ -126,61 +125,6 @@ def sample(
             ids.append([*prompt.ids, *completion])
             ended.append(stop is not None)
     return Rollout(prompts, ids, ended)
-
-
-@dataclass
-class PolicyAndCritic:
-    """The models that look at a rollout, all on one base."""
-
-    model: Any  # of policy and reference, by adapter
-    critic: Any  # None without
-    share: int  # how many lower layers both share with the reference
-    temperature: float  # that the policy samples at
-
-    def lower(self, inputs: dict[str, Any]) -> Tensor:
-        """The hidden states (1, N, D) that enter the lowest layer that isn't shared, for N packed tokens."""
-        with torch.no_grad(), use_adapter(self.model, None):
-            return self.model.hidden(**inputs, layer_range=slice(0, self.share))
-
-    def logps(self, batch: Batch, adapter: str | None) -> Tensor:
-        """The log-probabilities (n,) of the completions' tokens, in fp32 (5)."""
-        return -linear_cross_entropy(**self._predicting(batch, adapter))
-
-    def logps_and_entropy(self, batch: Batch, adapter: str | None) -> tuple[Tensor, Tensor]:
-        """The same, and the entropies (n,) of the distributions that the tokens were drawn from."""
-        losses, entropy = linear_cross_entropy(**self._predicting(batch, adapter), with_entropy=True)
-        return -losses, entropy
-
-    def _predicting(self, batch: Batch, adapter: str | None) -> dict[str, Any]:
-        """The arguments of the cross-entropy of each token of the completions."""
-        head = self.model.head
-        states = self._states(self.model, batch, adapter)  # (n, D)
-        if self.temperature != 1.0:
-            states = states / self.temperature
-
-        # Every state has a target: said in advance, so that a GPU needn't be waited for.
-        index = torch.arange(len(states), device=states.device)
-        return {
-            "x": states, "weight": head.weight, "bias": head.bias, "targets": batch["targets"], "index": index,
-            "reduction": "none",
-        }  # fmt: skip
-
-    def values(self, batch: Batch) -> Tensor:
-        """What the critic expects before each token (n,), in fp32."""
-        return self.critic.head(self._states(self.critic, batch, CRITIC)).float()
-
-    def _states(self, model: Any, batch: Batch, adapter: str | None) -> Tensor:
-        """The states (n, D) that predict the completions' tokens."""
-        with use_adapter(model, adapter):
-            return model.hidden(
-                **batch["inputs"], **self.above(batch.get("states")), positions_to_return=batch["index"]
-            )[0]
-
-    def above(self, states: Tensor | None) -> dict[str, Any]:
-        """The arguments with which `hidden` goes on from the shared layers' states (1, N, D), if there are any."""
-        if states is None:
-            return {}
-        return {"hidden_states": states, "layer_range": slice(self.share, None)}
 
 
 def chunks(order: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -8,10 +8,10 @@ al. 2020, arXiv:2009.01325. Without a letter: ours.
      1  old log-probabilities come from the updates' own forward pass and micro-batches: the first ratio is exactly 1
      2  completions of the whole distribution, at the temperature that is trained at: no top-k, no top-p         H
      3  prompts padded on the left, positions counted from their first token (rollouts.py)                       H
-     4  no dropout, in updates either (run.py)                                                                   Z, H
-     5  log-probabilities in fp32, of the completions' tokens alone, without all logits at once (rollouts.py)
+     4  no dropout, in updates either (actors.py)                                                                Z, H
+     5  log-probabilities in fp32, of the completions' tokens alone, without all logits at once (actors.py)
      6  the reward is read at the last token that isn't padding, as in training (reward_model.py, heads.py)      H
-     7  its head begins with N(0, 1/(D + 1)) (initialization.py), the critic's with zeros (run.py)               T, H
+     7  its head begins with N(0, 1/(D + 1)) (initialization.py), the critic's with zeros (actors.py)            T, H
      8  its score has mean 0 and deviation 1 on samples of the reference (reward_model.py)                       Z, H
      9  each token pays for its own divergence; β is fixed, or adapts (advantages.py)                            Z
     10  a completion that was cut off pays for it                                                                H, T
@@ -19,7 +19,7 @@ al. 2020, arXiv:2009.01325. Without a letter: ours.
     12  ratio and values clipped by 0.2, the value's loss weighs 0.1, four epochs, each in an order of its own   S, Z
     13  log-ratios are clamped before they are exponentiated (advantages.py)
     14  losses are means over the tokens of a step, whatever the lengths of its rows
-    15  gradients are clipped; Adam's ε is 1e-5 (run.py)                                                         H
+    15  gradients are clipped; Adam's ε is 1e-5                                                                  H
     16  updates end early where they have moved the policy far; a run, where its KL runs away (run.py)
 """
 
@@ -32,49 +32,49 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ..adapters.switch import use_adapter
+from ..adapters.lora import lr_ratios
 from ..data.batches import packed, to_device
 from ..generation.completions import text_of
 from ..training.optim import Optimizer
+from .actors import POLICY, attach
 from .advantages import AdaptiveKL, by_group, explained_variance, gae, kl_estimate, policy_loss, value_loss, whiten
 from .config import PPOConfig
 from .reward_model import ADAPTER as REWARD
 from .reward_model import Reward, RewardFn, checked_scores
-from .rollouts import POLICY, PolicyAndCritic, Prompt, Rollout, chunks, sample
+from .rollouts import Prompt, Rollout, chunks, draw, sample
 from .shared_base import shared_layers
 
 PER_TOKEN = ("logps", "reference", "entropy", "values")
 
 
-class Round:
+class Trainer:
     """What every round of a run has in common: models, rewards, optimizer and settings."""
 
-    def __init__(
-        self,
-        actors: PolicyAndCritic,
-        rewards: Sequence[RewardFn],
-        optimizer: Optimizer,
-        kl: AdaptiveKL,
-        config: PPOConfig,
-        tokenizer: Any,
-    ):
-        self.actors = actors
-        self.rewards = list(rewards)
-        self.optimizer = optimizer
-        self.kl = kl
+    def __init__(self, model: Any, rewards: Sequence[RewardFn], config: PPOConfig, tokenizer: Any):
+        self.actors = attach(model, config)
+        self.model = model
+        self.critic = self.actors.critic
+        self.rewards = rewards
+        self.reward_models = [reward for reward in rewards if isinstance(reward, Reward)]
         self.config = config
         self.tokenizer = tokenizer
-        self.model = actors.model
-        self.critic = actors.critic
-        self.device = next(self.model.parameters()).device
-        self.ends = list(self.model.tokens.ends)
+        self.device = next(model.parameters()).device
+        self.kl = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
 
-    def __call__(self, prompts: Sequence[Prompt], lr: float) -> tuple[Rollout, dict[str, float]]:
+        trained = self.actors.trained()
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
+        # 15: Adam's ε is OpenAI's. Near ratios of 1 gradients are small, and 1e-8 would make steps of their noise.
+        self.optimizer = Optimizer(
+            trained.items(), betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0, scales=lr_ratios(model)
+        )
+
+    def round(self, prompts: Sequence[Prompt], lr: float) -> tuple[Rollout, dict[str, float]]:
         """One round on these prompts; the rollout, and what is worth knowing about it."""
         started = time.perf_counter()
         prompts = [prompt for prompt in prompts for _ in range(self.config.group_size or 1)]
         n = len(prompts)
-        rollout = self.sample(prompts, POLICY)
+        rollout = sample(self.model, prompts, POLICY, self.config)  # 2
         sampled = time.perf_counter()
 
         # 1: the first epoch's order is drawn before anything is computed, so that its micro-batches are known.
@@ -90,30 +90,15 @@ class Round:
         stats |= {"lr": lr, "rollout_seconds": sampled - started, "assess_seconds": assessed - sampled}
         return rollout, stats | {"update_seconds": ended - assessed, "episodes_per_second": n / (ended - started)}
 
-    def sample(self, prompts: Sequence[Prompt], adapter: str | None) -> Rollout:
-        """Completions at the temperature that is trained at, of the whole distribution (2)."""
-        config = self.config
-        with use_adapter(self.model, adapter):
-            return sample(
-                self.model,
-                prompts,
-                config.max_new_tokens,
-                config.temperature,
-                self.ends,
-                rows=config.rollout_batch_size,
-            )
-
     @torch.no_grad()
     def evaluate_rollout(self, rollout: Rollout, order: Sequence[int]) -> None:
         """Fill in what is fixed for the round: log-probabilities, values, scores."""
         n = len(rollout.ids)
         share = self.actors.share
-        reward_models = [reward for reward in self.rewards if isinstance(reward, Reward)]
-        on_base = next((reward for reward in reward_models if reward.on(self.model)), None)
+        on_base = next((reward for reward in self.reward_models if reward.on(self.model)), None)
         reward_differs_below = shared_layers(self.model, (REWARD,)) < share  # it adapts layers that the others share
 
-        rollout.states = [torch.empty(0)] * n if share else []
-        per_token = {name: [torch.empty(0)] * n for name in PER_TOKEN}  # a row's tensor (tokens,) each
+        per_token: dict[str, dict[int, Tensor]] = {name: {} for name in PER_TOKEN}  # a row's tensor (tokens,) each
         scores = torch.zeros(n, device=self.device)
         for rows in self.micro_batches(order):
             # Prompts and completions: states of the shared layers, and the score that is read off them.
@@ -121,7 +106,8 @@ class Round:
             states = None
             if share:
                 states = self.actors.lower(inputs)  # (1, tokens, D)
-                _put(rollout.states, rows, states[0].split([len(rollout.ids[i]) for i in rows]))
+                states_by_row = states[0].split([len(rollout.ids[i]) for i in rows])
+                rollout.states.update(zip(rows, states_by_row, strict=True))
             if on_base is not None:
                 reward_states = None if reward_differs_below else states
                 scores[list(rows)] = on_base.score(inputs, **self.actors.above(reward_states))
@@ -132,10 +118,10 @@ class Round:
             reference = self.actors.logps(batch, None)
             values = torch.zeros_like(logps) if self.critic is None else self.actors.values(batch)
             for name, tokens in zip(PER_TOKEN, (logps, reference, entropy, values), strict=True):
-                _put(per_token[name], rows, tokens.split(batch["counts"]))
+                per_token[name].update(zip(rows, tokens.split(batch["counts"]), strict=True))
 
-        for name, row_tensors in per_token.items():
-            setattr(rollout, name, pad_sequence(row_tensors, batch_first=True))  # (N, T)
+        for name, by_row in per_token.items():
+            setattr(rollout, name, pad_sequence([by_row[i] for i in range(n)], batch_first=True))  # (N, T)
         lengths = torch.tensor(rollout.lengths, device=self.device)
         rollout.mask = (torch.arange(rollout.logps.shape[1], device=self.device) < lengths[:, None]).float()  # (N, T)
         external = [reward for reward in self.rewards if reward is not on_base]
@@ -146,7 +132,7 @@ class Round:
         completions: list[Any] = rollout.completions
         if self.tokenizer is not None:
             completions = [
-                text_of(ids, self.ends, (), self.tokenizer, prompt.ids)
+                text_of(ids, self.model.tokens.ends, (), self.tokenizer, prompt.ids)
                 for prompt, ids in zip(rollout.prompts, completions, strict=True)
             ]
         return [prompt.given for prompt in rollout.prompts], completions
@@ -280,7 +266,16 @@ class Round:
             stats["explained_variance"] = float(explained_variance(rollout.values, returns, mask))
         return stats
 
+    def normalise_rewards(self, prompts: Sequence[Prompt]) -> None:
+        """Shift and scale the reward models that are not normalised yet, on samples of the reference policy."""
+        unscaled = [reward for reward in self.reward_models if reward.scale is None]
+        if not (unscaled and self.config.reward_norm_samples):
+            return
 
-def _put(row_tensors: list[Tensor], rows: Sequence[int], parts: Sequence[Tensor]) -> None:
-    for i, part in zip(rows, parts, strict=True):
-        row_tensors[i] = part
+        # As in a round: a reward model on the policy's base sees tokens, any other what the caller gave.
+        samples = sample(self.model, draw(prompts, self.config.reward_norm_samples), None, self.config)
+        for reward in unscaled:
+            if reward.on(self.model):
+                reward.normalise([prompt.ids for prompt in samples.prompts], samples.completions)
+            else:
+                reward.normalise(*self.as_given(samples))

@@ -1,6 +1,7 @@
 """Frozen features: when only the head trains, the model below it runs once over the data, not once an epoch."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,11 +50,7 @@ def with_features(model: nn.Module, data: Any) -> Any:
         return data
 
     # The same order of rows from the same step on: a resumed run has come some way.
-    cached = Batches(
-        examples, data.collate, rows=data.rows, tokens=data.tokens, micro_batch_size=data.micro_batch_size,
-        micro_batch_tokens=data.micro_batch_tokens, shuffle=data.shuffle, by_length=data.by_length, seed=data.seed,
-        size=data.size,
-    )  # fmt: skip
+    cached = replace(data, examples=examples)
     cached.load_state_dict(data.state_dict())
     return cached
 

@@ -116,7 +116,7 @@ def checkpoint_path(folder: str | Path, step: int) -> Path:
 
 def prune(folder: str | Path, keep_last: int) -> None:
     """Remove all but the last `keep_last` checkpoints, and what killed runs left half written or half removed."""
-    latest = checkpoints(folder)[-keep_last:] if keep_last else []
+    latest = checkpoints(folder)[-keep_last:]
     for path in Path(folder).glob("step-*"):
         if path not in latest:
             remove(path)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from ..adapters.lora import active_adapter, adapter_sites
 from ..adapters.modules_to_save import mark_trained
 from ..adapters.token_rows import trained_rows
-from ..data.batches import Batches, count_images, count_tokens, to_device
+from ..data.batches import Batches, Examples, count_images, count_tokens, to_device
 from ..data.fingerprints import in_memory
 from ..runtime import interruptible
 from ..tasks.losses import ByAdapter, LossFn
@@ -46,7 +46,7 @@ from .guards import (
 )
 from .optim import Optimizer, lr_factor, lr_scales
 from .run_folder import RunFolder, peak_memory
-from .state import keep_best, restore_best, resume, save, tell_resumed
+from .state import Progress, keep_best, restore_best, resume, save, tell_resumed
 
 DEFAULT_ROWS = 16  # of a step, where the configuration gives neither rows nor tokens
 UNTRAINED = (
@@ -132,9 +132,15 @@ def train(
         # What trains, and on what. The folder is claimed after these checks: a call that is refused writes nothing.
         trained = _trained_parameters(model, config, isinstance(loss_fn, ByAdapter))
         mark_trained(model, active_adapter(model), trained.keys())
-        data = _batches(data, collate, config, shuffle=True)
-        if eval_data is not None:
-            eval_data = _batches(eval_data, collate, config, shuffle=False)
+        if collate is not None:
+            if not isinstance(data, Sequence) or not isinstance(eval_data, Sequence | None):
+                raise ValueError("collate goes with a sequence of rows; an iterable of batches makes its own")
+            data = training_batches(data, collate, config)
+            if eval_data is not None:
+                # No update follows a step of an evaluation, so that each step is a single micro-batch.
+                tokens = data.micro_batch_tokens or data.tokens
+                rows = None if tokens else data.micro_batch_size or data.rows
+                eval_data = Batches(eval_data, collate, rows=rows, tokens=tokens, shuffle=False)
         if run_dir is not None and not isinstance(data, Resumable):
             raise ValueError(
                 "data without state_dict and load_state_dict can't resume: give rows and collate, or no run_dir"
@@ -152,7 +158,8 @@ def train(
         eval_every = config.eval_every or per_epoch
         save_every = config.save_every or per_epoch
 
-        progress = resume(run_folder, optimizer, data, config.keep_last)
+        facts, _ = resume(run_folder, optimizer, data, config.keep_last)
+        progress = Progress(**facts.get("progress", {}))
         started -= progress.seconds
         ended = progress.ended(total, config.early_stopping_patience)
         tell_resumed(run_folder, "step", progress.step, total, ended)
@@ -231,7 +238,8 @@ def train(
                 stop = interrupt.is_set() or progress.ended(total, config.early_stopping_patience)
                 if progress.step % save_every == 0 or stop:
                     progress.seconds = time.perf_counter() - started
-                    save(run_folder, progress, optimizer, data, config.keep_last)
+                    facts = {"progress": asdict(progress)}
+                    save(run_folder, progress.step, optimizer, data, config.keep_last, facts)
 
         metrics = progress.metrics
         interrupted = interrupt.is_set() and progress.step < total
@@ -275,26 +283,17 @@ def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: buffer for name, buffer in model.named_buffers() if name in stored}
 
 
-def _batches(data: Any, collate: Callable[[list[Any]], Any] | None, config: TrainConfig, shuffle: bool) -> Any:
-    """`data` as an iterable of steps. Evaluation takes rows in micro-batches and has no state."""
-    if collate is None:
-        return data
-    if not isinstance(data, Sequence):
-        raise ValueError("collate goes with a sequence of rows; an iterable of batches makes its own")
-
+def training_batches(
+    examples: Examples, collate: Callable[[list[Any]], Any], config: TrainConfig, by_length: bool = False
+) -> Batches:
+    """Steps over examples, as the configuration cuts them."""
     rows = config.batch_size
     if rows is None and config.batch_tokens is None:
         rows = DEFAULT_ROWS
-    if shuffle:
-        return Batches(
-            data, collate, rows=rows, tokens=config.batch_tokens, micro_batch_size=config.micro_batch_size,
-            micro_batch_tokens=config.micro_batch_tokens, seed=config.seed,
-        )  # fmt: skip
-
-    # No update follows a step of an evaluation, so that each step is a single micro-batch.
-    tokens = config.micro_batch_tokens or config.batch_tokens
-    rows = None if tokens else config.micro_batch_size or rows
-    return Batches(data, collate, rows=rows, tokens=tokens, shuffle=False)
+    return Batches(
+        examples, collate, rows=rows, tokens=config.batch_tokens, micro_batch_size=config.micro_batch_size,
+        micro_batch_tokens=config.micro_batch_tokens, by_length=by_length, seed=config.seed,
+    )  # fmt: skip
 
 
 def _steps(data: Any, config: TrainConfig) -> tuple[int, int]:

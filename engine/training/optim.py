@@ -175,11 +175,15 @@ class Optimizer:
         for param in self.trained.values():
             param.weight.grad = None
 
+    def weights(self) -> dict[str, Tensor]:
+        """Masters and the module's buffers, as a flat dictionary of tensors."""
+        weights = {f"buffer.{name}": buffer for name, buffer in self.buffers.items()}
+        return weights | {f"weight.{name}": param.weight.detach() for name, param in self.trained.items()}
+
     def state_dict(self) -> dict[str, Tensor]:
-        """Masters, moments, update counts and the module's buffers, as a flat dictionary of tensors."""
-        state = {f"buffer.{name}": buffer for name, buffer in self.buffers.items()}
+        """The weights, with the moments and update counts of those that were updated."""
+        state = self.weights()
         for name, param in self.trained.items():
-            state[f"weight.{name}"] = param.weight.detach()
             if param.step > 0:
                 state |= {f"{key}.{name}": getattr(param, key) for key in _STATE}
         return state

@@ -43,19 +43,16 @@ BEST: dict[str, Any] = {"step": int, "metric": str, "value": int | float}
 
 
 class RunFolder:
-    """A run folder. Without a folder (`out` None) everything is dropped."""
+    """The folder of a run. Without a path everything is dropped."""
 
-    def __init__(self, out: str | Path | None):
-        self.out = Path(out) if out is not None else None
-        self._renamed: dict[str, Any] = {}  # what run.json calls otherwise than this call, as after a move
+    def __init__(self, path: str | Path | None):
+        self.path = Path(path) if path is not None else None
+        self._moved: dict[str, Any] = {}  # what run.json calls otherwise than this call, as after a move
 
-    @property
-    def checkpoints(self) -> Path | None:
-        return self.out / "checkpoints" if self.out else None
-
-    @property
-    def best(self) -> Path | None:
-        return self.out / "best" if self.out else None
+    def newest_checkpoint(self) -> Path | None:
+        if self.path is None:
+            return None
+        return next(reversed(checkpoints(self.path / "checkpoints")), None)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -64,13 +61,13 @@ class RunFolder:
         Raises ValueError, which names the other process, where one does. A folder that can't be written, as of a
         finished run that was put away, needs no lock.
         """
-        if self.out is None or (self.out.exists() and not os.access(self.out, os.W_OK)):
+        if self.path is None or (self.path.exists() and not os.access(self.path, os.W_OK)):
             yield
             return
-        with alone(self.out, self.out / LOCK):
+        with alone(self.path, self.path / LOCK):
             # In a folder that is no run's, files of such names are somebody else's.
-            if (self.out / "run.json").is_file():
-                remove_left_overs(self.out)
+            if (self.path / "run.json").is_file():
+                remove_left_overs(self.path)
             yield
 
     def start(self, facts: dict[str, Any], config: dict[str, Any], make_inputs: Callable[[], Inputs] = dict) -> None:
@@ -81,77 +78,35 @@ class RunFolder:
         configuration may change. Raises ValueError where the folder holds a run with another configuration or other
         inputs (naming them) or other things.
         """
-        if self.out is None:
+        if self.path is None:
             return
+        folder = self.path
         inputs = facts["inputs"] if "inputs" in facts else make_inputs()
         facts = _plain(
-            {**facts, "config": facts.get("config") or config, "inputs": inputs, "folder": os.path.abspath(self.out)}
+            {**facts, "config": facts.get("config") or config, "inputs": inputs, "folder": os.path.abspath(folder)}
         )
 
         # A run of these very inputs and configuration is gone on with; one that has no step yet is written over.
-        path = self.out / "run.json"
-        if path.is_file():
-            self._renamed = {key: facts[key] for key in ("config", "inputs", "folder")}
-            if self._is_same(facts):
+        if (folder / "run.json").is_file():
+            self._moved = {key: facts[key] for key in ("config", "inputs", "folder")}
+            if _is_same_run(folder, facts):
                 return
-        elif self.out.is_dir() and any(entry.name != LOCK and not is_temporary(entry) for entry in self.out.iterdir()):
-            raise ValueError(f"{self.out} is not empty and holds no run; choose another out")
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_json(path, {**facts, **environment(), "started": datetime.now(UTC).isoformat(timespec="seconds")})
-
-    def _is_same(self, facts: dict[str, Any]) -> bool:
-        """Whether run.json is of this run. ValueError where it is of another one that has begun, and would be lost."""
-        assert self.out is not None
-        changed = run_differences(read_facts(self.out / "run.json"), facts)
-        if changed and self._has_begun():
-            raise ValueError(
-                f"{self.out} holds a run with {'; '.join(changed)}; take back the change or choose another out"
-            )
-        return not changed
-
-    def _has_begun(self) -> bool:
-        """Whether a training step was logged; the evaluation before the first one is soon made again."""
-        assert self.out is not None
-        lines = read_journal(self.out / "metrics.jsonl", is_metrics)
-        logged = any(line.damaged or (line.row is not None and line.row["step"] > 0) for line in lines)
-        return logged or (self.out / "result.json").is_file() or bool(checkpoints(self.out / "checkpoints"))
-
-    def amend(self, **facts: Any) -> None:
-        """Add facts to run.json that were not known when the run began."""
-        if self.out is None:
-            return
-        stored = read_facts(self.out / "run.json")
-        amended = {**stored, **_plain(facts)}
-        if amended != stored:  # a finished run may lie where nothing can be written
-            write_json(self.out / "run.json", amended)
-
-    def finished(self, config: dict[str, Any], inputs: Inputs) -> dict[str, Any] | None:
-        """What came out of the run in this folder, if it has come to its end. Raises as `start` for another run."""
-        if self.out is None or not (self.out / "run.json").is_file():
-            return None
-        path = self.out / "result.json"
-        if not self._is_same(_plain({"config": config, "inputs": inputs})) or not path.is_file():
-            return None
-        result = read_result(path)
-
-        # What the commands read of it, after `train` and after `ppo`.
-        needed = {"best", "stored_bytes"} | ({"episodes", "stopped"} if "episodes" in result else {"steps"})
-        missing = sorted(needed - result.keys()) or sorted(BEST.keys() - (result.get("best") or BEST).keys())
-        if missing:
-            raise ValueError(f"{path}: {missing[0]} is missing; remove the file, and the same command writes it")
-        return result
+        elif folder.is_dir() and any(entry.name != LOCK and not is_temporary(entry) for entry in folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and holds no run; choose another out")
+        folder.mkdir(parents=True, exist_ok=True)
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        write_json(folder / "run.json", {**facts, **environment(), "started": started})
 
     def go_on(self) -> None:
         """Before a step of a run that began earlier: note where it and its inputs lie now, and say what else differs.
 
         With other versions, threads or another device it goes on, but its bits may be others.
         """
-        if self.out is None:
+        if self.path is None:
             return
-        self.amend(**self._renamed)
+        before = _flat(amend(self.path, **self._moved))
 
         # What the run did not note then is not taken to differ.
-        before = _flat(read_facts(self.out / "run.json"))
         now = _flat(environment())
         changed = [name for name in now if before.get(name, now[name]) != now[name]]
         if changed:
@@ -160,19 +115,60 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Drop what was logged after `step`: the resumed run logs it again. Damaged lines are moved aside."""
-        if self.out is not None:
-            path = self.out / "metrics.jsonl"
+        if self.path is not None:
+            path = self.path / "metrics.jsonl"
             rewrite(path, read_journal(path, is_metrics), lambda row: row["step"] <= step)
 
     def log(self, **values: Any) -> None:
         """Append a line to metrics.jsonl."""
-        if self.out is not None:
-            append_line(self.out / "metrics.jsonl", json.dumps(values))
+        if self.path is not None:
+            append_line(self.path / "metrics.jsonl", json.dumps(values))
 
-    def finish(self, result: dict[str, Any]) -> None:
-        """Write result.json."""
-        if self.out is not None:
-            write_json(self.out / "result.json", result)
+
+def amend(folder: Path, /, **facts: Any) -> dict[str, Any]:
+    """Add facts to run.json that were not known when the run began; gives all that it says then."""
+    stored = read_facts(folder / "run.json")
+    amended = {**stored, **_plain(facts)}
+    if amended != stored:  # a finished run may lie where nothing can be written
+        write_json(folder / "run.json", amended)
+    return amended
+
+
+def finish(folder: Path, result: dict[str, Any]) -> None:
+    """Write result.json, which makes the run a finished one."""
+    write_json(folder / "result.json", result)
+
+
+def finished(folder: Path, config: dict[str, Any], inputs: Inputs) -> dict[str, Any] | None:
+    """What came out of the run in this folder, if it has come to its end. Raises as `start` for another run."""
+    path = folder / "result.json"
+    if not (folder / "run.json").is_file():
+        return None
+    if not _is_same_run(folder, _plain({"config": config, "inputs": inputs})) or not path.is_file():
+        return None
+    result = read_result(path)
+
+    # What the commands read of it, after `train` and after `ppo`.
+    needed = {"best", "stored_bytes"} | ({"episodes", "stopped"} if "episodes" in result else {"steps"})
+    missing = sorted(needed - result.keys()) or sorted(BEST.keys() - (result.get("best") or BEST).keys())
+    if missing:
+        raise ValueError(f"{path}: {missing[0]} is missing; remove the file, and the same command writes it")
+    return result
+
+
+def _is_same_run(folder: Path, facts: dict[str, Any]) -> bool:
+    """Whether run.json is of this run. ValueError where it is of another one that has begun, and would be lost."""
+    changed = run_differences(read_facts(folder / "run.json"), facts)
+    if changed and _has_begun(folder):
+        raise ValueError(f"{folder} holds a run with {'; '.join(changed)}; take back the change or choose another out")
+    return not changed
+
+
+def _has_begun(folder: Path) -> bool:
+    """Whether a training step was logged; the evaluation before the first one is soon made again."""
+    lines = read_journal(folder / "metrics.jsonl", is_metrics)
+    logged = any(line.damaged or (line.row is not None and line.row["step"] > 0) for line in lines)
+    return logged or (folder / "result.json").is_file() or bool(checkpoints(folder / "checkpoints"))
 
 
 def is_metrics(row: dict[str, Any]) -> bool:

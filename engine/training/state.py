@@ -3,10 +3,10 @@
 import math
 import random
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..tasks.metrics import LOWER_IS_BETTER
-from .checkpoint import checkpoint_path, checkpoints, load_checkpoint, prune, save_checkpoint
+from .checkpoint import checkpoint_path, load_checkpoint, prune, save_checkpoint
 from .optim import Optimizer
 from .run_folder import RunFolder
 
@@ -40,41 +40,52 @@ class Progress:
         return early_stopping_patience is not None and self.evals_since_best >= early_stopping_patience
 
 
-def save(run_folder: RunFolder, progress: Progress, optimizer: Optimizer, data: Any, keep_last: int) -> None:
-    """Write the checkpoint of this step, and remove all but the last `keep_last`."""
-    if run_folder.checkpoints is None:
+def save(
+    run_folder: RunFolder,
+    step: int,
+    optimizer: Optimizer,
+    data: Any,
+    keep_last: int,
+    facts: dict[str, Any],
+    **tensors: dict[str, Tensor],
+) -> None:
+    """Write the checkpoint of a step, with facts and groups of tensors of the caller; remove all but the last ones."""
+    if run_folder.path is None:
         return
     random_tensors, random_facts = generators()
-    tensors = {f"optimizer.{key}": tensor for key, tensor in optimizer.state_dict().items()} | random_tensors
-    facts = {"progress": asdict(progress), "data": data.state_dict(), "random": random_facts}
-    save_checkpoint(checkpoint_path(run_folder.checkpoints, progress.step), tensors, facts)
-    prune(run_folder.checkpoints, keep_last)
+    groups = {"optimizer": optimizer.state_dict(), "random": random_tensors, **tensors}
+    flat = {f"{group}.{key}": tensor for group, members in groups.items() for key, tensor in members.items()}
+    facts = {**facts, "data": data.state_dict(), "random": random_facts}
+    folder = run_folder.path / "checkpoints"
+    save_checkpoint(checkpoint_path(folder, step), flat, facts)
+    prune(folder, keep_last)
 
 
-def resume(run_folder: RunFolder, optimizer: Optimizer, data: Any, keep_last: int) -> Progress:
-    """Continue from the newest checkpoint: weights, generators, place in the data. Without one, from the beginning."""
-    newest = _newest_checkpoint(run_folder)
+def resume(
+    run_folder: RunFolder, optimizer: Optimizer, data: Any, keep_last: int
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Continue from the newest checkpoint: weights, generators, place in the data; gives its facts and other tensors.
+
+    Without one there are none, and the run begins.
+    """
+    newest = run_folder.newest_checkpoint()
     if newest is None:
         run_folder.rewind(-1)
-        return Progress()
+        return {}, {}
 
     tensors, facts = load_checkpoint(newest)
-    progress = Progress(**facts["progress"])
-    run_folder.rewind(progress.step)
-    optimizer.load_state_dict(
-        {key.removeprefix("optimizer."): tensor for key, tensor in tensors.items() if key.startswith("optimizer.")}
-    )
+    groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, tensor in tensors.items():
+        group, _, name = key.partition(".")
+        groups[group][name] = tensor
+
+    run_folder.rewind(int(newest.name.removeprefix("step-")))
+    optimizer.load_state_dict(groups.pop("optimizer"))
     data.load_state_dict(facts["data"])
-    set_generators(tensors, facts["random"])
+    set_generators(groups.pop("random"), facts["random"])
     # A kill after the last save leaves one too many.
     prune(newest.parent, keep_last)
-    return progress
-
-
-def _newest_checkpoint(run_folder: RunFolder) -> Path | None:
-    if run_folder.checkpoints is None:
-        return None
-    return next(reversed(checkpoints(run_folder.checkpoints)), None)
+    return facts, groups
 
 
 def tell_resumed(run_folder: RunFolder, unit: str, done: int, total: int, ended: bool) -> None:
@@ -89,15 +100,15 @@ def tell_resumed(run_folder: RunFolder, unit: str, done: int, total: int, ended:
 
 def last_good(run_folder: RunFolder) -> str:
     """Where to go on from, in words."""
-    newest = _newest_checkpoint(run_folder)
+    newest = run_folder.newest_checkpoint()
     return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
 
 
 def generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The states of all random generators that a loss or collate function may draw from: tensors, and facts."""
-    tensors = {"random.cpu": torch.get_rng_state()}
+    tensors = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
-        tensors["random.cuda"] = torch.cuda.get_rng_state()
+        tensors["cuda"] = torch.cuda.get_rng_state()
     # numpy's legacy state is (algorithm, key, position, has a Gaussian in store, that Gaussian): JSON takes no array.
     algorithm, key, *position = np.random.get_state(legacy=True)
     return tensors, {"python": random.getstate(), "numpy": [algorithm, np.asarray(key).tolist(), *position]}
@@ -105,9 +116,9 @@ def generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def set_generators(tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
     """Put back what `generators` gave."""
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random.cuda"])
+    torch.set_rng_state(tensors["cpu"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
     version, internal_state, next_gauss = facts["python"]
     random.setstate((version, tuple(internal_state), next_gauss))  # JSON made a list of the inner tuple
     np.random.set_state(tuple(facts["numpy"]))
@@ -141,12 +152,10 @@ def keep_best(run_folder: RunFolder, optimizer: Optimizer, progress: Progress, m
     if not progress.best or math.isnan(progress.best["value"]) or sign * value > sign * progress.best["value"]:
         progress.best = {"step": progress.step, "metric": metric, "value": value, "metrics": progress.metrics}
         progress.evals_since_best = 0
-        if run_folder.best is not None:
+        if run_folder.path is not None:
             # Moments are of no use here: training goes on from the last step, not from the best one.
-            weights = {
-                key: tensor for key, tensor in optimizer.state_dict().items() if key.startswith(("weight.", "buffer."))
-            }
-            save_checkpoint(run_folder.best, weights, {"step": progress.step, "metrics": progress.metrics})
+            facts = {"step": progress.step, "metrics": progress.metrics}
+            save_checkpoint(run_folder.path / "best", optimizer.weights(), facts)
 
 
 def restore_best(run_folder: RunFolder, optimizer: Optimizer, progress: Progress) -> None:
@@ -154,8 +163,8 @@ def restore_best(run_folder: RunFolder, optimizer: Optimizer, progress: Progress
     if not progress.best:
         return
     facts: dict[str, Any] = {"step": progress.step, "metrics": progress.metrics}
-    if run_folder.best is not None:
+    if run_folder.path is not None:
         # What the folder says counts: a kill can leave a newer best there than the checkpoint knew of.
-        weights, facts = load_checkpoint(run_folder.best)
+        weights, facts = load_checkpoint(run_folder.path / "best")
         optimizer.load_state_dict(weights)
     progress.best |= {**facts, "value": facts["metrics"][progress.best["metric"]]}

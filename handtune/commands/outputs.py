@@ -13,7 +13,7 @@ from .._files import resolved
 from .._locks import alone
 from ..config import PPORunConfig, RunConfig
 from ..engine.data.fingerprints import Inputs
-from ..engine.training.run_folder import RunFolder
+from ..engine.training.run_folder import RunFolder, finished
 from ..inputs import inputs_of
 from ..saved_runs import has_stored
 
@@ -53,11 +53,11 @@ def run_once(
     out = Path(config.out)
     run_folder = RunFolder(out)
     inputs = inputs_of(config)
-    result = run_folder.finished(asdict(config), inputs)
+    result = finished(out, asdict(config), inputs)
     if result is None or not has_stored(out):
         with run_folder.alone():
             # Again, because another process may have finished it by now.
-            result = run_folder.finished(asdict(config), inputs)
+            result = finished(out, asdict(config), inputs)
             if result is None or not has_stored(out):
                 return train(run_folder, inputs)
     print(f"finished already: nothing is left to train\n{summary(result)}")

@@ -15,10 +15,11 @@ from ..engine.data.fingerprints import Inputs, changed_files, same_contents
 from ..engine.data.readers import read_prompts
 from ..engine.data.schema import is_dialogue
 from ..engine.peft.format import CONFIG
+from ..engine.rlhf.actors import POLICY
 from ..engine.rlhf.reward_model import Reward, RewardFn
-from ..engine.rlhf.rollouts import POLICY, fitting_prompts
+from ..engine.rlhf.rollouts import fitting_prompts
 from ..engine.training.journal import read_journal
-from ..engine.training.run_folder import RunFolder, is_metrics, peak_memory
+from ..engine.training.run_folder import RunFolder, amend, finish, is_metrics, peak_memory
 from ..inputs import as_list, reward_adapter, reward_checkpoint
 from ..models import load
 from ..models.checkpoint.info import checkpoint_info
@@ -50,7 +51,7 @@ def _ppo(config: PPORunConfig, run_folder: RunFolder, inputs: Inputs, quiet: boo
 
     model, tokenizer = load_policy(config)
     prompts = policy_prompts(config, model, tokenizer)
-    run_folder.amend(chat=model.tokens.asks_as_chat)
+    amend(out, chat=model.tokens.asks_as_chat)
 
     rewards = [reward_of(spec, model, tokenizer, inputs) for spec in as_list(config.reward)]
     result = ppo(
@@ -61,7 +62,6 @@ def _ppo(config: PPORunConfig, run_folder: RunFolder, inputs: Inputs, quiet: boo
         print(f"stopped after {result.episodes} episodes; the same command goes on from there")
         return INTERRUPTED
 
-    # result.json comes last: it makes the run a finished one.
     store_adapter(model, tokenizer, out / "adapter", POLICY)
     counts = trainable_report(model)
     values = {
@@ -74,7 +74,8 @@ def _ppo(config: PPORunConfig, run_folder: RunFolder, inputs: Inputs, quiet: boo
         "parameters": counts.total,
         "peak_memory": peak_memory(),
     }
-    run_folder.finish(values)
+    # This comes last: it makes the run a finished one.
+    finish(out, values)
 
     if result.stopped:
         print(f"stopped: the KL of {result.stats['kl']:.2f} exceeds ppo.max_kl; the best policy before is kept")

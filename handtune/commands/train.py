@@ -1,16 +1,15 @@
 """`handtune train`: one run from its configuration to the stored adapter or model."""
 
 import argparse
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig, read_config
 from ..engine import train, trainable_report
-from ..engine.data.batches import Batches
 from ..engine.data.fingerprints import Inputs
-from ..engine.training.loop import DEFAULT_ROWS, Result
-from ..engine.training.run_folder import RunFolder
+from ..engine.training.loop import Result, training_batches
+from ..engine.training.run_folder import RunFolder, amend, finish
 from ..models import save
 from ..prepare import Prepared, choose_trained, prepare, run_base
 from ..saved_runs import store_adapter, stored_bytes
@@ -39,44 +38,36 @@ def _train(config: RunConfig, stored_in: Path, run_folder: RunFolder, inputs: In
     }  # fmt: skip
     run_folder.start(facts, facts["config"])
     ready = prepare(config, base, out / "corpus")
-    run_folder.amend(trains=choose_trained(ready, config), labels=list(ready.labels), chat=ready.chat)
+    amend(out, trains=choose_trained(ready, config), labels=list(ready.labels), chat=ready.chat)
     print(trainable_report(ready.model))
 
-    # As a default of TrainConfig, it would exclude batch_tokens.
-    settings = config.train
-    if settings.batch_size is None and settings.batch_tokens is None:
-        settings = replace(settings, batch_size=DEFAULT_ROWS)
-    data = Batches(
-        ready.examples, ready.collate, rows=settings.batch_size, tokens=settings.batch_tokens,
-        micro_batch_size=settings.micro_batch_size, micro_batch_tokens=settings.micro_batch_tokens,
-        by_length=ready.by_length, seed=settings.seed,
-    )  # fmt: skip
+    data = training_batches(ready.examples, ready.collate, config.train, by_length=ready.by_length)
     result = train(
-        ready.model, data, ready.objective.loss, settings, eval_data=ready.eval_batches(), score=ready.score,
+        ready.model, data, ready.objective.loss, config.train, eval_data=ready.eval_batches(), score=ready.score,
         run_dir=out, metadata=facts, metric=ready.objective.best,
     )  # fmt: skip
     if result.interrupted:
         print(f"stopped at step {result.steps}; the same command goes on from there")
         return INTERRUPTED
 
-    _store(ready, config, stored_in, run_folder, result)
+    _store(ready, config, stored_in, result)
     return 0
 
 
-def _store(ready: Prepared, config: RunConfig, stored_in: Path, run_folder: RunFolder, result: Result) -> None:
+def _store(ready: Prepared, config: RunConfig, stored_in: Path, result: Result) -> None:
     """Write the adapter or model to the folder `stored_in`, write result.json, and print a summary."""
     if config.lora is not None:
         store_adapter(ready.model, ready.tokenizer, stored_in)
     else:
         save(ready.model, ready.tokenizer, stored_in)
 
-    # result.json comes last: it makes the run a finished one.
+    # This comes last: it makes the run a finished one.
     values = asdict(result)
     counts = trainable_report(ready.model)
     values |= {"trainable": counts.trainable, "parameters": counts.total, "stored_bytes": stored_bytes(stored_in)}
     if confusion := result.metrics.get("confusion"):
         values |= {"confusion": confusion, "labels": list(ready.labels)}
-    run_folder.finish(values)
+    finish(Path(config.out), values)
 
     print(f"{result.steps} steps in {result.seconds:.0f} s, mean training loss {result.train_loss:.4f}")
     if result.metrics:

@@ -14,7 +14,7 @@ from handtune.comparison.session import Item, Session, make_items
 from handtune.engine import load_checkpoint, save_checkpoint
 from handtune.engine.data.corpus import token_corpus
 from handtune.engine.training.checkpoint import checkpoints
-from handtune.engine.training.run_folder import RunFolder, read_facts, read_result
+from handtune.engine.training.run_folder import finished, read_facts, read_result
 from handtune.reporting.runs import comparison_table
 
 
@@ -173,4 +173,4 @@ def test_a_field_of_the_wrong_kind_is_named(name, field, value, tmp_path) -> Non
         comparison_table([tmp_path / "run"])
     known = read_facts(tmp_path / "run/run.json") if name != "run.json" else None
     with pytest.raises(ValueError, match=name):
-        RunFolder(tmp_path / "run").finished(known["config"] if known else {}, known["inputs"] if known else {})
+        finished(tmp_path / "run", known["config"] if known else {}, known["inputs"] if known else {})

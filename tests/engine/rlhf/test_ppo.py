@@ -22,10 +22,9 @@ from handtune.engine import LoRAConfig, PPOConfig, add_lora, load_reward, merge_
 from handtune.engine.adapters.switch import adapter_names
 from handtune.engine.rlhf.advantages import AdaptiveKL
 from handtune.engine.rlhf.reward_model import Reward, checked_scores
-from handtune.engine.rlhf.rollouts import Rollout
-from handtune.engine.rlhf.run import _Run
+from handtune.engine.rlhf.rollouts import Prompt, Rollout, fitting_prompts, sample
+from handtune.engine.rlhf.round import Trainer
 from handtune.engine.rlhf.shared_base import shared_layers, with_head
-from handtune.engine.training.run_folder import RunFolder
 from handtune.models import GPT2
 
 sys.path.append(str(BENCHMARKS))
@@ -53,19 +52,23 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
-def run_of(model: Any, **settings: Any) -> _Run:
+def trainer_of(model: Any, **settings: Any) -> Trainer:
     torch.manual_seed(0)
-    return _Run(model, PROMPTS * 4, [evens], PPOConfig(**{**SMALL, **settings}), None, RunFolder(None))
+    return Trainer(model, [evens], PPOConfig(**{**SMALL, **settings}), None)
 
 
-def sampled(run: _Run) -> Rollout:
+def fitting(trainer: Trainer, prompts: Sequence[Any]) -> list[Prompt]:
+    return fitting_prompts(prompts, trainer.tokenizer, trainer.config.max_new_tokens, None)
+
+
+def sampled(trainer: Trainer, prompts: Sequence[Any] = PROMPTS * 4) -> Rollout:
     """What the policy writes for each prompt."""
-    return run.round.sample(run.batches.examples, "policy")
+    return sample(trainer.model, fitting(trainer, prompts), "policy", trainer.config)
 
 
-def moved(run: _Run) -> None:
+def moved(trainer: Trainer) -> None:
     """Adapters that do something, as after some rounds."""
-    for name, parameter in run.optimizer.parameters.items():
+    for name, parameter in trainer.optimizer.parameters.items():
         if not name.startswith("critic.head"):
             parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
 
@@ -85,16 +88,16 @@ def test_the_first_ratio_is_exactly_one(family: str, targets: str, micro: int | 
     model = FAMILIES[family](tmp_path)
     model.tokens = model.tokens.__class__(ends=(11, 33, 44))
     lora = LoRAConfig(rank=4, targets=[targets])
-    run = run_of(model, micro_batch_size=micro, temperature=0.7, lora=lora, max_new_tokens=20)
-    moved(run)
-    rollout = sampled(run)
+    trainer = trainer_of(model, micro_batch_size=micro, temperature=0.7, lora=lora, max_new_tokens=20)
+    moved(trainer)
+    rollout = sampled(trainer)
     assert len(set(rollout.lengths)) > 1
     order = torch.randperm(16).tolist()
-    run.round.evaluate_rollout(rollout, order)
+    trainer.evaluate_rollout(rollout, order)
     assert (rollout.logps - rollout.reference).abs().max() > 1e-3
-    advantages, returns = run.round.advantages(rollout)
+    advantages, returns = trainer.advantages(rollout)
     for rows in (order[:8][i : i + (micro or 8)] for i in range(0, 8, micro or 8)):
-        found = run.round.backward(rollout, rows, advantages, returns)
+        found = trainer.backward(rollout, rows, advantages, returns)
         assert (found["ratio_min"], found["ratio_max"], found["approx_kl"]) == (1.0, 1.0, 0.0)
         assert found["clip_fraction"] == 0.0
         assert found["value_clip_fraction"] == 0.0
@@ -104,12 +107,12 @@ def test_the_first_ratio_is_exactly_one(family: str, targets: str, micro: int | 
 def test_log_probabilities_row_by_row(family: str, tmp_path: Path) -> None:
     """Policy, reference and critic as a plain forward pass gives them, row by row, at the temperature sampled at."""
     model = FAMILIES[family](tmp_path)
-    run = run_of(model, temperature=0.7, lora=LoRAConfig(rank=4, targets=["layers.1.*"]))
-    moved(run)
-    torch.nn.init.normal_(run.round.critic.head.out.weight)
-    assert run.round.actors.share == 1
-    rollout = sampled(run)
-    run.round.evaluate_rollout(rollout, range(16))
+    trainer = trainer_of(model, temperature=0.7, lora=LoRAConfig(rank=4, targets=["layers.1.*"]))
+    moved(trainer)
+    torch.nn.init.normal_(trainer.critic.head.out.weight)
+    assert trainer.actors.share == 1
+    rollout = sampled(trainer)
+    trainer.evaluate_rollout(rollout, range(16))
     for i, (ids, start) in enumerate(zip(rollout.ids, rollout.starts, strict=True)):
         n, row = len(ids) - start, torch.tensor([ids])
         for name, found in (("policy", rollout.logps), (None, rollout.reference)):
@@ -119,7 +122,7 @@ def test_log_probabilities_row_by_row(family: str, tmp_path: Path) -> None:
             if name:
                 torch.testing.assert_close(rollout.entropy[i, :n], -(logps.exp() * logps).sum(1))
         with torch.no_grad(), use_adapter(model, "critic"):
-            values = run.round.critic.head(model.hidden(row))[0, start - 1 : -1]
+            values = trainer.critic.head(model.hidden(row))[0, start - 1 : -1]
         torch.testing.assert_close(rollout.values[i, :n], values)
     assert torch.equal(rollout.mask.sum(1), torch.tensor(rollout.lengths).float())
 
@@ -262,11 +265,11 @@ def test_the_base_is_there_once() -> None:
     base = sum(p.untyped_storage().nbytes() for p in model.parameters())
     view = with_head(model, "reward")
     add_lora(view, LoRAConfig(rank=2), "reward")
-    run = run_of(model)
-    models = (model, view, run.round.critic)
+    trainer = trainer_of(model)
+    models = (model, view, trainer.critic)
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for m in models for p in m.parameters()}
     adapters = sum(p.nbytes for name, p in model.named_parameters() if ".lora." in name)
-    heads = sum(p.nbytes for m in (view, run.round.critic) for p in m.head.parameters())
+    heads = sum(p.nbytes for m in (view, trainer.critic) for p in m.head.parameters())
     assert sum(storages.values()) == base + adapters + heads
 
 
@@ -299,11 +302,11 @@ def test_a_reward_model_on_the_policys_base(targets: str, tmp_path: Path) -> Non
     completions = [[4, 5, 6], [1], [2, 3], [9, 9]]
     torch.testing.assert_close(loaded(PROMPTS, completions), reward(PROMPTS, completions))
     config = PPOConfig(**{**SMALL, "lora": LoRAConfig(rank=4, targets=["layers.1.*"])})
-    run = _Run(model, PROMPTS * 4, [loaded, evens], config, None, RunFolder(None))
-    assert run.round.actors.share == 1
-    rollout = sampled(run)
-    run.round.evaluate_rollout(rollout, range(16))
-    both_scores = reward(*run.round.as_given(rollout)) + torch.tensor(evens([], rollout.completions))
+    trainer = Trainer(model, [loaded, evens], config, None)
+    assert trainer.actors.share == 1
+    rollout = sampled(trainer)
+    trainer.evaluate_rollout(rollout, range(16))
+    both_scores = reward(*trainer.as_given(rollout)) + torch.tensor(evens([], rollout.completions))
     torch.testing.assert_close(rollout.scores, both_scores, rtol=1e-4, atol=1e-5)
 
 
@@ -332,17 +335,17 @@ def test_rewards_see_what_was_given(tmp_path: Path) -> None:
     config = PPOConfig(**{**SMALL, "reward_norm_samples": 400, "episodes": 16})
     ppo(model, prompts, [own, length], config, tokenizer=tokenizer)
     assert seen == set(prompts)
-    run = _Run(small_gpt2(vocab_size=500), prompts, [own], config, tokenizer, RunFolder(None))
-    run.round.ends = [0]
-    rollout = run.round.sample(run.batches.examples * 100, None)
-    scores = own(*run.round.as_given(rollout))
+    trainer = Trainer(small_gpt2(vocab_size=500), [own], config, tokenizer)
+    trainer.model.tokens = model.tokens
+    rollout = sample(trainer.model, fitting(trainer, prompts) * 100, None, config)
+    scores = own(*trainer.as_given(rollout))
     assert abs(scores.mean()) < 0.2
     assert 0.8 < scores.std() < 1.25
     alike = ["The Cat", "the cat"]  # of the same tokens
     lower = Tokenizer.from_str(tokenizer.to_str())
     lower.normalizer = normalizers.Lowercase()
-    run = _Run(small_gpt2(vocab_size=500), alike, [length], config, lower, RunFolder(None))
-    assert run.round.as_given(sampled(run))[0] == alike
+    trainer = Trainer(small_gpt2(vocab_size=500), [length], config, lower)
+    assert trainer.as_given(sampled(trainer, alike))[0] == alike
     with pytest.raises(ValueError, match="a reward model without a tokenizer was given texts"):
         ppo(small_gpt2(vocab_size=500), prompts, Reward(own.model), config, tokenizer=tokenizer)
 
@@ -350,15 +353,15 @@ def test_rewards_see_what_was_given(tmp_path: Path) -> None:
 def test_a_reward_without_adapter_scores_by_the_base() -> None:
     model = small_gpt2()
     reward = Reward(with_head(model, "reward"), scale=1.0)
-    run = _Run(model, PROMPTS * 4, [reward, evens], PPOConfig(**SMALL), None, RunFolder(None))
-    moved(run)
-    rollout = sampled(run)
-    run.round.evaluate_rollout(rollout, range(16))
+    trainer = Trainer(model, [reward, evens], PPOConfig(**SMALL), None)
+    moved(trainer)
+    rollout = sampled(trainer)
+    trainer.evaluate_rollout(rollout, range(16))
     with use_adapter(model, None):
-        expected = reward(*run.round.as_given(rollout))
+        expected = reward(*trainer.as_given(rollout))
     torch.testing.assert_close(rollout.scores - torch.tensor(evens([], rollout.completions)), expected)
     with use_adapter(model, "policy"):
-        assert not torch.allclose(expected, reward(*run.round.as_given(rollout)), atol=1e-3)
+        assert not torch.allclose(expected, reward(*trainer.as_given(rollout)), atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -412,10 +415,10 @@ def test_refusals(tmp_path: Path) -> None:
 
 def test_completions_without_end_pay_for_it() -> None:
     model = small_gpt2()
-    model.tokens = model.tokens.__class__(ends=(11,))
-    run = run_of(model, missing_eos_penalty=5.0)
-    rollout = sampled(run)
-    run.round.evaluate_rollout(rollout, range(16))
+    model.tokens = model.tokens.__class__(eos_id=11)
+    trainer = trainer_of(model, missing_eos_penalty=5.0)
+    rollout = sampled(trainer)
+    trainer.evaluate_rollout(rollout, range(16))
     plain = torch.tensor(evens([], rollout.completions))
     expected = plain - 5.0 * torch.tensor([not ended for ended in rollout.ended])
     torch.testing.assert_close(rollout.scores, expected)
