@@ -56,12 +56,12 @@ def completions(
                 raise FloatingPointError(f"prompts {start + 1} to {start + len(batch)}: {error}") from None
 
             # What an encoder-decoder writes is a text of its own, behind a start token, and no prompt's continuation.
+            written = tokens[:, input_ids.shape[1] :]
             if model.task == "seq2seq-lm":
-                for ids in tokens[:, 1:].tolist():
-                    yield text_of(ids, ends, stop, tokenizer)
-            else:
-                for prompt, ids in zip(batch, tokens[:, input_ids.shape[1] :].tolist(), strict=True):
-                    yield text_of(ids, ends, stop, tokenizer, prompt)
+                written = tokens[:, 1:]
+                batch = [[]] * len(batch)
+            for prompt, ids in zip(batch, written.tolist(), strict=True):
+                yield text_of(ids, ends, stop, tokenizer, prompt)
 
     return texts()
 
@@ -75,11 +75,15 @@ def _tokenize_prompts(texts: Sequence[str], model: Any, tokenizer: Any) -> list[
     return [ids or [end or 0] for ids in prompt_tokens(tokenizer, texts)]
 
 
+def first_end(ids: Sequence[int], ends: Sequence[int]) -> int:
+    """Where the first end token stands; behind all tokens if there is none."""
+    return next((i for i, token in enumerate(ids) if token in ends), len(ids))
+
+
 def text_of(
     ids: Sequence[int], ends: Sequence[int], stop: Sequence[str], tokenizer: Any, prompt: Sequence[int] = ()
 ) -> str:
     """The text of a completion, behind the tokens of its prompt, up to its first end token or stop string."""
-    end = next((i for i, token in enumerate(ids) if token in ends), len(ids))
-    text = completion_text(tokenizer, prompt, ids[:end])
+    text = completion_text(tokenizer, prompt, ids[: first_end(ids, ends)])
     cuts = [at for string in stop if (at := text.find(string)) >= 0]
     return text[: min(cuts, default=len(text))]

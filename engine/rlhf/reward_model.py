@@ -26,6 +26,7 @@ from ..data.batches import packed, to_device
 from ..data.text import append_eos, tokenize_pairs
 from ..peft.format import CONFIG, load_adapter, read_adapter, save_adapter
 from ..runtime import in_eval_mode
+from .rollouts import chunks
 from .shared_base import with_head
 
 RewardFn = Callable[[Sequence[Any], Sequence[Any]], Any]
@@ -55,8 +56,7 @@ class Reward:
             rows = [[*prompt, *completion] for prompt, completion in pairs]
 
         device = next(self.model.parameters()).device
-        batches = [to_device(packed(rows[i : i + ROWS]), device) for i in range(0, len(rows), ROWS)]
-        return torch.cat([self.score(inputs) for inputs in batches])
+        return torch.cat([self.score(to_device(packed(part), device)) for part in chunks(rows, ROWS)])
 
     def _tokens(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
         """The token ids of texts, as `pairs.comparisons` makes them in training."""
@@ -158,10 +158,8 @@ def checked_scores(reward: RewardFn, prompts: Sequence[Any], completions: Sequen
     """The scores (B,) that a reward gives, in fp32. ValueError where they are not one finite number a completion."""
     result = reward(prompts, completions)
     try:
-        if isinstance(result, Tensor):
-            scores = result.detach().float()
-        else:
-            scores = torch.tensor(list(result), dtype=torch.float32)
+        values = result.detach() if isinstance(result, Tensor) else list(result)
+        scores = torch.as_tensor(values, dtype=torch.float32)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the reward must give a number for each completion, not {result!r:.60}") from error
 

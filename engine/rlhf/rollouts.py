@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..adapters.switch import use_adapter
 from ..data.batches import IGNORE, Batch, Collate, to_device
 from ..data.text import prompt_tokens
+from ..generation.completions import first_end
 from ..generation.sampling import generate, left_padded
 from .config import PPOConfig
 
@@ -119,11 +120,9 @@ def sample(model: Any, prompts: Sequence[Prompt], adapter: str | None, config: P
 
         # A completion ends with its first end token, which belongs to it; what stands behind that is padding.
         for prompt, completion in zip(batch_prompts, generated[:, tokens.shape[1] :].tolist(), strict=True):
-            stop = next((i for i, token in enumerate(completion) if token in ends), None)
-            if stop is not None:
-                completion = completion[: stop + 1]
-            ids.append([*prompt.ids, *completion])
-            ended.append(stop is not None)
+            end = first_end(completion, ends)
+            ids.append([*prompt.ids, *completion[: end + 1]])
+            ended.append(end < len(completion))
     return Rollout(prompts, ids, ended)
 
 

@@ -25,7 +25,8 @@ al. 2020, arXiv:2009.01325. Without a letter: ours.
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -43,8 +44,6 @@ from .reward_model import ADAPTER as REWARD
 from .reward_model import Reward, RewardFn, checked_scores
 from .rollouts import Prompt, Rollout, chunks, draw, sample
 from .shared_base import shared_layers
-
-PER_TOKEN = ("logps", "reference", "entropy", "values")
 
 
 class Trainer:
@@ -98,9 +97,9 @@ class Trainer:
         on_base = next((reward for reward in self.reward_models if reward.on(self.model)), None)
         reward_differs_below = shared_layers(self.model, (REWARD,)) < share  # it adapts layers that the others share
 
-        per_token: dict[str, dict[int, Tensor]] = {name: {} for name in PER_TOKEN}  # a row's tensor (tokens,) each
+        per_token: dict[int, Tensor] = {}  # (tokens, 4) a row
         scores = torch.zeros(n, device=self.device)
-        for rows in self.micro_batches(order):
+        for rows in chain.from_iterable(self.steps(order)):
             # Prompts and completions: states of the shared layers, and the score that is read off them.
             inputs = to_device(packed([rollout.ids[i] for i in rows]), self.device)
             states = None
@@ -117,11 +116,11 @@ class Trainer:
             logps, entropy = self.actors.logps_and_entropy(batch, POLICY)
             reference = self.actors.logps(batch, None)
             values = torch.zeros_like(logps) if self.critic is None else self.actors.values(batch)
-            for name, tokens in zip(PER_TOKEN, (logps, reference, entropy, values), strict=True):
-                per_token[name].update(zip(rows, tokens.split(batch["counts"]), strict=True))
+            numbers = torch.stack((logps, reference, entropy, values), 1)  # (n, 4)
+            per_token.update(zip(rows, numbers.split(batch["counts"]), strict=True))
 
-        for name, by_row in per_token.items():
-            setattr(rollout, name, pad_sequence([by_row[i] for i in range(n)], batch_first=True))  # (N, T)
+        padded = pad_sequence([per_token[i] for i in range(n)], batch_first=True)  # (N, T, 4)
+        rollout.logps, rollout.reference, rollout.entropy, rollout.values = padded.unbind(-1)  # (N, T) each
         lengths = torch.tensor(rollout.lengths, device=self.device)
         rollout.mask = (torch.arange(rollout.logps.shape[1], device=self.device) < lengths[:, None]).float()  # (N, T)
         external = [reward for reward in self.rewards if reward is not on_base]
@@ -172,11 +171,11 @@ class Trainer:
         sums: dict[str, float] = defaultdict(float)
         n_steps = 0
         lowest_ratio = highest_ratio = 1.0
-        for rows in (rows for order in orders for rows in chunks(order, self.config.batch_size)):
-            n_tokens = sum(rollout.lengths[i] for i in rows)
+        for step in (step for order in orders for step in self.steps(order)):
+            n_tokens = sum(rollout.lengths[i] for rows in step for i in rows)
             step_kl = 0.0  # nats a token, between the policy that sampled and the one before this step
-            for micro_rows in chunks(rows, self.config.micro_batch_size or self.config.batch_size):
-                part = self.backward(rollout, micro_rows, advantages, returns)
+            for rows in step:
+                part = self.backward(rollout, rows, advantages, returns)
                 lowest_ratio = min(lowest_ratio, part.pop("ratio_min"))
                 highest_ratio = max(highest_ratio, part.pop("ratio_max"))
                 for name, value in part.items():
@@ -241,10 +240,10 @@ class Trainer:
             total = total + self.actors.values(batch).sum()
         return bool(total.isfinite())
 
-    def micro_batches(self, rows: Sequence[int]) -> Iterator[Sequence[int]]:
-        """Rows in the micro-batches of their steps."""
-        for step in chunks(rows, self.config.batch_size):
-            yield from chunks(step, self.config.micro_batch_size or self.config.batch_size)
+    def steps(self, order: Sequence[int]) -> list[list[Sequence[int]]]:
+        """Rows in steps, these in micro-batches."""
+        size = self.config.micro_batch_size or self.config.batch_size
+        return [list(chunks(step, size)) for step in chunks(order, self.config.batch_size)]
 
     def statistics(self, rollout: Rollout, returns: Tensor) -> dict[str, float]:
         """A rollout in numbers. The KL is in nats a completion, the entropy in nats a token."""

@@ -90,8 +90,11 @@ def ppo(
     with clean_guest(model, config.seed), run_folder.alone():
         started = time.perf_counter()
         tokenizer_json = None if tokenizer is None else tokenizer.to_str()
-        inputs: dict[str, Any] = {"prompts": list(prompts), "tokenizer": tokenizer_json}
-        run_folder.start(metadata or {}, {"ppo": asdict(config)}, lambda: in_memory(model, **inputs))
+        run_folder.start(
+            metadata or {},
+            {"ppo": asdict(config)},
+            lambda: in_memory(model, prompts=list(prompts), tokenizer=tokenizer_json),
+        )
 
         # One at a time, so that a round has all its prompts where a pass over them ends within it.
         fitting = fitting_prompts(prompts, tokenizer, config.max_new_tokens, model.config.max_positions)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..adapters.lora import adapter_sites
-from ..data.batches import Batches, Collate, Examples, to_device
+from ..data.batches import Batches, Collate, CollateFn, Examples, to_device
 from ..data.images import ImageCollate
 from ..model import KnownModel
 from ..runtime import in_eval_mode
@@ -41,11 +41,8 @@ def with_features(model: nn.Module, data: Any) -> Any:
     examples: Examples | None = None
     if isinstance(data.collate, ImageCollate):
         examples = _image_features(model, data)
-    else:
-        assert isinstance(data.collate, Collate)  # as `_repeats` has found
-        features = compute_features(model, data.examples, data.collate)
-        if features is not None:
-            examples = _ExamplesWithFeatures(data.examples, features)
+    elif features := compute_features(model, data.examples, data.collate):
+        examples = _ExamplesWithFeatures(data.examples, features)
     if examples is None:
         return data
 
@@ -97,7 +94,7 @@ def _image_features(model: Any, data: Batches) -> list[dict[str, Any]] | None:
     return [{"label": label, "features": vector} for label, vector in zip(labels, features, strict=True)]
 
 
-def compute_features(model: Any, examples: Examples, collate: Collate) -> list[Tensor] | None:
+def compute_features(model: Any, examples: Examples, collate: CollateFn) -> list[Tensor] | None:
     """For each example what the head reads: a vector (D,), or the states of its tokens (T, D); on the CPU.
 
     None where the first chunk shows that all would take more than `MAX_BYTES`.

@@ -80,14 +80,11 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
                     raise ValueError(f"{line[66:].decode()} has not the checksum in {SUMS}")
             raise ValueError(f"{SUMS} holds more than the checksums of {TENSORS} and {FACTS}")
         return load_file(path / TENSORS), read_json(path / FACTS)
-    except (SafetensorError, ValueError, FileNotFoundError) as error:
-        raise ValueError(f"{path}: the checkpoint is damaged ({_reason(error)}); {_remedy(path)}") from error
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return f"{Path(error.filename).name} is missing"
-    return str(error)
+    except FileNotFoundError as error:
+        reason = f"{Path(error.filename).name} is missing"
+        raise ValueError(f"{path}: the checkpoint is damaged ({reason}); {_remedy(path)}") from error
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: the checkpoint is damaged ({error}); {_remedy(path)}") from error
 
 
 def _remedy(path: Path) -> str:
@@ -104,23 +101,23 @@ def _remedy(path: Path) -> str:
     )
 
 
-def checkpoints(folder: str | Path) -> list[Path]:
+def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints step-N in a folder, oldest first."""
-    return sorted(path for path in Path(folder).glob("step-*") if path.name[5:].isdigit() and (path / FACTS).is_file())
+    return sorted(path for path in folder.glob("step-*") if path.name[5:].isdigit() and (path / FACTS).is_file())
 
 
-def checkpoint_path(folder: str | Path, step: int) -> Path:
+def checkpoint_path(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step lives."""
-    return Path(folder) / f"step-{step:08d}"
+    return folder / f"step-{step:08d}"
 
 
-def prune(folder: str | Path, keep_last: int) -> None:
+def prune(folder: Path, keep_last: int) -> None:
     """Remove all but the last `keep_last` checkpoints, and what killed runs left half written or half removed."""
     latest = checkpoints(folder)[-keep_last:]
-    for path in Path(folder).glob("step-*"):
+    for path in folder.glob("step-*"):
         if path not in latest:
             remove(path)
-    remove_left_overs(Path(folder))
+    remove_left_overs(folder)
 
 
 def remove(path: Path) -> None:

@@ -5,7 +5,7 @@ And what their callers are guarded against: a run is a guest in somebody's proce
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -32,11 +32,9 @@ def clean_guest(model: nn.Module, seed: int, deterministic: bool = False) -> Ite
         yield
 
 
-@contextmanager
-def explained_memory_error(device: torch.device, remedy: Callable[[], str]) -> Iterator[None]:
+def explained_memory_error(device: torch.device, remedy: Callable[[], str]) -> AbstractContextManager[None]:
     """Out of memory as a MemoryError that says what to do; one that has been explained inside passes."""
-    with explained_memory(lambda: f"out of memory on {device}: {remedy()}"):
-        yield
+    return explained_memory(lambda: f"out of memory on {device}: {remedy()}")
 
 
 def smaller_batches(data: Any) -> str:

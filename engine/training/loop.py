@@ -228,8 +228,10 @@ def train(
                     targets=targets, **{unit: amount, f"{unit}_per_second": speed}, peak_memory=peak_memory(),
                     seconds=time.perf_counter() - started,
                 )  # fmt: skip
-                shown = {"loss": f"{mean:.3f}", "lr": f"{lr:.1e}", "images/s" if images else "tok/s": f"{speed:.0f}"}
-                bar.set_postfix({**shown, "mem": f"{peak_memory() / 2**30:.1f}G"}, refresh=False)
+                bar.set_postfix({
+                    "loss": f"{mean:.3f}", "lr": f"{lr:.1e}", "images/s" if images else "tok/s": f"{speed:.0f}",
+                    "mem": f"{peak_memory() / 2**30:.1f}G",
+                }, refresh=False)  # fmt: skip
                 bar.update()
 
                 # Evaluate before saving: a checkpoint says whether its own step was the best.

@@ -108,7 +108,7 @@ class RunFolder:
 
         # What the run did not note then is not taken to differ.
         now = _flat(environment())
-        changed = [name for name in now if before.get(name, now[name]) != now[name]]
+        changed = [name for name in now if before.get(name) not in (None, now[name])]
         if changed:
             texts = "; ".join(f"{name} {before[name]} before, {now[name]} now" for name in changed)
             tqdm.write(f"the bits may differ from here: {texts}", file=sys.stderr)
@@ -198,13 +198,9 @@ def read_result(path: Path) -> dict[str, Any]:
     _check_fields(str(path), result, RESULT)
     _check_fields(f"{path}: best", result.get("best") or {}, BEST)
     for row in result.get("confusion", []):
-        if not _is_numbers(row):
+        if not (isinstance(row, list) and all(isinstance(value, int | float) for value in row)):
             raise ValueError(f"{path}: confusion is damaged; restore the file")
     return result
-
-
-def _is_numbers(row: Any) -> bool:
-    return isinstance(row, list) and all(isinstance(value, int | float) for value in row)
 
 
 def _check_fields(where: str, values: dict[str, Any], types: dict[str, Any]) -> None:
@@ -227,8 +223,7 @@ def environment() -> dict[str, Any]:
 
 def _flat(facts: dict[str, Any]) -> dict[str, Any]:
     """What bits depend on, by name."""
-    hardware = {"device": facts.get("device"), "world size": facts.get("world_size")}
-    return {**facts.get("versions", {}), **{name: value for name, value in hardware.items() if value is not None}}
+    return {**facts.get("versions", {}), "device": facts.get("device"), "world size": facts.get("world_size")}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -129,14 +129,13 @@ def seeded(seed: int) -> Iterator[None]:
     """torch's generators begin at `seed`; after the block all of them, Python's and numpy's too, are as they were."""
     tensors, facts = generators()
     # `manual_seed` reaches all GPUs, `generators` only the current one.
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda_states = torch.cuda.get_rng_state_all()
     torch.manual_seed(seed)
     try:
         yield
     finally:
         set_generators(tensors, facts)
-        if cuda_states:
-            torch.cuda.set_rng_state_all(cuda_states)
+        torch.cuda.set_rng_state_all(cuda_states)
 
 
 def keep_best(run_folder: RunFolder, optimizer: Optimizer, progress: Progress, metric: str) -> None:
