@@ -24,21 +24,9 @@ CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # the environment variable that cu
 def configure_determinism(deterministic: bool = False) -> Iterator[None]:
     """Make convolutions as exact as matrix products and, if `deterministic`, all of CUDA repeat itself bitwise.
 
-    After the block the process has the settings that it had before.
+    After the block the process has the settings that it had before, in whichever of torch's two spellings of cuDNN's
+    precision they were made.
     """
-    with _preserve_cudnn(), _preserve_determinism():
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-        if deterministic:
-            os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")  # without it cuBLAS refuses to be deterministic
-            torch.use_deterministic_algorithms(True)
-            torch.backends.cudnn.deterministic = True
-            torch.backends.cudnn.benchmark = False  # it would choose the algorithm by the clock
-        yield
-
-
-@contextmanager
-def _preserve_cudnn() -> Iterator[None]:
-    """Restore cuDNN's settings after the block, in whichever of torch's two spellings they were made."""
     cudnn: Any = torch.backends.cudnn  # the stubs don't know the newer spelling, fp32_precision
     precisions = cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
     flags = cudnn.deterministic, cudnn.benchmark
@@ -46,10 +34,27 @@ def _preserve_cudnn() -> Iterator[None]:
         allow_tf32 = cudnn.allow_tf32
     except RuntimeError:  # it can't be read where the newer spelling was used for one of the two alone
         allow_tf32 = None
+    algorithms = _deterministic_algorithms()
+    workspace = os.environ.get(CUBLAS_WORKSPACE)
 
     try:
+        cudnn.allow_tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        if deterministic:
+            os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")  # without it cuBLAS refuses to be deterministic
+            torch.use_deterministic_algorithms(True)
+            cudnn.deterministic = True
+            cudnn.benchmark = False  # it would choose the algorithm by the clock
         yield
     finally:
+        # The call imports torch's compiler, which takes seconds: it is made only where it changes something.
+        if _deterministic_algorithms() != algorithms:
+            enabled, warn_only = algorithms
+            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        if workspace is None:
+            os.environ.pop(CUBLAS_WORKSPACE, None)
+        else:
+            os.environ[CUBLAS_WORKSPACE] = workspace
+
         cudnn.deterministic, cudnn.benchmark = flags
         # The older spelling first, which sets the precision of both: the newer one then tells them apart again.
         if allow_tf32 is not None:
@@ -58,27 +63,9 @@ def _preserve_cudnn() -> Iterator[None]:
             cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = precisions
 
 
-@contextmanager
-def _preserve_determinism() -> Iterator[None]:
-    """Restore after the block whether torch insists on deterministic algorithms, and cuBLAS's workspace."""
-
-    def algorithms() -> tuple[bool, bool]:
-        return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-
-    enabled, warn_only = algorithms()
-    workspace = os.environ.get(CUBLAS_WORKSPACE)
-
-    try:
-        yield
-    finally:
-        # The call imports torch's compiler, which takes seconds: it is made only where it changes something.
-        if algorithms() != (enabled, warn_only):
-            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-
-        if workspace is None:
-            os.environ.pop(CUBLAS_WORKSPACE, None)
-        else:
-            os.environ[CUBLAS_WORKSPACE] = workspace
+def _deterministic_algorithms() -> tuple[bool, bool]:
+    """Whether torch insists on deterministic algorithms, and whether it only warns of others."""
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
 @contextmanager

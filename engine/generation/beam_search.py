@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .decoding import Decoding
+from .decoding import Decoding, require_finite
 
 NEVER = -1e9  # the score of what must not be chosen; finite, so that differences stay numbers
 
@@ -44,8 +44,7 @@ def beam_search(
         # The C likeliest continuations of a row, of all its beginnings together.
         totals = logits.log_softmax(-1).unflatten(0, (B, K)) + scores[..., None]  # (B, K, V)
         totals, index = totals.flatten(1).topk(max(2, 1 + len(end_ids)) * K)  # (B, C)
-        if not bool(totals[:, 0].isfinite().all()):
-            raise FloatingPointError("the model's logits are not finite")
+        require_finite(totals[:, 0])
         beam = index // logits.shape[-1]  # (B, C)
         token = index % logits.shape[-1]  # (B, C)
 

@@ -52,3 +52,9 @@ class Decoding:
             self.mask = self.mask[rows]
         self.tokens = self.tokens[rows]
         self.cache.reorder(rows)
+
+
+def require_finite(values: Tensor) -> None:
+    """FloatingPointError where what was computed from the logits isn't finite."""
+    if not bool(values.isfinite().all()):
+        raise FloatingPointError("the model's logits are not finite")

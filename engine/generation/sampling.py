@@ -19,7 +19,7 @@ from ..data.text import completion_text
 from ..finite import not_finite
 from ..runtime import in_eval_mode
 from .beam_search import beam_search
-from .decoding import Decoding
+from .decoding import Decoding, require_finite
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -73,7 +73,30 @@ def generate(
     Raises ValueError for settings out of range, for a model of another task than causal-lm and seq2seq-lm, and where
     prompt and new tokens exceed the model's positions; FloatingPointError where what is sampled from isn't finite.
     """
-    _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, stop, tokenizer)
+    if model.task not in ("causal-lm", "seq2seq-lm"):
+        raise ValueError(
+            f'the model\'s task is {model.task}; to generate, load it with task="causal-lm", or "seq2seq-lm"'
+        )
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids: expected (B, T) with at least one token, got {tuple(input_ids.shape)}")
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise ValueError(
+            f"expected temperature ≥ 0, top_k ≥ 0, 0 < top_p ≤ 1 and max_new_tokens ≥ 1; got {temperature}, {top_k}, "
+            f"{top_p}, {max_new_tokens}"
+        )
+    if max_new_tokens > MAX_NEW_TOKENS:
+        raise ValueError(f"max_new_tokens = {max_new_tokens:,}: expected at most {MAX_NEW_TOKENS:,}")
+    if stop and tokenizer is None:
+        raise ValueError("stop strings need the tokenizer: pass tokenizer=")
+
+    # The last new token needs no position: it is not read again.
+    limit = model.config.max_positions
+    if limit is not None and input_ids.shape[1] + max_new_tokens - 1 > limit:
+        raise ValueError(
+            f"prompt of {input_ids.shape[1]} tokens and {max_new_tokens} new ones exceed the model's {limit} positions;"
+            " shorten one of them"
+        )
+
     if beams > MAX_BEAMS:
         raise ValueError(f"beams = {beams:,}: expected at most {MAX_BEAMS:,}")
     if beams < 1 or (beams > 1 and (temperature != 0 or stop)):
@@ -154,15 +177,13 @@ def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
     """The next token of each row (B,) from logits (B, V)."""
     if temperature == 0:
         best = logits.max(-1)
-        if not bool(best.values.isfinite().all()):  # NaN is the largest of all, too
-            raise FloatingPointError("the model's logits are not finite")
+        require_finite(best.values)  # NaN is the largest of all, too
         return best.indices
 
     # One uniform number a row: torch.multinomial draws one for each token of the vocabulary, 30 times as slow on a CPU.
     mass = probabilities(logits, temperature, top_k, top_p).cumsum(-1, dtype=torch.float64)  # (B, V)
     total = mass[:, -1:]  # (B, 1)
-    if not bool(total.isfinite().all()):
-        raise FloatingPointError("the model's logits are not finite")
+    require_finite(total)
     drawn = torch.rand(total.shape, generator=generator, device=mass.device, dtype=mass.dtype) * total
     return torch.searchsorted(mass, drawn, right=True)[:, 0]  # never one without probability: it doesn't add any
 
@@ -183,30 +204,3 @@ def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) 
         beyond = torch.zeros_like(beyond).scatter(1, order, beyond)  # (B, V), back in the vocabulary's order
         logits = logits.masked_fill(beyond, float("-inf"))
     return logits.softmax(-1)
-
-
-def _check(model, input_ids, max_new_tokens, temperature, top_k, top_p, stop, tokenizer) -> None:
-    if model.task not in ("causal-lm", "seq2seq-lm"):
-        raise ValueError(
-            f'the model\'s task is {model.task}; to generate, load it with task="causal-lm", or "seq2seq-lm"'
-        )
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids: expected (B, T) with at least one token, got {tuple(input_ids.shape)}")
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-        raise ValueError(
-            f"expected temperature ≥ 0, top_k ≥ 0, 0 < top_p ≤ 1 and max_new_tokens ≥ 1; got {temperature}, {top_k}, "
-            f"{top_p}, {max_new_tokens}"
-        )
-
-    if max_new_tokens > MAX_NEW_TOKENS:
-        raise ValueError(f"max_new_tokens = {max_new_tokens:,}: expected at most {MAX_NEW_TOKENS:,}")
-    if stop and tokenizer is None:
-        raise ValueError("stop strings need the tokenizer: pass tokenizer=")
-
-    # The last new token needs no position: it is not read again.
-    limit = model.config.max_positions
-    if limit is not None and input_ids.shape[1] + max_new_tokens - 1 > limit:
-        raise ValueError(
-            f"prompt of {input_ids.shape[1]} tokens and {max_new_tokens} new ones exceed the model's {limit} positions;"
-            " shorten one of them"
-        )

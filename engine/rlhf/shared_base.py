@@ -4,7 +4,7 @@ So a policy, its critic, a reward model and the reference cost one base model, t
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 from ..._weightless import allocate, without_weights
@@ -32,16 +32,12 @@ def with_head(model: Any, task: str) -> Any:
     return view.train(model.training)
 
 
-def shared_layers(model: Any, adapters: Iterable[str], trained: Iterable[str] = ()) -> int:
-    """How many of the lower layers none of these adapters, and no parameter `trained`, changes."""
-    names = set(adapters)
-    changed = [*trained]
-    changed += [site.path for site in adapter_sites(model) if names & site.module.lora.keys()]
-
+def shared_layers(model: Any, adapters: Sequence[str]) -> int:
+    """How many of the lower layers none of these adapters changes."""
     # Head and last norm are above all layers; whatever else is in no layer, as the embedding, is below them.
     lowest = len(model.layers)
-    for path in changed:
-        if not path.startswith(("head.", "norm.")):
+    for path, module, _ in adapter_sites(model):
+        if not module.lora.keys().isdisjoint(adapters) and not path.startswith(("head.", "norm.")):
             layer = re.match(r"layers\.(\d+)\.", path)
             lowest = min(lowest, int(layer[1]) if layer else 0)
     return lowest

@@ -31,15 +31,12 @@ def lr_factor(schedule: str, step: int, total: int, warmup: int, decay: float, f
     if step < warmup:
         return (step + 1) / warmup  # above 0 from the first update on, which would otherwise be wasted
 
+    if schedule == "constant":
+        return 1.0
     done = (step - warmup) / max(1, total - warmup)
-    if schedule == "linear":
-        return floor + (1 - floor) * (1 - done)
-    if schedule == "cosine":
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
-    if schedule == "wsd":
-        remaining = (total - step) / max(1, round(decay * total))  # above 1 while the rate is stable
-        return floor + (1 - floor) * min(1.0, remaining)
-    return 1.0
+    remaining = (total - step) / max(1, round(decay * total))  # of the decay; above 1 while the rate is stable
+    falling = {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "wsd": min(1.0, remaining)}
+    return floor + (1 - floor) * falling[schedule]
 
 
 def lr_scales(
