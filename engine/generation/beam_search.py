@@ -52,9 +52,9 @@ def beam_search(
         ends = torch.full_like(token, n == max_new_tokens, dtype=torch.bool)  # (B, C)
         for end in end_ids:
             ends |= token == end
-        texts = decoding.tokens.unflatten(0, (B, K))[row, beam]  # (B, C, T + n - 1)
+        texts = torch.take_along_dim(decoding.tokens.unflatten(0, (B, K)), beam[..., None], 1)  # (B, C, T + n - 1)
         texts = torch.cat((texts, token[..., None]), -1)  # (B, C, T + n)
-        best.add(texts[:, :K], totals[:, :K] / n**length_penalty, ends)
+        best.add(texts[:, :K], totals[:, :K] / n**length_penalty, ends[:, :K])
 
         # The K best of the others go on.
         scores, chosen = totals.masked_fill(ends, NEVER).topk(K)  # (B, K)
@@ -84,14 +84,14 @@ class Finished:
         """Take in those of K texts (B, K, T + n) that end, in rows that are open."""
         K = texts.shape[1]
         n = texts.shape[-1] - self.prompt_length
-        ended = ends[:, :K] & self.open  # (B, K)
+        ended = ends & self.open  # (B, K)
         texts = F.pad(texts, (0, self.texts.shape[-1] - texts.shape[-1]), value=self.pad)
 
         # The K best of those before and these: 2K candidates a row.
         self.scores, chosen = torch.cat((self.scores, scores.masked_fill(~ended, NEVER)), 1).topk(K)  # (B, K)
         self.lengths = torch.cat((self.lengths, ended.long() * n), 1).gather(1, chosen)  # (B, K)
-        row = torch.arange(len(texts), device=texts.device)[:, None]  # (B, 1)
-        self.texts = torch.cat((self.texts, texts), 1)[row, chosen]  # (B, K, T + max_new_tokens)
+        texts = torch.cat((self.texts, texts), 1)  # (B, 2 K, T + max_new_tokens)
+        self.texts = torch.take_along_dim(texts, chosen[..., None], 1)  # (B, K, T + max_new_tokens)
 
     def close(self, hope: Tensor) -> None:
         """Close the rows where K texts have ended and the open ones' `hope` (B, 1) is no better than the worst."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..adapters.switch import use_adapter
 from ..data.text import completion_text, prompt_tokens
-from .sampling import generate, left_padded, stop_texts
+from .sampling import continuations, stop_texts
 
 
 def completions(
@@ -41,27 +41,21 @@ def completions(
 
     # A generator of its own, so that the errors above come with the call and not with the first text.
     def texts() -> Iterator[str]:
-        device = next(model.parameters()).device
         for start in range(0, len(prompt_ids), batch_size):
             batch = prompt_ids[start : start + batch_size]
-            input_ids, mask = left_padded(batch)  # (B, T)
             by_row = nullcontext() if adapters is None else use_adapter(model, adapters[start : start + batch_size])
             try:
                 with by_row:
-                    tokens = generate(
-                        model, input_ids.to(device), mask.to(device), max_new_tokens, seed=seed + start, eos_id=ends,
-                        stop=stop, tokenizer=tokenizer, **sampling,
+                    written = continuations(
+                        model, batch, max_new_tokens, seed=seed + start, eos_id=ends, stop=stop, tokenizer=tokenizer,
+                        **sampling,
                     )  # fmt: skip
             except FloatingPointError as error:
                 raise FloatingPointError(f"prompts {start + 1} to {start + len(batch)}: {error}") from None
 
-            # What an encoder-decoder writes is a text of its own, behind a start token, and no prompt's continuation.
-            written = tokens[:, input_ids.shape[1] :]
-            if model.task == "seq2seq-lm":
-                written = tokens[:, 1:]
-                batch = [[]] * len(batch)
-            for prompt, ids in zip(batch, written.tolist(), strict=True):
-                yield text_of(ids, ends, stop, tokenizer, prompt)
+            # What an encoder-decoder writes is no prompt's continuation.
+            for prompt, ids in zip(batch, written, strict=True):
+                yield text_of(ids, ends, stop, tokenizer, () if model.task == "seq2seq-lm" else prompt)
 
     return texts()
 

@@ -119,6 +119,20 @@ def generate(
             raise not_finite(model, "the model's logits") from None
 
 
+def continuations(
+    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, **settings: Any
+) -> list[list[int]]:
+    """The tokens that `generate` adds to each prompt; those behind an end are padding. `settings` are its own."""
+    device = next(model.parameters()).device
+    input_ids, mask = left_padded(prompts)  # (B, T)
+    tokens = generate(model, input_ids.to(device), mask.to(device), max_new_tokens, **settings)
+
+    # What an encoder-decoder writes is a text of its own, behind a start token.
+    start = 1 if model.task == "seq2seq-lm" else input_ids.shape[1]
+    added: list[list[int]] = tokens[:, start:].tolist()
+    return added
+
+
 def stop_texts(tokenizer: "Tokenizer", stop: Sequence[str], ends: list[int]) -> list[str]:
     """The stop strings that are texts; one that is a special token is added to the end tokens `ends`.
 

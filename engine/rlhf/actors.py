@@ -94,8 +94,7 @@ def attach(model: Any, config: PPOConfig) -> PolicyAndCritic:
             f"the model carries the adapter {others[0]!r}, but the reference is the model without adapters: "
             f"merge_lora(model, keep_base=False), or drop_adapter(model, {others[0]!r}), first"
         )
-    paths = [path for path in match_targets(model, config.lora.targets)]
-    if outside := [path for path in paths if not path.startswith("layers.")]:
+    if outside := [path for path in match_targets(model, config.lora.targets) if not path.startswith("layers.")]:
         raise ValueError(f"lora.targets: ppo adapts the layers, which its models share; {outside[0]!r} is in none")
 
     critic = None

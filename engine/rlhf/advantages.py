@@ -4,8 +4,6 @@ No model, no randomness, only numbers. Where implementations differ, lm-human-pr
 Ziegler et al. 2019 and Stiennon et al. 2020. Numbers are those of the list in `round.py`.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -80,18 +78,12 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     return 1 - (returns - values)[is_token].var(correction=0) / variance.clamp(min=1e-12)
 
 
-@dataclass
-class AdaptiveKL:
-    """9: β such that the KL of a completion comes to `target` nats.
+def adapted_beta(beta: float, kl: float, n_completions: int, target: float | None, horizon: int) -> float:
+    """9: β after so many completions of this mean KL, such that the KL comes to `target` nats; without one β stays.
 
-    Ziegler et al. 2019, arXiv:1909.08593, equation 5.
+    It moves at most by a fifth over `horizon` completions. Ziegler et al. 2019, arXiv:1909.08593, equation 5.
     """
-
-    beta: float
-    target: float | None = None  # nats a completion; without it β stays
-    horizon: int = 10_000  # completions over which β moves at most by a fifth; more than a round has
-
-    def update(self, kl: float, n_completions: int) -> None:
-        if self.target is not None:
-            error = min(max(kl / self.target - 1, -0.2), 0.2)
-            self.beta *= 1 + error * n_completions / self.horizon
+    if target is None:
+        return beta
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return beta * (1 + error * n_completions / horizon)

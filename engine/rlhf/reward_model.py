@@ -138,20 +138,18 @@ def load_reward(policy: Any, path: str | Path, tokenizer: Any = None) -> Reward:
     if shared:
         raise ValueError(f"{path} brings {shared[0]}, which would change the policy, too; train adapter and head alone")
 
+    # Shift and scale as `Reward.save` wrote them
     scale_file = Path(path) / SCALE
-    scale = _scale_of(scale_file) if scale_file.exists() else {}
+    scale = read_json(scale_file) if scale_file.exists() else {}
+    for field, value in scale.items():
+        if not is_finite(value) and (field, value) != ("scale", None):
+            raise ValueError(
+                f"{scale_file}: {field} = {value!r}; expected a finite number, train the reward model again"
+            )
+
     load_adapter(model, path, ADAPTER)
     model.requires_grad_(False)
     return Reward(model, tokenizer, **scale)
-
-
-def _scale_of(path: Path) -> dict[str, Any]:
-    """Shift and scale as `Reward.save` wrote them. ValueError where they are not finite numbers."""
-    scale = read_json(path)
-    for field, value in scale.items():
-        if not is_finite(value) and (field, value) != ("scale", None):
-            raise ValueError(f"{path}: {field} = {value!r}; expected a finite number, train the reward model again")
-    return scale
 
 
 def checked_scores(reward: RewardFn, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:

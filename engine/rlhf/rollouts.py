@@ -17,7 +17,7 @@ from ..adapters.switch import use_adapter
 from ..data.batches import IGNORE, Batch, Collate, to_device
 from ..data.text import prompt_tokens
 from ..generation.completions import first_end
-from ..generation.sampling import generate, left_padded
+from ..generation.sampling import continuations
 from .config import PPOConfig
 
 
@@ -104,22 +104,19 @@ def draw(prompts: Sequence[Prompt], n: int) -> list[Prompt]:
 
 def sample(model: Any, prompts: Sequence[Prompt], adapter: str | None, config: PPOConfig) -> Rollout:
     """Completions of the whole distribution, at the temperature that is trained at (2); torch's generator draws."""
-    device = next(model.parameters()).device
     ends = model.tokens.ends
     ids, ended = [], []
-    for batch_prompts in chunks(prompts, config.rollout_batch_size):
-        tokens, mask = left_padded([prompt.ids for prompt in batch_prompts])  # 3
-
+    for batch in chunks(prompts, config.rollout_batch_size):
         # The sampler's seed comes from torch's generator, whose state checkpoints hold.
         seed = int(torch.randint(2**62, ()))
         with use_adapter(model, adapter):
-            generated = generate(
-                model, tokens.to(device), mask.to(device), config.max_new_tokens, config.temperature, seed=seed,
-                eos_id=ends,
+            completions = continuations(
+                model, [prompt.ids for prompt in batch], config.max_new_tokens, temperature=config.temperature,
+                seed=seed, eos_id=ends,
             )  # fmt: skip
 
         # A completion ends with its first end token, which belongs to it; what stands behind that is padding.
-        for prompt, completion in zip(batch_prompts, generated[:, tokens.shape[1] :].tolist(), strict=True):
+        for prompt, completion in zip(batch, completions, strict=True):
             end = first_end(completion, ends)
             ids.append([*prompt.ids, *completion[: end + 1]])
             ended.append(end < len(completion))

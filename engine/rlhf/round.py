@@ -7,7 +7,7 @@ al. 2020, arXiv:2009.01325. Without a letter: ours.
 
      1  old log-probabilities come from the updates' own forward pass and micro-batches: the first ratio is exactly 1
      2  completions of the whole distribution, at the temperature that is trained at: no top-k, no top-p         H
-     3  prompts padded on the left, positions counted from their first token (rollouts.py)                       H
+     3  prompts padded on the left, positions counted from their first token (sampling.py)                       H
      4  no dropout, in updates either (actors.py)                                                                Z, H
      5  log-probabilities in fp32, of the completions' tokens alone, without all logits at once (actors.py)
      6  the reward is read at the last token that isn't padding, as in training (reward_model.py, heads.py)      H
@@ -38,7 +38,7 @@ from ..data.batches import packed, to_device
 from ..generation.completions import text_of
 from ..training.optim import Optimizer
 from .actors import POLICY, attach
-from .advantages import AdaptiveKL, by_group, explained_variance, gae, kl_estimate, policy_loss, value_loss, whiten
+from .advantages import adapted_beta, by_group, explained_variance, gae, kl_estimate, policy_loss, value_loss, whiten
 from .config import PPOConfig
 from .reward_model import ADAPTER as REWARD
 from .reward_model import Reward, RewardFn, checked_scores
@@ -58,7 +58,7 @@ class Trainer:
         self.config = config
         self.tokenizer = tokenizer
         self.device = next(model.parameters()).device
-        self.kl = AdaptiveKL(config.kl_coef, config.kl_target, config.kl_horizon)
+        self.beta = config.kl_coef  # β, which adapts to `kl_target`
 
         trained = self.actors.trained()
         for parameter in trained.values():
@@ -84,7 +84,7 @@ class Trainer:
         assessed = time.perf_counter()
 
         stats |= self.update(rollout, orders, advantages, returns, lr)
-        self.kl.update(stats["kl"], n)
+        self.beta = adapted_beta(self.beta, stats["kl"], n, self.config.kl_target, self.config.kl_horizon)
         ended = time.perf_counter()
         stats |= {"lr": lr, "rollout_seconds": sampled - started, "assess_seconds": assessed - sampled}
         return rollout, stats | {"update_seconds": ended - assessed, "episodes_per_second": n / (ended - started)}
@@ -156,7 +156,7 @@ class Trainer:
             return by_group(rollout.scores, config.group_size)[:, None] * mask, torch.zeros_like(mask)
 
         # 9: each token pays for its own divergence from the reference, and the score comes with the last token.
-        rewards = -self.kl.beta * kl_estimate(config.kl_estimate, rollout.logps, rollout.reference) * mask  # (N, T)
+        rewards = -self.beta * kl_estimate(config.kl_estimate, rollout.logps, rollout.reference) * mask  # (N, T)
         last = torch.tensor(rollout.lengths, device=self.device)[:, None] - 1
         rewards.scatter_add_(1, last, rollout.scores[:, None].to(rewards.dtype))
         advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.gae_lambda)
@@ -202,7 +202,7 @@ class Trainer:
 
         # GRPO pays for its divergence in the loss: arXiv:2402.03300, equation 3.
         if config.group_size is not None:
-            losses = losses + self.kl.beta * kl_estimate("k3", logps, rollout.flat(rollout.reference, rows))
+            losses = losses + self.beta * kl_estimate("k3", logps, rollout.flat(rollout.reference, rows))
         losses.sum().backward()
 
         ratio = ratio.detach()
@@ -255,8 +255,8 @@ class Trainer:
             "score": score,
             "score_std": float(rollout.scores.std(correction=0)),
             "kl": kl,
-            "beta": self.kl.beta,
-            "objective": score - self.kl.beta * kl,
+            "beta": self.beta,
+            "objective": score - self.beta * kl,
             "entropy": float((rollout.entropy * mask).sum() / mask.sum()),
             "length": float(mask.sum() / n),
             "ended": sum(rollout.ended) / n,

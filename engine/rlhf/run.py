@@ -117,7 +117,7 @@ def ppo(
                 progress = PPOProgress(**facts.get("progress", {}))
                 best_weights = tensors.get("best", {})
                 if facts:
-                    trainer.kl.beta = progress.beta
+                    trainer.beta = progress.beta
                     for reward_model, scale in zip(trainer.reward_models, facts["rewards"], strict=True):
                         reward_model.shift, reward_model.scale = scale
                 else:
@@ -165,7 +165,7 @@ def ppo(
 
                 finished = progress.stopped is not None or progress.round == n_rounds or interrupt.is_set()
                 if finished or progress.round % config.save_every == 0:
-                    progress.beta = trainer.kl.beta
+                    progress.beta = trainer.beta
                     scales = [(reward_model.shift, reward_model.scale) for reward_model in trainer.reward_models]
                     facts = {"progress": asdict(progress), "rewards": scales}
                     save(run_folder, progress.round, trainer.optimizer, batches, config.keep_last, facts,

@@ -67,7 +67,11 @@ def sum_and_count(returned: Any) -> tuple[Tensor, int]:
     loss, count = returned
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         raise ValueError(f"{NO_SUM} its sum is {_described(loss)}")
-    if (n_targets := _whole_number(count)) is None:
+    try:
+        n_targets = int(count)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of a tensor with several elements
+        n_targets = -1
+    if not 0 <= n_targets == count:
         raise ValueError(f"{NO_SUM} its count is {_described(count)}")
     return loss, n_targets
 
@@ -76,15 +80,6 @@ def require_targets(loss: float, targets: int, step: str) -> None:
     """ValueError where a step's losses are summed over no target: dividing by their number would make them a mean."""
     if targets == 0 and loss != 0:
         raise ValueError(f"{step}: {NO_SUM} it returned a sum of {loss:.4g} over 0 targets")
-
-
-def _whole_number(count: Any) -> int | None:
-    """The count as an integer that is not negative, or None."""
-    try:
-        number = int(count)
-        return number if 0 <= number == count else None
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of a tensor with several elements
-        return None
 
 
 def _described(value: Any) -> str:

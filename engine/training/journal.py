@@ -80,13 +80,9 @@ def rewrite(path: Path, lines: Sequence[Line], keep: Callable[[dict[str, Any]], 
 
 def sealed(row: dict[str, Any]) -> dict[str, Any]:
     """A row with a checksum, by which any change of it is noticed."""
-    return {**row, CHECK: _checksum(row)}
+    return {**row, CHECK: f"{zlib.crc32(json.dumps(row).encode()):08x}"}
 
 
 def is_sealed(row: dict[str, Any]) -> bool:
     """Whether a row is as it was sealed."""
-    return row.get(CHECK) == _checksum({key: value for key, value in row.items() if key != CHECK})
-
-
-def _checksum(row: dict[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(row).encode()):08x}"
+    return row == sealed({key: value for key, value in row.items() if key != CHECK})

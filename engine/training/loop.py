@@ -210,9 +210,10 @@ def train(
                 # The host waits once a step, here. The weights are still those before it if the loss is refused.
                 norm = optimizer.scale_gradients(max(1, targets), config.max_grad_norm)
                 loss_value, norm_value = torch.stack((loss_sum, norm.double())).tolist()
-                require_targets(loss_value, targets, f"step {progress.step + 1}")
+                step_name = f"step {progress.step + 1}"
+                require_targets(loss_value, targets, step_name)
                 untrained = model if progress.step == 0 else None
-                require_finite(loss_value, norm_value, f"step {progress.step + 1}", run_folder, "train.lr", untrained)
+                require_finite(loss_value, norm_value, step_name, run_folder, "train.lr", untrained)
                 optimizer.step(lr)
                 progress.step += 1
                 progress.loss_sum += loss_value

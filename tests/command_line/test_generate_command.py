@@ -16,6 +16,7 @@ from handtune.cli import main
 from handtune.engine import LoRAConfig, add_lora, generate, save_adapter
 from handtune.engine.generation import completions as completions_module
 from handtune.engine.generation.completions import completions
+from handtune.engine.generation.sampling import continuations
 from handtune.models import load
 
 
@@ -143,9 +144,9 @@ def test_rows_of_a_run_that_is_broken_off_lie_beside(base: Path, tmp_path: Path,
         calls.append(settings["seed"])
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return generate(*arguments, **settings)
+        return continuations(*arguments, **settings)
 
-    monkeypatch.setattr(completions_module, "generate", breaking)
+    monkeypatch.setattr(completions_module, "continuations", breaking)
     ask = ("generate", base, "--prompts", prompts, "--out", out, "--batch-size", "2", "--max-new-tokens", "4")
     assert main([str(argument) for argument in ask]) == 130
     part = next(tmp_path.glob("out.jsonl.*.part"))
@@ -226,7 +227,7 @@ def test_out_of_memory_is_one_line(base: Path, refused, monkeypatch) -> None:
     def none_left(*arguments, **settings):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(completions_module, "generate", none_left)
+    monkeypatch.setattr(completions_module, "continuations", none_left)
     said = refused("generate", base, *ASK)
     assert said == "out of memory on cpu: set --batch-size 8 (it is 16)"
 

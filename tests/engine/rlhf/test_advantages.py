@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from handtune.engine.rlhf.advantages import (
-    AdaptiveKL,
+    adapted_beta,
     by_group,
     explained_variance,
     gae,
@@ -115,16 +115,13 @@ def test_explained_variance() -> None:
 
 def test_beta_goes_after_the_target() -> None:
     """Ziegler et al.'s rule: by at most a fifth a horizon, up where the KL is too high."""
-    kl = AdaptiveKL(0.1, target=6.0, horizon=100)
-    kl.update(60.0, 100)
-    assert kl.beta == pytest.approx(0.12)
-    kl.update(0.0, 50)
-    assert kl.beta == pytest.approx(0.12 * 0.9)
-    kl.update(6.6, 100)
-    assert kl.beta == pytest.approx(0.12 * 0.9 * 1.1)
-    fixed = AdaptiveKL(0.1)
-    fixed.update(60.0, 100)
-    assert fixed.beta == 0.1
+    beta = adapted_beta(0.1, 60.0, 100, target=6.0, horizon=100)
+    assert beta == pytest.approx(0.12)
+    beta = adapted_beta(beta, 0.0, 50, target=6.0, horizon=100)
+    assert beta == pytest.approx(0.12 * 0.9)
+    beta = adapted_beta(beta, 6.6, 100, target=6.0, horizon=100)
+    assert beta == pytest.approx(0.12 * 0.9 * 1.1)
+    assert adapted_beta(0.1, 60.0, 100, target=None, horizon=10_000) == 0.1
 
 
 def test_the_best_of_n_by_listing_all_choices() -> None:

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from handtune.engine import LoRAConfig, PPOConfig, add_lora, load_reward, merge_lora, ppo, save_adapter, use_adapter
 from handtune.engine.adapters.switch import adapter_names
-from handtune.engine.rlhf.advantages import AdaptiveKL
 from handtune.engine.rlhf.reward_model import Reward, checked_scores
 from handtune.engine.rlhf.rollouts import Prompt, Rollout, fitting_prompts, sample
 from handtune.engine.rlhf.round import Trainer
@@ -401,7 +400,7 @@ def test_refusals(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=says):
             PPOConfig(**{**SMALL, **change})
-    assert AdaptiveKL(0.1).target is None
+    assert PPOConfig().kl_target is None
     untied = both(tmp_path, tiny_llama(), "causal-lm")[1]
     with pytest.raises(ValueError, match="ppo adapts the layers, which its models share; 'head' is in none"):
         ppo(untied, PROMPTS, evens, PPOConfig(**{**SMALL, "lora": LoRAConfig(rank=2, targets=["qkv", "head"])}))
