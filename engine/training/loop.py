@@ -148,10 +148,12 @@ def train(
         examples = {"data": getattr(data, "examples", None), "eval_data": getattr(eval_data, "examples", None)}
         run_folder.start(metadata or {}, {"train": asdict(config)}, lambda: in_memory(model, trained, **examples))
 
+        # Of buffers those that the module stores with its weights; the others it makes again itself.
+        stored = model.state_dict(keep_vars=True)
         optimizer = Optimizer(
             trained.items(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
-            scales=lr_scales(model, trained, config.lr_scale, config.lr_decay), buffers=_buffers(model),
-            rows=trained_rows(model),
+            scales=lr_scales(model, trained, config.lr_scale, config.lr_decay), rows=trained_rows(model),
+            buffers={name: buffer for name, buffer in model.named_buffers() if name in stored},
         )  # fmt: skip
         total, per_epoch = _steps(data, config)
         warmup = round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
@@ -278,12 +280,6 @@ def _trained_parameters(model: nn.Module, config: TrainConfig, by_adapter: bool)
     if not any(parameter.requires_grad for parameter in trained.values()):
         raise ValueError("unfreeze: nothing trains from the beginning; let a part start at epoch 0")
     return trained
-
-
-def _buffers(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The buffers that the module stores with its weights; the others it makes again itself."""
-    stored = model.state_dict(keep_vars=True)
-    return {name: buffer for name, buffer in model.named_buffers() if name in stored}
 
 
 def training_batches(
