@@ -10,7 +10,7 @@ def padded_rank(rank: int) -> int:
 
 
 @triton.jit
-def keep(seed, row, quad, k, p):
+def keep_mask(seed, row, quad, k, p):
     """Which entries of rows `row` and columns 4·quad … 4·quad + 3 of a (N, k) matrix dropout keeps.
 
     One Philox draw of seven rounds (which pass the usual test batteries: Salmon et al., 2011) decides four neighbours.

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import backend
-from .dropout_triton import keep, padded_rank
+from .dropout_triton import keep_mask, padded_rank
 
 ROWS = {0: 4, 80: 64}  # rows that a program of the backward pass adds up
 _TILE = {0: (16, 16, 1), 80: (16, 256, 4)}  # rows, columns, warps of the tiles of _norm_down_kernel
@@ -110,7 +110,7 @@ def _norm_down_kernel(
         # What is stored has no dropout: the base weight's product reads it.
         if DROPOUT:
             quad = start // 4 + tl.arange(0, BLOCK_D // 4)
-            y = tl.where(keep(seed, row, quad, d, p), y, 0.0).to(dtype)
+            y = tl.where(keep_mask(seed, row, quad, d, p), y, 0.0).to(dtype)
         a_block = tl.load(
             a + low[None, :] * d + column[:, None], mask=(low < rank)[None, :] & (column < d)[:, None], other=0.0
         )  # (BLOCK_D, R)

@@ -11,7 +11,7 @@ x, y and dy lie in the order of the batch and are reached through `order`; S and
 program touches positions outside its block, so the rows without an adapter stay as they are.
 
 Shapes: n positions, k columns of x (K), m columns of y (M), R the padded rank; `row`, `column` and `r` are the indices
-of a tile along N, M or K, and the rank. A `quad` is four neighboring columns, whose mask is drawn at once.
+of a tile along N, M or K, and the rank. What is done with a tile stands in `tiles_triton.py`.
 """
 
 import torch
@@ -20,8 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backend
-from ..dropout_triton import keep, padded_rank
+from ..dropout_triton import padded_rank
 from .row_groups import ROWS_PER_BLOCK, Segments
+from .tiles_triton import add_lora_tile, load_dropped, load_tile, lora_a_tile, s_and_b_gradients_tile, store_tile
 
 # Columns of the tile that is streamed, warps, by capability; the next lower entry holds. A single row takes more.
 _STREAM_TILES = {0: (16, 1), 80: (128, 4)}
@@ -29,14 +30,20 @@ _SINGLE_ROW_TILES = {0: (32, 1), 80: (256, 4)}
 
 
 @triton.jit
+def _rows_of(order, start, stop, BLOCK_N: tl.constexpr):
+    """Positions from `start` on, which of them lie before `stop`, and their rows."""
+    position = start + tl.arange(0, BLOCK_N)
+    inside = position < stop
+    row = tl.load(order + position, mask=inside, other=0).to(tl.int64)
+    return position.to(tl.int64), inside, row
+
+
+@triton.jit
 def _positions(blocks, order, BLOCK_N: tl.constexpr):
     """Of this program's block: adapter, positions, which of them lie inside it, and their rows."""
     entry = blocks + 3 * tl.program_id(0)
-    position = tl.load(entry + 1) + tl.arange(0, BLOCK_N)
-    inside = position < tl.load(entry + 2)
-    adapter = tl.load(entry).to(tl.int64)
-    row = tl.load(order + position, mask=inside, other=0).to(tl.int64)
-    return adapter, position, inside, row
+    position, inside, row = _rows_of(order, tl.load(entry + 1), tl.load(entry + 2), BLOCK_N)
+    return tl.load(entry).to(tl.int64), position, inside, row
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -46,27 +53,9 @@ def _lora_a_kernel(
 ):  # fmt: skip
     adapter, position, inside, row = _positions(blocks, order, BLOCK_N)
     r = tl.arange(0, R)
-    inner = tl.arange(0, BLOCK_K)
     a += adapter * rank * k
-    total = tl.zeros((BLOCK_N, R), tl.float32)
-    for start in range(0, k, BLOCK_K):
-        column = start + inner
-        x_block = tl.load(  # (BLOCK_N, BLOCK_K)
-            x + row[:, None] * k + column[None, :], mask=inside[:, None] & (column < k)[None, :], other=0.0
-        )
-        if DROPOUT:
-            quad = start // 4 + tl.arange(0, BLOCK_K // 4)
-            x_block = tl.where(keep(seed, row, quad, k, p), x_block, 0.0).to(x_block.dtype)
-        a_block = tl.load(  # (BLOCK_K, R)
-            a + r[None, :] * k + column[:, None], mask=(r < rank)[None, :] & (column < k)[:, None], other=0.0
-        )
-        total = tl.dot(x_block, a_block, total, input_precision="ieee")
-
-    # Dropout's factor is applied once to the sum rather than to each entry of x.
-    if DROPOUT:
-        total = total / (1 - p)
-    target = s + position.to(tl.int64)[:, None] * rank + r[None, :]
-    tl.store(target, total.to(s.dtype.element_ty), mask=inside[:, None] & (r < rank)[None, :])
+    total = lora_a_tile(x, a, row, inside, k, rank, seed, p, R, DROPOUT, BLOCK_N, BLOCK_K)  # (BLOCK_N, R)
+    store_tile(s, position, r, rank, inside, r < rank, total)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -74,27 +63,12 @@ def _add_lora_kernel(
     y, s, b, order, blocks, m, rank, y_row, s_row, b_adapter, b_row, b_column, seed, p,
     R: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    adapter, position, inside, row = _positions(blocks, order, BLOCK_N)
-    column = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    r = tl.arange(0, R)
-    s_block = tl.load(  # (BLOCK_N, R)
-        s + position.to(tl.int64)[:, None] * s_row + r[None, :], mask=inside[:, None] & (r < rank)[None, :], other=0.0
-    )
-    b_block = tl.load(  # (R, BLOCK_M)
-        b + adapter * b_adapter + column[None, :] * b_row + r[:, None] * b_column,
-        mask=(column < m)[None, :] & (r < rank)[:, None], other=0.0,
-    )  # fmt: skip
-    low_rank = tl.dot(s_block, b_block, input_precision="ieee")  # (BLOCK_N, BLOCK_M)
-
-    if DROPOUT:
-        quad = tl.program_id(1) * (BLOCK_M // 4) + tl.arange(0, BLOCK_M // 4)
-        low_rank = tl.where(keep(seed, row, quad, m, p), low_rank / (1 - p), 0.0)
-
     # Read and written at the rows of this block alone, so that rows without an adapter are left alone.
-    target = y + row[:, None] * y_row + column[None, :]
-    mask = inside[:, None] & (column < m)[None, :]
-    after = tl.load(target, mask=mask, other=0.0).to(tl.float32) + low_rank
-    tl.store(target, after.to(y.dtype.element_ty), mask=mask)
+    adapter, position, inside, row = _positions(blocks, order, BLOCK_N)
+    b += adapter * b_adapter
+    add_lora_tile(
+        y, s, b, row, position, inside, m, rank, y_row, s_row, b_row, b_column, seed, p, R, DROPOUT, BLOCK_M
+    )  # fmt: skip
 
 
 @triton.jit
@@ -110,9 +84,7 @@ def _lora_a_row_kernel(x, a, s, order, blocks, k, rank, R: tl.constexpr, BLOCK_K
     for start in range(0, k, BLOCK_K):
         column = start + inner
         x_block = tl.load(x + row * k + column, mask=column < k, other=0.0).to(tl.float32)  # (BLOCK_K,)
-        a_block = tl.load(  # (R, BLOCK_K)
-            a + r[:, None] * k + column[None, :], mask=(r < rank)[:, None] & (column < k)[None, :], other=0.0
-        )
+        a_block = load_tile(a, r, column, k, 1, r < rank, column < k)  # (R, BLOCK_K)
         total += a_block.to(tl.float32) * x_block[None, :]
 
     # Only now are the columns added up, across threads.
@@ -130,10 +102,7 @@ def _add_lora_row_kernel(
     column = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.arange(0, R)
     s_block = tl.load(s + position * s_row + r, mask=r < rank, other=0.0).to(tl.float32)  # (R,)
-    b_block = tl.load(  # (BLOCK_M, R)
-        b + adapter * b_adapter + column[:, None] * b_row + r[None, :] * b_column,
-        mask=(column < m)[:, None] & (r < rank)[None, :], other=0.0,
-    )  # fmt: skip
+    b_block = load_tile(b + adapter * b_adapter, column, r, b_row, b_column, column < m, r < rank)  # (BLOCK_M, R)
 
     target = y + row * y_row + column
     after = tl.load(target, mask=column < m, other=0.0).to(tl.float32)
@@ -151,30 +120,17 @@ def _s_and_b_gradients_kernel(
     stop = tl.load(entry + 2)
     column = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.arange(0, R)
-    b_mask = (column < m)[:, None] & (r < rank)[None, :]
     b += tl.load(entry).to(tl.int64) * m * rank
-    b_block = tl.load(b + column[:, None] * rank + r[None, :], mask=b_mask, other=0.0)  # (BLOCK_M, R)
+    b_block = load_tile(b, column, r, rank, 1, column < m, r < rank)  # (BLOCK_M, R)
 
     # Rows are gathered, but the positions of a piece are neighbors: S and dS are read and written in order.
-    total = tl.zeros((BLOCK_M, R), tl.float32)
+    db = tl.zeros((BLOCK_M, R), tl.float32)
     for start in range(tl.load(entry + 1), stop, BLOCK_N):
-        position = start + tl.arange(0, BLOCK_N)
-        row = tl.load(order + position, mask=position < stop, other=0).to(tl.int64)
-        grad = tl.load(  # (BLOCK_N, BLOCK_M)
-            dy + row[:, None] * dy_row + column[None, :], mask=(position < stop)[:, None] & (column < m)[None, :],
-            other=0.0,
+        position, inside, row = _rows_of(order, start, stop, BLOCK_N)
+        db = s_and_b_gradients_tile(
+            dy, s, b_block, db, ds_pieces, row, position, inside, column, r, n, m, rank, dy_row, s_row
         )  # fmt: skip
-        s_mask = (position < stop)[:, None] & (r < rank)[None, :]
-        position = position.to(tl.int64)
-        s_block = tl.load(s + position[:, None] * s_row + r[None, :], mask=s_mask, other=0.0)  # (BLOCK_N, R)
-        total = tl.dot(tl.trans(grad), s_block, total, input_precision="ieee")
-
-        # dS is a sum over all columns of dy, of which this program has one block.
-        ds = tl.dot(grad, b_block, input_precision="ieee")  # (BLOCK_N, R)
-        tl.store(ds_pieces + (tl.program_id(1) * n + position)[:, None] * rank + r[None, :], ds, mask=s_mask)
-
-    target = db_pieces + (tl.program_id(0).to(tl.int64) * m + column)[:, None] * rank + r[None, :]
-    tl.store(target, total, mask=b_mask)
+    store_tile(db_pieces, tl.program_id(0).to(tl.int64) * m + column, r, rank, column < m, r < rank, db)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -185,30 +141,21 @@ def _a_gradient_kernel(
     """Program (i, j) adds up dSᵀ drop(x) over the positions of piece i, for the columns of block j."""
     entry = pieces + 3 * tl.program_id(0)
     stop = tl.load(entry + 2)
-    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    first_column = tl.program_id(1) * BLOCK_K
     r = tl.arange(0, R)
-    total = tl.zeros((R, BLOCK_K), tl.float32)
 
     # The mask is of the row in the batch, so that it is the one of the forward pass, wherever the row stands in S.
+    da = tl.zeros((R, BLOCK_K), tl.float32)
     for start in range(tl.load(entry + 1), stop, BLOCK_N):
-        position = start + tl.arange(0, BLOCK_N)
-        row = tl.load(order + position, mask=position < stop, other=0).to(tl.int64)
-        x_block = tl.load(  # (BLOCK_N, BLOCK_K)
-            x + row[:, None] * k + column[None, :], mask=(position < stop)[:, None] & (column < k)[None, :], other=0.0
-        )
-        if DROPOUT:
-            quad = tl.program_id(1) * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)
-            x_block = tl.where(keep(seed, row, quad, k, p), x_block, 0.0).to(x_block.dtype)
-        ds_block = tl.load(  # (R, BLOCK_N)
-            ds + position.to(tl.int64)[None, :] * rank + r[:, None],
-            mask=(position < stop)[None, :] & (r < rank)[:, None], other=0.0,
-        )  # fmt: skip
-        total = tl.dot(ds_block, x_block, total, input_precision="ieee")
+        position, inside, row = _rows_of(order, start, stop, BLOCK_N)
+        x_block = load_dropped(x, row, inside, first_column, k, seed, p, DROPOUT, BLOCK_K)  # (BLOCK_N, BLOCK_K)
+        ds_block = load_tile(ds, r, position, 1, rank, r < rank, inside)  # (R, BLOCK_N)
+        da = tl.dot(ds_block, x_block, da, input_precision="ieee")
 
     if DROPOUT:
-        total = total / (1 - p)
-    target = da_pieces + (tl.program_id(0).to(tl.int64) * rank + r)[:, None] * k + column[None, :]
-    tl.store(target, total, mask=(r < rank)[:, None] & (column < k)[None, :])
+        da = da / (1 - p)
+    column = first_column + tl.arange(0, BLOCK_K)
+    store_tile(da_pieces, tl.program_id(0).to(tl.int64) * rank + r, column, k, r < rank, column < k, da)
 
 
 @triton.jit

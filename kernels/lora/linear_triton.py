@@ -11,7 +11,7 @@ power of two of at least 16, which is what a tensor core multiplies. Sums over N
 afterwards, in a fixed order. Dropout masks are a function of (seed, position in x), drawn wherever they are needed.
 
 Shapes: n rows (N), k columns of x (K), m columns of y (M), R the padded rank; `row`, `column` and `r` are the indices
-of a tile along N, M or K, and the rank. A `quad` is four neighboring columns, whose mask is drawn at once.
+of a tile along N, M or K, and the rank. What is done with a tile stands in `tiles_triton.py`.
 """
 
 from typing import NamedTuple
@@ -22,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backend
-from ..dropout_triton import keep, padded_rank
+from ..dropout_triton import padded_rank
+from .tiles_triton import add_lora_tile, load_dropped, load_tile, lora_a_tile, s_and_b_gradients_tile, store_tile
 
 
 class _MatmulTile(NamedTuple):
@@ -76,18 +77,12 @@ def _linear_kernel(
 
     # The epilogue: the low-rank term and the bias are added before y is rounded.
     r = tl.arange(0, R)
-    s_block = tl.load(  # (BLOCK_N, R)
-        s + row[:, None] * rank + r[None, :], mask=(row < n)[:, None] & (r < rank)[None, :], other=0.0
-    )
-    b_block = tl.load(  # (R, BLOCK_M)
-        b + column[None, :] * b_row + r[:, None] * b_column,
-        mask=(column < m)[None, :] & (r < rank)[:, None], other=0.0,
-    )  # fmt: skip
+    s_block = load_tile(s, row, r, rank, 1, row < n, r < rank)  # (BLOCK_N, R)
+    b_block = load_tile(b, r, column, b_column, b_row, r < rank, column < m)  # (R, BLOCK_M)
     total = tl.dot(s_block, b_block, total, input_precision="ieee")
     if BIAS:
         total += tl.load(bias + column, mask=column < m, other=0.0).to(tl.float32)[None, :]
-    mask = (row < n)[:, None] & (column < m)[None, :]
-    tl.store(y + row[:, None] * m + column[None, :], total.to(y.dtype.element_ty), mask=mask)
+    store_tile(y, row, column, m, row < n, column < m, total)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -97,24 +92,7 @@ def _add_lora_kernel(
 ):  # fmt: skip
     # In int64, since an offset into y may pass 2³¹.
     row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    column = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    r = tl.arange(0, R)
-    s_block = tl.load(  # (BLOCK_N, R)
-        s + row[:, None] * rank + r[None, :], mask=(row < n)[:, None] & (r < rank)[None, :], other=0.0
-    )
-    b_block = tl.load(  # (R, BLOCK_M)
-        b + column[None, :] * b_row + r[:, None] * b_column,
-        mask=(column < m)[None, :] & (r < rank)[:, None], other=0.0,
-    )  # fmt: skip
-    low_rank = tl.dot(s_block, b_block, input_precision="ieee")  # (BLOCK_N, BLOCK_M)
-
-    # The mask is that of a (N, M) matrix, the sum is rounded once.
-    position = row[:, None] * m + column[None, :]
-    mask = (row < n)[:, None] & (column < m)[None, :]
-    before = tl.load(y + position, mask=mask, other=0.0).to(tl.float32)
-    quad = tl.program_id(1) * (BLOCK_M // 4) + tl.arange(0, BLOCK_M // 4)
-    after = before + tl.where(keep(seed, row, quad, m, p), low_rank / (1 - p), 0.0)
-    tl.store(y + position, after.to(y.dtype.element_ty), mask=mask)
+    add_lora_tile(y, s, b, row, row, row < n, m, rank, m, rank, b_row, b_column, seed, p, R, True, BLOCK_M)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -124,30 +102,8 @@ def _lora_a_kernel(
 ):  # fmt: skip
     row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     r = tl.arange(0, R)
-    inner = tl.arange(0, BLOCK_K)
-    total = tl.zeros((BLOCK_N, R), tl.float32)
-    for start in range(0, k, BLOCK_K):
-        column = start + inner
-        position = row[:, None] * k + column[None, :]
-        x_block = tl.load(
-            x + position, mask=(row < n)[:, None] & (column < k)[None, :], other=0.0
-        )  # (BLOCK_N, BLOCK_K)
-        if DROPOUT:
-            quad = start // 4 + tl.arange(0, BLOCK_K // 4)
-            x_block = tl.where(keep(seed, row, quad, k, p), x_block, 0.0).to(x_block.dtype)
-        a_block = tl.load(  # (BLOCK_K, R)
-            a + r[None, :] * k + column[:, None], mask=(r < rank)[None, :] & (column < k)[:, None], other=0.0
-        )
-        total = tl.dot(x_block, a_block, total, input_precision="ieee")
-
-    # Dropout's factor is applied once to the sum rather than to each entry of x.
-    if DROPOUT:
-        total = total / (1 - p)
-    tl.store(
-        s + row[:, None] * rank + r[None, :],
-        total.to(s.dtype.element_ty),
-        mask=(row < n)[:, None] & (r < rank)[None, :],
-    )
+    total = lora_a_tile(x, a, row, row < n, k, rank, seed, p, R, DROPOUT, BLOCK_N, BLOCK_K)  # (BLOCK_N, R)
+    store_tile(s, row, r, rank, row < n, r < rank, total)
 
 
 @triton.jit
@@ -158,25 +114,14 @@ def _s_and_b_gradients_kernel(
     """Program (i, j) reads rows of piece i, columns of block j: adds their part of dS, and of dB."""
     column = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.arange(0, R)
-    b_block = tl.load(  # (BLOCK_M, R)
-        b + column[:, None] * rank + r[None, :], mask=(column < m)[:, None] & (r < rank)[None, :], other=0.0
-    )
-    total = tl.zeros((BLOCK_M, R), tl.float32)
+    b_block = load_tile(b, column, r, rank, 1, column < m, r < rank)  # (BLOCK_M, R)
+    db = tl.zeros((BLOCK_M, R), tl.float32)
     for start in range(0, ROWS_PER_PIECE, BLOCK_N):
         row = (tl.program_id(0) * ROWS_PER_PIECE + start + tl.arange(0, BLOCK_N)).to(tl.int64)
-        low_rank_mask = (row < n)[:, None] & (r < rank)[None, :]
-        grad = tl.load(  # (BLOCK_N, BLOCK_M)
-            dy + row[:, None] * dy_row + column[None, :], mask=(row < n)[:, None] & (column < m)[None, :], other=0.0
-        )
-        s_block = tl.load(s + row[:, None] * s_row + r[None, :], mask=low_rank_mask, other=0.0)  # (BLOCK_N, R)
-        total = tl.dot(tl.trans(grad), s_block, total, input_precision="ieee")
-
-        # dS is a sum over all columns of dy, of which this program has one block.
-        ds = tl.dot(grad, b_block, input_precision="ieee")  # (BLOCK_N, R)
-        tl.store(ds_pieces + (tl.program_id(1) * n + row)[:, None] * rank + r[None, :], ds, mask=low_rank_mask)
-
-    position = (tl.program_id(0) * m + column)[:, None] * rank + r[None, :]
-    tl.store(db_pieces + position, total, mask=(column < m)[:, None] & (r < rank)[None, :])
+        db = s_and_b_gradients_tile(
+            dy, s, b_block, db, ds_pieces, row, row, row < n, column, r, n, m, rank, dy_row, s_row
+        )  # fmt: skip
+    store_tile(db_pieces, tl.program_id(0) * m + column, r, rank, column < m, r < rank, db)
 
 
 @triton.jit(do_not_specialize=["seed"])
@@ -185,29 +130,19 @@ def _a_gradient_kernel(
     R: tl.constexpr, DROPOUT: tl.constexpr, ROWS_PER_PIECE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j) adds up dSᵀ drop(x) over the rows of piece i, for the columns of block j."""
-    column = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    first_column = tl.program_id(1) * BLOCK_K
     r = tl.arange(0, R)
-    total = tl.zeros((R, BLOCK_K), tl.float32)
-
-    # The mask is drawn again rather than read: it depends on nothing but the seed and the position in x.
+    da = tl.zeros((R, BLOCK_K), tl.float32)
     for start in range(0, ROWS_PER_PIECE, BLOCK_N):
         row = (tl.program_id(0) * ROWS_PER_PIECE + start + tl.arange(0, BLOCK_N)).to(tl.int64)
-        position = row[:, None] * k + column[None, :]
-        x_block = tl.load(
-            x + position, mask=(row < n)[:, None] & (column < k)[None, :], other=0.0
-        )  # (BLOCK_N, BLOCK_K)
-        if DROPOUT:
-            quad = tl.program_id(1) * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)
-            x_block = tl.where(keep(seed, row, quad, k, p), x_block, 0.0).to(x_block.dtype)
-        ds_block = tl.load(  # (R, BLOCK_N)
-            ds + row[None, :] * rank + r[:, None], mask=(row < n)[None, :] & (r < rank)[:, None], other=0.0
-        )
-        total = tl.dot(ds_block, x_block, total, input_precision="ieee")
+        x_block = load_dropped(x, row, row < n, first_column, k, seed, p, DROPOUT, BLOCK_K)  # (BLOCK_N, BLOCK_K)
+        ds_block = load_tile(ds, r, row, 1, rank, r < rank, row < n)  # (R, BLOCK_N)
+        da = tl.dot(ds_block, x_block, da, input_precision="ieee")
 
     if DROPOUT:
-        total = total / (1 - p)
-    position = (tl.program_id(0) * rank + r)[:, None] * k + column[None, :]
-    tl.store(da_pieces + position, total, mask=(r < rank)[:, None] & (column < k)[None, :])
+        da = da / (1 - p)
+    column = first_column + tl.arange(0, BLOCK_K)
+    store_tile(da_pieces, tl.program_id(0) * rank + r, column, k, r < rank, column < k, da)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor) -> Tensor:
@@ -250,7 +185,7 @@ def lora_a_forward(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
 
 
 def s_and_b_gradients(grad: Tensor, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """grad b (N, R) and gradᵀ s (M, R) in fp32, for grad (N, M) and s (N, R) with rows of any stride, b (M, R)."""
+    """grad b (N, R) and gradᵀ s (M, R) in fp32, for grad (N, M), s (N, R) with rows of any stride, b (M, R)."""
     n = len(grad)
     m, rank = b.shape
     rows, columns, warps = backend.entry(_STREAM_TILES, grad)

@@ -41,14 +41,14 @@ MISTAKES = {
     ),
     "what dropout keeps not scaled up": (
         "lora.linear_triton",
-        "        total = total / (1 - p)\n    position",
-        "        total = total\n    position",
+        "da = da / (1 - p)",
+        "da = da",
         lambda patch: contract.test_agrees_with_float64("lora dropout", torch.float32, (13,), 7, patch),
     ),
     "another mask in the backward pass": (
         "lora.linear_triton",
-        "quad = tl.program_id(1) * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4)",
-        "quad = tl.program_id(1) * (BLOCK_K // 4) + tl.arange(0, BLOCK_K // 4) + 1",
+        "first_column, k, seed, p",
+        "first_column, k, seed + 1, p",
         lambda patch: contract.test_agrees_with_float64("lora dropout", torch.float32, (13,), 7, patch),
     ),
 }
