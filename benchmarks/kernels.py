@@ -297,14 +297,14 @@ def by_design(module: Any, function: Function, width: int) -> Function:
 def norm_lora(new: Function, n: int, d: int, rank: int = 16) -> Case:
     """The LoRA linear as in a block: the norm before it hands S on, and is made again in the backward pass."""
     from handtune.kernels import rms_norm
+    from handtune.kernels.lora.arguments import LoRAArgs
     from handtune.kernels.lora.linear import fused_linear
-    from handtune.kernels.lora.products import LoRALinearArgs
 
     x, g, w = new(n, d), new(d, grad=False), new(d, d, grad=False, scale=d**-0.5)
     a, b = new(rank, d, scale=d**-0.5), new(d, rank)
 
     def ours(x: Tensor, g: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return fused_linear(x, w, None, a, (b,), LoRALinearArgs((0,), (2.0,), eps=1e-6), (g, None))
+        return fused_linear(x, w, None, a, (b,), LoRAArgs((0,), (2.0,), eps=1e-6), (g, None))
 
     def formula(x: Tensor, g: Tensor, w: Tensor, a: Tensor, b: Tensor) -> Tensor:
         x = F.rms_norm(x, (d,), g, 1e-6)

@@ -71,8 +71,8 @@ def operations() -> dict[str, Callable[[], Any]]:
     from handtune import kernels
     from handtune.kernels import Segments
     from handtune.kernels.lora import linear_triton
+    from handtune.kernels.lora.arguments import LoRAArgs
     from handtune.kernels.lora.linear import fused_linear
-    from handtune.kernels.lora.products import LoRALinearArgs
 
     n, d, r = 4096, 4096, 16
 
@@ -81,7 +81,7 @@ def operations() -> dict[str, Callable[[], Any]]:
         return kernels.lora_linear(*tensors, dropout=dropout, seed=1)
 
     def behind_a_norm(bias: Tensor | None) -> Tensor:
-        plan = LoRALinearArgs(rows=(0, 4096, 5120), scales=(2.0,) * 3, eps=1e-5)
+        plan = LoRAArgs(rows=(0, 4096, 5120), scales=(2.0,) * 3, eps=1e-5)
         bs = (fake(4096, r), fake(1024, r), fake(1024, r))
         return fused_linear(fake(n, d), fake(6144, d, grad=False), None, fake(3 * r, d), bs, plan, (fake(d), bias))
 

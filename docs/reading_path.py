@@ -23,8 +23,8 @@ ELSEWHERE = {
         "models/layers/kv_cache.py", "models/checkpoint/tasks.py", "kernels/lora/small_batch_matmul.py",
     ],
     "other adapters": [
-        "kernels/conv.py", "kernels/quant", "kernels/lora/batched.py", "kernels/lora/batched_triton.py",
-        "kernels/lora/row_groups.py", "kernels/lora/per_row.py", "kernels/lora/dora.py", "engine/adapters/embedding.py",
+        "kernels/conv.py", "kernels/quant", "kernels/lora/batched.py", "kernels/lora/batched_torch.py",
+        "kernels/lora/batched_triton.py", "kernels/lora/row_groups.py", "kernels/lora/per_row.py", "kernels/lora/dora.py", "engine/adapters/embedding.py",
         "engine/adapters/token_rows.py", "engine/adapters/combine.py", "engine/adapters/qlora.py",
         "engine/adapters/tied.py", "engine/adapters/rounding.py", "engine/adapters/modules_to_save.py",
         "engine/adapters/switch.py",

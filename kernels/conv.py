@@ -17,70 +17,42 @@ Shapes: B images, C channels of x, M channels of y, R the rank, k the kernel, H'
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .lora.arguments import (
+    LoRAArgs,
+    cast_for_autocast,
+    check_dtypes_and_dropout,
+    check_shape,
+    drop,
+    parts_of,
+    seed_for,
+)
 from .lora.dora import rescale
 from .lora.factors import LinearPart, LoRAMatrixWeights, Merged
 from .lora.per_row import AdapterRows
-from .lora.products import cast_for_autocast, check_dtypes_and_dropout, draw_seed, drop
 
 Pair = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class _ConvArgs:
-    """Everything about a call that is not a tensor."""
-
-    stride: Pair  # in pixels, as padding and dilation: of the frozen convolution and of the one with A
-    padding: Pair
-    dilation: Pair
-    groups: int  # of the frozen convolution and of B; A reads all channels
-    scale: float  # s
-    dropout: float  # a probability
-    seed: int  # of the dropout mask
-
-    def drop(self, x: Tensor) -> Tensor:
-        return drop(x, self.dropout, self.seed)
-
-    def convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, groups: int) -> Tensor:
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
-
-    def convolve_backward(
-        self, grad: Tensor, x: Tensor, weight: Tensor, groups: int, need_x: bool, need_weight: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of x and weight, each only where it is needed."""
-        if not (need_x or need_weight):
-            return None, None
-        geometry = (self.stride, self.padding, self.dilation, False, (0, 0), groups)  # not transposed
-        needs = (need_x, need_weight, False)
-        return torch.ops.aten.convolution_backward(grad, x, weight, None, *geometry, needs)[:2]
-
-    def blocks(self, b: Tensor) -> Iterator[tuple[Tensor, slice, slice]]:
-        """Each group's B as a matrix, its channels of y and of S."""
-        m = b.shape[0] // self.groups
-        rank = b.shape[1]
-        for i in range(self.groups):
-            channels = slice(i * m, (i + 1) * m)
-            yield b[channels, :, 0, 0], channels, slice(i * rank, (i + 1) * rank)
+Geometry = tuple[Pair, Pair, Pair]  # stride, padding and dilation in pixels, of the frozen convolution and that with A
 
 
 class _LoRAConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, args: _ConvArgs):
-        y = args.convolve(x, weight, bias, args.groups)  # (B, M, H', W')
-        s = args.convolve(args.drop(x), a, None, 1).flatten(2)  # (B, R, H'W')
+    def forward(ctx, args: LoRAArgs, geometry: Geometry, x, weight, bias, a, b):
+        groups = len(args.rows)
+        y = F.conv2d(x, weight, bias, *geometry, groups)  # (B, M, H', W')
+        s = F.conv2d(drop(x, args.dropout, args.seed), a, None, *geometry).flatten(2)  # (B, R, H'W')
 
         # Into y in place, through a view that serves both memory formats.
         flat = y.view(*y.shape[:2], s.shape[2])  # (B, M, H'W')
-        for matrix, channels, ranks in args.blocks(b):
-            flat[:, channels].baddbmm_(matrix.expand(len(x), -1, -1), s[:, ranks], alpha=args.scale)
+        for matrix, scale, channels, ranks in parts_of(b.flatten(1).chunk(groups), args):
+            flat[:, channels].baddbmm_(matrix.expand(len(x), -1, -1), s[:, ranks], alpha=scale)
         ctx.args = args
+        ctx.geometry = geometry
         ctx.save_for_backward(x, weight, a, b, s)
         return y
 
@@ -88,49 +60,62 @@ class _LoRAConv2d(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight, a, b, s = ctx.saved_tensors
-        args: _ConvArgs = ctx.args
-        need_x, need_weight, need_bias, need_a, need_b, _ = ctx.needs_input_grad
+        args: LoRAArgs = ctx.args
+        _, _, need_x, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad
 
-        grad_bias = grad.sum((0, 2, 3)) if need_bias else None  # (M,)
-        grad_x, grad_weight = args.convolve_backward(grad, x, weight, args.groups, need_x, need_weight)
-        grad_b = _grad_b(grad.flatten(2), s, b, args) if need_b else None  # (M, R/groups, 1, 1)
+        grad_bias = None
+        if need_bias:
+            grad_bias = grad.sum((0, 2, 3))  # (M,)
+        grad_x, grad_weight = _convolution_backward(grad, x, weight, ctx.geometry, len(args.rows), need_x, need_weight)
+        grad_s, grad_b = _factors_backward(grad.flatten(2), s, b, args, need_x or need_a, need_b)
 
-        # Through the low-rank branch, whose input was dropped.
+        # Through the low-rank branch, whose input was dropped. Where dA is not needed, the values of x are not read.
         grad_a = None
-        if need_x or need_a:
-            grad_s = _grad_s(grad.flatten(2), s, b, args).unflatten(2, grad.shape[2:])  # (B, R, H', W')
-            # Where dA is not needed, the values of x are not read.
-            dropped = args.drop(x) if need_a else x
-            low_rank_x, grad_a = args.convolve_backward(grad_s, dropped, a, 1, need_x, need_a)
+        if grad_s is not None:
+            grad_s = grad_s.unflatten(2, grad.shape[2:])  # (B, R, H', W')
+            if need_a:
+                x = drop(x, args.dropout, args.seed)
+            low_rank_x, grad_a = _convolution_backward(grad_s, x, a, ctx.geometry, 1, need_x, need_a)
             if grad_x is not None and low_rank_x is not None:
-                grad_x.add_(args.drop(low_rank_x))
-        return grad_x, grad_weight, grad_bias, grad_a, grad_b, None
+                grad_x.add_(drop(low_rank_x, args.dropout, args.seed))
+        return None, None, grad_x, grad_weight, grad_bias, grad_a, grad_b
 
 
-def _grad_s(grad: Tensor, s: Tensor, b: Tensor, args: _ConvArgs) -> Tensor:
-    """s Bᵀ dy (B, R, H'W')."""
-    grad_s = torch.empty_like(s)
-    for matrix, channels, ranks in args.blocks(b):
-        grad_s[:, ranks] = torch.matmul(matrix.T * args.scale, grad[:, channels])
-    return grad_s
+def _convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, geometry: Geometry, groups: int, need_x: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x and weight, each only where it is needed."""
+    if not (need_x or need_weight):
+        return None, None
+    options = (*geometry, False, (0, 0), groups)  # not transposed
+    return torch.ops.aten.convolution_backward(grad, x, weight, None, *options, (need_x, need_weight, False))[:2]
 
 
-def _grad_b(grad: Tensor, s: Tensor, b: Tensor, args: _ConvArgs) -> Tensor:
-    """s Σ dy Sᵀ; multiplied the other way round, which is up to seven times as fast on CPU.
+def _factors_backward(
+    grad: Tensor, s: Tensor, b: Tensor, args: LoRAArgs, need_s: bool, need_b: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """dS = s Bᵀ dy (B, R, H'W') and dB = s Σ dy Sᵀ (M, R/groups, 1, 1), each where it is needed; grad (B, M, H'W').
 
-    In low precision it is one product over all images, whose sum is one in fp32: those of single images would each be
-    rounded before they are added up.
+    dB is multiplied the other way round, which is up to seven times as fast on CPU. In low precision it is one product
+    over all images, whose sum is one in fp32: those of single images would each be rounded before they are added up.
     """
-    grad_b = torch.empty_like(b)
-    for _, channels, ranks in args.blocks(b):
-        s_t = s[:, ranks].mT  # (B, H'W', R)
-        grad_t = grad[:, channels].mT  # (B, H'W', M)
-        if grad.element_size() < 4:
-            total = s_t.flatten(0, 1).T @ grad_t.flatten(0, 1)  # (R, M)
-        else:
-            total = torch.bmm(s_t.mT, grad_t).sum(0)  # (R, M)
-        grad_b[channels, :, 0, 0] = total.mul_(args.scale).T
-    return grad_b
+    grad_s = grad_b = None
+    if need_s:
+        grad_s = torch.empty_like(s)
+    if need_b:
+        grad_b = torch.empty_like(b)
+    for matrix, scale, channels, ranks in parts_of(b.flatten(1).chunk(len(args.rows)), args):
+        if grad_s is not None:
+            grad_s[:, ranks] = torch.matmul(matrix.T * scale, grad[:, channels])
+        if grad_b is not None:
+            s_t = s[:, ranks].mT  # (B, H'W', R)
+            grad_t = grad[:, channels].mT  # (B, H'W', M)
+            if grad.element_size() < 4:
+                total = s_t.flatten(0, 1).T @ grad_t.flatten(0, 1)  # (R, M)
+            else:
+                total = torch.bmm(s_t.mT, grad_t).sum(0)  # (R, M)
+            grad_b[channels, :, 0, 0] = total.mul_(scale).T
+    return grad_s, grad_b
 
 
 def lora_conv2d(
@@ -160,38 +145,38 @@ def lora_conv2d(
     x, weight, bias, a, b = cast_for_autocast((x, weight, bias, a, b), x.device.type)
     _check(x, weight, bias, a, b, groups)
     check_dtypes_and_dropout(x, weight, a, (b,), dropout)
-    stride = _pair("stride", stride)
-    padding = _pair("padding", padding)
-    dilation = _pair("dilation", dilation)
+    geometry = (_pair("stride", stride), _pair("padding", padding), _pair("dilation", dilation))
+
+    # A group is a part with channels and ranks of its own.
+    rows = tuple(range(0, len(weight), len(weight) // groups))
+    args = LoRAArgs(rows, (scale,) * groups, dropout=dropout, seed=seed_for(dropout, seed))
 
     # Autocast is off inside, since it would not cast the operands of the product in place.
-    if dropout and seed is None:
-        seed = draw_seed()
-    args = _ConvArgs(stride, padding, dilation, groups, scale, dropout, seed or 0)
     with torch.autocast(x.device.type, enabled=False):
-        return _LoRAConv2d.apply(x, weight, bias, a, b, args)
+        return _LoRAConv2d.apply(args, geometry, x, weight, bias, a, b)
 
 
 def _pair(name: str, value: int | Pair) -> Pair:
-    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if isinstance(value, int):
+        return value, value
+    pair = tuple(value)
     if len(pair) != 2 or not all(isinstance(v, int) for v in pair):
         raise ValueError(f"{name}: expected a number of pixels or a pair of them, got {value!r}")
     return pair
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, groups: int) -> None:
-    of_weight = f"for weight {tuple(weight.shape)} with {groups} groups"
     m, channels_per_group, *kernel = weight.shape
     c = channels_per_group * groups
-    if x.dim() != 4 or x.shape[1] != c:
-        raise ValueError(f"x: expected (B, {c}, H, W) {of_weight}, got {tuple(x.shape)}")
-    if bias is not None and bias.shape != (m,):
-        raise ValueError(f"bias: expected ({m},) {of_weight}, got {tuple(bias.shape)}")
-    if a.dim() != 4 or a.shape[1:] != (c, *kernel):
-        expected = ", ".join(str(size) for size in ("R", c, *kernel))
-        raise ValueError(f"a: expected ({expected}) {of_weight}, got {tuple(a.shape)}")
+    weight_shape = f"weight {tuple(weight.shape)} with {groups} groups"
+    check_shape("x", x, ("B", c, "H", "W"), weight_shape)
+    if bias is not None:
+        check_shape("bias", bias, (m,), weight_shape)
+    check_shape("a", a, ("R", c, *kernel), weight_shape)
     if m % groups or len(a) % groups or b.shape != (m, len(a) // groups, 1, 1):
-        raise ValueError(f"b: expected ({m}, R/groups, 1, 1) {of_weight} and a {tuple(a.shape)}, got {tuple(b.shape)}")
+        raise ValueError(
+            f"b: expected ({m}, R/groups, 1, 1) for {weight_shape} and a {tuple(a.shape)}, got {tuple(b.shape)}"
+        )
 
 
 def lora_conv2d_reference(x, weight, bias, a, b, *, groups=1, scale=1.0, **geometry) -> Tensor:
@@ -271,12 +256,17 @@ class Conv2d(nn.Module):
             return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
         factors: LoRAMatrixWeights = self.lora[adapter]  # type: ignore[assignment]
+        dropout = 0.0
+        if self.training:
+            dropout = factors.dropout
         y = lora_conv2d(
             x, self.weight, self.bias, factors.a.to(x.dtype), factors.b.to(x.dtype), stride=self.stride,
             padding=self.padding, dilation=self.dilation, groups=self.groups, scale=factors.scale,
-            dropout=factors.dropout if self.training else 0.0,
+            dropout=dropout,
         )  # fmt: skip
-        return y if factors.m is None else rescale(y, factors.gain(self.matrix), self.bias, dim=1)
+        if factors.m is not None:
+            y = rescale(y, factors.gain(self.matrix), self.bias, dim=1)
+        return y
 
     def extra_repr(self) -> str:
         m, c, *kernel = self.weight.shape

@@ -6,18 +6,17 @@ front of a projection (a norm, an activation) is handed in by `norm_linear` and 
 function that sees both can avoid keeping what lies between them. A frozen weight can be kept in 4 bits (`quantize_`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from .activations import ACTIVATIONS, Activate, Activation
-from .lora.batched import lora_linear_batched
-from .lora.dora import rescale
+from .activations import ACTIVATIONS, Activation
+from .lora.arguments import LoRAArgs, seed_for
 from .lora.factors import LinearPart, LoRALinearWeights, Merged
 from .lora.linear import fused_linear
 from .lora.per_row import AdapterRows
-from .lora.products import LoRALinearArgs, draw_seed
 from .norms import LayerNorm, RMSNorm
 from .quant.nf4 import NF4Weight, Workspace
 
@@ -103,75 +102,59 @@ class Linear(nn.Module):
         return LoRALinearWeights(self.in_features, parts, ranks, scales, dropout, self.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _project(x, self)
+        return bind_projection(x, self)(x)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, active={self.active}"
 
 
-def _project(
-    h: Tensor, linear: Linear, norm: LayerNorm | RMSNorm | None = None, activation: Activation | None = None
-) -> Tensor:
-    if isinstance(linear.active, AdapterRows):
-        # What stands in front is evaluated before, and its output is kept.
-        x = h if norm is None else norm(h)
-        x = x if activation is None else Activate.apply(x, activation)
-        return _project_by_row(x, linear, linear.active)
-    return bind_projection(h.dtype, linear, norm, activation)(h)
-
-
-def _project_by_row(x: Tensor, linear: Linear, adapter_rows: AdapterRows) -> Tensor:
-    """The projection of x (..., K) to (..., M), each row with its own adapter."""
-    names = adapter_rows.on(linear.lora)
-    adapters: list[LoRALinearWeights] = [linear.lora[name] for name in names]  # type: ignore[misc]
-
-    # One mask serves the rows of all adapters.
-    dropout = 0.0
-    if linear.training:
-        dropouts = sorted({adapter.dropout for adapter in adapters})
-        if len(dropouts) > 1:
-            raise ValueError(f"adapters of one batch must have the same dropout in training, got {dropouts}")
-        dropout = dropouts[0]
-
-    a, bs, rows = adapter_rows.stacks(linear, adapters, linear.parts, x.dtype)  # (G, ΣR, K), each (G, Mᵢ, Rᵢ)
-    segments = adapter_rows.segments(x.shape, names, x.device)
-    weight = linear.quantized or linear.matrix
-    return lora_linear_batched(x, weight, linear.bias, a, bs, segments, rows=rows, dropout=dropout)
-
-
 def bind_projection(
-    dtype: torch.dtype, linear: Linear, norm: LayerNorm | RMSNorm | None = None, activation: Activation | None = None
+    h: Tensor, linear: Linear, norm: LayerNorm | RMSNorm | None = None, activation: Activation | None = None
 ) -> Callable[[Tensor], Tensor]:
-    """The projection of h with the adapter that is active now, and the same dropout mask each time, also later on."""
-    weight = linear.quantized or linear.matrix
-    norm_weights = None
+    """The projection of h, and of what is like it, by the adapter that is active now and with one dropout mask."""
+    norm_weights: tuple[Tensor | None, Tensor | None] = (None, None)
     eps = 0.0
     if norm is not None:
         norm_weights = norm.parameters_in_order()
         eps = norm.eps
 
-    if not isinstance(linear.active, str):
-        args = LoRALinearArgs(eps=eps, activation=activation)
-        return lambda h: fused_linear(h, weight, linear.bias, None, (), args, norm_weights)
-
     # The factors are cast and the seed is drawn once, so that each call of the function gives the same.
-    adapter: LoRALinearWeights = linear.lora[linear.active]  # type: ignore[assignment]
-    dropout = adapter.dropout if linear.training else 0.0
-    seed = draw_seed() if dropout else 0
-    args = LoRALinearArgs(adapter.rows, adapter.scales, eps, activation, dropout, seed)
-    a, bs = adapter.factors(dtype)  # (ΣR, K), each (Mᵢ, Rᵢ)
-    if adapter.m is None:
-        return lambda h: fused_linear(h, weight, linear.bias, a, bs, args, norm_weights)
+    weight = linear.quantized or linear.matrix
+    a: Tensor | None = None
+    bs: Sequence[Tensor] = ()
+    gain: Tensor | None = None
+    args = LoRAArgs(eps=eps, activation=activation)
+    if isinstance(linear.active, AdapterRows):
+        names = linear.active.on(linear.lora)
+        adapters: list[LoRALinearWeights] = [linear.lora[name] for name in names]  # type: ignore[misc]
+        a, bs, rows = linear.active.stacks(linear, adapters, linear.parts, h.dtype)  # (G, ΣR, K), each (G, Mᵢ, Rᵢ)
+        segments = linear.active.segments(h.shape, names, h.device)
+        dropout = _common_dropout(adapters) if linear.training else 0.0
+        scales = (1.0,) * len(rows)  # they are in the B's
+        args = LoRAArgs(rows, scales, eps, activation, dropout, seed_for(dropout), segments)
+    elif linear.active is not None:
+        adapter: LoRALinearWeights = linear.lora[linear.active]  # type: ignore[assignment]
+        a, bs = adapter.factors(h.dtype)  # (ΣR, K), each (Mᵢ, Rᵢ)
+        dropout = adapter.dropout if linear.training else 0.0
+        args = LoRAArgs(adapter.rows, adapter.scales, eps, activation, dropout, seed_for(dropout))
+        if adapter.m is not None:
+            gain = adapter.gain(weight)  # (M,)
+    return partial(fused_linear, weight=weight, bias=linear.bias, a=a, bs=bs, args=args, norm=norm_weights, gain=gain)
 
-    gain = adapter.gain(weight)  # (M,)
-    return lambda h: rescale(fused_linear(h, weight, linear.bias, a, bs, args, norm_weights), gain, linear.bias)
+
+def _common_dropout(adapters: list[LoRALinearWeights]) -> float:
+    """The dropout of all adapters of a batch: one mask serves their rows."""
+    dropouts = sorted({adapter.dropout for adapter in adapters})
+    if len(dropouts) > 1:
+        raise ValueError(f"adapters of one batch must have the same dropout in training, got {dropouts}")
+    return dropouts[0]
 
 
 def norm_linear(h: Tensor, norm: LayerNorm | RMSNorm, linear: Linear) -> Tensor:
     """linear(norm(h)) for h (..., K), saving h and the row statistics instead of the normalised rows."""
-    return _project(h, linear, norm=norm)
+    return bind_projection(h, linear, norm)(h)
 
 
 def activation_linear(u: Tensor, activation: str, linear: Linear) -> Tensor:
     """linear(activation(u)), saving u instead of the activation's output. u is (..., K), or (..., 2K) if gated."""
-    return _project(u, linear, activation=ACTIVATIONS[activation])
+    return bind_projection(u, linear, activation=ACTIVATIONS[activation])(u)

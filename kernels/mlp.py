@@ -12,19 +12,18 @@ import torch
 from torch import Tensor
 
 from .linear import Linear, activation_linear, bind_projection, norm_linear
-from .lora.per_row import AdapterRows
 from .norms import LayerNorm, RMSNorm
 
 
 def feed_forward(
     x: Tensor, norm: LayerNorm | RMSNorm, up: Linear, activation: str, down: Linear, recompute: bool = False
 ) -> Tensor:
-    """down(activation(up(norm(x)))) for x (..., D); see above for `recompute`, which adapters by row ignore."""
-    if not (recompute and torch.is_grad_enabled()) or isinstance(up.active, AdapterRows):
+    """down(activation(up(norm(x)))) for x (..., D); see above for `recompute`."""
+    if not (recompute and torch.is_grad_enabled()):
         return activation_linear(norm_linear(x, norm, up), activation, down)
 
     # Bound now: by the time of the backward pass another adapter may be active.
-    project = bind_projection(x.dtype, up, norm)
+    project = bind_projection(x, up, norm)
     u = project(x)  # (..., F), or (..., 2F) if gated
     device = x.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -74,7 +74,7 @@ def _adapted_cross_entropy(states: Tensor, head: Linear, targets: Tensor) -> Ten
     losses = []
     for chunk_states, chunk_targets in zip(states.split(chunk), targets.split(chunk), strict=True):
         # Bound now, once a chunk: the backward pass has to meet the same adapter and the same dropout mask again.
-        project = bind_projection(states.dtype, head)
+        project = bind_projection(chunk_states, head)
         losses.append(checkpoint(chunk_loss, chunk_states, chunk_targets, project, use_reentrant=False))
     return torch.stack(losses).sum()
 

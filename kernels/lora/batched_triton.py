@@ -230,8 +230,15 @@ def add_lora_(y: Tensor, s: Tensor, b: Tensor, segments: Segments, p: float = 0.
         )  # fmt: skip
 
 
-def s_and_b_gradients(grad: Tensor, b: Tensor, s: Tensor, segments: Segments) -> tuple[Tensor, Tensor]:
-    """dS = grad B_g (n, R) in fp32, dB (G, M, R), for grad (N, M) and s (n, R) with rows of any stride, b (G, M, R)."""
+def s_and_b_gradients(
+    grad: Tensor, b: Tensor, s: Tensor, segments: Segments, need_b: bool
+) -> tuple[Tensor, Tensor | None]:
+    """dS = grad B_g (n, R) in fp32, and dB (G, M, R) where it is needed.
+
+    For grad (N, M) and s (n, R) with rows of any stride, b (G, M, R).
+    """
+    if grad.stride(1) != 1:
+        grad = grad.contiguous()
     n_adapters, m, rank = b.shape
     n = len(segments.order)
     columns, warps = _tile(grad, rank)
@@ -246,7 +253,10 @@ def s_and_b_gradients(grad: Tensor, b: Tensor, s: Tensor, segments: Segments) ->
             n, m, rank, grad.stride(0), s.stride(0),
             R=padded_rank(rank), BLOCK_N=ROWS_PER_BLOCK, BLOCK_M=columns, num_warps=warps,
         )  # fmt: skip
-    return ds_pieces.sum(0), _sum_pieces(db_pieces, n_adapters, segments, grad.dtype)  # (n, R), (G, M, R)
+    grad_b = None
+    if need_b:
+        grad_b = _sum_pieces(db_pieces, n_adapters, segments, grad.dtype)  # (G, M, R)
+    return ds_pieces.sum(0), grad_b
 
 
 def a_gradient(grad_s: Tensor, x: Tensor, n_adapters: int, segments: Segments, p: float, seed: int) -> Tensor:

@@ -35,13 +35,10 @@ from torch.autograd.function import once_differentiable
 
 from ..norms import Stats, normalize, normalize_backward, rebuild
 from ..quant.nf4 import NF4Weight
+from .arguments import LoRAArgs, cast_for_autocast, check_linear, seed_for
+from .dora import rescale
 from .products import (
-    LoRALinearArgs,
     a_gradient,
-    cast_for_autocast,
-    check_dtypes_and_dropout,
-    check_x_and_bias,
-    draw_seed,
     factors_backward,
     input_gradient,
     linear_with_lora,
@@ -50,41 +47,39 @@ from .products import (
 )
 
 
-def _evaluate(
-    h, norm_weight, norm_bias, weight, bias, a, args: LoRALinearArgs, *bs
-) -> tuple[Tensor, Tensor | None, Stats]:
-    """y (N, M), S (N, ΣR) where there is an adapter, and the statistics of the norm where there is one."""
-    x, s = h, None
-    stats: Stats = ()
-    if norm_weight is not None and a is not None and low_rank_on_triton(h, a, rank=len(a)):
-        # One kernel makes x and S, so that the product with A needs no read of x.
-        from ..norms_triton import normalize_down
-
-        x, stats, s = normalize_down(h, norm_weight, norm_bias, args.eps, a, args.dropout, args.seed)
-    elif norm_weight is not None:
-        x, stats = normalize(h, norm_weight, norm_bias, args.eps)
-    elif args.activation is not None:
-        x = args.activation.forward(h)  # (N, K)
-
-    if a is not None and s is None:
-        s = lora_a_forward(x, a, args)  # (N, ΣR)
-    return linear_with_lora(x, weight, bias, s, bs, args), s, stats
-
-
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, norm_weight, norm_bias, weight, bias, a, args: LoRALinearArgs, *bs):
-        y, s, stats = _evaluate(h, norm_weight, norm_bias, weight, bias, a, args, *bs)
+    def forward(ctx, args: LoRAArgs, h, norm_weight, norm_bias, weight, bias, a, *bs):
+        """y (N, M). Where nobody wants gradients `ctx` is None, and nothing is saved."""
+        x = h
+        s = None
+        stats: Stats = ()
+        if norm_weight is None:
+            if args.activation is not None:
+                x = args.activation.forward(h)  # (N, K)
+        elif a is not None and args.segments is None and low_rank_on_triton(h, a, rank=len(a)):
+            # One kernel makes x and S, so that the product with A needs no read of x.
+            from ..norms_triton import normalize_down
+
+            x, stats, s = normalize_down(h, norm_weight, norm_bias, args.eps, a, args.dropout, args.seed)
+        else:
+            x, stats = normalize(h, norm_weight, norm_bias, args.eps)
+        if a is not None and s is None:
+            s = lora_a_forward(x, a, args)  # (N, ΣR)
+        y = linear_with_lora(x, weight, bias, s, bs, args)  # (N, M)
+        if ctx is None:
+            return y
 
         # With all of it frozen and nothing in front, dx = dy W needs no h.
         made_from_h = norm_weight is not None or args.activation is not None
-        keep_h = made_from_h or ctx.needs_input_grad[3] or ctx.needs_input_grad[5]
+        if not (made_from_h or ctx.needs_input_grad[4] or ctx.needs_input_grad[6]):
+            h = None
         ctx.packed = None
         if isinstance(weight, NF4Weight):
             # A packed weight is decoded in each pass, and the dense one never kept.
             ctx.packed = weight
             weight = None
-        ctx.save_for_backward(h if keep_h else None, norm_weight, norm_bias, weight, a, s, *stats, *bs)
+        ctx.save_for_backward(h, norm_weight, norm_bias, weight, a, s, *stats, *bs)
         ctx.n_stats = len(stats)
         ctx.args = args
         return y
@@ -95,46 +90,44 @@ class _LoRALinear(torch.autograd.Function):
         h, norm_weight, norm_bias, weight, a, s, *stats_and_bs = ctx.saved_tensors
         stats = tuple(stats_and_bs[: ctx.n_stats])
         bs = stats_and_bs[ctx.n_stats :]
-        args: LoRALinearArgs = ctx.args
-        need_h, need_norm_weight, need_norm_bias, need_weight, need_bias, need_a, _, *need_bs = ctx.needs_input_grad
+        args: LoRAArgs = ctx.args
+        _, need_h, need_norm_weight, need_norm_bias, need_weight, need_bias, need_a, *need_bs = ctx.needs_input_grad
+        need_input = need_h or need_norm_weight or need_norm_bias
 
         # Of the trained tensors. x is made again for those that read it, and let go before dx, which is as large.
-        grad_weight = grad_a = None
-        grad_bias = grad.sum(0) if need_bias else None  # (M,)
-        grad_s, grad_bs = factors_backward(grad, s, bs, args, need_bs)  # (N, ΣR), each (Mᵢ, Rᵢ)
+        grad_weight = grad_bias = grad_s = grad_a = None
+        grad_bs: list[Tensor | None] = [None] * len(bs)
+        if need_bias:
+            grad_bias = grad.sum(0)  # (M,)
+        if s is not None and (need_input or need_a or any(need_bs)):
+            grad_s, grad_bs = factors_backward(grad, s, bs, args, need_bs)  # (N, ΣR), each (Mᵢ, Rᵢ)
         if need_a or need_weight:
-            x = _rebuild(h, norm_weight, norm_bias, stats, args)  # (N, K)
+            x = h
+            if norm_weight is not None:
+                x = rebuild(h, norm_weight, norm_bias, args.eps, stats)  # (N, K)
+            elif args.activation is not None:
+                x = args.activation.forward(h)  # (N, K)
+
             if need_a and grad_s is not None:
-                grad_a = a_gradient(grad_s, x, args)  # (ΣR, K)
+                grad_a = a_gradient(grad_s, x, a, args)  # (ΣR, K)
             if need_weight:
                 grad_weight = grad.T @ x  # (M, K)
             del x
-        if not (need_h or need_norm_weight or need_norm_bias):
-            return None, None, None, grad_weight, grad_bias, grad_a, None, *grad_bs
 
         # Of the input: through the projection, and through what stands in front of it.
-        if ctx.packed is not None:
-            weight = ctx.packed.dequantize_into_buffer(grad.dtype)  # (M, K)
-        grad_x = input_gradient(grad, weight, grad_s, a, args)  # (N, K)
-        grad_h: Tensor | None = grad_x
-        grad_norm_weight = grad_norm_bias = None
-        if norm_weight is not None:
-            needs = (need_h, need_norm_weight, need_norm_bias)
-            grad_h, grad_norm_weight, grad_norm_bias = normalize_backward(
-                grad_x, h, norm_weight, norm_bias, stats, needs
-            )
-        elif args.activation is not None:
-            grad_h = args.activation.backward(grad_x, h)
-        return grad_h, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias, grad_a, None, *grad_bs
-
-
-def _rebuild(
-    h: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, stats: Stats, args: LoRALinearArgs
-) -> Tensor:
-    """x (N, K) from what was saved of it; bitwise the x of the forward pass."""
-    if norm_weight is not None:
-        return rebuild(h, norm_weight, norm_bias, args.eps, stats)
-    return h if args.activation is None else args.activation.forward(h)
+        grad_h = grad_norm_weight = grad_norm_bias = None
+        if need_input:
+            if ctx.packed is not None:
+                weight = ctx.packed.dequantize_into_buffer(grad.dtype)  # (M, K)
+            grad_h = input_gradient(grad, weight, grad_s, a, args)  # (N, K)
+            if norm_weight is not None:
+                needs = (need_h, need_norm_weight, need_norm_bias)
+                grad_h, grad_norm_weight, grad_norm_bias = normalize_backward(
+                    grad_h, h, norm_weight, norm_bias, stats, needs
+                )
+            elif args.activation is not None:
+                grad_h = args.activation.backward(grad_h, h)
+        return None, grad_h, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias, grad_a, *grad_bs
 
 
 def fused_linear(
@@ -143,25 +136,27 @@ def fused_linear(
     bias: Tensor | None,
     a: Tensor | None,
     bs: Sequence[Tensor],
-    args: LoRALinearArgs,
-    norm: tuple[Tensor, Tensor | None] | None = None,
+    args: LoRAArgs,
+    norm: tuple[Tensor | None, Tensor | None] = (None, None),
+    gain: Tensor | None = None,
 ) -> Tensor:
-    """[norm or activation] → linear → low-rank correction, for h (..., K); the general form behind the public ones."""
-    norm_weight, norm_bias = norm or (None, None)
-    flat = h.reshape(-1, h.shape[-1])  # (N, K)
+    """[norm or activation] → linear → low-rank correction [→ DoRA's gain], for h (..., K); the others call it."""
     device = h.device.type
-    tensors = cast_for_autocast((flat, norm_weight, norm_bias, weight, bias, a, *bs), device)
-
+    tensors = cast_for_autocast((h.reshape(-1, h.shape[-1]), *norm, weight, bias, a, *bs), device)  # h as (N, K)
     if torch.is_autocast_enabled(device):
         # Off inside: it would cast the operands of some products, and not those of the products in place.
         with torch.autocast(device, enabled=False):
-            y = _LoRALinear.apply(*tensors[:6], args, *tensors[6:])
+            y = _LoRALinear.apply(args, *tensors)
     elif torch.is_grad_enabled():
-        y = _LoRALinear.apply(*tensors[:6], args, *tensors[6:])
+        y = _LoRALinear.apply(args, *tensors)
     else:
         # Token by token, the Function's own cost counts.
-        y = _evaluate(*tensors[:6], args, *tensors[6:])[0]
-    return y.view(*h.shape[:-1], weight.shape[0])  # (..., M)
+        y = _LoRALinear.forward(None, args, *tensors)
+
+    y = y.view(*h.shape[:-1], weight.shape[0])  # (..., M)
+    if gain is not None:
+        y = rescale(y, gain, bias)
+    return y
 
 
 def lora_linear(
@@ -186,28 +181,9 @@ def lora_linear(
     """
     bs = (b,) if isinstance(b, Tensor) else tuple(b)
     scales = (scale,) * len(bs) if isinstance(scale, int | float) else tuple(scale)
-    rows = tuple(rows)
-    check_x_and_bias(x, weight, bias)
-    _check_factors(weight, a, bs, scales, rows)
-    check_dtypes_and_dropout(x, weight, a, bs, dropout)
-
-    if dropout and seed is None:
-        seed = draw_seed()
-    return fused_linear(x, weight, bias, a, bs, LoRALinearArgs(rows, scales, dropout=dropout, seed=seed or 0))
-
-
-def _check_factors(weight: Tensor, a: Tensor, bs: tuple[Tensor, ...], scales: tuple, rows: tuple[int, ...]) -> None:
-    m, k = weight.shape
-    if a.dim() != 2 or a.shape[1] != k:
-        raise ValueError(f"a: expected (R, {k}) for weight {tuple(weight.shape)}, got {tuple(a.shape)}")
-    if not len(bs) == len(scales) == len(rows):
-        raise ValueError(f"b, scale, rows: one of each a part, got {len(bs)}, {len(scales)}, {len(rows)}")
-    ranks = [b.shape[1] for b in bs]
-    if sum(ranks) != a.shape[0]:
-        raise ValueError(f"b: ranks {ranks} must add up to the rows of a {tuple(a.shape)}")
-    for b, row in zip(bs, rows, strict=True):
-        if row + b.shape[0] > m:
-            raise ValueError(f"b: rows {row} to {row + b.shape[0]} lie outside weight {tuple(weight.shape)}")
+    args = LoRAArgs(tuple(rows), scales, dropout=dropout, seed=seed_for(dropout, seed))
+    check_linear(x, weight, bias, a, bs, args)
+    return fused_linear(x, weight, bias, a, bs, args)
 
 
 def lora_linear_reference(x, weight, bias, a, b, *, scale=1.0) -> Tensor:

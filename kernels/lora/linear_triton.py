@@ -186,6 +186,8 @@ def lora_a_forward(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
 
 def s_and_b_gradients(grad: Tensor, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """grad b (N, R) and gradᵀ s (M, R) in fp32, for grad (N, M), s (N, R) with rows of any stride, b (M, R)."""
+    if grad.stride(1) != 1:
+        grad = grad.contiguous()
     n = len(grad)
     m, rank = b.shape
     rows, columns, warps = backend.entry(_STREAM_TILES, grad)

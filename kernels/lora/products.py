@@ -1,5 +1,8 @@
 """The products of a LoRA linear, by torch or by Triton (`linear.py` has the maths, `linear_triton.py` the kernels).
 
+Where rows have adapters of their own, as `args.segments` says, the low-rank products are those of `batched.py`; A and B
+are stacks (G, ΣR, K) and (G, Mᵢ, Rᵢ) then, and S has n rows, in the order of the segments.
+
 **Two ways to the sum.** Either cuBLAS makes x Wᵀ and one `addmm_` a part adds the correction in place: 2Y of traffic,
 Y the bytes of y, and no intermediate of y's size. Or one Triton product adds it in registers before y is stored: no
 traffic, but its matrix product is the slower one. The narrower x, the more the 2Y weigh, so Triton takes the products
@@ -9,17 +12,17 @@ read of dy; dA, with its mask drawn in the kernel.
 Shapes: N rows, K columns of x, M columns of y, R the rank, ΣR the sum of all parts' ranks.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import backend
-from ..activations import Activation
 from ..quant.nf4 import NF4Weight
+from . import batched_torch
+from .arguments import LoRAArgs, drop, parts_of
 from .small_batch_matmul import small_batch_matmul, supports_small_batch_matmul
 
 # By arithmetic: 2Y of traffic cost as much as a product that is 37 % slower at K 1024, 18 % at 2048 (bf16, H200).
@@ -27,51 +30,6 @@ FUSED_WIDTH = 1024
 MIN_FUSED_OUTPUT = 2**22  # entries of y that make enough tiles to fill a GPU
 MAX_RANK = 64  # of the parts that share an x, together: more would not fit in registers
 MAX_PART_RANK = 32  # of one part: beyond it two products move less, since the kernel stores dS a block of columns
-
-
-@dataclass(frozen=True)
-class LoRALinearArgs:
-    """Everything about a call that is not a tensor."""
-
-    rows: tuple[int, ...] = ()  # for each part's B, its first row in W, which is its first column in y
-    scales: tuple[float, ...] = ()  # s for each part's B
-    eps: float = 0.0  # of the norm in front, where norm weights are given
-    activation: Activation | None = None  # the one in front
-    dropout: float = 0.0  # a probability
-    seed: int = 0  # of the dropout mask
-
-
-def draw_seed() -> int:
-    """A fresh seed from torch's default CPU generator, so that one saved generator state repeats every mask."""
-    return int(torch.randint(2**62, ()))
-
-
-def drop(x: Tensor, dropout: float, seed: int) -> Tensor:
-    """x with entries zeroed at random and the rest scaled up; the same seed gives the same mask."""
-    if dropout == 0.0:
-        return x
-    generator = torch.Generator(x.device).manual_seed(seed)
-
-    # The mask is contiguous whatever x's strides are, so that it does not depend on them.
-    mask = x.new_empty(x.shape).bernoulli_(1 - dropout, generator=generator)
-    return mask.mul_(x).div_(1 - dropout)
-
-
-def cast_for_autocast(tensors: Sequence[Any], device_type: str) -> Sequence[Any]:
-    """The tensors among these in autocast's dtype, where it is on: it knows F.linear, but no product in place."""
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return [tensor.to(dtype) if isinstance(tensor, Tensor) else tensor for tensor in tensors]
-
-
-def parts_of(bs: Sequence[Tensor], rows: Sequence[int]) -> Iterator[tuple[Tensor, slice, slice]]:
-    """Each part's B (..., M, R) with its columns of y and of S."""
-    first_rank = 0
-    for b, row in zip(bs, rows, strict=True):
-        m, rank = b.shape[-2:]
-        yield b, slice(row, row + m), slice(first_rank, first_rank + rank)
-        first_rank += rank
 
 
 def low_rank_on_triton(*tensors: Tensor, rank: int) -> bool:
@@ -86,8 +44,19 @@ def _prefers_fused_kernel(x: Tensor, weight: Tensor, rank: int) -> bool:
     return fills_gpu and x.shape[1] <= FUSED_WIDTH and low_rank_on_triton(x, weight, rank=rank)
 
 
-def lora_a_forward(x: Tensor, a: Tensor, args: LoRALinearArgs) -> Tensor:
+def _products_by_row(x: Tensor) -> ModuleType:
+    """The products with an adapter for each row, as Triton kernels or as torch operations: functions of one name."""
+    if backend.on_triton(x):
+        from . import batched_triton
+
+        return batched_triton
+    return batched_torch
+
+
+def lora_a_forward(x: Tensor, a: Tensor, args: LoRAArgs) -> Tensor:
     """S = drop(x) Aᵀ (N, ΣR), for x (N, K), a (ΣR, K)."""
+    if args.segments is not None:
+        return _products_by_row(x).lora_a_forward(x, a, args.segments, args.dropout, args.seed)  # (n, ΣR)
     if low_rank_on_triton(x, a, rank=len(a)):
         from . import linear_triton
 
@@ -101,50 +70,56 @@ def linear_with_lora(
     bias: Tensor | None,
     s: Tensor | None,
     bs: Sequence[Tensor],
-    args: LoRALinearArgs,
+    args: LoRAArgs,
 ) -> Tensor:
     """y = x Wᵀ + bias (N, M), plus each part's s S Bᵀ, for x (N, K), weight (M, K), s (N, ΣR), bs (Mᵢ, Rᵢ)."""
     if isinstance(weight, NF4Weight) and weight.supports_fused_matmul(x):
         # A few rows: such a product waits for the weight, which is then read in four bits.
         y = weight.product(x, bias)  # (N, M)
     else:
-        dense = weight.dequantize_into_buffer(x.dtype) if isinstance(weight, NF4Weight) else weight  # (M, K)
-        if s is not None and _prefers_fused_kernel(x, dense, s.shape[1]):
+        if isinstance(weight, NF4Weight):
+            weight = weight.dequantize_into_buffer(x.dtype)  # (M, K)
+        if s is not None and args.segments is None and _prefers_fused_kernel(x, weight, s.shape[1]):
             from . import linear_triton
 
-            return linear_triton.linear(x, dense, bias, s, _block_diagonal(bs, args, len(dense)))
+            return linear_triton.linear(x, weight, bias, s, _block_diagonal(bs, args, len(weight)))
 
-        matmul = small_batch_matmul if supports_small_batch_matmul(x, dense) else F.linear
-        y = matmul(x, dense, bias)  # (N, M)
+        if supports_small_batch_matmul(x, weight):
+            y = small_batch_matmul(x, weight, bias)  # (N, M)
+        else:
+            y = F.linear(x, weight, bias)  # (N, M)
 
     # In place and part by part: there is no intermediate of y's size.
     if s is not None:
-        for (b, columns, ranks), scale in zip(parts_of(bs, args.rows), args.scales, strict=True):
-            y[:, columns].addmm_(s[:, ranks], b.T, alpha=scale)
+        for b, scale, columns, ranks in parts_of(bs, args):
+            if args.segments is None:
+                y[:, columns].addmm_(s[:, ranks], b.T, alpha=scale)
+            else:
+                _products_by_row(x).add_lora_(y[:, columns], s[:, ranks], b, args.segments)
     return y
 
 
-def _block_diagonal(bs: Sequence[Tensor], args: LoRALinearArgs, m: int) -> Tensor:
+def _block_diagonal(bs: Sequence[Tensor], args: LoRAArgs, m: int) -> Tensor:
     """All s B of the parts in one (M, ΣR), zero where a row has no business with a column."""
     joined = bs[0].new_zeros(m, sum(b.shape[1] for b in bs))
-    for (b, rows, ranks), scale in zip(parts_of(bs, args.rows), args.scales, strict=True):
+    for b, scale, rows, ranks in parts_of(bs, args):
         joined[rows, ranks] = b * scale
     return joined
 
 
-def input_gradient(
-    grad: Tensor, weight: Tensor, grad_s: Tensor | None, a: Tensor | None, args: LoRALinearArgs
-) -> Tensor:
+def input_gradient(grad: Tensor, weight: Tensor, grad_s: Tensor | None, a: Tensor | None, args: LoRAArgs) -> Tensor:
     """dx = dy W + drop(dS A) (N, K), for grad (N, M), weight (M, K), grad_s (N, ΣR), a (ΣR, K)."""
     if grad_s is None or a is None:
         return grad @ weight
-    if not args.dropout and _prefers_fused_kernel(grad, weight, len(a)):
+    if not args.dropout and args.segments is None and _prefers_fused_kernel(grad, weight, len(a)):
         from . import linear_triton
 
         return linear_triton.linear(grad, weight.T, None, grad_s, a.T)
 
     grad_x = grad @ weight  # (N, K)
-    if not args.dropout:
+    if args.segments is not None:
+        _products_by_row(grad).add_lora_(grad_x, grad_s, a.mT, args.segments, args.dropout, args.seed)
+    elif not args.dropout:
         grad_x.addmm_(grad_s, a)
     elif low_rank_on_triton(grad_x, rank=len(a)):
         from . import linear_triton
@@ -155,9 +130,11 @@ def input_gradient(
     return grad_x
 
 
-def a_gradient(grad_s: Tensor, x: Tensor, args: LoRALinearArgs) -> Tensor:
-    """dA = dSᵀ drop(x) (ΣR, K), for grad_s (N, ΣR), x (N, K)."""
-    if low_rank_on_triton(x, grad_s, rank=grad_s.shape[1]):
+def a_gradient(grad_s: Tensor, x: Tensor, a: Tensor, args: LoRAArgs) -> Tensor:
+    """dA = dSᵀ drop(x) (ΣR, K), for grad_s (N, ΣR), x (N, K), a (ΣR, K)."""
+    if args.segments is not None:
+        return _products_by_row(x).a_gradient(grad_s, x, len(a), args.segments, args.dropout, args.seed)  # (G, ΣR, K)
+    if low_rank_on_triton(x, grad_s, rank=len(a)):
         from . import linear_triton
 
         return linear_triton.a_gradient(grad_s, x, args.dropout, args.seed).to(x.dtype)
@@ -165,49 +142,31 @@ def a_gradient(grad_s: Tensor, x: Tensor, args: LoRALinearArgs) -> Tensor:
 
 
 def factors_backward(
-    grad: Tensor, s: Tensor | None, bs: Sequence[Tensor], args: LoRALinearArgs, need_bs: Sequence[bool]
-) -> tuple[Tensor | None, list[Tensor | None]]:
-    """dS (N, ΣR) and the dB's (Mᵢ, Rᵢ), part by part, for grad (N, M); (None, []) where there is no adapter."""
-    if s is None:
-        return None, []
-    on_triton = low_rank_on_triton(grad, s, rank=s.shape[1]) and max(b.shape[1] for b in bs) <= MAX_PART_RANK
-
-    # The kernel takes rows of any stride, but the entries of a row have to be neighbors.
-    if on_triton:
-        grad = grad.contiguous()
-
+    grad: Tensor, s: Tensor, bs: Sequence[Tensor], args: LoRAArgs, need_bs: Sequence[bool]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """dS (N, ΣR), and each part's dB (Mᵢ, Rᵢ) where it is needed, for grad (N, M)."""
+    on_triton = low_rank_on_triton(grad, s, rank=s.shape[1]) and max(b.shape[-1] for b in bs) <= MAX_PART_RANK
     grad_s_parts: list[Tensor] = []
     grad_bs: list[Tensor | None] = []
-    for (b, columns, ranks), scale, need_b in zip(parts_of(bs, args.rows), args.scales, need_bs, strict=True):
+    for (b, scale, columns, ranks), need_b in zip(parts_of(bs, args), need_bs, strict=True):
         grad_part = grad[:, columns]  # (N, Mᵢ)
         s_part = s[:, ranks]  # (N, Rᵢ)
-        if on_triton:
+        grad_b: Tensor | None = None
+        if args.segments is not None:
+            by_row = _products_by_row(grad)
+            grad_s, grad_b = by_row.s_and_b_gradients(grad_part, b, s_part, args.segments, need_b)
+        elif on_triton:
             from . import linear_triton
 
             grad_s, grad_b = linear_triton.s_and_b_gradients(grad_part, b * scale, s_part)
-            grad_s_parts.append(grad_s.to(s.dtype))
-            grad_bs.append(grad_b.mul_(scale).to(b.dtype) if need_b else None)
+            grad_b = grad_b.mul_(scale).to(b.dtype)  # (Mᵢ, Rᵢ)
         else:
-            grad_s_parts.append(grad_part @ (b * scale))  # (N, Rᵢ)
-            grad_bs.append((grad_part.T @ s_part).mul_(scale) if need_b else None)  # (Mᵢ, Rᵢ)
-    return grad_s_parts[0] if len(bs) == 1 else torch.cat(grad_s_parts, 1), grad_bs
+            grad_s = grad_part @ (b * scale)  # (N, Rᵢ)
+            if need_b:
+                grad_b = (grad_part.T @ s_part).mul_(scale)  # (Mᵢ, Rᵢ)
+        grad_s_parts.append(grad_s.to(s.dtype))
+        grad_bs.append(grad_b if need_b else None)
 
-
-def check_x_and_bias(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> None:
-    """Raises ValueError where x (..., K) or bias (M,) don't fit weight (M, K)."""
-    m, k = weight.shape
-    if x.shape[-1] != k:
-        raise ValueError(f"x: last dimension must be K = {k} of weight {tuple(weight.shape)}, got {tuple(x.shape)}")
-    if bias is not None and bias.shape != (m,):
-        raise ValueError(f"bias: expected ({m},) for weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
-
-
-def check_dtypes_and_dropout(
-    x: Tensor, weight: Tensor | NF4Weight, a: Tensor, bs: Sequence[Tensor], dropout: float
-) -> None:
-    """Raises ValueError where a tensor has another dtype or device than x, or `dropout` is no probability."""
-    for name, tensor in (("weight", weight), ("a", a), *(("b", b) for b in bs)):
-        if isinstance(tensor, Tensor) and (tensor.dtype != x.dtype or tensor.device != x.device):
-            raise ValueError(f"{name}: {tensor.dtype} on {tensor.device}, but x is {x.dtype} on {x.device}")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+    if len(bs) == 1:
+        return grad_s_parts[0], grad_bs
+    return torch.cat(grad_s_parts, 1), grad_bs

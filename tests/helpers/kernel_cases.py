@@ -9,8 +9,8 @@ from torch import Tensor
 
 from handtune.kernels import activate, layer_norm, lora_linear, rms_norm, rope, swiglu
 from handtune.kernels.activations import ACTIVATIONS, swiglu_reference
+from handtune.kernels.lora.arguments import LoRAArgs
 from handtune.kernels.lora.linear import fused_linear, lora_linear_reference
-from handtune.kernels.lora.products import LoRALinearArgs
 from handtune.kernels.norms import layer_norm_reference, rms_norm_reference
 from handtune.kernels.rotary import rope_reference
 
@@ -95,14 +95,14 @@ MASK_DTYPE: dict[torch.dtype, torch.dtype] = {}  # the oracle's dtype -> the dty
 def plain(lead: tuple[int, ...], k: int) -> Case:
     w, bias, _, _ = lora_inputs(k)
     return Case(
-        lambda x, w, bias: fused_linear(x, w, bias, None, (), LoRALinearArgs()),
+        lambda x, w, bias: fused_linear(x, w, bias, None, (), LoRAArgs()),
         lambda x, w, bias: F.linear(x, w, bias),
         (draw(*lead, k), w, bias),
     )
 
 
 def after_layer_norm(lead: tuple[int, ...], k: int) -> Case:
-    plan = LoRALinearArgs((0,), (SCALE,), eps=EPS)
+    plan = LoRAArgs((0,), (SCALE,), eps=EPS)
 
     def reference(x: Tensor, nw: Tensor, nb: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
         x = layer_norm_reference(x, nw, nb, EPS)
@@ -116,7 +116,7 @@ def after_layer_norm(lead: tuple[int, ...], k: int) -> Case:
 
 
 def after_rms_norm(lead: tuple[int, ...], k: int) -> Case:
-    plan = LoRALinearArgs((0,), (SCALE,), eps=EPS)
+    plan = LoRAArgs((0,), (SCALE,), eps=EPS)
 
     def reference(x: Tensor, nw: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
         x = rms_norm_reference(x, nw, EPS)
@@ -130,7 +130,7 @@ def after_rms_norm(lead: tuple[int, ...], k: int) -> Case:
 
 
 def after_swiglu(lead: tuple[int, ...], k: int) -> Case:
-    plan = LoRALinearArgs((0,), (SCALE,), activation=ACTIVATIONS["swiglu"])
+    plan = LoRAArgs((0,), (SCALE,), activation=ACTIVATIONS["swiglu"])
 
     def reference(u: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
         x = swiglu_reference(u)
@@ -145,7 +145,7 @@ def after_swiglu(lead: tuple[int, ...], k: int) -> Case:
 
 def after_gelu(lead: tuple[int, ...], k: int) -> Case:
     """With dropout behind it, as a feed-forward has in training."""
-    plan = LoRALinearArgs((0,), (SCALE,), activation=ACTIVATIONS["gelu_tanh"], dropout=0.4, seed=3)
+    plan = LoRAArgs((0,), (SCALE,), activation=ACTIVATIONS["gelu_tanh"], dropout=0.4, seed=3)
 
     def reference(u: Tensor, w: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
         x = F.gelu(u, approximate="tanh")

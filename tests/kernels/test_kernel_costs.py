@@ -20,8 +20,8 @@ from handtune.kernels import (
     swiglu,
 )
 from handtune.kernels.activations import ACTIVATIONS, Activation
+from handtune.kernels.lora.arguments import LoRAArgs
 from handtune.kernels.lora.linear import fused_linear
-from handtune.kernels.lora.products import LoRALinearArgs
 
 
 def backward_products(wanted: set[str]) -> int:
@@ -53,7 +53,7 @@ def test_the_activation_is_rebuilt_only_for_gradients_that_read_it(wanted: set[s
         seen.append(u)
         return u.relu()
 
-    plan = LoRALinearArgs((0,), (SCALE,), activation=Activation(counted, ACTIVATIONS["relu"].backward))
+    plan = LoRAArgs((0,), (SCALE,), activation=Activation(counted, ACTIVATIONS["relu"].backward))
     shapes = {"u": (11, 7), "weight": (5, 7), "bias": (5,), "a": (2, 7), "b": (5, 2)}
     u, weight, bias, a, b = (draw(*shape).requires_grad_(name in wanted) for name, shape in shapes.items())
     fused_linear(u, weight, bias, a, (b,), plan).sum().backward()
