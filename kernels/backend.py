@@ -31,11 +31,10 @@ def on_triton(*tensors: Tensor | None) -> bool:
 
     # An empty tensor has nothing to launch a kernel for.
     supported = all(tensor.numel() and tensor.dtype in DTYPES for tensor in present)
-    return supported and _usable(device) and _is_current(device)
+    if not (supported and _usable(device)):
+        return False
 
-
-def _is_current(device: torch.device) -> bool:
-    """Always true: Triton launches on the current device whatever its arguments, so that another device is an error."""
+    # Triton launches on the current device, whatever its arguments.
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         raise ValueError(f"tensors on {device}, which is not the current device: torch.cuda.set_device({device.index})")
     return True

@@ -123,19 +123,22 @@ def bind_projection(
     a: Tensor | None = None
     bs: Sequence[Tensor] = ()
     gain: Tensor | None = None
+    dropout = 0.0
     args = LoRAArgs(eps=eps, activation=activation)
     if isinstance(linear.active, AdapterRows):
         names = linear.active.on(linear.lora)
         adapters: list[LoRALinearWeights] = [linear.lora[name] for name in names]  # type: ignore[misc]
         a, bs, rows = linear.active.stacks(linear, adapters, linear.parts, h.dtype)  # (G, ΣR, K), each (G, Mᵢ, Rᵢ)
         segments = linear.active.segments(h.shape, names, h.device)
-        dropout = _common_dropout(adapters) if linear.training else 0.0
+        if linear.training:
+            dropout = _common_dropout(adapters)
         scales = (1.0,) * len(rows)  # they are in the B's
         args = LoRAArgs(rows, scales, eps, activation, dropout, seed_for(dropout), segments)
     elif linear.active is not None:
         adapter: LoRALinearWeights = linear.lora[linear.active]  # type: ignore[assignment]
         a, bs = adapter.factors(h.dtype)  # (ΣR, K), each (Mᵢ, Rᵢ)
-        dropout = adapter.dropout if linear.training else 0.0
+        if linear.training:
+            dropout = adapter.dropout
         args = LoRAArgs(adapter.rows, adapter.scales, eps, activation, dropout, seed_for(dropout))
         if adapter.m is not None:
             gain = adapter.gain(weight)  # (M,)

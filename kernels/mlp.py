@@ -26,20 +26,25 @@ def feed_forward(
     project = bind_projection(x, up, norm)
     u = project(x)  # (..., F), or (..., 2F) if gated
     device = x.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    autocast = torch.is_autocast_enabled(device)
+    autocast_dtype = torch.get_autocast_dtype(device)
     u_address = u.data_ptr()
     u_size = u.numel()
 
     def recompute_u() -> Tensor:
-        with torch.no_grad(), torch.autocast(device, autocast, enabled=autocast is not None):
+        with torch.no_grad(), torch.autocast(device, autocast_dtype, enabled=autocast):
             return project(x)
 
     # Autograd saves the function instead of u, which it knows by its address: `down` saves u with its rows flattened.
     def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
-        return recompute_u if saved.data_ptr() == u_address and saved.numel() == u_size else saved
+        if saved.data_ptr() == u_address and saved.numel() == u_size:
+            return recompute_u
+        return saved
 
     def unpack(packed: Tensor | Callable[[], Tensor]) -> Tensor:
-        return packed if isinstance(packed, Tensor) else packed().flatten(0, -2)  # (N, F) or (N, 2F)
+        if isinstance(packed, Tensor):
+            return packed
+        return packed().flatten(0, -2)  # (N, F) or (N, 2F)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         return activation_linear(u, activation, down)

@@ -60,8 +60,8 @@ class AdapterRows:
         leading = tuple(shape[:-1])
         key = (leading, layer_adapters, device)
         if key not in self._segments:
-            number_of = {name: i for i, name in enumerate(layer_adapters)}
-            numbers = [-1 if name is None else number_of.get(name, -1) for name in self.names]
+            number_of: dict[str | None, int] = {name: i for i, name in enumerate(layer_adapters)}
+            numbers = [number_of.get(name, -1) for name in self.names]
             self._segments[key] = Segments.of(numbers, self._lengths_in(leading), device)
         return self._segments[key]
 

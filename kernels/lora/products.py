@@ -38,8 +38,10 @@ def low_rank_on_triton(*tensors: Tensor, rank: int) -> bool:
     return fast and rank <= MAX_RANK and backend.on_triton(*tensors)
 
 
-def _prefers_fused_kernel(x: Tensor, weight: Tensor, rank: int) -> bool:
-    """Whether the one-kernel product is the better way to x Wᵀ + S Bᵀ."""
+def _prefers_fused_kernel(x: Tensor, weight: Tensor, rank: int, args: LoRAArgs) -> bool:
+    """Whether the one-kernel product is the better way to x Wᵀ + S Bᵀ; rows with adapters of their own have none."""
+    if args.segments is not None:
+        return False
     fills_gpu = len(x) * len(weight) >= MIN_FUSED_OUTPUT or backend.INTERPRETED
     return fills_gpu and x.shape[1] <= FUSED_WIDTH and low_rank_on_triton(x, weight, rank=rank)
 
@@ -79,7 +81,7 @@ def linear_with_lora(
     else:
         if isinstance(weight, NF4Weight):
             weight = weight.dequantize_into_buffer(x.dtype)  # (M, K)
-        if s is not None and args.segments is None and _prefers_fused_kernel(x, weight, s.shape[1]):
+        if s is not None and _prefers_fused_kernel(x, weight, s.shape[1], args):
             from . import linear_triton
 
             return linear_triton.linear(x, weight, bias, s, _block_diagonal(bs, args, len(weight)))
@@ -111,7 +113,7 @@ def input_gradient(grad: Tensor, weight: Tensor, grad_s: Tensor | None, a: Tenso
     """dx = dy W + drop(dS A) (N, K), for grad (N, M), weight (M, K), grad_s (N, ΣR), a (ΣR, K)."""
     if grad_s is None or a is None:
         return grad @ weight
-    if not args.dropout and args.segments is None and _prefers_fused_kernel(grad, weight, len(a)):
+    if not args.dropout and _prefers_fused_kernel(grad, weight, len(a), args):
         from . import linear_triton
 
         return linear_triton.linear(grad, weight.T, None, grad_s, a.T)
@@ -158,14 +160,15 @@ def factors_backward(
         elif on_triton:
             from . import linear_triton
 
-            grad_s, grad_b = linear_triton.s_and_b_gradients(grad_part, b * scale, s_part)
-            grad_b = grad_b.mul_(scale).to(b.dtype)  # (Mᵢ, Rᵢ)
+            grad_s, sums = linear_triton.s_and_b_gradients(grad_part, b * scale, s_part)
+            if need_b:
+                grad_b = sums.mul_(scale).to(b.dtype)  # (Mᵢ, Rᵢ)
         else:
             grad_s = grad_part @ (b * scale)  # (N, Rᵢ)
             if need_b:
                 grad_b = (grad_part.T @ s_part).mul_(scale)  # (Mᵢ, Rᵢ)
         grad_s_parts.append(grad_s.to(s.dtype))
-        grad_bs.append(grad_b if need_b else None)
+        grad_bs.append(grad_b)
 
     if len(bs) == 1:
         return grad_s_parts[0], grad_bs

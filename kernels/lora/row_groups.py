@@ -63,7 +63,9 @@ class Step:
 
 
 def _select(x: Tensor, index: slice | Tensor) -> Tensor:
-    return x[index] if isinstance(index, slice) else x.index_select(0, index)
+    if isinstance(index, slice):
+        return x[index]
+    return x.index_select(0, index)
 
 
 class _Span(NamedTuple):
@@ -101,7 +103,9 @@ class Segments:
         device: torch.device | str | None = None,
     ) -> "Segments":
         """From the adapter of each sequence of a batch (-1: none) and their `lengths` in tokens (or the one length)."""
-        sizes = [lengths] * len(adapters) if isinstance(lengths, int) else list(lengths)
+        if isinstance(lengths, int):
+            lengths = [lengths] * len(adapters)
+        sizes = list(lengths)
         if len(sizes) != len(adapters):
             raise ValueError(f"lengths: one of each sequence, got {len(sizes)} for {len(adapters)} adapters")
         if min(sizes, default=0) < 0 or min(adapters, default=0) < -1:
@@ -115,7 +119,9 @@ class Segments:
 
         order, groups = _by_adapter(runs)
         # Where rows are few, each is a block of its own, for the kernels without tensor cores.
-        rows_per_block = ROWS_PER_BLOCK if len(order) > MAX_SINGLE_ROWS else 1
+        rows_per_block = 1
+        if len(order) > MAX_SINGLE_ROWS:
+            rows_per_block = ROWS_PER_BLOCK
         pieces = _cut(groups, ROWS_PER_PIECE)
         tables = _to_device([order, _cut(groups, rows_per_block), pieces, _totals(pieces)], device)
 
@@ -130,7 +136,7 @@ class Segments:
     @property
     def n_s_rows(self) -> int:
         """The number of rows of S as torch lays it out, padding included."""
-        return self.steps[-1].s_rows.stop if self.steps else 0
+        return max((step.s_rows.stop for step in self.steps), default=0)
 
 
 def _by_adapter(runs: list[tuple[int, int]]) -> tuple[Tensor, list[_Span]]:
