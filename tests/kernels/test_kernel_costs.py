@@ -22,6 +22,7 @@ from handtune.kernels import (
 from handtune.kernels.activations import ACTIVATIONS, Activation
 from handtune.kernels.lora.arguments import LoRAArgs
 from handtune.kernels.lora.linear import fused_linear
+from handtune.kernels.lora.per_row import AdapterRows
 
 
 def backward_products(wanted: set[str]) -> int:
@@ -96,6 +97,16 @@ def test_norm_linear_keeps_h_and_no_normalised_rows(norm: LayerNorm | RMSNorm) -
     kept = activations_kept(lambda: norm_linear(h, norm, linear), norm, linear)
     assert kept.pop(h.untyped_storage().data_ptr()) == n * 32 * 4
     assert sum(kept.values()) <= 4 * n * (2 + 2)  # S, of rank 2, and two statistics a row
+
+
+def test_adapters_by_row_keep_h_and_no_normalised_rows() -> None:
+    norm, linear = RMSNorm(32), adapted(32, 48)
+    linear.active = AdapterRows(["default", None])
+    h = torch.randn(2, 64, 32, requires_grad=True)
+    kept = activations_kept(lambda: norm_linear(h, norm, linear), norm, linear)
+    assert kept.pop(h.untyped_storage().data_ptr()) == 2 * 64 * 32 * 4
+    stack = 4 * (2 * 32 + 48 * 2 + 1)  # of one adapter, with its scale
+    assert sum(kept.values()) <= 4 * 64 * 2 + 4 * 2 * 64 + stack  # S of half the rows, and a statistic a row
 
 
 @pytest.mark.parametrize(("name", "wide"), [("gelu", 32), ("silu", 32), ("swiglu", 64)])
