@@ -414,7 +414,7 @@ def test_refusals(tmp_path: Path) -> None:
 
 def test_completions_without_end_pay_for_it() -> None:
     model = small_gpt2()
-    model.tokens = model.tokens.__class__(eos_id=11)
+    model.tokens = model.tokens.__class__(ends=(11,))
     trainer = trainer_of(model, missing_eos_penalty=5.0)
     rollout = sampled(trainer)
     trainer.evaluate_rollout(rollout, range(16))
