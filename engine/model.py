@@ -12,7 +12,7 @@ class KnownModel(Protocol):
     lora_targets: ClassVar[dict[str, tuple[str, ...]]]
     tied_keys: ClassVar[dict[str, tuple[str, str]]]
     head_keys: ClassVar[dict[str, tuple[str, ...]]]
-    base_prefix: ClassVar[str | tuple[str, ...]]
+    base_prefix: ClassVar[tuple[str, ...]]
     position_modules: ClassVar[tuple[str, ...]]  # globs of modules that see positions or distances, and no rows
     task: str
     source: str | None

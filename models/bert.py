@@ -16,17 +16,17 @@ and T all tokens.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
 from ..kernels import LayerNorm, Linear, activation_linear, attention
-from .layers.config_fields import ACTIVATIONS, overridden, read_fields, write_fields
-from .layers.heads import BY_TEXT, EmbeddingHead, MaskedLMHead, MLPHead, n_outputs, pool_tokens
+from .layers.config_fields import ACTIVATIONS, read_fields, write_fields
+from .layers.heads import MaskedLMHead
 from .layers.initialization import initialize
 from .layers.inputs import check_length, key_bias, positions
-from .layers.key_map import CheckpointKey, head_key_map
-from .tokenizer.special_tokens import SpecialTokens
+from .layers.key_map import CheckpointKey
+from .model import PretrainedModel
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,15 @@ class BertConfig:
             raise ValueError(f"hidden_act {self.activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
         if self.d_model % self.n_head:
             raise ValueError(f"hidden_size {self.d_model} is not a multiple of num_attention_heads {self.n_head}")
+
+    @classmethod
+    def from_published(cls, published: dict[str, Any]) -> Self:
+        """The configuration in a published config.json."""
+        return cls(**read_fields(cls, published, CONFIG_KEYS))
+
+    def to_published(self) -> dict[str, Any]:
+        """config.json as transformers writes it."""
+        return {"model_type": "bert", **write_fields(self, CONFIG_KEYS)}
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -116,25 +125,12 @@ class Block(nn.Module):
         return self.norm2(activation_linear(self.up(x), self.activation, self.down), residual=x)  # through (B, T, F)
 
 
-class Bert(nn.Module):
-    """BERT with the head of a task (see `forward` for shapes).
+class Bert(PretrainedModel):
+    """BERT with the head of a task; see `PretrainedModel` for what it has from there."""
 
-    `head_layers` counts the layers of a head that classifies; `pooling` and `normalize` are for embeddings.
-    """
-
-    presets: ClassVar = PRESETS
-    # What stands in front of the base model's tensors in a checkpoint with a head.
-    base_prefix = "bert."
-    # Methods of training that mean another objective here than for most models.
-    objectives: ClassVar[dict[str, str]] = {}
-    # Modules that see positions or distances, and no rows.
-    position_modules: ClassVar[tuple[str, ...]] = ()
-    # What "attention" and "mlp" mean as targets of adapters.
-    lora_targets: ClassVar = {
-        "attention": ("layers.*.qkv", "layers.*.o"),
-        "mlp": ("layers.*.up", "layers.*.down"),
-    }
-    # transformers' class for each task, as config.json names it.
+    title = "BERT"
+    config_class = BertConfig
+    presets = PRESETS
     architectures: ClassVar = {
         "masked-lm": "BertForMaskedLM",
         "sequence-classification": "BertForSequenceClassification",
@@ -143,9 +139,11 @@ class Bert(nn.Module):
         "question-answering": "BertForQuestionAnswering",
         "embedding": "BertModel",
     }
-    # Constants that some checkpoints carry.
-    ignored_keys = ("*embeddings.position_ids",)
-    # The tasks that a stored head is for; the heads of other tasks are left out.
+    base_prefix = ("bert.",)
+    lora_targets: ClassVar = {
+        "attention": ("layers.*.qkv", "layers.*.o"),
+        "mlp": ("layers.*.up", "layers.*.down"),
+    }
     head_keys: ClassVar = {
         "cls.predictions.*": ("masked-lm",),
         "cls.seq_relationship.*": (),  # the next-sentence head of pretraining
@@ -153,7 +151,10 @@ class Bert(nn.Module):
         "qa_outputs.*": ("question-answering",),
         "pooler.*": ("sequence-classification", "reward"),
     }
-    # What may be stored a second time: of which parameter it must be a copy, and what to say where it isn't.
+    text_head: ClassVar = {"pooler": True}
+    text_pooling = "first"  # [CLS]
+    # Constants that some checkpoints carry.
+    ignored_keys = ("*embeddings.position_ids",)
     tied_keys: ClassVar = {
         "cls.predictions.decoder.weight": (
             "embed.tokens.weight",
@@ -161,7 +162,6 @@ class Bert(nn.Module):
         ),
         "cls.predictions.decoder.bias": ("head.bias", "cls.predictions.bias; take one of them out"),
     }
-    # Published fields that would change what is computed, and the values for which they don't.
     supported_config_values: ClassVar = {
         "position_embedding_type": ("absolute", None),
         "is_decoder": (False,),
@@ -169,54 +169,16 @@ class Bert(nn.Module):
         "tie_word_embeddings": (True,),
     }
 
-    def __init__(
-        self,
-        config: BertConfig,
-        task: str = "masked-lm",
-        labels: tuple[str, ...] = (),
-        head_layers: int = 1,
-        pooling: str = "mean",
-        normalize: bool = False,
-    ):
-        super().__init__()
-        if task not in self.architectures:
-            raise ValueError(f"task {task!r}: BERT can do {', '.join(self.architectures)}")
+    config: BertConfig
 
-        self.config = config
-        self.task = task
-        self.labels = labels
-        self.head_layers = head_layers
-        self.pooling = pooling if task == "embedding" else "first"
-        self.tokens = SpecialTokens()
-        self.source: str | None = None  # the folder or hub id that it was loaded from
-        self.head_is_new = True  # until a checkpoint fills it
-
+    def build(self, config: BertConfig) -> None:
+        """The embeddings with their norm, and the blocks, each of which ends with one."""
         self.embed = Embed(config)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.head: nn.Module
-        if task == "masked-lm":
-            self.head = MaskedLMHead(self.embed.tokens.weight, ACTIVATIONS[config.activation], config.eps)
-        elif task == "embedding":
-            self.head = EmbeddingHead(normalize)
-        else:
-            pooler = task in ("sequence-classification", "reward")
-            width = n_outputs(task, labels)
-            self.head = MLPHead(config.d_model, width, head_layers, pooler=pooler, scalar=task == "reward")
 
-    @classmethod
-    def from_name(cls, name: str, *, task: str = "masked-lm", labels: tuple[str, ...] = (), **overrides: Any) -> "Bert":
-        """A freshly initialised model of a published size: `Bert.from_name("bert-base-uncased", n_layer=2)`.
-
-        `overrides` are fields of `BertConfig`. ValueError for an unknown name or field.
-        """
-        settings = overridden(PRESETS, name, overrides, BertConfig)
-        model = cls(BertConfig(**settings), task, labels)
-        model.initialize()
-        return model
-
-    def initialize(self) -> None:
-        """Fresh weights: N(0, 0.02²), as the paper says."""
-        initialize(self)
+    def build_language_head(self) -> nn.Module:
+        """The masked-LM head, whose output matrix is the token embedding."""
+        return MaskedLMHead(self.embed.tokens.weight, ACTIVATIONS[self.config.activation], self.config.eps)
 
     def initialize_head(self) -> None:
         """Fresh weights for a head that a checkpoint may lack; the tied output matrix is none of them."""
@@ -224,11 +186,6 @@ class Bert(nn.Module):
             initialize(child)
         if isinstance(self.head, MaskedLMHead):
             nn.init.zeros_(self.head.bias)
-
-    def tie(self) -> None:
-        """Make the token embedding the masked-LM head's output matrix."""
-        if isinstance(self.head, MaskedLMHead):
-            self.head.weight = self.embed.tokens.weight
 
     def hidden(
         self,
@@ -250,72 +207,23 @@ class Bert(nn.Module):
             x = block(x, bias, cu_seqlens, max_seqlen)
         return x
 
-    def pool(
-        self,
-        states: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
-        """What the head reads: every position (B, T, D), or one vector a row (B, D)."""
-        if self.task in (*BY_TEXT, "embedding"):
-            return pool_tokens(self.pooling, states, attention_mask, cu_seqlens)
-        return states
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
-        """The output of the task's head; `inputs` are further arguments of `hidden`.
-
-        masked-lm (B, T, V); token-classification (B, T, C); question-answering (B, T, 2); embedding (B, D);
-        sequence-classification (B, C) and reward (B,), both read at [CLS].
-        """
-        states = self.hidden(input_ids, attention_mask, **inputs)
-        return self.head(self.pool(states, input_ids, attention_mask, inputs.get("cu_seqlens")))
-
-    def key_map(self) -> dict[str, CheckpointKey]:
-        """Our parameter names → their names in published checkpoints of this task."""
-        base = "" if self.task == "embedding" else self.base_prefix
-        d = self.config.d_model
-        table = {
-            "embed.tokens.weight": CheckpointKey((f"{base}embeddings.word_embeddings.weight",)),
-            "embed.positions.weight": CheckpointKey((f"{base}embeddings.position_embeddings.weight",)),
-            "embed.types.weight": CheckpointKey((f"{base}embeddings.token_type_embeddings.weight",)),
+    def checkpoint_keys(self) -> dict[str, str | CheckpointKey]:
+        """Our modules → the published ones. The pooler is published beside the encoder, not under the head's name."""
+        layer, attention = "encoder.layer.{i}", "encoder.layer.{i}.attention"
+        qkv = (f"{attention}.self.query", f"{attention}.self.key", f"{attention}.self.value")
+        return {
+            "embed.tokens": "embeddings.word_embeddings",
+            "embed.positions": "embeddings.position_embeddings",
+            "embed.types": "embeddings.token_type_embeddings",
+            "embed.norm": "embeddings.LayerNorm",
+            "layers.{i}.qkv": CheckpointKey(qkv),
+            "layers.{i}.o": f"{attention}.output.dense",
+            "layers.{i}.norm1": f"{attention}.output.LayerNorm",
+            "layers.{i}.up": f"{layer}.intermediate.dense",
+            "layers.{i}.down": f"{layer}.output.dense",
+            "layers.{i}.norm2": f"{layer}.output.LayerNorm",
+            "head.pooler": "bert.pooler.dense",
+            "head.dense": "cls.predictions.transform.dense",
+            "head.norm": "cls.predictions.transform.LayerNorm",
+            "head.bias": CheckpointKey(("cls.predictions.bias",), also=("cls.predictions.decoder.bias",)),
         }
-
-        modules = {
-            "o": "attention.output.dense",
-            "norm1": "attention.output.LayerNorm",
-            "up": "intermediate.dense",
-            "down": "output.dense",
-            "norm2": "output.LayerNorm",
-        }
-        for tensor in ("weight", "bias"):
-            table[f"embed.norm.{tensor}"] = CheckpointKey((f"{base}embeddings.LayerNorm.{tensor}",))
-            for i in range(len(self.layers)):
-                layer = f"{base}encoder.layer.{i}"
-                names = tuple(f"{layer}.attention.self.{part}.{tensor}" for part in ("query", "key", "value"))
-                table[f"layers.{i}.qkv.{tensor}"] = CheckpointKey(names, (d, d, d))
-                for ours, theirs in modules.items():
-                    table[f"layers.{i}.{ours}.{tensor}"] = CheckpointKey((f"{layer}.{theirs}.{tensor}",))
-
-        if self.task == "masked-lm":
-            for tensor in ("weight", "bias"):
-                table[f"head.dense.{tensor}"] = CheckpointKey((f"cls.predictions.transform.dense.{tensor}",))
-                table[f"head.norm.{tensor}"] = CheckpointKey((f"cls.predictions.transform.LayerNorm.{tensor}",))
-            table["head.bias"] = CheckpointKey(("cls.predictions.bias",), also=("cls.predictions.decoder.bias",))
-            return table
-
-        table |= head_key_map(self.head, self.task, self.head_keys)
-        # The pooler is published beside the encoder, not under the head's name.
-        if "head.pooler.weight" in table:
-            for tensor in ("weight", "bias"):
-                table[f"head.pooler.{tensor}"] = CheckpointKey((f"{self.base_prefix}pooler.dense.{tensor}",))
-        return table
-
-    @classmethod
-    def read_config(cls, published: dict[str, Any]) -> BertConfig:
-        """The configuration in a published config.json."""
-        return BertConfig(**read_fields(BertConfig, published, CONFIG_KEYS))
-
-    def write_config(self) -> dict[str, Any]:
-        """config.json as transformers writes it."""
-        return {"model_type": "bert", **write_fields(self.config, CONFIG_KEYS)}

@@ -25,7 +25,7 @@ ROOMS = {
     "kernels": ["backend dropout", "activations attn cross_entropy norms optim quant rotary", "lora",
                 "linear", "conv mlp"],
     "engine": ["model runtime", "finite", "chat data adapters", "tasks generation peft", "training", "rlhf"],
-    "models": ["layers", "tokenizer", "gpt2 llama bloom bert t5 xlnet resnet", "families", "checkpoint"],
+    "models": ["layers", "tokenizer", "model", "gpt2 llama bloom bert t5 xlnet resnet", "families", "checkpoint"],
 }  # fmt: skip
 LINES = {
     package: {room: i for i, line in enumerate(lines) for room in line.split()} for package, lines in ROOMS.items()

@@ -41,9 +41,8 @@ def tied_copies(model: nn.Module) -> dict[str, str]:
 
 def _with_base_prefix(model: KnownModel, copy: str, stored: Collection[str]) -> str:
     """The name of a copy as this task publishes it: inside of the base model ("bert.") where its stack is."""
-    prefixes = [model.base_prefix] if isinstance(model.base_prefix, str) else model.base_prefix
     stack = copy.partition(".")[0]
-    for prefix in prefixes:
+    for prefix in model.base_prefix:
         if any(name.startswith(f"{prefix}{stack}.") for name in stored):
             return f"{prefix}{copy}"
     return copy

@@ -7,7 +7,7 @@ there either.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from ..layers.config_fields import own_spelling, read_fields, write_fields
 
@@ -27,6 +27,23 @@ class BloomConfig:
     def __post_init__(self) -> None:
         if self.d_model % self.n_head:
             raise ValueError(f"hidden_size {self.d_model} is not a multiple of n_head {self.n_head}")
+
+    @classmethod
+    def from_published(cls, published: dict[str, Any]) -> Self:
+        """The configuration in a published config.json. ValueError where that can't be, or is contradictory."""
+        settings = {key: value for key, value in published.items() if value is not None}
+        if settings.get("slow_but_exact") and settings.get("pretraining_tp", 1) != 1:
+            raise ValueError(
+                f"slow_but_exact = true is not implemented with pretraining_tp = {settings['pretraining_tp']!r}: it "
+                "leaves biases out; set it to false, as in the published checkpoints"
+            )
+
+        settings = own_spelling(settings, ALIASES)
+        return cls(**read_fields(cls, {**UPSTREAM_DEFAULTS, **settings}, CONFIG_KEYS))
+
+    def to_published(self) -> dict[str, Any]:
+        """config.json as transformers writes it."""
+        return {"model_type": "bloom", **write_fields(self, CONFIG_KEYS)}
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -50,21 +67,3 @@ CONFIG_KEYS = {
 ALIASES = {"n_embed": "hidden_size", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
 # What transformers takes where config.json is silent, if that is not what BloomConfig takes.
 UPSTREAM_DEFAULTS = {"n_layer": 2, "n_head": 8, "hidden_size": 64}
-
-
-def read_config(published: dict[str, Any]) -> BloomConfig:
-    """The configuration in a published config.json. ValueError where that can't be, or is contradictory."""
-    settings = {key: value for key, value in published.items() if value is not None}
-    if settings.get("slow_but_exact") and settings.get("pretraining_tp", 1) != 1:
-        raise ValueError(
-            f"slow_but_exact = true is not implemented with pretraining_tp = {settings['pretraining_tp']!r}: it leaves"
-            " biases out; set it to false, as in the published checkpoints"
-        )
-
-    settings = own_spelling(settings, ALIASES)
-    return BloomConfig(**read_fields(BloomConfig, {**UPSTREAM_DEFAULTS, **settings}, CONFIG_KEYS))
-
-
-def write_config(config: BloomConfig) -> dict[str, Any]:
-    """config.json as transformers writes it."""
-    return {"model_type": "bloom", **write_fields(config, CONFIG_KEYS)}

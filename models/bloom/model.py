@@ -19,20 +19,17 @@ Shapes: B rows, T tokens, S cached and new tokens, D width, H heads of width hd,
 that are asked for. Packed, B is 1 and T all tokens.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels import LayerNorm, Linear, attention, feed_forward, norm_linear
-from ..layers.config_fields import overridden
-from ..layers.heads import BY_TEXT, decoder_head, last_unpadded, pool_tokens
-from ..layers.initialization import initialize
 from ..layers.inputs import ALL_LAYERS, key_bias
-from ..layers.key_map import TIED, CheckpointKey, head_key_map
+from ..layers.key_map import TIED, CheckpointKey
 from ..layers.kv_cache import KVCache
-from ..tokenizer.special_tokens import SpecialTokens
-from .config import PRESETS, BloomConfig, read_config, write_config
+from ..model import PretrainedModel
+from .config import PRESETS, BloomConfig
 
 
 def alibi_slopes(n_head: int, device: torch.device | None = None) -> Tensor:
@@ -121,25 +118,12 @@ class Block(nn.Module):
         return x + feed_forward(x, self.norm2, self.up, "gelu_tanh", self.down, self.recompute)
 
 
-class Bloom(nn.Module):
-    """BLOOM with the head of a task (see `forward` for shapes).
+class Bloom(PretrainedModel):
+    """BLOOM with the head of a task; see `PretrainedModel` for what it has from there."""
 
-    `head_layers` counts the layers of a head that classifies; `pooling` and `normalize` are for embeddings.
-    """
-
-    presets: ClassVar = PRESETS
-    # What stands in front of the base model's tensors in a checkpoint with a head.
-    base_prefix = "transformer."
-    # Methods of training that mean another objective here than for most models.
-    objectives: ClassVar[dict[str, str]] = {}
-    # Modules that see positions or distances, and no rows.
-    position_modules: ClassVar[tuple[str, ...]] = ()
-    # What "attention" and "mlp" mean as targets of adapters.
-    lora_targets: ClassVar = {
-        "attention": ("layers.*.qkv", "layers.*.o"),
-        "mlp": ("layers.*.up", "layers.*.down"),
-    }
-    # transformers' class for each task, as config.json names it.
+    title = "BLOOM"
+    config_class = BloomConfig
+    presets = PRESETS
     architectures: ClassVar = {
         "causal-lm": "BloomForCausalLM",
         "sequence-classification": "BloomForSequenceClassification",
@@ -148,77 +132,33 @@ class Bloom(nn.Module):
         "question-answering": "BloomForQuestionAnswering",
         "embedding": "BloomModel",
     }
-    # Constants that some checkpoints carry.
-    ignored_keys = ("*.self_attention.scale_mask_softmax.causal_mask",)
-    # The tasks that a stored head is for; the heads of other tasks are left out.
+    base_prefix = ("transformer.",)
+    lora_targets: ClassVar = {
+        "attention": ("layers.*.qkv", "layers.*.o"),
+        "mlp": ("layers.*.up", "layers.*.down"),
+    }
     head_keys: ClassVar = {
         "lm_head.*": ("causal-lm",),
         "score.*": ("sequence-classification", "reward"),
         "classifier.*": ("token-classification",),
         "qa_outputs.*": ("question-answering",),
     }
-    # What may be stored a second time: of which parameter it must be a copy, and what to say where it isn't.
+    text_head: ClassVar = {"bias": False}
+    # Constants that some checkpoints carry.
+    ignored_keys = ("*.self_attention.scale_mask_softmax.causal_mask",)
     tied_keys: ClassVar = {"lm_head.weight": ("embed.tokens.weight", TIED)}
-    # Published fields that would change what is computed, and the values for which they don't.
     supported_config_values: ClassVar = {
         "apply_residual_connection_post_layernorm": (False,),
         "is_causal": (True, None),
     }
 
-    def __init__(
-        self,
-        config: BloomConfig,
-        task: str = "causal-lm",
-        labels: tuple[str, ...] = (),
-        head_layers: int = 1,
-        pooling: str = "mean",
-        normalize: bool = False,
-    ):
-        super().__init__()
-        if task not in self.architectures:
-            raise ValueError(f"task {task!r}: BLOOM can do {', '.join(self.architectures)}")
+    config: BloomConfig
 
-        self.config = config
-        self.task = task
-        self.labels = labels
-        self.head_layers = head_layers
-        self.pooling = pooling
-        self.tokens = SpecialTokens()
-        self.source: str | None = None  # the folder or hub id that it was loaded from
-        self.head_is_new = True  # until a checkpoint fills it
-
+    def build(self, config: BloomConfig) -> None:
+        """Token embedding with its norm, the blocks, and the norm behind them."""
         self.embed = Embed(config)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = LayerNorm(config.d_model, config.eps)
-        self.head = decoder_head(config, task, labels, head_layers, normalize)
-        self.tie()
-
-    @classmethod
-    def from_name(
-        cls, name: str, *, task: str = "causal-lm", labels: tuple[str, ...] = (), **overrides: Any
-    ) -> "Bloom":
-        """A freshly initialised model of a published size: `Bloom.from_name("bloom-560m", n_layer=2)`.
-
-        `overrides` are fields of `BloomConfig`. ValueError for an unknown name or field.
-        """
-        settings = overridden(PRESETS, name, overrides, BloomConfig)
-        model = cls(BloomConfig(**settings), task, labels)
-        model.initialize()
-        return model
-
-    def initialize(self) -> None:
-        """Fresh weights: N(0, 0.02²), as published configurations say."""
-        initialize(self)
-
-    def initialize_head(self) -> None:
-        """Fresh weights for a head that a checkpoint may lack."""
-        if self.task != "causal-lm" or not self.config.tied:
-            initialize(self.head)
-
-    def tie(self) -> None:
-        """Make the token embedding the output matrix, where the configuration says so."""
-        if isinstance(self.head, Linear) and self.config.tied:
-            self.head.weight = self.embed.tokens.get_parameter("weight")
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `batch` rows of up to `length` positions."""
@@ -258,64 +198,21 @@ class Bloom(nn.Module):
             returned = positions_to_return if block is self.layers[-1] else None
             x = block(x, slopes, bias, cu_seqlens, max_seqlen, cache, returned)
 
-        if cache is not None:
-            cache.length += input_ids.shape[1]
         if layer_range.stop is not None:
             return x
         return self.norm(x)
 
-    def pool(
-        self,
-        states: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
-        """What the head reads: every position (B, T, D), or one vector a row (B, D)."""
-        if self.task in BY_TEXT:
-            return last_unpadded(states, input_ids, self.tokens.skipped_id, attention_mask, cu_seqlens)
-        if self.task == "embedding":
-            return pool_tokens(self.pooling, states, attention_mask, cu_seqlens)
-        return states
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
-        """The output of the task's head; `inputs` are further arguments of `hidden`.
-
-        causal-lm (B, T, V); token-classification (B, T, C); question-answering (B, T, 2); embedding (B, D);
-        sequence-classification (B, C) and reward (B,), both read at the last token (`last_unpadded`).
-        """
-        states = self.hidden(input_ids, attention_mask, **inputs)
-        return self.head(self.pool(states, input_ids, attention_mask, inputs.get("cu_seqlens")))
-
-    def key_map(self) -> dict[str, CheckpointKey]:
-        """Our parameter names → their names in published checkpoints of this task."""
-        base = "" if self.task == "embedding" else self.base_prefix
-        table = {"embed.tokens.weight": CheckpointKey((f"{base}word_embeddings.weight",))}
-        modules = {"embed.norm": "word_embeddings_layernorm", "norm": "ln_f"}
-        for i in range(len(self.layers)):
-            modules |= {
-                f"layers.{i}.norm1": f"h.{i}.input_layernorm",
-                f"layers.{i}.qkv": f"h.{i}.self_attention.query_key_value",
-                f"layers.{i}.o": f"h.{i}.self_attention.dense",
-                f"layers.{i}.norm2": f"h.{i}.post_attention_layernorm",
-                f"layers.{i}.up": f"h.{i}.mlp.dense_h_to_4h",
-                f"layers.{i}.down": f"h.{i}.mlp.dense_4h_to_h",
-            }
-
-        for ours, theirs in modules.items():
-            by_head = (self.config.n_head, 3) if ours.endswith(".qkv") else None
-            for tensor in ("weight", "bias"):
-                table[f"{ours}.{tensor}"] = CheckpointKey((f"{base}{theirs}.{tensor}",), interleaved=by_head)
-
-        if self.task == "causal-lm" and self.config.tied:
-            return table
-        return table | head_key_map(self.head, self.task, self.head_keys)
-
-    @classmethod
-    def read_config(cls, published: dict[str, Any]) -> BloomConfig:
-        """The configuration in a published config.json."""
-        return read_config(published)
-
-    def write_config(self) -> dict[str, Any]:
-        """config.json as transformers writes it."""
-        return write_config(self.config)
+    def checkpoint_keys(self) -> dict[str, str | CheckpointKey]:
+        """Our modules → the published ones, of which q, k and v are stored head by head."""
+        qkv = "h.{i}.self_attention.query_key_value"
+        return {
+            "embed.tokens": "word_embeddings",
+            "embed.norm": "word_embeddings_layernorm",
+            "layers.{i}.norm1": "h.{i}.input_layernorm",
+            "layers.{i}.qkv": CheckpointKey((qkv,), interleaved=(self.config.n_head, 3)),
+            "layers.{i}.o": "h.{i}.self_attention.dense",
+            "layers.{i}.norm2": "h.{i}.post_attention_layernorm",
+            "layers.{i}.up": "h.{i}.mlp.dense_h_to_4h",
+            "layers.{i}.down": "h.{i}.mlp.dense_4h_to_h",
+            "norm": "ln_f",
+        }

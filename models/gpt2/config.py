@@ -5,7 +5,7 @@ Where GPT-3's bands lie is known (Child et al. 2019, arXiv:1904.10509), but not 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from ..layers.config_fields import ACTIVATIONS, own_spelling, read_fields, refuse_wider, write_fields
 
@@ -39,6 +39,20 @@ class GPT2Config:
     def width(self) -> int:
         """Entries of a head."""
         return self.head_width or self.d_model // self.n_head
+
+    @classmethod
+    def from_published(cls, published: dict[str, Any]) -> Self:
+        """The configuration in a published config.json."""
+        return cls(**read_fields(cls, own_spelling(published, ALIASES), CONFIG_KEYS))
+
+    def to_published(self) -> dict[str, Any]:
+        """config.json as transformers writes it. A banded model is "gpt3", which transformers refuses to mistake."""
+        out = write_fields(self, CONFIG_KEYS)
+        # transformers knows neither field.
+        extra = {key: out.pop(key) for key in ("local_window", "head_width")}
+        if any(extra.values()):
+            return {"model_type": "gpt3", **out, **extra}
+        return {"model_type": "gpt2", **out}
 
 
 def _gpt3(n_layer: int, d_model: int, n_head: int, head_width: int) -> dict[str, Any]:
@@ -86,18 +100,3 @@ ALIASES = {
     "num_attention_heads": "n_head",
     "num_hidden_layers": "n_layer",
 }
-
-
-def read_config(published: dict[str, Any]) -> GPT2Config:
-    """The configuration in a published config.json."""
-    return GPT2Config(**read_fields(GPT2Config, own_spelling(published, ALIASES), CONFIG_KEYS))
-
-
-def write_config(config: GPT2Config) -> dict[str, Any]:
-    """config.json as transformers writes it. A banded model is "gpt3", which transformers refuses to mistake."""
-    out = write_fields(config, CONFIG_KEYS)
-    # transformers knows neither field.
-    extra = {key: out.pop(key) for key in ("local_window", "head_width")}
-    if any(extra.values()):
-        return {"model_type": "gpt3", **out, **extra}
-    return {"model_type": "gpt2", **out}

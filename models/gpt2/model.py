@@ -16,20 +16,18 @@ Shapes: B rows, T tokens, S cached and new tokens, D width, H heads of width hd,
 classes, n positions that are asked for. Packed, B is 1 and T all tokens.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels import LayerNorm, Linear, attention, feed_forward, norm_linear
-from ..layers.config_fields import ACTIVATIONS, overridden
-from ..layers.heads import BY_TEXT, decoder_head, last_unpadded, pool_tokens
-from ..layers.initialization import initialize
+from ..layers.config_fields import ACTIVATIONS
 from ..layers.inputs import ALL_LAYERS, check_length, key_bias, positions
-from ..layers.key_map import TIED, CheckpointKey, head_key_map
+from ..layers.key_map import TIED, CheckpointKey
 from ..layers.kv_cache import KVCache
-from ..tokenizer.special_tokens import SpecialTokens
-from .config import PRESETS, GPT2Config, read_config, write_config
+from ..model import PretrainedModel
+from .config import PRESETS, GPT2Config
 
 
 class Embed(nn.Module):
@@ -99,25 +97,12 @@ class Block(nn.Module):
         return x + feed_forward(x, self.norm2, self.up, self.activation, self.down, self.recompute)
 
 
-class GPT2(nn.Module):
-    """GPT-2 or GPT-3 with the head of a task (see `forward` for shapes).
+class GPT2(PretrainedModel):
+    """GPT-2 or GPT-3 with the head of a task; see `PretrainedModel` for what it has from there."""
 
-    `head_layers` counts the layers of a head that classifies; `pooling` and `normalize` are for embeddings.
-    """
-
-    presets: ClassVar = PRESETS
-    # What stands in front of the base model's tensors in a checkpoint with a head.
-    base_prefix = "transformer."
-    # Methods of training that mean another objective here than for most models.
-    objectives: ClassVar[dict[str, str]] = {}
-    # Modules that see positions or distances, and no rows.
-    position_modules: ClassVar[tuple[str, ...]] = ()
-    # What "attention" and "mlp" mean as targets of adapters.
-    lora_targets: ClassVar = {
-        "attention": ("layers.*.qkv", "layers.*.o"),
-        "mlp": ("layers.*.up", "layers.*.down"),
-    }
-    # transformers' class for each task, as config.json names it.
+    title = "GPT-2"
+    config_class = GPT2Config
+    presets = PRESETS
     architectures: ClassVar = {
         "causal-lm": "GPT2LMHeadModel",
         "sequence-classification": "GPT2ForSequenceClassification",
@@ -126,81 +111,43 @@ class GPT2(nn.Module):
         "question-answering": "GPT2ForQuestionAnswering",
         "embedding": "GPT2Model",
     }
-    # Constants that some checkpoints carry.
-    ignored_keys = ("*.attn.bias", "*.attn.masked_bias")
-    # The tasks that a stored head is for; the heads of other tasks are left out.
+    base_prefix = ("transformer.",)
+    lora_targets: ClassVar = {
+        "attention": ("layers.*.qkv", "layers.*.o"),
+        "mlp": ("layers.*.up", "layers.*.down"),
+    }
     head_keys: ClassVar = {
         "lm_head.*": ("causal-lm",),
         "score.*": ("sequence-classification", "reward"),
         "classifier.*": ("token-classification",),
         "qa_outputs.*": ("question-answering",),
     }
-    # What may be stored a second time: of which parameter it must be a copy, and what to say where it isn't.
+    text_head: ClassVar = {"bias": False}
+    # Constants that some checkpoints carry.
+    ignored_keys = ("*.attn.bias", "*.attn.masked_bias")
     tied_keys: ClassVar = {"lm_head.weight": ("embed.tokens.weight", TIED)}
-    # Published fields that would change what is computed, and the values for which they don't.
     supported_config_values: ClassVar = {
         "add_cross_attention": (False,),
         "is_encoder_decoder": (False,),
         "is_causal": (True, None),
     }
 
-    def __init__(
-        self,
-        config: GPT2Config,
-        task: str = "causal-lm",
-        labels: tuple[str, ...] = (),
-        head_layers: int = 1,
-        pooling: str = "mean",
-        normalize: bool = False,
-    ):
-        super().__init__()
-        if task not in self.architectures:
-            raise ValueError(f"task {task!r}: GPT-2 can do {', '.join(self.architectures)}")
+    config: GPT2Config
 
-        self.config = config
-        self.task = task
-        self.labels = labels
-        self.head_layers = head_layers
-        self.pooling = pooling
-        self.tokens = SpecialTokens()
-        self.source: str | None = None  # the folder or hub id that it was loaded from
-        self.head_is_new = True  # until a checkpoint fills it
-
+    def build(self, config: GPT2Config) -> None:
+        """Token and position embedding, the blocks, and the norm behind them."""
         self.embed = Embed(config)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = LayerNorm(config.d_model, config.eps)
-        self.head = decoder_head(config, task, labels, head_layers, normalize)
-        self.tie()
 
-    @classmethod
-    def from_name(cls, name: str, *, task: str = "causal-lm", labels: tuple[str, ...] = (), **overrides: Any) -> "GPT2":
-        """A freshly initialised model of a published size: `GPT2.from_name("gpt2", n_layer=2)`.
-
-        `overrides` are fields of `GPT2Config`. ValueError for an unknown name or field.
-        """
-        settings = overridden(PRESETS, name, overrides, GPT2Config)
-        model = cls(GPT2Config(**settings), task, labels)
-        model.initialize()
-        return model
-
+    @torch.no_grad()
     def initialize(self) -> None:
         """Fresh weights; projections into the stream are scaled by 1/√(2 n_layer), as the GPT-2 paper says."""
-        initialize(self)
-        with torch.no_grad():
-            for block in self.layers:
-                assert isinstance(block, Block)
-                for linear in (block.o, block.down):
-                    linear.weight.div_((2 * self.config.n_layer) ** 0.5)
-
-    def initialize_head(self) -> None:
-        """Fresh weights for a head that a checkpoint may lack."""
-        if self.task != "causal-lm" or not self.config.tied:
-            initialize(self.head)
-
-    def tie(self) -> None:
-        """Make the token embedding the output matrix, where the configuration says so."""
-        if isinstance(self.head, Linear) and self.config.tied:
-            self.head.weight = self.embed.tokens.get_parameter("weight")
+        super().initialize()
+        for block in self.layers:
+            assert isinstance(block, Block)
+            for linear in (block.o, block.down):
+                linear.weight.div_((2 * self.config.n_layer) ** 0.5)
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `batch` rows of up to `length` positions."""
@@ -244,68 +191,24 @@ class GPT2(nn.Module):
             returned = positions_to_return if block is self.layers[-1] else None
             x = block(x, bias, cu_seqlens, max_seqlen, cache, returned)
 
-        if cache is not None:
-            cache.length += input_ids.shape[1]
         if layer_range.stop is not None:
             return x
         return self.norm(x)
 
-    def pool(
-        self,
-        states: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
-        """What the head reads: every position (B, T, D), or one vector a row (B, D)."""
-        if self.task in BY_TEXT:
-            return last_unpadded(states, input_ids, self.tokens.skipped_id, attention_mask, cu_seqlens)
-        if self.task == "embedding":
-            return pool_tokens(self.pooling, states, attention_mask, cu_seqlens)
-        return states
+    def checkpoint_keys(self) -> dict[str, str | CheckpointKey]:
+        """Our modules → the published ones; projections are stored as Conv1D, (in, out)."""
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
-        """The output of the task's head; `inputs` are further arguments of `hidden`.
+        def conv1d(name: str) -> CheckpointKey:
+            return CheckpointKey((name,), transposed=True)
 
-        causal-lm (B, T, V); token-classification (B, T, C); question-answering (B, T, 2); embedding (B, D);
-        sequence-classification (B, C) and reward (B,), both read at the last token (`last_unpadded`).
-        """
-        states = self.hidden(input_ids, attention_mask, **inputs)
-        return self.head(self.pool(states, input_ids, attention_mask, inputs.get("cu_seqlens")))
-
-    def key_map(self) -> dict[str, CheckpointKey]:
-        """Our parameter names → their names in published checkpoints of this task."""
-        base = "" if self.task == "embedding" else self.base_prefix
-        table = {
-            "embed.tokens.weight": CheckpointKey((f"{base}wte.weight",)),
-            "embed.positions.weight": CheckpointKey((f"{base}wpe.weight",)),
-            "norm.weight": CheckpointKey((f"{base}ln_f.weight",)),
-            "norm.bias": CheckpointKey((f"{base}ln_f.bias",)),
+        return {
+            "embed.tokens": "wte",
+            "embed.positions": "wpe",
+            "layers.{i}.norm1": "h.{i}.ln_1",
+            "layers.{i}.qkv": conv1d("h.{i}.attn.c_attn"),
+            "layers.{i}.o": conv1d("h.{i}.attn.c_proj"),
+            "layers.{i}.norm2": "h.{i}.ln_2",
+            "layers.{i}.up": conv1d("h.{i}.mlp.c_fc"),
+            "layers.{i}.down": conv1d("h.{i}.mlp.c_proj"),
+            "norm": "ln_f",
         }
-
-        modules = {
-            "norm1": "ln_1",
-            "qkv": "attn.c_attn",
-            "o": "attn.c_proj",
-            "norm2": "ln_2",
-            "up": "mlp.c_fc",
-            "down": "mlp.c_proj",
-        }
-        for i in range(len(self.layers)):
-            for ours, theirs in modules.items():
-                conv1d = not ours.startswith("norm")
-                table[f"layers.{i}.{ours}.weight"] = CheckpointKey((f"{base}h.{i}.{theirs}.weight",), transposed=conv1d)
-                table[f"layers.{i}.{ours}.bias"] = CheckpointKey((f"{base}h.{i}.{theirs}.bias",))
-
-        if self.task == "causal-lm" and self.config.tied:
-            return table
-        return table | head_key_map(self.head, self.task, self.head_keys)
-
-    @classmethod
-    def read_config(cls, published: dict[str, Any]) -> GPT2Config:
-        """The configuration in a published config.json."""
-        return read_config(published)
-
-    def write_config(self) -> dict[str, Any]:
-        """config.json as transformers writes it."""
-        return write_config(self.config)

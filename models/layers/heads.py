@@ -9,8 +9,6 @@ id that isn't config.json's `pad_token_id`, whatever the mask says. Where eos pa
 text's eos. So it is here, padded or packed, in training as in use: `last_unpadded`.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,20 +31,6 @@ MAX_LAYERS = 100  # of a head
 BY_TEXT = ("sequence-classification", "reward")  # tasks whose head reads one state of a text
 
 
-def decoder_head(config: Any, task: str, labels: tuple[str, ...], head_layers: int, normalize: bool) -> nn.Module:
-    """The head of GPT-2, BLOOM and Llama for a task, on states as wide as `config.d_model`.
-
-    Text classifiers of decoders are published without a bias, those of tokens with one.
-    """
-    if task == "causal-lm":
-        return Linear(config.d_model, config.vocab_size, bias=False)
-    if task == "embedding":
-        return EmbeddingHead(normalize)
-
-    bias = task in ("token-classification", "question-answering")
-    return MLPHead(config.d_model, n_outputs(task, labels), head_layers, bias, scalar=task == "reward")
-
-
 def n_outputs(task: str, labels: tuple[str, ...]) -> int:
     """Width of the task's output; ValueError where the task needs labels and has none."""
     if task in LABELLED:
@@ -58,32 +42,19 @@ def n_outputs(task: str, labels: tuple[str, ...]) -> int:
 
 def pool_tokens(pooling: str, states: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """One vector a row (B, D) from states (B, T, D), or (1, N, D) packed; `pooling`: "first", "last", "mean", "max"."""
+    all_tokens = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)  # (B, T)
+    if pooling in ("first", "last"):
+        chosen = all_tokens if pooling == "last" else ~all_tokens
+        return states.flatten(0, 1)[last_position(chosen, attention_mask, cu_seqlens)]  # (B, D)
+
     sum_dtype = torch.promote_types(states.dtype, torch.float32)  # a sum over a row in half precision would be rough
     if cu_seqlens is not None:
-        flat = states[0]  # (N, D)
-        starts = cu_seqlens[:-1].long()  # (B,)
-        ends = cu_seqlens[1:].long()
-        if pooling == "first":
-            return flat[starts]  # (B, D)
-        if pooling == "last":
-            return flat[ends - 1]  # (B, D)
-        return torch.segment_reduce(flat.to(sum_dtype), pooling, lengths=ends - starts).to(states.dtype)  # (B, D)
+        lengths = cu_seqlens.diff().long()  # (B,)
+        return torch.segment_reduce(states[0].to(sum_dtype), pooling, lengths=lengths).to(states.dtype)  # (B, D)
 
-    b, t, _ = states.shape
-    if attention_mask is None:
-        mask = torch.ones(b, t, dtype=torch.bool, device=states.device)
-    else:
-        mask = attention_mask.bool()
-    rows = torch.arange(b, device=states.device)
-
-    # argmax gives the first of equals, so that on 0 and 1 it finds the first real token; from behind, the last one.
-    if pooling == "first":
-        return states[rows, mask.int().argmax(1)]  # (B, D)
-    if pooling == "last":
-        return states[rows, t - 1 - mask.flip(1).int().argmax(1)]  # (B, D)
+    mask = all_tokens if attention_mask is None else attention_mask.bool()
     if pooling == "max":
         return states.masked_fill(~mask[..., None], torch.finfo(states.dtype).min).amax(1)  # (B, D)
-
     weights = mask[..., None].to(sum_dtype)  # (B, T, 1)
     return ((states * weights).sum(1) / weights.sum(1).clamp(min=1e-9)).to(states.dtype)  # (B, D)
 
@@ -102,11 +73,8 @@ def last_position(chosen: Tensor, attention_mask: Tensor | None, cu_seqlens: Ten
         # The highest column of each segment's chosen tokens. `starts` holds what counts where there are none.
         return starts.scatter_reduce(0, rows, columns * chosen[0], "amax")  # (B,)
 
-    if attention_mask is None:
-        mask = torch.ones_like(chosen)
-    else:
-        mask = attention_mask.bool()
-    first = mask.int().argmax(1)  # (B,)
+    mask = torch.ones_like(chosen) if attention_mask is None else attention_mask.bool()
+    first = mask.int().argmax(1)  # (B,); of equals argmax gives the first
     last = (columns * (chosen & mask)).amax(1)  # (B,); 0 where none is chosen
     return torch.arange(b, device=chosen.device) * t + torch.maximum(first, last)
 

@@ -8,13 +8,14 @@ from .heads import MLPHead
 
 
 @torch.no_grad()
-def initialize(module: nn.Module, std: float = 0.02) -> None:
+def initialize(module: nn.Module, std: float = 0.02, excluded: nn.Parameter | None = None) -> None:
     """N(0, std²) for matrices, zero for biases, one for norm weights: GPT-2's and BERT's initialisation.
 
-    A head of D columns that scores a text begins with N(0, 1/(D + 1)) (Stiennon et al. 2020, arXiv:2009.01325).
+    A head of D columns that scores a text begins with N(0, 1/(D + 1)) (Stiennon et al. 2020, arXiv:2009.01325). The
+    matrix `excluded` stays as it is.
     """
     for child in module.modules():
-        if isinstance(child, Linear | nn.Embedding):
+        if isinstance(child, Linear | nn.Embedding) and child.weight is not excluded:
             child.weight.normal_(0.0, std)
 
         for name, parameter in child.named_parameters(recurse=False):

@@ -1,11 +1,15 @@
 """How the tensors of a model are published: the entries of the models' key maps."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor, nn
 
 # Of a tied output matrix that is stored and is not the embedding. Which of the two is meant, who knows.
 TIED = "the token embedding, but config.json has tie_word_embeddings = true; set it to false, or take the tensor out"
+
+_NUMBER = re.compile(r"\b\d+\b")  # in a path: which layer it is
 
 
 @dataclass(frozen=True)
@@ -50,11 +54,39 @@ class CheckpointKey:
         return self.as_stored(block).reshape(self.shape or shape).contiguous()
 
 
-def head_key_map(head: nn.Module, task: str, head_keys: dict[str, tuple[str, ...]]) -> dict[str, CheckpointKey]:
-    """The entries of a head whose last layer is published under one name: that of the task in the model's `head_keys`.
+def expand_keys(model: nn.Module, templates: dict[str, str | CheckpointKey], prefix: str) -> dict[str, CheckpointKey]:
+    """The key map of a model: each of its tensors that a template is for → how that is published.
 
-    An MLP head's hidden layers are in no published checkpoint; ours store them under the same name.
+    A template says how a module, or a single tensor, of the model is published: "layers.{i}.norm1": "h.{i}.ln_1", where
+    {i} is any number, the same on both sides. A module's tensors keep their names behind the module's, and the rows of
+    several published modules follow each other as the parts of ours. The plain name `x` stands for CheckpointKey((x,)).
+    `prefix` stands in front of what is published, but neither of heads nor of other spellings.
     """
-    name = next((pattern.removesuffix(".*") for pattern, tasks in head_keys.items() if task in tasks), "")
-    keys = (key for key, _ in head.named_parameters())
-    return {f"head.{key}": CheckpointKey((f"{name}.{key.removeprefix('out.')}",)) for key in keys}
+
+    def template_of(path: str) -> str | CheckpointKey | None:
+        return templates.get(path, templates.get(_NUMBER.sub("{i}", path)))
+
+    table = {}
+    for key in model.state_dict():
+        tensor = re.sub(r"\.weight\..*", ".weight", key)  # a weight in four bits is a module of several tensors
+        module, _, parameter = tensor.rpartition(".")
+        suffix = ""
+        template = template_of(tensor)
+        if template is None:
+            suffix = f".{parameter}"
+            template = template_of(module)
+        if template is None:
+            continue
+        if isinstance(template, str):
+            template = CheckpointKey((template,))
+
+        number = next(iter(_NUMBER.findall(tensor)), "")
+        base = "" if tensor.startswith("head.") else prefix
+        names = tuple(f"{base}{name.format(i=number)}{suffix}" for name in template.names)
+        also = tuple(f"{name}{suffix}" for name in template.also)
+        rows: tuple[int, ...] = ()
+        if len(names) > 1:
+            linear: Any = model.get_submodule(module)
+            rows = tuple(part.size for part in linear.parts)
+        table[tensor] = replace(template, names=names, rows=rows, also=also)
+    return table

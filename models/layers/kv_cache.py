@@ -12,7 +12,7 @@ class KVCache:
 
     def __init__(self, n_layer: int, batch: int, length: int, n_kv_head: int, head_width: int, like: Tensor):
         self.buffer = like.new_empty(n_layer, 2, batch, n_kv_head, length, head_width)
-        self.length = 0  # positions filled so far; the model counts them up after its last layer
+        self.length = 0  # positions filled so far, in all layers
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v (B, T, K, hd) of the next T positions; give all keys and values so far, as views."""
@@ -22,6 +22,8 @@ class KVCache:
 
         keys[:, start:stop] = k
         values[:, start:stop] = v
+        if layer + 1 == len(self.buffer):
+            self.length = stop
         return keys[:, :stop], values[:, :stop]
 
     def reorder(self, rows: Tensor) -> None:

@@ -12,7 +12,7 @@ which layers it is for, from layer `max_window_layers` on. A field that is left 
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 from ..._shapes import shown
 from ..layers.config_fields import read_fields, refuse_wider, write_fields
@@ -92,6 +92,45 @@ class LlamaConfig:
         if self.window_layers is None or layer in self.window_layers:
             return self.window
         return None
+
+    @classmethod
+    def from_published(cls, published: dict[str, Any]) -> Self:
+        """The configuration in a published config.json. ValueError for what is not implemented, by name and value."""
+        family = published.get("model_type", "llama").capitalize()
+        settings = {key: value for key, value in published.items() if value is not None}
+        for key, value in UPSTREAM_DEFAULTS[family].items():
+            if key not in published or key not in NULLABLE:
+                settings.setdefault(key, value)
+
+        keys = config_keys(family)
+        if "window_layers" in FAMILIES[family] and not _use_sliding_window(settings):
+            del keys["sliding_window"]
+        config = cls(**read_fields(cls, settings, keys), family=family)
+
+        # These depend on the sizes: which layers have a window, and how the rotation is scaled.
+        layers = _window_layers(settings, config)
+        rope = read_rope(settings, config.width)
+        return replace(
+            config,
+            rope=rope,
+            max_positions=rope.reach(config.max_positions),
+            window=config.window if layers else None,
+            window_layers=layers if 0 < len(layers) < config.n_layer else None,
+        )
+
+    def to_published(self) -> dict[str, Any]:
+        """config.json as transformers writes it. Nothing is left out that would get another default."""
+        out = write_fields(self, config_keys(self.family))
+        out |= {"num_key_value_heads": self.kv_heads, "head_dim": self.width, "hidden_act": "silu"}
+        if self.head_width is None and "head_dim" not in UPSTREAM_DEFAULTS[self.family]:
+            del out["head_dim"]
+
+        if "window_layers" in FAMILIES[self.family]:
+            layers = [i for i in range(self.n_layer) if self.window_of(i)]
+            out["use_sliding_window"] = bool(layers)
+            out["max_window_layers"] = min(layers, default=self.n_layer)
+            out["layer_types"] = [LAYER_TYPES[i in layers] for i in range(self.n_layer)]
+        return {"model_type": self.family.lower(), **out, **write_rope(self.rope)}
 
 
 def _smol(n_layer: int, d_model: int, n_head: int, n_kv_head: int, d_ff: int) -> dict[str, Any]:
@@ -181,31 +220,6 @@ def config_keys(family: str) -> dict[str, str]:
     return {theirs: ours for theirs, ours in CONFIG_KEYS.items() if ours not in OPTIONAL or ours in FAMILIES[family]}
 
 
-def read_config(published: dict[str, Any]) -> LlamaConfig:
-    """The configuration in a published config.json. ValueError for what is not implemented, by name and value."""
-    family = published.get("model_type", "llama").capitalize()
-    settings = {key: value for key, value in published.items() if value is not None}
-    for key, value in UPSTREAM_DEFAULTS[family].items():
-        if key not in published or key not in NULLABLE:
-            settings.setdefault(key, value)
-
-    keys = config_keys(family)
-    if "window_layers" in FAMILIES[family] and not _use_sliding_window(settings):
-        del keys["sliding_window"]
-    config = LlamaConfig(**read_fields(LlamaConfig, settings, keys), family=family)
-
-    # These depend on the sizes: which layers have a window, and how the rotation is scaled.
-    layers = _window_layers(settings, config)
-    rope = read_rope(settings, config.width)
-    return replace(
-        config,
-        rope=rope,
-        max_positions=rope.reach(config.max_positions),
-        window=config.window if layers else None,
-        window_layers=layers if 0 < len(layers) < config.n_layer else None,
-    )
-
-
 def _use_sliding_window(settings: dict[str, Any]) -> bool:
     """Qwen's switch, without which its `sliding_window` counts for nothing."""
     value = settings["use_sliding_window"]
@@ -234,18 +248,3 @@ def _window_layers(settings: dict[str, Any], config: LlamaConfig) -> tuple[int, 
     if layers != expected and not selectable:
         raise ValueError(f"layer_types = {shown(types)} is not implemented for {config.family}")
     return layers
-
-
-def write_config(config: LlamaConfig) -> dict[str, Any]:
-    """config.json as transformers writes it. Nothing is left out that would get another default."""
-    out = write_fields(config, config_keys(config.family))
-    out |= {"num_key_value_heads": config.kv_heads, "head_dim": config.width, "hidden_act": "silu"}
-    if config.head_width is None and "head_dim" not in UPSTREAM_DEFAULTS[config.family]:
-        del out["head_dim"]
-
-    if "window_layers" in FAMILIES[config.family]:
-        layers = [i for i in range(config.n_layer) if config.window_of(i)]
-        out["use_sliding_window"] = bool(layers)
-        out["max_window_layers"] = min(layers, default=config.n_layer)
-        out["layer_types"] = [LAYER_TYPES[i in layers] for i in range(config.n_layer)]
-    return {"model_type": config.family.lower(), **out, **write_rope(config.rope)}

@@ -16,27 +16,16 @@ Shapes: B rows, T tokens, S cached and new tokens, D width, H query heads and K 
 feed-forward width, V vocabulary, C classes, n positions that are asked for. Packed, B is 1 and T all tokens.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from ...kernels import Linear, RMSNorm, attention, feed_forward, norm_linear, rope
-from ..layers.config_fields import overridden
-from ..layers.heads import BY_TEXT, decoder_head, last_unpadded, pool_tokens
-from ..layers.initialization import initialize
 from ..layers.inputs import ALL_LAYERS, check_length, key_bias, positions
-from ..layers.key_map import TIED, CheckpointKey, head_key_map
+from ..layers.key_map import TIED, CheckpointKey
 from ..layers.kv_cache import KVCache
-from ..tokenizer.special_tokens import SpecialTokens
-from .config import PRESETS, LlamaConfig, read_config, write_config
-
-# Our projections, and the published modules whose rows make each of them up.
-PROJECTIONS = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
+from ..model import PretrainedModel
+from .config import PRESETS, LlamaConfig
 
 
 class Embed(nn.Module):
@@ -110,25 +99,13 @@ class Block(nn.Module):
         return x + feed_forward(x, self.norm2, self.gate_up, "swiglu", self.down, self.recompute)
 
 
-class Llama(nn.Module):
-    """A model of the Llama kind with the head of a task (see `forward` for shapes).
+class Llama(PretrainedModel):
+    """A model of the Llama kind with the head of a task; see `PretrainedModel` for what it has from there."""
 
-    `head_layers` counts the layers of a head that classifies; `pooling` and `normalize` are for embeddings.
-    """
-
-    presets: ClassVar = PRESETS
-    # What stands in front of the base model's tensors in a checkpoint with a head; the second under question answering.
-    base_prefix = ("model.", "transformer.")
-    # Methods of training that mean another objective here than for most models.
-    objectives: ClassVar[dict[str, str]] = {}
-    # Modules that see positions or distances, and no rows.
-    position_modules: ClassVar[tuple[str, ...]] = ()
-    # What "attention" and "mlp" mean as targets of adapters.
-    lora_targets: ClassVar = {
-        "attention": ("layers.*.qkv", "layers.*.o"),
-        "mlp": ("layers.*.gate_up", "layers.*.down"),
-    }
-    # transformers' class for each task, as config.json names it; {} stands for the family.
+    title = "Llama"
+    config_class = LlamaConfig
+    presets = PRESETS
+    # {} stands for the family.
     architectures: ClassVar = {
         "causal-lm": "{}ForCausalLM",
         "sequence-classification": "{}ForSequenceClassification",
@@ -137,17 +114,20 @@ class Llama(nn.Module):
         "question-answering": "{}ForQuestionAnswering",
         "embedding": "{}Model",
     }
-    # Constants that some checkpoints carry.
-    ignored_keys = ("*rotary_emb.inv_freq",)
-    # The tasks that a stored head is for; the heads of other tasks are left out.
+    base_prefix = ("model.", "transformer.")  # the second under question answering
+    lora_targets: ClassVar = {
+        "attention": ("layers.*.qkv", "layers.*.o"),
+        "mlp": ("layers.*.gate_up", "layers.*.down"),
+    }
     head_keys: ClassVar = {
         "lm_head.*": ("causal-lm",),
         "score.*": ("sequence-classification", "reward", "token-classification"),
         "qa_outputs.*": ("question-answering",),
     }
-    # What may be stored a second time: of which parameter it must be a copy, and what to say where it isn't.
+    text_head: ClassVar = {"bias": False}
+    # Constants that some checkpoints carry.
+    ignored_keys = ("*rotary_emb.inv_freq",)
     tied_keys: ClassVar = {"lm_head.weight": ("embed.tokens.weight", TIED)}
-    # Published fields that would change what is computed, and the values for which they don't.
     supported_config_values: ClassVar = {
         "is_causal": (True, None),
         "hidden_act": ("silu",),
@@ -156,60 +136,13 @@ class Llama(nn.Module):
         "use_mrope": (False, None),
     }
 
-    def __init__(
-        self,
-        config: LlamaConfig,
-        task: str = "causal-lm",
-        labels: tuple[str, ...] = (),
-        head_layers: int = 1,
-        pooling: str = "mean",
-        normalize: bool = False,
-    ):
-        super().__init__()
-        if task not in self.architectures:
-            raise ValueError(f"task {task!r}: Llama can do {', '.join(self.architectures)}")
+    config: LlamaConfig
 
-        self.config = config
-        self.task = task
-        self.labels = labels
-        self.head_layers = head_layers
-        self.pooling = pooling
-        self.tokens = SpecialTokens()
-        self.source: str | None = None  # the folder or hub id that it was loaded from
-        self.head_is_new = True  # until a checkpoint fills it
-
+    def build(self, config: LlamaConfig) -> None:
+        """Token embedding, the blocks, and the norm behind them."""
         self.embed = Embed(config)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = RMSNorm(config.d_model, config.eps)
-        self.head = decoder_head(config, task, labels, head_layers, normalize)
-        self.tie()
-
-    @classmethod
-    def from_name(
-        cls, name: str, *, task: str = "causal-lm", labels: tuple[str, ...] = (), **overrides: Any
-    ) -> "Llama":
-        """A freshly initialised model of a published size: `Llama.from_name("Llama-3.2-1B", n_layer=2)`.
-
-        `overrides` are fields of `LlamaConfig`. ValueError for an unknown name or field.
-        """
-        settings = overridden(PRESETS, name, overrides, LlamaConfig)
-        model = cls(LlamaConfig(**settings), task, labels)
-        model.initialize()
-        return model
-
-    def initialize(self) -> None:
-        """Fresh weights: N(0, 0.02²), as published configurations say."""
-        initialize(self)
-
-    def initialize_head(self) -> None:
-        """Fresh weights for a head that a checkpoint may lack."""
-        if self.task != "causal-lm" or not self.config.tied:
-            initialize(self.head)
-
-    def tie(self) -> None:
-        """Make the token embedding the output matrix, where the configuration says so."""
-        if isinstance(self.head, Linear) and self.config.tied:
-            self.head.weight = self.embed.tokens.get_parameter("weight")
 
     def new_cache(self, batch: int, length: int) -> KVCache:
         """An empty cache for `batch` rows of up to `length` positions."""
@@ -253,73 +186,29 @@ class Llama(nn.Module):
             returned = positions_to_return if block is self.layers[-1] else None
             x = block(x, tables, bias, cu_seqlens, max_seqlen, cache, returned)
 
-        if cache is not None:
-            cache.length += input_ids.shape[1]
         if layer_range.stop is not None:
             return x
         return self.norm(x)
 
-    def pool(
-        self,
-        states: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
-        """What the head reads: every position (B, T, D), or one vector a row (B, D)."""
-        if self.task in BY_TEXT:
-            return last_unpadded(states, input_ids, self.tokens.skipped_id, attention_mask, cu_seqlens)
-        if self.task == "embedding":
-            return pool_tokens(self.pooling, states, attention_mask, cu_seqlens)
-        return states
+    @property
+    def checkpoint_prefix(self) -> str:
+        """What stands in front of the base model's tensors in a checkpoint of this task."""
+        if self.task == "question-answering" and self.config.family != "Mistral":
+            return self.base_prefix[1]
+        return super().checkpoint_prefix
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
-        """The output of the task's head; `inputs` are further arguments of `hidden`.
-
-        causal-lm (B, T, V); token-classification (B, T, C); question-answering (B, T, 2); embedding (B, D);
-        sequence-classification (B, C) and reward (B,), both read at the last token (`last_unpadded`).
-        """
-        states = self.hidden(input_ids, attention_mask, **inputs)
-        return self.head(self.pool(states, input_ids, attention_mask, inputs.get("cu_seqlens")))
-
-    def key_map(self) -> dict[str, CheckpointKey]:
-        """Our parameter names → their names in published checkpoints of this task."""
-        base, under_question_answering = self.base_prefix
-        if self.task == "embedding":
-            base = ""
-        elif self.task == "question-answering" and self.config.family != "Mistral":
-            base = under_question_answering
-
-        table = {
-            "embed.tokens.weight": CheckpointKey((f"{base}embed_tokens.weight",)),
-            "norm.weight": CheckpointKey((f"{base}norm.weight",)),
+    def checkpoint_keys(self) -> dict[str, str | CheckpointKey]:
+        """Our modules → the published ones; one that reads what others read is made up of their rows."""
+        attention, mlp = "layers.{i}.self_attn", "layers.{i}.mlp"
+        return {
+            "embed.tokens": "embed_tokens",
+            "layers.{i}.norm1": "layers.{i}.input_layernorm",
+            "layers.{i}.qkv": CheckpointKey((f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj")),
+            "layers.{i}.q_norm": f"{attention}.q_norm",
+            "layers.{i}.k_norm": f"{attention}.k_norm",
+            "layers.{i}.o": f"{attention}.o_proj",
+            "layers.{i}.norm2": "layers.{i}.post_attention_layernorm",
+            "layers.{i}.gate_up": CheckpointKey((f"{mlp}.gate_proj", f"{mlp}.up_proj")),
+            "layers.{i}.down": f"{mlp}.down_proj",
+            "norm": "norm",
         }
-        for i, block in enumerate(self.layers):
-            layer = f"{base}layers.{i}"
-            table[f"layers.{i}.norm1.weight"] = CheckpointKey((f"{layer}.input_layernorm.weight",))
-            table[f"layers.{i}.norm2.weight"] = CheckpointKey((f"{layer}.post_attention_layernorm.weight",))
-            if self.config.qk_norm:
-                table[f"layers.{i}.q_norm.weight"] = CheckpointKey((f"{layer}.self_attn.q_norm.weight",))
-                table[f"layers.{i}.k_norm.weight"] = CheckpointKey((f"{layer}.self_attn.k_norm.weight",))
-
-            for tensor in ("weight", "bias"):
-                for ours, theirs in PROJECTIONS.items():
-                    linear: Any = block.get_submodule(ours)
-                    if tensor == "bias" and linear.bias is None:
-                        continue
-                    rows = tuple(part.size for part in linear.parts) if len(theirs) > 1 else ()
-                    names = tuple(f"{layer}.{name}.{tensor}" for name in theirs)
-                    table[f"layers.{i}.{ours}.{tensor}"] = CheckpointKey(names, rows)
-
-        if self.task == "causal-lm" and self.config.tied:
-            return table
-        return table | head_key_map(self.head, self.task, self.head_keys)
-
-    @classmethod
-    def read_config(cls, published: dict[str, Any]) -> LlamaConfig:
-        """The configuration in a published config.json."""
-        return read_config(published)
-
-    def write_config(self) -> dict[str, Any]:
-        """config.json as transformers writes it."""
-        return write_config(self.config)

@@ -1,10 +1,10 @@
 """ResNet's configuration: its sizes, its presets, and how they are read from a published config.json."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 from ..._shapes import shown
-from ..layers.config_fields import MAX_LAYERS, MAX_SIZE, read_fields
+from ..layers.config_fields import MAX_LAYERS, MAX_SIZE, read_fields, write_fields
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,25 @@ class ResNetConfig:
         """Channels of the last stage: what the head reads."""
         return self.widths[-1]
 
+    @classmethod
+    def from_published(cls, published: dict[str, Any]) -> Self:
+        """The configuration in a published config.json; what it leaves out is transformers' default, a ResNet-50."""
+        sizes = {ours: published[theirs] for theirs, ours in SIZES.items() if theirs in published}
+        for values in sizes.values():
+            if not isinstance(values, list) or not all(type(value) is int for value in values):
+                raise ValueError(f"hidden_sizes or depths = {values!r}: expected a list of numbers, one a stage")
+        bottleneck = published.get("layer_type", "bottleneck") == "bottleneck"
+        return cls(bottleneck=bottleneck, **sizes, **read_fields(cls, published, CONFIG_KEYS))
+
+    def to_published(self) -> dict[str, Any]:
+        """config.json as transformers writes it. With a small stem it is "resnet_small", which transformers refuses."""
+        fields = write_fields(self, CONFIG_KEYS | SIZES)
+        fields |= {theirs: list(fields[theirs]) for theirs in SIZES}
+        fields |= {"layer_type": "bottleneck" if self.bottleneck else "basic", "hidden_act": "relu"}
+        if fields.pop("small_images"):
+            return {"model_type": "resnet_small", **fields, "small_images": True}
+        return {"model_type": "resnet", **fields}
+
 
 _BASIC = {"bottleneck": False, "widths": (64, 128, 256, 512)}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -55,24 +74,3 @@ CONFIG_KEYS = {
     "small_images": "small_images",
 }
 SIZES = {"hidden_sizes": "widths", "depths": "depths"}
-
-
-def read_config(published: dict[str, Any]) -> ResNetConfig:
-    """The configuration in a published config.json; what it leaves out is transformers' default, a ResNet-50."""
-    sizes = {ours: published[theirs] for theirs, ours in SIZES.items() if theirs in published}
-    for values in sizes.values():
-        if not isinstance(values, list) or not all(type(value) is int for value in values):
-            raise ValueError(f"hidden_sizes or depths = {values!r}: expected a list of numbers, one a stage")
-    bottleneck = published.get("layer_type", "bottleneck") == "bottleneck"
-    return ResNetConfig(bottleneck=bottleneck, **sizes, **read_fields(ResNetConfig, published, CONFIG_KEYS))
-
-
-def write_config(config: ResNetConfig) -> dict[str, Any]:
-    """config.json as transformers writes it. With a small stem it is "resnet_small", which transformers refuses."""
-    values = asdict(config)
-    fields = {theirs: values[ours] for theirs, ours in CONFIG_KEYS.items()}
-    fields |= {theirs: list(values[ours]) for theirs, ours in SIZES.items()}
-    fields |= {"layer_type": "bottleneck" if config.bottleneck else "basic", "hidden_act": "relu"}
-    if fields.pop("small_images"):
-        return {"model_type": "resnet_small", **fields, "small_images": True}
-    return {"model_type": "resnet", **fields}

@@ -20,21 +20,19 @@ Of images of 32 pixels the stem would leave a map of 8 × 8. `small_images` is t
 a 3×3 convolution with stride 1 and no pooling. transformers has no such model and refuses the checkpoint.
 """
 
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import Conv2d
-from ..layers.config_fields import overridden
-from ..layers.heads import EmbeddingHead, MLPHead, n_outputs
 from ..layers.image_processor import ImageProcessor
-from ..layers.initialization import initialize
 from ..layers.key_map import CheckpointKey
-from ..tokenizer.special_tokens import SpecialTokens
-from .config import PRESETS, ResNetConfig, read_config, write_config
-from .names import key_map
+from ..model import PretrainedModel
+from .config import PRESETS, ResNetConfig
+from .names import checkpoint_keys
 
 EPS, MOMENTUM = 1e-5, 0.1  # of all batch norms in all checkpoints
 SMALL_SIDE = 32  # pixels; the size that `small_images` is meant for
@@ -144,50 +142,29 @@ class Stem(nn.Module):
         return F.max_pool2d(x, 3, 2, padding=1)  # (B, C, H/4, W/4)
 
 
-class ResNet(nn.Module):
-    """A ResNet that classifies images, or embeds them (see `forward` for shapes).
+class ResNet(PretrainedModel):
+    """A ResNet that classifies images, or embeds them; see `PretrainedModel` for what it has from there.
 
     "all-linear" adapts the convolutions of the blocks, shortcuts included, without the stem.
     """
 
-    presets: ClassVar = PRESETS
-    base_prefix = "resnet."
-    # Methods of training that mean another objective here than for most models.
-    objectives: ClassVar[dict[str, str]] = {"classify": "classify-images"}
-    position_modules: ClassVar[tuple[str, ...]] = ()
-    # What the names of groups mean as LoRA targets.
-    lora_targets: ClassVar = {"convolutions": ("layers.*.conv*",)}
-    # The tasks, and the class of transformers for each, which config.json names.
+    title = "ResNet"
+    config_class = ResNetConfig
+    presets = PRESETS
     architectures: ClassVar = {"image-classification": "ResNetForImageClassification", "embedding": "ResNetModel"}
-    ignored_keys = ()
-    # Published heads, and the tasks that each is for.
+    base_prefix = ("resnet.",)
+    objectives: ClassVar = {"classify": "classify-images"}
+    lora_targets: ClassVar = {"convolutions": ("layers.*.conv*",)}
     head_keys: ClassVar = {"classifier.*": ("image-classification",), "fc.*": ("image-classification",)}
-    tied_keys: ClassVar[dict[str, tuple[str, str]]] = {}
-    # Fields of config.json that change the model, and the values that are implemented.
     supported_config_values: ClassVar = {"hidden_act": ("relu",), "layer_type": ("basic", "bottleneck")}
 
-    def __init__(
-        self,
-        config: ResNetConfig,
-        task: str = "image-classification",
-        labels: tuple[str, ...] = (),
-        head_layers: int = 1,
-        pooling: str = "mean",
-        normalize: bool = False,
-    ):
-        super().__init__()
-        if task not in self.architectures:
-            raise ValueError(f"task {task!r}: ResNet can do {', '.join(self.architectures)}")
-        self.config = config
-        self.task = task
-        self.labels = labels
-        self.head_layers = head_layers
-        self.tokens = SpecialTokens()
-        self.source: str | None = None  # the folder or hub id that it was loaded from
+    config: ResNetConfig
+
+    def build(self, config: ResNetConfig) -> None:
+        """The stem and the blocks, and how an image is prepared for them."""
         self.pixels = ImageProcessor(SMALL_SIDE, SMALL_SIDE) if config.small_images else ImageProcessor()
         if config.n_channels == 1:
             self.pixels = self.pixels.grey()
-        self.head_is_new = True  # until a checkpoint fills it
 
         self.embed = Stem(config)
         # A stage's first block changes the number of channels, and halves the sides in all stages but the first.
@@ -199,25 +176,6 @@ class ResNet(nn.Module):
                 self.layers.append(Block(config, fan_in, width, stride=2 if halves_sides else 1))
                 fan_in = width
 
-        self.head: nn.Module
-        if task == "embedding":
-            self.head = EmbeddingHead(normalize)
-        else:
-            self.head = MLPHead(config.d_model, n_outputs(task, labels), head_layers)
-
-    @classmethod
-    def from_name(
-        cls, name: str, *, task: str = "image-classification", labels: tuple[str, ...] = (), **overrides: Any
-    ) -> "ResNet":
-        """A freshly initialised model of a published size: `ResNet.from_name("resnet18", labels=("car", "truck"))`.
-
-        `overrides` are fields of `ResNetConfig`. ValueError for an unknown name or field.
-        """
-        settings = overridden(PRESETS, name, overrides, ResNetConfig)
-        model = cls(ResNetConfig(**settings), task, labels)
-        model.initialize()
-        return model
-
     @torch.no_grad()
     def initialize(self) -> None:
         """Fresh weights: convolutions N(0, 2/n), n the weights that read one channel (He et al., arXiv:1502.01852)."""
@@ -225,13 +183,6 @@ class ResNet(nn.Module):
             if isinstance(module, Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         self.initialize_head()
-
-    def initialize_head(self) -> None:
-        """Fresh weights for a head that a checkpoint may lack."""
-        initialize(self.head)
-
-    def tie(self) -> None:
-        """Nothing is tied."""
 
     def hidden(self, pixel_values: Tensor) -> Tensor:
         """The last feature map (B, D, H/32, W/32), rounded up, for images (B, 3, H, W); H/8, W/8 for `small_images`."""
@@ -252,19 +203,16 @@ class ResNet(nn.Module):
         """What the head reads: the mean over all positions, (B, D). An image has neither ids, mask nor bounds."""
         return states.mean((2, 3))  # (B, D)
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Tensor) -> Tensor:  # type: ignore[override]
         """image-classification gives (B, n_labels); embedding (B, D). Images are (B, 3, H, W)."""
         return self.head(self.pool(self.hidden(pixel_values)))
 
+    def checkpoint_keys(self) -> dict[str, str | CheckpointKey]:
+        """Our modules → the published ones; see `names.py`."""
+        return checkpoint_keys(self.config.depths)
+
     def key_map(self) -> dict[str, CheckpointKey]:
-        """Our parameters and running statistics → their names in published checkpoints."""
-        return key_map(self.config.depths, {*self.state_dict()}, self.task)
-
-    @classmethod
-    def read_config(cls, published: dict[str, Any]) -> ResNetConfig:
-        """The configuration in a published config.json."""
-        return read_config(published)
-
-    def write_config(self) -> dict[str, Any]:
-        """config.json as transformers writes it."""
-        return write_config(self.config)
+        """Our names of parameters and running statistics → their names in published checkpoints of this task."""
+        # Old files lack the counts of batches, which nothing here depends on.
+        table = super().key_map()
+        return {key: replace(stored, optional=key.endswith("num_batches_tracked")) for key, stored in table.items()}

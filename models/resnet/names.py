@@ -18,54 +18,27 @@ TIMM = {
 }
 
 
-def key_map(depths: tuple[int, ...], tensor_names: set[str], task: str) -> dict[str, CheckpointKey]:
-    """Our names → Hugging Face's, with torchvision's as the other spelling, for the tensors that the model has.
-
-    `task` "embedding" is transformers' ResNetModel, whose names have no `resnet.` in front.
-    """
-    base = "" if task == "embedding" else "resnet."
-    table = _conv_and_norm("embed.conv", "embed.norm", f"{base}embedder.embedder", "conv1", "bn1")
+def checkpoint_keys(depths: tuple[int, ...]) -> dict[str, str | CheckpointKey]:
+    """Our modules → Hugging Face's, with torchvision's as the other spelling."""
+    # ours, Hugging Face's, torchvision's
+    modules = [
+        ("embed.conv", "embedder.embedder.convolution", "conv1"),
+        ("embed.norm", "embedder.embedder.normalization", "bn1"),
+        ("head.out", "classifier.1", "fc"),  # torchvision's head is one layer; deeper ones are ours alone
+    ]
 
     # We number the blocks through; both libraries number them stage by stage.
     blocks = [(stage, i) for stage, depth in enumerate(depths) for i in range(depth)]
     for index, (stage, i) in enumerate(blocks):
         ours = f"layers.{index}"
-        theirs = f"{base}encoder.stages.{stage}.layers.{i}"
+        theirs = f"encoder.stages.{stage}.layers.{i}"
         torchvision = f"layer{stage + 1}.{i}"
         for j in (1, 2, 3):
-            if f"{ours}.conv{j}.weight" in tensor_names:
-                table |= _conv_and_norm(
-                    f"{ours}.conv{j}", f"{ours}.norm{j}",
-                    f"{theirs}.layer.{j - 1}", f"{torchvision}.conv{j}", f"{torchvision}.bn{j}",
-                )  # fmt: skip
-        if f"{ours}.shortcut.conv.weight" in tensor_names:
-            table |= _conv_and_norm(
-                f"{ours}.shortcut.conv", f"{ours}.shortcut.norm",
-                f"{theirs}.shortcut", f"{torchvision}.downsample.0", f"{torchvision}.downsample.1",
-            )  # fmt: skip
-
-    # torchvision's head is one layer; deeper ones are ours alone. An adapter on the head is no part of a checkpoint.
-    for key in sorted(name for name in tensor_names if ".lora." not in name):
-        if key.startswith("head.out."):
-            parameter = key.removeprefix("head.out.")
-            table[key] = CheckpointKey((f"classifier.1.{parameter}",), also=(f"fc.{parameter}",))
-        elif key.startswith("head.hidden."):
-            table[key] = CheckpointKey((f"classifier.{key.removeprefix('head.')}",))
-    return table
-
-
-def _conv_and_norm(
-    conv: str, norm: str, theirs: str, torchvision_conv: str, torchvision_norm: str
-) -> dict[str, CheckpointKey]:
-    """The entries of a convolution and the norm behind it: our two names, Hugging Face's prefix, torchvision's two."""
-    table = {f"{conv}.weight": CheckpointKey((f"{theirs}.convolution.weight",), also=(f"{torchvision_conv}.weight",))}
-    for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
-        table[f"{norm}.{name}"] = CheckpointKey(
-            (f"{theirs}.normalization.{name}",),
-            also=(f"{torchvision_norm}.{name}",),
-            optional=name == "num_batches_tracked",
-        )
-    return table
+            modules.append((f"{ours}.conv{j}", f"{theirs}.layer.{j - 1}.convolution", f"{torchvision}.conv{j}"))
+            modules.append((f"{ours}.norm{j}", f"{theirs}.layer.{j - 1}.normalization", f"{torchvision}.bn{j}"))
+        modules.append((f"{ours}.shortcut.conv", f"{theirs}.shortcut.convolution", f"{torchvision}.downsample.0"))
+        modules.append((f"{ours}.shortcut.norm", f"{theirs}.shortcut.normalization", f"{torchvision}.downsample.1"))
+    return {ours: CheckpointKey((theirs,), also=(torchvision,)) for ours, theirs, torchvision in modules}
 
 
 def from_timm(config: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from torch import Tensor, nn
 
 from ...kernels import Linear, RMSNorm, attention, feed_forward, norm_linear
 from ..layers.inputs import key_bias
-from ..layers.key_map import CheckpointKey
 from ..layers.kv_cache import KVCache
 from ..layers.relative_positions import RelativeBias
 from .config import FEED_FORWARDS, T5Config
@@ -117,29 +116,6 @@ class Block(nn.Module):
             projections.append((self.cross_q, self.cross_o))
         return projections
 
-    def checkpoint_names(self) -> dict[str, tuple[str, ...]]:
-        """Our module names → the published ones, whose rows lie in this order."""
-        # Published sublayers are numbered, so that the feed-forward is the third in a decoder and the second elsewhere.
-        sublayer = 2 if self.decoder else 1
-        dense = f"{sublayer}.DenseReluDense"
-        names: dict[str, tuple[str, ...]] = {
-            "norm1": ("0.layer_norm",),
-            "qkv": ("0.SelfAttention.q", "0.SelfAttention.k", "0.SelfAttention.v"),
-            "o": ("0.SelfAttention.o",),
-            "norm2": (f"{sublayer}.layer_norm",),
-            "down": (f"{dense}.wo",),
-        }
-        if self.decoder:
-            names["norm_cross"] = ("1.layer_norm",)
-            names["cross_q"] = ("1.EncDecAttention.q",)
-            names["cross_kv"] = ("1.EncDecAttention.k", "1.EncDecAttention.v")
-            names["cross_o"] = ("1.EncDecAttention.o",)
-        if self.gated:
-            names["gate_up"] = (f"{dense}.wi_0", f"{dense}.wi_1")
-        else:
-            names["up"] = (f"{dense}.wi",)
-        return names
-
 
 class Stack(nn.Module):
     """The encoder, or the decoder: its blocks, the position bias that they share, and the norm at the end."""
@@ -171,26 +147,7 @@ class Stack(nn.Module):
 
         for block in self.layers:
             x = block(x, bias, source, source_bias, cache)
-        if cache is not None:
-            cache.target.length += t  # once for all blocks: each wrote its keys behind the same length
         return self.norm(x)
-
-    def key_map(self, prefix: str) -> dict[str, CheckpointKey]:
-        """The parameters' names → their names in published checkpoints, where this stack is called `prefix`."""
-        bias = f"{prefix}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-        table = {
-            "norm.weight": CheckpointKey((f"{prefix}.final_layer_norm.weight",)),
-            "positions.table.weight": CheckpointKey((bias,)),
-        }
-        for i, block in enumerate(self.layers):
-            assert isinstance(block, Block)
-            for module, published in block.checkpoint_names().items():
-                names = tuple(f"{prefix}.block.{i}.layer.{name}.weight" for name in published)
-                rows: tuple[int, ...] = ()
-                if len(names) > 1:
-                    rows = tuple(part.size for part in getattr(block, module).parts)
-                table[f"layers.{i}.{module}.weight"] = CheckpointKey(names, rows)
-        return table
 
 
 def shift_right(input_ids: Tensor, attention_mask: Tensor | None, start_id: int) -> Tensor:

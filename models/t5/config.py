@@ -11,11 +11,11 @@ Two things the file does not say plainly:
 The two are independent.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 from ..._shapes import shown
-from ..layers.config_fields import own_spelling, read_fields, refuse_wider
+from ..layers.config_fields import own_spelling, read_fields, refuse_wider, write_fields
 
 LM_CLASS = "T5ForConditionalGeneration"
 
@@ -67,6 +67,45 @@ class T5Config:
                 f"decoder_start_token_id = {shown(self.start_id)}: expected one of {self.vocab_size} tokens"
             )
 
+    @classmethod
+    def from_published(cls, published: dict[str, Any]) -> Self:
+        """The configuration in a published config.json, to which `load` adds whether there is an lm_head.weight."""
+        fields = own_spelling({key: value for key, value in published.items() if value is not None}, ALIASES)
+
+        # How the head is tied and scaled: see the module's docstring.
+        untied = fields.get("tie_word_embeddings") is False
+        head_left_out = untied and fields.get("architectures", [LM_CLASS]) != [LM_CLASS]
+        config = cls(
+            **read_fields(cls, fields, CONFIG_KEYS),
+            tied=not fields.get("has_lm_head", False) and not head_left_out,
+            scaled=bool(fields.get("scale_decoder_outputs", not untied)),
+            start_id=fields.get("decoder_start_token_id", 0),
+        )
+
+        for field, expected in config._activation_fields().items():
+            if field in fields and fields[field] != expected:
+                raise ValueError(f"{field} = {fields[field]!r} contradicts feed_forward_proj = {config.feed_forward!r}")
+        return config
+
+    def to_published(self) -> dict[str, Any]:
+        """config.json as transformers writes it; version 4 reads the scale from `tie_word_embeddings`."""
+        sizes = write_fields(self, CONFIG_KEYS)
+        return {
+            "model_type": "t5",
+            **{theirs: value for theirs, value in sizes.items() if value is not None},
+            **self._activation_fields(),
+            "decoder_start_token_id": self.start_id,
+            "tie_word_embeddings": self.tied,
+            "scale_decoder_outputs": self.scaled,
+        }
+
+    def _activation_fields(self) -> dict[str, Any]:
+        """The fields that transformers writes next to feed_forward_proj, and that follow from it."""
+        gate, _, activation = self.feed_forward.rpartition("-")
+        if gate and activation == "gelu":
+            activation = "gelu_new"
+        return {"is_gated_act": bool(gate), "dense_act_fn": activation}
+
 
 def _sizes(n_layer: int, d_model: int, d_ff: int, n_head: int, head_width: int = 64, **fields: Any) -> dict[str, Any]:
     return {"n_layer": n_layer, "d_model": d_model, "d_ff": d_ff, "n_head": n_head, "head_width": head_width, **fields}
@@ -113,46 +152,3 @@ ALIASES = {
     "num_hidden_layers": "num_layers",
     "head_dim": "d_kv",
 }
-
-
-def read_config(published: dict[str, Any]) -> T5Config:
-    """The configuration in a published config.json, to which `load` adds whether there is an lm_head.weight."""
-    fields = own_spelling({key: value for key, value in published.items() if value is not None}, ALIASES)
-    sizes = read_fields(T5Config, fields, CONFIG_KEYS)
-
-    # How the head is tied and scaled: see the module's docstring.
-    untied = fields.get("tie_word_embeddings") is False
-    head_left_out = untied and fields.get("architectures", [LM_CLASS]) != [LM_CLASS]
-    config = T5Config(
-        **sizes,
-        tied=not fields.get("has_lm_head", False) and not head_left_out,
-        scaled=bool(fields.get("scale_decoder_outputs", not untied)),
-        start_id=fields.get("decoder_start_token_id", 0),
-    )
-
-    for field, expected in _activation_fields(config).items():
-        if field in fields and fields[field] != expected:
-            raise ValueError(f"{field} = {fields[field]!r} contradicts feed_forward_proj = {config.feed_forward!r}")
-    return config
-
-
-def write_config(config: T5Config, encoder_decoder: bool) -> dict[str, Any]:
-    """config.json as transformers writes it; version 4 reads the scale from `tie_word_embeddings`."""
-    values = asdict(config)
-    return {
-        "model_type": "t5",
-        **{theirs: values[ours] for theirs, ours in CONFIG_KEYS.items() if values[ours] is not None},
-        **_activation_fields(config),
-        "is_encoder_decoder": encoder_decoder,
-        "decoder_start_token_id": config.start_id,
-        "tie_word_embeddings": config.tied,
-        "scale_decoder_outputs": config.scaled,
-    }
-
-
-def _activation_fields(config: T5Config) -> dict[str, Any]:
-    """The fields that transformers writes next to feed_forward_proj, and that follow from it."""
-    gate, _, activation = config.feed_forward.rpartition("-")
-    if gate and activation == "gelu":
-        activation = "gelu_new"
-    return {"is_gated_act": bool(gate), "dense_act_fn": activation}

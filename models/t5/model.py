@@ -25,40 +25,50 @@ packed rows are accepted, but computed padded. Dropout, which T5 was trained wit
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...kernels import Linear
-from ..layers.config_fields import overridden
-from ..layers.heads import BY_TEXT, EmbeddingHead, MLPHead, last_position, n_outputs, pool_tokens
+from ..layers.heads import BY_TEXT, last_position
 from ..layers.initialization import initialize
 from ..layers.inputs import unpacked
 from ..layers.key_map import CheckpointKey
 from ..layers.kv_cache import KVCache
-from ..tokenizer.special_tokens import SpecialTokens
+from ..model import PretrainedModel
 from .blocks import Block, Cache, Embed, Stack, shift_right
-from .config import PRESETS, T5Config, read_config, write_config
+from .config import PRESETS, T5Config
 
 
-class T5(nn.Module):
-    """T5 with the head of a task (see `forward` for shapes).
+def stack_keys(stack: str, last: int) -> dict[str, str | CheckpointKey]:
+    """The modules of the encoder or decoder → the published ones; `last` is the number of a block's last sublayer."""
+    ours = f"{stack}.layers.{{i}}"
+    layer = f"{stack}.block.{{i}}.layer"
+    attention, cross, dense = f"{layer}.0.SelfAttention", f"{layer}.1.EncDecAttention", f"{layer}.{last}.DenseReluDense"
+    return {
+        f"{ours}.norm1": f"{layer}.0.layer_norm",
+        f"{ours}.qkv": CheckpointKey((f"{attention}.q", f"{attention}.k", f"{attention}.v")),
+        f"{ours}.o": f"{attention}.o",
+        f"{ours}.norm_cross": f"{layer}.1.layer_norm",
+        f"{ours}.cross_q": f"{cross}.q",
+        f"{ours}.cross_kv": CheckpointKey((f"{cross}.k", f"{cross}.v")),
+        f"{ours}.cross_o": f"{cross}.o",
+        f"{ours}.norm2": f"{layer}.{last}.layer_norm",
+        f"{ours}.up": f"{dense}.wi",
+        f"{ours}.gate_up": CheckpointKey((f"{dense}.wi_0", f"{dense}.wi_1")),
+        f"{ours}.down": f"{dense}.wo",
+        f"{stack}.positions.table": f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias",
+        f"{stack}.norm": f"{stack}.final_layer_norm",
+    }
+
+
+class T5(PretrainedModel):
+    """T5 with the head of a task; see `PretrainedModel` for what it has from there.
 
     Tagging and embedding read the encoder. Classification and question answering read the decoder, which is then given
     the source itself, shifted by one.
     """
 
-    presets: ClassVar = PRESETS
-    base_prefix = "transformer."
-    # Methods of training that mean another objective here than for most models.
-    objectives: ClassVar[dict[str, str]] = {"sft": "seq2seq", "pretrain": "span-corruption"}
-    # Modules that see distances rather than rows: no adapter that is for some rows of a batch may be on them.
-    position_modules: ClassVar[tuple[str, ...]] = ("*.positions.table",)
-    # What the names of groups mean as LoRA targets. No glob is for cross_q, cross_kv and cross_o only, because an
-    # encoder alone has none of them.
-    lora_targets: ClassVar = {
-        "attention": ("*.layers.*.*[qv]", "*.layers.*.*o"),
-        "mlp": ("*.layers.*.*up", "*.layers.*.down"),
-    }
-    # The tasks, and the class of transformers for each, which config.json names.
+    title = "T5"
+    config_class = T5Config
+    presets = PRESETS
     architectures: ClassVar = {
         "seq2seq-lm": "T5ForConditionalGeneration",
         "sequence-classification": "T5ForSequenceClassification",
@@ -67,9 +77,14 @@ class T5(nn.Module):
         "question-answering": "T5ForQuestionAnswering",
         "embedding": "T5EncoderModel",
     }
-    # Published tensors that nothing here reads.
-    ignored_keys = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
-    # Published heads, and the tasks that each is for.
+    base_prefix = ("transformer.",)
+    objectives: ClassVar = {"sft": "seq2seq", "pretrain": "span-corruption"}
+    position_modules = ("*.positions.table",)
+    # No glob is for cross_q, cross_kv and cross_o only, because an encoder alone has none of them.
+    lora_targets: ClassVar = {
+        "attention": ("*.layers.*.*[qv]", "*.layers.*.*o"),
+        "mlp": ("*.layers.*.*up", "*.layers.*.down"),
+    }
     head_keys: ClassVar = {
         "lm_head.*": ("seq2seq-lm",),
         "classification_head.*": ("sequence-classification", "reward"),
@@ -77,63 +92,26 @@ class T5(nn.Module):
         "qa_outputs.*": ("question-answering",),
         "decoder.*": ("seq2seq-lm", "sequence-classification", "reward", "question-answering"),
     }
-    # What may be stored a second time: the parameter it must equal, and how an error calls that.
+    text_head: ClassVar = {"pooler": True}
+    text_pooling = "last"
+    ignored_keys = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
     tied_keys: ClassVar = {
         "encoder.embed_tokens.weight": ("embed.tokens.weight", "shared.weight; two embeddings are not implemented"),
         "decoder.embed_tokens.weight": ("embed.tokens.weight", "shared.weight; two embeddings are not implemented"),
         "lm_head.weight": ("embed.tokens.weight", "shared.weight"),  # where it is stored at all, it is a matrix apart
     }
-    # Fields of config.json that change the model, and the values that are implemented.
     supported_config_values: ClassVar = {"is_decoder": (False,), "is_causal": (True, None)}
 
-    def __init__(
-        self,
-        config: T5Config,
-        task: str = "seq2seq-lm",
-        labels: tuple[str, ...] = (),
-        head_layers: int = 1,
-        pooling: str = "mean",
-        normalize: bool = False,
-    ):
-        super().__init__()
-        if task not in self.architectures:
-            raise ValueError(f"task {task!r}: T5 can do {', '.join(self.architectures)}")
-        self.config = config
-        self.task = task
-        self.labels = labels
-        self.head_layers = head_layers
-        self.pooling = pooling if task == "embedding" else "last"
-        self.tokens = SpecialTokens()
-        self.source: str | None = None  # the folder or hub id that it was loaded from
-        self.head_is_new = True  # until a checkpoint fills it
+    config: T5Config
 
+    def build(self, config: T5Config) -> None:
+        """One embedding, the encoder, and for tasks that need it the decoder."""
         self.embed = Embed(config)
         self.encoder = Stack(config, config.n_layer, decoder=False)
         # Vectors and tags are read from the source's own states, without a decoder.
         self.decoder: Stack | None = None
-        if task not in ("embedding", "token-classification"):
+        if self.task not in ("embedding", "token-classification"):
             self.decoder = Stack(config, config.n_decoder_layer or config.n_layer, decoder=True)
-
-        self.head: nn.Module
-        if task == "seq2seq-lm":
-            self.head = Linear(config.d_model, config.vocab_size, bias=False)
-        elif task == "embedding":
-            self.head = EmbeddingHead(normalize)
-        else:
-            n = n_outputs(task, labels)
-            self.head = MLPHead(config.d_model, n, head_layers, pooler=task in BY_TEXT, scalar=task == "reward")
-        self.tie()
-
-    @classmethod
-    def from_name(cls, name: str, *, task: str = "seq2seq-lm", labels: tuple[str, ...] = (), **overrides: Any) -> "T5":
-        """A freshly initialised model of a published size: `T5.from_name("flan-t5-small", n_layer=2)`.
-
-        `overrides` are fields of `T5Config`. ValueError for an unknown name or field.
-        """
-        settings = overridden(PRESETS, name, overrides, T5Config)
-        model = cls(T5Config(**settings), task, labels)
-        model.initialize()
-        return model
 
     @torch.no_grad()
     def initialize(self) -> None:
@@ -155,14 +133,8 @@ class T5(nn.Module):
             block.down.weight.normal_(0.0, c.d_ff**-0.5)
 
     def initialize_head(self) -> None:
-        """Fresh weights for a head that a checkpoint may lack."""
-        if self.task != "seq2seq-lm" or not self.config.tied:
-            initialize(self.head, self.config.d_model**-0.5)
-
-    def tie(self) -> None:
-        """Make the token embedding the output matrix, where the checkpoint has no other."""
-        if isinstance(self.head, Linear) and self.config.tied:
-            self.head.weight = self.embed.tokens.get_parameter("weight")
+        """Fresh weights for a head that a checkpoint may lack; a tied output matrix is the embedding's, and stays."""
+        initialize(self.head, self.config.d_model**-0.5, excluded=self.tied_weight)
 
     @property
     def layers(self) -> list[Block]:
@@ -249,47 +221,20 @@ class T5(nn.Module):
             # A row without eos has its first token as `last_eos`.
             position = torch.where(is_eos.flatten()[last_eos], last_eos, last_token)
             return states.flatten(0, 1)[position]  # (B, D)
-        if self.task in (*BY_TEXT, "embedding"):
-            return pool_tokens(self.pooling, states, attention_mask, cu_seqlens)
-        return states
+        return super().pool(states, input_ids, attention_mask, cu_seqlens)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
-        """What the head makes of the states: seq2seq-lm gives (B, T, V) for `decoder_input_ids` (B, T).
+    @property
+    def checkpoint_prefix(self) -> str:
+        """transformers' classifiers hold the model as `transformer`; its other classes are the model themselves."""
+        return self.base_prefix[0] if self.task in (*BY_TEXT, "token-classification") else ""
 
-        token-classification gives (B, S, C); question-answering (B, S, 2); sequence-classification (B, C) and reward
-        (B,), read at the last eos; embedding (B, D). `inputs` are further arguments of `hidden`.
-        """
-        states = self.hidden(input_ids, attention_mask, **inputs)
-        return self.head(self.pool(states, input_ids, attention_mask, inputs.get("cu_seqlens")))
-
-    def key_map(self) -> dict[str, CheckpointKey]:
-        """Our parameter names → their names in published checkpoints of this task."""
-        # transformers' classifiers hold the model as `transformer`; its other classes are the model themselves.
-        nested = self.task in (*BY_TEXT, "token-classification")
-        base = self.base_prefix if nested else ""
-        table = {"embed.tokens.weight": CheckpointKey((f"{base}shared.weight",))}
-        for name, stack in (("encoder", self.encoder), ("decoder", self.decoder)):
-            if stack is not None:
-                table |= {f"{name}.{key}": source for key, source in stack.key_map(base + name).items()}
-        if self.task == "seq2seq-lm":
-            if not self.config.tied:
-                table["head.weight"] = CheckpointKey(("lm_head.weight",))
-            return table
-
-        head_names = {"token-classification": "classifier", "question-answering": "qa_outputs"}
-        for key, _ in self.head.named_parameters():
-            if self.task in head_names:
-                theirs = f"{head_names[self.task]}.{key.removeprefix('out.')}"
-            else:
-                theirs = f"classification_head.{key}".replace(".out.", ".out_proj.").replace(".pooler.", ".dense.")
-            table[f"head.{key}"] = CheckpointKey((theirs,))
-        return table
-
-    @classmethod
-    def read_config(cls, published: dict[str, Any]) -> T5Config:
-        """The configuration in a published config.json, to which `load` adds whether there is an lm_head.weight."""
-        return read_config(published)
+    def checkpoint_keys(self) -> dict[str, str | CheckpointKey]:
+        """Our modules → the published ones; a block has two sublayers in the encoder, and three in the decoder."""
+        keys = {"embed.tokens": "shared", **stack_keys("encoder", 1), **stack_keys("decoder", 2)}
+        if self.task in BY_TEXT:
+            keys |= {"head.pooler": "classification_head.dense", "head.out": "classification_head.out_proj"}
+        return keys
 
     def write_config(self) -> dict[str, Any]:
         """config.json as transformers writes it."""
-        return write_config(self.config, encoder_decoder=self.decoder is not None)
+        return {**super().write_config(), "is_encoder_decoder": self.decoder is not None}

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from ...kernels import LayerNorm, Linear, activation_linear, attention
 from ..layers.config_fields import ACTIVATIONS
-from ..layers.key_map import CheckpointKey
 from .config import XLNetConfig
 
 
@@ -229,23 +228,3 @@ class Block(nn.Module):
         if view.allowed is not None:
             bias = bias.masked_fill(~view.allowed, torch.finfo(bias.dtype).min)
         return bias
-
-    def key_map(self, prefix: str) -> dict[str, CheckpointKey]:
-        """Our parameter names → their names in the published layer `prefix`."""
-        d = self.q.in_features
-        raw_shape = (d, self.n_head, d // self.n_head)
-        projections = {"q": ("q",), "kv": ("k", "v"), "r": ("r",), "o": ("o",)}
-        tensors = {
-            "texts": "seg_embed", "content_bias": "r_w_bias", "distance_bias": "r_r_bias", "text_bias": "r_s_bias"
-        }  # fmt: skip
-        modules = {"norm1": "rel_attn.layer_norm", "up": "ff.layer_1", "down": "ff.layer_2", "norm2": "ff.layer_norm"}
-
-        table = {ours: CheckpointKey((f"{prefix}.rel_attn.{theirs}",)) for ours, theirs in tensors.items()}
-        for ours, letters in projections.items():
-            names = tuple(f"{prefix}.rel_attn.{letter}" for letter in letters)
-            rows = (d, d) if ours == "kv" else ()
-            table[f"{ours}.weight"] = CheckpointKey(names, rows, transposed=ours != "o", shape=raw_shape)
-        for ours, theirs in modules.items():
-            for parameter in ("weight", "bias"):
-                table[f"{ours}.{parameter}"] = CheckpointKey((f"{prefix}.{theirs}.{parameter}",))
-        return table

@@ -4,10 +4,10 @@ transformers' defaults are those of the large model, with a memory of 512 tokens
 Where a length is zero, or -1 for `clamp_len`, it is switched off: None here.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
-from ..layers.config_fields import ACTIVATIONS, read_fields
+from ..layers.config_fields import ACTIVATIONS, read_fields, write_fields
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,38 @@ class XLNetConfig:
             raise ValueError(f"ff_activation {self.activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
         if self.d_model % self.n_head or self.d_model % 2:
             raise ValueError(f"d_model {self.d_model} is not a multiple of n_head {self.n_head}, or odd")
+
+    @classmethod
+    def from_published(cls, published: dict[str, Any]) -> Self:
+        """The configuration in a published config.json; ValueError for what is not implemented."""
+        if "XLNetForQuestionAnswering" in (published.get("architectures") or ()):
+            raise ValueError(
+                "XLNetForQuestionAnswering looks for answers by beam search, with a head that is not implemented; load "
+                "a checkpoint of XLNetForQuestionAnsweringSimple, or fine-tune from the language model"
+            )
+        fields = {ALIASES.get(key, key): value for key, value in published.items()}
+        for field, off in {"clamp_len": (0, -1), "reuse_len": (0,), "mem_len": (0,)}.items():
+            if fields.get(field) in off:
+                fields[field] = None
+
+        attention = fields.get("attn_type", "bi")
+        if attention not in ("bi", "uni"):
+            raise ValueError(f'attn_type = {attention!r} is not implemented; known: "bi", "uni"')
+        config = cls(**read_fields(cls, fields, CONFIG_KEYS), causal=attention == "uni")
+        if fields.get("d_head") not in (None, config.d_model // config.n_head):
+            raise ValueError(f"d_head = {fields['d_head']!r} is not d_model / n_head, and not implemented")
+        return config
+
+    def to_published(self) -> dict[str, Any]:
+        """config.json as transformers writes it."""
+        return {
+            "model_type": "xlnet",
+            **write_fields(self, CONFIG_KEYS),
+            "clamp_len": self.clamp_len or -1,
+            "attn_type": "uni" if self.causal else "bi",
+            "d_head": self.d_model // self.n_head,
+            "untie_r": True,
+        }
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -66,37 +98,3 @@ ALIASES = {
     "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head",
 }
-
-
-def read_config(published: dict[str, Any]) -> XLNetConfig:
-    """The configuration in a published config.json; ValueError for what is not implemented."""
-    if "XLNetForQuestionAnswering" in (published.get("architectures") or ()):
-        raise ValueError(
-            "XLNetForQuestionAnswering looks for answers by beam search, with a head that is not implemented; load a "
-            "checkpoint of XLNetForQuestionAnsweringSimple, or fine-tune from the language model"
-        )
-    fields = {ALIASES.get(key, key): value for key, value in published.items()}
-    for field, off in {"clamp_len": (0, -1), "reuse_len": (0,), "mem_len": (0,)}.items():
-        if fields.get(field) in off:
-            fields[field] = None
-
-    attention = fields.get("attn_type", "bi")
-    if attention not in ("bi", "uni"):
-        raise ValueError(f'attn_type = {attention!r} is not implemented; known: "bi", "uni"')
-    config = XLNetConfig(**read_fields(XLNetConfig, fields, CONFIG_KEYS), causal=attention == "uni")
-    if fields.get("d_head") not in (None, config.d_model // config.n_head):
-        raise ValueError(f"d_head = {fields['d_head']!r} is not d_model / n_head, and not implemented")
-    return config
-
-
-def write_config(config: XLNetConfig) -> dict[str, Any]:
-    """config.json as transformers writes it."""
-    values = asdict(config)
-    return {
-        "model_type": "xlnet",
-        **{theirs: values[ours] for theirs, ours in CONFIG_KEYS.items()},
-        "clamp_len": config.clamp_len or -1,
-        "attn_type": "uni" if config.causal else "bi",
-        "d_head": config.d_model // config.n_head,
-        "untie_r": True,
-    }

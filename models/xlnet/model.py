@@ -29,21 +29,19 @@ Distances give a bias for each pair, so that rows can't be laid end to end (`att
 packed rows are accepted, but computed padded.
 """
 
-from typing import Any, ClassVar
+from functools import partial
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import Linear
-from ..layers.config_fields import overridden
-from ..layers.heads import BY_TEXT, EmbeddingHead, MLPHead, n_outputs, pool_tokens
-from ..layers.initialization import initialize
 from ..layers.inputs import unpacked
 from ..layers.key_map import TIED, CheckpointKey
-from ..tokenizer.special_tokens import SpecialTokens
+from ..model import PretrainedModel
 from .blocks import Block, Memory, sinusoids, target_positions, views
-from .config import PRESETS, XLNetConfig, read_config, write_config
+from .config import PRESETS, XLNetConfig
 
 
 class Embed(nn.Module):
@@ -55,21 +53,15 @@ class Embed(nn.Module):
         self.mask = nn.Parameter(torch.zeros(1, config.d_model))
 
 
-class XLNet(nn.Module):
-    """XLNet with the head of a task (see `forward` for shapes)."""
+class XLNet(PretrainedModel):
+    """XLNet with the head of a task; see `PretrainedModel` for what it has from there.
 
-    presets: ClassVar = PRESETS
-    base_prefix = "transformer."
-    # Methods of training that mean another objective here than for most models.
-    objectives: ClassVar[dict[str, str]] = {"pretrain": "permutation-lm", "sft": "ordered-lm"}
-    # Modules that see distances rather than rows: no adapter that is for some rows of a batch may be on them.
-    position_modules: ClassVar[tuple[str, ...]] = ("layers.*.r",)
-    # What the names of groups mean as LoRA targets.
-    lora_targets: ClassVar = {
-        "attention": ("layers.*.q", "layers.*.kv", "layers.*.r", "layers.*.o"),
-        "mlp": ("layers.*.up", "layers.*.down"),
-    }
-    # The tasks, and the class of transformers for each, which config.json names.
+    As a language model it gives (B, T, V), or with a target mapping (B, n, V).
+    """
+
+    title = "XLNet"
+    config_class = XLNetConfig
+    presets = PRESETS
     architectures: ClassVar = {
         "causal-lm": "XLNetLMHeadModel",
         "sequence-classification": "XLNetForSequenceClassification",
@@ -78,18 +70,23 @@ class XLNet(nn.Module):
         "question-answering": "XLNetForQuestionAnsweringSimple",
         "embedding": "XLNetModel",
     }
-    ignored_keys = ()
-    # Published heads, and the tasks that each is for.
+    base_prefix = ("transformer.",)
+    objectives: ClassVar = {"pretrain": "permutation-lm", "sft": "ordered-lm"}
+    position_modules = ("layers.*.r",)
+    lora_targets: ClassVar = {
+        "attention": ("layers.*.q", "layers.*.kv", "layers.*.r", "layers.*.o"),
+        "mlp": ("layers.*.up", "layers.*.down"),
+    }
     head_keys: ClassVar = {
         "lm_loss.*": ("causal-lm",),
-        "sequence_summary.*": ("sequence-classification", "reward"),
         "logits_proj.*": ("sequence-classification", "reward"),
+        "sequence_summary.*": ("sequence-classification", "reward"),
         "classifier.*": ("token-classification",),
         "qa_outputs.*": ("question-answering",),
     }
-    # What may be stored a second time: the parameter it must equal, and how an error calls that.
+    text_head: ClassVar = {"pooler": True}
+    text_pooling = "last"
     tied_keys: ClassVar = {"lm_loss.weight": ("embed.tokens.weight", TIED)}
-    # Fields of config.json that change the model, and the values that are implemented.
     supported_config_values: ClassVar = {
         "untie_r": (True,),
         "summary_type": ("last",),
@@ -97,74 +94,26 @@ class XLNet(nn.Module):
         "summary_activation": ("tanh",),
     }
 
-    def __init__(
-        self,
-        config: XLNetConfig,
-        task: str = "causal-lm",
-        labels: tuple[str, ...] = (),
-        head_layers: int = 1,
-        pooling: str = "mean",
-        normalize: bool = False,
-    ):
-        super().__init__()
-        if task not in self.architectures:
-            raise ValueError(f"task {task!r}: XLNet can do {', '.join(self.architectures)}")
-        self.config = config
-        self.task = task
-        self.labels = labels
-        self.head_layers = head_layers
-        self.pooling = pooling if task == "embedding" else "last"
-        self.tokens = SpecialTokens()
-        self.source: str | None = None  # the folder or hub id that it was loaded from
-        self.head_is_new = True  # until a checkpoint fills it
+    config: XLNetConfig
 
+    def build(self, config: XLNetConfig) -> None:
+        """The embedding and the blocks, each of which ends with a norm."""
         self.embed = Embed(config)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
 
-        self.head: nn.Module
-        if task == "causal-lm":
-            self.head = Linear(config.d_model, config.vocab_size)
-        elif task == "embedding":
-            self.head = EmbeddingHead(normalize)
-        else:
-            n = n_outputs(task, labels)
-            self.head = MLPHead(config.d_model, n, head_layers, pooler=task in BY_TEXT, scalar=task == "reward")
-        self.tie()
-
-    @classmethod
-    def from_name(
-        cls, name: str, *, task: str = "causal-lm", labels: tuple[str, ...] = (), **overrides: Any
-    ) -> "XLNet":
-        """A freshly initialised model of a published size: `XLNet.from_name("xlnet-base-cased", n_layer=2)`.
-
-        `overrides` are fields of `XLNetConfig`. ValueError for an unknown name or field.
-        """
-        settings = overridden(PRESETS, name, overrides, XLNetConfig)
-        model = cls(XLNetConfig(**settings), task, labels)
-        model.initialize()
-        return model
+    def build_language_head(self) -> nn.Module:
+        """The output matrix (V, D), with a bias."""
+        return Linear(self.config.d_model, self.config.vocab_size)
 
     @torch.no_grad()
     def initialize(self) -> None:
         """Fresh weights: N(0, 0.02²), for the vectors added to queries and the one of predictions, too."""
-        initialize(self)
+        super().initialize()
         self.embed.mask.normal_(0.0, 0.02)
         for block in self.layers:
             assert isinstance(block, Block)
             for parameter in (block.content_bias, block.distance_bias, block.text_bias, block.texts):
                 parameter.normal_(0.0, 0.02)
-
-    def initialize_head(self) -> None:
-        """Fresh weights for a head that a checkpoint may lack; a tied output matrix is the embedding's and stays."""
-        if isinstance(self.head, Linear) and self.config.tied:
-            nn.init.zeros_(self.head.get_parameter("bias"))
-        else:
-            initialize(self.head)
-
-    def tie(self) -> None:
-        """Make the token embedding the output matrix, where the configuration says so."""
-        if isinstance(self.head, Linear) and self.config.tied:
-            self.head.weight = self.embed.tokens.get_parameter("weight")
 
     def new_memory(self) -> Memory:
         """An empty memory, to be passed to `forward` with one segment of a text after the other."""
@@ -257,57 +206,25 @@ class XLNet(nn.Module):
         cache.last_token = input_ids[:, -1:]
         return states
 
-    def pool(
-        self,
-        states: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
-        """What the head reads: every position (B, T, D), or one vector a row (B, D)."""
-        if self.task in (*BY_TEXT, "embedding"):
-            return pool_tokens(self.pooling, states, attention_mask, cu_seqlens)
-        return states
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:
-        """What the head makes of the states: causal-lm gives (B, T, V), or (B, n, V) at a target mapping.
-
-        token-classification gives (B, T, C); question-answering (B, T, 2); sequence-classification (B, C) and reward
-        (B,), read at the last token; embedding (B, D). `inputs` are further arguments of `hidden`.
-        """
-        states = self.hidden(input_ids, attention_mask, **inputs)
-        return self.head(self.pool(states, input_ids, attention_mask, inputs.get("cu_seqlens")))
-
-    def key_map(self) -> dict[str, CheckpointKey]:
-        """Our parameter names → their names in published checkpoints of this task."""
-        base = "" if self.task == "embedding" else self.base_prefix
-        table = {
-            "embed.tokens.weight": CheckpointKey((f"{base}word_embedding.weight",)),
-            "embed.mask": CheckpointKey((f"{base}mask_emb",), shape=(1, 1, self.config.d_model)),
+    def checkpoint_keys(self) -> dict[str, str | CheckpointKey]:
+        """Our modules and parameters → the published ones, of which the projections are raw tensors (D, H, hd)."""
+        d, n_head = self.config.d_model, self.config.n_head
+        attention = "layer.{i}.rel_attn"
+        raw = partial(CheckpointKey, shape=(d, n_head, d // n_head))
+        return {
+            "embed.tokens": "word_embedding",
+            "embed.mask": CheckpointKey(("mask_emb",), shape=(1, 1, d)),
+            "layers.{i}.q.weight": raw((f"{attention}.q",), transposed=True),
+            "layers.{i}.kv.weight": raw((f"{attention}.k", f"{attention}.v"), transposed=True),
+            "layers.{i}.r.weight": raw((f"{attention}.r",), transposed=True),
+            "layers.{i}.o.weight": raw((f"{attention}.o",)),
+            "layers.{i}.content_bias": f"{attention}.r_w_bias",
+            "layers.{i}.distance_bias": f"{attention}.r_r_bias",
+            "layers.{i}.text_bias": f"{attention}.r_s_bias",
+            "layers.{i}.texts": f"{attention}.seg_embed",
+            "layers.{i}.norm1": f"{attention}.layer_norm",
+            "layers.{i}.up": "layer.{i}.ff.layer_1",
+            "layers.{i}.down": "layer.{i}.ff.layer_2",
+            "layers.{i}.norm2": "layer.{i}.ff.layer_norm",
+            "head.pooler": "sequence_summary.summary",
         }
-        for i, block in enumerate(self.layers):
-            assert isinstance(block, Block)
-            table |= {f"layers.{i}.{key}": source for key, source in block.key_map(f"{base}layer.{i}").items()}
-        return table | self._head_keys()
-
-    def _head_keys(self) -> dict[str, CheckpointKey]:
-        if self.task == "causal-lm":
-            names = ("bias",) if self.config.tied else ("weight", "bias")
-            return {f"head.{name}": CheckpointKey((f"lm_loss.{name}",)) for name in names}
-        out = {"token-classification": "classifier", "question-answering": "qa_outputs"}.get(self.task, "logits_proj")
-        table = {}
-        for key, _ in self.head.named_parameters():
-            theirs = f"{out}.{key.removeprefix('out.')}"
-            if key.startswith("pooler."):
-                theirs = f"sequence_summary.summary.{key.removeprefix('pooler.')}"
-            table[f"head.{key}"] = CheckpointKey((theirs,))
-        return table
-
-    @classmethod
-    def read_config(cls, published: dict[str, Any]) -> XLNetConfig:
-        """The configuration in a published config.json."""
-        return read_config(published)
-
-    def write_config(self) -> dict[str, Any]:
-        """config.json as transformers writes it."""
-        return write_config(self.config)

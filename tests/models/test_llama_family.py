@@ -30,8 +30,6 @@ from handtune.engine.data.batches import packed
 from handtune.engine.tasks.losses import causal_lm_loss
 from handtune.models import Llama, load, save
 from handtune.models.llama.config import LlamaConfig
-from handtune.models.llama.config import read_config as read_published
-from handtune.models.llama.config import write_config as write_published
 
 TASKS = ("causal-lm", "sequence-classification", "token-classification", "question-answering", "embedding", "reward")
 FAMILIES = ("mistral", "qwen2", "qwen3")
@@ -42,6 +40,7 @@ CONFIG_CLASSES = {
     "qwen3": transformers.Qwen3Config,
 }
 FULL, SLIDING = "full_attention", "sliding_attention"
+read_published, write_published = LlamaConfig.from_published, LlamaConfig.to_published
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10, "rope_theta": 100.0}
 
 

@@ -469,8 +469,8 @@ def test_all_tensors_that_do_not_fit_are_listed(tmp_path, checkpoint):
     assert str(caught.value).removeprefix(f"{tmp_path / 'x'}: the weights don't fit config.json; ") == (
         "2 missing: transformer.wpe.weight, transformer.h.1.ln_2.bias; "
         "1 left over: transformer.h.2.ln_1.weight; "
-        "2 of another shape: transformer.ln_f.bias (1,), expected (24,), "
-        "transformer.h.0.attn.c_attn.weight (24, 72), expected (72, 24)"
+        "2 of another shape: transformer.h.0.attn.c_attn.weight (24, 72), expected (72, 24), "
+        "transformer.ln_f.bias (1,), expected (24,)"
     )
 
 
