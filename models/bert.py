@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from ..kernels import LayerNorm, Linear, activation_linear, attention
 from .layers.config_fields import ACTIVATIONS, read_fields, write_fields
 from .layers.heads import MaskedLMHead
-from .layers.initialization import initialize
 from .layers.inputs import check_length, key_bias, positions
 from .layers.key_map import CheckpointKey
 from .model import PretrainedModel
@@ -179,13 +178,6 @@ class Bert(PretrainedModel):
     def build_language_head(self) -> nn.Module:
         """The masked-LM head, whose output matrix is the token embedding."""
         return MaskedLMHead(self.embed.tokens.weight, ACTIVATIONS[self.config.activation], self.config.eps)
-
-    def initialize_head(self) -> None:
-        """Fresh weights for a head that a checkpoint may lack; the tied output matrix is none of them."""
-        for child in self.head.children():
-            initialize(child)
-        if isinstance(self.head, MaskedLMHead):
-            nn.init.zeros_(self.head.bias)
 
     def hidden(
         self,

@@ -150,6 +150,14 @@ SIZES = {  # masked-LM models, the output matrix counted once
 }
 
 
+def test_a_reward_head_made_for_a_checkpoint_starts_as_in_a_fresh_model():
+    """N(0, 1/(D + 1)), as every family's does; the smaller one of other heads would be half of it here."""
+    torch.manual_seed(0)
+    model = Bert.from_name("minilm-l6", n_layer=1, task="reward")
+    model.initialize_head()
+    assert model.head.out.weight.std().item() == pytest.approx(385**-0.5, rel=0.15)
+
+
 @pytest.mark.parametrize("name", SIZES)
 def test_published_sizes(name):
     published, sizes = SIZES[name]
