@@ -2,6 +2,7 @@
 
     layers/      what several architectures are made of, and how their weights and configurations are published
     tokenizer/   special tokens, and tokenizers of old vocabulary files
+    model        what they have in common, and what each has to provide
     gpt2/  llama/  bloom/  bert  t5/  xlnet/  resnet/     the architectures: begin with `gpt2/model.py`
     families     which of them a published `model_type` is
     checkpoint/  `load` reads a checkpoint in Hugging Face layout, `save` writes one
