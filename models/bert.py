@@ -150,8 +150,9 @@ class Bert(PretrainedModel):
         "qa_outputs.*": ("question-answering",),
         "pooler.*": ("sequence-classification", "reward"),
     }
+    # A text is scored by its first token, [CLS], behind a pooler.
     text_head: ClassVar = {"pooler": True}
-    text_pooling = "first"  # [CLS]
+    text_pooling = "first"
     # Constants that some checkpoints carry.
     ignored_keys = ("*embeddings.position_ids",)
     tied_keys: ClassVar = {
@@ -201,7 +202,8 @@ class Bert(PretrainedModel):
 
     def checkpoint_keys(self) -> dict[str, str | CheckpointKey]:
         """Our modules → the published ones. The pooler is published beside the encoder, not under the head's name."""
-        layer, attention = "encoder.layer.{i}", "encoder.layer.{i}.attention"
+        layer = "encoder.layer.{i}"
+        attention = "encoder.layer.{i}.attention"
         qkv = (f"{attention}.self.query", f"{attention}.self.key", f"{attention}.self.value")
         return {
             "embed.tokens": "embeddings.word_embeddings",

@@ -143,6 +143,7 @@ class Bloom(PretrainedModel):
         "classifier.*": ("token-classification",),
         "qa_outputs.*": ("question-answering",),
     }
+    # Heads that score a text are published without a bias.
     text_head: ClassVar = {"bias": False}
     # Constants that some checkpoints carry.
     ignored_keys = ("*.self_attention.scale_mask_softmax.causal_mask",)

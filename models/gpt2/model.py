@@ -103,6 +103,7 @@ class GPT2(PretrainedModel):
     title = "GPT-2"
     config_class = GPT2Config
     presets = PRESETS
+    # transformers' class for each task, as config.json names it.
     architectures: ClassVar = {
         "causal-lm": "GPT2LMHeadModel",
         "sequence-classification": "GPT2ForSequenceClassification",
@@ -112,20 +113,25 @@ class GPT2(PretrainedModel):
         "embedding": "GPT2Model",
     }
     base_prefix = ("transformer.",)
+    # What "attention" and "mlp" mean as targets of adapters.
     lora_targets: ClassVar = {
         "attention": ("layers.*.qkv", "layers.*.o"),
         "mlp": ("layers.*.up", "layers.*.down"),
     }
+    # The tasks that a stored head is for; the heads of other tasks are left out.
     head_keys: ClassVar = {
         "lm_head.*": ("causal-lm",),
         "score.*": ("sequence-classification", "reward"),
         "classifier.*": ("token-classification",),
         "qa_outputs.*": ("question-answering",),
     }
+    # Heads that score a text are published without a bias.
     text_head: ClassVar = {"bias": False}
     # Constants that some checkpoints carry.
     ignored_keys = ("*.attn.bias", "*.attn.masked_bias")
+    # A second copy of the output matrix must be one.
     tied_keys: ClassVar = {"lm_head.weight": ("embed.tokens.weight", TIED)}
+    # Published fields that would change what is computed, and the values for which they don't.
     supported_config_values: ClassVar = {
         "add_cross_attention": (False,),
         "is_encoder_decoder": (False,),

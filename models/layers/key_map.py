@@ -68,22 +68,28 @@ def expand_keys(model: nn.Module, templates: dict[str, str | CheckpointKey], pre
 
     table = {}
     for key in model.state_dict():
-        tensor = re.sub(r"\.weight\..*", ".weight", key)  # a weight in four bits is a module of several tensors
+        # A weight in four bits is a module, and its tensors stand for it.
+        tensor = re.sub(r"\.weight\..*", ".weight", key)
         module, _, parameter = tensor.rpartition(".")
+
+        # The template of the tensor itself goes before that of its module.
         suffix = ""
         template = template_of(tensor)
         if template is None:
             suffix = f".{parameter}"
             template = template_of(module)
         if template is None:
-            continue
+            continue  # an adapter's
         if isinstance(template, str):
             template = CheckpointKey((template,))
 
+        # The same number on both sides.
         number = next(iter(_NUMBER.findall(tensor)), "")
         base = "" if tensor.startswith("head.") else prefix
         names = tuple(f"{base}{name.format(i=number)}{suffix}" for name in template.names)
         also = tuple(f"{name}{suffix}" for name in template.also)
+
+        # Several names share the rows as the parts of a fused projection do.
         rows: tuple[int, ...] = ()
         if len(names) > 1:
             linear: Any = model.get_submodule(module)

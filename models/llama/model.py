@@ -124,6 +124,7 @@ class Llama(PretrainedModel):
         "score.*": ("sequence-classification", "reward", "token-classification"),
         "qa_outputs.*": ("question-answering",),
     }
+    # Heads that score a text are published without a bias.
     text_head: ClassVar = {"bias": False}
     # Constants that some checkpoints carry.
     ignored_keys = ("*rotary_emb.inv_freq",)
@@ -199,7 +200,8 @@ class Llama(PretrainedModel):
 
     def checkpoint_keys(self) -> dict[str, str | CheckpointKey]:
         """Our modules → the published ones; one that reads what others read is made up of their rows."""
-        attention, mlp = "layers.{i}.self_attn", "layers.{i}.mlp"
+        attention = "layers.{i}.self_attn"
+        mlp = "layers.{i}.mlp"
         return {
             "embed.tokens": "embed_tokens",
             "layers.{i}.norm1": "layers.{i}.input_layernorm",

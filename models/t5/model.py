@@ -41,7 +41,9 @@ def stack_keys(stack: str, last: int) -> dict[str, str | CheckpointKey]:
     """The modules of the encoder or decoder → the published ones; `last` is the number of a block's last sublayer."""
     ours = f"{stack}.layers.{{i}}"
     layer = f"{stack}.block.{{i}}.layer"
-    attention, cross, dense = f"{layer}.0.SelfAttention", f"{layer}.1.EncDecAttention", f"{layer}.{last}.DenseReluDense"
+    attention = f"{layer}.0.SelfAttention"
+    cross = f"{layer}.1.EncDecAttention"  # in the decoder alone
+    dense = f"{layer}.{last}.DenseReluDense"
     return {
         f"{ours}.norm1": f"{layer}.0.layer_norm",
         f"{ours}.qkv": CheckpointKey((f"{attention}.q", f"{attention}.k", f"{attention}.v")),
@@ -79,6 +81,7 @@ class T5(PretrainedModel):
     }
     base_prefix = ("transformer.",)
     objectives: ClassVar = {"sft": "seq2seq", "pretrain": "span-corruption"}
+    # It is looked up once for all rows.
     position_modules = ("*.positions.table",)
     # No glob is for cross_q, cross_kv and cross_o only, because an encoder alone has none of them.
     lora_targets: ClassVar = {
@@ -93,7 +96,9 @@ class T5(PretrainedModel):
         "decoder.*": ("seq2seq-lm", "sequence-classification", "reward", "question-answering"),
     }
     text_head: ClassVar = {"pooler": True}
+    # Where a row has no eos: see `pool`.
     text_pooling = "last"
+    # A table in the first block of the decoder, which nothing uses.
     ignored_keys = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
     tied_keys: ClassVar = {
         "encoder.embed_tokens.weight": ("embed.tokens.weight", "shared.weight; two embeddings are not implemented"),

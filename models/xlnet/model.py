@@ -72,6 +72,7 @@ class XLNet(PretrainedModel):
     }
     base_prefix = ("transformer.",)
     objectives: ClassVar = {"pretrain": "permutation-lm", "sft": "ordered-lm"}
+    # One table of distances serves all rows.
     position_modules = ("layers.*.r",)
     lora_targets: ClassVar = {
         "attention": ("layers.*.q", "layers.*.kv", "layers.*.r", "layers.*.o"),
@@ -84,6 +85,7 @@ class XLNet(PretrainedModel):
         "classifier.*": ("token-classification",),
         "qa_outputs.*": ("question-answering",),
     }
+    # Texts end in <cls>, which is read.
     text_head: ClassVar = {"pooler": True}
     text_pooling = "last"
     tied_keys: ClassVar = {"lm_loss.weight": ("embed.tokens.weight", TIED)}
@@ -208,7 +210,8 @@ class XLNet(PretrainedModel):
 
     def checkpoint_keys(self) -> dict[str, str | CheckpointKey]:
         """Our modules and parameters → the published ones, of which the projections are raw tensors (D, H, hd)."""
-        d, n_head = self.config.d_model, self.config.n_head
+        d = self.config.d_model
+        n_head = self.config.n_head
         attention = "layer.{i}.rel_attn"
         raw = partial(CheckpointKey, shape=(d, n_head, d // n_head))
         return {
