@@ -24,7 +24,7 @@ from handtune.engine import (
 )
 from handtune.kernels import Linear
 from handtune.kernels.quant.nf4 import NF4Weight, Workspace
-from handtune.models import GPT2, Bert, save
+from handtune.models import GPT2, Bert, XLNet, save
 
 
 def tiny(**sizes: int) -> GPT2:
@@ -50,6 +50,16 @@ def decoded(model: GPT2) -> GPT2:
 
 IDS = torch.randint(0, 31, (2, 9), generator=torch.Generator().manual_seed(0))
 ALL = tuple(f"layers.{i}.{name}" for i in range(2) for name in ("qkv", "o", "up", "down"))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "xlnet"])
+def test_quantised_and_adapted_tensors_are_published_as_before(family) -> None:
+    model = tiny() if family == "gpt2" else XLNet.from_name("xlnet-base-cased", n_layer=1, d_model=24, vocab_size=31)
+    table = model.key_map()
+    freeze(model, "*")
+    quantize(model)
+    add_lora(model, LoRAConfig(rank=2, targets=["layers.*.up"]), name="weight")
+    assert model.key_map() == table
 
 
 def test_quantises_the_projections_of_the_layers() -> None:
