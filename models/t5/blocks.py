@@ -109,13 +109,6 @@ class Block(nn.Module):
         """The feed-forward's first projection, gated or not."""
         return self.gate_up if self.gated else self.up
 
-    def attention_projections(self) -> list[tuple[Linear, Linear]]:
-        """Of each attention the projection whose first rows are q's, and the one of its output."""
-        projections = [(self.qkv, self.o)]
-        if self.decoder:
-            projections.append((self.cross_q, self.cross_o))
-        return projections
-
 
 class Stack(nn.Module):
     """The encoder, or the decoder: its blocks, the position bias that they share, and the norm at the end."""

@@ -132,9 +132,11 @@ class T5(PretrainedModel):
             self.embed.tokens.weight.normal_()
 
         for block in self.layers:
-            for qkv, o in block.attention_projections():
-                qkv.weight[:inner].div_(c.head_width**0.5)
-                o.weight.normal_(0.0, inner**-0.5)
+            block.qkv.weight[:inner].div_(c.head_width**0.5)
+            block.o.weight.normal_(0.0, inner**-0.5)
+            if block.decoder:
+                block.cross_q.weight.div_(c.head_width**0.5)
+                block.cross_o.weight.normal_(0.0, inner**-0.5)
             block.down.weight.normal_(0.0, c.d_ff**-0.5)
 
     def initialize_head(self) -> None:
