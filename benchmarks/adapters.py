@@ -127,7 +127,8 @@ def learn(ours: Any, tokens: int, options: argparse.Namespace) -> dict[str, Any]
     """Seconds of a pass forward and backward over all rows together, and row by row."""
     from handtune.engine import unfreeze, use_adapter
     from handtune.engine.data.batches import Collate, to_device
-    from handtune.engine.tasks.losses import ByAdapter, causal_lm_loss
+    from handtune.engine.tasks.causal_lm import causal_lm_loss
+    from handtune.engine.tasks.common import ByAdapter
 
     unfreeze(ours, "*.lora.*")
     ours.train()

@@ -97,7 +97,7 @@ def learn(graph: Graph, seed: int, episodes: int) -> dict[str, Any]:
 
     from handtune.engine import LoRAConfig, PPOConfig, TrainConfig, generate, ppo, set_adapter, train
     from handtune.engine.data.batches import Collate
-    from handtune.engine.tasks.losses import causal_lm_loss
+    from handtune.engine.tasks.causal_lm import causal_lm_loss
     from handtune.models import GPT2
     from handtune.models.tokenizer.special_tokens import SpecialTokens
 

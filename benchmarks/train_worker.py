@@ -211,7 +211,7 @@ def reset_peak(device: str) -> None:
 def handtune_steps(task: Task) -> tuple[Callable[[int | None], float], Any]:
     from handtune.engine import LoRAConfig, add_lora, freeze, quantize
     from handtune.engine.data.batches import Collate, to_device
-    from handtune.engine.tasks.losses import causal_lm_loss
+    from handtune.engine.tasks.causal_lm import causal_lm_loss
     from handtune.engine.training.optim import Optimizer
     from handtune.models import load
 

@@ -13,14 +13,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- by docs/reading_path.py -->", "<!-- end -->"
 START = "handtune/commands/train.py"
+TASK = "engine/tasks/causal_lm.py"  # of the many that the table of methods leads to
 # What another path would be about. A folder stands for all that is in it.
 ELSEWHERE = {
     "other families": ["models/bloom", "models/bert.py", "models/t5", "models/xlnet", "models/resnet"],
     "other methods": [
         "engine/rlhf", "engine/tasks/preferences.py", "engine/tasks/permutation_lm.py", "engine/tasks/seq2seq.py",
-        "engine/tasks/encoding.py", "engine/tasks/metrics.py", "engine/tasks/scores.py", "engine/tasks/tag_schemes.py",
-        "engine/tasks/word_tokenizer.py", "engine/tasks/objectives.py", "engine/generation", "models/layers/heads.py",
-        "models/layers/kv_cache.py", "models/checkpoint/tasks.py", "kernels/lora/small_batch_matmul.py",
+        "engine/tasks/masked_lm.py", "engine/tasks/classification.py", "engine/tasks/tagging.py",
+        "engine/tasks/question_answering.py", "engine/tasks/embedding.py", "engine/tasks/metrics.py",
+        "engine/tasks/objectives.py", "engine/generation", "models/layers/heads.py", "models/layers/kv_cache.py",
+        "models/checkpoint/tasks.py", "kernels/lora/small_batch_matmul.py",
     ],
     "other adapters": [
         "kernels/conv.py", "kernels/quant", "kernels/lora/batched.py", "kernels/lora/batched_torch.py",
@@ -32,7 +34,7 @@ ELSEWHERE = {
     ],
     "other data": [
         "engine/chat", "engine/data/corpus.py", "engine/data/images.py", "engine/data/tables.py",
-        "engine/data/row_fields.py", "engine/data/schema.py", "engine/data/candidates.py", "engine/data/labels.py",
+        "engine/data/row_fields.py", "engine/data/schema.py", "engine/data/labels.py",
         "models/tokenizer",
         "models/layers/image_processor.py", "models/checkpoint/pooling.py", "models/layers/relative_positions.py",
         "models/layers/rope_scaling.py", "models/llama/config.py",
@@ -43,7 +45,7 @@ ELSEWHERE = {
     ],
     "care": [
         "handtune", "engine/finite.py", "engine/data/fingerprints.py", "engine/data/placed_rows.py",
-        "engine/data/encode_report.py", "engine/training/cached_features.py", "engine/training/guards.py",
+        "engine/training/cached_features.py", "engine/training/guards.py",
         "engine/training/journal.py", "engine/training/run_folder.py", "engine/training/state.py",
         "models/checkpoint/hub.py", "models/checkpoint/saving.py",
     ],
@@ -79,8 +81,8 @@ def listing() -> str:
 
 
 def files() -> list[str]:
-    """The files of the path: breadth first from the command, with the Triton twins of what is read."""
-    found, queue = [START], [START]
+    """The files of the path: breadth first from the command and the task, with the Triton twins of what is read."""
+    found, queue = [START, TASK], [START, TASK]
     while queue:
         path = queue.pop(0)
         twin = path.replace(".py", "_triton.py")

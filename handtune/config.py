@@ -15,7 +15,7 @@ from ._outside import located
 from ._shapes import NotTOML, above_zero, check_bounds, is_of, one_of, parse_toml, shown
 from .engine.adapters.config import LARGEST, LoRAConfig
 from .engine.rlhf.config import PPOConfig
-from .engine.tasks.encoding import TRUNCATE
+from .engine.tasks.common import TRUNCATE
 from .engine.tasks.objectives import METHODS
 from .engine.training.config import TrainConfig
 

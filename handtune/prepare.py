@@ -11,7 +11,7 @@ import torch
 from .config import RunConfig
 from .engine import add_lora, freeze, projections, quantize, train_rows, unfreeze
 from .engine.adapters.token_rows import train_added_rows
-from .engine.data.batches import Batches, Collate, CollateFn, Examples
+from .engine.data.batches import Batches, CollateFn, Examples
 from .engine.data.images import ImageCollate, ImageExamples, class_counts
 from .engine.data.readers import label_names
 from .engine.data.schema import is_dialogue
@@ -44,13 +44,8 @@ class Prepared:
     eval_rows: Sequence[Any]
     eval_examples: Examples
     collate: CollateFn
+    by_length: bool = False  # whether a batch has rows of similar length, as where rows are padded
     chat: bool = False  # whether plain prompts go through the chat template
-
-    @property
-    def by_length(self) -> bool:
-        """Whether a batch has rows of similar length: only where rows are padded."""
-        is_packed = isinstance(self.collate, Collate) and self.collate.layout == "packed"
-        return not is_packed and not isinstance(self.collate, ImageCollate)
 
     def score(self) -> Any:
         return self.objective.score(self.labels, self.eval_examples, self.eval_rows)
@@ -154,9 +149,11 @@ def prepare(config: RunConfig, base: RunBase, cache: Path, *, head_follows: bool
             add_reference(model, part)
 
     collate = objective.collate(model, tokenizer, config.data.packing)
+    by_length = objective.by_length or not config.data.packing
     return Prepared(
-        model, tokenizer, objective, labels, examples, eval_rows, eval_examples, collate, template is not None
-    )
+        model, tokenizer, objective, labels, examples, eval_rows, eval_examples, collate, by_length,
+        chat=template is not None,
+    )  # fmt: skip
 
 
 def _check_training_options(config: RunConfig) -> None:

@@ -15,15 +15,14 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .candidates import candidates
-
-IGNORE = -100
+IGNORE = -100  # a target without loss, as in torch's cross-entropy
 Batch = dict[str, Any]
 CollateFn = Callable[[list[Any]], Any]
-TokenRows = Sequence[Sequence[int]]
+TokenRows = Sequence[Sequence[int] | npt.NDArray[Any]]
 
 
 class Examples(Protocol):
@@ -150,38 +149,32 @@ class Batches:
         self.position = state["position"]
 
 
-def packed(rows: TokenRows, token_types: TokenRows | None = None) -> dict[str, Any]:
+def packed(rows: TokenRows) -> dict[str, Any]:
     """Model inputs for token rows laid end to end: input_ids and position_ids (1, N), cu_seqlens (n + 1,) int32."""
     lengths = [len(row) for row in rows]
-    bounds = np.concatenate(([0], np.cumsum(lengths)))  # (n + 1,)
-    positions = np.arange(bounds[-1]) - np.repeat(bounds[:-1], lengths)  # (N,), from 0 again in each row
-    inputs: dict[str, Any] = {
+    bounds = np.cumsum([0, *lengths])  # (n + 1,)
+    positions = np.concatenate([np.arange(length) for length in lengths])  # (N,), from 0 again in each row
+    return {
         "input_ids": _end_to_end(rows),
         "position_ids": torch.from_numpy(positions)[None],  # (1, N)
         "cu_seqlens": torch.from_numpy(bounds.astype(np.int32)),
         "max_seqlen": max(lengths),
     }
-    if token_types is not None:
-        inputs["token_type_ids"] = _end_to_end(token_types)
-    return inputs
 
 
-def _end_to_end(rows: Sequence[Any]) -> Tensor:
+def _end_to_end(rows: TokenRows) -> Tensor:
     return torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]))[None]  # (1, N)
 
 
-def padded(rows: TokenRows, pad_id: int, token_types: TokenRows | None = None) -> dict[str, Any]:
+def padded(rows: TokenRows, pad_id: int) -> dict[str, Any]:
     """Model inputs for token rows filled up on the right: input_ids and attention_mask (B, T)."""
-    inputs = {
+    return {
         "input_ids": _filled_up(rows, pad_id),
         "attention_mask": _filled_up([np.ones(len(row)) for row in rows], 0),
     }
-    if token_types is not None:
-        inputs["token_type_ids"] = _filled_up(token_types, 0)
-    return inputs
 
 
-def _filled_up(rows: Sequence[Any], value: int) -> Tensor:
+def _filled_up(rows: TokenRows, value: int) -> Tensor:
     """Rows of numbers as one int64 tensor (B, T), the shorter ones filled up with `value` on the right."""
     matrix = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)  # (B, T)
     for i, row in enumerate(rows):
@@ -190,66 +183,32 @@ def _filled_up(rows: Sequence[Any], value: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Masking:
-    """BERT's masked-LM noise: of `share` of the tokens, 80 % become [MASK], 10 % a random token, 10 % stay."""
-
-    mask_id: int
-    vocab_size: int  # random tokens are drawn from all of it
-    special_ids: tuple[int, ...] = ()  # these are never masked
-    share: float = 0.15  # of all tokens, as in BERT
-
-    def __call__(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Noisy ids, the flat positions to predict (at least one), their true tokens. Draws from torch's generator."""
-        flat = ids.flatten()  # (N,)
-        special = torch.isin(flat, torch.tensor(self.special_ids, dtype=flat.dtype))
-
-        # Each token is predicted with probability `share`; special ones never are, as 2 is above any share.
-        draws = torch.rand(flat.shape).masked_fill_(special, 2.0)
-        index = (draws < self.share).nonzero()[:, 0]  # (n,)
-        if len(index) == 0:
-            index = draws.argmin()[None]  # (1,)
-        targets = flat[index]
-
-        # A second draw tells what becomes of each: below 0.8 [MASK], below 0.9 a random token, else it stays.
-        draws = torch.rand(len(index))
-        noise = torch.where(draws < 0.8, self.mask_id, torch.randint(self.vocab_size, (len(index),)))
-        noisy = flat.index_copy(0, index, torch.where(draws < 0.9, noise, targets))
-        return noisy.view_as(ids), index, targets
-
-
-@dataclass(frozen=True)
 class Collate:
     """Make a batch of encoded examples.
 
     `batch["inputs"]` are the model's keyword arguments; `batch["lengths"]` the tokens of each row. Token targets become
     `index` (flat positions that have one) and `targets` (n,), with `counts`, how many each row has; labels become
-    `labels` (B,); spans `starts` and `ends` (B,); an `adapter`, the name of each row's, `adapters`. Text pairs become
-    inputs under the names `anchor` (B rows), `positive` and `negative` (together C rows): each text that differs once,
-    and a negative that is also a positive only there. `targets` (B,) are the numbers of the anchors' positives, and
-    `also_right` (B, C) says which others are no wrong answers (`candidates.py`).
+    `labels` (B,); spans `starts` and `ends` (B,); an `adapter`, the name of each row's, `adapters`.
     """
 
     layout: str = "packed"  # or "padded"
     pad_id: int = 0  # fills the rows of the padded layout, whose mask hides it
-    masking: Masking | None = None  # makes the targets of masked-LM batches, which are packed
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
         first = examples[0]
-        if "anchor" in first:
-            return self._pairs(examples)
-
         rows = [example["input_ids"] for example in examples]
-        token_types = [example["token_type_ids"] for example in examples] if "token_type_ids" in first else None
-        inputs = self._inputs(rows, token_types)
+        inputs = packed(rows) if self.layout == "packed" else padded(rows, self.pad_id)
+        if "token_type_ids" in first:
+            inputs["token_type_ids"] = self._laid_out([example["token_type_ids"] for example in examples], 0)
         batch: Batch = {"inputs": inputs, "lengths": [len(row) for row in rows]}
 
         # What is to be predicted: tokens, the row's class, a span in it.
-        if self.masking is not None:
-            if self.layout != "packed":
-                raise ValueError("masked-LM batches are packed; the padded layout would mask padding")
-            inputs["input_ids"], batch["index"], batch["targets"] = self.masking(inputs["input_ids"])
         if "targets" in first:
-            batch |= self._targets([np.asarray(example["targets"]) for example in examples])
+            by_row = [np.asarray(example["targets"]) for example in examples]
+            targets = self._laid_out(by_row, IGNORE).flatten()  # (N,)
+            index = (targets != IGNORE).nonzero()[:, 0]  # (n,)
+            counts = [int((row != IGNORE).sum()) for row in by_row]
+            batch |= {"index": index, "targets": targets[index], "counts": counts}
         for name in ("label", "start", "end"):
             if name in first:
                 batch[f"{name}s"] = torch.tensor([example[name] for example in examples])  # (B,)
@@ -262,35 +221,9 @@ class Collate:
             batch["features"] = torch.stack(features) if features[0].dim() == 1 else torch.cat(features)[None]
         return batch
 
-    def _pairs(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
-        anchors = [tuple(example["anchor"]) for example in examples]  # tuples, which can be looked up
-        positives = [tuple(example["positive"]) for example in examples]
-        negatives = [tuple(example["negative"]) for example in examples] if "negative" in examples[0] else []
-        different = candidates(anchors, positives, negatives)
-
-        # Each text is encoded once, with the positives if it is among them.
-        n_positives = len(positives)
-        first_positives = [positives[i] for i in different.first if i < n_positives]
-        batch: Batch = {"anchor": self._inputs(anchors), "positive": self._inputs(first_positives)}
-        if new := [negatives[i - n_positives] for i in different.first if i >= n_positives]:
-            batch["negative"] = self._inputs(new)
-
-        also_right = torch.zeros(len(anchors), len(different.first), dtype=torch.bool)  # (B, C)
-        for row, columns in enumerate(different.also_right):
-            also_right[row, columns] = True
-        return {**batch, "targets": torch.tensor(different.target), "also_right": also_right}
-
-    def _inputs(self, rows: list, token_types: list | None = None) -> dict[str, Any]:
-        if self.layout == "packed":
-            return packed(rows, token_types)
-        return padded(rows, self.pad_id, token_types)
-
-    def _targets(self, rows: list[np.ndarray]) -> Batch:
-        """The tokens to predict and where they stand in the flattened inputs, laid out as these."""
-        layout = _end_to_end(rows) if self.layout == "packed" else _filled_up(rows, IGNORE)
-        targets = layout.flatten()  # (N,)
-        index = (targets != IGNORE).nonzero()[:, 0]  # (n,)
-        return {"index": index, "targets": targets[index], "counts": [int((row != IGNORE).sum()) for row in rows]}
+    def _laid_out(self, rows: TokenRows, fill: int) -> Tensor:
+        """What goes with the tokens, laid out as they are."""
+        return _end_to_end(rows) if self.layout == "packed" else _filled_up(rows, fill)
 
 
 def count_tokens(batch: Any) -> int:

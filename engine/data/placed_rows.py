@@ -1,40 +1,48 @@
-"""Rows that know where they were read, so that an error about one can say so, split, joined or converted."""
+"""Rows that know their shape and where they were read, so that an error about one can say so, split or converted."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 
 class PlacedRow(dict[str, Any]):
-    """A row and where it was read: "clauses.csv", "line 7". Of a file that is one row `line` is empty."""
+    """A row and where it was read: "clauses.csv", "line 7". Of a file that is one row `line` is empty.
 
-    __slots__ = ("file", "line")
+    `shape` is one of those of `schema.py`, empty where nobody has asked for it, as of a prompt.
+    """
 
-    def __init__(self, row: Mapping[str, Any], file: str, line: str) -> None:
+    __slots__ = ("file", "line", "shape")
+
+    def __init__(self, row: Mapping[str, Any], file: str, line: str, shape: str = "") -> None:
         super().__init__(row)
         self.file = file
         self.line = line
+        self.shape = shape
+
+    @property
+    def place(self) -> str:
+        return f"{self.file} {self.line}".rstrip()
 
 
 def place_of(row: Mapping[str, Any], index: int) -> str:
     """Where a row stands, for an error: in the file it was read from, else its number among the rows, from 1."""
-    if isinstance(row, PlacedRow):
-        return f"{row.file} {row.line}".rstrip()
-    return f"row {index + 1}"
+    return row.place if isinstance(row, PlacedRow) else f"row {index + 1}"
 
 
-def places_of(rows: Sequence[Mapping[str, Any]], indices: Sequence[int]) -> str:
-    """Where several of the rows stand; a file is named once for the lines in it that follow each other."""
-    names: list[str] = []
-    last_file = None
-    for index in indices:
-        row = rows[index]
-        name = place_of(row, index)
-        # Behind a row of the same file the line is enough.
-        file = None
-        if isinstance(row, PlacedRow):
-            file = row.file
-            if file == last_file:
-                name = row.line
-        names.append(name)
-        last_file = file
+def places_of(rows: Sequence[PlacedRow]) -> str:
+    """Where several rows stand; a file is named once for the lines in it that follow each other."""
+    names = []
+    last_file = ""
+    for row in rows:
+        names.append(row.line if row.file == last_file else row.place)
+        last_file = row.file
     return ", ".join(names)
+
+
+@contextmanager
+def errors_at(place: str) -> Iterator[None]:
+    """Within it a ValueError begins with the place of the row that it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from None

@@ -47,7 +47,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     first_shape = ""
     first_line = ""
     for line, row in _placed_rows(path, normalise):
-        shape = row_shape(row)
+        shape = row.shape = row_shape(row)
         if not rows:
             first_shape = shape
             first_line = line

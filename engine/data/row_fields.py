@@ -58,7 +58,10 @@ def check_characters_within(value: Any, what: str) -> None:
 
 
 def template_arguments(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row gives its chat template besides messages, by name; empty values are none. ValueError by field."""
+    """The field `template_arguments`: what a row gives its chat template besides messages, by name.
+
+    Empty values are none, and without any there is no such field. ValueError by field.
+    """
     arguments = raw.get("chat_template_kwargs") or {}
     if not isinstance(arguments, dict) or any(name in arguments for name in _RESERVED):
         raise ValueError("field 'chat_template_kwargs' must be an object of what else the template takes, by name")
@@ -73,7 +76,7 @@ def template_arguments(raw: Mapping[str, Any]) -> dict[str, Any]:
         arguments["enable_thinking"] = enable_thinking
 
     check_characters_within(arguments, f"field {', '.join(arguments)}")
-    return arguments
+    return {"template_arguments": arguments} if arguments else {}
 
 
 def _list_of_objects(value: Any, name: str) -> list[Any]:

@@ -59,6 +59,9 @@ KNOWN_FIELDS = frozenset(_CONVERTED.union(_RENAMED, *_SHAPES.values()))
 
 def row_shape(row: Mapping[str, Any]) -> str:
     """Name the shape of a normalised row, as `prompt/completion`; ValueError if it has none."""
+    if isinstance(row, PlacedRow) and row.shape:
+        return row.shape  # as it was read
+
     for shape, fields in _SHAPES.items():
         if all(field in row for field in fields):
             return shape
@@ -80,14 +83,7 @@ def normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(row.get("prompt"), str):
         refuse_unused(raw)
     refuse_unknown(raw)
-    return _with_template_arguments(row, raw)
-
-
-def _with_template_arguments(row: dict[str, Any], raw: Mapping[str, Any]) -> dict[str, Any]:
-    arguments = template_arguments(raw)
-    if not arguments:
-        return row
-    return row | {"template_arguments": arguments}
+    return row | template_arguments(raw)
 
 
 def _shaped(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,28 +113,25 @@ def prompt_row(raw: Mapping[str, Any]) -> dict[str, Any]:
 
     ValueError where it has no prompt.
     """
-    row = _prompt(raw)
-    if isinstance(row.get("prompt"), list):
+    row: dict[str, Any]
+    if "messages" in raw or "conversations" in raw or {"chosen", "rejected"} <= raw.keys():
+        row = normalise(raw)
+    elif "prompt" not in raw:
+        row = normalise({field: value for field, value in raw.items() if field != "label"})  # it may be missing yet
+    elif isinstance(raw["prompt"], list):
+        row = {"messages": with_system(messages_of(raw["prompt"], "prompt"), raw)}
+    else:
+        refuse_unused(raw)
+        row = {"prompt": text_field(raw, "prompt")}
+
+    if isinstance(row.get("prompt"), list):  # of a comparison
         row = {"messages": row["prompt"]}
     if not row.keys() & {"prompt", "messages", "text"}:
         raise ValueError(f"the fields {', '.join(raw)} hold no prompt; rename one of them to prompt")
-
-    row = _with_template_arguments(row, raw)
-    if "adapter" not in raw:
-        return row
-    return row | {"adapter": None if raw["adapter"] is None else text_field(raw, "adapter")}
-
-
-def _prompt(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row asks, in one of the fields `prompt`, `messages` and `text`, if it asks anything."""
-    if "messages" in raw or "conversations" in raw or {"chosen", "rejected"} <= raw.keys():
-        return normalise(raw)
-    if "prompt" not in raw:
-        return normalise({field: value for field, value in raw.items() if field != "label"})  # it may be missing yet
-    if isinstance(raw["prompt"], list):
-        return {"prompt": with_system(messages_of(raw["prompt"], "prompt"), raw)}
-    refuse_unused(raw)
-    return {"prompt": text_field(raw, "prompt")}
+    row |= template_arguments(raw)
+    if "adapter" in raw:
+        row["adapter"] = None if raw["adapter"] is None else text_field(raw, "adapter")
+    return row
 
 
 def _alpaca(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -218,5 +211,5 @@ def as_dialogue(row: Mapping[str, Any]) -> dict[str, Any]:
         dialogue["template_arguments"] = row["template_arguments"]
     dialogue["messages"] = messages
     if isinstance(row, PlacedRow):
-        return PlacedRow(dialogue, row.file, row.line)
+        return PlacedRow(dialogue, row.file, row.line, "messages")
     return dialogue

@@ -1,5 +1,5 @@
 """What each method of training means: `objectives.py` is the table, and says which encoding, loss and score it takes.
 
-`encode.py` makes examples of rows, by `encoding.py` for texts that are read both ways and `preferences.py` for
-comparisons; `losses.py` and `scores.py` belong to them, `metrics.py` are the scores' formulas.
+A task is one file: its encoding, its batches where they are its own, its loss, its score with the score's formula. They
+share what stands in `common.py` and `metrics.py`. `encode.py` takes rows through the encoders.
 """

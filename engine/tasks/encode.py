@@ -1,54 +1,33 @@
-"""Rows to training examples: token ids, and which of them are targets.
+"""Rows to training examples: token ids, and what is to be predicted. Each task's file says what its examples are.
 
-    objective   rows                                        example
-    pretrain    text, text/label, prompt/completion,        input_ids, targets: loss on every token
-                messages
-    sft         prompt/completion, messages, text           input_ids, targets: loss on completion or assistant only;
-                                                            of messages several, where a template rewrites earlier turns
-    masked-lm   text, text/label, prompt/completion         input_ids
-    classify    text/label, text/text_pair/label            input_ids, label (+ token_type_ids for pairs)
-    tag         tokens/tags                                 input_ids, targets: a word's tag on its first sub-token
-    qa          question/context/answers                    input_ids, token_type_ids, start, end, row, offsets
-    embed       anchor/positive(/negative)                  anchor, positive (, negative)
-    pairs       prompt/chosen/rejected                      chosen, rejected, starts, margin, tie: see `preferences.py`
-    seq2seq     prompt/completion                           input_ids, target_ids
-    span-corruption   as masked-lm                          input_ids
-
-Targets of causal objectives are shifted: targets[i] follows position i, or is -100 where no loss is wanted. A row of n
-tokens gives n - 1 positions, and `max_length` counts positions: what the model sees.
-
-What doesn't fit in max_length:
-- text (pretrain, sft, masked-lm, span-corruption) is split into windows; no token is lost;
-- sft with a mask, and pairs: the end is cut, or, as `truncate` says, the beginning (what begins every text stays), or
-  the row is dropped, as is one that has no target left then. All of them count as truncated;
-- qa: the context is split into windows that overlap by 128 tokens, a question is cut to half a window;
-- classify, tag, embed: the end is cut, of a pair first the longer text's; seq2seq: the end of prompt and completion.
-
-Special tokens: those of the tokenizer's post-processor for masked-lm, classify, tag, qa, embed. Texts of causal
-objectives begin with what it puts in front (a template's BOS is not doubled), and text and completions end with `eos`
-(in sft not after messages, where the template ends turns). `text.py` says more, also of where a prompt ends.
+What doesn't fit in `max_length` is split into windows, or cut, as the task's file says; a report tells what became of
+the rows. Special tokens are those of the tokenizer's post-processor ([CLS] text [SEP]; a tokenizer without one places
+none); those of models that write are in `text.py`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
-from ..chat.fields import check_used, trained_turns
-from ..chat.template import ChatTemplate, Dialogue, token_mask
-from ..chat.turns import ChatTargets, Rendered, drops_thinking
-from ..data.encode_report import Encoded, EncodeReport, Outcome
+import numpy as np
+
+from ..chat.template import ChatTemplate
+from ..data.batches import example_size
 from ..data.labels import label_ids
-from ..data.placed_rows import place_of
+from ..data.placed_rows import PlacedRow, places_of
 from ..data.readers import label_names
 from ..data.schema import is_dialogue, row_shape
-from ..data.text import append_eos, beginning, begun, encode_with_seams, tokenize_pairs
-from .encoding import IGNORED, Numbered, Settings, classify, embed, joined_text, masked_lm, qa, seq2seq, tag, windows
-from .preferences import comparisons
+from .common import Encoded, Encoder, Settings
+from .objectives import ENCODERS
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Tokenizer
 
 _BATCH = 512  # rows whose encodings, with their offsets, are held at once
+SHOWN = 5  # rows named in a report
+PERCENTILES = (50, 90, 99, 100)
 
 
 def encode(
@@ -63,28 +42,27 @@ def encode(
     evaluation: bool = False,
     more_ends: Sequence[int] = (),
     truncate: str = "end",
-) -> tuple[list[dict[str, Any]], EncodeReport]:
-    """Encode rows of `read_rows` for `objective`; see the module's docstring for examples and rules.
+) -> tuple[list[dict[str, Any]], "EncodeReport"]:
+    """Encode rows of `read_rows`, or others like them, by the encoders of `objective`.
 
     labels: class or tag names in the order of their ids; None takes `label_names(rows)`.
     eos: id of the end-of-text token. more_ends: of those that end a chat's turn, where they are others.
     template: for messages; None is `chat.DEFAULT_TEMPLATE`, turns ended by `eos`.
-    truncate: what becomes of rows that are too long, see above.
+    truncate: what becomes of rows that are too long: their "end" or "start" is cut off, or they are "drop"ped.
     evaluation: for a score, which counts all rows: examples say their `row`, so that rows that gave none are known, and
     of tagged sentences their `words`; a question whose answer no window holds stays (without loss).
     Raises ValueError, which says where the row stands, for rows of the wrong shape, an unknown label, a template that
     fails on a row, and if no target is left.
     """
-    encoders = _ENCODERS.get(objective)
+    encoders = ENCODERS.get(objective)
     if encoders is None:
-        raise ValueError(f"unknown objective {objective!r}; use one of {', '.join(_ENCODERS)}")
+        raise ValueError(f"unknown objective {objective!r}; use one of {', '.join(ENCODERS)}")
     if max_length < 1:
         raise ValueError(f"max_length must be at least 1, not {max_length}")
     if eos is not None and tokenizer.id_to_token(eos) is None:
         last = max(tokenizer.get_vocab().values(), default=-1)
         raise ValueError(f"the tokenizer has no token {eos} to end texts with; its ids end at {last}")
-    _check_shapes(rows, objective, encoders)
-    _check_arguments(rows)
+    placed_rows = _placed(rows, objective, encoders)
 
     # Defaults that depend on the rows.
     if labels is None and objective in ("classify", "tag"):
@@ -97,19 +75,40 @@ def encode(
     )  # fmt: skip
 
     examples: list[dict[str, Any]] = []
-    outcomes: list[Outcome] = []
-    for index, encoded in enumerate(_encode_batches(rows, encoders, settings)):
-        if evaluation:
+    report = EncodeReport(objective)
+    numbered = evaluation or objective == "qa"  # windows, of which several may be of one question, always say their row
+    for index, encoded in enumerate(_encode_batches(placed_rows, encoders, settings)):
+        if numbered:
             examples += [example | {"row": index} for example in encoded.examples]
         else:
             examples += encoded.examples
-        outcomes.append(encoded.outcome())  # the examples are in one list, not two
+        report.add(placed_rows[index], encoded)
 
-    report = EncodeReport.of(objective, rows, outcomes, len(examples))
     if not examples:
         purpose = "evaluate" if evaluation else "train"
         raise ValueError(f"no target left to {purpose} on: {report}; check the rows, or raise data.max_length")
     return examples, report
+
+
+def _placed(rows: Sequence[Mapping[str, Any]], objective: str, encoders: Mapping[str, Encoder]) -> list[PlacedRow]:
+    """The rows with their shapes, checked, and places; those that were read have both already."""
+    placed_rows = []
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, PlacedRow):
+            row = PlacedRow(row, f"row {number}", "")
+        row.shape = row_shape(row)
+        if row.shape not in encoders:
+            raise ValueError(
+                f"{row.place}: a {row.shape} row, but {objective} needs {' or '.join(encoders)}; "
+                "change the data or the method"
+            )
+        if (names := row.get("template_arguments")) and not is_dialogue(row):
+            raise ValueError(
+                f"{row.place}: only a chat template uses {', '.join(names)}, and this row goes "
+                "through none; take it out, or train the row as a chat (messages, or data.chat)"
+            )
+        placed_rows.append(row)
+    return placed_rows
 
 
 def _default_template(tokenizer: "Tokenizer", eos: int | None) -> ChatTemplate:
@@ -123,161 +122,81 @@ def _default_template(tokenizer: "Tokenizer", eos: int | None) -> ChatTemplate:
     return ChatTemplate(eos_token=token)
 
 
-def _check_shapes(rows: Sequence[Mapping[str, Any]], objective: str, encoders: Mapping[str, Any]) -> None:
-    for index, row in enumerate(rows):
-        if row_shape(row) not in encoders:
-            raise ValueError(
-                f"{place_of(row, index)}: a {row_shape(row)} row, but {objective} needs {' or '.join(encoders)}; "
-                "change the data or the method"
-            )
-
-
-def _check_arguments(rows: Sequence[Mapping[str, Any]]) -> None:
-    for index, row in enumerate(rows):
-        if (names := row.get("template_arguments")) and not is_dialogue(row):
-            raise ValueError(
-                f"{place_of(row, index)}: only a chat template uses {', '.join(names)}, and this row goes "
-                "through none; take it out, or train the row as a chat (messages, or data.chat)"
-            )
-
-
 def _encode_batches(
-    rows: Sequence[Mapping[str, Any]], encoders: Mapping[str, "_Encoder"], settings: Settings
+    rows: Sequence[PlacedRow], encoders: Mapping[str, Encoder], settings: Settings
 ) -> Iterator[Encoded]:
     """Each row encoded, in order; neighbours of one shape together, because tokenizers are fast on many texts."""
-    for shape, group in groupby(enumerate(rows), key=lambda numbered: row_shape(numbered[1])):
-        numbered = list(group)
-        for start in range(0, len(numbered), _BATCH):
-            yield from encoders[shape](numbered[start : start + _BATCH], settings)
+    for shape, group in groupby(rows, key=attrgetter("shape")):
+        neighbors = list(group)
+        for start in range(0, len(neighbors), _BATCH):
+            yield from encoders[shape](neighbors[start : start + _BATCH], settings)
 
 
-def _every_token(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
-    """Loss on every token; long texts become windows, each token but the first a target exactly once."""
-    length = settings.max_length
-    texts = [_text_to_train(index, row, settings) for index, row in rows]
-    begin = beginning(settings.tokenizer)
-    for encoding in _encode_texts(texts, settings):
-        ids = append_eos(begun(encoding.ids, begin), 0, settings.eos, settings.more_ends)
-        examples = []
-        # Of an empty row there are only the tokens that begin and end a text, which are no example.
-        if encoding.ids:
-            # Windows of length + 1 tokens share one: the last target of each is the first input of the next.
-            for start in range(0, len(ids) - 1, length):
-                window = ids[start : start + length + 1]
-                examples.append({"input_ids": window[:-1], "targets": window[1:]})
-        targets = max(0, len(ids) - 1)
-        yield Encoded(examples, targets, targets, masked=len(ids) == 1 and bool(encoding.ids))
+@dataclass
+class EncodeReport:
+    """What became of the rows: how many examples they gave, which were dropped, what was too long."""
+
+    objective: str
+    examples: int = 0
+    tokens: int = 0  # positions over all examples
+    targets: int = 0  # target tokens, or labels, windows, pairs where those are the targets
+    dropped: list[PlacedRow] = field(default_factory=list)  # these gave no example
+    truncated: list[PlacedRow] = field(default_factory=list)
+    masked: list[PlacedRow] = field(default_factory=list)  # no target was left of these; a question may be kept
+    lengths: list[int] = field(default_factory=list)  # of each row in tokens, before anything was cut off
+
+    def add(self, row: PlacedRow, encoded: Encoded) -> None:
+        """Count a row."""
+        tokens = sum(map(example_size, encoded.examples))
+        self.lengths.append(encoded.length or tokens)
+        self.examples += len(encoded.examples)
+        self.tokens += tokens
+        if encoded.examples:
+            self.targets += encoded.targets
+        else:
+            self.dropped.append(row)
+        if encoded.truncated:
+            self.truncated.append(row)
+        if encoded.masked:
+            self.masked.append(row)
+
+    @property
+    def read(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def kept(self) -> int:
+        return self.read - len(self.dropped)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.read:,} rows read, {self.kept:,} kept as {self.examples:,} examples; "
+            f"dropped {_named(self.dropped)}, truncated {_named(self.truncated)}, fully masked {_named(self.masked)}; "
+            f"{self.tokens:,} tokens, {self.targets:,} targets"
+        )
+
+    @property
+    def warning(self) -> str | None:
+        """What to say where more than a tenth of the rows are too long; else None."""
+        # A few cut rows are to be expected of any limit.
+        if len(self.truncated) <= self.read / 10:
+            return None
+
+        remedy = ""
+        if self.objective in ("sft", "pairs"):
+            remedy = ", or choose with data.truncate what is cut"
+        # Each length is that of some row, none lies between two.
+        lengths = np.percentile(self.lengths, PERCENTILES, method="inverted_cdf").tolist()
+        numbers = ", ".join(f"{percent} % {length:,}" for percent, length in zip(PERCENTILES, lengths, strict=True))
+        return (
+            f"{len(self.truncated):,} of {self.read:,} rows are longer than data.max_length (tokens that so many rows "
+            f"have at most: {numbers}); raise it{remedy}"
+        )
 
 
-def _text_to_train(index: int, row: Mapping[str, Any], settings: Settings) -> str:
-    if "messages" not in row:
-        return joined_text(row)
-    assert settings.template is not None  # encode() gives one where there are messages
-    messages = row["messages"]
-    try:
-        if len(trained_turns(messages)) < sum(message["role"] == "assistant" for message in messages):
-            raise ValueError("messages: pretrain trains on every token, also of turns that are not to be trained")
-
-        dialogue = Dialogue(settings.template, messages, row.get("template_arguments", {}))
-        check_used(dialogue)
-        text = dialogue.text(len(messages))
-        # What sft trains may not go missing here: it would not be noticed.
-        for turn, message in enumerate(messages):
-            if message["role"] == "assistant" and drops_thinking(message, text):
-                raise ValueError(f"messages[{turn}]: the chat template drops its thinking, which sft would train")
-        return text
-    except ValueError as error:
-        raise ValueError(f"{place_of(row, index)}: {error}") from None
-
-
-def _encode_texts(texts: list[str], settings: Settings) -> "list[Encoding]":
-    return settings.tokenizer.encode_batch(texts, add_special_tokens=False)
-
-
-def _completion(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
-    pairs = [(row["prompt"], row["completion"]) for _, row in rows]
-    for ids, seam in tokenize_pairs(settings.tokenizer, pairs):
-        ids = append_eos(ids, seam, settings.eos, settings.more_ends)
-        yield _with_loss(ids, [i >= seam for i in range(len(ids))], settings)
-
-
-def _chat(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
-    """One example of a dialogue, or several where the template rewrites what was said before: see `turns.py`."""
-    assert settings.template is not None  # encode() gives one where there are messages
-    targets = ChatTargets(settings.template, settings.tokenizer)
-    rendered = [_rendered(index, row, targets) for index, row in rows]
-    encodings = iter(_encode_texts([dialogue.text for dialogues in rendered for dialogue in dialogues], settings))
-    begin = beginning(settings.tokenizer)
-    ends = settings.ends_of_turns
-    for dialogues in rendered:
-        encoded = []
-        for dialogue in dialogues:
-            # Which tokens are targets: those that hold a character of a trained turn.
-            starts = [start for start, _ in dialogue.spans]
-            ids, offsets = encode_with_seams(settings.tokenizer, dialogue.text, next(encodings), starts)
-            mask = token_mask(offsets, dialogue.spans)
-            ids = begun(ids, begin)
-            mask = [False] * (len(ids) - len(mask)) + mask
-
-            # A turn that the template ends in plain text ends with the end of texts, behind its last target.
-            if settings.eos is not None and True in mask:
-                stop = len(mask) - mask[::-1].index(True)
-                if ids[stop - 1] not in ends:
-                    ids = [*ids[:stop], settings.eos]
-                    mask = [*mask[:stop], True]
-            encoded.append(_with_loss(ids, mask, settings))
-        yield Encoded.together(encoded)
-
-
-def _rendered(index: int, row: Mapping[str, Any], targets: ChatTargets) -> list[Rendered]:
-    messages = row["messages"]
-    try:
-        return targets.trained(messages, trained_turns(messages), **row.get("template_arguments", {}))
-    except ValueError as error:
-        raise ValueError(f"{place_of(row, index)}: {error}") from None
-
-
-def _with_loss(ids: list[int], mask: list[bool], settings: Settings) -> Encoded:
-    """One example, with loss on the tokens in `mask` (the first token has nothing that predicts it)."""
-    length = len(ids)
-    positions = _truncated_positions(ids, settings.max_length + 1, settings)
-    ids = [ids[i] for i in positions]
-    mask = [mask[i] for i in positions]
-
-    # Shifted: position i sees the tokens up to i and predicts the next one.
-    targets = [token if trained else IGNORED for token, trained in zip(ids[1:], mask[1:], strict=True)]
-    n_targets = sum(mask[1:])
-    examples = [{"input_ids": ids[:-1], "targets": targets}] if n_targets else []
-    truncated = len(positions) < length
-    return Encoded(examples, len(targets), n_targets, truncated, masked=not n_targets, length=length - 1)
-
-
-def _truncated_positions(ids: list[int], limit: int, settings: Settings) -> Sequence[int]:
-    """The positions of a row that stay; see "What doesn't fit" above."""
-    length = len(ids)
-    if length <= limit:
-        return range(length)
-    if settings.truncate == "drop":
-        return range(0)
-    if settings.truncate == "end":
-        return range(limit)
-
-    # Cut at the beginning, behind the tokens that begin every text.
-    begin = beginning(settings.tokenizer)
-    first = len(begin) if ids[: len(begin)] == begin else 0
-    return [*range(first), *range(length - limit + first, length)]
-
-
-_Encoder = Callable[[Numbered, Settings], Iterator[Encoded]]
-_ENCODERS: dict[str, dict[str, _Encoder]] = {
-    "pretrain": dict.fromkeys(("text", "text/label", "prompt/completion", "messages"), _every_token),
-    "sft": {"prompt/completion": _completion, "messages": _chat, "text": _every_token},
-    "masked-lm": dict.fromkeys(("text", "text/label", "prompt/completion"), masked_lm),
-    "seq2seq": {"prompt/completion": seq2seq},
-    "span-corruption": dict.fromkeys(("text", "text/label", "prompt/completion"), windows),
-    "classify": dict.fromkeys(("text/label", "text/text_pair/label"), classify),
-    "tag": {"tokens/tags": tag},
-    "qa": {"question/context/answers": qa},
-    "embed": dict.fromkeys(("anchor/positive", "anchor/positive/negative"), embed),
-    "pairs": {"prompt/chosen/rejected": comparisons},
-}
+def _named(rows: Sequence[PlacedRow]) -> str:
+    """How many rows, and where the first of them stand."""
+    if not rows:
+        return "0"
+    ellipsis = ", ..." if len(rows) > SHOWN else ""
+    return f"{len(rows):,} ({places_of(rows[:SHOWN])}{ellipsis})"

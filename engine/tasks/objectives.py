@@ -6,65 +6,35 @@ an answer to the encoded prompt for an encoder-decoder), the model's class says 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+from ..data.batches import CollateFn, Examples
+from .causal_lm import PerplexityScore, causal_lm_loss, chat, completion, every_token
+from .classification import classification_loss, classify, image_score, text_score
+from .common import Encoder, LossFn, Score, token_rows
+from .embedding import RetrievalScore, embed, embedding_loss, embedding_rows
+from .masked_lm import masked_lm, masked_lm_loss, masked_rows
+from .permutation_lm import ordered_rows, permuted_rows
+from .preferences import DPOLoss, PairScore, both_sides, pairs, reward_differences, reward_loss
+from .question_answering import AnswerScore, qa, qa_loss
+from .seq2seq import corrupted_spans, seq2seq, sources_and_targets, windows
+from .tagging import TaggingScore, tag, tagging_loss
 
-from ..data.batches import Batch, Collate, CollateFn, Examples, Masking
-from . import losses
-from .permutation_lm import PermutationCollate
-from .preferences import PairCollate
-from .scores import (
-    AnswerScore,
-    ClassificationScore,
-    PairScore,
-    PerplexityScore,
-    RetrievalScore,
-    Score,
-    TaggingScore,
-    text_classification,
-)
-from .seq2seq import Seq2SeqCollate, SpanCorruption
-
-
-def _token_rows(model: Any, tokenizer: Any, packing: bool, masking: Masking | None = None) -> CollateFn:
-    return Collate("packed" if packing else "padded", model.tokens.pad_id or 0, masking)
-
-
-def _masked_rows(model: Any, tokenizer: Any, packing: bool) -> CollateFn:
-    mask = tokenizer.token_to_id("[MASK]")
-    if mask is None:
-        raise ValueError("masked-lm needs a tokenizer with a [MASK] token, and this one has none")
-    masking = Masking(mask, tokenizer.get_vocab_size(), tuple(_special_ids(tokenizer)))
-    return _token_rows(model, tokenizer, packing, masking)
-
-
-def _special_ids(tokenizer: Any) -> list[int]:
-    return [i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
-
-
-def _permuted_rows(model: Any, tokenizer: Any, packing: bool) -> CollateFn:
-    """Padded whatever `packing` says: each row has its own order."""
-    special = set(_special_ids(tokenizer)) - {model.tokens.eos_id}  # the end of a text is predicted, too
-    return PermutationCollate(model.tokens.pad_id or 0, tuple(sorted(special)))
-
-
-def _ordered_rows(model: Any, tokenizer: Any, packing: bool) -> CollateFn:
-    return PermutationCollate(model.tokens.pad_id or 0, ordered=True)
-
-
-def _sources_and_targets(model: Any, tokenizer: Any, packing: bool) -> CollateFn:
-    """Padded whatever `packing` says, as are the next ones: an encoder-decoder's biases don't go with packed rows."""
-    return Seq2SeqCollate(model.tokens.pad_id or 0, model.config.start_id)
-
-
-def _corrupted_spans(model: Any, tokenizer: Any, packing: bool) -> CollateFn:
-    corruption = SpanCorruption.of(tokenizer, model.tokens.eos_id)
-    return Seq2SeqCollate(model.tokens.pad_id or 0, model.config.start_id, corruption)
-
-
-def _both_sides(model: Any, tokenizer: Any, packing: bool) -> CollateFn:
-    return PairCollate()
+# By the name of an encoding, what encodes the rows of each shape that it takes.
+_TEXTS = ("text", "text/label", "prompt/completion")
+ENCODERS: dict[str, dict[str, Encoder]] = {
+    "pretrain": dict.fromkeys((*_TEXTS, "messages"), every_token),
+    "sft": {"prompt/completion": completion, "messages": chat, "text": every_token},
+    "masked-lm": dict.fromkeys(_TEXTS, masked_lm),
+    "seq2seq": {"prompt/completion": seq2seq},
+    "span-corruption": dict.fromkeys(_TEXTS, windows),
+    "classify": dict.fromkeys(("text/label", "text/text_pair/label"), classify),
+    "tag": {"tokens/tags": tag},
+    "qa": {"question/context/answers": qa},
+    "embed": dict.fromkeys(("anchor/positive", "anchor/positive/negative"), embed),
+    "pairs": {"prompt/chosen/rejected": pairs},
+}
 
 
 @dataclass(frozen=True)
@@ -72,11 +42,12 @@ class Objective:
     """A training method: what its rows, its loss and its evaluations are."""
 
     task: str  # of the model, which gives it its head
-    encoding: str  # the objective of `encode`
-    loss: losses.LossFn
+    encoding: str  # one of ENCODERS, or "images"
+    collate: Callable[[Any, Any, bool], CollateFn]  # (model, tokenizer, packing) to what makes batches
+    loss: LossFn
     score: Callable[[Sequence[str], Examples, Sequence[Any]], Score]  # (labels, examples, rows); new each evaluation
     best: str = "loss"  # the metric of that score by which the best evaluation is chosen
-    collate: Callable[[Any, Any, bool], CollateFn] = _token_rows  # (model, tokenizer, packing) to what makes batches
+    by_length: bool = False  # whether a batch has rows of similar length, also where rows are packed
 
     @property
     def new_head(self) -> bool:
@@ -86,60 +57,38 @@ class Objective:
         )  # fmt: skip
 
 
-def _perplexity(loss: losses.LossFn) -> Callable[..., Score]:
-    return lambda labels, examples, rows: PerplexityScore(loss)
-
-
-def _next_token(task: str, encoding: str, collate: Callable[[Any, Any, bool], CollateFn]) -> Objective:
-    loss = losses.causal_lm_loss
-    return Objective(task, encoding, loss, _perplexity(loss), collate=collate)
-
-
-def _pair_score(differences: Callable[[Any, Batch], Tensor]) -> Callable[..., Score]:
-    return lambda labels, examples, rows: PairScore(differences, examples, rows)
-
-
 def dpo(beta: float) -> Objective:
     """Direct preference optimisation; its examples need the reference model's log-probabilities (`add_reference`)."""
-    loss = losses.DPOLoss(beta)
-    return Objective("causal-lm", "pairs", loss, _pair_score(loss.differences), collate=_both_sides)
+    loss = DPOLoss(beta)
+    return Objective("causal-lm", "pairs", both_sides, loss, partial(PairScore, loss.differences), by_length=True)
 
 
 # What a configuration may name as its method; each is an objective of that name, if the model doesn't say otherwise.
 METHODS = ("pretrain", "sft", "masked-lm", "classify", "tag", "qa", "embed", "reward", "dpo")
+_perplexity = partial(PerplexityScore, causal_lm_loss)
 OBJECTIVES = {
-    "pretrain": _next_token("causal-lm", "pretrain", _token_rows),
-    "sft": _next_token("causal-lm", "sft", _token_rows),
+    "pretrain": Objective("causal-lm", "pretrain", token_rows, causal_lm_loss, _perplexity),
+    "sft": Objective("causal-lm", "sft", token_rows, causal_lm_loss, _perplexity),
     "masked-lm": Objective(
-        "masked-lm", "masked-lm", losses.masked_lm_loss, _perplexity(losses.masked_lm_loss), collate=_masked_rows
+        "masked-lm", "masked-lm", masked_rows, masked_lm_loss, partial(PerplexityScore, masked_lm_loss)
     ),
-    "seq2seq": _next_token("seq2seq-lm", "seq2seq", _sources_and_targets),
-    "span-corruption": _next_token("seq2seq-lm", "span-corruption", _corrupted_spans),
-    "permutation-lm": _next_token("causal-lm", "pretrain", _permuted_rows),
-    "ordered-lm": _next_token("causal-lm", "sft", _ordered_rows),
+    "seq2seq": Objective("seq2seq-lm", "seq2seq", sources_and_targets, causal_lm_loss, _perplexity, by_length=True),
+    "span-corruption": Objective(
+        "seq2seq-lm", "span-corruption", corrupted_spans, causal_lm_loss, _perplexity, by_length=True
+    ),
+    "permutation-lm": Objective("causal-lm", "pretrain", permuted_rows, causal_lm_loss, _perplexity, by_length=True),
+    "ordered-lm": Objective("causal-lm", "sft", ordered_rows, causal_lm_loss, _perplexity, by_length=True),
     "classify": Objective(
-        "sequence-classification", "classify", losses.classification_loss, text_classification, "accuracy"
+        "sequence-classification", "classify", token_rows, classification_loss, text_score, "accuracy"
     ),
     "classify-images": Objective(
-        "image-classification",
-        "images",
-        losses.classification_loss,
-        lambda labels, examples, rows: ClassificationScore(len(labels)),
-        "accuracy",
+        "image-classification", "images", token_rows, classification_loss, image_score, "accuracy"
     ),
-    "tag": Objective("token-classification", "tag", losses.tagging_loss, TaggingScore, "f1"),
-    "qa": Objective(
-        "question-answering", "qa", losses.qa_loss, lambda labels, examples, rows: AnswerScore(examples, rows), "f1"
-    ),
-    "embed": Objective(
-        "embedding",
-        "embed",
-        losses.embedding_loss,
-        lambda labels, examples, rows: RetrievalScore(examples, rows),
-        "accuracy@1",
-    ),
+    "tag": Objective("token-classification", "tag", token_rows, tagging_loss, TaggingScore, "f1"),
+    "qa": Objective("question-answering", "qa", token_rows, qa_loss, AnswerScore, "f1"),
+    "embed": Objective("embedding", "embed", embedding_rows, embedding_loss, RetrievalScore, "accuracy@1"),
     "reward": Objective(
-        "reward", "pairs", losses.reward_loss, _pair_score(losses.reward_differences), collate=_both_sides
+        "reward", "pairs", both_sides, reward_loss, partial(PairScore, reward_differences), by_length=True
     ),
     "dpo": dpo(0.1),
 }

@@ -1,4 +1,4 @@
-"""Batches for permutation language modelling: some tokens are predicted, one after the other in an order drawn anew.
+"""Permutation language modelling: some tokens are predicted, one after the other in an order drawn anew.
 
 Yang et al. 2019, arXiv:1906.08237, sections 2.2, 2.3 and 2.5. A token's *rank* says when it becomes known: −1 from the
 beginning, then 0, 1, 2, ... A token may see another if that one's rank is lower than its own, or −1:
@@ -25,6 +25,7 @@ import numpy.typing as npt
 import torch
 
 from ..data.batches import IGNORE, Batch, padded
+from .common import special_ids
 
 K = 6  # one token in K is predicted, as in the paper's partial prediction
 LONGEST_SPAN = 5
@@ -59,7 +60,8 @@ class PermutationCollate:
 
             if self.ordered:
                 positions = np.flatnonzero(targets != IGNORE) + 1  # back from the shift
-                rank = _from_left(len(row), int(positions[0]))
+                rank = np.arange(len(row))
+                rank[: positions[0]] = -1
             else:
                 positions = spans(~np.isin(row, self.special_ids), rng)
                 rank = np.full(len(row), -1)
@@ -68,20 +70,22 @@ class PermutationCollate:
             predicted.append(positions)
             ranks.append(rank)
 
-        # The predictions of a row stand in the first columns of (B, n); the other columns are not in `index`.
-        n = max(map(len, predicted))
-        mapping = padded([positions.tolist() for positions in predicted], 0)["input_ids"]  # (B, n)
-        index = [i * n + np.arange(len(positions)) for i, positions in enumerate(predicted)]
-        tokens = [row[positions] for row, positions in zip(rows, predicted, strict=True)]
+        inputs = padded(rows, self.pad_id)
+        rank_table = padded(ranks, -1)["input_ids"]  # (B, T)
+        is_token = inputs["attention_mask"].bool()  # (B, T)
+        unseen = (rank_table[:, :, None] <= rank_table[:, None]) & (rank_table >= 0)[:, None]  # (B, T, T)
+        inputs["perm_mask"] = unseen & is_token[:, :, None]
 
-        inputs = padded([row.tolist() for row in rows], self.pad_id)
-        inputs["perm_mask"] = torch.from_numpy(_unseen(ranks))  # (B, T, T)
+        # The predictions of a row stand in the first columns of (B, n); the other columns are not in `index`.
+        prediction_table = padded(predicted, 0)
+        mapping = prediction_table["input_ids"]  # (B, n)
         inputs["target_mapping"] = mapping
+        index = prediction_table["attention_mask"].flatten().nonzero()[:, 0]
         return {
             "inputs": inputs,
             "lengths": [len(row) for row in rows],
-            "index": torch.from_numpy(np.concatenate(index)),
-            "targets": torch.from_numpy(np.concatenate(tokens).astype(np.int64)),
+            "index": index,
+            "targets": inputs["input_ids"].gather(1, mapping).flatten()[index],
         }
 
 
@@ -110,17 +114,11 @@ def spans(usable: npt.NDArray[np.bool_], rng: "np.random.Generator") -> Ranks:
     return np.flatnonzero(chosen)
 
 
-def _from_left(n: int, first: int) -> Ranks:
-    """Ranks of n tokens that become known from left to right, from the position `first` on."""
-    position = np.arange(n)
-    return np.where(position < first, -1, position)
+def permuted_rows(model: Any, tokenizer: Any, packing: bool) -> PermutationCollate:
+    """Padded whatever `packing` says: each row has its own order."""
+    special = set(special_ids(tokenizer)) - {model.tokens.eos_id}  # the end of a text is predicted, too
+    return PermutationCollate(model.tokens.pad_id or 0, tuple(sorted(special)))
 
 
-def _unseen(ranks: Sequence[Ranks]) -> npt.NDArray[np.bool_]:
-    """(B, T, T): which tokens (last) each token may not see."""
-    width = max(len(rank) for rank in ranks)
-    unseen = np.zeros((len(ranks), width, width), dtype=bool)
-    for i, rank in enumerate(ranks):
-        n = len(rank)
-        unseen[i, :n, :n] = (rank[:, None] <= rank) & (rank >= 0)  # (n, n)
-    return unseen
+def ordered_rows(model: Any, tokenizer: Any, packing: bool) -> PermutationCollate:
+    return PermutationCollate(model.tokens.pad_id or 0, ordered=True)

@@ -1,4 +1,6 @@
-"""Comparisons as training examples: a prompt with the answer that was chosen and the one that was rejected.
+"""Comparisons: a prompt with the answer that was chosen and the one that was rejected; for reward models and DPO.
+
+    prompt/chosen/rejected    chosen, rejected, starts, margin, tie
 
 An example holds both sides whole (prompt, answer, end of text) and where each answer begins, so that a reward model can
 read a side to its last token, and DPO the log-probabilities of an answer's tokens. A row may say `tie` (neither is
@@ -9,98 +11,87 @@ A side that is longer than `max_length` loses its end; with `truncate` "start" b
 beginning first, with "drop" the row is dropped. So is one of whose answers nothing is left.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike
+from torch import Tensor
 from tqdm import tqdm
 
+from ...kernels import linear_cross_entropy
 from ..adapters.switch import use_adapter
 from ..chat.fields import trained_turns
 from ..chat.forms import text_of
 from ..chat.turns import ChatTargets
-from ..data.batches import Batch, Batches, Examples, packed, to_device
-from ..data.encode_report import Encoded
-from ..data.placed_rows import place_of
+from ..data.batches import IGNORE, Batch, Batches, Collate, Examples, to_device
+from ..data.placed_rows import PlacedRow, errors_at
 from ..data.text import append_eos, beginning, tokenize_pairs
 from ..runtime import in_eval_mode
-from .encoding import Numbered, Settings
-from .losses import answer_logps
+from .common import Encoded, Settings, features, without_example
 
 SIDES = ("chosen", "rejected")
 CHUNK_TOKENS = 8192  # of a pass without gradients
 
 
-def comparisons(rows: Numbered, settings: Settings) -> Iterator[Encoded]:
-    """Examples of `prompt/chosen/rejected` rows: `chosen` and `rejected` token ids, `starts` of the answers in them."""
+def pairs(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
+    """Examples of comparisons: `chosen` and `rejected` token ids, `starts` of the answers in them."""
     begin = beginning(settings.tokenizer)
     ends = settings.ends_of_turns
-    texts = [_texts(index, row, settings) for index, row in rows]
-    chosen_sides = tokenize_pairs(settings.tokenizer, [(prompt, chosen) for prompt, chosen, _ in texts])
-    rejected_sides = tokenize_pairs(settings.tokenizer, [(prompt, rejected) for prompt, _, rejected in texts])
-    for (_, row), (_, *answers), chosen, rejected in zip(rows, texts, chosen_sides, rejected_sides, strict=True):
-        if answers[0] == answers[1] or not all(answers):
+    texts = [_texts(row, settings) for row in rows]
+    columns = [tokenize_pairs(settings.tokenizer, [(text["prompt"], text[side]) for text in texts]) for side in SIDES]
+    for row, text, *sides in zip(rows, texts, *columns, strict=True):
+        if text["chosen"] == text["rejected"] or not (text["chosen"] and text["rejected"]):
             yield Encoded([], masked=True)
             continue
 
         # A chat template ends turns itself, if not in plain text.
-        sides = [chosen[0], rejected[0]]
-        starts = [chosen[1], rejected[1]]  # of the answers
-        if isinstance(row["prompt"], str) or any(ids and ids[-1] not in ends for ids in sides):
-            sides = [
-                append_eos(ids, start, settings.eos, settings.more_ends)
-                for ids, start in zip(sides, starts, strict=True)
-            ]
-
-        length = max(map(len, sides))
-        excess = max(0, length - settings.max_length)
-        if excess and settings.truncate == "drop":
-            yield Encoded([], truncated=True, masked=True, length=length)
-            continue
+        if isinstance(row["prompt"], str) or any(ids and ids[-1] not in ends for ids, _ in sides):
+            sides = [(append_eos(ids, start, settings.eos, settings.more_ends), start) for ids, start in sides]
 
         # Both sides lose the same of the prompt, which stays one, and no answer loses its beginning.
+        length = max(len(ids) for ids, _ in sides)
+        excess = max(0, length - settings.max_length)
         cut = 0
         if settings.truncate == "start":
-            cut = min(excess, *(start - len(begin) for start in starts))
-        sides = [[*begin, *ids[len(begin) + cut :]][: settings.max_length] for ids in sides]
-        starts = [start - cut for start in starts]
-        if sides[0] == sides[1] or any(len(ids) <= start for ids, start in zip(sides, starts, strict=True)):
+            cut = min(excess, *(start - len(begin) for _, start in sides))
+        chosen, rejected = ([*begin, *ids[len(begin) + cut :]][: settings.max_length] for ids, _ in sides)
+        starts = [start - cut for _, start in sides]
+
+        lost = chosen == rejected or len(chosen) <= starts[0] or len(rejected) <= starts[1]
+        if lost or (excess and settings.truncate == "drop"):
             yield Encoded([], truncated=True, masked=True, length=length)
             continue
-
-        example = dict(zip(SIDES, sides, strict=True)) | {"starts": starts}
+        example = {"chosen": chosen, "rejected": rejected, "starts": starts}
         example |= {"margin": row.get("margin", 0.0), "tie": row.get("tie", False)}
-        yield Encoded([example], sum(map(len, sides)), 1, truncated=excess > 0, length=length)
+        yield Encoded([example], truncated=excess > 0, length=length)
 
 
-def _texts(index: int, row: Mapping[str, Any], settings: Settings) -> tuple[str, str, str]:
+def _texts(row: PlacedRow, settings: Settings) -> Mapping[str, str]:
     """Prompt, chosen and rejected as text; of a chat's answers what the model writes, to the end of the turn."""
     if isinstance(row["prompt"], str):
-        return row["prompt"], row["chosen"], row["rejected"]
+        return row
 
     assert settings.template is not None  # encode() gives one where there are messages
     targets = ChatTargets(settings.template, settings.tokenizer)
     arguments = row.get("template_arguments", {})
     history = row["prompt"]
-    try:
+    with errors_at(row.place):
         for side in SIDES:
             _check_answer(row[side], side)
-        chosen, rejected = (targets.answered([*history, *row[side]], len(history), **arguments) for side in SIDES)
-    except ValueError as error:
-        raise ValueError(f"{place_of(row, index)}: {error}") from None
+        answers = {side: targets.answered([*history, *row[side]], len(history), **arguments) for side in SIDES}
 
-    # An empty <think></think> may count to the prompt or to the answer: both answers stand behind the same prompt.
-    prompts = [prompt for prompt in chosen if prompt in rejected]
-    if not prompts:
-        raise ValueError(
-            f"{place_of(row, index)}: the chat template asks otherwise for the chosen answer than for the rejected"
-        )
+        # An empty <think></think> may count to the prompt or to the answer: both answers stand behind the same prompt.
+        prompt = next((prompt for prompt in answers["chosen"] if prompt in answers["rejected"]), None)
+        if prompt is None:
+            raise ValueError("the chat template asks otherwise for the chosen answer than for the rejected")
 
     # Of an empty answer the template's end of the turn would be left.
-    chosen_text = chosen[prompts[0]] if _has_content(row["chosen"]) else ""
-    rejected_text = rejected[prompts[0]] if _has_content(row["rejected"]) else ""
-    return prompts[0], chosen_text, rejected_text
+    texts = {side: answers[side][prompt] if _has_content(row[side]) else "" for side in SIDES}
+    return {"prompt": prompt, **texts}
 
 
 def _check_answer(messages: Sequence[Mapping[str, Any]], side: str) -> None:
@@ -124,29 +115,78 @@ class PairCollate:
     """
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
-        rows = [example[side] for side in SIDES for example in examples]  # 2B of them
+        rows = []
+        for i, side in enumerate(SIDES):
+            for example in examples:
+                ids = example[side]
+                start = max(example["starts"][i], 1)  # nothing predicts the first token of a row
+                rows.append({"input_ids": ids, "targets": [*[IGNORE] * (start - 1), *ids[start:], IGNORE]})
 
-        # Where each answer begins in its row; nothing predicts the first token of a row.
-        starts = [max(example["starts"][side], 1) for side in range(2) for example in examples]
-        offsets = np.cumsum([0, *map(len, rows[:-1])])  # where each row begins in the packed one
-        index = [
-            offset + np.arange(start - 1, len(row) - 1)
-            for offset, start, row in zip(offsets, starts, rows, strict=True)
-        ]
-        targets = [np.asarray(row[start:], dtype=np.int64) for row, start in zip(rows, starts, strict=True)]
-
-        batch: Batch = {
-            "inputs": packed(rows),
-            "lengths": [len(row) for row in rows],
-            "index": torch.from_numpy(np.concatenate(index)),
-            "targets": torch.from_numpy(np.concatenate(targets)),
-            "counts": [len(target) for target in targets],
-            "margins": torch.tensor([float(example["margin"]) for example in examples]),
-            "ties": torch.tensor([bool(example["tie"]) for example in examples]),
-        }
+        batch = Collate()(rows)
+        batch["margins"] = torch.tensor([float(example["margin"]) for example in examples])
+        batch["ties"] = torch.tensor([bool(example["tie"]) for example in examples])
         if "reference" in examples[0]:
-            batch["reference"] = torch.tensor([example["reference"][side] for side in range(2) for example in examples])
+            batch["reference"] = torch.tensor([example["reference"][i] for i in range(2) for example in examples])
         return batch
+
+
+def both_sides(model: Any, tokenizer: Any, packing: bool) -> PairCollate:
+    return PairCollate()
+
+
+def pair_loss(differences: Tensor, ties: Tensor) -> Tensor:
+    """The sum of −log σ(d) (Bradley and Terry 1952) for d (B,), how much better the chosen side is.
+
+    A tie is half a win for each side.
+    """
+    return (F.softplus(-differences) + 0.5 * ties * differences).sum()  # (−log σ(d) − log σ(−d)) / 2 = −log σ(d) + d/2
+
+
+def reward_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
+    """The loss of a reward model on comparisons: its scores' differences, less the margin, should be positive."""
+    return reward_loss_of(reward_differences(model, batch), batch)
+
+
+def reward_differences(model: Any, batch: Batch) -> Tensor:
+    """How much higher the chosen sides score, (B,)."""
+    chosen, rejected = model.head(features(model, batch)).float().chunk(2)  # (2B,) -> (B,) each
+    return chosen - rejected
+
+
+def reward_loss_of(differences: Tensor, batch: Batch) -> tuple[Tensor, int]:
+    """The same from the differences (B,)."""
+    margins = batch["margins"].masked_fill(batch["ties"], 0.0)
+    return pair_loss(differences - margins, batch["ties"]), len(differences)
+
+
+def answer_logps(model: Any, batch: Batch) -> Tensor:
+    """The log-probability of each row's answer, the sum over its tokens, in fp32."""
+    if model.head.active is not None:
+        raise ValueError("an adapter on the output head can't be trained on comparisons; leave it out of lora.targets")
+    states = features(model, batch)
+    losses = linear_cross_entropy(
+        states, model.head.weight, batch["targets"], model.head.bias, index=batch["index"], reduction="none"
+    )  # (n,)
+    return -torch.stack([answer.sum() for answer in losses.split(batch["counts"])])  # (B,)
+
+
+@dataclass(frozen=True)
+class DPOLoss:
+    """Direct preference optimisation: Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, equation 7.
+
+    The implied reward is β log π/ρ, ρ the reference model, whose log-probabilities the batch brings. Its margin counts
+    as a reward model's does (ODPO: Amini et al. 2024, https://arxiv.org/abs/2402.10571).
+    """
+
+    beta: float = 0.1  # how dear it is to leave the reference model; the paper's choice, for dialogue
+
+    def __call__(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
+        return reward_loss_of(self.differences(model, batch), batch)
+
+    def differences(self, model: Any, batch: Batch) -> Tensor:
+        """How much higher the chosen sides' implied reward is, (B,)."""
+        chosen, rejected = (answer_logps(model, batch) - batch["reference"]).chunk(2)  # (2B,) -> (B,) each
+        return self.beta * (chosen - rejected)
 
 
 @torch.no_grad()
@@ -164,3 +204,56 @@ def add_reference(model: Any, examples: Examples) -> None:
             logps += torch.stack((chosen, rejected), 1).tolist()  # (B, 2)
     for example, reference in zip(examples, logps, strict=True):
         example["reference"] = reference
+
+
+class PairScore:
+    """Accuracy and calibration on held-out comparisons; `differences(model, batch)` says how much better each is.
+
+    A row that gave no example, because its sides are equal in what the model sees, is one that it can't tell apart.
+    """
+
+    def __init__(
+        self,
+        differences: Callable[[Any, Batch], Tensor],
+        labels: Sequence[str],
+        examples: Examples,
+        rows: Sequence[Any],
+    ):
+        missed = without_example(examples, rows)
+        self.compare = differences
+        self.differences = [0.0] * len(missed)
+        self.ties = [bool(row.get("tie")) for row in missed]
+
+    def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
+        differences = self.compare(model, batch)  # (B,)
+        self.differences += differences.tolist()
+        self.ties += batch["ties"].tolist()
+        return reward_loss_of(differences, batch)
+
+    def result(self, loss: float) -> dict[str, Any]:
+        return comparisons(self.differences, self.ties)
+
+
+def comparisons(differences: ArrayLike, ties: ArrayLike) -> dict[str, float]:
+    """How often the chosen side of a comparison scores higher, and how well the margin tells how sure that is.
+
+    A difference d of 0 is half right; ties don't count. The probability that the chosen side is better is σ(d) (Bradley
+    and Terry 1952); the calibration error is the mean distance between the probability of the side that scores higher
+    and the share of them that were chosen, over ten bins of equal width, weighted by their rows (Guo et al. 2017,
+    arXiv:1706.04599).
+
+    differences, ties: (N,). Returns accuracy, calibration_error. Raises ValueError where there are only ties, or
+    a difference is NaN.
+    """
+    d = np.asarray(differences, dtype=np.float64)[~np.asarray(ties, dtype=bool)]
+    if not len(d):
+        raise ValueError("comparisons: no rows to score but ties; give some with a better side")
+    if np.isnan(d).any():
+        raise ValueError("comparisons: a difference of scores is NaN; training has diverged, lower train.lr")
+
+    # Ten bins of confidence between 0.5 and 1; in each the sum of confidences less the sum of those that were right.
+    right = (d > 0) + 0.5 * (d == 0)
+    confidence = 1 / (1 + np.exp(-np.abs(d)))
+    bins = np.minimum(((confidence - 0.5) * 20).astype(int), 9)
+    gaps = np.bincount(bins, confidence - right, minlength=10)
+    return {"accuracy": float(right.mean()), "calibration_error": float(np.abs(gaps).sum() / len(d))}

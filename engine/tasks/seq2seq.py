@@ -1,9 +1,15 @@
-"""Batches for encoder-decoder models: a source to read, and a target to write behind the start token.
+"""Encoder-decoder models: a source to read, and a target to write behind the start token.
 
-Rows are padded on the right, sources and targets each to their longest: the position biases of such models don't go
-with packed rows. Pretraining is span corruption (Raffel et al. 2020, sections 3.1.4 and 3.3.4, arXiv:1910.10683): of a
-text, 15 % of the tokens are taken out in spans of 3 on average, a different sentinel `<extra_id_N>` in the place of
-each, and the target is what was taken out, each span behind its sentinel.
+    prompt/completion                      input_ids, target_ids
+    text, text/label, prompt/completion    input_ids, of which spans are taken out: pretraining
+
+Of a prompt and a completion that are too long the end is cut, and texts are split into windows. The loss is that of
+`causal_lm.py`. Rows are padded on the right, sources and targets each to their longest: the position biases of such
+models don't go with packed rows.
+
+Pretraining is span corruption (Raffel et al. 2020, sections 3.1.4 and 3.3.4, arXiv:1910.10683): of a text, 15 % of the
+tokens are taken out in spans of 3 on average, a different sentinel `<extra_id_N>` in the place of each, and the target
+is what was taken out, each span behind its sentinel.
 
     text      Thank you for inviting me to your party last week .
     source    Thank you <extra_id_0> me to your party <extra_id_1> week . </s>
@@ -14,7 +20,7 @@ text begins with a token that stays and ends with a span. Spans are drawn anew e
 generator, whose state is in every checkpoint.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,16 +28,49 @@ import numpy as np
 import torch
 
 from ..data.batches import Batch, padded
+from ..data.placed_rows import PlacedRow
+from .common import Encoded, Settings, joined_text
+
+# As in the paper.
+SPAN_SHARE = 0.15  # of a text's tokens, that is taken out
+MEAN_SPAN = 3.0  # tokens
+
+
+def seq2seq(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
+    """A prompt to read and a completion to write, each ended by `eos`. A completion that is cut has no end."""
+    # The end is added here and not by the tokenizer, so that a prompt that is cut has one, too.
+    end = [] if settings.eos is None else [settings.eos]
+    limit = settings.room(len(end))
+    prompts, completions = (
+        settings.tokenizer.encode_batch([row[field] for row in rows], add_special_tokens=False)
+        for field in ("prompt", "completion")
+    )
+    for prompt, completion in zip(prompts, completions, strict=True):
+        source = prompt.ids[:limit] + end
+        target = (completion.ids + end)[: settings.max_length]
+        longest = max(len(prompt), len(completion))
+        examples = [{"input_ids": source, "target_ids": target}] if source and completion.ids else []
+        yield Encoded(
+            examples, len(target), truncated=longest > limit, masked=not completion.ids, length=longest + len(end)
+        )
+
+
+def windows(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
+    """A text in windows without special tokens, of which spans are taken out later; every token can become a target."""
+    texts = [joined_text(row) for row in rows]
+    for encoding in settings.tokenizer.encode_batch(texts, add_special_tokens=False):
+        ids = encoding.ids
+        length = settings.max_length
+        examples = [{"input_ids": ids[start : start + length]} for start in range(0, len(ids), length)]
+        yield Encoded(examples, len(ids))
 
 
 @dataclass(frozen=True)
 class SpanCorruption:
-    """Takes spans out of a text, each of which a sentinel stands for. The defaults are the paper's."""
+    """Takes spans out of a text, each of which a sentinel stands for."""
 
     sentinels: tuple[int, ...]  # ids
     eos: int | None  # ends source and target
-    density: float = 0.15  # the share of a text's tokens that is taken out
-    mean: float = 3.0  # tokens of a span, on average
 
     @classmethod
     def of(cls, tokenizer: Any, eos: int | None) -> "SpanCorruption":
@@ -62,10 +101,10 @@ class SpanCorruption:
             return [(0, 1)]
 
         # One token stays at least, and one in front of each span.
-        n_taken = min(max(round(n * self.density), 1), n - 1)
-        n_spans = min(max(round(n_taken / self.mean), 1), n - n_taken)
+        n_taken = min(max(round(n * SPAN_SHARE), 1), n - 1)
+        n_spans = min(max(round(n_taken / MEAN_SPAN), 1), n - n_taken)
         if n_spans > len(self.sentinels):
-            most = int(len(self.sentinels) * self.mean / self.density)
+            most = int(len(self.sentinels) * MEAN_SPAN / SPAN_SHARE)
             raise ValueError(
                 f"a row of {n} tokens has {n_spans} spans, but the tokenizer {len(self.sentinels)} sentinels "
                 f"<extra_id_N>; set data.max_length to at most {most}"
@@ -76,7 +115,8 @@ class SpanCorruption:
 def _parts(n: int, parts: int) -> list[int]:
     """A random division of n into so many positive numbers, each division as likely as any other."""
     cuts = (torch.randperm(n - 1)[: parts - 1] + 1).sort().values.tolist()
-    return [stop - start for start, stop in zip([0, *cuts], [*cuts, n], strict=True)]
+    lengths: list[int] = np.diff([0, *cuts, n]).tolist()
+    return lengths
 
 
 @dataclass(frozen=True)
@@ -108,3 +148,14 @@ class Seq2SeqCollate:
             "counts": [len(target) for target in targets],
             "lengths": [len(source) + len(target) for source, target in pairs],
         }
+
+
+def sources_and_targets(model: Any, tokenizer: Any, packing: bool) -> Seq2SeqCollate:
+    """Padded whatever `packing` says: an encoder-decoder's biases don't go with packed rows."""
+    return Seq2SeqCollate(model.tokens.pad_id or 0, model.config.start_id)
+
+
+def corrupted_spans(model: Any, tokenizer: Any, packing: bool) -> Seq2SeqCollate:
+    """The same with spans taken out."""
+    corruption = SpanCorruption.of(tokenizer, model.tokens.eos_id)
+    return Seq2SeqCollate(model.tokens.pad_id or 0, model.config.start_id, corruption)

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..data.batches import IGNORE, Collate, to_device
+from ..data.batches import IGNORE, Batches, Collate, to_device
 from ..data.text import tokenize_pairs
 from ..finite import not_finite
 from ..runtime import in_eval_mode
-from .losses import answer_logps
+from .preferences import answer_logps
 
 WITHOUT_CONTENT = ("N/A", "", "[MASK]")  # Zhao et al.'s
 
@@ -84,9 +84,9 @@ def _answer_logps(
 
     logps = []
     with in_eval_mode(model):
-        for i in range(0, len(examples), batch_size):
-            batch = to_device(Collate()(examples[i : i + batch_size]), device)
-            logps.append(answer_logps(model, batch).cpu())  # (B,)
+        for i, (batch,) in enumerate(Batches(examples, Collate(), rows=batch_size, shuffle=False)):
+            logps.append(answer_logps(model, to_device(batch, device)).cpu())  # (B,)
             if not bool(logps[-1].isfinite().all()):
-                raise not_finite(model, f"the likelihoods of text {i // len(answers) + 1} and those after it")
+                first = i * batch_size // len(answers) + 1
+                raise not_finite(model, f"the likelihoods of text {first} and those after it")
     return torch.cat(logps).view(len(texts), len(answers))

@@ -13,7 +13,7 @@ from ..data.batches import Batches, Collate, CollateFn, Examples, to_device
 from ..data.images import ImageCollate
 from ..model import KnownModel
 from ..runtime import in_eval_mode
-from ..tasks.losses import pooled
+from ..tasks.common import pooled
 
 CHUNK_TOKENS = 8192  # computed at a time: a full load for a GPU, without gradients
 CHUNK_IMAGES = 64
@@ -57,9 +57,7 @@ def _repeats(data: Batches) -> bool:
     collate = data.collate
     if isinstance(collate, ImageCollate):
         return not collate.augment
-    if not isinstance(collate, Collate) or collate.masking is not None or collate.layout != "packed":
-        return False
-    return "input_ids" in data.examples[0]
+    return isinstance(collate, Collate) and collate.layout == "packed"
 
 
 class _ExamplesWithFeatures:

@@ -7,8 +7,7 @@ import torch
 from torch import nn
 
 from ..data.batches import Batches, to_device
-from ..tasks.losses import LossFn
-from ..tasks.scores import Score
+from ..tasks.common import LossFn, Score
 from .guards import clean_guest, micro_batches, sum_and_count
 
 

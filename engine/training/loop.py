@@ -28,8 +28,7 @@ from ..adapters.token_rows import trained_rows
 from ..data.batches import Batches, Examples, count_images, count_tokens, to_device
 from ..data.fingerprints import in_memory
 from ..runtime import interruptible
-from ..tasks.losses import ByAdapter, LossFn
-from ..tasks.scores import Score
+from ..tasks.common import ByAdapter, LossFn, Score
 from .cached_features import with_features
 from .config import TrainConfig, needs_evaluation
 from .evaluation import evaluate

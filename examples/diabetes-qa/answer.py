@@ -20,9 +20,8 @@ from handtune.engine import evaluate
 from handtune.engine.data.batches import Batches
 from handtune.engine.data.readers import read_rows
 from handtune.engine.tasks.encode import encode
-from handtune.engine.tasks.metrics import answers
 from handtune.engine.tasks.objectives import objective_of
-from handtune.engine.tasks.scores import AnswerScore
+from handtune.engine.tasks.question_answering import AnswerScore, answers
 from handtune.models import load
 
 HERE = Path(__file__).resolve().parent
@@ -63,7 +62,7 @@ def ask(trained: Path) -> None:
     model, tokenizer = load(trained, "question-answering", "float32")
     objective = objective_of("qa", model.objectives)
     examples, _ = encode(rows, tokenizer, "qa", max_length=256, labels=(), eos=None, template=None)
-    score = AnswerScore(examples, rows)
+    score = AnswerScore((), examples, rows)
     batches = Batches(examples, objective.collate(model, tokenizer, False), rows=1, shuffle=False)
     evaluate(model, batches, objective.loss, score)
     for index, row in enumerate(rows):

@@ -22,7 +22,7 @@ from handtune._files import parse_json
 from handtune.cli import main
 from handtune.engine import LoRAConfig, TrainConfig, add_lora, train
 from handtune.engine.data.batches import Collate
-from handtune.engine.tasks import losses
+from handtune.engine.tasks.causal_lm import causal_lm_loss
 from handtune.engine.tasks.encode import encode
 from handtune.engine.training.optim import Optimizer
 from handtune.models import load, save
@@ -355,7 +355,7 @@ def test_what_is_given_in_memory_is_compared_too(tmp_path) -> None:
         add_lora(model, LoRAConfig(rank=2))
         change(model, rows)
         config = TrainConfig(epochs=2, batch_size=2)
-        return train(model, rows, losses.causal_lm_loss, config, collate=Collate(), run_dir=out)
+        return train(model, rows, causal_lm_loss, config, collate=Collate(), run_dir=out)
 
     def row_changed(model: Any, rows: Any) -> None:
         rows[1]["input_ids"] = [*rows[1]["input_ids"][:-1], 9]

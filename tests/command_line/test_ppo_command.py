@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from project import ROOT
+from project import BENCHMARKS, ROOT
 from small_runs import write_rows
 
 from handtune.cli import main
 from handtune.config import PPORunConfig, read_config
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.append(str(BENCHMARKS))
 from best_of import compare
 
 MODEL = ROOT / "examples/kjv-gpt"

@@ -17,10 +17,12 @@ from small_tokenizers import byte_level, sentence_piece
 from torch import nn
 
 from handtune.engine import LoRAConfig, TrainConfig, add_lora, train
-from handtune.engine.data.batches import Batches, Collate, Masking
+from handtune.engine.data.batches import Batches, Collate
 from handtune.engine.data.images import ImageCollate
-from handtune.engine.tasks import losses
+from handtune.engine.tasks.causal_lm import causal_lm_loss
+from handtune.engine.tasks.classification import classification_loss
 from handtune.engine.tasks.encode import encode
+from handtune.engine.tasks.masked_lm import MaskedCollate, masked_lm_loss
 from handtune.engine.tasks.permutation_lm import PermutationCollate
 from handtune.engine.tasks.seq2seq import Seq2SeqCollate, SpanCorruption
 from handtune.models import T5, Bloom, ResNet, XLNet
@@ -31,7 +33,7 @@ torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports for seconds a
 DONE = "done.safetensors"
 
 
-class Noisy(Collate):
+class Noisy(MaskedCollate):
     """Draws from all three generators, as a user's augmentation may."""
 
     def __call__(self, rows: Any) -> Any:
@@ -41,13 +43,13 @@ class Noisy(Collate):
 
 
 def noisy_loss(model: nn.Module, batch: Any) -> tuple[torch.Tensor, int]:
-    loss, count = losses.masked_lm_loss(model, batch)
+    loss, count = masked_lm_loss(model, batch)
     return loss * (1 + 0.1 * batch["noise"]), count
 
 
 def masked_lm(out: Path) -> Any:
     """Every weight of a BERT; noise from three generators, gradual unfreezing, the best a third of the way."""
-    model, collate = bert("masked-lm"), Noisy(masking=Masking(4, 100, (0, 1, 2, 3, 4)))
+    model, collate = bert("masked-lm"), Noisy(4, 100, (0, 1, 2, 3, 4))
     rows = examples(TEXTS * 2, "masked-lm")
     config = TrainConfig(
         epochs=12, batch_size=3, micro_batch_size=2, lr=3e-2, eval_every=4, save_every=3, keep_last=2, seed=5,
@@ -62,7 +64,7 @@ def lora_run(out: Path) -> Any:
     add_lora(model, LoRAConfig(rank=4, dropout=0.1))
     rows = examples(TEXTS * 3, "pretrain")
     config = TrainConfig(epochs=9, batch_tokens=70, micro_batch_tokens=40, lr=1e-2, save_every=1, seed=7)
-    return model, train(model, rows, losses.causal_lm_loss, config, collate=Collate(), run_dir=out)
+    return model, train(model, rows, causal_lm_loss, config, collate=Collate(), run_dir=out)
 
 
 def seq2seq(out: Path) -> Any:
@@ -74,7 +76,7 @@ def seq2seq(out: Path) -> Any:
     rows = encode(TEXTS * 3, words, "span-corruption", max_length=24)[0]
     collate = Seq2SeqCollate(0, 0, SpanCorruption.of(words, 1))
     config = TrainConfig(epochs=6, batch_size=4, micro_batch_size=3, lr=1e-2, eval_every=5, save_every=2, seed=3)
-    return model, train(model, rows, losses.causal_lm_loss, config, eval_data=rows[:4], collate=collate, run_dir=out)
+    return model, train(model, rows, causal_lm_loss, config, eval_data=rows[:4], collate=collate, run_dir=out)
 
 
 def permutation(out: Path) -> Any:
@@ -87,7 +89,7 @@ def permutation(out: Path) -> Any:
         unfreeze={"*": 0, "layers.1.*": 1},
     )  # fmt: skip
     collate = PermutationCollate()
-    return model, train(model, rows, losses.causal_lm_loss, config, eval_data=rows[:4], collate=collate, run_dir=out)
+    return model, train(model, rows, causal_lm_loss, config, eval_data=rows[:4], collate=collate, run_dir=out)
 
 
 def bloom(out: Path) -> Any:
@@ -97,7 +99,7 @@ def bloom(out: Path) -> Any:
     model, rows = Bloom.from_name("bloom-560m", **sizes).bfloat16(), examples(TEXTS * 3, "pretrain")
     add_lora(model, LoRAConfig(rank=4, dropout=0.1))
     config = TrainConfig(epochs=5, batch_tokens=70, micro_batch_tokens=40, lr=1e-2, eval_every=7, save_every=2, seed=6)
-    return model, train(model, rows, losses.causal_lm_loss, config, eval_data=rows[:4], collate=Collate(), run_dir=out)
+    return model, train(model, rows, causal_lm_loss, config, eval_data=rows[:4], collate=Collate(), run_dir=out)
 
 
 def image_run(out: Path) -> Any:
@@ -110,7 +112,7 @@ def image_run(out: Path) -> Any:
     data = Batches(rows, ImageCollate(pixels, augment=True), rows=8, micro_batch_size=4, seed=2)
     held = Batches(rows[:6], ImageCollate(pixels), rows=6, shuffle=False)
     config = TrainConfig(epochs=6, batch_size=8, lr=1e-2, eval_every=4, save_every=2, seed=2)
-    return model, train(model, data, losses.classification_loss, config, eval_data=held, run_dir=out)
+    return model, train(model, data, classification_loss, config, eval_data=held, run_dir=out)
 
 
 RUNS: dict[str, Callable[[Path], Any]] = {"masked_lm": masked_lm, "lora": lora_run}

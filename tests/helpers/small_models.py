@@ -167,7 +167,9 @@ def assert_same_logits(
         given = {key: value for key, value in inputs.items() if key != "position_ids"}
         assert_within(real(model(**given), mask), expected, bound, f"{side} padding")
         assert_within(real(model(**inputs), mask), expected, bound, f"{side} padding, position ids given")
-    line = packed(rows, types if n_types > 1 else None)
+    line = packed(rows)
+    if n_types > 1:
+        line["token_type_ids"] = torch.tensor([[*chain(*types)]])
     whole = model(**line)
     assert_within(whole if by_row else whole[0], expected, bound, "packed")
     del line["position_ids"]

@@ -5,7 +5,7 @@ import torch
 
 from handtune.engine import LoRAConfig, TrainConfig, add_lora, train
 from handtune.engine.data.batches import Collate
-from handtune.engine.tasks.losses import causal_lm_loss
+from handtune.engine.tasks.causal_lm import causal_lm_loss
 from handtune.kernels import attention, layer_norm, linear_cross_entropy, lora_linear, rms_norm, rope, swiglu
 from handtune.models import GPT2
 

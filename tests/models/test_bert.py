@@ -20,7 +20,10 @@ from small_models import (
 from transformers import BertForMaskedLM
 
 from handtune.engine.data.batches import packed
-from handtune.engine.tasks.losses import classification_loss, masked_lm_loss, qa_loss, tagging_loss
+from handtune.engine.tasks.classification import classification_loss
+from handtune.engine.tasks.masked_lm import masked_lm_loss
+from handtune.engine.tasks.question_answering import qa_loss
+from handtune.engine.tasks.tagging import tagging_loss
 from handtune.models import Bert, load, save
 
 TASKS = ("masked-lm", "sequence-classification", "token-classification", "question-answering", "embedding", "reward")

@@ -29,7 +29,7 @@ from transformers.models.bloom.modeling_bloom import bloom_gelu_forward, build_a
 from handtune.cli import main
 from handtune.engine import LoRAConfig, add_lora, generate, load_adapter, merge_lora, save_adapter, unfreeze
 from handtune.engine.data.batches import packed
-from handtune.engine.tasks.losses import causal_lm_loss
+from handtune.engine.tasks.causal_lm import causal_lm_loss
 from handtune.kernels import activate
 from handtune.models import Bloom, add_tokens, load, save
 from handtune.models.bloom.config import PRESETS

@@ -17,7 +17,8 @@ from small_models import (
 )
 
 from handtune.engine.data.batches import packed
-from handtune.engine.tasks.losses import causal_lm_loss, classification_loss
+from handtune.engine.tasks.causal_lm import causal_lm_loss
+from handtune.engine.tasks.classification import classification_loss
 from handtune.models import GPT2, load, save
 
 TASKS = ("causal-lm", "sequence-classification", "token-classification", "question-answering", "embedding", "reward")

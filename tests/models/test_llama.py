@@ -29,7 +29,7 @@ from handtune.cli import main
 from handtune.engine import LoRAConfig, add_lora, generate, load_adapter, merge_lora, save_adapter
 from handtune.engine.adapters.lora import adapter_sites
 from handtune.engine.data.batches import packed
-from handtune.engine.tasks.losses import causal_lm_loss
+from handtune.engine.tasks.causal_lm import causal_lm_loss
 from handtune.models import Llama, load, save
 from handtune.models.layers.rope_scaling import Llama3
 

@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from handtune.cli import main
 from handtune.engine import LoRAConfig, add_lora, generate, load_adapter, merge_lora, save_adapter
 from handtune.engine.data.batches import packed
-from handtune.engine.tasks.losses import causal_lm_loss
+from handtune.engine.tasks.causal_lm import causal_lm_loss
 from handtune.models import Llama, load, save
 from handtune.models.llama.config import LlamaConfig
 

@@ -17,7 +17,7 @@ from small_models import (
 from small_t5 import SOURCES, TARGETS, both_t5, pairs
 
 from handtune.engine.data.batches import packed
-from handtune.engine.tasks.losses import causal_lm_loss
+from handtune.engine.tasks.causal_lm import causal_lm_loss
 from handtune.models import T5, load, save
 from handtune.models.layers.relative_positions import buckets
 

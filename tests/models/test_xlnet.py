@@ -1,6 +1,7 @@
 """XLNet against transformers: both streams, memory, gradients, generation, what is saved."""
 
 import json
+from itertools import chain
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from transformers import XLNetConfig, XLNetForQuestionAnswering, XLNetLMHeadMode
 
 from handtune.engine import generate
 from handtune.engine.data.batches import packed
-from handtune.engine.tasks.losses import causal_lm_loss, classification_loss
+from handtune.engine.tasks.causal_lm import causal_lm_loss
+from handtune.engine.tasks.classification import classification_loss
 from handtune.engine.tasks.permutation_lm import PermutationCollate
 from handtune.models import XLNet, load, save
 
@@ -23,6 +25,10 @@ NO_TEXTS = ("text_bias", "texts")  # parameters without use where no token types
 def types_of(rows: list[list[int]]) -> list[list[int]]:
     """The first half of each row is one text, the rest another."""
     return [[int(i > len(row) // 2) for i in range(len(row))] for row in rows]
+
+
+def end_to_end(types: list[list[int]]) -> torch.Tensor:
+    return torch.tensor([[*chain(*types)]])
 
 
 def padded_types(rows: list[list[int]], mask: torch.Tensor) -> torch.Tensor:
@@ -51,7 +57,7 @@ def test_every_task_gives_the_logits_of_transformers(tmp_path, task, typed):
         if side == "left" or task not in ("sequence-classification", "reward"):
             assert_within(real(their_logits(reference, task, inputs), mask), expected, 1e-4, f"transformers, {side}")
         assert_within(real(model(**inputs), mask), expected, 1e-4, f"{side} padding")
-    whole = model(**packed(rows, types_of(rows) if typed else None))
+    whole = model(**packed(rows), token_type_ids=end_to_end(types_of(rows)) if typed else None)
     assert_within(whole if task in BY_ROW else whole[0], expected, 1e-4, "packed")
 
 
@@ -199,7 +205,8 @@ def test_classification_gradients_are_those_of_transformers(tmp_path):
     inputs = padded(rows, "left")
     types = padded_types(rows, inputs["attention_mask"])
     F.cross_entropy(reference(**inputs, token_type_ids=types).logits, labels, reduction="sum").backward()
-    loss, _ = classification_loss(model, {"inputs": packed(rows, types_of(rows)), "labels": labels})
+    typed = packed(rows) | {"token_type_ids": end_to_end(types_of(rows))}
+    loss, _ = classification_loss(model, {"inputs": typed, "labels": labels})
     loss.backward()
     assert_same_xlnet_gradients(reference, model, ("embed.mask",))
 

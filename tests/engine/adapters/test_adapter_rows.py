@@ -25,7 +25,8 @@ from handtune.engine import (
     use_adapter,
 )  # fmt: skip
 from handtune.engine.data.batches import Collate
-from handtune.engine.tasks.losses import ByAdapter, causal_lm_loss
+from handtune.engine.tasks.causal_lm import causal_lm_loss
+from handtune.engine.tasks.common import ByAdapter
 
 NAMES = ["a", "b", None, "c", "a"]
 ROWS = token_rows((7, 3, 9, 4, 5))

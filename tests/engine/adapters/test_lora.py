@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from handtune.engine import LoRAConfig, add_lora
 from handtune.engine.adapters.embedding import LoRAEmbedding
 from handtune.engine.data.batches import Collate
-from handtune.engine.tasks.losses import causal_lm_loss
+from handtune.engine.tasks.causal_lm import causal_lm_loss
 from handtune.kernels import Linear
 from handtune.models import GPT2, Bert
 

@@ -29,7 +29,7 @@ from handtune.engine import (
     use_adapter,
 )
 from handtune.engine.data.batches import Collate
-from handtune.engine.tasks.losses import causal_lm_loss
+from handtune.engine.tasks.causal_lm import causal_lm_loss
 from handtune.kernels import Linear
 
 IDS = torch.tensor(token_rows((7, 7)))

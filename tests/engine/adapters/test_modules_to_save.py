@@ -30,7 +30,8 @@ from handtune.engine import (
     unmerge_lora,
     use_adapter,
 )
-from handtune.engine.tasks.losses import ByAdapter, causal_lm_loss
+from handtune.engine.tasks.causal_lm import causal_lm_loss
+from handtune.engine.tasks.common import ByAdapter
 
 SMALL = LoRAConfig(rank=2, targets="attention")
 

@@ -30,7 +30,7 @@ from handtune.engine import (
     unfreeze,
 )
 from handtune.engine.data.batches import Batches, Collate
-from handtune.engine.tasks.losses import causal_lm_loss
+from handtune.engine.tasks.causal_lm import causal_lm_loss
 from handtune.engine.training.guards import infinite_epochs
 from handtune.models import add_tokens, load, save
 

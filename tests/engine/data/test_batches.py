@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 import torch
 from small_runs import bert, gpt2
+from small_tokenizers import word_piece
 
-from handtune.engine.data.batches import Batches, Collate, Masking, count_tokens, packed, padded, to_device
+from handtune.engine.data.batches import Batches, Collate, count_tokens, packed, padded, to_device
+from handtune.engine.tasks.embedding import EmbeddingCollate
+from handtune.engine.tasks.masked_lm import MaskedCollate, masked_rows
 
 
 def rows(*lengths: int) -> list[dict[str, list[int]]]:
@@ -102,10 +105,11 @@ def test_packed_and_padded() -> None:
     assert line["cu_seqlens"].tolist() == [0, 3, 4, 6]
     assert line["cu_seqlens"].dtype == torch.int32
     assert line["max_seqlen"] == 3
-    block = padded([[5, 6, 7], [8]], 99, [[0, 0, 1], [0]])
+    block = padded([[5, 6, 7], [8]], 99)
     assert block["input_ids"].tolist() == [[5, 6, 7], [8, 99, 99]]
     assert block["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert block["token_type_ids"].tolist() == [[0, 0, 1], [0, 0, 0]]
+    typed = [{"input_ids": [5, 6, 7], "token_type_ids": [0, 0, 1]}, {"input_ids": [8], "token_type_ids": [0]}]
+    assert Collate("padded", 99)(typed)["inputs"]["token_type_ids"].tolist() == [[0, 0, 1], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
@@ -129,7 +133,7 @@ def test_labels_spans_and_pairs() -> None:
     spans = Collate("padded")([{"input_ids": [1, 2], "token_type_ids": [0, 1], "start": 1, "end": 1}])
     assert (spans["starts"].tolist(), spans["ends"].tolist()) == ([1], [1])
     assert spans["inputs"]["token_type_ids"].tolist() == [[0, 1]]
-    pairs = Collate()([{"anchor": [1, 2], "positive": [3]}, {"anchor": [4], "positive": [5, 6]}])
+    pairs = EmbeddingCollate()([{"anchor": [1, 2], "positive": [3]}, {"anchor": [4], "positive": [5, 6]}])
     assert pairs["anchor"]["input_ids"].tolist() == [[1, 2, 4]]
     assert pairs["positive"]["cu_seqlens"].tolist() == [0, 1, 3]
     assert "negative" not in pairs
@@ -137,13 +141,13 @@ def test_labels_spans_and_pairs() -> None:
 
 def test_a_text_of_several_pairs_stands_in_a_batch_once() -> None:
     rows = [([1], [5, 6], [7]), ([2], [5, 6], [8]), ([1], [8], [7]), ([8], [9], [8])]
-    batch = Collate()([{"anchor": a, "positive": p, "negative": n} for a, p, n in rows])
+    batch = EmbeddingCollate()([{"anchor": a, "positive": p, "negative": n} for a, p, n in rows])
     assert batch["anchor"]["input_ids"].tolist() == [[1, 2, 1, 8]]
     assert batch["positive"]["input_ids"].tolist() == [[5, 6, 8, 9]]
     assert batch["negative"]["input_ids"].tolist() == [[7]]  # 8 is a positive too
     assert batch["targets"].tolist() == [0, 0, 1, 2]
     assert batch["also_right"].nonzero().tolist() == [[0, 1], [2, 0], [3, 1]]  # 8 is the last anchor's own text
-    alone = Collate()([{"anchor": [1], "positive": [2], "negative": [2]}])
+    alone = EmbeddingCollate()([{"anchor": [1], "positive": [2], "negative": [2]}])
     assert "negative" not in alone and alone["also_right"].tolist() == [[False]]
 
 
@@ -152,7 +156,7 @@ def test_masking_noise_is_bert_s() -> None:
     torch.manual_seed(0)
     tokens = torch.randint(10, 1000, (1, 200_000))
     tokens[0, ::10] = 2
-    noisy, index, targets = Masking(4, 1000, (2, 4))(tokens)
+    noisy, index, targets = MaskedCollate(4, 1000, (2, 4)).mask(tokens)
     assert abs(len(index) / 180_000 - 0.15) < 0.005
     assert torch.equal(tokens[0, index], targets)
     assert not (targets == 2).any()
@@ -169,16 +173,16 @@ def test_masking_has_a_target_always_and_is_new_each_time() -> None:
     short = torch.tensor([[2, 17, 3]])
     for seed in range(20):
         torch.manual_seed(seed)
-        _, index, targets = Masking(4, 50, (2, 3, 4))(short)
+        _, index, targets = MaskedCollate(4, 50, (2, 3, 4)).mask(short)
         assert index.tolist() == [1]
         assert targets.tolist() == [17]
     examples = [{"input_ids": list(range(10, 60))}]
-    collate = Collate(masking=Masking(4, 99, (2,)))
+    collate = MaskedCollate(4, 99, (2,))
     torch.manual_seed(0)
     first, second = collate(examples), collate(examples)
     assert not torch.equal(first["inputs"]["input_ids"], second["inputs"]["input_ids"])
     with pytest.raises(ValueError, match="packed"):
-        Collate("padded", masking=Masking(4, 99))(examples)
+        masked_rows(None, word_piece(), packing=False)
 
 
 def test_counting_and_moving_any_batch() -> None:
@@ -186,7 +190,7 @@ def test_counting_and_moving_any_batch() -> None:
     assert count_tokens(Collate()(rows(3, 2))) == 5
     assert count_tokens({"input_ids": ones, "attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}) == 3
     assert count_tokens({"input_ids": ones}) == 10
-    assert count_tokens(Collate()([{"anchor": [1, 2], "positive": [3]}])) == 3
+    assert count_tokens(EmbeddingCollate()([{"anchor": [1, 2], "positive": [3]}])) == 3
     assert count_tokens((ones, ones)) == 0
     meta = torch.device("meta")
     moved = to_device({"a": (ones, [ones, 3]), "b": "text", "lengths": [1, 2]}, meta)

@@ -17,7 +17,7 @@ from handtune.engine import TrainConfig, train
 from handtune.engine.data.batches import Batches
 from handtune.engine.data.images import ImageCollate, ImageExamples
 from handtune.engine.data.readers import read_rows
-from handtune.engine.tasks.losses import classification_loss
+from handtune.engine.tasks.classification import classification_loss
 from handtune.models import ResNet, load, save
 from handtune.models.layers.image_processor import ImageProcessor
 
@@ -201,7 +201,7 @@ def test_full_and_lora_learn_through_the_command_line(tmp_path, capsys):
         ("data.max_length=100", "images have no tokens"),
         ("model.recompute=true", "ResNet has no norm in front of a feed-forward"),
         ("model.quantize='nf4'", "so do convolutions"),
-        ("data.image_size=0", "data.image_size"),
+        ("data.image_size=0", "data: image_size: expected"),
         ("method=sft", "ResNet"),
     ],
 )

@@ -31,7 +31,7 @@ from handtune.engine import (
     unfreeze,
 )
 from handtune.engine.data.batches import Collate
-from handtune.engine.tasks.losses import causal_lm_loss
+from handtune.engine.tasks.causal_lm import causal_lm_loss
 from handtune.models import load, save
 
 IDS = torch.tensor(token_rows((7, 7)))

@@ -3,10 +3,10 @@
 import itertools
 import math
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from project import BENCHMARKS
 from torch import Tensor
 
 from handtune.engine.rlhf.advantages import (
@@ -20,7 +20,7 @@ from handtune.engine.rlhf.advantages import (
     whiten,
 )
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+sys.path.append(str(BENCHMARKS))
 from best_of import best_of
 
 LENGTHS = (5, 1, 3, 4)

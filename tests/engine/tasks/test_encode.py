@@ -5,6 +5,7 @@ from small_tokenizers import byte_level, llama_like, word_piece
 
 from handtune.commands.token_display import show
 from handtune.engine.chat.template import ChatTemplate
+from handtune.engine.data.placed_rows import places_of
 from handtune.engine.tasks.encode import encode
 
 END = 0  # <|end|> of byte_level()
@@ -76,9 +77,9 @@ def test_what_is_too_long_loses_its_end_or_its_start_or_goes(max_length):
         (example,), report = sft([row], max_length, truncate=truncate)
         assert example["input_ids"] + example["targets"][-1:] == tokens
         assert sum(target >= 0 for target in example["targets"]) == targets
-        assert report.truncated.count == (max_length < 38)
+        assert len(report.truncated) == (max_length < 38)
     _, report = sft([row, {"prompt": "!", "completion": "?"}], max_length, truncate="drop")
-    assert (report.dropped.count, report.truncated.count) == (max_length < 38, max_length < 38)
+    assert (len(report.dropped), len(report.truncated)) == (max_length < 38, max_length < 38)
 
 
 def test_what_begins_a_text_stays_and_a_row_without_its_answer_goes():
@@ -105,7 +106,7 @@ def test_text_becomes_windows_and_no_token_is_lost():
             assert [t for example in examples for t in example["input_ids"]] == tokens[:-1]
             assert max(len(example["input_ids"]) for example in examples) <= max_length
             assert report.targets == report.tokens == len(tokens) - 1
-            assert report.truncated.count == 0
+            assert len(report.truncated) == 0
 
 
 def test_pretrain_takes_every_shape_that_is_text():
@@ -155,14 +156,14 @@ def test_a_long_chat_loses_its_end():
     text = byte_level().decode(example["input_ids"], skip_special_tokens=False)
     assert text.startswith(byte_level().decode(sft([{"messages": CHAT}])[0][0]["input_ids"], skip_special_tokens=False))
     assert in_loss(example) == in_loss(sft([{"messages": CHAT}])[0][0])
-    assert report.truncated.first == "row 1"
+    assert places_of(report.truncated) == "row 1"
 
 
 def test_rows_without_targets_are_dropped_and_said():
     rows = [{"messages": CHAT}, {"messages": CHAT[:1]}, {"messages": CHAT[:2]}, {"messages": CHAT[2:3]}]
     examples, report = sft(rows)
     assert len(examples) == report.kept == report.examples == 2
-    assert (report.masked.count, report.masked.first, report.dropped) == (2, "row 2, row 4", report.masked)
+    assert (len(report.masked), places_of(report.masked), report.dropped) == (2, "row 2, row 4", report.masked)
     assert str(report) == (
         "4 rows read, 2 kept as 2 examples; dropped 2 (row 2, row 4), truncated 0, fully masked 2 (row 2, row 4); "
         f"{report.tokens:,} tokens, {report.targets:,} targets"
@@ -200,7 +201,7 @@ def test_classify():
     examples, report = encode(rows, word_piece(), "classify", max_length=6)
     assert examples[0] == {"input_ids": [CLS, *words("the cat"), SEP], "label": 1}
     assert examples[1] == {"input_ids": [CLS, *words("the dog looked at")[:4], SEP], "label": 0}
-    assert report.truncated.first == "row 2"
+    assert places_of(report.truncated) == "row 2"
     assert report.targets == 2
     examples, _ = encode(rows, byte_level(), "classify", max_length=50, labels=["a", "b", "c"])
     assert examples[0] == {"input_ids": ids("the cat"), "label": 1}
@@ -222,7 +223,7 @@ def test_a_row_without_text_is_dropped_from_classification():
     rows = [{"text": "", "label": "a"}, {"text": "cat", "label": "b"}]
     examples, report = encode(rows, word_piece(), "classify", max_length=9)
     assert [example["label"] for example in examples] == [1]
-    assert report.dropped.first == "row 1"
+    assert places_of(report.dropped) == "row 1"
 
 
 def test_tags_stand_on_the_first_sub_token():
@@ -242,7 +243,7 @@ def test_tags_stand_on_the_first_sub_token():
         encode(rows, word_piece(), "tag", max_length=30, labels=["O", "B-x"])
     examples, report = encode(rows, word_piece(), "tag", max_length=3)
     assert examples[0]["targets"] == [-100, 1, -100]
-    assert report.truncated.count == 1
+    assert len(report.truncated) == 1
 
 
 def answered(question: str, context: str, answer: str | None) -> dict:
@@ -303,7 +304,7 @@ def test_qa_without_answer_points_at_zero_and_an_answer_no_window_holds_is_dropp
     rows = [answered("who?", "the cat sat", None), answered("who?", "cat " * 40, ("cat " * 40).strip())]
     examples, report = encode(rows, word_piece(), "qa", max_length=20)
     assert [(e["row"], e["start"], e["end"]) for e in examples] == [(0, 0, 0)]
-    assert report.dropped.first == report.masked.first == "row 2"
+    assert places_of(report.dropped) == places_of(report.masked) == "row 2"
 
 
 def test_qa_cuts_a_question_that_fills_the_window():
@@ -311,26 +312,26 @@ def test_qa_cuts_a_question_that_fills_the_window():
     assert len(last["input_ids"]) <= 21
     assert last["start"] > 0
     assert last["token_type_ids"].count(0) == 11  # [CLS], 9 of the question, [SEP]
-    assert report.truncated.count == 1
+    assert len(report.truncated) == 1
 
 
 def test_embed():
     rows = [{"anchor": "the cat", "positive": "the dog"}, {"anchor": "", "positive": "cat"}]
     examples, report = encode(rows, word_piece(), "embed", max_length=9)
     assert examples == [{"anchor": [CLS, *words("the cat"), SEP], "positive": [CLS, *words("the dog"), SEP]}]
-    assert report.dropped.first == "row 2"
+    assert places_of(report.dropped) == "row 2"
     rows = [{"anchor": "the cat", "positive": "the dog", "negative": "a mat"}]
     examples, report = encode(rows, word_piece(), "embed", max_length=3)
     assert list(examples[0]) == ["anchor", "positive", "negative"]
     assert all(len(value) == 3 for value in examples[0].values())
-    assert report.truncated.count == 1
+    assert len(report.truncated) == 1
 
 
 def test_row_numbers_hold_across_batches_and_shapes():
     rows = [{"text": "cat", "label": "a"}] * 600 + [{"text": "", "label": "a"}]
     rows += [{"text": "cat", "text_pair": "dog", "label": "a"}] * 2
     examples, report = encode(rows, word_piece(), "classify", max_length=9)
-    assert report.dropped.first == "row 601"
+    assert places_of(report.dropped) == "row 601"
     assert len(examples) == 602
     with pytest.raises(ValueError, match="row 603: label 'z'"):
         encode([*rows[:-1], {**rows[-1], "label": "z"}], word_piece(), "classify", max_length=9, labels=["a"])

@@ -17,7 +17,9 @@ from small_runs import (
 )
 
 from handtune.engine import LoRAConfig, TrainConfig, add_lora, evaluate, train
-from handtune.engine.data.batches import Batches, Collate, Masking
+from handtune.engine.data.batches import Batches, Collate
+from handtune.engine.tasks.embedding import EmbeddingCollate
+from handtune.engine.tasks.masked_lm import MaskedCollate
 from handtune.engine.tasks.objectives import OBJECTIVES
 
 TAGS = ("O", "B-ANIMAL", "B-PLACE")
@@ -35,8 +37,9 @@ def method(name: str):
     rows = {"classify": SENTIMENT, "tag": TAGGED, "qa": QUESTIONS, "sft": CHAT, "embed": PAIRS}.get(name, TEXTS)
     encoded = examples(rows, objective.encoding, labels or None, evaluation=True)
     model = gpt2(objective.task) if name in ("pretrain", "sft") else bert(objective.task, labels)
-    masking = Masking(4, 100, (0, 1, 2, 3, 4)) if name == "masked-lm" else None
-    return model, encoded, Collate(masking=masking), objective, lambda: objective.score(labels, encoded, rows)
+    collates = {"masked-lm": MaskedCollate(4, 100, (0, 1, 2, 3, 4)), "embed": EmbeddingCollate()}
+    collate = collates.get(name, Collate())
+    return model, encoded, collate, objective, lambda: objective.score(labels, encoded, rows)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -9,12 +9,22 @@ from small_runs import CHAT, PAIRS, QUESTIONS, SENTIMENT, TAGGED, bert, examples
 from small_tokenizers import word_piece
 
 from handtune.engine import evaluate
-from handtune.engine.data.batches import Batches, Collate, Masking
+from handtune.engine.data.batches import Batches, Collate
 from handtune.engine.data.readers import label_names
-from handtune.engine.tasks import losses
+from handtune.engine.tasks.causal_lm import causal_lm_loss
+from handtune.engine.tasks.classification import classification_loss
+from handtune.engine.tasks.embedding import (
+    EmbeddingCollate,
+    RetrievalScore,
+    embedding_loss,
+    embedding_loss_of,
+    embeddings,
+)
 from handtune.engine.tasks.encode import encode
+from handtune.engine.tasks.masked_lm import MaskedCollate, masked_lm_loss
 from handtune.engine.tasks.objectives import METHODS, OBJECTIVES
-from handtune.engine.tasks.scores import AnswerScore, RetrievalScore, TaggingScore, best_span
+from handtune.engine.tasks.question_answering import AnswerScore, best_span, qa_loss
+from handtune.engine.tasks.tagging import TaggingScore, tagging_loss
 
 TAGS = ("O", "B-ANIMAL", "B-PLACE")
 
@@ -22,15 +32,15 @@ TAGS = ("O", "B-ANIMAL", "B-PLACE")
 def case(name: str):
     """A model, encoded examples, the loss function and a collate function for the method."""
     if name == "sft":
-        return gpt2(), examples(CHAT, "sft"), losses.causal_lm_loss
+        return gpt2(), examples(CHAT, "sft"), causal_lm_loss
     if name == "classify":
-        return bert(labels=("down", "up")), examples(SENTIMENT, "classify", ["down", "up"]), losses.classification_loss
+        return bert(labels=("down", "up")), examples(SENTIMENT, "classify", ["down", "up"]), classification_loss
     if name == "tag":
-        return bert("token-classification", TAGS), examples(TAGGED, "tag", TAGS), losses.tagging_loss
+        return bert("token-classification", TAGS), examples(TAGGED, "tag", TAGS), tagging_loss
     if name == "qa":
-        return bert("question-answering"), examples(QUESTIONS, "qa"), losses.qa_loss
+        return bert("question-answering"), examples(QUESTIONS, "qa"), qa_loss
     assert name == "embed"
-    return bert("embedding"), examples(PAIRS, "embed"), losses.embedding_loss
+    return bert("embedding"), examples(PAIRS, "embed"), embedding_loss
 
 
 def gradients(model, loss) -> dict[str, torch.Tensor]:
@@ -58,7 +68,7 @@ def test_a_batch_is_the_sum_of_its_rows(name, layout) -> None:
 def test_causal_lm_is_cross_entropy_of_the_next_token() -> None:
     model, rows, _ = case("sft")
     for row in rows:
-        loss, count = losses.causal_lm_loss(model, Collate()([row]))
+        loss, count = causal_lm_loss(model, Collate()([row]))
         logits = model(torch.tensor([row["input_ids"]]))[0]
         targets = torch.tensor(row["targets"])
         assert count == int((targets >= 0).sum())
@@ -69,8 +79,8 @@ def test_masked_lm_reads_only_the_masked_positions() -> None:
     model = bert("masked-lm")
     rows = examples([{"text": row["text"]} for row in SENTIMENT], "masked-lm")
     torch.manual_seed(1)
-    batch = Collate(masking=Masking(4, 100, (0, 2, 3)))(rows[:5])
-    loss, count = losses.masked_lm_loss(model, batch)
+    batch = MaskedCollate(4, 100, (0, 2, 3))(rows[:5])
+    loss, count = masked_lm_loss(model, batch)
     logits = model(**batch["inputs"])[0, batch["index"]]
     assert count == len(batch["index"])
     assert loss.item() == pytest.approx(F.cross_entropy(logits, batch["targets"], reduction="sum").item(), rel=1e-5)
@@ -79,7 +89,7 @@ def test_masked_lm_reads_only_the_masked_positions() -> None:
 def test_question_answering_is_the_mean_of_start_and_end() -> None:
     model, rows, _ = case("qa")
     row = rows[0]
-    loss, count = losses.qa_loss(model, Collate()([row]))
+    loss, count = qa_loss(model, Collate()([row]))
     start, end = model(torch.tensor([row["input_ids"]]), token_type_ids=torch.tensor([row["token_type_ids"]]))[0].T
     expected = -(start.log_softmax(0)[row["start"]] + end.log_softmax(0)[row["end"]]) / 2
     assert (count, loss.item()) == (1, pytest.approx(expected.item(), rel=1e-5))
@@ -87,7 +97,8 @@ def test_question_answering_is_the_mean_of_start_and_end() -> None:
 
 def test_embedding_loss_is_info_nce() -> None:
     anchors, others = torch.randn(3, 8), torch.randn(5, 8)
-    loss, count = losses.embedding_loss_of(anchors, others)
+    batch = {"targets": torch.arange(3), "also_right": torch.zeros(3, 5, dtype=torch.bool)}
+    loss, count = embedding_loss_of(anchors, others, batch)
     expected = 0.0
     for i in range(3):
         scores = [F.cosine_similarity(anchors[i], others[j], dim=0).item() / 0.05 for j in range(5)]
@@ -96,23 +107,23 @@ def test_embedding_loss_is_info_nce() -> None:
     model, rows, loss_fn = case("embed")
     for row in rows:
         row["negative"] = row["anchor"]
-    found, others = losses.embeddings(model, Collate()(rows))
+    found, others = embeddings(model, EmbeddingCollate()(rows))
     assert (found.shape, others.shape) == ((6, 32), (12, 32))
     torch.testing.assert_close(found, others[6:])
-    assert loss_fn(model, Collate()(rows))[1] == 6
+    assert loss_fn(model, EmbeddingCollate()(rows))[1] == 6
 
 
 def test_twins_do_not_repel_each_other() -> None:
     """A row's answer in another row is no wrong answer: the loss of right embeddings goes to 0, without a gradient."""
     model = Lookup(torch.eye(4)[[0, 1, 2, 2, 3]] * 3)
     rows = pairs_of((0, 0, 4), (0, 0, 4), (1, 1, 0), (2, 3, 3))  # two twins; a negative that is its row's positive
-    loss, count = losses.embedding_loss(model, Collate()(rows))
+    loss, count = embedding_loss(model, EmbeddingCollate()(rows))
     assert (count, loss.item()) == (4, pytest.approx(0.0, abs=1e-6))
     torch.testing.assert_close(gradients(model, loss)["weight"], torch.zeros(5, 4), atol=1e-6, rtol=0)
     # Without the twin's row, which adds what the first one does, nothing else changes.
     vectors = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
-    first, together = (losses.embedding_loss(Lookup(vectors), Collate()(part))[0] for part in (rows[1:], rows))
-    twin = losses.embedding_loss(Lookup(vectors), Collate()([rows[0], *rows[2:]]))[0]
+    first, together = (embedding_loss(Lookup(vectors), EmbeddingCollate()(part))[0] for part in (rows[1:], rows))
+    twin = embedding_loss(Lookup(vectors), EmbeddingCollate()([rows[0], *rows[2:]]))[0]
     one = F.cross_entropy(F.cosine_similarity(vectors[:1], vectors[[0, 1, 3, 4]])[None] / 0.05, torch.tensor([0]))
     assert first.item() == pytest.approx(twin.item(), rel=1e-5)
     assert together.item() - first.item() == pytest.approx(one.item(), abs=1e-4)
@@ -132,16 +143,16 @@ def test_evaluation_is_one_mean_over_all_targets() -> None:
 def test_evaluation_leaves_model_and_generator_alone() -> None:
     model = bert("masked-lm").train()
     rows = examples([{"text": row["text"]} for row in SENTIMENT], "masked-lm")
-    data = Batches(rows, Collate(masking=Masking(4, 100, (0, 2, 3))), rows=4, shuffle=False)
+    data = Batches(rows, MaskedCollate(4, 100, (0, 2, 3)), rows=4, shuffle=False)
     state = torch.get_rng_state()
-    first = evaluate(model, data, losses.masked_lm_loss)
+    first = evaluate(model, data, masked_lm_loss)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     assert all(p.grad is None for p in model.parameters())
     torch.rand(5)
-    assert evaluate(model, data, losses.masked_lm_loss) == first  # the noise is the same each time
+    assert evaluate(model, data, masked_lm_loss) == first  # the noise is the same each time
     with pytest.raises(ValueError, match="nothing was left after masking"):
-        evaluate(model, [], losses.masked_lm_loss)
+        evaluate(model, [], masked_lm_loss)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +166,8 @@ def test_scores_give_the_loss_and_the_metrics(name, known) -> None:
     assert objective.loss is loss_fn
     texts = {"sft": CHAT, "classify": SENTIMENT, "tag": TAGGED, "qa": QUESTIONS, "embed": PAIRS}[name]
     rows = examples(texts, name, labels or None, evaluation=True)
-    data = Batches(rows, Collate(), rows=3, shuffle=False)
+    collate = EmbeddingCollate() if name == "embed" else Collate()
+    data = Batches(rows, collate, rows=3, shuffle=False)
     found = evaluate(model, data, loss_fn, objective.score(labels, rows, texts))
     assert known | {"loss"} <= found.keys()
     assert found["loss"] == pytest.approx(evaluate(model, data, loss_fn)["loss"], rel=1e-5)
@@ -183,7 +195,7 @@ def test_tagging_score_of_an_oracle() -> None:
     batch = [Collate()([row]) for row in rows]
     for one in batch:
         one["features"] = torch.zeros(1, len(one["inputs"]["input_ids"][0]), 4)
-    found = evaluate(right, batch, losses.tagging_loss, TaggingScore(TAGS, rows, TAGGED))
+    found = evaluate(right, batch, tagging_loss, TaggingScore(TAGS, rows, TAGGED))
     assert found["f1"] == found["token_accuracy"] == 1.0
     assert found["loss"] < 1e-3
 
@@ -197,7 +209,7 @@ def test_answers_of_an_oracle_are_the_gold_texts() -> None:
     batch = [Collate()([row]) for row in rows]
     for one in batch:
         one["features"] = torch.zeros(1, 1)
-    found = evaluate(Oracle(logits), batch, losses.qa_loss, AnswerScore(rows, QUESTIONS))
+    found = evaluate(Oracle(logits), batch, qa_loss, AnswerScore((), rows, QUESTIONS))
     assert found["exact_match"] == found["f1"] == 1.0
 
 
@@ -247,8 +259,8 @@ def test_retrieval_ranks_over_all_batches() -> None:
     crossed = anchors[[0, 1, 3, 2]] + 0.3 * anchors  # of the last two, each is nearer to the other's positive
     rows = pairs_of((0, 4), (1, 5), (2, 6), (3, 7))
     texts = [{"anchor": f"question {i}", "positive": f"answer {i}"} for i in range(4)]
-    model, data = Lookup(torch.cat([anchors, crossed])), Batches(rows, Collate(), rows=2, shuffle=False)
-    found = evaluate(model, data, losses.embedding_loss, RetrievalScore(rows, texts))
+    model, data = Lookup(torch.cat([anchors, crossed])), Batches(rows, EmbeddingCollate(), rows=2, shuffle=False)
+    found = evaluate(model, data, embedding_loss, RetrievalScore((), rows, texts))
     assert found["accuracy@1"] == 0.5
     assert found["mrr"] == pytest.approx(0.75)
 
@@ -269,8 +281,8 @@ def answer_score(rows, tables, encoded=None):
     batch = [Collate()([row]) for row in encoded]
     for one in batch:
         one["features"] = torch.zeros(1, 1)
-    score = AnswerScore(encoded, rows)
-    return score, evaluate(Oracle([table[None] for table in tables]), batch, losses.qa_loss, score)
+    score = AnswerScore((), encoded, rows)
+    return score, evaluate(Oracle([table[None] for table in tables]), batch, qa_loss, score)
 
 
 def tables_of(encoded) -> list[torch.Tensor]:
@@ -311,7 +323,7 @@ def test_questions_whose_answer_no_window_holds_count() -> None:
     rows = [lost, *QUESTIONS]
     assert len(examples(rows, "qa")) == 4
     encoded, report = encode(rows, word_piece(), "qa", max_length=64, evaluation=True)
-    assert (len(encoded), report.kept, report.dropped.count, report.targets) == (5, 5, 0, 4)
+    assert (len(encoded), report.kept, len(report.dropped), report.targets) == (5, 5, 0, 4)
     assert (encoded[0]["start"], encoded[0]["end"]) == (-100, -100)
     tables = tables_of(encoded)
     tables[0][-2] = 6.0  # the last word of the context, which " " is not

@@ -12,8 +12,11 @@ from nltk.stem.porter import PorterStemmer
 from project import ROOT
 from rouge_score.tokenizers import DefaultTokenizer
 
-from handtune.engine.tasks.metrics import answers, classification, entity_f1, perplexity, retrieval, rouge
-from handtune.engine.tasks.word_tokenizer import WordTokenizer
+from handtune.engine.tasks.classification import classification
+from handtune.engine.tasks.embedding import retrieval
+from handtune.engine.tasks.metrics import WordTokenizer, perplexity, rouge
+from handtune.engine.tasks.question_answering import answers
+from handtune.engine.tasks.tagging import entity_f1
 
 # classification
 
@@ -271,10 +274,15 @@ def test_answers_refuses():
 # retrieval
 
 
+def different(n: int) -> list[tuple[str, str]]:
+    """Texts of n rows, none of which stands in two of them."""
+    return [(f"anchor {i}", f"positive {i}") for i in range(n)]
+
+
 def test_retrieval_worked_example():
     anchors = [[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
     positives = [[2.0, 0.1], [0.0, 5.0], [1.0, -0.2]]  # the third anchor ranks its own positive last
-    got = retrieval(anchors, positives)
+    got = retrieval(anchors, positives, different(len(anchors)))
     assert got == {"accuracy@1": pytest.approx(2 / 3), "mrr": pytest.approx((1 + 1 + 1 / 3) / 3)}
 
 
@@ -287,7 +295,7 @@ def test_retrieval_brute_force(n):
     for i in range(n):
         cosine = (positives * anchors[i]).sum(1) / np.sqrt((positives**2).sum(1))
         ranks.append(np.argsort(-cosine).tolist().index(i) + 1)
-    got = retrieval(anchors, positives)
+    got = retrieval(anchors, positives, different(len(anchors)))
     assert got["accuracy@1"] == pytest.approx(np.mean([rank == 1 for rank in ranks]))
     assert got["mrr"] == pytest.approx(np.mean([1 / rank for rank in ranks]))
 
@@ -295,14 +303,14 @@ def test_retrieval_brute_force(n):
 def test_collapsed_embeddings_earn_chance_level():
     same = np.ones((4, 3))
     mrr = (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4
-    assert retrieval(same, same) == {"accuracy@1": pytest.approx(1 / 4), "mrr": pytest.approx(mrr)}
-    assert retrieval(np.zeros((4, 3)), same)["accuracy@1"] == pytest.approx(1 / 4)
+    assert retrieval(same, same, different(4)) == {"accuracy@1": pytest.approx(1 / 4), "mrr": pytest.approx(mrr)}
+    assert retrieval(np.zeros((4, 3)), same, different(4))["accuracy@1"] == pytest.approx(1 / 4)
 
 
 def test_two_rows_with_one_positive_share_the_first_rank():
     anchors = np.eye(3)
     positives = np.array([[1.0, 0, 0], [0, 1.0, 0], [0, 1.0, 0]])
-    got = retrieval(anchors, positives)
+    got = retrieval(anchors, positives, different(len(anchors)))
     # anchor 1: first place shared by two. anchor 2: its cosine is 0, level with both others
     assert got["accuracy@1"] == pytest.approx((1 + 1 / 2 + 1 / 3) / 3)
 
@@ -310,7 +318,7 @@ def test_two_rows_with_one_positive_share_the_first_rank():
 def test_a_twin_of_the_positive_is_found():
     """By their texts two positives are one, for each anchor that has it; the third anchor has two that are right."""
     anchors, positives = np.eye(3)[[0, 0, 1, 1]], np.eye(3)[[0, 0, 1, 1]]
-    assert retrieval(anchors, positives)["accuracy@1"] == 0.5
+    assert retrieval(anchors, positives, different(len(anchors)))["accuracy@1"] == 0.5
     twins = [("a", "x"), ("b", "x"), ("c", "y"), ("c", "z")]
     assert retrieval(anchors, positives, twins) == {"accuracy@1": 1.0, "mrr": 1.0}
     assert retrieval(anchors, positives, twins, 4) == {"accuracy@1": 0.5, "mrr": 0.5}
@@ -324,11 +332,11 @@ def test_a_twin_of_the_positive_is_found():
 
 def test_retrieval_refuses():
     with pytest.raises(ValueError, match="differ in shape"):
-        retrieval(np.ones((2, 3)), np.ones((3, 3)))
+        retrieval(np.ones((2, 3)), np.ones((3, 3)), different(2))
     with pytest.raises(ValueError, match="one embedding a row"):
-        retrieval(np.ones(3), np.ones(3))
+        retrieval(np.ones(3), np.ones(3), different(3))
     with pytest.raises(ValueError, match=r"positives\[1\] is not finite"):
-        retrieval(np.ones((2, 2)), [[1.0, 1.0], [float("nan"), 1.0]])
+        retrieval(np.ones((2, 2)), [[1.0, 1.0], [float("nan"), 1.0]], different(2))
 
 
 # perplexity

@@ -16,14 +16,21 @@ from handtune.cli import main
 from handtune.engine import LoRAConfig, TrainConfig, add_lora, evaluate, train, use_adapter
 from handtune.engine.chat.template import ChatTemplate
 from handtune.engine.data.batches import Batches
+from handtune.engine.data.placed_rows import places_of
 from handtune.engine.data.readers import read_rows
 from handtune.engine.rlhf.reward_model import Reward
 from handtune.engine.rlhf.shared_base import with_head
 from handtune.engine.tasks.encode import encode
-from handtune.engine.tasks.losses import DPOLoss, answer_logps, pair_loss, reward_loss
-from handtune.engine.tasks.metrics import comparisons
 from handtune.engine.tasks.objectives import OBJECTIVES
-from handtune.engine.tasks.preferences import PairCollate, add_reference
+from handtune.engine.tasks.preferences import (
+    DPOLoss,
+    PairCollate,
+    add_reference,
+    answer_logps,
+    comparisons,
+    pair_loss,
+    reward_loss,
+)
 from handtune.models import GPT2
 from handtune.models.tokenizer.special_tokens import SpecialTokens
 
@@ -60,7 +67,7 @@ def test_what_does_not_fit() -> None:
     (example,), report = encoded([row], max_length=20)
     assert [len(example["chosen"]), len(example["rejected"])] == [20, 15]
     assert example["starts"] == [10, 10]
-    assert report.truncated.count == 1
+    assert len(report.truncated) == 1
     (example,), _ = encoded([row], max_length=20, truncate="start")
     assert ([len(example["chosen"]), len(example["rejected"])], example["starts"]) == ([20, 6], [1, 1])
     (example,), _ = encoded([row], max_length=26, truncate="start")
@@ -69,7 +76,7 @@ def test_what_does_not_fit() -> None:
         _, report = encoded([lost, row | short], max_length=20)
         assert report.dropped == report.truncated
     _, report = encoded([row, row | short], max_length=20, truncate="drop")
-    assert (report.kept, report.dropped.first) == (1, "row 1")
+    assert (report.kept, places_of(report.dropped)) == (1, "row 1")
 
 
 def test_conversations() -> None:

@@ -16,7 +16,7 @@ from small_tokenizers import byte_level
 from small_xlnet import both_xlnets, targets
 
 from handtune.engine import LoRAConfig, TrainConfig, add_lora, generate, load_adapter, merge_lora, save_adapter, train
-from handtune.engine.tasks.losses import causal_lm_loss
+from handtune.engine.tasks.causal_lm import causal_lm_loss
 from handtune.engine.tasks.permutation_lm import K, PermutationCollate, spans
 from handtune.models import XLNet, load, save
 from handtune.models.tokenizer.special_tokens import SpecialTokens

@@ -11,11 +11,10 @@ from small_tokenizers import byte_level, word_piece
 from handtune.cli import main
 from handtune.engine import evaluate
 from handtune.engine.data.batches import Batches, Collate
-from handtune.engine.data.candidates import candidates
-from handtune.engine.tasks import losses
+from handtune.engine.tasks.embedding import EmbeddingCollate, candidates, embedding_loss
 from handtune.engine.tasks.encode import encode
 from handtune.engine.tasks.objectives import OBJECTIVES
-from handtune.engine.tasks.preferences import PairCollate
+from handtune.engine.tasks.preferences import PairCollate, reward_loss
 
 TAGS = ("O", "B-ANIMAL", "I-ANIMAL", "B-PLACE")
 
@@ -94,7 +93,7 @@ def test_a_perfect_retrieval_of_some_rows() -> None:
         def pool(self, states, ids, mask, bounds):
             return states
 
-    found = evaluate(Known(), Batches(encoded, Collate(), rows=2, shuffle=False), losses.embedding_loss, score)
+    found = evaluate(Known(), Batches(encoded, EmbeddingCollate(), rows=2, shuffle=False), embedding_loss, score)
     # The cat: mat and book are level, and both are right. The dog: its mat is level with a wrong book. The mat: the dog
     # comes after a wrong book, and after the mat itself, which doesn't count.
     assert found["accuracy@1"] == pytest.approx((1 + 0.5 + 1 + 0 + 0) / 5)
@@ -118,7 +117,7 @@ def test_comparisons_that_the_model_cannot_tell_apart() -> None:
     score = OBJECTIVES["reward"].score((), encoded, rows)
     score.compare = lambda model, batch: torch.tensor([2.0])
     model = torch.nn.Linear(1, 1)
-    found = evaluate(model, Batches(encoded, PairCollate(), rows=2, shuffle=False), losses.reward_loss, score)
+    found = evaluate(model, Batches(encoded, PairCollate(), rows=2, shuffle=False), reward_loss, score)
     assert found["accuracy"] == pytest.approx((1 + 0.5) / 2)
 
 

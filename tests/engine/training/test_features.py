@@ -7,11 +7,12 @@ import torch
 from small_runs import QUESTIONS, SENTIMENT, TAGGED, assert_same_weights, bert, examples, gpt2, weights
 
 from handtune.engine import LoRAConfig, TrainConfig, add_lora, freeze, train, unfreeze
-from handtune.engine.data.batches import Batches, Collate, Masking
+from handtune.engine.data.batches import Batches, Collate
 from handtune.engine.data.images import ImageCollate
-from handtune.engine.tasks import losses
+from handtune.engine.tasks import common
+from handtune.engine.tasks.classification import ClassificationScore, classification_loss
+from handtune.engine.tasks.masked_lm import MaskedCollate
 from handtune.engine.tasks.objectives import OBJECTIVES
-from handtune.engine.tasks.scores import ClassificationScore
 from handtune.engine.training.cached_features import compute_features, head_only, with_features
 from handtune.models import ResNet
 from handtune.models.layers.image_processor import ImageProcessor
@@ -88,7 +89,7 @@ def test_only_exact_cases_are_cached() -> None:
     assert cached is not data
     assert cached.state_dict() == data.state_dict()
     assert [list(p) for p in cached.plan(3)] == [list(p) for p in data.plan(3)]
-    noisy = Batches(rows, Collate(masking=Masking(4, 100)), rows=4)
+    noisy = Batches(rows, MaskedCollate(4, 100), rows=4)
     assert with_features(model, noisy) is noisy
     block = Batches(rows, Collate("padded"), rows=4)
     assert with_features(model, block) is block
@@ -108,7 +109,7 @@ def test_features_are_what_the_head_reads(name) -> None:
         for row, features in zip(rows, found, strict=True):
             batch = Collate()([row])
             assert features.shape == ((32,) if name == "classify" else (len(row["input_ids"]), 32))
-            plain = losses.features(model, batch)
+            plain = common.features(model, batch)
             assert (features - plain[0]).abs().max() < 1e-6
             with_them = Collate()([{**row, "features": features}])
             assert objective.loss(model, with_them)[0].item() == pytest.approx(
@@ -167,7 +168,7 @@ def test_images_without_augmentation_are_seen_once(monkeypatch, tmp_path) -> Non
         config = TrainConfig(epochs=6, lr=3e-2, eps=1e-4, unfreeze={} if cached else {"head.*": 0})
         score = lambda: ClassificationScore(2)  # noqa: E731
         out = tmp_path / str(cached)
-        result = train(model, data, losses.classification_loss, config, eval_data=held, score=score, run_dir=out)
+        result = train(model, data, classification_loss, config, eval_data=held, score=score, run_dir=out)
         steps = [json.loads(text) for text in (out / "metrics.jsonl").read_text().splitlines() if '"lr"' in text]
         assert [step["images"] for step in steps] == [6, 6, 6, 2] * 6 and "tokens" not in steps[0]
         assert all(step["images_per_second"] > 0 for step in steps)

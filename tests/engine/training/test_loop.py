@@ -19,11 +19,11 @@ from torch import nn
 
 from handtune.engine import TrainConfig, evaluate, freeze, train, unfreeze
 from handtune.engine.data.batches import Batches, Collate
-from handtune.engine.tasks import losses
+from handtune.engine.tasks.causal_lm import causal_lm_loss
 from handtune.engine.training.optim import Optimizer
 
 
-def gradient_of(model, micros, loss_fn=losses.causal_lm_loss) -> dict[str, torch.Tensor]:
+def gradient_of(model, micros, loss_fn=causal_lm_loss) -> dict[str, torch.Tensor]:
     """The gradient that the loop makes of one step's micro-batches."""
     model.zero_grad()
     rest = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
@@ -78,7 +78,7 @@ def test_training_in_micro_batches_gives_the_same_weights() -> None:
     for cut in ({}, {"micro_batch_size": 3}, {"micro_batch_tokens": 50}):
         model = gpt2()
         config = TrainConfig(epochs=4, batch_size=4, lr=1.0, eps=1.0, max_grad_norm=None, **cut)
-        result = train(model, ragged(), losses.causal_lm_loss, config, collate=Collate())
+        result = train(model, ragged(), causal_lm_loss, config, collate=Collate())
         ends.append((weights(model), result.train_loss))
         assert result.steps == 8
     for end, loss in ends[1:]:
@@ -198,13 +198,13 @@ def test_what_trains_is_what_requires_a_gradient() -> None:
     freeze(model, "*")
     unfreeze(model, "layers.1.*")
     before = weights(model)
-    train(model, examples(CHAT, "sft"), losses.causal_lm_loss, TrainConfig(batch_size=4), collate=Collate())
+    train(model, examples(CHAT, "sft"), causal_lm_loss, TrainConfig(batch_size=4), collate=Collate())
     moved = {name for name, weight in weights(model).items() if not torch.equal(weight, before[name])}
     assert moved == {name for name in before if name.startswith("layers.1.")}
     assert all(p.grad is None for p in model.parameters())
     freeze(model, "*")
     with pytest.raises(ValueError, match="nothing trains"):
-        train(model, examples(CHAT, "sft"), losses.causal_lm_loss, TrainConfig(), collate=Collate())
+        train(model, examples(CHAT, "sft"), causal_lm_loss, TrainConfig(), collate=Collate())
 
 
 def test_gradual_unfreezing() -> None:
@@ -216,7 +216,7 @@ def test_gradual_unfreezing() -> None:
         model = gpt2()
         config = TrainConfig(epochs=2, max_steps=steps, batch_size=2, unfreeze=schedule) if steps else None
         if config:
-            train(model, rows, losses.causal_lm_loss, replace(config, warmup=0), collate=Collate())
+            train(model, rows, causal_lm_loss, replace(config, warmup=0), collate=Collate())
         ends.append(weights(model))
 
     def moved(steps: int) -> set[str]:
@@ -232,11 +232,11 @@ def test_a_later_glob_does_not_freeze_what_an_earlier_one_trains() -> None:
     model = gpt2()
     before = weights(model)
     config = TrainConfig(batch_size=4, unfreeze={"layers.1.*": 0, "*": 1})
-    train(model, examples(CHAT, "sft"), losses.causal_lm_loss, config, collate=Collate())
+    train(model, examples(CHAT, "sft"), causal_lm_loss, config, collate=Collate())
     moved = {name for name, weight in weights(model).items() if not torch.equal(weight, before[name])}
     assert moved == {name for name in before if name.startswith("layers.1.")}
     with pytest.raises(ValueError, match="let a part start at epoch 0"):
-        train(model, examples(CHAT, "sft"), losses.causal_lm_loss, TrainConfig(unfreeze={"*": 1}), collate=Collate())
+        train(model, examples(CHAT, "sft"), causal_lm_loss, TrainConfig(unfreeze={"*": 1}), collate=Collate())
 
 
 def test_when_it_evaluates_and_saves(tmp_path) -> None:
@@ -277,7 +277,7 @@ def test_the_record_of_a_run(tmp_path) -> None:
 def test_metrics_count_targets_and_tokens(tmp_path) -> None:
     rows, model = ragged(), gpt2()
     config = TrainConfig(batch_size=8, micro_batch_size=3)
-    train(model, rows, losses.causal_lm_loss, config, collate=Collate(), run_dir=tmp_path / "run")
+    train(model, rows, causal_lm_loss, config, collate=Collate(), run_dir=tmp_path / "run")
     (entry,) = logged(tmp_path / "run")
     assert entry["tokens"] == sum(len(row["input_ids"]) for row in rows)
     assert entry["targets"] == sum(t >= 0 for row in rows for t in row["targets"])
@@ -292,7 +292,7 @@ def test_layers_that_are_frozen_count_for_the_learning_rate() -> None:
         unfreeze(model, "layers.0.*", *(["layers.3.*"] if upper else []))
         before = model.layers[0].norm1.weight.detach().clone()
         config = TrainConfig(max_steps=1, lr_decay=0.5, lr=0.1, warmup=0, schedule="constant", weight_decay=0.0)
-        train(model, examples(CHAT, "sft"), losses.causal_lm_loss, config, collate=Collate())
+        train(model, examples(CHAT, "sft"), causal_lm_loss, config, collate=Collate())
         return model.layers[0].norm1.weight.detach() - before
 
     assert moved(False).abs().max().item() == pytest.approx(0.1 * 0.5**4, rel=1e-3)

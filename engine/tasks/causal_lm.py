@@ -1,0 +1,191 @@
+"""Next-token prediction: the methods pretrain and sft.
+
+Targets are shifted: targets[i] follows position i, or is -100 where no loss is wanted. A row of n tokens gives n - 1
+positions, and `max_length` counts positions: what the model sees.
+
+    pretrain    text, text/label, prompt/completion,        input_ids, targets: loss on every token
+                messages
+    sft         prompt/completion, messages, text           input_ids, targets: loss on completion or assistant only;
+                                                            of messages several, where a template rewrites earlier turns
+
+Text is split into windows where it is too long, and no token is lost. Of what has a mask the end is cut, or, as
+`truncate` says, the beginning (what begins every text stays), or the row is dropped, as is one that has no target left
+then. All of them count as truncated.
+
+Texts begin with what the tokenizer's post-processor puts in front (a template's BOS is not doubled), and text and
+completions end with `eos` (in sft not after messages, where the template ends turns). `text.py` says more, also of
+where a prompt ends.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ...kernels import Linear, linear_cross_entropy
+from ...kernels.linear import bind_projection
+from ..chat.fields import check_used, trained_turns
+from ..chat.template import Dialogue, token_mask
+from ..chat.turns import ChatTargets, drops_thinking
+from ..data.batches import IGNORE, Batch
+from ..data.placed_rows import PlacedRow, errors_at
+from ..data.text import append_eos, beginning, begun, encode_with_seams, tokenize_pairs
+from .common import Encoded, LossFn, Settings, features, joined_text, select
+from .metrics import perplexity
+
+CHUNK_LOGITS = 2**24  # that a head with an adapter makes at a time: 64 MiB in fp32
+
+
+def every_token(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
+    """Loss on every token; long texts become windows, each token but the first a target exactly once."""
+    length = settings.max_length
+    begin = beginning(settings.tokenizer)
+    texts = [_text_to_train(row, settings) for row in rows]
+    for encoding in settings.tokenizer.encode_batch(texts, add_special_tokens=False):
+        ids = append_eos(begun(encoding.ids, begin), 0, settings.eos, settings.more_ends)
+        examples = []
+        # Of an empty row there are only the tokens that begin and end a text, which are no example.
+        if encoding.ids:
+            # Windows of length + 1 tokens share one: the last target of each is the first input of the next.
+            for start in range(0, len(ids) - 1, length):
+                window = ids[start : start + length + 1]
+                examples.append({"input_ids": window[:-1], "targets": window[1:]})
+        targets = max(0, len(ids) - 1)
+        yield Encoded(examples, targets, masked=len(ids) == 1 and bool(encoding.ids), length=targets)
+
+
+def _text_to_train(row: PlacedRow, settings: Settings) -> str:
+    if "messages" not in row:
+        return joined_text(row)
+    assert settings.template is not None  # encode() gives one where there are messages
+    messages = row["messages"]
+    with errors_at(row.place):
+        if len(trained_turns(messages)) < sum(message["role"] == "assistant" for message in messages):
+            raise ValueError("messages: pretrain trains on every token, also of turns that are not to be trained")
+
+        dialogue = Dialogue(settings.template, messages, row.get("template_arguments", {}))
+        check_used(dialogue)
+        text = dialogue.text(len(messages))
+        # What sft trains may not go missing here: it would not be noticed.
+        for turn, message in enumerate(messages):
+            if message["role"] == "assistant" and drops_thinking(message, text):
+                raise ValueError(f"messages[{turn}]: the chat template drops its thinking, which sft would train")
+    return text
+
+
+def completion(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
+    """Loss on the completion of a prompt, and on the end behind it."""
+    pairs = [(row["prompt"], row["completion"]) for row in rows]
+    for ids, seam in tokenize_pairs(settings.tokenizer, pairs):
+        ids = append_eos(ids, seam, settings.eos, settings.more_ends)
+        yield _with_loss([(ids, [i >= seam for i in range(len(ids))])], settings)
+
+
+def chat(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
+    """One example of a dialogue, or several where the template rewrites what was said before: see `turns.py`."""
+    assert settings.template is not None  # encode() gives one where there are messages
+    targets = ChatTargets(settings.template, settings.tokenizer)
+    rendered = []
+    for row in rows:
+        with errors_at(row.place):
+            turns = trained_turns(row["messages"])
+            rendered.append(targets.trained(row["messages"], turns, **row.get("template_arguments", {})))
+
+    all_texts = [dialogue.text for dialogues in rendered for dialogue in dialogues]
+    encodings = iter(settings.tokenizer.encode_batch(all_texts, add_special_tokens=False))
+    begin = beginning(settings.tokenizer)
+    ends = settings.ends_of_turns
+    for dialogues in rendered:
+        texts = []
+        for dialogue in dialogues:
+            # Which tokens are targets: those that hold a character of a trained turn.
+            starts = [start for start, _ in dialogue.spans]
+            ids, offsets = encode_with_seams(settings.tokenizer, dialogue.text, next(encodings), starts)
+            mask = token_mask(offsets, dialogue.spans)
+            ids = begun(ids, begin)
+            mask = [False] * (len(ids) - len(mask)) + mask
+
+            # A turn that the template ends in plain text ends with the end of texts, behind its last target.
+            if settings.eos is not None and True in mask:
+                stop = len(mask) - mask[::-1].index(True)
+                if ids[stop - 1] not in ends:
+                    ids = [*ids[:stop], settings.eos]
+                    mask = [*mask[:stop], True]
+            texts.append((ids, mask))
+        yield _with_loss(texts, settings)
+
+
+def _with_loss(texts: Sequence[tuple[list[int], list[bool]]], settings: Settings) -> Encoded:
+    """An example of each text, with loss on the tokens in its mask (the first token has nothing that predicts it)."""
+    examples = []
+    n_targets = 0
+    truncated = False
+    for ids, mask in texts:
+        positions = _truncated_positions(ids, settings.max_length + 1, settings)
+        truncated |= len(positions) < len(ids)
+        ids = select(ids, positions)
+        in_loss = select(mask, positions)[1:]
+
+        # Shifted: position i sees the tokens up to i and predicts the next one.
+        if any(in_loss):
+            targets = [token if trained else IGNORE for token, trained in zip(ids[1:], in_loss, strict=True)]
+            examples.append({"input_ids": ids[:-1], "targets": targets})
+        n_targets += sum(in_loss)
+    longest = max((len(ids) for ids, _ in texts), default=1)
+    return Encoded(examples, n_targets, truncated, masked=not examples, length=longest - 1)
+
+
+def _truncated_positions(ids: list[int], limit: int, settings: Settings) -> Sequence[int]:
+    """The positions of a row that stay, of which the last is a target only."""
+    length = len(ids)
+    if length <= limit:
+        return range(length)
+    if settings.truncate == "drop":
+        return range(0)
+    if settings.truncate == "end":
+        return range(limit)
+
+    # Cut at the beginning, behind the tokens that begin every text.
+    begin = beginning(settings.tokenizer)
+    first = len(begin) if ids[: len(begin)] == begin else 0
+    return [*range(first), *range(length - limit + first, length)]
+
+
+def causal_lm_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
+    """Cross-entropy of the next token (an encoder-decoder's in what it writes), at the positions with a target."""
+    states = features(model, batch)  # (B, T, D)
+    targets = batch["targets"]  # (n,)
+    head = model.head
+    if head.active is None:
+        loss = linear_cross_entropy(states, head.weight, targets, head.bias, index=batch["index"])
+    else:
+        loss = _adapted_cross_entropy(states.flatten(0, -2)[batch["index"]], head, targets)  # of (n, D)
+    return loss, len(targets)
+
+
+def _adapted_cross_entropy(states: Tensor, head: Linear, targets: Tensor) -> Tensor:
+    """The sum for states (n, D) of a head with an adapter: logits 64 MiB at a time, made again for the gradient."""
+
+    def chunk_loss(states: Tensor, targets: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
+        return F.cross_entropy(project(states).float(), targets, reduction="sum")  # of logits (chunk, V)
+
+    chunk = max(1, CHUNK_LOGITS // head.out_features)
+    losses = []
+    for chunk_states, chunk_targets in zip(states.split(chunk), targets.split(chunk), strict=True):
+        # Bound now, once a chunk: the backward pass has to meet the same adapter and the same dropout mask again.
+        project = bind_projection(chunk_states, head)
+        losses.append(checkpoint(chunk_loss, chunk_states, chunk_targets, project, use_reentrant=False))
+    return torch.stack(losses).sum()
+
+
+class PerplexityScore:
+    """exp of the mean loss. It needs neither labels nor examples nor rows."""
+
+    def __init__(self, loss: LossFn, *_: Any):
+        self.update = loss
+
+    def result(self, loss: float) -> dict[str, Any]:
+        return {"perplexity": perplexity(loss)}

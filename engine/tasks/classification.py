@@ -1,0 +1,120 @@
+"""Classification of texts, pairs of texts and images: one of C classes a row.
+
+    text/label, text/text_pair/label    input_ids, label (+ token_type_ids for pairs)
+
+A text that is too long loses its end, of a pair first the longer one. Images are read, and collated, by `images.py`.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from ..data.batches import Batch, Examples
+from ..data.labels import label_ids, label_name
+from ..data.placed_rows import PlacedRow
+from .common import Encoded, Settings, cross_entropy, features, positions_that_fit, select, without_example
+from .metrics import check_length
+
+NO_PREDICTION = -1  # in the place of a predicted class
+
+
+def classify(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
+    """One example a row; pairs carry token_type_ids. Tokenizers without special tokens get a line end between pairs."""
+    as_pairs = "text_pair" in rows[0] and settings.tokenizer.num_special_tokens_to_add(True) > 0
+    texts: list[Any] = [[row[field] for field in ("text", "text_pair") if field in row] for row in rows]
+    texts = [tuple(parts) if as_pairs else "\n".join(parts) for parts in texts]
+
+    for row, encoding in zip(rows, settings.tokenizer.encode_batch(texts), strict=True):
+        # Checked also for rows that are dropped: an unknown label is a mistake in the data.
+        label = settings.label_id(row["label"], f"{row.place}: label")
+        positions = positions_that_fit(encoding, settings)
+        if not positions:
+            yield Encoded([])
+            continue
+        example: dict[str, Any] = {"input_ids": select(encoding.ids, positions), "label": label}
+        if as_pairs:
+            example["token_type_ids"] = select(encoding.type_ids, positions)
+        yield Encoded([example], truncated=len(positions) < len(encoding), length=len(encoding))
+
+
+def classification_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
+    """Cross-entropy of each row's label."""
+    return cross_entropy(model.head(features(model, batch)), batch["labels"])  # of logits (B, C)
+
+
+class ClassificationScore:
+    """Accuracy, macro F1, confusion matrix. `missed` are the classes of rows that the model does not see."""
+
+    def __init__(self, n_classes: int, missed: Sequence[int] = ()):
+        self.n_classes = n_classes
+        self.missed = list(missed)
+        self.predicted: list[int] = []
+        self.gold: list[int] = []
+
+    def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
+        logits = model.head(features(model, batch))  # (B, C)
+        self.predicted += logits.argmax(-1).tolist()
+        self.gold += batch["labels"].tolist()
+        return cross_entropy(logits, batch["labels"])
+
+    def result(self, loss: float) -> dict[str, Any]:
+        predicted = self.predicted + [NO_PREDICTION] * len(self.missed)
+        return classification(predicted, self.gold + self.missed, self.n_classes)
+
+
+def text_score(labels: Sequence[str], examples: Examples, rows: Sequence[Any]) -> ClassificationScore:
+    """The score of rows with a label, those without text included."""
+    ids = label_ids(labels)
+    return ClassificationScore(len(labels), [ids[label_name(row["label"])] for row in without_example(examples, rows)])
+
+
+def image_score(labels: Sequence[str], examples: Examples, rows: Sequence[Any]) -> ClassificationScore:
+    """The score of images, each of which is an example."""
+    return ClassificationScore(len(labels))
+
+
+def classification(predictions: ArrayLike, labels: ArrayLike, n_classes: int) -> dict[str, Any]:
+    """Accuracy, macro F1 and confusion matrix of class ids.
+
+    Macro F1 is the unweighted mean of the classes' F1 = 2·TP / (2·TP + FP + FN) (van Rijsbergen 1979; scikit-learn's
+    `f1_score(average="macro")`), over the classes that occur in the labels or the predictions: a class that occurs in
+    neither has no F1 and does not count.
+
+    predictions, labels: (N,) ints in 0..n_classes-1; a prediction may be NO_PREDICTION (-1), which is wrong. Returns
+    accuracy, macro_f1 and confusion, n_classes lists of n_classes counts, `confusion[gold][predicted]`; where rows have
+    no prediction, each list ends with their number. Raises ValueError for no rows, unequal lengths, or an id out of
+    range.
+    """
+    predicted = _class_ids("predictions", predictions, n_classes, lowest=NO_PREDICTION)
+    gold = _class_ids("labels", labels, n_classes)
+    check_length("classification", "predictions", predicted, "labels", gold)
+
+    # The confusion matrix as one histogram of gold × predicted, with a last column for rows without prediction.
+    width = n_classes + 1
+    column = np.where(predicted == NO_PREDICTION, n_classes, predicted)  # (N,)
+    counts = np.bincount(gold * width + column, minlength=n_classes * width).reshape(n_classes, width)  # (C, C + 1)
+    hits = np.diag(counts)
+    occurs = counts.sum(0)[:n_classes] + counts.sum(1)  # 2·TP + FP + FN of each class
+    f1 = 2 * hits[occurs > 0] / occurs[occurs > 0]
+
+    confusion = counts if counts[:, n_classes].any() else counts[:, :n_classes]
+    return {
+        "accuracy": float(hits.sum() / len(gold)),
+        "macro_f1": float(f1.mean()),
+        "confusion": confusion.tolist(),
+    }
+
+
+def _class_ids(name: str, values: ArrayLike, n_classes: int, lowest: int = 0) -> NDArray[np.int64]:
+    ids = np.asarray(values)
+    if ids.ndim != 1 or len(ids) == 0 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"classification: {name} is {ids.dtype} {ids.shape}; give a non-empty list of class ids")
+
+    wrong = np.flatnonzero((ids < lowest) | (ids >= n_classes))
+    if len(wrong):
+        row = wrong[0]
+        raise ValueError(f"classification: {name}[{row}] is {ids[row]}; class ids go from 0 to {n_classes - 1}")
+    return ids.astype(np.int64)

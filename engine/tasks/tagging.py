@@ -1,0 +1,215 @@
+"""Tagging: a tag for each word of a sentence (named entities, parts of speech), and entities for the score.
+
+    tokens/tags    input_ids, targets: a word's tag on its first sub-token
+
+A sentence that is too long loses its end.
+
+Tags may say which words are one entity. Schemes differ in what marks these; each mark stands in front of the type,
+parted by "-" or "_":
+
+    BIO     B first, I further words; in its older form B only where two entities of a type touch
+    BIOES   (IOBES) also E for the last word, S for the only one
+    BILOU   (BIOUL) the same with L and U
+    BMES    the same with M for the words in the middle
+
+All are read by the rules of conlleval, BILOU and BMES by those of the marks of BIOES that mean the same.
+"""
+
+import operator
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..data.batches import IGNORE, Batch, Examples
+from ..data.labels import label_ids, label_name
+from ..data.placed_rows import PlacedRow
+from .common import Encoded, Settings, cross_entropy, features, positions_that_fit, select
+from .metrics import check_length
+
+Entity = tuple[int, int, str]  # first word, one past the last word, type
+
+MARKS = "BIESLUM"
+AS_IN_BIOES = {"L": "E", "U": "S", "M": "I"}
+PREFIXED = re.compile(f"([{MARKS}])[-_](.*)")
+# In small letters, with another sign, or with the mark behind the type; and of these the ones that every scheme has.
+OTHER_SPELLING = re.compile(f"(?i:[{MARKS}])[-_:/.|].+|.+[-_:/.|][{MARKS}]")
+OTHER_B_OR_I = re.compile("(?i:[BI])[-_:/.|].+|.+[-_:/.|][BI]")
+
+
+def tag(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
+    """The tag of a word stands at its first sub-token. In an evaluation `words` numbers the words that have one."""
+    sentences = [row["tokens"] for row in rows]
+    encodings = settings.tokenizer.encode_batch(sentences, is_pretokenized=True)
+    for row, encoding in zip(rows, encodings, strict=True):
+        # All tags are checked, those of words that are cut off, too.
+        tags = [settings.label_id(tag, f"{row.place}: tag of token {i}") for i, tag in enumerate(row["tags"], 1)]
+        positions = positions_that_fit(encoding, settings)
+
+        # The first token of each word that fits carries its tag; special tokens are of no word.
+        targets = []
+        tagged_words: list[int] = []
+        for word_id in select(encoding.word_ids, positions):
+            if word_id is None or word_id in tagged_words[-1:]:
+                targets.append(IGNORE)
+            else:
+                targets.append(tags[word_id])
+                tagged_words.append(word_id)
+
+        example: dict[str, Any] = {"input_ids": select(encoding.ids, positions), "targets": targets}
+        if settings.evaluation:
+            example["words"] = tagged_words
+        yield Encoded(
+            [example] if tagged_words else [], len(tagged_words), truncated=0 < len(positions) < len(encoding),
+            length=len(encoding),
+        )  # fmt: skip
+
+
+def tagging_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
+    """Cross-entropy of each word's tag, read at its first token."""
+    return cross_entropy(_tag_logits(model, batch), batch["targets"])
+
+
+def _tag_logits(model: Any, batch: Batch) -> Tensor:
+    """Logits (n, C) at the tokens that carry a tag."""
+    return model.head(features(model, batch).flatten(0, 1)[batch["index"]])
+
+
+class TaggingScore:
+    """Entity precision, recall and F1, and token accuracy, over all words of all `rows`.
+
+    `names` are the tags in the order of their ids, `examples` the encoded sentences in the order of the evaluation. A
+    word that none of them holds has no tag predicted. ValueError where F1 makes no sense of the tags.
+    """
+
+    def __init__(self, names: Sequence[str], examples: Examples, rows: Sequence[Any]):
+        self.names = list(label_ids(names))
+        self.examples = iter(examples)  # those that are still to come
+        self.gold = [[label_name(tag) for tag in row["tags"]] for row in rows]
+        self.predicted: list[list[str | None]] = [[None] * len(tags) for tags in self.gold]
+        tags_are_plain(self.names)  # raises now rather than after the evaluation
+
+    def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
+        logits = _tag_logits(model, batch)  # (n, C)
+        for ids in logits.argmax(-1).split(batch["counts"]):  # the tags of one sentence
+            example = next(self.examples)
+            predicted = self.predicted[example["row"]]
+            for i, tag in zip(example["words"], ids.tolist(), strict=True):
+                predicted[i] = self.names[tag]
+        return cross_entropy(logits, batch["targets"])
+
+    def result(self, loss: float) -> dict[str, Any]:
+        return entity_f1(self.predicted, self.gold, self.names)
+
+
+def entity_f1(
+    predicted: Sequence[Sequence[str | None]], gold: Sequence[Sequence[str]], names: Iterable[str] = ()
+) -> dict[str, float]:
+    """Precision, recall and F1 over whole entities (micro), and the share of words whose tag is right.
+
+    The definition is that of CoNLL-2000/2003's scorer, conlleval (Tjong Kim Sang and Buchholz 2000): an entity counts
+    when its first word, its last word and its type all match. An I- tag that follows O, or another type, begins an
+    entity. Tags are BIO, BIOES, BILOU or BMES, the marks of each read by the same rules (L as E, U as S, M as I), with
+    "-" or "_" in front of the type. Where tags have no such prefix (parts of speech), every word but O is an entity of
+    its own, as with `conlleval -r`. A score with nothing to divide by is 0.
+
+    predicted, gold: one sequence of tags a row, equally long. None in the place of a predicted tag belongs to no
+    entity, and is wrong whatever the gold tag is. names: all tags of the set, where more may occur than do here.
+    Returns precision, recall, f1, token_accuracy. Raises ValueError for no words, unequal lengths, and for tags from
+    which `tags_are_plain` can't tell what an entity is.
+    """
+    check_length("entity_f1", "predicted", predicted, "gold", gold)
+    for row, (p, g) in enumerate(zip(predicted, gold, strict=True)):
+        if len(p) != len(g):
+            raise ValueError(f"entity_f1: row {row} has {len(p)} predicted tags for {len(g)} words; give one a word")
+
+    n_words = sum(map(len, gold))
+    if n_words == 0:
+        raise ValueError("entity_f1: no words to score; give at least one row with tags")
+
+    # Which scheme it is can only be told from all tags together.
+    tags = {tag for rows in (predicted, gold) for row in rows for tag in row if tag}
+    plain = tags_are_plain({*names, *tags})
+    predicted_entities, gold_entities = (
+        {(i, entity) for i, row in enumerate(rows) for entity in entities([tag or "O" for tag in row], plain)}
+        for rows in (predicted, gold)
+    )
+    hits = len(predicted_entities & gold_entities)
+    n_right = sum(sum(map(operator.eq, p, g)) for p, g in zip(predicted, gold, strict=True))
+    return {
+        "precision": _ratio(hits, len(predicted_entities)),
+        "recall": _ratio(hits, len(gold_entities)),
+        "f1": _ratio(2 * hits, len(predicted_entities) + len(gold_entities)),
+        "token_accuracy": n_right / n_words,
+    }
+
+
+def _ratio(part: int, total: int) -> float:
+    return part / total if total else 0.0
+
+
+def tags_are_plain(names: Iterable[str]) -> bool:
+    """Whether no tag of a set says where in an entity its word stands, as parts of speech don't.
+
+    Marks without a type (B, I, O) are a scheme where an I or an end can follow a B; other single letters are plain.
+    Raises ValueError for tags that can't be read and would make scores meaningless: with a prefix and without side by
+    side, in another spelling of a scheme, or numbers, of which nobody knows which one is O.
+    """
+    tags = sorted(set(names) - {"O"})
+
+    # Tags that are one thing altogether: marks without a type, or numbers.
+    if tags and all(re.fullmatch(f"[{MARKS}]", tag) for tag in tags):
+        return tags != ["I"] and not ("B" in tags and set("IMEL") & set(tags))
+    if tags and all(re.fullmatch("[0-9]+", tag) for tag in tags):
+        raise ValueError(
+            f"tags are numbers ({', '.join(tags[:5])}), and a score needs to know which of them is O; write their names"
+        )
+
+    # Some with a prefix and some without: one of the two is a mistake, and nobody knows which.
+    plain = [tag for tag in tags if not PREFIXED.fullmatch(tag)]
+    if plain and len(plain) < len(tags):
+        prefixed = next(tag for tag in tags if tag not in plain)
+        raise ValueError(
+            f"tag {plain[0]!r} has no prefix and {prefixed!r} has one; write every tag as O, B-type or I-type, or, if "
+            "none is meant as a prefix, with another sign than - or _ behind the first letter"
+        )
+
+    misspelt = [tag for tag in plain if OTHER_SPELLING.fullmatch(tag)]
+    if set(misspelt) >= set(plain) - {"o"} and any(map(OTHER_B_OR_I.fullmatch, misspelt)):
+        raise ValueError(f"tag {misspelt[0]!r} looks like another spelling of B-type or I-type; write it like these")
+    return bool(plain)
+
+
+def entities(tags: Sequence[str], plain: bool) -> set[Entity]:
+    """The entities of one row by conlleval's startOfChunk and endOfChunk; of `plain` tags each word but O is one."""
+    spans: set[Entity] = set()
+    first: int | None = None  # word of the entity that is open
+    previous_mark = "O"
+    previous_type = ""
+
+    # The O behind the last word ends what is still open there.
+    for i, tag in enumerate([*tags, "O"]):
+        mark, entity_type = _mark_and_type(tag, plain)
+        # An entity begins where a mark says so, where the type changes, and behind a mark that ends one.
+        begins = mark in "BS" or entity_type != previous_type or previous_mark in "OES"
+        if first is not None and (begins or mark == "O"):
+            spans.add((first, i, previous_type))
+            first = None
+        if begins and mark != "O":
+            first = i
+
+        previous_mark = mark
+        previous_type = entity_type
+    return spans
+
+
+def _mark_and_type(tag: str, plain: bool) -> tuple[str, str]:
+    """Where in an entity a word stands, as B, I, E, S or O, and the entity's type."""
+    if tag == "O":
+        return "O", ""
+    if plain:
+        return "S", tag
+    match = PREFIXED.fullmatch(tag)
+    mark, entity_type = match.groups() if match else (tag, "")
+    return AS_IN_BIOES.get(mark, mark), entity_type
