@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # the package from a bare clone
 
-from handtune.commands.ppo import load_policy, policy_prompts, reward_of
+from handtune.adapted.policy import load_policy, policy_prompts, reward_of
 from handtune.config import PPORunConfig, read_config
 from handtune.engine import load_checkpoint
 from handtune.engine.rlhf.rollouts import draw, fitting_prompts, sample
@@ -77,7 +77,7 @@ def sampled_scores(config: PPORunConfig, n_samples: int, n_prompts: int) -> Tens
 
     torch.manual_seed(config.ppo.seed)
     model, tokenizer = load_policy(config)
-    texts = policy_prompts(config, model, tokenizer)
+    texts = policy_prompts(config, model)
     rewards = [reward_of(spec, model, tokenizer, inputs_of(config)) for spec in as_list(config.reward)]
     fitting = fitting_prompts(texts, tokenizer, config.ppo.max_new_tokens, model.config.max_positions)
     trainer = Trainer(model, rewards, config.ppo, tokenizer)

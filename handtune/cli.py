@@ -9,6 +9,7 @@ import argparse
 import platform
 import sys
 import traceback
+from typing import Any
 
 from . import __version__
 from ._outside import explained_memory
@@ -18,113 +19,161 @@ MISTAKE = 2  # as argparse has it
 FAULT = 70  # EX_SOFTWARE of sysexits.h
 
 
+Arguments = dict[str, dict[str, Any]]  # the settings of each argument, as `add_argument` takes them, by its names
+
+# What several commands have; a command need not say it again, but may say it otherwise.
+SHARED: Arguments = {
+    "config": {"help": "the TOML file"},
+    "override": {"nargs": "*"},
+    "model": {"help": "a checkpoint's folder or hub id, or the folder of a run"},
+    "--prompts": {"help": "a file of rows with a prompt, messages or a text each"},
+    "--adapter": {"action": "append", "default": [], "help": "an adapter's folder"},
+    "--force": {"action": "store_true", "help": "replace a file that is there"},
+    "--max-new-tokens": {"type": int, "default": 64},
+    "--temperature": {"type": float},
+    "--stop": {"action": "append", "default": [], "help": "end at this text (may be repeated)"},
+    "--batch-size": {"type": int, "default": 16},
+    "--seed": {"type": int, "default": 0},
+    "--dtype": {"default": "auto", "help": "auto, float32 or bfloat16"},
+}
+
+# What each command does, and its arguments in the order of its help.
+GRAMMAR: dict[str, tuple[str, Arguments]] = {
+    "train": (
+        "Train as a TOML file says; the same command on the same folder resumes.",
+        {"config": {}, "override": {"help": "a change to it, like train.lr=1e-4"}},
+    ),
+    "check-data": (
+        "Show the rows as the model will see them, and which tokens are in the loss.",
+        {
+            "config": {},
+            "override": {"help": "a change to it, like data.max_length=256"},
+            "-n --rows": {"type": int, "default": 3, "help": "how many (default 3)"},
+        },
+    ),
+    "evaluate": (
+        "Evaluate a finished run on held-out rows.",
+        {
+            "run": {"help": "the run's folder"},
+            "--data": {"help": "another file of rows (default: the run's own held-out rows)"},
+            "--rouge": {"action": "store_true", "help": "compare generated texts with the rows' completions, too"},
+        },
+    ),
+    "compare": (
+        "Collect comparisons of a model's own completions; the same command goes on.",
+        {
+            "model": {"nargs": "?"},
+            "--prompts": {},
+            "--pairs": {"help": "instead of a model: rows of prompt and completions, or chosen and rejected"},
+            "--out": {"required": True, "help": "the comparisons (JSONL); the session lies beside it"},
+            "--force": {"help": "replace a file at --out that is of no session"},
+            "--terminal": {"action": "store_true", "help": "here, and not in a browser"},
+            "--labeler": {"help": "module:function answers: (prompt, left, right) → left, right, tie or skip"},
+            "--repeat": {"type": float, "default": 0.1, "help": "share of pairs shown twice (default 0.1)"},
+            "--port": {"type": int, "default": 0, "help": "of the page, on 127.0.0.1 (default: any)"},
+            "--adapter": {},
+            "--max-new-tokens": {},
+            "--temperature": {"default": 1.0},
+            "--stop": {},
+            "--batch-size": {},
+            "--seed": {},
+            "--dtype": {},
+        },
+    ),
+    "generate": (
+        "Continue prompts.",
+        {
+            "model": {},
+            "--adapter": {"help": "an adapter's folder; several: rows of --prompts name theirs"},
+            "--prompt": {"action": "append", "help": "a prompt (may be repeated)"},
+            "--prompts": {},
+            "--raw": {"action": "store_true", "help": "continue the prompts as they are, past a chat template"},
+            "--out": {"help": "write prompt/completion rows (JSONL) here instead of printing"},
+            "--force": {},
+            "--max-new-tokens": {},
+            "--temperature": {"help": "0 is greedy (default 1, with beams 0)"},
+            "--top-k": {"type": int, "default": 0},
+            "--top-p": {"type": float, "default": 1.0},
+            "--beams": {"type": int, "default": 1, "help": "look for the likeliest text with so many beams"},
+            "--length-penalty": {"type": float, "help": "of beams: above 1 favours long texts (default 1)"},
+            "--stop": {},
+            "--batch-size": {},
+            "--seed": {},
+            "--dtype": {},
+        },
+    ),
+    "ppo": (
+        "Improve a model on rewards, as a TOML file says; the same command on the same folder resumes.",
+        {
+            "config": {},
+            "override": {"help": "a change to it, like ppo.kl_coef=0.05"},
+            "--quiet": {"action": "store_true", "help": "show no samples"},
+        },
+    ),
+    "label": (
+        "Label texts by a causal model, with a confidence; people can review the least certain.",
+        {
+            "model": {},
+            "data": {"help": "a file of rows with a text"},
+            "--labels": {"nargs": "+", "required": True, "help": "names, or name=words: what stands for each"},
+            "--template": {"default": "{text}\\n{label}", "help": r"a sentence (default {text}\n{label})"},
+            "--out": {"required": True, "help": "rows of text, label, confidence and second (JSONL)"},
+            "--force": {},
+            "--sort": {"action": "store_true", "help": "the least certain first"},
+            "--adapter": {},
+            "--batch-size": {},
+            "--dtype": {},
+        },
+    ),
+    "merge": (
+        "Merge an adapter into its base and write a plain checkpoint.",
+        {
+            "model": {"help": "the base: a folder or hub id"},
+            "adapter": {"help": "the adapter's folder"},
+            "out": {"help": "where the merged checkpoint goes"},
+        },
+    ),
+    "report": (
+        "Compare runs in a table and in one self-contained HTML page.",
+        {
+            "runs": {"nargs": "+", "help": "run folders"},
+            "-o --out": {"default": "report.html", "help": "the page (default report.html)"},
+            "--force": {"help": "replace a file that is no page of handtune's"},
+        },
+    ),
+}
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     grammar = argparse.ArgumentParser(prog="handtune", description="Fine-tune a pretrained model on your own data.")
     grammar.add_argument("--version", action="version", version=f"handtune {__version__}")
     grammar.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = grammar.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def add(name: str, text: str) -> argparse.ArgumentParser:
+    for name, (text, arguments) in GRAMMAR.items():
         command = commands.add_parser(name, help=text, description=text)
         # Also behind the command; its default must not overwrite a --debug in front of it.
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-        return command
-
-    def add_configuration(command: argparse.ArgumentParser, example: str) -> None:
-        command.add_argument("config", help="the TOML file")
-        command.add_argument("override", nargs="*", help=f"a change to it, like {example}")
-
-    train = add("train", "Train as a TOML file says; the same command on the same folder resumes.")
-    add_configuration(train, "train.lr=1e-4")
-
-    check = add("check-data", "Show the rows as the model will see them, and which tokens are in the loss.")
-    add_configuration(check, "data.max_length=256")
-    check.add_argument("-n", "--rows", type=int, default=3, help="how many (default 3)")
-
-    evaluate = add("evaluate", "Evaluate a finished run on held-out rows.")
-    evaluate.add_argument("run", help="the run's folder")
-    evaluate.add_argument("--data", help="another file of rows (default: the run's own held-out rows)")
-    evaluate.add_argument(
-        "--rouge", action="store_true", help="compare generated texts with the rows' completions, too"
-    )
-
-    compare = add("compare", "Collect comparisons of a model's own completions; the same command goes on.")
-    compare.add_argument("model", nargs="?", help="a checkpoint's folder or hub id, or the folder of a run")
-    compare.add_argument("--prompts", help="a file of rows with a prompt, messages or a text each")
-    compare.add_argument("--pairs", help="instead of a model: rows of prompt and completions, or chosen and rejected")
-    compare.add_argument("--out", required=True, help="the comparisons (JSONL); the session lies beside it")
-    compare.add_argument("--force", action="store_true", help="replace a file at --out that is of no session")
-    compare.add_argument("--terminal", action="store_true", help="here, and not in a browser")
-    compare.add_argument("--labeler", help="module:function answers: (prompt, left, right) → left, right, tie or skip")
-    compare.add_argument("--repeat", type=float, default=0.1, help="share of pairs shown twice (default 0.1)")
-    compare.add_argument("--port", type=int, default=0, help="of the page, on 127.0.0.1 (default: any)")
-    compare.add_argument("--adapter", action="append", default=[], help="an adapter's folder")
-    compare.add_argument("--max-new-tokens", type=int, default=64)
-    compare.add_argument("--temperature", type=float, default=1.0)
-    compare.add_argument("--stop", action="append", default=[], help="end at this text (may be repeated)")
-
-    generate = add("generate", "Continue prompts.")
-    generate.add_argument("model", help="a checkpoint's folder or hub id, or the folder of a run")
-    generate.add_argument(
-        "--adapter",
-        action="append",
-        default=[],
-        help="an adapter's folder; several: rows of --prompts name theirs",
-    )
-    generate.add_argument("--prompt", action="append", help="a prompt (may be repeated)")
-    generate.add_argument("--prompts", help="a file of rows with a prompt, messages or a text each")
-    generate.add_argument("--raw", action="store_true", help="continue the prompts as they are, past a chat template")
-    generate.add_argument("--out", help="write prompt/completion rows (JSONL) here instead of printing")
-    generate.add_argument("--force", action="store_true", help="replace a file that is there")
-    generate.add_argument("--max-new-tokens", type=int, default=64)
-    generate.add_argument("--temperature", type=float, help="0 is greedy (default 1, with beams 0)")
-    generate.add_argument("--top-k", type=int, default=0)
-    generate.add_argument("--top-p", type=float, default=1.0)
-    generate.add_argument("--beams", type=int, default=1, help="look for the likeliest text with so many beams")
-    generate.add_argument("--length-penalty", type=float, help="of beams: above 1 favours long texts (default 1)")
-    generate.add_argument("--stop", action="append", default=[], help="end at this text (may be repeated)")
-
-    ppo = add("ppo", "Improve a model on rewards, as a TOML file says; the same command on the same folder resumes.")
-    add_configuration(ppo, "ppo.kl_coef=0.05")
-    ppo.add_argument("--quiet", action="store_true", help="show no samples")
-
-    label = add("label", "Label texts by a causal model, with a confidence; people can review the least certain.")
-    label.add_argument("model", help="a checkpoint's folder or hub id, or the folder of a run")
-    label.add_argument("data", help="a file of rows with a text")
-    label.add_argument("--labels", nargs="+", required=True, help="names, or name=words: what stands for each")
-    label.add_argument("--template", default="{text}\\n{label}", help=r"a sentence (default {text}\n{label})")
-    label.add_argument("--out", required=True, help="rows of text, label, confidence and second (JSONL)")
-    label.add_argument("--force", action="store_true", help="replace a file that is there")
-    label.add_argument("--sort", action="store_true", help="the least certain first")
-    label.add_argument("--adapter", action="append", default=[], help="an adapter's folder")
-
-    merge = add("merge", "Merge an adapter into its base and write a plain checkpoint.")
-    merge.add_argument("model", help="the base: a folder or hub id")
-    merge.add_argument("adapter", help="the adapter's folder")
-    merge.add_argument("out", help="where the merged checkpoint goes")
-
-    report = add("report", "Compare runs in a table and in one self-contained HTML page.")
-    report.add_argument("runs", nargs="+", help="run folders")
-    report.add_argument("-o", "--out", default="report.html", help="the page (default report.html)")
-    report.add_argument("--force", action="store_true", help="replace a file that is no page of handtune's")
-    # The commands that compute with a model of their choice.
-    for command in (compare, generate, label):
-        command.add_argument("--batch-size", type=int, default=16)
-        if command is not label:
-            command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16")
+        # What is said here goes before what is shared.
+        for names, settings in arguments.items():
+            command.add_argument(*names.split(), **{**SHARED.get(names, {}), **settings})
     return grammar
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    """The options. Changes to a configuration may also follow the options, which argparse alone refuses."""
+    """The options. Changes to a configuration may also follow the options, which argparse alone refuses.
+
+    ValueError where an option that several commands have is out of its bounds.
+    """
     grammar = parser()
     options, unparsed = grammar.parse_known_args(arguments)
     if unparsed and ("override" not in options or any(argument.startswith("-") for argument in unparsed)):
         grammar.error(f"unrecognized arguments: {' '.join(unparsed)}")
     if unparsed:
         options.override += unparsed
+
+    if "batch_size" in options and options.batch_size < 1:
+        raise ValueError(f"--batch-size {options.batch_size}: expected a positive number")
     return options
 
 

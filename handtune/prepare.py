@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from .config import RunConfig
+from ._outside import located
+from .config import ModelConfig, RunConfig
 from .engine import add_lora, freeze, projections, quantize, train_rows, unfreeze
 from .engine.adapters.token_rows import train_added_rows
 from .engine.data.batches import Batches, CollateFn, Examples
@@ -77,9 +78,13 @@ def run_base(config: RunConfig, *, weights: bool = True) -> RunBase:
         checkpoint = checkpoint_info(config.model.path, weights)
         family = checkpoint.family
 
-    if config.method == "dpo":
-        return RunBase(checkpoint, dpo(config.dpo.beta), weights)
-    return RunBase(checkpoint, objective_of(config.method, family.objectives), weights)
+    if config.method == "dpo":  # whose loss has an option
+        objective = dpo(config.dpo.beta)
+    else:
+        objective = objective_of(config.method, family.objectives)
+    if config.model.task not in (None, objective.task):
+        raise ValueError(f"model.task = {config.model.task!r}, but method {config.method!r} trains {objective.task!r}")
+    return RunBase(checkpoint, objective, weights)
 
 
 def prepare(config: RunConfig, base: RunBase, cache: Path, *, head_follows: bool = False) -> Prepared:
@@ -93,10 +98,7 @@ def prepare(config: RunConfig, base: RunBase, cache: Path, *, head_follows: bool
 
     # A corpus is read once there is a tokenizer for it, because it is tokenized as it is read.
     from_corpus = config.method == "pretrain" and all(is_corpus(Path(file)) for file in data_files(config.data))
-    rows: list[Any] = []
-    eval_rows: list[Any] = []
-    if not from_corpus:
-        rows, eval_rows = read_splits(config.data, config.train.seed)
+    rows, eval_rows = ([], []) if from_corpus else read_splits(config.data, config.train.seed)
 
     # Labels that are not configured are those that occur in the data.
     labels = tuple(config.model.labels or ())
@@ -105,7 +107,10 @@ def prepare(config: RunConfig, base: RunBase, cache: Path, *, head_follows: bool
     if objective.encoding in ("classify", "images") and len(labels) == 1:
         raise ValueError(f"data.train: all rows are of one class, {labels[0]!r}; there is nothing to tell apart")
 
-    model, tokenizer = run_model(config, base, labels, head_follows=head_follows)
+    model, tokenizer = load_model(
+        config.model, base.checkpoint, objective.task, labels, seed=config.train.seed, weights=base.weights,
+        head_follows=head_follows,
+    )  # fmt: skip
     if objective.encoding == "images":
         return _prepare_images(config, objective, model, labels, rows, eval_rows)
     max_length = _check_text(config, objective, model, tokenizer)
@@ -119,14 +124,12 @@ def prepare(config: RunConfig, base: RunBase, cache: Path, *, head_follows: bool
     model.tokens = model.tokens.asking_as_chat(template is not None)
 
     def encoded(split: str, split_rows: Sequence[Any]) -> Sequence[Any]:
-        try:
+        with located(f"data.{split}"):
             examples, report = encode(
                 split_rows, tokenizer, objective.encoding, max_length=max_length, labels=labels,
                 eos=model.tokens.eos_id, more_ends=model.tokens.ends[1:], template=template,
                 evaluation=split == "eval", truncate=config.data.truncate,
             )  # fmt: skip
-        except ValueError as error:
-            raise ValueError(f"data.{split}: {error}") from error
         print(f"{split}: {report}", file=sys.stderr)
         if report.warning is not None:
             print(f"{split}: {report.warning}", file=sys.stderr)
@@ -212,11 +215,9 @@ def _prepare_images(
 
     examples = {}
     for split, split_rows in (("train", rows), ("eval", eval_rows)):
-        try:
+        with located(f"data.{split}"):
             examples[split] = ImageExamples(split_rows, labels, model.pixels)
             examples[split].check()
-        except ValueError as error:
-            raise ValueError(f"data.{split}: {error}") from error
         if split_rows:
             print(f"{split}: {class_counts(split_rows)}", file=sys.stderr)
 
@@ -224,37 +225,41 @@ def _prepare_images(
     return Prepared(model, None, objective, labels, examples["train"], eval_rows, examples["eval"], collate)
 
 
-def run_model(
-    config: RunConfig, base: RunBase, labels: tuple[str, ...], *, head_follows: bool = False
+def load_model(
+    options: ModelConfig,
+    checkpoint: CheckpointInfo | None,
+    task: str,
+    labels: tuple[str, ...] = (),
+    *,
+    seed: int = 0,
+    weights: bool = True,
+    head_follows: bool = False,
 ) -> tuple[Any, Any]:
-    """The model that a run starts from, and its tokenizer or None. `head_follows`: as in `prepare`."""
-    options = config.model
-    objective = base.objective
-    task = options.task or objective.task
-    if task != objective.task:
-        raise ValueError(f"model.task = {task!r}, but method {config.method!r} trains {objective.task!r}")
+    """The model of a configuration, whose checkpoint was looked at, and its tokenizer or None.
 
-    if base.checkpoint is None:
+    `seed` is that of a preset's weights. Without `weights` the model is on the meta device. `head_follows`: as in
+    `prepare`.
+    """
+    if checkpoint is None:
         assert options.preset is not None
         model, tokenizer = fresh(
-            options.preset, options.tokenizer, task, labels, config.train.seed, weights=base.weights,
-            **options.overrides,
-        )  # fmt: skip
-    elif base.weights:
+            options.preset, options.tokenizer, task, labels, seed, weights=weights, **options.overrides
+        )
+    elif weights:
         model, tokenizer = load(
-            base.checkpoint, task, options.dtype, options.device, labels or None, head_layers=options.head_layers,
+            checkpoint, task, options.dtype, options.device, labels or None, head_layers=options.head_layers,
             quantize=projections if options.quantize is not None else None, head_follows=head_follows,
         )  # fmt: skip
     else:
-        opened = open_checkpoint(base.checkpoint, task, labels or None, head_layers=options.head_layers)
-        model, tokenizer = opened.model, opened.tokenizer
+        opened = open_checkpoint(checkpoint, task, labels or None, head_layers=options.head_layers)
+        model = opened.model
+        tokenizer = opened.tokenizer
 
     if options.add_tokens:
-        try:
+        with located("model.add_tokens"):
             add_tokens(model, tokenizer, options.add_tokens)
-        except ValueError as error:
-            raise ValueError(f"model.add_tokens: {error}") from error
-    if options.quantize is not None and base.weights:
+    # Each projection was packed as it was read, and nothing of the base trains.
+    if options.quantize is not None and weights:
         freeze(model, "*")
         quantize(model)
     if options.recompute:

@@ -103,20 +103,25 @@ def require_finished(run: Path) -> None:
 def put_adapter(model: Any, tokenizer: Any, adapter: Path, name: str = "default") -> None:
     """Load an adapter onto its base as `name`, after the tokens and the image size that it was trained with.
 
-    Raises ValueError as `load_adapter` does, where its vocabulary doesn't fit the base's, and where an adapter that was
-    loaded before has given the base another vocabulary.
+    Raises ValueError as `load_adapter` and `fit_vocabulary` do.
     """
-    size = resized_vocabulary(adapter, model)
-    new_tokens = adds_tokens(adapter, tokenizer)
-    if (new_tokens or size is not None) and adapter_names(model):
-        raise ValueError(f"{adapter} has a vocabulary other than the base with the adapters before it; load it alone")
+    fit_vocabulary(model, tokenizer, adapter)
+    load_adapter(model, adapter, name)
+    take_settings(model, tokenizer, adapter)
+    _announce_missing_head(model, adapter)
 
-    if new_tokens:
-        base_ids = tokenizer.get_vocab()
-        adapter_ids = load_tokenizer_file(adapter / "tokenizer.json").get_vocab()
-        added = sorted(adapter_ids.keys() - base_ids.keys(), key=adapter_ids.__getitem__)
-        if add_tokens(model, tokenizer, added) != [adapter_ids[token] for token in added]:
-            raise ValueError(f"{adapter}: its tokenizer.json counts tokens differently from the base; it is of another")
+
+def fit_vocabulary(model: Any, tokenizer: Any, adapter: Path) -> None:
+    """Bring model and tokenizer to the tokens of an adapter.
+
+    Raises ValueError where they don't fit the base's, and where an adapter that was loaded before has given the base
+    another vocabulary.
+    """
+    new_tokens = added_tokens(adapter, tokenizer)
+    if (new_tokens or resized_vocabulary(adapter, model) is not None) and adapter_names(model):
+        raise ValueError(f"{adapter} has a vocabulary other than the base with the adapters before it; load it alone")
+    if new_tokens and add_tokens(model, tokenizer, list(new_tokens)) != list(new_tokens.values()):
+        raise ValueError(f"{adapter}: its tokenizer.json counts tokens differently from the base; it is of another")
 
     # The size of its matrices need not be the number of its tokens: many vocabularies are padded.
     size = resized_vocabulary(adapter, model)
@@ -125,12 +130,12 @@ def put_adapter(model: Any, tokenizer: Any, adapter: Path, name: str = "default"
             raise ValueError(f"{adapter}: its embedding has {size} rows, but its tokenizer counts to {highest}")
         resize(model, size)
 
-    # Its images may have had another size than the base's.
+
+def take_settings(model: Any, tokenizer: Any, adapter: Path) -> None:
+    """Give the model the chat template and end tokens, or the image size, that an adapter was trained with."""
     if isinstance(model, ResNet):
         model.pixels = ImageProcessor.read(adapter, {}, model.config.n_channels) or model.pixels
-    load_adapter(model, adapter, name)
     model.tokens = model.tokens.with_adapter(adapter, tokenizer)
-    _announce_missing_head(model, adapter)
 
 
 def store_adapter(model: Any, tokenizer: Any, adapter: Path, name: str = "default") -> None:
@@ -163,50 +168,48 @@ def resized_vocabulary(adapter: Path, model: Any) -> int | None:
     if not (adapter / WEIGHTS).is_file() or "embed.tokens.weight" not in key_map:
         return None
 
-    # Each matrix may be stored under several names; the first one counts where it isn't stored.
+    # The rows of each matrix, by the name that it is stored under, which may be one of several.
     stored = _shapes_of(adapter)
     keys = ["embed.tokens.weight"]
     if model.task in ("causal-lm", "masked-lm", "seq2seq-lm"):
         keys += [key for key in ("head.weight", "head.bias") if key in key_map]
-    names = []
+    sizes: dict[str, int | None] = {}
     for key in keys:
         spellings = (key_map[key].names[0], *key_map[key].also)
-        names.append(next((name for name in spellings if name in stored), spellings[0]))
+        name = next((name for name in spellings if name in stored), spellings[0])
+        sizes[name] = stored[name][0] if name in stored else None
 
-    sizes = {name: stored[name][0] for name in names if name in stored}
-    new_sizes = sorted({size for size in sizes.values() if size != model.config.vocab_size})
-    if not new_sizes:
-        return None
-    size = new_sizes[0]
     # With one matrix alone, the rows of the others would be unknown.
-    if len(new_sizes) > 1 or len(sizes) < len(names):
-        lacking = next((name for name in names if sizes.get(name) != size), names[0])
+    size = min((size for size in sizes.values() if size not in (None, model.config.vocab_size)), default=None)
+    lacking = [name for name, n_rows in sizes.items() if n_rows != size]
+    if size is not None and lacking:
         raise ValueError(
             f"{adapter / WEIGHTS}: it was trained with {size} tokens, the base has {model.config.vocab_size}, and "
-            f"{lacking} is not stored with as many rows: store it again with save_embedding_layers = true"
+            f"{lacking[0]} is not stored with as many rows: store it again with save_embedding_layers = true"
         )
     return size
 
 
 def _shapes_of(adapter: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of an adapter's tensors, by the names that the base publishes them under."""
-    return {_published_name(key): tensor.shape for key, tensor in read_header(adapter / WEIGHTS).items()}
+    """The shapes of an adapter's tensors, scalars excepted, by the names that the base publishes them under."""
+    # PEFT puts its wrappers between a module's path and the tensor's name.
+    shapes = {}
+    for key, tensor in read_header(adapter / WEIGHTS).items():
+        name = key.removeprefix(PREFIX).replace(".modules_to_save.", ".").replace(".base_layer.", ".")
+        if tensor.shape:
+            shapes[name] = tensor.shape
+    return shapes
 
 
-def _published_name(key: str) -> str:
-    """The published name of a tensor that PEFT stored."""
-    name = key.removeprefix(PREFIX)
-    for wrapper in (".modules_to_save.", ".base_layer."):
-        name = name.replace(wrapper, ".")
-    return name
-
-
-def adds_tokens(adapter: Path, tokenizer: Any) -> bool:
-    """Whether an adapter's tokenizer has tokens that its base's lacks; some adapters have a mere copy of the base's."""
+def added_tokens(adapter: Path, tokenizer: Any) -> dict[str, int]:
+    """The tokens that its base's tokenizer lacks, with their ids; some adapters have a mere copy of the base's."""
     file = adapter / "tokenizer.json"
     if tokenizer is None or not file.is_file():
-        return False
-    return bool(load_tokenizer_file(file).get_vocab().keys() - tokenizer.get_vocab().keys())
+        return {}
+
+    ids = load_tokenizer_file(file).get_vocab()
+    new_tokens = ids.keys() - tokenizer.get_vocab().keys()
+    return {token: ids[token] for token in sorted(new_tokens, key=ids.__getitem__)}
 
 
 def head_of(adapter: Path) -> dict[str, Any]:
@@ -221,8 +224,7 @@ def head_of(adapter: Path) -> dict[str, Any]:
     if not ((adapter / CONFIG).is_file() and (adapter / WEIGHTS).is_file()):
         return {}  # load_adapter says what is missing
     published = with_fields(read_json(adapter / CONFIG), str(adapter / CONFIG), task_type=str | None)
-    tasks = {peft_type: task for task, peft_type in reversed(TASK_TYPES.items())}  # of several tasks the first one
-    task = tasks.get(published.get("task_type") or "")
+    task = next((task for task, peft_type in TASK_TYPES.items() if peft_type == published.get("task_type")), None)
     if task not in ("sequence-classification", "token-classification"):
         return {"task": task}
 

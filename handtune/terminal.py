@@ -60,21 +60,17 @@ class Stream:
         try:
             getattr(self.stream, method)(*arguments)
         except (OSError, ValueError) as error:
-            self._give_up(error)
+            self.closed = True
+            if isinstance(error, OSError) and error.errno not in self.gone_codes:
+                self.error = error
+            # What is still in Python's buffer, or comes from C code, must not fail again.
+            with suppress(OSError, ValueError), open(os.devnull, "wb") as null:
+                os.dup2(null.fileno(), self.fileno())
         except RuntimeError:
             pass  # the write of a signal's handler, in the middle of a write that the signal interrupted
 
     def isatty(self) -> bool:
         return self.stream is not None and not self.closed and self.stream.isatty()
-
-    def _give_up(self, error: Exception) -> None:
-        """Write nothing more."""
-        self.closed = True
-        if isinstance(error, OSError) and error.errno not in self.gone_codes:
-            self.error = error
-        # What is still in Python's buffer, or comes from C code, must not fail again.
-        with suppress(OSError, ValueError), open(os.devnull, "wb") as null:
-            os.dup2(null.fileno(), self.fileno())
 
 
 @contextmanager
@@ -94,6 +90,14 @@ def print_unescaped(text: str) -> None:
     write = getattr(sys.stdout, "write_unescaped", sys.stdout.write)
     write(text + "\n")
     sys.stdout.flush()
+
+
+def print_text(text: str) -> None:
+    """Print a text: escaped on a terminal, which it could steer, and otherwise as it is."""
+    if sys.stdout.isatty():
+        print(text, flush=True)
+    else:
+        print_unescaped(text)
 
 
 def begin_process() -> None:

@@ -5,11 +5,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+from ..adapted.policy import load_policy, policy_prompts
 from ..config import PPORunConfig, RunConfig, from_table, read_table
+from ..engine.rlhf.rollouts import fitting_prompts
 from ..prepare import prepare, run_base
+from ..reporting.token_display import distribution, legend, show
 from ..terminal import print_unescaped
-from .ppo import check_prompts
-from .token_display import distribution, legend, show
 
 
 def run_check_data(options: argparse.Namespace) -> int:
@@ -20,7 +21,7 @@ def run_check_data(options: argparse.Namespace) -> int:
     color = sys.stdout.isatty()
     table = read_table(options.config, options.override)
     if "prompts" in table:
-        check_prompts(from_table(PPORunConfig, table, options.config), options.rows, color)
+        _check_prompts(from_table(PPORunConfig, table, options.config), options.rows, color)
         return 0
 
     config = from_table(RunConfig, table, options.config)
@@ -38,3 +39,18 @@ def run_check_data(options: argparse.Namespace) -> int:
         print(legend(encoding, color) + "\n")
         print_unescaped(show(ready.examples, ready.tokenizer, encoding, options.rows, color, ready.labels))
     return 0
+
+
+def _check_prompts(config: PPORunConfig, count: int, color: bool) -> None:
+    """Print the first prompts of a run token by token, as the policy will continue them; needs no weights."""
+    model, tokenizer = load_policy(config, weights=False)
+    prompts = policy_prompts(config, model)
+    max_new_tokens = config.ppo.max_new_tokens
+    fitting = fitting_prompts(prompts, tokenizer, max_new_tokens, model.config.max_positions)
+    lengths = [len(prompt.ids) for prompt in fitting]
+    print(f"prompts: {len(fitting):,} of {min(lengths):,} to {max(lengths):,} tokens, room for {max_new_tokens:,} more",
+          file=sys.stderr)  # fmt: skip
+
+    print(legend("prompts", color) + "\n")
+    examples = [{"input_ids": prompt.ids} for prompt in fitting]
+    print_unescaped(show(examples, tokenizer, "prompts", count, color))

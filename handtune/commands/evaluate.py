@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,12 +30,11 @@ def run_evaluate(options: argparse.Namespace) -> int:
         raise ValueError(f"{run}: ppo holds no rows out; give a file with --data")
 
     ready = prepare(config, run_base(config), run / "corpus", head_follows=True)
-    if len(ready.eval_examples) == 0:
-        raise ValueError(f"{run}: the run held no rows out; give a file with --data")
-    put_weights(run, ready.model)
-
     batches = ready.eval_batches()
-    assert batches is not None
+    if batches is None:
+        raise ValueError(f"{run}: the run held no rows out; give a file with --data")
+
+    put_weights(run, ready.model)
     metrics = evaluate(ready.model, batches, ready.objective.loss, ready.score())
     if not math.isfinite(metrics["loss"]):
         raise not_finite(ready.model, f"{run}: the losses")
@@ -57,23 +57,21 @@ def _rouge(ready: Prepared) -> dict[str, float]:
     golds = [row["completion"] for row in rows]
 
     # What is generated must fit behind its prompt.
-    limit = ready.model.config.max_positions
-    max_new_tokens = [2 * max(_lengths(ready, golds))] * len(rows)
-    if limit is not None:
-        lengths = _lengths(ready, prompts)
-        max_new_tokens = [min(n, limit - length) for n, length in zip(max_new_tokens, lengths, strict=True)]
-    if min(max_new_tokens) < 1:
-        number = max_new_tokens.index(min(max_new_tokens)) + 1
+    limit = ready.model.config.max_positions or sys.maxsize
+    longest = 2 * max(_lengths(ready, golds))
+    max_new_tokens = [min(longest, limit - length) for length in _lengths(ready, prompts)]
+    fewest = min(max_new_tokens)
+    if fewest < 1:
+        number = max_new_tokens.index(fewest) + 1
         raise ValueError(f"--rouge: held-out prompt {number} fills the model's {limit} positions")
 
     # A call of `completions` has one limit for all its prompts.
-    texts = [""] * len(prompts)
+    texts: dict[int, str] = {}
     for n in set(max_new_tokens):
         indices = [i for i, own_limit in enumerate(max_new_tokens) if own_limit == n]
         written = completions(ready.model, ready.tokenizer, [prompts[i] for i in indices], n, temperature=0)
-        for i, text in zip(indices, written, strict=True):
-            texts[i] = text
-    return rouge(texts, golds)
+        texts.update(zip(indices, written, strict=True))
+    return rouge([texts[i] for i in range(len(prompts))], golds)
 
 
 def _lengths(ready: Prepared, texts: Sequence[str]) -> list[int]:

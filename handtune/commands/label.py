@@ -3,15 +3,13 @@
 import argparse
 import json
 from collections import Counter
-from pathlib import Path
-from typing import Any
 
 from .._files import resolved, write_file
+from ..adapted.generator import generator_of
 from ..engine.data.labels import label_name
 from ..engine.data.placed_rows import place_of
 from ..engine.data.readers import read_prompts
 from ..engine.tasks.zero_shot import label_texts
-from .generate import generator_of
 from .outputs import output
 
 
@@ -20,27 +18,27 @@ def run_label(options: argparse.Namespace) -> int:
     if resolved(options.out) == resolved(options.data):
         raise ValueError(f"--out {options.out} is the file of the texts; give another")
     with output(options.out, options.force) as out:
-        return _label(options, out)
+        verbalizers = dict(label_and_words(spec) for spec in options.labels)
+        texts = _read_texts(options.data)
+        model, tokenizer, *_ = generator_of(options.model, options.adapter, options.dtype)
+        if model.task != "causal-lm":
+            raise ValueError(
+                f"{options.model}: labels are chosen by a causal language model, and this is for {model.task}"
+            )
 
+        template = options.template.replace("\\n", "\n")  # a shell makes it hard to give a line end
+        predictions = label_texts(model, tokenizer, texts, verbalizers, template, options.batch_size)
+        rows = [{"text": text, **prediction._asdict()} for text, prediction in zip(texts, predictions, strict=True)]
 
-def _label(options: argparse.Namespace, out: Path) -> int:
-    verbalizers = dict(label_and_words(spec) for spec in options.labels)
-    texts = [row["text"] if "text" in row else row["prompt"] for row in _rows(options.data)]
-    model, tokenizer, *_ = generator_of(options)
-    if model.task != "causal-lm":
-        raise ValueError(f"{options.model}: labels are chosen by a causal language model, and this is for {model.task}")
+        # The least certain first: they are worth a person's time.
+        if options.sort:
+            rows.sort(key=lambda row: row["confidence"])
+        write_file(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
-    template = options.template.replace("\\n", "\n")  # a shell makes it hard to give a line end
-    predictions = label_texts(model, tokenizer, texts, verbalizers, template, options.batch_size)
-    rows = [{"text": text, **prediction._asdict()} for text, prediction in zip(texts, predictions, strict=True)]
-    # The least certain first: they are worth a person's time.
-    if options.sort:
-        rows.sort(key=lambda row: row["confidence"])
-    write_file(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    counts = Counter(prediction.label for prediction in predictions)
-    summary = ", ".join(f"{label} {counts[label]}" for label in verbalizers)
-    print(f"{len(rows)} rows written to {options.out}: {summary}")
-    return 0
+        counts = Counter(prediction.label for prediction in predictions)
+        summary = ", ".join(f"{label} {counts[label]}" for label in verbalizers)
+        print(f"{len(rows)} rows written to {options.out}: {summary}")
+        return 0
 
 
 def label_and_words(spec: str) -> tuple[str, str]:
@@ -52,9 +50,11 @@ def label_and_words(spec: str) -> tuple[str, str]:
     return label_name(name, f"--labels {spec!r}"), verbalizer if equals else name
 
 
-def _rows(path: str) -> list[dict[str, Any]]:
-    rows = read_prompts(path)
-    for index, row in enumerate(rows):
-        if not row.keys() & {"text", "prompt"}:
+def _read_texts(path: str) -> list[str]:
+    texts = []
+    for index, row in enumerate(read_prompts(path)):
+        text = row.get("text", row.get("prompt"))
+        if text is None:
             raise ValueError(f"{place_of(row, index)}: no text in it")
-    return rows
+        texts.append(text)
+    return texts

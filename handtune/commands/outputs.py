@@ -3,19 +3,23 @@
 While a command writes a file or a run's folder, no other process does.
 """
 
-from collections.abc import Callable, Iterator
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .._files import resolved
+from .._files import resolved, write_file
 from .._locks import alone
 from ..config import PPORunConfig, RunConfig
 from ..engine.data.fingerprints import Inputs
 from ..engine.training.run_folder import RunFolder, finished
 from ..inputs import inputs_of
 from ..saved_runs import has_stored
+from ..terminal import INTERRUPTED
 
 
 @contextmanager
@@ -35,30 +39,56 @@ def output(path: str, force: bool) -> Iterator[Path]:
 def refuse_existing(path: str, force: bool) -> None:
     """ValueError where there is something at `path` that must not be replaced."""
     target = resolved(path)
-    if target.exists() and not target.is_file():
+    if not target.exists():
+        return
+    if not target.is_file():
         raise ValueError(f"--out {path}: is there, and is no file; give another name")
-    if target.exists() and not force:
+    if not force:
         raise ValueError(f"--out {path}: is there already; give another name, or --force to replace it")
+
+
+def write_completions(prompts: list[str], texts: Iterable[str], out: Path) -> None:
+    """Write rows of prompt and completion to `out`; if it is interrupted, the rows so far to a file beside it."""
+    lines: list[str] = []
+    try:
+        for prompt, text in zip(prompts, texts, strict=True):
+            lines.append(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) + "\n")
+    finally:
+        if 0 < len(lines) < len(prompts):
+            part = out.with_name(f"{out.name}.{os.getpid()}.part")
+            write_file(part, "".join(lines))
+            print(f"the first {len(lines)} of {len(prompts)} rows are in {part}", file=sys.stderr)
+    write_file(out, "".join(lines))
 
 
 def run_once(
     config: RunConfig | PPORunConfig,
-    train: Callable[[RunFolder, Inputs], int],
-    summary: Callable[[dict[str, Any]], str],
+    stored_in: Path,
+    train: Callable[[RunFolder, Inputs], dict[str, Any] | None],
+    which: Callable[[dict[str, Any]], str],
 ) -> int:
-    """Begin or continue the run of a configuration with `train`, whose exit code is returned.
+    """Begin or continue the run of a configuration, unless it has finished; returns the exit code.
 
-    Of a run that has finished, only the `summary` of its result.json is printed.
+    `train` returns the contents of result.json, or None where it was interrupted. `which` says of these which weights
+    are stored in the folder `stored_in`.
     """
     out = Path(config.out)
     run_folder = RunFolder(out)
     inputs = inputs_of(config)
-    result = finished(out, asdict(config), inputs)
-    if result is None or not has_stored(out):
+
+    def finished_result() -> dict[str, Any] | None:
+        result = finished(out, asdict(config), inputs)
+        if result is None or not has_stored(out):
+            return None
+        print("finished already: nothing is left to train")
+        return result
+
+    result = finished_result()
+    if result is None:
         with run_folder.alone():
             # Again, because another process may have finished it by now.
-            result = finished(out, asdict(config), inputs)
-            if result is None or not has_stored(out):
-                return train(run_folder, inputs)
-    print(f"finished already: nothing is left to train\n{summary(result)}")
+            result = finished_result() or train(run_folder, inputs)
+    if result is None:
+        return INTERRUPTED
+    print(f"{which(result)}\nstored in {stored_in} ({result['stored_bytes'] / 2**20:.2f} MiB)")
     return 0

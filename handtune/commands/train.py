@@ -2,18 +2,18 @@
 
 import argparse
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig, read_config
 from ..engine import train, trainable_report
 from ..engine.data.fingerprints import Inputs
-from ..engine.training.loop import Result, training_batches
+from ..engine.training.loop import training_batches
 from ..engine.training.run_folder import RunFolder, amend, finish
 from ..models import save
-from ..prepare import Prepared, choose_trained, prepare, run_base
+from ..prepare import choose_trained, prepare, run_base
 from ..saved_runs import store_adapter, stored_bytes
-from ..terminal import INTERRUPTED
 from .outputs import run_once
 
 
@@ -21,14 +21,11 @@ def run_train(options: argparse.Namespace) -> int:
     """`handtune train`: one run from its configuration to the stored adapter or model."""
     config = read_config(options.config, options.override)
     stored_in = Path(config.out) / ("adapter" if config.lora is not None else "model")
-    return run_once(
-        config,
-        lambda run_folder, inputs: _train(config, stored_in, run_folder, inputs),
-        lambda result: _summary(result, stored_in),
-    )
+    return run_once(config, stored_in, partial(_train, config, stored_in), _stored_weights)
 
 
-def _train(config: RunConfig, stored_in: Path, run_folder: RunFolder, inputs: Inputs) -> int:
+def _train(config: RunConfig, stored_in: Path, run_folder: RunFolder, inputs: Inputs) -> dict[str, Any] | None:
+    """Train, and write the adapter or model to the folder `stored_in`. Returns what is in result.json."""
     out = Path(config.out)
     base = run_base(config)
     facts: dict[str, Any] = {
@@ -48,14 +45,8 @@ def _train(config: RunConfig, stored_in: Path, run_folder: RunFolder, inputs: In
     )  # fmt: skip
     if result.interrupted:
         print(f"stopped at step {result.steps}; the same command goes on from there")
-        return INTERRUPTED
+        return None
 
-    _store(ready, config, stored_in, result)
-    return 0
-
-
-def _store(ready: Prepared, config: RunConfig, stored_in: Path, result: Result) -> None:
-    """Write the adapter or model to the folder `stored_in`, write result.json, and print a summary."""
     if config.lora is not None:
         store_adapter(ready.model, ready.tokenizer, stored_in)
     else:
@@ -67,25 +58,24 @@ def _store(ready: Prepared, config: RunConfig, stored_in: Path, result: Result) 
     values |= {"trainable": counts.trainable, "parameters": counts.total, "stored_bytes": stored_bytes(stored_in)}
     if confusion := result.metrics.get("confusion"):
         values |= {"confusion": confusion, "labels": list(ready.labels)}
-    finish(Path(config.out), values)
+    finish(out, values)
 
     print(f"{result.steps} steps in {result.seconds:.0f} s, mean training loss {result.train_loss:.4f}")
     if result.metrics:
         print(f"before: {_numbers(result.before)}\nafter:  {_numbers(result.metrics)}")
-    print(_summary(values, stored_in))
+    return values
 
 
-def _summary(values: dict[str, Any], stored_in: Path) -> str:
-    """Which weights of a finished run are stored, why these, and where; `values` as in result.json."""
+def _stored_weights(values: dict[str, Any]) -> str:
+    """Which weights of a finished run are stored, and why these; `values` as in result.json."""
     best = values["best"]
     steps = values["steps"]
-    if best:
-        which = f"stored: step {best['step']} (best {best['metric']} {best['value']:.4f}, of {steps} steps)"
-        if best["step"] == 0:
-            which += ": the UNTRAINED weights, because no evaluation was better than the one before training"
-    else:
-        which = f"stored: step {steps} (the last)"
-    return f"{which}\nstored in {stored_in} ({values['stored_bytes'] / 2**20:.2f} MiB)"
+    if not best:
+        return f"stored: step {steps} (the last)"
+    which = f"stored: step {best['step']} (best {best['metric']} {best['value']:.4f}, of {steps} steps)"
+    if best["step"] == 0:
+        which += ": the UNTRAINED weights, because no evaluation was better than the one before training"
+    return which
 
 
 def _numbers(values: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ import logging
 import random
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,6 @@ class Session:
         listing = self.folder / "items.jsonl"
         if items is not None and not listing.is_file():
             self._begin(items, listing)
-        if not listing.is_file():
-            raise ValueError(f"{folder}: no session there (items.jsonl is missing)")
 
         # Begun or not, what counts is what the file says.
         self.items = self._read_items(listing)
@@ -95,9 +93,8 @@ class Session:
     def _begin(self, items: Sequence[Item], listing: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         # The list makes the folder a session, and is there whole or not at all.
-        with self._locked():
-            if listing.is_file():  # another process was faster
-                return
+        with alone(self.folder, self.folder / LOCK):
+            # Temporary files are of a process that was killed while it began.
             if any(path.name != LOCK and not is_temporary(path) for path in self.folder.iterdir()):
                 raise ValueError(f"{self.folder} is not empty and holds no session; choose another --out")
             lines = (json.dumps(sealed(asdict(item)), ensure_ascii=False) + "\n" for item in items)
@@ -105,19 +102,14 @@ class Session:
 
     def _read_items(self, listing: Path) -> list[Item]:
         """The items that a session began with. ValueError where a line of them is damaged."""
-        lines = read_journal(listing, is_sealed)
-        if broken := [line.number for line in lines if line.row is None]:
-            raise ValueError(f"{listing} line {broken[0]}: damaged; restore the file, or choose another --out")
-
         items = []
-        try:
-            for line in lines:
-                if line.row:
-                    fields = dict(line.row)
-                    del fields[CHECK]
-                    items.append(Item(**fields))
-        except TypeError as error:
-            raise ValueError(f"{listing}: not the items of a session ({error}); restore the file") from None
+        for line in read_journal(listing, is_sealed):
+            if line.row is None:
+                raise ValueError(f"{listing} line {line.number}: damaged; restore the file, or choose another --out")
+            try:
+                items.append(Item(**{name: value for name, value in line.row.items() if name != CHECK}))
+            except TypeError as error:
+                raise ValueError(f"{listing}: not the items of a session ({error}); restore the file") from None
         if [item.id for item in items] != list(range(len(items))):
             raise ValueError(f"{listing}: a line is missing or stands twice; restore the file")
         return items
@@ -149,13 +141,10 @@ class Session:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Inside, no other process answers. ValueError where one does already."""
-        with self._locked():
+        with alone(self.folder, self.folder / LOCK):
             lines = self._read_answers()  # again, because another process may have written some before it ended
             rewrite(self.folder / "answers.jsonl", lines)
             yield
-
-    def _locked(self) -> AbstractContextManager[None]:
-        return alone(self.folder, self.folder / LOCK)
 
     def next(self) -> Item | None:
         """The first item without an answer."""
@@ -196,20 +185,15 @@ class Session:
         """How far the session is, and how often repeated items were answered alike."""
         # Of two equal answers, one is for the left side and one for the right.
         swapped = {LEFT: RIGHT, RIGHT: LEFT, TIE: TIE}
-        n_repeated = 0
-        n_same = 0
+        repeated = []
         for item in self.items:
-            if item.repeats is None:
-                continue
-            first = self.answers.get(item.repeats, SKIP)
-            second = self.answers.get(item.id, SKIP)
-            if SKIP not in (first, second):
-                n_repeated += 1
-                n_same += second == swapped[first]
-
-        agreement = n_same / n_repeated if n_repeated else None
+            if item.repeats is not None:
+                repeated.append((self.answers.get(item.repeats, SKIP), self.answers.get(item.id, SKIP)))
+        answered = [answers for answers in repeated if SKIP not in answers]
+        n_same = sum(second == swapped[first] for first, second in answered)
         return {
-            "done": len(self.answers), "total": len(self.items), "repeated": n_repeated, "agreement": agreement
+            "done": len(self.answers), "total": len(self.items), "repeated": len(answered),
+            "agreement": n_same / len(answered) if answered else None,
         }  # fmt: skip
 
     def rows(self) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .._files import write_file
-from .plots import evaluation_figures, frontier_figures, legend_line, loss_figures, training_figures
+from .plots import figure_per_key, frontier_figures, legend_line, loss_figures
 from .runs import Run, comparison_table, read_runs
 from .tables import comparison, configuration, differences, escaped, facts_table, matrices
 
@@ -87,19 +87,18 @@ def report(runs: Sequence[Path], out: Path, force: bool = False) -> Path:
 
 def page_at(out: Path, force: bool) -> Path:
     """The file of a page. ValueError where a file exists that `report` did not write, unless `force` is given."""
-    path = Path(out)
-    if path.is_dir():
-        path = path / "report.html"
-    if path.exists() and not force and not _is_page(path):
-        raise ValueError(f"{path}: is there already, and no page of a report; give another name, or --force")
-    return path
+    path = out
+    if out.is_dir():
+        path = out / "report.html"
 
-
-def _is_page(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return MARK.encode() in file.read(1000)
+    if force or not path.exists():
+        return path
+    # A page of ours says so at its beginning.
+    if path.is_file():
+        with path.open("rb") as file:
+            if MARK.encode() in file.read(1000):
+                return path
+    raise ValueError(f"{path}: is there already, and no page of a report; give another name, or --force")
 
 
 def _page(runs: list[Run]) -> str:
@@ -113,14 +112,20 @@ def _page(runs: list[Run]) -> str:
     if len(runs) > 1:
         lines = "".join(f"<span>{legend_line(i)}{escaped(run.name)}</span>" for i, run in enumerate(runs))
         legend = f'<div class="legend">{lines}</div>'
+    sections = []
+    for heading, figures in (
+        ("Loss", loss_figures(runs)),
+        ("Reward", frontier_figures(runs)),
+        ("Evaluation", figure_per_key([run.evals for run in runs], "marks")),  # the loss has its own
+        ("Training", figure_per_key([run.steps for run in runs], "line")),  # learning rate, tokens per second, ...
+    ):
+        if figures:
+            sections.append(f'<h2>{heading}</h2>{legend}<div class="plots">{"".join(figures)}</div>')
     parts = [
         f"<h1>{escaped(title)}</h1><p>{escaped(subtitle)}</p>",
         comparison(runs),
         _notes(runs),
-        _section("Loss", legend, loss_figures(runs)),
-        _section("Reward", legend, frontier_figures(runs)),
-        _section("Evaluation", legend, evaluation_figures(runs)),
-        _section("Training", legend, training_figures(runs)),
+        *sections,
         _samples(runs),
         matrices(runs),
         differences(runs),
@@ -132,12 +137,6 @@ def _page(runs: list[Run]) -> str:
     head += f"<title>{escaped(title)}</title><style>{STYLE}</style>"
     body = "\n".join(part for part in parts if part)
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
-
-
-def _section(title: str, legend: str, figures: list[str]) -> str:
-    if not figures:
-        return ""
-    return f'<h2>{title}</h2>{legend}<div class="plots">{"".join(figures)}</div>'
 
 
 def _notes(runs: list[Run]) -> str:

@@ -10,8 +10,9 @@ import html
 import io
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from .._outside import visible_line
@@ -31,6 +32,29 @@ FROM_ZERO = {"lr", "peak_memory", *NOISY}  # amounts: an axis cut off below woul
 SCALE = {"peak_memory": (1e-9, " GB"), **dict.fromkeys(PERCENT, (100.0, " %"))}
 MAX_POINTS = 1500  # more than this in one curve makes the page heavy and shows nothing new
 
+# How the curves of each style are drawn.
+STYLES: dict[str, dict[str, Any]] = {
+    "line": {"linewidth": 1.6},
+    "faint": {"linewidth": 0.9, "alpha": 0.25},
+    "marks": {"linewidth": 1.2, "marker": "o", "markersize": 4.2},
+}
+# What becomes of matplotlib's SVG in a page: patterns, each with its replacement.
+REPLACEMENTS = [
+    ("xlink:href", "href"),
+    (r' (?:xmlns(?::\w+)?|version)="[^"]*"', ""),
+    # The page decides on size and font.
+    (r'(<svg[^>]*?) height="[^"]*"', r"\1"),
+    (r'(<svg[^>]*?) width="[^"]*"', r"\1"),
+    (r'<g id="[^"]*"', "<g"),
+    (r"font: ([\d.]+px)[^;\"]*", r"font-size: \1"),
+    (r" font-family: [^;\"]*;?", ""),
+    # Its colors follow the reader's theme.
+    *((color, f"var(--s{i})") for i, color in enumerate(SERIES)),
+    (TEXT, "var(--soft)"),
+    (RULE, "var(--rule)"),
+    (r"\n\s*", "\n"),
+]
+
 Point = tuple[float, float]
 
 
@@ -40,7 +64,7 @@ class Curve:
 
     run: int  # the number of its run, which gives it color and line style
     points: list[Point]
-    style: str = "line"  # or "faint", behind its moving average, or "marks", whose few points are marked
+    style: str = "line"  # of `STYLES`: "faint" behind its moving average, "marks" where its points are few
 
 
 def loss_figures(runs: Sequence[Run]) -> list[str]:
@@ -51,11 +75,6 @@ def loss_figures(runs: Sequence[Run]) -> list[str]:
     meanings = {"faint": "faint: as logged, line: moving average", "marks": "dots: evaluation"}
     note = "; ".join(meaning for style, meaning in meanings.items() if style in styles)
     return _figure("loss", curves, note=note, full=True)
-
-
-def evaluation_figures(runs: Sequence[Run]) -> list[str]:
-    """One figure for each metric that was evaluated (the loss has its own)."""
-    return _figure_per_key([run.evals for run in runs], "marks")
 
 
 def frontier_figures(runs: Sequence[Run]) -> list[str]:
@@ -69,18 +88,13 @@ def frontier_figures(runs: Sequence[Run]) -> list[str]:
     return _figure("score", curves, note="round by round", full=True, number=1, over=over)
 
 
-def training_figures(runs: Sequence[Run]) -> list[str]:
-    """One figure for each number that was logged with the steps: learning rate, tokens per second, peak memory, ..."""
-    return _figure_per_key([run.steps for run in runs], "line")
-
-
 def legend_line(run: int) -> str:
     """The HTML of a run's line in legends."""
     line = LINES[run // N_COLORS % len(LINES)]
     return f'<i class="line" style="--c: {line} var(--s{run % N_COLORS})"></i>'
 
 
-def _figure_per_key(runs: list[list[Row]], style: str) -> list[str]:
+def figure_per_key(runs: list[list[Row]], style: str) -> list[str]:
     """A figure for each name that occurs in the rows of any run."""
     names = dict.fromkeys(name for rows in runs for row in rows for name in row if name not in NOT_PLOTTED)
     figures: list[str] = []
@@ -174,8 +188,8 @@ def _draw(name: str, curves: list[Curve], inches: tuple[float, float], salt: str
         axes.set_xlabel(over, color=TEXT)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-        axes.xaxis.set_major_formatter(_ticks(""))
-        axes.yaxis.set_major_formatter(_ticks(unit))
+        axes.xaxis.set_major_formatter(partial(_tick, ""))
+        axes.yaxis.set_major_formatter(partial(_tick, unit))
         if name in FROM_ZERO:
             axes.set_ylim(bottom=0)
 
@@ -186,45 +200,25 @@ def _draw(name: str, curves: list[Curve], inches: tuple[float, float], salt: str
     return _inline(buffer.getvalue())
 
 
-def _ticks(unit: str) -> Callable[[float, float], str]:
-    """A formatter of the numbers at an axis: 1,250 or 3e−5, with the unit."""
-
-    def formatted(value: float, position: float) -> str:
-        text = f"{value:,.6g}"
-        if 0 < abs(value) < 1e-3 or abs(value) >= 1e7:
-            mantissa, _, exponent = f"{value:.6e}".partition("e")
-            text = f"{float(mantissa):g}e{int(exponent)}"
-        return f"{text}{unit}".replace("-", "−")
-
-    return formatted
+def _tick(unit: str, value: float, position: float) -> str:
+    """A number at an axis: 1,250 or 3e−5, with the unit."""
+    text = f"{value:,.6g}"
+    if 0 < abs(value) < 1e-3 or abs(value) >= 1e7:
+        mantissa, _, exponent = f"{value:.6e}".partition("e")
+        text = f"{float(mantissa):g}e{int(exponent)}"
+    return f"{text}{unit}".replace("-", "−")
 
 
 def _line_style(curve: Curve) -> dict[str, Any]:
     """How matplotlib draws a curve."""
     line = LINES[curve.run // N_COLORS % len(LINES)]
-    style = {"color": SERIES[curve.run % N_COLORS], "linestyle": line, "linewidth": 1.6, "solid_joinstyle": "round"}
-    if curve.style == "faint":
-        style |= {"alpha": 0.25, "linewidth": 0.9}
-    if curve.style == "marks":
-        style |= {"marker": "o", "markersize": 4.2, "linewidth": 1.2}
-    return style
+    color = SERIES[curve.run % N_COLORS]
+    return {"color": color, "linestyle": line, "solid_joinstyle": "round", **STYLES[curve.style]}
 
 
 def _inline(svg: str) -> str:
     """An SVG file as an element of an HTML page."""
-    # Without the XML header and its namespaces.
-    svg = svg[svg.index("<svg") :].replace("xlink:href", "href")
-    svg = re.sub(r' (?:xmlns(?::\w+)?|version)="[^"]*"', "", svg)
-
-    # The page decides on size and font.
-    svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg)
-    svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
-    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)
-    svg = re.sub(r" font-family: [^;\"]*;?", "", svg)
-
-    # Its colors follow the reader's theme.
-    for i, color in enumerate(SERIES):
-        svg = svg.replace(color, f"var(--s{i})")
-    svg = svg.replace(TEXT, "var(--soft)").replace(RULE, "var(--rule)")
-    return re.sub(r"\n\s*", "\n", svg)
+    svg = svg[svg.index("<svg") :]  # without the XML header
+    for pattern, replacement in REPLACEMENTS:
+        svg = re.sub(pattern, replacement, svg)
+    return svg

@@ -50,6 +50,8 @@ class Run:
     steps: list[Row]  # the step lines of metrics.jsonl
     evals: list[Row]  # its evaluation lines
     result: Row  # result.json; {} until the run ends
+    before: Row  # metrics at step 0
+    after: Row  # and at the end, or at the last evaluation so far
     notes: list[str]  # on what is missing, or was left out
 
 
@@ -63,7 +65,7 @@ def comparison_table(runs: Sequence[Path]) -> str:
     titles = [f"{metric_name(key)} (before → after)" for key in metrics]
     table = [["run", "trained", *titles, "peak memory", "time", "stored"]]
     for run in loaded:
-        scores = [" → ".join(score(key, value) for value in before_after(run, key)) for key in metrics]
+        scores = [f"{score(key, run.before.get(key))} → {score(key, run.after.get(key))}" for key in metrics]
         table.append([run.name, trained(run), *scores, *costs(run)])
 
     # The first column is aligned left, numbers right.
@@ -109,11 +111,14 @@ def _read_run(path: Path) -> Run:
     result: Row = {}
     if (path / "result.json").is_file():
         result = read_result(path / "result.json")
-    if not result and steps:
-        notes.insert(0, f"no result.json: still going, or stopped after step {steps[-1]['step']:,}")
-    elif not result:
-        notes.insert(0, "no result.json: not at its first step yet")
-    return Run(path, str(info.get("name") or resolved(path).name), info, steps, evals, result, notes)
+    if not result:
+        state = f"still going, or stopped after step {steps[-1]['step']:,}" if steps else "not at its first step yet"
+        notes.insert(0, f"no result.json: {state}")
+
+    # A run that has not ended has no result yet, but perhaps evaluations.
+    before = result.get("before") or next((row for row in evals if row["step"] == 0), {})
+    after = result.get("metrics") or next((row for row in reversed(evals) if row["step"] > 0), {})
+    return Run(path, str(info.get("name") or resolved(path).name), info, steps, evals, result, before, after, notes)
 
 
 def _read_metrics(path: Path) -> tuple[list[Row], list[Row], list[str]]:
@@ -140,23 +145,11 @@ def _read_metrics(path: Path) -> tuple[list[Row], list[Row], list[str]]:
     return [steps[step] for step in sorted(steps)], [evals[step] for step in sorted(evals)], notes
 
 
-def before_after(run: Run, key: str) -> tuple[float | None, float | None]:
-    """A metric at step 0 and at the end (or at the last evaluation so far); None where it was not measured."""
-    # A run that has not ended has no result yet, but perhaps evaluations.
-    before: Row = run.result.get("before") or {}
-    after: Row = run.result.get("metrics") or {}
-    if not before and run.evals and run.evals[0]["step"] == 0:
-        before = run.evals[0]
-    if not after and run.evals and run.evals[-1]["step"] > 0:
-        after = run.evals[-1]
-    return before.get(key), after.get(key)
-
-
 def main_metrics(runs: Sequence[Run]) -> list[str]:
     """The metrics worth a column: of each run the first known pair that it measured, else its best, else its loss."""
     chosen: list[str] = []
     for run in runs:
-        measured = {name for row in run.evals for name in row} | set(run.result.get("metrics") or {})
+        measured = {name for row in (*run.evals, run.after) for name in row}
         best = str((run.result.get("best") or {}).get("metric"))
         candidates = [*MAIN_METRICS, (best,), ("loss",)]
         keys = next((keys for keys in candidates if measured.issuperset(keys)), ())

@@ -11,7 +11,7 @@ from typing import Any
 from .._outside import visible
 from ..engine.tasks.metrics import LOWER_IS_BETTER
 from .plots import is_number, legend_line
-from .runs import Row, Run, before_after, costs, main_metrics, metric_name, score, trained, trains
+from .runs import Row, Run, costs, main_metrics, metric_name, score, trained, trains
 
 MAX_CLASSES = 25  # a larger confusion matrix is unreadable, so its most frequent confusions are listed instead
 
@@ -33,16 +33,16 @@ def comparison(runs: list[Run]) -> str:
     head += "".join(f'<th rowspan="2" class="number">{name}</th>' for name in ("peak memory", "time", "stored"))
     second = '<th class="number">before</th><th class="number">after</th>' * len(metrics)
 
-    best = {metric: _best(metric, [before_after(run, metric)[1] for run in runs]) for metric in metrics}
+    best = {metric: _best(metric, [run.after.get(metric) for run in runs]) for metric in metrics}
     body = ""
     for i, run in enumerate(runs):
         line = legend_line(i) if len(runs) > 1 else ""
         body += f'<tr><th scope="row">{line}{escaped(run.name)}</th>'
         body += f"<td>{escaped(run.info.get('method', '–'))}</td><td>{escaped(trains(run))}</td>{_number(trained(run))}"
         for metric in metrics:
-            before, after = before_after(run, metric)
+            after = run.after.get(metric)
             css_class = " best" if after is not None and after == best[metric] else ""
-            body += _number(score(metric, before), " soft") + _number(score(metric, after), css_class)
+            body += _number(score(metric, run.before.get(metric)), " soft") + _number(score(metric, after), css_class)
         body += "".join(map(_number, costs(run))) + "</tr>"
 
     rows = f"<tr>{head}</tr><tr>{second}</tr>"
@@ -60,7 +60,9 @@ def _best(metric: str, values: Iterable[Any]) -> float | None:
 def matrices(runs: list[Run]) -> str:
     tables = ""
     for run in runs:
-        if confusion := _confusion(run):
+        # Of a run that has not finished, that of the last evaluation so far.
+        last = run.evals[-1] if run.evals else {}
+        if confusion := run.result.get("confusion") or last.get("confusion"):
             caption = f"<b>{escaped(run.name)}</b>" if len(runs) > 1 else ""
             tables += _matrix(confusion, _class_labels(run, len(confusion)), caption)
     if not tables:
@@ -69,19 +71,13 @@ def matrices(runs: list[Run]) -> str:
     return f'<h2>Confusions</h2>{hint}<div class="matrices">{tables}</div>'
 
 
-def _confusion(run: Run) -> list[list[int]]:
-    """Counts [gold][predicted] of the finished run, or of the last evaluation so far; empty where there are none."""
-    last = run.evals[-1] if run.evals else {}
-    return run.result.get("confusion") or last.get("confusion") or []
-
-
 def _class_labels(run: Run, n_classes: int) -> list[str]:
     labels = [escaped(label) for label in run.result.get("labels") or run.info.get("labels") or ()]
     return labels if len(labels) == n_classes else [str(i) for i in range(n_classes)]
 
 
 def _matrix(counts: list[list[int]], labels: list[str], caption: str) -> str:
-    """A confusion matrix, with the recall of each row and the precision of each column."""
+    """A confusion matrix of counts [gold][predicted], with the recall of each row and the precision of each column."""
     if len(counts) > MAX_CLASSES:
         return _frequent_confusions(counts, labels, caption)
 
@@ -123,7 +119,7 @@ def _frequent_confusions(counts: list[list[int]], labels: list[str], caption: st
 
 def differences(runs: list[Run]) -> str:
     """Where the runs' configurations differ, name by name."""
-    flat = [_flatten(run.info.get("config") or {}) for run in runs]
+    flat = [_flatten(run.info["config"]) for run in runs]
     names = sorted({name for config in flat for name in config} - {"out"})  # the folders always differ
     body = ""
     for name in names:
@@ -148,8 +144,8 @@ def configuration(run: Run) -> str:
         facts["train loss"] = score("loss", run.result["train_loss"])
     if best := run.result.get("best"):
         facts["best"] = f"{metric_name(best['metric'])} {score(best['metric'], best['value'])} at step {best['step']:,}"
-    facts |= run.info.get("versions") or {}
-    tables = facts_table(_flatten(run.info.get("config") or {})) + facts_table(_flatten(facts))
+    facts |= run.info.get("versions", {})
+    tables = facts_table(_flatten(run.info["config"])) + facts_table(_flatten(facts))
     return f"<details><summary>{escaped(run.name)}</summary><div>{tables}</div></details>"
 
 

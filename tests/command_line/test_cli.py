@@ -317,6 +317,12 @@ def test_changes_may_stand_behind_options(capsys) -> None:
         assert "unrecognized arguments" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("line", ["label base rows.jsonl --labels a --out x", "compare base --out x", "generate base"])
+def test_an_option_of_several_commands_has_its_bounds_in_all(line) -> None:
+    with pytest.raises(ValueError, match="--batch-size 0: expected a positive number"):
+        parsed([*line.split(), "--batch-size", "0"])
+
+
 def test_debug_shows_the_traceback(tmp_path) -> None:
     done = process("--debug", "train", tmp_path / "none.toml")
     assert done.returncode != 0

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_adapters import shaken
 from small_commands import run_command
 from small_runs import CHAT, gpt2, gpt2_folder, write_config, write_rows
@@ -279,3 +280,17 @@ def test_a_stop_is_found_in_the_last_tokens_alone() -> None:
 
     generate(model, torch.tensor([[1, 2, 3]]), max_new_tokens=200, stop=["\x00never"], tokenizer=Counting())
     assert max(seen) <= 20
+
+
+@pytest.mark.parametrize(("rows", "says"), [(None, "comes without lm_head"), (7, "its embedding has 7 rows")])
+def test_an_adapter_with_another_embedding(rows: int | None, says: str, base: Path, tmp_path: Path, refused) -> None:
+    """A scalar, which has no rows, and a matrix that has fewer than the tokenizer has tokens."""
+    model, _ = load(base)
+    add_lora(model, LoRAConfig(rank=2))
+    save_adapter(model, tmp_path / "adapter")
+    weights = tmp_path / "adapter/adapter_model.safetensors"
+    embedding = torch.zeros((rows, 32) if rows else ())
+    save_file({**load_file(weights), "base_model.model.transformer.wte.weight": embedding}, weights)
+    for command in (["generate", base, "--adapter", tmp_path / "adapter", *ASK], ["merge", base, tmp_path / "adapter"]):
+        out = [tmp_path / "out"] if command[0] == "merge" else []
+        assert says in refused(*command, *out)

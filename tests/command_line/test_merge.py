@@ -23,8 +23,8 @@ from small_tokenizers import byte_level
 from small_xlnet import both_xlnets
 
 from handtune._folders import stored_files
+from handtune.adapted.merging import merge
 from handtune.cli import main
-from handtune.commands.merge import merge
 from handtune.engine import LoRAConfig, add_lora, load_adapter, merge_lora, save_adapter, train_rows, unfreeze
 from handtune.models import add_tokens, load, save
 from handtune.models.checkpoint.safetensors_io import read_header
@@ -118,7 +118,7 @@ def test_what_survives_is_the_same_in_memory(tmp_path: Path, capsys: pytest.Capt
     reports = []
     for name in ("streamed", "in memory"):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("handtune.commands.merge.adds_tokens", lambda *_, name=name: name == "in memory")
+            patch.setattr("handtune.adapted.merging.added_tokens", lambda *_, name=name: name == "in memory")
             assert main([*command, str(tmp_path / name)]) == 0
         reports.append(capsys.readouterr().err)
     assert "survives in bfloat16" in reports[0]
@@ -190,7 +190,7 @@ def test_a_merge_that_is_broken_off_leaves_nothing(tmp_path: Path, monkeypatch) 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("handtune.commands.merge.save_around", full)
+        patch.setattr("handtune.adapted.merging.save_around", full)
         assert main(command) == 2
     assert not any((tmp_path / "out").iterdir())
     assert main(command) == 0

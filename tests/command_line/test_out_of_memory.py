@@ -24,7 +24,7 @@ READS = {
     "evaluate": "handtune.commands.evaluate.put_weights",
     "generate": "handtune.models.checkpoint.loading.load_weights",
     "label": "handtune.engine.tasks.zero_shot.answer_logps",
-    "merge": "handtune.commands.merge.read_into",
+    "merge": "handtune.adapted.merging.read_into",
     "ppo": "handtune.models.checkpoint.loading.load_weights",
     "report": "handtune.reporting.runs.read_facts",
 }

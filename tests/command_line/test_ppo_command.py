@@ -145,3 +145,14 @@ def test_a_reward_of_another_base(folder: Path, capsys: pytest.CaptureFixture[st
     Path("alone/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "elsewhere"}))
     assert main(["ppo", "ppo.toml", "reward=alone", "out=other"]) == 2
     assert "was trained on elsewhere" in capsys.readouterr().err
+
+
+def test_its_model_is_that_of_the_configuration(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Tokens are added, and feed-forwards computed again, as in `handtune train`; what reads the run adds them, too."""
+    changes = ["model.add_tokens=['<|tool|>']", "model.recompute=true", "ppo.episodes=16"]
+    assert main(["ppo", "ppo.toml", *changes]) == 0
+    assert "<|tool|>" in Path("run/adapter/tokenizer.json").read_text()
+    capsys.readouterr()
+    assert main(["generate", "run", "--prompt", "And <|tool|>", "--max-new-tokens", "2"]) == 0
+    assert main(["merge", str(MODEL), "run/adapter", "merged"]) == 0
+    assert "<|tool|>" in Path("merged/tokenizer.json").read_text()

@@ -222,9 +222,9 @@ PLANTED = {
     "check-data": "handtune.commands.check_data.show",
     "compare": "handtune.commands.compare.make_items",
     "evaluate": "handtune.commands.evaluate.put_weights",
-    "generate": "handtune.commands.generate.load",
+    "generate": "handtune.prepare.load",
     "label": "handtune.engine.tasks.zero_shot.tokenize_pairs",
-    "merge": "handtune.commands.merge.match_keys",
+    "merge": "handtune.adapted.merging.match_keys",
     "ppo": "handtune.engine.rlhf.run.lr_factor",
     "report": "handtune.reporting.runs.costs",
 }

@@ -3,10 +3,10 @@
 import pytest
 from small_tokenizers import byte_level, llama_like, word_piece
 
-from handtune.commands.token_display import show
 from handtune.engine.chat.template import ChatTemplate
 from handtune.engine.data.placed_rows import places_of
 from handtune.engine.tasks.encode import encode
+from handtune.reporting.token_display import show
 
 END = 0  # <|end|> of byte_level()
 CLS, SEP = 2, 3  # of word_piece()

@@ -13,7 +13,6 @@ from small_t5 import SOURCES, TARGETS, both_t5, pairs
 from small_tokenizers import sentence_piece
 
 from handtune.cli import main
-from handtune.commands.token_display import show
 from handtune.engine import LoRAConfig, TrainConfig, add_lora, load_adapter, save_adapter, train
 from handtune.engine.data.placed_rows import places_of
 from handtune.engine.tasks.causal_lm import causal_lm_loss
@@ -21,6 +20,7 @@ from handtune.engine.tasks.encode import encode
 from handtune.engine.tasks.seq2seq import Seq2SeqCollate, SpanCorruption
 from handtune.models import T5, load, save
 from handtune.models.tokenizer.special_tokens import SpecialTokens
+from handtune.reporting.token_display import show
 
 SENTINELS = tuple(range(220, 200, -1))
 SIZES = {"n_layer": 2, "d_model": 32, "n_head": 2, "head_width": 16, "d_ff": 64}

@@ -6,7 +6,7 @@ ends are shown as a sign, and characters that could steer the terminal are escap
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .._outside import visible_line
@@ -50,16 +50,17 @@ def show(
     """
     blocks = []
     for i in range(min(count, len(examples))):
-        note, tokens = _mark(examples[i], tokenizer, objective, labels)
-        blocks.append(f"example {i + 1} of {len(examples)}: {note}\n{_paint(tokens, color)}")
+        note, sequences = _describe(examples[i], objective, labels)
+        texts = [text for sequence in sequences for text in _texts(sequence, tokenizer, color)]
+        separator = f"{_GREY}|{_RESET}" if color else "|"
+        blocks.append(f"example {i + 1} of {len(examples)}: {note}\n{separator.join(texts)}")
     return "\n\n".join(blocks)
 
 
 def legend(objective: str, color: bool) -> str:
     """What the signs mean, and what the loss is on."""
-    signs = ", ".join(f"{sign} is {name}" for sign, name in zip(_SIGNS.values(), ("a line end", "a tab"), strict=False))
     loss = _LEGENDS.get(objective, _LEGEND).format("in green" if color else "in [brackets]")
-    return f"tokens are parted by |, {signs}; {loss}"
+    return f"tokens are parted by |, ↵ is a line end, → is a tab; {loss}"
 
 
 def distribution(examples: Examples, objective: str, labels: Sequence[str]) -> str:
@@ -72,115 +73,100 @@ def distribution(examples: Examples, objective: str, labels: Sequence[str]) -> s
         counts = Counter(int(tag) for example in examples for tag in example["targets"] if tag >= 0)
     else:
         return ""
-    total = max(1, sum(counts.values()))
+    total = max(1, counts.total())
     shares = (f"{visible_line(name)} {counts[i]:,} ({100 * counts[i] / total:.1f} %)" for i, name in enumerate(labels))
     return f"{title}: {', '.join(shares)}"
 
 
-class _Token(NamedTuple):
-    """A token's text, or a heading between tokens."""
+class _Sequence(NamedTuple):
+    """Tokens of an example, which stand in a line with its other sequences."""
 
-    text: str
-    in_loss: bool = False
+    ids: Sequence[int]
+    in_loss: Mapping[int, str] = {}  # the positions that the loss is on, with what is shown behind the token
+    title: str = ""
 
 
-def _mark(
-    example: Mapping[str, Any], tokenizer: "Tokenizer", objective: str, labels: Sequence[str]
-) -> tuple[str, list[_Token]]:
+def _describe(example: Mapping[str, Any], objective: str, labels: Sequence[str]) -> tuple[str, list[_Sequence]]:
     """A note on the example, and its tokens."""
-    if objective == "embed":
-        return _mark_fields(example, tokenizer)
+    if objective == "embed":  # none of whose tokens is a target by itself
+        fields = [field for field in ("anchor", "positive", "negative") if field in example]
+        note = ", ".join(f"{field} {len(example[field])} tokens" for field in fields)
+        return note, [_Sequence(example[field], title=field) for field in fields]
     if objective in ("pairs", "reward"):
-        return _mark_both_sides(example, tokenizer, objective)
+        return _describe_comparison(example, objective)
 
-    ids = [int(token) for token in example["input_ids"]]
+    ids = example["input_ids"]
     note = f"{len(ids)} tokens"
     # Nothing is marked where the whole row is judged, or where targets are drawn anew in each epoch.
     if objective == "classify":
-        return f"{note}, label {_name(example['label'], labels)}", _tokens(ids, tokenizer)
+        return f"{note}, label {_name(example['label'], labels)}", [_Sequence(ids)]
     if objective == "prompts":
-        return f"{note} to continue", _tokens(ids, tokenizer)
+        return f"{note} to continue", [_Sequence(ids)]
     if objective in ("masked-lm", "span-corruption"):
-        return f"{note}, masked anew in each epoch", _tokens(ids, tokenizer)
+        return f"{note}, masked anew in each epoch", [_Sequence(ids)]
     if objective == "seq2seq":
-        written = _tokens(example["target_ids"], tokenizer, in_loss=True)
-        return f"{note} to read, {len(written)} to write", [*_tokens(ids, tokenizer), _Token("writes:"), *written]
+        written = example["target_ids"]
+        sequences = [_Sequence(ids), _Sequence(written, _marked(0, len(written)), "writes")]
+        return f"{note} to read, {len(written)} to write", sequences
 
     # Position 0, where no answer can be, stands for "no answer".
-    texts = _texts(ids, tokenizer)
     if objective == "qa":
         start = example["start"]
         end = example["end"]
         answer = f"answer at {start} to {end}" if start else "no answer here"
-        tokens = [_Token(text, 0 < start <= i <= end) for i, text in enumerate(texts)]
-        return f"{note}, row {example['row'] + 1}, {answer}", tokens
+        return f"{note}, row {example['row'] + 1}, {answer}", [_Sequence(ids, _marked(start, end + 1) if start else {})]
 
-    targets = [int(target) for target in example["targets"]]
-    in_loss = [target >= 0 for target in targets]
-    note = f"{note}, {sum(in_loss)} targets"
+    targets = example["targets"]
+    in_loss = [i for i, target in enumerate(targets) if target >= 0]
+    note = f"{note}, {len(in_loss)} targets"
     if objective == "tag":
-        tokens = []
-        for text, target in zip(texts, targets, strict=True):
-            if target >= 0:
-                tokens.append(_Token(f"{text}:{_name(target, labels)}", True))
-            else:
-                tokens.append(_Token(text))
-        return note, tokens
+        return note, [_Sequence(ids, {i: f":{_name(targets[i], labels)}" for i in in_loss})]
 
     # Targets are shifted: token i + 1 is in the loss if targets[i] is, and the last target is no input.
-    if in_loss[-1]:
-        texts += _texts(targets[-1:], tokenizer)
-    return note, [_Token(text, marked) for text, marked in zip(texts, [False, *in_loss], strict=False)]
+    if targets[-1] >= 0:
+        ids = [*ids, targets[-1]]
+    return note, [_Sequence(ids, {i + 1: "" for i in in_loss})]
 
 
-def _mark_fields(example: Mapping[str, Any], tokenizer: "Tokenizer") -> tuple[str, list[_Token]]:
-    """An anchor, its positive and perhaps its negative, none of whose tokens is a target by itself."""
-    notes: list[str] = []
-    tokens: list[_Token] = []
-    for field in ("anchor", "positive", "negative"):
-        if field in example:
-            notes.append(f"{field} {len(example[field])} tokens")
-            tokens += [_Token(f"{field}:"), *_tokens(example[field], tokenizer)]
-    return ", ".join(notes), tokens
-
-
-def _mark_both_sides(example: Mapping[str, Any], tokenizer: "Tokenizer", objective: str) -> tuple[str, list[_Token]]:
+def _describe_comparison(example: Mapping[str, Any], objective: str) -> tuple[str, list[_Sequence]]:
     """A comparison: marked are the answers of both sides, or the tokens at which both are scored."""
     notes = []
-    tokens = []
+    sequences = []
     for side, start in zip(SIDES, example["starts"], strict=True):
-        ids = [int(token) for token in example[side]]
-        first = len(ids) - 1 if objective == "reward" else max(start, 1)  # nothing predicts the first token of a row
-        notes.append(f"{side} {len(ids)} tokens, {len(ids) - start} of them the answer")
-        tokens.append(_Token(f"{side}:"))
-        tokens += [_Token(text, i >= first) for i, text in enumerate(_texts(ids, tokenizer))]
+        ids = example[side]
+        n = len(ids)
+        first = n - 1 if objective == "reward" else max(start, 1)  # nothing predicts the first token of a row
+        notes.append(f"{side} {n} tokens, {n - start} of them the answer")
+        sequences.append(_Sequence(ids, _marked(first, n), side))
     if example["tie"]:
         notes.append("a tie")
     if example["margin"]:
         notes.append(f"margin {example['margin']:g}")
-    return "; ".join(notes), tokens
+    return "; ".join(notes), sequences
+
+
+def _marked(start: int, end: int) -> dict[int, str]:
+    return dict.fromkeys(range(start, end), "")
 
 
 def _name(index: int, labels: Sequence[str]) -> str:
     return visible_line(labels[index]) if index < len(labels) else str(index)
 
 
-def _tokens(ids: Sequence[int], tokenizer: "Tokenizer", in_loss: bool = False) -> list[_Token]:
-    return [_Token(text, in_loss) for text in _texts(ids, tokenizer)]
+def _texts(sequence: _Sequence, tokenizer: "Tokenizer", color: bool) -> Iterator[str]:
+    """The title and the tokens as they are shown."""
+    if sequence.title:
+        yield f"{sequence.title}:"
 
-
-def _texts(ids: Sequence[int], tokenizer: "Tokenizer") -> list[str]:
-    return [_visible(tokenizer.decode([token], skip_special_tokens=False)) for token in ids]
+    begin, end = (_GREEN, _RESET) if color else ("[", "]")
+    for i, token in enumerate(sequence.ids):
+        text = _visible(tokenizer.decode([int(token)], skip_special_tokens=False))
+        if i in sequence.in_loss:
+            text = f"{begin}{text}{sequence.in_loss[i]}{end}"
+        yield text
 
 
 def _visible(text: str) -> str:
     return "".join(
         _SIGNS.get(char, char if char.isprintable() else char.encode("unicode_escape").decode()) for char in text
     )
-
-
-def _paint(tokens: Sequence[_Token], color: bool) -> str:
-    if color:
-        texts = (f"{_GREEN}{token.text}{_RESET}" if token.in_loss else token.text for token in tokens)
-        return f"{_GREY}|{_RESET}".join(texts)
-    return "|".join(f"[{token.text}]" if token.in_loss else token.text for token in tokens)

@@ -1,0 +1,259 @@
+"""An adapter merged into its base, tensor by tensor, so that the base need not fit in memory.
+
+Nothing is loaded: the base is opened (`open_checkpoint`), and the merged checkpoint is written in the same shards and
+dtypes. Tensors that the adapter leaves alone are copied from file to file. Tensors that it changes are read, changed in
+fp32 and written, one at a time. Whole tensors of the adapter (a head, norms) replace those of the base, or go into the
+last shard. Where the dtype is narrower than fp32, standard error says how much of the adapter's change survives in it.
+
+Only where the adapter adds tokens, has another vocabulary, or orders the labels of a stored head anew, the base is
+loaded into memory and brought into that form first, and the merged checkpoint is one file.
+"""
+
+import sys
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .._files import LOCK, is_temporary, resolved, write_json
+from .._folders import filling, half_filled, remove_unfilled
+from .._locks import alone
+from ..engine.adapters.rounding import Rounding, dtype_name, rounded
+from ..engine.adapters.tied import IsBase
+from ..engine.adapters.wrapping import LoRAWeights, as_adaptable, n_groups
+from ..engine.peft.format import StoredAdapter, read_adapter
+from ..kernels.lora.factors import PartWeights
+from ..models import load
+from ..models.checkpoint.loading import Checkpoint, open_checkpoint
+from ..models.checkpoint.safetensors_io import LazyTensor, TensorOnDisk, holds, read_into, same, write_file
+from ..models.checkpoint.saving import save_around, stored_shape
+from ..models.checkpoint.shards import INDEX, SINGLE
+from ..models.checkpoint.weights import blocks, match_keys, own_tensors
+from ..models.layers.key_map import CheckpointKey
+from ..prompts import learn_turn_end
+from ..saved_runs import added_tokens, fit_vocabulary, head_of, resized_vocabulary, take_settings
+
+Source = TensorOnDisk | LazyTensor  # copied from a file, or computed when it is written
+MAIN = "config.json"  # without it no folder is a checkpoint
+
+
+@torch.no_grad()
+def merge(base: str, adapter: Path, out: Path) -> None:
+    """Write the merged checkpoint to the folder `out`, which is empty or new.
+
+    Raises what loading raises; ValueError where `out` is not empty, where neither the base nor the adapter has a head,
+    for a convolution in groups, and where a merged number is NaN or overflows the base's dtype.
+    """
+    out = resolved(out)
+    _require_empty(out)
+    rounding = Rounding()
+    with alone(out, out / LOCK):
+        _require_empty(out)  # again, because another process may have merged by now
+        opened = open_checkpoint(base, **head_of(adapter))
+        head_rows = opened.head_rows or []
+        is_resized = resized_vocabulary(adapter, opened.model) is not None
+        with filling(out, MAIN) as folder:
+            if is_resized or added_tokens(adapter, opened.tokenizer) or head_rows != sorted(head_rows):
+                _write_merged(_in_memory(base, opened, adapter), adapter, folder, rounding)
+            else:
+                _write_merged(_on_disk(opened), adapter, folder, rounding)
+    _report(rounding, opened.shards.dtype())
+
+
+def _require_empty(out: Path) -> None:
+    """ValueError where `out` contains anything but what a killed merge has left there."""
+    if not out.exists():
+        return
+    remove_unfilled(out)
+    left_over = {LOCK, *(Path(name).parts[0] for name in half_filled(out))}
+    if not out.is_dir() or any(path.name not in left_over and not is_temporary(path) for path in out.iterdir()):
+        raise ValueError(f"{out} holds something already; give a new folder for the merged checkpoint")
+
+
+def _report(rounding: Rounding, dtype: torch.dtype) -> None:
+    """Say on standard error how much of the change survived, where the dtype can lose some of it."""
+    if dtype.itemsize >= 4 or not rounding.change:
+        return
+    remedy = "" if rounding.survives > 0.9 else "; convert the base to float32 first, or use base and adapter unmerged"
+    print(f"{rounding.survives:.1%} of the adapter's change survives in {dtype_name(dtype)}{remedy}", file=sys.stderr)
+
+
+class _Base(NamedTuple):
+    """The base of a merge."""
+
+    model: Any  # on the meta device where its weights stay on the disk
+    tokenizer: Any
+    tensors: Mapping[str, TensorOnDisk | Tensor]  # by their published names
+    new: Collection[str]  # those of a head that the base lacks
+    dtype: torch.dtype
+    is_base: IsBase | None = None  # whether a tensor has a value, for one on the disk
+
+
+def _on_disk(opened: Checkpoint) -> _Base:
+    """A base of which one tensor at a time is read."""
+    model = opened.model
+    placement = match_keys(model, opened.shards, new_head=opened.head_rows is None)
+
+    # A tied tensor that is stored twice is written once.
+    for key, copy, message in placement.tied_keys:
+        if not same(copy, placement.stored[model.key_map()[key].names[0]]):
+            raise ValueError(f"{model.source}: {message}")
+
+    # An adapter may store a copy of a base tensor, which then changes nothing.
+    def is_base(name: str, value: Tensor) -> bool:
+        tensor = placement.stored.get(name)
+        return tensor is not None and value.shape == tensor.shape and holds(tensor, value.to(tensor.dtype))
+
+    return _Base(model, opened.tokenizer, placement.stored, placement.new, opened.shards.dtype(), is_base)
+
+
+def _in_memory(base: str, opened: Checkpoint, adapter: Path) -> _Base:
+    """A base with the vocabulary of the adapter, and its head's rows in the order of the adapter's labels."""
+    dtype = opened.shards.dtype()
+    model, tokenizer = load(base, dtype=dtype, device="cpu", head_follows=True, **head_of(adapter))
+    fit_vocabulary(model, tokenizer, adapter)
+
+    # A head that was made here, for the adapter to fill, is none of the base's.
+    parameters = own_tensors(model)
+    tensors: dict[str, TensorOnDisk | Tensor] = {}
+    new: list[str] = []
+    for key, layout in model.key_map().items():
+        if model.head_is_new and key.startswith("head."):
+            new += layout.names
+        else:
+            tensors |= zip(layout.names, blocks(parameters[key], layout), strict=True)
+    return _Base(model, tokenizer, tensors, new, dtype)
+
+
+def _write_merged(base: _Base, adapter: Path, folder: Path, rounding: Rounding) -> None:
+    """Write the merged checkpoint tensor by tensor."""
+    model = base.model
+    tensors = _merged_tensors(base, read_adapter(model, adapter, base.is_base), rounding)
+    _write(tensors, base.tensors, folder)
+    take_settings(model, base.tokenizer, adapter)
+    learn_turn_end(model, base.tokenizer)
+    save_around(model, base.tokenizer, folder, base.dtype)
+
+
+class _Target(NamedTuple):
+    """A tensor of the merged checkpoint, and what the base and the adapter have for it."""
+
+    name: str  # its published name
+    layout: CheckpointKey  # how it is stored
+    dtype: torch.dtype
+    block: Tensor  # its rows of our parameter
+    in_base: TensorOnDisk | Tensor | None
+    in_adapter: Tensor | None  # a whole tensor that replaces the base's
+
+    def base_rows(self) -> Tensor:
+        """A copy of the base's tensor, in our layout."""
+        if not isinstance(self.in_base, TensorOnDisk):
+            return self.block.clone()
+        rows = torch.empty(self.block.shape, dtype=self.dtype)
+        read_into(self.in_base, self.layout.as_stored(rows))
+        return rows
+
+
+def _merged_tensors(base: _Base, adapter: StoredAdapter, rounding: Rounding) -> dict[str, Source]:
+    """The tensors of the merged checkpoint, by published name; those that change are computed when they are written."""
+    model = base.model
+    parameters = own_tensors(model)
+    factors = dict(adapter.factors)
+    token_rows = {f"{path}.weight": (ids, rows) for path, ids, rows in adapter.rows}
+
+    tensors: dict[str, Source] = {}
+    for key, layout in model.key_map().items():
+        path = key.removesuffix(".weight")
+        for index, (name, block) in enumerate(zip(layout.names, blocks(parameters[key], layout), strict=True)):
+            in_base = base.tensors.get(name)
+            dtype = base.dtype if in_base is None else in_base.dtype
+            target = _Target(name, layout, dtype, block, in_base, adapter.plain.get(name))
+            shape = stored_shape(layout, block)
+
+            make: Callable[[], Tensor]
+            if in_base is None and target.in_adapter is None:
+                if name in base.new:
+                    raise ValueError(
+                        f"{name}: neither the base nor the adapter has it; merge the adapter that trained it"
+                    )
+                make = partial(torch.zeros, shape, dtype=dtype)  # an optional tensor
+            elif path in factors and (change := _change(model, path, factors[path], index)) is not None:
+                make = partial(_with_factors, target, change, rounding)
+            elif target.in_adapter is not None:
+                make = partial(_replaced, target, rounding)
+            elif key in token_rows:
+                make = partial(_with_token_rows, target, *token_rows[key], rounding)
+            elif isinstance(in_base, TensorOnDisk):  # the adapter leaves it alone
+                tensors[name] = in_base
+                continue
+            else:
+                make = partial(layout.as_stored, block)
+            tensors[name] = LazyTensor(shape, dtype, make)
+    return tensors
+
+
+def _change(model: Any, path: str, factors: LoRAWeights, index: int) -> Callable[[Tensor], Tensor] | None:
+    """What the factors make of the rows of the module's part `index`; None where they leave them alone."""
+    module = model.get_submodule(path)
+    layer = as_adaptable(module)
+    if (groups := n_groups(layer)) > 1:
+        raise ValueError(f"{path} is a convolution in {groups} groups, into which no adapter can be merged")
+
+    block = next((block for block in factors.blocks() if block.part == layer.parts[index]), None)
+    if block is None:
+        return None
+    return partial(_merged_embedding, block) if isinstance(module, nn.Embedding) else block.merged
+
+
+def _merged_embedding(block: PartWeights, rows: Tensor) -> Tensor:
+    """An embedding's weight (V, D) is for its adapter that of a projection of one-hot vectors."""
+    return block.merged(rows.T).T
+
+
+def _with_factors(target: _Target, change: Callable[[Tensor], Tensor], rounding: Rounding) -> Tensor:
+    """The tensor with a low-rank change of the base's rows, or of those by which the adapter replaces them."""
+    if target.in_adapter is None:
+        rows = target.base_rows()
+    else:  # stored with an embedding or a head that is adapted
+        rows = target.layout.ours(rounded(target.in_adapter, target.dtype, target.name)).contiguous()
+
+    merged = change(rows)
+    stored = rounded(merged, rows.dtype, target.name)
+    rounding.add(rows, merged, stored)
+    return target.layout.as_stored(stored)
+
+
+def _replaced(target: _Target, rounding: Rounding) -> Tensor:
+    """The adapter's own tensor."""
+    assert target.in_adapter is not None
+    stored = rounded(target.in_adapter, target.dtype, target.name)
+    if target.in_base is not None and target.dtype.itemsize < 4:
+        rounding.add(target.layout.as_stored(target.base_rows()), target.in_adapter, stored)
+    return stored
+
+
+def _with_token_rows(target: _Target, ids: list[int], rows: Tensor, rounding: Rounding) -> Tensor:
+    """An embedding with the token rows that the adapter trained."""
+    matrix = target.base_rows()  # (V, D)
+    stored = rounded(rows, target.dtype, target.name)  # (n, D)
+    rounding.add(matrix[ids], rows, stored)
+    matrix[ids] = stored
+    return matrix
+
+
+def _write(tensors: dict[str, Source], base: Mapping[str, TensorOnDisk | Tensor], folder: Path) -> None:
+    """Write each tensor to the file that the base has it in, and new ones to the last file."""
+    file_names = {name: tensor.path.name for name, tensor in base.items() if isinstance(tensor, TensorOnDisk)}
+    files = sorted(set(file_names.values()))
+    if len(files) <= 1:
+        write_file(folder / SINGLE, tensors)
+        return
+
+    weight_map = {name: file_names.get(name, files[-1]) for name in tensors}
+    for file in files:
+        write_file(folder / file, {name: tensor for name, tensor in tensors.items() if weight_map[name] == file})
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
