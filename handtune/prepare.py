@@ -127,7 +127,7 @@ def prepare(config: RunConfig, base: RunBase, cache: Path, *, head_follows: bool
         with located(f"data.{split}"):
             examples, report = encode(
                 split_rows, tokenizer, objective.encoding, max_length=max_length, labels=labels,
-                eos=model.tokens.eos_id, more_ends=model.tokens.ends[1:], template=template,
+                eos=model.tokens.eos_id, turn_ends=model.tokens.ends[1:], template=template,
                 evaluation=split == "eval", truncate=config.data.truncate,
             )  # fmt: skip
         print(f"{split}: {report}", file=sys.stderr)

@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ._outside import located
 from .config import RunConfig
 from .engine.chat.ends import turn_end
 from .engine.chat.fields import check_used
 from .engine.chat.template import DEFAULT_TEMPLATE, ChatTemplate, Dialogue
-from .engine.data.placed_rows import place_of
+from .engine.data.placed_rows import location_of
 from .engine.data.schema import as_dialogue, row_shape
 
 
@@ -72,10 +73,8 @@ def prompts_of(rows: Sequence[Mapping[str, Any]], model: Any, chats: Sequence[bo
     """The prompt of each row, as `prompt_of` makes it; errors name the row."""
     prompts = []
     for index, (row, chat) in enumerate(zip(rows, chats, strict=True)):
-        try:
+        with located(location_of(row, index)):
             prompts.append(prompt_of(row, model, chat))
-        except ValueError as error:
-            raise ValueError(f"{place_of(row, index)}: {error}") from None
     return prompts
 
 

@@ -153,7 +153,7 @@ class PretrainedModel(nn.Module):
         if self.task not in (*BY_TEXT, "embedding"):
             return states
         if self.pooling == "unpadded":
-            return last_unpadded(states, input_ids, self.tokens.skipped_id, attention_mask, cu_seqlens)
+            return last_unpadded(states, input_ids, self.tokens.config_pad_id, attention_mask, cu_seqlens)
         return pool_tokens(self.pooling, states, attention_mask, cu_seqlens)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..._outside import located
 from .module_patterns import matches_end, parsed
 
 LARGEST = (2 - 2**-23) * 2.0**127  # of fp32
@@ -59,10 +60,8 @@ class LoRAConfig:
         # A pattern is parsed now, so that an error names its option, and not when it is first matched.
         for option in ("rank_pattern", "alpha_pattern"):
             for pattern in getattr(self, option):
-                try:
+                with located(option):
                     parsed(pattern)
-                except ValueError as error:
-                    raise ValueError(f"{option}: {error}") from None
 
         if not is_finite(self.dropout) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout!r}")

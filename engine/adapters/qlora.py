@@ -10,6 +10,7 @@ quantised.
 
 from torch import nn
 
+from ..._outside import located
 from ...kernels import Linear
 from ...kernels.quant.nf4 import NF4Weight, Workspace
 from ..model import KnownModel
@@ -69,8 +70,6 @@ def quantize(model: nn.Module, targets: Targets = "all-linear") -> tuple[str, ..
     workspaces = (module.workspace for module in model.modules() if isinstance(module, NF4Weight))
     workspace = next(workspaces, Workspace())
     for path, module in to_quantize.items():
-        try:
+        with located(path):
             module.quantize_(workspace)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
     return tuple(to_quantize)

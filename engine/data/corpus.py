@@ -28,7 +28,7 @@ from ..._files import read_json, replacing, require_file, write_json
 from ..._locks import alone
 from .fingerprints import digest
 from .readers import decoded, json_lines
-from .text import append_eos, beginning, begun
+from .text import append_eos, bos_ids, prepend_bos
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -61,7 +61,7 @@ class _Recipe(NamedTuple):
             "format": _FORMAT,
             "sources": [_identity(source) for source in self.sources],
             "tokenizer": hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest(),
-            "begin": beginning(self.tokenizer),
+            "begin": bos_ids(self.tokenizer),
             "eos": self.eos,
             "dtype": self.dtype.name,
         }
@@ -178,7 +178,7 @@ def _with_tokens(path: Path, facts: dict[str, Any], dtype: "np.dtype[Any]") -> d
 def _tokens(recipe: _Recipe) -> Iterator[npt.NDArray[Any]]:
     """The tokens of each piece; a document's first one begins as texts do, its last one ends with `eos`."""
     tokenizer = recipe.tokenizer
-    begin = beginning(tokenizer)
+    begin = bos_ids(tokenizer)
     anchor_ids = tokenizer.encode(_ANCHOR, add_special_tokens=False).ids
     pieces = (piece for source in recipe.sources for piece in _pieces(source))
 
@@ -190,7 +190,7 @@ def _tokens(recipe: _Recipe) -> Iterator[npt.NDArray[Any]]:
         for piece, encoding in zip(batch, encodings, strict=True):
             ids = encoding.ids
             if piece.begins_document:
-                ids = begun(ids, begin)
+                ids = prepend_bos(ids, begin)
             elif ids[: len(anchor_ids)] == anchor_ids:
                 ids = ids[len(anchor_ids) :]
             else:

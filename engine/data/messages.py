@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from ..._outside import located
 from .row_fields import check_characters_within, text_field, type_name
 
 Messages = list[dict[str, Any]]
@@ -141,10 +142,8 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     for key in ("role", "content"):
         if key not in message:
             raise ValueError(f"{where} has no {key!r}: a message has role and content (or from and value)")
-        try:
+        with located(where):
             text_field(message, key)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
     if message["role"] not in _ROLES:
         raise ValueError(f"{where}: role {message['role']!r} is unknown; use one of {', '.join(_ROLES)}")
     message["role"] = _ROLES[message["role"]]

@@ -1,7 +1,6 @@
 """Rows that know their shape and where they were read, so that an error about one can say so, split or converted."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -20,29 +19,20 @@ class PlacedRow(dict[str, Any]):
         self.shape = shape
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         return f"{self.file} {self.line}".rstrip()
 
 
-def place_of(row: Mapping[str, Any], index: int) -> str:
+def location_of(row: Mapping[str, Any], index: int) -> str:
     """Where a row stands, for an error: in the file it was read from, else its number among the rows, from 1."""
-    return row.place if isinstance(row, PlacedRow) else f"row {index + 1}"
+    return row.location if isinstance(row, PlacedRow) else f"row {index + 1}"
 
 
-def places_of(rows: Sequence[PlacedRow]) -> str:
+def locations_of(rows: Sequence[PlacedRow]) -> str:
     """Where several rows stand; a file is named once for the lines in it that follow each other."""
     names = []
     last_file = ""
     for row in rows:
-        names.append(row.line if row.file == last_file else row.place)
+        names.append(row.line if row.file == last_file else row.location)
         last_file = row.file
     return ", ".join(names)
-
-
-@contextmanager
-def errors_at(place: str) -> Iterator[None]:
-    """Within it a ValueError begins with the place of the row that it is about."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{place}: {error}") from None

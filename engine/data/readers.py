@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..._files import read_bytes
+from ..._outside import located
 from ..._shapes import parse_json
 from .images import image_rows
 from .labels import label_name
-from .placed_rows import PlacedRow, place_of
+from .placed_rows import PlacedRow, location_of
 from .schema import normalise, prompt_row, row_shape
 from .tables import csv_rows, tsv_rows
 
@@ -249,12 +250,10 @@ def label_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     for index, row in enumerate(rows):
         if "tags" not in row and "label" not in row:
             raise ValueError(
-                f"{place_of(row, index)}: a {row_shape(row)} row has neither label nor tags; add the field"
+                f"{location_of(row, index)}: a {row_shape(row)} row has neither label nor tags; add the field"
             )
-        try:
+        with located(location_of(row, index)):
             names.update(map(label_name, row["tags"] if "tags" in row else [row["label"]]))
-        except ValueError as error:
-            raise ValueError(f"{place_of(row, index)}: {error}") from None
 
     # By value, so that 10 comes after 9; among tags the one for "no entity" is number 0.
     if all(re.fullmatch("-?[0-9]+", name) for name in names):

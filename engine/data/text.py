@@ -21,7 +21,7 @@ Span = tuple[int, int]  # first character, and the one after the last
 ANCHORS = ("\n", "x", ".", "")
 
 
-def beginning(tokenizer: "Tokenizer") -> list[int]:
+def bos_ids(tokenizer: "Tokenizer") -> list[int]:
     """The special tokens that the tokenizer's post-processor puts in front of a text: mostly one, or none."""
     # Tokens that the post-processor adds belong to no sequence.
     encoding = tokenizer.encode("a")
@@ -29,7 +29,7 @@ def beginning(tokenizer: "Tokenizer") -> list[int]:
     return encoding.ids[:first]
 
 
-def begun(ids: list[int], begin: list[int]) -> list[int]:
+def prepend_bos(ids: list[int], begin: list[int]) -> list[int]:
     """The tokens of a text with `begin` in front, which it may have already."""
     if ids[: len(begin)] == begin:
         return ids
@@ -38,14 +38,14 @@ def begun(ids: list[int], begin: list[int]) -> list[int]:
 
 def prompt_tokens(tokenizer: "Tokenizer", prompts: Sequence[str]) -> list[list[int]]:
     """The tokens of each prompt, as a causal model reads it."""
-    begin = beginning(tokenizer)
+    begin = bos_ids(tokenizer)
     encodings = tokenizer.encode_batch(list(prompts), add_special_tokens=False)
-    return [begun(encoding.ids, begin) for encoding in encodings]
+    return [prepend_bos(encoding.ids, begin) for encoding in encodings]
 
 
 def tokenize_pairs(tokenizer: "Tokenizer", pairs: Sequence[tuple[str, str]]) -> Iterator[tuple[list[int], int]]:
     """Of texts (prompt, completion) the tokens of both together, and how many of them are the prompt's."""
-    begin = beginning(tokenizer)
+    begin = bos_ids(tokenizer)
     texts = [prompt + completion for prompt, completion in pairs]
     prompt_encodings = tokenizer.encode_batch([prompt for prompt, _ in pairs], add_special_tokens=False)
     text_encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
@@ -56,7 +56,7 @@ def tokenize_pairs(tokenizer: "Tokenizer", pairs: Sequence[tuple[str, str]]) -> 
         completion_ids = text_ids[len(prompt_ids) :]
         if text_ids[: len(prompt_ids)] != prompt_ids:  # a token lies across the seam
             completion_ids = _behind(tokenizer, completion, prompt_ids, text_ids)
-        prompt_ids = begun(prompt_ids, begin)
+        prompt_ids = prepend_bos(prompt_ids, begin)
         yield [*prompt_ids, *completion_ids], len(prompt_ids)
 
 
@@ -115,13 +115,13 @@ def encode_with_seams(
     return ids, offsets
 
 
-def append_eos(ids: list[int], start: int, eos: int | None, more_ends: Sequence[int] = ()) -> list[int]:
+def append_eos(ids: list[int], start: int, eos: int | None, turn_ends: Sequence[int] = ()) -> list[int]:
     """A text with the token behind it that ends it; the first `start` tokens are its prompt's.
 
     Of several that a model knows, it is the one that ended the last turn in the prompt, as its chats are written, else
     `eos`.
     """
-    ends = (eos, *more_ends)
+    ends = (eos, *turn_ends)
     if eos is None or (ids and ids[-1] in ends):
         return ids
     last_end = next((token for token in reversed(ids[:start]) if token in ends), eos)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..._files import read_json, write_json, write_tensors
 from ..._folders import filling
+from ..._outside import located
 from ...kernels import Linear
 from ..adapters.locking import with_adapter_lock
 from ..adapters.lora import (
@@ -229,7 +230,7 @@ def read_adapter(model: nn.Module, path: str | Path, is_base: IsBase | None = No
 
     # Each step takes what it knows out of `remaining`; the plain tensors are what is left.
     remaining = dict(tensors)
-    try:
+    with located(folder / WEIGHTS):
         factors = take_factors(model, config, remaining)
         refuse_tied(model, [module_path for module_path, _ in factors])
         rows = take_rows(model, remaining, published.get("trainable_token_indices"))
@@ -238,8 +239,6 @@ def read_adapter(model: nn.Module, path: str | Path, is_base: IsBase | None = No
         base = tensors_with(model, None)
         plain = plain_tensors(model, remaining, is_base or compare_with(model, base))
         list(match_tensors(model, plain, base))  # only for the error where one doesn't fit
-    except ValueError as error:
-        raise ValueError(f"{folder / WEIGHTS}: {error}") from error
     return StoredAdapter(factors, plain, rows)
 
 
@@ -272,10 +271,8 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     base = tensors_with(model, None)
     for module_path, _ in stored.factors:
         refuse_patched(module_path, model.get_submodule(module_path))
-    try:
+    with located(path):
         tensors = changed_tensors(model, stored.plain, stored.rows, base)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
     prepare_for_adapter(model)
     for module_path, weights in stored.factors:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._files import require_file
-from ..._outside import visible_line
+from ..._outside import located, visible_line
 from ...kernels.lora.factors import PartWeights
 from ..adapters.config import LoRAConfig
 from ..adapters.embedding import LoRAEmbedding
@@ -113,10 +113,8 @@ def take_factors(model: nn.Module, config: LoRAConfig, stored: dict[str, Tensor]
         }
         if not adapted:
             continue
-        try:
+        with located(published[0]):
             weights = fresh_adapter(as_adaptable(module), adapted, config)
-        except ValueError as error:
-            raise ValueError(f"{published[0]}: {error}") from error
         parts = zip(adapted.values(), weights.blocks(), strict=True)
         weights.fill([layout.take(stored, part, fresh, config.dora) for part, fresh in parts])
         factors.append((path, weights))
@@ -159,10 +157,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if not tensor.float().isfinite().all():
             raise ValueError(f"{path}: {key} holds NaN or infinity; the adapter is damaged")
 
-    try:
+    with located(path):
         return _unwrapped({key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -25,14 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..._outside import located
 from ...kernels import Linear, linear_cross_entropy
 from ...kernels.linear import bind_projection
 from ..chat.fields import check_used, trained_turns
 from ..chat.template import Dialogue, token_mask
 from ..chat.turns import ChatTargets, drops_thinking
 from ..data.batches import IGNORE, Batch
-from ..data.placed_rows import PlacedRow, errors_at
-from ..data.text import append_eos, beginning, begun, encode_with_seams, tokenize_pairs
+from ..data.placed_rows import PlacedRow
+from ..data.text import append_eos, bos_ids, encode_with_seams, prepend_bos, tokenize_pairs
 from .common import Encoded, LossFn, Settings, features, joined_text, select
 from .metrics import perplexity
 
@@ -42,10 +43,10 @@ CHUNK_LOGITS = 2**24  # that a head with an adapter makes at a time: 64 MiB in f
 def every_token(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
     """Loss on every token; long texts become windows, each token but the first a target exactly once."""
     length = settings.max_length
-    begin = beginning(settings.tokenizer)
+    begin = bos_ids(settings.tokenizer)
     texts = [_text_to_train(row, settings) for row in rows]
     for encoding in settings.tokenizer.encode_batch(texts, add_special_tokens=False):
-        ids = append_eos(begun(encoding.ids, begin), 0, settings.eos, settings.more_ends)
+        ids = append_eos(prepend_bos(encoding.ids, begin), 0, settings.eos, settings.turn_ends)
         examples = []
         # Of an empty row there are only the tokens that begin and end a text, which are no example.
         if encoding.ids:
@@ -62,7 +63,7 @@ def _text_to_train(row: PlacedRow, settings: Settings) -> str:
         return joined_text(row)
     assert settings.template is not None  # encode() gives one where there are messages
     messages = row["messages"]
-    with errors_at(row.place):
+    with located(row.location):
         if len(trained_turns(messages)) < sum(message["role"] == "assistant" for message in messages):
             raise ValueError("messages: pretrain trains on every token, also of turns that are not to be trained")
 
@@ -80,7 +81,7 @@ def completion(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encode
     """Loss on the completion of a prompt, and on the end behind it."""
     pairs = [(row["prompt"], row["completion"]) for row in rows]
     for ids, seam in tokenize_pairs(settings.tokenizer, pairs):
-        ids = append_eos(ids, seam, settings.eos, settings.more_ends)
+        ids = append_eos(ids, seam, settings.eos, settings.turn_ends)
         yield _with_loss([(ids, [i >= seam for i in range(len(ids))])], settings)
 
 
@@ -90,13 +91,13 @@ def chat(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
     targets = ChatTargets(settings.template, settings.tokenizer)
     rendered = []
     for row in rows:
-        with errors_at(row.place):
+        with located(row.location):
             turns = trained_turns(row["messages"])
             rendered.append(targets.trained(row["messages"], turns, **row.get("template_arguments", {})))
 
     all_texts = [dialogue.text for dialogues in rendered for dialogue in dialogues]
     encodings = iter(settings.tokenizer.encode_batch(all_texts, add_special_tokens=False))
-    begin = beginning(settings.tokenizer)
+    begin = bos_ids(settings.tokenizer)
     ends = settings.ends_of_turns
     for dialogues in rendered:
         texts = []
@@ -105,7 +106,7 @@ def chat(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
             starts = [start for start, _ in dialogue.spans]
             ids, offsets = encode_with_seams(settings.tokenizer, dialogue.text, next(encodings), starts)
             mask = token_mask(offsets, dialogue.spans)
-            ids = begun(ids, begin)
+            ids = prepend_bos(ids, begin)
             mask = [False] * (len(ids) - len(mask)) + mask
 
             # A turn that the template ends in plain text ends with the end of texts, behind its last target.
@@ -149,7 +150,7 @@ def _truncated_positions(ids: list[int], limit: int, settings: Settings) -> Sequ
         return range(limit)
 
     # Cut at the beginning, behind the tokens that begin every text.
-    begin = beginning(settings.tokenizer)
+    begin = bos_ids(settings.tokenizer)
     first = len(begin) if ids[: len(begin)] == begin else 0
     return [*range(first), *range(length - limit + first, length)]
 

@@ -29,7 +29,7 @@ def classify(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]
 
     for row, encoding in zip(rows, settings.tokenizer.encode_batch(texts), strict=True):
         # Checked also for rows that are dropped: an unknown label is a mistake in the data.
-        label = settings.label_id(row["label"], f"{row.place}: label")
+        label = settings.label_id(row["label"], f"{row.location}: label")
         positions = positions_that_fit(encoding, settings)
         if not positions:
             yield Encoded([])

@@ -45,13 +45,13 @@ class Settings:
     eos: int | None  # the token that ends a text
     template: "ChatTemplate | None"  # of dialogues; there is one wherever a row has messages
     evaluation: bool  # the examples are to be scored, and may lack a target for the loss
-    more_ends: tuple[int, ...]  # tokens that end what a chat model writes, too
+    turn_ends: tuple[int, ...]  # tokens that end what a chat model writes, too
     truncate: str  # one of TRUNCATE, for dialogues, prompts with completions, and comparisons
 
     @property
     def ends_of_turns(self) -> set[int | None]:
         """The tokens that may end a turn: those that end a text, and all that are no plain text."""
-        return {self.eos, *self.more_ends, *self.tokenizer.get_added_tokens_decoder()}
+        return {self.eos, *self.turn_ends, *self.tokenizer.get_added_tokens_decoder()}
 
     def room(self, n_special: int) -> int:
         """How many tokens of text go between the special ones."""

@@ -16,7 +16,7 @@ import numpy as np
 from ..chat.template import ChatTemplate
 from ..data.batches import example_size
 from ..data.labels import label_ids
-from ..data.placed_rows import PlacedRow, places_of
+from ..data.placed_rows import PlacedRow, locations_of
 from ..data.readers import label_names
 from ..data.schema import is_dialogue, row_shape
 from .common import Encoded, Encoder, Settings
@@ -40,13 +40,13 @@ def encode(
     eos: int | None = None,
     template: ChatTemplate | None = None,
     evaluation: bool = False,
-    more_ends: Sequence[int] = (),
+    turn_ends: Sequence[int] = (),
     truncate: str = "end",
 ) -> tuple[list[dict[str, Any]], "EncodeReport"]:
     """Encode rows of `read_rows`, or others like them, by the encoders of `objective`.
 
     labels: class or tag names in the order of their ids; None takes `label_names(rows)`.
-    eos: id of the end-of-text token. more_ends: of those that end a chat's turn, where they are others.
+    eos: id of the end-of-text token. turn_ends: of those that end a chat's turn, where they are others.
     template: for messages; None is `chat.DEFAULT_TEMPLATE`, turns ended by `eos`.
     truncate: what becomes of rows that are too long: their "end" or "start" is cut off, or they are "drop"ped.
     evaluation: for a score, which counts all rows: examples say their `row`, so that rows that gave none are known, and
@@ -71,7 +71,7 @@ def encode(
         template = _default_template(tokenizer, eos)
     settings = Settings(
         tokenizer, max_length, label_ids(labels or ()), eos, template, evaluation,
-        tuple(more_ends), truncate,
+        tuple(turn_ends), truncate,
     )  # fmt: skip
 
     examples: list[dict[str, Any]] = []
@@ -99,12 +99,12 @@ def _placed(rows: Sequence[Mapping[str, Any]], objective: str, encoders: Mapping
         row.shape = row_shape(row)
         if row.shape not in encoders:
             raise ValueError(
-                f"{row.place}: a {row.shape} row, but {objective} needs {' or '.join(encoders)}; "
+                f"{row.location}: a {row.shape} row, but {objective} needs {' or '.join(encoders)}; "
                 "change the data or the method"
             )
         if (names := row.get("template_arguments")) and not is_dialogue(row):
             raise ValueError(
-                f"{row.place}: only a chat template uses {', '.join(names)}, and this row goes "
+                f"{row.location}: only a chat template uses {', '.join(names)}, and this row goes "
                 "through none; take it out, or train the row as a chat (messages, or data.chat)"
             )
         placed_rows.append(row)
@@ -161,16 +161,16 @@ class EncodeReport:
             self.masked.append(row)
 
     @property
-    def read(self) -> int:
+    def n_read(self) -> int:
         return len(self.lengths)
 
     @property
-    def kept(self) -> int:
-        return self.read - len(self.dropped)
+    def n_kept(self) -> int:
+        return self.n_read - len(self.dropped)
 
     def __str__(self) -> str:
         return (
-            f"{self.read:,} rows read, {self.kept:,} kept as {self.examples:,} examples; "
+            f"{self.n_read:,} rows read, {self.n_kept:,} kept as {self.examples:,} examples; "
             f"dropped {_named(self.dropped)}, truncated {_named(self.truncated)}, fully masked {_named(self.masked)}; "
             f"{self.tokens:,} tokens, {self.targets:,} targets"
         )
@@ -179,7 +179,7 @@ class EncodeReport:
     def warning(self) -> str | None:
         """What to say where more than a tenth of the rows are too long; else None."""
         # A few cut rows are to be expected of any limit.
-        if len(self.truncated) <= self.read / 10:
+        if len(self.truncated) <= self.n_read / 10:
             return None
 
         remedy = ""
@@ -189,8 +189,8 @@ class EncodeReport:
         lengths = np.percentile(self.lengths, PERCENTILES, method="inverted_cdf").tolist()
         numbers = ", ".join(f"{percent} % {length:,}" for percent, length in zip(PERCENTILES, lengths, strict=True))
         return (
-            f"{len(self.truncated):,} of {self.read:,} rows are longer than data.max_length (tokens that so many rows "
-            f"have at most: {numbers}); raise it{remedy}"
+            f"{len(self.truncated):,} of {self.n_read:,} rows are longer than data.max_length "
+            f"(tokens that so many rows have at most: {numbers}); raise it{remedy}"
         )
 
 
@@ -199,4 +199,4 @@ def _named(rows: Sequence[PlacedRow]) -> str:
     if not rows:
         return "0"
     ellipsis = ", ..." if len(rows) > SHOWN else ""
-    return f"{len(rows):,} ({places_of(rows[:SHOWN])}{ellipsis})"
+    return f"{len(rows):,} ({locations_of(rows[:SHOWN])}{ellipsis})"

@@ -22,14 +22,15 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 from tqdm import tqdm
 
+from ..._outside import located
 from ...kernels import linear_cross_entropy
 from ..adapters.switch import use_adapter
 from ..chat.fields import trained_turns
 from ..chat.forms import text_of
 from ..chat.turns import ChatTargets
 from ..data.batches import IGNORE, Batch, Batches, Collate, Examples, to_device
-from ..data.placed_rows import PlacedRow, errors_at
-from ..data.text import append_eos, beginning, tokenize_pairs
+from ..data.placed_rows import PlacedRow
+from ..data.text import append_eos, bos_ids, tokenize_pairs
 from ..runtime import in_eval_mode
 from .common import Encoded, Settings, features, without_example
 
@@ -39,7 +40,7 @@ CHUNK_TOKENS = 8192  # of a pass without gradients
 
 def pairs(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
     """Examples of comparisons: `chosen` and `rejected` token ids, `starts` of the answers in them."""
-    begin = beginning(settings.tokenizer)
+    begin = bos_ids(settings.tokenizer)
     ends = settings.ends_of_turns
     texts = [_texts(row, settings) for row in rows]
     columns = [tokenize_pairs(settings.tokenizer, [(text["prompt"], text[side]) for text in texts]) for side in SIDES]
@@ -50,7 +51,7 @@ def pairs(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
 
         # A chat template ends turns itself, if not in plain text.
         if isinstance(row["prompt"], str) or any(ids and ids[-1] not in ends for ids, _ in sides):
-            sides = [(append_eos(ids, start, settings.eos, settings.more_ends), start) for ids, start in sides]
+            sides = [(append_eos(ids, start, settings.eos, settings.turn_ends), start) for ids, start in sides]
 
         # Both sides lose the same of the prompt, which stays one, and no answer loses its beginning.
         length = max(len(ids) for ids, _ in sides)
@@ -79,7 +80,7 @@ def _texts(row: PlacedRow, settings: Settings) -> Mapping[str, str]:
     targets = ChatTargets(settings.template, settings.tokenizer)
     arguments = row.get("template_arguments", {})
     history = row["prompt"]
-    with errors_at(row.place):
+    with located(row.location):
         for side in SIDES:
             _check_answer(row[side], side)
         answers = {side: targets.answered([*history, *row[side]], len(history), **arguments) for side in SIDES}

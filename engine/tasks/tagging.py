@@ -44,7 +44,7 @@ def tag(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
     encodings = settings.tokenizer.encode_batch(sentences, is_pretokenized=True)
     for row, encoding in zip(rows, encodings, strict=True):
         # All tags are checked, those of words that are cut off, too.
-        tags = [settings.label_id(tag, f"{row.place}: tag of token {i}") for i, tag in enumerate(row["tags"], 1)]
+        tags = [settings.label_id(tag, f"{row.location}: tag of token {i}") for i, tag in enumerate(row["tags"], 1)]
         positions = positions_that_fit(encoding, settings)
 
         # The first token of each word that fits carries its tag; special tokens are of no word.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from .._files import resolved
 from ..config import DataConfig, ModelConfig, RunConfig
-from ..engine.data.placed_rows import place_of
+from ..engine.data.placed_rows import location_of
 from ..inputs import BASE
 from ..prepare import load_model, run_base
 from ..prompts import learn_turn_end
@@ -42,7 +42,7 @@ class Generator(NamedTuple):
                 adapters.append(self.adapters[name])
             else:
                 raise ValueError(
-                    f"{place_of(row, index)}: adapter {name!r} is not among the given ones "
+                    f"{location_of(row, index)}: adapter {name!r} is not among the given ones "
                     f"({', '.join(self.adapters) or 'none'}); name one in each row of --prompts, as adapter"
                 )
         return adapters

@@ -31,7 +31,7 @@ from ..models.checkpoint.loading import Checkpoint, open_checkpoint
 from ..models.checkpoint.safetensors_io import LazyTensor, TensorOnDisk, holds, read_into, same, write_file
 from ..models.checkpoint.saving import save_around, stored_shape
 from ..models.checkpoint.shards import INDEX, SINGLE
-from ..models.checkpoint.weights import blocks, match_keys, own_tensors
+from ..models.checkpoint.weights import blocks, match_keys, stored_tensors
 from ..models.layers.key_map import CheckpointKey
 from ..prompts import learn_turn_end
 from ..saved_runs import added_tokens, fit_vocabulary, head_of, resized_vocabulary, take_settings
@@ -117,7 +117,7 @@ def _in_memory(base: str, opened: Checkpoint, adapter: Path) -> _Base:
     fit_vocabulary(model, tokenizer, adapter)
 
     # A head that was made here, for the adapter to fill, is none of the base's.
-    parameters = own_tensors(model)
+    parameters = stored_tensors(model)
     tensors: dict[str, TensorOnDisk | Tensor] = {}
     new: list[str] = []
     for key, layout in model.key_map().items():
@@ -160,7 +160,7 @@ class _Target(NamedTuple):
 def _merged_tensors(base: _Base, adapter: StoredAdapter, rounding: Rounding) -> dict[str, Source]:
     """The tensors of the merged checkpoint, by published name; those that change are computed when they are written."""
     model = base.model
-    parameters = own_tensors(model)
+    parameters = stored_tensors(model)
     factors = dict(adapter.factors)
     token_rows = {f"{path}.weight": (ids, rows) for path, ids, rows in adapter.rows}
 

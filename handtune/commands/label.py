@@ -7,7 +7,7 @@ from collections import Counter
 from .._files import resolved, write_file
 from ..adapted.generator import generator_of
 from ..engine.data.labels import label_name
-from ..engine.data.placed_rows import place_of
+from ..engine.data.placed_rows import location_of
 from ..engine.data.readers import read_prompts
 from ..engine.tasks.zero_shot import label_texts
 from .outputs import output
@@ -55,6 +55,6 @@ def _read_texts(path: str) -> list[str]:
     for index, row in enumerate(read_prompts(path)):
         text = row.get("text", row.get("prompt"))
         if text is None:
-            raise ValueError(f"{place_of(row, index)}: no text in it")
+            raise ValueError(f"{location_of(row, index)}: no text in it")
         texts.append(text)
     return texts

@@ -9,7 +9,7 @@ there either.
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from ..layers.config_fields import own_spelling, read_fields, write_fields
+from ..layers.config_fields import read_fields, resolve_aliases, write_fields
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class BloomConfig:
                 "leaves biases out; set it to false, as in the published checkpoints"
             )
 
-        settings = own_spelling(settings, ALIASES)
+        settings = resolve_aliases(settings, ALIASES)
         return cls(**read_fields(cls, {**UPSTREAM_DEFAULTS, **settings}, CONFIG_KEYS))
 
     def to_published(self) -> dict[str, Any]:

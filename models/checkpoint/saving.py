@@ -19,7 +19,7 @@ from .pooling import write_pooling
 from .safetensors_io import LazyTensor, write_file
 from .shards import SINGLE
 from .tasks import task_config
-from .weights import blocks, own_tensors
+from .weights import blocks, stored_tensors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -44,7 +44,7 @@ def save(model: Model, tokenizer: "Tokenizer | None", path: str | Path) -> None:
             )
 
     # Each tensor is brought to its stored layout when its turn to be written comes, so that one copy exists at a time.
-    ours = own_tensors(model)
+    ours = stored_tensors(model)
     tensors: dict[str, LazyTensor] = {}
     for key, source in model.key_map().items():
         for name, rows in zip(source.names, blocks(ours[key], source), strict=True):

@@ -115,7 +115,7 @@ def padding_of_new_head(tokens: SpecialTokens, tokenizer: "Tokenizer | None", ta
     if pad is None:
         pad = tokens.eos_id
     if pad is None or task not in BY_TEXT:
-        return replace(tokens, skipped_id=pad)
+        return replace(tokens, config_pad_id=pad)
 
     if tokens.pad_id is None:
         name = None if tokenizer is None else tokenizer.id_to_token(pad)
@@ -123,7 +123,7 @@ def padding_of_new_head(tokens: SpecialTokens, tokenizer: "Tokenizer | None", ta
             names = {"pad_token": name}
             tokens = replace(tokens, names=tokens.names | names, settings=tokens.settings | names)
         log.warning("no pad token is named: id %d (%s) becomes it; a text is read at its last other token", pad, name)
-    return replace(tokens, pad_id=pad, skipped_id=pad)
+    return replace(tokens, pad_id=pad, config_pad_id=pad)
 
 
 @torch.no_grad()

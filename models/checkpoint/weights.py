@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("handtune")
 
 
-def own_tensors(model: nn.Module) -> dict[str, Tensor]:
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of a model by name: what a key map may name."""
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
@@ -74,7 +74,7 @@ def load_weights(
     Raises ValueError as `match_keys` does, before anything is read, and for a copy that differs.
     """
     placement = match_keys(model, shards, new_head)
-    tensors = own_tensors(model)
+    tensors = stored_tensors(model)
     workspace = Workspace()
     if placement.new:
         model.initialize_head()
@@ -109,7 +109,7 @@ def match_keys(model: "Model", shards: Shards, new_head: bool) -> Placement:
     Raises ValueError with a list of what is missing, left over, of another shape or dtype, or there twice.
     """
     table = model.key_map()
-    tensors = own_tensors(model)
+    tensors = stored_tensors(model)
     short_names, twice = _by_short_name(model, shards, table)
 
     stored: dict[str, TensorOnDisk] = {}

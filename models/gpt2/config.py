@@ -7,7 +7,7 @@ Where GPT-3's bands lie is known (Child et al. 2019, arXiv:1904.10509), but not 
 from dataclasses import dataclass
 from typing import Any, Self
 
-from ..layers.config_fields import ACTIVATIONS, own_spelling, read_fields, refuse_wider, write_fields
+from ..layers.config_fields import ACTIVATIONS, read_fields, refuse_wider, resolve_aliases, write_fields
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class GPT2Config:
     @classmethod
     def from_published(cls, published: dict[str, Any]) -> Self:
         """The configuration in a published config.json."""
-        return cls(**read_fields(cls, own_spelling(published, ALIASES), CONFIG_KEYS))
+        return cls(**read_fields(cls, resolve_aliases(published, ALIASES), CONFIG_KEYS))
 
     def to_published(self) -> dict[str, Any]:
         """config.json as transformers writes it. A banded model is "gpt3", which transformers refuses to mistake."""

@@ -23,7 +23,7 @@ ACTIVATIONS = {
 }
 
 
-def own_spelling(published: dict[str, Any], aliases: dict[str, str]) -> dict[str, Any]:
+def resolve_aliases(published: dict[str, Any], aliases: dict[str, str]) -> dict[str, Any]:
     """config.json with the fields that transformers also takes under another name (`aliases`: that one → the field).
 
     Raises ValueError where both are there and contradict each other.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from ..._shapes import shown
-from ..layers.config_fields import own_spelling, read_fields, refuse_wider, write_fields
+from ..layers.config_fields import read_fields, refuse_wider, resolve_aliases, write_fields
 
 LM_CLASS = "T5ForConditionalGeneration"
 
@@ -70,7 +70,7 @@ class T5Config:
     @classmethod
     def from_published(cls, published: dict[str, Any]) -> Self:
         """The configuration in a published config.json, to which `load` adds whether there is an lm_head.weight."""
-        fields = own_spelling({key: value for key, value in published.items() if value is not None}, ALIASES)
+        fields = resolve_aliases({key: value for key, value in published.items() if value is not None}, ALIASES)
 
         # How the head is tied and scaled: see the module's docstring.
         untied = fields.get("tie_word_embeddings") is False

@@ -66,7 +66,7 @@ class SpecialTokens:
     # generation_config.json without the ids
     generation: dict[str, Any] = field(default_factory=dict)
     # config.json's pad id, in front of which transformers' classifiers look for the last token of a text
-    skipped_id: int | None = None
+    config_pad_id: int | None = None
 
     @classmethod
     def read(
@@ -113,7 +113,7 @@ class SpecialTokens:
             files={**_copied_files(folder), **template_files},
             names=names,
             generation={key: value for key, value in generation.items() if key not in ID_FIELDS},
-            skipped_id=_first(_ids(config, "pad_token_id", folder / CONFIG)),
+            config_pad_id=_first(_ids(config, "pad_token_id", folder / CONFIG)),
         )
 
     @classmethod
@@ -173,7 +173,7 @@ class SpecialTokens:
         The pad id of a model that `classifies` is the one in front of which it looks for a text's last token.
         """
         eos = list(self.ends) if len(self.ends) > 1 else self.eos_id
-        pad = self.skipped_id if classifies else self.pad_id
+        pad = self.config_pad_id if classifies else self.pad_id
         ids = dict(zip(ID_FIELDS, (self.bos_id, eos, pad), strict=True))
         return {key: value for key, value in ids.items() if value is not None}
 

@@ -120,7 +120,7 @@ MORE_RUNS = {"seq2seq": seq2seq, "permutation": permutation, "bloom": bloom, "im
 
 
 def live(run: str, out: str, place: str, slow: bool = False) -> None:
-    """One life of a run. When it comes to its end, weights and result are left in the folder `place`.
+    """One life of a run. When it comes to its end, weights and result are left in the folder `location`.
 
     slow: make every fsync take 3 ms, so that a kill at a random moment falls into the writing of a checkpoint.
     """

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from handtune.engine import generate
 from handtune.engine.chat.template import ChatTemplate
 from handtune.engine.data.corpus import token_corpus
-from handtune.engine.data.text import append_eos, beginning, completion_text, prompt_tokens, tokenize_pairs
+from handtune.engine.data.text import append_eos, bos_ids, completion_text, prompt_tokens, tokenize_pairs
 from handtune.engine.tasks.encode import encode
 from handtune.models import GPT2
 
@@ -78,8 +78,8 @@ def test_a_stop_string_begins_with_a_space() -> None:
 def test_texts_begin_as_transformers_has_them() -> None:
     tokenizer = llama_like()
     theirs = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-    assert beginning(tokenizer) == [BOS]
-    assert [beginning(other) for other in (llama_like(False), byte_level(), sentence_piece())] == [[], [], []]
+    assert bos_ids(tokenizer) == [BOS]
+    assert [bos_ids(other) for other in (llama_like(False), byte_level(), sentence_piece())] == [[], [], []]
     begun_already = theirs("<s>the cat", add_special_tokens=False).input_ids
     assert prompt_tokens(tokenizer, ["the cat", "<s>the cat"]) == [theirs("the cat").input_ids, begun_already]
 

@@ -4,7 +4,7 @@ import pytest
 from small_tokenizers import byte_level, llama_like, word_piece
 
 from handtune.engine.chat.template import ChatTemplate
-from handtune.engine.data.placed_rows import places_of
+from handtune.engine.data.placed_rows import locations_of
 from handtune.engine.tasks.encode import encode
 from handtune.reporting.token_display import show
 
@@ -33,7 +33,7 @@ def test_completion_has_the_loss_and_targets_are_shifted():
     whole = [*ids("The cat"), *ids(" sat on the mat"), END]
     seam = len(ids("The cat"))
     assert examples == [{"input_ids": whole[:-1], "targets": [-100] * (seam - 1) + whole[seam:]}]
-    assert (report.read, report.kept, report.tokens, report.targets) == (1, 1, len(whole) - 1, len(whole) - seam)
+    assert (report.n_read, report.n_kept, report.tokens, report.targets) == (1, 1, len(whole) - 1, len(whole) - seam)
 
 
 @pytest.mark.parametrize(
@@ -156,14 +156,14 @@ def test_a_long_chat_loses_its_end():
     text = byte_level().decode(example["input_ids"], skip_special_tokens=False)
     assert text.startswith(byte_level().decode(sft([{"messages": CHAT}])[0][0]["input_ids"], skip_special_tokens=False))
     assert in_loss(example) == in_loss(sft([{"messages": CHAT}])[0][0])
-    assert places_of(report.truncated) == "row 1"
+    assert locations_of(report.truncated) == "row 1"
 
 
 def test_rows_without_targets_are_dropped_and_said():
     rows = [{"messages": CHAT}, {"messages": CHAT[:1]}, {"messages": CHAT[:2]}, {"messages": CHAT[2:3]}]
     examples, report = sft(rows)
-    assert len(examples) == report.kept == report.examples == 2
-    assert (len(report.masked), places_of(report.masked), report.dropped) == (2, "row 2, row 4", report.masked)
+    assert len(examples) == report.n_kept == report.examples == 2
+    assert (len(report.masked), locations_of(report.masked), report.dropped) == (2, "row 2, row 4", report.masked)
     assert str(report) == (
         "4 rows read, 2 kept as 2 examples; dropped 2 (row 2, row 4), truncated 0, fully masked 2 (row 2, row 4); "
         f"{report.tokens:,} tokens, {report.targets:,} targets"
@@ -201,7 +201,7 @@ def test_classify():
     examples, report = encode(rows, word_piece(), "classify", max_length=6)
     assert examples[0] == {"input_ids": [CLS, *words("the cat"), SEP], "label": 1}
     assert examples[1] == {"input_ids": [CLS, *words("the dog looked at")[:4], SEP], "label": 0}
-    assert places_of(report.truncated) == "row 2"
+    assert locations_of(report.truncated) == "row 2"
     assert report.targets == 2
     examples, _ = encode(rows, byte_level(), "classify", max_length=50, labels=["a", "b", "c"])
     assert examples[0] == {"input_ids": ids("the cat"), "label": 1}
@@ -223,7 +223,7 @@ def test_a_row_without_text_is_dropped_from_classification():
     rows = [{"text": "", "label": "a"}, {"text": "cat", "label": "b"}]
     examples, report = encode(rows, word_piece(), "classify", max_length=9)
     assert [example["label"] for example in examples] == [1]
-    assert places_of(report.dropped) == "row 1"
+    assert locations_of(report.dropped) == "row 1"
 
 
 def test_tags_stand_on_the_first_sub_token():
@@ -278,7 +278,7 @@ def test_qa_windows_cover_the_context_and_overlap():
     rows = [answered("cat?", "the cat", "cat"), answered("what is the capital?", context, "Paris")]
     examples, report = encode(rows, word_piece(), "qa", max_length=300)
     windows = [example for example in examples if example["row"] == 1]
-    assert report.kept == 2
+    assert report.n_kept == 2
     assert len(windows) == report.examples - 1 > 3
     covered = [[offset for offset in window["offsets"] if offset] for window in windows]
     assert sorted(set().union(*covered)) == word_piece().encode(context, add_special_tokens=False).offsets
@@ -304,7 +304,7 @@ def test_qa_without_answer_points_at_zero_and_an_answer_no_window_holds_is_dropp
     rows = [answered("who?", "the cat sat", None), answered("who?", "cat " * 40, ("cat " * 40).strip())]
     examples, report = encode(rows, word_piece(), "qa", max_length=20)
     assert [(e["row"], e["start"], e["end"]) for e in examples] == [(0, 0, 0)]
-    assert places_of(report.dropped) == places_of(report.masked) == "row 2"
+    assert locations_of(report.dropped) == locations_of(report.masked) == "row 2"
 
 
 def test_qa_cuts_a_question_that_fills_the_window():
@@ -319,7 +319,7 @@ def test_embed():
     rows = [{"anchor": "the cat", "positive": "the dog"}, {"anchor": "", "positive": "cat"}]
     examples, report = encode(rows, word_piece(), "embed", max_length=9)
     assert examples == [{"anchor": [CLS, *words("the cat"), SEP], "positive": [CLS, *words("the dog"), SEP]}]
-    assert places_of(report.dropped) == "row 2"
+    assert locations_of(report.dropped) == "row 2"
     rows = [{"anchor": "the cat", "positive": "the dog", "negative": "a mat"}]
     examples, report = encode(rows, word_piece(), "embed", max_length=3)
     assert list(examples[0]) == ["anchor", "positive", "negative"]
@@ -331,7 +331,7 @@ def test_row_numbers_hold_across_batches_and_shapes():
     rows = [{"text": "cat", "label": "a"}] * 600 + [{"text": "", "label": "a"}]
     rows += [{"text": "cat", "text_pair": "dog", "label": "a"}] * 2
     examples, report = encode(rows, word_piece(), "classify", max_length=9)
-    assert places_of(report.dropped) == "row 601"
+    assert locations_of(report.dropped) == "row 601"
     assert len(examples) == 602
     with pytest.raises(ValueError, match="row 603: label 'z'"):
         encode([*rows[:-1], {**rows[-1], "label": "z"}], word_piece(), "classify", max_length=9, labels=["a"])

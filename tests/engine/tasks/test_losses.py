@@ -323,7 +323,7 @@ def test_questions_whose_answer_no_window_holds_count() -> None:
     rows = [lost, *QUESTIONS]
     assert len(examples(rows, "qa")) == 4
     encoded, report = encode(rows, word_piece(), "qa", max_length=64, evaluation=True)
-    assert (len(encoded), report.kept, len(report.dropped), report.targets) == (5, 5, 0, 4)
+    assert (len(encoded), report.n_kept, len(report.dropped), report.targets) == (5, 5, 0, 4)
     assert (encoded[0]["start"], encoded[0]["end"]) == (-100, -100)
     tables = tables_of(encoded)
     tables[0][-2] = 6.0  # the last word of the context, which " " is not

@@ -16,7 +16,7 @@ from handtune.cli import main
 from handtune.engine import LoRAConfig, TrainConfig, add_lora, evaluate, train, use_adapter
 from handtune.engine.chat.template import ChatTemplate
 from handtune.engine.data.batches import Batches
-from handtune.engine.data.placed_rows import places_of
+from handtune.engine.data.placed_rows import locations_of
 from handtune.engine.data.readers import read_rows
 from handtune.engine.rlhf.reward_model import Reward
 from handtune.engine.rlhf.shared_base import with_head
@@ -76,7 +76,7 @@ def test_what_does_not_fit() -> None:
         _, report = encoded([lost, row | short], max_length=20)
         assert report.dropped == report.truncated
     _, report = encoded([row, row | short], max_length=20, truncate="drop")
-    assert (report.kept, places_of(report.dropped)) == (1, "row 1")
+    assert (report.n_kept, locations_of(report.dropped)) == (1, "row 1")
 
 
 def test_conversations() -> None:
@@ -113,9 +113,9 @@ def test_answers_end_as_the_model_ends_them(ends: tuple[str, ...]) -> None:
     prompt = template.render(asked, add_generation_prompt=True)
     written = tokenizer.encode(prompt + "yes<|im_end|>").ids
     for row in ({"prompt": asked, **sides}, {"prompt": prompt, "chosen": "yes", "rejected": "no"}):
-        (example,), _ = encoded([row], eos=first, more_ends=more, template=template)
+        (example,), _ = encoded([row], eos=first, turn_ends=more, template=template)
         assert example["chosen"] == written
-    (plain,), _ = encoded([{"prompt": "hi", "chosen": "yes", "rejected": "no"}], eos=first, more_ends=more)
+    (plain,), _ = encoded([{"prompt": "hi", "chosen": "yes", "rejected": "no"}], eos=first, turn_ends=more)
     assert plain["chosen"] == [*tokenizer.encode("hiyes").ids, first]
     model = small_gpt2(vocab_size=500)
     model.tokens = SpecialTokens(ends=(first, *more))

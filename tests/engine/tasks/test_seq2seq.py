@@ -14,7 +14,7 @@ from small_tokenizers import sentence_piece
 
 from handtune.cli import main
 from handtune.engine import LoRAConfig, TrainConfig, add_lora, load_adapter, save_adapter, train
-from handtune.engine.data.placed_rows import places_of
+from handtune.engine.data.placed_rows import locations_of
 from handtune.engine.tasks.causal_lm import causal_lm_loss
 from handtune.engine.tasks.encode import encode
 from handtune.engine.tasks.seq2seq import Seq2SeqCollate, SpanCorruption
@@ -112,7 +112,7 @@ def test_rows_are_encoded_with_their_ends():
     examples, report = encode([*rows, {"prompt": "it", "completion": ""}], words, "seq2seq", max_length=4, eos=1)
     assert [words.decode(example["input_ids"], False) for example in examples] == ["the cat</s>", "the cat sat</s>"]
     assert [words.decode(example["target_ids"], False) for example in examples] == ["the dog sat</s>", "mat</s>"]
-    assert (len(report.truncated), places_of(report.masked), report.targets) == (1, "row 3", 6)
+    assert (len(report.truncated), locations_of(report.masked), report.targets) == (1, "row 3", 6)
     cut, _ = encode(rows[:1], words, "seq2seq", max_length=3, eos=1)
     assert words.decode(cut[0]["target_ids"], False) == "the dog sat"  # no end where it doesn't end
     shown = show(examples, words, "seq2seq", 1, color=False)

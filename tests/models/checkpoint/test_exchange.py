@@ -156,7 +156,7 @@ def test_a_new_head_names_what_pads_and_a_language_model_does_not(tmp_path, capl
     assert json.loads((tmp_path / "ours" / "config.json").read_text())["pad_token_id"] == number
     assert json.loads((tmp_path / "ours" / "tokenizer_config.json").read_text())["pad_token"] == token
     caplog.clear()
-    assert load(tmp_path / "ours", device="cpu")[0].tokens.skipped_id == number
+    assert load(tmp_path / "ours", device="cpu")[0].tokens.config_pad_id == number
     model, words = load(tmp_path / "base", device="cpu")
     save(model, words, tmp_path / "lm")
     assert json.loads((tmp_path / "lm" / "config.json").read_text()).get("pad_token_id") is None
@@ -173,12 +173,12 @@ def test_a_pad_token_by_its_name_goes_before_eos(tmp_path):
     tokenizer.add_special_tokens([PADS[2]])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     model, words = load(tmp_path, "sequence-classification", **settings)
-    assert model.tokens.pad_id == model.tokens.skipped_id == words.token_to_id(PADS[2])
+    assert model.tokens.pad_id == model.tokens.config_pad_id == words.token_to_id(PADS[2])
     for name in ("tokenizer.json", "generation_config.json"):
         (tmp_path / name).unlink()
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
-    assert load(tmp_path, "sequence-classification", **settings)[0].tokens.skipped_id is None
+    assert load(tmp_path, "sequence-classification", **settings)[0].tokens.config_pad_id is None
 
 
 @torch.no_grad()
