@@ -27,7 +27,8 @@ ELSEWHERE = {
     "other adapters": [
         "kernels/conv.py", "kernels/quant", "kernels/lora/batched.py", "kernels/lora/batched_torch.py",
         "kernels/lora/batched_triton.py", "kernels/lora/row_groups.py", "kernels/lora/per_row.py",
-        "kernels/lora/dora.py", "engine/adapters/embedding.py", "engine/adapters/token_rows.py",
+        "kernels/lora/dora.py", "kernels/lora/matrix_factors.py", "engine/adapters/embedding.py",
+        "engine/adapters/token_rows.py",
         "engine/adapters/combine.py", "engine/adapters/qlora.py", "engine/adapters/tied.py",
         "engine/adapters/rounding.py", "engine/adapters/modules_to_save.py", "engine/adapters/switch.py",
         "engine/adapters/locking.py", "engine/adapters/module_patterns.py", "engine/training/freezing.py",

@@ -33,7 +33,8 @@ from .lora.arguments import (
     seed_for,
 )
 from .lora.dora import rescale
-from .lora.factors import LinearPart, LoRAMatrixWeights, Merged
+from .lora.factors import LinearPart, Merged
+from .lora.matrix_factors import LoRAMatrixWeights
 from .lora.per_row import AdapterRows
 
 Pair = tuple[int, int]

@@ -6,5 +6,6 @@ from pathlib import Path
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 
 if __name__ == "__main__":
-    for requirement in PROJECT["dependencies"]:
+    extras = PROJECT["optional-dependencies"]
+    for requirement in (*PROJECT["dependencies"], *extras["plot"], *extras["images"], *extras["rouge"]):
         print(requirement.replace(">=", "=="))

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.lora.dora import rescale
-from ...kernels.lora.factors import LinearPart, LoRAMatrixWeights, Merged
+from ...kernels.lora.factors import LinearPart, Merged
+from ...kernels.lora.matrix_factors import LoRAMatrixWeights
 from ...kernels.lora.per_row import AdapterRows
 
 

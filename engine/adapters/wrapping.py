@@ -13,7 +13,7 @@ others with `fill`. What a block does to the weight, and how it is stored, is th
 from torch import Tensor, nn
 
 from ...kernels import Conv2d, Linear, LoRALinearWeights
-from ...kernels.lora.factors import LoRAMatrixWeights
+from ...kernels.lora.matrix_factors import LoRAMatrixWeights
 from ...kernels.lora.per_row import AdapterRows
 from .embedding import LoRAEmbedding
 from .modules_to_save import VERSIONS

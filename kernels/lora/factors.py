@@ -1,8 +1,8 @@
-"""The low-rank factors of adapters: those of one adapter on one layer, and of several on a `Linear` put together.
+"""The low-rank factors of an adapter on a `Linear`; `matrix_factors.py` has those on other layers.
 
 Whatever the layer, its weight is a matrix, and an adapter's factors on it come as `blocks`, one for each adapted part.
 
-Shapes: G adapters, M rows of the weight and K its columns; part i has Mᵢ rows and the rank Rᵢ, and ΣR is the sum of
+Shapes: M rows of the weight and K its columns; part i has Mᵢ rows and the rank Rᵢ, and ΣR is the sum of
 the ranks.
 """
 
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quant.nf4 import NF4Weight
@@ -173,87 +172,9 @@ class LoRALinearWeights(nn.Module):
         return gain
 
 
-class LoRAMatrixWeights(nn.Module):
-    """One adapter's factors on a layer of one part, a convolution or an embedding: `a` (R, ...) and `b` (M, ...).
-
-    fp32 masters in PEFT's shapes, started by the layer's `new_adapter`. With DoRA there is an `m` (M,), too.
-    """
-
-    def __init__(self, part: LinearPart, a: Tensor, b: Tensor, scale: float, dropout: float = 0.0):
-        super().__init__()
-        self.part = part
-        self.a = nn.Parameter(a)
-        self.b = nn.Parameter(b)
-        self.m: nn.Parameter | None = None
-        self.scale = scale
-        self.dropout = dropout
-
-        self.lr_ratio = 1.0  # of B's learning rate to A's
-        self.paused: tuple[str, ...] = ()  # the parameters that train when it is the adapter in use
-
-    def blocks(self) -> list[PartWeights]:
-        """The factors on the one part."""
-        return [PartWeights(self.part, self.scale, self.a, self.b, self.m)]
-
-    def fill(self, blocks: Sequence[PartWeights]) -> None:
-        """Take the factors of this block, which may be matrices, in the place of the fresh ones."""
-        (block,) = blocks
-        self.a = nn.Parameter(block.a.view_as(self.a))
-        self.b = nn.Parameter(block.b.view_as(self.b))
-        if block.m is not None:
-            self.m = nn.Parameter(block.m)
-
-    @torch.no_grad()
-    def add_magnitudes(self, matrix: Tensor) -> None:
-        """Train the magnitudes of the rows of the weight (M, K), too; they start as they are."""
-        self.m = nn.Parameter(self.blocks()[0].norms(matrix))
-
-    def gain(self, matrix: Tensor) -> Tensor:
-        """DoRA's g (M,) for the weight (M, K)."""
-        return self.blocks()[0].gain(matrix)
-
-
 @dataclass(frozen=True)
 class Merged:
     """That an adapter stands in the weight."""
 
     name: str  # the adapter's
     base: Tensor  # the weight as it was before
-
-
-class StackedWeights(NamedTuple):
-    """Several adapters' factors on one `Linear`, as `lora_linear_batched` takes them."""
-
-    a: Tensor  # (G, ΣR, K)
-    bs: list[Tensor]  # each part's s B (G, Mᵢ, Rᵢ)
-    rows: tuple[int, ...]  # each part's first row in the weight
-
-
-def stacked(factors: Sequence[LoRALinearWeights], parts: Sequence[LinearPart], dtype: torch.dtype) -> StackedWeights:
-    """Each adapter's factors on all `parts` that one of them has, padded with zeros to the highest rank among them."""
-    adapters = [{weights.part: weights for weights in adapter.blocks(dtype)} for adapter in factors]
-    parts = [part for part in parts if any(part in weights for weights in adapters)]
-    a_stacks, b_stacks = [], []
-    for part in parts:
-        adapted = [weights[part] for weights in adapters if part in weights]
-        rank = max(len(weights.a) for weights in adapted)
-        like = adapted[0].a
-
-        # An adapter without this part takes zeros in its place.
-        zeros = PartWeights(part, 1.0, like.new_zeros(rank, like.shape[1]), like.new_zeros(part.size, rank))
-        weights_of_all = [weights.get(part, zeros) for weights in adapters]
-        a_stacks.append(torch.stack([_padded(weights.a, 0, rank) for weights in weights_of_all]))  # (G, R, K)
-        b_stack = torch.stack([_padded(weights.b, 1, rank) for weights in weights_of_all])  # (G, Mᵢ, R)
-        scales = like.new_tensor([weights.scale for weights in weights_of_all])  # (G,)
-        b_stacks.append(b_stack.mul_(scales[:, None, None]))
-
-    a_stack = a_stacks[0] if len(parts) == 1 else torch.cat(a_stacks, 1)  # (G, ΣR, K)
-    return StackedWeights(a_stack, b_stacks, tuple(part.start for part in parts))
-
-
-def _padded(x: Tensor, dim: int, size: int) -> Tensor:
-    """x, which has two dimensions, with zeros appended along `dim` up to `size`."""
-    n_missing = size - x.shape[dim]
-    if n_missing == 0:
-        return x
-    return F.pad(x, (0, 0, 0, n_missing) if dim == 0 else (0, n_missing))

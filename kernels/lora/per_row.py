@@ -3,17 +3,29 @@
 A layer sees rows: (B, T, K), (B·beams, 1, K) in generation, (B, K) once pooled, (1, N, K) where they lie end to end.
 `AdapterRows` knows the B names, tells each layer its `Segments`, made once a shape, and keeps the adapters' factors
 stacked while no gradient is wanted: token by token, stacking would cost more than the products.
+
+Shapes: B sequences, T tokens, N rows of a layer's input and K entries in each; G adapters; part i of a weight has Mᵢ
+rows and the rank Rᵢ, and ΣR is the sum of the ranks.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .factors import LinearPart, LoRALinearWeights, StackedWeights, stacked
+from .factors import LinearPart, LoRALinearWeights, PartWeights
 from .row_groups import Segments
+
+
+class StackedWeights(NamedTuple):
+    """Several adapters' factors on one `Linear`, as `lora_linear_batched` takes them."""
+
+    a: Tensor  # (G, ΣR, K)
+    bs: list[Tensor]  # each part's s B (G, Mᵢ, Rᵢ)
+    rows: tuple[int, ...]  # each part's first row in the weight
 
 
 class AdapterRows:
@@ -101,3 +113,33 @@ class AdapterRows:
         out = torch.cat([compute(rows.index_select(0, row_ids), name) for name, row_ids in index.items()])  # (N, ...)
         out = out.index_select(0, torch.cat(list(index.values())).argsort())
         return out.unflatten(0, x.shape[:n_row_dims])
+
+
+def stacked(factors: Sequence[LoRALinearWeights], parts: Sequence[LinearPart], dtype: torch.dtype) -> StackedWeights:
+    """Each adapter's factors on all `parts` that one of them has, padded with zeros to the highest rank among them."""
+    adapters = [{weights.part: weights for weights in adapter.blocks(dtype)} for adapter in factors]
+    parts = [part for part in parts if any(part in weights for weights in adapters)]
+    a_stacks, b_stacks = [], []
+    for part in parts:
+        adapted = [weights[part] for weights in adapters if part in weights]
+        rank = max(len(weights.a) for weights in adapted)
+        like = adapted[0].a
+
+        # An adapter without this part takes zeros in its place.
+        zeros = PartWeights(part, 1.0, like.new_zeros(rank, like.shape[1]), like.new_zeros(part.size, rank))
+        weights_of_all = [weights.get(part, zeros) for weights in adapters]
+        a_stacks.append(torch.stack([_padded(weights.a, 0, rank) for weights in weights_of_all]))  # (G, R, K)
+        b_stack = torch.stack([_padded(weights.b, 1, rank) for weights in weights_of_all])  # (G, Mᵢ, R)
+        scales = like.new_tensor([weights.scale for weights in weights_of_all])  # (G,)
+        b_stacks.append(b_stack.mul_(scales[:, None, None]))
+
+    a_stack = a_stacks[0] if len(parts) == 1 else torch.cat(a_stacks, 1)  # (G, ΣR, K)
+    return StackedWeights(a_stack, b_stacks, tuple(part.start for part in parts))
+
+
+def _padded(x: Tensor, dim: int, size: int) -> Tensor:
+    """x, which has two dimensions, with zeros appended along `dim` up to `size`."""
+    n_missing = size - x.shape[dim]
+    if n_missing == 0:
+        return x
+    return F.pad(x, (0, 0, 0, n_missing) if dim == 0 else (0, n_missing))

@@ -20,7 +20,7 @@ from run_kinds import commands
 
 from handtune import _files
 from handtune.cli import main
-from handtune.engine.training import run_folder, state
+from handtune.engine.training import run_folder
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="open files are found by /proc/self/fd")
 NUMBERS = {"lora": 7, "full": 2, "corpus": 2, "ppo": 2, "merge": 20, "compare": 21, "label": 23, "generate": 23}
@@ -125,5 +125,5 @@ def test_a_stale_checkpoint_that_is_read_is_seen(stage, tmp_path, monkeypatch) -
     fault = Fault("lora", at, BEFORE)
     monkeypatch.setattr(run_folder, "remove_left_overs", lambda folder: None)  # which would prevent it
     assert harm(fault, stage.live, tmp_path / "run", truth) is None
-    monkeypatch.setattr(state, "checkpoints", unfinished_ones)
+    monkeypatch.setattr(run_folder, "checkpoints", unfinished_ones)
     assert "missing: ['run/adapter" in harm(fault, stage.live, tmp_path / "run", truth)
