@@ -146,10 +146,10 @@ def tokenizer_for(jinja: str) -> Any:
 
 def targets(row: Row, template: Any, tokenizer: Any) -> list[tuple[str, str]]:
     """Each stretch of text that gets a loss, and the text before it, of all examples of a row."""
-    from handtune.engine.data.schema import normalise
+    from handtune.engine.data.schema import normalize
     from handtune.engine.tasks.encode import encode
 
-    examples, _ = encode([normalise(row)], tokenizer, "sft", max_length=100_000, template=template)
+    examples, _ = encode([normalize(row)], tokenizer, "sft", max_length=100_000, template=template)
     stretches = []
     for example in examples:
         ids = [*example["input_ids"], -1]

@@ -22,7 +22,7 @@ from .engine.data.batches import Examples
 from .engine.data.corpus import TokenCorpus, token_corpus
 from .engine.data.fingerprints import Inputs, changed_files, fingerprint, same_contents
 from .engine.data.readers import read_rows, split_rows
-from .engine.data.schema import normalise, row_shape
+from .engine.data.schema import normalize, row_shape
 from .engine.peft.format import CONFIG, WEIGHTS
 from .engine.rlhf.reward_model import SCALE
 from .models.checkpoint.hub import checkpoint_files, checkpoint_folder
@@ -168,7 +168,7 @@ def is_corpus(path: Path) -> bool:
     with path.open("rb") as file:
         line = file.readline()
     try:
-        return row_shape(normalise(parse_json(line, path))) == "text"
+        return row_shape(normalize(parse_json(line, path))) == "text"
     except (ValueError, TypeError):
         return False  # `read_rows` will say what is wrong with it
 

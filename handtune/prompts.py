@@ -64,7 +64,7 @@ def adopt_template(model: Any) -> None:
     """Give a model that is trained on chats and has no template the plain one, so that both are stored together."""
     tokens = model.tokens
     if tokens.chat_template is None:
-        # The template writes these two, so that the stored settings must name them.
+        # The plain template refers to bos_token and eos_token, so the stored settings must name them.
         used = {key: tokens.names[key] for key in ("bos_token", "eos_token") if key in tokens.names}
         model.tokens = replace(tokens, chat_template=_default_template(tokens), settings={**used, **tokens.settings})
 

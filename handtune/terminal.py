@@ -109,7 +109,7 @@ def begin_process() -> None:
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     sys.unraisablehook = _unraisable
 
-    # The first file to be opened would get a closed descriptor's number, and then the output of C code.
+    # Fill closed descriptors 0 to 2: else the first opened file would get such a number, and C code print into it.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)

@@ -88,7 +88,7 @@ def _convolution_backward(
     """Gradients of x and weight, each only where it is needed."""
     if not (need_x or need_weight):
         return None, None
-    options = (*geometry, False, (0, 0), groups)  # not transposed
+    options = (*geometry, False, (0, 0), groups)  # transposed, output padding, groups
     return torch.ops.aten.convolution_backward(grad, x, weight, None, *options, (need_x, need_weight, False))[:2]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from . import backend
 from .dropout_triton import keep_mask, padded_rank
 
+# By compute capability, 0 for any lower one.
 ROWS = {0: 4, 80: 64}  # rows that a program of the backward pass adds up
 _TILE = {0: (16, 16, 1), 80: (16, 256, 4)}  # rows, columns, warps of the tiles of _norm_down_kernel
 

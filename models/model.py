@@ -12,6 +12,8 @@ makes of these. A family is a subclass of `PretrainedModel` and provides
                       the token embedding
 
 and the facts that stand at the beginning of the class. Where it differs in one of the other methods, it overrides it.
+
+Shapes: B rows, T tokens, D width of the states, V vocabulary, C classes.
 """
 
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 
 from ..kernels import Linear
 from .layers.config_fields import overridden
-from .layers.heads import BY_TEXT, EmbeddingHead, MLPHead, last_unpadded, n_outputs, pool_tokens
+from .layers.heads import TEXT_TASKS, EmbeddingHead, MLPHead, last_unpadded, n_outputs, pool_tokens
 from .layers.initialization import initialize
 from .layers.key_map import CheckpointKey, expand_keys
 from .tokenizer.special_tokens import SpecialTokens
@@ -46,19 +48,20 @@ class PretrainedModel(nn.Module):
 
     # Facts with a default. First, how a head that scores texts differs from one for tokens: arguments of `MLPHead`.
     text_head: ClassVar[dict[str, bool]] = {}
-    # The token that such a head reads: "first", "last", or "unpadded", the last one that isn't the pad token.
+    # The token that a head for texts reads: "first", "last", or "unpadded", the last one that isn't the pad token.
     text_pooling: ClassVar[str] = "unpadded"
     # Methods of training that mean another objective here than for most models.
     objectives: ClassVar[dict[str, str]] = {}
-    # Modules that see positions or distances, and no rows: no adapter that is for some rows of a batch may be on them.
+    # Modules whose input is positions or distances, the same for all rows: they can't take an adapter for each row.
     position_modules: ClassVar[tuple[str, ...]] = ()
     # Stored tensors that nothing reads.
     ignored_keys: ClassVar[tuple[str, ...]] = ()
-    # What may be stored a second time: of which parameter it must be a copy, and what to say where it isn't.
+    # Tensors that may be stored a second time: the parameter that each must equal, and how the error goes on if not.
     tied_keys: ClassVar[dict[str, tuple[str, str]]] = {}
     # Published fields that would change what is computed, and the values for which they don't.
     supported_config_values: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
+    # What each family defines as methods (see the top), declared for the type checker.
     build: Callable[[Any], None]
     hidden: Callable[..., Tensor]
     checkpoint_keys: Callable[[], dict[str, str | CheckpointKey]]
@@ -72,8 +75,10 @@ class PretrainedModel(nn.Module):
         pooling: str = "mean",
         normalize: bool = False,
     ):
-        """A model without values. `labels` name the outputs of a head that classifies, and `head_layers` counts its
-        layers; `pooling` and `normalize` are for embeddings. The task None is the first of `architectures`.
+        """A model whose parameters have no values yet: `initialize`, or a checkpoint, gives them.
+
+        `labels` name the outputs of a head that classifies, and `head_layers` counts its layers; `pooling` and
+        `normalize` are for embeddings. The task None is the first of `architectures`.
 
         Raises ValueError for a task that the family can't do.
         """
@@ -87,8 +92,8 @@ class PretrainedModel(nn.Module):
         self.task = task
         self.labels = labels
         self.head_layers = head_layers
-        self.pooling = self.text_pooling if task in BY_TEXT else pooling
-        self.tokens = SpecialTokens()
+        self.pooling = self.text_pooling if task in TEXT_TASKS else pooling
+        self.tokens = SpecialTokens()  # with the chat template and the tokenizer's settings
         self.source: str | None = None  # the folder or hub id that it was loaded from
         self.head_is_new = True  # until a checkpoint fills it
 
@@ -114,7 +119,7 @@ class PretrainedModel(nn.Module):
         if self.task.endswith("-lm"):
             return self.build_language_head()
 
-        options = self.text_head if self.task in BY_TEXT else {}
+        options = self.text_head if self.task in TEXT_TASKS else {}
         n_out = n_outputs(self.task, self.labels)
         return MLPHead(self.config.d_model, n_out, self.head_layers, scalar=self.task == "reward", **options)
 
@@ -150,7 +155,7 @@ class PretrainedModel(nn.Module):
         cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """What the head reads: every position (B, T, D), or one vector a row (B, D)."""
-        if self.task not in (*BY_TEXT, "embedding"):
+        if self.task not in (*TEXT_TASKS, "embedding"):
             return states
         if self.pooling == "unpadded":
             return last_unpadded(states, input_ids, self.tokens.config_pad_id, attention_mask, cu_seqlens)

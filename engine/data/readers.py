@@ -25,7 +25,7 @@ from ..._shapes import parse_json
 from .images import image_rows
 from .labels import label_name
 from .placed_rows import PlacedRow, location_of
-from .schema import normalise, prompt_row, row_shape
+from .schema import normalize, prompt_row, row_shape
 from .tables import csv_rows, tsv_rows
 
 __all__ = ["label_names", "read_prompts", "read_rows", "row_shape", "split_rows"]
@@ -47,7 +47,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     first_shape = ""
     first_line = ""
-    for line, row in _placed_rows(path, normalise):
+    for line, row in _placed_rows(path, normalize):
         shape = row.shape = row_shape(row)
         if not rows:
             first_shape = shape

@@ -70,7 +70,7 @@ def row_shape(row: Mapping[str, Any]) -> str:
     )
 
 
-def normalise(raw: Mapping[str, Any]) -> dict[str, Any]:
+def normalize(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Turn one row as found in a file into one of the shapes of the module's docstring, with every type checked.
 
     Raises ValueError with the field, what is wrong and what is expected; the caller adds file and line.
@@ -115,9 +115,9 @@ def prompt_row(raw: Mapping[str, Any]) -> dict[str, Any]:
     """
     row: dict[str, Any]
     if "messages" in raw or "conversations" in raw or {"chosen", "rejected"} <= raw.keys():
-        row = normalise(raw)
+        row = normalize(raw)
     elif "prompt" not in raw:
-        row = normalise({field: value for field, value in raw.items() if field != "label"})  # it may be missing yet
+        row = normalize({field: value for field, value in raw.items() if field != "label"})  # it may be missing yet
     elif isinstance(raw["prompt"], list):
         row = {"messages": with_system(messages_of(raw["prompt"], "prompt"), raw)}
     else:

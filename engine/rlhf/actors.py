@@ -25,11 +25,11 @@ POLICY, CRITIC = "policy", "critic"
 
 @dataclass
 class PolicyAndCritic:
-    """The models that look at a rollout, all on one base."""
+    """Policy, critic and reference on one base, and what is computed with them."""
 
     model: Any  # of policy and reference, by adapter
-    critic: Any  # None without
-    share: int  # how many lower layers both share with the reference
+    critic: Any  # None in GRPO, which has no critic
+    n_shared: int  # how many lower layers both share with the reference
     temperature: float  # that the policy samples at
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -42,25 +42,26 @@ class PolicyAndCritic:
     def lower(self, inputs: dict[str, Any]) -> Tensor:
         """The hidden states (1, N, D) that enter the lowest layer that isn't shared, for N packed tokens."""
         with torch.no_grad(), use_adapter(self.model, None):
-            return self.model.hidden(**inputs, layer_range=slice(0, self.share))
+            return self.model.hidden(**inputs, layer_range=slice(0, self.n_shared))
 
     def logps(self, batch: Batch, adapter: str | None) -> Tensor:
         """The log-probabilities (n,) of the completions' tokens, in fp32 (5)."""
-        return -linear_cross_entropy(**self._predicting(batch, adapter))
+        return -linear_cross_entropy(**self._cross_entropy_arguments(batch, adapter))
 
     def logps_and_entropy(self, batch: Batch, adapter: str | None) -> tuple[Tensor, Tensor]:
         """The same, and the entropies (n,) of the distributions that the tokens were drawn from."""
-        losses, entropy = linear_cross_entropy(**self._predicting(batch, adapter), with_entropy=True)
+        losses, entropy = linear_cross_entropy(**self._cross_entropy_arguments(batch, adapter), with_entropy=True)
         return -losses, entropy
 
-    def _predicting(self, batch: Batch, adapter: str | None) -> dict[str, Any]:
+    def _cross_entropy_arguments(self, batch: Batch, adapter: str | None) -> dict[str, Any]:
         """The arguments of the cross-entropy of each token of the completions."""
         head = self.model.head
         states = self._states(self.model, batch, adapter)  # (n, D)
+        # Instead of the logits, which are never made; exact because an output head has no bias.
         if self.temperature != 1.0:
             states = states / self.temperature
 
-        # Every state has a target: said in advance, so that a GPU needn't be waited for.
+        # All states have targets; the index says so, because looking for them would wait for the GPU.
         index = torch.arange(len(states), device=states.device)
         return {
             "x": states, "weight": head.weight, "bias": head.bias, "targets": batch["targets"], "index": index,
@@ -82,7 +83,7 @@ class PolicyAndCritic:
         """The arguments with which `hidden` goes on from the shared layers' states (1, N, D), if there are any."""
         if states is None:
             return {}
-        return {"hidden_states": states, "layer_range": slice(self.share, None)}
+        return {"hidden_states": states, "layer_range": slice(self.n_shared, None)}
 
 
 def attach(model: Any, config: PPOConfig) -> PolicyAndCritic:

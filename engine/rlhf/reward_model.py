@@ -4,8 +4,8 @@ A reward is any callable: `reward(prompts, completions)` gives a number for each
 on comparisons (`method = "reward"`), on a base of its own or on a policy's, where it costs an adapter and a head. Its
 score is read at the last token of prompt and completion (in front of eos, where eos is the pad token, too), and shifted
 and scaled so that the reference policy's own samples have mean 0 and standard deviation 1 (Ziegler et al. 2019,
-arXiv:1909.08593, section 2.1): Bradley and Terry's loss leaves both open, and β and value function are easier set for
-scores of that size.
+arXiv:1909.08593, section 2.1): Bradley and Terry's loss leaves both open, and β and value function are easier to choose
+for scores of that size.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,7 +59,7 @@ class Reward:
         return torch.cat([self.score(to_device(packed(part), device)) for part in chunks(rows, ROWS)])
 
     def _tokens(self, pairs: Sequence[tuple[str, str]]) -> list[list[int]]:
-        """The token ids of texts, as `pairs.comparisons` makes them in training."""
+        """The token ids of texts, as `pairs` in `tasks/preferences.py` makes them in training."""
         if self.tokenizer is None:
             raise ValueError("a reward model without a tokenizer was given texts: Reward(model, tokenizer)")
         tokens = self.model.tokens
@@ -70,7 +70,7 @@ class Reward:
 
         rows = []
         for (prompt, _), (ids, start) in zip(pairs, tokenize_pairs(self.tokenizer, pairs), strict=True):
-            # A chat's turn ends as its template has it, also where no turn before shows that.
+            # After a prompt that the template wrote, its own end of a turn, even where no earlier turn shows one.
             ends = (tokens.eos_id, tokens.ends[1:])
             if template is not None and chat_end is not None and template.has_rendered(prompt):
                 ends = (chat_end, ())
@@ -96,7 +96,7 @@ class Reward:
         """Whether it stands on the policy's base."""
         return self.model.embed is policy.embed
 
-    def normalise(self, prompts: Sequence[Any], completions: Sequence[Any]) -> None:
+    def normalize(self, prompts: Sequence[Any], completions: Sequence[Any]) -> None:
         """8: choose shift and scale for mean 0 and standard deviation 1 on these, samples of the reference policy.
 
         ValueError where all of them score the same.
@@ -122,7 +122,7 @@ class Reward:
 def load_reward(policy: Any, path: str | Path, tokenizer: Any = None) -> Reward:
     """The reward model whose adapter lies in the folder `path`, on the base of `policy`, a causal language model.
 
-    Loaded before the policy has adapters of its own. Raises as `load_adapter`, and ValueError where the folder has no
+    Call it before the policy has adapters of its own. Raises as `load_adapter`, and ValueError where the folder has no
     head, or has more than an adapter and a head: what else was trained would change the policy.
     """
     model = with_head(policy, "reward")
@@ -140,8 +140,8 @@ def load_reward(policy: Any, path: str | Path, tokenizer: Any = None) -> Reward:
 
     # Shift and scale as `Reward.save` wrote them
     scale_file = Path(path) / SCALE
-    scale = read_json(scale_file) if scale_file.exists() else {}
-    for field, value in scale.items():
+    normalization = read_json(scale_file) if scale_file.exists() else {}
+    for field, value in normalization.items():
         if not is_finite(value) and (field, value) != ("scale", None):
             raise ValueError(
                 f"{scale_file}: {field} = {value!r}; expected a finite number, train the reward model again"
@@ -149,7 +149,7 @@ def load_reward(policy: Any, path: str | Path, tokenizer: Any = None) -> Reward:
 
     load_adapter(model, path, ADAPTER)
     model.requires_grad_(False)
-    return Reward(model, tokenizer, **scale)
+    return Reward(model, tokenizer, **normalization)
 
 
 def checked_scores(reward: RewardFn, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:

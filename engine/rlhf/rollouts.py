@@ -25,12 +25,12 @@ from .config import PPOConfig
 class Prompt:
     """A prompt in two forms."""
 
-    ids: list[int]  # its tokens
+    ids: list[int]  # with the tokens that begin a text in front
     given: Any  # as the caller gave it, which is what rewards see
 
 
 def fitting_prompts(prompts: Sequence[Any], tokenizer: Any, room: int, limit: int | None) -> list[Prompt]:
-    """The prompts that leave room for so many new tokens within the model's positions; says how many do not.
+    """The prompts that leave room for `room` new tokens within the model's `limit` positions; prints how many don't.
 
     `prompts` are texts, or token ids where there is no tokenizer. ValueError for an empty one, and where none is left.
     """
@@ -66,7 +66,7 @@ class Rollout:
     scores: Tensor = field(init=False)  # (N,)
 
     def __post_init__(self) -> None:
-        self.starts = [len(prompt.ids) for prompt in self.prompts]
+        self.starts = [len(prompt.ids) for prompt in self.prompts]  # where each completion begins in ids
         self.lengths = [len(row) - start for row, start in zip(self.ids, self.starts, strict=True)]  # of completions
 
     @property
@@ -84,7 +84,7 @@ class Rollout:
             ids = self.ids[i]
             start = self.starts[i]
 
-            # Position i predicts token i + 1. What the prompt itself goes on with is no target.
+            # Position i predicts token i + 1. Predictions inside the prompt are no targets.
             examples.append({"input_ids": ids[:-1], "targets": [*[IGNORE] * (start - 1), *ids[start:]]})
         batch: Batch = to_device(Collate()(examples), device)
         if self.states:
@@ -109,6 +109,7 @@ def sample(model: Any, prompts: Sequence[Prompt], adapter: str | None, config: P
     for batch in chunks(prompts, config.rollout_batch_size):
         # The sampler's seed comes from torch's generator, whose state checkpoints hold.
         seed = int(torch.randint(2**62, ()))
+        # 3: prompts are padded on the left.
         with use_adapter(model, adapter):
             completions = continuations(
                 model, [prompt.ids for prompt in batch], config.max_new_tokens, temperature=config.temperature,

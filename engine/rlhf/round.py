@@ -7,11 +7,11 @@ al. 2020, arXiv:2009.01325. Without a letter: ours.
 
      1  old log-probabilities come from the updates' own forward pass and micro-batches: the first ratio is exactly 1
      2  completions of the whole distribution, at the temperature that is trained at: no top-k, no top-p         H
-     3  prompts padded on the left, positions counted from their first token (sampling.py)                       H
+     3  prompts padded on the left, positions counted from their first token (generation/sampling.py)            H
      4  no dropout, in updates either (actors.py)                                                                Z, H
      5  log-probabilities in fp32, of the completions' tokens alone, without all logits at once (actors.py)
-     6  the reward is read at the last token that isn't padding, as in training (reward_model.py, heads.py)      H
-     7  its head begins with N(0, 1/(D + 1)) (initialization.py), the critic's with zeros (actors.py)            T, H
+     6  the reward is read at the last token that isn't padding, as in training (reward_model.py)                H
+     7  its head begins with N(0, 1/(D + 1)) (models/layers/initialization.py), the critic's with zeros          T, H
      8  its score has mean 0 and deviation 1 on samples of the reference (reward_model.py)                       Z, H
      9  each token pays for its own divergence; β is fixed, or adapts (advantages.py)                            Z
     10  a completion that was cut off pays for it                                                                H, T
@@ -21,6 +21,8 @@ al. 2020, arXiv:2009.01325. Without a letter: ours.
     14  losses are means over the tokens of a step, whatever the lengths of its rows
     15  gradients are clipped; Adam's ε is 1e-5                                                                  H
     16  updates end early where they have moved the policy far; a run, where its KL runs away (run.py)
+
+Shapes: N completions of a round, T tokens of the longest, n completion tokens of a micro-batch, D width.
 """
 
 import time
@@ -72,38 +74,39 @@ class Trainer:
         """One round on these prompts; the rollout, and what is worth knowing about it."""
         started = time.perf_counter()
         prompts = [prompt for prompt in prompts for _ in range(self.config.group_size or 1)]
-        n = len(prompts)
+        n_rows = len(prompts)
         rollout = sample(self.model, prompts, POLICY, self.config)  # 2
         sampled = time.perf_counter()
 
         # 1: the first epoch's order is drawn before anything is computed, so that its micro-batches are known.
-        orders = [torch.randperm(n).tolist() for _ in range(self.config.epochs)]
+        orders = [torch.randperm(n_rows).tolist() for _ in range(self.config.epochs)]
         self.evaluate_rollout(rollout, orders[0])
         advantages, returns = self.advantages(rollout)
         stats = self.statistics(rollout, returns)
         assessed = time.perf_counter()
 
         stats |= self.update(rollout, orders, advantages, returns, lr)
-        self.beta = adapted_beta(self.beta, stats["kl"], n, self.config.kl_target, self.config.kl_horizon)
+        self.beta = adapted_beta(self.beta, stats["kl"], n_rows, self.config.kl_target, self.config.kl_horizon)
         ended = time.perf_counter()
         stats |= {"lr": lr, "rollout_seconds": sampled - started, "assess_seconds": assessed - sampled}
-        return rollout, stats | {"update_seconds": ended - assessed, "episodes_per_second": n / (ended - started)}
+        return rollout, stats | {"update_seconds": ended - assessed, "episodes_per_second": n_rows / (ended - started)}
 
     @torch.no_grad()
     def evaluate_rollout(self, rollout: Rollout, order: Sequence[int]) -> None:
         """Fill in what is fixed for the round: log-probabilities, values, scores."""
-        n = len(rollout.ids)
-        share = self.actors.share
+        n_rows = len(rollout.ids)
+        n_shared = self.actors.n_shared
         on_base = next((reward for reward in self.reward_models if reward.on(self.model)), None)
-        reward_differs_below = shared_layers(self.model, (REWARD,)) < share  # it adapts layers that the others share
+        reward_differs_below = shared_layers(self.model, (REWARD,)) < n_shared  # it adapts layers that the others share
 
-        per_token: dict[int, Tensor] = {}  # (tokens, 4) a row
-        scores = torch.zeros(n, device=self.device)
+        # Of each row (tokens, 4): log-probability under the policy and the reference, entropy, value.
+        per_token: dict[int, Tensor] = {}
+        scores = torch.zeros(n_rows, device=self.device)
         for rows in chain.from_iterable(self.steps(order)):
             # Prompts and completions: states of the shared layers, and the score that is read off them.
             inputs = to_device(packed([rollout.ids[i] for i in rows]), self.device)
             states = None
-            if share:
+            if n_shared:
                 states = self.actors.lower(inputs)  # (1, tokens, D)
                 states_by_row = states[0].split([len(rollout.ids[i]) for i in rows])
                 rollout.states.update(zip(rows, states_by_row, strict=True))
@@ -119,7 +122,7 @@ class Trainer:
             numbers = torch.stack((logps, reference, entropy, values), 1)  # (n, 4)
             per_token.update(zip(rows, numbers.split(batch["counts"]), strict=True))
 
-        padded = pad_sequence([per_token[i] for i in range(n)], batch_first=True)  # (N, T, 4)
+        padded = pad_sequence([per_token[i] for i in range(n_rows)], batch_first=True)  # (N, T, 4)
         rollout.logps, rollout.reference, rollout.entropy, rollout.values = padded.unbind(-1)  # (N, T) each
         lengths = torch.tensor(rollout.lengths, device=self.device)
         rollout.mask = (torch.arange(rollout.logps.shape[1], device=self.device) < lengths[:, None]).float()  # (N, T)
@@ -137,13 +140,16 @@ class Trainer:
         return [prompt.given for prompt in rollout.prompts], completions
 
     def external_rewards(self, rollout: Rollout, rewards: Sequence[RewardFn]) -> Tensor:
-        """The scores of rewards that are called with texts, or, without a tokenizer, with token ids, added up."""
+        """The scores of rewards that are called with texts, or, without a tokenizer, with token ids, added up.
+
+        A completion that was cut off loses `missing_eos_penalty`.
+        """
         prompts, completions = self.as_given(rollout)
         total = torch.zeros(len(completions), device=self.device)
         for reward in rewards:
             total += checked_scores(reward, prompts, completions).to(self.device)
 
-        # 10: a completion that was cut off has no end.
+        # 10: a completion that hit max_new_tokens, without an end token, pays for it.
         if self.config.missing_eos_penalty is not None:
             total -= self.config.missing_eos_penalty * (~torch.tensor(rollout.ended, device=self.device)).float()
         return total
@@ -153,13 +159,14 @@ class Trainer:
         config = self.config
         mask = rollout.mask
         if config.group_size is not None:
+            # No critic is there to learn returns: they are zeros.
             return by_group(rollout.scores, config.group_size)[:, None] * mask, torch.zeros_like(mask)
 
         # 9: each token pays for its own divergence from the reference, and the score comes with the last token.
-        rewards = -self.beta * kl_estimate(config.kl_estimate, rollout.logps, rollout.reference) * mask  # (N, T)
-        last = torch.tensor(rollout.lengths, device=self.device)[:, None] - 1
-        rewards.scatter_add_(1, last, rollout.scores[:, None].to(rewards.dtype))
-        advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.gae_lambda)
+        token_rewards = -self.beta * kl_estimate(config.kl_estimate, rollout.logps, rollout.reference) * mask  # (N, T)
+        last = torch.tensor(rollout.lengths, device=self.device)[:, None] - 1  # (N, 1)
+        token_rewards.scatter_add_(1, last, rollout.scores[:, None].to(token_rewards.dtype))
+        advantages, returns = gae(token_rewards, rollout.values, mask, config.gamma, config.gae_lambda)
 
         # 11: the critic learns returns that are not whitened.
         return whiten(advantages, mask), returns
@@ -167,7 +174,7 @@ class Trainer:
     def update(
         self, rollout: Rollout, orders: Sequence[Sequence[int]], advantages: Tensor, returns: Tensor, lr: float
     ) -> dict[str, float]:
-        """The epochs of clipped updates (12); means over their steps of what `backward` reports."""
+        """The epochs of clipped updates (12); gives means over their steps of the sums that `backward` returns."""
         sums: dict[str, float] = defaultdict(float)
         n_steps = 0
         lowest_ratio = highest_ratio = 1.0
@@ -182,18 +189,19 @@ class Trainer:
                     sums[name] += value / n_tokens
                 step_kl += part["approx_kl"] / n_tokens
 
-            # 14 and 15: gradients of a mean over the step's tokens, clipped
+            # 14, 15: dividing by the step's tokens makes the mean; then the norm is clipped.
             sums["grad_norm"] += float(self.optimizer.scale_gradients(n_tokens, self.config.max_grad_norm))
             self.optimizer.step(lr)
             n_steps += 1
-            if self.config.target_kl is not None and step_kl > self.config.target_kl:  # 16
+            # 16: the KL was measured before this step, which stays.
+            if self.config.target_kl is not None and step_kl > self.config.target_kl:
                 break
 
         means = {name: value / n_steps for name, value in sums.items()}
         return means | {"ratio_min": lowest_ratio, "ratio_max": highest_ratio, "steps": float(n_steps)}
 
     def backward(self, rollout: Rollout, rows: Sequence[int], advantages: Tensor, returns: Tensor) -> dict[str, float]:
-        """The gradients of a micro-batch, of sums over its tokens; and sums of what is worth knowing."""
+        """Accumulate a micro-batch's gradients, of losses summed over its tokens; gives sums of its statistics."""
         config = self.config
         batch = rollout.batch(rows, self.device)
         old_logps = rollout.flat(rollout.logps, rows)  # (n,), a number for each token of these completions
@@ -206,10 +214,9 @@ class Trainer:
         losses.sum().backward()
 
         ratio = ratio.detach()
-        log_ratio = (logps - old_logps).detach()
         sums = {
             "policy_loss": losses.detach().sum(),
-            "approx_kl": (torch.expm1(log_ratio) - log_ratio).sum(),
+            "approx_kl": kl_estimate("k3", old_logps, logps.detach()).sum(),
             "clip_fraction": ((ratio - 1).abs() > config.clip_range).sum(),
             "ratio": ratio.sum(),
             "ratio_min": ratio.min(),
@@ -233,7 +240,7 @@ class Trainer:
 
     @torch.no_grad()
     def is_finite(self, rollout: Rollout) -> bool:
-        """Whether policy and critic still give numbers after the last step, which no loss has seen."""
+        """Whether policy and critic give finite numbers: no loss was computed after the last step. One row shows it."""
         batch = rollout.batch([0], self.device)
         total = self.actors.logps(batch, POLICY).sum()
         if self.critic is not None:
@@ -241,15 +248,15 @@ class Trainer:
         return bool(total.isfinite())
 
     def steps(self, order: Sequence[int]) -> list[list[Sequence[int]]]:
-        """Rows in steps, these in micro-batches."""
+        """An order of rows, cut into steps, and each step into micro-batches."""
         size = self.config.micro_batch_size or self.config.batch_size
         return [list(chunks(step, size)) for step in chunks(order, self.config.batch_size)]
 
     def statistics(self, rollout: Rollout, returns: Tensor) -> dict[str, float]:
         """A rollout in numbers. The KL is in nats a completion, the entropy in nats a token."""
         mask = rollout.mask
-        n = len(rollout.ids)
-        kl = float(((rollout.logps - rollout.reference) * mask).sum() / n)
+        n_rows = len(rollout.ids)
+        kl = float(((rollout.logps - rollout.reference) * mask).sum() / n_rows)
         score = float(rollout.scores.mean())
         stats = {
             "score": score,
@@ -258,14 +265,14 @@ class Trainer:
             "beta": self.beta,
             "objective": score - self.beta * kl,
             "entropy": float((rollout.entropy * mask).sum() / mask.sum()),
-            "length": float(mask.sum() / n),
-            "ended": sum(rollout.ended) / n,
+            "length": float(mask.sum() / n_rows),
+            "ended": sum(rollout.ended) / n_rows,
         }
         if self.critic is not None:
             stats["explained_variance"] = float(explained_variance(rollout.values, returns, mask))
         return stats
 
-    def normalise_rewards(self, prompts: Sequence[Prompt]) -> None:
+    def normalize_rewards(self, prompts: Sequence[Prompt]) -> None:
         """Shift and scale the reward models that are not normalised yet, on samples of the reference policy."""
         unscaled = [reward for reward in self.reward_models if reward.scale is None]
         if not (unscaled and self.config.reward_norm_samples):
@@ -275,6 +282,6 @@ class Trainer:
         samples = sample(self.model, draw(prompts, self.config.reward_norm_samples), None, self.config)
         for reward in unscaled:
             if reward.on(self.model):
-                reward.normalise([prompt.ids for prompt in samples.prompts], samples.completions)
+                reward.normalize([prompt.ids for prompt in samples.prompts], samples.completions)
             else:
-                reward.normalise(*self.as_given(samples))
+                reward.normalize(*self.as_given(samples))

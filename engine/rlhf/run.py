@@ -121,7 +121,7 @@ def ppo(
                     for reward_model, scale in zip(trainer.reward_models, facts["rewards"], strict=True):
                         reward_model.shift, reward_model.scale = scale
                 else:
-                    trainer.normalise_rewards(fitting)
+                    trainer.normalize_rewards(fitting)
         except BaseException:
             detach(model)
             raise

@@ -3,14 +3,15 @@
 Targets are shifted: targets[i] follows position i, or is -100 where no loss is wanted. A row of n tokens gives n - 1
 positions, and `max_length` counts positions: what the model sees.
 
+    method      fields of a row                             fields of its examples
     pretrain    text, text/label, prompt/completion,        input_ids, targets: loss on every token
                 messages
     sft         prompt/completion, messages, text           input_ids, targets: loss on completion or assistant only;
                                                             of messages several, where a template rewrites earlier turns
 
-Text is split into windows where it is too long, and no token is lost. Of what has a mask the end is cut, or, as
-`truncate` says, the beginning (what begins every text stays), or the row is dropped, as is one that has no target left
-then. All of them count as truncated.
+Text that is too long becomes windows, and no token is lost. A row with a loss mask is cut instead: its end, or, as
+`truncate` says, its beginning (but not the tokens that begin every text), or it is dropped; so is a row without any
+target left. All these count as truncated.
 
 Texts begin with what the tokenizer's post-processor puts in front (a template's BOS is not doubled), and text and
 completions end with `eos` (in sft not after messages, where the template ends turns). `text.py` says more, also of
@@ -55,6 +56,7 @@ def every_token(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encod
                 window = ids[start : start + length + 1]
                 examples.append({"input_ids": window[:-1], "targets": window[1:]})
         targets = max(0, len(ids) - 1)
+        # masked: a text of one token has nothing to predict
         yield Encoded(examples, targets, masked=len(ids) == 1 and bool(encoding.ids), length=targets)
 
 
@@ -70,7 +72,7 @@ def _text_to_train(row: PlacedRow, settings: Settings) -> str:
         dialogue = Dialogue(settings.template, messages, row.get("template_arguments", {}))
         check_used(dialogue)
         text = dialogue.text(len(messages))
-        # What sft trains may not go missing here: it would not be noticed.
+        # sft would train this thinking; pretrain would lose it without a word.
         for turn, message in enumerate(messages):
             if message["role"] == "assistant" and drops_thinking(message, text):
                 raise ValueError(f"messages[{turn}]: the chat template drops its thinking, which sft would train")
@@ -109,7 +111,7 @@ def chat(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
             ids = prepend_bos(ids, begin)
             mask = [False] * (len(ids) - len(mask)) + mask
 
-            # A turn that the template ends in plain text ends with the end of texts, behind its last target.
+            # Where the template ends the last trained turn in plain text, `eos` takes the place of what follows it.
             if settings.eos is not None and True in mask:
                 stop = len(mask) - mask[::-1].index(True)
                 if ids[stop - 1] not in ends:

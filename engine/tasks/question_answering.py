@@ -1,9 +1,11 @@
 """Extractive question answering: where in a context the answer begins and ends, if it stands there.
 
+    fields of a row             fields of its examples
     question/context/answers    input_ids, token_type_ids, start, end, row, offsets
 
-A context that is too long is split into windows that overlap by 128 tokens; a question is cut to half a window. Start
-and end at the first token ([CLS]) say that a window holds no answer.
+A context that is too long is split into windows that overlap by 128 tokens, or by half of their context if that is
+less; where not all fits, the question is cut to half a window. Start and end at the first token ([CLS]) say that a
+window holds no answer.
 """
 
 import re
@@ -34,7 +36,7 @@ def qa(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
     """Windows over the context, each after the whole question.
 
     A row whose answer no window holds whole is dropped. In an evaluation it stays, to be answered and scored: its
-    windows have start and end -100, which no loss counts.
+    windows have start and end -100, which the score leaves out of its loss.
     """
     pairs = [(row["question"], row["context"]) for row in rows]
     for row, encoding in zip(rows, settings.tokenizer.encode_batch(pairs), strict=True):
@@ -56,6 +58,7 @@ def qa(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
                 window = context[start : start + room]
                 examples.append(_window(encoding, sorted([*special, *question, *window]), window, answer))
 
+        # Start 0 says "no answer here": an answer lies in the context, which never begins at position 0.
         answer_cut = bool(row["answers"]["text"]) and not any(example["start"] for example in examples)
         if answer_cut:
             # Start and end 0 would teach, or measure, that there is no answer.
@@ -95,25 +98,26 @@ def _window(encoding: "Encoding", positions: list[int], window: list[int], answe
 
 
 def qa_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
-    """Mean of the cross-entropies of an answer's first and last token, for each row."""
-    return _loss_of(_span_logits(model, batch), batch)
+    """Sum over rows of the mean of two cross-entropies, of an answer's first and last token; and the number of rows."""
+    return _loss_of(_span_logits(model, batch), batch), len(batch["starts"])
 
 
 def _span_logits(model: Any, batch: Batch) -> Tensor:
     """Start and end logits (B, T, 2) in fp32, −∞ beyond a row's end."""
     logits = model.head(features(model, batch)).float()  # (B, T, 2), packed (1, N, 2)
+    # Packed rows are split and padded. A single padded row has this shape, too, and splits into itself.
     if logits.shape[0] == 1 and logits.shape[1] == sum(batch["lengths"]):
         rows = logits[0].split(batch["lengths"])  # B of (T, 2)
         return pad_sequence(list(rows), batch_first=True, padding_value=float("-inf"))
     return logits.masked_fill(batch["inputs"]["attention_mask"][..., None] == 0, float("-inf"))
 
 
-def _loss_of(logits: Tensor, batch: Batch) -> tuple[Tensor, int]:
-    """The loss of logits (B, T, 2). A row whose start and end are -100 adds nothing, but counts."""
+def _loss_of(logits: Tensor, batch: Batch) -> Tensor:
+    """The loss of logits (B, T, 2), summed over rows. One whose start and end are -100 adds nothing."""
     start, end = logits.unbind(-1)  # (B, T)
     start_loss = F.cross_entropy(start, batch["starts"], reduction="sum")
     end_loss = F.cross_entropy(end, batch["ends"], reduction="sum")
-    return (start_loss + end_loss) / 2, len(batch["starts"])
+    return (start_loss + end_loss) / 2
 
 
 class AnswerScore:
@@ -130,31 +134,31 @@ class AnswerScore:
         self.examples = iter(examples)  # those that are still to come
         self.rows = rows
         self.best = [(-np.inf, "")] * len(rows)  # of each question the best span's start + end, and its text
-        self.null = [np.inf] * len(rows)  # of each question the lowest start + end at the first token
+        self.no_answer = [np.inf] * len(rows)  # of each question the lowest start + end at the first token
         self.some_unanswerable = any(not row["answers"]["text"] for row in rows)
 
     def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
         logits = _span_logits(model, batch)  # (B, T, 2)
         for window in logits.cpu().numpy():
             example = next(self.examples)
-            # The windows of a question can be in several batches: of each question the best so far is noted.
-            question = example["row"]
+            # `encode` has put the row's number into its examples. Its windows can be in several batches.
+            row = example["row"]
             offsets = example["offsets"]
-            span = best_span(window[: len(offsets)], offsets, self.rows[question]["context"])
-            self.best[question] = max(self.best[question], span, key=itemgetter(0))
-            self.null[question] = min(float(window[0].sum()), self.null[question])
-        return _loss_of(logits, batch)[0], int((batch["starts"] != IGNORE).sum())
+            span = best_span(window[: len(offsets)], offsets, self.rows[row]["context"])
+            self.best[row] = max(self.best[row], span, key=itemgetter(0))
+            self.no_answer[row] = min(float(window[0].sum()), self.no_answer[row])
+        return _loss_of(logits, batch), int((batch["starts"] != IGNORE).sum())
 
-    def answer(self, question: int) -> str:
-        """The prediction for a question, by its number in `rows`."""
-        score, text = self.best[question]
-        if self.some_unanswerable and self.null[question] > score:
+    def answer(self, row: int) -> str:
+        """The prediction for the question of this row, by its number."""
+        score, text = self.best[row]
+        if self.some_unanswerable and self.no_answer[row] > score:
             return ""
         return text
 
     def result(self, loss: float) -> dict[str, Any]:
         golds = [row["answers"]["text"] for row in self.rows]
-        return answers([self.answer(question) for question in range(len(golds))], golds)
+        return answers([self.answer(row) for row in range(len(golds))], golds)
 
 
 def best_span(logits: np.ndarray, offsets: Sequence[Any], context: str) -> tuple[float, str]:
@@ -166,7 +170,7 @@ def best_span(logits: np.ndarray, offsets: Sequence[Any], context: str) -> tuple
     start, end = np.where(in_context[:, None], logits, -np.inf).T  # (T,) each
     total = start[:, None] + end[None, :]  # (T, T)
 
-    # first ≤ last < first + 30: what lies below the 30th diagonal, of the upper triangle.
+    # first ≤ last < first + 30: the upper triangle (triu), up to 29 diagonals above the main one (tri).
     allowed = np.triu(np.tri(T, k=MAX_ANSWER_TOKENS - 1, dtype=bool))
     total = np.where(allowed, total, -np.inf)
     first, last = divmod(int(total.argmax()), T)
@@ -191,15 +195,15 @@ def answers(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[
     if not len(golds):
         raise ValueError("answers: no rows to score; give at least one prediction")
 
-    exact = overlap = 0.0
+    exact = f1 = 0.0
     for prediction, accepted in zip(predictions, golds, strict=True):
         if isinstance(accepted, str):
             raise TypeError("answers: each entry of golds is a list of answers, not one string; write [answer]")
         predicted = _answer_words(prediction)
         choices = [_answer_words(answer) for answer in accepted] or [[]]  # unanswerable: no words are right
         exact += max(predicted == choice for choice in choices)
-        overlap += max(_word_f1(predicted, choice) for choice in choices)
-    return {"exact_match": exact / len(golds), "f1": overlap / len(golds)}
+        f1 += max(_word_f1(predicted, choice) for choice in choices)
+    return {"exact_match": exact / len(golds), "f1": f1 / len(golds)}
 
 
 def _answer_words(text: str) -> list[str]:

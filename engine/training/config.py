@@ -39,9 +39,8 @@ class TrainConfig:
 
     unfreeze: dict[str, float] = field(default_factory=dict)  # the epoch from which globs of parameters train
 
-    # With a run folder the checkpoint of the best value of the metric `best` is kept and given back ("last": the last
-    # weights are). Where `best` is given, the evaluation before training takes part. Without it (None), the metric is
-    # the method's own, usually the loss, and what is given back has trained.
+    # With a run folder, the checkpoint with the best `best` is kept and given back. None: the method's own metric, and
+    # only weights after a step compete. A name: those before training, too. "last": the last weights are given back.
     eval_every: int | None = above_zero(None, most=MANY)  # steps; None: each epoch
     best: str | None = None  # a key of the evaluation
     early_stopping_patience: int | None = above_zero(None, most=MANY)  # evaluations without a better one

@@ -26,7 +26,8 @@ from ..data.fingerprints import Inputs, is_fingerprint, run_differences
 from .checkpoint import checkpoints
 from .journal import read_journal, rewrite
 
-# The types of the fields in a run's files, of those that are there: `train` and `ppo` write different ones.
+# The types of the fields in run.json (FACTS) and result.json (RESULT). Any may be absent: `train` and `ppo` write
+# different ones.
 TEXT = str | None
 NUMBER = int | float | None
 TABLE = dict | None

@@ -81,7 +81,7 @@ def _matrix(counts: list[list[int]], labels: list[str], caption: str) -> str:
     if len(counts) > MAX_CLASSES:
         return _frequent_confusions(counts, labels, caption)
 
-    # Where there is a column more than there are rows, it counts rows for which nothing was predicted.
+    # A column more than rows counts the examples for which nothing was predicted.
     totals = [sum(column) for column in zip(*counts, strict=True)]
     head = "".join(f'<th scope="col">{label}</th>' for label in [*labels, "nothing"][: len(totals)])
     body = ""

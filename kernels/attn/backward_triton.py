@@ -35,7 +35,7 @@ from .forward_triton import (
     with_kernel_strides,
 )
 
-# As in `forward_triton.py`: BLOCK_T, BLOCK_S, warps, stages.
+# By compute capability and padded width of a head: BLOCK_T, BLOCK_S, warps, stages.
 _DQ = {
     0: SMALL,
     80: {64: (128, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 4, 2)},

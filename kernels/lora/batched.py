@@ -7,7 +7,7 @@ For x (N, K), W (M, K), adapters stacked as A (G, R, K) and B (G, M, R), and g =
 
 and with dy (N, M):
 
-    dSₙ = B_gᵀ dyₙ                           dx = dy W [+ drop(A_gᵀ dSₙ)]
+    dSₙ = B_gᵀ dyₙ                           dxₙ = Wᵀ dyₙ [+ drop(A_gᵀ dSₙ)]
     dA_g = Σ dSₙ drop(x)ₙᵀ                   dB_g = Σ dyₙ Sₙᵀ             over the rows n of adapter g
 
 All rows share one product with W, whatever their adapters; the rest is done in place, adapter by adapter, without an
@@ -15,8 +15,8 @@ intermediate of y's size. Rows without an adapter come out as the base model mak
 Forward as in Punica (SGMV, 2310.18547) and S-LoRA (2311.03285), training as in mLoRA (2312.02515); rows of an adapter
 need not be neighbours here, and every sum has a fixed order, so that two runs are bitwise equal.
 
-How rows are grouped is told in `row_groups.py`, the products are in `batched_torch.py` and `batched_triton.py`. All
-else is that of `linear.py`: the function with its passes, parts, dropout, the same mask included.
+`row_groups.py` groups the rows; the products are in `batched_torch.py` and `batched_triton.py`. The function itself,
+its parts and its dropout (the same mask) are those of `linear.py`.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ def lora_linear_batched(
 
     `segments` says which rows use which adapter: `Segments.of((2, -1, 0), lengths=T, device=x.device)` for a batch
     (3, T, K) whose second sequence has none. It is made on the host; one serves every layer and both passes.
-    The scale belongs into `b`; adapters of lower rank are padded with zeros in a and b, which changes nothing.
+    Multiply the scale into `b`; adapters of lower rank are padded with zeros in a and b, which changes nothing.
     Sibling parts: `a` (G, ΣRᵢ, K), `b` the sequence of their (G, Mᵢ, Rᵢ), and `rows` where in y each begins. `dropout`
     and `seed` as in `lora_linear`, and with the same mask. Chen et al., https://arxiv.org/abs/2310.18547
 

@@ -16,14 +16,15 @@ is read once for S; B is block diagonal, so part i takes its own columns of S an
 
 **Prologue.** x is rarely what arrives: a norm or an activation made it from h. Both are cheap to evaluate again, so the
 function takes h and the prologue, and saves h instead of x. A pre-norm block then keeps, of all its inputs to
-projections, only the residual stream and the attention's output; the feed-forward keeps u and never gelu(u).
+projections, only the residual stream and the attention's output; the feed-forward keeps its activation's input u, and
+never gelu(u).
 
 **Dropout** acts on x in the low-rank branch alone. The mask is drawn from a seed and drawn again in the backward pass.
 
 The products themselves, by torch or by Triton, are in `products.py`.
 
 Shapes: N rows (tokens flattened), K columns of x, M columns of y, R the rank, ΣR the sum of all parts' ranks. h is
-(N, K), or (N, 2K) in front of a gated activation.
+(N, K), or (N, 2K) in front of a gated activation. In the code S is `s`, and the scale s is `scale` or `args.scales`.
 """
 
 from collections.abc import Sequence
@@ -50,10 +51,14 @@ from .products import (
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, args: LoRAArgs, h, norm_weight, norm_bias, weight, bias, a, *bs):
-        """y (N, M). Where nobody wants gradients `ctx` is None, and nothing is saved."""
+        """y (N, M), for weight (M, K), a (ΣR, K) or None where there is no adapter, bs each (Mᵢ, Rᵢ).
+
+        Under `args.segments` a and bs are stacks, one for each adapter. Where nobody wants gradients `ctx` is None, and
+        nothing is saved.
+        """
         x = h
         s = None
-        stats: Stats = ()
+        stats: Stats = ()  # of the norm: mean and rstd of each row, or rstd alone
         if norm_weight is None:
             if args.activation is not None:
                 x = args.activation.forward(h)  # (N, K)
@@ -72,7 +77,9 @@ class _LoRALinear(torch.autograd.Function):
 
         # With all of it frozen and nothing in front, dx = dy W needs no h.
         made_from_h = norm_weight is not None or args.activation is not None
-        if not (made_from_h or ctx.needs_input_grad[4] or ctx.needs_input_grad[6]):
+        need_weight = ctx.needs_input_grad[4]
+        need_a = ctx.needs_input_grad[6]
+        if not (made_from_h or need_weight or need_a):
             h = None
         ctx.packed = None
         if isinstance(weight, NF4Weight):
@@ -94,7 +101,7 @@ class _LoRALinear(torch.autograd.Function):
         _, need_h, need_norm_weight, need_norm_bias, need_weight, need_bias, need_a, *need_bs = ctx.needs_input_grad
         need_input = need_h or need_norm_weight or need_norm_bias
 
-        # Of the trained tensors. x is made again for those that read it, and let go before dx, which is as large.
+        # Gradients of what trains. x is made again for those that read it, and freed before dx, as large, is made.
         grad_weight = grad_bias = grad_s = grad_a = None
         grad_bs: list[Tensor | None] = [None] * len(bs)
         if need_bias:
@@ -114,7 +121,7 @@ class _LoRALinear(torch.autograd.Function):
                 grad_weight = grad.T @ x  # (M, K)
             del x
 
-        # Of the input: through the projection, and through what stands in front of it.
+        # The input's gradient: back through the projection, then through the norm or activation in front of it.
         grad_h = grad_norm_weight = grad_norm_bias = None
         if need_input:
             if ctx.packed is not None:
@@ -140,17 +147,20 @@ def fused_linear(
     norm: tuple[Tensor | None, Tensor | None] = (None, None),
     gain: Tensor | None = None,
 ) -> Tensor:
-    """[norm or activation] → linear → low-rank correction [→ DoRA's gain], for h (..., K); the others call it."""
+    """[norm or activation] → linear → low-rank correction [→ DoRA's gain], for h (..., K).
+
+    `lora_linear`, `lora_linear_batched` and the layers call it.
+    """
     device = h.device.type
     tensors = cast_for_autocast((h.reshape(-1, h.shape[-1]), *norm, weight, bias, a, *bs), device)  # h as (N, K)
     if torch.is_autocast_enabled(device):
-        # Off inside: it would cast the operands of some products, and not those of the products in place.
+        # Off inside: it would cast the operands of F.linear, but not those of products in place, such as addmm_.
         with torch.autocast(device, enabled=False):
             y = _LoRALinear.apply(args, *tensors)
     elif torch.is_grad_enabled():
         y = _LoRALinear.apply(args, *tensors)
     else:
-        # Token by token, the Function's own cost counts.
+        # In generation, a token at a time, the overhead of autograd.Function is noticeable.
         y = _LoRALinear.forward(None, args, *tensors)
 
     y = y.view(*h.shape[:-1], weight.shape[0])  # (..., M)

@@ -11,7 +11,7 @@ from ..._outside import explained_memory, located
 from ..._weightless import allocate, without_weights
 from ...kernels import Linear
 from ..families import Family, Model, family_of_preset
-from ..layers.heads import BY_TEXT
+from ..layers.heads import TEXT_TASKS
 from ..layers.image_processor import ImageProcessor
 from ..resnet.model import ResNet
 from ..tokenizer.special_tokens import SpecialTokens, load_tokenizer, load_tokenizer_file
@@ -132,7 +132,7 @@ def open_checkpoint(
         model.pixels = ImageProcessor.read(folder, published, model.config.n_channels) or model.pixels
 
     rows = head_rows(model, published, known) if depth == stored_depth else None
-    if rows is None or task not in BY_TEXT:
+    if rows is None or task not in TEXT_TASKS:
         model.tokens = padding_of_new_head(tokens, tokenizer, task)
     return Checkpoint(model, tokenizer, shards, published, rows)
 

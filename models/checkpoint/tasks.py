@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..layers.heads import BY_TEXT, LABELLED, n_outputs
+from ..layers.heads import LABELLED, TEXT_TASKS, n_outputs
 from ..tokenizer.special_tokens import SpecialTokens
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def padding_of_new_head(tokens: SpecialTokens, tokenizer: "Tokenizer | None", ta
         pad = next((token_id for token_id in map(tokenizer.token_to_id, PADS) if token_id is not None), None)
     if pad is None:
         pad = tokens.eos_id
-    if pad is None or task not in BY_TEXT:
+    if pad is None or task not in TEXT_TASKS:
         return replace(tokens, config_pad_id=pad)
 
     if tokens.pad_id is None:
@@ -135,7 +135,7 @@ def reorder_head(head: nn.Module, rows: list[int]) -> None:
 
 def task_config(model: "Model", model_type: str) -> dict[str, Any]:
     """The fields of config.json for the task, its labels and the head's depth, and the special tokens."""
-    fields = model.tokens.to_config(classifies=model.task in BY_TEXT)
+    fields = model.tokens.to_config(classifies=model.task in TEXT_TASKS)
     fields["architectures"] = [class_name(type(model), model.task, model_type)]
     if model.task == "reward":  # transformers has no class for it: a classifier with one label
         fields |= {"handtune_task": "reward", "num_labels": 1}

@@ -40,7 +40,7 @@ class Embed(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each behind its norm and added to the stream."""
+    """One layer: attention and feed-forward, each behind its norm and added to x, the residual stream."""
 
     def __init__(self, config: GPT2Config, index: int):
         super().__init__()
@@ -66,7 +66,8 @@ class Block(nn.Module):
         if config.scale_by_layer:
             self.scale /= index + 1
         self.window = config.window if index % 2 else None
-        self.recompute = False  # see kernels/mlp.py
+        # True: up(norm(x)) is not kept but computed again in the backward pass (kernels/mlp.py).
+        self.recompute = False
 
     def forward(
         self,
@@ -88,13 +89,13 @@ class Block(nn.Module):
         )
         out = out.flatten(2)  # (B, T, H·hd)
 
-        # Every position was a key, but nobody reads what becomes of most of them behind the last layer.
+        # Last layer: keys and values needed every position, but only these are read further; the rest stops here.
         if positions_to_return is not None:
             x = x[:, positions_to_return]  # (B, n, D)
             out = out[:, positions_to_return]  # (B, n, H·hd)
 
         x = x + self.o(out)  # (B, T or n, D)
-        return x + feed_forward(x, self.norm2, self.up, self.activation, self.down, self.recompute)
+        return x + feed_forward(x, self.norm2, self.up, self.activation, self.down, self.recompute)  # (B, T or n, D)
 
 
 class GPT2(PretrainedModel):
@@ -129,7 +130,7 @@ class GPT2(PretrainedModel):
     text_head: ClassVar = {"bias": False}
     # Constants that some checkpoints carry.
     ignored_keys = ("*.attn.bias", "*.attn.masked_bias")
-    # A second copy of the output matrix must be one.
+    # lm_head.weight may be stored, too; it must then equal the token embedding.
     tied_keys: ClassVar = {"lm_head.weight": ("embed.tokens.weight", TIED)}
     # Published fields that would change what is computed, and the values for which they don't.
     supported_config_values: ClassVar = {
@@ -188,10 +189,12 @@ class GPT2(PretrainedModel):
         x = hidden_states
         if x is None:
             x = self.embed.tokens(input_ids) + self.embed.positions(position_ids)  # (B, T, D)
-            if token_type_ids is not None:  # which GPT-2 looks up among the tokens
+            if token_type_ids is not None:
+                # GPT-2 has no table for these: transformers looks them up among the tokens.
                 x = x + self.embed.tokens(token_type_ids)
 
         bias = key_bias(attention_mask)  # (B, 1, 1, S) or None
+        # As a tuple: a slice of a ModuleList would build a new module in each pass.
         for block in tuple(self.layers)[layer_range]:
             # Below the last layer every position is a key of the next one.
             returned = positions_to_return if block is self.layers[-1] else None

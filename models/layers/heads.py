@@ -28,7 +28,7 @@ TASKS = (
 )
 LABELLED = ("sequence-classification", "token-classification", "image-classification")
 MAX_LAYERS = 100  # of a head
-BY_TEXT = ("sequence-classification", "reward")  # tasks whose head reads one state of a text
+TEXT_TASKS = ("sequence-classification", "reward")  # tasks whose head reads one state of a text
 
 
 def n_outputs(task: str, labels: tuple[str, ...]) -> int:

@@ -40,7 +40,7 @@ class Embed(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each behind its norm and added to the stream."""
+    """One layer: attention and feed-forward, each behind its norm and added to x, the residual stream."""
 
     def __init__(self, config: LlamaConfig, index: int):
         super().__init__()
@@ -61,7 +61,8 @@ class Block(nn.Module):
         self.o = Linear(q_width, d, config.attention_bias)
         self.gate_up = Linear(d, 2 * f, config.mlp_bias, parts=(("gate_proj", f), ("up_proj", f)))
         self.down = Linear(f, d, config.mlp_bias)
-        self.recompute = False  # see kernels/mlp.py
+        # True: up(norm(x)) is not kept but computed again in the backward pass (kernels/mlp.py).
+        self.recompute = False
 
     def forward(
         self,
@@ -90,7 +91,7 @@ class Block(nn.Module):
         out = attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, window=self.window, bias=bias)
         out = out.flatten(2)  # (B, T, H·hd)
 
-        # Every position was a key, but nobody reads what becomes of most of them behind the last layer.
+        # Last layer: keys and values needed every position, but only these are read further; the rest stops here.
         if positions_to_return is not None:
             x = x[:, positions_to_return]  # (B, n, D)
             out = out[:, positions_to_return]  # (B, n, H·hd)
@@ -182,6 +183,7 @@ class Llama(PretrainedModel):
         x = hidden_states
         if x is None:
             x = self.embed(input_ids)  # (B, T, D)
+        # As a tuple: a slice of a ModuleList would build a new module in each pass.
         for block in tuple(self.layers)[layer_range]:
             # Below the last layer every position is a key of the next one.
             returned = positions_to_return if block is self.layers[-1] else None

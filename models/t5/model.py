@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..layers.heads import BY_TEXT, last_position
+from ..layers.heads import TEXT_TASKS, last_position
 from ..layers.initialization import initialize
 from ..layers.inputs import unpacked
 from ..layers.key_map import CheckpointKey
@@ -221,7 +221,7 @@ class T5(PretrainedModel):
         A text's class is read where transformers reads it, at the row's last eos. A row without one, because it was cut
         say, is refused by transformers; here it is read at its last token.
         """
-        if self.task in BY_TEXT and self.tokens.eos_id is not None:
+        if self.task in TEXT_TASKS and self.tokens.eos_id is not None:
             is_eos = input_ids == self.tokens.eos_id  # (B, T)
             last_eos = last_position(is_eos, attention_mask, cu_seqlens)  # (B,), counted in (B·T,)
             last_token = last_position(torch.ones_like(is_eos), attention_mask, cu_seqlens)
@@ -233,12 +233,12 @@ class T5(PretrainedModel):
     @property
     def checkpoint_prefix(self) -> str:
         """transformers' classifiers hold the model as `transformer`; its other classes are the model themselves."""
-        return self.base_prefix[0] if self.task in (*BY_TEXT, "token-classification") else ""
+        return self.base_prefix[0] if self.task in (*TEXT_TASKS, "token-classification") else ""
 
     def checkpoint_keys(self) -> dict[str, str | CheckpointKey]:
         """Our modules → the published ones; a block has two sublayers in the encoder, and three in the decoder."""
         keys = {"embed.tokens": "shared", **stack_keys("encoder", 1), **stack_keys("decoder", 2)}
-        if self.task in BY_TEXT:
+        if self.task in TEXT_TASKS:
             keys |= {"head.pooler": "classification_head.dense", "head.out": "classification_head.out_proj"}
         return keys
 

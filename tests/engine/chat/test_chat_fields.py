@@ -10,7 +10,7 @@ from small_templates import CHATML, DISTILLED, HEADERS, THINKER, TOKENS, TOOLS, 
 
 from handtune.engine.chat.template import DEFAULT_TEMPLATE, ChatTemplate
 from handtune.engine.data.readers import read_prompts, read_rows
-from handtune.engine.data.schema import normalise
+from handtune.engine.data.schema import normalize
 from handtune.engine.tasks.encode import encode
 from handtune.models.tokenizer.special_tokens import SpecialTokens
 from handtune.prompts import prompt_of
@@ -33,12 +33,12 @@ PLAIN = [ASKED, ANSWER]
 def trained(row: Row, jinja: str = THINKER, objective: str = "sft") -> list[str]:
     """What has a loss, of each example."""
     template = ChatTemplate(jinja, **TOKENS)
-    examples, _ = encode([normalise(row)], tokenizer(), objective, max_length=5000, eos=1, template=template)
+    examples, _ = encode([normalize(row)], tokenizer(), objective, max_length=5000, eos=1, template=template)
     return [tokenizer().decode([t for t in example["targets"] if t >= 0], False) for example in examples]
 
 
 def text(row: Row, jinja: str = THINKER) -> str:
-    examples, _ = encode([normalise(row)], tokenizer(), "sft", max_length=5000, template=ChatTemplate(jinja, **TOKENS))
+    examples, _ = encode([normalize(row)], tokenizer(), "sft", max_length=5000, template=ChatTemplate(jinja, **TOKENS))
     return tokenizer().decode(examples[-1]["input_ids"], False)
 
 
@@ -109,7 +109,7 @@ def test_parts_that_a_template_drops_are_named() -> None:
     refused({"messages": [ASKED, thought, *PLAIN]}, "drops its thinking", THINKER, "pretrain")
     for field in ({"weight": 0}, {"train": False}, {"images": ["a.png"]}):
         with pytest.raises(ValueError, match="of a whole row is not implemented"):
-            normalise({"messages": [ASKED, *PLAIN], **field})
+            normalize({"messages": [ASKED, *PLAIN], **field})
 
 
 def test_a_turn_that_is_not_to_be_trained_has_no_loss() -> None:
@@ -178,7 +178,7 @@ def test_tool_calls_and_what_answers_them() -> None:
     refused({"messages": [ASKED, CALLING, {**RESULTS[0], "tool_call_id": "x"}, ANSWER]}, "'x' is the id of no call")
     for calls in ({"name": "a"}, [{"function": {}}], ["a"]):
         with pytest.raises(ValueError, match=r"messages\[0\]: tool_calls must be a list of calls"):
-            normalise({"messages": [{"role": "assistant", "tool_calls": calls}]})
+            normalize({"messages": [{"role": "assistant", "tool_calls": calls}]})
 
 
 def test_content_is_text_parts_of_text_or_beside_calls_nothing() -> None:
@@ -186,14 +186,14 @@ def test_content_is_text_parts_of_text_or_beside_calls_nothing() -> None:
     assert trained({"messages": [ASKED, {**ANSWER, "content": parts}]}) == ["At 06:12.<|im_end|>"]
     image = {"type": "image_url", "image_url": {"url": "x"}}
     with pytest.raises(ValueError, match=r"messages\[1\]: content holds a part that is no text \('image_url'\)"):
-        normalise({"messages": [ASKED, {**ANSWER, "content": [*parts, image]}]})
+        normalize({"messages": [ASKED, {**ANSWER, "content": [*parts, image]}]})
     with pytest.raises(ValueError, match=r"messages\[1\]: field 'content' must be text, not null"):
-        normalise({"messages": [ASKED, {**ANSWER, "content": None}]})
+        normalize({"messages": [ASKED, {**ANSWER, "content": None}]})
 
 
 def pair(chosen: Row, rejected: Row, jinja: str = THINKER, **more: Any) -> tuple[str, str, str]:
     """Prompt and both answers of a comparison as they are encoded."""
-    row = normalise({"prompt": [ASKED], "chosen": [chosen], "rejected": [rejected], **more})
+    row = normalize({"prompt": [ASKED], "chosen": [chosen], "rejected": [rejected], **more})
     (example,), _ = encode([row], tokenizer(), "pairs", max_length=5000, template=ChatTemplate(jinja, **TOKENS))
     start, other = example["starts"]
     prompt = tokenizer().decode(example["chosen"][:start], False)

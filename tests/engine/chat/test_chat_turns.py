@@ -12,7 +12,7 @@ from small_tokenizers import byte_level
 from handtune.engine.chat.ends import turn_end
 from handtune.engine.chat.template import ChatTemplate
 from handtune.engine.chat.turns import ChatTargets
-from handtune.engine.data.schema import normalise
+from handtune.engine.data.schema import normalize
 from handtune.engine.tasks.encode import encode
 
 EMPTY = re.compile(r"<think>\s*</think>\s*")
@@ -44,7 +44,7 @@ def compiled(jinja: str) -> ChatTemplate:
 
 def trained(row: dict[str, Any], kind: Kind) -> list[tuple[str, str]]:
     """Each stretch of tokens with a loss as text, and the text before it; the examples one after the other."""
-    examples, _ = encode([normalise(row)], tokenizer(), "sft", max_length=5000, template=compiled(kind.jinja))
+    examples, _ = encode([normalize(row)], tokenizer(), "sft", max_length=5000, template=compiled(kind.jinja))
     stretches = []
     for example in examples:
         ids = [example["input_ids"][0]]

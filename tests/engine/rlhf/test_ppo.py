@@ -109,7 +109,7 @@ def test_log_probabilities_row_by_row(family: str, tmp_path: Path) -> None:
     trainer = trainer_of(model, temperature=0.7, lora=LoRAConfig(rank=4, targets=["layers.1.*"]))
     moved(trainer)
     torch.nn.init.normal_(trainer.critic.head.out.weight)
-    assert trainer.actors.share == 1
+    assert trainer.actors.n_shared == 1
     rollout = sampled(trainer)
     trainer.evaluate_rollout(rollout, range(16))
     for i, (ids, start) in enumerate(zip(rollout.ids, rollout.starts, strict=True)):
@@ -292,7 +292,7 @@ def test_a_reward_model_on_the_policys_base(targets: str, tmp_path: Path) -> Non
         if ".lora." in name:
             p.data.normal_(0, 0.2)
     reward = Reward(alone)
-    reward.normalise(PROMPTS * 2, [[4, 5, 6], [1], [2, 3], [9, 9]] * 2)
+    reward.normalize(PROMPTS * 2, [[4, 5, 6], [1], [2, 3], [9, 9]] * 2)
     assert reward(PROMPTS, [[4, 5, 6], [1], [2, 3], [9, 9]]).mean() == pytest.approx(0.0, abs=1e-5)
     reward.save(tmp_path / "reward")
     model = small_gpt2()
@@ -302,7 +302,7 @@ def test_a_reward_model_on_the_policys_base(targets: str, tmp_path: Path) -> Non
     torch.testing.assert_close(loaded(PROMPTS, completions), reward(PROMPTS, completions))
     config = PPOConfig(**{**SMALL, "lora": LoRAConfig(rank=4, targets=["layers.1.*"])})
     trainer = Trainer(model, [loaded, evens], config, None)
-    assert trainer.actors.share == 1
+    assert trainer.actors.n_shared == 1
     rollout = sampled(trainer)
     trainer.evaluate_rollout(rollout, range(16))
     both_scores = reward(*trainer.as_given(rollout)) + torch.tensor(evens([], rollout.completions))
