@@ -162,7 +162,7 @@ def our_adapter(family: Family, task: str, padding: str, rule: str, folder: Path
         parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 0.2
     save_adapter(ours, folder / "ours")
 
-    theirs = their_classifier(family, folder / "base", ours.tokens.skipped_id)
+    theirs = their_classifier(family, folder / "base", ours.tokens.config_pad_id)
     theirs = peft.PeftModel.from_pretrained(theirs, folder / "ours").eval()
     return Pair(family, task, theirs, ours, words, tokenizer)
 
@@ -175,7 +175,7 @@ def their_adapter(family: Family, task: str, padding: str, rule: str, folder: Pa
     heads = {"t5": ["classification_head"], "xlnet": ["sequence_summary", "logits_proj"]}.get(family.kind)
     targets = r".*layer_[12]" if family.kind == "xlnet" else "all-linear"
     settings = peft.LoraConfig(task_type="SEQ_CLS", r=2, lora_alpha=4, target_modules=targets, modules_to_save=heads)
-    theirs = peft.get_peft_model(their_classifier(family, folder / "base", ours.tokens.skipped_id), settings).eval()
+    theirs = peft.get_peft_model(their_classifier(family, folder / "base", ours.tokens.config_pad_id), settings).eval()
     for seed, parameter in enumerate(p for p in theirs.parameters() if p.requires_grad):
         parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 0.2
     theirs.save_pretrained(folder / "theirs")

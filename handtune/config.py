@@ -150,6 +150,11 @@ class PPORunConfig:
     def __post_init__(self) -> None:
         if self.model.path is None:
             raise ValueError("model.path: ppo trains a model that can write already; name its folder or hub id")
+        if self.model.add_tokens:
+            raise ValueError(
+                "model.add_tokens: ppo trains no rows of the embedding; add the tokens in a fine-tuning run, and name "
+                "the model that `handtune merge` makes of it"
+            )
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = (), config_class: type = RunConfig) -> Any:
@@ -196,8 +201,11 @@ def from_table(cls: type, table: dict[str, Any], where: object) -> Any:
 
     ValueError, which begins with `where`, for unknown, missing and wrong fields.
     """
-    with located(where):
-        return _from_table(cls, table)
+    try:
+        with located(where):
+            return _from_table(cls, table)
+    except RecursionError:
+        raise ValueError(f"{where}: TOML that is nested too deeply to be read") from None
 
 
 def _from_table(cls: type, table: dict[str, Any]) -> Any:

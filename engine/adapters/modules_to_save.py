@@ -72,8 +72,10 @@ def _table(module: nn.Module, name: str) -> NamedTensors:
 
 
 def named_tensors(module: nn.Module, recurse: bool = True) -> dict[str, Tensor]:
-    """Its parameters and buffers by name, with those of its submodules or without."""
-    return {**dict(module.named_parameters(recurse=recurse)), **dict(module.named_buffers(recurse=recurse))}
+    """Its parameters and buffers by name; with those of its submodules each once, without them by all its names."""
+    parameters = module.named_parameters(recurse=recurse, remove_duplicate=recurse)
+    buffers = module.named_buffers(recurse=recurse, remove_duplicate=recurse)
+    return {**dict(parameters), **dict(buffers)}
 
 
 def _get(module: nn.Module, name: str) -> Tensor | None:

@@ -60,6 +60,9 @@ def ensure_adaptable(model: nn.Module, path: str) -> Adaptable:
     if wrapped is module:
         return wrapped
 
+    if not path:
+        raise ValueError("the model is itself a layer to adapt, so that nothing could hold it: nn.Sequential(layer)")
+
     # The dicts of hooks themselves and no copies, so that a hook's handle still removes it.
     wrapped.train(module.training)
     for attribute in (_HOOKS | {VERSIONS}) & vars(module).keys():

@@ -110,8 +110,9 @@ def _check_calls(dialogue: Dialogue, index: int, calls: Calls) -> None:
     """ValueError where the template leaves out one of a turn's calls, or a part of it."""
     for position, part in product(range(len(calls)), ("name", "arguments")):
         # The same turn, with a probe in the place of this part of this call.
-        message: dict[str, Any] = {**dialogue.messages[index], "tool_calls": list(map(deepcopy, calls))}
-        call = message["tool_calls"][position]
+        call = deepcopy(calls[position])
+        other_calls = [*calls[:position], call, *calls[position + 1 :]]
+        message: dict[str, Any] = {**dialogue.messages[index], "tool_calls": other_calls}
         function = call.get("function", call)
         if function.get(part):
             function[part] = ANSWER if part == "name" else {ANSWER: "?"}

@@ -233,6 +233,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def _summed(self, iterable: Iterable[Any], attribute: str | int | None = None, start: Any = 0) -> Any:
         """jinja2's filter `sum`."""
         values = self._values_of(iterable, attribute)
+        start = sum((), start)  # which refuses texts, as jinja2's does
         if isinstance(start, int | float):
             return self.budget.count(sum(values, start))
         for value in values:  # a list, and each is added to a copy of those before it

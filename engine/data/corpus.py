@@ -150,29 +150,34 @@ def _dtype(tokenizer: "Tokenizer", eos: int | None) -> "np.dtype[Any]":
 def _is_complete(path: Path, facts: dict[str, Any], dtype: "np.dtype[Any]") -> bool:
     """Whether a cache holds the tokens of these facts, undamaged."""
     try:
-        return bool(read_json(path.with_suffix(".json")) == _with_tokens(path, facts, dtype))
+        count = require_file(path).stat().st_size // dtype.itemsize
+        return bool(read_json(path.with_suffix(".json")) == _with_tokens(facts, count, digest(path)))
     except (OSError, ValueError):
         return False  # absent or damaged: it is made again
 
 
 def _make(path: Path, recipe: _Recipe, facts: dict[str, Any]) -> None:
     """Write the tokens, and what they were made from. ValueError where they are fewer than two."""
+    checksum = hashlib.sha256()
     with replacing(path) as file:
         for ids in _tokens(recipe):
-            file.write(ids.tobytes())
+            # Hashed on the way: the file may be larger than what memory keeps of it.
+            chunk = ids.tobytes()
+            checksum.update(chunk)
+            file.write(chunk)
 
-    stored = _with_tokens(path, facts, recipe.dtype)
-    if stored["count"] < 2:
+    count = path.stat().st_size // recipe.dtype.itemsize
+    if count < 2:
         # One token has no other to predict it from.
         path.unlink()
         names = ", ".join(str(source) for source in recipe.sources if isinstance(source, Path)) or "the corpus"
-        raise ValueError(f"{names}: {stored['count']} tokens; give text with at least two")
-    write_json(path.with_suffix(".json"), stored)
+        raise ValueError(f"{names}: {count} tokens; give text with at least two")
+    write_json(path.with_suffix(".json"), _with_tokens(facts, count, checksum.hexdigest()))
 
 
-def _with_tokens(path: Path, facts: dict[str, Any], dtype: "np.dtype[Any]") -> dict[str, Any]:
-    """The facts, and how many tokens lie at the path, and which."""
-    return {**facts, "count": require_file(path).stat().st_size // dtype.itemsize, "sha256": digest(path)}
+def _with_tokens(facts: dict[str, Any], count: int, sha256: str) -> dict[str, Any]:
+    """The facts, and how many tokens there are, and which."""
+    return {**facts, "count": count, "sha256": sha256}
 
 
 def _tokens(recipe: _Recipe) -> Iterator[npt.NDArray[Any]]:

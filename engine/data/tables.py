@@ -122,8 +122,8 @@ def _header(line: int, values: list[str], path: Path) -> list[str]:
             remedy = f"separate columns by commas, not by {separator!r}"
         raise ValueError(f"{path} line {line}: no known column among {', '.join(fields)}; {remedy}")
 
-    for field in fields:
-        if field and fields.count(field) > 1:  # columns without a name may be several
+    for field, count in Counter(fields).items():
+        if field and count > 1:  # columns without a name may be several
             raise ValueError(f"{path} line {line}: the column {field!r} stands there twice; rename one")
     return fields
 

@@ -3,6 +3,7 @@
 The A's of the parts of a fused projection are stacked; a B comes in the order of the published rows and is put in ours.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,6 +65,12 @@ class FactorLayout(NamedTuple):
             tensors[MAGNITUDE] = column.view(_magnitude_shape(block.b))
         return tensors
 
+    def check_rank(self, stored: Mapping[str, Tensor], module: str, rank: int) -> None:
+        """ValueError where a published module's A has another rank: known before memory is taken for it."""
+        a = stored.get(f"{module}.{self.names[0]}")
+        if a is not None and a.dim() and len(a) != rank:
+            raise ValueError(f"{module} has rank {len(a)}, but adapter_config.json says {rank}")
+
     def take(self, stored: dict[str, Tensor], module: str, fresh: PartWeights, dora: bool) -> PartWeights:
         """Take the block of a published module out of stored tensors; ValueError where it isn't of a fresh one's size.
 
@@ -80,9 +87,6 @@ class FactorLayout(NamedTuple):
         tensors = [stored.pop(key).float() for key in keys]
         a, b = tensors[:2]  # (R, K), (M, R)
 
-        rank = len(fresh.a)
-        if a.dim() and len(a) != rank:
-            raise ValueError(f"{module} has rank {len(a)}, but adapter_config.json says {rank}")
         shapes = tuple(tuple(tensor.shape) for tensor in tensors)
         expected = (tuple(fresh.a.shape), tuple(fresh.b.shape), _magnitude_shape(fresh.b))[: len(tensors)]
         if shapes != expected:
@@ -113,6 +117,8 @@ def take_factors(model: nn.Module, config: LoRAConfig, stored: dict[str, Tensor]
         }
         if not adapted:
             continue
+        for part in adapted.values():
+            layout.check_rank(stored, part, config.rank_of(part))
         with located(published[0]):
             weights = fresh_adapter(as_adaptable(module), adapted, config)
         parts = zip(adapted.values(), weights.blocks(), strict=True)

@@ -28,7 +28,7 @@ from ..runtime import interruptible
 from ..training.guards import clean_guest, explained_memory_error, infinite_epochs, require_finite
 from ..training.optim import lr_factor
 from ..training.run_folder import RunFolder, peak_memory
-from ..training.state import resume, save, tell_resumed
+from ..training.state import resume, save, stored_state, tell_resumed
 from .actors import POLICY, detach
 from .config import PPOConfig
 from .reward_model import RewardFn
@@ -104,7 +104,8 @@ def ppo(
         n_rounds = -(-config.episodes // config.rollout_batch_size)
 
         # Adapters that an earlier call of this run left on the model give way to those of its checkpoint.
-        if run_folder.newest_checkpoint() is not None:
+        stored = stored_state(run_folder)
+        if stored is not None:
             detach(model)
         rewards = [reward] if callable(reward) else list(reward)
         trainer = Trainer(model, rewards, config, tokenizer)
@@ -113,7 +114,7 @@ def ppo(
         # From the newest checkpoint, or from the beginning; where that fails, policy and critic come off again.
         try:
             with explained_memory_error(trainer.device, remedy):
-                facts, tensors = resume(run_folder, trainer.optimizer, batches, config.keep_last)
+                facts, tensors = resume(stored, run_folder, trainer.optimizer, batches, config.keep_last)
                 progress = PPOProgress(**facts.get("progress", {}))
                 best_weights = tensors.get("best", {})
                 if facts:

@@ -45,7 +45,7 @@ from .guards import (
 )
 from .optim import Optimizer, lr_factor, lr_scales
 from .run_folder import RunFolder, peak_memory
-from .state import Progress, keep_best, restore_best, resume, save, tell_resumed
+from .state import Progress, keep_best, restore_best, resume, save, stored_state, tell_resumed
 
 DEFAULT_ROWS = 16  # of a step, where the configuration gives neither rows nor tokens
 UNTRAINED = (
@@ -159,7 +159,7 @@ def train(
         eval_every = config.eval_every or per_epoch
         save_every = config.save_every or per_epoch
 
-        facts, _ = resume(run_folder, optimizer, data, config.keep_last)
+        facts, _ = resume(stored_state(run_folder), run_folder, optimizer, data, config.keep_last)
         progress = Progress(**facts.get("progress", {}))
         started -= progress.seconds
         ended = progress.ended(total, config.early_stopping_patience)

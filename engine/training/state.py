@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,19 +62,32 @@ def save(
     prune(folder, keep_last)
 
 
-def resume(
-    run_folder: RunFolder, optimizer: Optimizer, data: Any, keep_last: int
-) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """Continue from the newest checkpoint: weights, generators, place in the data; gives its facts and other tensors.
+class StoredState(NamedTuple):
+    """The newest checkpoint of a run."""
 
-    Without one there are none, and the run begins.
-    """
+    path: Path
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+def stored_state(run_folder: RunFolder) -> StoredState | None:
+    """The newest checkpoint, if there is one. ValueError where it is damaged."""
     newest = run_folder.newest_checkpoint()
-    if newest is None:
+    return None if newest is None else StoredState(newest, *load_checkpoint(newest))
+
+
+def resume(
+    stored: StoredState | None, run_folder: RunFolder, optimizer: Optimizer, data: Any, keep_last: int
+) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """Continue from what is stored: weights, generators, place in the data; gives its facts and other tensors.
+
+    Where nothing is, there are none, and the run begins.
+    """
+    if stored is None:
         run_folder.rewind(-1)
         return {}, {}
 
-    tensors, facts = load_checkpoint(newest)
+    newest, tensors, facts = stored
     groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         group, _, name = key.partition(".")

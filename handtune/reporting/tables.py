@@ -142,7 +142,8 @@ def configuration(run: Run) -> str:
     facts["steps"] = run.result.get("steps") or last_step
     if "train_loss" in run.result:
         facts["train loss"] = score("loss", run.result["train_loss"])
-    if best := run.result.get("best"):
+    best = run.result.get("best") or {}
+    if best.keys() >= {"step", "metric", "value"}:
         facts["best"] = f"{metric_name(best['metric'])} {score(best['metric'], best['value'])} at step {best['step']:,}"
     facts |= run.info.get("versions", {})
     tables = facts_table(_flatten(run.info["config"])) + facts_table(_flatten(facts))

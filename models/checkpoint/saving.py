@@ -45,8 +45,13 @@ def save(model: Model, tokenizer: "Tokenizer | None", path: str | Path) -> None:
 
     # Each tensor is brought to its stored layout when its turn to be written comes, so that one copy exists at a time.
     ours = stored_tensors(model)
+    key_map = model.key_map()
+    if nameless := [key for key in ours.keys() & model.state_dict() if key not in key_map and ".lora." not in key]:
+        raise ValueError(
+            f"{min(nameless)}: no checkpoint has a name for this; take back what was put around or into the model"
+        )
     tensors: dict[str, LazyTensor] = {}
-    for key, source in model.key_map().items():
+    for key, source in key_map.items():
         for name, rows in zip(source.names, blocks(ours[key], source), strict=True):
             tensors[name] = LazyTensor(stored_shape(source, rows), rows.dtype, partial(source.as_stored, rows))
     with filling(path, "config.json") as folder:

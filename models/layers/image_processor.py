@@ -89,7 +89,7 @@ class ImageProcessor:
         with located(path):
             try:
                 return build(stored, n_channels)
-            except (TypeError, KeyError, AttributeError, ArithmeticError) as error:
+            except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
                 raise ValueError(f"the size or normalisation of images is damaged ({error!r})") from error
 
     def write(self, folder: Path) -> None:
@@ -136,8 +136,8 @@ def _framing(stored: dict[str, Any], class_name: str) -> tuple[int, int, bool]:
         size = {side: pixels for side, pixels in size.items() if pixels is not None}
         if set(size) not in ({"shortest_edge"}, {"height", "width"}):
             raise ValueError(f"size = {size} is not implemented; known: shortest_edge alone, or height and width")
-        edges = size.get("shortest_edge", size)
         squeeze = "height" in size
+        edges = size if squeeze else int(size["shortest_edge"])
     edge = _square("size", edges)
 
     # ConvNeXt's `size` is what is left of the image, and not what it is scaled to.

@@ -94,5 +94,6 @@ def expand_keys(model: nn.Module, templates: dict[str, str | CheckpointKey], pre
         if len(names) > 1:
             linear: Any = model.get_submodule(module)
             rows = tuple(part.size for part in linear.parts)
-        table[tensor] = replace(template, names=names, rows=rows, also=also)
+        transposed = template.transposed and tensor.endswith(".weight")
+        table[tensor] = replace(template, names=names, rows=rows, also=also, transposed=transposed)
     return table

@@ -59,7 +59,7 @@ def from_timm(config: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"global_pool = {pooling!r} is not implemented")
     if arguments:
         raise ValueError(f"model_args = {arguments} is not implemented")
-    if not 0 <= n_classes <= MAX_SIZE:
+    if type(n_classes) is not int or not 0 <= n_classes <= MAX_SIZE:
         raise ValueError(f"num_classes = {n_classes}: expected at most {MAX_SIZE:,}")
 
     # No classes is timm's way to say that the model has no head.

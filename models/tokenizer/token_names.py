@@ -49,18 +49,20 @@ class TokenizerSettings(NamedTuple):
 
 def read_settings(folder: Path, config: dict[str, Any]) -> TokenizerSettings:
     """The settings in `folder`, whose config.json holds `config`. ValueError for a damaged file."""
-    stored = json_if_there(folder / SETTINGS)
+    path = folder / SETTINGS
+    lists = {"additional_special_tokens": list | None, "extra_special_tokens": list | dict | None}
+    stored = with_fields(
+        json_if_there(path),
+        path,
+        added_tokens_decoder=dict | None,
+        chat_template=str | list | None,
+        strip_accents=bool | None,
+        **lists,
+    )
     merged = stored
     if "added_tokens_decoder" not in stored:
-        merged = {**stored, **json_if_there(folder / "special_tokens_map.json")}
-    with_fields(
-        merged,
-        folder / SETTINGS,
-        added_tokens_decoder=dict | None,
-        additional_special_tokens=list | None,
-        chat_template=str | list | None,
-        extra_special_tokens=list | dict | None,
-    )
+        map_path = folder / "special_tokens_map.json"
+        merged = {**stored, **with_fields(json_if_there(map_path), map_path, **lists)}
 
     usual = CLASSES.get(str(config.get("model_type")), "nameless tokenizer")
     class_name = str(merged.get("tokenizer_class") or config.get("tokenizer_class") or usual).removesuffix("Fast")
@@ -70,8 +72,9 @@ def read_settings(folder: Path, config: dict[str, Any]) -> TokenizerSettings:
     if isinstance(extra, dict):  # in old files it is a list of texts without names
         entries |= extra
     named = {name: entry for name, entry in entries.items() if name.endswith("_token")}
-    special = {name: entry for name, entry in named.items() if isinstance(entry, str | dict) and entry}
-    with located(folder / SETTINGS):
+    # Others that end so may be switches, as add_bos_token is.
+    special = {name: entry for name, entry in named.items() if entry and (name in NAMES or type(entry) in (str, dict))}
+    with located(path):
         names = {name: token_text(entry) for name, entry in special.items()}
     return TokenizerSettings(stored, merged, class_name, special, names)
 

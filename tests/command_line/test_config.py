@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from small_runs import write_config
 
-from handtune.config import ELSEWHERE, RunConfig, from_table, read_config
+from handtune.config import ELSEWHERE, PPORunConfig, RunConfig, from_table, read_config
 from handtune.engine.adapters.lora import LoRAConfig
 from handtune.engine.rlhf.config import PPOConfig
 from handtune.engine.training.config import TrainConfig
@@ -184,3 +184,21 @@ def test_what_options_are_called_elsewhere_leads_to_ours() -> None:
     assert not ELSEWHERE.keys() & options
     with pytest.raises(ValueError, match="unknown key 'clip'; did you mean 'clip_range'"):
         from_table(PPOConfig, {"clip": 0.2}, "x")
+
+
+def test_tables_in_tables_without_end_are_refused(tmp_path: Path) -> None:
+    """Each level of the text is many of the table: dotted keys."""
+    nested = "{" + ".".join("a" * 60) + " = "
+    base = 'method = "sft"\nout = "out"\nmodel.path = "base"\ndata.train = "rows"\n'
+    deep = tmp_path / "deep.toml"
+    deep.write_text(f"{base}[train]\nlr_scale = {nested * 20}1{'}' * 20}\n")
+    with pytest.raises(ValueError, match=r"deep\.toml: TOML that is nested too deeply to be read"):
+        read_config(deep)
+
+
+def test_ppo_adds_no_tokens(tmp_path: Path) -> None:
+    (tmp_path / "ppo.toml").write_text(
+        'out = "out"\nprompts = "p.jsonl"\nreward = "m:f"\n[model]\npath = "base"\nadd_tokens = ["<a>"]\n'
+    )
+    with pytest.raises(ValueError, match=r"model\.add_tokens: ppo trains no rows of the embedding"):
+        read_config(tmp_path / "ppo.toml", (), PPORunConfig)

@@ -10,7 +10,9 @@ import pytest
 from project import BENCHMARKS, ROOT
 from small_runs import write_rows
 
+from handtune.adapted import policy
 from handtune.cli import main
+from handtune.commands import ppo as ppo_command
 from handtune.config import PPORunConfig, read_config
 
 sys.path.append(str(BENCHMARKS))
@@ -147,12 +149,15 @@ def test_a_reward_of_another_base(folder: Path, capsys: pytest.CaptureFixture[st
     assert "was trained on elsewhere" in capsys.readouterr().err
 
 
-def test_its_model_is_that_of_the_configuration(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Tokens are added, and feed-forwards computed again, as in `handtune train`; what reads the run adds them, too."""
-    changes = ["model.add_tokens=['<|tool|>']", "model.recompute=true", "ppo.episodes=16"]
-    assert main(["ppo", "ppo.toml", *changes]) == 0
-    assert "<|tool|>" in Path("run/adapter/tokenizer.json").read_text()
-    capsys.readouterr()
-    assert main(["generate", "run", "--prompt", "And <|tool|>", "--max-new-tokens", "2"]) == 0
-    assert main(["merge", str(MODEL), "run/adapter", "merged"]) == 0
-    assert "<|tool|>" in Path("merged/tokenizer.json").read_text()
+def test_its_model_is_that_of_the_configuration(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Feed-forwards are computed again, as in `handtune train`."""
+    recomputing = []
+
+    def load_policy(*arguments: Any, **options: Any) -> Any:
+        model, tokenizer = policy.load_policy(*arguments, **options)
+        recomputing.extend(block.recompute for block in model.layers)
+        return model, tokenizer
+
+    monkeypatch.setattr(ppo_command, "load_policy", load_policy)
+    assert main(["ppo", "ppo.toml", "model.recompute=true", "ppo.episodes=16"]) == 0
+    assert recomputing == [True] * 4

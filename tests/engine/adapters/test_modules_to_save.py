@@ -308,3 +308,27 @@ def test_a_block_does_not_take_what_the_base_trains() -> None:
         pass
     assert model.head.out.weight is head
     assert head.requires_grad
+
+
+def test_a_parameter_with_two_names_in_a_module_stays_one(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.norm = nn.LayerNorm(4)
+            self.p = nn.Parameter(torch.ones(4))
+            self.q = self.p
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.linear(x)) * self.p + self.q
+
+    model = Twice()
+    base = copy.deepcopy(model)
+    add_lora(model, LoRAConfig(rank=2, targets="linear"))
+    unfreeze(model, "p")
+    model.p.data.fill_(2.0)
+    save_adapter(model, tmp_path)
+    load_adapter(base, tmp_path)
+    x = torch.randn(3, 4)
+    assert base.p is base.q
+    assert torch.equal(base(x), model(x))

@@ -587,3 +587,12 @@ def test_a_download_offline_is_one_line():
 def test_a_model_of_ours_loads_as_auto_model(tmp_path):
     save(GPT2.from_name("gpt2", n_layer=1, d_model=12, n_head=3, vocab_size=30, max_positions=16), None, tmp_path)
     assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path), GPT2LMHeadModel)
+
+
+def test_a_model_with_something_put_around_a_module_is_not_saved(tmp_path: Path) -> None:
+    """Its tensors would be missing in the checkpoint."""
+    model = GPT2.from_name("gpt2", n_layer=1, n_head=2, d_model=16, vocab_size=20, max_positions=8)
+    model.layers[0].o = torch.nn.Sequential(model.layers[0].o)
+    with pytest.raises(ValueError, match=r"layers\.0\.o\.0\.bias: no checkpoint has a name for this"):
+        save(model, None, tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

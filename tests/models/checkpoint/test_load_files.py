@@ -353,3 +353,13 @@ def test_weights_of_eight_bits_without_a_dtype(tmp_path):
     assert load(tmp_path, dtype="bfloat16", device="cpu")[0].embed.tokens.weight.dtype == torch.bfloat16
     with pytest.raises(ValueError, match=r"dtype torch.float8_e4m3fn: expected float32, bfloat16, float16 or float64"):
         load(tmp_path, dtype=torch.float8_e4m3fn, device="cpu")
+
+
+def test_a_special_token_of_another_type_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": ["x"]}')
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: \['x'\] is no token"):
+        read_settings(tmp_path, {})
+    (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": true, "chat_template": "x"}')
+    (tmp_path / "special_tokens_map.json").write_text('{"extra_special_tokens": 7}')
+    with pytest.raises(ValueError, match=r"special_tokens_map\.json: extra_special_tokens"):
+        read_settings(tmp_path, {})
