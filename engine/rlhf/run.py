@@ -115,6 +115,7 @@ def ppo(
         try:
             with explained_memory_error(trainer.device, remedy):
                 facts, tensors = resume(stored, run_folder, trainer.optimizer, batches, config.keep_last)
+                del stored  # frees the checkpoint's tensors
                 progress = PPOProgress(**facts.get("progress", {}))
                 best_weights = tensors.get("best", {})
                 if facts:
