@@ -25,10 +25,9 @@ def python(*arguments: str) -> tuple[str, float]:
 
 
 def test_engine_and_models_cost_little_beyond_torch():
-    """Best of three, the processor time of each inside its own process, after torch."""
+    """The processor time of each inside its own process, after torch; one of three tries is enough."""
     code = f"import time, torch\nstart = time.process_time()\n{TOUCH}print(time.process_time() - start)"
-    costs = [float(python("-c", code)[0]) for _ in range(3)]
-    assert min(costs) < 0.3
+    assert any(float(python("-c", code)[0]) < 0.3 for _ in range(3))
 
 
 def test_what_only_some_need_is_imported_by_them():
