@@ -34,7 +34,8 @@ ELSEWHERE = {
         "engine/adapters/locking.py", "engine/adapters/module_patterns.py", "engine/training/freezing.py",
     ],
     "other data": [
-        "engine/chat", "engine/data/corpus.py", "engine/data/images.py", "engine/data/tables.py",
+        "engine/chat", "engine/formats", "engine/data/columns.py", "engine/data/corpus.py", "engine/data/images.py",
+        "engine/data/mixing.py",
         "engine/data/row_fields.py", "engine/data/schema.py", "engine/data/labels.py",
         "models/tokenizer",
         "models/layers/image_processor.py", "models/checkpoint/pooling.py", "models/layers/relative_positions.py",

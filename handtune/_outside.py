@@ -1,6 +1,7 @@
 """What comes from outside: texts made safe to show, errors that name their file, other people's code, memory's end.
 
-Nothing here imports more than the standard library, so that the command line can use it before torch is there.
+Nothing here imports more than the standard library, so that the command line can use it before torch is there (except
+for `hub_reason`, which explains an error of another library).
 """
 
 import errno
@@ -66,6 +67,19 @@ def located(where: object) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def hub_reason(error: Exception) -> str:
+    """Why the hub gave nothing and what to do, in one line; of other errors the first line of what is said."""
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "it is gated: accept its terms on its page, then log in with `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such repository, or it is private: check the name, or log in with `hf auth login`"
+    if isinstance(error, LocalEntryNotFoundError):
+        return "the hub can't be reached, and its cache doesn't have it: go online once, or give a folder"
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 class OutOfMemory(MemoryError):

@@ -4,6 +4,7 @@ An unknown key or a value of the wrong type is an error that names the nearest k
 """
 
 import difflib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from ._files import read_text
 from ._outside import located
 from ._shapes import NotTOML, above_zero, check_bounds, is_of, one_of, parse_toml, shown
 from .engine.adapters.config import LARGEST, LoRAConfig
+from .engine.data.columns import Columns
+from .engine.data.mixing import MixConfig
 from .engine.rlhf.config import PPOConfig
 from .engine.tasks.common import TRUNCATE
 from .engine.tasks.objectives import METHODS
@@ -34,6 +37,8 @@ ELSEWHERE = {
     "cliprange": "clip_range", "cliprange_value": "clip_range_vf", "value_weight": "vf_coef",
     "update_stop": "target_kl", "kl_stop": "max_kl", "no_end": "missing_eos_penalty", "group": "group_size",
     "num_generations": "group_size", "normalise": "reward_norm_samples",
+    "dataset": "train", "datasets": "mix train", "interleave_probs": "mix", "probabilities": "weight",
+    "dataset_text_field": "columns", "prompt_template": "prompt",
 }  # fmt: skip
 # Options of earlier versions, and the scripts that do since then what they asked for.
 SCRIPTS = {"best_of": "benchmarks/best_of.py", "best_of_prompts": "benchmarks/best_of.py"}
@@ -70,8 +75,15 @@ class ModelConfig:
 class DataConfig:
     """The rows to train on and to evaluate on, and how they become examples."""
 
-    train: str | list[str]  # a file or several
-    eval: str | float | None = None  # a file, or the share of the rows that is held out
+    # A file or several, a folder that `datasets` has saved, or a data set of the hub, "owner/name:split".
+    train: str | list[str] | None = None
+    mix: list[MixConfig] = field(default_factory=list)  # in the place of train: files with weights, [[data.mix]] each
+    eval: str | float | None = None  # a file or the like, or the share of the rows that is held out
+
+    # Which column is which field of a row, where it has another name: {text = "sentence", label = "sentiment"}.
+    columns: dict[str, str] = field(default_factory=dict)
+    # A prompt made of each row's columns, "Question: {question}\\nAnswer:". The trained model is asked with it, too.
+    prompt: str | None = None
 
     max_length: int | None = None  # tokens of a row (of a source and of a target each); None: the model's positions
     # Which side of a longer dialogue, prompt with completion or comparison is cut, "end" or "start"; "drop": the row is
@@ -87,6 +99,14 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        if self.train is None and not self.mix:
+            raise ValueError("train is missing: files of rows, or tables [[data.mix]] with path and weight")
+        if self.train is not None and self.mix:
+            raise ValueError("train and mix both name what to train on; leave one of the two out")
+        repeated = [path for path, count in Counter(file.path for file in self.mix).items() if count > 1]
+        if repeated:
+            raise ValueError(f"mix: {repeated[0]} stands there twice; add up its weights")
+        Columns(self.columns, self.prompt)  # refuses what is none
 
 
 @dataclass(frozen=True)
@@ -130,6 +150,8 @@ class RunConfig:
             raise ValueError(f"method {self.method!r} is unknown; known: {', '.join(METHODS)}")
         if (self.model.path is None) == (self.model.preset is None):
             raise ValueError("model: give path (a folder or hub id) or preset (a fresh model), one of the two")
+        if self.data.prompt is not None and self.method not in ("sft", "dpo", "reward"):
+            raise ValueError(f"data.prompt: the rows of method {self.method!r} have none; leave it out")
         if self.model.quantize is not None and self.lora is None:
             raise ValueError("model.quantize freezes the weights in 4 bits: add a [lora] table, whose adapter trains")
 
@@ -244,6 +266,8 @@ def _value(hint: Any, value: Any) -> Any:
     for expected in types:
         if isinstance(value, dict) and isinstance(expected, type) and is_dataclass(expected):
             return _from_table(expected, value)
+        if get_origin(expected) is list and is_dataclass(table := get_args(expected)[0]) and _fits(list[dict], value):
+            return [_value(table, item) for item in value]
         if expected is float and type(value) is int:
             return float(value)
         if _fits(expected, value):

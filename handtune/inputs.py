@@ -8,7 +8,8 @@ with them.
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
@@ -16,25 +17,35 @@ from typing import Any
 
 from ._files import resolved
 from ._outside import others_code
-from ._shapes import parse_json
 from .config import DataConfig, PPORunConfig, RunConfig
 from .engine.data.batches import Examples
+from .engine.data.columns import Columns
 from .engine.data.corpus import TokenCorpus, token_corpus
 from .engine.data.fingerprints import Inputs, changed_files, fingerprint, same_contents
-from .engine.data.readers import read_rows, split_rows
-from .engine.data.schema import normalize, row_shape
+from .engine.data.mixing import Draws, Joined, MixConfig
+from .engine.data.readers import iterate_rows, read_rows, split_rows
+from .engine.data.schema import row_shape
+from .engine.formats.arrow import is_saved
+from .engine.formats.compression import kind_of
+from .engine.formats.hub import dataset_id, pinned
+from .engine.formats.sources import ARROWS, on_the_hub, source_files
 from .engine.peft.format import CONFIG, WEIGHTS
 from .engine.rlhf.reward_model import SCALE
+from .engine.training.run_folder import read_facts
 from .models.checkpoint.hub import checkpoint_files, checkpoint_folder
 
 # The fields that name a run's base, its rows, and what ppo has in their place.
 BASE = ("model.path", "model.tokenizer")
-DATA = ("data.train", "data.eval")
+DATA = ("data.train", "data.mix", "data.eval")
 PROMPTS = ("prompts", "reward")
+# Of which `pretrain` makes a corpus, where the first row is a text: what is read row by row.
+STREAMED = (".jsonl", ".ndjson", *ARROWS)
 
 
-def as_list(value: str | list[str]) -> list[str]:
-    return [value] if isinstance(value, str) else value
+def as_list(value: Any) -> list[str]:
+    """The paths that a field names: one, several, or several with weights."""
+    files = [value] if isinstance(value, str) else value
+    return [file if isinstance(file, str) else file.path for file in files]
 
 
 def inputs_of(config: RunConfig | PPORunConfig) -> Inputs:
@@ -43,7 +54,7 @@ def inputs_of(config: RunConfig | PPORunConfig) -> Inputs:
     rows = PROMPTS if isinstance(config, PPORunConfig) else DATA
     for field in (*BASE, *rows):
         value = attrgetter(field)(config)
-        if isinstance(value, str | list):  # neither None nor the share of the rows to hold out
+        if isinstance(value, str) or (isinstance(value, list) and value):  # no share of the rows to hold out
             inputs[field] = [_fingerprint(field, path) for path in as_list(value)]
     return inputs
 
@@ -54,9 +65,39 @@ def _fingerprint(field: str, path: str) -> dict[str, Any]:
         return of_checkpoint(path)
     if field == "reward":
         return _of_reward(path)
-    if Path(path).is_dir():  # images in class folders; hidden files are not read
-        return fingerprint(path, [file for file in sorted(Path(path).glob("*/*")) if not file.name.startswith(".")])
-    return fingerprint(path, [Path(path)])
+    folder, files = source_files(path)
+    entry = fingerprint(folder, files)
+    if (dataset := on_the_hub(path)) is not None:
+        entry["path"] = str(dataset._replace(revision=folder.name))  # because the folder lies in this machine's cache
+    return entry
+
+
+def at_a_commit(config: Any) -> Any:
+    """The configuration of a run with each data set of the hub at a commit, `owner/name@COMMIT:split`.
+
+    It is the one that the run began with, or else the newest: so what is read stays the same while the run goes on, and
+    when it is resumed.
+    """
+    known: dict[str, str] = {}  # what the run began with, by its name without the commit
+    run_json = Path(config.out) / "run.json"
+    if run_json.is_file():
+        for entry in (entry for entries in read_facts(run_json).get("inputs", {}).values() for entry in entries):
+            if (dataset := dataset_id(entry["path"])) is not None:
+                known[str(dataset._replace(revision=None))] = entry["path"]
+
+    def fixed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [fixed(file) for file in value]
+        if isinstance(value, MixConfig):
+            return replace(value, path=fixed(value.path))
+        if isinstance(value, str) and (dataset := on_the_hub(value)) is not None and dataset.revision is None:
+            return known.get(value) or str(pinned(dataset))
+        return value
+
+    if isinstance(config, PPORunConfig):
+        return replace(config, prompts=fixed(config.prompts))
+    fields = {name: fixed(getattr(config.data, name)) for name in ("train", "mix", "eval")}
+    return replace(config, data=replace(config.data, **fields))
 
 
 def of_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -128,9 +169,14 @@ def relocate_inputs(run: Path, facts: dict[str, Any], table: dict[str, Any], fie
         # A field may name several files, each of which has a fingerprint.
         section, _, name = field.partition(".")
         value = table[section][name]
-        files = zip(inputs[field], as_list(value), strict=True)
-        paths = [_locate(run, facts, field, before, configured) for before, configured in files]
-        table[section][name] = paths[0] if isinstance(value, str) else paths
+        files = [value] if isinstance(value, str) else value
+        located_files: list[Any] = []
+        for before, file in zip(inputs[field], files, strict=True):
+            if isinstance(file, dict):  # with a weight
+                located_files.append({**file, "path": _locate(run, facts, field, before, file["path"])})
+            else:
+                located_files.append(_locate(run, facts, field, before, file))
+        table[section][name] = located_files[0] if isinstance(value, str) else located_files
 
 
 def _locate(run: Path, facts: dict[str, Any], field: str, before: dict[str, Any], configured: str) -> str:
@@ -157,57 +203,106 @@ def _locate(run: Path, facts: dict[str, Any], field: str, before: dict[str, Any]
 
 def data_files(data: DataConfig) -> list[str]:
     """All files that a run reads rows from."""
-    files = as_list(data.train)
+    files = as_list(data.train or data.mix)
     return [*files, data.eval] if isinstance(data.eval, str) else files
 
 
-def is_corpus(path: Path) -> bool:
-    """Whether a file is plain text, or JSONL whose first row is a text: what is tokenized once and memory-mapped."""
-    if path.suffix != ".jsonl" or not path.is_file():
-        return path.suffix == ".txt"
-    with path.open("rb") as file:
-        line = file.readline()
+def columns_of(data: DataConfig) -> Columns:
+    """How a run makes rows of its files' columns."""
+    return Columns(data.columns, data.prompt)
+
+
+def is_corpus(file: str | Path, columns: Columns | None = None) -> bool:
+    """Whether a file is plain text, or its rows are texts: what is tokenized once and memory-mapped.
+
+    The first row decides, and the formats that are read row by row are asked for it.
+    """
+    path = Path(file)
+    is_streamed = kind_of(path) in STREAMED or on_the_hub(file) is not None or (path.is_dir() and is_saved(path))
+    if not is_streamed:
+        return kind_of(path) == ".txt"
     try:
-        return row_shape(normalize(parse_json(line, path))) == "text"
-    except (ValueError, TypeError):
+        row = next(iterate_rows(file, columns or Columns()))
+    except (ValueError, OSError):
         return False  # `read_rows` will say what is wrong with it
+    return row.shape == "text"
 
 
-def corpora(data: DataConfig, tokenizer: Any, cache: Path, length: int, eos: int | None) -> tuple[TokenCorpus, Any]:
-    """Token windows to train on and to hold out. A held-out share is the end of the corpus."""
-    splits = {"train": token_corpus([Path(file) for file in as_list(data.train)], tokenizer, cache, length, eos)}
+def corpora(
+    data: DataConfig, tokenizer: Any, cache: Path, length: int, eos: int | None
+) -> tuple[Examples, Examples, list[int]]:
+    """Token windows to train on and to hold out, and how many of the former each part of a mix has.
+
+    A held-out share is the end of the corpus, or of each part of a mix.
+    """
+
+    def corpus(files: list[str]) -> TokenCorpus:
+        return token_corpus([Path(file) for file in files], tokenizer, cache, length, eos, columns_of(data))
+
+    train = [corpus([file.path]) for file in data.mix] or [corpus(as_list(data.train))]
+    held_out: list[TokenCorpus] = []
     if isinstance(data.eval, str):
-        splits["eval"] = token_corpus([Path(data.eval)], tokenizer, cache, length, eos)
+        held_out = [corpus([data.eval])]
     elif data.eval is not None:
         if not 0 < data.eval < 1:
             raise ValueError(f"the share held out must lie between 0 and 1, not {data.eval}; 0.1 holds out a tenth")
-        tokens = splits["train"].tokens
-        cut = int(len(tokens) * (1 - data.eval))
-        splits = {"train": TokenCorpus(tokens[:cut], length), "eval": TokenCorpus(tokens[cut:], length)}
+        cuts = [(windows.tokens, int(len(windows.tokens) * (1 - data.eval))) for windows in train]
+        train = [TokenCorpus(tokens[:cut], length) for tokens, cut in cuts]
+        held_out = [TokenCorpus(tokens[cut:], length) for tokens, cut in cuts]
 
     # A single token is no window: nothing follows that could be predicted.
-    for split, windows in splits.items():
-        if len(windows) == 0:
-            raise ValueError(f"data.{split}: no target left to train on: fewer than two tokens")
-        print(f"{split}: {len(windows.tokens):,} tokens in {len(windows):,} windows of {length}", file=sys.stderr)
-    return splits["train"], splits.get("eval", [])
+    for split, parts in (("train", train), ("eval", held_out)):
+        for windows in parts:
+            if len(windows) == 0:
+                raise ValueError(f"data.{split}: no target left to train on: fewer than two tokens")
+            print(f"{split}: {len(windows.tokens):,} tokens in {len(windows):,} windows of {length}", file=sys.stderr)
+    return _joined(train), _joined(held_out), [len(windows) for windows in train]
 
 
-def read_splits(data: DataConfig, seed: int) -> tuple[list[Any], list[Any]]:
-    """The rows to train on and those to evaluate on."""
-    rows = [row for file in as_list(data.train) for row in read_rows(file)]
-    shapes = sorted({row_shape(row) for row in rows})
+def _joined(parts: list[TokenCorpus]) -> Examples:
+    if len(parts) > 1:
+        return Joined(parts)
+    return parts[0] if parts else []
+
+
+def read_splits(data: DataConfig, seed: int) -> tuple[list[list[Any]], list[Any]]:
+    """The rows to train on, those of each part of a mix for themselves, and the rows to evaluate on."""
+    columns = columns_of(data)
+    parts = [read_rows(file.path, columns) for file in data.mix]
+    if not parts:
+        parts = [[row for file in as_list(data.train) for row in read_rows(file, columns)]]
+    shapes = sorted({row_shape(row) for part in parts for row in part})
     if len(shapes) > 1:
         raise ValueError(f"data.train: the files hold rows of different shapes ({', '.join(shapes)})")
 
     # Rows to evaluate on: none, a file of their own, or a share of the others.
     if data.eval is None:
-        return rows, []
+        return parts, []
     if isinstance(data.eval, str):
-        return rows, read_rows(data.eval)
-    if len(rows) == 1 and row_shape(rows[0]) == "text":
-        return rows, []  # of a single long text, windows are held out (see `split_windows`)
-    return split_rows(rows, data.eval, seed)
+        return parts, read_rows(data.eval, columns)
+    if not data.mix and len(parts[0]) == 1 and shapes == ["text"]:
+        return parts, []  # of a single long text, windows are held out (see `split_windows`)
+    splits = [split_rows(part, data.eval, seed) for part in parts]
+    return [train for train, _ in splits], [row for _, held_out in splits for row in held_out]
+
+
+def parts_of(rows: Sequence[Any], parts: Sequence[Sequence[Any]]) -> Iterator[Sequence[Any]]:
+    """Rows that were made of those in `parts`, one of each, part by part again."""
+    start = 0
+    for part in parts:
+        yield rows[start : start + len(part)]
+        start += len(part)
+
+
+def draws_of(data: DataConfig, counts: list[int], seed: int) -> Draws | None:
+    """Which examples make up an epoch, where files have weights and so many examples; this is printed."""
+    if not data.mix:
+        return None
+    names = tuple(file.path for file in data.mix)
+    draws = Draws(tuple(counts), tuple(file.weight for file in data.mix), names, seed)
+    parts = (f"{file.weight:g} x {count:,} of {file.path}" for file, count in zip(data.mix, counts, strict=True))
+    print(f"an epoch: {len(draws.of_epoch(0)):,} examples, {', '.join(parts)}", file=sys.stderr)
+    return draws
 
 
 def split_windows(examples: Examples, share: Any) -> tuple[Examples, Examples]:

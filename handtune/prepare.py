@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from .engine import add_lora, freeze, projections, quantize, train_rows, unfreez
 from .engine.adapters.token_rows import train_added_rows
 from .engine.data.batches import Batches, CollateFn, Examples
 from .engine.data.images import ImageCollate, ImageExamples, class_counts
+from .engine.data.mixing import Draws
 from .engine.data.readers import label_names
 from .engine.data.schema import is_dialogue
 from .engine.tasks.encode import encode
 from .engine.tasks.objectives import Objective, dpo, objective_of
 from .engine.tasks.preferences import add_reference
 from .engine.training.config import needs_evaluation
-from .inputs import corpora, data_files, is_corpus, read_splits, split_windows
+from .inputs import columns_of, corpora, data_files, draws_of, is_corpus, parts_of, read_splits, split_windows
 from .models import Bert, ResNet, XLNet, add_tokens, load
 from .models.checkpoint.info import CheckpointInfo, checkpoint_info
 from .models.checkpoint.loading import fresh, open_checkpoint
@@ -47,6 +48,7 @@ class Prepared:
     collate: CollateFn
     by_length: bool = False  # whether a batch has rows of similar length, as where rows are padded
     chat: bool = False  # whether plain prompts go through the chat template
+    draws: Draws | None = None  # which examples an epoch has, where files have weights
 
     def score(self) -> Any:
         return self.objective.score(self.labels, self.eval_examples, self.eval_rows)
@@ -97,8 +99,10 @@ def prepare(config: RunConfig, base: RunBase, cache: Path, *, head_follows: bool
     _check_training_options(config)
 
     # A corpus is read once there is a tokenizer for it, because it is tokenized as it is read.
-    from_corpus = config.method == "pretrain" and all(is_corpus(Path(file)) for file in data_files(config.data))
-    rows, eval_rows = ([], []) if from_corpus else read_splits(config.data, config.train.seed)
+    columns = columns_of(config.data)
+    from_corpus = config.method == "pretrain" and all(is_corpus(file, columns) for file in data_files(config.data))
+    parts, eval_rows = ([], []) if from_corpus else read_splits(config.data, config.train.seed)
+    rows = [row for part in parts for row in part]
 
     # Labels that are not configured are those that occur in the data.
     labels = tuple(config.model.labels or ())
@@ -112,7 +116,8 @@ def prepare(config: RunConfig, base: RunBase, cache: Path, *, head_follows: bool
         head_follows=head_follows,
     )  # fmt: skip
     if objective.encoding == "images":
-        return _prepare_images(config, objective, model, labels, rows, eval_rows)
+        ready = _prepare_images(config, objective, model, labels, rows, eval_rows)
+        return replace(ready, draws=draws_of(config.data, [len(part) for part in parts], config.train.seed))
     max_length = _check_text(config, objective, model, tokenizer)
 
     # A model without a template that trains on dialogues adopts the plain one.
@@ -121,7 +126,7 @@ def prepare(config: RunConfig, base: RunBase, cache: Path, *, head_follows: bool
     if any(map(is_dialogue, (*train_dialogues, *eval_dialogues))):
         template = template_of(model)
         adopt_template(model)
-    model.tokens = model.tokens.asking_as_chat(template is not None)
+    model.tokens = model.tokens.asking_as_chat(template is not None).asking_by(columns.remembered)
 
     def encoded(split: str, split_rows: Sequence[Any]) -> Sequence[Any]:
         with located(f"data.{split}"):
@@ -138,9 +143,11 @@ def prepare(config: RunConfig, base: RunBase, cache: Path, *, head_follows: bool
     examples: Examples
     eval_examples: Examples = []
     if from_corpus:
-        examples, eval_examples = corpora(config.data, tokenizer, cache, max_length, model.tokens.eos_id)
+        examples, eval_examples, counts = corpora(config.data, tokenizer, cache, max_length, model.tokens.eos_id)
     else:
-        examples = encoded("train", train_dialogues)
+        encoded_parts = [encoded("train", part) for part in parts_of(train_dialogues, parts)]
+        examples = [example for part in encoded_parts for example in part]
+        counts = [len(part) for part in encoded_parts]
         if eval_rows:
             eval_examples = encoded("eval", eval_dialogues)
         elif config.data.eval is not None:
@@ -155,7 +162,7 @@ def prepare(config: RunConfig, base: RunBase, cache: Path, *, head_follows: bool
     by_length = objective.by_length or not config.data.packing
     return Prepared(
         model, tokenizer, objective, labels, examples, eval_rows, eval_examples, collate, by_length,
-        chat=template is not None,
+        chat=template is not None, draws=draws_of(config.data, counts, config.train.seed),
     )  # fmt: skip
 
 

@@ -10,8 +10,10 @@ from .config import RunConfig
 from .engine.chat.ends import turn_end
 from .engine.chat.fields import check_used
 from .engine.chat.template import DEFAULT_TEMPLATE, ChatTemplate, Dialogue
+from .engine.data.columns import PromptTemplate
 from .engine.data.placed_rows import location_of
 from .engine.data.schema import as_dialogue, row_shape
+from .models.tokenizer.special_tokens import GENERATION, PROMPT
 
 
 def template_of(model: Any) -> ChatTemplate:
@@ -67,6 +69,14 @@ def adopt_template(model: Any) -> None:
         # The plain template refers to bos_token and eos_token, so the stored settings must name them.
         used = {key: tokens.names[key] for key in ("bos_token", "eos_token") if key in tokens.names}
         model.tokens = replace(tokens, chat_template=_default_template(tokens), settings={**used, **tokens.settings})
+
+
+def prompt_template_of(tokens: Any) -> PromptTemplate | None:
+    """The template of prompts that `tokens`, those of a model or an adapter, remember from its training."""
+    if tokens.prompt is None:
+        return None
+    with located(f"{PROMPT} in {GENERATION}"):
+        return PromptTemplate(tokens.prompt)
 
 
 def prompts_of(rows: Sequence[Mapping[str, Any]], model: Any, chats: Sequence[bool]) -> list[str]:

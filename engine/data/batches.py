@@ -19,6 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .mixing import Draws
+
 IGNORE = -100  # a target without loss, as in torch's cross-entropy
 Batch = dict[str, Any]
 CollateFn = Callable[[list[Any]], Any]
@@ -60,6 +62,7 @@ class Batches:
     by_length: bool = False  # sorts within windows of 50 steps, for padded layouts; the order of steps stays random
     seed: int = 0
     size: Callable[[Any], int] = example_size  # counts the tokens of an example
+    draws: Draws | None = None  # which examples an epoch has, shuffled; None: each of them once
     epoch: int = field(default=0, init=False)
     position: int = field(default=0, init=False)  # steps of this epoch that were given out
 
@@ -91,6 +94,8 @@ class Batches:
         order = np.arange(len(self.examples))
         if not self.shuffle:
             return self._chunks(order, self.rows, self.tokens)
+        if self.draws is not None:
+            order = self.draws.of_epoch(epoch)
 
         # The epoch is part of the seed: any epoch's order can be made again without those before it.
         generator = np.random.default_rng([self.seed, epoch])

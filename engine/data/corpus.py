@@ -26,8 +26,12 @@ import numpy.typing as npt
 
 from ..._files import read_json, replacing, require_file, write_json
 from ..._locks import alone
+from ..._outside import located
+from ..formats.compression import COMPRESSED, kind_of
+from ..formats.sources import raw_rows, source_files
+from ..formats.text_files import text_lines
+from .columns import Columns
 from .fingerprints import digest
-from .readers import decoded, json_lines
 from .text import append_eos, bos_ids, prepend_bos
 
 if TYPE_CHECKING:
@@ -37,6 +41,7 @@ _FORMAT = 3  # of the files; one of another format is not read
 _PIECE = 256 * 1024  # characters
 _ANCHOR = "\n"  # a piece inside a document is tokenised behind this, and its tokens are taken off again
 _BATCH = 4  # pieces tokenised at once, on as many cores
+_AS_THEY_ARE = Columns()
 
 
 class Piece(NamedTuple):
@@ -54,10 +59,13 @@ class _Recipe(NamedTuple):
     tokenizer: "Tokenizer"
     eos: int | None  # put after every document
     dtype: "np.dtype[Any]"
+    columns: Columns
 
     def facts(self) -> dict[str, Any]:
         """What the JSON file says, and the cache's name is made of: everything that changes a token."""
+        columns = {"columns": dict(self.columns.names)} if self.columns.names else {}
         return {
+            **columns,
             "format": _FORMAT,
             "sources": [_identity(source) for source in self.sources],
             "tokenizer": hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest(),
@@ -94,12 +102,18 @@ class TokenCorpus:
 
 
 def token_corpus(
-    sources: Sequence[str | Path], tokenizer: "Tokenizer", cache_dir: str | Path, max_length: int, eos: int | None
+    sources: Sequence[str | Path],
+    tokenizer: "Tokenizer",
+    cache_dir: str | Path,
+    max_length: int,
+    eos: int | None,
+    columns: Columns = _AS_THEY_ARE,
 ) -> TokenCorpus:
     """Tokenise `sources` into `cache_dir`, or open the cache that an earlier call left there.
 
-    sources: a `Path` is a file, `.txt` (one document) or `.jsonl` (a document a line, in the field `text`); a `str` is
-    a document itself. eos: id put after every document, or None. Raises FileNotFoundError, or ValueError with file,
+    sources: a `Path` is a text file (`.txt`: one document), or anything else that holds rows (see
+    `formats/sources.py`), of which each is a document, its field `text`; a `str` is a document itself. eos: id put
+    after every document, or None. columns: which column is the text. Raises FileNotFoundError, or ValueError with file,
     line and remedy.
     """
     if not sources:
@@ -108,7 +122,7 @@ def token_corpus(
         _check_source(source)
 
     # The cache is found by all that it depends on.
-    recipe = _Recipe(sources, tokenizer, eos, _dtype(tokenizer, eos))
+    recipe = _Recipe(sources, tokenizer, eos, _dtype(tokenizer, eos), columns)
     facts = recipe.facts()
     fingerprint = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
     path = Path(cache_dir) / f"{fingerprint}.bin"
@@ -128,9 +142,10 @@ def _check_source(source: str | Path) -> None:
             raise ValueError(f"{source}: a file's name given as a document; give it as pathlib.Path")
         return
 
-    require_file(source, "file of text")
-    if source.suffix.lower() not in (".txt", ".jsonl"):
-        raise ValueError(f"{source}: a corpus is made from .txt and .jsonl files, not {source.suffix or 'this'}")
+    # Folders and data sets of the hub are what `raw_rows` knows, and a file goes by its ending.
+    _, files = source_files(source)
+    for path in files:
+        require_file(path, "file of text")
 
 
 def _identity(source: str | Path) -> dict[str, Any]:
@@ -138,7 +153,11 @@ def _identity(source: str | Path) -> dict[str, Any]:
     if isinstance(source, str):
         data = source.encode()
         return {"kind": "text", "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    return {"kind": source.suffix.lower(), "size": source.stat().st_size, "sha256": digest(source)}
+    folder, files = source_files(source)
+    if files == [source]:
+        compression = source.suffix.lower() if source.suffix.lower() in COMPRESSED else ""
+        return {"kind": kind_of(source) + compression, "size": source.stat().st_size, "sha256": digest(source)}
+    return {"kind": "data set", "files": {path.relative_to(folder).as_posix(): digest(path) for path in files}}
 
 
 def _dtype(tokenizer: "Tokenizer", eos: int | None) -> "np.dtype[Any]":
@@ -185,7 +204,7 @@ def _tokens(recipe: _Recipe) -> Iterator[npt.NDArray[Any]]:
     tokenizer = recipe.tokenizer
     begin = bos_ids(tokenizer)
     anchor_ids = tokenizer.encode(_ANCHOR, add_special_tokens=False).ids
-    pieces = (piece for source in recipe.sources for piece in _pieces(source))
+    pieces = (piece for source in recipe.sources for piece in _pieces(source, recipe.columns))
 
     while batch := list(islice(pieces, _BATCH)):
         # Inside a document a piece is tokenised behind a line end, as it stands there.
@@ -207,27 +226,20 @@ def _tokens(recipe: _Recipe) -> Iterator[npt.NDArray[Any]]:
             yield np.asarray(ids, dtype=recipe.dtype)
 
 
-def _pieces(source: str | Path) -> Iterator[Piece]:
-    """The documents of a source in pieces, read line by line."""
+def _pieces(source: str | Path, columns: Columns = _AS_THEY_ARE) -> Iterator[Piece]:
+    """The documents of a source in pieces, read line by line, or row by row."""
     if isinstance(source, str):
         yield from _split(source.splitlines(keepends=True))
-    elif source.suffix.lower() == ".txt":
-        yield from _split(line for _, line in _lines(source))
+    elif kind_of(source) == ".txt":
+        yield from _split(line for _, line in text_lines(source))
     else:
-        for line, row in json_lines(_lines(source), source):
-            text = row.get("text") if isinstance(row, dict) else None
+        for line, raw in raw_rows(source, None if columns.are_given else ("text",)):
+            with located(f"{source} {line}"):
+                row = columns.row(raw) if isinstance(raw, dict) else {}
+            text = row.get("text")
             if not isinstance(text, str):
                 raise ValueError(f"{source} {line}: no text in a field 'text'; a corpus row is {{\"text\": ...}}")
             yield from _split(text.splitlines(keepends=True))
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines with their ends as they are, decoded one by one: UTF-8 has no line-end byte inside a character."""
-    offset = 0  # of the line, in bytes
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            yield number, decoded(line, path, number, offset)
-            offset += len(line)
 
 
 def _split(lines: Iterable[str]) -> Iterator[Piece]:

@@ -54,7 +54,12 @@ _RENAMED = {
     "ner_tags": "tags",
 }
 _CONVERTED = {"conversations", "instruction", "input", "output", "chosen", "rejected"}
-KNOWN_FIELDS = frozenset(_CONVERTED.union(_RENAMED, *_SHAPES.values()))
+SHAPE_FIELDS = frozenset().union(*_SHAPES.values())
+KNOWN_FIELDS = SHAPE_FIELDS | _CONVERTED | _RENAMED.keys()
+# What a row may have besides the fields of its shape.
+EXTRA_FIELDS = frozenset(
+    ("system", "tools", "functions", "documents", "enable_thinking", "chat_template_kwargs", "margin", "tie", "adapter")
+)
 
 
 def row_shape(row: Mapping[str, Any]) -> str:
@@ -65,8 +70,10 @@ def row_shape(row: Mapping[str, Any]) -> str:
     for shape, fields in _SHAPES.items():
         if all(field in row for field in fields):
             return shape
+    shapes = ", ".join(_SHAPES)
     raise ValueError(
-        f"the fields {', '.join(row) or '(none)'} make no known shape; rename them to one of: {', '.join(_SHAPES)}"
+        f"the fields {', '.join(row) or '(none)'} make no known shape; rename them to one of: {shapes}; or say with "
+        "data.columns which are which"
     )
 
 

@@ -15,7 +15,7 @@ from ..inputs import as_list, reward_adapter, reward_checkpoint
 from ..models import load
 from ..models.checkpoint.info import checkpoint_info
 from ..prepare import load_model
-from ..prompts import learn_turn_end, prompts_of
+from ..prompts import learn_turn_end, prompt_template_of, prompts_of
 from ..saved_runs import facts_of, function_of
 
 
@@ -35,7 +35,9 @@ def policy_prompts(config: PPORunConfig, model: Any) -> list[str]:
     The model's settings say from then on whether prompts went through it.
     """
     # A plain prompt goes through the template if the model was asked so before, a dialogue always.
-    rows = [row for file in as_list(config.prompts) for row in read_prompts(file)]
+    template = prompt_template_of(model.tokens)
+    template_of = None if template is None else lambda raw: template
+    rows = [row for file in as_list(config.prompts) for row in read_prompts(file, template_of)]
     chat = model.tokens.asks_as_chat
     prompts = prompts_of(rows, model, [chat] * len(rows))
     model.tokens = model.tokens.asking_as_chat(chat or any(map(is_dialogue, rows)))

@@ -25,7 +25,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
     # With rows of one's own, the run's rows may be gone.
     config = config_of(run, BASE if options.data else (*BASE, *DATA))
     if options.data:
-        config = replace(config, data=replace(config.data, train=options.data, eval=options.data))
+        config = replace(config, data=replace(config.data, train=options.data, mix=[], eval=options.data))
     elif facts_of(run).get("method") == "ppo":
         raise ValueError(f"{run}: ppo holds no rows out; give a file with --data")
 

@@ -2,13 +2,14 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from .._files import resolved
-from ..adapted.generator import generator_of
+from .._outside import located
+from ..adapted.generator import Generator, generator_of
 from ..engine.data.placed_rows import PlacedRow
 from ..engine.data.readers import read_prompts
 from ..engine.generation.completions import completions
@@ -28,7 +29,7 @@ def run_generate(options: argparse.Namespace) -> int:
 def _generate(options: argparse.Namespace, out: Path | None) -> int:
     generator = generator_of(options.model, options.adapter, options.dtype)
     model = generator.model
-    rows = list(_rows(options))
+    rows = list(_rows(options, generator))
     adapters = generator.adapters_of(rows)
     chats = [chat and not options.raw for chat in generator.asks_as_chat(adapters, len(rows))]
     prompts = prompts_of(rows, model, chats)
@@ -86,11 +87,21 @@ def _less_memory(options: argparse.Namespace) -> str:
     return "even one prompt is too much; shorten it, or use --dtype bfloat16"
 
 
-def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def _rows(options: argparse.Namespace, generator: Generator) -> Iterator[dict[str, Any]]:
     """The rows to continue: from the options, or else from standard input."""
     for number, prompt in enumerate(options.prompt or [], 1):
-        yield PlacedRow({"prompt": prompt}, "--prompt", str(number))
+        yield _single_row(prompt, "--prompt", str(number), options, generator)
     if options.prompts:
-        yield from read_prompts(options.prompts)
+        yield from read_prompts(options.prompts) if options.raw else generator.read_prompts(options.prompts)
     elif not options.prompt:
-        yield PlacedRow({"prompt": sys.stdin.read().rstrip("\n")}, "standard input", "")
+        yield _single_row(sys.stdin.read().rstrip("\n"), "standard input", "", options, generator)
+
+
+def _single_row(prompt: str, file: str, line: str, options: argparse.Namespace, generator: Generator) -> PlacedRow:
+    """A prompt that stands by itself, in the template that the model was trained with."""
+    raw: Mapping[str, Any] = {"prompt": prompt}
+    template = generator.template_of(raw)
+    if template is not None and not options.raw:
+        with located(f"{file} {line}".rstrip()):
+            raw = template.asked(raw)
+    return PlacedRow(raw, file, line)

@@ -15,14 +15,14 @@ from ..engine.data.fingerprints import Inputs
 from ..engine.rlhf.actors import POLICY
 from ..engine.training.journal import read_journal
 from ..engine.training.run_folder import RunFolder, amend, finish, is_metrics, peak_memory
-from ..inputs import as_list
+from ..inputs import as_list, at_a_commit
 from ..saved_runs import store_adapter, stored_bytes
 from .outputs import run_once
 
 
 def run_ppo(options: argparse.Namespace) -> int:
     """`handtune ppo`: one run from its configuration to the stored adapter."""
-    config: PPORunConfig = read_config(options.config, options.override, PPORunConfig)
+    config: PPORunConfig = at_a_commit(read_config(options.config, options.override, PPORunConfig))
     return run_once(config, Path(config.out) / "adapter", partial(_ppo, config, options.quiet), _stored_policy)
 
 

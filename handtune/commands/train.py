@@ -11,6 +11,7 @@ from ..engine import train, trainable_report
 from ..engine.data.fingerprints import Inputs
 from ..engine.training.loop import training_batches
 from ..engine.training.run_folder import RunFolder, amend, finish
+from ..inputs import at_a_commit
 from ..models import save
 from ..prepare import choose_trained, prepare, run_base
 from ..saved_runs import store_adapter, stored_bytes
@@ -19,7 +20,7 @@ from .outputs import run_once
 
 def run_train(options: argparse.Namespace) -> int:
     """`handtune train`: one run from its configuration to the stored adapter or model."""
-    config = read_config(options.config, options.override)
+    config = at_a_commit(read_config(options.config, options.override))
     stored_in = Path(config.out) / ("adapter" if config.lora is not None else "model")
     return run_once(config, stored_in, partial(_train, config, stored_in), _stored_weights)
 
@@ -39,6 +40,7 @@ def _train(config: RunConfig, stored_in: Path, run_folder: RunFolder, inputs: In
     print(trainable_report(ready.model))
 
     data = training_batches(ready.examples, ready.collate, config.train, by_length=ready.by_length)
+    data.draws = ready.draws
     result = train(
         ready.model, data, ready.objective.loss, config.train, eval_data=ready.eval_batches(), score=ready.score,
         run_dir=out, metadata=facts, metric=ready.objective.best,

@@ -6,7 +6,7 @@ from typing import Any
 
 from .._shapes import parse_json
 from ..adapted.generator import Generator
-from ..engine.data.readers import read_prompts, read_text
+from ..engine.formats.text_files import read_text
 from ..engine.generation.completions import completions
 from ..prompts import prompts_of
 
@@ -43,7 +43,7 @@ def sample_pairs(
     generator: Generator, path: str, max_new_tokens: int, seed: int, **sampling: Any
 ) -> Iterator[tuple[str, str, str]]:
     """Each prompt of a file with two completions of the model, sampled as `completions` is told."""
-    rows = read_prompts(path)
+    rows = generator.read_prompts(path)
     prompts = prompts_of(rows, generator.model, generator.asks_as_chat(None, len(rows)))
 
     # A batch's seed is this plus the number of its first prompt, so that no two batches of the two sides share one.

@@ -5,7 +5,7 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from ..._outside import others_code
+from ..._outside import hub_reason, others_code
 from ..layers.image_processor import FILE as PROCESSOR
 from ..tokenizer.special_tokens import COPIED_FILES, GENERATION, SETTINGS, TEMPLATES, VOCABULARY_FILES
 from .shards import INDEX, PICKLES, SINGLE, pickle_refused, weight_files
@@ -52,7 +52,7 @@ def checkpoint_folder(path: str | Path, weights: bool = True) -> Path:
     if not weights:
         ignored.append("*.safetensors")
     # What it raises depends on the HTTP client, and that on the library's version.
-    with others_code(lambda error: FileNotFoundError(f"{missing} ({_reason(error)})")):
+    with others_code(lambda error: FileNotFoundError(f"{missing} ({hub_reason(error)})")):
         folder = Path(snapshot_download(str(path), allow_patterns=list(DOWNLOADED), ignore_patterns=ignored))
 
     # A repository of pickles only looks like one without weights, as they aren't downloaded.
@@ -83,19 +83,6 @@ def _pickles(repository: str) -> list[str]:
     with suppress(FileNotFoundError), others_code(lambda error: FileNotFoundError(str(error))):
         names = list_repo_files(repository)
     return sorted(name for name in names if "/" not in name and any(fnmatchcase(name, pattern) for pattern in PICKLES))
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong and what to do, in one line; of other errors, the first line of what the library says."""
-    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    if isinstance(error, GatedRepoError):
-        return "it is gated: accept its terms on its page, then log in with `hf auth login`"
-    if isinstance(error, RepositoryNotFoundError):
-        return "there is no such repository, or it is private: check the name, or log in with `hf auth login`"
-    if isinstance(error, LocalEntryNotFoundError):
-        return "the hub can't be reached, and its cache doesn't have it: go online once, or give a folder"
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def _with_config(folder: Path) -> Path:

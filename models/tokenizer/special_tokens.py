@@ -45,7 +45,9 @@ COPIED_FILES = (
 )
 VOCABULARY_FILES = ("vocab.json", "merges.txt", "vocab.txt", "*.model")
 ID_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-ASKS_AS_CHAT = "handtune_asks_as_chat"  # our own field of generation_config.json
+# Our own fields of generation_config.json.
+ASKS_AS_CHAT = "handtune_asks_as_chat"
+PROMPT = "handtune_prompt"
 TEMPLATES = "additional_chat_templates"  # the folder where transformers puts all but the default one
 
 
@@ -166,6 +168,17 @@ class SpecialTokens:
     def asking_as_chat(self, chat: bool) -> "SpecialTokens":
         """The same, remembering how the model was trained to be asked, in generation_config.json."""
         return replace(self, generation={**self.generation, ASKS_AS_CHAT: chat})
+
+    @property
+    def prompt(self) -> str | None:
+        """The template of the prompts that the model was trained on, over the columns of rows; or None."""
+        value = self.generation.get(PROMPT)
+        return value if isinstance(value, str) else None
+
+    def asking_by(self, prompt: str | None) -> "SpecialTokens":
+        """The same, remembering the template of its prompts in generation_config.json, in place of any earlier one."""
+        others = {name: value for name, value in self.generation.items() if name != PROMPT}
+        return replace(self, generation=others if prompt is None else {**others, PROMPT: prompt})
 
     def to_config(self, classifies: bool = False) -> dict[str, Any]:
         """The ids as config.json and generation_config.json name them; several end tokens are a list.

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from small_runs import write_config
 
-from handtune.config import ELSEWHERE, PPORunConfig, RunConfig, from_table, read_config
+from handtune.config import ELSEWHERE, DataConfig, PPORunConfig, RunConfig, from_table, read_config
 from handtune.engine.adapters.lora import LoRAConfig
+from handtune.engine.data.mixing import MixConfig
 from handtune.engine.rlhf.config import PPOConfig
 from handtune.engine.training.config import TrainConfig
 from handtune.saved_runs import _as_toml
@@ -125,6 +126,21 @@ def test_overrides(tmp_path) -> None:
         (["data.eval=[0.1]"], "run.toml: data: eval: expected str or float, got [0.1]"),
         (["train.lr_scale={ 'a' = 'b' }"], "train: lr_scale: expected a table of float, got {'a': 'b'}"),
         (["train=3"], "run.toml: train: expected a table, got 3"),
+        (["data.mix=[{path='a', weight=2}]"], "run.toml: data: train and mix both name what to train on"),
+        (["data.mix=[{path='a', weight=0}]"], "data: mix: a: weight: expected a positive number, got 0"),
+        (["data.mix=[{path='a', weight=-1}]"], "data: mix: a: weight: expected a positive number, got -1"),
+        (["data.mix=[{weight=1}]"], "data: mix: path is missing"),
+        (["data.mix=['a']"], "data: mix: expected [a table, ...], got ['a']"),
+        (["data.columns={lable='a'}"], "data: columns: no row has a field 'lable'; there are adapter, anchor"),
+        (["data.columns={text=3}"], "data: columns: expected a table of str, got {'text': 3}"),
+        (["data.prompt='a'"], "data: prompt: 'a' names no column; write one in braces"),
+        (["data.prompt='{a'"], "data: prompt: '{a': expected '}' before end of string; double a brace"),
+        (["data.prompt='{a:5}'"], "data: prompt: '{a:5}': braces hold the name of a column and nothing else"),
+        (["data.prompt='{a!r}'"], "braces hold the name of a column and nothing else"),
+        (["data.prompt='{}'"], "braces hold the name of a column and nothing else"),
+        (["data.prompt='{a}'", "data.columns={prompt='b'}"], "data: prompt: columns names a column for it, too"),
+        (["data.prompt='{a}'", "method=pretrain"], "run.toml: data.prompt: the rows of method 'pretrain' have none"),
+        (["data.datasets='a'"], "data: unknown key 'datasets'; did you mean 'mix'?"),
         (["lora.targets=[['a']]"], "lora: targets: expected str or [str, ...], got [['a']]"),
         (["train.schedule=cosin"], "run.toml: train: schedule 'cosin' is unknown; known: constant, linear,"),
         (["lora.rank=0"], "run.toml: lora: rank: expected a positive whole number, at most 32,768, got 0"),
@@ -162,7 +178,8 @@ def test_files_that_cannot_be_read(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"latin\.toml: byte 8 is not UTF-8"):
         read_config(tmp_path / "latin.toml")
     assert refusal(tmp_path, "") == "run.toml: method, out, model, data is missing"
-    assert refusal(tmp_path, 'method="sft"\nout="o"\n[model]\n[data]\n') == "run.toml: data: train is missing"
+    missing = refusal(tmp_path, 'method="sft"\nout="o"\n[model]\n[data]\n')
+    assert missing == "run.toml: data: train is missing: files of rows, or tables [[data.mix]] with path and weight"
 
 
 def test_the_helper_of_the_tests_writes_what_is_read(tmp_path) -> None:
@@ -179,7 +196,8 @@ def test_the_helper_of_the_tests_writes_what_is_read(tmp_path) -> None:
 
 def test_what_options_are_called_elsewhere_leads_to_ours() -> None:
     """Each hint names options that there are."""
-    options = {f.name for kind in (TrainConfig, PPOConfig, LoRAConfig) for f in dataclasses.fields(kind)}
+    kinds = (TrainConfig, PPOConfig, LoRAConfig, DataConfig, MixConfig)
+    options = {f.name for kind in kinds for f in dataclasses.fields(kind)}
     assert {name for names in ELSEWHERE.values() for name in names.split()} <= options
     assert not ELSEWHERE.keys() & options
     with pytest.raises(ValueError, match="unknown key 'clip'; did you mean 'clip_range'"):

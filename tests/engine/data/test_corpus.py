@@ -126,7 +126,8 @@ def test_large_vocabularies_take_four_bytes(tmp_path):
         ("a.txt", b"one\ntw\xff\n", "a.txt line 2: byte 6 is not UTF-8"),
         ("a.txt", b"one\ntw\0\n", "a.txt line 2: byte 6 is zero, as in UTF-16"),
         ("a.jsonl", b'{"text": "a"}\n{"text"\n', "a.jsonl line 2: not JSON"),
-        ("a.csv", b"text\na\n", "a.csv: a corpus is made from .txt and .jsonl files"),
+        ("a.csv", b"text,label\na,b\nc\n", "a.csv line 3: 1 fields where the header has 2"),
+        ("a.doc", b"text\na\n", "a.doc: unknown kind of file"),
         ("a.txt", b"", "a.txt: 0 tokens; give text with at least two"),
     ],
 )

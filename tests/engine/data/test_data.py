@@ -11,7 +11,7 @@ import pytest
 
 from handtune.engine.data.labels import label_ids, label_name
 from handtune.engine.data.readers import label_names, read_prompts, read_rows, row_shape, split_rows
-from handtune.engine.data.tables import csv_records
+from handtune.engine.formats.tables import csv_records
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
@@ -267,7 +267,7 @@ def test_squad_layout_is_flattened(tmp_path):
             "a.conll line 2: expected a token and its tag in 2 columns, as on line 1, found 'wrote'",
         ),
         ("a.conll", "\nAda B\n# id 7 x\n", "a.conll line 3: expected a token and its tag in 2 columns, as on line 2"),
-        ("a.parquet", "x", "a.parquet: unknown kind of file '.parquet'; use one of .jsonl"),
+        ("a.xlsx", "x", "a.xlsx: unknown kind of file '.xlsx'; use one of .jsonl"),
     ],
 )
 def test_damage_is_refused_in_one_line(tmp_path, name, content, message):

@@ -8,11 +8,11 @@ A line ends with \\n, \\r\\n or \\r and nothing else. Lines without any content,
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
-from .schema import KNOWN_FIELDS
+from .text_files import read_text
 
 Record = tuple[int, list[str]]  # the line in which a row begins, and its fields
 Rows = Iterator[tuple[str, dict[str, str]]]  # where a row stands in its file ("line 7"), and its fields by name
@@ -23,25 +23,28 @@ FIELD_END = re.compile("[,\r\n]")
 QUOTED = re.compile('"((?:[^"]++|"")*+)"')  # a doubled quote belongs to the field
 
 
-def csv_rows(text: str, path: Path) -> Rows:
-    """Rows of a CSV file. ValueError that names the line for a quote that is never closed and a row of other width."""
+def csv_rows(path: Path, known: Collection[str] | None) -> Rows:
+    """Rows of a CSV file, of whose columns one must be `known`, unless that is None: then they may have any names.
+
+    ValueError that names the line for a quote that is never closed and a row of other width.
+    """
     remedy = "quote a field that holds a comma, double a quote inside quotes, or use JSONL"
-    records = csv_records(text, path)
+    records = csv_records(read_text(path), path)
     for line, names in islice(records, 1):
-        yield from _named(records, _header(line, names, path), "the header", remedy, path)
+        yield from _named(records, _header(line, names, path, known), "the header", remedy, path)
 
 
-def tsv_rows(text: str, path: Path) -> Rows:
+def tsv_rows(path: Path, known: Collection[str] | None) -> Rows:
     """Rows of a TSV file, also of one with two columns text and label that has no header line. Raises as above."""
     remedy = "a field of a TSV file holds no tab and no line end: use CSV or JSONL for such texts"
-    lines = (line.split("\t") for line in LINE_BREAK.split(text))
+    lines = (line.split("\t") for line in LINE_BREAK.split(read_text(path)))
     records = [(number, fields) for number, fields in enumerate(lines, 1) if any(fields)]
     for line, names in records[:1]:
         # Two columns of which we know no name are taken for data, as such files are published.
-        if len(names) == 2 and not KNOWN_FIELDS & set(names):
+        if len(names) == 2 and known is not None and not set(names) & set(known):
             yield from _headless(records, path)
         else:
-            yield from _named(records[1:], _header(line, names, path), "the header", remedy, path)
+            yield from _named(records[1:], _header(line, names, path, known), "the header", remedy, path)
 
 
 def csv_records(text: str, path: Path) -> Iterator[Record]:
@@ -112,11 +115,11 @@ def _named(records: Iterable[Record], fields: list[str], named_by: str, remedy: 
         yield f"line {line}", dict(zip(fields, values, strict=True))
 
 
-def _header(line: int, values: list[str], path: Path) -> list[str]:
+def _header(line: int, values: list[str], path: Path, known: Collection[str] | None) -> list[str]:
     """The names of the columns, of which we must know one. ValueError, too, for a name that two columns have."""
     fields = [value.strip() for value in values]
-    if not KNOWN_FIELDS & set(fields):
-        remedy = "the first line names the columns, as text,label"
+    if known is not None and not set(fields) & set(known):
+        remedy = "the first line names the columns, as text,label; data.columns says which is which"
         separator = next((sign for sign in ";\t|" if sign in fields[0]), None)
         if separator and len(fields) == 1:
             remedy = f"separate columns by commas, not by {separator!r}"

@@ -1,0 +1,221 @@
+"""Data sets of the hub, of which the Parquet files are read: `owner/name:split`, of one that is not on disk.
+
+    owner/name                    a data set that has one split
+    owner/name:train              one of its splits
+    owner/name:sst2/train         a split of one of its configurations
+    owner/name@REVISION:train     as it was at a commit, in a branch, under a tag
+
+Which files make up which split says the data set's card (its field `configs`), or their names: data/train-*.parquet.
+Where the main branch has no Parquet, the hub's own conversion is read, the branch refs/convert/parquet, whose files lie
+in configuration/split/ (`partial-train` where the hub has converted the first part only).
+
+What was downloaded stands in the hub's cache, and is read from there without the network, or with HF_HUB_OFFLINE=1.
+"""
+
+import re
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..._outside import hub_reason, others_code
+
+CONVERTED = "refs/convert/parquet"
+CARD = "README.md"
+_ID = re.compile(
+    r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>\w[\w./-]*))?(:((?P<config>[^/:]+)/)?(?P<split>[\w.-]+))?"
+)
+# The names by which files are taken for a split, where no card says it.
+_SPLIT_WORDS = {
+    "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
+    "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+
+Splits = dict[str, list[str]]  # the files of each split
+
+
+class DatasetId(NamedTuple):
+    """What is to be read of a data set on the hub."""
+
+    repository: str  # "owner/name"
+    revision: str | None  # a commit, branch or tag; None: the newest commit
+    config: str | None
+    split: str | None
+
+    def __str__(self) -> str:
+        revision = f"@{self.revision}" if self.revision else ""
+        parts = [part for part in (self.config, self.split) if part is not None]
+        return f"{self.repository}{revision}{':' if parts else ''}{'/'.join(parts)}"
+
+
+def dataset_id(text: str) -> DatasetId | None:
+    """What a text means as the id of a data set; None where it is none."""
+    match = _ID.fullmatch(text)
+    return DatasetId(**match.groupdict()) if match else None
+
+
+def pinned(dataset: DatasetId) -> DatasetId:
+    """The same at the commit that it is at now. Raises as `dataset_files`."""
+    folder, _ = dataset_files(dataset)
+    return dataset._replace(revision=folder.name)
+
+
+def dataset_files(dataset: DatasetId) -> tuple[Path, list[Path]]:
+    """The folder of a data set in the hub's cache, which is named after the commit, and its Parquet files there.
+
+    They are downloaded first. Raises FileNotFoundError where there is no such data set, or the hub does not give it,
+    and ValueError where it isn't clear which part of it is meant.
+    """
+    names, revision = _listed(dataset, dataset.revision)
+    if not names and dataset.revision is None:
+        names, revision = _listed(dataset, CONVERTED)
+    if not names:
+        raise FileNotFoundError(f"{dataset}: no Parquet files there; download the data set, and name its files")
+
+    folder = _download(dataset, revision, [CARD])
+    configs = _by_card(folder / CARD, names) or _by_names(names)
+    chosen = _chosen(dataset, configs)
+    folder = _download(dataset, revision, chosen)
+    missing = [name for name in chosen if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{dataset}: the hub's cache lacks {missing[0]}; go online once")
+    return folder, [folder / name for name in chosen]
+
+
+class _Unreachable(Exception):
+    """The hub can't be asked, so that what its cache holds has to do."""
+
+
+def _listed(dataset: DatasetId, revision: str | None) -> tuple[list[str], str | None]:
+    """The Parquet files of a revision, none where there is no such one, and the revision itself.
+
+    Where the hub can't be reached, they are those in its cache.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    def explain(error: Exception) -> Exception:
+        if isinstance(error, RevisionNotFoundError):
+            return error
+        if isinstance(error, RepositoryNotFoundError):
+            return _not_given(dataset, error)
+        return _Unreachable(error)
+
+    try:
+        with others_code(explain):
+            files = HfApi().dataset_info(dataset.repository, revision=revision).siblings or []
+        names = [file.rfilename for file in files]
+    except RevisionNotFoundError:
+        if dataset.revision is not None:
+            raise FileNotFoundError(f"{dataset}: no such revision on the hub; name a commit, branch or tag") from None
+        names = []
+    except _Unreachable:
+        folder = _download(dataset, revision, [CARD], offline=True)
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")]
+    return sorted(name for name in names if name.endswith(".parquet")), revision
+
+
+def _download(dataset: DatasetId, revision: str | None, names: list[str], offline: bool = False) -> Path:
+    """The folder in the hub's cache that holds a revision, with these files as far as the revision has them."""
+    from huggingface_hub import snapshot_download
+
+    # The names are patterns there, in which a bracket stands for itself in brackets only.
+    patterns = [re.sub(r"[*?[]", r"[\g<0>]", name) for name in names]
+    with others_code(lambda error: _not_given(dataset, error)):
+        folder = snapshot_download(
+            dataset.repository, repo_type="dataset", revision=revision, allow_patterns=patterns,
+            local_files_only=offline,
+        )  # fmt: skip
+    return Path(folder)
+
+
+def _not_given(dataset: DatasetId, error: Exception) -> FileNotFoundError:
+    return FileNotFoundError(f"{dataset}: no such path, and the hub did not give the data set ({hub_reason(error)})")
+
+
+def _by_card(card: Path, names: list[str]) -> dict[str, Splits]:
+    """The files of each configuration's splits, as the data set's card tells; empty where it doesn't."""
+    if not card.is_file():
+        return {}
+    from huggingface_hub.repocard import metadata_load
+
+    with others_code(lambda error: ValueError(f"{card}: its head is no YAML ({hub_reason(error)})")):
+        metadata = metadata_load(card)
+    entries = (metadata or {}).get("configs")
+    configs: dict[str, Splits] = {}
+    for entry in entries if isinstance(entries, list) else []:
+        match entry:
+            case {"config_name": str(config), "data_files": data_files}:
+                splits = _by_patterns(data_files, names)
+            case {"config_name": str(config), "data_dir": str(folder)}:
+                splits = _by_split_words([name for name in names if name.startswith(folder.strip("./") + "/")])
+            case _:
+                continue
+        if any(splits.values()):
+            configs[config] = splits
+    return configs
+
+
+def _by_patterns(data_files: Any, names: list[str]) -> Splits:
+    """The files that a card's patterns match: one, a list, or a list with the split of each."""
+    entries = data_files if isinstance(data_files, list) else [data_files]
+    splits: Splits = {}
+    for entry in entries:
+        match entry:
+            case {"split": str(split), "path": path}:
+                patterns = path if isinstance(path, list) else [path]
+            case _:
+                split = "train"
+                patterns = [entry]
+        for pattern in patterns:
+            splits.setdefault(split, []).extend(name for name in names if fnmatchcase(name, str(pattern)))
+    return splits
+
+
+def _by_names(names: list[str]) -> dict[str, Splits]:
+    """The files of each configuration's splits, as their names tell."""
+    parts = [name.split("/") for name in names]
+    if all(len(part) == 3 and re.fullmatch(r"\d{4,}\.parquet", part[2]) for part in parts):
+        configs: dict[str, Splits] = {}
+        for (config, split, _), name in zip(parts, names, strict=True):
+            configs.setdefault(config, {}).setdefault(split, []).append(name)
+        return configs
+    return {"default": _by_split_words(names)}
+
+
+def _by_split_words(names: list[str]) -> Splits:
+    splits: Splits = {}
+    for name in names:
+        stem = name.rpartition("/")[2].removesuffix(".parquet")
+        if shard := re.fullmatch(r"(\w[\w.]*)-\d{5}-of-\d{5}(-\w+)?", stem):  # as `push_to_hub` names them
+            split = shard[1]
+        else:
+            words = re.split(r"[\W_\d]+", name.removesuffix(".parquet").lower())
+            split = next((_SPLIT_WORDS[word] for word in reversed(words) if word in _SPLIT_WORDS), "train")
+        splits.setdefault(split, []).append(name)
+    return splits
+
+
+def _chosen(dataset: DatasetId, configs: Mapping[str, Splits]) -> list[str]:
+    """The files that the id means. ValueError, with the choices, where it leaves open which, or there are no such."""
+    config = dataset.config or ("default" if "default" in configs else next(iter(configs)))
+    if dataset.config is None and len(configs) > 1 and config != "default":
+        example = dataset._replace(config=config, split=dataset.split or "train")
+        raise ValueError(f"{dataset}: which of its configurations? Write {example} or another ({', '.join(configs)})")
+    if config not in configs:
+        raise ValueError(f"{dataset}: there is no configuration {config!r}; there are {', '.join(configs)}")
+
+    splits = configs[config]
+    split = dataset.split or next(iter(splits))
+    if dataset.split is None and len(splits) > 1:
+        example = dataset._replace(split=split)
+        raise ValueError(f"{dataset}: which of its splits? Write {example} or another ({', '.join(splits)})")
+    if split not in splits:
+        raise ValueError(f"{dataset}: there is no split {split!r}; there are {', '.join(splits)}")
+
+    # Without the network only those are known that were downloaded before.
+    names = sorted(set(splits[split]))
+    shards = re.search(r"-of-(\d{5})", names[0])
+    if shards and len(names) != int(shards[1]):
+        raise FileNotFoundError(f"{dataset}: {len(names)} of its {int(shards[1])} files are there; go online once")
+    return names
