@@ -66,15 +66,19 @@ def dataset_files(dataset: DatasetId) -> tuple[Path, list[Path]]:
     They are downloaded first. Raises FileNotFoundError where there is no such data set, or the hub does not give it,
     and ValueError where it isn't clear which part of it is meant.
     """
-    names, revision = _listed(dataset, dataset.revision)
-    if not names and dataset.revision is None:
-        names, revision = _listed(dataset, CONVERTED)
+    revision = dataset.revision
+    listed = _listed(dataset, revision)
+    if not any(map(_is_parquet, listed)) and revision is None:
+        revision = CONVERTED
+        listed = _listed(dataset, revision)
+    names = sorted(filter(_is_parquet, listed))
     if not names:
         raise FileNotFoundError(f"{dataset}: no Parquet files there; download the data set, and name its files")
 
-    folder = _download(dataset, revision, [CARD])
-    configs = _by_card(folder / CARD, names) or _by_names(names)
-    chosen = _chosen(dataset, configs)
+    configs: dict[str, Splits] = {}
+    if CARD in listed:
+        configs = _by_card(_download(dataset, revision, [CARD]) / CARD, names)
+    chosen = _chosen(dataset, configs or _by_names(names))
     folder = _download(dataset, revision, chosen)
     missing = [name for name in chosen if not (folder / name).is_file()]
     if missing:
@@ -86,11 +90,12 @@ class _Unreachable(Exception):
     """The hub can't be asked, so that what its cache holds has to do."""
 
 
-def _listed(dataset: DatasetId, revision: str | None) -> tuple[list[str], str | None]:
-    """The Parquet files of a revision, none where there is no such one, and the revision itself.
+def _is_parquet(name: str) -> bool:
+    return name.endswith(".parquet")
 
-    Where the hub can't be reached, they are those in its cache.
-    """
+
+def _listed(dataset: DatasetId, revision: str | None) -> list[str]:
+    """The files of a revision, none where there is no such one; where the hub can't be reached, those in its cache."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
@@ -104,15 +109,19 @@ def _listed(dataset: DatasetId, revision: str | None) -> tuple[list[str], str | 
     try:
         with others_code(explain):
             files = HfApi().dataset_info(dataset.repository, revision=revision).siblings or []
-        names = [file.rfilename for file in files]
+        return [file.rfilename for file in files]
     except RevisionNotFoundError:
         if dataset.revision is not None:
             raise FileNotFoundError(f"{dataset}: no such revision on the hub; name a commit, branch or tag") from None
-        names = []
+        return []
     except _Unreachable:
-        folder = _download(dataset, revision, [CARD], offline=True)
-        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*.parquet")]
-    return sorted(name for name in names if name.endswith(".parquet")), revision
+        try:
+            folder = _download(dataset, revision, [CARD], offline=True)
+        except FileNotFoundError:
+            if revision is None:  # what was downloaded may be of the conversion
+                return []
+            raise
+        return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
 def _download(dataset: DatasetId, revision: str | None, names: list[str], offline: bool = False) -> Path:
@@ -134,9 +143,7 @@ def _not_given(dataset: DatasetId, error: Exception) -> FileNotFoundError:
 
 
 def _by_card(card: Path, names: list[str]) -> dict[str, Splits]:
-    """The files of each configuration's splits, as the data set's card tells; empty where it doesn't."""
-    if not card.is_file():
-        return {}
+    """The files of each configuration's splits, as the data set's card tells; empty where it names none."""
     from huggingface_hub.repocard import metadata_load
 
     with others_code(lambda error: ValueError(f"{card}: its head is no YAML ({hub_reason(error)})")):
@@ -151,9 +158,9 @@ def _by_card(card: Path, names: list[str]) -> dict[str, Splits]:
                 splits = _by_split_words([name for name in names if name.startswith(folder.strip("./") + "/")])
             case _:
                 continue
-        if any(splits.values()):
-            configs[config] = splits
-    return configs
+        configs[config] = splits
+    is_of_parquet = any(files for splits in configs.values() for files in splits.values())
+    return configs if is_of_parquet else {}
 
 
 def _by_patterns(data_files: Any, names: list[str]) -> Splits:
@@ -205,7 +212,7 @@ def _chosen(dataset: DatasetId, configs: Mapping[str, Splits]) -> list[str]:
     if config not in configs:
         raise ValueError(f"{dataset}: there is no configuration {config!r}; there are {', '.join(configs)}")
 
-    splits = configs[config]
+    splits = {split: configs[config][split] for split in sorted(configs[config], key=lambda split: split != "train")}
     split = dataset.split or next(iter(splits))
     if dataset.split is None and len(splits) > 1:
         example = dataset._replace(split=split)
@@ -215,6 +222,8 @@ def _chosen(dataset: DatasetId, configs: Mapping[str, Splits]) -> list[str]:
 
     # Without the network only those are known that were downloaded before.
     names = sorted(set(splits[split]))
+    if not names:
+        raise FileNotFoundError(f"{dataset}: no Parquet files of it are there; go online once, or name another part")
     shards = re.search(r"-of-(\d{5})", names[0])
     if shards and len(names) != int(shards[1]):
         raise FileNotFoundError(f"{dataset}: {len(names)} of its {int(shards[1])} files are there; go online once")
