@@ -11,11 +11,12 @@ What is null inside an object is left out of it: in a list of messages Arrow giv
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..._files import read_json, require_file
-from ..._outside import located, others_code
+from ..._outside import explained_memory, located, others_code
 from ..._shapes import parse_json, with_fields
 from .compression import needed_module
 from .text_files import Located
@@ -78,7 +79,8 @@ def _numbered(rows: Iterator[Any]) -> Located:
     return ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _read_by_arrow(path: Path) -> Any:
+@contextmanager
+def _read_by_arrow(path: Path) -> Iterator[None]:
     """Around calls of pyarrow, which raises whatever a damaged file leads to."""
 
     def explain(error: Exception) -> Exception:
@@ -87,7 +89,10 @@ def _read_by_arrow(path: Path) -> Any:
         reason = str(error).strip().split("\n")[0]
         return ValueError(f"{path}: can't be read ({reason}); write or download it again")
 
-    return others_code(explain)
+    # One wrong bit in a size asks for more memory than there is.
+    memory = f"{path}: reading it takes more memory than there is; if it isn't that large, write or download it again"
+    with explained_memory(lambda: memory), others_code(explain):
+        yield
 
 
 def _arrow_rows(path: Path, features: Any) -> Iterator[dict[str, Any]]:
