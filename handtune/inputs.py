@@ -56,6 +56,9 @@ def inputs_of(config: RunConfig | PPORunConfig) -> Inputs:
         value = attrgetter(field)(config)
         if isinstance(value, str) or (isinstance(value, list) and value):  # no share of the rows to hold out
             inputs[field] = [_fingerprint(field, path) for path in as_list(value)]
+    if isinstance(config, RunConfig):  # files are compared by their contents, and so their weights go with these
+        for entry, file in zip(inputs.get("data.mix", []), config.data.mix, strict=True):
+            entry["weight"] = file.weight
     return inputs
 
 

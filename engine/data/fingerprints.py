@@ -161,4 +161,6 @@ def run_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
         for old, new in zip(old_inputs[field], new_inputs[field], strict=True):
             if not same_contents(old, new):
                 texts.append(f"other contents of {field} ({changed_files(old, new)})")
+            elif old.get("weight") != new.get("weight"):  # of a file in a mix
+                texts.append(f"{field}: weight = {old.get('weight')}, not {new.get('weight')} of {new['path']}")
     return texts
