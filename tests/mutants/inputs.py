@@ -3,6 +3,7 @@
 Paths are relative to that folder, so that a command can run in a copy of what it needs.
 """
 
+import gzip
 import json
 import os
 import shutil
@@ -169,9 +170,33 @@ def _rows() -> None:
             {"text": row["answers"]["text"][0], "answer_start": row["answers"]["answer_start"][0]}]}]}
         for row in QUESTIONS]}  # fmt: skip
     Path("squad.json").write_text(json.dumps({"version": "1.1", "data": [article]}))
+    _binary_rows()
     write_rows(Path("sft.jsonl"), CHAT)
     write_rows(Path("prompts.jsonl"), [{"prompt": "good morning"}, {"text": "the cat"}, *DIALOGUES[:1]])
     Path("judges.py").write_text(JUDGES)
+
+
+# Files of rows that are no text, or packed, with the method that reads them.
+BINARIES = {
+    "rows.parquet": "sft", "rows.feather": "classify", "saved/rows.arrow": "sft", "rows.jsonl.gz": "sft",
+    "rows.csv.zst": "classify",
+}  # fmt: skip
+
+
+def _binary_rows() -> None:
+    import pyarrow as pa
+    import pyarrow.feather
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pa.table({"messages": [row["messages"] for row in DIALOGUES]}), "rows.parquet")
+    pyarrow.feather.write_feather(pa.Table.from_pylist(SENTIMENT[::4]), "rows.feather")
+    Path("saved").mkdir()
+    table = pa.Table.from_pylist(CHAT)
+    with pa.OSFile("saved/rows.arrow", "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    Path("saved/state.json").write_text('{"_data_files": [{"filename": "rows.arrow"}]}')
+    Path("rows.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in CHAT).encode()))
+    Path("rows.csv.zst").write_bytes(pa.Codec("zstd").compress(TABLES["rows.csv"][1].encode(), asbytes=True))
 
 
 def _config(name: str, method: str, base: str, rows: str, **tables: Any) -> str:
@@ -198,6 +223,11 @@ def _checked() -> Iterator[Case]:
         base = BASES.get(method, "gpt2")
         config = _config(f"check-{name}", method, base, name)
         yield Case(f"rows {name}", ["check-data", config], [base, config, name], [name], 2)
+    for name, method in BINARIES.items():
+        base = BASES.get(method, "gpt2")
+        rows = name.partition("/")[0]  # the folder, of one that datasets has saved
+        config = _config(f"check-{rows}", method, base, rows)
+        yield Case(f"rows {rows}", ["check-data", config], [base, config, rows], [name], 2)
     config = _config("check-images", "classify", "resnet", "images")
     pictures = sorted(str(path) for path in Path("images").rglob("*.*"))
     targets = [*pictures, "resnet/config.json", "resnet/preprocessor_config.json"]
