@@ -17,12 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .decoding import Decoding, require_finite
+from .repetition import Repetition
 
 NEVER = -1e9  # the score of what must not be chosen; finite, so that differences stay numbers
 
 
 def beam_search(
-    decoding: Decoding, beams: int, max_new_tokens: int, end_ids: Sequence[int], pad: int, length_penalty: float
+    decoding: Decoding,
+    beams: int,
+    max_new_tokens: int,
+    end_ids: Sequence[int],
+    pad: int,
+    length_penalty: float,
+    repetition: Repetition,
 ) -> Tensor:
     """The best text of each row (B, T + n), n ≤ `max_new_tokens`, filled up with `pad` after its end.
 
@@ -42,7 +49,8 @@ def beam_search(
 
     for n in range(1, max_new_tokens + 1):
         # The C likeliest continuations of a row, of all its beginnings together.
-        totals = logits.log_softmax(-1).unflatten(0, (B, K)) + scores[..., None]  # (B, K, V)
+        logps = repetition.adjust(logits.log_softmax(-1), decoding.tokens, decoding.token_mask)  # (B K, V)
+        totals = logps.unflatten(0, (B, K)) + scores[..., None]  # (B, K, V)
         totals, index = totals.flatten(1).topk(max(2, 1 + len(end_ids)) * K)  # (B, C)
         require_finite(totals[:, 0])
         beam = index // logits.shape[-1]  # (B, C)

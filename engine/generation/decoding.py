@@ -29,6 +29,19 @@ class Decoding:
         self.mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask
         self.cache = model.new_cache(len(input_ids), self.tokens.shape[1] + max_new_tokens)
 
+    def restart(self, prompt: Tensor, max_new_tokens: int) -> None:
+        """Go on with another prompt (1, T) of the same causal model, with the same adapter and without padding.
+
+        Of the tokens that it begins with as the present text does, keys and values are kept, not computed again; only
+        its last token always is, because the logits behind it are needed.
+        """
+        n = min(self.n_cached, prompt.shape[1] - 1)
+        differs = (prompt[0, :n] != self.tokens[0, :n]).nonzero()  # (found, 1)
+        if len(differs):
+            n = int(differs[0])
+        self.n_cached = self.cache.rewind(n, prompt.shape[1] + max_new_tokens)
+        self.tokens = prompt
+
     def logits(self) -> Tensor:
         """Of the token after the last, (B, V) in fp32."""
         new = self.tokens[:, self.n_cached :]  # (B, T) at first, then (B, 1)
@@ -39,6 +52,11 @@ class Decoding:
             states = self.model.hidden(new, self.mask, cache=self.cache)
         self.n_cached = self.tokens.shape[1]
         return self.model.head(states[:, -1]).float()  # (B, T, D) -> (B, V)
+
+    @property
+    def token_mask(self) -> Tensor | None:
+        """Where `tokens` are padding (B, T), or None: nowhere, as in all that a decoder writes."""
+        return None if self.has_encoder else self.mask
 
     def extend(self, tokens: Tensor) -> None:
         """Add a token (B,) to each text."""

@@ -5,7 +5,7 @@ Prompts of different lengths are padded on the left, so that all rows go on at t
 the prompt, and what it writes begins with its start token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from ..finite import not_finite
 from ..runtime import in_eval_mode
 from .beam_search import beam_search
 from .decoding import Decoding, require_finite
+from .repetition import Repetition
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -54,6 +55,8 @@ def generate(
     tokenizer: "Tokenizer | None" = None,
     beams: int = 1,
     length_penalty: float = 1.0,
+    repetition_penalty: float = 1.0,
+    no_repeat_ngram: int = 0,
 ) -> Tensor:
     """Continue `input_ids` (B, T), left-padded where `attention_mask` (B, T) is 0; (B, T + n), n ≤ max_new_tokens.
 
@@ -69,34 +72,17 @@ def generate(
         is a special token.
     beams: where several, they look for the likeliest text instead of drawing one.
     length_penalty: weighs the length of the beams' texts, as `beam_search.py` says.
+    repetition_penalty: above 1, tokens that occur already are less likely, as `repetition.py` says.
+    no_repeat_ngram: above 0, no sequence of so many tokens is written a second time.
 
     Raises ValueError for settings out of range, for a model of another task than causal-lm and seq2seq-lm, and where
     prompt and new tokens exceed the model's positions; FloatingPointError where what is sampled from isn't finite.
     """
-    if model.task not in ("causal-lm", "seq2seq-lm"):
-        raise ValueError(
-            f'the model\'s task is {model.task}; to generate, load it with task="causal-lm", or "seq2seq-lm"'
-        )
-    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError(f"input_ids: expected (B, T) with at least one token, got {tuple(input_ids.shape)}")
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
-        raise ValueError(
-            f"expected temperature ≥ 0, top_k ≥ 0, 0 < top_p ≤ 1 and max_new_tokens ≥ 1; got {temperature}, {top_k}, "
-            f"{top_p}, {max_new_tokens}"
-        )
-    if max_new_tokens > MAX_NEW_TOKENS:
-        raise ValueError(f"max_new_tokens = {max_new_tokens:,}: expected at most {MAX_NEW_TOKENS:,}")
+    check_settings(model, max_new_tokens, temperature, top_k, top_p)
+    check_prompt(model, input_ids, max_new_tokens)
+    repetition = Repetition(repetition_penalty, no_repeat_ngram)
     if stop and tokenizer is None:
         raise ValueError("stop strings need the tokenizer: pass tokenizer=")
-
-    # The last new token needs no position: it is not read again.
-    limit = model.config.max_positions
-    if limit is not None and input_ids.shape[1] + max_new_tokens - 1 > limit:
-        raise ValueError(
-            f"prompt of {input_ids.shape[1]} tokens and {max_new_tokens} new ones exceed the model's {limit} positions;"
-            " shorten one of them"
-        )
-
     if beams > MAX_BEAMS:
         raise ValueError(f"beams = {beams:,}: expected at most {MAX_BEAMS:,}")
     if beams < 1 or (beams > 1 and (temperature != 0 or stop)):
@@ -110,13 +96,45 @@ def generate(
         decoding = Decoding(model, input_ids, attention_mask, max_new_tokens)
         try:
             if beams > 1:
-                return beam_search(decoding, beams, max_new_tokens, ends, pad, length_penalty)
+                return beam_search(decoding, beams, max_new_tokens, ends, pad, length_penalty, repetition)
 
-            generator = torch.Generator(decoding.tokens.device).manual_seed(seed)
-            choose_next = partial(choose, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-            return _token_by_token(decoding, choose_next, max_new_tokens, ends, pad, stop_strings, tokenizer)
+            choose_next = chooser(temperature, top_k, top_p, seed, decoding.tokens.device)
+            for _ in token_by_token(
+                decoding, choose_next, repetition, max_new_tokens, ends, pad, stop_strings, tokenizer
+            ):
+                pass
+            return decoding.tokens
         except FloatingPointError:
             raise not_finite(model, "the model's logits") from None
+
+
+def check_settings(model: Any, max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
+    """ValueError for settings out of range, and for a model that doesn't generate."""
+    if model.task not in ("causal-lm", "seq2seq-lm"):
+        raise ValueError(
+            f'the model\'s task is {model.task}; to generate, load it with task="causal-lm", or "seq2seq-lm"'
+        )
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1 or max_new_tokens < 1:
+        raise ValueError(
+            f"expected temperature ≥ 0, top_k ≥ 0, 0 < top_p ≤ 1 and max_new_tokens ≥ 1; got {temperature}, {top_k}, "
+            f"{top_p}, {max_new_tokens}"
+        )
+    if max_new_tokens > MAX_NEW_TOKENS:
+        raise ValueError(f"max_new_tokens = {max_new_tokens:,}: expected at most {MAX_NEW_TOKENS:,}")
+
+
+def check_prompt(model: Any, input_ids: Tensor, max_new_tokens: int) -> None:
+    """ValueError for prompts that are none, or that with what follows exceed the model's positions."""
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise ValueError(f"input_ids: expected (B, T) with at least one token, got {tuple(input_ids.shape)}")
+
+    # The last new token needs no position: it is not read again.
+    limit = model.config.max_positions
+    if limit is not None and input_ids.shape[1] + max_new_tokens - 1 > limit:
+        raise ValueError(
+            f"prompt of {input_ids.shape[1]} tokens and {max_new_tokens} new ones exceed the model's {limit} positions;"
+            " shorten one of them"
+        )
 
 
 def continuations(
@@ -151,27 +169,30 @@ def stop_texts(tokenizer: "Tokenizer", stop: Sequence[str], ends: list[int]) -> 
     return texts
 
 
-def _token_by_token(
+def token_by_token(
     decoding: Decoding,
     choose_next: Callable[[Tensor], Tensor],
+    repetition: Repetition,
     max_new_tokens: int,
     ends: Sequence[int],
     pad: int,
-    stop: Sequence[str],
-    tokenizer: "Tokenizer | None",
-) -> Tensor:
-    """Each text grows by the one token chosen, until it ends."""
+    stop: Sequence[str] = (),
+    tokenizer: "Tokenizer | None" = None,
+) -> Iterator[Tensor]:
+    """Let each text grow by the one token chosen, until all have ended; gives the new tokens (B,) step by step."""
     B, T = decoding.tokens.shape
     device = decoding.tokens.device
     reach = max((len(string.encode()) for string in stop), default=0)  # tokens that a stop string can be in
     done = torch.zeros(B, dtype=torch.bool, device=device)
     for i in range(max_new_tokens):
-        token = choose_next(decoding.logits()).masked_fill_(done, pad)  # (B, V) -> (B,)
+        scores = repetition.adjust(decoding.logits(), decoding.tokens, decoding.token_mask)  # (B, V)
+        token = choose_next(scores).masked_fill_(done, pad)  # (B,)
         decoding.extend(token)
-        for end in ends:
-            done |= token == end
+        yield token
 
         # A stop string can begin in an earlier token: the end of each text is decoded anew.
+        for end in ends:
+            done |= token == end
         if tokenizer is not None and stop:
             start = max(T, decoding.tokens.shape[1] - reach)
             contexts = decoding.tokens[:, max(0, start - CONTEXT) : start].tolist()
@@ -184,7 +205,14 @@ def _token_by_token(
         # Reading `done` makes the host wait for the GPU, and is of no use after the last token.
         if (ends or stop) and i + 1 < max_new_tokens and bool(done.all()):
             break
-    return decoding.tokens
+
+
+def chooser(
+    temperature: float, top_k: int, top_p: float, seed: int, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """What chooses the next token of each row (B,) from scores (B, V): the likeliest, or one that is drawn."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return partial(choose, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
 
 
 def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:

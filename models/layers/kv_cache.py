@@ -32,3 +32,15 @@ class KVCache:
         if len(rows) != self.buffer.shape[2]:
             self.buffer = self.buffer.new_empty((*filled.shape[:4], *self.buffer.shape[4:]))
         self.buffer[:, :, :, :, : self.length] = filled
+
+    def rewind(self, kept: int, length: int) -> int:
+        """Go on behind the first `kept` positions, with room for `length`; gives how many are kept, here all of them.
+
+        A causal model's keys and values depend on nothing that comes later, so that another text may follow them.
+        """
+        if length > self.buffer.shape[4]:
+            buffer = self.buffer.new_empty((*self.buffer.shape[:4], length, self.buffer.shape[5]))
+            buffer[:, :, :, :, :kept] = self.buffer[:, :, :, :, :kept]
+            self.buffer = buffer
+        self.length = kept
+        return kept

@@ -63,6 +63,12 @@ class Memory:
         """Drop the newest `count` positions."""
         self.states = [None if state is None else state[:, :-count] for state in self.states]
 
+    def rewind(self, kept: int, length: int) -> int:
+        """Begin anew; gives 0, the positions kept: what was read together has seen what followed it."""
+        self.states = [None] * len(self.states)
+        self.last_token = None
+        return 0
+
     def reorder(self, rows: Tensor) -> None:
         """Go on with these rows (B,) instead of the present ones; a row may be taken several times."""
         self.states = [None if state is None else state[rows] for state in self.states]
