@@ -85,19 +85,17 @@ def safe_streams() -> Iterator[tuple[Stream, Stream]]:
                 stream.flush()
 
 
-def print_unescaped(text: str) -> None:
+def print_unescaped(text: str, end: str = "\n") -> None:
     """Print a text as it is: data for a file or a pipe, or text that has been escaped and then colored."""
     write = getattr(sys.stdout, "write_unescaped", sys.stdout.write)
-    write(text + "\n")
+    write(text + end)
     sys.stdout.flush()
 
 
-def print_text(text: str) -> None:
+def print_text(text: str, end: str = "\n") -> None:
     """Print a text: escaped on a terminal, which it could steer, and otherwise as it is."""
-    if sys.stdout.isatty():
-        print(text, flush=True)
-    else:
-        print_unescaped(text)
+    # Not by `write`, which lets a carriage return at the beginning through, as a progress bar's.
+    print_unescaped(visible(text) if sys.stdout.isatty() else text, end)
 
 
 def begin_process() -> None:

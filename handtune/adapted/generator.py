@@ -11,6 +11,7 @@ from ..engine.data.columns import PromptTemplate
 from ..engine.data.placed_rows import location_of
 from ..engine.data.readers import read_prompts
 from ..inputs import BASE
+from ..models.tokenizer.special_tokens import SpecialTokens
 from ..prepare import load_model, run_base
 from ..prompts import learn_turn_end, prompt_template_of
 from ..saved_runs import config_of, put_adapter, require_finished
@@ -22,25 +23,26 @@ class Generator(NamedTuple):
     model: Any
     tokenizer: Any
     adapters: dict[str, str]  # the name of each adapter in the model, by the name that rows call it by
-    chat: dict[str | None, bool]  # whether each adapter, and None, the base, was trained through the chat template
-    templates: dict[str | None, PromptTemplate | None]  # of the prompts that each of them was trained on
+    tokens: dict[str | None, SpecialTokens]  # what each adapter, and None, the base, was trained with
 
     def asks_as_chat(self, adapters: Sequence[str | None] | None, rows: int) -> list[bool]:
         """Whether each row goes through the template. `adapters` are those of the rows; None: the last one for all."""
         if adapters is None:
-            adapters = [list(self.chat)[-1]] * rows
-        return [self.chat[name] for name in adapters]
+            adapters = [list(self.tokens)[-1]] * rows
+        return [self.tokens[name].asks_as_chat for name in adapters]
 
     def template_of(self, raw: Mapping[str, Any]) -> PromptTemplate | None:
         """The template by which a raw row makes its prompt: that of the adapter it names, else of the last one."""
         name = raw.get("adapter")
         if "adapter" in raw and (name is None or name in self.adapters):
-            return self.templates[None if name is None else self.adapters[name]]
-        return list(self.templates.values())[-1]
+            tokens = self.tokens[None if name is None else self.adapters[name]]
+        else:
+            tokens = list(self.tokens.values())[-1]
+        return prompt_template_of(tokens)
 
     def read_prompts(self, path: str | Path) -> list[dict[str, Any]]:
         """The rows of a file to be continued, with the prompts that the model was trained to be asked with."""
-        if not any(self.templates.values()):
+        if not any(map(prompt_template_of, self.tokens.values())):
             return read_prompts(path)
         return read_prompts(path, self.template_of)
 
@@ -93,10 +95,9 @@ def generator_of(source: str, folders: Sequence[str | Path], dtype: str) -> Gene
         raise ValueError(f"{source}: no tokenizer.json there, and prompts need one")
 
     # `put_adapter` changes the model's tokens, and each adapter's settings start from those of the base.
-    tokens = model.tokens
+    base_tokens = model.tokens
     adapters: dict[str, str] = {}
-    chat: dict[str | None, bool] = {None: tokens.asks_as_chat}
-    templates: dict[str | None, PromptTemplate | None] = {None: prompt_template_of(tokens)}
+    tokens: dict[str | None, SpecialTokens] = {None: base_tokens}
     for folder in map(Path, folders):
         full_path = resolved(folder)
         if full_path.name == "adapter":  # an adapter in a run's folder goes by the run's name
@@ -108,8 +109,6 @@ def generator_of(source: str, folders: Sequence[str | Path], dtype: str) -> Gene
         # Numbered, because names that differ may become the same without their dots, which no module's name has.
         adapters[name] = f"{len(adapters)}: {name.replace('.', '_')}"
         put_adapter(model, tokenizer, folder, adapters[name])
-        own_tokens = tokens.with_adapter(folder, tokenizer)
-        chat[adapters[name]] = own_tokens.asks_as_chat
-        templates[adapters[name]] = prompt_template_of(own_tokens)
+        tokens[adapters[name]] = base_tokens.with_adapter(folder, tokenizer)
     learn_turn_end(model, tokenizer)
-    return Generator(model, tokenizer, adapters, chat, templates)
+    return Generator(model, tokenizer, adapters, tokens)

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 
+from .chat import run_chat
 from .check_data import run_check_data
 from .compare import run_compare
 from .evaluate import run_evaluate
@@ -19,6 +20,7 @@ _FOR_OPTIONS = "use --dtype bfloat16 or fewer --batch-size, or take a smaller mo
 LESS_MEMORY = {
     **dict.fromkeys(("train", "check-data", "ppo"), _FOR_CONFIGURATIONS),
     **dict.fromkeys(("compare", "generate", "label"), _FOR_OPTIONS),
+    "chat": "use --dtype bfloat16, or take a smaller model",
     "evaluate": "end what else runs here, or train and evaluate with shorter rows (data.max_length)",
     "merge": "end what else runs here; the largest tensor, and what the adapter changes of it, must fit in memory",
     "report": "end what else runs here, or compare fewer runs",
@@ -28,6 +30,7 @@ LESS_MEMORY = {
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": run_train,
     "check-data": run_check_data,
+    "chat": run_chat,
     "compare": run_compare,
     "evaluate": run_evaluate,
     "generate": run_generate,

@@ -57,6 +57,7 @@ def _items(options: argparse.Namespace) -> list[Item]:
         pairs = sample_pairs(
             generator_of(options.model, options.adapter, options.dtype), options.prompts, options.max_new_tokens,
             options.seed, batch_size=options.batch_size, stop=options.stop, temperature=options.temperature,
+            repetition_penalty=options.repetition_penalty, no_repeat_ngram=options.no_repeat_ngram,
         )  # fmt: skip
 
     items, dropped = make_items(pairs, options.repeat, options.seed)

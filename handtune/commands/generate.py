@@ -41,6 +41,7 @@ def _generate(options: argparse.Namespace, out: Path | None) -> int:
         model, generator.tokenizer, prompts, options.max_new_tokens, batch_size=options.batch_size, stop=options.stop,
         seed=options.seed, temperature=temperature, top_k=options.top_k, top_p=options.top_p, beams=options.beams,
         length_penalty=1.0 if options.length_penalty is None else options.length_penalty, adapters=adapters,
+        repetition_penalty=options.repetition_penalty, no_repeat_ngram=options.no_repeat_ngram,
     )  # fmt: skip
 
     # The texts are generated batch by batch, as they are written or printed.
@@ -66,18 +67,27 @@ def _generate(options: argparse.Namespace, out: Path | None) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """ValueError where an option would be without effect, or would destroy something."""
-    sampling = (("--top-k", options.top_k != 0), ("--top-p", options.top_p != 1.0))
-    set_options = [name for name, is_set in sampling if is_set]
-    if options.beams > 1 and (set_options or options.temperature or options.stop):
+    if options.beams > 1 and (_set_options(options) or options.temperature or options.stop):
         raise ValueError("--beams look for the likeliest text: leave out --temperature, --top-k, --top-p and --stop")
-    if options.temperature == 0 and set_options:
-        raise ValueError(
-            f"{' and '.join(set_options)}: at --temperature 0 nothing is sampled; leave one of the two out"
-        )
+    check_sampling(options)
     if options.length_penalty is not None and options.beams == 1:
         raise ValueError("--length-penalty weighs the texts of a beam search: give --beams, too")
     if options.out and options.prompts and resolved(options.out) == resolved(options.prompts):
         raise ValueError(f"--out {options.out} is the file of the prompts; give another")
+
+
+def check_sampling(options: argparse.Namespace) -> None:
+    """ValueError where options choose among what is sampled, and nothing is."""
+    set_options = _set_options(options)
+    if options.temperature == 0 and set_options:
+        raise ValueError(
+            f"{' and '.join(set_options)}: at --temperature 0 nothing is sampled; leave one of the two out"
+        )
+
+
+def _set_options(options: argparse.Namespace) -> list[str]:
+    """The options that choose what is sampled from."""
+    return [name for name, is_set in (("--top-k", options.top_k != 0), ("--top-p", options.top_p != 1.0)) if is_set]
 
 
 def _less_memory(options: argparse.Namespace) -> str:
