@@ -7,6 +7,7 @@ than the answer or the line at which it comes; in a pipe both end the command, a
 
 import sys
 from contextlib import closing, suppress
+from itertools import chain
 
 from ..engine.data.row_fields import check_characters
 from ..terminal import print_text
@@ -65,22 +66,26 @@ class Session:
 
     def _read_line(self) -> str | None:
         """The next line, or None where there is no more. ValueError for one that isn't UTF-8."""
+        if self.is_terminal:
+            try:
+                line = _typed_line()
+            except EOFError:
+                print(flush=True)  # the shell's prompt begins a line
+                return None
+            except UnicodeDecodeError:
+                raise ValueError("this line is not UTF-8; set the terminal to it") from None
+            check_characters(line, "this line")
+            return line
+
+        # As bytes, so that the lines before a damaged one are answered.
+        data = sys.stdin.buffer.readline()
+        if not data:
+            return None
         self._n_lines += 1
         try:
-            if self.is_terminal:
-                line = _typed_line()
-            else:
-                line = sys.stdin.readline()
-            where = "" if self.is_terminal else f"standard input line {self._n_lines}: "
-            check_characters(line, f"{where}this line")
+            return data.decode().rstrip("\r\n")
         except UnicodeDecodeError:
             raise ValueError(f"standard input line {self._n_lines}: not UTF-8; save it as UTF-8") from None
-        except EOFError:
-            print(flush=True)  # the shell's prompt begins a line
-            return None
-        if not line and not self.is_terminal:
-            return None
-        return line.rstrip("\r\n")
 
     def _obey(self, line: str) -> None:
         """Do what a line that begins with a slash says."""
@@ -111,15 +116,20 @@ class Session:
 
     def _answer(self, question: str) -> None:
         """Print the answer as it comes."""
-        if self._n_answers and not self.is_terminal:
-            print_text("")
-        self._n_answers += 1
         with closing(self.conversation.ask(question)) as pieces:
-            for piece in pieces:
+            first_piece = next(pieces, "")  # a question that is refused is so here, before anything is printed
+            if self._n_answers and not self.is_terminal:
+                print_text("")
+            self._n_answers += 1
+            for piece in chain([first_piece], pieces):
                 print_text(piece, end="")
                 if sys.stdout.closed:
                     return
-        print_text("\n" if self.is_terminal else "")
+        print_text("")
+        if self.conversation.cut_off:
+            tell(self.conversation.cut_off)
+        if self.is_terminal:
+            print_text("")
 
 
 def _typed_line() -> str:

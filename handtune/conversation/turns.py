@@ -48,9 +48,12 @@ class Conversation:
                 "this model has no chat template, so that it is unknown how it would be asked; continue texts with "
                 "`handtune generate`, or train it on dialogues first"
             )
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens = {max_new_tokens}: expected at least 1")
         self.generator = generator
         self.turns: list[Message] = []  # questions and answers by turns
         self.adapter = list(generator.adapters)[-1] if generator.adapters else BASE  # the one that answers
+        self.cut_off = ""  # why the last answer did not come to its end
         self._model = model
         self._template = template_of(model)
         self._tell = tell
@@ -91,6 +94,7 @@ class Conversation:
         Where the caller stops before its end, what there is of it is the answer; without any, the question is dropped.
         ValueError where the question alone is too long.
         """
+        self.cut_off = ""
         self.turns.append({"role": "user", "content": question})
         answer = ""
         try:
@@ -103,7 +107,7 @@ class Conversation:
                     answer += new_text
                     yield new_text
             if not self._streamer.ended:
-                self._tell(self._why_cut_off(room))
+                self.cut_off = self._why_cut_off(room)
         finally:
             if answer:
                 self.turns.append({"role": "assistant", "content": answer})

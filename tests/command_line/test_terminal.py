@@ -32,6 +32,7 @@ COMMANDS = list(commands.COMMANDS)
 @pytest.fixture
 def _here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the cat\nand the dog?\n")))
 
 
 def without_reader() -> io.TextIOWrapper:
@@ -219,6 +220,7 @@ def test_what_is_coloured_goes_through(capsys) -> None:
 # Where a mistake of ours is planted for each command: somewhere behind its arguments.
 PLANTED = {
     "train": "handtune.engine.training.loop.Optimizer.step",
+    "chat": "handtune.engine.generation.streaming.check_prompt",
     "check-data": "handtune.commands.check_data.show",
     "compare": "handtune.commands.compare.make_items",
     "evaluate": "handtune.commands.evaluate.put_weights",

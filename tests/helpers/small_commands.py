@@ -2,14 +2,31 @@
 
 from pathlib import Path
 
-from small_runs import CHAT, gpt2_folder, write_config, write_rows
+import torch
+from small_runs import CHAT, gpt2, gpt2_folder, write_config, write_rows
+from small_templates import CHATML
+from small_tokenizers import byte_level
 
 from handtune.cli import main
+from handtune.models import save
+from handtune.models.tokenizer.special_tokens import SpecialTokens
+
+
+def talker_folder(path: Path) -> Path:
+    """A checkpoint with a chat template."""
+    model = gpt2()
+    with torch.no_grad():
+        model.embed.positions.weight.mul_(20)  # otherwise it repeats one token
+    settings = {"eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    model.tokens = SpecialTokens(ends=(0,), chat_template=CHATML, settings=settings)
+    save(model, byte_level(), path)
+    return path
 
 
 def workshop(folder: Path) -> Path:
-    """A folder with a base, rows, a function that judges and rewards, configurations, and a finished run."""
+    """A folder with bases, rows, a function that judges and rewards, configurations, and a finished run."""
     base, rows = str(gpt2_folder(folder / "base")), str(write_rows(folder / "rows.jsonl", CHAT))
+    talker_folder(folder / "talker")
     (folder / "command_scores.py").write_text(
         "def better(prompt, left, right):\n    return 'left' if left < right else 'right'\n\n\n"
         "def short(prompts, completions):\n    return [-len(text) for text in completions]\n"
@@ -29,9 +46,13 @@ def workshop(folder: Path) -> Path:
 
 
 def command_lines(out: Path) -> dict[str, tuple[list[str], Path | None]]:
-    """Of each command its arguments, in a workshop as the current folder, and a file that it leaves."""
+    """Of each command its arguments, in a workshop as the current folder, and a file that it leaves.
+
+    `chat` reads questions from standard input.
+    """
     lines: dict[str, tuple[str, Path | None]] = {
         "train": (f"train.toml out={out}/run", out / "run/adapter/adapter_model.safetensors"),
+        "chat": ("talker --max-new-tokens 3", None),
         "check-data": ("train.toml", None),
         "evaluate": ("finished", None),
         "compare": (
