@@ -64,7 +64,7 @@ GRAMMAR: dict[str, tuple[str, Arguments]] = {
         {
             "run": {"help": "the run's folder"},
             "--data": {"help": "another file of rows (default: the run's own held-out rows)"},
-            "--rouge": {"action": "store_true", "help": "compare generated texts with the rows' completions, too"},
+            "--rouge": {"action": "store_true", "help": "compare generated texts with the rows' answers, too"},
         },
     ),
     "compare": (
@@ -98,7 +98,7 @@ GRAMMAR: dict[str, tuple[str, Arguments]] = {
             "--prompt": {"action": "append", "help": "a prompt (may be repeated)"},
             "--prompts": {},
             "--raw": {"action": "store_true", "help": "continue the prompts as they are, past any template"},
-            "--out": {"help": "write prompt/completion rows (JSONL) here instead of printing"},
+            "--out": {"help": "write the rows with their answers (JSONL) here, to train on, instead of printing"},
             "--force": {},
             "--max-new-tokens": {},
             "--temperature": {"help": "0 is greedy (default 1, with beams 0)"},
@@ -146,6 +146,7 @@ GRAMMAR: dict[str, tuple[str, Arguments]] = {
             "data": {"help": "a file of rows with a text"},
             "--labels": {"nargs": "+", "required": True, "help": "names, or name=words: what stands for each"},
             "--template": {"default": "{text}\\n{label}", "help": r"a sentence (default {text}\n{label})"},
+            "--raw": {"action": "store_true", "help": "put the sentence to the model as it is, past a chat template"},
             "--out": {"required": True, "help": "rows of text, label, confidence and second (JSONL)"},
             "--force": {},
             "--sort": {"action": "store_true", "help": "the least certain first"},

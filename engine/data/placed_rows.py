@@ -7,16 +7,20 @@ from typing import Any
 class PlacedRow(dict[str, Any]):
     """A row and where it was read: "clauses.csv", "line 7". Of a file that is one row `line` is empty.
 
-    `shape` is one of those of `schema.py`, empty where nobody has asked for it, as of a prompt.
+    `shape` is one of those of `schema.py`, empty where nobody has asked for it, as of a prompt. `raw` is, of a prompt,
+    the row as it stands in the file.
     """
 
-    __slots__ = ("file", "line", "shape")
+    __slots__ = ("file", "line", "raw", "shape")
 
-    def __init__(self, row: Mapping[str, Any], file: str, line: str, shape: str = "") -> None:
+    def __init__(
+        self, row: Mapping[str, Any], file: str, line: str, shape: str = "", raw: Mapping[str, Any] | None = None
+    ) -> None:
         super().__init__(row)
         self.file = file
         self.line = line
         self.shape = shape
+        self.raw = raw
 
     @property
     def location(self) -> str:

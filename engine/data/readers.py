@@ -66,8 +66,10 @@ def iterate_rows(path: str | Path, columns: Columns = _AS_THEY_ARE) -> Iterator[
 
 def read_prompts(
     path: str | Path, template_of: Callable[[Mapping[str, Any]], PromptTemplate | None] | None = None
-) -> list[dict[str, Any]]:
+) -> list[PlacedRow]:
     """Read the rows of `path` to be continued: each has a prompt, whatever else stands there, or messages, or a text.
+
+    `raw` of each row is all that stands there.
 
     template_of: of a raw row, the template by which its model was trained to be asked; None: there is none for any row.
     Raises FileNotFoundError, or ValueError, like `read_rows`.
@@ -77,13 +79,13 @@ def read_prompts(
         template = template_of(raw) if template_of is not None else None
         return prompt_row(raw if template is None else template.asked(raw))
 
-    return list(_placed_rows(path, as_row, any_names=template_of is not None))
+    return list(_placed_rows(path, as_row, any_names=template_of is not None, keep_raw=True))
 
 
 def _placed_rows(
-    path: str | Path, as_row: Callable[[Mapping[str, Any]], dict[str, Any]], any_names: bool
+    path: str | Path, as_row: Callable[[Mapping[str, Any]], dict[str, Any]], any_names: bool, keep_raw: bool = False
 ) -> Iterator[PlacedRow]:
-    """Every row, brought into shape by `as_row`, with its place in the file."""
+    """Every row, brought into shape by `as_row`, with its place in the file, and as it was with `keep_raw`."""
     is_empty = True
     for line, raw in raw_rows(path, None if any_names else KNOWN_FIELDS):
         is_empty = False
@@ -92,7 +94,7 @@ def _placed_rows(
             if not isinstance(raw, dict):
                 raise ValueError(f"expected an object, found {type(raw).__name__}; every row is {{field: value}}")
             row = as_row(raw)
-        yield PlacedRow(row, str(path), line)
+        yield PlacedRow(row, str(path), line, raw=raw if keep_raw else None)
     if is_empty:
         raise ValueError(f"{path}: no rows in it; give a file with at least one")
 

@@ -5,14 +5,20 @@ label's log-likelihood is taken relative to its mean after texts without content
 2021, https://arxiv.org/abs/2102.09690; by differences of logarithms, as Holtzman et al. 2021,
 https://arxiv.org/abs/2104.08315, which does not favour short words either). Their softmax over the labels is how sure
 the model is: sort by it, and let people look at the least certain first.
+
+A model that is trained on dialogues is asked through its chat template: what the sentence has before the label is the
+question, and the label's words begin the answer.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..chat.forms import ANSWER
+from ..chat.template import ChatTemplate
+from ..chat.turns import ChatTargets
 from ..data.batches import IGNORE, Batches, Collate, to_device
 from ..data.text import tokenize_pairs
 from ..finite import not_finite
@@ -37,10 +43,12 @@ def label_texts(
     verbalizers: Mapping[str, str],
     template: str = "{text}\n{label}",
     batch_size: int = 16,
+    chat: ChatTemplate | None = None,
 ) -> list[Labelled]:
     """The label of each text, by the text that stands for each label, its verbalizer.
 
-    `template` has a {text} and, after it, a {label}, where the verbalizers go.
+    `template` has a {text} and, after it, a {label}, where the verbalizers go. What it makes of a text goes through the
+    template `chat`, if there is one.
 
     Raises ValueError for fewer than two labels, a template without its places, and a text that doesn't fit the model.
     """
@@ -50,10 +58,16 @@ def label_texts(
     if not label_sign or "{text}" not in prompt or after.strip():
         raise ValueError(f"template {template!r}: it needs a {{text}}, and, in the end, a {{label}}")
 
+    targets = None if chat is None else ChatTargets(chat, tokenizer)
+
+    def ask(text: str) -> tuple[str, str]:
+        question = prompt.replace("{text}", text)
+        return (question, "") if targets is None else _through_template(targets, question)
+
     # Relative to texts without content, after which some labels are likelier than others, too.
     answers = list(verbalizers.values())
-    calibration = _answer_logps(model, tokenizer, WITHOUT_CONTENT, answers, prompt, batch_size).mean(0)  # (labels,)
-    logps = _answer_logps(model, tokenizer, texts, answers, prompt, batch_size) - calibration  # (texts, labels)
+    calibration = _answer_logps(model, tokenizer, WITHOUT_CONTENT, answers, ask, batch_size).mean(0)  # (labels,)
+    logps = _answer_logps(model, tokenizer, texts, answers, ask, batch_size) - calibration  # (texts, labels)
 
     best = logps.softmax(1).topk(2, 1)  # (texts, 2)
     labels = list(verbalizers)
@@ -63,16 +77,38 @@ def label_texts(
     ]
 
 
+def _through_template(targets: ChatTargets, question: str) -> tuple[str, str]:
+    """The prompt that asks a question, and what the template writes in front of every answer.
+
+    As in training, blanks between question and answer are the template's, and not the question's.
+    """
+    messages = [{"role": "user", "content": question.rstrip()}, {"role": "assistant", "content": ANSWER}]
+    answers = targets.answered(messages, 1)
+    if not answers:
+        raise ValueError("the chat template marks nothing as the assistant's answer; correct it, or ask without it")
+    prompt, answer = next(iter(answers.items()))
+    return prompt, answer.partition(ANSWER)[0]
+
+
 @torch.no_grad()
 def _answer_logps(
-    model: Any, tokenizer: Any, texts: Sequence[str], answers: Sequence[str], prompt: str, batch_size: int
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    answers: Sequence[str],
+    ask: Callable[[str], tuple[str, str]],
+    batch_size: int,
 ) -> Tensor:
-    """The log-likelihood of each label's answer after each text in the prompt, (texts, labels) in fp32."""
+    """The log-likelihood of each label's answer after each text, (texts, labels) in fp32.
+
+    `ask` gives a text's prompt, and what stands in front of every answer to it.
+    """
     device = next(model.parameters()).device
     limit = model.config.max_positions
 
     # A row for each text and label; the rows of a text stand together.
-    pairs = [(prompt.replace("{text}", text), answer) for text in texts for answer in answers]
+    asked = [ask(text) for text in texts]
+    pairs = [(prompt, before + answer) for prompt, before in asked for answer in answers]
     examples = []
     for i, (ids, start) in enumerate(tokenize_pairs(tokenizer, pairs)):
         if limit is not None and len(ids) - 1 > limit:

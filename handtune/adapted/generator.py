@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from .._files import resolved
 from ..config import DataConfig, ModelConfig, RunConfig
 from ..engine.data.columns import PromptTemplate
-from ..engine.data.placed_rows import location_of
+from ..engine.data.placed_rows import PlacedRow, location_of
 from ..engine.data.readers import read_prompts
 from ..inputs import BASE
 from ..models.tokenizer.special_tokens import SpecialTokens
@@ -40,7 +40,7 @@ class Generator(NamedTuple):
             tokens = list(self.tokens.values())[-1]
         return prompt_template_of(tokens)
 
-    def read_prompts(self, path: str | Path) -> list[dict[str, Any]]:
+    def read_prompts(self, path: str | Path) -> list[PlacedRow]:
         """The rows of a file to be continued, with the prompts that the model was trained to be asked with."""
         if not any(map(prompt_template_of, self.tokens.values())):
             return read_prompts(path)

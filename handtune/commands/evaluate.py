@@ -7,8 +7,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..engine import evaluate
+from ..engine.chat.forms import text_of
+from ..engine.data.placed_rows import PlacedRow
 from ..engine.data.text import prompt_tokens
 from ..engine.finite import not_finite
 from ..engine.generation.completions import completions
@@ -50,11 +53,8 @@ def _rouge(ready: Prepared) -> dict[str, float]:
     Each text ends with an end token, or once it is twice as long as the longest gold text, or where the model's
     positions end.
     """
-    rows = [row for row in ready.eval_rows if "completion" in row]
-    if not rows:
-        raise ValueError("--rouge compares texts: it needs held-out rows with prompt and completion")
+    rows, golds = _asked_and_gold(ready.eval_rows)
     prompts = prompts_of(rows, ready.model, [ready.chat] * len(rows))
-    golds = [row["completion"] for row in rows]
 
     # What is generated must fit behind its prompt.
     limit = ready.model.config.max_positions or sys.maxsize
@@ -72,6 +72,36 @@ def _rouge(ready: Prepared) -> dict[str, float]:
         written = completions(ready.model, ready.tokenizer, [prompts[i] for i in indices], n, temperature=0)
         texts.update(zip(indices, written, strict=True))
     return rouge([texts[i] for i in range(len(prompts))], golds)
+
+
+def _asked_and_gold(rows: Sequence[Any]) -> tuple[list[PlacedRow], list[str]]:
+    """The rows that ask for a text, and the texts that they should get; of a dialogue the assistant's last turn.
+
+    ValueError where there is none.
+    """
+    asked: list[PlacedRow] = []
+    golds: list[str] = []
+    for row in rows:
+        if "completion" in row:
+            asked.append(row)
+            golds.append(row["completion"])
+        elif "messages" in row:
+            turns = [i for i, message in enumerate(row["messages"]) if message["role"] == "assistant"]
+            gold = text_of(row["messages"][turns[-1]]) if turns else ""
+            # A turn may call a tool and say nothing, or open the dialogue, and then nobody has asked.
+            if gold.strip() and turns[-1] > 0:
+                before = {**row, "messages": row["messages"][: turns[-1]]}
+                asked.append(PlacedRow(before, row.file, row.line, row.shape))
+                golds.append(gold)
+
+    if not asked:
+        raise ValueError(
+            "--rouge compares texts: it needs held-out rows with prompt and completion, or messages with an answer"
+        )
+    if n_left_out := len(rows) - len(asked):
+        print(f"--rouge: {n_left_out} of {len(rows)} held-out rows have no answer in text, and are left out",
+              file=sys.stderr)  # fmt: skip
+    return asked, golds
 
 
 def _lengths(ready: Prepared, texts: Sequence[str]) -> list[int]:

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 from .._files import resolved
 from .._outside import located
@@ -16,7 +15,7 @@ from ..engine.generation.completions import completions
 from ..engine.training.guards import explained_memory_error
 from ..prompts import prompts_of
 from ..terminal import print_text
-from .outputs import output, write_completions
+from .outputs import output, write_answers
 
 
 def run_generate(options: argparse.Namespace) -> int:
@@ -47,12 +46,7 @@ def _generate(options: argparse.Namespace, out: Path | None) -> int:
     # The texts are generated batch by batch, as they are written or printed.
     with explained_memory_error(next(model.parameters()).device, lambda: _less_memory(options)):
         if out is not None:
-            # Rows to train on have the plain prompt, which goes through the template in training, too.
-            written_prompts = [
-                row["prompt"] if chat and "prompt" in row else prompt
-                for row, chat, prompt in zip(rows, chats, prompts, strict=True)
-            ]
-            write_completions(written_prompts, texts, out)
+            write_answers(rows, texts, out)
             print(f"{len(prompts)} rows written to {options.out}")
         else:
             for number, (chat, prompt, text) in enumerate(zip(chats, prompts, texts, strict=True)):
@@ -97,7 +91,7 @@ def _less_memory(options: argparse.Namespace) -> str:
     return "even one prompt is too much; shorten it, or use --dtype bfloat16"
 
 
-def _rows(options: argparse.Namespace, generator: Generator) -> Iterator[dict[str, Any]]:
+def _rows(options: argparse.Namespace, generator: Generator) -> Iterator[PlacedRow]:
     """The rows to continue: from the options, or else from standard input."""
     for number, prompt in enumerate(options.prompt or [], 1):
         yield _single_row(prompt, "--prompt", str(number), options, generator)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections import Counter
 
 from .._files import resolved, write_file
@@ -10,6 +11,7 @@ from ..engine.data.labels import label_name
 from ..engine.data.placed_rows import location_of
 from ..engine.data.readers import read_prompts
 from ..engine.tasks.zero_shot import label_texts
+from ..prompts import template_of
 from .outputs import output
 
 
@@ -26,8 +28,14 @@ def run_label(options: argparse.Namespace) -> int:
                 f"{options.model}: labels are chosen by a causal language model, and this is for {model.task}"
             )
 
+        # A model that was trained on dialogues is asked as it was trained.
+        chat = None
+        if model.tokens.answers_chats and not options.raw:
+            chat = template_of(model)
+            print("asked through the chat template (--raw leaves it out)", file=sys.stderr)
+
         template = options.template.replace("\\n", "\n")  # a shell makes it hard to give a line end
-        predictions = label_texts(model, tokenizer, texts, verbalizers, template, options.batch_size)
+        predictions = label_texts(model, tokenizer, texts, verbalizers, template, options.batch_size, chat)
         rows = [{"text": text, **prediction._asdict()} for text, prediction in zip(texts, predictions, strict=True)]
 
         # The least certain first: they are worth a person's time.

@@ -6,7 +6,7 @@ While a command writes a file or a run's folder, no other process does.
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,8 +14,10 @@ from typing import Any
 
 from .._files import resolved, write_file
 from .._locks import alone
+from ..adapted.answered_rows import answered_row
 from ..config import PPORunConfig, RunConfig
 from ..engine.data.fingerprints import Inputs
+from ..engine.data.placed_rows import PlacedRow
 from ..engine.training.run_folder import RunFolder, finished
 from ..inputs import inputs_of
 from ..saved_runs import has_stored
@@ -47,17 +49,18 @@ def refuse_existing(path: str, force: bool) -> None:
         raise ValueError(f"--out {path}: is there already; give another name, or --force to replace it")
 
 
-def write_completions(prompts: list[str], texts: Iterable[str], out: Path) -> None:
-    """Write rows of prompt and completion to `out`; if it is interrupted, the rows so far to a file beside it."""
+def write_answers(rows: Sequence[PlacedRow], texts: Iterable[str], out: Path) -> None:
+    """Write each row with the text that answers it to `out`; if it is interrupted, the rows so far to a file beside."""
     lines: list[str] = []
     try:
-        for prompt, text in zip(prompts, texts, strict=True):
-            lines.append(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) + "\n")
+        for row, text in zip(rows, texts, strict=True):
+            answered = answered_row(row, row.raw, text)
+            lines.append(json.dumps(answered, ensure_ascii=False, default=str) + "\n")  # a table may hold dates
     finally:
-        if 0 < len(lines) < len(prompts):
+        if 0 < len(lines) < len(rows):
             part = out.with_name(f"{out.name}.{os.getpid()}.part")
             write_file(part, "".join(lines))
-            print(f"the first {len(lines)} of {len(prompts)} rows are in {part}", file=sys.stderr)
+            print(f"the first {len(lines)} of {len(rows)} rows are in {part}", file=sys.stderr)
     write_file(out, "".join(lines))
 
 

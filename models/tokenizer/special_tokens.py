@@ -165,6 +165,11 @@ class SpecialTokens:
         """Whether the model was trained to be asked through its chat template, also for a plain prompt."""
         return self.generation.get(ASKS_AS_CHAT) is True
 
+    @property
+    def answers_chats(self) -> bool:
+        """Whether the model was trained on dialogues, as far as can be told: a published one has a template if so."""
+        return self.generation.get(ASKS_AS_CHAT, self.chat_template is not None) is True
+
     def asking_as_chat(self, chat: bool) -> "SpecialTokens":
         """The same, remembering how the model was trained to be asked, in generation_config.json."""
         return replace(self, generation={**self.generation, ASKS_AS_CHAT: chat})
