@@ -9,6 +9,7 @@ from ._outside import located
 from .config import RunConfig
 from .engine.chat.ends import turn_end
 from .engine.chat.fields import check_used
+from .engine.chat.forms import text_of
 from .engine.chat.template import DEFAULT_TEMPLATE, ChatTemplate, Dialogue
 from .engine.data.columns import PromptTemplate
 from .engine.data.placed_rows import location_of
@@ -86,6 +87,12 @@ def prompts_of(rows: Sequence[Mapping[str, Any]], model: Any, chats: Sequence[bo
         with located(location_of(row, index)):
             prompts.append(prompt_of(row, model, chat))
     return prompts
+
+
+def question_of(row: Mapping[str, Any]) -> str:
+    """What a person asks in a row, without all that a template puts around it: of a dialogue the last question."""
+    questions = [text_of(message) for message in row.get("messages", ()) if message["role"] == "user"]
+    return questions[-1] if questions else str(row.get("prompt", row.get("text", "")))
 
 
 def prompt_of(row: Mapping[str, Any], model: Any, chat: bool = False) -> str:

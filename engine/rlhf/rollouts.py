@@ -27,12 +27,16 @@ class Prompt:
 
     ids: list[int]  # with the tokens that begin a text in front
     given: Any  # as the caller gave it, which is what rewards see
+    shown: Any  # as people see it
 
 
-def fitting_prompts(prompts: Sequence[Any], tokenizer: Any, room: int, limit: int | None) -> list[Prompt]:
+def fitting_prompts(
+    prompts: Sequence[Any], tokenizer: Any, room: int, limit: int | None, shown: Sequence[str] | None = None
+) -> list[Prompt]:
     """The prompts that leave room for `room` new tokens within the model's `limit` positions; prints how many don't.
 
-    `prompts` are texts, or token ids where there is no tokenizer. ValueError for an empty one, and where none is left.
+    `prompts` are texts, or token ids where there is no tokenizer. People see `shown` in their place, if it is given.
+    ValueError for an empty one, and where none is left.
     """
     if tokenizer is None:
         ids = [list(prompt) for prompt in prompts]
@@ -41,7 +45,7 @@ def fitting_prompts(prompts: Sequence[Any], tokenizer: Any, room: int, limit: in
     if empty := [number for number, row in enumerate(ids, 1) if not row]:
         raise ValueError(f"prompt {empty[0]} is empty; give it at least one token")
 
-    all_prompts = [Prompt(row, prompt) for row, prompt in zip(ids, prompts, strict=True)]
+    all_prompts = [Prompt(*prompt) for prompt in zip(ids, prompts, shown or prompts, strict=True)]
     fitting = [prompt for prompt in all_prompts if limit is None or len(prompt.ids) + room <= limit]
     if not fitting:
         raise ValueError(f"no prompt leaves room for {room} new tokens in the model's {limit} positions")

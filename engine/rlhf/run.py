@@ -72,14 +72,16 @@ def ppo(
     run_dir: str | Path | None = None,
     metadata: dict[str, Any] | None = None,
     show: Callable[[str], None] | None = None,
+    shown: Sequence[str] | None = None,
 ) -> PPOResult:
     """Train a causal language model to write what `reward` scores high, without moving far from what it is.
 
     `prompts` are texts, where there is a `tokenizer`, else token ids. `reward(prompts, completions)` gives a number for
     each completion, texts or token ids likewise; a `Reward`; or several, whose scores are added up. The policy is left
     as the active adapter "policy". `run_dir`: the run folder; the same call on it resumes, on the same model, too, or
-    finds the run finished and changes nothing. `show` gets a sample a round. Random generators, settings of torch,
-    signal handlers and modes of modules are afterwards what they were.
+    finds the run finished and changes nothing. `show` gets a sample a round, in which, as in the log, `shown` stands in
+    the place of the prompts: what a person asked, without the chat template around it. Random generators, settings of
+    torch, signal handlers and modes of modules are afterwards what they were.
 
     Raises ValueError for a model with adapters other than a reward's (merge them first), LoRA targets outside its
     layers, an empty prompt, none that leaves room for a completion, a reward that gives anything but one finite number
@@ -97,7 +99,7 @@ def ppo(
         )
 
         # One at a time, so that a round has all its prompts where a pass over them ends within it.
-        fitting = fitting_prompts(prompts, tokenizer, config.max_new_tokens, model.config.max_positions)
+        fitting = fitting_prompts(prompts, tokenizer, config.max_new_tokens, model.config.max_positions, shown)
         batches = Batches(fitting, list, rows=1, seed=config.seed)
         prompt = (batch[0][0] for batch in infinite_epochs(batches))
         prompts_per_round = config.rollout_batch_size // (config.group_size or 1)
@@ -148,8 +150,8 @@ def ppo(
                 progress.episodes += len(rollout.ids)
                 progress.stats = stats
                 progress.seconds = time.perf_counter() - started
-                texts, completions = trainer.as_given(rollout)
-                sample = f"{texts[0]!r} → {completions[0]!r}: {float(rollout.scores[0]):.3f}"
+                _, completions = trainer.as_given(rollout)
+                sample = f"{rollout.prompts[0].shown!r} → {completions[0]!r}: {float(rollout.scores[0]):.3f}"
                 run_folder.log(step=progress.round, episodes=progress.episodes, **stats, sample=sample,
                                peak_memory=peak_memory(), seconds=progress.seconds)  # fmt: skip
                 if show is not None:

@@ -15,7 +15,7 @@ from ..inputs import as_list, reward_adapter, reward_checkpoint
 from ..models import load
 from ..models.checkpoint.info import checkpoint_info
 from ..prepare import load_model
-from ..prompts import learn_turn_end, prompt_template_of, prompts_of
+from ..prompts import learn_turn_end, prompt_template_of, prompts_of, question_of
 from ..saved_runs import facts_of, function_of
 
 
@@ -29,8 +29,8 @@ def load_policy(config: PPORunConfig, *, weights: bool = True) -> tuple[Any, Any
     return model, tokenizer
 
 
-def policy_prompts(config: PPORunConfig, model: Any) -> list[str]:
-    """The texts that the policy continues, through the chat template if the model was trained so.
+def policy_prompts(config: PPORunConfig, model: Any) -> tuple[list[str], list[str]]:
+    """The texts that the policy continues, through the chat template if the model was trained so, and their questions.
 
     The model's settings say from then on whether prompts went through it.
     """
@@ -41,7 +41,7 @@ def policy_prompts(config: PPORunConfig, model: Any) -> list[str]:
     chat = model.tokens.asks_as_chat
     prompts = prompts_of(rows, model, [chat] * len(rows))
     model.tokens = model.tokens.asking_as_chat(chat or any(map(is_dialogue, rows)))
-    return prompts
+    return prompts, [question_of(row) for row in rows]
 
 
 def reward_of(spec: str, policy: Any, tokenizer: Any, inputs: Inputs) -> RewardFn:

@@ -44,7 +44,7 @@ def run_check_data(options: argparse.Namespace) -> int:
 def _check_prompts(config: PPORunConfig, count: int, color: bool) -> None:
     """Print the first prompts of a run token by token, as the policy will continue them; needs no weights."""
     model, tokenizer = load_policy(config, weights=False)
-    prompts = policy_prompts(config, model)
+    prompts, _ = policy_prompts(config, model)
     max_new_tokens = config.ppo.max_new_tokens
     fitting = fitting_prompts(prompts, tokenizer, max_new_tokens, model.config.max_positions)
     lengths = [len(prompt.ids) for prompt in fitting]

@@ -35,13 +35,13 @@ def _ppo(config: PPORunConfig, quiet: bool, run_folder: RunFolder, inputs: Input
     }  # fmt: skip
     run_folder.start(facts, asdict(config))
     model, tokenizer = load_policy(config)
-    prompts = policy_prompts(config, model)
+    prompts, questions = policy_prompts(config, model)
     amend(out, chat=model.tokens.asks_as_chat)
 
     rewards = [reward_of(spec, model, tokenizer, inputs) for spec in as_list(config.reward)]
     result = ppo(
         model, prompts, rewards, config.ppo, tokenizer=tokenizer, run_dir=out, metadata=facts,
-        show=None if quiet else tqdm.write,
+        show=None if quiet else tqdm.write, shown=questions,
     )  # fmt: skip
     if result.stopped == "interrupted":
         print(f"stopped after {result.episodes} episodes; the same command goes on from there")

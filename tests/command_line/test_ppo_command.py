@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from project import BENCHMARKS, ROOT
-from small_runs import write_rows
+from small_commands import talker_folder
+from small_runs import write_config, write_rows
 
 from handtune.adapted import policy
 from handtune.cli import main
@@ -161,3 +162,28 @@ def test_its_model_is_that_of_the_configuration(folder: Path, monkeypatch: pytes
     monkeypatch.setattr(ppo_command, "load_policy", load_policy)
     assert main(["ppo", "ppo.toml", "model.recompute=true", "ppo.episodes=16"]) == 0
     assert recomputing == [True] * 4
+
+
+def test_samples_show_what_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """And not the chat template around it, which the reward sees as before."""
+    rows = [{"messages": [{"role": "user", "content": "who?"}]}, {"prompt": "the cat"}]
+    monkeypatch.chdir(tmp_path)
+    talker_folder(tmp_path / "talker")
+    (tmp_path / "shown_texts.py").write_text(
+        "def templated(prompts, completions):\n    return [float('<|im_start|>' in prompt) for prompt in prompts]\n"
+    )
+    write_config(
+        tmp_path / "ppo.toml", out="run", prompts=str(write_rows(tmp_path / "rows.jsonl", rows)),
+        model={"path": "talker"}, reward="shown_texts:templated",
+        ppo={"episodes": 6, "rollout_batch_size": 2, "batch_size": 2, "max_new_tokens": 2, "reward_norm_samples": 0,
+        "lora": {"rank": 2}},
+    )  # fmt: skip
+    assert main(["ppo", "ppo.toml"]) == 0
+    logged = [json.loads(line)["sample"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    shown = capsys.readouterr().out
+    assert len(logged) == 3
+    assert all(sample.split(" → ")[0] in shown for sample in logged)
+    assert {sample.partition(" → ")[0] for sample in logged} <= {"'who?'", "'the cat'"}
+    scores = {sample.partition(" → ")[0]: sample.rpartition(": ")[2] for sample in logged}
+    assert scores.get("'who?'", "1.000") == "1.000"
+    assert scores.get("'the cat'", "0.000") == "0.000"
