@@ -9,9 +9,7 @@ the keys it can reach. Only a `bias` goes through a dense mask, and on a GPU not
 On a GPU torch's own kernels take what they are made for: plain rows, and packed ones in half precision. Everything else
 is computed by the kernels of `forward_triton.py`, which save q, k, v, the output and one number a query and head.
 
-On a CPU, `rows.py` chooses between torch's fused kernel and the functions of `cpu.py`. Packed segments are computed one
-by one there, but short ones in one call, padded with zeros: twice as fast for 64 rows of 4 to 11 tokens; at 40 tokens
-nothing is left to gain.
+On a CPU, `rows.py` chooses between torch's fused kernel and the functions of `cpu.py`.
 """
 
 import inspect
@@ -23,9 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backend
-from .rows import add_alibi, row_attention
-
-SHORT = 32  # tokens of packed segments that are computed in one call
+from .rows import add_alibi, packed_attention, row_attention
 
 
 def attention(
@@ -71,7 +67,7 @@ def attention(
         return row_attention(q, k, v, window, add_alibi(bias, alibi, q, k), causal, scale)
     if q.is_cuda and window is None and alibi is None and q.dtype in (torch.float16, torch.bfloat16):
         return _varlen(q, k, v, cu_seqlens, max_seqlen, causal, scale)
-    return _packed(q, k, v, cu_seqlens, window, alibi, causal, scale)
+    return packed_attention(q, k, v, cu_seqlens, window, alibi, causal, scale)
 
 
 def _check(
@@ -179,57 +175,6 @@ def _varlen(
     # It is a tuple only where the log-sum-exps are asked for, too.
     assert isinstance(out, Tensor)
     return out[None]
-
-
-def _packed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    window: int | None,
-    alibi: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> Tensor:
-    """Packed segments as rows of a batch: all at once where they are of one length or short, else one by one."""
-    lengths = cu_seqlens.diff().tolist()
-    if len(set(lengths)) == 1:
-        # Views, in the backward pass, too: nothing is copied.
-        shape = (len(lengths), lengths[0])
-        q, k, v = (x.squeeze(0).unflatten(0, shape) for x in (q, k, v))  # (n, T, H, hd)
-        out = row_attention(q, k, v, window, add_alibi(None, alibi, q, k), causal, scale)
-        return out.flatten(0, 1)[None]
-    if causal and max(lengths) <= SHORT:
-        return _short(q, k, v, cu_seqlens, max(lengths), window, alibi, scale)
-
-    segments = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
-    outs = [row_attention(qs, ks, vs, window, add_alibi(None, alibi, qs, ks), causal, scale) for qs, ks, vs in segments]
-    return torch.cat(outs, dim=1)  # (1, T, H, hd)
-
-
-def _short(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    longest: int,
-    window: int | None,
-    alibi: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """Short packed segments in one call, padded on the right: behind the last position, where no query looks."""
-    lengths = cu_seqlens.diff()
-    n = len(lengths)
-    segment = torch.repeat_interleave(torch.arange(n, device=q.device), lengths)  # (T,)
-    padded_index = torch.arange(q.shape[1], device=q.device) + segment * longest - cu_seqlens[segment]  # (T,)
-
-    def padded(x: Tensor) -> Tensor:
-        flat = x.new_zeros((n * longest, *x.shape[2:])).index_copy(0, padded_index, x[0])
-        return flat.unflatten(0, (-1, longest))  # (n, longest, H, hd)
-
-    q, k, v = padded(q), padded(k), padded(v)
-    out = row_attention(q, k, v, window, add_alibi(None, alibi, q, k), True, scale)
-    return out.flatten(0, 1).index_select(0, padded_index)[None]  # (1, T, H, hd)
 
 
 def attention_reference(
