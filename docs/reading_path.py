@@ -33,6 +33,11 @@ ELSEWHERE = {
         "engine/adapters/rounding.py", "engine/adapters/modules_to_save.py", "engine/adapters/switch.py",
         "engine/adapters/locking.py", "engine/adapters/module_patterns.py", "engine/training/freezing.py",
     ],
+    "other options": [
+        "kernels/label_smoothing.py", "kernels/optim/adamw8bit.py", "kernels/optim/adamw8bit_state.py",
+        "kernels/optim/adamw8bit_triton.py", "kernels/optim/blockwise.py", "kernels/optim/muon.py",
+        "engine/training/optimizers.py",
+    ],
     "other data": [
         "engine/chat", "engine/data/corpus.py", "engine/data/images.py", "engine/data/tables.py",
         "engine/data/row_fields.py", "engine/data/schema.py", "engine/data/labels.py",

@@ -16,7 +16,7 @@ from ._shapes import NotTOML, above_zero, check_bounds, is_of, one_of, parse_tom
 from .engine.adapters.config import LARGEST, LoRAConfig
 from .engine.rlhf.config import PPOConfig
 from .engine.tasks.common import TRUNCATE
-from .engine.tasks.objectives import METHODS
+from .engine.tasks.objectives import METHODS, LossConfig
 from .engine.training.config import TrainConfig
 
 MAX_SECTIONS = 8  # that a change on the command line may name
@@ -28,6 +28,7 @@ ELSEWHERE = {
     "warmup_ratio": "warmup", "warmup_steps": "warmup", "max_norm": "max_grad_norm", "clip": "clip_range max_grad_norm",
     "patience": "early_stopping_patience", "keep": "keep_last", "save_total_limit": "keep_last",
     "save_steps": "save_every", "eval_steps": "eval_every",
+    "optim": "optimizer", "label_smoothing_factor": "label_smoothing", "class_weight": "class_weights",
     "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets", "use_dora": "dora",
     "use_rslora": "rslora", "lr_ratio": "loraplus_lr_ratio",
     "rollout_rows": "rollout_batch_size", "lam": "gae_lambda", "kl": "kl_coef", "value_clip": "clip_range_vf",
@@ -122,6 +123,7 @@ class RunConfig:
     lora: LoRAConfig | None = None  # None: the weights themselves are trained
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
     name: str | None = None  # in reports; None: that of the folder
 

@@ -17,7 +17,7 @@ from .engine.data.images import ImageCollate, ImageExamples, class_counts
 from .engine.data.readers import label_names
 from .engine.data.schema import is_dialogue
 from .engine.tasks.encode import encode
-from .engine.tasks.objectives import Objective, dpo, objective_of
+from .engine.tasks.objectives import Objective, check_loss_options, dpo, objective_of, with_loss_options
 from .engine.tasks.preferences import add_reference
 from .engine.training.config import needs_evaluation
 from .inputs import corpora, data_files, is_corpus, read_splits, split_windows
@@ -82,6 +82,7 @@ def run_base(config: RunConfig, *, weights: bool = True) -> RunBase:
         objective = dpo(config.dpo.beta)
     else:
         objective = objective_of(config.method, family.objectives)
+    check_loss_options(objective, config.loss, config.method)
     if config.model.task not in (None, objective.task):
         raise ValueError(f"model.task = {config.model.task!r}, but method {config.method!r} trains {objective.task!r}")
     return RunBase(checkpoint, objective, weights)
@@ -151,6 +152,7 @@ def prepare(config: RunConfig, base: RunBase, cache: Path, *, head_follows: bool
         for part in filter(len, (examples, eval_examples)):
             add_reference(model, part)
 
+    objective = with_loss_options(objective, config.loss, labels, examples)
     collate = objective.collate(model, tokenizer, config.data.packing)
     by_length = objective.by_length or not config.data.packing
     return Prepared(
@@ -221,6 +223,7 @@ def _prepare_images(
         if split_rows:
             print(f"{split}: {class_counts(split_rows)}", file=sys.stderr)
 
+    objective = with_loss_options(objective, config.loss, labels, examples["train"])
     collate = ImageCollate(model.pixels, config.data.augment)
     return Prepared(model, None, objective, labels, examples["train"], eval_rows, examples["eval"], collate)
 
