@@ -19,12 +19,14 @@ from .engine.data.schema import is_dialogue
 from .engine.tasks.encode import encode
 from .engine.tasks.objectives import Objective, check_loss_options, dpo, objective_of, with_loss_options
 from .engine.tasks.preferences import add_reference
+from .engine.training.cached_features import head_only
 from .engine.training.config import needs_evaluation
 from .inputs import corpora, data_files, is_corpus, read_splits, split_windows
 from .models import Bert, ResNet, XLNet, add_tokens, load
 from .models.checkpoint.info import CheckpointInfo, checkpoint_info
 from .models.checkpoint.loading import fresh, open_checkpoint
 from .models.families import family_of_preset
+from .models.layers.dropout import choose_dropout
 from .models.tokenizer.build import CONVERT
 from .prompts import adopt_template, learn_turn_end, template_of, through_template
 
@@ -296,6 +298,9 @@ def choose_trained(ready: Prepared, config: RunConfig) -> str:
         train_rows(model, _ids_of([*config.freeze.token_rows, *config.model.add_tokens], ready.tokenizer))
     elif config.model.add_tokens:
         train_added_rows(model, _ids_of(config.model.add_tokens, ready.tokenizer))
+
+    # A base of which nothing trains gives the same features each time, which are computed once.
+    choose_dropout(model, config.model.dropout, frozen_base=head_only(model))
 
     # A name for reports.
     if config.lora is not None:

@@ -22,7 +22,7 @@ BY_NAME = {"import_module", "__import__"}
 # The rooms of a package: folders, and files at its top (`norms` is norms.py and norms_triton.py). Each may import what
 # stands in lines above its own, and itself.
 ROOMS = {
-    "kernels": ["backend dropout", "activations attn cross_entropy label_smoothing norms optim quant rotary", "lora",
+    "kernels": ["backend dropout", "activations attn cross_entropy norms optim quant rotary", "lora",
                 "linear", "conv mlp"],
     "engine": ["model runtime", "finite", "chat data adapters", "tasks generation peft", "training", "rlhf"],
     "models": ["layers", "tokenizer", "model", "gpt2 llama bloom bert t5 xlnet resnet", "families", "checkpoint"],
@@ -38,7 +38,7 @@ EXPORTS = {
         "feed_forward", "layer_norm", "linear_cross_entropy", "lora_conv2d", "lora_linear", "lora_linear_batched",
         "norm_linear", "rms_norm", "rope", "swiglu",
     ],
-    "models": ["Bert", "Bloom", "GPT2", "Llama", "ResNet", "T5", "XLNet", "add_tokens", "load", "save"],
+    "models": ["Bert", "Bloom", "GPT2", "Llama", "ResNet", "T5", "XLNet", "add_tokens", "load", "save", "set_dropout"],
     "engine": [
         "LoRAConfig", "PPOConfig", "TrainConfig", "add_lora", "combine_adapters", "drop_adapter", "evaluate", "freeze",
         "generate", "load_adapter", "load_checkpoint", "load_reward", "merge_lora", "ppo", "projections", "quantize",

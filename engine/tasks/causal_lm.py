@@ -28,7 +28,6 @@ from torch.utils.checkpoint import checkpoint
 
 from ..._outside import located
 from ...kernels import Linear, linear_cross_entropy
-from ...kernels.label_smoothing import smoothing_penalty
 from ...kernels.linear import bind_projection
 from ..chat.fields import check_used, trained_turns
 from ..chat.template import Dialogue, token_mask
@@ -36,7 +35,7 @@ from ..chat.turns import ChatTargets, drops_thinking
 from ..data.batches import IGNORE, Batch
 from ..data.placed_rows import PlacedRow
 from ..data.text import append_eos, bos_ids, encode_with_seams, prepend_bos, tokenize_pairs
-from .common import Encoded, LossFn, Settings, features, joined_text, select
+from .common import Encoded, LossFn, Settings, features, joined_text, select, smoothing_penalty
 from .metrics import perplexity
 
 CHUNK_LOGITS = 2**24  # that a head with an adapter makes at a time: 64 MiB in fp32

@@ -177,6 +177,21 @@ def cross_entropy(
     return loss, weights[targets].sum(dtype=torch.float64).item()
 
 
+def smoothing_penalty(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What ε of label smoothing multiplies, for x (n, D), weight (V, D), targets (n,), bias (V,): a scalar.
+
+    The smoothed loss (1 − ε)(lse z − z_t) + ε (lse z − z̄), with z̄ the mean of the logits, is lse z − z_t + ε (z_t − z̄)
+    (Szegedy et al. 2015, section 7, arXiv:1512.00567). The mean logit is the logit of the mean row, so that no logits
+    are needed: z_t − z̄ = x · (W_t − W̄) + b_t − b̄.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows = F.embedding(targets, weight).to(wide)  # (n, D)
+    penalty = (x.to(wide) * (rows - weight.mean(0, dtype=wide))).sum()
+    if bias is not None:
+        penalty = penalty + (bias[targets].to(wide) - bias.mean(dtype=wide)).sum()
+    return penalty
+
+
 class Score(Protocol):
     """Collects predictions over an evaluation."""
 

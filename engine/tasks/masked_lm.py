@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from ...kernels import linear_cross_entropy
-from ...kernels.label_smoothing import smoothing_penalty
 from ..data.batches import Batch, Collate
 from ..data.placed_rows import PlacedRow
-from .common import Encoded, Settings, features, joined_text, positions_by_text, special_ids
+from .common import Encoded, Settings, features, joined_text, positions_by_text, smoothing_penalty, special_ids
 
 
 def masked_lm(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:

@@ -8,6 +8,7 @@ the keys it can reach. Only a `bias` goes through a dense mask, and on a GPU not
 
 On a GPU torch's own kernels take what they are made for: plain rows, and packed ones in half precision. Everything else
 is computed by the kernels of `forward_triton.py`, which save q, k, v, the output and one number a query and head.
+Dropout of what is attended to has a way of its own on all devices, `dropout.py`.
 
 On a CPU, `rows.py` chooses between torch's fused kernel and the functions of `cpu.py`.
 """
@@ -21,6 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backend
+from ..dropout import seed_for
+from .dropout import attention_dropout
 from .rows import add_alibi, packed_attention, row_attention
 
 
@@ -36,6 +39,8 @@ def attention(
     alibi: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
 ) -> Tensor:
     """Multi-head attention of q (B, T, H, hd) over k, v (B, S, K, hd), H a multiple of K; gives (B, T, H, hd).
 
@@ -44,7 +49,8 @@ def attention(
     with these bounds; `max_seqlen` is their greatest length, given on CUDA to avoid waiting for it. `bias`: additive
     (float) or allowed (bool), broadcastable to (B, H, T, S), on top of `causal` and `window`. `alibi` (H,): slopes of a
     bias that grows with the position, slope_h · (s − t) (https://arxiv.org/abs/2108.12409), and takes no gradient.
-    `scale` is 1/√hd where not given. A query that may see nothing gives finite numbers without meaning.
+    `scale` is 1/√hd where not given. A query that may see nothing gives finite numbers without meaning. `dropout` of
+    what is attended to has this probability, and by the same `seed` the same mask; None draws one.
 
     Raises ValueError where shapes don't fit or `bias` comes with `cu_seqlens`.
     """
@@ -58,6 +64,9 @@ def attention(
     if window is not None and window >= (max_seqlen or k.shape[1]):
         window = None
 
+    if dropout:
+        seed = seed_for(dropout, seed)
+        return attention_dropout(q, k, v, cu_seqlens, window, bias, alibi, causal, scale, dropout, seed)
     if _needs_our_kernels(q, k, v, cu_seqlens, window, bias, alibi, causal):
         # Leading dimensions that are missing are broadcast.
         if bias is not None:
@@ -175,48 +184,3 @@ def _varlen(
     # It is a tuple only where the log-sum-exps are asked for, too.
     assert isinstance(out, Tensor)
     return out[None]
-
-
-def attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-    window: int | None = None,
-    bias: Tensor | None = None,
-    alibi: Tensor | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-) -> Tensor:
-    """The formula in plain torch with a dense mask, differentiated by autograd: the oracle of the tests.
-
-    A query that may see nothing gives zeros.
-    """
-    t, hd = q.shape[1::2]
-    s = k.shape[1]
-    if scale is None:
-        scale = hd**-0.5
-    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))  # (B, S, H, hd)
-    scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
-
-    # Which keys a query may see: by causality, window, segment and boolean or infinite bias.
-    key = torch.arange(s, device=q.device)
-    distance = torch.arange(s - t, s, device=q.device)[:, None] - key  # (T, S)
-    allowed = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-    if window is not None:
-        allowed = allowed & (distance.abs() < window)
-    if cu_seqlens is not None:
-        segment = torch.bucketize(key, cu_seqlens[1:].to(key), right=True)
-        allowed = allowed & (segment[:, None] == segment)
-    if alibi is not None:
-        scores = scores - alibi.to(q)[:, None, None] * distance
-    if bias is not None and bias.dtype == torch.bool:
-        allowed = allowed & bias
-    elif bias is not None:
-        scores = scores + bias
-        allowed = allowed & (bias > float("-inf"))
-
-    p = scores.masked_fill(~allowed, torch.finfo(q.dtype).min).softmax(-1) * allowed  # (B, H, T, S)
-    return torch.einsum("bhts,bshd->bthd", p, v)

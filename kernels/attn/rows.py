@@ -36,7 +36,7 @@ def row_attention(
     if window is not None and window < s:
         return _windowed(q, k, v, window, bias, causal, scale)
     if bias is not None or (causal and 1 < t != s):
-        return _fused(q, k, v, _additive_mask(slice(s - t, s), slice(0, s), None, bias, causal, q), False, scale)
+        return _fused(q, k, v, additive_mask(slice(s - t, s), slice(0, s), None, bias, causal, q), False, scale)
     if on_cpu and q.dtype == torch.bfloat16 and t > 1:
         return Recomputed.apply(q, k, v, causal, scale)
     if on_cpu and q.shape[2] != k.shape[2]:
@@ -52,7 +52,7 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: floa
     """
     s, kv_heads = k.shape[1:3]
     if bias is not None:
-        bias = _additive_mask(slice(s - 1, s), slice(0, s), None, bias, True, q)
+        bias = additive_mask(slice(s - 1, s), slice(0, s), None, bias, True, q)
         bias = bias[(None,) * (4 - bias.dim())]  # (B or 1, H or 1, 1, S)
         if bias.shape[1] > 1:
             bias = bias.unflatten(1, (kv_heads, -1)).squeeze(3)  # (B or 1, K, H / K, S)
@@ -84,7 +84,7 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int, bias: Tensor | None,
         keys = slice(max(0, queries.start - window + 1), queries.stop if causal else min(s, queries.stop + window - 1))
 
         block_bias = None if bias is None else bias[..., start:stop, keys]
-        mask = _additive_mask(queries, keys, window, block_bias, causal, q)
+        mask = additive_mask(queries, keys, window, block_bias, causal, q)
         out.append(_fused(q[:, start:stop], k[:, keys], v[:, keys], mask, False, scale))
     return torch.cat(out, dim=1)  # (B, T, H, hd)
 
@@ -97,7 +97,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, s
     return out.transpose(1, 2)  # (B, T, H, hd)
 
 
-def _additive_mask(
+def additive_mask(
     queries: slice, keys: slice, window: int | None, bias: Tensor | None, causal: bool, like: Tensor
 ) -> Tensor:
     """What the queries at these positions may see of these keys, joined with the bias (..., queries, keys).

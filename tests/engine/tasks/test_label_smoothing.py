@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from handtune.engine.tasks.common import smoothing_penalty
 from handtune.kernels import linear_cross_entropy
-from handtune.kernels.label_smoothing import smoothing_penalty
 
 SMOOTHING = 0.3
 
