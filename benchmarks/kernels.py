@@ -377,7 +377,7 @@ def cross_entropy(new: Function, n: int, d: int, v: int) -> Case:
 
 def attention(new: Function, t: int, d: int, window: int) -> Case:
     from handtune.kernels import attention
-    from handtune.kernels.attn.attend import attention_reference
+    from handtune.kernels.attn.reference import attention_reference
 
     heads = max(4, d // 128)
     q, k, v = new(1, t, heads, 128), new(1, t, heads, 128), new(1, t, heads, 128)

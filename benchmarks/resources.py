@@ -128,23 +128,29 @@ def operations() -> dict[str, Callable[[], Any]]:
 def operations_on_values() -> dict[str, Callable[[], Any]]:
     """What looks at values or addresses, on small real tensors: block sizes do not depend on the sizes here."""
     from handtune.kernels.optim.adamw import adamw_
+    from handtune.kernels.optim.adamw8bit import adamw8bit_
+    from handtune.kernels.optim.adamw8bit_state import AdamW8bitParam
     from handtune.kernels.optim.adamw_state import AdamWParam
     from handtune.kernels.quant.nf4 import NF4Weight, Workspace
 
-    def adamw() -> None:
+    def adamw(state: type, update: Callable[..., None]) -> None:
         weights = [torch.zeros(16, 64, requires_grad=True) for _ in range(2)]
         for weight in weights:
             weight.grad = torch.ones_like(weight)
         copies = [weight.detach().bfloat16() for weight in weights]
-        trained = [AdamWParam(weight, copy=copy) for weight, copy in zip(weights, copies, strict=True)]
-        adamw_(trained, 1e-3, (0.9, 0.999), 1e-8, torch.ones(()))
+        trained = [state(weight, copy=copy) for weight, copy in zip(weights, copies, strict=True)]
+        update(trained, 1e-3, (0.9, 0.999), 1e-8, torch.ones(()))
 
     def nf4() -> None:
         weight = NF4Weight(torch.randn(128, 64, dtype=torch.bfloat16), Workspace())
         weight.dequantize(torch.bfloat16)
         weight.product(torch.zeros(4, 64, dtype=torch.bfloat16), None)
 
-    return {"adamw": adamw, "nf4": nf4}
+    return {
+        "adamw": lambda: adamw(AdamWParam, adamw_),
+        "adamw, 8 bits": lambda: adamw(AdamW8bitParam, adamw8bit_),
+        "nf4": nf4,
+    }
 
 
 @contextmanager

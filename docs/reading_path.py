@@ -33,6 +33,12 @@ ELSEWHERE = {
         "engine/adapters/rounding.py", "engine/adapters/modules_to_save.py", "engine/adapters/switch.py",
         "engine/adapters/locking.py", "engine/adapters/module_patterns.py", "engine/training/freezing.py",
     ],
+    "other options": [
+        "kernels/dropout.py", "kernels/attn/dropout.py", "models/layers/dropout.py",
+        "kernels/optim/adamw8bit.py", "kernels/optim/adamw8bit_state.py",
+        "kernels/optim/adamw8bit_triton.py", "kernels/optim/blockwise.py", "kernels/optim/muon.py",
+        "engine/training/optimizers.py",
+    ],
     "other data": [
         "engine/chat", "engine/formats", "engine/data/columns.py", "engine/data/corpus.py", "engine/data/images.py",
         "engine/data/mixing.py",

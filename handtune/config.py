@@ -19,7 +19,7 @@ from .engine.data.columns import Columns
 from .engine.data.mixing import MixConfig
 from .engine.rlhf.config import PPOConfig
 from .engine.tasks.common import TRUNCATE
-from .engine.tasks.objectives import METHODS
+from .engine.tasks.objectives import METHODS, LossConfig
 from .engine.training.config import TrainConfig
 
 MAX_SECTIONS = 8  # that a change on the command line may name
@@ -31,6 +31,8 @@ ELSEWHERE = {
     "warmup_ratio": "warmup", "warmup_steps": "warmup", "max_norm": "max_grad_norm", "clip": "clip_range max_grad_norm",
     "patience": "early_stopping_patience", "keep": "keep_last", "save_total_limit": "keep_last",
     "save_steps": "save_every", "eval_steps": "eval_every",
+    "hidden_dropout_prob": "dropout", "attention_dropout": "dropout", "dropout_rate": "dropout",
+    "optim": "optimizer", "label_smoothing_factor": "label_smoothing", "class_weight": "class_weights",
     "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets", "use_dora": "dora",
     "use_rslora": "rslora", "lr_ratio": "loraplus_lr_ratio",
     "rollout_rows": "rollout_batch_size", "lam": "gae_lambda", "kl": "kl_coef", "value_clip": "clip_range_vf",
@@ -59,6 +61,9 @@ class ModelConfig:
     labels: list[str] | None = None
     head_layers: int | None = None  # the depth of the head; None: as the checkpoint has it, or 1 for a new head
 
+    # In training, where the published model has dropout: "published" (as config.json says), or a probability. None:
+    # "published" for BERT, XLNet and T5, if more than a head trains, and none for causal models.
+    dropout: str | float | None = None
     dtype: str = "auto"  # of the weights; "auto": the checkpoint's own (on a CPU, fp16 becomes fp32)
     device: str = "auto"  # "auto": CUDA where there is one
     quantize: str | None = None  # "nf4": the projections in 4 bits and frozen (QLoRA), which needs a [lora] table
@@ -69,6 +74,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.quantize not in (None, "nf4"):
             raise ValueError(f'model.quantize = {self.quantize!r}: expected "nf4", or leave it out')
+        if isinstance(self.dropout, str) and self.dropout != "published":
+            raise ValueError(f'model.dropout = {self.dropout!r}: expected "published", or a probability, 0.1 say')
+        if isinstance(self.dropout, float) and not 0 <= self.dropout < 1:
+            raise ValueError(f"model.dropout = {self.dropout}: expected a probability, from 0 to below 1")
 
 
 @dataclass(frozen=True)
@@ -142,6 +151,7 @@ class RunConfig:
     lora: LoRAConfig | None = None  # None: the weights themselves are trained
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
     name: str | None = None  # in reports; None: that of the folder
 
@@ -172,6 +182,8 @@ class PPORunConfig:
     def __post_init__(self) -> None:
         if self.model.path is None:
             raise ValueError("model.path: ppo trains a model that can write already; name its folder or hub id")
+        if self.model.dropout:
+            raise ValueError("model.dropout: ppo compares probabilities, and applies none; leave it out")
         if self.model.add_tokens:
             raise ValueError(
                 "model.add_tokens: ppo trains no rows of the embedding; add the tokens in a fine-tuning run, and name "

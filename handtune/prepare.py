@@ -18,14 +18,16 @@ from .engine.data.mixing import Draws
 from .engine.data.readers import label_names
 from .engine.data.schema import is_dialogue
 from .engine.tasks.encode import encode
-from .engine.tasks.objectives import Objective, dpo, objective_of
+from .engine.tasks.objectives import Objective, check_loss_options, dpo, objective_of, with_loss_options
 from .engine.tasks.preferences import add_reference
+from .engine.training.cached_features import head_only
 from .engine.training.config import needs_evaluation
 from .inputs import columns_of, corpora, data_files, draws_of, is_corpus, parts_of, read_splits, split_windows
 from .models import Bert, ResNet, XLNet, add_tokens, load
 from .models.checkpoint.info import CheckpointInfo, checkpoint_info
 from .models.checkpoint.loading import fresh, open_checkpoint
 from .models.families import family_of_preset
+from .models.layers.dropout import choose_dropout
 from .models.tokenizer.build import CONVERT
 from .prompts import adopt_template, learn_turn_end, template_of, through_template
 
@@ -84,6 +86,7 @@ def run_base(config: RunConfig, *, weights: bool = True) -> RunBase:
         objective = dpo(config.dpo.beta)
     else:
         objective = objective_of(config.method, family.objectives)
+    check_loss_options(objective, config.loss, config.method)
     if config.model.task not in (None, objective.task):
         raise ValueError(f"model.task = {config.model.task!r}, but method {config.method!r} trains {objective.task!r}")
     return RunBase(checkpoint, objective, weights)
@@ -158,6 +161,7 @@ def prepare(config: RunConfig, base: RunBase, cache: Path, *, head_follows: bool
         for part in filter(len, (examples, eval_examples)):
             add_reference(model, part)
 
+    objective = with_loss_options(objective, config.loss, labels, examples)
     collate = objective.collate(model, tokenizer, config.data.packing)
     by_length = objective.by_length or not config.data.packing
     return Prepared(
@@ -228,6 +232,7 @@ def _prepare_images(
         if split_rows:
             print(f"{split}: {class_counts(split_rows)}", file=sys.stderr)
 
+    objective = with_loss_options(objective, config.loss, labels, examples["train"])
     collate = ImageCollate(model.pixels, config.data.augment)
     return Prepared(model, None, objective, labels, examples["train"], eval_rows, examples["eval"], collate)
 
@@ -300,6 +305,9 @@ def choose_trained(ready: Prepared, config: RunConfig) -> str:
         train_rows(model, _ids_of([*config.freeze.token_rows, *config.model.add_tokens], ready.tokenizer))
     elif config.model.add_tokens:
         train_added_rows(model, _ids_of(config.model.add_tokens, ready.tokenizer))
+
+    # A base of which nothing trains gives the same features each time, which are computed once.
+    choose_dropout(model, config.model.dropout, frozen_base=head_only(model))
 
     # A name for reports.
     if config.lora is not None:

@@ -23,14 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .dropout import drop, seed_for
 from .lora.arguments import (
     LoRAArgs,
     cast_for_autocast,
     check_dtypes_and_dropout,
     check_shape,
-    drop,
     parts_of,
-    seed_for,
 )
 from .lora.dora import rescale
 from .lora.factors import LinearPart, Merged

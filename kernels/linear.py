@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .activations import ACTIVATIONS, Activation
-from .lora.arguments import LoRAArgs, seed_for
+from .dropout import seed_for
+from .lora.arguments import LoRAArgs
 from .lora.factors import LinearPart, LoRALinearWeights, Merged
 from .lora.linear import fused_linear
 from .lora.per_row import AdapterRows

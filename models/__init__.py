@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .checkpoint.loading import load as load
     from .checkpoint.saving import save as save
     from .gpt2.model import GPT2 as GPT2
+    from .layers.dropout import set_dropout as set_dropout
     from .llama.model import Llama as Llama
     from .resnet.model import ResNet as ResNet
     from .t5.model import T5 as T5
@@ -36,6 +37,7 @@ _HOME = {
     "add_tokens": "tokenizer.added_tokens",
     "load": "checkpoint.loading",
     "save": "checkpoint.saving",
+    "set_dropout": "layers.dropout",
 }
 __all__ = sorted(_HOME)
 

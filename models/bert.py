@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from ..kernels import LayerNorm, Linear, activation_linear, attention
+from ..kernels.dropout import Dropout
 from .layers.config_fields import ACTIVATIONS, read_fields, write_fields
 from .layers.heads import MaskedLMHead
 from .layers.inputs import check_length, key_bias, positions
@@ -41,6 +42,11 @@ class BertConfig:
     d_ff: int = 3072
     activation: str = "gelu"  # by its published name
     eps: float = 1e-12  # of the norms
+    # In training, where the published dropout is asked for: behind embeddings, attention and feed-forward, on what is
+    # attended to, and in front of a head for labels (None: as `dropout`).
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    head_dropout: float | None = None
     tied: bool = True  # the masked-LM output matrix is the token embedding; no other is implemented
 
     def __post_init__(self) -> None:
@@ -48,6 +54,10 @@ class BertConfig:
             raise ValueError(f"hidden_act {self.activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
         if self.d_model % self.n_head:
             raise ValueError(f"hidden_size {self.d_model} is not a multiple of num_attention_heads {self.n_head}")
+
+    @property
+    def head_rate(self) -> float:
+        return self.dropout if self.head_dropout is None else self.head_dropout
 
     @classmethod
     def from_published(cls, published: dict[str, Any]) -> Self:
@@ -78,6 +88,9 @@ CONFIG_KEYS = {
     "intermediate_size": "d_ff",
     "hidden_act": "activation",
     "layer_norm_eps": "eps",
+    "hidden_dropout_prob": "dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+    "classifier_dropout": "head_dropout",
     "tie_word_embeddings": "tied",
 }
 
@@ -91,12 +104,14 @@ class Embed(nn.Module):
         self.positions = nn.Embedding(config.max_positions, config.d_model)
         self.types = nn.Embedding(config.n_types, config.d_model)
         self.norm = LayerNorm(config.d_model, config.eps)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor) -> Tensor:
         if token_type_ids is None:
             token_type_ids = input_ids.new_zeros(1, 1)
         types = self.types(token_type_ids)  # (B or 1, T or 1, D)
-        return self.norm(self.tokens(input_ids) + types + self.positions(position_ids))  # (B, T, D)
+        x = self.norm(self.tokens(input_ids) + types + self.positions(position_ids))  # (B, T, D)
+        return self.dropout(x)
 
 
 class Block(nn.Module):
@@ -113,15 +128,21 @@ class Block(nn.Module):
         self.norm1 = LayerNorm(d, config.eps)
         self.norm2 = LayerNorm(d, config.eps)
         self.activation = ACTIVATIONS[config.activation]
+        self.dropout = Dropout(config.dropout)
+        self.attention_dropout = Dropout(config.attention_dropout)
 
     def forward(self, x: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Tensor:
         """The stream x (B, T, D) after this layer; `bias` as `attention` takes it."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).unbind(2)  # (B, T, H, hd) each
-        out = attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, bias=bias, causal=False)
+        out = attention(
+            q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, bias=bias, causal=False,
+            dropout=self.attention_dropout.rate,
+        )  # fmt: skip
         out = out.flatten(2)  # (B, T, D)
 
-        x = self.norm1(self.o(out), residual=x)
-        return self.norm2(activation_linear(self.up(x), self.activation, self.down), residual=x)  # through (B, T, F)
+        x = self.norm1(self.dropout(self.o(out)), residual=x)
+        mlp = activation_linear(self.up(x), self.activation, self.down)  # (B, T, D), through (B, T, F)
+        return self.norm2(self.dropout(mlp), residual=x)
 
 
 class Bert(PretrainedModel):
@@ -153,6 +174,8 @@ class Bert(PretrainedModel):
     # A text is scored by its first token, [CLS], behind a pooler.
     text_head: ClassVar = {"pooler": True}
     text_pooling = "first"
+    published_dropout = True
+    tasks_with_dropout = ("sequence-classification", "reward", "token-classification")
     # Constants that some checkpoints carry.
     ignored_keys = ("*embeddings.position_ids",)
     tied_keys: ClassVar = {

@@ -50,6 +50,10 @@ class PretrainedModel(nn.Module):
     text_head: ClassVar[dict[str, bool]] = {}
     # The token that a head for texts reads: "first", "last", or "unpadded", the last one that isn't the pad token.
     text_pooling: ClassVar[str] = "unpadded"
+    # Whether a run applies the dropout that the configuration publishes where nothing else is asked for; and the tasks
+    # with dropout in front of the head, whose probability is the configuration's `head_rate`.
+    published_dropout: ClassVar[bool] = False
+    tasks_with_dropout: ClassVar[tuple[str, ...]] = ("token-classification",)
     # Methods of training that mean another objective here than for most models.
     objectives: ClassVar[dict[str, str]] = {}
     # Modules whose input is positions or distances, the same for all rows: they can't take an adapter for each row.
@@ -121,7 +125,9 @@ class PretrainedModel(nn.Module):
 
         options = self.text_head if self.task in TEXT_TASKS else {}
         n_out = n_outputs(self.task, self.labels)
-        return MLPHead(self.config.d_model, n_out, self.head_layers, scalar=self.task == "reward", **options)
+        rate = self.config.head_rate if self.task in self.tasks_with_dropout else None
+        scalar = self.task == "reward"
+        return MLPHead(self.config.d_model, n_out, self.head_layers, scalar=scalar, dropout=rate, **options)
 
     def build_language_head(self) -> nn.Module:
         """The output matrix (V, D)."""

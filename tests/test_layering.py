@@ -38,7 +38,7 @@ EXPORTS = {
         "feed_forward", "layer_norm", "linear_cross_entropy", "lora_conv2d", "lora_linear", "lora_linear_batched",
         "norm_linear", "rms_norm", "rope", "swiglu",
     ],
-    "models": ["Bert", "Bloom", "GPT2", "Llama", "ResNet", "T5", "XLNet", "add_tokens", "load", "save"],
+    "models": ["Bert", "Bloom", "GPT2", "Llama", "ResNet", "T5", "XLNet", "add_tokens", "load", "save", "set_dropout"],
     "engine": [
         "LoRAConfig", "PPOConfig", "TrainConfig", "add_lora", "combine_adapters", "drop_adapter", "evaluate", "freeze",
         "generate", "load_adapter", "load_checkpoint", "load_reward", "merge_lora", "ppo", "projections", "quantize",

@@ -35,7 +35,7 @@ from ..chat.turns import ChatTargets, drops_thinking
 from ..data.batches import IGNORE, Batch
 from ..data.placed_rows import PlacedRow
 from ..data.text import append_eos, bos_ids, encode_with_seams, prepend_bos, tokenize_pairs
-from .common import Encoded, LossFn, Settings, features, joined_text, select
+from .common import Encoded, LossFn, Settings, features, joined_text, select, smoothing_penalty
 from .metrics import perplexity
 
 CHUNK_LOGITS = 2**24  # that a head with an adapter makes at a time: 64 MiB in fp32
@@ -157,23 +157,27 @@ def _truncated_positions(ids: list[int], limit: int, settings: Settings) -> Sequ
     return [*range(first), *range(length - limit + first, length)]
 
 
-def causal_lm_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
+def causal_lm_loss(model: Any, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, int]:
     """Cross-entropy of the next token (an encoder-decoder's in what it writes), at the positions with a target."""
     states = features(model, batch)  # (B, T, D)
     targets = batch["targets"]  # (n,)
     head = model.head
-    if head.active is None:
-        loss = linear_cross_entropy(states, head.weight, targets, head.bias, index=batch["index"])
-    else:
-        loss = _adapted_cross_entropy(states.flatten(0, -2)[batch["index"]], head, targets)  # of (n, D)
+    if head.active is not None:
+        states = states.flatten(0, -2)[batch["index"]]  # (n, D)
+        return _adapted_cross_entropy(states, head, targets, label_smoothing), len(targets)
+    loss = linear_cross_entropy(states, head.weight, targets, head.bias, index=batch["index"])
+    if label_smoothing:
+        states = states.flatten(0, -2)[batch["index"]]  # (n, D)
+        loss = loss + label_smoothing * smoothing_penalty(states, head.weight, targets, head.bias)
     return loss, len(targets)
 
 
-def _adapted_cross_entropy(states: Tensor, head: Linear, targets: Tensor) -> Tensor:
+def _adapted_cross_entropy(states: Tensor, head: Linear, targets: Tensor, label_smoothing: float) -> Tensor:
     """The sum for states (n, D) of a head with an adapter: logits 64 MiB at a time, made again for the gradient."""
 
     def chunk_loss(states: Tensor, targets: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
-        return F.cross_entropy(project(states).float(), targets, reduction="sum")  # of logits (chunk, V)
+        logits = project(states).float()  # (chunk, V)
+        return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
 
     chunk = max(1, CHUNK_LOGITS // head.out_features)
     losses = []

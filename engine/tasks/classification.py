@@ -40,9 +40,12 @@ def classify(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]
         yield Encoded([example], truncated=len(positions) < len(encoding), length=len(encoding))
 
 
-def classification_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
-    """Cross-entropy of each row's label."""
-    return cross_entropy(model.head(features(model, batch)), batch["labels"])  # of logits (B, C)
+def classification_loss(
+    model: Any, batch: Batch, class_weights: Tensor | None = None, label_smoothing: float = 0.0
+) -> tuple[Tensor, float]:
+    """Cross-entropy of each row's label; `class_weights` (C,) as in `cross_entropy`."""
+    logits = model.head(features(model, batch))  # (B, C)
+    return cross_entropy(logits, batch["labels"], class_weights, label_smoothing)
 
 
 class ClassificationScore:
@@ -54,7 +57,7 @@ class ClassificationScore:
         self.predicted: list[int] = []
         self.gold: list[int] = []
 
-    def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
+    def update(self, model: Any, batch: Batch) -> tuple[Tensor, float]:
         logits = model.head(features(model, batch))  # (B, C)
         self.predicted += logits.argmax(-1).tolist()
         self.gold += batch["labels"].tolist()

@@ -3,8 +3,8 @@
 An *encoder* makes examples of rows that have one shape: token ids, and what is to be predicted. It gets many rows at
 once, because tokenizers are fast on many texts, and gives an `Encoded` for each, in order.
 
-A *loss* is a function (model, batch) → (sum of losses in nats, number of targets). A sum and a count rather than a
-mean, because the mean over a step is taken once, over all its micro-batches (`loop.py`).
+A *loss* is a function (model, batch) → (sum of losses in nats, number of targets, or the sum of their weights). A sum
+and a count rather than a mean, because the mean over a step is taken once, over all its micro-batches (`loop.py`).
 
 A *score* goes through an evaluation batch by batch: `update(model, batch)` gives the loss like a loss function and
 keeps the predictions; `result()` gives the metrics that people expect for the task. These count all rows and all their
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -131,7 +132,7 @@ def special_ids(tokenizer: Any) -> list[int]:
     return [i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
 
 
-LossFn = Callable[[Any, Batch], tuple[Tensor, int]]
+LossFn = Callable[[Any, Batch], tuple[Tensor, float]]
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class ByAdapter:
 
     loss: LossFn
 
-    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, float]:
         with use_adapter(model, batch["adapters"], batch.get("lengths")):
             return self.loss(model, batch)
 
@@ -161,15 +162,40 @@ def pooled(model: Any, inputs: dict[str, Any]) -> Tensor:
     return model.pool(states, inputs.get("input_ids"), inputs.get("attention_mask"), inputs.get("cu_seqlens"))
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, int]:
-    """The loss of logits (n, C), in fp32, for the classes (n,) that are right."""
-    return F.cross_entropy(logits.float(), targets, reduction="sum"), len(targets)
+def cross_entropy(
+    logits: Tensor, targets: Tensor, class_weights: Tensor | None = None, label_smoothing: float = 0.0
+) -> tuple[Tensor, float]:
+    """The loss of logits (n, C), in fp32, for the classes (n,) that are right; its formula is torch's.
+
+    With `class_weights` (C,) the count is the sum of the targets' weights, so that the mean is a weighted one.
+    """
+    if class_weights is None:
+        loss = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=label_smoothing)
+        return loss, len(targets)
+    weights = class_weights.to(logits.device)
+    loss = F.cross_entropy(logits.float(), targets, weights, reduction="sum", label_smoothing=label_smoothing)
+    return loss, weights[targets].sum(dtype=torch.float64).item()
+
+
+def smoothing_penalty(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What ε of label smoothing multiplies, for x (n, D), weight (V, D), targets (n,), bias (V,): a scalar.
+
+    The smoothed loss (1 − ε)(lse z − z_t) + ε (lse z − z̄), with z̄ the mean of the logits, is lse z − z_t + ε (z_t − z̄)
+    (Szegedy et al. 2015, section 7, arXiv:1512.00567). The mean logit is the logit of the mean row, so that no logits
+    are needed: z_t − z̄ = x · (W_t − W̄) + b_t − b̄.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows = F.embedding(targets, weight).to(wide)  # (n, D)
+    penalty = (x.to(wide) * (rows - weight.mean(0, dtype=wide))).sum()
+    if bias is not None:
+        penalty = penalty + (bias[targets].to(wide) - bias.mean(dtype=wide)).sum()
+    return penalty
 
 
 class Score(Protocol):
     """Collects predictions over an evaluation."""
 
-    def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]: ...
+    def update(self, model: Any, batch: Batch) -> tuple[Tensor, float]: ...
     def result(self, loss: float) -> dict[str, Any]: ...
 
 

@@ -109,7 +109,7 @@ def embedding_rows(model: Any, tokenizer: Any, packing: bool) -> EmbeddingCollat
     return EmbeddingCollate(token_rows(model, tokenizer, packing))
 
 
-def embedding_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
+def embedding_loss(model: Any, batch: Batch) -> tuple[Tensor, float]:
     """Each anchor should find its positive among all positives (and negatives) of the micro-batch.
 
     Cross-entropy over cosines divided by 0.05: InfoNCE (arXiv:1807.03748) with in-batch negatives (arXiv:1705.00652).
@@ -117,7 +117,7 @@ def embedding_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
     return embedding_loss_of(*embeddings(model, batch), batch)
 
 
-def embedding_loss_of(anchors: Tensor, candidates: Tensor, batch: Batch) -> tuple[Tensor, int]:
+def embedding_loss_of(anchors: Tensor, candidates: Tensor, batch: Batch) -> tuple[Tensor, float]:
     """The same from embeddings of anchors (B, D) and candidates (C, D)."""
     cosines = F.normalize(anchors.float(), dim=-1) @ F.normalize(candidates.float(), dim=-1).T  # (B, C)
     cosines = cosines.masked_fill(batch["also_right"], float("-inf"))
@@ -144,7 +144,7 @@ class RetrievalScore:
         self.anchors: list[np.ndarray] = []
         self.positives: list[np.ndarray] = []
 
-    def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
+    def update(self, model: Any, batch: Batch) -> tuple[Tensor, float]:
         anchors, candidates = embeddings(model, batch)  # (B, D), (C, D)
         self.anchors.append(anchors.float().cpu().numpy())
         self.positives.append(candidates[batch["targets"]].float().cpu().numpy())

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...kernels import linear_cross_entropy
 from ..data.batches import Batch, Collate
 from ..data.placed_rows import PlacedRow
-from .common import Encoded, Settings, features, joined_text, positions_by_text, special_ids
+from .common import Encoded, Settings, features, joined_text, positions_by_text, smoothing_penalty, special_ids
 
 
 def masked_lm(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
@@ -76,9 +76,12 @@ def masked_rows(model: Any, tokenizer: Any, packing: bool) -> MaskedCollate:
     return MaskedCollate(mask_id, tokenizer.get_vocab_size(), tuple(special_ids(tokenizer)))
 
 
-def masked_lm_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
+def masked_lm_loss(model: Any, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, int]:
     """Cross-entropy of the masked tokens; only their states go through the head."""
     states = features(model, batch).flatten(0, 1)[batch["index"]]  # (B, T, D) -> (n, D)
     states = model.head.transform(states)
-    loss = linear_cross_entropy(states, model.head.weight, batch["targets"], model.head.bias)
+    head = (model.head.weight, batch["targets"], model.head.bias)
+    loss = linear_cross_entropy(states, *head)
+    if label_smoothing:
+        loss = loss + label_smoothing * smoothing_penalty(states, *head)
     return loss, len(batch["targets"])

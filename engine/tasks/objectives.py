@@ -4,12 +4,18 @@ Most methods mean the same for every architecture. Where one doesn't ("sft" is n
 an answer to the encoded prompt for an encoder-decoder), the model's class says which objective it means.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from ..data.batches import CollateFn, Examples
+import torch
+
+from ..._shapes import check_bounds, zero_to_one
+from ..data.batches import IGNORE, CollateFn, Examples
+from ..data.images import ImageExamples
+from ..data.labels import label_name
 from .causal_lm import PerplexityScore, causal_lm_loss, chat, completion, every_token
 from .classification import classification_loss, classify, image_score, text_score
 from .common import Encoder, LossFn, Score, token_rows
@@ -37,6 +43,32 @@ ENCODERS: dict[str, dict[str, Encoder]] = {
 }
 
 
+# The encodings whose targets are classes, and those whose targets are tokens.
+WITH_CLASSES = ("classify", "tag", "images")
+WITH_VOCABULARY = ("pretrain", "sft", "masked-lm", "seq2seq", "span-corruption")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """How the training loss weighs its targets. Evaluations measure plain cross-entropy whatever stands here."""
+
+    # The share of each target that is spread evenly over all entries of the vocabulary, or all classes.
+    label_smoothing: float = zero_to_one(0.0)
+    # How much a row (or word) of each class counts: "balanced" (rows / classes / rows of the class), or a table of
+    # label = weight, in which labels that are left out have 1.
+    class_weights: str | dict[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+        if isinstance(self.class_weights, str) and self.class_weights != "balanced":
+            raise ValueError(
+                f'class_weights = {self.class_weights!r}: expected "balanced", or a table, {{ "a label" = 2.0 }}'
+            )
+        for label, weight in self.class_weights.items() if isinstance(self.class_weights, dict) else ():
+            if not 0 < weight < float("inf"):
+                raise ValueError(f"class_weights: {label!r} = {weight}: expected a positive number")
+
+
 @dataclass(frozen=True)
 class Objective:
     """A training method: what its rows, its loss and its evaluations are."""
@@ -55,6 +87,57 @@ class Objective:
         return self.task in (
             "sequence-classification", "token-classification", "question-answering", "image-classification", "reward",
         )  # fmt: skip
+
+
+def check_loss_options(objective: Objective, options: LossConfig, method: str) -> None:
+    """ValueError for options of [loss] that mean nothing to a method."""
+    if options.class_weights is not None and objective.encoding not in WITH_CLASSES:
+        raise ValueError(f"loss.class_weights: method {method!r} has no classes to weigh; take it out")
+    if options.label_smoothing and objective.encoding not in (*WITH_CLASSES, *WITH_VOCABULARY):
+        raise ValueError(f"loss.label_smoothing: method {method!r} has no targets to smooth; take it out")
+
+
+def with_loss_options(
+    objective: Objective, options: LossConfig, labels: Sequence[str], examples: Examples
+) -> Objective:
+    """The objective with its loss as the options say, for these classes and training examples."""
+    settings: dict[str, Any] = {}
+    if options.label_smoothing:
+        settings["label_smoothing"] = options.label_smoothing
+    if options.class_weights is not None:
+        settings["class_weights"] = torch.tensor(weights_of_classes(options.class_weights, labels, examples))
+    return replace(objective, loss=partial(objective.loss, **settings)) if settings else objective
+
+
+def weights_of_classes(weights: str | Mapping[str, float], labels: Sequence[str], examples: Examples) -> list[float]:
+    """The weight of each class, in the order of `labels`; "balanced" counts the targets of the `examples`.
+
+    It is scikit-learn's n / (classes · nᵢ): each class counts as much as every other, and a target 1 on average.
+    ValueError where a label is unknown, or a class without a row would weigh infinitely much.
+    """
+    if not isinstance(weights, str):
+        by_name = {label_name(label, "loss.class_weights: label"): weight for label, weight in weights.items()}
+        if unknown := [name for name in by_name if name not in map(label_name, labels)]:
+            raise ValueError(f"loss.class_weights: {unknown[0]!r} is none of the labels ({', '.join(labels)})")
+        return [by_name.get(label_name(label), 1.0) for label in labels]
+
+    class_ids = class_ids_of(examples)
+    counts = Counter(class_ids)
+    if missing := [label for i, label in enumerate(labels) if not counts[i]]:
+        raise ValueError(
+            f'loss.class_weights = "balanced": no training row is of class {missing[0]!r}, whose weight would be '
+            "infinite; give a table of weights, or leave the label out of model.labels"
+        )
+    return [len(class_ids) / (len(labels) * counts[i]) for i in range(len(labels))]
+
+
+def class_ids_of(examples: Examples) -> list[int]:
+    """The classes of all targets of encoded texts, or of images."""
+    if isinstance(examples, ImageExamples):
+        return examples.numbers
+    if len(examples) and "label" in examples[0]:
+        return [example["label"] for example in examples]
+    return [tag for example in examples for tag in example["targets"] if tag != IGNORE]
 
 
 def dpo(beta: float) -> Objective:

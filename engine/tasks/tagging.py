@@ -66,9 +66,11 @@ def tag(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
         )  # fmt: skip
 
 
-def tagging_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
-    """Cross-entropy of each word's tag, read at its first token."""
-    return cross_entropy(_tag_logits(model, batch), batch["targets"])
+def tagging_loss(
+    model: Any, batch: Batch, class_weights: Tensor | None = None, label_smoothing: float = 0.0
+) -> tuple[Tensor, float]:
+    """Cross-entropy of each word's tag, read at its first token; `class_weights` (C,) as in `cross_entropy`."""
+    return cross_entropy(_tag_logits(model, batch), batch["targets"], class_weights, label_smoothing)
 
 
 def _tag_logits(model: Any, batch: Batch) -> Tensor:
@@ -90,7 +92,7 @@ class TaggingScore:
         self.predicted: list[list[str | None]] = [[None] * len(tags) for tags in self.gold]
         tags_are_plain(self.names)  # raises now rather than after the evaluation
 
-    def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
+    def update(self, model: Any, batch: Batch) -> tuple[Tensor, float]:
         logits = _tag_logits(model, batch)  # (n, C)
         for ids in logits.argmax(-1).split(batch["counts"]):  # the tags of one sentence
             example = next(self.examples)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ...kernels.dropout import Dropout
 from ..adapters.lora import adapter_sites
 from ..data.batches import Batches, Collate, CollateFn, Examples, to_device
 from ..data.images import ImageCollate
@@ -34,9 +35,9 @@ def with_features(model: nn.Module, data: Any) -> Any:
     """The same batches with the head's inputs computed once, where that is exact; else `data` itself.
 
     Exact means: `Batches` of packed encoded examples without fresh noise, or of images without augmentation, and a
-    model of which only the head trains.
+    model of which only the head trains, and that has no dropout below it.
     """
-    if not isinstance(data, Batches) or not _repeats(data) or not head_only(model):
+    if not isinstance(data, Batches) or not _repeats(data) or not head_only(model) or _drops_features(model):
         return data
     examples: Examples | None = None
     if isinstance(data.collate, ImageCollate):
@@ -50,6 +51,12 @@ def with_features(model: nn.Module, data: Any) -> Any:
     cached = replace(data, examples=examples)
     cached.load_state_dict(data.state_dict())
     return cached
+
+
+def _drops_features(model: nn.Module) -> bool:
+    """Whether dropout below the head makes its inputs other ones each time."""
+    below = (module for name, module in model.named_modules() if not name.startswith("head."))
+    return any(isinstance(module, Dropout) and module.p > 0 for module in below)
 
 
 def _repeats(data: Batches) -> bool:

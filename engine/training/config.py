@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from ..._shapes import above_zero, any_up_to, check_bounds, zero_or_more
+from ..._shapes import above_zero, any_up_to, check_bounds, one_of, zero_or_more
 from .optim import SCHEDULES
+from .optimizers import OPTIMIZERS
 
 MANY = 10**9  # steps, rows and tokens: nobody waits for more
 
@@ -31,7 +32,10 @@ class TrainConfig:
     lr_scale: dict[str, float] = field(default_factory=dict)  # factors on `lr`, by globs of parameters
     lr_decay: float = any_up_to(1.0, most=1e6)  # one more factor for each layer below the head
 
-    # AdamW. The gradient's norm is clipped, because single rows can have a hundred times the usual one.
+    # "adamw"; "adamw8bit": its moments in eight bits, a quarter of their memory; "muon": Muon for the matrices between
+    # embedding and head, AdamW for the rest.
+    optimizer: str = one_of("adamw", OPTIMIZERS)
+    # The gradient's norm is clipped, because single rows can have a hundred times the usual one.
     weight_decay: float = zero_or_more(0.01, most=1e6)  # of matrices only, decoupled: lr * weight_decay a step
     betas: tuple[float, float] = (0.9, 0.999)  # torch's defaults, as `weight_decay` and `eps` are
     eps: float = any_up_to(1e-8, most=1e6)

@@ -24,7 +24,7 @@ def evaluate(model: nn.Module, data: Iterable[Any], loss_fn: LossFn, score: Scor
 
     # In fp64, because a mean of millions of targets would lose digits in fp32.
     loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-    targets = 0
+    targets: float = 0
     with clean_guest(model, seed=0), torch.no_grad():
         model.eval()
         loss_of = loss_fn if score is None else score.update

@@ -102,7 +102,7 @@ class TrainableReport:
     total: int  # parameters of the model, its adapters' too
     weights: int  # bytes
     gradients: int  # bytes
-    optimizer: int  # bytes
+    optimizer: int  # bytes, of AdamW in fp32
     modules: tuple[tuple[str, int], ...]  # (the first part of its name, or LoRA, and how many of its parameters train)
 
     def __str__(self) -> str:
@@ -112,7 +112,7 @@ class TrainableReport:
         return (
             f"trains {self.trainable:,} of {self.total:,} parameters ({share:.2f} %): {parts}\n"
             f"weights {self.weights / mib:.1f} MiB, gradients {self.gradients / mib:.1f} MiB, "
-            f"optimizer {self.optimizer / mib:.1f} MiB"
+            f"AdamW {self.optimizer / mib:.1f} MiB"
         )
 
 

@@ -57,10 +57,10 @@ def micro_batches(step: Any) -> list[Any]:
     return step if isinstance(step, list) else [step]
 
 
-def sum_and_count(returned: Any) -> tuple[Tensor, int]:
+def sum_and_count(returned: Any) -> tuple[Tensor, float]:
     """What a loss function returned, if it is (sum of losses, number of targets); else a ValueError that shows it.
 
-    The count is a whole number, or a tensor that holds one.
+    The count is a number, or a tensor that holds one: a whole one, or where targets have weights the sum of these.
     """
     if not isinstance(returned, tuple | list) or len(returned) != 2:
         raise ValueError(f"{NO_SUM} it returned {_described(returned)}")
@@ -68,15 +68,15 @@ def sum_and_count(returned: Any) -> tuple[Tensor, int]:
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         raise ValueError(f"{NO_SUM} its sum is {_described(loss)}")
     try:
-        n_targets = int(count)
+        n_targets = float(count)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of a tensor with several elements
-        n_targets = -1
-    if not 0 <= n_targets == count:
+        n_targets = -1.0
+    if isinstance(count, str) or not 0 <= n_targets < math.inf:
         raise ValueError(f"{NO_SUM} its count is {_described(count)}")
-    return loss, n_targets
+    return loss, int(n_targets) if n_targets.is_integer() else n_targets
 
 
-def require_targets(loss: float, targets: int, step: str) -> None:
+def require_targets(loss: float, targets: float, step: str) -> None:
     """ValueError where a step's losses are summed over no target: dividing by their number would make them a mean."""
     if targets == 0 and loss != 0:
         raise ValueError(f"{step}: {NO_SUM} it returned a sum of {loss:.4g} over 0 targets")

@@ -44,6 +44,7 @@ from .guards import (
     sum_and_count,
 )
 from .optim import Optimizer, lr_factor, lr_scales
+from .optimizers import states_for
 from .run_folder import RunFolder, peak_memory
 from .state import Progress, keep_best, restore_best, resume, save, stored_state, tell_resumed
 
@@ -101,7 +102,7 @@ def train(
     data: a sequence of rows together with `collate`, or any iterable of batches that has `state_dict` and
         `load_state_dict` (values that JSON can hold; of no use without `run_dir`); an item may be a list of
         micro-batches, which make one step together.
-    loss_fn: (model, batch) → (sum of losses, number of targets).
+    loss_fn: (model, batch) → (sum of losses, number of targets or sum of their weights).
     eval_data: as `data`, without state.
     score: makes a fresh score for each evaluation.
     collate: a list of rows → a batch.
@@ -130,6 +131,8 @@ def train(
 
         # What trains, and on what. The folder is claimed after these checks: a call that is refused writes nothing.
         trained = _trained_parameters(model, config, isinstance(loss_fn, ByAdapter))
+        single_rows = trained_rows(model)
+        states = states_for(config.optimizer, model, trained, single_rows)
         mark_trained(model, active_adapter(model), trained.keys())
         if collate is not None:
             if not isinstance(data, Sequence) or not isinstance(eval_data, Sequence | None):
@@ -151,7 +154,7 @@ def train(
         stored = model.state_dict(keep_vars=True)
         optimizer = Optimizer(
             trained.items(), betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
-            scales=lr_scales(model, trained, config.lr_scale, config.lr_decay), rows=trained_rows(model),
+            scales=lr_scales(model, trained, config.lr_scale, config.lr_decay), rows=single_rows, states=states,
             buffers={name: buffer for name, buffer in model.named_buffers() if name in stored},
         )  # fmt: skip
         total, per_epoch = _steps(data, config)
@@ -198,7 +201,8 @@ def train(
 
                 # Forward and backward. The sum of the losses stays on the device: reading it would wait for the GPU.
                 loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-                targets = tokens = images = 0
+                targets: float = 0
+                tokens = images = 0
                 for batch in micro_batches(step):
                     loss, count = sum_and_count(loss_fn(model, to_device(batch, device)))
                     loss.backward()
@@ -209,7 +213,7 @@ def train(
                     images += count_images(batch)
 
                 # The host waits once a step, here. The weights are still those before it if the loss is refused.
-                norm = optimizer.scale_gradients(max(1, targets), config.max_grad_norm)
+                norm = optimizer.scale_gradients(targets or 1, config.max_grad_norm)
                 loss_value, norm_value = torch.stack((loss_sum, norm.double())).tolist()
                 step_name = f"step {progress.step + 1}"
                 require_targets(loss_value, targets, step_name)
@@ -221,7 +225,7 @@ def train(
                 progress.targets += targets
 
                 # Tell the run folder and the terminal.
-                mean = loss_value / max(1, targets)
+                mean = loss_value / (targets or 1)
                 unit = "images" if images else "tokens"
                 amount = images or tokens
                 speed = amount / (time.perf_counter() - step_started)
@@ -253,7 +257,7 @@ def train(
             if progress.best.get("step") == 0:
                 log.warning("%s", UNTRAINED)
         return Result(
-            progress.step, progress.loss_sum / max(1, progress.targets), metrics, progress.before,
+            progress.step, progress.loss_sum / (progress.targets or 1), metrics, progress.before,
             {key: value for key, value in progress.best.items() if key != "metrics"},
             time.perf_counter() - started, peak_memory(), interrupted,
         )  # fmt: skip

@@ -1,12 +1,13 @@
-"""The optimizer: AdamW on fp32 masters, decay on matrices only, learning rates by name, schedules.
+"""The optimizer on fp32 masters: decay on matrices only, learning rates by name, schedules.
 
-Loshchilov and Hutter 2017, arXiv:1711.05101. A trained parameter that is narrower than fp32 has a master copy here: the
-step is made on the master, and the parameter is its rounding. Gradients of several micro-batches are summed in fp32.
+AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101), or what `optimizers.py` has besides. A trained parameter that is
+narrower than fp32 has a master copy here: the step is made on the master, and the parameter is its rounding. Gradients
+of several micro-batches are summed in fp32.
 """
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -16,9 +17,9 @@ from torch import Tensor, nn
 from ...kernels.optim.adamw import adamw_
 from ...kernels.optim.adamw_state import AdamWParam
 from ..adapters.lora import lr_ratios
+from .optimizers import TrainedParam, update_others_
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
-_STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a weight, once it was updated
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -66,7 +67,7 @@ def lr_scales(
 
 
 class Optimizer:
-    """AdamW over the named parameters, on fp32 masters.
+    """Updates of the named parameters, on fp32 masters.
 
     A step is `accumulate()` after each micro-batch's backward pass, then `scale_gradients(...)` and `step(...)`.
 
@@ -74,6 +75,7 @@ class Optimizer:
     buffers: running statistics, say; they are not touched, but belong to the state.
     rows: of the parameters named there only these rows train, on a master (n, ...) of their own, and the others are
         never written to.
+    states: makes the state of a master, by name; AdamW's in fp32 where there is none.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Optimizer:
         scales: Mapping[str, float] | None = None,
         buffers: Mapping[str, Tensor] | None = None,
         rows: Mapping[str, Tensor] | None = None,
+        states: Mapping[str, Callable[[Tensor], TrainedParam]] | None = None,
     ):
         self.parameters = dict(named)
         self.buffers = dict(buffers or {})
@@ -94,12 +97,13 @@ class Optimizer:
         self.factor: Tensor | None = None  # on the gradients in the next step; None: 1
         self.rows = {name: ids for name, ids in (rows or {}).items() if name in self.parameters}
 
-        self.trained: dict[str, AdamWParam] = {}
+        self.trained: dict[str, TrainedParam] = {}
         for name, parameter in self.parameters.items():
             # What a step that was broken off has left behind would be added to the first one.
             parameter.grad = None
             master = self._master(parameter, self.rows.get(name))
-            param = AdamWParam(master, (scales or {}).get(name, 1.0))
+            param = (states or {}).get(name, AdamWParam)(master)
+            param.scale = (scales or {}).get(name, 1.0)
             if master.dim() > 1:
                 param.decay = weight_decay
             # The update rounds a whole master into its parameter; rows are written by `_write_rows`.
@@ -156,7 +160,9 @@ class Optimizer:
 
     def step(self, lr: float) -> None:
         """One update at learning rate `lr`; the gradients are gone afterwards."""
-        adamw_(self.trained.values(), lr, self.betas, self.eps, self.factor)
+        by_adamw = [param for param in self.trained.values() if isinstance(param, AdamWParam)]
+        adamw_(by_adamw, lr, self.betas, self.eps, self.factor)
+        update_others_(self.trained.values(), lr, self.betas, self.eps, self.factor)
         self._write_rows()
         self.zero_grad()
 
@@ -182,7 +188,7 @@ class Optimizer:
         state = self.weights()
         for name, param in self.trained.items():
             if param.step > 0:
-                state |= {f"{key}.{name}": getattr(param, key) for key in _STATE}
+                state |= {f"{key}.{name}": getattr(param, key) for key in param.state}
         return state
 
     @torch.no_grad()
@@ -207,6 +213,6 @@ class Optimizer:
                 param.copy.copy_(param.weight)
             # A weight that was never updated (it unfreezes later, say) has no moments in the checkpoint.
             if f"step.{name}" in state:
-                for key in _STATE:
+                for key in param.state:
                     getattr(param, key).copy_(state[f"{key}.{name}"])
         self._write_rows()

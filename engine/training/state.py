@@ -27,7 +27,7 @@ class Progress:
 
     step: int = 0  # updates made
     loss_sum: float = 0.0  # over all targets of all steps
-    targets: int = 0
+    targets: float = 0  # or the sum of their weights, where they have any
     seconds: float = 0.0  # spent in training
     before: dict[str, Any] = field(default_factory=dict)  # the evaluation before the first step
     metrics: dict[str, Any] = field(default_factory=dict)  # the last evaluation

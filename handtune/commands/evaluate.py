@@ -16,6 +16,7 @@ from ..engine.data.text import prompt_tokens
 from ..engine.finite import not_finite
 from ..engine.generation.completions import completions
 from ..engine.tasks.metrics import rouge
+from ..engine.tasks.objectives import LossConfig
 from ..inputs import BASE, DATA
 from ..prepare import Prepared, prepare, run_base
 from ..prompts import prompts_of
@@ -32,6 +33,8 @@ def run_evaluate(options: argparse.Namespace) -> int:
     elif facts_of(run).get("method") == "ppo":
         raise ValueError(f"{run}: ppo holds no rows out; give a file with --data")
 
+    # Weights and smoothing are the training's: an evaluation measures plain cross-entropy.
+    config = replace(config, loss=LossConfig())
     ready = prepare(config, run_base(config), run / "corpus", head_follows=True)
     batches = ready.eval_batches()
     if batches is None:

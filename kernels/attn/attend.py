@@ -8,10 +8,9 @@ the keys it can reach. Only a `bias` goes through a dense mask, and on a GPU not
 
 On a GPU torch's own kernels take what they are made for: plain rows, and packed ones in half precision. Everything else
 is computed by the kernels of `forward_triton.py`, which save q, k, v, the output and one number a query and head.
+Dropout of what is attended to has a way of its own on all devices, `dropout.py`.
 
-On a CPU, `rows.py` chooses between torch's fused kernel and the functions of `cpu.py`. Packed segments are computed one
-by one there, but short ones in one call, padded with zeros: twice as fast for 64 rows of 4 to 11 tokens; at 40 tokens
-nothing is left to gain.
+On a CPU, `rows.py` chooses between torch's fused kernel and the functions of `cpu.py`.
 """
 
 import inspect
@@ -23,9 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import backend
-from .rows import add_alibi, row_attention
-
-SHORT = 32  # tokens of packed segments that are computed in one call
+from ..dropout import seed_for
+from .dropout import attention_dropout
+from .rows import add_alibi, packed_attention, row_attention
 
 
 def attention(
@@ -40,6 +39,8 @@ def attention(
     alibi: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
 ) -> Tensor:
     """Multi-head attention of q (B, T, H, hd) over k, v (B, S, K, hd), H a multiple of K; gives (B, T, H, hd).
 
@@ -48,7 +49,8 @@ def attention(
     with these bounds; `max_seqlen` is their greatest length, given on CUDA to avoid waiting for it. `bias`: additive
     (float) or allowed (bool), broadcastable to (B, H, T, S), on top of `causal` and `window`. `alibi` (H,): slopes of a
     bias that grows with the position, slope_h · (s − t) (https://arxiv.org/abs/2108.12409), and takes no gradient.
-    `scale` is 1/√hd where not given. A query that may see nothing gives finite numbers without meaning.
+    `scale` is 1/√hd where not given. A query that may see nothing gives finite numbers without meaning. `dropout` of
+    what is attended to has this probability, and by the same `seed` the same mask; None draws one.
 
     Raises ValueError where shapes don't fit or `bias` comes with `cu_seqlens`.
     """
@@ -62,6 +64,9 @@ def attention(
     if window is not None and window >= (max_seqlen or k.shape[1]):
         window = None
 
+    if dropout:
+        seed = seed_for(dropout, seed)
+        return attention_dropout(q, k, v, cu_seqlens, window, bias, alibi, causal, scale, dropout, seed)
     if _needs_our_kernels(q, k, v, cu_seqlens, window, bias, alibi, causal):
         # Leading dimensions that are missing are broadcast.
         if bias is not None:
@@ -71,7 +76,7 @@ def attention(
         return row_attention(q, k, v, window, add_alibi(bias, alibi, q, k), causal, scale)
     if q.is_cuda and window is None and alibi is None and q.dtype in (torch.float16, torch.bfloat16):
         return _varlen(q, k, v, cu_seqlens, max_seqlen, causal, scale)
-    return _packed(q, k, v, cu_seqlens, window, alibi, causal, scale)
+    return packed_attention(q, k, v, cu_seqlens, window, alibi, causal, scale)
 
 
 def _check(
@@ -179,99 +184,3 @@ def _varlen(
     # It is a tuple only where the log-sum-exps are asked for, too.
     assert isinstance(out, Tensor)
     return out[None]
-
-
-def _packed(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    window: int | None,
-    alibi: Tensor | None,
-    causal: bool,
-    scale: float,
-) -> Tensor:
-    """Packed segments as rows of a batch: all at once where they are of one length or short, else one by one."""
-    lengths = cu_seqlens.diff().tolist()
-    if len(set(lengths)) == 1:
-        # Views, in the backward pass, too: nothing is copied.
-        shape = (len(lengths), lengths[0])
-        q, k, v = (x.squeeze(0).unflatten(0, shape) for x in (q, k, v))  # (n, T, H, hd)
-        out = row_attention(q, k, v, window, add_alibi(None, alibi, q, k), causal, scale)
-        return out.flatten(0, 1)[None]
-    if causal and max(lengths) <= SHORT:
-        return _short(q, k, v, cu_seqlens, max(lengths), window, alibi, scale)
-
-    segments = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
-    outs = [row_attention(qs, ks, vs, window, add_alibi(None, alibi, qs, ks), causal, scale) for qs, ks, vs in segments]
-    return torch.cat(outs, dim=1)  # (1, T, H, hd)
-
-
-def _short(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    longest: int,
-    window: int | None,
-    alibi: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """Short packed segments in one call, padded on the right: behind the last position, where no query looks."""
-    lengths = cu_seqlens.diff()
-    n = len(lengths)
-    segment = torch.repeat_interleave(torch.arange(n, device=q.device), lengths)  # (T,)
-    padded_index = torch.arange(q.shape[1], device=q.device) + segment * longest - cu_seqlens[segment]  # (T,)
-
-    def padded(x: Tensor) -> Tensor:
-        flat = x.new_zeros((n * longest, *x.shape[2:])).index_copy(0, padded_index, x[0])
-        return flat.unflatten(0, (-1, longest))  # (n, longest, H, hd)
-
-    q, k, v = padded(q), padded(k), padded(v)
-    out = row_attention(q, k, v, window, add_alibi(None, alibi, q, k), True, scale)
-    return out.flatten(0, 1).index_select(0, padded_index)[None]  # (1, T, H, hd)
-
-
-def attention_reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    cu_seqlens: Tensor | None = None,
-    max_seqlen: int | None = None,
-    window: int | None = None,
-    bias: Tensor | None = None,
-    alibi: Tensor | None = None,
-    causal: bool = True,
-    scale: float | None = None,
-) -> Tensor:
-    """The formula in plain torch with a dense mask, differentiated by autograd: the oracle of the tests.
-
-    A query that may see nothing gives zeros.
-    """
-    t, hd = q.shape[1::2]
-    s = k.shape[1]
-    if scale is None:
-        scale = hd**-0.5
-    k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))  # (B, S, H, hd)
-    scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
-
-    # Which keys a query may see: by causality, window, segment and boolean or infinite bias.
-    key = torch.arange(s, device=q.device)
-    distance = torch.arange(s - t, s, device=q.device)[:, None] - key  # (T, S)
-    allowed = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-    if window is not None:
-        allowed = allowed & (distance.abs() < window)
-    if cu_seqlens is not None:
-        segment = torch.bucketize(key, cu_seqlens[1:].to(key), right=True)
-        allowed = allowed & (segment[:, None] == segment)
-    if alibi is not None:
-        scores = scores - alibi.to(q)[:, None, None] * distance
-    if bias is not None and bias.dtype == torch.bool:
-        allowed = allowed & bias
-    elif bias is not None:
-        scores = scores + bias
-        allowed = allowed & (bias > float("-inf"))
-
-    p = scores.masked_fill(~allowed, torch.finfo(q.dtype).min).softmax(-1) * allowed  # (B, H, T, S)
-    return torch.einsum("bhts,bshd->bthd", p, v)

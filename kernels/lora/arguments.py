@@ -1,4 +1,4 @@
-"""What the low-rank operations share: their arguments, what is checked of them, the parts of a product, and dropout."""
+"""What the low-rank operations share: their arguments, what is checked of them, and the parts of a product."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,29 +23,6 @@ class LoRAArgs:
     dropout: float = 0.0  # a probability
     seed: int = 0  # of the dropout mask
     segments: Segments | None = None  # where rows of x have adapters of their own, which ones
-
-
-def seed_for(dropout: float, seed: int | None = None) -> int:
-    """The seed of the mask: the one given, or a fresh one; 0 where there is no dropout.
-
-    It is drawn from torch's default CPU generator, so that one saved generator state repeats every mask.
-    """
-    if seed is not None:
-        return seed
-    if not dropout:
-        return 0
-    return int(torch.randint(2**62, ()))
-
-
-def drop(x: Tensor, dropout: float, seed: int) -> Tensor:
-    """x with entries zeroed at random and the rest scaled up; the same seed gives the same mask."""
-    if dropout == 0.0:
-        return x
-    generator = torch.Generator(x.device).manual_seed(seed)
-
-    # The mask is contiguous whatever x's strides are, so that it does not depend on them.
-    mask = x.new_empty(x.shape).bernoulli_(1 - dropout, generator=generator)
-    return mask.mul_(x).div_(1 - dropout)
 
 
 def cast_for_autocast(tensors: Sequence[Any], device_type: str) -> Sequence[Any]:

@@ -25,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dropout import seed_for
 from ..quant.nf4 import NF4Weight
-from .arguments import LoRAArgs, check_linear, seed_for
+from .arguments import LoRAArgs, check_linear
 from .linear import fused_linear
 from .row_groups import Segments
 

@@ -9,7 +9,7 @@ Shapes: N rows, K columns of x, M columns of y, G adapters, R the rank; a `Step`
 import torch
 from torch import Tensor
 
-from .arguments import drop
+from ..dropout import drop
 from .row_groups import Segments
 
 

@@ -34,9 +34,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..dropout import seed_for
 from ..norms import Stats, normalize, normalize_backward, rebuild
 from ..quant.nf4 import NF4Weight
-from .arguments import LoRAArgs, cast_for_autocast, check_linear, seed_for
+from .arguments import LoRAArgs, cast_for_autocast, check_linear
 from .dora import rescale
 from .products import (
     a_gradient,

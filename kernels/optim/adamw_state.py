@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ class AdamWParam:
     decay: float = 0.0  # λ
     copy: Tensor | None = None  # the narrower weight that follows this one
     step: Tensor = field(init=False, default_factory=lambda: torch.zeros(()))  # on the CPU, where it is read
+    state: ClassVar = ("step", "exp_avg", "exp_avg_sq")  # what an update changes, besides the weight
 
     @cached_property
     def exp_avg(self) -> Tensor:

@@ -16,7 +16,7 @@ from .. import backend
 from .adamw_state import ParamsWithGrads
 
 _BLOCK = {0: (64, 1), 80: (2048, 4)}  # entries of a weight that a program updates, warps
-_COPY_DTYPES = {torch.bfloat16: 1, torch.float16: 2}  # 0 stands for no copy
+COPY_DTYPES = {torch.bfloat16: 1, torch.float16: 2}  # 0 stands for no copy
 
 
 @triton.jit
@@ -74,7 +74,7 @@ def update_(due: ParamsWithGrads, lr: float, betas: tuple[float, float], eps: fl
     for param, gradient in due:
         copy_address = copy_dtype = 0
         if param.copy is not None:
-            copy_address, copy_dtype = param.copy.data_ptr(), _COPY_DTYPES[param.copy.dtype]
+            copy_address, copy_dtype = param.copy.data_ptr(), COPY_DTYPES[param.copy.dtype]
         tensors = (param.weight, gradient, param.exp_avg, param.exp_avg_sq)
         size = param.weight.numel()
         rows.append([*(x.data_ptr() for x in tensors), copy_address, copy_dtype, size, n_blocks])
@@ -86,8 +86,8 @@ def update_(due: ParamsWithGrads, lr: float, betas: tuple[float, float], eps: fl
         n_blocks += triton.cdiv(size, block)
 
     # Which weight each block belongs to: block 0 … n_blocks − 1, in the order of the table.
-    table = _on_device(rows, torch.int64, first_weight)
-    rate_table = _on_device(rates, torch.float32, first_weight)
+    table = on_device(rows, torch.int64, first_weight)
+    rate_table = on_device(rates, torch.float32, first_weight)
     blocks_of_weight = (table[:, 6] + block - 1) // block
     weight_of = torch.repeat_interleave(blocks_of_weight, output_size=n_blocks)  # (n_blocks,)
     _adamw_kernel[(n_blocks,)](
@@ -96,7 +96,7 @@ def update_(due: ParamsWithGrads, lr: float, betas: tuple[float, float], eps: fl
     )  # fmt: skip
 
 
-def _on_device(rows: list, dtype: torch.dtype, like: Tensor) -> Tensor:
+def on_device(rows: list, dtype: torch.dtype, like: Tensor) -> Tensor:
     """On the device of `like`; from pinned memory, so that the copy is one more item in the stream."""
     pinned = like.device.type == "cuda"
     return torch.tensor(rows, dtype=dtype, pin_memory=pinned).to(like.device, non_blocking=True)

@@ -22,11 +22,20 @@ class BloomConfig:
     d_model: int = 1024  # the feed-forward is 4 times as wide
     eps: float = 1e-5  # of the norms
     tied: bool = True  # the output matrix is the token embedding
+    # In training, where the published dropout is asked for: behind each attention and feed-forward, on what is attended
+    # to, and in front of a head for tokens (None: as `dropout`).
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    head_dropout: float | None = None
     max_positions: ClassVar[None] = None  # distances have no end
 
     def __post_init__(self) -> None:
         if self.d_model % self.n_head:
             raise ValueError(f"hidden_size {self.d_model} is not a multiple of n_head {self.n_head}")
+
+    @property
+    def head_rate(self) -> float:
+        return self.dropout if self.head_dropout is None else self.head_dropout
 
     @classmethod
     def from_published(cls, published: dict[str, Any]) -> Self:
@@ -63,6 +72,9 @@ CONFIG_KEYS = {
     "hidden_size": "d_model",
     "layer_norm_epsilon": "eps",
     "tie_word_embeddings": "tied",
+    "hidden_dropout": "dropout",
+    "attention_dropout": "attention_dropout",
+    "classifier_dropout": "head_dropout",
 }
 ALIASES = {"n_embed": "hidden_size", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"}
 # What transformers takes where config.json is silent, if that is not what BloomConfig takes.

@@ -13,7 +13,7 @@ of two below, and then, until there are enough, every other one of those of the 
 
 Published checkpoints store the rows of `query_key_value` head by head, (H, 3, hd), where ours are (3, H, hd): the key
 map and the adapter files sort them. They leave out the tied `lm_head`, and come with or without `transformer.` in
-front. Dropout is not applied; adapters have theirs.
+front.
 
 Shapes: B rows, T tokens, S cached and new tokens, D width, H heads of width hd, V vocabulary, C classes, n positions
 that are asked for. Packed, B is 1 and T all tokens.
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import LayerNorm, Linear, attention, feed_forward, norm_linear
+from ...kernels.dropout import Dropout
 from ..layers.inputs import ALL_LAYERS, key_bias
 from ..layers.key_map import TIED, CheckpointKey
 from ..layers.kv_cache import KVCache
@@ -88,6 +89,8 @@ class Block(nn.Module):
         self.o = Linear(d, d)
         self.up = Linear(d, 4 * d)
         self.down = Linear(4 * d, d)
+        self.dropout = Dropout(config.dropout)
+        self.attention_dropout = Dropout(config.attention_dropout)
         # True: up(norm(x)) is not kept but computed again in the backward pass (kernels/mlp.py).
         self.recompute = False
 
@@ -107,7 +110,10 @@ class Block(nn.Module):
         if cache is not None:
             k, v = cache.append(self.index, k, v)  # (B, S, H, hd) each
 
-        out = attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, bias=bias, alibi=slopes)
+        out = attention(
+            q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, bias=bias, alibi=slopes,
+            dropout=self.attention_dropout.rate,
+        )  # fmt: skip
         out = out.flatten(2)  # (B, T, D)
 
         # Last layer: keys and values needed every position, but only these are read further; the rest stops here.
@@ -115,8 +121,8 @@ class Block(nn.Module):
             x = x[:, positions_to_return]  # (B, n, D)
             out = out[:, positions_to_return]  # (B, n, D)
 
-        x = x + self.o(out)  # (B, T or n, D)
-        return x + feed_forward(x, self.norm2, self.up, "gelu_tanh", self.down, self.recompute)
+        x = x + self.dropout(self.o(out))  # (B, T or n, D)
+        return x + self.dropout(feed_forward(x, self.norm2, self.up, "gelu_tanh", self.down, self.recompute))
 
 
 class Bloom(PretrainedModel):

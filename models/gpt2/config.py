@@ -26,6 +26,12 @@ class GPT2Config:
     tied: bool = True  # the output matrix is the token embedding
     scale_attention: bool = True  # scores are divided by √head_width
     scale_by_layer: bool = False  # and by the number of the layer, counted from 1
+    # In training, where the published dropout is asked for: behind the embeddings, behind each attention and
+    # feed-forward, on what is attended to, and in front of a head for tokens (None: 0.1).
+    embed_dropout: float = 0.1
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    head_dropout: float | None = None
     window: int | None = None  # positions that odd layers look back, their own included; None: all, as in GPT-2
 
     def __post_init__(self) -> None:
@@ -39,6 +45,10 @@ class GPT2Config:
     def width(self) -> int:
         """Entries of a head."""
         return self.head_width or self.d_model // self.n_head
+
+    @property
+    def head_rate(self) -> float:
+        return 0.1 if self.head_dropout is None else self.head_dropout
 
     @classmethod
     def from_published(cls, published: dict[str, Any]) -> Self:
@@ -93,6 +103,10 @@ CONFIG_KEYS = {
     "scale_attn_weights": "scale_attention",
     "scale_attn_by_inverse_layer_idx": "scale_by_layer",
     "local_window": "window",
+    "embd_pdrop": "embed_dropout",
+    "resid_pdrop": "dropout",
+    "attn_pdrop": "attention_dropout",
+    "classifier_dropout": "head_dropout",
 }
 ALIASES = {
     "hidden_size": "n_embd",

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import LayerNorm, Linear, attention, feed_forward, norm_linear
+from ...kernels.dropout import Dropout
 from ..layers.config_fields import ACTIVATIONS
 from ..layers.inputs import ALL_LAYERS, check_length, key_bias, positions
 from ..layers.key_map import TIED, CheckpointKey
@@ -37,6 +38,7 @@ class Embed(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.positions = nn.Embedding(config.max_positions, config.d_model)
+        self.dropout = Dropout(config.embed_dropout)
 
 
 class Block(nn.Module):
@@ -58,6 +60,8 @@ class Block(nn.Module):
         self.o = Linear(inner, d)
         self.up = Linear(d, d_ff)
         self.down = Linear(d_ff, d)
+        self.dropout = Dropout(config.dropout)
+        self.attention_dropout = Dropout(config.attention_dropout)
 
         # Some checkpoints leave the division of the scores by √hd out, or divide by the depth, too.
         self.scale = 1.0
@@ -85,8 +89,9 @@ class Block(nn.Module):
             k, v = cache.append(self.index, k, v)  # (B, S, H, hd) each
 
         out = attention(
-            q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, window=self.window, bias=bias, scale=self.scale
-        )
+            q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, window=self.window, bias=bias, scale=self.scale,
+            dropout=self.attention_dropout.rate,
+        )  # fmt: skip
         out = out.flatten(2)  # (B, T, H·hd)
 
         # Last layer: keys and values needed every position, but only these are read further; the rest stops here.
@@ -94,8 +99,9 @@ class Block(nn.Module):
             x = x[:, positions_to_return]  # (B, n, D)
             out = out[:, positions_to_return]  # (B, n, H·hd)
 
-        x = x + self.o(out)  # (B, T or n, D)
-        return x + feed_forward(x, self.norm2, self.up, self.activation, self.down, self.recompute)  # (B, T or n, D)
+        x = x + self.dropout(self.o(out))  # (B, T or n, D)
+        mlp = feed_forward(x, self.norm2, self.up, self.activation, self.down, self.recompute)  # (B, T or n, D)
+        return x + self.dropout(mlp)
 
 
 class GPT2(PretrainedModel):
@@ -192,6 +198,7 @@ class GPT2(PretrainedModel):
             if token_type_ids is not None:
                 # GPT-2 has no table for these: transformers looks them up among the tokens.
                 x = x + self.embed.tokens(token_type_ids)
+            x = self.embed.dropout(x)
 
         bias = key_bias(attention_mask)  # (B, 1, 1, S) or None
         # As a tuple: a slice of a ModuleList would build a new module in each pass.

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import LayerNorm, Linear, activate
+from ...kernels.dropout import Dropout
 
 TASKS = (
     "causal-lm",
@@ -95,11 +96,20 @@ def last_unpadded(
 class MLPHead(nn.Module):
     """(..., D) → (..., C): `layers` − 1 hidden layers with GELU, then a projection; behind BERT's pooler if `pooler`.
 
-    `scalar`: the one output of a reward is given as (...,).
+    `scalar`: the one output of a reward is given as (...,). `dropout` is the published one in front of the projection,
+    where there is one, and, if `drop_input`, of the whole head.
     """
 
     def __init__(
-        self, d_model: int, n_out: int, layers: int = 1, bias: bool = True, pooler: bool = False, scalar: bool = False
+        self,
+        d_model: int,
+        n_out: int,
+        layers: int = 1,
+        bias: bool = True,
+        pooler: bool = False,
+        scalar: bool = False,
+        dropout: float | None = None,
+        drop_input: bool = False,
     ):
         super().__init__()
         if not 1 <= layers <= MAX_LAYERS:
@@ -108,12 +118,18 @@ class MLPHead(nn.Module):
         self.pooler = Linear(d_model, d_model) if pooler else None
         self.hidden = nn.ModuleList(Linear(d_model, d_model) for _ in range(layers - 1))
         self.out = Linear(d_model, n_out, bias=bias)
+        self.dropout = None if dropout is None else Dropout(dropout)
+        self.input_dropout = None if dropout is None or not drop_input else Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.input_dropout is not None:
+            x = self.input_dropout(x)
         if self.pooler is not None:
             x = activate(self.pooler(x), "tanh")
         for layer in self.hidden:
             x = activate(layer(x), "gelu")
+        if self.dropout is not None:
+            x = self.dropout(x)
         x = self.out(x)  # (..., C)
 
         if self.scalar:

@@ -48,6 +48,8 @@ class LlamaConfig:
     family: str = "Llama"  # a key of FAMILIES
     attention_bias: bool = False  # of q, k, v and o; Qwen2 has one for q, k and v in any case
     mlp_bias: bool = False
+    attention_dropout: float = 0.0  # on what is attended to, in training where the published dropout is asked for
+    head_dropout: float | None = None  # in front of a head for tokens; None: 0.1
     window: int | None = None  # positions that a layer looks back, its own included; None: all
     window_layers: tuple[int, ...] | None = None  # indices of the layers with a window; None: all
 
@@ -78,6 +80,10 @@ class LlamaConfig:
     def kv_heads(self) -> int:
         """Key/value heads, each shared by n_head / kv_heads query heads."""
         return self.n_kv_head or self.n_head
+
+    @property
+    def head_rate(self) -> float:
+        return 0.1 if self.head_dropout is None else self.head_dropout
 
     @property
     def qkv_bias(self) -> bool:
@@ -196,6 +202,8 @@ CONFIG_KEYS = {
     "attention_bias": "attention_bias",
     "mlp_bias": "mlp_bias",
     "sliding_window": "window",
+    "attention_dropout": "attention_dropout",
+    "classifier_dropout": "head_dropout",
 }
 
 # What transformers takes where config.json is silent, if that is not what LlamaConfig takes.

@@ -21,6 +21,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from ...kernels import Linear, RMSNorm, attention, feed_forward, norm_linear, rope
+from ...kernels.dropout import Dropout
 from ..layers.inputs import ALL_LAYERS, check_length, key_bias, positions
 from ..layers.key_map import TIED, CheckpointKey
 from ..layers.kv_cache import KVCache
@@ -61,6 +62,7 @@ class Block(nn.Module):
         self.o = Linear(q_width, d, config.attention_bias)
         self.gate_up = Linear(d, 2 * f, config.mlp_bias, parts=(("gate_proj", f), ("up_proj", f)))
         self.down = Linear(f, d, config.mlp_bias)
+        self.attention_dropout = Dropout(config.attention_dropout)
         # True: up(norm(x)) is not kept but computed again in the backward pass (kernels/mlp.py).
         self.recompute = False
 
@@ -88,7 +90,10 @@ class Block(nn.Module):
         if cache is not None:
             k, v = cache.append(self.index, k, v)  # (B, S, K, hd) each
 
-        out = attention(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, window=self.window, bias=bias)
+        out = attention(
+            q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, window=self.window, bias=bias,
+            dropout=self.attention_dropout.rate,
+        )  # fmt: skip
         out = out.flatten(2)  # (B, T, H·hd)
 
         # Last layer: keys and values needed every position, but only these are read further; the rest stops here.

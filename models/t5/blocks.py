@@ -2,8 +2,11 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from ...kernels import Linear, RMSNorm, attention, feed_forward, norm_linear
+from ...kernels import Linear, RMSNorm, activate, attention, feed_forward, norm_linear
+from ...kernels.dropout import Dropout, dropout, seed_for
+from ...kernels.linear import bind_projection
 from ..layers.inputs import key_bias
 from ..layers.kv_cache import KVCache
 from ..layers.relative_positions import RelativeBias
@@ -68,14 +71,15 @@ class Block(nn.Module):
             self.up = Linear(d, f, False)
         self.down = Linear(f, d, False)
         self.recompute = False  # see kernels/mlp.py
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self, x: Tensor, bias: Tensor, source: Tensor | None, source_bias: Tensor | None, cache: Cache | None
     ) -> Tensor:
-        x = x + self._self_attention(x, bias, cache)  # (B, T, D)
+        x = x + self.dropout(self._self_attention(x, bias, cache))  # (B, T, D)
         if self.decoder:
-            x = x + self._cross_attention(x, source, source_bias, cache)
-        return x + feed_forward(x, self.norm2, self.ff_in, self.activation, self.down, self.recompute)
+            x = x + self.dropout(self._cross_attention(x, source, source_bias, cache))
+        return x + self.dropout(self._feed_forward(x))
 
     def _self_attention(self, x: Tensor, bias: Tensor, cache: Cache | None) -> Tensor:
         """(B, T, D) from states (B, T, D) and their position bias (1 or B, H, T, S)."""
@@ -83,7 +87,8 @@ class Block(nn.Module):
         q, k, v = qkv.unflatten(-1, (3, self.n_head, -1)).unbind(2)  # (B, T, H, hd)
         if cache is not None:
             k, v = cache.target.append(self.index, k, v)  # (B, S, H, hd)
-        out = attention(q, k, v, bias=bias, causal=self.decoder, scale=1.0)  # (B, T, H, hd)
+        rate = self.dropout.rate
+        out = attention(q, k, v, bias=bias, causal=self.decoder, scale=1.0, dropout=rate)  # (B, T, H, hd)
         return self.o(out.flatten(2))  # (B, T, D)
 
     def _cross_attention(
@@ -92,7 +97,8 @@ class Block(nn.Module):
         """(B, T, D) from states (B, T, D) that attend to the encoded source (B, S, D)."""
         q = norm_linear(x, self.norm_cross, self.cross_q).unflatten(-1, (self.n_head, -1))  # (B, T, H, hd)
         k, v = self._source_kv(source, cache)  # (B, S, H, hd)
-        out = attention(q, k, v, bias=source_bias, causal=False, scale=1.0)  # (B, T, H, hd)
+        rate = self.dropout.rate
+        out = attention(q, k, v, bias=source_bias, causal=False, scale=1.0, dropout=rate)  # (B, T, H, hd)
         return self.cross_o(out.flatten(2))  # (B, T, D)
 
     def _source_kv(self, source: Tensor | None, cache: Cache | None) -> tuple[Tensor, Tensor]:
@@ -103,6 +109,25 @@ class Block(nn.Module):
         if cache is not None:
             cache.source.append((k, v))
         return k, v
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) from states (B, T, D), with dropout in front of the last projection."""
+        rate = self.dropout.rate
+        if not rate:
+            return feed_forward(x, self.norm2, self.ff_in, self.activation, self.down, self.recompute)
+
+        # Bound now, with its mask: by the time of the backward pass another adapter may be active.
+        project_up = bind_projection(x, self.ff_in, self.norm2)
+        project_down = bind_projection(x, self.down)
+        seed = seed_for(rate)
+
+        def dropped(x: Tensor) -> Tensor:
+            h = activate(project_up(x), self.activation)  # (B, T, F)
+            return project_down(dropout(h, rate, seed))
+
+        if not (self.recompute and torch.is_grad_enabled()):
+            return dropped(x)
+        return checkpoint(dropped, x, use_reentrant=False, preserve_rng_state=False)
 
     @property
     def ff_in(self) -> Linear:
@@ -118,6 +143,7 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(Block(config, i, decoder) for i in range(n_layer))
         self.norm = RMSNorm(config.d_model, config.eps)
         self.positions = RelativeBias(config.n_buckets, config.max_distance, config.n_head, bidirectional=not decoder)
+        self.dropout = Dropout(config.dropout)
 
     def forward(
         self,
@@ -138,9 +164,10 @@ class Stack(nn.Module):
             bias = bias.masked_fill(~visible, torch.finfo(bias.dtype).min)  # (B, H, T, past + T)
         source_bias = key_bias(source_mask)  # (B, 1, 1, S)
 
+        x = self.dropout(x)
         for block in self.layers:
             x = block(x, bias, source, source_bias, cache)
-        return self.norm(x)
+        return self.dropout(self.norm(x))
 
 
 def shift_right(input_ids: Tensor, attention_mask: Tensor | None, start_id: int) -> Tensor:

@@ -46,6 +46,10 @@ class T5Config:
     n_buckets: int = 32  # of relative distances, with a bias each
     max_distance: int = 128  # tokens; from there on all distances share one bucket
     eps: float = 1e-6  # of the norms
+    # In training, where the published dropout is asked for: behind embeddings, sublayers and stacks, in feed-forwards,
+    # on what is attended to; and around a head for labels.
+    dropout: float = 0.1
+    head_rate: float = 0.0
     start_id: int = 0  # the token in front of every target; published models take their pad token
     tied: bool = True  # the head is the embedding
     scaled: bool = True  # states are multiplied by d_model^-½ before the head
@@ -144,6 +148,8 @@ CONFIG_KEYS = {
     "relative_attention_num_buckets": "n_buckets",
     "relative_attention_max_distance": "max_distance",
     "layer_norm_epsilon": "eps",
+    "dropout_rate": "dropout",
+    "classifier_dropout": "head_rate",
 }
 # published field -> the field of CONFIG_KEYS that it is another name for
 ALIASES = {

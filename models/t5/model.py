@@ -19,7 +19,7 @@ How a published checkpoint tells whether the head is the embedding, and whether 
 feed-forwards of T5 overflow, so that it is refused; bfloat16 and float32 are fine.
 
 The bias depends on row and column, so that rows can't be laid end to end (`attention` takes no bias with segments):
-packed rows are accepted, but computed padded. Dropout, which T5 was trained with, is not applied; adapters have theirs.
+packed rows are accepted, but computed padded.
 """
 
 from typing import Any, ClassVar
@@ -95,7 +95,9 @@ class T5(PretrainedModel):
         "qa_outputs.*": ("question-answering",),
         "decoder.*": ("seq2seq-lm", "sequence-classification", "reward", "question-answering"),
     }
-    text_head: ClassVar = {"pooler": True}
+    text_head: ClassVar = {"pooler": True, "drop_input": True}
+    published_dropout = True
+    tasks_with_dropout = (*TEXT_TASKS, "token-classification")
     # Where a row has no eos: see `pool`.
     text_pooling = "last"
     # A table in the first block of the decoder, which nothing uses.

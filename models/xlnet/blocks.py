@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels import LayerNorm, Linear, activation_linear, attention
+from ...kernels import LayerNorm, Linear, activate, activation_linear, attention
+from ...kernels.dropout import Dropout
 from ..layers.config_fields import ACTIVATIONS
 from .config import XLNetConfig
 
@@ -204,6 +205,7 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(d, config.eps)
         self.activation = ACTIVATIONS[config.activation]
         self.scale = hd**-0.5
+        self.dropout = Dropout(config.dropout)
 
     def keys(self, context: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """k and v (B, S, H, hd) of the states (B, S, D) that may be seen, and the projected distances (G, P, H, hd)."""
@@ -216,9 +218,18 @@ class Block(nn.Module):
         k, v, r = keys
         q = self.q(x).unflatten(-1, (self.n_head, -1))  # (B, T, H, hd)
         bias = self.bias(q, r, k.shape[1], view)  # (B, H, T, S)
-        out = attention(q + self.content_bias, k, v, bias=bias, causal=False, scale=self.scale)  # (B, T, H, hd)
-        x = self.norm1(self.o(out.flatten(2)), residual=x)  # (B, T, D)
-        return self.norm2(activation_linear(self.up(x), self.activation, self.down), residual=x)
+        out = attention(
+            q + self.content_bias, k, v, bias=bias, causal=False, scale=self.scale, dropout=self.dropout.rate
+        )  # (B, T, H, hd)
+        x = self.norm1(self.dropout(self.o(out.flatten(2))), residual=x)  # (B, T, D)
+        return self.norm2(self.dropout(self.feed_forward(x)), residual=x)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) from states (B, T, D), with dropout in front of the last projection."""
+        u = self.up(x)  # (B, T, F)
+        if not self.dropout.rate:
+            return activation_linear(u, self.activation, self.down)
+        return self.down(self.dropout(activate(u, self.activation)))
 
     def bias(self, q: Tensor, r: Tensor, s: int, view: View) -> Tensor:
         """The scores of distance and text (B, H, T, S), with what is not allowed at the least finite number."""

@@ -21,6 +21,10 @@ class XLNetConfig:
     d_ff: int = 4096
     activation: str = "gelu"
     eps: float = 1e-12  # of the norms
+    # In training, where the published dropout is asked for: behind embeddings, distances, sublayers and the last layer,
+    # in feed-forwards, on what is attended to; and in front of the last projection of a head for texts.
+    dropout: float = 0.1
+    head_rate: float = 0.1
     tied: bool = True  # the token embedding is the output matrix
     causal: bool = False  # no token sees a later one: Transformer-XL
     same_length: bool = False  # with `causal`: every token sees as many as the memory is long, and itself
@@ -84,6 +88,8 @@ CONFIG_KEYS = {
     "d_inner": "d_ff",
     "ff_activation": "activation",
     "layer_norm_eps": "eps",
+    "dropout": "dropout",
+    "summary_last_dropout": "head_rate",
     "tie_word_embeddings": "tied",
     "same_length": "same_length",
     "bi_data": "bi_data",

@@ -23,7 +23,8 @@ memory is long, and itself.
 Published checkpoints hold q, k, v, o, r as raw tensors (D, H, hd), without ".weight"; the tied output matrix may be
 there or not. `untie_r` (each layer has its own u, v, w) is always true in them. Texts end in <sep> <cls> and are padded
 on the left: a row's class is read from its last token, where transformers takes the last column whatever it holds. The
-types of a pair are 0 and 1, and are only compared; memory is of type 0. Dropout is not applied; adapters have theirs.
+types of a pair are 0 and 1, and are only compared; memory is of type 0. Dropout of the distances has one mask for all
+rows, in transformers one for each.
 
 Distances give a bias for each pair, so that rows can't be laid end to end (`attention` takes no bias with segments):
 packed rows are accepted, but computed padded.
@@ -37,6 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import Linear
+from ...kernels.dropout import Dropout
 from ..layers.inputs import unpacked
 from ..layers.key_map import TIED, CheckpointKey
 from ..model import PretrainedModel
@@ -88,6 +90,8 @@ class XLNet(PretrainedModel):
     # Texts end in <cls>, which is read.
     text_head: ClassVar = {"pooler": True}
     text_pooling = "last"
+    published_dropout = True
+    tasks_with_dropout = ("sequence-classification", "reward")
     tied_keys: ClassVar = {"lm_loss.weight": ("embed.tokens.weight", TIED)}
     supported_config_values: ClassVar = {
         "untie_r": (True,),
@@ -102,6 +106,7 @@ class XLNet(PretrainedModel):
         """The embedding and the blocks, each of which ends with a norm."""
         self.embed = Embed(config)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.dropout = Dropout(config.dropout)
 
     def build_language_head(self) -> nn.Module:
         """The output matrix (V, D), with a bias."""
@@ -169,12 +174,12 @@ class XLNet(PretrainedModel):
         # The two streams at their beginning, and the distances that every layer attends by.
         c = self.config
         past = 0 if memory is None else memory.length
-        h = self.embed.tokens(input_ids)  # (B, T, D)
-        table = sinusoids(t, past + t, c.d_model, c.clamp_len, c.bi_data, h)  # (G, P, D), see `blocks.py`
+        h = self.dropout(self.embed.tokens(input_ids))  # (B, T, D)
+        table = self.dropout(sinusoids(t, past + t, c.d_model, c.clamp_len, c.bi_data, h))  # (G, P, D), see `blocks.py`
         g = positions = None
         if target_mapping is not None:
             positions = target_positions(target_mapping)  # (B, n)
-            g = self.embed.mask.expand(b, positions.shape[1], -1)  # (B, n, D)
+            g = self.dropout(self.embed.mask.expand(b, positions.shape[1], -1))  # (B, n, D)
         content, query = views(c, t, past, attention_mask, token_type_ids, perm_mask, positions, h.device)
 
         for i, block in enumerate(self.layers):
@@ -184,7 +189,7 @@ class XLNet(PretrainedModel):
                 h = block(h, keys, content)
             if g is not None:
                 g = block(g, keys, query)
-        return h if g is None else g
+        return self.dropout(h if g is None else g)
 
     def _predict_next(self, input_ids: Tensor, attention_mask: Tensor | None, cache: Memory) -> Tensor:
         """The prediction (B, 1, D) behind the tokens (B, T) of a text of which `cache` remembers what came before.

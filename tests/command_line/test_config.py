@@ -11,6 +11,7 @@ from handtune.config import ELSEWHERE, DataConfig, PPORunConfig, RunConfig, from
 from handtune.engine.adapters.lora import LoRAConfig
 from handtune.engine.data.mixing import MixConfig
 from handtune.engine.rlhf.config import PPOConfig
+from handtune.engine.tasks.objectives import LossConfig
 from handtune.engine.training.config import TrainConfig
 from handtune.saved_runs import _as_toml
 
@@ -196,7 +197,7 @@ def test_the_helper_of_the_tests_writes_what_is_read(tmp_path) -> None:
 
 def test_what_options_are_called_elsewhere_leads_to_ours() -> None:
     """Each hint names options that there are."""
-    kinds = (TrainConfig, PPOConfig, LoRAConfig, DataConfig, MixConfig)
+    kinds = (TrainConfig, PPOConfig, LoRAConfig, LossConfig, DataConfig, MixConfig)
     options = {f.name for kind in kinds for f in dataclasses.fields(kind)}
     assert {name for names in ELSEWHERE.values() for name in names.split()} <= options
     assert not ELSEWHERE.keys() & options

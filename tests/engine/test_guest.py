@@ -129,7 +129,7 @@ SUM = torch.tensor(2.5, requires_grad=True)
         ((2.5, 3), "its sum is 2.5"),
         ((SUM * torch.ones(3), 3), r"its sum is a tensor of shape \(3,\)"),
         ((SUM, None), "its count is None"),
-        ((SUM, 2.5), "its count is 2.5"),
+        ((SUM, float("inf")), "its count is inf"),
         ((SUM, -1), "its count is -1"),
         ((SUM, torch.tensor([1, 2])), r"its count is a tensor of shape \(2,\)"),
     ],

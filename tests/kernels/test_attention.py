@@ -8,7 +8,7 @@ from torch import Tensor
 
 from handtune.kernels import attention
 from handtune.kernels.attn import cpu
-from handtune.kernels.attn.attend import attention_reference
+from handtune.kernels.attn.reference import attention_reference
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "both ways"])

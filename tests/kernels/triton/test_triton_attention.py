@@ -12,7 +12,7 @@ from torch import Tensor
 
 from handtune.kernels import attention
 from handtune.kernels.attn import forward_triton
-from handtune.kernels.attn.attend import attention_reference
+from handtune.kernels.attn.reference import attention_reference
 from handtune.models.layers.inputs import key_bias
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
