@@ -47,7 +47,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     first_shape = ""
     first_line = ""
-    for line, row in _placed_rows(path, normalize):
+    for line, row in placed_rows(path, normalize):
         shape = row.shape = row_shape(row)
         if not rows:
             first_shape = shape
@@ -65,10 +65,10 @@ def read_prompts(path: str | Path) -> list[dict[str, Any]]:
 
     Raises FileNotFoundError, or ValueError, like `read_rows`.
     """
-    return [row for _, row in _placed_rows(Path(path), prompt_row)]
+    return [row for _, row in placed_rows(Path(path), prompt_row)]
 
 
-def _placed_rows(path: Path, as_row: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Located:
+def placed_rows(path: Path, as_row: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Located:
     """Every row, brought into shape by `as_row`, with its place in the file."""
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
