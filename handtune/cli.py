@@ -102,6 +102,22 @@ GRAMMAR: dict[str, tuple[str, Arguments]] = {
             "--dtype": {},
         },
     ),
+    "predict": (
+        "Predict labels, entities, answers, embeddings or scores by a model with a head.",
+        {
+            "model": {},
+            "file": {
+                "nargs": "?",
+                "help": "rows in any format that train reads, labels or not; an image, or a folder of them; - reads "
+                "standard input, a text or a JSON object a line",
+            },
+            "--text": {"action": "append", "help": "a text (may be repeated)"},
+            "--out": {"help": "write the rows with their predictions (JSONL) here instead of printing"},
+            "--force": {},
+            "--batch-size": {},
+            "--dtype": {},
+        },
+    ),
     "ppo": (
         "Improve a model on rewards, as a TOML file says; the same command on the same folder resumes.",
         {

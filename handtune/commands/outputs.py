@@ -6,7 +6,7 @@ While a command writes a file or a run's folder, no other process does.
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -48,16 +48,27 @@ def refuse_existing(path: str, force: bool) -> None:
 
 
 def write_completions(prompts: list[str], texts: Iterable[str], out: Path) -> None:
-    """Write rows of prompt and completion to `out`; if it is interrupted, the rows so far to a file beside it."""
+    """Write rows of prompt and completion to `out`, as `write_rows` does."""
+    pairs = zip(prompts, texts, strict=True)
+    write_rows(({"prompt": prompt, "completion": text} for prompt, text in pairs), len(prompts), out)
+
+
+def as_json(row: Mapping[str, Any]) -> str:
+    """A row as a line of JSONL; what JSON doesn't have (a date of a table) as its text."""
+    return json.dumps(row, ensure_ascii=False, default=str)
+
+
+def write_rows(rows: Iterable[Mapping[str, Any]], count: int, out: Path) -> None:
+    """Write `count` rows to `out` as JSONL; if they break off, those so far to a file beside it."""
     lines: list[str] = []
     try:
-        for prompt, text in zip(prompts, texts, strict=True):
-            lines.append(json.dumps({"prompt": prompt, "completion": text}, ensure_ascii=False) + "\n")
+        for row in rows:
+            lines.append(as_json(row) + "\n")
     finally:
-        if 0 < len(lines) < len(prompts):
+        if 0 < len(lines) < count:
             part = out.with_name(f"{out.name}.{os.getpid()}.part")
             write_file(part, "".join(lines))
-            print(f"the first {len(lines)} of {len(prompts)} rows are in {part}", file=sys.stderr)
+            print(f"the first {len(lines)} of {count} rows are in {part}", file=sys.stderr)
     write_file(out, "".join(lines))
 
 
