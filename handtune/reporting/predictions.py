@@ -7,7 +7,8 @@ from .._outside import visible_line
 
 SHOWN = 100  # characters of a row
 NUMBERS = 4  # of an embedding
-READ = ("text", "tokens", "question", "image", "completion", "anchor", "prompt")  # fields by one of which people know a row
+# Fields by one of which people know a row.
+READ = ("text", "tokens", "question", "image", "completion", "anchor", "prompt")
 
 
 def readable(row: Mapping[str, Any], prediction: Mapping[str, Any]) -> str:
