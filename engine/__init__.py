@@ -3,7 +3,7 @@
     model  finite  runtime    what the engine may ask of a model; weights that are NaN or infinite; the process of a run
     data/  chat/              rows out of files, batches; chat templates, and which tokens the assistant wrote
     adapters/  peft/          low-rank adapters, switched and merged; their files, in PEFT's format
-    tasks/                    what each method of training means: encoding, loss, score
+    tasks/                    what each method of training means: encoding, loss, score, prediction
     generation/               sampling and beams, with a cache
     training/                 the loop (begin with `training/loop.py`), its optimizer, checkpoints and run folder
     rlhf/                     PPO, reward models

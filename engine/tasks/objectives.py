@@ -1,5 +1,7 @@
 """What each training method means: the task, the encoding, the batches, the loss and how it is scored.
 
+`PREDICTORS` says how a model of each task that has a head predicts.
+
 Most methods mean the same for every architecture. Where one doesn't ("sft" is next-token prediction for a decoder, and
 an answer to the encoded prompt for an encoder-decoder), the model's class says which objective it means.
 """

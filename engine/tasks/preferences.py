@@ -13,7 +13,7 @@ beginning first, with "drop" the row is dropped. So is one of whose answers noth
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ CHUNK_TOKENS = 8192  # of a pass without gradients
 
 def pairs(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
     """Examples of comparisons: `chosen` and `rejected` token ids, `starts` of the answers in them."""
-    for row, text, (sides, starts, length) in _both_sides(rows, settings):
+    for row, text, sides, starts, length in _both_sides(rows, settings):
         if text["chosen"] == text["rejected"] or not (text["chosen"] and text["rejected"]):
             yield Encoded([], masked=True)
             continue
@@ -62,16 +62,16 @@ def each_answer(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encod
     A comparison has two, and each says its `side`; a text is an answer to nothing. None where an answer is cut off.
     """
     comparisons = [_as_comparison(row) for row in rows]
-    for row, (_, _, (sides, starts, length)) in zip(rows, _both_sides(comparisons, settings), strict=True):
-        answers = list(zip(SIDES, sides, starts, strict=True))
+    for row, tokens in zip(rows, _both_sides(comparisons, settings), strict=True):
+        answers = list(zip(SIDES, tokens.sides, tokens.starts, strict=True))
         if "chosen" not in row:
             answers = answers[:1]
 
-        truncated = length > settings.max_length
+        truncated = tokens.length > settings.max_length
         if any(not ids or (truncated and len(ids) <= start) for _, ids, start in answers):
             answers = []
         examples = [{"input_ids": ids, "side": side} for side, ids, _ in answers]
-        yield Encoded(examples, truncated=truncated, length=length)
+        yield Encoded(examples, truncated=truncated, length=tokens.length)
 
 
 def _as_comparison(row: PlacedRow) -> PlacedRow:
@@ -79,8 +79,7 @@ def _as_comparison(row: PlacedRow) -> PlacedRow:
     if "messages" in row:
         # The turns behind the last that asks are the answer.
         messages = row["messages"]
-        asks = [i for i, message in enumerate(messages, 1) if message["role"] != "assistant"]
-        last = asks[-1] if asks else 0
+        last = max((i for i, message in enumerate(messages, 1) if message["role"] != "assistant"), default=0)
         prompt, answer = messages[:last], messages[last:]
         if not prompt or not answer:
             raise ValueError(f"{row.location}: the messages must end with an answer of the assistant to be scored")
@@ -92,11 +91,18 @@ def _as_comparison(row: PlacedRow) -> PlacedRow:
     return PlacedRow({**row, "prompt": prompt, "chosen": answer, "rejected": answer}, row.file, row.line)
 
 
-def _both_sides(
-    rows: Sequence[PlacedRow], settings: Settings
-) -> Iterator[tuple[PlacedRow, Mapping[str, str], tuple[list[list[int]], list[int], int]]]:
-    """Of each comparison its texts, the token ids of both sides as far as they fit, where their answers start, and the
-    length of the longer side before it was cut."""
+class _Tokens(NamedTuple):
+    """A comparison in tokens, as many as fit."""
+
+    row: PlacedRow
+    texts: Mapping[str, str]  # prompt, chosen, rejected
+    sides: list[list[int]]
+    starts: list[int]  # of the answers in the sides
+    length: int  # of the longer side, before it was cut
+
+
+def _both_sides(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[_Tokens]:
+    """The tokens of both sides of each comparison."""
     begin = bos_ids(settings.tokenizer)
     ends = settings.ends_of_turns
     texts = [_texts(row, settings) for row in rows]
@@ -113,7 +119,7 @@ def _both_sides(
         if settings.truncate == "start":
             cut = min(excess, *(start - len(begin) for _, start in sides))
         fitted = [[*begin, *ids[len(begin) + cut :]][: settings.max_length] for ids, _ in sides]
-        yield row, text, (fitted, [start - cut for _, start in sides], length)
+        yield _Tokens(row, text, fitted, [start - cut for _, start in sides], length)
 
 
 def _texts(row: PlacedRow, settings: Settings) -> Mapping[str, str]:
@@ -209,9 +215,7 @@ def reward_scores(model: Any, batch: Batch) -> list[Any]:
     return list(_rewards(model, batch).cpu().numpy())
 
 
-def predicted_scores(
-    row: PlacedRow, examples: Examples, outputs: Sequence[Any], labels: Sequence[str]
-) -> dict[str, Any]:
+def predicted_scores(row: PlacedRow, examples: Examples, outputs: Sequence[Any], labels: Any) -> dict[str, Any]:
     """The `score` of the row's answer, or of a comparison `chosen_score` and `rejected_score`; nulls if one is lost."""
     scores = {example["side"]: score for example, score in zip(examples, outputs, strict=True)}
     if "chosen" in row:
