@@ -69,14 +69,16 @@ def predictions(
 
     What a prediction is, says the task's file, such as `predicted_class` in `tasks/classification.py`. Numbers are
     Python's, the shortest decimals of what fp32 holds. Raises FloatingPointError where a model computes NaN or
-    infinity, and ValueError, with the row, for an image that can't be decoded.
+    infinity, ValueError for an image that can't be decoded, and for a number that is none.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size {batch_size}: expected a positive number")
     predictor = PREDICTORS[model.task]
     collate: CollateFn
     if model.task == "image-classification":
         collate = partial(_decoded_images, model.pixels)
     else:
-        max_length = max_length or model.config.max_positions
+        max_length = _checked_length(max_length, model.config.max_positions)
         collate = token_rows(model, tokenizer, True)
     settings = Settings(
         tokenizer, max_length or sys.maxsize, {}, model.tokens.eos_id, template, True, model.tokens.ends[1:], truncate
@@ -95,6 +97,15 @@ def predictions(
             )
             yield {name: _plain(value) for name, value in prediction.items()}
     report.log()
+
+
+def _checked_length(max_length: int | None, limit: int | None) -> int | None:
+    """The longest that a row may be. ValueError where it is no number of the model's positions."""
+    if max_length is None:
+        return limit
+    if max_length < 1 or (limit is not None and max_length > limit):
+        raise ValueError(f"max_length {max_length}: expected a number of tokens, at most the model's {limit} positions")
+    return max_length
 
 
 @torch.no_grad()

@@ -82,6 +82,8 @@ def predict(
     Raises ValueError for a model without a head to predict with, and for rows that lack what it reads;
     FileNotFoundError and ValueError as `load` does.
     """
+    if isinstance(rows, str):
+        raise TypeError("rows is one text; give a list of texts or of rows")
     if isinstance(model, str | Path):
         predictor = predictor_of(str(model))
     else:
@@ -140,5 +142,8 @@ def _longest_text(model: Any) -> int | None:
     stored = model.tokens.files.get(LONGEST)
     if stored is None or model.task != "embedding":
         return None
-    settings = with_fields(parse_json(stored.decode(), LONGEST), LONGEST, max_seq_length=int | None)
-    return settings.get("max_seq_length")
+    settings = with_fields(parse_json(stored, LONGEST), LONGEST, max_seq_length=int | None)
+    longest: int | None = settings.get("max_seq_length")
+    if longest is None or model.config.max_positions is None:
+        return longest
+    return min(longest, model.config.max_positions)
