@@ -216,8 +216,12 @@ def predicted_answer(
     best = max(spans, key=SCORE, default=NO_SPAN)
     if best is NO_SPAN:
         return dict.fromkeys(("answer", "start", "end", "score"))
-    answer = row["context"][best.start : best.end]
-    return {"answer": answer, "start": best.start, "end": best.end, "score": np.float32(best.score - min(no_answers))}
+    # Tokens of SentencePiece's kind hold the space in front of a word.
+    span: str = row["context"][best.start : best.end]
+    answer = span.strip()
+    start = best.start + span.find(answer)
+    score = np.float32(best.score - min(no_answers))
+    return {"answer": answer, "start": start, "end": start + len(answer), "score": score}
 
 
 def answers(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, float]:

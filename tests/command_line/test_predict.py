@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +13,17 @@ import pytest
 import torch
 from small_images import picture
 from small_methods import RUNS, base_folder, method_config
-from small_runs import QUESTIONS, SENTIMENT, TAGGED, write_rows
+from small_runs import QUESTIONS, SENTIMENT, TAGGED, gpt2, write_rows
+from small_tokenizers import byte_level
 
 import handtune
 from handtune.cli import main
+from handtune.engine.data.placed_rows import PlacedRow
 from handtune.engine.rlhf.reward_model import Reward
+from handtune.engine.tasks.question_answering import predicted_answer
 from handtune.engine.tasks.tagging import word_spans
 from handtune.models import load
+from handtune.models.tokenizer.special_tokens import SpecialTokens
 
 # What trains in each run; predictions of an adapter are compared with those of the merged model.
 TRAINED: dict[str, dict[str, Any]] = {
@@ -178,6 +183,13 @@ def test_embeddings_are_those_of_transformers(runs, tmp_path) -> None:
             states = model.eval()(**tokenizer(text, return_tensors="pt")).last_hidden_state  # (1, T, D)
         assert row == {"text": text, "embedding": pytest.approx(states.mean(1)[0].tolist(), abs=1e-5)}
 
+    # Where sentence-transformers would stop reading, as its file says.
+    short = tmp_path / "short"
+    shutil.copytree(runs["embed"] / "model", short)
+    (short / "sentence_bert_config.json").write_text('{"max_seq_length": 4}')
+    (cut,) = handtune.predict(short, ["the cat and the dog"])
+    assert cut["embedding"] == pytest.approx(found[0]["embedding"], abs=1e-6)
+
     pair = handtune.predict(runs["embed"], [{"anchor": texts[0], "positive": texts[1], "negative": texts[2]}])[0]
     assert pair["anchor_embedding"] == pytest.approx(found[0]["embedding"], abs=1e-6)
     assert pair["negative_embedding"] == pytest.approx(found[2]["embedding"], abs=1e-6)
@@ -199,6 +211,37 @@ def test_rewards_are_the_reward_model_s_own(runs) -> None:
     assert [row["score"] for row in given] == pytest.approx(scores, abs=1e-5)
     alone = handtune.predict(model, [prompts[0] + chosen[0]], tokenizer=tokenizer)
     assert alone[0]["score"] == pytest.approx(scores[0], abs=1e-5)
+
+
+def test_rewards_of_dialogues_are_read_through_the_template() -> None:
+    """A dialogue, a plain prompt, and one that was rendered before: the same tokens, and the same score."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer, model = byte_level(), gpt2("reward").eval()
+    ends = (tokenizer.token_to_id("<|im_end|>"),)
+    model.tokens = SpecialTokens(ends=ends, chat_template=template).asking_as_chat(True)
+    rendered = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    asked = {"role": "user", "content": "hi"}
+    rows = [
+        {"messages": [asked, {"role": "assistant", "content": "yes"}]},
+        {"prompt": "hi", "completion": "yes"},
+        {"prompt": rendered, "completion": "yes"},
+    ]
+    expected = float(Reward(model, tokenizer)([rendered], ["yes"]))
+    scores = [row["score"] for row in handtune.predict(model, rows, tokenizer=tokenizer)]
+    assert scores == pytest.approx([expected] * 3, abs=1e-6)
+
+    # An answer that is cut off whole has no score; one that is cut short is read as far as it goes.
+    long = {"prompt": "hi" * 40, "completion": "yes"}
+    assert handtune.predict(model, [long], tokenizer=tokenizer) == [{"score": None}]
+
+
+def test_answers_are_told_without_the_space_of_their_token() -> None:
+    row = PlacedRow({"question": "?", "context": "on the mat"}, "row", "1")
+    examples, logits = [{"offsets": [None, (2, 6), (6, 10)]}], [np.array([[0, 0], [1, 1], [2, 3]], dtype=np.float32)]
+    assert predicted_answer(row, examples, logits, ()) == {"answer": "mat", "start": 7, "end": 10, "score": 5}
 
 
 def test_images_of_a_folder_and_a_single_one(runs, tmp_path) -> None:
@@ -267,6 +310,15 @@ def test_standard_input_and_what_a_pipe_gets(runs, monkeypatch, capsys) -> None:
     assert main(["predict", str(runs["classify"]), "--text", "the good\tdog"]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     assert line == f"{rows[0]['predicted']} (probability {rows[0]['probability']:.3f})\tthe good\\tdog"
+
+
+def test_numbers_that_are_none_and_a_text_for_rows(runs) -> None:
+    for settings in ({"batch_size": 0}, {"max_length": 0}, {"max_length": 65}):
+        with pytest.raises(ValueError, match="expected a"):
+            handtune.predict(runs["classify"], ["the cat"], **settings)
+    with pytest.raises(TypeError, match="give a list of texts"):
+        handtune.predict(runs["classify"], "the cat")
+    assert handtune.predict(runs["classify"], []) == []
 
 
 @pytest.mark.parametrize(
