@@ -18,10 +18,11 @@ from small_tokenizers import byte_level
 
 import handtune
 from handtune.cli import main
+from handtune.engine.data.batches import IGNORE
 from handtune.engine.data.placed_rows import PlacedRow
 from handtune.engine.rlhf.reward_model import Reward
 from handtune.engine.tasks.question_answering import predicted_answer
-from handtune.engine.tasks.tagging import word_spans
+from handtune.engine.tasks.tagging import predicted_tags, word_spans
 from handtune.models import load
 from handtune.models.tokenizer.special_tokens import SpecialTokens
 
@@ -112,6 +113,17 @@ def test_entities_are_those_of_transformers(runs, tmp_path) -> None:
     assert tagged[0]["entities"][1]["text"] == "Paris" and tagged[0]["entities"][1]["start"] == 18
     again = predicted(model, tmp_path / "rows.jsonl", out=tmp_path / "out.jsonl")
     assert [row["predicted"] for row in again] == [row["predicted"] for row in tagged]
+
+
+def test_entities_of_several_words() -> None:
+    """Their characters go from the first word to the last, and how sure they are is the mean over their words."""
+    row = PlacedRow({"text": "In New York City, Maria"}, "row", "1")
+    example = {"targets": [IGNORE, 0, 1, 2, IGNORE, 3, 4]}  # the last word, Maria, was cut off
+    probabilities = np.array([[0.9, 0.1, 0], [0, 0.7, 0.3], [0.2, 0, 0.8], [0, 0.3, 0.7], [1, 0, 0]], dtype=np.float32)
+    found = predicted_tags(row, [example], [probabilities], ("O", "B-PLACE", "I-PLACE"))["entities"]
+    (place,) = found
+    assert place.pop("probability") == pytest.approx((0.7 + 0.8 + 0.7) / 3)
+    assert place == {"type": "PLACE", "start": 3, "end": 16, "text": "New York City"}
 
 
 def test_words_of_plain_text() -> None:
