@@ -24,9 +24,9 @@ WAYS = {
     "lora": ["lora.rank=16", "lora.alpha=32", "train.lr=1e-3"],
     "full": ["train.lr=1e-4"],
 }
-# Of no file: a bid, a warning behind good sales, and an appointment.
+# In neither file: a forecast raised, a warning behind good sales, and an appointment.
 NEW = (
-    "Shares in Halden Cable surge as rival offers twice the market price",
+    "Halden Cable raises its profit forecast after record orders",
     "Orrin Foods sells more than ever but warns that costs will wipe out its profit",
     "Tarn Shipping names its next head of human resources",
 )
