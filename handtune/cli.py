@@ -177,12 +177,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    """The options. Changes to a configuration may also follow the options, which argparse alone refuses.
+    """The options. Changes to a configuration, and a file, may also follow the options, which argparse alone refuses.
 
     ValueError where an option that several commands have is out of its bounds.
     """
     grammar = parser()
     options, unparsed = grammar.parse_known_args(arguments)
+    if (
+        unparsed
+        and "file" in options
+        and options.file is None
+        and (unparsed[0] == "-" or not unparsed[0].startswith("-"))
+    ):
+        options.file = unparsed.pop(0)
     if unparsed and ("override" not in options or any(argument.startswith("-") for argument in unparsed)):
         grammar.error(f"unrecognized arguments: {' '.join(unparsed)}")
     if unparsed:

@@ -313,6 +313,12 @@ def test_standard_input_and_what_a_pipe_gets(runs, monkeypatch, capsys) -> None:
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["text"] for row in rows] == ["the good dog", " what a day "]
 
+    # The file may stand behind the options, too.
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the good dog\n"))
+    assert main(["predict", str(runs["classify"]), "--text", "the cat", "-"]) == 0
+    texts = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+    assert texts == ["the cat", "the good dog"]
+
     # What it prints it reads: the same predictions in the place of those.
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(json.dumps(row) + "\n" for row in rows)))
     assert main(["predict", str(runs["classify"]), "-"]) == 0
