@@ -4,7 +4,7 @@
     formats/  data/           what stands in files; rows, batches
     chat/                     chat templates, and which tokens the assistant wrote
     adapters/  peft/          low-rank adapters, switched and merged; their files, in PEFT's format
-    tasks/                    what each method of training means: encoding, loss, score
+    tasks/                    what each method of training means: encoding, loss, score, prediction
     generation/               sampling and beams, with a cache
     training/                 the loop (begin with `training/loop.py`), its optimizer, checkpoints and run folder
     rlhf/                     PPO, reward models

@@ -131,6 +131,22 @@ GRAMMAR: dict[str, tuple[str, Arguments]] = {
             "--dtype": {},
         },
     ),
+    "predict": (
+        "Predict labels, entities, answers, embeddings or scores by a model with a head.",
+        {
+            "model": {},
+            "file": {
+                "nargs": "?",
+                "help": "rows in any format that train reads, labels or not; an image, or a folder of them; - reads "
+                "standard input, a text or a JSON object a line",
+            },
+            "--text": {"action": "append", "help": "a text (may be repeated)"},
+            "--out": {"help": "write the rows with their predictions (JSONL) here instead of printing"},
+            "--force": {},
+            "--batch-size": {},
+            "--dtype": {},
+        },
+    ),
     "ppo": (
         "Improve a model on rewards, as a TOML file says; the same command on the same folder resumes.",
         {
@@ -191,12 +207,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    """The options. Changes to a configuration may also follow the options, which argparse alone refuses.
+    """The options. Changes to a configuration, and a file, may also follow the options, which argparse alone refuses.
 
     ValueError where an option that several commands have is out of its bounds.
     """
     grammar = parser()
     options, unparsed = grammar.parse_known_args(arguments)
+    if (
+        unparsed
+        and "file" in options
+        and options.file is None
+        and (unparsed[0] == "-" or not unparsed[0].startswith("-"))
+    ):
+        options.file = unparsed.pop(0)
     if unparsed and ("override" not in options or any(argument.startswith("-") for argument in unparsed)):
         grammar.error(f"unrecognized arguments: {' '.join(unparsed)}")
     if unparsed:

@@ -29,7 +29,7 @@ from .models.checkpoint.loading import fresh, open_checkpoint
 from .models.families import family_of_preset
 from .models.layers.dropout import choose_dropout
 from .models.tokenizer.build import CONVERT
-from .prompts import adopt_template, learn_turn_end, template_of, through_template
+from .prompts import adopt_template, check_tokenizer, learn_turn_end, template_of, through_template
 
 # Of a batch in evaluation.
 EVAL_TOKENS = 8192
@@ -186,15 +186,8 @@ def _check_text(config: RunConfig, objective: Objective, model: Any, tokenizer: 
     """The longest that a row may be, in tokens. ValueError where options or the tokenizer don't fit the model."""
     if config.data.image_size is not None:
         raise ValueError(f"data.image_size: method {config.method!r} of this model reads text, no images")
-    if tokenizer is None:
-        remedy = CONVERT if config.model.path else "name one with model.tokenizer"
-        raise ValueError(f"{config.model.path or config.model.preset}: no tokenizer.json, and text needs one; {remedy}")
-    highest = max(tokenizer.get_vocab().values(), default=0)
-    if highest >= model.config.vocab_size:
-        raise ValueError(
-            f"{config.model.path or config.model.tokenizer}: the tokenizer counts to {highest}, the model has "
-            f"{model.config.vocab_size} tokens; give the model the tokenizer.json that belongs to it"
-        )
+    remedy = CONVERT if config.model.path else "name one with model.tokenizer"
+    check_tokenizer(model, tokenizer, config.model.path or config.model.preset, remedy)
 
     limit = model.config.max_positions
     length = limit if config.data.max_length is None else config.data.max_length

@@ -17,6 +17,18 @@ from .engine.data.schema import as_dialogue, row_shape
 from .models.tokenizer.special_tokens import GENERATION, PROMPT
 
 
+def check_tokenizer(model: Any, tokenizer: Any, source: str | None, remedy: str) -> None:
+    """ValueError where a model that reads text has no tokenizer, with the `remedy`, or one with more tokens than it."""
+    if tokenizer is None:
+        raise ValueError(f"{source}: no tokenizer.json, and text needs one; {remedy}")
+    highest = max(tokenizer.get_vocab().values(), default=0)
+    if highest >= model.config.vocab_size:
+        raise ValueError(
+            f"{source}: the tokenizer counts to {highest}, the model has {model.config.vocab_size} tokens; give the "
+            "model the tokenizer.json that belongs to it"
+        )
+
+
 def template_of(model: Any) -> ChatTemplate:
     """The model's chat template, or the plain one where it has none."""
     template = model.tokens.chat_template

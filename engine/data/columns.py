@@ -166,6 +166,13 @@ class Columns:
             used |= {*self.template.fields, *(KNOWN_FIELDS - _BESIDE_PROMPT)}
         return {name: value for name, value in raw.items() if name not in used} | named
 
+    def renamed(self, raw: Mapping[str, Any]) -> dict[str, Any]:
+        """A raw row by the names of fields, of whose columns some may be missing, as gold labels are."""
+        named = {name: raw[column] for name, column in self.names.items() if column in raw}
+        if self.template is not None and all(column in raw for column in self.template.fields):
+            named["prompt"] = self.template.render(raw)
+        return {**raw, **named}
+
     def check_used(self, row: Mapping[str, Any]) -> None:
         """ValueError where a row, in its shape, has no use for a field that was given a column."""
         for name in self.names:

@@ -79,6 +79,24 @@ def image_rows(folder: Path) -> list[dict[str, str]]:
     return rows
 
 
+def image_files(path: Path) -> list[dict[str, str]]:
+    """Images as rows to predict: a single file, the files of a folder, or those of class folders, with their labels.
+
+    ValueError where there is something else in the folder, or nothing.
+    """
+    if not path.is_dir():
+        return [{"image": str(path)}]
+    entries = _visible_in(path)
+    if any(entry.is_dir() for entry in entries):
+        return image_rows(path)
+    for file in entries:
+        if file.suffix.lower() not in SUFFIXES:
+            raise ValueError(f"{file}: no image file ({', '.join(SUFFIXES)}); move it out of the folder")
+    if not entries:
+        raise ValueError(f"{path}: no images in it")
+    return [{"image": str(file)} for file in entries]
+
+
 def _visible_in(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
 
@@ -214,7 +232,9 @@ class ImageCollate:
     augment: bool = False
 
     def __call__(self, examples: list[dict[str, Any]]) -> Batch:
-        batch = {"labels": torch.tensor([example["label"] for example in examples]), "images": len(examples)}
+        batch: Batch = {"images": len(examples)}
+        if "label" in examples[0]:
+            batch["labels"] = torch.tensor([example["label"] for example in examples])
         if "features" in examples[0]:
             return {**batch, "features": torch.stack([example["features"] for example in examples])}
 

@@ -59,7 +59,7 @@ def iterate_rows(path: str | Path, columns: Columns = _AS_THEY_ARE) -> Iterator[
         columns.check_used(row)
         return row
 
-    for row in _placed_rows(path, as_row, any_names=columns.are_given):
+    for row in placed_rows(path, as_row, any_names=columns.are_given):
         row.shape = row_shape(row)
         yield row
 
@@ -79,10 +79,10 @@ def read_prompts(
         template = template_of(raw) if template_of is not None else None
         return prompt_row(raw if template is None else template.asked(raw))
 
-    return list(_placed_rows(path, as_row, any_names=template_of is not None, keep_raw=True))
+    return list(placed_rows(path, as_row, any_names=template_of is not None, keep_raw=True))
 
 
-def _placed_rows(
+def placed_rows(
     path: str | Path, as_row: Callable[[Mapping[str, Any]], dict[str, Any]], any_names: bool, keep_raw: bool = False
 ) -> Iterator[PlacedRow]:
     """Every row, brought into shape by `as_row`, with its place in the file, and as it was with `keep_raw`."""

@@ -20,7 +20,7 @@ template gets besides messages (`tools`, `documents`, `enable_thinking` and the 
 the row's `template_arguments`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .labels import label_name
@@ -103,14 +103,40 @@ def _shaped(raw: Mapping[str, Any]) -> dict[str, Any]:
     if "instruction" in raw and "output" in raw:
         return _alpaca(raw)
 
-    # A field that has its right name already is not replaced by one that is renamed.
-    row = {field if _RENAMED.get(field) in raw else _RENAMED.get(field, field): raw[field] for field in raw}
+    row = _renamed(raw)
     shape = row_shape(row)
     if shape == "question/context/answers":
         return _question(row)
     if shape == "tokens/tags":
         return _tokens(row)
     return {field: label_name(row[field]) if field == "label" else text_field(row, field) for field in _SHAPES[shape]}
+
+
+def _renamed(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields by our names. One that has its right name already is not replaced by one that is renamed."""
+    return {field if _RENAMED.get(field) in raw else _RENAMED.get(field, field): raw[field] for field in raw}
+
+
+def row_without_gold(raw: Mapping[str, Any], shapes: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """What a model reads of a row to predict: the first of the `shapes` whose fields it has, and these, checked.
+
+    The shapes are those of the module's docstring without labels, tags or answers, which may be there or not, and are
+    left out. ValueError where the row has none of the shapes, or a field of another type.
+    """
+    # What makes a dialogue or a comparison goes by many names, and none of it is gold.
+    row = normalize(raw) if "messages" in shapes else _renamed(raw)
+    for shape in shapes:
+        fields = shape.split("/")
+        if all(field in row for field in fields):
+            break
+    else:
+        raise ValueError(f"the fields {', '.join(raw) or '(none)'} are not what the model reads: {' or '.join(shapes)}")
+
+    if shape == "tokens":
+        return shape, {"tokens": _texts(row, "tokens")}
+    if "messages" in shapes:
+        return shape, {field: row[field] for field in (*fields, "template_arguments") if field in row}
+    return shape, {field: text_field(row, field) for field in fields}
 
 
 def prompt_row(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,20 +177,25 @@ def _alpaca(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tokens(row: Mapping[str, Any]) -> dict[str, Any]:
     """Tokens and their tags, checked."""
-    tokens = row["tokens"]
-    tags = row["tags"]
-    for field in ("tokens", "tags"):
-        entries = row[field]
-        if not isinstance(entries, list) or not entries:
-            not_a_list = "empty" if entries == [] else type_name(entries)
-            raise ValueError(f"field {field!r} must be a list with an entry per token, not {not_a_list}")
+    tokens = _entries(row, "tokens")
+    tags = _entries(row, "tags")
     if len(tokens) != len(tags):
         raise ValueError(f"{len(tokens)} tokens but {len(tags)} tags; every token needs one tag")
+    return {"tokens": _texts(row, "tokens"), "tags": [label_name(tag, f"tags[{i}]") for i, tag in enumerate(tags)]}
 
-    return {
-        "tokens": [text_field({f"tokens[{i}]": token}, f"tokens[{i}]") for i, token in enumerate(tokens)],
-        "tags": [label_name(tag, f"tags[{i}]") for i, tag in enumerate(tags)],
-    }
+
+def _entries(row: Mapping[str, Any], field: str) -> list[Any]:
+    """The list in a field, with something in it."""
+    entries = row[field]
+    if not isinstance(entries, list) or not entries:
+        not_a_list = "empty" if entries == [] else type_name(entries)
+        raise ValueError(f"field {field!r} must be a list with an entry per token, not {not_a_list}")
+    return entries
+
+
+def _texts(row: Mapping[str, Any], field: str) -> list[str]:
+    """The texts in a field that is a list of them."""
+    return [text_field({f"{field}[{i}]": entry}, f"{field}[{i}]") for i, entry in enumerate(_entries(row, field))]
 
 
 def _question(row: Mapping[str, Any]) -> dict[str, Any]:

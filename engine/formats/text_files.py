@@ -4,7 +4,7 @@ Each reader gives, row by row, where a row stands in its file ("line 7"), and th
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,20 +52,25 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def jsonl_rows(path: Path) -> Located:
     """An object a line, of which only the current one is in memory."""
-    is_empty = True
     # Lines end at \n only: U+2028 and the like may stand in JSON's strings.
-    for number, line in text_lines(path):
+    yield from json_lines(text_lines(path), path)
+
+
+def json_lines(lines: Iterable[tuple[int, str]], where: str | Path) -> Located:
+    """A row a numbered line; blank ones are passed over."""
+    is_empty = True
+    for number, line in lines:
         if line.strip():
             is_empty = False
-            row = parse_json(line, f"{path} line {number}", "correct the line")
+            row = parse_json(line, f"{where} line {number}", "correct the line")
             if number == 1 and isinstance(row, list):
-                raise ValueError(f"{path} line 1: an array, not an object; name a JSON array .json, not .jsonl")
+                raise ValueError(f"{where} line 1: an array, not an object; name a JSON array .json, not .jsonl")
             yield f"line {number}", row
     if is_empty:
-        raise _empty(path)
+        raise _empty(where)
 
 
-def _empty(path: Path) -> ValueError:
+def _empty(path: str | Path) -> ValueError:
     return ValueError(f"{path}: the file is empty; give a file with at least one row")
 
 

@@ -6,6 +6,7 @@ A text that is too long loses its end, of a pair first the longer one. Images ar
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,30 +23,68 @@ NO_PREDICTION = -1  # in the place of a predicted class
 
 
 def classify(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
-    """One example a row; pairs carry token_type_ids. Tokenizers without special tokens get a line end between pairs."""
-    as_pairs = "text_pair" in rows[0] and settings.tokenizer.num_special_tokens_to_add(True) > 0
-    texts: list[Any] = [[row[field] for field in ("text", "text_pair") if field in row] for row in rows]
-    texts = [tuple(parts) if as_pairs else "\n".join(parts) for parts in texts]
-
-    for row, encoding in zip(rows, settings.tokenizer.encode_batch(texts), strict=True):
+    """One example a row, with its label."""
+    for row, encoded in zip(rows, texts(rows, settings), strict=True):
         # Checked also for rows that are dropped: an unknown label is a mistake in the data.
         label = settings.label_id(row["label"], f"{row.location}: label")
+        yield replace(encoded, examples=[{**example, "label": label} for example in encoded.examples])
+
+
+def texts(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
+    """What the model reads of each row: its text, or a pair with its token_type_ids.
+
+    Tokenizers without special tokens get a line end between pairs.
+    """
+    as_pairs = "text_pair" in rows[0] and settings.tokenizer.num_special_tokens_to_add(True) > 0
+    parts = [[row[field] for field in ("text", "text_pair") if field in row] for row in rows]
+    joined: list[Any] = [tuple(pair) if as_pairs else "\n".join(pair) for pair in parts]
+
+    for encoding in settings.tokenizer.encode_batch(joined):
         positions = positions_that_fit(encoding, settings)
         if not positions:
             yield Encoded([])
             continue
-        example: dict[str, Any] = {"input_ids": select(encoding.ids, positions), "label": label}
+        example = {"input_ids": select(encoding.ids, positions)}
         if as_pairs:
             example["token_type_ids"] = select(encoding.type_ids, positions)
         yield Encoded([example], truncated=len(positions) < len(encoding), length=len(encoding))
+
+
+def images(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
+    """One example a row, the path of its image."""
+    yield from (Encoded([{"image": row["image"]}]) for row in rows)
 
 
 def classification_loss(
     model: Any, batch: Batch, class_weights: Tensor | None = None, label_smoothing: float = 0.0
 ) -> tuple[Tensor, float]:
     """Cross-entropy of each row's label; `class_weights` (C,) as in `cross_entropy`."""
-    logits = model.head(features(model, batch))  # (B, C)
-    return cross_entropy(logits, batch["labels"], class_weights, label_smoothing)
+    return cross_entropy(_class_logits(model, batch), batch["labels"], class_weights, label_smoothing)
+
+
+def _class_logits(model: Any, batch: Batch) -> Tensor:
+    """Logits (B, C)."""
+    return model.head(features(model, batch))  # type: ignore[no-any-return]
+
+
+def class_probabilities(model: Any, batch: Batch) -> list[NDArray[Any]]:
+    """The probability of each class (C,), for each row of the batch."""
+    return list(_class_logits(model, batch).float().softmax(-1).cpu().numpy())
+
+
+def predicted_class(
+    row: PlacedRow, examples: Examples, outputs: Sequence[NDArray[Any]], labels: Sequence[str]
+) -> dict[str, Any]:
+    """`predicted`, the likeliest class, its `probability`, and the `probabilities` of all; nulls for an empty text."""
+    if not outputs:
+        return dict.fromkeys(("predicted", "probability", "probabilities"))
+    (probabilities,) = outputs
+    best = int(probabilities.argmax())
+    return {
+        "predicted": labels[best],
+        "probability": probabilities[best],
+        "probabilities": dict(zip(labels, probabilities, strict=True)),
+    }
 
 
 class ClassificationScore:
@@ -58,7 +97,7 @@ class ClassificationScore:
         self.gold: list[int] = []
 
     def update(self, model: Any, batch: Batch) -> tuple[Tensor, float]:
-        logits = model.head(features(model, batch))  # (B, C)
+        logits = _class_logits(model, batch)
         self.predicted += logits.argmax(-1).tolist()
         self.gold += batch["labels"].tolist()
         return cross_entropy(logits, batch["labels"])

@@ -12,7 +12,7 @@ pairs with the same anchor, and the anchor's own text.
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ..data.batches import Batch, Collate, Examples, example_size
+from ..data.batches import Batch, Collate, Examples
 from ..data.placed_rows import PlacedRow
 from .common import Encoded, Settings, cross_entropy, pooled, positions_that_fit, select, token_rows, without_example
 from .metrics import check_length
@@ -33,7 +33,7 @@ FIELDS = ("anchor", "positive", "negative")
 
 def embed(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
     """Each text of a row encoded alone; a row with an empty text is dropped."""
-    fields = [field for field in FIELDS if field in rows[0]]
+    fields = [field for field in ("text", *FIELDS) if field in rows[0]]
     columns = [settings.tokenizer.encode_batch([row[field] for row in rows]) for field in fields]
     for encodings in zip(*columns, strict=True):
         example = {
@@ -45,7 +45,17 @@ def embed(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
             continue
 
         lengths = [len(encoding) for encoding in encodings]
-        yield Encoded([example], truncated=example_size(example) < sum(lengths), length=max(lengths))
+        yield Encoded([example], truncated=sum(map(len, example.values())) < sum(lengths), length=max(lengths))
+
+
+def each_text(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
+    """Each text of a row, its `text` or those of a pair, as an example of its own, which says its `field`.
+
+    A row with an empty text gives none.
+    """
+    for encoded in embed(rows, settings):
+        fields = [item for example in encoded.examples for item in example.items()]
+        yield replace(encoded, examples=[{"input_ids": ids, "field": field} for field, ids in fields])
 
 
 class Candidates(NamedTuple):
@@ -128,6 +138,20 @@ def embeddings(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Embeddings of the anchors (B, D), and of the candidates (C, D): the positives followed by the negatives."""
     anchors, *candidates = [model.head(pooled(model, batch[field])) for field in FIELDS if field in batch]
     return anchors, torch.cat(candidates)
+
+
+def text_embeddings(model: Any, batch: Batch) -> list[NDArray[Any]]:
+    """The embedding (D,) of each row of the batch."""
+    return list(model.head(pooled(model, batch["inputs"])).float().cpu().numpy())
+
+
+def predicted_embedding(
+    row: PlacedRow, examples: Examples, outputs: Sequence[NDArray[Any]], labels: Sequence[str]
+) -> dict[str, Any]:
+    """The `embedding` of the text, or `anchor_embedding`, `positive_embedding`, ...; nulls where one is empty."""
+    names = {field: "embedding" if field == "text" else f"{field}_embedding" for field in ("text", *FIELDS)}
+    embedded = {example["field"]: vector for example, vector in zip(examples, outputs, strict=True)}
+    return {name: embedded.get(field) for field, name in names.items() if field in row}
 
 
 class RetrievalScore:

@@ -77,7 +77,7 @@ def encode(
     examples: list[dict[str, Any]] = []
     report = EncodeReport(objective)
     numbered = evaluation or objective == "qa"  # windows, of which several may be of one question, always say their row
-    for index, encoded in enumerate(_encode_batches(placed_rows, encoders, settings)):
+    for index, encoded in enumerate(encode_batches(placed_rows, encoders, settings)):
         if numbered:
             examples += [example | {"row": index} for example in encoded.examples]
         else:
@@ -122,9 +122,7 @@ def _default_template(tokenizer: "Tokenizer", eos: int | None) -> ChatTemplate:
     return ChatTemplate(eos_token=token)
 
 
-def _encode_batches(
-    rows: Sequence[PlacedRow], encoders: Mapping[str, Encoder], settings: Settings
-) -> Iterator[Encoded]:
+def encode_batches(rows: Sequence[PlacedRow], encoders: Mapping[str, Encoder], settings: Settings) -> Iterator[Encoded]:
     """Each row encoded, in order; neighbours of one shape together, because tokenizers are fast on many texts."""
     for shape, group in groupby(rows, key=attrgetter("shape")):
         neighbors = list(group)

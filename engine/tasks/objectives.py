@@ -1,5 +1,7 @@
 """What each training method means: the task, the encoding, the batches, the loss and how it is scored.
 
+`PREDICTORS` says how a model of each task that has a head predicts.
+
 Most methods mean the same for every architecture. Where one doesn't ("sft" is next-token prediction for a decoder, and
 an answer to the encoded prompt for an encoder-decoder), the model's class says which objective it means.
 """
@@ -13,19 +15,55 @@ from typing import Any
 import torch
 
 from ..._shapes import check_bounds, zero_to_one
-from ..data.batches import IGNORE, CollateFn, Examples
+from ..data.batches import IGNORE, Batch, CollateFn, Examples
 from ..data.images import ImageExamples
 from ..data.labels import label_name
+from ..data.placed_rows import PlacedRow
 from .causal_lm import PerplexityScore, causal_lm_loss, chat, completion, every_token
-from .classification import classification_loss, classify, image_score, text_score
+from .classification import (
+    class_probabilities,
+    classification_loss,
+    classify,
+    image_score,
+    images,
+    predicted_class,
+    text_score,
+    texts,
+)
 from .common import Encoder, LossFn, Score, token_rows
-from .embedding import RetrievalScore, embed, embedding_loss, embedding_rows
+from .embedding import (
+    RetrievalScore,
+    each_text,
+    embed,
+    embedding_loss,
+    embedding_rows,
+    predicted_embedding,
+    text_embeddings,
+)
 from .masked_lm import masked_lm, masked_lm_loss, masked_rows
 from .permutation_lm import ordered_rows, permuted_rows
-from .preferences import DPOLoss, PairScore, both_sides, pairs, reward_differences, reward_loss
-from .question_answering import AnswerScore, qa, qa_loss
+from .preferences import (
+    DPOLoss,
+    PairScore,
+    both_sides,
+    each_answer,
+    pairs,
+    predicted_scores,
+    reward_differences,
+    reward_loss,
+    reward_scores,
+)
+from .question_answering import AnswerScore, predicted_answer, qa, qa_loss, window_logits
 from .seq2seq import corrupted_spans, seq2seq, sources_and_targets, windows
-from .tagging import TaggingScore, tag, tagging_loss
+from .tagging import (
+    TaggingScore,
+    numbered_words,
+    predicted_tags,
+    tag,
+    tag_probabilities,
+    tagging_loss,
+    words_of_texts,
+)
 
 # By the name of an encoding, what encodes the rows of each shape that it takes.
 _TEXTS = ("text", "text/label", "prompt/completion")
@@ -145,6 +183,37 @@ def dpo(beta: float) -> Objective:
     loss = DPOLoss(beta)
     return Objective("causal-lm", "pairs", both_sides, loss, partial(PairScore, loss.differences), by_length=True)
 
+
+@dataclass(frozen=True)
+class Predictor:
+    """How a task predicts: what the model reads of a row, what it gives for each example, and what that says."""
+
+    # By the fields of a row, most of them first. They make examples as those of `ENCODERS` do, without gold.
+    encoders: dict[str, Encoder]
+    outputs: Callable[[Any, Batch], list[Any]]  # (model, batch) to what the model gives for each example
+    # (row, its examples, the outputs of these, labels) to the fields of the row's prediction.
+    prediction: Callable[[PlacedRow, Examples, list[Any], Sequence[str]], dict[str, Any]]
+
+
+# By the task of the model; the images of "image-classification" are encoded by `images.py`.
+PREDICTORS = {
+    "sequence-classification": Predictor(
+        dict.fromkeys(("text/text_pair", "text"), texts), class_probabilities, predicted_class
+    ),
+    "image-classification": Predictor({"image": images}, class_probabilities, predicted_class),
+    "token-classification": Predictor(
+        {"tokens": numbered_words, "text": words_of_texts}, tag_probabilities, predicted_tags
+    ),
+    "question-answering": Predictor({"question/context": qa}, window_logits, predicted_answer),
+    "embedding": Predictor(
+        dict.fromkeys(("text", "anchor/positive/negative", "anchor/positive"), each_text),
+        text_embeddings, predicted_embedding,
+    ),
+    "reward": Predictor(
+        dict.fromkeys(("prompt/chosen/rejected", "messages", "prompt/completion", "text"), each_answer),
+        reward_scores, predicted_scores,
+    ),
+}  # fmt: skip
 
 # What a configuration may name as its method; each is an objective of that name, if the model doesn't say otherwise.
 METHODS = ("pretrain", "sft", "masked-lm", "classify", "tag", "qa", "embed", "reward", "dpo")

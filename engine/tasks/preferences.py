@@ -13,7 +13,7 @@ beginning first, with "drop" the row is dropped. So is one of whose answers noth
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,15 +40,74 @@ CHUNK_TOKENS = 8192  # of a pass without gradients
 
 def pairs(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
     """Examples of comparisons: `chosen` and `rejected` token ids, `starts` of the answers in them."""
+    for row, text, sides, starts, length in _both_sides(rows, settings):
+        if text["chosen"] == text["rejected"] or not (text["chosen"] and text["rejected"]):
+            yield Encoded([], masked=True)
+            continue
+
+        chosen, rejected = sides
+        excess = max(0, length - settings.max_length)
+        lost = chosen == rejected or len(chosen) <= starts[0] or len(rejected) <= starts[1]
+        if lost or (excess and settings.truncate == "drop"):
+            yield Encoded([], truncated=True, masked=True, length=length)
+            continue
+        example = {"chosen": chosen, "rejected": rejected, "starts": starts}
+        example |= {"margin": row.get("margin", 0.0), "tie": row.get("tie", False)}
+        yield Encoded([example], truncated=excess > 0, length=length)
+
+
+def each_answer(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
+    """Each answer of a row, behind its prompt, as an example of its own.
+
+    A comparison has two, and each says its `side`; a text is an answer to nothing. None where an answer is cut off.
+    """
+    comparisons = [_as_comparison(row) for row in rows]
+    for row, tokens in zip(rows, _both_sides(comparisons, settings), strict=True):
+        answers = list(zip(SIDES, tokens.sides, tokens.starts, strict=True))
+        if "chosen" not in row:
+            answers = answers[:1]
+
+        truncated = tokens.length > settings.max_length
+        if any(not ids or (truncated and len(ids) <= start) for _, ids, start in answers):
+            answers = []
+        examples = [{"input_ids": ids, "side": side} for side, ids, _ in answers]
+        yield Encoded(examples, truncated=truncated, length=tokens.length)
+
+
+def _as_comparison(row: PlacedRow) -> PlacedRow:
+    """A row of one answer as the comparison of the answer with itself."""
+    if "messages" in row:
+        # The turns behind the last that asks are the answer.
+        messages = row["messages"]
+        last = max((i for i, message in enumerate(messages, 1) if message["role"] != "assistant"), default=0)
+        prompt, answer = messages[:last], messages[last:]
+        if not prompt or not answer:
+            raise ValueError(f"{row.location}: the messages must end with an answer of the assistant to be scored")
+    elif "chosen" in row:
+        return row
+    else:
+        prompt = row.get("prompt", "")
+        answer = row["completion"] if "prompt" in row else row["text"]
+    return PlacedRow({**row, "prompt": prompt, "chosen": answer, "rejected": answer}, row.file, row.line)
+
+
+class _Tokens(NamedTuple):
+    """A comparison in tokens, as many as fit."""
+
+    row: PlacedRow
+    texts: Mapping[str, str]  # prompt, chosen, rejected
+    sides: list[list[int]]
+    starts: list[int]  # of the answers in the sides
+    length: int  # of the longer side, before it was cut
+
+
+def _both_sides(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[_Tokens]:
+    """The tokens of both sides of each comparison."""
     begin = bos_ids(settings.tokenizer)
     ends = settings.ends_of_turns
     texts = [_texts(row, settings) for row in rows]
     columns = [tokenize_pairs(settings.tokenizer, [(text["prompt"], text[side]) for text in texts]) for side in SIDES]
     for row, text, *sides in zip(rows, texts, *columns, strict=True):
-        if text["chosen"] == text["rejected"] or not (text["chosen"] and text["rejected"]):
-            yield Encoded([], masked=True)
-            continue
-
         # A chat template ends turns itself, if not in plain text.
         if isinstance(row["prompt"], str) or any(ids and ids[-1] not in ends for ids, _ in sides):
             sides = [(append_eos(ids, start, settings.eos, settings.turn_ends), start) for ids, start in sides]
@@ -59,16 +118,8 @@ def pairs(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
         cut = 0
         if settings.truncate == "start":
             cut = min(excess, *(start - len(begin) for _, start in sides))
-        chosen, rejected = ([*begin, *ids[len(begin) + cut :]][: settings.max_length] for ids, _ in sides)
-        starts = [start - cut for _, start in sides]
-
-        lost = chosen == rejected or len(chosen) <= starts[0] or len(rejected) <= starts[1]
-        if lost or (excess and settings.truncate == "drop"):
-            yield Encoded([], truncated=True, masked=True, length=length)
-            continue
-        example = {"chosen": chosen, "rejected": rejected, "starts": starts}
-        example |= {"margin": row.get("margin", 0.0), "tie": row.get("tie", False)}
-        yield Encoded([example], truncated=excess > 0, length=length)
+        fitted = [[*begin, *ids[len(begin) + cut :]][: settings.max_length] for ids, _ in sides]
+        yield _Tokens(row, text, fitted, [start - cut for _, start in sides], length)
 
 
 def _texts(row: PlacedRow, settings: Settings) -> Mapping[str, str]:
@@ -150,8 +201,26 @@ def reward_loss(model: Any, batch: Batch) -> tuple[Tensor, int]:
 
 def reward_differences(model: Any, batch: Batch) -> Tensor:
     """How much higher the chosen sides score, (B,)."""
-    chosen, rejected = model.head(features(model, batch)).float().chunk(2)  # (2B,) -> (B,) each
+    chosen, rejected = _rewards(model, batch).chunk(2)  # (2B,) -> (B,) each
     return chosen - rejected
+
+
+def _rewards(model: Any, batch: Batch) -> Tensor:
+    """The score of each row, in fp32."""
+    return model.head(features(model, batch)).float()  # type: ignore[no-any-return]
+
+
+def reward_scores(model: Any, batch: Batch) -> list[Any]:
+    """The score of each row of the batch."""
+    return list(_rewards(model, batch).cpu().numpy())
+
+
+def predicted_scores(row: PlacedRow, examples: Examples, outputs: Sequence[Any], labels: Any) -> dict[str, Any]:
+    """The `score` of the row's answer, or of a comparison `chosen_score` and `rejected_score`; nulls if one is lost."""
+    scores = {example["side"]: score for example, score in zip(examples, outputs, strict=True)}
+    if "chosen" in row:
+        return {f"{side}_score": scores.get(side) for side in SIDES}
+    return {"score": scores.get("chosen")}
 
 
 def reward_loss_of(differences: Tensor, batch: Batch) -> tuple[Tensor, int]:

@@ -12,8 +12,8 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch.nn.functional as F
@@ -29,7 +29,20 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
 
 OVERLAP = 128  # context tokens that a window shares with the one before it
+NO_ANSWERS: dict[str, list[Any]] = {"text": [], "answer_start": []}
 MAX_ANSWER_TOKENS = 30  # of a span, as in the SQuAD scripts
+
+
+class Span(NamedTuple):
+    """A span of a context, as an answer."""
+
+    score: float  # its start + end logit
+    start: int  # the first character
+    end: int  # one past the last
+
+
+NO_SPAN = Span(-np.inf, 0, 0)
+SCORE = attrgetter("score")
 
 
 def qa(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
@@ -51,7 +64,8 @@ def qa(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
         step = room - min(OVERLAP, room // 2)
 
         # A window every `step` tokens of the context, up to the one that holds its end.
-        answer = _answer_tokens(encoding, context, row["answers"])
+        answers = row.get("answers", NO_ANSWERS)  # unknown where they are to be predicted
+        answer = _answer_tokens(encoding, context, answers)
         examples = []
         if context:
             for start in range(0, max(1, len(context) - room + step), step):
@@ -59,7 +73,7 @@ def qa(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
                 examples.append(_window(encoding, sorted([*special, *question, *window]), window, answer))
 
         # Start 0 says "no answer here": an answer lies in the context, which never begins at position 0.
-        answer_cut = bool(row["answers"]["text"]) and not any(example["start"] for example in examples)
+        answer_cut = bool(answers["text"]) and not any(example["start"] for example in examples)
         if answer_cut:
             # Start and end 0 would teach, or measure, that there is no answer.
             examples = [example | {"start": IGNORE, "end": IGNORE} for example in examples if settings.evaluation]
@@ -133,7 +147,7 @@ class AnswerScore:
     def __init__(self, labels: Sequence[str], examples: Examples, rows: Sequence[Any]):
         self.examples = iter(examples)  # those that are still to come
         self.rows = rows
-        self.best = [(-np.inf, "")] * len(rows)  # of each question the best span's start + end, and its text
+        self.best = [NO_SPAN] * len(rows)  # of each question
         self.no_answer = [np.inf] * len(rows)  # of each question the lowest start + end at the first token
         self.some_unanswerable = any(not row["answers"]["text"] for row in rows)
 
@@ -144,25 +158,25 @@ class AnswerScore:
             # `encode` has put the row's number into its examples. Its windows can be in several batches.
             row = example["row"]
             offsets = example["offsets"]
-            span = best_span(window[: len(offsets)], offsets, self.rows[row]["context"])
-            self.best[row] = max(self.best[row], span, key=itemgetter(0))
+            self.best[row] = max(self.best[row], best_span(window[: len(offsets)], offsets), key=SCORE)
             self.no_answer[row] = min(float(window[0].sum()), self.no_answer[row])
         return _loss_of(logits, batch), int((batch["starts"] != IGNORE).sum())
 
     def answer(self, row: int) -> str:
         """The prediction for the question of this row, by its number."""
-        score, text = self.best[row]
-        if self.some_unanswerable and self.no_answer[row] > score:
+        span = self.best[row]
+        if self.some_unanswerable and self.no_answer[row] > span.score:
             return ""
-        return text
+        context: str = self.rows[row]["context"]
+        return context[span.start : span.end]
 
     def result(self, loss: float) -> dict[str, Any]:
         golds = [row["answers"]["text"] for row in self.rows]
         return answers([self.answer(row) for row in range(len(golds))], golds)
 
 
-def best_span(logits: np.ndarray, offsets: Sequence[Any], context: str) -> tuple[float, str]:
-    """Highest start + end logit of a span in the context, at most 30 tokens long, and its text. Logits are (T, 2)."""
+def best_span(logits: np.ndarray, offsets: Sequence[Any]) -> Span:
+    """The span in the context with the highest start + end logit, at most 30 tokens long. Logits are (T, 2)."""
     T = len(offsets)
 
     # Scores of all spans (first, last); -inf at tokens that are not of the context.
@@ -175,8 +189,39 @@ def best_span(logits: np.ndarray, offsets: Sequence[Any], context: str) -> tuple
     total = np.where(allowed, total, -np.inf)
     first, last = divmod(int(total.argmax()), T)
     if not np.isfinite(total[first, last]):
-        return -np.inf, ""
-    return float(total[first, last]), context[offsets[first][0] : offsets[last][1]]
+        return NO_SPAN
+    return Span(float(total[first, last]), offsets[first][0], offsets[last][1])
+
+
+def window_logits(model: Any, batch: Batch) -> list[np.ndarray]:
+    """Start and end logits (T, 2) of each window of the batch."""
+    windows = _span_logits(model, batch).cpu().numpy()  # (B, T, 2)
+    return [window[:length] for window, length in zip(windows, batch["lengths"], strict=True)]
+
+
+def predicted_answer(
+    row: PlacedRow, examples: Examples, outputs: Sequence[np.ndarray], labels: Sequence[str]
+) -> dict[str, Any]:
+    """`answer`, the best span over all windows, its characters `start` to `end` in the context, and its `score`.
+
+    The score is by how much its start + end logit exceeds that of "no answer": in nats, how much likelier the span is.
+    Below 0, a model that was trained on questions without answer means that there is none. Nulls without any context.
+    """
+    spans = []
+    no_answers = []
+    for example, logits in zip(examples, outputs, strict=True):
+        spans.append(best_span(logits, example["offsets"]))
+        no_answers.append(logits[0].sum())
+
+    best = max(spans, key=SCORE, default=NO_SPAN)
+    if best is NO_SPAN:
+        return dict.fromkeys(("answer", "start", "end", "score"))
+    # Tokens of SentencePiece's kind hold the space in front of a word.
+    span: str = row["context"][best.start : best.end]
+    answer = span.strip()
+    start = best.start + span.find(answer)
+    score = np.float32(best.score - min(no_answers))
+    return {"answer": answer, "start": start, "end": start + len(answer), "score": score}
 
 
 def answers(predictions: Sequence[str], golds: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -18,21 +18,29 @@ All are read by the rules of conlleval, BILOU and BMES by those of the marks of 
 import operator
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data.batches import IGNORE, Batch, Examples
 from ..data.labels import label_ids, label_name
 from ..data.placed_rows import PlacedRow
 from .common import Encoded, Settings, cross_entropy, features, positions_that_fit, select
-from .metrics import check_length
+from .metrics import UNSPACED, check_length
 
 Entity = tuple[int, int, str]  # first word, one past the last word, type
 
 MARKS = "BIESLUM"
 AS_IN_BIOES = {"L": "E", "U": "S", "M": "I"}
 PREFIXED = re.compile(f"([{MARKS}])[-_](.*)")
+# Of plain text: runs without a space, or single characters of scripts without spaces; what is parted from words.
+RUN = re.compile(rf"{UNSPACED.pattern}|(?:(?!{UNSPACED.pattern})\S)+")
+OPENING = "([{<\"'`\u2018\u201c\u201e\u00ab\u00bf\u00a1"
+CLOSING = ")]}>\"'`.,;:!?\u2019\u201d\u00bb\u2026"
+CLITIC = re.compile("['\u2019][sS]$")
 # In small letters, with another sign, or with the mark behind the type; and of these the ones that every scheme has.
 OTHER_SPELLING = re.compile(f"(?i:[{MARKS}])[-_:/.|].+|.+[-_:/.|][{MARKS}]")
 OTHER_B_OR_I = re.compile("(?i:[BI])[-_:/.|].+|.+[-_:/.|][BI]")
@@ -40,30 +48,40 @@ OTHER_B_OR_I = re.compile("(?i:[BI])[-_:/.|].+|.+[-_:/.|][BI]")
 
 def tag(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
     """The tag of a word stands at its first sub-token. In an evaluation `words` numbers the words that have one."""
-    sentences = [row["tokens"] for row in rows]
-    encodings = settings.tokenizer.encode_batch(sentences, is_pretokenized=True)
-    for row, encoding in zip(rows, encodings, strict=True):
+    for row, encoded in zip(rows, numbered_words(rows, settings), strict=True):
         # All tags are checked, those of words that are cut off, too.
         tags = [settings.label_id(tag, f"{row.location}: tag of token {i}") for i, tag in enumerate(row["tags"], 1)]
+
+        examples = []
+        for example in encoded.examples:
+            words = example["targets"]
+            example["targets"] = [IGNORE if word == IGNORE else tags[word] for word in words]
+            if settings.evaluation:
+                example["words"] = [word for word in words if word != IGNORE]
+            examples.append(example)
+        yield replace(encoded, examples=examples)
+
+
+def numbered_words(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
+    """What the model reads of each sentence; the "target" at a word's first sub-token is the word's number."""
+    sentences = [row["tokens"] for row in rows]
+    for encoding in settings.tokenizer.encode_batch(sentences, is_pretokenized=True):
         positions = positions_that_fit(encoding, settings)
 
-        # The first token of each word that fits carries its tag; special tokens are of no word.
+        # The first token of each word that fits counts; special tokens are of no word.
         targets = []
-        tagged_words: list[int] = []
+        words: list[int] = []
         for word_id in select(encoding.word_ids, positions):
-            if word_id is None or word_id in tagged_words[-1:]:
+            if word_id is None or word_id in words[-1:]:
                 targets.append(IGNORE)
             else:
-                targets.append(tags[word_id])
-                tagged_words.append(word_id)
+                targets.append(word_id)
+                words.append(word_id)
 
-        example: dict[str, Any] = {"input_ids": select(encoding.ids, positions), "targets": targets}
-        if settings.evaluation:
-            example["words"] = tagged_words
+        example = {"input_ids": select(encoding.ids, positions), "targets": targets}
         yield Encoded(
-            [example] if tagged_words else [], len(tagged_words), truncated=0 < len(positions) < len(encoding),
-            length=len(encoding),
-        )  # fmt: skip
+            [example] if words else [], len(words), truncated=0 < len(positions) < len(encoding), length=len(encoding)
+        )
 
 
 def tagging_loss(
@@ -76,6 +94,79 @@ def tagging_loss(
 def _tag_logits(model: Any, batch: Batch) -> Tensor:
     """Logits (n, C) at the tokens that carry a tag."""
     return model.head(features(model, batch).flatten(0, 1)[batch["index"]])
+
+
+def tag_probabilities(model: Any, batch: Batch) -> list[NDArray[Any]]:
+    """For each row of the batch the probability of each tag (n, C), for the n words of it that have a target."""
+    probabilities = _tag_logits(model, batch).float().softmax(-1).cpu()  # (n of all rows, C)
+    return [words.numpy() for words in probabilities.split(batch["counts"])]
+
+
+def words_of_texts(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
+    """The same as `numbered_words` for rows of plain text, whose words are those of `word_spans`."""
+    sentences = [[row["text"][start:end] for start, end in word_spans(row["text"])] for row in rows]
+    tokens = [PlacedRow({"tokens": words}, row.file, row.line) for row, words in zip(rows, sentences, strict=True)]
+    return numbered_words(tokens, settings)
+
+
+def word_spans(text: str) -> list[tuple[int, int]]:
+    """First character and end of each word of a plain text, much as people part words who tag them.
+
+    What stands between spaces is a word, without the brackets, quotes and sentence marks around it and an English 's at
+    its end, which are words of their own. So is each character of a script without spaces.
+    """
+    spans = []
+    for run in RUN.finditer(text):
+        begin, end = run.span()
+        core = run[0].lstrip(OPENING)
+        start = end - len(core)
+        stop = start + len(core.rstrip(CLOSING))
+
+        spans += [(i, i + 1) for i in range(begin, start)]
+        if clitic := CLITIC.search(text, start + 1, stop):
+            spans += [(start, clitic.start()), clitic.span()]
+        elif start < stop:
+            spans.append((start, stop))
+        spans += [(i, i + 1) for i in range(stop, end)]
+    return spans
+
+
+def predicted_tags(
+    row: PlacedRow, examples: Examples, outputs: Sequence[NDArray[Any]], labels: Sequence[str]
+) -> dict[str, Any]:
+    """`entities`, each with type, characters, text, and the mean probability of its words' tags.
+
+    Characters are those of the text; of a row of tokens those of its tokens joined by spaces, and then there is also
+    `predicted`, a tag for each. A word that was cut off has none (null), and is in no entity.
+    """
+    if "tokens" in row:
+        ends = np.cumsum([len(token) + 1 for token in row["tokens"]])
+        spans = [(end - 1 - len(token), end - 1) for token, end in zip(row["tokens"], ends.tolist(), strict=True)]
+        text = " ".join(row["tokens"])
+    else:
+        spans = word_spans(row["text"])
+        text = row["text"]
+
+    # Each word's likeliest tag, and its probability.
+    names = list(label_ids(labels))
+    tags: list[str | None] = [None] * len(spans)
+    best = np.zeros(len(spans), dtype=np.float32)
+    for example, probabilities in zip(examples, outputs, strict=True):
+        words = [word for word in example["targets"] if word != IGNORE]
+        best[words] = probabilities.max(-1)
+        for word, tag_id in zip(words, probabilities.argmax(-1).tolist(), strict=True):
+            tags[word] = names[tag_id]
+
+    marked = entities([tag or "O" for tag in tags], tags_are_plain(names))
+    found = []
+    for first, last, entity_type in sorted(marked):
+        start = spans[first][0]
+        end = spans[last - 1][1]
+        probability = best[first:last].mean()
+        found.append(
+            {"type": entity_type, "start": start, "end": end, "text": text[start:end], "probability": probability}
+        )
+    return {"predicted": tags, "entities": found} if "tokens" in row else {"entities": found}
 
 
 class TaggingScore:

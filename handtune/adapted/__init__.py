@@ -1,1 +1,1 @@
-"""A base with what runs have stored for it: one that generates, one that rewards, and the two merged into one."""
+"""A base with what runs have stored for it: to generate, to predict, to reward, and both merged into one checkpoint."""

@@ -1,7 +1,6 @@
 """The model that `generate`, `compare` and `label` ask: a checkpoint or what a run produced, with any adapters."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,11 +9,10 @@ from ..config import DataConfig, ModelConfig, RunConfig
 from ..engine.data.columns import PromptTemplate
 from ..engine.data.placed_rows import PlacedRow, location_of
 from ..engine.data.readers import read_prompts
-from ..inputs import BASE
 from ..models.tokenizer.special_tokens import SpecialTokens
-from ..prepare import load_model, run_base
 from ..prompts import learn_turn_end, prompt_template_of
-from ..saved_runs import config_of, put_adapter, require_finished
+from ..saved_runs import put_adapter
+from .stored import load_base, stored_model
 
 
 class Generator(NamedTuple):
@@ -68,29 +66,13 @@ class Generator(NamedTuple):
 
 def generator_of(source: str, folders: Sequence[str | Path], dtype: str) -> Generator:
     """The model at `source`, a checkpoint's folder or hub id, or the folder of a run, with adapters from `folders`."""
-    # A run has stored a model, or an adapter for a base that its configuration names.
-    run = Path(source)
-    config = None
-    if (run / "run.json").is_file():
-        require_finished(run)
-        if (run / "model").is_dir():
-            source = str(run / "model")
-        else:
-            config = config_of(run, BASE)
-            folders = folders or [run / "adapter"]
+    checkpoint, config = stored_model(source)
+    if config is not None:
+        folders = folders or [Path(source) / "adapter"]
+    else:  # a checkpoint is asked like the base of a run of sft
+        config = RunConfig("sft", "", ModelConfig(path=checkpoint), DataConfig(train=[]))
 
-    if config is None:  # a checkpoint is asked like the base of a run of sft
-        config = RunConfig("sft", "", ModelConfig(path=source), DataConfig(train=[]))
-
-    # A run's base may have changes of its own, such as tokens that were added.
-    options = config.model
-    if dtype != "auto":
-        options = replace(options, dtype=dtype)
-    base = run_base(config)
-    model, tokenizer = load_model(
-        options, base.checkpoint, base.objective.task, tuple(options.labels or ()), seed=config.train.seed,
-        head_follows=bool(folders),
-    )  # fmt: skip
+    model, tokenizer = load_base(config, dtype, head_follows=bool(folders))
     if tokenizer is None:
         raise ValueError(f"{source}: no tokenizer.json there, and prompts need one")
 

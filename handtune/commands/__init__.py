@@ -11,6 +11,7 @@ from .generate import run_generate
 from .label import run_label
 from .merge import run_merge
 from .ppo import run_ppo
+from .predict import run_predict
 from .report import run_report
 from .train import run_train
 
@@ -19,7 +20,7 @@ _FOR_OPTIONS = "use --dtype bfloat16 or fewer --batch-size, or take a smaller mo
 # What to do where memory runs out, unless the code that ran out of it gives better advice.
 LESS_MEMORY = {
     **dict.fromkeys(("train", "check-data", "ppo"), _FOR_CONFIGURATIONS),
-    **dict.fromkeys(("compare", "generate", "label"), _FOR_OPTIONS),
+    **dict.fromkeys(("compare", "generate", "label", "predict"), _FOR_OPTIONS),
     "chat": "use --dtype bfloat16, or take a smaller model",
     "evaluate": "end what else runs here, or train and evaluate with shorter rows (data.max_length)",
     "merge": "end what else runs here; the largest tensor, and what the adapter changes of it, must fit in memory",
@@ -37,5 +38,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "label": run_label,
     "merge": run_merge,
     "ppo": run_ppo,
+    "predict": run_predict,
     "report": run_report,
 }

@@ -6,7 +6,7 @@ While a command writes a file or a run's folder, no other process does.
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -50,17 +50,27 @@ def refuse_existing(path: str, force: bool) -> None:
 
 
 def write_answers(rows: Sequence[PlacedRow], texts: Iterable[str], out: Path) -> None:
-    """Write each row with the text that answers it to `out`; if it is interrupted, the rows so far to a file beside."""
+    """Write each row with the text that answers it to `out`, as `write_rows` does."""
+    answered = (answered_row(row, row.raw, text) for row, text in zip(rows, texts, strict=True))
+    write_rows(answered, len(rows), out)
+
+
+def as_json(row: Mapping[str, Any]) -> str:
+    """A row as a line of JSONL; what JSON doesn't have (a date of a table) as its text."""
+    return json.dumps(row, ensure_ascii=False, default=str)
+
+
+def write_rows(rows: Iterable[Mapping[str, Any]], count: int, out: Path) -> None:
+    """Write `count` rows to `out` as JSONL; if they break off, those so far to a file beside it."""
     lines: list[str] = []
     try:
-        for row, text in zip(rows, texts, strict=True):
-            answered = answered_row(row, row.raw, text)
-            lines.append(json.dumps(answered, ensure_ascii=False, default=str) + "\n")  # a table may hold dates
+        for row in rows:
+            lines.append(as_json(row) + "\n")
     finally:
-        if 0 < len(lines) < len(rows):
+        if 0 < len(lines) < count:
             part = out.with_name(f"{out.name}.{os.getpid()}.part")
             write_file(part, "".join(lines))
-            print(f"the first {len(lines)} of {len(rows)} rows are in {part}", file=sys.stderr)
+            print(f"the first {len(lines)} of {count} rows are in {part}", file=sys.stderr)
     write_file(out, "".join(lines))
 
 

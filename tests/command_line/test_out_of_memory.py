@@ -26,6 +26,7 @@ READS = {
     "generate": "handtune.models.checkpoint.loading.load_weights",
     "label": "handtune.engine.tasks.zero_shot.answer_logps",
     "merge": "handtune.adapted.merging.read_into",
+    "predict": "handtune.models.checkpoint.loading.load_weights",
     "ppo": "handtune.models.checkpoint.loading.load_weights",
     "report": "handtune.reporting.runs.read_facts",
 }

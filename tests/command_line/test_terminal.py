@@ -227,6 +227,7 @@ PLANTED = {
     "generate": "handtune.prepare.load",
     "label": "handtune.engine.tasks.zero_shot.tokenize_pairs",
     "merge": "handtune.adapted.merging.match_keys",
+    "predict": "handtune.engine.training.prediction.token_rows",
     "ppo": "handtune.engine.rlhf.run.lr_factor",
     "report": "handtune.reporting.runs.costs",
 }

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from small_runs import CHAT, gpt2, gpt2_folder, write_config, write_rows
+from small_runs import CHAT, TEXTS, bert_folder, gpt2, gpt2_folder, write_config, write_rows
 from small_templates import CHATML
 from small_tokenizers import byte_level
 
@@ -31,6 +31,7 @@ def workshop(folder: Path) -> Path:
         "def better(prompt, left, right):\n    return 'left' if left < right else 'right'\n\n\n"
         "def short(prompts, completions):\n    return [-len(text) for text in completions]\n"
     )
+    write_rows(folder / "texts.jsonl", TEXTS)
     write_rows(folder / "pairs.jsonl", [{"prompt": "the cat", "chosen": "sat", "rejected": "is"}])
     write_config(
         folder / "train.toml", method="sft", out=str(folder / "finished"), model={"path": base}, lora={"rank": 2},
@@ -42,6 +43,7 @@ def workshop(folder: Path) -> Path:
         "lora": {"rank": 2}},
     )  # fmt: skip
     assert main(["train", str(folder / "train.toml")]) == 0
+    bert_folder(folder / "classifier", "sequence-classification", labels=("down", "up"))
     return folder
 
 
@@ -62,6 +64,7 @@ def command_lines(out: Path) -> dict[str, tuple[list[str], Path | None]]:
         "generate": (f"base --prompts rows.jsonl --max-new-tokens 2 --out {out}/texts.jsonl", out / "texts.jsonl"),
         "label": (f"base rows.jsonl --labels good bad --out {out}/labels.jsonl", out / "labels.jsonl"),
         "merge": (f"base finished/adapter {out}/merged", out / "merged/config.json"),
+        "predict": (f"classifier texts.jsonl --out {out}/predicted.jsonl", out / "predicted.jsonl"),
         "ppo": (f"ppo.toml out={out}/policy", out / "policy/adapter/adapter_model.safetensors"),
         "report": (f"finished --out {out}/page.html", out / "page.html"),
     }

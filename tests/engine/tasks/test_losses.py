@@ -223,11 +223,12 @@ def test_best_span_ends_after_it_begins_and_is_short() -> None:
     logits = torch.full((52, 2), -1.0).numpy()
     logits[30, 0], logits[10, 1] = 9.0, 8.0  # the end before the beginning
     logits[31, 1] = 4.0
-    assert best_span(logits, offsets, context) == (13.0, "w28 w29")
+    span = best_span(logits, offsets)
+    assert (span.score, context[span.start : span.end]) == (13.0, "w28 w29")
     logits[31, 1], logits[5, 0], logits[51, 1] = -1.0, 20.0, 20.0  # 47 tokens apart
-    value, text = best_span(logits, offsets, context)
-    assert (value, text) == (29.0, " ".join(words[28:]))
-    assert best_span(logits[:2], offsets[:2], context) == (-math.inf, "")
+    span = best_span(logits, offsets)
+    assert (span.score, context[span.start : span.end]) == (29.0, " ".join(words[28:]))
+    assert best_span(logits[:2], offsets[:2]) == (-math.inf, 0, 0)
 
 
 class Lookup(torch.nn.Module):

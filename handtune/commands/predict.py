@@ -1,0 +1,88 @@
+"""`handtune predict`: what a model with a head says of rows, printed or written beside them."""
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from .._files import resolved
+from ..adapted.predictor import Predictor, predictor_of
+from ..engine.data.images import SUFFIXES, image_files
+from ..engine.data.placed_rows import PlacedRow
+from ..engine.data.readers import placed_rows
+from ..engine.formats.arrow import is_saved
+from ..engine.formats.text_files import json_lines
+from ..engine.training.guards import explained_memory_error
+from ..reporting.predictions import readable
+from ..terminal import print_text
+from .outputs import as_json, output, write_rows
+
+STDIN = "standard input"
+
+
+def run_predict(options: argparse.Namespace) -> int:
+    """`handtune predict`: a line for each row where people read it, else the row with its prediction as JSON."""
+    if options.out and options.file and resolved(options.out) == resolved(options.file):
+        raise ValueError(f"--out {options.out} is the file of the rows; give another")
+    with output(options.out, options.force) if options.out else nullcontext() as out:
+        rows = list(_rows(options))
+        predictor = predictor_of(options.model, options.dtype)
+        return _predict(predictor, rows, options, out)
+
+
+def _predict(predictor: Predictor, rows: list[Mapping[str, Any]], options: argparse.Namespace, out: Path | None) -> int:
+    pairs = zip(rows, predictor.predictions(predictor.inputs(rows), options.batch_size), strict=True)
+    device = next(predictor.model.parameters()).device
+    with explained_memory_error(device, lambda: _less_memory(options.batch_size)):
+        if out is not None:
+            write_rows(({**row, **prediction} for row, prediction in pairs), len(rows), out)
+            print(f"{len(rows)} rows written to {options.out}")
+            return 0
+
+        for row, prediction in pairs:
+            if sys.stdout.isatty():
+                print_text(readable(row, prediction))
+            else:
+                print_text(as_json({**row, **prediction}))
+            if sys.stdout.closed:  # nobody reads it any more
+                break
+    return 0
+
+
+def _less_memory(batch_size: int) -> str:
+    """What to do where memory runs out."""
+    if batch_size > 1:
+        return f"set --batch-size {batch_size // 2} (it is {batch_size})"
+    return "even one row is too much; use --dtype bfloat16, or take a smaller model"
+
+
+def _rows(options: argparse.Namespace) -> Iterator[Mapping[str, Any]]:
+    """The rows of the options, as they stand there: texts, then the file, an image or folder of images, or stdin."""
+    for number, text in enumerate(options.text or [], 1):
+        yield PlacedRow({"text": text}, "--text", str(number))
+    if options.file is None:
+        if not options.text:
+            raise ValueError('nothing to predict: give a file of rows, --text "...", or - for lines of standard input')
+        return
+
+    path = Path(options.file)
+    if options.file == "-":
+        yield from _standard_input()
+    elif (path.is_dir() and not is_saved(path)) or path.suffix.lower() in SUFFIXES:
+        yield from image_files(path)
+    else:
+        yield from placed_rows(options.file, dict, any_names=True)
+
+
+def _standard_input() -> Iterator[PlacedRow]:
+    """A row a line: its text, or, if the first one begins with a brace, the fields of a JSON object."""
+    lines = [(number, line.rstrip("\r\n")) for number, line in enumerate(sys.stdin, 1) if line.strip()]
+    if lines and lines[0][1].lstrip().startswith("{"):
+        for place, row in json_lines(lines, STDIN):
+            if not isinstance(row, dict):
+                raise ValueError(f"{STDIN} {place}: expected an object, found {type(row).__name__}")
+            yield PlacedRow(row, STDIN, place)
+    else:
+        yield from (PlacedRow({"text": line}, STDIN, f"line {number}") for number, line in lines)
