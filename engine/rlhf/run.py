@@ -19,8 +19,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ..adapters.switch import set_adapter
 from ..data.batches import Batches
 from ..data.fingerprints import in_memory
@@ -29,6 +27,7 @@ from ..training.guards import clean_guest, explained_memory_error, infinite_epoc
 from ..training.optim import lr_factor
 from ..training.run_folder import RunFolder, peak_memory
 from ..training.state import resume, save, stored_state, tell_resumed
+from ..training.watching import Callback, Watch
 from .actors import POLICY, detach
 from .config import PPOConfig
 from .reward_model import RewardFn
@@ -72,14 +71,15 @@ def ppo(
     run_dir: str | Path | None = None,
     metadata: dict[str, Any] | None = None,
     show: Callable[[str], None] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> PPOResult:
     """Train a causal language model to write what `reward` scores high, without moving far from what it is.
 
     `prompts` are texts, where there is a `tokenizer`, else token ids. `reward(prompts, completions)` gives a number for
     each completion, texts or token ids likewise; a `Reward`; or several, whose scores are added up. The policy is left
     as the active adapter "policy". `run_dir`: the run folder; the same call on it resumes, on the same model, too, or
-    finds the run finished and changes nothing. `show` gets a sample a round. Random generators, settings of torch,
-    signal handlers and modes of modules are afterwards what they were.
+    finds the run finished and changes nothing. `show` gets a sample a round, and `callbacks` hear of each round and of
+    the end. Random generators, settings of torch, signal handlers and modes of modules are afterwards what they were.
 
     Raises ValueError for a model with adapters other than a reward's (merge them first), LoRA targets outside its
     layers, an empty prompt, none that leaves room for a completion, a reward that gives anything but one finite number
@@ -132,8 +132,8 @@ def ppo(
         finished = progress.round >= n_rounds or progress.stopped is not None
         tell_resumed(run_folder, "round", progress.round, n_rounds, finished)
 
-        bar = tqdm(total=config.episodes, initial=progress.episodes, unit="episode", disable=None)
-        with interruptible() as interrupt, explained_memory_error(trainer.device, remedy), bar:
+        watch = Watch(run_folder, callbacks, "round", progress.round, n_rounds)
+        with interruptible() as interrupt, explained_memory_error(trainer.device, remedy), watch:
             while not finished:
                 lr = config.lr * lr_factor(config.schedule, progress.round, n_rounds, 0, 0.2, 0.0)
 
@@ -143,19 +143,17 @@ def ppo(
                 loss = stats["policy_loss"] if trainer.is_finite(rollout) else math.nan
                 require_finite(loss, stats["grad_norm"], f"round {progress.round + 1}", run_folder, "ppo.lr")
 
-                # Log, show a sample, move the bar.
+                # Log, and show a sample.
                 progress.round += 1
                 progress.episodes += len(rollout.ids)
                 progress.stats = stats
                 progress.seconds = time.perf_counter() - started
                 texts, completions = trainer.as_given(rollout)
                 sample = f"{texts[0]!r} → {completions[0]!r}: {float(rollout.scores[0]):.3f}"
-                run_folder.log(step=progress.round, episodes=progress.episodes, **stats, sample=sample,
-                               peak_memory=peak_memory(), seconds=progress.seconds)  # fmt: skip
+                watch.step(step=progress.round, episodes=progress.episodes, **stats, sample=sample,
+                           peak_memory=peak_memory(), seconds=progress.seconds)  # fmt: skip
                 if show is not None:
                     show(sample)
-                bar.set_postfix({key: f"{stats[key]:.3f}" for key in ("score", "kl")}, refresh=False)
-                bar.update(len(rollout.ids))
 
                 # 16: a run whose KL runs away ends, with the best weights so far.
                 if config.max_kl is not None and stats["kl"] > config.max_kl:
@@ -177,7 +175,8 @@ def ppo(
             log.warning("no round was better than the first: the policy given back is the untrained one; lower ppo.lr")
         set_adapter(model, POLICY)
         stopped = progress.stopped or ("interrupted" if progress.round < n_rounds else None)
-        return PPOResult(progress.episodes, progress.stats, progress.best, time.perf_counter() - started, stopped)
+        seconds = time.perf_counter() - started
+        return watch.end(PPOResult(progress.episodes, progress.stats, progress.best, seconds, stopped))
 
 
 def _smaller_batches(config: PPOConfig) -> str:

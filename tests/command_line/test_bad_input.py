@@ -32,7 +32,7 @@ def complaint(capsys):
         capsys.readouterr()
         assert main([str(argument) for argument in arguments]) == 2
         *notes, said = capsys.readouterr().err.splitlines()
-        assert all(note.startswith(("train: ", "eval: ", "held out: ")) for note in notes), notes
+        assert all(note.startswith(("train: ", "eval: ", "held out: ", "step ")) for note in notes), notes
         assert said.startswith("handtune: ")
         return said.removeprefix("handtune: ")
 
