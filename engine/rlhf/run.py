@@ -2,11 +2,12 @@
 
     sample → score → a reward for each token, less its KL from the reference → advantages → clipped updates
 
-Policy and critic are adapters of one frozen base, and the reference is that base with adapters off; a reward model may
-stand on it, too. So all four cost one model in memory, and where the adapters sit in the upper layers only, the lower
-ones are computed once a round (`actors.py`). With `group_size` there is no critic: completions of one prompt are
-compared with each other (GRPO: Shao et al. 2024, arXiv:2402.03300). What happens in a round stands in `round.py`, with
-a list of details, whose numbers comments here give, too.
+Policy and critic are adapters of one frozen base, and the reference is that base with adapters off, or with the adapter
+that the model came with, from which both then begin; a reward model may stand on it, too. So all four cost one model in
+memory, and where the adapters sit in the upper layers only, the lower ones are computed once a round (`actors.py`).
+With `group_size` there is no critic: completions of one prompt are compared with each other (GRPO: Shao et al. 2024,
+arXiv:2402.03300). What happens in a round stands in `round.py`, with a list of details, whose numbers comments here
+give, too.
 """
 
 import logging
@@ -19,6 +20,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from ..adapters.lora import adapter_sites
 from ..adapters.switch import set_adapter
 from ..data.batches import Batches
 from ..data.fingerprints import in_memory
@@ -28,7 +32,7 @@ from ..training.optim import lr_factor
 from ..training.run_folder import RunFolder, peak_memory
 from ..training.state import resume, save, stored_state, tell_resumed
 from ..training.watching import Callback, Watch
-from .actors import POLICY, detach
+from .actors import POLICY, detach, start_of
 from .config import PPOConfig
 from .reward_model import RewardFn
 from .rollouts import fitting_prompts
@@ -75,16 +79,17 @@ def ppo(
 ) -> PPOResult:
     """Train a causal language model to write what `reward` scores high, without moving far from what it is.
 
+    With an active adapter the policy goes on from it, and is trained as a copy; the reference is the model as given.
     `prompts` are texts, where there is a `tokenizer`, else token ids. `reward(prompts, completions)` gives a number for
     each completion, texts or token ids likewise; a `Reward`; or several, whose scores are added up. The policy is left
     as the active adapter "policy". `run_dir`: the run folder; the same call on it resumes, on the same model, too, or
     finds the run finished and changes nothing. `show` gets a sample a round, and `callbacks` hear of each round and of
     the end. Random generators, settings of torch, signal handlers and modes of modules are afterwards what they were.
 
-    Raises ValueError for a model with adapters other than a reward's (merge them first), LoRA targets outside its
-    layers, an empty prompt, none that leaves room for a completion, a reward that gives anything but one finite number
-    each, and a folder of a run with another configuration, base or prompts, or on which another process works;
-    FloatingPointError where training diverges.
+    Raises ValueError for a model with several adapters besides a reward's, or one that is not active or unlike
+    `config.lora` (where that isn't the default), LoRA targets outside its layers, an empty prompt, none that leaves
+    room for a completion, a reward that gives anything but one finite number each, and a folder of a run with another
+    configuration, base or prompts, or on which another process works; FloatingPointError where training diverges.
     """
     run_folder = RunFolder(run_dir)
     with clean_guest(model, config.seed), run_folder.alone():
@@ -93,7 +98,7 @@ def ppo(
         run_folder.start(
             metadata or {},
             {"ppo": asdict(config)},
-            lambda: in_memory(model, prompts=list(prompts), tokenizer=tokenizer_json),
+            lambda: in_memory(model, prompts=list(prompts), tokenizer=tokenizer_json, adapter=_start(model)),
         )
 
         # One at a time, so that a round has all its prompts where a pass over them ends within it.
@@ -177,6 +182,14 @@ def ppo(
         stopped = progress.stopped or ("interrupted" if progress.round < n_rounds else None)
         seconds = time.perf_counter() - started
         return watch.end(PPOResult(progress.episodes, progress.stats, progress.best, seconds, stopped))
+
+
+def _start(model: Any) -> list[Tensor] | None:
+    """The factors of the adapter that training goes on from."""
+    start = start_of(model)
+    if start is None:
+        return None
+    return [p for site in adapter_sites(model) if start in site.adapters for p in site.adapters[start].parameters()]
 
 
 def _smaller_batches(config: PPOConfig) -> str:
