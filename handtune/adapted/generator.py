@@ -64,8 +64,8 @@ def generator_of(source: str, folders: Sequence[str | Path], dtype: str) -> Gene
     if config is None:  # a checkpoint is asked like the base of a run of sft
         config = RunConfig("sft", "", ModelConfig(path=source), DataConfig(train=[]))
 
-    # A run's base may have changes of its own, such as tokens that were added.
-    options = config.model
+    # A run's base may have changes of its own, such as tokens that were added; adapters come after it.
+    options = replace(config.model, adapter=None)
     if dtype != "auto":
         options = replace(options, dtype=dtype)
     base = run_base(config)

@@ -14,9 +14,12 @@ from typing import Any
 
 from .._files import resolved, write_file
 from .._locks import alone
+from ..adapted.starting import check_start
 from ..config import PPORunConfig, RunConfig
+from ..engine import Callback
 from ..engine.data.fingerprints import Inputs
 from ..engine.training.run_folder import RunFolder, finished
+from ..engine.training.tensorboard import TensorBoard
 from ..inputs import inputs_of
 from ..saved_runs import has_stored
 from ..terminal import INTERRUPTED
@@ -61,6 +64,11 @@ def write_completions(prompts: list[str], texts: Iterable[str], out: Path) -> No
     write_file(out, "".join(lines))
 
 
+def loggers(config: RunConfig | PPORunConfig) -> list[Callback]:
+    """Who is told of a run as its configuration says. ValueError where a package for that is not installed."""
+    return [] if config.log is None else [TensorBoard(Path(config.out) / config.log, asdict(config))]
+
+
 def run_once(
     config: RunConfig | PPORunConfig,
     stored_in: Path,
@@ -75,6 +83,7 @@ def run_once(
     out = Path(config.out)
     run_folder = RunFolder(out)
     inputs = inputs_of(config)
+    check_start(config, inputs)
 
     def finished_result() -> dict[str, Any] | None:
         result = finished(out, asdict(config), inputs)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from small_runs import write_config
 
-from handtune.config import ELSEWHERE, PPORunConfig, RunConfig, from_table, read_config
+from handtune.config import ELSEWHERE, ModelConfig, PPORunConfig, RunConfig, from_table, read_config
 from handtune.engine.adapters.lora import LoRAConfig
 from handtune.engine.rlhf.config import PPOConfig
 from handtune.engine.training.config import TrainConfig
@@ -179,7 +179,11 @@ def test_the_helper_of_the_tests_writes_what_is_read(tmp_path) -> None:
 
 def test_what_options_are_called_elsewhere_leads_to_ours() -> None:
     """Each hint names options that there are."""
-    options = {f.name for kind in (TrainConfig, PPOConfig, LoRAConfig) for f in dataclasses.fields(kind)}
+    options = {
+        f.name
+        for kind in (RunConfig, ModelConfig, TrainConfig, PPOConfig, LoRAConfig)
+        for f in dataclasses.fields(kind)
+    }
     assert {name for names in ELSEWHERE.values() for name in names.split()} <= options
     assert not ELSEWHERE.keys() & options
     with pytest.raises(ValueError, match="unknown key 'clip'; did you mean 'clip_range'"):
