@@ -56,7 +56,7 @@ def config_of(run: Path, locate: Sequence[str] = ()) -> RunConfig:
             table["model"]["labels"] = facts["labels"]
         # The adapter that the run went on from has become the one that it stored; only DPO's reference is the former.
         if table["model"].get("adapter") and START[0] not in locate:
-            table["model"]["adapter"] = str(run / "adapter")
+            table["model"]["adapter"] = str(run / "adapter") if has_stored(run) else None
         if "chat" in facts and table["method"] == "sft":  # as the run was trained, whatever rows it is evaluated on
             table["data"]["chat"] = "on" if facts["chat"] else "off"
         relocate_inputs(run, facts, table, locate)

@@ -35,7 +35,7 @@ def _ppo(
     out = Path(config.out)
     facts = {
         "name": config.name or out.name, "method": "ppo", "task": "causal-lm", "model": config.model.path,
-        "config": asdict(config), "inputs": inputs,
+        "config": asdict(config), "trains": f"LoRA r={config.ppo.lora.rank}", "inputs": inputs,
     }  # fmt: skip
     run_folder.start(facts, asdict(config))
     model, tokenizer = load_policy(config)

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_kills import killed_everywhere
 from small_methods import COMPARISONS
 from small_runs import CHAT, SENTIMENT, bert_folder, contents, gpt2_folder, logged, write_config, write_rows
 from transformers import AutoModelForCausalLM
@@ -120,7 +121,9 @@ def test_sft_then_dpo_then_ppo(sft: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_evaluated_as_it_ended(sft: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run that went on is evaluated with its own adapter, although the one that it began with is gone."""
     shutil.copytree(sft, tmp_path / "start")
-    ran("train", job("sft", tmp_path / "more", CHAT, model={"adapter": str(tmp_path / "start")}, lora=LORA))
+    lora = {**LORA, "dropout": 0.25, "loraplus_lr_ratio": 4.0}
+    ran("train", job("sft", tmp_path / "more", CHAT, model={"adapter": str(tmp_path / "start")}, lora=lora))
+    assert json.loads((tmp_path / "more/adapter/adapter_config.json").read_text())["lora_dropout"] == 0.25
     shutil.rmtree(tmp_path / "start")
     result = json.loads((tmp_path / "more/result.json").read_text())
     capsys.readouterr()
@@ -211,17 +214,44 @@ def test_a_finished_run_is_prolonged(tmp_path: Path, capsys: pytest.CaptureFixtu
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("run", "whole")]
     assert results[0]["best"] == results[1]["best"] and results[0]["steps"] == 8
 
+    (tmp_path / "run/adapter/adapter_config.json").rename(tmp_path / "moved.json")
+    assert refused(capsys, "evaluate", str(tmp_path / "run")).endswith("train it to its end first")
+    (tmp_path / "moved.json").rename(tmp_path / "run/adapter/adapter_config.json")
     ran("train", config, "train.epochs=4")
     assert "finished already: nothing is left to train" in capsys.readouterr().out
     assert "train.epochs = 4, not 2" in refused(capsys, "train", config)
 
 
+@pytest.mark.deep
+def test_prolonging_may_be_killed(tmp_path: Path) -> None:
+    """In front of any change of files: the same command ends with the same bytes, and the shorter run's are there."""
+    tables = {"model": {"path": str(gpt2_folder(tmp_path / "base"))}, "lora": LORA}
+    config = job("sft", tmp_path / "run", CHAT, train={"schedule": "constant", "warmup": 0}, **tables)
+    ran("train", config)
+    ran("train", config, "train.epochs=2", f"out={tmp_path / 'whole'}")
+    shutil.copytree(tmp_path / "run", tmp_path / "short")
+
+    def prolong() -> None:
+        ran("train", config, "train.epochs=2")
+
+    def check(n: int) -> None:
+        assert (tmp_path / "run" / WEIGHTS).exists()
+        prolong()
+        assert (tmp_path / "run" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes(), n
+        assert json.loads((tmp_path / "run/result.json").read_text())["steps"] == 4
+        shutil.rmtree(tmp_path / "run")
+        shutil.copytree(tmp_path / "short", tmp_path / "run")
+
+    assert killed_everywhere(prolong, check) > 20
+
+
 def test_ppo_is_prolonged_by_more_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     config = ppo_job(tmp_path, path=str(gpt2_folder(tmp_path / "base")))
+    ran("ppo", config, "ppo.schedule=constant", "ppo.episodes=4")
     ran("ppo", config, "ppo.schedule=constant")
-    ran("ppo", config, "ppo.schedule=constant", "ppo.episodes=16")
-    assert "going on at round 2 of 4" in capsys.readouterr().err
-    ran("ppo", config, "ppo.schedule=constant", "ppo.episodes=16", "out=whole")
+    assert "going on at round 1 of 2" in capsys.readouterr().err
+    ran("ppo", config, "ppo.schedule=constant", "out=whole")
     assert (tmp_path / "ppo" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
-    assert "ppo.episodes = 16, not 8" in refused(capsys, "ppo", config, "ppo.schedule=constant")
+    message = refused(capsys, "ppo", config, "ppo.schedule=constant", "ppo.episodes=4")
+    assert "ppo.episodes = 8, not 4" in message
