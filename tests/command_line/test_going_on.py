@@ -224,7 +224,7 @@ def test_a_finished_run_is_prolonged(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.deep
 def test_prolonging_may_be_killed(tmp_path: Path) -> None:
-    """In front of any change of files: the same command ends with the same bytes, and the shorter run's are there."""
+    """In front of any change of files: the same command ends with the same bytes."""
     tables = {"model": {"path": str(gpt2_folder(tmp_path / "base"))}, "lora": LORA}
     config = job("sft", tmp_path / "run", CHAT, train={"schedule": "constant", "warmup": 0}, **tables)
     ran("train", config)
@@ -235,7 +235,6 @@ def test_prolonging_may_be_killed(tmp_path: Path) -> None:
         ran("train", config, "train.epochs=2")
 
     def check(n: int) -> None:
-        assert (tmp_path / "run" / WEIGHTS).exists()
         prolong()
         assert (tmp_path / "run" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes(), n
         assert json.loads((tmp_path / "run/result.json").read_text())["steps"] == 4
