@@ -24,6 +24,7 @@ from torch import Tensor
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # the package from a bare clone
 
 from handtune.adapted.policy import load_policy, policy_prompts, reward_of
+from handtune.adapted.starting import with_base
 from handtune.config import PPORunConfig, read_config
 from handtune.engine import load_checkpoint
 from handtune.engine.rlhf.rollouts import draw, fitting_prompts, sample
@@ -43,7 +44,7 @@ def main() -> None:
     parser.add_argument("--out")
     options = parser.parse_args()
 
-    config = read_config(options.config, options.override, PPORunConfig)
+    config = with_base(read_config(options.config, options.override, PPORunConfig))
     results = compare(config, options.samples, options.prompts)
     for row in results:
         print(f"best of {row['n']:4}: {row['kl']:5.2f} nats, score {row['score']:7.3f}; "
@@ -87,7 +88,7 @@ def sampled_scores(config: PPORunConfig, n_samples: int, n_prompts: int) -> Tens
         reward.shift, reward.scale = scale
 
     prompts = [prompt for prompt in draw(fitting, n_prompts) for _ in range(n_samples)]
-    samples = sample(model, prompts, None, config.ppo)
+    samples = sample(model, prompts, trainer.actors.reference, config.ppo)
     trainer.evaluate_rollout(samples, range(len(prompts)))
     return samples.scores.view(-1, n_samples)  # (P, N)
 

@@ -41,9 +41,11 @@ if TYPE_CHECKING:
     from .training.freezing import trainable_report as trainable_report
     from .training.freezing import unfreeze as unfreeze
     from .training.loop import train as train
+    from .training.watching import Callback as Callback
 
 # The module of each name. An import of the package alone loads none of them.
 _HOME = {
+    "Callback": "training.watching",
     "LoRAConfig": "adapters.config",
     "PPOConfig": "rlhf.config",
     "TrainConfig": "training.config",

@@ -147,18 +147,22 @@ def append_line(path: str | Path, text: str) -> None:
 
     Raises OSError where the disk fails: then nothing of the line is in the file.
     """
+    append_bytes(path, text.encode("utf-8") + b"\n", end=b"\n")
+
+
+def append_bytes(path: str | Path, contents: bytes, end: bytes = b"") -> None:
+    """Add bytes to a file, where it doesn't end with `end` after that, and flush it to the disk. OSError as above."""
     path = Path(path)
-    line = text.encode("utf-8") + b"\n"
 
     # Without a buffer, whose rest Python would write after the truncation below.
-    with explained(path, path, len(line)), open(path, "ab+", buffering=0) as file:
+    with explained(path, path, len(contents)), open(path, "ab+", buffering=0) as file:
         old_size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, old_size - 1))
-        if file.read(1) not in (b"", b"\n"):
-            line = b"\n" + line
+        file.seek(max(0, old_size - len(end)))
+        if file.read(len(end)) not in (b"", end):
+            contents = end + contents
         try:
-            while line:
-                line = line[file.write(line) :]  # an unbuffered write may take only a part
+            while contents:
+                contents = contents[file.write(contents) :]  # an unbuffered write may take only a part
             os.fsync(file.fileno())
         except BaseException:
             file.truncate(old_size)

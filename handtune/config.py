@@ -30,11 +30,11 @@ ELSEWHERE = {
     "batch_rows": "batch_size", "micro_rows": "micro_batch_size", "micro_tokens": "micro_batch_tokens",
     "warmup_ratio": "warmup", "warmup_steps": "warmup", "max_norm": "max_grad_norm", "clip": "clip_range max_grad_norm",
     "patience": "early_stopping_patience", "keep": "keep_last", "save_total_limit": "keep_last",
-    "save_steps": "save_every", "eval_steps": "eval_every",
+    "save_steps": "save_every", "eval_steps": "eval_every", "report_to": "log",
     "hidden_dropout_prob": "dropout", "attention_dropout": "dropout", "dropout_rate": "dropout",
     "optim": "optimizer", "label_smoothing_factor": "label_smoothing", "class_weight": "class_weights",
     "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets", "use_dora": "dora",
-    "use_rslora": "rslora", "lr_ratio": "loraplus_lr_ratio",
+    "use_rslora": "rslora", "adapter_name_or_path": "adapter", "lr_ratio": "loraplus_lr_ratio",
     "rollout_rows": "rollout_batch_size", "lam": "gae_lambda", "kl": "kl_coef", "value_clip": "clip_range_vf",
     "cliprange": "clip_range", "cliprange_value": "clip_range_vf", "value_weight": "vf_coef",
     "update_stop": "target_kl", "kl_stop": "max_kl", "no_end": "missing_eos_penalty", "group": "group_size",
@@ -50,7 +50,8 @@ SCRIPTS = {"best_of": "benchmarks/best_of.py", "best_of_prompts": "benchmarks/be
 class ModelConfig:
     """Where the model comes from: a checkpoint (`path`), or a `preset`, whose weights are freshly initialized."""
 
-    path: str | None = None  # a folder or hub id
+    path: str | None = None  # a folder or hub id; None with `adapter`: the base that it was trained on
+    adapter: str | None = None  # the folder of an adapter, or of a run that trained one, to go on from
     preset: str | None = None  # the name of a configuration, "gpt2" for example
     overrides: dict[str, Any] = field(default_factory=dict)  # fields of the preset's configuration
     tokenizer: str | None = None  # the tokenizer.json of a preset; a checkpoint has its own
@@ -148,22 +149,31 @@ class RunConfig:
     out: str  # the run's folder
     model: ModelConfig
     data: DataConfig
-    lora: LoRAConfig | None = None  # None: the weights themselves are trained
+    lora: LoRAConfig | None = None  # None: the weights themselves are trained, or `model.adapter`
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
     name: str | None = None  # in reports; None: that of the folder
+    log: str | None = None  # "tensorboard": also to event files in the folder `tensorboard` of the run
 
     def __post_init__(self) -> None:
+        _check_log(self.log)
         if self.method not in METHODS:
             raise ValueError(f"method {self.method!r} is unknown; known: {', '.join(METHODS)}")
-        if (self.model.path is None) == (self.model.preset is None):
+        if self.model.adapter is not None and self.model.preset is not None:
+            raise ValueError("model.preset: its fresh weights are not those that model.adapter was trained on")
+        if self.model.adapter is None and (self.model.path is None) == (self.model.preset is None):
             raise ValueError("model: give path (a folder or hub id) or preset (a fresh model), one of the two")
         if self.data.prompt is not None and self.method not in ("sft", "dpo", "reward"):
             raise ValueError(f"data.prompt: the rows of method {self.method!r} have none; leave it out")
-        if self.model.quantize is not None and self.lora is None:
+        if self.model.quantize is not None and not self.trains_adapter:
             raise ValueError("model.quantize freezes the weights in 4 bits: add a [lora] table, whose adapter trains")
+
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether an adapter is trained, a fresh one or one to go on from, and not the weights themselves."""
+        return self.lora is not None or self.model.adapter is not None
 
 
 @dataclass(frozen=True)
@@ -178,9 +188,11 @@ class PPORunConfig:
     reward: str | list[str]
     ppo: PPOConfig = field(default_factory=PPOConfig)
     name: str | None = None  # in reports; None: that of the folder
+    log: str | None = None  # "tensorboard": also to event files in the folder `tensorboard` of the run
 
     def __post_init__(self) -> None:
-        if self.model.path is None:
+        _check_log(self.log)
+        if self.model.path is None and self.model.adapter is None:
             raise ValueError("model.path: ppo trains a model that can write already; name its folder or hub id")
         if self.model.dropout:
             raise ValueError("model.dropout: ppo compares probabilities, and applies none; leave it out")
@@ -189,6 +201,14 @@ class PPORunConfig:
                 "model.add_tokens: ppo trains no rows of the embedding; add the tokens in a fine-tuning run, and name "
                 "the model that `handtune merge` makes of it"
             )
+
+
+def _check_log(log: str | None) -> None:
+    if log not in (None, "tensorboard"):
+        raise ValueError(
+            f'log = {log!r}: expected "tensorboard", or leave it out; wandb and trackio are callbacks of a few '
+            "lines, which docs/running.md shows"
+        )
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = (), config_class: type = RunConfig) -> Any:

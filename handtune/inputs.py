@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ._files import resolved
+from ._folders import stored_files
 from ._outside import others_code
 from .config import DataConfig, PPORunConfig, RunConfig
 from .engine.data.batches import Examples
@@ -34,8 +35,9 @@ from .engine.rlhf.reward_model import SCALE
 from .engine.training.run_folder import read_facts
 from .models.checkpoint.hub import checkpoint_files, checkpoint_folder
 
-# The fields that name a run's base, its rows, and what ppo has in their place.
+# The fields that name a run's base, the adapter that it starts from, its rows, and what ppo has in their place.
 BASE = ("model.path", "model.tokenizer")
+START = ("model.adapter",)
 DATA = ("data.train", "data.mix", "data.eval")
 PROMPTS = ("prompts", "reward")
 # Of which `pretrain` makes a corpus, where the first row is a text: what is read row by row.
@@ -52,7 +54,7 @@ def inputs_of(config: RunConfig | PPORunConfig) -> Inputs:
     """The fingerprints of a configuration's inputs, by field. Raises as `load` does where the base is missing."""
     inputs = {}
     rows = PROMPTS if isinstance(config, PPORunConfig) else DATA
-    for field in (*BASE, *rows):
+    for field in (*BASE, *START, *rows):
         value = attrgetter(field)(config)
         if isinstance(value, str) or (isinstance(value, list) and value):  # no share of the rows to hold out
             inputs[field] = [_fingerprint(field, path) for path in as_list(value)]
@@ -66,6 +68,8 @@ def _fingerprint(field: str, path: str) -> dict[str, Any]:
     """The fingerprint of what a path, a hub id or the name of a function leads to."""
     if field == "model.path":
         return of_checkpoint(path)
+    if field == "model.adapter" and (adapter := adapter_in(Path(path).expanduser())) is not None:
+        return fingerprint(adapter, stored_files(adapter))
     if field == "reward":
         return _of_reward(path)
     folder, files = source_files(path)
@@ -123,14 +127,14 @@ def _of_reward(spec: str) -> dict[str, Any]:
         entry = fingerprint(file, [file])
         return {**entry, "files": {f":{function}": value for value in entry["files"].values()}}
 
-    adapter = reward_adapter(Path(spec))
+    adapter = adapter_in(Path(spec))
     if adapter is not None:
         return fingerprint(adapter, [adapter / name for name in (CONFIG, WEIGHTS, SCALE)])
     return of_checkpoint(reward_checkpoint(Path(spec)))
 
 
-def reward_adapter(path: Path) -> Path | None:
-    """The folder of a reward model's adapter, in a run or by itself; None where the model is a whole checkpoint."""
+def adapter_in(path: Path) -> Path | None:
+    """The folder of an adapter, in a run or by itself; None where there is none, as where a run trained all weights."""
     adapter = path / "adapter" if (path / "adapter").is_dir() else path
     return adapter if (adapter / CONFIG).is_file() else None
 

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from ._outside import located
+from .adapted.starting import NAME, attach_start, rank_on, take_options, with_head
 from .config import ModelConfig, RunConfig
 from .engine import add_lora, freeze, projections, quantize, train_rows, unfreeze
-from .engine.adapters.token_rows import train_added_rows
+from .engine.adapters.lora import active_adapter
+from .engine.adapters.token_rows import train_added_rows, trained_ids
 from .engine.data.batches import Batches, CollateFn, Examples
-from .engine.data.images import ImageCollate, ImageExamples, class_counts
+from .engine.data.images import ImageCollate, checked_examples
 from .engine.data.mixing import Draws
 from .engine.data.readers import label_names
 from .engine.data.schema import is_dialogue
@@ -107,16 +109,17 @@ def prepare(config: RunConfig, base: RunBase, cache: Path, *, head_follows: bool
     parts, eval_rows = ([], []) if from_corpus else read_splits(config.data, config.train.seed)
     rows = [row for part in parts for row in part]
 
-    # Labels that are not configured are those that occur in the data.
-    labels = tuple(config.model.labels or ())
+    # Labels that are not configured are those of the adapter that training goes on from, or those in the data.
+    options = with_head(config.model, objective.task)
+    labels = tuple(options.labels or ())
     if not labels and objective.encoding in ("classify", "tag", "images"):
         labels = tuple(label_names(rows))
     if objective.encoding in ("classify", "images") and len(labels) == 1:
         raise ValueError(f"data.train: all rows are of one class, {labels[0]!r}; there is nothing to tell apart")
 
     model, tokenizer = load_model(
-        config.model, base.checkpoint, objective.task, labels, seed=config.train.seed, weights=base.weights,
-        head_follows=head_follows,
+        options, base.checkpoint, objective.task, labels, seed=config.train.seed, weights=base.weights,
+        head_follows=head_follows or options.adapter is not None,
     )  # fmt: skip
     if objective.encoding == "images":
         ready = _prepare_images(config, objective, model, labels, rows, eval_rows)
@@ -156,10 +159,10 @@ def prepare(config: RunConfig, base: RunBase, cache: Path, *, head_follows: bool
         elif config.data.eval is not None:
             examples, eval_examples = split_windows(examples, config.data.eval)
 
-    # DPO compares with the base model: its log-probabilities are computed once, before anything trains.
+    # DPO compares with the model that it begins with: its log-probabilities are computed once, before anything trains.
     if config.method == "dpo" and base.weights:
         for part in filter(len, (examples, eval_examples)):
-            add_reference(model, part)
+            add_reference(model, part, active_adapter(model))
 
     objective = with_loss_options(objective, config.loss, labels, examples)
     collate = objective.collate(model, tokenizer, config.data.packing)
@@ -208,7 +211,7 @@ def _check_text(config: RunConfig, objective: Objective, model: Any, tokenizer: 
 def _prepare_images(
     config: RunConfig, objective: Objective, model: Any, labels: tuple[str, ...], rows: list[Any], eval_rows: list[Any]
 ) -> Prepared:
-    """A run on images. Each is decoded once, so that a broken one is reported before training begins."""
+    """A run on images."""
     if config.train.batch_tokens or config.train.micro_batch_tokens or config.data.max_length:
         raise ValueError(
             "train.batch_tokens, train.micro_batch_tokens, data.max_length: images have no tokens; use "
@@ -217,14 +220,7 @@ def _prepare_images(
     if config.data.image_size is not None:
         model.pixels = model.pixels.at(config.data.image_size)
 
-    examples = {}
-    for split, split_rows in (("train", rows), ("eval", eval_rows)):
-        with located(f"data.{split}"):
-            examples[split] = ImageExamples(split_rows, labels, model.pixels)
-            examples[split].check()
-        if split_rows:
-            print(f"{split}: {class_counts(split_rows)}", file=sys.stderr)
-
+    examples = checked_examples({"train": rows, "eval": eval_rows}, labels, model.pixels)
     objective = with_loss_options(objective, config.loss, labels, examples["train"])
     collate = ImageCollate(model.pixels, config.data.augment)
     return Prepared(model, None, objective, labels, examples["train"], eval_rows, examples["eval"], collate)
@@ -260,7 +256,7 @@ def load_model(
         model = opened.model
         tokenizer = opened.tokenizer
 
-    if options.add_tokens:
+    if options.add_tokens and options.adapter is None:
         with located("model.add_tokens"):
             add_tokens(model, tokenizer, options.add_tokens)
     # Each projection was packed as it was read, and nothing of the base trains.
@@ -273,6 +269,7 @@ def load_model(
             raise ValueError(f"model.recompute: {name} has no norm in front of a feed-forward to make it again from")
         for block in model.layers:
             block.recompute = True  # type: ignore[assignment]
+    attach_start(model, tokenizer, options, weights)
     learn_turn_end(model, tokenizer)
     return model, tokenizer
 
@@ -281,13 +278,14 @@ def choose_trained(ready: Prepared, config: RunConfig) -> str:
     """Freeze and adapt as the configuration says; returns a short name for what trains, such as "LoRA r=8"."""
     model = ready.model
     objective = ready.objective
-    if config.lora is not None:
+    if config.lora is not None and config.model.adapter is None:
         add_lora(model, config.lora)
-        # A new head has nothing that a low-rank update could start from: it trains in full.
-        if objective.new_head or model.head_is_new:
-            unfreeze(model, "head.*")
-            if objective.encoding != "images":
-                freeze(model, "embed.tokens.weight")  # a masked-LM head is tied to it
+    take_options(model, config)
+    # A new head has nothing that a low-rank update could start from: it trains in full.
+    if config.trains_adapter and (objective.new_head or model.head_is_new):
+        unfreeze(model, "head.*")
+        if objective.encoding != "images" and not trained_ids(model):
+            freeze(model, "embed.tokens.weight")  # a masked-LM head is tied to it
 
     # Exceptions after the rule, and single rows last, because they train in a matrix that is frozen.
     if config.freeze.names:
@@ -295,7 +293,8 @@ def choose_trained(ready: Prepared, config: RunConfig) -> str:
     if config.freeze.except_:
         unfreeze(model, *config.freeze.except_)
     if config.freeze.token_rows:
-        train_rows(model, _ids_of([*config.freeze.token_rows, *config.model.add_tokens], ready.tokenizer))
+        ids = _ids_of([*config.freeze.token_rows, *config.model.add_tokens], ready.tokenizer)
+        train_rows(model, [*ids, *trained_ids(model)])  # those of an adapter to go on from train on
     elif config.model.add_tokens:
         train_added_rows(model, _ids_of(config.model.add_tokens, ready.tokenizer))
 
@@ -303,8 +302,8 @@ def choose_trained(ready: Prepared, config: RunConfig) -> str:
     choose_dropout(model, config.model.dropout, frozen_base=head_only(model))
 
     # A name for reports.
-    if config.lora is not None:
-        return f"LoRA r={config.lora.rank}"
+    if config.trains_adapter:
+        return f"LoRA r={rank_on(model, NAME)}"
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if len(trained) == len(list(model.parameters())) and not config.freeze.token_rows:
         return "full"

@@ -14,12 +14,12 @@ from ._folders import filling, stored_files
 from ._outside import others_code
 from ._shapes import with_fields
 from .config import RunConfig, from_table
-from .engine import load_adapter, save_adapter
+from .engine import drop_adapter, load_adapter, save_adapter, set_adapter
 from .engine.adapters.switch import adapter_names
 from .engine.peft.format import CONFIG, TASK_TYPES, WEIGHTS
 from .engine.peft.weights import PREFIX
 from .engine.training.run_folder import read_facts
-from .inputs import relocate_inputs
+from .inputs import START, relocate_inputs
 from .models import ResNet, add_tokens, load
 from .models.checkpoint.safetensors_io import read_header
 from .models.layers.image_processor import ImageProcessor
@@ -54,6 +54,9 @@ def config_of(run: Path, locate: Sequence[str] = ()) -> RunConfig:
         # Labels may have come from the training rows, which need not be there any more.
         if facts.get("labels"):
             table["model"]["labels"] = facts["labels"]
+        # The adapter that the run went on from has become the one that it stored; only DPO's reference is the former.
+        if table["model"].get("adapter") and START[0] not in locate:
+            table["model"]["adapter"] = str(run / "adapter") if has_stored(run) else None
         if "chat" in facts and table["method"] == "sft":  # as the run was trained, whatever rows it is evaluated on
             table["data"]["chat"] = "on" if facts["chat"] else "off"
         relocate_inputs(run, facts, table, locate)
@@ -76,6 +79,9 @@ def put_weights(run: Path, model: Any) -> None:
     """Load the run's adapter or weights into the model. ValueError where the run has not finished."""
     require_finished(run)
     if (run / "adapter").is_dir():
+        set_adapter(model, None)
+        for name in adapter_names(model):  # that the run went on from
+            drop_adapter(model, name)
         load_adapter(model, run / "adapter")
         _announce_missing_head(model, run / "adapter")
         return

@@ -40,6 +40,7 @@ EXPORTS = {
     ],
     "models": ["Bert", "Bloom", "GPT2", "Llama", "ResNet", "T5", "XLNet", "add_tokens", "load", "save", "set_dropout"],
     "engine": [
+        "Callback",
         "LoRAConfig", "PPOConfig", "TrainConfig", "add_lora", "combine_adapters", "drop_adapter", "evaluate", "freeze",
         "generate", "load_adapter", "load_checkpoint", "load_reward", "merge_lora", "ppo", "projections", "quantize",
         "save_adapter", "save_checkpoint", "set_adapter", "train", "train_rows", "trainable_report", "unfreeze",

@@ -11,6 +11,8 @@ for each adapter with token rows, or with an embedding.
 """
 
 from collections.abc import Collection, Iterator, Mapping
+from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -291,6 +293,16 @@ def common_owner(model: nn.Module, adapters: Collection[str | None]) -> str | No
                 "with it apart from those with another adapter or none"
             )
     return next(iter(adapters), None)
+
+
+def copy_tensors(model: nn.Module, adapter: str, copy: str) -> None:
+    """Give the adapter `copy` tensors like those of another one."""
+    memo: dict[int, Any] = {}  # a tied matrix is in several modules, and stays one
+    for _, module, versions in _versioned_modules(model):
+        if versions.active == adapter:
+            versions.store_active(module)
+        if adapter in versions.by_adapter:
+            versions.by_adapter[copy] = deepcopy(versions.by_adapter[adapter], memo)
 
 
 def drop_tensors(model: nn.Module, adapter: str) -> None:

@@ -6,6 +6,7 @@ the last bit for about one weight in 25 in bf16.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -16,17 +17,29 @@ from ...kernels.lora.factors import Merged
 from ...kernels.lora.per_row import AdapterRows
 from ...kernels.quant.nf4 import NF4Weight
 from ..model import facts_of
+from .config import LoRAConfig
 from .locking import adapter_lock, with_adapter_lock
-from .lora import AdapterSite, activate, active_adapter, adapter_sites, attached_to, refuse_merged, train_only
+from .lora import (
+    AdapterSite,
+    activate,
+    active_adapter,
+    adapter_sites,
+    attached_to,
+    check_adapter_name,
+    refuse_merged,
+    train_only,
+)
 from .modules_to_save import (
     active_owners,
     common_owner,
+    copy_tensors,
     drop_tensors,
     make_active_the_base,
     mark_trained,
     restore_owners,
 )
 from .rounding import rounded
+from .targets import match_targets
 from .wrapping import Active, Adaptable, n_groups
 
 
@@ -162,6 +175,48 @@ def _check_by_row(model: nn.Module, rows: AdapterRows) -> None:
                 raise ValueError(
                     f"{name!r} is a DoRA, which can't be mixed with others in a batch: use it for all rows"
                 )
+
+
+@with_adapter_lock
+def copy_adapter(model: nn.Module, name: str, copy: str) -> None:
+    """Attach an adapter `copy` that is like the one called `name`, with what belongs to it; the active one stays.
+
+    ValueError where there is no such adapter, the copy's name is taken, or one is merged into the weights.
+    """
+    refuse_merged(model)
+    check_attached(model, name)
+    check_adapter_name(model, copy)
+    for site in adapter_sites(model):
+        if name in site.adapters:
+            site.module.lora[copy] = deepcopy(site.adapters[name])
+    copy_tensors(model, name, copy)
+
+
+def adapter_difference(model: nn.Module, name: str, config: LoRAConfig) -> str | None:
+    """In what an adapter is another than `add_lora` would make of `config`, in words; None where it is like that.
+
+    Ranks, scales and targets count, and whether it is a DoRA; not how its factors begin and how they are trained.
+    """
+    asked = {
+        published: (config.rank_of(published), config.scale_of(published), config.dora)
+        for parts in match_targets(model, config.targets).values()
+        for published in parts.values()
+    }
+    there = {}
+    for site in adapter_sites(model):
+        for block in site.adapters[name].blocks() if name in site.adapters else ():
+            published = site.published[site.module.parts.index(block.part)]
+            there[published] = (len(block.a), block.scale, block.m is not None)
+
+    for published in sorted(asked.keys() | there.keys()):
+        if published not in there:
+            return f"it is not on {published}, which targets = {config.targets!r} names"
+        if published not in asked:
+            return f"it is on {published}, which targets = {config.targets!r} leaves out"
+        for what, ours, other in zip(("rank", "scale", "dora"), there[published], asked[published], strict=True):
+            if ours != other:
+                return f"its {what} on {published} is {ours}, not {other}"
+    return None
 
 
 @with_adapter_lock

@@ -81,6 +81,11 @@ def trained_rows(model: nn.Module) -> dict[str, Tensor]:
     return rows_among(dict(model.named_buffers()))
 
 
+def trained_ids(model: nn.Module) -> list[int]:
+    """The ids of the rows that train in one of the matrices."""
+    return sorted({token_id for ids in trained_rows(model).values() for token_id in ids.tolist()})
+
+
 def rows_among(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same, of tensors by their names in a model."""
     return {

@@ -11,6 +11,7 @@ they lie: so a run may be moved together with its data, and a file of the same s
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -146,17 +147,48 @@ def differences(before: Any, now: Any, but: Container[str], name: str = "") -> I
         yield f"{name} = {before!r}, not {now!r}"
 
 
+# How long a run is, which may grow: it goes on from where it ended.
+LENGTHS = ("train.epochs", "train.max_steps", "ppo.episodes")
+
+
+def is_prolonged(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a run's configuration lets it be longer in one of `LENGTHS` than it was before, and shorter in none."""
+    return _is_no_shorter(before, now) and not _is_no_shorter(now, before)
+
+
+def _is_no_shorter(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    return all(new >= old for old, new in zip(_most(before), _most(now), strict=True))
+
+
+def _most(config: Mapping[str, Any]) -> list[float]:
+    """The epochs, steps and episodes at which a run ends at the latest."""
+    epochs, max_steps, episodes = (_number(config, *name.split(".")) for name in LENGTHS)
+    if epochs is None and max_steps is None:
+        epochs = 1
+    return [math.inf if most is None else most for most in (epochs, max_steps, episodes)]
+
+
+def _number(config: Mapping[str, Any], section: str, field: str) -> float | None:
+    table = config.get(section)
+    value = table.get(field) if isinstance(table, dict) else None
+    return value if isinstance(value, int) else None
+
+
 def run_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """In what the runs differ that two run.json are of: `config`, and the contents of `inputs`.
 
-    Not compared is where the run lies (`out`), and what a path in the configuration is called.
+    Not compared is where the run lies (`out`), who is told of it (`log`), what a path in the configuration is called,
+    and that the run is longer now.
     """
     old_inputs = before.get("inputs", {})
     new_inputs = now.get("inputs", {})
 
     # Where a field leads to as many things as before, these are compared, and not how they are called.
     shared = [field for field in new_inputs if len(old_inputs.get(field, ())) == len(new_inputs[field])]
-    texts = list(differences(before["config"], now["config"], but={"out", *shared}))
+    ignored = {"out", "log", *shared}
+    if _is_no_shorter(before["config"], now["config"]):
+        ignored.update(LENGTHS)
+    texts = list(differences(before["config"], now["config"], but=ignored))
     for field in shared:
         for old, new in zip(old_inputs[field], new_inputs[field], strict=True):
             if not same_contents(old, new):

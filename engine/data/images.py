@@ -9,6 +9,7 @@ has no room to move the window in, it may reach beyond the edge by an eighth of 
 (He et al. 2015, section 4.2). What is random comes from torch's default generator, whose state a checkpoint holds.
 """
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from ..._files import require_file
-from ..._outside import others_code, visible_line
+from ..._outside import located, others_code, visible_line
 from .batches import Batch
 from .labels import label_ids, label_name
 
@@ -106,6 +107,23 @@ def class_counts(rows: Sequence[Mapping[str, Any]]) -> str:
     counts = Counter(row["label"] for row in rows)
     classes = ", ".join(f"{visible_line(label)} {counts[label]:,}" for label in sorted(counts))
     return f"{len(rows):,} images in {len(counts)} classes: {classes}"
+
+
+def checked_examples(
+    splits: Mapping[str, Sequence[Mapping[str, Any]]], labels: Sequence[str], pixels: ImageProcessor
+) -> "dict[str, ImageExamples]":
+    """The examples of each split, every image decoded once, so that a broken one is reported before training begins.
+
+    How many there are of each class is printed.
+    """
+    examples = {}
+    for split, rows in splits.items():
+        with located(f"data.{split}"):
+            examples[split] = ImageExamples(rows, labels, pixels)
+            examples[split].check()
+        if rows:
+            print(f"{split}: {class_counts(rows)}", file=sys.stderr)
+    return examples
 
 
 def decode(path: str | Path, pixels: ImageProcessor) -> Tensor:

@@ -1,6 +1,7 @@
 """The models that look at a rollout, all on one frozen base: the policy, its critic and the reference.
 
-Policy and critic are adapters of it, and the reference is the base with adapters off. Where the lower layers are
+Policy and critic are adapters of it, and the reference is the base with adapters off. Where training goes on from an
+adapter, policy and critic begin as copies of it, and the reference is the base with it. Where the lower layers are
 neither adapted nor trained, their hidden states are computed once a rollout and saved: policy, critic, reference,
 reward and every epoch go on from there.
 """
@@ -12,8 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import linear_cross_entropy
-from ..adapters.lora import add_lora
-from ..adapters.switch import adapter_names, drop_adapter, set_adapter, use_adapter
+from ..adapters.config import LoRAConfig
+from ..adapters.lora import active_adapter, adapter_sites, add_lora
+from ..adapters.modules_to_save import trained_outside_adapters
+from ..adapters.switch import (
+    adapter_difference,
+    adapter_names,
+    copy_adapter,
+    drop_adapter,
+    set_adapter,
+    use_adapter,
+)
 from ..adapters.targets import match_targets
 from ..data.batches import Batch
 from .config import PPOConfig
@@ -29,6 +39,7 @@ class PolicyAndCritic:
 
     model: Any  # of policy and reference, by adapter
     critic: Any  # None in GRPO, which has no critic
+    reference: str | None  # the adapter that the reference is the base with
     n_shared: int  # how many lower layers both share with the reference
     temperature: float  # that the policy samples at
 
@@ -55,8 +66,8 @@ class PolicyAndCritic:
 
     def _cross_entropy_arguments(self, batch: Batch, adapter: str | None) -> dict[str, Any]:
         """The arguments of the cross-entropy of each token of the completions."""
-        head = self.model.head
         states = self._states(self.model, batch, adapter)  # (n, D)
+        head = self.model.head  # the same for policy and reference: of an adapter to go on from, only factors train
         # Instead of the logits, which are never made; exact because an output head has no bias.
         if self.temperature != 1.0:
             states = states / self.temperature
@@ -90,12 +101,24 @@ def attach(model: Any, config: PPOConfig) -> PolicyAndCritic:
     """Add adapters for policy and critic to the model. ValueError where it can't be trained so."""
     if model.task != "causal-lm" or model.head.active is not None:
         raise ValueError("ppo trains a causal language model, whose output head has no adapter")
-    if others := [name for name in adapter_names(model) if name != REWARD]:
+    if earlier := [name for name in adapter_names(model) if name in (CRITIC, POLICY)]:
         raise ValueError(
-            f"the model carries the adapter {others[0]!r}, but the reference is the model without adapters: "
-            f"merge_lora(model, keep_base=False), or drop_adapter(model, {others[0]!r}), first"
+            f"the model carries the adapter {earlier[0]!r} of an earlier run: save it and load it by another name to "
+            f"go on from it, or drop_adapter(model, {earlier[0]!r}), first"
         )
-    if outside := [path for path in match_targets(model, config.lora.targets) if not path.startswith("layers.")]:
+    start = start_of(model)
+    if start is not None and active_adapter(model) != start:
+        raise ValueError(
+            f"the model carries the adapter {start!r}, which is not active: set_adapter(model, {start!r}) to go on "
+            f"from it, or drop_adapter(model, {start!r}) to begin with the base"
+        )
+    difference = None
+    if start is not None and config.lora != LoRAConfig():
+        difference = adapter_difference(model, start, config.lora)
+    if difference is not None:
+        raise ValueError(f"lora: policy and critic go on from an adapter, and {difference}; leave lora out")
+    targets = match_targets(model, config.lora.targets) if start is None else _adapted(model, start)
+    if outside := [path for path in targets if not path.startswith("layers.")]:
         raise ValueError(f"lora.targets: ppo adapts the layers, which its models share; {outside[0]!r} is in none")
 
     critic = None
@@ -103,19 +126,51 @@ def attach(model: Any, config: PPOConfig) -> PolicyAndCritic:
         critic = with_head(model, "reward")
         # 7: the critic expects nothing, until it has learnt something.
         nn.init.zeros_(critic.head.out.weight)
-        add_lora(model, config.lora, CRITIC)
-    add_lora(model, config.lora, POLICY)
+        _add_adapter(model, config, start, CRITIC)
+    _add_adapter(model, config, start, POLICY)
 
     # Where nobody asks for an adapter, as a reward without one, the model is the reference.
-    set_adapter(model, None)
+    set_adapter(model, start)
+
+    # Token rows, say, that belong to the adapter to go on from change what enters the lowest layer.
+    n_shared = shared_layers(model, (POLICY, CRITIC))
+    if start is not None and trained_outside_adapters(model, start):
+        n_shared = 0
 
     # 4: with dropout, a ratio would compare two masks.
     model.eval()
-    return PolicyAndCritic(model, critic, shared_layers(model, (POLICY, CRITIC)), config.temperature)
+    return PolicyAndCritic(model, critic, start, n_shared, config.temperature)
+
+
+def start_of(model: Any) -> str | None:
+    """The adapter to go on from, the only one besides a reward's and ours. ValueError where there are several."""
+    names = [name for name in adapter_names(model) if name not in (POLICY, CRITIC, REWARD)]
+    if len(names) > 1:
+        raise ValueError(
+            f"the model carries the adapters {', '.join(map(repr, names))}, and ppo goes on from one: drop_adapter "
+            "the others first"
+        )
+    return names[0] if names else None
+
+
+def _adapted(model: Any, name: str) -> list[str]:
+    """The paths of the modules that an adapter is on."""
+    return [site.path for site in adapter_sites(model) if name in site.adapters]
+
+
+def _add_adapter(model: Any, config: PPOConfig, start: str | None, name: str) -> None:
+    """Add an adapter that is fresh, or a copy of the one to go on from, of which the factors alone will train."""
+    if start is None:
+        add_lora(model, config.lora, name)
+        return
+    copy_adapter(model, start, name)
+    set_adapter(model, name)
+    for key in trained_outside_adapters(model, name):
+        model.get_parameter(key).requires_grad_(False)
 
 
 def detach(model: Any) -> None:
-    """Take policy and critic off the model."""
-    set_adapter(model, None)
+    """Take policy and critic off the model, which then is the reference."""
+    set_adapter(model, start_of(model))
     for name in {POLICY, CRITIC} & set(adapter_names(model)):
         drop_adapter(model, name)

@@ -19,7 +19,8 @@ from torch import Tensor
 from ..._files import read_json, write_json
 from ..._folders import filling
 from ..adapters.config import is_finite
-from ..adapters.switch import adapter_names, use_adapter
+from ..adapters.lora import active_adapter
+from ..adapters.switch import adapter_names, set_adapter, use_adapter
 from ..chat.ends import turn_end
 from ..chat.template import ChatTemplate
 from ..data.batches import packed, to_device
@@ -122,8 +123,8 @@ class Reward:
 def load_reward(policy: Any, path: str | Path, tokenizer: Any = None) -> Reward:
     """The reward model whose adapter lies in the folder `path`, on the base of `policy`, a causal language model.
 
-    Call it before the policy has adapters of its own. Raises as `load_adapter`, and ValueError where the folder has no
-    head, or has more than an adapter and a head: what else was trained would change the policy.
+    Call it before `ppo`; the policy's active adapter stays active. Raises as `load_adapter`, and ValueError where the
+    folder has no head, or has more than an adapter and a head: what else was trained would change the policy.
     """
     model = with_head(policy, "reward")
     stored = read_adapter(model, path)
@@ -147,8 +148,12 @@ def load_reward(policy: Any, path: str | Path, tokenizer: Any = None) -> Reward:
                 f"{scale_file}: {field} = {value!r}; expected a finite number, train the reward model again"
             )
 
+    # Off the whole policy, whose head is none of the reward model's modules, and back on it.
+    active = active_adapter(policy)
+    set_adapter(policy, None)
     load_adapter(model, path, ADAPTER)
     model.requires_grad_(False)
+    set_adapter(policy, active)
     return Reward(model, tokenizer, **normalization)
 
 

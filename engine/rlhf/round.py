@@ -117,7 +117,7 @@ class Trainer:
             # The completions' tokens: as policy, reference and critic see them.
             batch = rollout.batch(rows, self.device)
             logps, entropy = self.actors.logps_and_entropy(batch, POLICY)
-            reference = self.actors.logps(batch, None)
+            reference = self.actors.logps(batch, self.actors.reference)
             values = torch.zeros_like(logps) if self.critic is None else self.actors.values(batch)
             numbers = torch.stack((logps, reference, entropy, values), 1)  # (n, 4)
             per_token.update(zip(rows, numbers.split(batch["counts"]), strict=True))
@@ -279,7 +279,7 @@ class Trainer:
             return
 
         # As in a round: a reward model on the policy's base sees tokens, any other what the caller gave.
-        samples = sample(self.model, draw(prompts, self.config.reward_norm_samples), None, self.config)
+        samples = sample(self.model, draw(prompts, self.config.reward_norm_samples), self.actors.reference, self.config)
         for reward in unscaled:
             if reward.on(self.model):
                 reward.normalize([prompt.ids for prompt in samples.prompts], samples.completions)

@@ -2,11 +2,12 @@
 
     sample → score → a reward for each token, less its KL from the reference → advantages → clipped updates
 
-Policy and critic are adapters of one frozen base, and the reference is that base with adapters off; a reward model may
-stand on it, too. So all four cost one model in memory, and where the adapters sit in the upper layers only, the lower
-ones are computed once a round (`actors.py`). With `group_size` there is no critic: completions of one prompt are
-compared with each other (GRPO: Shao et al. 2024, arXiv:2402.03300). What happens in a round stands in `round.py`, with
-a list of details, whose numbers comments here give, too.
+Policy and critic are adapters of one frozen base, and the reference is that base with adapters off, or with the adapter
+that the model came with, from which both then begin; a reward model may stand on it, too. So all four cost one model in
+memory, and where the adapters sit in the upper layers only, the lower ones are computed once a round (`actors.py`).
+With `group_size` there is no critic: completions of one prompt are compared with each other (GRPO: Shao et al. 2024,
+arXiv:2402.03300). What happens in a round stands in `round.py`, with a list of details, whose numbers comments here
+give, too.
 """
 
 import logging
@@ -19,8 +20,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from torch import Tensor
 
+from ..adapters.lora import adapter_sites
 from ..adapters.switch import set_adapter
 from ..data.batches import Batches
 from ..data.fingerprints import in_memory
@@ -29,7 +31,8 @@ from ..training.guards import clean_guest, explained_memory_error, infinite_epoc
 from ..training.optim import lr_factor
 from ..training.run_folder import RunFolder, peak_memory
 from ..training.state import resume, save, stored_state, tell_resumed
-from .actors import POLICY, detach
+from ..training.watching import Callback, Watch
+from .actors import POLICY, detach, start_of
 from .config import PPOConfig
 from .reward_model import RewardFn
 from .rollouts import fitting_prompts
@@ -73,20 +76,23 @@ def ppo(
     metadata: dict[str, Any] | None = None,
     show: Callable[[str], None] | None = None,
     shown: Sequence[str] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> PPOResult:
     """Train a causal language model to write what `reward` scores high, without moving far from what it is.
 
+    With an active adapter the policy goes on from it, and is trained as a copy; the reference is the model as given.
     `prompts` are texts, where there is a `tokenizer`, else token ids. `reward(prompts, completions)` gives a number for
     each completion, texts or token ids likewise; a `Reward`; or several, whose scores are added up. The policy is left
     as the active adapter "policy". `run_dir`: the run folder; the same call on it resumes, on the same model, too, or
     finds the run finished and changes nothing. `show` gets a sample a round, in which, as in the log, `shown` stands in
-    the place of the prompts: what a person asked, without the chat template around it. Random generators, settings of
-    torch, signal handlers and modes of modules are afterwards what they were.
+    the place of the prompts: what a person asked, without the chat template around it. `callbacks` hear of each round
+    and of the end. Random generators, settings of torch, signal handlers and modes of modules are afterwards what they
+    were.
 
-    Raises ValueError for a model with adapters other than a reward's (merge them first), LoRA targets outside its
-    layers, an empty prompt, none that leaves room for a completion, a reward that gives anything but one finite number
-    each, and a folder of a run with another configuration, base or prompts, or on which another process works;
-    FloatingPointError where training diverges.
+    Raises ValueError for a model with several adapters besides a reward's, or one that is not active or unlike
+    `config.lora` (where that isn't the default), LoRA targets outside its layers, an empty prompt, none that leaves
+    room for a completion, a reward that gives anything but one finite number each, and a folder of a run with another
+    configuration, base or prompts, or on which another process works; FloatingPointError where training diverges.
     """
     run_folder = RunFolder(run_dir)
     with clean_guest(model, config.seed), run_folder.alone():
@@ -95,7 +101,7 @@ def ppo(
         run_folder.start(
             metadata or {},
             {"ppo": asdict(config)},
-            lambda: in_memory(model, prompts=list(prompts), tokenizer=tokenizer_json),
+            lambda: in_memory(model, prompts=list(prompts), tokenizer=tokenizer_json, adapter=_start(model)),
         )
 
         # One at a time, so that a round has all its prompts where a pass over them ends within it.
@@ -134,8 +140,8 @@ def ppo(
         finished = progress.round >= n_rounds or progress.stopped is not None
         tell_resumed(run_folder, "round", progress.round, n_rounds, finished)
 
-        bar = tqdm(total=config.episodes, initial=progress.episodes, unit="episode", disable=None)
-        with interruptible() as interrupt, explained_memory_error(trainer.device, remedy), bar:
+        watch = Watch(run_folder, callbacks, "round", progress.round, n_rounds)
+        with interruptible() as interrupt, explained_memory_error(trainer.device, remedy), watch:
             while not finished:
                 lr = config.lr * lr_factor(config.schedule, progress.round, n_rounds, 0, 0.2, 0.0)
 
@@ -145,19 +151,17 @@ def ppo(
                 loss = stats["policy_loss"] if trainer.is_finite(rollout) else math.nan
                 require_finite(loss, stats["grad_norm"], f"round {progress.round + 1}", run_folder, "ppo.lr")
 
-                # Log, show a sample, move the bar.
+                # Log, and show a sample.
                 progress.round += 1
                 progress.episodes += len(rollout.ids)
                 progress.stats = stats
                 progress.seconds = time.perf_counter() - started
                 _, completions = trainer.as_given(rollout)
                 sample = f"{rollout.prompts[0].shown!r} → {completions[0]!r}: {float(rollout.scores[0]):.3f}"
-                run_folder.log(step=progress.round, episodes=progress.episodes, **stats, sample=sample,
-                               peak_memory=peak_memory(), seconds=progress.seconds)  # fmt: skip
+                watch.step(step=progress.round, episodes=progress.episodes, **stats, sample=sample,
+                           peak_memory=peak_memory(), seconds=progress.seconds)  # fmt: skip
                 if show is not None:
                     show(sample)
-                bar.set_postfix({key: f"{stats[key]:.3f}" for key in ("score", "kl")}, refresh=False)
-                bar.update(len(rollout.ids))
 
                 # 16: a run whose KL runs away ends, with the best weights so far.
                 if config.max_kl is not None and stats["kl"] > config.max_kl:
@@ -179,7 +183,16 @@ def ppo(
             log.warning("no round was better than the first: the policy given back is the untrained one; lower ppo.lr")
         set_adapter(model, POLICY)
         stopped = progress.stopped or ("interrupted" if progress.round < n_rounds else None)
-        return PPOResult(progress.episodes, progress.stats, progress.best, time.perf_counter() - started, stopped)
+        seconds = time.perf_counter() - started
+        return watch.end(PPOResult(progress.episodes, progress.stats, progress.best, seconds, stopped))
+
+
+def _start(model: Any) -> list[Tensor] | None:
+    """The factors of the adapter that training goes on from."""
+    start = start_of(model)
+    if start is None:
+        return None
+    return [p for site in adapter_sites(model) if start in site.adapters for p in site.adapters[start].parameters()]
 
 
 def _smaller_batches(config: PPOConfig) -> str:

@@ -260,15 +260,15 @@ class DPOLoss:
 
 
 @torch.no_grad()
-def add_reference(model: Any, examples: Examples) -> None:
-    """Give each comparison the log-probabilities of its answers by the model as it is, without adapters.
+def add_reference(model: Any, examples: Examples, adapter: str | None = None) -> None:
+    """Give each comparison the log-probabilities of its answers by the model with `adapter`, or with none.
 
     Before training that is the reference of DPO: computed once, it costs no second model and no pass a step.
     """
     device = next(model.parameters()).device
     chunks = Batches(examples, PairCollate(), tokens=CHUNK_TOKENS, shuffle=False)
     logps: list[list[float]] = []
-    with in_eval_mode(model), use_adapter(model, None):
+    with in_eval_mode(model), use_adapter(model, adapter):
         for (batch,) in tqdm(chunks, desc="reference", unit="batch", disable=None):
             chosen, rejected = answer_logps(model, to_device(batch, device)).chunk(2)  # (2B,) -> (B,) each
             logps += torch.stack((chosen, rejected), 1).tolist()  # (B, 2)

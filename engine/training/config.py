@@ -13,8 +13,8 @@ MANY = 10**9  # steps, rows and tokens: nobody waits for more
 class TrainConfig:
     """How to train. Where `epochs` and `max_steps` are both given, the run ends after whichever comes first."""
 
-    # How long.
-    epochs: int = above_zero(1, most=1_000_000)  # passes over the data
+    # How long. Both may be raised later: the same command then goes on from where the run ended.
+    epochs: int | None = above_zero(None, most=1_000_000)  # passes over the data; None: 1, or those of max_steps
     max_steps: int | None = above_zero(None, most=MANY)  # optimizer updates; None: as many as the epochs have
 
     # A step is so many rows, or so many tokens; a micro-batch is what is computed of it at a time.

@@ -20,7 +20,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ..adapters.lora import active_adapter, adapter_sites
 from ..adapters.modules_to_save import mark_trained
@@ -47,6 +46,7 @@ from .optim import Optimizer, lr_factor, lr_scales
 from .optimizers import states_for
 from .run_folder import RunFolder, peak_memory
 from .state import Progress, keep_best, restore_best, resume, save, stored_state, tell_resumed
+from .watching import Callback, Watch
 
 DEFAULT_ROWS = 16  # of a step, where the configuration gives neither rows nor tokens
 UNTRAINED = (
@@ -96,6 +96,7 @@ def train(
     run_dir: str | Path | None = None,
     metadata: dict[str, Any] | None = None,
     metric: str = "loss",
+    callbacks: Sequence[Callback] = (),
 ) -> Result:
     """Train the parameters that require a gradient; gives back what came out, the model holding the best weights.
 
@@ -110,6 +111,7 @@ def train(
         last weights stay, best or not.
     metadata: facts and configuration for its run.json.
     metric: what is best of an evaluation where `config.best` doesn't say.
+    callbacks: what else hears of each step and evaluation, and of the end (`Callback`).
 
     Ctrl-C finishes the step and saves, a second one stops at once; a handler of the caller's own stays in charge. The
     caller's random generators, settings of torch, signal handlers and modes of modules are afterwards, also after an
@@ -178,13 +180,13 @@ def train(
         def evaluate_now() -> None:
             progress.metrics = evaluate(model, eval_data, loss_fn, score() if score else None)
             progress.before = progress.before or progress.metrics
-            run_folder.log(step=progress.step, epoch=progress.step / per_epoch, eval=progress.metrics)
+            watch.evaluation(step=progress.step, epoch=progress.step / per_epoch, eval=progress.metrics)
             # Before the first step the weights are untrained: they are a candidate only where `best` is asked for.
             if config.best != "last" and (progress.step > 0 or config.best is not None):
                 keep_best(run_folder, optimizer, progress, config.best or metric)
 
-        bar = tqdm(total=total, initial=progress.step, unit="step", disable=None)
-        with interruptible() as interrupt, explained_memory_error(device, partial(smaller_batches, data)), bar:
+        watch = Watch(run_folder, callbacks, "step", progress.step, total)
+        with interruptible() as interrupt, explained_memory_error(device, partial(smaller_batches, data)), watch:
             if eval_data is not None and progress.step == 0:
                 evaluate_now()
 
@@ -224,21 +226,15 @@ def train(
                 progress.loss_sum += loss_value
                 progress.targets += targets
 
-                # Tell the run folder and the terminal.
-                mean = loss_value / (targets or 1)
+                # Tell the run folder, the terminal and the callbacks.
                 unit = "images" if images else "tokens"
                 amount = images or tokens
                 speed = amount / (time.perf_counter() - step_started)
-                run_folder.log(
-                    step=progress.step, epoch=progress.step / per_epoch, loss=mean, lr=lr, grad_norm=norm_value,
-                    targets=targets, **{unit: amount, f"{unit}_per_second": speed}, peak_memory=peak_memory(),
-                    seconds=time.perf_counter() - started,
+                watch.step(
+                    step=progress.step, epoch=progress.step / per_epoch, loss=loss_value / (targets or 1), lr=lr,
+                    grad_norm=norm_value, targets=targets, **{unit: amount, f"{unit}_per_second": speed},
+                    peak_memory=peak_memory(), seconds=time.perf_counter() - started,
                 )  # fmt: skip
-                bar.set_postfix({
-                    "loss": f"{mean:.3f}", "lr": f"{lr:.1e}", "images/s" if images else "tok/s": f"{speed:.0f}",
-                    "mem": f"{peak_memory() / 2**30:.1f}G",
-                }, refresh=False)  # fmt: skip
-                bar.update()
 
                 # Evaluate before saving: a checkpoint says whether its own step was the best.
                 if eval_data is not None and (progress.step % eval_every == 0 or progress.step == total):
@@ -256,11 +252,11 @@ def train(
             metrics = progress.best.get("metrics", metrics)
             if progress.best.get("step") == 0:
                 log.warning("%s", UNTRAINED)
-        return Result(
+        return watch.end(Result(
             progress.step, progress.loss_sum / (progress.targets or 1), metrics, progress.before,
             {key: value for key, value in progress.best.items() if key != "metrics"},
             time.perf_counter() - started, peak_memory(), interrupted,
-        )  # fmt: skip
+        ))  # fmt: skip
 
 
 def _trained_parameters(model: nn.Module, config: TrainConfig, by_adapter: bool) -> dict[str, nn.Parameter]:
@@ -303,14 +299,18 @@ def _steps(data: Any, config: TrainConfig) -> tuple[int, int]:
     # `Batches` by tokens can have more steps in one epoch than in another.
     if isinstance(data, Batches):
         per_epoch = len(data.plan(0))
-        total = data.steps(config.epochs)
     elif isinstance(data, Sized):
         per_epoch = len(data)
-        total = per_epoch * config.epochs
     elif config.max_steps is not None:
-        total = per_epoch = config.max_steps
+        return config.max_steps, config.max_steps
     else:
         raise ValueError("data without a length needs max_steps")
     if per_epoch == 0:
         raise ValueError("the data has no batch")
+
+    # Without a number of epochs, the data is repeated for all of `max_steps`.
+    if config.epochs is None and config.max_steps is not None:
+        return config.max_steps, per_epoch
+    epochs = config.epochs or 1
+    total = data.steps(epochs) if isinstance(data, Batches) else per_epoch * epochs
     return min(total, config.max_steps or total), per_epoch

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..._files import LOCK, append_line, is_temporary, read_json, remove_left_overs, write_json
 from ..._locks import alone
 from ..._shapes import with_fields
-from ..data.fingerprints import Inputs, is_fingerprint, run_differences
+from ..data.fingerprints import Inputs, is_fingerprint, is_prolonged, run_differences
 from .checkpoint import checkpoints
 from .journal import read_journal, rewrite
 
@@ -101,10 +101,13 @@ class RunFolder:
     def go_on(self) -> None:
         """Before a step of a run that began earlier: note where it and its inputs lie now, and say what else differs.
 
-        With other versions, threads or another device it goes on, but its bits may be others.
+        With other versions, threads or another device it goes on, but its bits may be others. A finished run that is
+        prolonged is no longer finished.
         """
         if self.path is None:
             return
+        # First: with the longer configuration in run.json, it would pass for the result of that.
+        (self.path / "result.json").unlink(missing_ok=True)
         before = _flat(amend(self.path, **self._moved))
 
         # What the run did not note then is not taken to differ.
@@ -141,11 +144,17 @@ def finish(folder: Path, result: dict[str, Any]) -> None:
 
 
 def finished(folder: Path, config: dict[str, Any], inputs: Inputs) -> dict[str, Any] | None:
-    """What came out of the run in this folder, if it has come to its end. Raises as `start` for another run."""
+    """What came out of the run in this folder, if it has come to its end. Raises as `start` for another run.
+
+    None, too, where the configuration prolongs it.
+    """
     path = folder / "result.json"
     if not (folder / "run.json").is_file():
         return None
-    if not _is_same_run(folder, _plain({"config": config, "inputs": inputs})) or not path.is_file():
+    facts = _plain({"config": config, "inputs": inputs})
+    if not _is_same_run(folder, facts) or not path.is_file():
+        return None
+    if is_prolonged(read_facts(folder / "run.json")["config"], facts["config"]):
         return None
     result = read_result(path)
 

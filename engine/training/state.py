@@ -139,17 +139,24 @@ def set_generators(tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """torch's generators begin at `seed`; after the block all of them, Python's and numpy's too, are as they were."""
+def kept_generators() -> Iterator[None]:
+    """After the block all random generators, Python's and numpy's too, are as they were before it."""
     tensors, facts = generators()
-    # `manual_seed` reaches all GPUs, `generators` only the current one.
+    # A block may seed all GPUs, and `generators` reaches only the current one.
     cuda_states = torch.cuda.get_rng_state_all()
-    torch.manual_seed(seed)
     try:
         yield
     finally:
         set_generators(tensors, facts)
         torch.cuda.set_rng_state_all(cuda_states)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's generators begin at `seed`; after the block all of them are as they were."""
+    with kept_generators():
+        torch.manual_seed(seed)
+        yield
 
 
 def keep_best(run_folder: RunFolder, optimizer: Optimizer, progress: Progress, metric: str) -> None:

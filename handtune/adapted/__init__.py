@@ -1,1 +1,1 @@
-"""A base with what runs have stored for it: to generate, to predict, to reward, and both merged into one checkpoint."""
+"""A base with what runs have stored for it: to generate, predict, reward, train on, and both merged into one."""

@@ -3,27 +3,29 @@
 from pathlib import Path
 from typing import Any
 
-from .._files import read_json, resolved
 from ..config import PPORunConfig
 from ..engine import load_reward
-from ..engine.data.fingerprints import Inputs, changed_files, same_contents
+from ..engine.data.fingerprints import Inputs
 from ..engine.data.readers import read_prompts
 from ..engine.data.schema import is_dialogue
-from ..engine.peft.format import CONFIG
 from ..engine.rlhf.reward_model import Reward, RewardFn
-from ..inputs import as_list, reward_adapter, reward_checkpoint
+from ..inputs import adapter_in, as_list, reward_checkpoint
 from ..models import load
 from ..models.checkpoint.info import checkpoint_info
 from ..prepare import load_model
 from ..prompts import learn_turn_end, prompt_template_of, prompts_of, question_of
-from ..saved_runs import facts_of, function_of
+from ..saved_runs import function_of
+from .starting import other_base
 
 
 def load_policy(config: PPORunConfig, *, weights: bool = True) -> tuple[Any, Any]:
-    """The model that the policy begins with, and its tokenizer."""
+    """The model that the policy begins with, with the adapter that it goes on from, and its tokenizer."""
     path = config.model.path
     assert path is not None
-    model, tokenizer = load_model(config.model, checkpoint_info(path, weights), "causal-lm", weights=weights)
+    model, tokenizer = load_model(
+        config.model, checkpoint_info(path, weights), "causal-lm", weights=weights,
+        head_follows=config.model.adapter is not None,
+    )  # fmt: skip
     if tokenizer is None:
         raise ValueError(f"{path}: no tokenizer.json there, and prompts need one")
     return model, tokenizer
@@ -51,7 +53,7 @@ def reward_of(spec: str, policy: Any, tokenizer: Any, inputs: Inputs) -> RewardF
         return function_of(spec)
 
     # An adapter shares the policy's base; a checkpoint is a second model in memory.
-    if (adapter := reward_adapter(path)) is not None:
+    if (adapter := adapter_in(path)) is not None:
         _check_base(spec, adapter, policy, inputs["model.path"][0])
         return load_reward(policy, adapter, tokenizer)
 
@@ -67,18 +69,8 @@ def _check_base(spec: str, adapter: Path, policy: Any, base: dict[str, Any]) -> 
 
     A run records the contents of its base, wherever that lies now; an adapter by itself only the path.
     """
-    # A reward model that was trained here lies in its run's folder.
-    facts: dict[str, Any] = {}
-    if (adapter.parent / "run.json").is_file():
-        facts = facts_of(adapter.parent)
-
-    trained_on = read_json(adapter / CONFIG).get("base_model_name_or_path")
-    if fingerprints := facts.get("inputs", {}).get("model.path"):
-        is_same = same_contents(fingerprints[0], base)
-        trained_on = f"another base ({changed_files(fingerprints[0], base)})"
-    else:
-        is_same = trained_on is None or resolved(trained_on) == resolved(policy.source)
-    if not is_same:
+    trained_on = other_base(adapter, base, policy.source)
+    if trained_on is not None:
         raise ValueError(
             f"{spec}: this reward model was trained on {trained_on}, and would score otherwise on {policy.source}; "
             "train it on the policy's base, or merge it into its own and give that folder"

@@ -33,9 +33,11 @@ def stored_model(source: str) -> tuple[str, RunConfig | None]:
 def load_base(config: RunConfig, dtype: str, *, head_follows: bool) -> tuple[Any, Any]:
     """The model that a run's adapter stands on, with changes of its own such as added tokens, and its tokenizer.
 
+    What the run began with lies in its adapter.
+
     dtype: "auto" is that of the configuration. head_follows: as in `prepare`.
     """
-    options = config.model
+    options = replace(config.model, adapter=None)
     if dtype != "auto":
         options = replace(options, dtype=dtype)
     base = run_base(config)

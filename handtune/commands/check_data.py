@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 
 from ..adapted.policy import load_policy, policy_prompts
+from ..adapted.starting import with_base
 from ..config import PPORunConfig, RunConfig, from_table, read_table
 from ..engine.rlhf.rollouts import fitting_prompts
 from ..prepare import prepare, run_base
@@ -21,10 +22,10 @@ def run_check_data(options: argparse.Namespace) -> int:
     color = sys.stdout.isatty()
     table = read_table(options.config, options.override)
     if "prompts" in table:
-        _check_prompts(from_table(PPORunConfig, table, options.config), options.rows, color)
+        _check_prompts(with_base(from_table(PPORunConfig, table, options.config)), options.rows, color)
         return 0
 
-    config = from_table(RunConfig, table, options.config)
+    config: RunConfig = with_base(from_table(RunConfig, table, options.config))
     # A run would keep its tokenized corpus in its folder, which nothing has made here.
     with tempfile.TemporaryDirectory() as cache:
         ready = prepare(config, run_base(config, weights=False), Path(cache))

@@ -17,7 +17,7 @@ from ..engine.finite import not_finite
 from ..engine.generation.completions import completions
 from ..engine.tasks.metrics import rouge
 from ..engine.tasks.objectives import LossConfig
-from ..inputs import BASE, DATA
+from ..inputs import BASE, DATA, START
 from ..prepare import Prepared, prepare, run_base
 from ..prompts import prompts_of
 from ..saved_runs import config_of, facts_of, put_weights
@@ -26,8 +26,9 @@ from ..saved_runs import config_of, facts_of, put_weights
 def run_evaluate(options: argparse.Namespace) -> int:
     """`handtune evaluate`: a finished run's weights on held-out rows."""
     run = Path(options.run)
-    # With rows of one's own, the run's rows may be gone.
-    config = config_of(run, BASE if options.data else (*BASE, *DATA))
+    # With rows of one's own, the run's rows may be gone; DPO compares with what it began with, which has to be there.
+    needed = BASE if options.data else (*BASE, *DATA)
+    config = config_of(run, (*needed, *START) if facts_of(run).get("method") == "dpo" else needed)
     if options.data:
         config = replace(config, data=replace(config.data, train=options.data, mix=[], eval=options.data))
     elif facts_of(run).get("method") == "ppo":

@@ -15,10 +15,13 @@ from typing import Any
 from .._files import resolved, write_file
 from .._locks import alone
 from ..adapted.answered_rows import answered_row
+from ..adapted.starting import check_start
 from ..config import PPORunConfig, RunConfig
+from ..engine import Callback
 from ..engine.data.fingerprints import Inputs
 from ..engine.data.placed_rows import PlacedRow
 from ..engine.training.run_folder import RunFolder, finished
+from ..engine.training.tensorboard import TensorBoard
 from ..inputs import inputs_of
 from ..saved_runs import has_stored
 from ..terminal import INTERRUPTED
@@ -74,6 +77,11 @@ def write_rows(rows: Iterable[Mapping[str, Any]], count: int, out: Path) -> None
     write_file(out, "".join(lines))
 
 
+def loggers(config: RunConfig | PPORunConfig) -> list[Callback]:
+    """Who is told of a run as its configuration says. ValueError where a package for that is not installed."""
+    return [] if config.log is None else [TensorBoard(Path(config.out) / config.log, asdict(config))]
+
+
 def run_once(
     config: RunConfig | PPORunConfig,
     stored_in: Path,
@@ -88,6 +96,7 @@ def run_once(
     out = Path(config.out)
     run_folder = RunFolder(out)
     inputs = inputs_of(config)
+    check_start(config, inputs)
 
     def finished_result() -> dict[str, Any] | None:
         result = finished(out, asdict(config), inputs)

@@ -9,24 +9,28 @@ from typing import Any
 from tqdm import tqdm
 
 from ..adapted.policy import load_policy, policy_prompts, reward_of
+from ..adapted.starting import rank_on, with_base
 from ..config import PPORunConfig, read_config
-from ..engine import ppo, trainable_report
+from ..engine import Callback, ppo, trainable_report
 from ..engine.data.fingerprints import Inputs
 from ..engine.rlhf.actors import POLICY
 from ..engine.training.journal import read_journal
 from ..engine.training.run_folder import RunFolder, amend, finish, is_metrics, peak_memory
 from ..inputs import as_list, at_a_commit
 from ..saved_runs import store_adapter, stored_bytes
-from .outputs import run_once
+from .outputs import loggers, run_once
 
 
 def run_ppo(options: argparse.Namespace) -> int:
     """`handtune ppo`: one run from its configuration to the stored adapter."""
-    config: PPORunConfig = at_a_commit(read_config(options.config, options.override, PPORunConfig))
-    return run_once(config, Path(config.out) / "adapter", partial(_ppo, config, options.quiet), _stored_policy)
+    config: PPORunConfig = with_base(at_a_commit(read_config(options.config, options.override, PPORunConfig)))
+    learn = partial(_ppo, config, options.quiet, loggers(config))
+    return run_once(config, Path(config.out) / "adapter", learn, _stored_policy)
 
 
-def _ppo(config: PPORunConfig, quiet: bool, run_folder: RunFolder, inputs: Inputs) -> dict[str, Any] | None:
+def _ppo(
+    config: PPORunConfig, quiet: bool, callbacks: list[Callback], run_folder: RunFolder, inputs: Inputs
+) -> dict[str, Any] | None:
     """Train, and write the policy's adapter. Returns what is in result.json."""
     out = Path(config.out)
     facts = {
@@ -41,12 +45,13 @@ def _ppo(config: PPORunConfig, quiet: bool, run_folder: RunFolder, inputs: Input
     rewards = [reward_of(spec, model, tokenizer, inputs) for spec in as_list(config.reward)]
     result = ppo(
         model, prompts, rewards, config.ppo, tokenizer=tokenizer, run_dir=out, metadata=facts,
-        show=None if quiet else tqdm.write, shown=questions,
+        show=None if quiet else tqdm.write, shown=questions, callbacks=callbacks,
     )  # fmt: skip
     if result.stopped == "interrupted":
         print(f"stopped after {result.episodes} episodes; the same command goes on from there")
         return None
 
+    amend(out, trains=f"LoRA r={rank_on(model, POLICY)}")
     store_adapter(model, tokenizer, out / "adapter", POLICY)
     counts = trainable_report(model)
     values = {

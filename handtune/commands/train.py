@@ -6,26 +6,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..adapted.starting import with_base
 from ..config import RunConfig, read_config
-from ..engine import train, trainable_report
+from ..engine import Callback, train, trainable_report
 from ..engine.data.fingerprints import Inputs
 from ..engine.training.loop import training_batches
 from ..engine.training.run_folder import RunFolder, amend, finish
+from ..engine.training.watching import metrics_text
 from ..inputs import at_a_commit
 from ..models import save
 from ..prepare import choose_trained, prepare, run_base
 from ..saved_runs import store_adapter, stored_bytes
-from .outputs import run_once
+from .outputs import loggers, run_once
 
 
 def run_train(options: argparse.Namespace) -> int:
     """`handtune train`: one run from its configuration to the stored adapter or model."""
-    config = at_a_commit(read_config(options.config, options.override))
-    stored_in = Path(config.out) / ("adapter" if config.lora is not None else "model")
-    return run_once(config, stored_in, partial(_train, config, stored_in), _stored_weights)
+    config: RunConfig = with_base(at_a_commit(read_config(options.config, options.override)))
+    stored_in = Path(config.out) / ("adapter" if config.trains_adapter else "model")
+    return run_once(config, stored_in, partial(_train, config, stored_in, loggers(config)), _stored_weights)
 
 
-def _train(config: RunConfig, stored_in: Path, run_folder: RunFolder, inputs: Inputs) -> dict[str, Any] | None:
+def _train(
+    config: RunConfig, stored_in: Path, callbacks: list[Callback], run_folder: RunFolder, inputs: Inputs
+) -> dict[str, Any] | None:
     """Train, and write the adapter or model to the folder `stored_in`. Returns what is in result.json."""
     out = Path(config.out)
     base = run_base(config)
@@ -43,13 +47,13 @@ def _train(config: RunConfig, stored_in: Path, run_folder: RunFolder, inputs: In
     data.draws = ready.draws
     result = train(
         ready.model, data, ready.objective.loss, config.train, eval_data=ready.eval_batches(), score=ready.score,
-        run_dir=out, metadata=facts, metric=ready.objective.best,
+        run_dir=out, metadata=facts, metric=ready.objective.best, callbacks=callbacks,
     )  # fmt: skip
     if result.interrupted:
         print(f"stopped at step {result.steps}; the same command goes on from there")
         return None
 
-    if config.lora is not None:
+    if config.trains_adapter:
         store_adapter(ready.model, ready.tokenizer, stored_in)
     else:
         save(ready.model, ready.tokenizer, stored_in)
@@ -64,7 +68,7 @@ def _train(config: RunConfig, stored_in: Path, run_folder: RunFolder, inputs: In
 
     print(f"{result.steps} steps in {result.seconds:.0f} s, mean training loss {result.train_loss:.4f}")
     if result.metrics:
-        print(f"before: {_numbers(result.before)}\nafter:  {_numbers(result.metrics)}")
+        print(f"before: {metrics_text(result.before)}\nafter:  {metrics_text(result.metrics)}")
     return values
 
 
@@ -78,7 +82,3 @@ def _stored_weights(values: dict[str, Any]) -> str:
     if best["step"] == 0:
         which += ": the UNTRAINED weights, because no evaluation was better than the one before training"
     return which
-
-
-def _numbers(values: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value:.4f}" for key, value in values.items() if isinstance(value, int | float))

@@ -32,7 +32,8 @@ def complaint(capsys):
         capsys.readouterr()
         assert main([str(argument) for argument in arguments]) == 2
         *notes, said = capsys.readouterr().err.splitlines()
-        assert all(note.startswith(("train: ", "eval: ", "held out: ", "dropout: ")) for note in notes), notes
+        starts = ("train: ", "eval: ", "held out: ", "dropout: ", "step ")
+        assert all(note.startswith(starts) for note in notes), notes
         assert said.startswith("handtune: ")
         return said.removeprefix("handtune: ")
 

@@ -295,7 +295,7 @@ def test_as_a_process(bases, tmp_path) -> None:
     done = process("train", "sft.toml", "out=here", "train.max_steps=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "here/model/model.safetensors").is_file()
-    assert all(note.startswith(("train: ", "eval: ", "dropout: ")) for note in done.stderr.splitlines())
+    assert all(note.startswith(("train: ", "eval: ", "dropout: ", "step ")) for note in done.stderr.splitlines())
     assert "2 steps in " in done.stdout
     done = process("generate", "here", "--max-new-tokens", 3, cwd=tmp_path, input="the cat\n")
     assert done.returncode == 0, done.stderr

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from small_runs import write_config
 
-from handtune.config import ELSEWHERE, DataConfig, PPORunConfig, RunConfig, from_table, read_config
+from handtune.config import ELSEWHERE, DataConfig, ModelConfig, PPORunConfig, RunConfig, from_table, read_config
 from handtune.engine.adapters.lora import LoRAConfig
 from handtune.engine.data.mixing import MixConfig
 from handtune.engine.rlhf.config import PPOConfig
@@ -197,7 +197,7 @@ def test_the_helper_of_the_tests_writes_what_is_read(tmp_path) -> None:
 
 def test_what_options_are_called_elsewhere_leads_to_ours() -> None:
     """Each hint names options that there are."""
-    kinds = (TrainConfig, PPOConfig, LoRAConfig, LossConfig, DataConfig, MixConfig)
+    kinds = (RunConfig, ModelConfig, TrainConfig, PPOConfig, LoRAConfig, LossConfig, DataConfig, MixConfig)
     options = {f.name for kind in kinds for f in dataclasses.fields(kind)}
     assert {name for names in ELSEWHERE.values() for name in names.split()} <= options
     assert not ELSEWHERE.keys() & options

@@ -96,7 +96,7 @@ def test_a_run_tells_where_it_goes_on(tmp_path, capsys) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         line(epochs=3, save_every=2, loss_fn=interrupted, run_dir=tmp_path / "run")
-    assert capsys.readouterr().err == ""
+    assert "going on" not in capsys.readouterr().err
     line(epochs=3, save_every=2, run_dir=tmp_path / "run")
     assert "going on at step 6 of 15" in capsys.readouterr().err
     before = files(tmp_path / "run")
@@ -105,7 +105,7 @@ def test_a_run_tells_where_it_goes_on(tmp_path, capsys) -> None:
     assert (result.steps, len(model.seen)) == (15, 0)
     assert files(tmp_path / "run") == before
     line(ROWS[:4], run_dir=None)
-    assert capsys.readouterr().err == ""
+    assert "going on" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("asked", [True, False])

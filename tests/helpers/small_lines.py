@@ -27,11 +27,14 @@ def squares(model: Line, batch: torch.Tensor) -> tuple[torch.Tensor, int]:
 ROWS = [torch.tensor([float(i + 1), 1.0, -0.5 * i]) / 8 for i in range(10)]
 
 
-def line(data=ROWS, *, loss_fn=squares, eval_data=None, run_dir=None, collate=torch.stack, **settings):
+def line(data=ROWS, *, loss_fn=squares, eval_data=None, run_dir=None, collate=torch.stack, callbacks=(), **settings):
     model = Line()
     usual = {"batch_size": 2, "lr": 0.1, "schedule": "constant", "warmup": 0}
     config = TrainConfig(**{**usual, **settings})
-    return model, train(model, data, loss_fn, config, eval_data=eval_data, collate=collate, run_dir=run_dir)
+    result = train(
+        model, data, loss_fn, config, eval_data=eval_data, collate=collate, run_dir=run_dir, callbacks=callbacks
+    )
+    return model, result
 
 
 class Stream:

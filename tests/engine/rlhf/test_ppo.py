@@ -18,7 +18,17 @@ from small_tokenizers import byte_level
 from tokenizers import Tokenizer, normalizers
 from torch import Tensor
 
-from handtune.engine import LoRAConfig, PPOConfig, add_lora, load_reward, merge_lora, ppo, save_adapter, use_adapter
+from handtune.engine import (
+    LoRAConfig,
+    PPOConfig,
+    add_lora,
+    load_reward,
+    merge_lora,
+    ppo,
+    save_adapter,
+    set_adapter,
+    use_adapter,
+)
 from handtune.engine.adapters.switch import adapter_names
 from handtune.engine.rlhf.reward_model import Reward, checked_scores
 from handtune.engine.rlhf.rollouts import Prompt, Rollout, fitting_prompts, sample
@@ -387,7 +397,15 @@ def test_refusals(tmp_path: Path) -> None:
         ppo(small_gpt2(), [[1] * 35], evens, config)
     adapted = small_gpt2()
     add_lora(adapted, LoRAConfig(rank=2), "sft")
-    with pytest.raises(ValueError, match="carries the adapter 'sft', but the reference is the model without"):
+    with pytest.raises(
+        ValueError, match=r"lora: policy and critic go on from an adapter, and its rank on .* is 2, not 4"
+    ):
+        ppo(adapted, PROMPTS, evens, config)
+    set_adapter(adapted, None)
+    with pytest.raises(ValueError, match=r"'sft', which is not active: set_adapter\(model, 'sft'\) to go on from it"):
+        ppo(adapted, PROMPTS, evens, config)
+    add_lora(adapted, LoRAConfig(rank=4), "other")
+    with pytest.raises(ValueError, match="carries the adapters 'other', 'sft', and ppo goes on from one"):
         ppo(adapted, PROMPTS, evens, config)
     for change, says in (
         ({"group_size": 3}, "group_size = 3: it takes at least 2, and a number that divides"),
