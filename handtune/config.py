@@ -3,7 +3,6 @@
 An unknown key or a value of the wrong type is an error that names the nearest known one; nothing is ignored.
 """
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -18,60 +17,45 @@ from .engine.rlhf.config import PPOConfig
 from .engine.tasks.common import TRUNCATE
 from .engine.tasks.objectives import METHODS
 from .engine.training.config import TrainConfig
+from .reference.foreign_names import hint
 
 MAX_SECTIONS = 8  # that a change on the command line may name
-# The names of options elsewhere, and earlier ones here: "did you mean" suggests the first of these that a section has.
-ELSEWHERE = {
-    "learning_rate": "lr", "steps": "max_steps", "num_train_epochs": "epochs", "lr_scheduler_type": "schedule",
-    "per_device_train_batch_size": "micro_batch_size", "gradient_accumulation_steps": "micro_batch_size",
-    "batch_rows": "batch_size", "micro_rows": "micro_batch_size", "micro_tokens": "micro_batch_tokens",
-    "warmup_ratio": "warmup", "warmup_steps": "warmup", "max_norm": "max_grad_norm", "clip": "clip_range max_grad_norm",
-    "patience": "early_stopping_patience", "keep": "keep_last", "save_total_limit": "keep_last",
-    "save_steps": "save_every", "eval_steps": "eval_every",
-    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets", "use_dora": "dora",
-    "use_rslora": "rslora", "lr_ratio": "loraplus_lr_ratio",
-    "rollout_rows": "rollout_batch_size", "lam": "gae_lambda", "kl": "kl_coef", "value_clip": "clip_range_vf",
-    "cliprange": "clip_range", "cliprange_value": "clip_range_vf", "value_weight": "vf_coef",
-    "update_stop": "target_kl", "kl_stop": "max_kl", "no_end": "missing_eos_penalty", "group": "group_size",
-    "num_generations": "group_size", "normalise": "reward_norm_samples",
-}  # fmt: skip
-# Options of earlier versions, and the scripts that do since then what they asked for.
-SCRIPTS = {"best_of": "benchmarks/best_of.py", "best_of_prompts": "benchmarks/best_of.py"}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Where the model comes from: a checkpoint (`path`), or a `preset`, whose weights are freshly initialized."""
 
-    path: str | None = None  # a folder or hub id
-    preset: str | None = None  # the name of a configuration, "gpt2" for example
-    overrides: dict[str, Any] = field(default_factory=dict)  # fields of the preset's configuration
-    tokenizer: str | None = None  # the tokenizer.json of a preset; a checkpoint has its own
+    path: str | None = None  # a checkpoint's folder or hub id, or a run's folder: what came out of it; None: a preset
+    preset: str | None = None  # the size of a fresh model, see `handtune config --presets`; None: path says the model
+    overrides: dict[str, Any] = field(
+        default_factory=dict
+    )  # sizes of the preset to change, { n_layer = 4 } for example
+    tokenizer: str | None = None  # the tokenizer.json of a preset; None: a checkpoint has its own
     add_tokens: list[str] = field(default_factory=list)  # special tokens, whose new rows train whatever else is frozen
 
-    # What the head computes. Both follow from the method and the data where they are not given.
-    task: str | None = None
-    labels: list[str] | None = None
+    task: str | None = None  # what the head computes; None: what the method trains
+    labels: list[str] | None = None  # the classes, in the order of the head's outputs; None: those in the data
     head_layers: int | None = None  # the depth of the head; None: as the checkpoint has it, or 1 for a new head
 
-    dtype: str = "auto"  # of the weights; "auto": the checkpoint's own (on a CPU, fp16 becomes fp32)
-    device: str = "auto"  # "auto": CUDA where there is one
-    quantize: str | None = None  # "nf4": the projections in 4 bits and frozen (QLoRA), which needs a [lora] table
+    dtype: str = "auto"  # of the weights: float32, bfloat16; "auto": the checkpoint's own (on a CPU, fp16 becomes fp32)
+    device: str = "auto"  # "cpu", "cuda", or "auto": CUDA where there is one
+    # "nf4": the projections in 4 bits and frozen (QLoRA), which needs a [lora] table; None: as `dtype` says
+    quantize: str | None = one_of(None, ("nf4",))
     # Compute the feed-forwards again in the backward pass, instead of keeping their widest tensor (see kernels/mlp.py
     # for the price).
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        if self.quantize not in (None, "nf4"):
-            raise ValueError(f'model.quantize = {self.quantize!r}: expected "nf4", or leave it out')
+        check_bounds(self)
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """The rows to train on and to evaluate on, and how they become examples."""
 
-    train: str | list[str]  # a file or several
-    eval: str | float | None = None  # a file, or the share of the rows that is held out
+    train: str | list[str]  # a file of rows, or several: ["a.jsonl", "b.csv"]
+    eval: str | float | None = None  # a file, or the share of the rows that is held out; None: nothing is evaluated
 
     max_length: int | None = None  # tokens of a row (of a source and of a target each); None: the model's positions
     # Which side of a longer dialogue, prompt with completion or comparison is cut, "end" or "start"; "drop": the row is
@@ -81,8 +65,7 @@ class DataConfig:
     chat: str = one_of("auto", ("auto", "on", "off"))
     packing: bool = True  # rows end to end, where the method allows it, because padding is computed for nothing
 
-    # Pixels, the side of what the model sees; None: the model's own.
-    image_size: int | None = above_zero(None, most=10**6)
+    image_size: int | None = above_zero(None, most=10**6)  # pixels, the side of what the model sees; None: its own
     augment: bool = True  # shift and mirror images in training; wrong where left and right mean something
 
     def __post_init__(self) -> None:
@@ -93,8 +76,8 @@ class DataConfig:
 class FreezeConfig:
     """Which parameters are not trained."""
 
-    names: list[str] = field(default_factory=list)  # globs of parameters to freeze
-    except_: list[str] = field(default_factory=list)  # globs of those that train nevertheless
+    names: list[str] = field(default_factory=list)  # globs of parameters to freeze: ["*"], for example
+    except_: list[str] = field(default_factory=list)  # globs of those that train nevertheless: ["head.*"], for example
     # Tokens whose rows of the embedding (and of a separate head) train although the other rows don't. Those of
     # `model.add_tokens` need not be named.
     token_rows: list[str] = field(default_factory=list)
@@ -115,7 +98,7 @@ class DPOConfig:
 class RunConfig:
     """The file of `handtune train`."""
 
-    method: str  # "sft", "classify", "dpo", ...: see `METHODS`
+    method: str = field(metadata={"choices": METHODS})  # what is learned: `handtune config` lists the methods
     out: str  # the run's folder
     model: ModelConfig
     data: DataConfig
@@ -123,11 +106,10 @@ class RunConfig:
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
-    name: str | None = None  # in reports; None: that of the folder
+    name: str | None = None  # what reports call the run; None: by its folder
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method {self.method!r} is unknown; known: {', '.join(METHODS)}")
+        check_bounds(self)
         if (self.model.path is None) == (self.model.preset is None):
             raise ValueError("model: give path (a folder or hub id) or preset (a fresh model), one of the two")
         if self.model.quantize is not None and self.lora is None:
@@ -145,7 +127,7 @@ class PPORunConfig:
     # "module:function". The scores of several are added up.
     reward: str | list[str]
     ppo: PPOConfig = field(default_factory=PPOConfig)
-    name: str | None = None  # in reports; None: that of the folder
+    name: str | None = None  # what reports call the run; None: by its folder
 
     def __post_init__(self) -> None:
         if self.model.path is None:
@@ -203,17 +185,18 @@ def from_table(cls: type, table: dict[str, Any], where: object) -> Any:
     """
     try:
         with located(where):
-            return _from_table(cls, table)
+            return _from_table(cls, table, "", cls)
     except RecursionError:
         raise ValueError(f"{where}: TOML that is nested too deeply to be read") from None
 
 
-def _from_table(cls: type, table: dict[str, Any]) -> Any:
+def _from_table(cls: type, table: dict[str, Any], section: str, root: type) -> Any:
+    """A dataclass from the table `section` of a file, whose whole configuration is a `root`."""
     hints = get_type_hints(cls)
     known = {each.name.rstrip("_"): each for each in fields(cls)}
     for key in table:
         if key not in known:
-            raise ValueError(f"unknown key {key!r}; {_suggestion(key, list(known))}")
+            raise ValueError(f"unknown key {key!r}; {hint(key, section, root)}")
 
     # All at once, so that nobody has to run it once for each of them.
     required = [key for key, each in known.items() if each.default is MISSING and each.default_factory is MISSING]
@@ -224,26 +207,17 @@ def _from_table(cls: type, table: dict[str, Any]) -> Any:
     for key, value in table.items():
         name = known[key].name
         with located(key):
-            values[name] = _value(hints[name], value)
+            values[name] = _value(hints[name], value, f"{section}.{key}".lstrip("."), root)
     return cls(**values)
 
 
-def _suggestion(key: str, known: list[str]) -> str:
-    """The known key that an unknown one may have meant, or all of them."""
-    if key in SCRIPTS:
-        return f"{SCRIPTS[key]} does that, once the run has ended"
-    similar = [name for name in ELSEWHERE.get(key, "").split() if name in known]
-    similar = similar or difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {similar[0]!r}?" if similar else f"known: {', '.join(known)}"
-
-
-def _value(hint: Any, value: Any) -> Any:
+def _value(annotation: Any, value: Any, section: str, root: type) -> Any:
     """`value`, converted to the type that a field's annotation says. ValueError where it has another type."""
-    types = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    types = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     _check_numbers(value)
     for expected in types:
         if isinstance(value, dict) and isinstance(expected, type) and is_dataclass(expected):
-            return _from_table(expected, value)
+            return _from_table(expected, value, section, root)
         if expected is float and type(value) is int:
             return float(value)
         if _fits(expected, value):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from .check_data import run_check_data
 from .compare import run_compare
+from .config import run_config
 from .evaluate import run_evaluate
 from .generate import run_generate
 from .label import run_label
@@ -22,6 +23,7 @@ LESS_MEMORY = {
     "evaluate": "end what else runs here, or train and evaluate with shorter rows (data.max_length)",
     "merge": "end what else runs here; the largest tensor, and what the adapter changes of it, must fit in memory",
     "report": "end what else runs here, or compare fewer runs",
+    "config": "end what else runs here",
 }
 
 # The function of each command, in the file of its name.
@@ -29,6 +31,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": run_train,
     "check-data": run_check_data,
     "compare": run_compare,
+    "config": run_config,
     "evaluate": run_evaluate,
     "generate": run_generate,
     "label": run_label,
