@@ -15,11 +15,8 @@ MAX_RANK = 2**15  # no matrix has a higher one that an adapter could add
 class LoRAConfig:
     """What an adapter looks like: a correction s B A, where s is `alpha` / `rank`."""
 
-    # R, the rows of A and the columns of B: 16 suits most tasks. Parameters and optimizer state grow with it.
-    rank: int = 16
-
-    # Twice the rank, as is usual: where the two keep that ratio, one learning rate suits any rank.
-    alpha: float = 32.0
+    rank: int = 16  # R, the rows of A and the columns of B; parameters and optimizer state grow with it
+    alpha: float = 32.0  # twice the rank, as is usual: where they keep that ratio, one learning rate suits any rank
 
     # "all-linear" (every projection but the output head; a ResNet's convolutions), a group of the model's own
     # ("attention", "mlp", "convolutions"), or names and shell globs that match a whole module path or its end, in our

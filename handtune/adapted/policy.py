@@ -13,17 +13,17 @@ from ..engine.peft.format import CONFIG
 from ..engine.rlhf.reward_model import Reward, RewardFn
 from ..inputs import as_list, reward_adapter, reward_checkpoint
 from ..models import load
-from ..models.checkpoint.info import checkpoint_info
 from ..prepare import load_model
 from ..prompts import learn_turn_end, prompts_of
 from ..saved_runs import facts_of, function_of
+from .run_models import model_info
 
 
 def load_policy(config: PPORunConfig, *, weights: bool = True) -> tuple[Any, Any]:
     """The model that the policy begins with, and its tokenizer."""
     path = config.model.path
     assert path is not None
-    model, tokenizer = load_model(config.model, checkpoint_info(path, weights), "causal-lm", weights=weights)
+    model, tokenizer = load_model(config.model, model_info(path, weights), "causal-lm", weights=weights)
     if tokenizer is None:
         raise ValueError(f"{path}: no tokenizer.json there, and prompts need one")
     return model, tokenizer

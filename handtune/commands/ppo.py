@@ -23,7 +23,7 @@ from .outputs import run_once
 def run_ppo(options: argparse.Namespace) -> int:
     """`handtune ppo`: one run from its configuration to the stored adapter."""
     config: PPORunConfig = read_config(options.config, options.override, PPORunConfig)
-    return run_once(config, Path(config.out) / "adapter", partial(_ppo, config, options.quiet), _stored_policy)
+    return run_once(config, partial(_ppo, config, options.quiet), _stored_policy)
 
 
 def _ppo(config: PPORunConfig, quiet: bool, run_folder: RunFolder, inputs: Inputs) -> dict[str, Any] | None:
@@ -47,7 +47,7 @@ def _ppo(config: PPORunConfig, quiet: bool, run_folder: RunFolder, inputs: Input
         print(f"stopped after {result.episodes} episodes; the same command goes on from there")
         return None
 
-    store_adapter(model, tokenizer, out / "adapter", POLICY)
+    store_adapter(model, tokenizer, out / "adapter", POLICY, config.ppo.lora.save_dtype)
     counts = trainable_report(model)
     values = {
         **asdict(result),
