@@ -80,8 +80,12 @@ def _of_model(path: str) -> dict[str, Any]:
     """The fingerprint of a checkpoint, or of what a run has made: its model, or its adapter and its base."""
     run = Path(path).expanduser()
     adapter = run / "adapter"
-    if not is_run(run) or not adapter.is_dir():
-        return of_checkpoint(run / "model" if is_run(run) else path)
+    if not is_run(run):
+        return of_checkpoint(path)
+    if not (adapter / CONFIG).is_file():
+        if not (run / "model").is_dir():
+            raise ValueError(f"{run}: the run has not finished: train it to its end first")
+        return of_checkpoint(run / "model")
 
     entry = fingerprint(run, [adapter / CONFIG, adapter / WEIGHTS, *settings_files(adapter)])
     base = _of_model(base_of(run))

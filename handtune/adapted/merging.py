@@ -110,7 +110,7 @@ def report(rounding: Rounding, dtype: torch.dtype) -> None:
     """Say on standard error how much of the change survived, where the dtype can lose some of it."""
     if dtype.itemsize >= 4 or not rounding.change:
         return
-    remedy = "" if rounding.survives > 0.9 else "; convert the base to float32 first, or use base and adapter unmerged"
+    remedy = "" if rounding.survives > 0.9 else "; merge with --dtype float32, or use base and adapter unmerged"
     print(f"{rounding.survives:.1%} of the adapter's change survives in {dtype_name(dtype)}{remedy}", file=sys.stderr)
 
 

@@ -13,7 +13,7 @@ IMAGENET = tuple(map(str, range(1000)))  # the classes of published models for i
 def presets() -> str:
     """Family by family: which checkpoints `model.path` reads, for which tasks, and the size of each `model.preset`."""
     lines = [
-        "model.path reads a folder in Hugging Face layout, or a hub id, of these families;",
+        "model.path reads a folder in Hugging Face layout, a hub id, or a run's folder, of these families;",
         "model.preset is a fresh model, without training, of one of these sizes.",
     ]
     for family in dict.fromkeys(FAMILIES.values()):

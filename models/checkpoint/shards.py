@@ -53,9 +53,8 @@ def weight_files(folder: Path) -> list[Path]:
 class Shards:
     """The tensors of a checkpoint folder by name: where each one lies. None is read here.
 
-    Raises FileNotFoundError where there are no weights, ValueError where a file is damaged, the index names a file
-    outside it, a tensor is in two shards, or there are only pickles. No file is opened for weights that are given, or
-    not `required`.
+    Raises FileNotFoundError where there are no weights, ValueError where a file is damaged, the index names one outside
+    the folder, a tensor is in two shards, or there are only pickles. No file is opened if not `required`, or given.
     """
 
     def __init__(self, folder: Path, required: bool = True, tensors: Mapping[str, StoredTensor] | None = None):

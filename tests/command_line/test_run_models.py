@@ -75,7 +75,7 @@ def test_merge_takes_a_run(adapted: Path, tmp_path: Path, capsys) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("lora", [{"rank": 2}, None])
+@pytest.mark.parametrize("lora", [{"rank": 2}, pytest.param(None, marks=pytest.mark.deep)])
 def test_a_run_that_starts_from_a_run_has_the_bits_of_one_that_starts_from_the_merged(lora, adapted, tmp_path) -> None:
     """And a run that starts from that one in turn."""
     run("merge", adapted / "first/run", tmp_path / "merged")
@@ -148,13 +148,16 @@ def test_every_command_takes_a_run_for_a_model(adapted: Path, tmp_path: Path, ca
     assert said[0] == said[1]
 
 
-def test_a_run_without_a_base_that_lies_somewhere(adapted: Path, tmp_path: Path, capsys) -> None:
+def test_a_run_without_a_base_that_lies_somewhere(adapted: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"config": {"model": {"path": None}}}))
     shutil.copytree(adapted / "first/run/adapter", tmp_path / "adapter")
     assert "its base is a fresh preset, which no file holds" in complaint(capsys, "merge", tmp_path, tmp_path / "out")
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished/run.json").write_text(json.dumps({"config": {}}))
     assert "the run has not finished" in complaint(capsys, "merge", tmp_path / "unfinished", tmp_path / "out")
+    job = method_config("sft", tmp_path, Path("unfinished"))
+    monkeypatch.chdir(tmp_path)  # a name that a hub id could have, too
+    assert "unfinished: the run has not finished" in complaint(capsys, "train", job)
 
 
 @pytest.mark.parametrize("wide", [True, False])
@@ -221,7 +224,8 @@ def test_a_run_on_frozen_features_stores_its_head(method, family, kind, tmp_path
     assert evaluation(capsys, folder)["loss"] == pytest.approx(result["metrics"]["loss"], rel=1e-5)
     run("train", tmp_path / "frozen/run.toml")
     assert "finished already" in capsys.readouterr().out
-    run("report", folder, "--out", tmp_path / "page.html")
+    if method == "tag":
+        run("report", folder, "--out", tmp_path / "page.html")
 
     # The whole model for whoever wants it, and as a base to go on from.
     run("merge", folder, tmp_path / "merged")
@@ -271,12 +275,15 @@ def test_a_head_alone_is_an_adapter_like_any_other(tmp_path: Path, capsys) -> No
     with pytest.raises(ValueError, match="adapter 'a' is in use"):
         drop_adapter(model, "a")
     save_adapter(model, tmp_path / "again", "a")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "again" / name).read_bytes() == (adapter / name).read_bytes()
+    files = [folder / "adapter_model.safetensors" for folder in (adapter, tmp_path / "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
     merge_lora(model, keep_base=False)
     assert_same_weights(weights(model), after)
     with pytest.raises(ValueError, match="no adapter is active"):
         merge_lora(model)
+    load_adapter(model, adapter, "a")  # as in the base now, and still an adapter
+    set_adapter(model, None)
+    drop_adapter(model, "a")
 
     rows = write_rows(tmp_path / "prompts.jsonl", CHAT)
     policy = write_config(

@@ -32,6 +32,7 @@ def command_lines(out: Path) -> dict[str, tuple[list[str], Path | None]]:
     """Of each command its arguments, in a workshop as the current folder, and a file that it leaves."""
     lines: dict[str, tuple[str, Path | None]] = {
         "train": (f"train.toml out={out}/run", out / "run/adapter/adapter_model.safetensors"),
+        "config": ("sft", None),
         "check-data": ("train.toml", None),
         "evaluate": ("finished", None),
         "compare": (
