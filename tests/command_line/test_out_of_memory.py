@@ -19,6 +19,7 @@ from handtune.cli import main
 # Where memory runs out in each command, which is before it has anything to show.
 READS = {
     "train": "handtune.models.checkpoint.loading.load_weights",
+    "config": "handtune.commands.config.template",
     "check-data": "handtune.prepare.encode",
     "compare": "handtune.models.checkpoint.loading.allocate",
     "evaluate": "handtune.commands.evaluate.put_weights",

@@ -219,6 +219,7 @@ def test_what_is_coloured_goes_through(capsys) -> None:
 # Where a mistake of ours is planted for each command: somewhere behind its arguments.
 PLANTED = {
     "train": "handtune.engine.training.loop.Optimizer.step",
+    "config": "handtune.commands.config.template",
     "check-data": "handtune.commands.check_data.show",
     "compare": "handtune.commands.compare.make_items",
     "evaluate": "handtune.commands.evaluate.put_weights",
