@@ -10,7 +10,8 @@ loaded into memory and brought into that form first, and the merged checkpoint i
 """
 
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,24 +52,29 @@ class MergedModel(NamedTuple):
 
 
 def merge(base: CheckpointInfo, adapter: Path | None, out: Path, dtype: str | None = None) -> None:
-    """Write the merged checkpoint to the folder `out`, which is empty or new, its floats in `dtype` (None: the base's).
+    """Write the merged checkpoint to a folder of `empty_folder`, its floats in `dtype` (None: the base's).
 
-    Without an adapter the base itself is written. Raises what loading raises; ValueError where `out` is not empty,
-    where neither the base nor the adapter has a head, for a convolution in groups, and where a merged number is NaN or
-    overflows the dtype.
+    Without an adapter the base itself is written. Raises what loading raises; ValueError where neither the base nor the
+    adapter has a head, for a convolution in groups, and where a merged number is NaN or overflows the dtype.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
-    out = resolved(out)
-    _require_empty(out)
     rounding = Rounding()
+    merged = merged_model(base, adapter, rounding, DTYPES[dtype] if dtype is not None else None)
+    with torch.no_grad(), filling(out, MAIN) as folder:
+        _write(merged.tensors, folder)
+        save_around(merged.model, merged.tokenizer, folder, merged.dtype)
+    report(rounding, merged.dtype)
+
+
+@contextmanager
+def empty_folder(path: Path) -> Iterator[Path]:
+    """A folder, new or empty, in which no other process merges while the block lasts. ValueError where it isn't so."""
+    out = resolved(path)
+    _require_empty(out)
     with alone(out, out / LOCK):
         _require_empty(out)  # again, because another process may have merged by now
-        merged = merged_model(base, adapter, rounding, DTYPES[dtype] if dtype is not None else None)
-        with torch.no_grad(), filling(out, MAIN) as folder:
-            _write(merged.tensors, folder)
-            save_around(merged.model, merged.tokenizer, folder, merged.dtype)
-    report(rounding, merged.dtype)
+        yield out
 
 
 @torch.no_grad()

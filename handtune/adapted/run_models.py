@@ -15,7 +15,7 @@ from ..inputs import base_of, is_run
 from ..models.checkpoint.info import CheckpointInfo, checkpoint_info
 from ..models.checkpoint.saving import save_around
 from ..saved_runs import require_finished, stored_folder
-from .merging import merge, merged_model, report
+from .merging import empty_folder, merge, merged_model, report
 
 
 def model_info(path: str | Path, weights: bool = True) -> CheckpointInfo:
@@ -54,21 +54,29 @@ def opened_model(info: CheckpointInfo) -> Iterator[CheckpointInfo]:
 
 def merge_run(run: Path, out: Path, dtype: str | None = None) -> None:
     """Write what a run has made to the folder `out`, as a plain checkpoint. Raises as `merge` and `model_info`."""
-    if not is_run(run):
-        raise ValueError(f"{run} is no run, whose adapter could be merged; give MODEL ADAPTER OUT, or a run's folder")
-    require_finished(run)
-    if stored_folder(run).name == "model":
-        merge(checkpoint_info(run / "model"), None, out, dtype)
-    else:
-        merge_model(base_of(run), run, out, dtype)
+    with empty_folder(out) as folder:
+        if not is_run(run):
+            raise ValueError(
+                f"{run} is no run, whose adapter could be merged; give MODEL ADAPTER OUT, or a run's folder"
+            )
+        require_finished(run)
+        if stored_folder(run).name == "model":
+            merge(checkpoint_info(run / "model"), None, folder, dtype)
+        else:
+            _merge(base_of(run), run / "adapter", folder, dtype)
 
 
 def merge_model(base: str, adapter: Path, out: Path, dtype: str | None = None) -> None:
     """Write a base, a checkpoint or a run, merged with an adapter, its own folder or its run's, to the folder `out`."""
-    if is_run(adapter):
-        require_finished(adapter)
-        if stored_folder(adapter).name == "model":
-            raise ValueError(f"{adapter} has stored a whole model and no adapter: handtune merge {adapter} OUT")
-        adapter = adapter / "adapter"
+    with empty_folder(out) as folder:
+        if is_run(adapter):
+            require_finished(adapter)
+            if stored_folder(adapter).name == "model":
+                raise ValueError(f"{adapter} has stored a whole model and no adapter: handtune merge {adapter} OUT")
+            adapter = adapter / "adapter"
+        _merge(base, adapter, folder, dtype)
+
+
+def _merge(base: str, adapter: Path, folder: Path, dtype: str | None) -> None:
     with opened_model(model_info(base)) as info:
-        merge(info, adapter, out, dtype)
+        merge(info, adapter, folder, dtype)

@@ -160,7 +160,7 @@ def test_a_run_without_a_base_that_lies_somewhere(adapted: Path, tmp_path: Path,
     assert "unfinished: the run has not finished" in complaint(capsys, "train", job)
 
 
-@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("wide", [True, pytest.param(False, marks=pytest.mark.deep)])
 def test_the_dtype_of_a_merged_checkpoint(wide: bool, adapted: Path, tmp_path: Path) -> None:
     """The change is added in fp32 to the base as it is stored, and rounded once."""
     base, adapter = adapted / "gpt2", adapted / "first/run/adapter"
@@ -207,8 +207,9 @@ def test_an_adapter_in_the_dtype_of_its_base(adapted: Path, tmp_path: Path) -> N
     [
         ("classify", "bert", "BertForSequenceClassification"),
         pytest.param("tag", "bert", "BertForTokenClassification", marks=pytest.mark.deep),
-        ("reward", "gpt2", "GPT2ForSequenceClassification"),
-        ("images", "resnet", None),  # of small images, which transformers doesn't read
+        pytest.param("reward", "gpt2", "GPT2ForSequenceClassification", marks=pytest.mark.deep),
+        # Of small images, which transformers doesn't read.
+        pytest.param("images", "resnet", None, marks=pytest.mark.deep),
     ],
 )
 def test_a_run_on_frozen_features_stores_its_head(method, family, kind, tmp_path, capsys) -> None:
