@@ -55,7 +55,7 @@ ELSEWHERE = {
         "handtune", "engine/finite.py", "engine/data/fingerprints.py", "engine/data/placed_rows.py",
         "engine/training/cached_features.py", "engine/training/guards.py",
         "engine/training/journal.py", "engine/training/run_folder.py", "engine/training/state.py",
-        "engine/training/tensorboard.py", "engine/training/watching.py",
+        "engine/training/watching.py",
         "models/checkpoint/hub.py", "models/checkpoint/saving.py",
     ],
 }  # fmt: skip

@@ -149,8 +149,8 @@ def _bounded(default: float | None, least: float, most: float, below: str, beyon
     return field(default=default, metadata={"least": (least, below), "most": (most, beyond)})
 
 
-def one_of(default: str, choices: Sequence[str]) -> Any:
-    """A dataclass field that is one of several words."""
+def one_of(default: Any, choices: Sequence[str]) -> Any:
+    """A dataclass field that is one of several words, or its default, where that is None."""
     return field(default=default, metadata={"choices": choices})
 
 
@@ -158,7 +158,7 @@ def check_bounds(config: Any) -> None:
     """ValueError where a field of a dataclass is no choice, or a number out of the bounds, in its metadata."""
     for option in fields(config):
         value = getattr(config, option.name)
-        if "choices" in option.metadata and value not in option.metadata["choices"]:
+        if "choices" in option.metadata and value not in (*option.metadata["choices"], option.default):
             choices = ", ".join(option.metadata["choices"])
             raise ValueError(f"{option.name} = {value!r}: expected one of {choices}")
         if value is None or "least" not in option.metadata:

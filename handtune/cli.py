@@ -9,185 +9,14 @@ import argparse
 import platform
 import sys
 import traceback
-from typing import Any
 
 from . import __version__
 from ._outside import explained_memory
+from .reference.grammar import GRAMMAR, SHARED
 from .terminal import INTERRUPTED, interruptible, safe_streams
 
 MISTAKE = 2  # as argparse has it
 FAULT = 70  # EX_SOFTWARE of sysexits.h
-
-
-Arguments = dict[str, dict[str, Any]]  # the settings of each argument, as `add_argument` takes them, by its names
-
-# What several commands have; a command need not say it again, but may say it otherwise.
-SHARED: Arguments = {
-    "config": {"help": "the TOML file"},
-    "override": {"nargs": "*"},
-    "model": {"help": "a checkpoint's folder or hub id, or the folder of a run"},
-    "--prompts": {"help": "a file of rows with a prompt, messages or a text each, or what its prompts are made of"},
-    "--adapter": {"action": "append", "default": [], "help": "an adapter's folder"},
-    "--force": {"action": "store_true", "help": "replace a file that is there"},
-    "--max-new-tokens": {"type": int, "default": 64},
-    "--temperature": {"type": float},
-    "--top-k": {"type": int, "default": 0, "help": "draw from the k likeliest tokens only (default 0: from all)"},
-    "--top-p": {"type": float, "default": 1.0, "help": "draw from the likeliest that together have probability p"},
-    "--repetition-penalty": {
-        "type": float,
-        "default": 1.0,
-        "help": "above 1, tokens that occur already are less likely (default 1)",
-    },
-    "--no-repeat-ngram": {"type": int, "default": 0, "help": "never write so many tokens in a row a second time"},
-    "--stop": {"action": "append", "default": [], "help": "end at this text (may be repeated)"},
-    "--batch-size": {"type": int, "default": 16},
-    "--seed": {"type": int, "default": 0},
-    "--dtype": {"default": "auto", "help": "auto, float32 or bfloat16"},
-}
-
-# What each command does, and its arguments in the order of its help.
-GRAMMAR: dict[str, tuple[str, Arguments]] = {
-    "train": (
-        "Train as a TOML file says; the same command on the same folder resumes.",
-        {"config": {}, "override": {"help": "a change to it, like train.lr=1e-4"}},
-    ),
-    "check-data": (
-        "Show the rows as the model will see them, and which tokens are in the loss.",
-        {
-            "config": {},
-            "override": {"help": "a change to it, like data.max_length=256"},
-            "-n --rows": {"type": int, "default": 3, "help": "how many (default 3)"},
-        },
-    ),
-    "evaluate": (
-        "Evaluate a finished run on held-out rows.",
-        {
-            "run": {"help": "the run's folder"},
-            "--data": {"help": "another file of rows (default: the run's own held-out rows)"},
-            "--rouge": {"action": "store_true", "help": "compare generated texts with the rows' answers, too"},
-        },
-    ),
-    "compare": (
-        "Collect comparisons of a model's own completions; the same command goes on.",
-        {
-            "model": {"nargs": "?"},
-            "--prompts": {},
-            "--pairs": {"help": "instead of a model: rows of prompt and completions, or chosen and rejected"},
-            "--out": {"required": True, "help": "the comparisons (JSONL); the session lies beside it"},
-            "--force": {"help": "replace a file at --out that is of no session"},
-            "--terminal": {"action": "store_true", "help": "here, and not in a browser"},
-            "--labeler": {"help": "module:function answers: (prompt, left, right) → left, right, tie or skip"},
-            "--repeat": {"type": float, "default": 0.1, "help": "share of pairs shown twice (default 0.1)"},
-            "--port": {"type": int, "default": 0, "help": "of the page, on 127.0.0.1 (default: any)"},
-            "--adapter": {},
-            "--max-new-tokens": {},
-            "--temperature": {"default": 1.0},
-            "--repetition-penalty": {},
-            "--no-repeat-ngram": {},
-            "--stop": {},
-            "--batch-size": {},
-            "--seed": {},
-            "--dtype": {},
-        },
-    ),
-    "generate": (
-        "Continue prompts.",
-        {
-            "model": {},
-            "--adapter": {"help": "an adapter's folder; several: rows of --prompts name theirs"},
-            "--prompt": {"action": "append", "help": "a prompt (may be repeated)"},
-            "--prompts": {},
-            "--raw": {"action": "store_true", "help": "continue the prompts as they are, past any template"},
-            "--out": {"help": "write the rows with their answers (JSONL) here, to train on, instead of printing"},
-            "--force": {},
-            "--max-new-tokens": {},
-            "--temperature": {"help": "0 is greedy (default 1, with beams 0)"},
-            "--top-k": {},
-            "--top-p": {},
-            "--repetition-penalty": {},
-            "--no-repeat-ngram": {},
-            "--beams": {"type": int, "default": 1, "help": "look for the likeliest text with so many beams"},
-            "--length-penalty": {"type": float, "help": "of beams: above 1 favours long texts (default 1)"},
-            "--stop": {},
-            "--batch-size": {},
-            "--seed": {},
-            "--dtype": {},
-        },
-    ),
-    "chat": (
-        "Talk to a model: a question a line, and /help among them lists what else can be typed.",
-        {
-            "model": {},
-            "--adapter": {"help": "an adapter's folder; of several, /adapter NAME chooses"},
-            "--system": {"help": "what the conversation begins with: how the model should answer"},
-            "--max-new-tokens": {"default": 512, "help": "of an answer (default 512)"},
-            "--temperature": {"default": 0.7, "help": "0 is greedy (default 0.7)"},
-            "--top-k": {},
-            "--top-p": {},
-            "--repetition-penalty": {},
-            "--no-repeat-ngram": {},
-            "--stop": {},
-            "--seed": {},
-            "--dtype": {},
-        },
-    ),
-    "predict": (
-        "Predict labels, entities, answers, embeddings or scores by a model with a head.",
-        {
-            "model": {},
-            "file": {
-                "nargs": "?",
-                "help": "rows in any format that train reads, labels or not; an image, or a folder of them; - reads "
-                "standard input, a text or a JSON object a line",
-            },
-            "--text": {"action": "append", "help": "a text (may be repeated)"},
-            "--out": {"help": "write the rows with their predictions (JSONL) here instead of printing"},
-            "--force": {},
-            "--batch-size": {},
-            "--dtype": {},
-        },
-    ),
-    "ppo": (
-        "Improve a model on rewards, as a TOML file says; the same command on the same folder resumes.",
-        {
-            "config": {},
-            "override": {"help": "a change to it, like ppo.kl_coef=0.05"},
-            "--quiet": {"action": "store_true", "help": "show no samples"},
-        },
-    ),
-    "label": (
-        "Label texts by a causal model, with a confidence; people can review the least certain.",
-        {
-            "model": {},
-            "data": {"help": "a file of rows with a text"},
-            "--labels": {"nargs": "+", "required": True, "help": "names, or name=words: what stands for each"},
-            "--template": {"default": "{text}\\n{label}", "help": r"a sentence (default {text}\n{label})"},
-            "--raw": {"action": "store_true", "help": "put the sentence to the model as it is, past a chat template"},
-            "--out": {"required": True, "help": "rows of text, label, confidence and second (JSONL)"},
-            "--force": {},
-            "--sort": {"action": "store_true", "help": "the least certain first"},
-            "--adapter": {},
-            "--batch-size": {},
-            "--dtype": {},
-        },
-    ),
-    "merge": (
-        "Merge an adapter into its base and write a plain checkpoint.",
-        {
-            "model": {"help": "the base: a folder or hub id"},
-            "adapter": {"help": "the adapter's folder"},
-            "out": {"help": "where the merged checkpoint goes"},
-        },
-    ),
-    "report": (
-        "Compare runs in a table and in one self-contained HTML page.",
-        {
-            "runs": {"nargs": "+", "help": "run folders"},
-            "-o --out": {"default": "report.html", "help": "the page (default report.html)"},
-            "--force": {"help": "replace a file that is no page of handtune's"},
-        },
-    ),
-}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -196,8 +25,11 @@ def parser() -> argparse.ArgumentParser:
     grammar.add_argument("--version", action="version", version=f"handtune {__version__}")
     grammar.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = grammar.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (text, arguments) in GRAMMAR.items():
-        command = commands.add_parser(name, help=text, description=text)
+    for name, (text, example, arguments) in GRAMMAR.items():
+        command = commands.add_parser(
+            name, help=text, description=text, epilog=f"example:\n  {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
         # Also behind the command; its default must not overwrite a --debug in front of it.
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         # What is said here goes before what is shared.
@@ -221,13 +53,26 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     ):
         options.file = unparsed.pop(0)
     if unparsed and ("override" not in options or any(argument.startswith("-") for argument in unparsed)):
-        grammar.error(f"unrecognized arguments: {' '.join(unparsed)}")
+        grammar.error(f"unrecognized arguments: {' '.join(unparsed)}{_hint(options.command, unparsed)}")
     if unparsed:
         options.override += unparsed
 
     if "batch_size" in options and options.batch_size < 1:
         raise ValueError(f"--batch-size {options.batch_size}: expected a positive number")
     return options
+
+
+def _hint(command: str, unparsed: list[str]) -> str:
+    """What to do about arguments that a command doesn't have, where one of them is an option."""
+    if not any(argument.startswith("-") for argument in unparsed):
+        return ""
+    from .reference.foreign_names import field_hint, option_hint
+
+    if "override" in GRAMMAR[command][-1]:  # what other tools have as options are fields of its file
+        from .config import PPORunConfig, RunConfig
+
+        return f"; {field_hint(unparsed, PPORunConfig if command == 'ppo' else RunConfig)}"
+    return f"; {option_hint(unparsed, [name.split()[-1] for name in GRAMMAR[command][-1] if name.startswith('-')])}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,7 +3,6 @@
 An unknown key or a value of the wrong type is an error that names the nearest known one; nothing is ignored.
 """
 
-import difflib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -21,60 +20,40 @@ from .engine.rlhf.config import PPOConfig
 from .engine.tasks.common import TRUNCATE
 from .engine.tasks.objectives import METHODS, LossConfig
 from .engine.training.config import TrainConfig
+from .reference.foreign_names import hint
 
 MAX_SECTIONS = 8  # that a change on the command line may name
-# The names of options elsewhere, and earlier ones here: "did you mean" suggests the first of these that a section has.
-ELSEWHERE = {
-    "learning_rate": "lr", "steps": "max_steps", "num_train_epochs": "epochs", "lr_scheduler_type": "schedule",
-    "per_device_train_batch_size": "micro_batch_size", "gradient_accumulation_steps": "micro_batch_size",
-    "batch_rows": "batch_size", "micro_rows": "micro_batch_size", "micro_tokens": "micro_batch_tokens",
-    "warmup_ratio": "warmup", "warmup_steps": "warmup", "max_norm": "max_grad_norm", "clip": "clip_range max_grad_norm",
-    "patience": "early_stopping_patience", "keep": "keep_last", "save_total_limit": "keep_last",
-    "save_steps": "save_every", "eval_steps": "eval_every", "report_to": "log",
-    "hidden_dropout_prob": "dropout", "attention_dropout": "dropout", "dropout_rate": "dropout",
-    "optim": "optimizer", "label_smoothing_factor": "label_smoothing", "class_weight": "class_weights",
-    "r": "rank", "lora_alpha": "alpha", "lora_dropout": "dropout", "target_modules": "targets", "use_dora": "dora",
-    "use_rslora": "rslora", "adapter_name_or_path": "adapter", "lr_ratio": "loraplus_lr_ratio",
-    "rollout_rows": "rollout_batch_size", "lam": "gae_lambda", "kl": "kl_coef", "value_clip": "clip_range_vf",
-    "cliprange": "clip_range", "cliprange_value": "clip_range_vf", "value_weight": "vf_coef",
-    "update_stop": "target_kl", "kl_stop": "max_kl", "no_end": "missing_eos_penalty", "group": "group_size",
-    "num_generations": "group_size", "normalise": "reward_norm_samples",
-    "dataset": "train", "datasets": "mix train", "interleave_probs": "mix", "probabilities": "weight",
-    "dataset_text_field": "columns", "prompt_template": "prompt",
-}  # fmt: skip
-# Options of earlier versions, and the scripts that do since then what they asked for.
-SCRIPTS = {"best_of": "benchmarks/best_of.py", "best_of_prompts": "benchmarks/best_of.py"}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Where the model comes from: a checkpoint (`path`), or a `preset`, whose weights are freshly initialized."""
 
-    path: str | None = None  # a folder or hub id; None with `adapter`: the base that it was trained on
-    adapter: str | None = None  # the folder of an adapter, or of a run that trained one, to go on from
-    preset: str | None = None  # the name of a configuration, "gpt2" for example
-    overrides: dict[str, Any] = field(default_factory=dict)  # fields of the preset's configuration
-    tokenizer: str | None = None  # the tokenizer.json of a preset; a checkpoint has its own
+    path: str | None = None  # a checkpoint's folder or hub id, or a run's folder: what came out of it; None: a preset
+    adapter: str | None = None  # the folder of an adapter, or of a run that trained one, to go on from; None: a new one
+    preset: str | None = None  # the size of a fresh model, see `handtune config --presets`; None: path says the model
+    # Sizes of the preset to change, { n_layer = 4 } for example.
+    overrides: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None  # the tokenizer.json of a preset; None: a checkpoint has its own
     add_tokens: list[str] = field(default_factory=list)  # special tokens, whose new rows train whatever else is frozen
 
-    # What the head computes. Both follow from the method and the data where they are not given.
-    task: str | None = None
-    labels: list[str] | None = None
+    task: str | None = None  # what the head computes; None: what the method trains
+    labels: list[str] | None = None  # the classes, in the order of the head's outputs; None: those in the data
     head_layers: int | None = None  # the depth of the head; None: as the checkpoint has it, or 1 for a new head
 
-    # In training, where the published model has dropout: "published" (as config.json says), or a probability. None:
-    # "published" for BERT, XLNet and T5, if more than a head trains, and none for causal models.
+    # Of the base in training: "published" (as config.json says), or a probability; None: "published" for BERT, XLNet
+    # and T5, if more than a head trains, and none for causal models.
     dropout: str | float | None = None
-    dtype: str = "auto"  # of the weights; "auto": the checkpoint's own (on a CPU, fp16 becomes fp32)
-    device: str = "auto"  # "auto": CUDA where there is one
-    quantize: str | None = None  # "nf4": the projections in 4 bits and frozen (QLoRA), which needs a [lora] table
+    dtype: str = "auto"  # of the weights: float32, bfloat16; "auto": the checkpoint's own (on a CPU, fp16 becomes fp32)
+    device: str = "auto"  # "cpu", "cuda", or "auto": CUDA where there is one
+    # "nf4": the projections in 4 bits and frozen (QLoRA), which needs a [lora] table; None: as `dtype` says
+    quantize: str | None = one_of(None, ("nf4",))
     # Compute the feed-forwards again in the backward pass, instead of keeping their widest tensor (see kernels/mlp.py
     # for the price).
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        if self.quantize not in (None, "nf4"):
-            raise ValueError(f'model.quantize = {self.quantize!r}: expected "nf4", or leave it out')
+        check_bounds(self)
         if isinstance(self.dropout, str) and self.dropout != "published":
             raise ValueError(f'model.dropout = {self.dropout!r}: expected "published", or a probability, 0.1 say')
         if isinstance(self.dropout, float) and not 0 <= self.dropout < 1:
@@ -85,14 +64,17 @@ class ModelConfig:
 class DataConfig:
     """The rows to train on and to evaluate on, and how they become examples."""
 
-    # A file or several, a folder that `datasets` has saved, or a data set of the hub, "owner/name:split".
+    # A file of rows or several, a folder that `datasets` has saved, or a data set of the hub, "owner/name:split"; None:
+    # the files of `mix`.
     train: str | list[str] | None = None
-    mix: list[MixConfig] = field(default_factory=list)  # in the place of train: files with weights, [[data.mix]] each
-    eval: str | float | None = None  # a file or the like, or the share of the rows that is held out
+    mix: list[MixConfig] = field(default_factory=list)  # files with weights, [[data.mix]] each, in the place of train
+    # A file or the like, or the share of the rows that is held out; None: nothing is evaluated.
+    eval: str | float | None = None
 
-    # Which column is which field of a row, where it has another name: {text = "sentence", label = "sentiment"}.
+    # The columns of fields that have other names in the files, {text = "sentence", label = "sentiment"}.
     columns: dict[str, str] = field(default_factory=dict)
-    # A prompt made of each row's columns, "Question: {question}\\nAnswer:". The trained model is asked with it, too.
+    # A prompt made of each row's columns, "Question: {question}\nAnswer:", with which the trained model is asked, too;
+    # None: the rows have prompts.
     prompt: str | None = None
 
     max_length: int | None = None  # tokens of a row (of a source and of a target each); None: the model's positions
@@ -103,8 +85,7 @@ class DataConfig:
     chat: str = one_of("auto", ("auto", "on", "off"))
     packing: bool = True  # rows end to end, where the method allows it, because padding is computed for nothing
 
-    # Pixels, the side of what the model sees; None: the model's own.
-    image_size: int | None = above_zero(None, most=10**6)
+    image_size: int | None = above_zero(None, most=10**6)  # pixels, the side of what the model sees; None: its own
     augment: bool = True  # shift and mirror images in training; wrong where left and right mean something
 
     def __post_init__(self) -> None:
@@ -123,8 +104,8 @@ class DataConfig:
 class FreezeConfig:
     """Which parameters are not trained."""
 
-    names: list[str] = field(default_factory=list)  # globs of parameters to freeze
-    except_: list[str] = field(default_factory=list)  # globs of those that train nevertheless
+    names: list[str] = field(default_factory=list)  # globs of parameters to freeze: ["*"], for example
+    except_: list[str] = field(default_factory=list)  # globs of those that train nevertheless: ["head.*"], for example
     # Tokens whose rows of the embedding (and of a separate head) train although the other rows don't. Those of
     # `model.add_tokens` need not be named.
     token_rows: list[str] = field(default_factory=list)
@@ -145,7 +126,7 @@ class DPOConfig:
 class RunConfig:
     """The file of `handtune train`."""
 
-    method: str  # "sft", "classify", "dpo", ...: see `METHODS`
+    method: str = field(metadata={"choices": METHODS})  # what is learned: `handtune config` lists the methods
     out: str  # the run's folder
     model: ModelConfig
     data: DataConfig
@@ -154,13 +135,12 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
-    name: str | None = None  # in reports; None: that of the folder
-    log: str | None = None  # "tensorboard": also to event files in the folder `tensorboard` of the run
+    name: str | None = None  # what reports call the run; None: by its folder
+    log: str | None = None  # "tensorboard": also to event files, in the run's folder of that name; None: no other log
 
     def __post_init__(self) -> None:
+        check_bounds(self)
         _check_log(self.log)
-        if self.method not in METHODS:
-            raise ValueError(f"method {self.method!r} is unknown; known: {', '.join(METHODS)}")
         if self.model.adapter is not None and self.model.preset is not None:
             raise ValueError("model.preset: its fresh weights are not those that model.adapter was trained on")
         if self.model.adapter is None and (self.model.path is None) == (self.model.preset is None):
@@ -187,8 +167,8 @@ class PPORunConfig:
     # "module:function". The scores of several are added up.
     reward: str | list[str]
     ppo: PPOConfig = field(default_factory=PPOConfig)
-    name: str | None = None  # in reports; None: that of the folder
-    log: str | None = None  # "tensorboard": also to event files in the folder `tensorboard` of the run
+    name: str | None = None  # what reports call the run; None: by its folder
+    log: str | None = None  # "tensorboard": also to event files, in the run's folder of that name; None: no other log
 
     def __post_init__(self) -> None:
         _check_log(self.log)
@@ -257,17 +237,18 @@ def from_table(cls: type, table: dict[str, Any], where: object) -> Any:
     """
     try:
         with located(where):
-            return _from_table(cls, table)
+            return _from_table(cls, table, "", cls)
     except RecursionError:
         raise ValueError(f"{where}: TOML that is nested too deeply to be read") from None
 
 
-def _from_table(cls: type, table: dict[str, Any]) -> Any:
+def _from_table(cls: type, table: dict[str, Any], section: str, root: type) -> Any:
+    """A dataclass from the table `section` of a file, whose whole configuration is a `root`."""
     hints = get_type_hints(cls)
     known = {each.name.rstrip("_"): each for each in fields(cls)}
     for key in table:
         if key not in known:
-            raise ValueError(f"unknown key {key!r}; {_suggestion(key, list(known))}")
+            raise ValueError(f"unknown key {key!r}; {hint(key, section, root)}")
 
     # All at once, so that nobody has to run it once for each of them.
     required = [key for key, each in known.items() if each.default is MISSING and each.default_factory is MISSING]
@@ -278,28 +259,19 @@ def _from_table(cls: type, table: dict[str, Any]) -> Any:
     for key, value in table.items():
         name = known[key].name
         with located(key):
-            values[name] = _value(hints[name], value)
+            values[name] = _value(hints[name], value, f"{section}.{key}".lstrip("."), root)
     return cls(**values)
 
 
-def _suggestion(key: str, known: list[str]) -> str:
-    """The known key that an unknown one may have meant, or all of them."""
-    if key in SCRIPTS:
-        return f"{SCRIPTS[key]} does that, once the run has ended"
-    similar = [name for name in ELSEWHERE.get(key, "").split() if name in known]
-    similar = similar or difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {similar[0]!r}?" if similar else f"known: {', '.join(known)}"
-
-
-def _value(hint: Any, value: Any) -> Any:
+def _value(annotation: Any, value: Any, section: str, root: type) -> Any:
     """`value`, converted to the type that a field's annotation says. ValueError where it has another type."""
-    types = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    types = get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
     _check_numbers(value)
     for expected in types:
         if isinstance(value, dict) and isinstance(expected, type) and is_dataclass(expected):
-            return _from_table(expected, value)
+            return _from_table(expected, value, section, root)
         if get_origin(expected) is list and is_dataclass(table := get_args(expected)[0]) and _fits(list[dict], value):
-            return [_value(table, item) for item in value]
+            return [_value(table, item, section, root) for item in value]
         if expected is float and type(value) is int:
             return float(value)
         if _fits(expected, value):

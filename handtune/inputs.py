@@ -33,7 +33,7 @@ from .engine.formats.sources import ARROWS, on_the_hub, source_files
 from .engine.peft.format import CONFIG, WEIGHTS
 from .engine.rlhf.reward_model import SCALE
 from .engine.training.run_folder import read_facts
-from .models.checkpoint.hub import checkpoint_files, checkpoint_folder
+from .models.checkpoint.hub import checkpoint_files, checkpoint_folder, settings_files
 
 # The fields that name a run's base, the adapter that it starts from, its rows, and what ppo has in their place.
 BASE = ("model.path", "model.tokenizer")
@@ -67,7 +67,7 @@ def inputs_of(config: RunConfig | PPORunConfig) -> Inputs:
 def _fingerprint(field: str, path: str) -> dict[str, Any]:
     """The fingerprint of what a path, a hub id or the name of a function leads to."""
     if field == "model.path":
-        return of_checkpoint(path)
+        return _of_model(path)
     if field == "model.adapter" and (adapter := adapter_in(Path(path).expanduser())) is not None:
         return fingerprint(adapter, stored_files(adapter))
     if field == "reward":
@@ -105,6 +105,38 @@ def at_a_commit(config: Any) -> Any:
         return replace(config, prompts=fixed(config.prompts))
     fields = {name: fixed(getattr(config.data, name)) for name in ("train", "mix", "eval")}
     return replace(config, data=replace(config.data, **fields))
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path is the folder of a run, of `train` or `ppo`."""
+    return (path / "run.json").is_file()
+
+
+def base_of(run: Path) -> str:
+    """Where the base of a run with an adapter lies now. ValueError where it has changed, or is stored nowhere."""
+    facts = read_facts(run / "run.json")
+    table = facts["config"]
+    relocate_inputs(run, facts, table, BASE)
+    path: str | None = table.get("model", {}).get("path")
+    if path is None:
+        raise ValueError(f"{run}: its base is a fresh preset, which no file holds; train it without [lora]")
+    return path
+
+
+def _of_model(path: str) -> dict[str, Any]:
+    """The fingerprint of a checkpoint, or of what a run has made: its model, or its adapter and its base."""
+    run = Path(path).expanduser()
+    adapter = run / "adapter"
+    if not is_run(run):
+        return of_checkpoint(path)
+    if not (adapter / CONFIG).is_file():
+        if not (run / "model").is_dir():
+            raise ValueError(f"{run}: the run has not finished: train it to its end first")
+        return of_checkpoint(run / "model")
+
+    entry = fingerprint(run, [adapter / CONFIG, adapter / WEIGHTS, *settings_files(adapter)])
+    base = _of_model(base_of(run))
+    return {**entry, "files": entry["files"] | {f"base/{name}": digest for name, digest in base["files"].items()}}
 
 
 def of_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ._outside import located
+from .adapted.run_models import model_info, opened_model
 from .adapted.starting import NAME, attach_start, rank_on, take_options, with_head
 from .config import ModelConfig, RunConfig
 from .engine import add_lora, freeze, projections, quantize, train_rows, unfreeze
@@ -26,7 +27,7 @@ from .engine.training.cached_features import head_only
 from .engine.training.config import needs_evaluation
 from .inputs import columns_of, corpora, data_files, draws_of, is_corpus, parts_of, read_splits, split_windows
 from .models import Bert, ResNet, XLNet, add_tokens, load
-from .models.checkpoint.info import CheckpointInfo, checkpoint_info
+from .models.checkpoint.info import CheckpointInfo
 from .models.checkpoint.loading import fresh, open_checkpoint
 from .models.families import family_of_preset
 from .models.layers.dropout import choose_dropout
@@ -81,7 +82,7 @@ def run_base(config: RunConfig, *, weights: bool = True) -> RunBase:
         checkpoint = None
         family = family_of_preset(config.model.preset or "")
     else:
-        checkpoint = checkpoint_info(config.model.path, weights)
+        checkpoint = model_info(config.model.path, weights)
         family = checkpoint.family
 
     if config.method == "dpo":  # whose loss has an option
@@ -238,23 +239,22 @@ def load_model(
 ) -> tuple[Any, Any]:
     """The model of a configuration, whose checkpoint was looked at, and its tokenizer or None.
 
-    `seed` is that of a preset's weights. Without `weights` the model is on the meta device. `head_follows`: as in
-    `prepare`.
+    `seed` is that of a preset's weights; without `weights` it is on the meta device. `head_follows`: as in `prepare`.
     """
     if checkpoint is None:
         assert options.preset is not None
         model, tokenizer = fresh(
             options.preset, options.tokenizer, task, labels, seed, weights=weights, **options.overrides
         )
-    elif weights:
-        model, tokenizer = load(
-            checkpoint, task, options.dtype, options.device, labels or None, head_layers=options.head_layers,
-            quantize=projections if options.quantize is not None else None, head_follows=head_follows,
-        )  # fmt: skip
     else:
-        opened = open_checkpoint(checkpoint, task, labels or None, head_layers=options.head_layers)
-        model = opened.model
-        tokenizer = opened.tokenizer
+        with opened_model(checkpoint) as opened:
+            if weights:
+                model, tokenizer = load(
+                    opened, task, options.dtype, options.device, labels or None, head_layers=options.head_layers,
+                    quantize=projections if options.quantize is not None else None, head_follows=head_follows,
+                )  # fmt: skip
+            else:
+                model, tokenizer, *_ = open_checkpoint(opened, task, labels or None, head_layers=options.head_layers)
 
     if options.add_tokens and options.adapter is None:
         with located("model.add_tokens"):

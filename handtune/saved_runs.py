@@ -16,11 +16,12 @@ from ._shapes import with_fields
 from .config import RunConfig, from_table
 from .engine import drop_adapter, load_adapter, save_adapter, set_adapter
 from .engine.adapters.switch import adapter_names
-from .engine.peft.format import CONFIG, TASK_TYPES, WEIGHTS
+from .engine.peft.format import CONFIG, TASK_TYPES, WEIGHTS, save_head
 from .engine.peft.weights import PREFIX
+from .engine.training.cached_features import head_only
 from .engine.training.run_folder import read_facts
 from .inputs import START, relocate_inputs
-from .models import ResNet, add_tokens, load
+from .models import ResNet, add_tokens, load, save
 from .models.checkpoint.safetensors_io import read_header
 from .models.layers.image_processor import ImageProcessor
 from .models.tokenizer.added_tokens import resize
@@ -90,6 +91,11 @@ def put_weights(run: Path, model: Any) -> None:
     model.load_state_dict(trained.state_dict())
 
 
+def stored_folder(run: Path) -> Path:
+    """The folder in which a run has stored its adapter, or else its model."""
+    return run / "adapter" if (run / "adapter" / CONFIG).is_file() else run / "model"
+
+
 def has_stored(run: Path) -> bool:
     """Whether the run has stored an adapter or a model."""
     return (run / "adapter" / CONFIG).is_file() or (run / "model" / "config.json").is_file()
@@ -144,10 +150,32 @@ def take_settings(model: Any, tokenizer: Any, adapter: Path) -> None:
     model.tokens = model.tokens.with_adapter(adapter, tokenizer)
 
 
-def store_adapter(model: Any, tokenizer: Any, adapter: Path, name: str = "default") -> None:
-    """Write an adapter, and the tokenizer, chat template and end tokens, or image size, that it was trained with."""
+def store_trained(model: Any, tokenizer: Any, config: RunConfig) -> Path:
+    """Write what a run has trained: its adapter, its head where nothing else trained, or the whole model.
+
+    Returns the folder in the run's.
+    """
+    out = Path(config.out)
+    only_head = head_only(model) and not config.train.unfreeze
+    if config.lora is not None:
+        store_adapter(model, tokenizer, out / "adapter", "default", config.lora.save_dtype)
+    elif only_head and config.model.path is not None:  # a preset's weights are stored nowhere else
+        store_adapter(model, tokenizer, out / "adapter", None)
+    else:
+        save(model, tokenizer, out / "model")
+    return stored_folder(out)
+
+
+def store_adapter(model: Any, tokenizer: Any, adapter: Path, name: str | None, save_dtype: str = "float32") -> None:
+    """Write an adapter, and the tokenizer, chat template and end tokens, or image size, that it was trained with.
+
+    The name None stands for the head of a model without adapters; `save_dtype` is that of `LoRAConfig`.
+    """
     with filling(adapter, CONFIG) as folder:
-        save_adapter(model, folder, name)
+        if name is None:
+            save_head(model, folder)
+        else:
+            save_adapter(model, folder, name, dtype=next(model.parameters()).dtype if save_dtype == "base" else None)
         if isinstance(model, ResNet):
             model.pixels.write(folder)
         if tokenizer is not None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..._outside import located
+from ..._shapes import check_bounds, one_of
 from .module_patterns import matches_end, parsed
 
 LARGEST = (2 - 2**-23) * 2.0**127  # of fp32
@@ -14,37 +15,31 @@ MAX_RANK = 2**15  # no matrix has a higher one that an adapter could add
 class LoRAConfig:
     """What an adapter looks like: a correction s B A, where s is `alpha` / `rank`."""
 
-    # R, the rows of A and the columns of B: 16 suits most tasks. Parameters and optimizer state grow with it.
-    rank: int = 16
-
-    # Twice the rank, as is usual: where the two keep that ratio, one learning rate suits any rank.
-    alpha: float = 32.0
+    rank: int = 16  # R, the rows of A and the columns of B; parameters and optimizer state grow with it
+    alpha: float = 32.0  # twice the rank, as is usual: where they keep that ratio, one learning rate suits any rank
 
     # "all-linear" (every projection but the output head; a ResNet's convolutions), a group of the model's own
-    # `lora_targets` ("attention", "mlp", "convolutions"), or names and shell globs that match a whole module path or
-    # its end, in our spelling or the published one. In a foreign model "all-linear" is PEFT's, without convolutions.
+    # ("attention", "mlp", "convolutions"), or names and shell globs that match a whole module path or its end, in our
+    # spelling or the published one. In a foreign model "all-linear" is PEFT's, without convolutions.
     targets: str | tuple[str, ...] | list[str] = "all-linear"
 
-    # A probability, on the input of the low-rank branch.
-    dropout: float = 0.0
+    dropout: float = 0.0  # a probability below 1, on the input of the low-rank branch
+    rslora: bool = False  # s is alpha / √rank: Kalajdzievski 2023, arXiv:2312.03732
 
-    # s is alpha / √rank: Kalajdzievski 2023, arXiv:2312.03732
-    rslora: bool = False
-
-    # Another rank or alpha for single modules, by regular expressions on the end of their path.
+    # Another rank for single modules, by regular expressions on the end of their path: { "q_proj" = 4 }, for example.
     rank_pattern: dict[str, int] = field(default_factory=dict)
+    # Another alpha for single modules, likewise: { "q_proj" = 8.0 }, for example.
     alpha_pattern: dict[str, float] = field(default_factory=dict)
 
-    # Train the magnitudes of weights apart from their directions: arXiv:2402.09353
-    dora: bool = False
-
-    # LoRA+: B learns so many times as fast as A (Hayou et al. 2024, arXiv:2402.12354). An adapter's file says nothing
-    # of it.
-    loraplus_lr_ratio: float = 1.0
+    dora: bool = False  # train the magnitudes of weights apart from their directions: arXiv:2402.09353
+    loraplus_lr_ratio: float = 1.0  # LoRA+: B learns so many times as fast as A (arXiv:2402.12354)
 
     # "pissa" starts from the largest singular triples of a projection's weight instead of zero (arXiv:2404.02948); the
     # base is left alone, and the adapter's file has twice the rank.
-    init: str = "kaiming"
+    init: str = one_of("kaiming", ("kaiming", "pissa"))
+
+    # The dtype in which the adapter is stored. It trains in fp32; "base" halves the file where the base has 16 bits.
+    save_dtype: str = one_of("float32", ("float32", "base"))
 
     def __post_init__(self) -> None:
         for option, rank in [("rank", self.rank), *(("rank_pattern", rank) for rank in self.rank_pattern.values())]:
@@ -67,8 +62,7 @@ class LoRAConfig:
             raise ValueError(f"dropout: expected a probability in [0, 1), got {self.dropout!r}")
         if not is_finite(self.loraplus_lr_ratio) or self.loraplus_lr_ratio <= 0:
             raise ValueError(f"loraplus_lr_ratio: expected a positive number, got {self.loraplus_lr_ratio!r}")
-        if self.init not in ("kaiming", "pissa"):
-            raise ValueError(f'init: expected "kaiming" or "pissa", got {self.init!r}')
+        check_bounds(self)
         if self.init == "pissa" and min([self.alpha, *self.alpha_pattern.values()]) <= 0:
             raise ValueError('alpha: init "pissa" divides by it; give a positive one')
         if not self.targets:

@@ -19,7 +19,7 @@ from ...kernels.quant.nf4 import NF4Weight
 from ..model import facts_of
 from .config import LoRAConfig
 from .locking import with_adapter_lock
-from .modules_to_save import mark_trained, switch_tensors
+from .modules_to_save import adapters_with_tensors, mark_trained, switch_tensors
 from .targets import match_targets, published_parts, refuse_tied
 from .wrapping import Active, Adaptable, LoRAWeights, as_adaptable, ensure_adaptable, n_groups, refuse_patched
 
@@ -88,7 +88,7 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
         raise ValueError(f"adapter name {name!r}: it must be a text, not empty and without a dot")
     if name in dir(nn.ModuleDict()):
         raise ValueError(f"adapter name {name!r} means something in torch's modules; choose another")
-    if any(name in site.module.lora for site in adapter_sites(model)):
+    if any(name in site.module.lora for site in adapter_sites(model)) or name in adapters_with_tensors(model):
         raise ValueError(f"adapter {name!r} exists already; choose another name")
 
 

@@ -273,6 +273,11 @@ def trained_outside_adapters(model: nn.Module, adapter: str) -> set[str]:
     return names & {name for name, _ in model.named_parameters()}
 
 
+def adapters_with_tensors(model: nn.Module) -> set[str]:
+    """The adapters that have something besides factors, or, as a head alone, without any."""
+    return {name for _, _, versions in _versioned_modules(model) for name in versions.by_adapter}
+
+
 def inactive_tensors(model: nn.Module, adapter: str | None) -> NamedTensors:
     """The tensors with this adapter, by their names in the model, that are not in it now."""
     return {

@@ -31,6 +31,7 @@ from .lora import (
 )
 from .modules_to_save import (
     active_owners,
+    adapters_with_tensors,
     common_owner,
     copy_tensors,
     drop_tensors,
@@ -45,7 +46,7 @@ from .wrapping import Active, Adaptable, n_groups
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The names of all adapters attached to the model, sorted."""
-    return sorted({name for site in adapter_sites(model) for name in site.module.lora})
+    return sorted({name for site in adapter_sites(model) for name in site.module.lora} | adapters_with_tensors(model))
 
 
 def check_attached(model: nn.Module, *names: str | None) -> None:
@@ -228,10 +229,12 @@ def drop_adapter(model: nn.Module, name: str) -> None:
     refuse_merged(model)
     check_attached(model, name)
     modules = [site.module for site in adapter_sites(model) if name in site.module.lora]
+    in_use = name in active_owners(model).values()
     for module in modules:
         by_row = isinstance(module.active, AdapterRows) and name in module.active.adapters
-        if module.active == name or by_row:
-            raise ValueError(f"adapter {name!r} is in use: set_adapter(model, None), or another, first")
+        in_use = in_use or module.active == name or by_row
+    if in_use:
+        raise ValueError(f"adapter {name!r} is in use: set_adapter(model, None), or another, first")
 
     for module in modules:
         del module.lora[name]
@@ -252,7 +255,7 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> None:
     active = [site for site in adapter_sites(model) if site.module.active is not None]
     if any(isinstance(site.module.active, AdapterRows) for site in active):
         raise ValueError("each row has an adapter of its own here; set_adapter(model, name) to the one to merge")
-    if not active:
+    if not active and not any(active_owners(model).values()):  # a head alone is in its place already
         raise ValueError("no adapter is active: add_lora, load_adapter or set_adapter first")
 
     # Everything is computed twice, the first time as a check: keeping it would take a second model's memory.

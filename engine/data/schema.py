@@ -5,11 +5,11 @@
     messages                       [{"role": "system" | "user" | "assistant" | "tool", "content": str, ...}, ...];
                                    content may be a list of text parts, or absent beside tool_calls
     prompt/chosen/rejected         three strings, or three lists of messages; and, optional, tie (bool), margin (number)
-    text/label                     label is a string, see `labels.py`
-    text/text_pair/label
+    text/label                     a document and its class: a string, a number, true or false (`labels.py`)
+    text/text_pair/label           two texts, and the class of the pair
     tokens/tags                    two lists of strings of one length
     question/context/answers       answers is {"text": [str, ...], "answer_start": [int, ...]}; empty: no answer
-    anchor/positive[/negative]     strings
+    anchor/positive[/negative]     texts: one, one that belongs to it, and one that looks as if it did
     image/label                    path of an image file, and its class
 
 Converted: ShareGPT (`conversations` of `from`/`value`, an optional `system`, optional `chosen`/`rejected`), Alpaca

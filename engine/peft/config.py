@@ -10,6 +10,9 @@ from ..adapters.config import LoRAConfig, is_finite
 # Merged and saved, such a model is one that everybody loads.
 OURS = "HANDTUNE_LORA"
 
+# PEFT's word for target modules where there are none, as of a head that trained alone: it loads what is stored beside.
+NO_TARGETS = "dummy-target-modules"
+
 # PEFT's fields that say nothing about the arithmetic, and those that are read here.
 _NEUTRAL = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version",

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,18 +29,19 @@ from ..adapters.lora import (
     refuse_merged,
 )
 from ..adapters.modules_to_save import attach_tensors, mark_trained
-from ..adapters.rounding import refuse_diverged
+from ..adapters.rounding import refuse_diverged, rounded
 from ..adapters.switch import check_attached, set_adapter
 from ..adapters.targets import refuse_tied
 from ..adapters.tied import IsBase, peft_difference, published_names
 from ..adapters.token_rows import PEFT_ROWS, StoredRows, published_ids, take_rows
 from ..adapters.wrapping import LoRAWeights, ensure_adaptable, refuse_patched
 from ..model import facts_of
-from .config import OURS, lora_config
+from .config import NO_TARGETS, OURS, lora_config
 from .saved_modules import (
     BASE,
     changed_tensors,
     compare_with,
+    head_tensors,
     match_tensors,
     plain_tensors,
     tensors_to_save,
@@ -70,12 +72,20 @@ class PublishedFactors(NamedTuple):
     tensors: dict[str, Tensor]  # by PEFT's names, "lora_A.weight"
 
 
-def save_adapter(model: nn.Module, path: str | Path, name: str = "default", *, portable: bool = False) -> None:
+def save_adapter(
+    model: nn.Module,
+    path: str | Path,
+    name: str = "default",
+    *,
+    portable: bool = False,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write the adapter called `name` to the folder `path` in PEFT's format.
 
     What belongs to it (norms, biases, token rows that trained with it, see `modules_to_save.py`) is stored too, under
     plain published names, and the head of a classifier or of question answering in any case. `portable` is for servers
-    that read `r` and `lora_alpha` alone: one rank, to which others are filled up with zeros, and a scale of 1.
+    that read `r` and `lora_alpha` alone: one rank, to which others are filled up with zeros, and a scale of 1. Floats
+    are rounded to `dtype`; None: stored in the one that they have.
 
     Raises ValueError, and writes nothing, where there is no such adapter, or it holds NaN or infinity; and a portable
     one, where it has more than factors of projections, which such a server would leave out without a word.
@@ -95,14 +105,34 @@ def save_adapter(model: nn.Module, path: str | Path, name: str = "default", *, p
         factors = _portable(factors, [*plain, OURS] if is_beyond_peft else list(plain))
 
     tensors = {f"{part.module}.{key}": tensor for part in factors for key, tensor in part.tensors.items()} | plain
-    refuse_diverged(tensors, "nothing is stored; go back to an earlier checkpoint, with a smaller learning rate")
-    tensors = {f"{PREFIX}{key}": tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-
-    config = _peft_config(model, name, factors, modules_to_save)
+    config = _peft_config(model, name, factors, modules_to_save) if factors else _head_config(model, modules_to_save)
     config["bias"] = "lora_only" if any(key.endswith(f"{BASE}bias") for key in plain) else "none"
     config["trainable_token_indices"] = row_ids or None
     if is_beyond_peft:
         config["peft_type"] = OURS
+    _write(Path(path), tensors, config, dtype)
+
+
+def save_head(model: nn.Module, path: str | Path) -> None:
+    """Write the head of a model that has no adapter to the folder `path`, as an adapter without factors.
+
+    `load_adapter` puts it onto the base again, and so does PEFT. Raises ValueError, and writes nothing, where it holds
+    NaN or infinity.
+    """
+    tensors = head_tensors(model)
+    modules_to_save = _modules_to_save(tensors)
+    config = _head_config(model, modules_to_save)
+    if _is_beyond_peft(model, (), modules_to_save, ()):
+        config["peft_type"] = OURS
+    _write(Path(path), tensors, config)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], config: dict[str, Any], dtype: torch.dtype | None = None) -> None:
+    """Write tensors by their published names, and adapter_config.json."""
+    refuse_diverged(tensors, "nothing is stored; go back to an earlier checkpoint, with a smaller learning rate")
+    if dtype is not None:
+        tensors = {key: rounded(t, dtype, key) if t.is_floating_point() else t for key, t in tensors.items()}
+    tensors = {f"{PREFIX}{key}": tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
 
     # The folder gets both files or none.
     with filling(path, CONFIG) as folder:
@@ -193,6 +223,20 @@ def _peft_config(
     }
 
 
+def _head_config(model: nn.Module, modules_to_save: list[str]) -> dict[str, Any]:
+    """The adapter_config.json of an adapter without factors."""
+    return {
+        "peft_type": "LORA",
+        "task_type": TASK_TYPES.get(facts_of(model).task),
+        "base_model_name_or_path": facts_of(model).source,
+        "inference_mode": True,
+        "r": 1,
+        "lora_alpha": 1,
+        "target_modules": NO_TARGETS,
+        "modules_to_save": modules_to_save,
+    }
+
+
 def _most_frequent(values: list[Any]) -> Any:
     return max(set(values), key=values.count)
 
@@ -231,7 +275,9 @@ def read_adapter(model: nn.Module, path: str | Path, is_base: IsBase | None = No
     # Each step takes what it knows out of `remaining`; the plain tensors are what is left.
     remaining = dict(tensors)
     with located(folder / WEIGHTS):
-        factors = take_factors(model, config, remaining)
+        factors = []
+        if published.get("target_modules") != NO_TARGETS:
+            factors = take_factors(model, config, remaining)
         refuse_tied(model, [module_path for module_path, _ in factors])
         rows = take_rows(model, remaining, published.get("trainable_token_indices"))
         if published.get("peft_type") != OURS:
@@ -272,7 +318,7 @@ def load_adapter(model: nn.Module, path: str | Path, name: str = "default") -> N
     for module_path, _ in stored.factors:
         refuse_patched(module_path, model.get_submodule(module_path))
     with located(path):
-        tensors = changed_tensors(model, stored.plain, stored.rows, base)
+        tensors = changed_tensors(model, stored.plain, stored.rows, base, also_equal=not stored.factors)
 
     prepare_for_adapter(model)
     for module_path, weights in stored.factors:

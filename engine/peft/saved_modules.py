@@ -93,6 +93,13 @@ def tensors_to_save(
     return out
 
 
+def head_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The published tensors of the head of a model without adapters."""
+    tensors = tensors_with(model, None)
+    published = _published_tensors(model, tensors).values()
+    return {entry.name: entry.stored(tensors) for entry in published if entry.key.startswith("head.")}
+
+
 def _module_of(key: str) -> str:
     """The path of the module that a tensor belongs to."""
     return key.rpartition(".")[0]
@@ -190,12 +197,17 @@ def match_tensors(
 
 
 def changed_tensors(
-    model: nn.Module, plain: Mapping[str, Tensor], token_rows: list[StoredRows], base: Mapping[str, Tensor]
+    model: nn.Module,
+    plain: Mapping[str, Tensor],
+    token_rows: list[StoredRows],
+    base: Mapping[str, Tensor],
+    also_equal: bool = False,
 ) -> dict[str, Tensor]:
     """Copies of those of the base's tensors that the stored ones change, with these in them, by our names.
 
     Of token rows there are their ids, too. A plain tensor that is as in the base says nothing: a head is stored whether
-    it trained or not, and by PEFT the matrix of an adapted embedding.
+    it trained or not, and by PEFT the matrix of an adapted embedding. With `also_equal` it is among them: an adapter
+    without factors would be nothing otherwise.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -205,7 +217,7 @@ def changed_tensors(
         tensors[key][rows] = rounded(value, tensors[key].dtype, key).to(tensors[key].device)
 
     for key, rows, value in match_tensors(model, plain, base):
-        if not same_tensor(value, base[key].detach()[rows]):
+        if also_equal or not same_tensor(value, base[key].detach()[rows]):
             put(key, rows, value)
     for path, ids, values in token_rows:
         put(f"{path}.weight", ids, values)  # (n, D)

@@ -93,7 +93,7 @@ class LossConfig:
     # The share of each target that is spread evenly over all entries of the vocabulary, or all classes.
     label_smoothing: float = zero_to_one(0.0)
     # How much a row (or word) of each class counts: "balanced" (rows / classes / rows of the class), or a table of
-    # label = weight, in which labels that are left out have 1.
+    # label = weight, in which labels that don't stand there have 1; None: all count 1.
     class_weights: str | dict[str, float] | None = None
 
     def __post_init__(self) -> None:

@@ -10,7 +10,8 @@ loaded into memory and brought into that form first, and the merged checkpoint i
 """
 
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +28,9 @@ from ..engine.adapters.wrapping import LoRAWeights, as_adaptable, n_groups
 from ..engine.peft.format import StoredAdapter, read_adapter
 from ..kernels.lora.factors import PartWeights
 from ..models import load
+from ..models.checkpoint.info import CheckpointInfo
 from ..models.checkpoint.loading import Checkpoint, open_checkpoint
-from ..models.checkpoint.safetensors_io import LazyTensor, TensorOnDisk, holds, read_into, same, write_file
+from ..models.checkpoint.safetensors_io import LazyTensor, StoredTensor, holds, read_into, same, write_file
 from ..models.checkpoint.saving import save_around, stored_shape
 from ..models.checkpoint.shards import INDEX, SINGLE
 from ..models.checkpoint.weights import blocks, match_keys, stored_tensors
@@ -36,31 +38,68 @@ from ..models.layers.key_map import CheckpointKey
 from ..prompts import learn_turn_end
 from ..saved_runs import added_tokens, fit_vocabulary, head_of, resized_vocabulary, take_settings
 
-Source = TensorOnDisk | LazyTensor  # copied from a file, or computed when it is written
 MAIN = "config.json"  # without it no folder is a checkpoint
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class MergedModel(NamedTuple):
+    """A checkpoint with an adapter merged into it, of which nothing is computed yet."""
+
+    tensors: dict[str, StoredTensor]  # by published name: copied from a file, or computed when it is written or read
+    model: Any  # on the meta device, with the settings of the adapter
+    tokenizer: Any
+    dtype: torch.dtype
+
+
+def merge(base: CheckpointInfo, adapter: Path | None, out: Path, dtype: str | None = None) -> None:
+    """Write the merged checkpoint to a folder of `empty_folder`, its floats in `dtype` (None: the base's).
+
+    Without an adapter the base itself is written. Raises what loading raises; ValueError where neither the base nor the
+    adapter has a head, for a convolution in groups, and where a merged number is NaN or overflows the dtype.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
+    rounding = Rounding()
+    merged = merged_model(base, adapter, rounding, DTYPES[dtype] if dtype is not None else None)
+    with torch.no_grad(), filling(out, MAIN) as folder:
+        _write(merged.tensors, folder)
+        save_around(merged.model, merged.tokenizer, folder, merged.dtype)
+    report(rounding, merged.dtype)
+
+
+@contextmanager
+def empty_folder(path: Path) -> Iterator[Path]:
+    """A folder, new or empty, in which no other process merges while the block lasts. ValueError where it isn't so."""
+    out = resolved(path)
+    _require_empty(out)
+    with alone(out, out / LOCK):
+        _require_empty(out)  # again, because another process may have merged by now
+        yield out
 
 
 @torch.no_grad()
-def merge(base: str, adapter: Path, out: Path) -> None:
-    """Write the merged checkpoint to the folder `out`, which is empty or new.
-
-    Raises what loading raises; ValueError where `out` is not empty, where neither the base nor the adapter has a head,
-    for a convolution in groups, and where a merged number is NaN or overflows the base's dtype.
-    """
-    out = resolved(out)
-    _require_empty(out)
-    rounding = Rounding()
-    with alone(out, out / LOCK):
-        _require_empty(out)  # again, because another process may have merged by now
-        opened = open_checkpoint(base, **head_of(adapter))
-        head_rows = opened.head_rows or []
+def merged_model(
+    base: CheckpointInfo, adapter: Path | None, rounding: Rounding, dtype: torch.dtype | None = None
+) -> MergedModel:
+    """What `merge` writes. `rounding` counts what is lost as the tensors are computed. Raises as `merge`."""
+    head = {} if adapter is None else head_of(adapter)
+    opened = open_checkpoint(base, **head)
+    head_rows = opened.head_rows or []
+    source = _on_disk(opened)
+    if adapter is not None:
         is_resized = resized_vocabulary(adapter, opened.model) is not None
-        with filling(out, MAIN) as folder:
-            if is_resized or added_tokens(adapter, opened.tokenizer) or head_rows != sorted(head_rows):
-                _write_merged(_in_memory(base, opened, adapter), adapter, folder, rounding)
-            else:
-                _write_merged(_on_disk(opened), adapter, folder, rounding)
-    _report(rounding, opened.shards.dtype())
+        if is_resized or added_tokens(adapter, opened.tokenizer) or head_rows != sorted(head_rows):
+            source = _in_memory(base, opened, adapter)
+
+    stored = StoredAdapter([], {}, [])
+    if adapter is not None:
+        stored = read_adapter(source.model, adapter, source.is_base)
+    tensors = _merged_tensors(source, stored, rounding, dtype)
+
+    if adapter is not None:
+        take_settings(source.model, source.tokenizer, adapter)
+    learn_turn_end(source.model, source.tokenizer)
+    return MergedModel(tensors, source.model, source.tokenizer, dtype or source.dtype)
 
 
 def _require_empty(out: Path) -> None:
@@ -73,11 +112,11 @@ def _require_empty(out: Path) -> None:
         raise ValueError(f"{out} holds something already; give a new folder for the merged checkpoint")
 
 
-def _report(rounding: Rounding, dtype: torch.dtype) -> None:
+def report(rounding: Rounding, dtype: torch.dtype) -> None:
     """Say on standard error how much of the change survived, where the dtype can lose some of it."""
     if dtype.itemsize >= 4 or not rounding.change:
         return
-    remedy = "" if rounding.survives > 0.9 else "; convert the base to float32 first, or use base and adapter unmerged"
+    remedy = "" if rounding.survives > 0.9 else "; merge with --dtype float32, or use base and adapter unmerged"
     print(f"{rounding.survives:.1%} of the adapter's change survives in {dtype_name(dtype)}{remedy}", file=sys.stderr)
 
 
@@ -86,7 +125,7 @@ class _Base(NamedTuple):
 
     model: Any  # on the meta device where its weights stay on the disk
     tokenizer: Any
-    tensors: Mapping[str, TensorOnDisk | Tensor]  # by their published names
+    tensors: Mapping[str, StoredTensor | Tensor]  # by their published names
     new: Collection[str]  # those of a head that the base lacks
     dtype: torch.dtype
     is_base: IsBase | None = None  # whether a tensor has a value, for one on the disk
@@ -110,7 +149,7 @@ def _on_disk(opened: Checkpoint) -> _Base:
     return _Base(model, opened.tokenizer, placement.stored, placement.new, opened.shards.dtype(), is_base)
 
 
-def _in_memory(base: str, opened: Checkpoint, adapter: Path) -> _Base:
+def _in_memory(base: CheckpointInfo, opened: Checkpoint, adapter: Path) -> _Base:
     """A base with the vocabulary of the adapter, and its head's rows in the order of the adapter's labels."""
     dtype = opened.shards.dtype()
     model, tokenizer = load(base, dtype=dtype, device="cpu", head_follows=True, **head_of(adapter))
@@ -118,7 +157,7 @@ def _in_memory(base: str, opened: Checkpoint, adapter: Path) -> _Base:
 
     # A head that was made here, for the adapter to fill, is none of the base's.
     parameters = stored_tensors(model)
-    tensors: dict[str, TensorOnDisk | Tensor] = {}
+    tensors: dict[str, StoredTensor | Tensor] = {}
     new: list[str] = []
     for key, layout in model.key_map().items():
         if model.head_is_new and key.startswith("head."):
@@ -128,48 +167,46 @@ def _in_memory(base: str, opened: Checkpoint, adapter: Path) -> _Base:
     return _Base(model, tokenizer, tensors, new, dtype)
 
 
-def _write_merged(base: _Base, adapter: Path, folder: Path, rounding: Rounding) -> None:
-    """Write the merged checkpoint tensor by tensor."""
-    model = base.model
-    tensors = _merged_tensors(base, read_adapter(model, adapter, base.is_base), rounding)
-    _write(tensors, base.tensors, folder)
-    take_settings(model, base.tokenizer, adapter)
-    learn_turn_end(model, base.tokenizer)
-    save_around(model, base.tokenizer, folder, base.dtype)
-
-
 class _Target(NamedTuple):
     """A tensor of the merged checkpoint, and what the base and the adapter have for it."""
 
     name: str  # its published name
     layout: CheckpointKey  # how it is stored
-    dtype: torch.dtype
+    dtype: torch.dtype  # in which it is written
     block: Tensor  # its rows of our parameter
-    in_base: TensorOnDisk | Tensor | None
+    in_base: StoredTensor | Tensor | None
     in_adapter: Tensor | None  # a whole tensor that replaces the base's
 
     def base_rows(self) -> Tensor:
-        """A copy of the base's tensor, in our layout."""
-        if not isinstance(self.in_base, TensorOnDisk):
+        """A copy of the base's tensor, in our layout and the base's dtype."""
+        if not isinstance(self.in_base, StoredTensor):
             return self.block.clone()
-        rows = torch.empty(self.block.shape, dtype=self.dtype)
+        rows = torch.empty(self.block.shape, dtype=self.in_base.dtype)
         read_into(self.in_base, self.layout.as_stored(rows))
         return rows
 
 
-def _merged_tensors(base: _Base, adapter: StoredAdapter, rounding: Rounding) -> dict[str, Source]:
-    """The tensors of the merged checkpoint, by published name; those that change are computed when they are written."""
+def _merged_tensors(
+    base: _Base, adapter: StoredAdapter, rounding: Rounding, new_dtype: torch.dtype | None
+) -> dict[str, StoredTensor]:
+    """The tensors of the merged checkpoint, by published name; those that change are computed when they are written.
+
+    Floats are written in `new_dtype`; None: in that of the base's tensor.
+    """
     model = base.model
     parameters = stored_tensors(model)
     factors = dict(adapter.factors)
     token_rows = {f"{path}.weight": (ids, rows) for path, ids, rows in adapter.rows}
 
-    tensors: dict[str, Source] = {}
+    tensors: dict[str, StoredTensor] = {}
     for key, layout in model.key_map().items():
         path = key.removesuffix(".weight")
         for index, (name, block) in enumerate(zip(layout.names, blocks(parameters[key], layout), strict=True)):
             in_base = base.tensors.get(name)
             dtype = base.dtype if in_base is None else in_base.dtype
+            stays = new_dtype in (None, dtype) or not dtype.is_floating_point
+            if new_dtype is not None and not stays:
+                dtype = new_dtype
             target = _Target(name, layout, dtype, block, in_base, adapter.plain.get(name))
             shape = stored_shape(layout, block)
 
@@ -186,12 +223,13 @@ def _merged_tensors(base: _Base, adapter: StoredAdapter, rounding: Rounding) -> 
                 make = partial(_replaced, target, rounding)
             elif key in token_rows:
                 make = partial(_with_token_rows, target, *token_rows[key], rounding)
-            elif isinstance(in_base, TensorOnDisk):  # the adapter leaves it alone
+            elif isinstance(in_base, StoredTensor) and stays:  # the adapter leaves it alone
                 tensors[name] = in_base
                 continue
             else:
-                make = partial(layout.as_stored, block)
-            tensors[name] = LazyTensor(shape, dtype, make)
+                make = partial(_converted, target)
+            file = in_base.path if isinstance(in_base, StoredTensor) else Path()
+            tensors[name] = LazyTensor(shape, dtype, make, file, name)
     return tensors
 
 
@@ -221,7 +259,7 @@ def _with_factors(target: _Target, change: Callable[[Tensor], Tensor], rounding:
         rows = target.layout.ours(rounded(target.in_adapter, target.dtype, target.name)).contiguous()
 
     merged = change(rows)
-    stored = rounded(merged, rows.dtype, target.name)
+    stored = rounded(merged, target.dtype, target.name)
     rounding.add(rows, merged, stored)
     return target.layout.as_stored(stored)
 
@@ -237,16 +275,21 @@ def _replaced(target: _Target, rounding: Rounding) -> Tensor:
 
 def _with_token_rows(target: _Target, ids: list[int], rows: Tensor, rounding: Rounding) -> Tensor:
     """An embedding with the token rows that the adapter trained."""
-    matrix = target.base_rows()  # (V, D)
+    matrix = rounded(target.base_rows(), target.dtype, target.name)  # (V, D)
     stored = rounded(rows, target.dtype, target.name)  # (n, D)
     rounding.add(matrix[ids], rows, stored)
     matrix[ids] = stored
     return matrix
 
 
-def _write(tensors: dict[str, Source], base: Mapping[str, TensorOnDisk | Tensor], folder: Path) -> None:
+def _converted(target: _Target) -> Tensor:
+    """The base's tensor in the dtype in which it is written."""
+    return target.layout.as_stored(rounded(target.base_rows(), target.dtype, target.name))
+
+
+def _write(tensors: dict[str, StoredTensor], folder: Path) -> None:
     """Write each tensor to the file that the base has it in, and new ones to the last file."""
-    file_names = {name: tensor.path.name for name, tensor in base.items() if isinstance(tensor, TensorOnDisk)}
+    file_names = {name: tensor.path.name for name, tensor in tensors.items() if tensor.path.name}
     files = sorted(set(file_names.values()))
     if len(files) <= 1:
         write_file(folder / SINGLE, tensors)

@@ -11,10 +11,10 @@ from ..engine.data.schema import is_dialogue
 from ..engine.rlhf.reward_model import Reward, RewardFn
 from ..inputs import adapter_in, as_list, reward_checkpoint
 from ..models import load
-from ..models.checkpoint.info import checkpoint_info
 from ..prepare import load_model
 from ..prompts import learn_turn_end, prompt_template_of, prompts_of, question_of
 from ..saved_runs import function_of
+from .run_models import model_info
 from .starting import other_base
 
 
@@ -23,7 +23,7 @@ def load_policy(config: PPORunConfig, *, weights: bool = True) -> tuple[Any, Any
     path = config.model.path
     assert path is not None
     model, tokenizer = load_model(
-        config.model, checkpoint_info(path, weights), "causal-lm", weights=weights,
+        config.model, model_info(path, weights), "causal-lm", weights=weights,
         head_follows=config.model.adapter is not None,
     )  # fmt: skip
     if tokenizer is None:

@@ -12,14 +12,14 @@ from ..engine.data.placed_rows import PlacedRow
 from ..engine.data.schema import as_dialogue
 from ..engine.tasks.objectives import PREDICTORS
 from ..engine.training.prediction import predictions, rows_to_predict
-from ..inputs import columns_of
+from ..inputs import columns_of, is_run
 from ..models import load
 from ..models.checkpoint.info import checkpoint_info
 from ..models.checkpoint.tasks import task_of
 from ..models.tokenizer.build import CONVERT
 from ..prompts import check_tokenizer, learn_turn_end, template_of
 from ..saved_runs import config_of, facts_of, put_adapter
-from .stored import is_run, load_base, stored_model
+from .stored import load_base, stored_model
 
 LONGEST = "sentence_bert_config.json"  # where sentence-transformers says how many tokens of a text are read
 
@@ -123,7 +123,7 @@ def predictor_of(source: str, dtype: str = "auto") -> Predictor:
             raise ValueError(f"{source}: no weights there for the head of {model.task}; train it first")
 
     _check_tokenizer(model, tokenizer, CONVERT)
-    if is_run(source):
+    if is_run(Path(source)):
         data = config_of(Path(source)).data
         return Predictor(model, tokenizer, data.max_length, data.truncate, columns_of(data))
     return Predictor(model, tokenizer, _longest_text(model))

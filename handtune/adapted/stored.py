@@ -5,14 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig
-from ..inputs import BASE
+from ..inputs import BASE, is_run
 from ..prepare import load_model, run_base
-from ..saved_runs import config_of, require_finished
-
-
-def is_run(source: str | Path) -> bool:
-    """Whether a path leads to the folder of a run, and not to a checkpoint's."""
-    return (Path(source) / "run.json").is_file()
+from ..saved_runs import config_of, require_finished, stored_folder
 
 
 def stored_model(source: str) -> tuple[str, RunConfig | None]:
@@ -25,7 +20,7 @@ def stored_model(source: str) -> tuple[str, RunConfig | None]:
     if not is_run(run):
         return source, None
     require_finished(run)
-    if (run / "model").is_dir():
+    if stored_folder(run).name == "model":
         return str(run / "model"), None
     return source, config_of(run, BASE)
 

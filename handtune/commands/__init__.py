@@ -6,6 +6,7 @@ from collections.abc import Callable
 from .chat import run_chat
 from .check_data import run_check_data
 from .compare import run_compare
+from .config import run_config
 from .evaluate import run_evaluate
 from .generate import run_generate
 from .label import run_label
@@ -25,6 +26,7 @@ LESS_MEMORY = {
     "evaluate": "end what else runs here, or train and evaluate with shorter rows (data.max_length)",
     "merge": "end what else runs here; the largest tensor, and what the adapter changes of it, must fit in memory",
     "report": "end what else runs here, or compare fewer runs",
+    "config": "end what else runs here",
 }
 
 # The function of each command, in the file of its name.
@@ -33,6 +35,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "check-data": run_check_data,
     "chat": run_chat,
     "compare": run_compare,
+    "config": run_config,
     "evaluate": run_evaluate,
     "generate": run_generate,
     "label": run_label,

@@ -21,9 +21,9 @@ from ..engine import Callback
 from ..engine.data.fingerprints import Inputs
 from ..engine.data.placed_rows import PlacedRow
 from ..engine.training.run_folder import RunFolder, finished
-from ..engine.training.tensorboard import TensorBoard
 from ..inputs import inputs_of
-from ..saved_runs import has_stored
+from ..reporting.tensorboard import TensorBoard
+from ..saved_runs import has_stored, stored_folder
 from ..terminal import INTERRUPTED
 
 
@@ -84,14 +84,13 @@ def loggers(config: RunConfig | PPORunConfig) -> list[Callback]:
 
 def run_once(
     config: RunConfig | PPORunConfig,
-    stored_in: Path,
     train: Callable[[RunFolder, Inputs], dict[str, Any] | None],
     which: Callable[[dict[str, Any]], str],
 ) -> int:
     """Begin or continue the run of a configuration, unless it has finished; returns the exit code.
 
     `train` returns the contents of result.json, or None where it was interrupted. `which` says of these which weights
-    are stored in the folder `stored_in`.
+    are stored in the run's folder.
     """
     out = Path(config.out)
     run_folder = RunFolder(out)
@@ -112,5 +111,5 @@ def run_once(
             result = finished_result() or train(run_folder, inputs)
     if result is None:
         return INTERRUPTED
-    print(f"{which(result)}\nstored in {stored_in} ({result['stored_bytes'] / 2**20:.2f} MiB)")
+    print(f"{which(result)}\nstored in {stored_folder(out)} ({result['stored_bytes'] / 2**20:.2f} MiB)")
     return 0

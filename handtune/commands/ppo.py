@@ -24,8 +24,7 @@ from .outputs import loggers, run_once
 def run_ppo(options: argparse.Namespace) -> int:
     """`handtune ppo`: one run from its configuration to the stored adapter."""
     config: PPORunConfig = with_base(at_a_commit(read_config(options.config, options.override, PPORunConfig)))
-    learn = partial(_ppo, config, options.quiet, loggers(config))
-    return run_once(config, Path(config.out) / "adapter", learn, _stored_policy)
+    return run_once(config, partial(_ppo, config, options.quiet, loggers(config)), _stored_policy)
 
 
 def _ppo(
@@ -52,7 +51,7 @@ def _ppo(
         return None
 
     amend(out, trains=f"LoRA r={rank_on(model, POLICY)}")
-    store_adapter(model, tokenizer, out / "adapter", POLICY)
+    store_adapter(model, tokenizer, out / "adapter", POLICY, config.ppo.lora.save_dtype)
     counts = trainable_report(model)
     values = {
         **asdict(result),

@@ -14,23 +14,21 @@ from ..engine.training.loop import training_batches
 from ..engine.training.run_folder import RunFolder, amend, finish
 from ..engine.training.watching import metrics_text
 from ..inputs import at_a_commit
-from ..models import save
 from ..prepare import choose_trained, prepare, run_base
-from ..saved_runs import store_adapter, stored_bytes
+from ..saved_runs import store_trained, stored_bytes
 from .outputs import loggers, run_once
 
 
 def run_train(options: argparse.Namespace) -> int:
     """`handtune train`: one run from its configuration to the stored adapter or model."""
     config: RunConfig = with_base(at_a_commit(read_config(options.config, options.override)))
-    stored_in = Path(config.out) / ("adapter" if config.trains_adapter else "model")
-    return run_once(config, stored_in, partial(_train, config, stored_in, loggers(config)), _stored_weights)
+    return run_once(config, partial(_train, config, loggers(config)), _stored_weights)
 
 
 def _train(
-    config: RunConfig, stored_in: Path, callbacks: list[Callback], run_folder: RunFolder, inputs: Inputs
+    config: RunConfig, callbacks: list[Callback], run_folder: RunFolder, inputs: Inputs
 ) -> dict[str, Any] | None:
-    """Train, and write the adapter or model to the folder `stored_in`. Returns what is in result.json."""
+    """Train, and write the adapter or model to the run's folder. Returns what is in result.json."""
     out = Path(config.out)
     base = run_base(config)
     facts: dict[str, Any] = {
@@ -53,10 +51,7 @@ def _train(
         print(f"stopped at step {result.steps}; the same command goes on from there")
         return None
 
-    if config.trains_adapter:
-        store_adapter(ready.model, ready.tokenizer, stored_in)
-    else:
-        save(ready.model, ready.tokenizer, stored_in)
+    stored_in = store_trained(ready.model, ready.tokenizer, config)
 
     # This comes last: it makes the run a finished one.
     values = asdict(result)

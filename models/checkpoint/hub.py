@@ -67,11 +67,15 @@ def checkpoint_files(folder: Path) -> list[Path]:
         weights = weight_files(folder)
     except ValueError:  # a damaged index, or pickles: which loading refuses
         weights = sorted(folder.glob("*.safetensors"))
-    files = [path for pattern in READ_FILES for path in sorted(folder.glob(pattern))]
-    files += weights
+    files = [*settings_files(folder), *weights]
     if weights != [folder / SINGLE]:
         files.append(folder / INDEX)
     return files
+
+
+def settings_files(folder: Path) -> list[Path]:
+    """The files in a folder that loading reads besides the weights."""
+    return [path for pattern in READ_FILES for path in sorted(folder.glob(pattern))]
 
 
 def _pickles(repository: str) -> list[str]:

@@ -1,5 +1,6 @@
 """What a checkpoint is: its config.json, which is read before anything else of it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ from ..families import FAMILIES, Family
 from ..layers.config_fields import require_values
 from ..resnet.names import from_timm
 from .hub import checkpoint_folder
+from .safetensors_io import StoredTensor
 
 
 class CheckpointInfo(NamedTuple):
@@ -20,6 +22,7 @@ class CheckpointInfo(NamedTuple):
     published: dict[str, Any]  # config.json, with transformers' fields
     family: Family
     weights: bool  # whether the weights have to be there
+    tensors: Mapping[str, StoredTensor] | None = None  # what the weights are, where no file in the folder has them
 
 
 def checkpoint_info(path: str | Path, weights: bool = True) -> CheckpointInfo:

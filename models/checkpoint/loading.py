@@ -107,7 +107,7 @@ def open_checkpoint(
     """
     info = path if isinstance(path, CheckpointInfo) else checkpoint_info(path)
     folder, published, family = info.folder, info.published, info.family
-    shards = Shards(folder, required=info.weights)  # only headers; the weights are read when all else has been checked
+    shards = Shards(folder, info.weights, info.tensors)  # only headers; the rest is read once all else was checked
     with located(folder / "config.json"):
         config = _config(published, family, "lm_head.weight" in shards.tensors)
         task = task or task_of(published, family)

@@ -14,7 +14,7 @@ computes anything with it.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from io import FileIO
+from io import BytesIO, FileIO
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,13 @@ class TensorOnDisk:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is made when its turn to be written comes: what it will be, and how to make it."""
+    """A tensor that is made when its turn to be written or read comes: what it will be, and how to make it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     make: Callable[[], Tensor]  # may give a view of any layout and device, whose entries come in order
+    path: Path = Path()  # the file and name under which it belongs
+    name: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -77,6 +79,13 @@ class LazyTensor:
         """The bytes of the tensor, which is made now, piece by piece."""
         for rows in _pieces(self.make().detach(), self.dtype.itemsize):
             yield memory_of(rows.cpu().contiguous())
+
+    def open(self) -> BytesIO:
+        """The bytes of the tensor, which is made now."""
+        return BytesIO(memory_of(self.make().detach().cpu().contiguous()))
+
+
+StoredTensor = TensorOnDisk | LazyTensor
 
 
 def read_header(path: Path) -> dict[str, TensorOnDisk]:
@@ -134,7 +143,7 @@ def _check_gapless(path: Path, tensors: dict[str, TensorOnDisk], start: int, siz
         raise _damaged(path, f"{size} bytes, where {start} were expected")
 
 
-def read_into(stored: TensorOnDisk, target: Tensor) -> None:
+def read_into(stored: StoredTensor, target: Tensor) -> None:
     """Fill `target`, a view of any layout, device and dtype, whose entries come in the order of those stored.
 
     Raises ValueError where one is NaN or infinite, or too large for a target in float16.
@@ -168,12 +177,12 @@ def _is_finite(values: Tensor) -> bool:
     return math.isfinite(low.item()) and math.isfinite(high.item())
 
 
-def holds(stored: TensorOnDisk, target: Tensor) -> bool:
+def holds(stored: StoredTensor, target: Tensor) -> bool:
     """Whether the file has exactly the entries of `target`, once they are of its dtype."""
     return all(torch.equal(rows, block.to(rows)) for rows, block in _rows_with_stored(stored, target))
 
 
-def _rows_with_stored(stored: TensorOnDisk, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _rows_with_stored(stored: StoredTensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Consecutive rows of `target`, each time with what is stored for them, which is valid until the next."""
     pieces = _pieces(target, stored.dtype.itemsize)
     buffer = torch.empty(pieces[0].shape, dtype=stored.dtype)
@@ -191,7 +200,7 @@ def _pieces(tensor: Tensor, item_size: int) -> tuple[Tensor, ...]:
     return tensor.split(max(1, size // max(1, tensor[:1].numel() * item_size)))
 
 
-def _read(file: FileIO, stored: TensorOnDisk, target: Tensor) -> None:
+def _read(file: FileIO | BytesIO, stored: StoredTensor, target: Tensor) -> None:
     """Fill a contiguous tensor on the CPU with what comes next in the file. ValueError where it is NaN or infinite."""
     unread = memory_of(target)
     while unread:
@@ -207,12 +216,12 @@ def _read(file: FileIO, stored: TensorOnDisk, target: Tensor) -> None:
         )
 
 
-def write_file(path: Path, tensors: Mapping[str, TensorOnDisk | LazyTensor]) -> None:
+def write_file(path: Path, tensors: Mapping[str, StoredTensor]) -> None:
     """Write tensors: those of another file are copied block by block, the others made one at a time."""
     _files.write_blocks(path, tensors, {"format": "pt"}, lambda tensor: tensor.blocks())
 
 
-def same(a: TensorOnDisk, b: TensorOnDisk) -> bool:
+def same(a: StoredTensor, b: StoredTensor) -> bool:
     """Whether two stored tensors are equal, bit for bit."""
     blocks = zip(a.blocks(), b.blocks(), strict=True)
     return a.shape == b.shape and a.dtype == b.dtype and all(block_a == block_b for block_a, block_b in blocks)

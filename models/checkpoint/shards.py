@@ -3,12 +3,13 @@
 Pickle checkpoints are refused: loading one runs whatever code it carries.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from ..._files import read_json
-from .safetensors_io import TensorOnDisk, read_header
+from .safetensors_io import StoredTensor, read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -52,15 +53,14 @@ def weight_files(folder: Path) -> list[Path]:
 class Shards:
     """The tensors of a checkpoint folder by name: where each one lies. None is read here.
 
-    Raises FileNotFoundError where there are no weights, ValueError where a file is damaged, the index names a file
-    outside the folder, a tensor is in two shards, or there are only pickle files. Where weights are not `required`, no
-    file of them is opened.
+    Raises FileNotFoundError where there are no weights, ValueError where a file is damaged, the index names one outside
+    the folder, a tensor is in two shards, or there are only pickles. No file is opened if not `required`, or given.
     """
 
-    def __init__(self, folder: Path, required: bool = True):
+    def __init__(self, folder: Path, required: bool = True, tensors: Mapping[str, StoredTensor] | None = None):
         self.folder = folder
-        self.tensors: dict[str, TensorOnDisk] = {}
-        if not required:
+        self.tensors = dict(tensors or {})
+        if not required or tensors is not None:
             return
 
         for path in weight_files(folder):

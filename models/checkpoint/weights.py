@@ -24,7 +24,7 @@ from ..._outside import located
 from ...kernels import Linear
 from ...kernels.quant.nf4 import Workspace
 from ..layers.key_map import CheckpointKey
-from .safetensors_io import TensorOnDisk, holds, read_into
+from .safetensors_io import StoredTensor, holds, read_into
 from .shards import Shards
 
 if TYPE_CHECKING:
@@ -48,11 +48,11 @@ class Placement:
     """Where each tensor of a model is stored, by its published name."""
 
     # all but new ones, and optional ones that the checkpoint lacks
-    stored: dict[str, TensorOnDisk]
+    stored: dict[str, StoredTensor]
     # those of a head that is to be made
     new: list[str]
     # what is stored a second time: our name of the first, the second, and the error if it differs
-    tied_keys: list[tuple[str, TensorOnDisk, str]]
+    tied_keys: list[tuple[str, StoredTensor, str]]
 
 
 @torch.no_grad()
@@ -112,7 +112,7 @@ def match_keys(model: "Model", shards: Shards, new_head: bool) -> Placement:
     tensors = stored_tensors(model)
     short_names, twice = _by_short_name(model, shards, table)
 
-    stored: dict[str, TensorOnDisk] = {}
+    stored: dict[str, StoredTensor] = {}
     new: list[str] = []
     missing: list[str] = []
     misshaped: list[str] = []
@@ -163,7 +163,7 @@ def _by_short_name(model: "Model", shards: Shards, table: dict[str, CheckpointKe
 
 def _sort_unused(
     model: "Model", shards: Shards, unused: dict[str, str], new_head: bool
-) -> tuple[list[str], list[tuple[str, TensorOnDisk, str]], list[str]]:
+) -> tuple[list[str], list[tuple[str, StoredTensor, str]], list[str]]:
     """Of the tensors that no key matches: names left over, copies (as `Placement` has them), heads of other tasks.
 
     Where the whole head is `new_head`, it replaces all that belongs to the stored one; but not a language model's.
@@ -191,7 +191,7 @@ def _canonical(name: str, prefix: str | tuple[str, ...]) -> str:
     return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name))
 
 
-def _misfit(stored: TensorOnDisk, rows: Tensor, source: CheckpointKey) -> str:
+def _misfit(stored: StoredTensor, rows: Tensor, source: CheckpointKey) -> str:
     """Why a stored tensor doesn't fit its rows, or "". Its shape in our layout is computed without its contents."""
     shape = source.ours(torch.empty(stored.shape, device="meta")).shape
     if shape != rows.shape:

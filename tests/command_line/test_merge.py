@@ -23,7 +23,7 @@ from small_tokenizers import byte_level
 from small_xlnet import both_xlnets
 
 from handtune._folders import stored_files
-from handtune.adapted.merging import merge
+from handtune.adapted.run_models import merge_model as merge
 from handtune.cli import main
 from handtune.engine import LoRAConfig, add_lora, load_adapter, merge_lora, save_adapter, train_rows, unfreeze
 from handtune.models import add_tokens, load, save

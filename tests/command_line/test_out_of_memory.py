@@ -20,6 +20,7 @@ from handtune.cli import main
 READS = {
     "train": "handtune.models.checkpoint.loading.load_weights",
     "chat": "handtune.models.checkpoint.loading.load_weights",
+    "config": "handtune.commands.config.template",
     "check-data": "handtune.prepare.encode",
     "compare": "handtune.models.checkpoint.loading.allocate",
     "evaluate": "handtune.commands.evaluate.put_weights",

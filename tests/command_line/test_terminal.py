@@ -221,6 +221,7 @@ def test_what_is_coloured_goes_through(capsys) -> None:
 PLANTED = {
     "train": "handtune.engine.training.loop.Optimizer.step",
     "chat": "handtune.engine.generation.streaming.check_prompt",
+    "config": "handtune.commands.config.template",
     "check-data": "handtune.commands.check_data.show",
     "compare": "handtune.commands.compare.make_items",
     "evaluate": "handtune.commands.evaluate.put_weights",

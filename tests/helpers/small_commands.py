@@ -55,6 +55,7 @@ def command_lines(out: Path) -> dict[str, tuple[list[str], Path | None]]:
     lines: dict[str, tuple[str, Path | None]] = {
         "train": (f"train.toml out={out}/run", out / "run/adapter/adapter_model.safetensors"),
         "chat": ("talker --max-new-tokens 3", None),
+        "config": ("sft", None),
         "check-data": ("train.toml", None),
         "evaluate": ("finished", None),
         "compare": (

@@ -15,6 +15,8 @@ FLAGS = {
     "evaluate": ("data", "rouge"),
     "report": ("out",),
     "check-data": ("rows",),
+    "merge": ("dtype",),
+    "config": ("presets",),
 }
 FIELDS = (
     *("out", "name", "method", "model.path", "model.task", "model.dtype", "model.device", "model.labels"),

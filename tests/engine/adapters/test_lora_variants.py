@@ -347,7 +347,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     model = both(tmp_path, tiny_gpt2(), "causal-lm")[1]
     before = snapshot(model)
     for settings, says in (
-        ({"init": "pizza"}, 'init: expected "kaiming" or "pissa"'),
+        ({"init": "pizza"}, "init = 'pizza': expected one of kaiming, pissa"),
         ({"loraplus_lr_ratio": 0.0}, "loraplus_lr_ratio: expected a positive number"),
         ({"init": "pissa", "targets": ["wpe"]}, 'init "pissa" is for projections'),
         ({"init": "pissa", "alpha": 0}, 'alpha: init "pissa" divides by it'),

@@ -144,7 +144,8 @@ def merged(folder: Path, size: float, capsys: pytest.CaptureFixture[str]) -> str
 
 def test_merge_says_what_its_dtype_rounds_away(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From 1 to the next number of bfloat16 it is 2⁻⁷: of a quarter of that nothing is left, of 1.25 times that 0.8."""
-    assert "0.0% of the adapter's change survives in bfloat16; convert" in merged(tmp_path / "small", 2**-9, capsys)
+    advice = "survives in bfloat16; merge with --dtype float32"
+    assert f"0.0% of the adapter's change {advice}" in merged(tmp_path / "small", 2**-9, capsys)
     assert "80.0% of the adapter's change survives in bfloat16; " in merged(tmp_path / "some", 1.25 * 2**-7, capsys)
     assert "100.0% of the adapter's change survives in bfloat16\n" in merged(tmp_path / "whole", 2**-7, capsys)
     weights = load_file(tmp_path / "small/out/model.safetensors")

@@ -409,7 +409,7 @@ def test_refusals(tmp_path: Path) -> None:
         ppo(adapted, PROMPTS, evens, config)
     for change, says in (
         ({"group_size": 3}, "group_size = 3: it takes at least 2, and a number that divides"),
-        ({"kl_estimate": "k2"}, 'kl_estimate: expected "k1" or "k3"'),
+        ({"kl_estimate": "k2"}, "kl_estimate = 'k2': expected one of k1, k3"),
         ({"gae_lambda": 1.5}, "gae_lambda: expected a number between 0 and 1"),
         ({"episodes": 0}, "episodes: expected a positive number"),
         ({"kl_coef": -1.0}, "kl_coef: expected zero or a positive number"),

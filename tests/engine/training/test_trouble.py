@@ -171,7 +171,7 @@ def test_a_run_that_never_began_may_change_its_configuration(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"schedule": "cosin"}, "schedule 'cosin' is unknown; known: constant, linear, cosine, wsd"),
+        ({"schedule": "cosin"}, "schedule = 'cosin': expected one of constant, linear, cosine, wsd"),
         ({"epochs": 0}, "epochs: expected a positive number, got 0"),
         ({"lr": math.nan}, "lr: expected a positive number, got nan"),
         ({"eval_every": 0}, "eval_every: expected a positive number, got 0"),

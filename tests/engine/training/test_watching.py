@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import STORE_EVERYTH
 from torch import nn
 
 from handtune.engine import Callback
-from handtune.engine.training.tensorboard import TensorBoard
+from handtune.reporting.tensorboard import TensorBoard
 
 
 class Recorder(Callback):

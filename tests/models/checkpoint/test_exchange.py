@@ -199,7 +199,7 @@ def test_a_reward_on_the_policys_base_reads_where_it_was_trained(tmp_path):
     policy, _ = load(tmp_path / "base", device="cpu")
     torch.testing.assert_close(load_reward(policy, tmp_path / "adapter")(prompts, completions), scores)
 
-    from handtune.adapted.merging import merge
+    from handtune.adapted.run_models import merge_model as merge
 
     merge(str(tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged")
     reference = class_of(kind, config_of(kind, tokenizer_of(kind, "none")), "reward")

@@ -12,8 +12,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..._files import append_bytes
-from .watching import Callback
+from .._files import append_bytes
+from ..engine import Callback
 
 VERSION = "brain.Event:2"  # of the format: TensorBoard looks for restarts in files that begin with it
 
