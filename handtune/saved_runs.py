@@ -157,8 +157,9 @@ def store_trained(model: Any, tokenizer: Any, config: RunConfig) -> Path:
     """
     out = Path(config.out)
     only_head = head_only(model) and not config.train.unfreeze
-    if config.lora is not None:
-        store_adapter(model, tokenizer, out / "adapter", "default", config.lora.save_dtype)
+    if config.trains_adapter:
+        save_dtype = "float32" if config.lora is None else config.lora.save_dtype
+        store_adapter(model, tokenizer, out / "adapter", "default", save_dtype)
     elif only_head and config.model.path is not None:  # a preset's weights are stored nowhere else
         store_adapter(model, tokenizer, out / "adapter", None)
     else:

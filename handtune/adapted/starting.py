@@ -126,6 +126,11 @@ def attach_start(model: Any, tokenizer: Any, options: ModelConfig, weights: bool
     adapter = adapter_of(options.adapter)
     if weights:
         put_adapter(model, tokenizer, adapter, NAME)
+        if not any(NAME in site.adapters for site in adapter_sites(model)):
+            raise ValueError(
+                f"model.adapter: {options.adapter} trained a head alone; give the run as model.path instead, and its "
+                "head goes on"
+            )
     else:
         fit_vocabulary(model, tokenizer, adapter)
         take_settings(model, tokenizer, adapter)

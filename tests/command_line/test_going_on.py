@@ -164,6 +164,16 @@ def test_a_classifier_goes_on_with_its_labels(tmp_path: Path, capsys: pytest.Cap
     assert "down" in capsys.readouterr().out
 
 
+def test_a_head_alone_is_a_model_to_go_on_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, head = str(bert_folder(tmp_path / "bert")), tmp_path / "head"
+    frozen = {"names": ["*"], "except": ["head.*"]}
+    ran("train", job("classify", head, SENTIMENT, model={"path": base}, freeze=frozen))
+    config = job("classify", tmp_path / "run", SENTIMENT, model={"adapter": str(head)})
+    message = refused(capsys, "train", config)
+    assert f"model.adapter: {head} trained a head alone; give the run as model.path instead" in message
+    ran("train", job("classify", tmp_path / "run", SENTIMENT, model={"path": str(head)}, lora=LORA))
+
+
 def test_what_is_no_start(sft: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = job("sft", tmp_path / "run", CHAT, model={"adapter": str(sft)})
 
