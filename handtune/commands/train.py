@@ -14,6 +14,7 @@ from ..engine.training.run_folder import RunFolder, amend, finish
 from ..inputs import at_a_commit
 from ..models import save
 from ..prepare import choose_trained, prepare, run_base
+from ..reporting.held_out import abilities, keep_examples
 from ..saved_runs import store_adapter, stored_bytes
 from .outputs import run_once
 
@@ -38,6 +39,7 @@ def _train(config: RunConfig, stored_in: Path, run_folder: RunFolder, inputs: In
     ready = prepare(config, base, out / "corpus")
     amend(out, trains=choose_trained(ready, config), labels=list(ready.labels), chat=ready.chat)
     print(trainable_report(ready.model))
+    before = abilities(ready, pretrained=base.checkpoint is not None)
 
     data = training_batches(ready.examples, ready.collate, config.train, by_length=ready.by_length)
     data.draws = ready.draws
@@ -53,6 +55,9 @@ def _train(config: RunConfig, stored_in: Path, run_folder: RunFolder, inputs: In
         store_adapter(ready.model, ready.tokenizer, stored_in)
     else:
         save(ready.model, ready.tokenizer, stored_in)
+
+    after = abilities(ready, pretrained=base.checkpoint is not None)
+    keep_examples(out, ready, before, after, result.metrics)
 
     # This comes last: it makes the run a finished one.
     values = asdict(result)
