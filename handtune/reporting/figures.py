@@ -167,7 +167,7 @@ def _figure(
         return []
     styles = {"", *(curve.style for curve in curves)}
     notes = [meaning for style, meaning in meanings.items() if style in styles]
-    if any(curve.halves for curve in curves):
+    if full and any(curve.halves for curve in curves):  # a small plot has no room to say it again
         notes = ["line: mean over seeds, band: its 95 % interval, faint: each seed", *notes[1:]]
     if "stored" in styles:
         notes.append("ring: the stored weights")
