@@ -32,14 +32,13 @@ def _train(config: RunConfig, stored_in: Path, run_folder: RunFolder, inputs: In
     base = run_base(config)
     facts: dict[str, Any] = {
         "name": config.name or out.name, "method": config.method, "task": base.objective.task,
-        "model": config.model.path or config.model.preset, "config": asdict(config),
-        "inputs": inputs,
+        "model": config.model.path or config.model.preset, "config": asdict(config), "inputs": inputs,
     }  # fmt: skip
     run_folder.start(facts, facts["config"])
     ready = prepare(config, base, out / "corpus")
     amend(out, trains=choose_trained(ready, config), labels=list(ready.labels), chat=ready.chat)
     print(trainable_report(ready.model))
-    before = abilities(ready, pretrained=base.checkpoint is not None)
+    before = abilities(ready, base)
 
     data = training_batches(ready.examples, ready.collate, config.train, by_length=ready.by_length)
     data.draws = ready.draws
@@ -55,9 +54,7 @@ def _train(config: RunConfig, stored_in: Path, run_folder: RunFolder, inputs: In
         store_adapter(ready.model, ready.tokenizer, stored_in)
     else:
         save(ready.model, ready.tokenizer, stored_in)
-
-    after = abilities(ready, pretrained=base.checkpoint is not None)
-    keep_examples(out, ready, before, after, result.metrics)
+    keep_examples(out, ready, before, abilities(ready, base), result.metrics)
 
     # This comes last: it makes the run a finished one.
     values = asdict(result)

@@ -24,7 +24,7 @@ from ..engine.generation.sampling import continuations
 from ..engine.tasks.encode import encode
 from ..engine.tasks.objectives import objective_of
 from ..engine.tasks.preferences import SIDES
-from ..prepare import EVAL_TOKENS, Prepared
+from ..prepare import EVAL_TOKENS, Prepared, RunBase
 from .general_text import TEXTS
 from .runs import EXAMPLES
 
@@ -48,8 +48,8 @@ class _Prompt(NamedTuple):
     gold: list[int]
 
 
-def abilities(ready: Prepared, pretrained: bool) -> Abilities:
-    """Let the model write, and read general text; of a model that is not `pretrained` there is nothing to forget."""
+def abilities(ready: Prepared, base: RunBase) -> Abilities:
+    """Let the model write, and read general text; where it began as a preset, there is nothing to forget."""
     prompts = _prompts(ready)
     model = ready.model
     texts: list[str] = []
@@ -63,7 +63,7 @@ def abilities(ready: Prepared, pretrained: bool) -> Abilities:
         for prompt, ids in zip(inputs, written, strict=True):
             # What an encoder-decoder writes is no prompt's continuation.
             texts.append(text_of(ids, ends, (), ready.tokenizer, () if model.task == "seq2seq-lm" else prompt))
-    return Abilities(texts, _general_loss(ready) if pretrained else None)
+    return Abilities(texts, _general_loss(ready) if base.checkpoint is not None else None)
 
 
 def keep_examples(run: Path, ready: Prepared, before: Abilities, after: Abilities, metrics: dict[str, Any]) -> None:

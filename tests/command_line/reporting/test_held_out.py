@@ -101,8 +101,8 @@ def test_a_text_is_continued_behind_its_beginning(tmp_path: Path) -> None:
 
 def test_prompts_without_room_are_passed_over(tmp_path: Path) -> None:
     base = gpt2_folder(tmp_path / "base")  # of 64 positions
-    longest = 65 - held_out.NEW_TOKENS  # the last new token needs no position
-    fits, too_long = ({**CHAT[0], "prompt": "cat" + " cat" * (n - 1)} for n in (longest, longest + 1))
+    longest = 65 - held_out.NEW_TOKENS  # the last new token needs no position; the first cat is two
+    fits, too_long = ({**CHAT[0], "prompt": "cat" + " cat" * (n - 2)} for n in (longest, longest + 1))
     run = trained(tmp_path, [too_long, fits], method="sft", model={"path": str(base)})
     assert [text["prompt"] for text in kept(run)["texts"]] == [fits["prompt"]]
 
