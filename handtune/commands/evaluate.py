@@ -36,7 +36,6 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
     put_weights(run, ready.model)
     metrics = evaluate(ready.model, batches, ready.objective.loss, ready.score())
-    metrics.pop("mistakes", None)  # these are for the report of a run
     if not math.isfinite(metrics["loss"]):
         raise not_finite(ready.model, f"{run}: the losses")
     if options.rouge:
