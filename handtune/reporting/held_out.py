@@ -4,7 +4,7 @@
                     general     the loss on general text before and after, nats a token
                     mistakes    the held-out rows where the model was wrong and surest of it, with gold and prediction
 
-All of it is bounded: four texts of 48 tokens are written twice, some 600 words read twice, and mistakes are what the
+All of it is bounded: three texts of 40 tokens are written twice, some 600 words read twice, and mistakes are what the
 scores of the evaluations have seen anyway. Texts are greedy, so that a resumed run keeps the same ones.
 """
 
@@ -28,8 +28,8 @@ from ..prepare import EVAL_TOKENS, Prepared, RunBase
 from .general_text import TEXTS
 from .runs import EXAMPLES
 
-N_TEXTS = 4  # that are written
-NEW_TOKENS = 48  # of each
+N_TEXTS = 3  # that are written
+NEW_TOKENS = 40  # of each
 BEGINNING = 32  # tokens that a text without a prompt of its own is continued from
 GENERAL_LENGTH = 512  # tokens of general text that are read at once
 
