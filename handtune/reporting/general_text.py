@@ -1,7 +1,7 @@
 """General English text, written for this project, on which forgetting is measured: the loss before and after training.
 
 It is of several kinds, and of none that people usually fine-tune for, so that what a model loses on it is what it knew
-of the language. Some 600 words: too few to compare two models by, enough to compare one with itself.
+of the language. Some 490 words: too few to compare two models by, enough to compare one with itself.
 """
 
 TEXTS = (
@@ -32,15 +32,4 @@ TEXTS = (
     "When ice melts, some of these bonds break and the molecules move closer together. That is why ice floats. If"
     " it sank, lakes would freeze from the bottom up, and few fish would live through a hard winter. It is also "
     "why a full bottle that is forgotten in the freezer breaks, and why roads have holes in spring.",
-    "Dear Martha,\n"
-    "Thank you for your letter, which took eleven days. The children are well, except that Tom has lost another "
-    "tooth and wants to be paid for it twice. We have painted the kitchen yellow. It looked better in the shop, "
-    "but we shall get used to it. My sister says that you are thinking of selling the house. Please don't do it "
-    "before you have talked to us; there may be another way, and there is no hurry. Come in March, when the roads"
-    " are dry, and bring the dog.\n"
-    "Yours, Anna",
-    "Is it better to know a little about many things, or a great deal about one? The question is older than "
-    "schools. Those who dig deep find what nobody has seen, but they may not notice that somebody in the next "
-    "field is digging for the same thing. Those who walk about see both holes, and can dig neither. Perhaps the "
-    "answer is that we need not choose for life. One can dig in the morning and walk in the afternoon.",
 )

@@ -4,7 +4,7 @@
                     general     the loss on general text before and after, nats a token
                     mistakes    the held-out rows where the model was wrong and surest of it, with gold and prediction
 
-All of it is bounded: three texts of 40 tokens are written twice, some 600 words read twice, and mistakes are what the
+All of it is bounded: three texts of 40 tokens are written twice, some 490 words read twice, and mistakes are what the
 scores of the evaluations have seen anyway. Texts are greedy, so that a resumed run keeps the same ones.
 """
 
