@@ -190,7 +190,7 @@ def left_overs(folder: Path, name: str | None) -> list[Path]:
             continue
         process = int(match["process"])
         # In a container each process may have the same number, so that an equal one need not be this process.
-        in_use = path in _in_use if process == os.getpid() else _is_running(process)
+        in_use = path in _in_use if process == os.getpid() else is_running(process)
         if not in_use:
             paths.append(path)
     return paths
@@ -205,7 +205,8 @@ def remove_whole(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _is_running(process: int) -> bool:
+def is_running(process: int) -> bool:
+    """Whether there is a process of this number."""
     # Signal 0 reaches nobody and only checks: a process of another user gives a PermissionError.
     try:
         os.kill(process, 0)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from ._files import DiskError, resolved
+from ._files import DiskError, is_running, resolved
 
 _held: dict[Path, tuple[int, int]] = {}  # the process and thread that hold each lock file of this process
 
@@ -51,6 +51,15 @@ def alone(path: str | Path, lock: str | Path) -> Iterator[None]:
         for folder in missing:
             with suppress(OSError):  # of a folder that is not empty
                 folder.rmdir()
+
+
+def is_held(lock: Path) -> bool:
+    """Whether a process works behind this lock file, as its number in it tells: trying the lock could keep one out."""
+    try:
+        text = lock.read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        return False
+    return not text.isdigit() or is_running(int(text))  # without a number, its holder is about to write it
 
 
 def _acquire(path: str | Path, lock: Path) -> int:

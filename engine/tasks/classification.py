@@ -17,7 +17,7 @@ from ..data.batches import Batch, Examples
 from ..data.labels import label_ids, label_name
 from ..data.placed_rows import PlacedRow
 from .common import Encoded, Settings, cross_entropy, features, positions_that_fit, select, without_example
-from .metrics import check_length
+from .metrics import check_length, worst
 
 NO_PREDICTION = -1  # in the place of a predicted class
 
@@ -88,29 +88,45 @@ def predicted_class(
 
 
 class ClassificationScore:
-    """Accuracy, macro F1, confusion matrix. `missed` are the classes of rows that the model does not see."""
+    """Accuracy, macro F1, confusion matrix, and the mistakes that the model was surest of.
 
-    def __init__(self, n_classes: int, missed: Sequence[int] = ()):
+    `missed` are the classes of rows that the model does not see, `rows` the numbers of those that it sees, in the order
+    of the evaluation: without them, they are counted.
+    """
+
+    def __init__(self, n_classes: int, missed: Sequence[int] = (), rows: Sequence[int] = ()):
         self.n_classes = n_classes
         self.missed = list(missed)
+        self.rows = rows
         self.predicted: list[int] = []
+        self.probabilities: list[float] = []  # of what was predicted
         self.gold: list[int] = []
 
     def update(self, model: Any, batch: Batch) -> tuple[Tensor, float]:
         logits = _class_logits(model, batch)
         self.predicted += logits.argmax(-1).tolist()
+        self.probabilities += logits.float().softmax(-1).amax(-1).tolist()
         self.gold += batch["labels"].tolist()
         return cross_entropy(logits, batch["labels"])
 
     def result(self, loss: float) -> dict[str, Any]:
+        mistakes = [
+            {"row": row, "predicted": predicted, "probability": probability}
+            for row, predicted, gold, probability in zip(
+                self.rows or range(len(self.gold)), self.predicted, self.gold, self.probabilities, strict=True
+            )
+            if predicted != gold
+        ]
         predicted = self.predicted + [NO_PREDICTION] * len(self.missed)
-        return classification(predicted, self.gold + self.missed, self.n_classes)
+        scores = classification(predicted, self.gold + self.missed, self.n_classes)
+        return {**scores, "mistakes": worst(mistakes)}
 
 
 def text_score(labels: Sequence[str], examples: Examples, rows: Sequence[Any]) -> ClassificationScore:
     """The score of rows with a label, those without text included."""
     ids = label_ids(labels)
-    return ClassificationScore(len(labels), [ids[label_name(row["label"])] for row in without_example(examples, rows)])
+    missed = [ids[label_name(row["label"])] for row in without_example(examples, rows)]
+    return ClassificationScore(len(labels), missed, [example["row"] for example in examples])
 
 
 def image_score(labels: Sequence[str], examples: Examples, rows: Sequence[Any]) -> ClassificationScore:

@@ -22,9 +22,10 @@ import re
 import sys
 import unicodedata
 from collections.abc import Sequence, Sized
-from typing import Protocol
+from typing import Any, Protocol
 
 LOWER_IS_BETTER = ("loss", "perplexity")
+MISTAKES = 10  # that an evaluation names
 ASCII_WORD = re.compile(r"[a-z0-9]+")
 ZERO_WIDTH_SPACE = "\u200b"
 # Thai and Lao; Burmese and its extensions; Khmer; kana, also of half width; Chinese characters with their extensions.
@@ -40,6 +41,14 @@ def check_length(score: str, name: str, values: Sized, gold_name: str, gold: Siz
     """ValueError where a score has not as many predictions as there are gold answers."""
     if len(values) != len(gold):
         raise ValueError(f"{score}: {len(values)} {name} for {len(gold)} {gold_name}; give one for each row")
+
+
+def worst(mistakes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of an evaluation's mistakes the ten that the model was surest of: {"row", "predicted", "probability", ...}.
+
+    A probability that isn't known, None, counts as 0.
+    """
+    return sorted(mistakes, key=lambda mistake: -(mistake["probability"] or 0))[:MISTAKES]
 
 
 def perplexity(loss: float) -> float:

@@ -23,7 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ..data.batches import IGNORE, Batch, Examples
 from ..data.placed_rows import PlacedRow
 from .common import Encoded, Settings, features, positions_by_text, select
-from .metrics import check_length, with_spaces
+from .metrics import check_length, with_spaces, worst
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -135,7 +135,7 @@ def _loss_of(logits: Tensor, batch: Batch) -> Tensor:
 
 
 class AnswerScore:
-    """Exact match and F1 of answers over all `rows`; the best span over all windows of a question counts.
+    """Exact match and F1 of answers over all `rows`, and the worst; the best span over all of a row's windows counts.
 
     `examples` are the encoded windows in the order of the evaluation, `rows` the questions; there are no labels. Where
     some of them have no answer (SQuAD 2.0), "" is predicted when start + end at the first token ([CLS], which training
@@ -148,6 +148,7 @@ class AnswerScore:
         self.examples = iter(examples)  # those that are still to come
         self.rows = rows
         self.best = [NO_SPAN] * len(rows)  # of each question
+        self.probability = [0.0] * len(rows)  # of that span among those of its window
         self.no_answer = [np.inf] * len(rows)  # of each question the lowest start + end at the first token
         self.some_unanswerable = any(not row["answers"]["text"] for row in rows)
 
@@ -158,7 +159,11 @@ class AnswerScore:
             # `encode` has put the row's number into its examples. Its windows can be in several batches.
             row = example["row"]
             offsets = example["offsets"]
-            self.best[row] = max(self.best[row], best_span(window[: len(offsets)], offsets), key=SCORE)
+            span = best_span(window[: len(offsets)], offsets)
+            if span.score > self.best[row].score:
+                self.best[row] = span
+                # The softmax of its start times that of its end.
+                self.probability[row] = float(np.exp(span.score - np.logaddexp.reduce(window, axis=0).sum()))
             self.no_answer[row] = min(float(window[0].sum()), self.no_answer[row])
         return _loss_of(logits, batch), int((batch["starts"] != IGNORE).sum())
 
@@ -172,7 +177,13 @@ class AnswerScore:
 
     def result(self, loss: float) -> dict[str, Any]:
         golds = [row["answers"]["text"] for row in self.rows]
-        return answers([self.answer(row) for row in range(len(golds))], golds)
+        predictions = [self.answer(row) for row in range(len(golds))]
+        mistakes = [
+            {"row": row, "predicted": text, "probability": self.probability[row] if text else None}
+            for row, (text, gold) in enumerate(zip(predictions, golds, strict=True))
+            if not answers([text], [gold])["exact_match"]
+        ]
+        return {**answers(predictions, golds), "mistakes": worst(mistakes)}
 
 
 def best_span(logits: np.ndarray, offsets: Sequence[Any]) -> Span:

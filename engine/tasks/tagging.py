@@ -29,7 +29,7 @@ from ..data.batches import IGNORE, Batch, Examples
 from ..data.labels import label_ids, label_name
 from ..data.placed_rows import PlacedRow
 from .common import Encoded, Settings, cross_entropy, features, positions_that_fit, select
-from .metrics import UNSPACED, check_length
+from .metrics import UNSPACED, check_length, worst
 
 Entity = tuple[int, int, str]  # first word, one past the last word, type
 
@@ -170,7 +170,7 @@ def predicted_tags(
 
 
 class TaggingScore:
-    """Entity precision, recall and F1, and token accuracy, over all words of all `rows`.
+    """Entity precision, recall and F1, token accuracy, over all words of all `rows`; words that were surely wrong.
 
     `names` are the tags in the order of their ids, `examples` the encoded sentences in the order of the evaluation. A
     word that none of them holds has no tag predicted. ValueError where F1 makes no sense of the tags.
@@ -181,19 +181,25 @@ class TaggingScore:
         self.examples = iter(examples)  # those that are still to come
         self.gold = [[label_name(tag) for tag in row["tags"]] for row in rows]
         self.predicted: list[list[str | None]] = [[None] * len(tags) for tags in self.gold]
+        self.mistakes: list[dict[str, Any]] = []  # a wrong word each
         tags_are_plain(self.names)  # raises now rather than after the evaluation
 
     def update(self, model: Any, batch: Batch) -> tuple[Tensor, float]:
         logits = _tag_logits(model, batch)  # (n, C)
-        for ids in logits.argmax(-1).split(batch["counts"]):  # the tags of one sentence
+        probabilities = logits.float().softmax(-1).amax(-1)  # (n,)
+        counts = batch["counts"]  # of the tags of each sentence
+        for ids, sure in zip(logits.argmax(-1).split(counts), probabilities.split(counts), strict=True):
             example = next(self.examples)
-            predicted = self.predicted[example["row"]]
-            for i, tag in zip(example["words"], ids.tolist(), strict=True):
-                predicted[i] = self.names[tag]
+            row = example["row"]
+            for i, tag, probability in zip(example["words"], ids.tolist(), sure.tolist(), strict=True):
+                name = self.names[tag]
+                self.predicted[row][i] = name
+                if name != self.gold[row][i]:
+                    self.mistakes.append({"row": row, "word": i, "predicted": name, "probability": probability})
         return cross_entropy(logits, batch["targets"])
 
     def result(self, loss: float) -> dict[str, Any]:
-        return entity_f1(self.predicted, self.gold, self.names)
+        return {**entity_f1(self.predicted, self.gold, self.names), "mistakes": worst(self.mistakes)}
 
 
 def entity_f1(

@@ -2,6 +2,7 @@
 
 run.json       configuration, inputs, versions, device         metrics.jsonl  a line a step, a line an evaluation
 result.json    what came out                                   checkpoints/   exact state, see checkpoint.py
+examples.json  texts and mistakes, for `handtune report`
 .lock          there while a process works on the run
 """
 

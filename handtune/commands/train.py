@@ -15,6 +15,7 @@ from ..engine.training.run_folder import RunFolder, amend, finish
 from ..engine.training.watching import metrics_text
 from ..inputs import at_a_commit
 from ..prepare import choose_trained, prepare, run_base
+from ..reporting.held_out import abilities, keep_examples
 from ..saved_runs import store_trained, stored_bytes
 from .outputs import loggers, run_once
 
@@ -33,13 +34,13 @@ def _train(
     base = run_base(config)
     facts: dict[str, Any] = {
         "name": config.name or out.name, "method": config.method, "task": base.objective.task,
-        "model": config.model.path or config.model.preset, "config": asdict(config),
-        "inputs": inputs,
+        "model": config.model.path or config.model.preset, "config": asdict(config), "inputs": inputs,
     }  # fmt: skip
     run_folder.start(facts, facts["config"])
     ready = prepare(config, base, out / "corpus")
     amend(out, trains=choose_trained(ready, config), labels=list(ready.labels), chat=ready.chat)
     print(trainable_report(ready.model))
+    before = abilities(ready, base)
 
     data = training_batches(ready.examples, ready.collate, config.train, by_length=ready.by_length)
     data.draws = ready.draws
@@ -52,6 +53,7 @@ def _train(
         return None
 
     stored_in = store_trained(ready.model, ready.tokenizer, config)
+    keep_examples(out, ready, before, abilities(ready, base), result.metrics)
 
     # This comes last: it makes the run a finished one.
     values = asdict(result)

@@ -205,6 +205,10 @@ GRAMMAR: dict[str, tuple[str, str, Arguments]] = {
             "runs": {"nargs": "+", "help": "run folders"},
             "-o --out": {"default": "report.html", "help": "the page (default report.html)"},
             "--force": {"help": "replace a file that is no page of handtune's"},
+            "--watch": {
+                "action": "store_true",
+                "help": "while a run goes on, keep the page up to date: it reloads itself",
+            },
         },
     ),
 }

@@ -1,4 +1,5 @@
-"""Runs side by side: read and compared by `runs.py`, shown by `plots.py` and `tables.py`, on a page by `page.py`.
+"""Runs side by side: read by `runs.py`, shown on a page by `page.py` with `figures.py` and `side_by_side.py`.
 
+`held_out.py` keeps, during training, what a report tells besides numbers: texts, mistakes, forgetting.
 `token_display.py` shows rows token by token, for `handtune check-data`.
 """

@@ -1,10 +1,10 @@
-"""Reading run folders, and comparing them in numbers; `report` draws the same runs as a page.
+"""Reading run folders, and their numbers in words.
 
-    print(comparison_table([Path("runs/lora"), Path("runs/full")]))
+    [lora, full] = read_runs([Path("runs/lora"), Path("runs/full")])
 
 A run folder contains run.json (the configuration and other facts), metrics.jsonl (a line a step, a line an evaluation)
-and, once training has ended, result.json. A run that is still going, or was killed while it wrote a line, is read as
-far as it got. Bytes are decimal (1 MB = 10⁶ bytes).
+and, once training has ended, result.json and examples.json (mistakes and texts). A run that is still going, or was
+killed while it wrote a line, is read as far as it got. Bytes are decimal (1 MB = 10⁶ bytes).
 """
 
 import logging
@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .._files import resolved
-from .._outside import visible_line
+from .._files import read_json, resolved
+from .._shapes import with_fields
 from ..engine.training.journal import damaged_lines, read_journal
 from ..engine.training.run_folder import is_metrics, read_facts, read_result
 
 log = logging.getLogger("handtune")
 Row = dict[str, Any]
+EXAMPLES = "examples.json"
 
 # What a task is judged by: the first pair that a run has measured gets columns.
 MAIN_METRICS = (
@@ -53,30 +54,7 @@ class Run:
     before: Row  # metrics at step 0
     after: Row  # and at the end, or at the last evaluation so far
     notes: list[str]  # on what is missing, or was left out
-
-
-def comparison_table(runs: Sequence[Path]) -> str:
-    """A comparison as plain text, a line a run: trained parameters, main metrics before → after, and costs.
-
-    Raises as `read_runs` does.
-    """
-    loaded = read_runs(runs)
-    metrics = main_metrics(loaded)
-    titles = [f"{metric_name(key)} (before → after)" for key in metrics]
-    table = [["run", "trained", *titles, "peak memory", "time", "stored"]]
-    for run in loaded:
-        scores = [f"{score(key, run.before.get(key))} → {score(key, run.after.get(key))}" for key in metrics]
-        table.append([run.name, trained(run), *scores, *costs(run)])
-
-    # The first column is aligned left, numbers right.
-    table = [[visible_line(cell) for cell in row] for row in table]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    table.insert(1, ["─" * width for width in widths])
-    lines = []
-    for row in table:
-        cells = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    examples: Row  # examples.json; {} where there is none
 
 
 # Reading
@@ -118,7 +96,11 @@ def _read_run(path: Path) -> Run:
     # A run that has not ended has no result yet, but perhaps evaluations.
     before = result.get("before") or next((row for row in evals if row["step"] == 0), {})
     after = result.get("metrics") or next((row for row in reversed(evals) if row["step"] > 0), {})
-    return Run(path, str(info.get("name") or resolved(path).name), info, steps, evals, result, before, after, notes)
+    examples = _read_examples(path / EXAMPLES)
+    if result and "episodes" not in result and not examples:
+        notes.append(f"no {EXAMPLES}: its mistakes and texts were not kept")
+    name = str(info.get("name") or resolved(path).name)
+    return Run(path, name, info, steps, evals, result, before, after, notes, examples)
 
 
 def _read_metrics(path: Path) -> tuple[list[Row], list[Row], list[str]]:
@@ -145,6 +127,20 @@ def _read_metrics(path: Path) -> tuple[list[Row], list[Row], list[str]]:
     return [steps[step] for step in sorted(steps)], [evals[step] for step in sorted(evals)], notes
 
 
+def _read_examples(path: Path) -> Row:
+    """The contents of an examples.json; nothing where there is none. ValueError where it is damaged."""
+    if not path.is_file():
+        return {}
+    examples = with_fields(read_json(path), path, texts=list, general=dict | None, mistakes=list)
+    for text in examples["texts"]:
+        with_fields(text, f"{path}: texts", prompt=str, gold=str, before=str, after=str)
+    for mistake in examples["mistakes"]:
+        with_fields(mistake, f"{path}: mistakes", row=str, text=str, gold=str, predicted=str, probability=float | None)
+    if general := examples.get("general"):
+        with_fields(general, f"{path}: general", before=float, after=float)
+    return examples
+
+
 def main_metrics(runs: Sequence[Run]) -> list[str]:
     """The metrics worth a column: of each run the first known pair that it measured, else its best, else its loss."""
     chosen: list[str] = []
@@ -157,7 +153,18 @@ def main_metrics(runs: Sequence[Run]) -> list[str]:
     return chosen
 
 
+def stored_step(run: Run) -> int | None:
+    """The step whose weights a finished run has stored: the best one, or the last."""
+    best = run.result.get("best") or {}
+    step: int | None = best.get("step", run.result.get("steps"))
+    return step
+
+
 # Numbers
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def metric_name(key: str) -> str:

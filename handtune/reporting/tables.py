@@ -1,17 +1,16 @@
-"""The tables of a report's page: runs side by side, confusion matrices, and configurations.
+"""The tables of a report's page: confusion matrices, and configurations. `side_by_side.py` has the comparison.
 
 Each function returns HTML, in which everything that comes from a run folder is escaped.
 """
 
 import html
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from .._outside import visible
-from ..engine.tasks.metrics import LOWER_IS_BETTER
-from .plots import is_number, legend_line
-from .runs import Row, Run, costs, main_metrics, metric_name, score, trained, trains
+from .plots import legend_line
+from .runs import Row, Run, metric_name, score
+from .seeds import Series
 
 MAX_CLASSES = 25  # a larger confusion matrix is unreadable, so its most frequent confusions are listed instead
 
@@ -20,41 +19,8 @@ def escaped(value: object) -> str:
     return html.escape(visible(value))
 
 
-def _number(text: str, css_class: str = "") -> str:
+def number(text: str, css_class: str = "") -> str:
     return f'<td class="number{css_class}">{text}</td>'
-
-
-def comparison(runs: list[Run]) -> str:
-    """A row a run: what trains, each metric before and after, and the costs."""
-    metrics = main_metrics(runs)
-    head = "".join(f'<th rowspan="2">{name}</th>' for name in ("run", "method", "trains"))
-    head += '<th rowspan="2" class="number">trained</th>'
-    head += "".join(f'<th colspan="2" class="group">{escaped(metric_name(metric))}</th>' for metric in metrics)
-    head += "".join(f'<th rowspan="2" class="number">{name}</th>' for name in ("peak memory", "time", "stored"))
-    second = '<th class="number">before</th><th class="number">after</th>' * len(metrics)
-
-    best = {metric: _best(metric, [run.after.get(metric) for run in runs]) for metric in metrics}
-    body = ""
-    for i, run in enumerate(runs):
-        line = legend_line(i) if len(runs) > 1 else ""
-        body += f'<tr><th scope="row">{line}{escaped(run.name)}</th>'
-        body += f"<td>{escaped(run.info.get('method', '–'))}</td><td>{escaped(trains(run))}</td>{_number(trained(run))}"
-        for metric in metrics:
-            after = run.after.get(metric)
-            css_class = " best" if after is not None and after == best[metric] else ""
-            body += _number(score(metric, run.before.get(metric)), " soft") + _number(score(metric, after), css_class)
-        body += "".join(map(_number, costs(run))) + "</tr>"
-
-    rows = f"<tr>{head}</tr><tr>{second}</tr>"
-    return f'<div class="wide"><table class="comparison"><thead>{rows}</thead><tbody>{body}</tbody></table></div>'
-
-
-def _best(metric: str, values: Iterable[Any]) -> float | None:
-    """The value to set in bold; none where there is nothing to compare it with."""
-    finite = [value for value in values if is_number(value)]
-    if len(finite) <= 1:
-        return None
-    return min(finite) if metric in LOWER_IS_BETTER else max(finite)
 
 
 def matrices(runs: list[Run]) -> str:
@@ -109,7 +75,7 @@ def _frequent_confusions(counts: list[list[int]], labels: list[str], caption: st
     labels = [*labels, "nothing"]
     confusions = [(n, i, j) for i, row in enumerate(counts) for j, n in enumerate(row) if i != j and n]
     body = "".join(
-        f"<tr><td>{labels[i]}</td><td>{labels[j]}</td>{_number(f'{n:,}')}{_share(n, sum(counts[i]))}</tr>"
+        f"<tr><td>{labels[i]}</td><td>{labels[j]}</td>{number(f'{n:,}')}{_share(n, sum(counts[i]))}</tr>"
         for n, i, j in sorted(confusions, reverse=True)[:15]
     )
     head = '<th>gold</th><th>predicted</th><th class="number">rows</th><th class="number">of gold</th>'
@@ -117,7 +83,7 @@ def _frequent_confusions(counts: list[list[int]], labels: list[str], caption: st
     return f"<div><table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def differences(runs: list[Run]) -> str:
+def differences(runs: list[Run], all_series: Sequence[Series]) -> str:
     """Where the runs' configurations differ, name by name."""
     flat = [_flatten(run.info["config"]) for run in runs]
     names = sorted({name for config in flat for name in config} - {"out"})  # the folders always differ
@@ -129,7 +95,8 @@ def differences(runs: list[Run]) -> str:
             body += f'<tr><th scope="row">{escaped(name)}</th>{cells}</tr>'
     if not body:
         return ""
-    head = "".join(f"<th>{legend_line(i)}{escaped(run.name)}</th>" for i, run in enumerate(runs))
+    lines = {run.name: legend_line(i) for i, series in enumerate(all_series) for run in series.runs}
+    head = "".join(f"<th>{lines[run.name]}{escaped(run.name)}</th>" for run in runs)
     table = f'<table class="differs"><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>'
     return f'<h2>Differences</h2><div class="wide">{table}</div>'
 

@@ -15,7 +15,7 @@ from handtune.engine import load_checkpoint, save_checkpoint
 from handtune.engine.data.corpus import token_corpus
 from handtune.engine.training.checkpoint import checkpoints
 from handtune.engine.training.run_folder import finished, read_facts, read_result
-from handtune.reporting.runs import comparison_table
+from handtune.reporting.side_by_side import comparison_table
 
 
 def flips(path: Path, count: int | None) -> Iterator[tuple[int, int]]:

@@ -26,7 +26,7 @@ from handtune.engine.tasks.causal_lm import causal_lm_loss
 from handtune.engine.tasks.encode import encode
 from handtune.engine.training.optim import Optimizer
 from handtune.models import load, save
-from handtune.reporting.runs import comparison_table
+from handtune.reporting.side_by_side import comparison_table
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
 REWARD = "def {name}(prompts, completions):\n    return [len(text) / 20 for text in completions]\n"

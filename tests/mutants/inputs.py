@@ -368,7 +368,7 @@ def _finished(main: Callable[[list[str]], int]) -> Iterator[Case]:
     config = _config("finished", "classify", "bert", "sentiment.jsonl", train={**COUNTED, "lr": 1e-3})
     _run(main, "train", config)
     os.rename("run", "finished")
-    files = [f"finished/{name}" for name in ("run.json", "metrics.jsonl", "result.json")]
+    files = [f"finished/{name}" for name in ("run.json", "metrics.jsonl", "result.json", "examples.json")]
     needs = ["bert", "finished", "sentiment.jsonl"]
     model = ["finished/model/config.json", "finished/model/model.safetensors"]
     yield Case("evaluate", ["evaluate", "finished"], needs, [files[0], *model, "sentiment.jsonl"], 8)

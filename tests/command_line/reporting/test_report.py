@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from handtune.reporting.page import comparison_table, report
-from handtune.reporting.plots import MAX_POINTS, _points, _smooth
+from handtune.reporting.figures import MAX_POINTS, _points, _smooth
+from handtune.reporting.page import SCRIPT, comparison_table, report
 from handtune.reporting.runs import duration, read_runs, score, size
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
@@ -20,7 +20,7 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.attributes, self.text, self.rows = [], [], [], "", []
+        self.open, self.tags, self.attributes, self.text, self.rows, self.scripts = [], [], [], "", [], []
         self.feed(text)
         self.close()
         assert self.open == []
@@ -43,7 +43,9 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open and self.open[-1] != "style":
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+        elif self.open and self.open[-1] != "style":
             self.text += data
         if {"td", "th"} & set(self.open):
             self.rows[-1][-1] += data
@@ -52,7 +54,7 @@ class Page(HTMLParser):
         return next(cells for cells in self.rows if cells[:1] == [first] and "method" not in cells)
 
 
-def write_run(path, *, steps=30, evals=(0, 10, 20, 30), result=True, info=None, metrics=None, **more):
+def write_run(path, *, steps=30, evals=(0, 10, 20, 30), result=True, info=None, metrics=None, examples=None, **more):
     """A run folder: accuracy climbs from 25 % to 75 % in `steps` steps."""
     path.mkdir(parents=True)
     config = {"method": "classify", "train": {"lr": 2e-4, "epochs": 3}, "lora": {"rank": 8, "targets": ["q_proj"]}}
@@ -77,6 +79,7 @@ def write_run(path, *, steps=30, evals=(0, 10, 20, 30), result=True, info=None, 
         values |= {"metrics": found[-1], "before": found[0]} if found else {"metrics": {}, "before": {}}
         values |= {"best": {"step": 20, "metric": "accuracy", "value": 0.75}} if found else {"best": {}}
         (path / "result.json").write_text(json.dumps(values | more))
+        (path / "examples.json").write_text(json.dumps(examples or {"texts": [], "general": None, "mistakes": []}))
     return path
 
 
@@ -86,7 +89,8 @@ def page(runs, tmp_path):
 
 
 def standalone(text, parsed):
-    assert not {"script", "link", "img", "iframe", "object", "base", "a", "metadata"} & set(parsed.tags)
+    assert not {"link", "img", "iframe", "object", "base", "a", "metadata"} & set(parsed.tags)
+    assert parsed.scripts == [SCRIPT.read_text(encoding="utf-8")], "the only script is that of the plots"
     for name, value in parsed.attributes:
         assert not name.startswith(("on", "xmlns", "xlink"))
         if name in ("src", "href", "action", "data"):
@@ -190,7 +194,8 @@ def test_everything_is_escaped(tmp_path):
     text, parsed = page([run], tmp_path)
     standalone(text, parsed)
     assert parsed.text.count(evil) >= 12
-    assert not re.search(r"<script|alert\(\"", text)
+    assert text.count("<script") == 1
+    assert not re.search(r"alert\(\"", text)
 
 
 def test_run_without_evaluation(tmp_path):
