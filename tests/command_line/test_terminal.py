@@ -230,7 +230,7 @@ PLANTED = {
     "merge": "handtune.adapted.merging.match_keys",
     "predict": "handtune.engine.training.prediction.token_rows",
     "ppo": "handtune.engine.rlhf.run.lr_factor",
-    "report": "handtune.reporting.runs.costs",
+    "report": "handtune.reporting.side_by_side.costs",
 }
 
 

@@ -272,7 +272,7 @@ def _adapted() -> Iterator[Case]:
     """What is done with an adapter."""
     model, tokenizer = load("gpt2", device="cpu")
     add_lora(model, LoRAConfig(rank=2, dora=True))
-    store_adapter(model, tokenizer, Path("adapter"))
+    store_adapter(model, tokenizer, Path("adapter"), "default")
     files = [*sorted(str(path) for path in Path("adapter").iterdir()), "adapter/adapter_config.json"]
     weights = ["adapter/adapter_model.safetensors", "adapter/adapter_config.json"]
     generate = ["generate", "gpt2", "--adapter", "adapter", "--prompt", "the cat", "--max-new-tokens", "2"]

@@ -171,7 +171,7 @@ def configuration(folder: Path, base: Path, method: str, rows: list, **tables) -
     return write_config(
         folder / "run.toml", method=method, out=str(folder / "run"),
         **{
-            "model": {"path": str(base), "dtype": "float32"},
+            "model": {"path": str(base), "dtype": "float32", "dropout": 0},
             "data": {"train": file, "eval": file, "max_length": 32},
             "train": {"epochs": 50, "batch_size": 4, "lr": 1e-2},
             **tables,
