@@ -237,6 +237,13 @@ def _copied_files(folder: Path) -> dict[str, bytes]:
     return {path.name: read_bytes(path) for path in paths}
 
 
+def read_tokenizer(folder: Path, config: dict[str, Any]) -> tuple["Tokenizer | None", SpecialTokens]:
+    """The tokenizer of a folder and its special tokens; `config` is config.json."""
+    settings = read_settings(folder, config)
+    tokenizer = load_tokenizer(folder, settings)
+    return tokenizer, SpecialTokens.read(folder, settings, config, tokenizer)
+
+
 def load_tokenizer(folder: Path, settings: TokenizerSettings) -> "Tokenizer | None":
     """The folder's tokenizer, its tokenizer.json or what its vocabulary files describe; None where there is neither."""
     path = folder / "tokenizer.json"
