@@ -27,7 +27,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 KEYS = ("do", "what", "when")
-N_EXAMPLES = 5  # that the model is told
+N_EXAMPLES = 3  # that the model is told
 SHOWN = 5
 TOLD = (
     "Answer each request with one line of JSON and nothing else. Its keys are do (alarm, buy, call, event, message, "
@@ -55,7 +55,7 @@ def answers(model: Path, questions: list[list[dict[str, str]]], out: Path) -> li
     """What the model answers; `questions` are the messages in front of each answer. Nothing is sampled."""
     prompts = out.with_suffix(".questions.jsonl")
     prompts.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in questions), encoding="utf-8")
-    options = ["--temperature", 0, "--max-new-tokens", 56, "--batch-size", 25, "--dtype", "float32", "--force"]
+    options = ["--temperature", 0, "--max-new-tokens", 40, "--batch-size", 25, "--dtype", "float32", "--force"]
     handtune("generate", model, "--prompts", prompts, "--out", out, *options)
     return [row["completion"] for row in read(out)]
 

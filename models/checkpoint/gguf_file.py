@@ -202,7 +202,8 @@ def _decoded(type_name: str, rows: np.ndarray) -> np.ndarray:
     """Rows of blocks (N, bytes) as fp32 (N, numbers)."""
     from gguf import GGMLQuantizationType, dequantize
 
-    return dequantize(rows, GGMLQuantizationType[type_name])
+    with np.errstate(all="ignore"):  # NaN and infinity are refused by name when they are read
+        return dequantize(rows, GGMLQuantizationType[type_name])
 
 
 def bits_of(type_name: str) -> int | None:
