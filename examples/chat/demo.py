@@ -55,7 +55,7 @@ def answers(model: Path, questions: list[list[dict[str, str]]], out: Path) -> li
     """What the model answers; `questions` are the messages in front of each answer. Nothing is sampled."""
     prompts = out.with_suffix(".questions.jsonl")
     prompts.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in questions), encoding="utf-8")
-    options = ["--temperature", 0, "--max-new-tokens", 40, "--batch-size", 25, "--dtype", "float32", "--force"]
+    options = ["--temperature", 0, "--max-new-tokens", 32, "--batch-size", 25, "--dtype", "float32", "--force"]
     handtune("generate", model, "--prompts", prompts, "--out", out, *options)
     return [row["completion"] for row in read(out)]
 
