@@ -57,7 +57,7 @@ def answers(model: Path, questions: list[list[dict[str, str]]], out: Path) -> li
     prompts.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in questions), encoding="utf-8")
     options = ["--temperature", 0, "--max-new-tokens", 32, "--batch-size", 25, "--dtype", "float32", "--force"]
     handtune("generate", model, "--prompts", prompts, "--out", out, *options)
-    return [row["completion"] for row in read(out)]
+    return [row["messages"][-1]["content"] for row in read(out)]
 
 
 def as_dialogue(row: dict[str, str]) -> list[dict[str, str]]:

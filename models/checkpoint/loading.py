@@ -113,10 +113,10 @@ def open_checkpoint(
         config = _config(published, family, "lm_head.weight" in shards.tensors)
         task = task or task_of(published, family)
         known, stored_depth = stored_head(published, family)
-    if info.gguf:
-        tokenizer, tokens = read_vocabulary(info.gguf.metadata, folder)
-    else:
+    if info.gguf is None:
         tokenizer, tokens = read_tokenizer(folder, published)
+    else:
+        tokenizer, tokens = read_vocabulary(info.gguf.metadata, folder)
 
     # What the head is to be, by the arguments or else by config.json.
     names = label_names(labels, known)
