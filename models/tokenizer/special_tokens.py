@@ -1,7 +1,7 @@
 """Special tokens and chat templates of a checkpoint, its tokenizer, and the files next to it.
 
-This is the only place that decides which tokens begin, end and pad a text. Where the files disagree, it decides as
-transformers does, whose Trainer aligns a model with its tokenizer:
+This is the only place that decides which tokens begin, end and pad a text (for a GGUF file, `gguf_vocabulary.py` does).
+Where the files disagree, it decides as transformers does, whose Trainer aligns a model with its tokenizer:
 
     end     the tokenizer's `eos_token` ends texts in training. What the model writes ends with it and with each
             `eos_token_id` of generation_config.json and config.json (of Llama 3's chat models there are three)
