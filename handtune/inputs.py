@@ -143,7 +143,7 @@ def of_checkpoint(path: str | Path) -> dict[str, Any]:
     """The fingerprint of a checkpoint's weights, configuration, tokenizer and templates."""
     folder = checkpoint_folder(path)
     entry = fingerprint(folder, checkpoint_files(folder))
-    if not Path(path).expanduser().is_dir():
+    if not Path(path).expanduser().exists():
         entry["path"] = str(path)  # its id on the hub, because the folder lies in this machine's cache
     return entry
 

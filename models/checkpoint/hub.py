@@ -5,6 +5,7 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from ..._files import require_file
 from ..._outside import hub_reason, others_code
 from ..layers.image_processor import FILE as PROCESSOR
 from ..tokenizer.special_tokens import COPIED_FILES, GENERATION, SETTINGS, TEMPLATES, VOCABULARY_FILES
@@ -14,6 +15,7 @@ from .shards import INDEX, PICKLES, SINGLE, pickle_refused, weight_files
 DOWNLOADED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "vocab.txt", "merges.txt", "*.model")
 # The same weights in other layouts: in folders of their own, or as Mistral's own code reads them.
 NOT_DOWNLOADED = ("*/*.safetensors", "consolidated*.safetensors", "*/*.model")
+GGUF = ".gguf"  # a whole checkpoint in one file
 # What loading reads besides the weights: how the model computes, pools, and reads images and texts.
 READ_FILES = (
     "config.json",
@@ -31,16 +33,19 @@ READ_FILES = (
 
 
 def checkpoint_folder(path: str | Path, weights: bool = True) -> Path:
-    """The local folder of a checkpoint; a hub id is downloaded (or found in the hub's cache) first.
+    """The local folder of a checkpoint, or its GGUF file; a hub id is downloaded (or found in the hub's cache) first.
 
-    Without `weights` they are not downloaded. Raises FileNotFoundError where there is no such folder or repository, or
-    no config.json in it, and ValueError where the repository has its weights as pickles only.
+    A folder without config.json may hold a single GGUF file. Without `weights` they are not downloaded. Raises
+    FileNotFoundError where there is no such folder, file or repository, or no config.json in it, and ValueError where
+    the repository has its weights as pickles only.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
         return _with_config(folder)
+    if folder.suffix == GGUF:
+        return require_file(folder, "GGUF file")
     if folder.exists():
-        raise ValueError(f"{folder} is a file; give the checkpoint's folder")
+        raise ValueError(f"{folder} is a file; give the checkpoint's folder, or a GGUF file")
     # What can't be a hub id is a path to a missing folder: the hub isn't asked.
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(path)):
         raise FileNotFoundError(f"{folder}: no such folder")
@@ -62,7 +67,9 @@ def checkpoint_folder(path: str | Path, weights: bool = True) -> Path:
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """The files in a checkpoint's folder that loading reads. FileNotFoundError where there are no weights."""
+    """The files of a checkpoint that loading reads. FileNotFoundError where there are no weights."""
+    if folder.suffix == GGUF and folder.is_file():
+        return [folder]
     try:
         weights = weight_files(folder)
     except ValueError:  # a damaged index, or pickles: which loading refuses
@@ -91,5 +98,11 @@ def _pickles(repository: str) -> list[str]:
 
 def _with_config(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
+        files = sorted(folder.glob(f"*{GGUF}"))
+        if len(files) == 1:
+            return files[0]
+        if files:
+            names = ", ".join(file.name for file in files)
+            raise ValueError(f"{folder} holds {len(files)} GGUF files and no config.json; give one of them: {names}")
         raise FileNotFoundError(f"{folder}: no config.json there; a checkpoint folder in Hugging Face layout has one")
     return folder

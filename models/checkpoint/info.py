@@ -10,6 +10,8 @@ from ..._shapes import shown, with_fields
 from ..families import FAMILIES, Family
 from ..layers.config_fields import require_values
 from ..resnet.names import from_timm
+from .gguf import published_config, published_tensors
+from .gguf_file import GGUFFile, read_gguf
 from .hub import checkpoint_folder
 from .safetensors_io import StoredTensor
 
@@ -18,15 +20,16 @@ class CheckpointInfo(NamedTuple):
     """What config.json says of a checkpoint; made once and passed on, so that a command reads the file once."""
 
     source: str  # the folder, or the hub id, that was asked for
-    folder: Path
+    folder: Path  # or the GGUF file
     published: dict[str, Any]  # config.json, with transformers' fields
     family: Family
     weights: bool  # whether the weights have to be there
     tensors: Mapping[str, StoredTensor] | None = None  # what the weights are, where no file in the folder has them
+    gguf: GGUFFile | None = None  # what is in the file, where it is one
 
 
 def checkpoint_info(path: str | Path, weights: bool = True) -> CheckpointInfo:
-    """What the checkpoint at `path` (a folder, or a hub id) is.
+    """What the checkpoint at `path` (a folder, a GGUF file, or a hub id) is.
 
     Without `weights` they need not be there, nor are they downloaded.
 
@@ -34,6 +37,11 @@ def checkpoint_info(path: str | Path, weights: bool = True) -> CheckpointInfo:
     or kind that is not implemented.
     """
     folder = checkpoint_folder(path, weights)
+    if folder.is_file():
+        gguf = read_gguf(folder)
+        published = published_config(gguf)
+        tensors = published_tensors(gguf, published)
+        return CheckpointInfo(str(path), folder, published, _family(published), weights, tensors, gguf)
     config_path = folder / "config.json"
     published = _published(config_path)
     with located(config_path):

@@ -1,4 +1,4 @@
-"""`load`: a model from a folder in Hugging Face layout, or from the hub; `open_checkpoint`: all but the weights."""
+"""`load`: a model from a folder in Hugging Face layout, a GGUF file or the hub; `open_checkpoint`: without weights."""
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -14,8 +14,8 @@ from ..families import Family, Model, family_of_preset
 from ..layers.heads import TEXT_TASKS
 from ..layers.image_processor import ImageProcessor
 from ..resnet.model import ResNet
-from ..tokenizer.special_tokens import SpecialTokens, load_tokenizer, load_tokenizer_file
-from ..tokenizer.token_names import read_settings
+from ..tokenizer.gguf_vocabulary import read_vocabulary
+from ..tokenizer.special_tokens import SpecialTokens, load_tokenizer_file, read_tokenizer
 from .info import CheckpointInfo, checkpoint_info
 from .pooling import read_pooling
 from .shards import Shards
@@ -46,7 +46,7 @@ def load(
     quantize: Callable[[Model], Iterable[str]] | None = None,
     head_follows: bool = False,
 ) -> tuple[Model, "Tokenizer | None"]:
-    """The model at `path` (a folder in Hugging Face layout, or a hub id) in eval mode, and its tokenizer or None.
+    """The model at `path` (a folder in Hugging Face layout, a GGUF file, a hub id) in eval mode; its tokenizer or None.
 
     path: may be what `checkpoint_info` has read there already, with weights.
     task: one of the tasks of `layers/heads.py`; None takes it from config.json's `architectures`.
@@ -108,13 +108,15 @@ def open_checkpoint(
     info = path if isinstance(path, CheckpointInfo) else checkpoint_info(path)
     folder, published, family = info.folder, info.published, info.family
     shards = Shards(folder, info.weights, info.tensors)  # only headers; the rest is read once all else was checked
-    with located(folder / "config.json"):
+    config_path = folder if info.gguf else folder / "config.json"
+    with located(config_path):
         config = _config(published, family, "lm_head.weight" in shards.tensors)
         task = task or task_of(published, family)
         known, stored_depth = stored_head(published, family)
-    settings = read_settings(folder, published)
-    tokenizer = load_tokenizer(folder, settings)
-    tokens = SpecialTokens.read(folder, settings, published, tokenizer)
+    if info.gguf is None:
+        tokenizer, tokens = read_tokenizer(folder, published)
+    else:
+        tokenizer, tokens = read_vocabulary(info.gguf.metadata, folder)
 
     # What the head is to be, by the arguments or else by config.json.
     names = label_names(labels, known)
@@ -123,7 +125,7 @@ def open_checkpoint(
     depth = stored_depth if head_layers is None else head_layers
     pooling, normalize = read_pooling(folder) if task == "embedding" else ("mean", False)
 
-    beyond_memory = f"{folder / 'config.json'}: its sizes make a model that no memory can hold; restore it"
+    beyond_memory = f"{config_path}: its sizes make a model that no memory can hold; restore it"
     with without_weights(), explained_memory(lambda: beyond_memory):
         model = family(config, task, names, depth, pooling, normalize)
     model.tokens = tokens

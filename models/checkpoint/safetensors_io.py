@@ -43,6 +43,7 @@ class TensorOnDisk:
     start: int  # of its bytes, counted from the file's beginning
     shape: tuple[int, ...]
     dtype: torch.dtype
+    decode: Callable[[FileIO], Any] | None = None  # gives a file of plain numbers for one of a GGUF file's blocks
 
     @property
     def nbytes(self) -> int:
@@ -54,11 +55,11 @@ class TensorOnDisk:
         for _, block in _rows_with_stored(self, entries):
             yield memory_of(block)
 
-    def open(self) -> FileIO:
+    def open(self) -> Any:
         """The file, from the tensor's first byte on."""
         file = self.path.open("rb", buffering=0)
         file.seek(self.start)
-        return file
+        return self.decode(file) if self.decode else file
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def _pieces(tensor: Tensor, item_size: int) -> tuple[Tensor, ...]:
     return tensor.split(max(1, size // max(1, tensor[:1].numel() * item_size)))
 
 
-def _read(file: FileIO | BytesIO, stored: StoredTensor, target: Tensor) -> None:
+def _read(file: Any, stored: StoredTensor, target: Tensor) -> None:
     """Fill a contiguous tensor on the CPU with what comes next in the file. ValueError where it is NaN or infinite."""
     unread = memory_of(target)
     while unread:

@@ -209,4 +209,5 @@ def _check_match(folder: Path, problems: dict[str, list[str]]) -> None:
             further = f" and {len(names) - 8} more" if len(names) > 8 else ""
             parts.append(f"{len(names)} {problem}: {', '.join(names[:8])}{further}")
     if parts:
-        raise ValueError(f"{folder}: the weights don't fit config.json; {'; '.join(parts)}")
+        sizes = "its metadata" if folder.is_file() else "config.json"  # a GGUF file has both
+        raise ValueError(f"{folder}: the weights don't fit {sizes}; {'; '.join(parts)}")

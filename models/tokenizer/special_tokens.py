@@ -1,7 +1,7 @@
 """Special tokens and chat templates of a checkpoint, its tokenizer, and the files next to it.
 
-This is the only place that decides which tokens begin, end and pad a text. Where the files disagree, it decides as
-transformers does, whose Trainer aligns a model with its tokenizer:
+This is the only place that decides which tokens begin, end and pad a text (for a GGUF file, `gguf_vocabulary.py` does).
+Where the files disagree, it decides as transformers does, whose Trainer aligns a model with its tokenizer:
 
     end     the tokenizer's `eos_token` ends texts in training. What the model writes ends with it and with each
             `eos_token_id` of generation_config.json and config.json (of Llama 3's chat models there are three)
@@ -235,6 +235,13 @@ def _copied_files(folder: Path) -> dict[str, bytes]:
     """The contents of the files that are written again as they are."""
     paths = [path for pattern in (*COPIED_FILES, *VOCABULARY_FILES) for path in sorted(folder.glob(pattern))]
     return {path.name: read_bytes(path) for path in paths}
+
+
+def read_tokenizer(folder: Path, config: dict[str, Any]) -> tuple["Tokenizer | None", SpecialTokens]:
+    """The tokenizer of a folder and its special tokens; `config` is config.json."""
+    settings = read_settings(folder, config)
+    tokenizer = load_tokenizer(folder, settings)
+    return tokenizer, SpecialTokens.read(folder, settings, config, tokenizer)
 
 
 def load_tokenizer(folder: Path, settings: TokenizerSettings) -> "Tokenizer | None":
