@@ -16,13 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from handtune.engine import evaluate
-from handtune.engine.data.batches import Batches
+import handtune
 from handtune.engine.data.readers import read_rows
-from handtune.engine.tasks.encode import encode
-from handtune.engine.tasks.objectives import objective_of
-from handtune.engine.tasks.question_answering import AnswerScore, answers
-from handtune.models import load
+from handtune.engine.tasks.question_answering import answers
 
 HERE = Path(__file__).resolve().parent
 ASKED = (0, 9, 17)  # rows of passages-eval.json
@@ -55,19 +51,13 @@ def table(run: Path) -> None:
         print(f"{name:32}{values['exact_match']:8.3f}{values['f1']:8.3f}")
 
 
-def ask(trained: Path) -> None:
+def ask(run: Path) -> None:
     """Print three held-out passages with question, answer and the expected one."""
     rows = read_rows(HERE / "passages-eval.json")
     rows = [rows[i] for i in ASKED]
-    model, tokenizer = load(trained, "question-answering", "float32")
-    objective = objective_of("qa", model.objectives)
-    examples, _ = encode(rows, tokenizer, "qa", max_length=256, labels=(), eos=None, template=None)
-    score = AnswerScore((), examples, rows)
-    batches = Batches(examples, objective.collate(model, tokenizer, False), rows=1, shuffle=False)
-    evaluate(model, batches, objective.loss, score)
-    for index, row in enumerate(rows):
+    for row, prediction in zip(rows, handtune.predict(run, rows), strict=True):
         print("\n" + textwrap.fill(row["context"], 100))
-        print(f"  question: {row['question']}\n  answer:   {score.best[index][1]}")
+        print(f"  question: {row['question']}\n  answer:   {prediction['answer']}")
         print(f"  expected: {row['answers']['text'][0]}")
 
 
@@ -80,7 +70,7 @@ def main() -> None:
     changes = [f"out={out}", f"model.path={Path(options.model).resolve() if options.model else minilm()}"]
     command = [sys.executable, "-m", "handtune", "train", str(HERE / "qa.toml"), *changes]
     subprocess.run(command, check=True, cwd=HERE.parent.parent)
-    ask(out / "model")
+    ask(out)
     table(out)
 
 

@@ -11,7 +11,9 @@ from handtune.engine.data.readers import read_rows
 DIABETES = EXAMPLES / "diabetes-qa"
 
 
-@pytest.mark.parametrize(("name", "passages", "questions"), [("passages.json", 41, 174), ("passages-eval.json", 8, 34)])
+@pytest.mark.parametrize(
+    ("name", "passages", "questions"), [("passages.json", 41, 174), ("passages-eval.json", 24, 102)]
+)
 def test_passages(name, passages, questions):
     articles = json.loads((DIABETES / name).read_text(encoding="utf-8"))["data"]
     paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
@@ -36,18 +38,47 @@ def test_held_out_passages_are_not_trained_on():
     assert len(questions) == len(set(questions))
 
 
-def test_clauses():
-    rows = read_rows(EXAMPLES / "summaries" / "clauses.jsonl")
-    assert len(rows) == 182
-    for field in ("prompt", "completion"):
+def test_questions_with_free_answers():
+    parts = [read_lines(DIABETES / name) for name in ("questions.jsonl", "questions-test.jsonl")]
+    assert [len(part) for part in parts] == [200, 100]
+    rows = [row for part in parts for row in part]
+    assert len({row["question"].lower() for row in rows}) == len({row["answer"].lower() for row in rows}) == 300
+    assert all(row["question"].endswith("?") and 30 <= len(row["answer"].split()) <= 70 for row in rows)
+
+
+def test_clauses_that_are_judged():
+    """No clause comes twice or nearly so, in one file or in both, and both kinds of fairness are in each."""
+    parts = [read_lines(EXAMPLES / "clauses" / name) for name in ("clauses.jsonl", "clauses-test.jsonl")]
+    assert [len(part) for part in parts] == [402, 100]
+    for part in parts:
+        kinds = [row["fairness"] for row in part]
+        assert set(kinds) == {"balanced", "one-sided"} and min(map(kinds.count, set(kinds))) >= 0.3 * len(part)
+    rows = [row for part in parts for row in part]
+    assert_distinct(rows, "clause", "summary")
+    assert all(40 <= len(row["clause"].split()) <= 110 for row in rows)
+    assert all(5 <= len(row["summary"].split()) <= 40 for row in rows)
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def assert_distinct(rows, text, summary) -> None:
+    for field in (text, summary):
         texts = [" ".join(row[field].lower().split()) for row in rows]
         assert len(texts) == len(set(texts))
         assert all(row[field] == row[field].strip() and "\n" not in row[field] for row in rows)
-    assert all(40 <= len(row["prompt"].split()) <= 110 for row in rows)
-    assert all(5 <= len(row["completion"].split()) <= 40 for row in rows)
-    words = [set(row["prompt"].lower().split()) for row in rows]
+    words = [set(row[text].lower().split()) for row in rows]
     pairs = ((a, b) for i, a in enumerate(words) for b in words[:i])
     assert max(len(a & b) / len(a | b) for a, b in pairs) < 0.6
+
+
+def test_clauses():
+    rows = read_rows(EXAMPLES / "summaries" / "clauses.jsonl")
+    assert len(rows) == 182
+    assert_distinct(rows, "prompt", "completion")
+    assert all(40 <= len(row["prompt"].split()) <= 110 for row in rows)
+    assert all(5 <= len(row["completion"].split()) <= 40 for row in rows)
 
 
 def test_cars_and_trucks_leave_out_what_is_hidden(tmp_path) -> None:

