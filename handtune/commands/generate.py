@@ -12,6 +12,7 @@ from .._outside import located
 from ..adapted.generator import Generator, generator_of
 from ..engine.data.placed_rows import PlacedRow
 from ..engine.data.readers import read_prompts
+from ..engine.data.schema import is_dialogue
 from ..engine.generation.completions import completions
 from ..engine.training.guards import explained_memory_error
 from ..prompts import prompts_of
@@ -50,9 +51,9 @@ def _generate(options: argparse.Namespace, out: Path | None) -> int:
             write_answers(rows, texts, out)
             print(f"{len(prompts)} rows written to {options.out}")
         else:
-            for number, (chat, prompt, text) in enumerate(zip(chats, prompts, texts, strict=True)):
+            for number, (row, chat, prompt, text) in enumerate(zip(rows, chats, prompts, texts, strict=True)):
                 # An answer and the output of a decoder are texts of their own.
-                if not chat and model.task != "seq2seq-lm":
+                if not (chat or is_dialogue(row)) and model.task != "seq2seq-lm":
                     text = prompt + text
                 print_text(("\n" if number else "") + text)
                 if sys.stdout.closed:  # nobody reads it any more

@@ -101,3 +101,16 @@ def test_a_dialogue_is_answered_and_compared_with_its_last_turn(tmp_path: Path, 
     )
     assert json.loads(Path("out.jsonl").read_text()) == {"messages": [*asked["messages"], gold], "id": 3}
     assert read_rows("out.jsonl") == [{"messages": [*asked["messages"], gold]}]
+
+
+def test_a_dialogue_s_answer_is_printed_without_the_template(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talker = talker_folder(tmp_path / "talker")
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"messages": [USER]}])
+    command = ["generate", str(talker), "--prompts", str(prompts), "--max-new-tokens", "4", "--temperature", "0"]
+    run_command(*command, "--out", str(tmp_path / "out.jsonl"))
+    capsys.readouterr()
+    run_command(*command)
+    answer = json.loads((tmp_path / "out.jsonl").read_text())["messages"][-1]["content"]
+    assert capsys.readouterr().out.strip() == answer.strip()
