@@ -277,6 +277,7 @@ def test_at_a_terminal(talker: Path, terminal: Callable[..., Terminal]) -> None:
     one.until("positions are full; /reset begins anew\\)\r\n\r\n> ")
     one.type("not this")
     one.until("not this")
+    time.sleep(1)  # as a person does: a signal while readline takes a letter is seen with the next letter only
     one.type("\x03")
     one.until("\r\n> ")
     one.type("/reset\n")
