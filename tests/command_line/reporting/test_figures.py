@@ -247,14 +247,17 @@ def test_values_in_a_browser(tmp_path: Path) -> None:
     browser = Browser(tmp_path / "profile")
     try:
         tab = browser.tab(page.as_uri())
-        tab.until("document.readyState == 'complete'")
+        # The tab's empty page before it is complete, too.
+        tab.until("document.readyState == 'complete' && document.querySelectorAll('.plot').length > 1")
         tab.evaluate("document.querySelectorAll('.plot')[1].focus()")
         for key, step, percent in (("ArrowRight", 0, 25), ("End", 30, 75), ("ArrowLeft", 20, 58.333)):
             tab.press(key)
-            box = tab.evaluate("[...document.querySelectorAll('.values')].find((box) => !box.hidden).innerText")
+            shown = "[...document.querySelectorAll('.values')].find((box) => !box.hidden)?.innerText"
+            tab.until(f"({shown} ?? '').startsWith('step {step}\\n')")
+            box = tab.evaluate(shown)
             assert box.split("\n") == [f"step {step}", "<b>one</b>", f"{percent} %", "two", f"{percent} %"]
         tab.press("Escape")
-        assert tab.evaluate("[...document.querySelectorAll('.values')].every((box) => box.hidden)")
+        tab.until("[...document.querySelectorAll('.values')].every((box) => box.hidden)")
         assert tab.evaluate("document.querySelectorAll('b').length") == tab.evaluate(
             "document.querySelectorAll('figcaption b, li b').length"
         ), "a name is text"
