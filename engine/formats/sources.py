@@ -61,16 +61,16 @@ def raw_rows(source: str | Path, known: Collection[str] | None) -> Located:
         yield from saved_rows(path)
         return
 
-    kind = kind_of(path)
-    if kind in TEXTS:
-        yield from TEXTS[kind](path)
-    elif kind in TABLES:
-        yield from TABLES[kind](path, known)
-    elif kind in ARROWS and path.suffix.lower() not in COMPRESSED:
-        yield from ARROWS[kind](path)
-    elif kind in ARROWS:
-        raise ValueError(f"{path}: {kind} files are compressed inside; unpack this one")
-    elif not kind and not path.exists():
+    ending = kind_of(path)
+    if ending in TEXTS:
+        yield from TEXTS[ending](path)
+    elif ending in TABLES:
+        yield from TABLES[ending](path, known)
+    elif ending in ARROWS and path.suffix.lower() not in COMPRESSED:
+        yield from ARROWS[ending](path)
+    elif ending in ARROWS:
+        raise ValueError(f"{path}: {ending} files are compressed inside; unpack this one")
+    elif not ending and not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; a data set of the hub is owner/name:split")
     else:
         raise ValueError(f"{path}: unknown kind of file {path.suffix!r}; use one of {' '.join(ENDINGS)}")

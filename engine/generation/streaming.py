@@ -91,7 +91,7 @@ class Streamer:
                         break
             except FloatingPointError:
                 raise not_finite(self.model, "the model's logits") from None
-        if piece := pieces.rest():
+        if piece := pieces.remainder():
             yield piece
 
     def _begin(self, input_ids: torch.Tensor, max_new_tokens: int) -> Decoding:
@@ -125,7 +125,7 @@ class Pieces:
             return self._show(wait=True)
         return ""
 
-    def rest(self) -> str:
+    def remainder(self) -> str:
         """What remains to be shown where no token follows."""
         self._decode(wait=False)
         return self._show(wait=False)

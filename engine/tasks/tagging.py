@@ -158,15 +158,15 @@ def predicted_tags(
             tags[word] = names[tag_id]
 
     marked = entities([tag or "O" for tag in tags], tags_are_plain(names))
-    found = []
+    marked_spans = []
     for first, last, entity_type in sorted(marked):
         start = spans[first][0]
         end = spans[last - 1][1]
         probability = best[first:last].mean()
-        found.append(
+        marked_spans.append(
             {"type": entity_type, "start": start, "end": end, "text": text[start:end], "probability": probability}
         )
-    return {"predicted": tags, "entities": found} if "tokens" in row else {"entities": found}
+    return {"predicted": tags, "entities": marked_spans} if "tokens" in row else {"entities": marked_spans}
 
 
 class TaggingScore:

@@ -14,10 +14,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from ...kernels.optim.adamw import adamw_
 from ...kernels.optim.adamw_state import AdamWParam
 from ..adapters.lora import lr_ratios
-from .optimizers import TrainedParam, update_others_
+from .optimizers import TrainedParam, update_
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -160,9 +159,7 @@ class Optimizer:
 
     def step(self, lr: float) -> None:
         """One update at learning rate `lr`; the gradients are gone afterwards."""
-        by_adamw = [param for param in self.trained.values() if isinstance(param, AdamWParam)]
-        adamw_(by_adamw, lr, self.betas, self.eps, self.factor)
-        update_others_(self.trained.values(), lr, self.betas, self.eps, self.factor)
+        update_(self.trained.values(), lr, self.betas, self.eps, self.factor)
         self._write_rows()
         self.zero_grad()
 

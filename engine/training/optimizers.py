@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...kernels import Linear, LoRALinearWeights
+from ...kernels.optim.adamw import adamw_
 from ...kernels.optim.adamw8bit import MIN_SIZE, adamw8bit_
 from ...kernels.optim.adamw8bit_state import AdamW8bitParam
 from ...kernels.optim.adamw_state import AdamWParam
@@ -28,11 +29,12 @@ OPTIMIZERS = ("adamw", "adamw8bit", "muon")
 HEADS = {"head", "lm_head", "score", "classifier", "qa_outputs"}
 
 
-def update_others_(
+def update_(
     trained: Iterable[TrainedParam], lr: float, betas: tuple[float, float], eps: float, factor: Tensor | None
 ) -> None:
-    """One update of each parameter that has a gradient, of those whose state isn't AdamW's in fp32."""
+    """One update of each parameter that has a gradient, by the optimizer that its state belongs to."""
     params = list(trained)
+    adamw_([param for param in params if isinstance(param, AdamWParam)], lr, betas, eps, factor)
     adamw8bit_([param for param in params if isinstance(param, AdamW8bitParam)], lr, betas, eps, factor)
     muon_([param for param in params if isinstance(param, MuonParam)], lr, factor)
 
@@ -73,8 +75,8 @@ def hidden_matrices(model: nn.Module) -> dict[str, tuple[int, ...]]:
         if isinstance(module, LoRALinearWeights):
             sizes = {"a": module.ranks, **{f"b.{i}": (len(b),) for i, b in enumerate(module.b)}}
         elif isinstance(module, Linear) and module.quantized is None:
-            whole = (len(module.weight),)
-            sizes = {"weight": whole if module.transposed else tuple(part.size for part in module.parts)}
+            parts = (len(module.weight),) if module.transposed else tuple(part.size for part in module.parts)
+            sizes = {"weight": parts}
         elif isinstance(module, nn.Linear):
             sizes = {"weight": (len(module.weight),)}
         matrices |= {f"{path}.{name}": rows for name, rows in sizes.items()}

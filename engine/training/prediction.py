@@ -110,7 +110,7 @@ def _checked_length(max_length: int | None, limit: int | None) -> int | None:
 
 @torch.no_grad()
 def _outputs(
-    model: Any, examples: list[dict[str, Any]], collate: CollateFn, batch_size: int, place: str
+    model: Any, examples: list[dict[str, Any]], collate: CollateFn, batch_size: int, location: str
 ) -> list[NDArray[Any]]:
     """What the model gives for each example. FloatingPointError, with the `place` of the first, for NaN or infinity."""
     if not examples:
@@ -121,7 +121,7 @@ def _outputs(
         for (batch,) in Batches(examples, collate, rows=batch_size, shuffle=False):
             outputs += PREDICTORS[model.task].outputs(model, to_device(batch, device))
     if not all(np.isfinite(output).all() for output in outputs):
-        raise not_finite(model, f"the predictions for {place} and the rows after it")
+        raise not_finite(model, f"the predictions for {location} and the rows after it")
     return outputs
 
 

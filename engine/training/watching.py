@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from types import TracebackType
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -60,7 +59,7 @@ class Watch:
     def __enter__(self) -> "Watch":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
+    def __exit__(self, *error: object) -> None:
         self.bar.close()
 
     def step(self, **row: Any) -> None:

@@ -65,14 +65,14 @@ def _answered_dialogue(row: Mapping[str, Any], others: dict[str, Any], answer: s
 
 def _with_others(answered: dict[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
     """The answered row with its other fields, each where it leaves the row what it is."""
-    kept: dict[str, Any] = {}
+    harmless: dict[str, Any] = {}
     aside: dict[str, Any] = {}
     for name, value in others.items():
-        if _reads_alike({**answered, **kept, name: value}, answered):
-            kept[name] = value
+        if _reads_alike({**answered, **harmless, name: value}, answered):
+            harmless[name] = value
         else:
             aside[name] = value
-    return {**answered, **kept, **({_OTHERS: aside} if aside else {})}
+    return {**answered, **harmless, **({_OTHERS: aside} if aside else {})}
 
 
 def _reads_alike(row: Mapping[str, Any], answered: Mapping[str, Any]) -> bool:

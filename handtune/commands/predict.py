@@ -80,9 +80,9 @@ def _standard_input() -> Iterator[PlacedRow]:
     """A row a line: its text, or, if the first one begins with a brace, the fields of a JSON object."""
     lines = [(number, line.rstrip("\r\n")) for number, line in enumerate(sys.stdin, 1) if line.strip()]
     if lines and lines[0][1].lstrip().startswith("{"):
-        for place, row in json_lines(lines, STDIN):
+        for location, row in json_lines(lines, STDIN):
             if not isinstance(row, dict):
-                raise ValueError(f"{STDIN} {place}: expected an object, found {type(row).__name__}")
-            yield PlacedRow(row, STDIN, place)
+                raise ValueError(f"{STDIN} {location}: expected an object, found {type(row).__name__}")
+            yield PlacedRow(row, STDIN, location)
     else:
         yield from (PlacedRow({"text": line}, STDIN, f"line {number}") for number, line in lines)

@@ -63,7 +63,7 @@ def comments(config_class: type) -> dict[str, str]:
         if token.type == tokenize.COMMENT
     }
 
-    found = {}
+    by_field = {}
     for node in ast.parse(source).body[0].body:  # type: ignore[attr-defined]
         if not isinstance(node, ast.AnnAssign):
             continue
@@ -73,5 +73,5 @@ def comments(config_class: type) -> dict[str, str]:
             while lines[line - 1].lstrip().startswith("#"):
                 parts.insert(0, by_line[line])
                 line -= 1
-        found[ast.unparse(node.target)] = " ".join(parts)
-    return found
+        by_field[ast.unparse(node.target)] = " ".join(parts)
+    return by_field

@@ -50,15 +50,19 @@ def _header(table: Table) -> list[str]:
     if not table.name:
         return []
     summary = (table.config_class.__doc__ or "").partition("\n\n")[0]
-    about = [f"# {line}" for line in textwrap.wrap(" ".join(summary.split()), WIDTH - 2)]
+    summary_lines = [f"# {line}" for line in textwrap.wrap(" ".join(summary.split()), WIDTH - 2)]
     if table.several:
-        return [*about, "# For each such file take the # away; the line of train then goes:", f"# [[{table.name}]]"]
+        return [
+            *summary_lines,
+            "# For each such file take the # away; the line of train then goes:",
+            f"# [[{table.name}]]",
+        ]
     if not table.optional:
-        return [*about, f"[{table.name}]"]
+        return [*summary_lines, f"[{table.name}]"]
     absence = (
         "# Without this table the weights themselves train, which wants a tenth of train.lr. With it, take the # away:"
     )
-    return [*about, absence, f"# [{table.name}]"]
+    return [*summary_lines, absence, f"# [{table.name}]"]
 
 
 def _lines(table: Table, method: str) -> Iterator[str]:
@@ -84,7 +88,7 @@ def _default(option: Option) -> Any:
 def _placeholder(option: Option) -> Any:
     """A value of the field's type, for one without default and example."""
     members = get_args(option.type) or (option.type,)
-    return next((value for kind, value in ((str, "..."), (int, 1), (float, 0.1)) if kind in members), [])
+    return next((value for value in ("...", 1, 0.1) if type(value) in members), [])
 
 
 def explanation(config_class: type, option: Option) -> str:

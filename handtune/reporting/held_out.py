@@ -155,8 +155,7 @@ def _mistake(ready: Prepared, mistake: dict[str, Any]) -> dict[str, Any]:
     predicted = mistake["predicted"]
     if "tags" in row:
         i = mistake["word"]
-        words = [f"«{word}»" if number == i else word for number, word in enumerate(row["tokens"])]
-        text = " ".join(words)
+        text = " ".join(f"«{token}»" if number == i else token for number, token in enumerate(row["tokens"]))
         gold = label_name(row["tags"][i])
     elif "answers" in row:
         text = row["question"]

@@ -14,13 +14,14 @@ buffers for all weights, all gradients and so on would save nothing: on CPU, 144
 one by one (2 threads) and 4.1 ms in flat buffers, into which the gradients must be copied first.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 from .. import backend
+from .adamw8bit_state import AdamW8bitParam
 from .adamw_state import AdamWParam, ParamsWithGrads
 
 
@@ -34,7 +35,7 @@ def adamw_(
         return
 
     same_layout = all(_same_layout(param, gradient) for param, gradient in due)
-    if not (same_layout and _on_triton(due)):
+    if not (same_layout and on_triton(due)):
         _update_in_torch(due, lr, betas, eps, factor, same_layout)
         return
 
@@ -43,9 +44,7 @@ def adamw_(
     torch._foreach_add_([param.step for param, _ in due], 1)
     update_(due, lr, betas, eps, factor)
 
-    # Autograd didn't see the kernel write: so a graph that still needs the old values raises its error.
-    written = [x for param, _ in due for x in (param.weight, param.copy) if x is not None]
-    torch.autograd.graph.increment_version(written)
+    mark_written(param for param, _ in due)
 
 
 def _same_layout(param: AdamWParam, gradient: Tensor) -> bool:
@@ -54,7 +53,13 @@ def _same_layout(param: AdamWParam, gradient: Tensor) -> bool:
     return all(x is None or x.stride() == param.weight.stride() for x in tensors)
 
 
-def _on_triton(due: ParamsWithGrads) -> bool:
+def mark_written(params: Iterable[AdamWParam | AdamW8bitParam]) -> None:
+    """Autograd didn't see a kernel write: after this a graph that still needs the old values raises its error."""
+    written = [x for param in params for x in (param.weight, param.copy) if x is not None]
+    torch.autograd.graph.increment_version(written)
+
+
+def on_triton(due: Sequence[tuple[AdamWParam | AdamW8bitParam, Tensor]]) -> bool:
     """Whether all weights and gradients are fp32 on one device, of which Triton takes tensors."""
     weights = [param.weight for param, _ in due]
     layouts = {(x.device, x.dtype) for param, gradient in due for x in (param.weight, gradient)}

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backend
+from .adamw import mark_written, on_triton
 from .adamw8bit_state import AdamW8bitParam
 from .blockwise import BLOCK, dequantize, quantize
 
@@ -33,13 +33,11 @@ def adamw8bit_(
     torch._foreach_add_([param.step for param, _ in due], 1)
 
     in_order = all(x is None or x.is_contiguous() for param, g in due for x in (param.weight, g, param.copy))
-    if in_order and backend.on_triton(*(x for param, gradient in due for x in (param.weight, gradient))):
+    if in_order and on_triton(due):
         from .adamw8bit_triton import update_
 
         update_(due, lr, betas, eps, factor)
-        # Autograd didn't see the kernel write: so a graph that still needs the old values raises its error.
-        written = [x for param, _ in due for x in (param.weight, param.copy) if x is not None]
-        torch.autograd.graph.increment_version(written)
+        mark_written(param for param, _ in due)
         return
 
     for param, gradient in due:
@@ -79,6 +77,7 @@ def _update_in_torch(
         new_codes, param.root_exp_avg_sq_max[blocks] = quantize(root, signed=False)
         param.root_exp_avg_sq[codes] = new_codes.view(-1)
 
-    param.weight.copy_(weights.view(param.weight.shape))
+    if weights.data_ptr() != param.weight.data_ptr():
+        param.weight.copy_(weights.view(param.weight.shape))
     if param.copy is not None:
         param.copy.copy_(param.weight)

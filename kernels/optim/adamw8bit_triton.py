@@ -4,8 +4,6 @@ A program updates some of the blocks of 256 entries that share a scale. What the
 256 values; the nearest value is found by eight comparisons with the borders between them, as in a binary search.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from .. import backend
 from .adamw8bit_state import AdamW8bitParam
-from .adamw_triton import COPY_DTYPES, on_device
+from .adamw_triton import addresses, on_device, rates_of, store_copy
 from .blockwise import BLOCK, codebook, n_blocks
 
 _TILE = {0: (2, 1), 80: (8, 4)}  # blocks that a program updates, warps
@@ -81,12 +79,7 @@ def _adamw8bit_kernel(
     tl.store(root_scales, root_max, mask=has_block)
     tl.store(root_codes, _nearest(root * _inverse(root_max)[:, None], unsigned_borders).to(tl.uint8), mask=inside)
 
-    copy = tl.load(row + 6)
-    copy_dtype = tl.load(row + 7)
-    if copy_dtype == 1:
-        tl.store(copy.to(tl.pointer_type(tl.bfloat16)) + entry, w.to(tl.bfloat16), mask=inside)
-    if copy_dtype == 2:
-        tl.store(copy.to(tl.pointer_type(tl.float16)) + entry, w.to(tl.float16), mask=inside)
+    store_copy(tl.load(row + 6), tl.load(row + 7), entry, w, inside)
 
 
 def update_(
@@ -99,20 +92,10 @@ def update_(
     rows, rates = [], []
     n_programs = 0
     for param, gradient in due:
-        copy_address = copy_dtype = 0
-        if param.copy is not None:
-            copy_address, copy_dtype = param.copy.data_ptr(), COPY_DTYPES[param.copy.dtype]
-        tensors = (
-            param.weight, gradient, param.exp_avg, param.exp_avg_max, param.root_exp_avg_sq, param.root_exp_avg_sq_max,
-        )  # fmt: skip
-        size = param.weight.numel()
-        rows.append([*(x.data_ptr() for x in tensors), copy_address, copy_dtype, size, n_programs])
-
-        # Step and rates are numbers of the host: in fp64, and no wait for the device.
-        t = param.step.item()
-        rate = lr * param.scale
-        rates.append([1 - rate * param.decay, rate / (1 - betas[0] ** t), 1 / math.sqrt(1 - betas[1] ** t)])
-        n_programs += triton.cdiv(n_blocks(size), tile)
+        moments = (param.exp_avg, param.exp_avg_max, param.root_exp_avg_sq, param.root_exp_avg_sq_max)
+        rows.append([*addresses(param, gradient, *moments), n_programs])
+        rates.append(rates_of(param, lr, betas))
+        n_programs += triton.cdiv(n_blocks(param.weight.numel()), tile)
 
     # Which weight each program belongs to, in the order of the table.
     table = on_device(rows, torch.int64, first_weight)

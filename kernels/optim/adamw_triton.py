@@ -13,10 +13,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backend
-from .adamw_state import ParamsWithGrads
+from .adamw8bit_state import AdamW8bitParam
+from .adamw_state import AdamWParam, ParamsWithGrads
 
 _BLOCK = {0: (64, 1), 80: (2048, 4)}  # entries of a weight that a program updates, warps
 COPY_DTYPES = {torch.bfloat16: 1, torch.float16: 2}  # 0 stands for no copy
+
+
+@triton.jit
+def store_copy(address, dtype, entry, w, inside):
+    """Round w into entries of the copy at an address; its dtype is one of COPY_DTYPES, or 0 where there is none."""
+    if dtype == 1:
+        tl.store(address.to(tl.pointer_type(tl.bfloat16)) + entry, w.to(tl.bfloat16), mask=inside)
+    if dtype == 2:
+        tl.store(address.to(tl.pointer_type(tl.float16)) + entry, w.to(tl.float16), mask=inside)
 
 
 @triton.jit
@@ -56,12 +66,7 @@ def _adamw_kernel(
     tl.store(exp_avg_sq, v, mask=inside)
     tl.store(weight, w, mask=inside)
 
-    copy_dtype = tl.load(row + 5)
-    copy = tl.load(row + 4)
-    if copy_dtype == 1:
-        tl.store(copy.to(tl.pointer_type(tl.bfloat16)) + start + lane, w.to(tl.bfloat16), mask=inside)
-    if copy_dtype == 2:
-        tl.store(copy.to(tl.pointer_type(tl.float16)) + start + lane, w.to(tl.float16), mask=inside)
+    store_copy(tl.load(row + 4), tl.load(row + 5), start + lane, w, inside)
 
 
 def update_(due: ParamsWithGrads, lr: float, betas: tuple[float, float], eps: float, factor: Tensor | None) -> None:
@@ -72,18 +77,9 @@ def update_(due: ParamsWithGrads, lr: float, betas: tuple[float, float], eps: fl
     rows, rates = [], []
     n_blocks = 0
     for param, gradient in due:
-        copy_address = copy_dtype = 0
-        if param.copy is not None:
-            copy_address, copy_dtype = param.copy.data_ptr(), COPY_DTYPES[param.copy.dtype]
-        tensors = (param.weight, gradient, param.exp_avg, param.exp_avg_sq)
-        size = param.weight.numel()
-        rows.append([*(x.data_ptr() for x in tensors), copy_address, copy_dtype, size, n_blocks])
-
-        # Step and rates are numbers of the host: in fp64, and no wait for the device.
-        t = param.step.item()
-        rate = lr * param.scale
-        rates.append([1 - rate * param.decay, rate / (1 - betas[0] ** t), 1 / math.sqrt(1 - betas[1] ** t)])
-        n_blocks += triton.cdiv(size, block)
+        rows.append([*addresses(param, gradient, param.exp_avg, param.exp_avg_sq), n_blocks])
+        rates.append(rates_of(param, lr, betas))
+        n_blocks += triton.cdiv(param.weight.numel(), block)
 
     # Which weight each block belongs to: block 0 … n_blocks − 1, in the order of the table.
     table = on_device(rows, torch.int64, first_weight)
@@ -94,6 +90,21 @@ def update_(due: ParamsWithGrads, lr: float, betas: tuple[float, float], eps: fl
         weight_of, table, rate_table, factor, 1 - betas[0], betas[1], 1 - betas[1], eps,
         COLUMNS=len(rows[0]), FACTOR=factor is not None, BLOCK=block, num_warps=warps,
     )  # fmt: skip
+
+
+def addresses(param: AdamWParam | AdamW8bitParam, *tensors: Tensor) -> list[int]:
+    """Those of a weight, its other tensors and its copy; the copy's dtype, the number of entries."""
+    copy_address = copy_dtype = 0
+    if param.copy is not None:
+        copy_address, copy_dtype = param.copy.data_ptr(), COPY_DTYPES[param.copy.dtype]
+    return [*(x.data_ptr() for x in (param.weight, *tensors)), copy_address, copy_dtype, param.weight.numel()]
+
+
+def rates_of(param: AdamWParam | AdamW8bitParam, lr: float, betas: tuple[float, float]) -> list[float]:
+    """1 − ηλ, η/(1 − β₁ᵗ), (1 − β₂ᵗ)^-½, numbers of the host: in fp64, and no wait for the device."""
+    t = param.step.item()
+    rate = lr * param.scale
+    return [1 - rate * param.decay, rate / (1 - betas[0] ** t), 1 / math.sqrt(1 - betas[1] ** t)]
 
 
 def on_device(rows: list, dtype: torch.dtype, like: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ def _block_sizes(path: Path) -> dict[int, tuple[str, int, int]]:
         from gguf import GGML_QUANT_SIZES
     except ImportError as error:
         raise ValueError(f"{path}: GGUF files need gguf: pip install 'handtune[gguf]'") from error
-    return {int(kind): (kind.name, *sizes) for kind, sizes in GGML_QUANT_SIZES.items()}
+    return {int(tensor_type): (tensor_type.name, *sizes) for tensor_type, sizes in GGML_QUANT_SIZES.items()}
 
 
 def _entry(reader: _Reader, sizes: dict[int, tuple[str, int, int]]) -> tuple[str, GGUFTensor]:

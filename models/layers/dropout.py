@@ -12,17 +12,17 @@ def set_dropout(model: nn.Module, p: float | Literal["published"]) -> None:
     """From here on the model drops with probability p in training, wherever the published one has dropout.
 
     "published": at each place with the probability in its configuration. Without this call none of it is applied.
-    Raises ValueError where p is no probability in [0, 1), or the model has no such place.
+    Raises ValueError where p is no probability in [0, 1), or the model has no such module.
     """
-    places = [module for module in model.modules() if isinstance(module, Dropout)]
-    if not places and p not in ("published", 0):
+    dropouts = [module for module in model.modules() if isinstance(module, Dropout)]
+    if not dropouts and p not in ("published", 0):
         raise ValueError(f"dropout = {p!r}: {type(model).__name__} has none in its base; leave it out")
 
-    for place in places:
-        value = place.published if p == "published" else p
+    for module in dropouts:
+        value = module.published if p == "published" else p
         if isinstance(value, str) or not 0 <= value < 1:
             raise ValueError(f'dropout = {value!r}: expected a probability in [0, 1), or "published"')
-        place.p = value
+        module.p = value
 
 
 def choose_dropout(model: Any, option: str | float | None, frozen_base: bool) -> None:

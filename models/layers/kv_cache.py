@@ -33,14 +33,14 @@ class KVCache:
             self.buffer = self.buffer.new_empty((*filled.shape[:4], *self.buffer.shape[4:]))
         self.buffer[:, :, :, :, : self.length] = filled
 
-    def rewind(self, kept: int, length: int) -> int:
-        """Go on behind the first `kept` positions, with room for `length`; gives how many are kept, here all of them.
+    def rewind(self, n_cached: int, length: int) -> int:
+        """Go on behind the first `n_cached` positions, with room for `length`; gives how many stay, here all of them.
 
         A causal model's keys and values depend on nothing that comes later, so that another text may follow them.
         """
         if length > self.buffer.shape[4]:
             buffer = self.buffer.new_empty((*self.buffer.shape[:4], length, self.buffer.shape[5]))
-            buffer[:, :, :, :, :kept] = self.buffer[:, :, :, :, :kept]
+            buffer[:, :, :, :, :n_cached] = self.buffer[:, :, :, :, :n_cached]
             self.buffer = buffer
-        self.length = kept
-        return kept
+        self.length = n_cached
+        return n_cached

@@ -181,11 +181,11 @@ def _add_special_tokens(tokenizer: "Tokenizer", fields: dict[str, Any]) -> None:
     from tokenizers import AddedToken
 
     named = {fields[name] for name in NAMES.values() if name in fields}
-    whole = []
+    added_tokens = []
     for token_id, (token, token_type) in enumerate(zip(fields["tokens"], fields["token_type"], strict=True)):
         if token_type in (CONTROL, USER_DEFINED) or token_id in named:
-            whole.append(AddedToken(token, special=token_type != USER_DEFINED, normalized=False))
-    tokenizer.add_tokens(whole)
+            added_tokens.append(AddedToken(token, special=token_type != USER_DEFINED, normalized=False))
+    tokenizer.add_tokens(added_tokens)
 
 
 def _special_tokens(fields: dict[str, Any], chat_template: str | None) -> SpecialTokens:

@@ -64,8 +64,8 @@ class Memory:
         """Drop the newest `count` positions."""
         self.states = [None if state is None else state[:, :-count] for state in self.states]
 
-    def rewind(self, kept: int, length: int) -> int:
-        """Begin anew; gives 0, the positions kept: what was read together has seen what followed it."""
+    def rewind(self, n_cached: int, length: int) -> int:
+        """Begin anew; gives 0, the positions that stay: what was read together has seen what followed it."""
         self.states = [None] * len(self.states)
         self.last_token = None
         return 0

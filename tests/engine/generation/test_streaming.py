@@ -27,7 +27,7 @@ def in_pieces(tokenizer: Tokenizer, prompt: list[int], ids: list[int], stop: lis
         shown.append(pieces.add(token))
         if pieces.stopped:
             break
-    return [*shown, pieces.rest()]
+    return [*shown, pieces.remainder()]
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level(), llama_like(), sentence_piece()], ids=["bytes", "llama", "pieces"])
