@@ -30,7 +30,7 @@ from handtune.engine import load_checkpoint
 from handtune.engine.rlhf.rollouts import draw, fitting_prompts, sample
 from handtune.engine.rlhf.round import Trainer
 from handtune.engine.training.checkpoint import checkpoints
-from handtune.inputs import as_list, inputs_of
+from handtune.inputs.fingerprints import as_list, inputs_of
 
 NEAREST = 5  # rounds that are averaged
 

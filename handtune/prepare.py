@@ -25,7 +25,7 @@ from .engine.tasks.objectives import Objective, check_loss_options, dpo, objecti
 from .engine.tasks.preferences import add_reference
 from .engine.training.cached_features import head_only
 from .engine.training.config import needs_evaluation
-from .inputs import columns_of, corpora, data_files, draws_of, is_corpus, parts_of, read_splits, split_windows
+from .inputs.rows import columns_of, corpora, data_files, draws_of, is_corpus, parts_of, read_splits, split_windows
 from .models import Bert, ResNet, XLNet, add_tokens, load
 from .models.checkpoint.info import CheckpointInfo
 from .models.checkpoint.loading import fresh, open_checkpoint

@@ -20,7 +20,7 @@ from .engine.peft.format import CONFIG, TASK_TYPES, WEIGHTS, save_head
 from .engine.peft.weights import PREFIX
 from .engine.training.cached_features import head_only
 from .engine.training.run_folder import read_facts
-from .inputs import START, relocate_inputs
+from .inputs.fingerprints import START, relocate_inputs
 from .models import ResNet, add_tokens, load, save
 from .models.checkpoint.safetensors_io import read_header
 from .models.layers.image_processor import ImageProcessor

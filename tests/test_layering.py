@@ -181,6 +181,12 @@ def test_no_folder_is_crowded(room: str) -> None:
         assert len(list(folder.glob("*.py"))) <= 15, folder
 
 
+@pytest.mark.parametrize("room", [*MAY_IMPORT, "handtune"])
+def test_no_file_is_long(room: str) -> None:
+    for path in (ROOT / room).rglob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 330, path
+
+
 @pytest.mark.parametrize("package", EXPORTS)
 def test_exports_are_these_and_no_others(package: str) -> None:
     module = importlib.import_module(f"handtune.{package}")

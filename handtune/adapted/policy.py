@@ -9,7 +9,7 @@ from ..engine.data.fingerprints import Inputs
 from ..engine.data.readers import read_prompts
 from ..engine.data.schema import is_dialogue
 from ..engine.rlhf.reward_model import Reward, RewardFn
-from ..inputs import adapter_in, as_list, reward_checkpoint
+from ..inputs.fingerprints import adapter_in, as_list, reward_checkpoint
 from ..models import load
 from ..prepare import load_model
 from ..prompts import learn_turn_end, prompt_template_of, prompts_of, question_of

@@ -12,7 +12,8 @@ from ..engine.data.placed_rows import PlacedRow
 from ..engine.data.schema import as_dialogue
 from ..engine.tasks.objectives import PREDICTORS
 from ..engine.training.prediction import predictions, rows_to_predict
-from ..inputs import columns_of, is_run
+from ..inputs.fingerprints import is_run
+from ..inputs.rows import columns_of
 from ..models import load
 from ..models.checkpoint.info import checkpoint_info
 from ..models.checkpoint.tasks import task_of

@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..engine.adapters.rounding import Rounding
-from ..inputs import base_of, is_run
+from ..inputs.fingerprints import base_of, is_run
 from ..models.checkpoint.info import CheckpointInfo, checkpoint_info
 from ..models.checkpoint.saving import save_around
 from ..saved_runs import require_finished, stored_folder

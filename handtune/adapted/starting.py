@@ -11,7 +11,7 @@ from ..engine.adapters.lora import adapter_sites
 from ..engine.adapters.switch import adapter_difference
 from ..engine.data.fingerprints import Inputs, changed_files, same_contents
 from ..engine.peft.format import CONFIG
-from ..inputs import adapter_in, of_checkpoint
+from ..inputs.fingerprints import adapter_in, of_checkpoint
 from ..saved_runs import config_of, facts_of, fit_vocabulary, head_of, put_adapter, take_settings
 
 NAME = "default"  # of the adapter on the model

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig
-from ..inputs import BASE, is_run
+from ..inputs.fingerprints import BASE, is_run
 from ..prepare import load_model, run_base
 from ..saved_runs import config_of, require_finished, stored_folder
 

@@ -17,7 +17,7 @@ from ..engine.finite import not_finite
 from ..engine.generation.completions import completions
 from ..engine.tasks.metrics import rouge
 from ..engine.tasks.objectives import LossConfig
-from ..inputs import BASE, DATA, START
+from ..inputs.fingerprints import BASE, DATA, START
 from ..prepare import Prepared, prepare, run_base
 from ..prompts import prompts_of
 from ..saved_runs import config_of, facts_of, put_weights

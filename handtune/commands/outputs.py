@@ -21,7 +21,7 @@ from ..engine import Callback
 from ..engine.data.fingerprints import Inputs
 from ..engine.data.placed_rows import PlacedRow
 from ..engine.training.run_folder import RunFolder, finished
-from ..inputs import inputs_of
+from ..inputs.fingerprints import inputs_of
 from ..reporting.tensorboard import TensorBoard
 from ..saved_runs import has_stored, stored_folder
 from ..terminal import INTERRUPTED

@@ -16,7 +16,7 @@ from ..engine.data.fingerprints import Inputs
 from ..engine.rlhf.actors import POLICY
 from ..engine.training.journal import read_journal
 from ..engine.training.run_folder import RunFolder, amend, finish, is_metrics, peak_memory
-from ..inputs import as_list, at_a_commit
+from ..inputs.fingerprints import as_list, at_a_commit
 from ..saved_runs import store_adapter, stored_bytes
 from .outputs import loggers, run_once
 

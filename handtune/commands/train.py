@@ -13,7 +13,7 @@ from ..engine.data.fingerprints import Inputs
 from ..engine.training.loop import training_batches
 from ..engine.training.run_folder import RunFolder, amend, finish
 from ..engine.training.watching import metrics_text
-from ..inputs import at_a_commit
+from ..inputs.fingerprints import at_a_commit
 from ..prepare import choose_trained, prepare, run_base
 from ..reporting.held_out import abilities, keep_examples
 from ..saved_runs import store_trained, stored_bytes

@@ -89,7 +89,7 @@ def test_a_base_that_is_no_folder(out: str, base: Path, tmp_path: Path, monkeypa
         asked.append(str(path))
         return base
 
-    for module in ("handtune.models.checkpoint.info", "handtune.inputs"):
+    for module in ("handtune.models.checkpoint.info", "handtune.inputs.fingerprints"):
         monkeypatch.setattr(f"{module}.checkpoint_folder", fetched)
     place = str(tmp_path / "runs/a") if out == "ABSOLUTE" else out
     folder = trained(tmp_path, out=place, model={"path": "somebody/model"})

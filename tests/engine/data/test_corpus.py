@@ -10,7 +10,7 @@ from small_tokenizers import byte_level
 
 from handtune.engine.data import corpus as corpus_module
 from handtune.engine.data.corpus import TokenCorpus, token_corpus
-from handtune.inputs import is_corpus
+from handtune.inputs.rows import is_corpus
 
 END = 0
 STORY = "The cat sat on the mat,\nand the dog looked at the cat.\n\nhello good morning\n"

@@ -1,6 +1,5 @@
-"""What a run reads: its rows, and the fingerprints by which its files are recognized.
+"""The fingerprints of what a run reads, by which its files are recognized.
 
-`read_splits` reads rows to train and to evaluate on; `corpora` does the same for plain text, which is tokenized once.
 `train` and `ppo` compare what `inputs_of` returns, fingerprints by the field of the configuration that names the files,
 before they continue a run. `relocate_inputs` finds the same files again for a run that was moved, alone or together
 with them.
@@ -8,40 +7,31 @@ with them.
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from ._files import resolved
-from ._folders import stored_files
-from ._outside import others_code
-from .config import DataConfig, PPORunConfig, RunConfig
-from .engine.data.batches import Examples
-from .engine.data.columns import Columns
-from .engine.data.corpus import TokenCorpus, token_corpus
-from .engine.data.fingerprints import Inputs, changed_files, fingerprint, same_contents
-from .engine.data.mixing import Draws, Joined, MixConfig
-from .engine.data.readers import iterate_rows, read_rows, split_rows
-from .engine.data.schema import row_shape
-from .engine.formats.arrow import is_saved
-from .engine.formats.compression import kind_of
-from .engine.formats.hub import dataset_id, pinned
-from .engine.formats.sources import ARROWS, on_the_hub, source_files
-from .engine.peft.format import CONFIG, WEIGHTS
-from .engine.rlhf.reward_model import SCALE
-from .engine.training.run_folder import read_facts
-from .models.checkpoint.hub import checkpoint_files, checkpoint_folder, settings_files
+from .._files import resolved
+from .._folders import stored_files
+from .._outside import others_code
+from ..config import PPORunConfig, RunConfig
+from ..engine.data.fingerprints import Inputs, changed_files, fingerprint, same_contents
+from ..engine.data.mixing import MixConfig
+from ..engine.formats.hub import dataset_id, pinned
+from ..engine.formats.sources import on_the_hub, source_files
+from ..engine.peft.format import CONFIG, WEIGHTS
+from ..engine.rlhf.reward_model import SCALE
+from ..engine.training.run_folder import read_facts
+from ..models.checkpoint.hub import checkpoint_files, checkpoint_folder, settings_files
 
 # The fields that name a run's base, the adapter that it starts from, its rows, and what ppo has in their place.
 BASE = ("model.path", "model.tokenizer")
 START = ("model.adapter",)
 DATA = ("data.train", "data.mix", "data.eval")
 PROMPTS = ("prompts", "reward")
-# Of which `pretrain` makes a corpus, where the first row is a text: what is read row by row.
-STREAMED = (".jsonl", ".ndjson", *ARROWS)
 
 
 def as_list(value: Any) -> list[str]:
@@ -238,117 +228,3 @@ def _locate(run: Path, facts: dict[str, Any], field: str, before: dict[str, Any]
             return path
         reason = changed_files(before, now)
     raise ValueError(f"{run}: {field} is not what it was when the run was made ({reason}); put it back")
-
-
-def data_files(data: DataConfig) -> list[str]:
-    """All files that a run reads rows from."""
-    files = as_list(data.train or data.mix)
-    return [*files, data.eval] if isinstance(data.eval, str) else files
-
-
-def columns_of(data: DataConfig) -> Columns:
-    """How a run makes rows of its files' columns."""
-    return Columns(data.columns, data.prompt)
-
-
-def is_corpus(file: str | Path, columns: Columns | None = None) -> bool:
-    """Whether a file is plain text, or its rows are texts: what is tokenized once and memory-mapped.
-
-    The first row decides, and the formats that are read row by row are asked for it.
-    """
-    path = Path(file)
-    is_streamed = kind_of(path) in STREAMED or on_the_hub(file) is not None or (path.is_dir() and is_saved(path))
-    if not is_streamed:
-        return kind_of(path) == ".txt"
-    try:
-        row = next(iterate_rows(file, columns or Columns()))
-    except (ValueError, OSError):
-        return False  # `read_rows` will say what is wrong with it
-    return row.shape == "text"
-
-
-def corpora(
-    data: DataConfig, tokenizer: Any, cache: Path, length: int, eos: int | None
-) -> tuple[Examples, Examples, list[int]]:
-    """Token windows to train on and to hold out, and how many of the former each part of a mix has.
-
-    A held-out share is the end of the corpus, or of each part of a mix.
-    """
-
-    def corpus(files: list[str]) -> TokenCorpus:
-        return token_corpus([Path(file) for file in files], tokenizer, cache, length, eos, columns_of(data))
-
-    train = [corpus([file.path]) for file in data.mix] or [corpus(as_list(data.train))]
-    held_out: list[TokenCorpus] = []
-    if isinstance(data.eval, str):
-        held_out = [corpus([data.eval])]
-    elif data.eval is not None:
-        if not 0 < data.eval < 1:
-            raise ValueError(f"the share held out must lie between 0 and 1, not {data.eval}; 0.1 holds out a tenth")
-        cuts = [(windows.tokens, int(len(windows.tokens) * (1 - data.eval))) for windows in train]
-        train = [TokenCorpus(tokens[:cut], length) for tokens, cut in cuts]
-        held_out = [TokenCorpus(tokens[cut:], length) for tokens, cut in cuts]
-
-    # A single token is no window: nothing follows that could be predicted.
-    for split, parts in (("train", train), ("eval", held_out)):
-        for windows in parts:
-            if len(windows) == 0:
-                raise ValueError(f"data.{split}: no target left to train on: fewer than two tokens")
-            print(f"{split}: {len(windows.tokens):,} tokens in {len(windows):,} windows of {length}", file=sys.stderr)
-    return _joined(train), _joined(held_out), [len(windows) for windows in train]
-
-
-def _joined(parts: list[TokenCorpus]) -> Examples:
-    if len(parts) > 1:
-        return Joined(parts)
-    return parts[0] if parts else []
-
-
-def read_splits(data: DataConfig, seed: int) -> tuple[list[list[Any]], list[Any]]:
-    """The rows to train on, those of each part of a mix for themselves, and the rows to evaluate on."""
-    columns = columns_of(data)
-    parts = [read_rows(file.path, columns) for file in data.mix]
-    if not parts:
-        parts = [[row for file in as_list(data.train) for row in read_rows(file, columns)]]
-    shapes = sorted({row_shape(row) for part in parts for row in part})
-    if len(shapes) > 1:
-        raise ValueError(f"data.train: the files hold rows of different shapes ({', '.join(shapes)})")
-
-    # Rows to evaluate on: none, a file of their own, or a share of the others.
-    if data.eval is None:
-        return parts, []
-    if isinstance(data.eval, str):
-        return parts, read_rows(data.eval, columns)
-    if not data.mix and len(parts[0]) == 1 and shapes == ["text"]:
-        return parts, []  # of a single long text, windows are held out (see `split_windows`)
-    splits = [split_rows(part, data.eval, seed) for part in parts]
-    return [train for train, _ in splits], [row for _, held_out in splits for row in held_out]
-
-
-def parts_of(rows: Sequence[Any], parts: Sequence[Sequence[Any]]) -> Iterator[Sequence[Any]]:
-    """Rows that were made of those in `parts`, one of each, part by part again."""
-    start = 0
-    for part in parts:
-        yield rows[start : start + len(part)]
-        start += len(part)
-
-
-def draws_of(data: DataConfig, counts: list[int], seed: int) -> Draws | None:
-    """Which examples make up an epoch, where files have weights and so many examples; this is printed."""
-    if not data.mix:
-        return None
-    names = tuple(file.path for file in data.mix)
-    draws = Draws(tuple(counts), tuple(file.weight for file in data.mix), names, seed)
-    parts = (f"{file.weight:g} x {count:,} of {file.path}" for file, count in zip(data.mix, counts, strict=True))
-    print(f"an epoch: {len(draws.of_epoch(0)):,} examples, {', '.join(parts)}", file=sys.stderr)
-    return draws
-
-
-def split_windows(examples: Examples, share: Any) -> tuple[Examples, Examples]:
-    """The windows of a single long text, the last of which are held out."""
-    windows = list(examples)
-    cut = len(windows) - max(1, round(len(windows) * share))
-    if cut < 1:
-        raise ValueError(f"data.eval = {share}: the text is too short to hold out a part of it")
-    print(f"held out: the last {len(windows) - cut} of {len(windows)} windows", file=sys.stderr)
-    return windows[:cut], windows[cut:]
