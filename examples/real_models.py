@@ -27,11 +27,17 @@ def _folder(module: str, package: str) -> Path:
     return Path(spec.origin).parent
 
 
-def handtune(*arguments: object) -> None:
-    """A command of handtune, in a process of its own; whatever goes wrong there ends the example, too."""
-    done = subprocess.run([sys.executable, "-m", "handtune", *map(str, arguments)], cwd=ROOT)
+def handtune(*arguments: object, capture: bool = False) -> str:
+    """A command of handtune, in a process of its own, whose failure ends the example, too.
+
+    Returns what it prints, if that is to be captured, and else "".
+    """
+    command = [sys.executable, "-m", "handtune", *map(str, arguments)]
+    stdout = subprocess.PIPE if capture else None
+    done = subprocess.run(command, cwd=ROOT, stdout=stdout, text=True, encoding="utf-8")
     if done.returncode:
         raise SystemExit(done.returncode)
+    return done.stdout or ""
 
 
 def read(path: Path) -> list[dict[str, Any]]:

