@@ -23,12 +23,12 @@ WAYS = {
     "lora": ["lora.rank=16", "lora.alpha=32", "train.lr=1e-3"],
     "full": ["train.lr=1e-4"],
 }
-# In neither file, and written before a model was asked about them: good news, bad news, and none.
-NEW = (
-    "Brennick Steel wins a seven-year contract to supply rail operators",
-    "Carrow Bank cuts its dividend after bad loans double",
-    "Dunmore Airports to publish its half-year results on Thursday",
-)
+# In neither file, and written before a model was asked about them, each with what it should say.
+NEW = {
+    "Brennick Steel wins a seven-year contract to supply rail operators": "positive",
+    "Carrow Bank cuts its dividend after bad loans double": "negative",
+    "Dunmore Airports to publish its half-year results on Thursday": "neutral",
+}
 
 
 def title(text: str) -> None:
@@ -57,7 +57,8 @@ def main() -> None:
     for line in handtune("predict", out / best, *texts, capture=True).splitlines():
         row = json.loads(line)
         probabilities = ", ".join(f"{label} {value:.2f}" for label, value in row["probabilities"].items())
-        print(f"{row['predicted']:9} {row['text']}\n          {probabilities}", flush=True)
+        verdict = "right" if row["predicted"] == NEW[row["text"]] else f"wrong: {NEW[row['text']]}"
+        print(f"{row['predicted']:9} {row['text']} ({verdict})\n          {probabilities}", flush=True)
     print(f'\nyours: handtune predict {out / best} --text "..."\nthe demo took {time.perf_counter() - began:.0f} s')
 
 
