@@ -1,5 +1,7 @@
 """Dropout from a seed, of tensors and of attention's probabilities: masks drawn again, gradients, what is kept."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -62,6 +64,16 @@ CASES = {
 }
 
 
+def assert_alike(out: Tensor, expected: Tensor, ours: Sequence[Tensor], truth: Sequence[Tensor]) -> None:
+    """The outputs of two ways are equal, and so are the gradients of their inputs."""
+    incoming = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    out.backward(incoming)
+    expected.backward(incoming)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("block", [128, 4], ids=["one block", "blocks of 4"])
 @pytest.mark.parametrize("kv_heads", [HEADS, 2], ids=["own keys", "shared keys"])
 @pytest.mark.parametrize("case", CASES)
@@ -74,12 +86,7 @@ def test_attention_without_dropped_entries_is_the_formula(
     ours, truth = heads(kv_heads=kv_heads), heads(kv_heads=kv_heads)
     out = attention(*ours, dropout=0.5, **CASES[case])
     expected = attention_reference(*truth, **CASES[case])
-    incoming = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    out.backward(incoming)
-    expected.backward(incoming)
-    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
-    for a, b in zip(ours, truth, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12)
+    assert_alike(out, expected, ours, truth)
 
 
 def test_dropped_probabilities_by_the_formula() -> None:
@@ -112,12 +119,7 @@ def test_packed_segments_never_see_each_other(
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
     out = attention(*ours, cu_seqlens=bounds, causal=causal, dropout=0.5)
     expected = attention_reference(*truth, cu_seqlens=bounds, causal=causal)
-    incoming = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    out.backward(incoming)
-    expected.backward(incoming)
-    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
-    for a, b in zip(ours, truth, strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-12)
+    assert_alike(out, expected, ours, truth)
 
 
 def test_the_mean_of_many_masks_is_attention() -> None:

@@ -28,7 +28,7 @@ TAGS = ("O", "B-ANIMAL", "B-PLACE")
 
 
 def case(name: str):
-    """A model, encoded rows, the loss function, and where the logits and targets of the rows are."""
+    """A model, encoded rows and the loss function of a method."""
     if name == "classify":
         return bert(labels=("down", "up")), examples(SENTIMENT, "classify", ["down", "up"]), classification_loss
     return bert("token-classification", TAGS), examples(TAGGED, "tag", TAGS), tagging_loss
