@@ -4,8 +4,9 @@
 
 Each FOLDER holds one folder a class with its images. A ResNet-18 is trained on `--pretrain`, then adapted to the
 classes of `--adapt` with 20, 100 and 500 images of each, in four ways: only the head on frozen features, LoRA on the
-convolutions, every weight, and every weight from scratch, without the pretraining. `--test` says how good each is.
-At the end: a table, results.json and adapt.png (matplotlib: `pip install 'handtune[plot,images]'`).
+convolutions, every weight, and every weight from scratch, without the pretraining. `--test` says how good each is, and
+how good the network was before, when it could only call a truck anything but a car. At the end: a table, results.json
+and adapt.png (matplotlib: `pip install 'handtune[plot,images]'`).
 
 The same command goes on where it was stopped. Learning rates and epochs are usual ones, chosen before the runs, the
 weights are the last ones, and nothing is picked by its result on `--test`.
@@ -17,14 +18,15 @@ import os
 import random
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
+sys.path.append(str(HERE.parent))
+from real_models import handtune
+
 EPOCHS = {20: 40, 100: 20, 500: 8}  # the fewer images, the more often each is seen
 WAYS = {
     "frozen features": ["freeze.names=['*']", "freeze.except=['head.*']", "train.lr=1e-2"],
@@ -44,6 +46,7 @@ def main() -> None:
     data = [f"data.train={json.dumps(str(options.pretrain.resolve()))}", "data.eval=0.05"]
     settings = [f"train.epochs={options.epochs}", "train.lr=3e-3", "train.batch_size=64"]
     pretrained = train(out / "pretrained", [*fresh, *common[:1], *data, *settings])
+    bar = before_adapting(out / "pretrained", options.test.resolve())
     results = []
     for seed in range(options.seeds):
         for n in options.images:
@@ -54,12 +57,12 @@ def main() -> None:
                 name = f"{way.replace(' ', '-')}-{n}-{seed}"
                 found = train(out / name, [*model, *common, *data, "train.batch_size=16", *changes])
                 results.append({"way": way, "images": n, "seed": seed, **found})
-    about = {"seconds": time.perf_counter() - began, "size": options.size, "width": options.width}
+    about = {"seconds": time.perf_counter() - began, "size": options.size, "width": options.width, "before": bar}
     facts = json.loads((out / "pretrained" / "run.json").read_text(encoding="utf-8"))
     about |= {"versions": facts["versions"], "device": facts["device"], "pretrained": pretrained}
     (out / "results.json").write_text(json.dumps({**about, "results": results}, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{table(results)}\n\nin {about['seconds']:.0f} s; all numbers: {out / 'results.json'}")
-    plot(results, out / "adapt.png")
+    print(f"\n{table(results, bar)}\n\nin {about['seconds']:.0f} s; all numbers: {out / 'results.json'}")
+    plot(results, bar, out / "adapt.png")
 
 
 def arguments() -> argparse.Namespace:
@@ -106,11 +109,30 @@ def few(folder: Path, n: int, seed: int, out: Path) -> Path:
     return out
 
 
+def before_adapting(run: Path, test: Path) -> float:
+    """The share of test images that the pretrained network gets right as it is.
+
+    A class that it knows by name is its own answer. Whatever else it answers counts as the first class that it does
+    not know: of cars and trucks, a network that has seen cars calls the rest trucks.
+    """
+    classes = sorted(path.name for path in test.iterdir() if path.is_dir() and not path.name.startswith("."))
+    known = json.loads((run / "model/config.json").read_text(encoding="utf-8"))["id2label"].values()
+    unknown = next((name for name in classes if name not in known), None)
+    if unknown is None:
+        raise SystemExit(f"{test}: --pretrain has images of all its classes, so that there is nothing to adapt to")
+
+    right = []
+    for name in classes:
+        for line in handtune("predict", run, test / name, capture=True).splitlines():
+            said = json.loads(line)["predicted"]
+            right.append((said if said in classes else unknown) == name)
+    return statistics.mean(right)
+
+
 def train(out: Path, changes: list[str]) -> dict[str, Any]:
     """One run through the command line, in a process of its own; what came out."""
     print(f"\n── {out.name} " + "─" * 40, flush=True)
-    command = [sys.executable, "-m", "handtune", "train", str(HERE / "cars-trucks.toml"), f"out={out}", *changes]
-    subprocess.run(command, check=True, cwd=ROOT)
+    handtune("train", HERE / "cars-trucks.toml", f"out={out}", *changes)
     result = json.loads((out / "result.json").read_text(encoding="utf-8"))
     kept = {key: result[key] for key in ("trainable", "parameters", "stored_bytes", "seconds")}
     return {**{key: result["metrics"][key] for key in ("accuracy", "loss")}, **kept}
@@ -120,10 +142,11 @@ def accuracies(results: list[dict[str, Any]], way: str, n: int) -> list[float]:
     return [100 * row["accuracy"] for row in results if row["way"] == way and row["images"] == n]
 
 
-def table(results: list[dict[str, Any]]) -> str:
+def table(results: list[dict[str, Any]], bar: float) -> str:
     """Accuracy on the test images in percent, a line a way; with several seeds the mean and the range."""
     sizes = sorted({row["images"] for row in results})
     lines = [f"{'images a class':22}{'trains':>12}{'stored':>10}" + "".join(f"{n:>18}" for n in sizes)]
+    lines.append(f"{'before adapting':22}{0:>12}{'':10}{100 * bar:18.1f}")
     for way in WAYS:
         first = next(row for row in results if row["way"] == way)
         cells = []
@@ -136,8 +159,8 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy over the number of images, a line a way; the range over seeds as a band."""
+def plot(results: list[dict[str, Any]], bar: float, path: Path) -> None:
+    """Accuracy over the number of images, a line a way, with the range over seeds as a band; below it the bar."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -150,6 +173,10 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         found = [accuracies(results, way, n) for n in sizes]
         (line,) = axes.plot(sizes, [statistics.mean(values) for values in found], look, label=way)
         axes.fill_between(sizes, [min(v) for v in found], [max(v) for v in found], color=line.get_color(), alpha=0.12)
+    axes.axhline(100 * bar, color="0.5", linewidth=1)
+    axes.annotate(
+        "before adapting", (sizes[-1], 100 * bar), (0, 3), textcoords="offset points", ha="right", color="0.4"
+    )
     axes.set(xscale="log", xlabel="images a class", ylabel="accuracy on test images (%)")
     axes.set_xticks(sizes, [str(n) for n in sizes])
     axes.minorticks_off()

@@ -11,15 +11,18 @@ import statistics
 import sys
 from pathlib import Path
 
-from handtune.engine.tasks.metrics import rouge
-
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
-from real_models import handtune, read, smollm2, write
+from real_models import read
+from writing import Task, compare
 
-PROMPT = "Say in one plain sentence what this clause means.\n\n"  # as in summarise.toml
-ASKED = ["--temperature", 0, "--max-new-tokens", 64, "--batch-size", 20, "--dtype", "float32", "--force"]
-SHOWN = 4
+TASK = Task(
+    config=HERE / "summarise.toml",
+    rows=HERE / "clauses-test.jsonl",
+    prompt="Say in one plain sentence what this clause means.\n\n{clause}",
+    target="summary",
+    max_new_tokens=64,
+)
 
 
 def main() -> None:
@@ -27,39 +30,11 @@ def main() -> None:
     parser.add_argument("out", nargs="?", type=Path, default=Path("runs/clauses"), help="folder (default runs/clauses)")
     parser.add_argument("--seeds", type=int, default=1, help="so many runs, which differ in their seed (default 1)")
     options = parser.parse_args()
-    out = options.out.resolve()
-    test = HERE / "clauses-test.jsonl"
-    rows = read(test)
-    golds = [row["summary"] for row in rows]
 
-    # Before: a chat model can be asked this, too. A run remembers its prompt, the base has to be given it.
-    asked = [{"messages": [{"role": "user", "content": PROMPT + row["clause"]}]} for row in rows]
-    write(out / "questions.jsonl", asked)
-    handtune("generate", smollm2(), "--prompts", out / "questions.jsonl", "--out", out / "before.jsonl", *ASKED)
-    before = [row["messages"][-1]["content"] for row in read(out / "before.jsonl")]
-
-    after = []
-    for seed in range(options.seeds):
-        run = out / f"seed-{seed}"
-        handtune("train", HERE / "summarise.toml", f"out={run}", f"model.path={smollm2()}", f"train.seed={seed}")
-        handtune("generate", run, "--prompts", test, "--out", out / f"after-{seed}.jsonl", *ASKED)
-        after.append([row["completion"] for row in read(out / f"after-{seed}.jsonl")])
-
-    for row, text_before, text_after in list(zip(rows, before, after[0], strict=True))[:SHOWN]:
-        print(f"\nclause   {row['clause']}\nby hand  {row['summary']}")
-        print(f"before   {' '.join(text_before.split())}\nafter    {' '.join(text_after.split())}")
-
-    n_words = round(statistics.mean(len(gold.split()) for gold in golds))
+    rows = read(TASK.rows)
+    n_words = round(statistics.mean(len(row["summary"].split()) for row in rows))
     first = [" ".join(row["clause"].split()[:n_words]) for row in rows]
-    print(f"\n{len(rows)} clauses" + " " * 28 + "ROUGE-1  ROUGE-2  ROUGE-L")
-    for name, writings in (
-        (f"the first {n_words} words", [first]),
-        ("before", [before]),
-        (f"after ({options.seeds} seeds, mean)", after),
-    ):
-        scores = [rouge(texts, golds) for texts in writings]
-        means = [statistics.mean(score[kind] for score in scores) for kind in scores[0]]
-        print(f"{name:36}" + "".join(f"{mean:9.3f}" for mean in means))
+    compare(TASK, (f"the first {n_words} words", first), options.out.resolve(), options.seeds)
 
 
 if __name__ == "__main__":

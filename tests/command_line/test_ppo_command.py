@@ -19,7 +19,7 @@ from handtune.config import PPORunConfig, read_config
 sys.path.append(str(BENCHMARKS))
 from best_of import compare
 
-MODEL = ROOT / "examples/kjv-gpt"
+MODEL = ROOT / "tests/kjv-gpt"
 PROMPTS = ["And the king said", "In those days", "The LORD spake unto", "Now it came to pass"]
 
 

@@ -292,7 +292,7 @@ def test_the_samples_of_a_model(
     (tmp_path / "taste.py").write_text(
         "def longer(prompt, left, right):\n    return 'left' if len(left) > len(right) else 'right'\n"
     )
-    model = str(Path("examples/kjv-gpt").resolve())
+    model = str(Path("tests/kjv-gpt").resolve())
     monkeypatch.chdir(tmp_path)
     command = ["compare", model, "--prompts", "prompts.jsonl", "--out", "out.jsonl", "--max-new-tokens", "8"]
     assert main([*command, "--labeler", "taste:longer"]) == 0

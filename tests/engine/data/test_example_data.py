@@ -1,10 +1,9 @@
 """The example data sets written for this project: offsets right, lengths as promised, nothing empty or repeated."""
 
-import importlib.util
 import json
 
 import pytest
-from project import EXAMPLES, ROOT
+from project import EXAMPLES
 
 from handtune.engine.data.readers import read_rows
 
@@ -71,28 +70,3 @@ def assert_distinct(rows, text, summary) -> None:
     words = [set(row[text].lower().split()) for row in rows]
     pairs = ((a, b) for i, a in enumerate(words) for b in words[:i])
     assert max(len(a & b) / len(a | b) for a, b in pairs) < 0.6
-
-
-def test_clauses():
-    rows = read_rows(EXAMPLES / "summaries" / "clauses.jsonl")
-    assert len(rows) == 182
-    assert_distinct(rows, "prompt", "completion")
-    assert all(40 <= len(row["prompt"].split()) <= 110 for row in rows)
-    assert all(5 <= len(row["completion"].split()) <= 40 for row in rows)
-
-
-def test_cars_and_trucks_leave_out_what_is_hidden(tmp_path) -> None:
-    path = ROOT / "examples/cars-trucks/adapt.py"
-    spec = importlib.util.spec_from_file_location("adapt", path)
-    assert spec is not None
-    assert spec.loader is not None
-    adapt = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(adapt)
-    for name in ("car/1.png", "car/2.png", "car/.DS_Store", "truck/1.png", "truck/2.png", ".cache/x.png"):
-        (tmp_path / "all" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "all" / name).write_bytes(b"")
-    out = adapt.few(tmp_path / "all", 2, 0, tmp_path / "few")
-    found = sorted(str(file.relative_to(out)) for file in out.glob("*/*"))
-    assert found == ["car/1.png", "car/2.png", "truck/1.png", "truck/2.png"]
-    with pytest.raises(SystemExit, match="2 images, and 3 are wanted"):
-        adapt.few(tmp_path / "all", 3, 0, tmp_path / "few")

@@ -101,7 +101,7 @@ def test_refusals(model: tuple[GPT2, Tokenizer]) -> None:
 
 def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     """Rows that `train` reads, the least certain first, and that `compare` shows."""
-    model = str(Path("examples/kjv-gpt").resolve())
+    model = str(Path("tests/kjv-gpt").resolve())
     rows = [{"text": text} for text in ("And God said unto Moses", "And the woman bare a", "The LORD is my")]
     data = str(write_rows(tmp_path / "texts.jsonl", rows))
     monkeypatch.chdir(tmp_path)

@@ -260,7 +260,7 @@ def test_from_the_command_line(method: str, tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = tmp_path / "run.toml"
     config.write_text(
-        f'method = "{method}"\nout = "{tmp_path / "run"}"\n[model]\npath = "examples/kjv-gpt"\n'
+        f'method = "{method}"\nout = "{tmp_path / "run"}"\n[model]\npath = "tests/kjv-gpt"\n'
         f'[data]\ntrain = "{tmp_path / "rows.jsonl"}"\neval = 0.25\n[lora]\nrank = 4\n[train]\nlr = 2e-3\nepochs = 2\n'
     )
     assert main(["train", str(config)]) == 0

