@@ -15,6 +15,8 @@ from pathlib import Path
 
 from ._files import DiskError, is_running, resolved
 
+MOST_TRIES = 1000  # to make a folder that a holder before may just have removed
+
 _held: dict[Path, tuple[int, int]] = {}  # the process and thread that hold each lock file of this process
 
 
@@ -64,12 +66,14 @@ def is_held(lock: Path) -> bool:
 
 def _acquire(path: str | Path, lock: Path) -> int:
     """Open and lock the file, and write this process's id into it. Returns its descriptor."""
+    tries = 0
     while True:
+        tries += 1
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         except (FileNotFoundError, FileExistsError):
-            if lock.parent.exists() and not lock.parent.is_dir():
+            if tries == MOST_TRIES or (lock.parent.exists() and not lock.parent.is_dir()):
                 raise
             continue  # the holder before has just removed the folder
 

@@ -23,7 +23,6 @@ from .engine.data.schema import is_dialogue
 from .engine.tasks.encode import encode
 from .engine.tasks.objectives import Objective, check_loss_options, dpo, objective_of, with_loss_options
 from .engine.tasks.preferences import add_reference
-from .engine.training.cached_features import head_only
 from .engine.training.config import needs_evaluation
 from .inputs.rows import columns_of, corpora, data_files, draws_of, is_corpus, parts_of, read_splits, split_windows
 from .models import Bert, ResNet, XLNet, add_tokens, load
@@ -33,6 +32,7 @@ from .models.families import family_of_preset
 from .models.layers.dropout import choose_dropout
 from .models.tokenizer.build import CONVERT
 from .prompts import adopt_template, check_tokenizer, learn_turn_end, template_of, through_template
+from .saved_runs import only_head_trains
 
 # Of a batch in evaluation.
 EVAL_TOKENS = 8192
@@ -299,7 +299,7 @@ def choose_trained(ready: Prepared, config: RunConfig) -> str:
         train_added_rows(model, _ids_of(config.model.add_tokens, ready.tokenizer))
 
     # A base of which nothing trains gives the same features each time, which are computed once.
-    choose_dropout(model, config.model.dropout, frozen_base=head_only(model))
+    choose_dropout(model, config.model.dropout, frozen_base=only_head_trains(model, config))
 
     # A name for reports.
     if config.trains_adapter:

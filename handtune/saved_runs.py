@@ -150,13 +150,18 @@ def take_settings(model: Any, tokenizer: Any, adapter: Path) -> None:
     model.tokens = model.tokens.with_adapter(adapter, tokenizer)
 
 
+def only_head_trains(model: Any, config: RunConfig) -> bool:
+    """Whether nothing but the head trains, from the beginning to the end of a run."""
+    return head_only(model) and not config.train.unfreeze
+
+
 def store_trained(model: Any, tokenizer: Any, config: RunConfig) -> Path:
     """Write what a run has trained: its adapter, its head where nothing else trained, or the whole model.
 
     Returns the folder in the run's.
     """
     out = Path(config.out)
-    only_head = head_only(model) and not config.train.unfreeze
+    only_head = only_head_trains(model, config)
     if config.trains_adapter:
         save_dtype = "float32" if config.lora is None else config.lora.save_dtype
         store_adapter(model, tokenizer, out / "adapter", "default", save_dtype)

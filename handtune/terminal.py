@@ -138,3 +138,13 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, leave_at_once)
+
+
+def read_standard_input() -> str:
+    """All of standard input. ValueError, with the line, where it isn't UTF-8."""
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"standard input line {line}: not UTF-8; save it as UTF-8") from None

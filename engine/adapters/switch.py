@@ -4,6 +4,7 @@ Merging is computed in fp32 and cast once. It is undone from a copy, not by subt
 the last bit for about one weight in 25 in bf16.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -196,8 +197,10 @@ def copy_adapter(model: nn.Module, name: str, copy: str) -> None:
 def adapter_difference(model: nn.Module, name: str, config: LoRAConfig) -> str | None:
     """In what an adapter is another than `add_lora` would make of `config`, in words; None where it is like that.
 
-    Ranks, scales and targets count, and whether it is a DoRA; not how its factors begin and how they are trained.
+    Ranks, scales and targets count, and whether it is a DoRA; not how its factors are trained.
     """
+    if config.init != "kaiming":
+        return f"its factors are there, so that init = {config.init!r} begins nothing"
     asked = {
         published: (config.rank_of(published), config.scale_of(published), config.dora)
         for parts in match_targets(model, config.targets).values()
@@ -215,7 +218,9 @@ def adapter_difference(model: nn.Module, name: str, config: LoRAConfig) -> str |
         if published not in asked:
             return f"it is on {published}, which targets = {config.targets!r} leaves out"
         for what, ours, other in zip(("rank", "scale", "dora"), there[published], asked[published], strict=True):
-            if ours != other:
+            # A stored scale went through alpha = s · R.
+            same = math.isclose(ours, other, rel_tol=1e-9) if what == "scale" else ours == other
+            if not same:
                 return f"its {what} on {published} is {ours}, not {other}"
     return None
 

@@ -119,8 +119,10 @@ def _features_of(schema: Any, path: Path) -> Any:
     stored = (schema.metadata or {}).get(b"huggingface")
     if stored is None:
         return {}
-    info = parse_json(stored, f"{path}: metadata of datasets", "write the file again").get("info")
-    return info.get("features") or {} if isinstance(info, dict) else {}
+    metadata = parse_json(stored, f"{path}: metadata of datasets", "write the file again")
+    info = metadata.get("info") if isinstance(metadata, dict) else None
+    features = info.get("features") if isinstance(info, dict) else None
+    return features if isinstance(features, dict) else {}
 
 
 def _rows(batches: Iterator[Any], schema: Any, features: Mapping[str, Any], path: Path) -> Iterator[dict[str, Any]]:

@@ -10,14 +10,17 @@ Where the main branch has no Parquet, the hub's own conversion is read, the bran
 in configuration/split/ (`partial-train` where the hub has converted the first part only).
 
 What was downloaded stands in the hub's cache, and is read from there without the network, or with HF_HUB_OFFLINE=1.
+Beside it stands the list of all files, by which a part that was not downloaded is missed.
 """
 
 import re
+import sys
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..._files import read_json, write_json
 from ..._outside import hub_reason, others_code
 
 CONVERTED = "refs/convert/parquet"
@@ -108,8 +111,14 @@ def _listed(dataset: DatasetId, revision: str | None) -> list[str]:
 
     try:
         with others_code(explain):
-            files = HfApi().dataset_info(dataset.repository, revision=revision).siblings or []
-        return [file.rfilename for file in files]
+            info = HfApi().dataset_info(dataset.repository, revision=revision)
+        names = [file.rfilename for file in info.siblings or []]
+        listing = _listing(dataset, str(info.sha))
+        if not listing.is_file():
+            with suppress(OSError):  # a cache that others fill may be read only
+                listing.parent.mkdir(parents=True, exist_ok=True)
+                write_json(listing, names)
+        return names
     except RevisionNotFoundError:
         if dataset.revision is not None:
             raise FileNotFoundError(f"{dataset}: no such revision on the hub; name a commit, branch or tag") from None
@@ -121,7 +130,22 @@ def _listed(dataset: DatasetId, revision: str | None) -> list[str]:
             if revision is None:  # what was downloaded may be of the conversion
                 return []
             raise
-        return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        listing = _listing(dataset, folder.name)
+        if listing.is_file():
+            return [str(name) for name in read_json(listing, list)]
+        names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        n = sum(map(_is_parquet, names))
+        print(f"{dataset}: without the hub, known by the {n} Parquet files that its cache holds", file=sys.stderr)
+        return names
+
+
+def _listing(dataset: DatasetId, commit: str) -> Path:
+    """The file beside a data set's files in the hub's cache that names all files of a commit, downloaded or not."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.file_download import repo_folder_name
+
+    folder = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=dataset.repository, repo_type="dataset")
+    return folder / "handtune" / f"{commit}.json"
 
 
 def _download(dataset: DatasetId, revision: str | None, names: list[str], offline: bool = False) -> Path:
@@ -155,7 +179,8 @@ def _by_card(card: Path, names: list[str]) -> dict[str, Splits]:
             case {"config_name": str(config), "data_files": data_files}:
                 splits = _by_patterns(data_files, names)
             case {"config_name": str(config), "data_dir": str(folder)}:
-                splits = _by_split_words([name for name in names if name.startswith(folder.strip("./") + "/")])
+                inside = "" if folder.strip("./") == "" else folder.strip("./") + "/"
+                splits = _by_split_words([name for name in names if name.startswith(inside)])
             case _:
                 continue
         configs[config] = splits
@@ -165,6 +190,8 @@ def _by_card(card: Path, names: list[str]) -> dict[str, Splits]:
 
 def _by_patterns(data_files: Any, names: list[str]) -> Splits:
     """The files that a card's patterns match: one, a list, or a list with the split of each."""
+    from fsspec.utils import glob_translate
+
     entries = data_files if isinstance(data_files, list) else [data_files]
     splits: Splits = {}
     for entry in entries:
@@ -175,7 +202,8 @@ def _by_patterns(data_files: Any, names: list[str]) -> Splits:
                 split = "train"
                 patterns = [entry]
         for pattern in patterns:
-            splits.setdefault(split, []).extend(name for name in names if fnmatchcase(name, str(pattern)))
+            is_meant = re.compile(glob_translate(str(pattern).removeprefix("./"))).match
+            splits.setdefault(split, []).extend(filter(is_meant, names))
     return splits
 
 
@@ -212,6 +240,9 @@ def _chosen(dataset: DatasetId, configs: Mapping[str, Splits]) -> list[str]:
     if config not in configs:
         raise ValueError(f"{dataset}: there is no configuration {config!r}; there are {', '.join(configs)}")
 
+    # Without the network only those are known that were downloaded before.
+    if not any(configs[config].values()):
+        raise FileNotFoundError(f"{dataset}: no Parquet files of it are there; go online once, or name another part")
     splits = {split: configs[config][split] for split in sorted(configs[config], key=lambda split: split != "train")}
     split = dataset.split or next(iter(splits))
     if dataset.split is None and len(splits) > 1:
@@ -220,7 +251,6 @@ def _chosen(dataset: DatasetId, configs: Mapping[str, Splits]) -> list[str]:
     if split not in splits:
         raise ValueError(f"{dataset}: there is no split {split!r}; there are {', '.join(splits)}")
 
-    # Without the network only those are known that were downloaded before.
     names = sorted(set(splits[split]))
     if not names:
         raise FileNotFoundError(f"{dataset}: no Parquet files of it are there; go online once, or name another part")

@@ -154,9 +154,11 @@ def continuations(
 def stop_texts(tokenizer: "Tokenizer", stop: Sequence[str], ends: list[int]) -> list[str]:
     """The stop strings that are texts; one that is a special token is added to the end tokens `ends`.
 
-    Raises ValueError for one that holds a special token among others, which no decoded text does.
+    Raises ValueError for an empty one, and for one that holds a special token among others, which no decoded text does.
     """
     special = {token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    if "" in stop:
+        raise ValueError("stop is an empty text, which every text begins with; give another, or none")
     texts = []
     for string in stop:
         # Decoding leaves special tokens out, so that only their ids can be looked for.

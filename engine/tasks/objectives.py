@@ -154,7 +154,12 @@ def weights_of_classes(weights: str | Mapping[str, float], labels: Sequence[str]
     ValueError where a label is unknown, or a class without a row would weigh infinitely much.
     """
     if not isinstance(weights, str):
-        by_name = {label_name(label, "loss.class_weights: label"): weight for label, weight in weights.items()}
+        by_name: dict[str, float] = {}
+        for label, weight in weights.items():
+            name = label_name(label, "loss.class_weights: label")
+            if name in by_name:
+                raise ValueError(f"loss.class_weights: {name!r} stands there twice; give it one weight")
+            by_name[name] = weight
         if unknown := [name for name in by_name if name not in map(label_name, labels)]:
             raise ValueError(f"loss.class_weights: {unknown[0]!r} is none of the labels ({', '.join(labels)})")
         return [by_name.get(label_name(label), 1.0) for label in labels]

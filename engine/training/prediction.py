@@ -166,7 +166,7 @@ class _Report:
             )  # fmt: skip
         if self.empty:
             log.warning(
-                "%s of %s rows have no text that could be read, and no prediction: %s",
+                "%s of %s rows have no text that could be read, or no room for it, and no prediction: %s",
                 f"{len(self.empty):,}", f"{self.rows:,}", _first(self.empty),
             )  # fmt: skip
 

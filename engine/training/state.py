@@ -161,9 +161,9 @@ def seeded(seed: int) -> Iterator[None]:
 
 def keep_best(run_folder: RunFolder, optimizer: Optimizer, progress: Progress, metric: str) -> None:
     """Note, and keep, the weights of the best evaluation so far. ValueError where it has no such metric."""
-    if metric not in progress.metrics:
-        known = ", ".join(key for key, value in progress.metrics.items() if isinstance(value, int | float))
-        raise ValueError(f"best = {metric!r} is not a metric of this evaluation; there are {known}")
+    known = [key for key, value in progress.metrics.items() if isinstance(value, int | float)]
+    if metric not in known:
+        raise ValueError(f"best = {metric!r} is not a metric of this evaluation; there are {', '.join(known)}")
 
     value = progress.metrics[metric]
     sign = -1 if metric in LOWER_IS_BETTER else 1

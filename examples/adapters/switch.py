@@ -81,7 +81,7 @@ def ask(answered_by: dict[str, str], folder: Path) -> list[dict[str, Any]]:
             rows.append({"messages": messages, "adapter": adapter, "kind": name, "expected": row[kind.target]})
     write(folder / "rows.jsonl", rows)
 
-    adapters = [argument for kind in KINDS.values() for argument in ("--adapter", kind.run)]
+    adapters = [argument for kind in KINDS.values() for argument in ("--adapter", ROOT / kind.run / "adapter")]
     handtune("generate", smollm2(), *adapters, "--prompts", folder / "rows.jsonl", "--out", folder / "answers.jsonl",
              "--temperature", 0, "--max-new-tokens", 64, "--batch-size", 3 * ROWS, "--dtype", "float32",
              "--force")  # fmt: skip

@@ -6,7 +6,8 @@
     text                        prompt and completion: what was continued is no document any more
 
 What stood in the answer's place goes to the field `reference`. All other fields stay, since people filter by them;
-those by which `train` would take the row for another kind, or refuse it, stand together in the field `other_fields`.
+those by which `train` would take the row for another kind, or refuse it, stand together in the field `other_fields`,
+and so does what stood in the answer's place where there is a `reference` already.
 """
 
 from collections.abc import Mapping
@@ -36,9 +37,12 @@ def answered_row(row: Mapping[str, Any], raw: Mapping[str, Any] | None, answer: 
             del others[name]
         answered = {"prompt": row.get("prompt", row.get("text")), "completion": answer}
 
-    if reference is not None:
-        others.setdefault(_REFERENCE, reference)
-    return _with_others(answered, others)
+    aside: dict[str, Any] = others.pop(_OTHERS) if isinstance(others.get(_OTHERS), dict) else {}
+    if reference is not None and _REFERENCE not in others:
+        others[_REFERENCE] = reference
+    elif reference is not None:  # an answer to the same row before, beside the one to compare with
+        aside = {**aside, "completion": reference}
+    return _with_others(answered, others, aside)
 
 
 def _answered_dialogue(row: Mapping[str, Any], others: dict[str, Any], answer: str) -> tuple[dict[str, Any], Any]:
@@ -63,10 +67,12 @@ def _answered_dialogue(row: Mapping[str, Any], others: dict[str, Any], answer: s
     return answered, reference
 
 
-def _with_others(answered: dict[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+def _with_others(
+    answered: dict[str, Any], others: Mapping[str, Any], already_aside: Mapping[str, Any]
+) -> dict[str, Any]:
     """The answered row with its other fields, each where it leaves the row what it is."""
     harmless: dict[str, Any] = {}
-    aside: dict[str, Any] = {}
+    aside = dict(already_aside)
     for name, value in others.items():
         if _reads_alike({**answered, **harmless, name: value}, answered):
             harmless[name] = value

@@ -1,5 +1,6 @@
 """The model that `generate`, `compare` and `label` ask: a checkpoint or what a run produced, with any adapters."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,9 +10,11 @@ from ..config import DataConfig, ModelConfig, RunConfig
 from ..engine.data.columns import PromptTemplate
 from ..engine.data.placed_rows import PlacedRow, location_of
 from ..engine.data.readers import read_prompts
+from ..engine.peft.format import CONFIG
 from ..models.tokenizer.special_tokens import SpecialTokens
 from ..prompts import learn_turn_end, prompt_template_of
 from ..saved_runs import put_adapter
+from .starting import is_on
 from .stored import load_base, stored_model
 
 
@@ -68,7 +71,9 @@ def generator_of(source: str, folders: Sequence[str | Path], dtype: str) -> Gene
     """The model at `source`, a checkpoint's folder or hub id, or the folder of a run, with adapters from `folders`."""
     checkpoint, config = stored_model(source)
     if config is not None:
-        folders = folders or [Path(source) / "adapter"]
+        own = Path(source) / "adapter"
+        _check_beside_own(source, own, folders)
+        folders = folders or [own]
     else:  # a checkpoint is asked like the base of a run of sft
         config = RunConfig("sft", "", ModelConfig(path=checkpoint), DataConfig(train=[]))
 
@@ -94,3 +99,18 @@ def generator_of(source: str, folders: Sequence[str | Path], dtype: str) -> Gene
         tokens[adapters[name]] = base_tokens.with_adapter(folder, tokenizer)
     learn_turn_end(model, tokenizer)
     return Generator(model, tokenizer, adapters, tokens)
+
+
+def _check_beside_own(source: str, own: Path, folders: Sequence[str | Path]) -> None:
+    """Say that a run's own adapter is not among those that are given, all of which stand on the run's base.
+
+    ValueError where one of them was trained on the run itself.
+    """
+    for folder in map(Path, folders):
+        if (folder / CONFIG).is_file() and is_on(folder, source):
+            raise ValueError(
+                f"--adapter {folder} was trained on the run {source}, whose own adapter belongs under it: first "
+                f"handtune merge {source} OUT, then give OUT as the model"
+            )
+    if folders and resolved(own) not in map(resolved, folders):
+        print(f"{source}: its base with --adapter, and without its own adapter", file=sys.stderr)

@@ -122,6 +122,7 @@ def predictor_of(source: str, dtype: str = "auto") -> Predictor:
         learn_turn_end(model, tokenizer)
         if model.head_is_new:
             raise ValueError(f"{source}: no weights there for the head of {model.task}; train it first")
+        _require_classes(source, model, info.published.get("problem_type"))
 
     _check_tokenizer(model, tokenizer, CONVERT)
     if is_run(Path(source)):
@@ -140,6 +141,15 @@ def _require_head(source: str, task: str) -> None:
         f"{source}: a model of {task} has no head to predict with; train one onto it, with method classify, tag, qa, "
         "embed or reward"
     )
+
+
+def _require_classes(source: str, model: Any, problem: Any) -> None:
+    """ValueError for a published classifier that does not choose one of several classes."""
+    if model.task != "sequence-classification":
+        return
+    if len(model.labels) == 1 or problem in ("regression", "multi_label_classification"):
+        kind = "several labels at once" if problem == "multi_label_classification" else "a number"
+        raise ValueError(f"{source}: its head says {kind}, and one class of several is predicted here")
 
 
 def _check_tokenizer(model: Any, tokenizer: Any, remedy: str) -> None:

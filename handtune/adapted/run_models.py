@@ -16,6 +16,7 @@ from ..models.checkpoint.info import CheckpointInfo, checkpoint_info
 from ..models.checkpoint.saving import save_around
 from ..saved_runs import require_finished, stored_folder
 from .merging import empty_folder, merge, merged_model, report
+from .starting import check_on_run
 
 
 def model_info(path: str | Path, weights: bool = True) -> CheckpointInfo:
@@ -74,6 +75,7 @@ def merge_model(base: str, adapter: Path, out: Path, dtype: str | None = None) -
             if stored_folder(adapter).name == "model":
                 raise ValueError(f"{adapter} has stored a whole model and no adapter: handtune merge {adapter} OUT")
             adapter = adapter / "adapter"
+        check_on_run(adapter, base)
         _merge(base, adapter, folder, dtype)
 
 

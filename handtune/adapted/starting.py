@@ -11,7 +11,7 @@ from ..engine.adapters.lora import adapter_sites
 from ..engine.adapters.switch import adapter_difference
 from ..engine.data.fingerprints import Inputs, changed_files, same_contents
 from ..engine.peft.format import CONFIG
-from ..inputs.fingerprints import adapter_in, of_checkpoint
+from ..inputs.fingerprints import adapter_in, is_run, of_checkpoint
 from ..saved_runs import config_of, facts_of, fit_vocabulary, head_of, put_adapter, take_settings
 
 NAME = "default"  # of the adapter on the model
@@ -82,6 +82,18 @@ def other_base(adapter: Path, base: dict[str, Any], source: str | Path) -> str |
     return None if trained_on is None or resolved(trained_on) == resolved(source) else trained_on
 
 
+def check_on_run(adapter: Path, base: str) -> None:
+    """ValueError where `base` is a run, and the folder of an adapter says that it was trained on another one."""
+    if is_run(Path(base)) and is_on(adapter, base) is False:
+        raise ValueError(f"{adapter} was trained on {_named_base(adapter)}, not on the run {base}; give that base")
+
+
+def is_on(adapter: Path, base: str | Path) -> bool | None:
+    """Whether the folder of an adapter names this base; None where it names none."""
+    trained_on = _named_base(adapter)
+    return None if trained_on is None else resolved(trained_on) == resolved(base)
+
+
 def check_start(config: RunConfig | PPORunConfig, inputs: Inputs) -> None:
     """ValueError where `model.adapter` was trained on another base than `model.path`."""
     if config.model.adapter is None or config.model.path is None:
@@ -102,13 +114,21 @@ def check_start(config: RunConfig | PPORunConfig, inputs: Inputs) -> None:
 
 
 def with_head(options: ModelConfig, task: str) -> ModelConfig:
-    """The options with the labels and the depth of the head that the adapter to go on from has, if it has that task."""
+    """The options with the labels and the depth of the head that the adapter to go on from has, if it has that task.
+
+    ValueError where the options have other labels, or the same in another order: the head's outputs are in its own.
+    """
     if options.adapter is None:
         return options
     head = head_of(adapter_of(options.adapter))
     if head.get("task") != task:
         return options
     labels = head.get("labels")
+    if isinstance(labels, list) and options.labels and list(map(str, options.labels)) != list(map(str, labels)):
+        raise ValueError(
+            f"model.labels = {options.labels}: the head of {options.adapter} has {labels}, in this order; leave "
+            "model.labels out, or give a run as model.path, whose head is fitted to other labels"
+        )
     return replace(
         options,
         labels=options.labels or (labels if isinstance(labels, list) else None),

@@ -16,7 +16,7 @@ from ..engine.data.schema import is_dialogue
 from ..engine.generation.completions import completions
 from ..engine.training.guards import explained_memory_error
 from ..prompts import prompts_of
-from ..terminal import print_text
+from ..terminal import print_text, read_standard_input
 from .outputs import output, write_answers
 
 
@@ -100,7 +100,7 @@ def _rows(options: argparse.Namespace, generator: Generator) -> Iterator[PlacedR
     if options.prompts:
         yield from read_prompts(options.prompts) if options.raw else generator.read_prompts(options.prompts)
     elif not options.prompt:
-        yield _single_row(sys.stdin.read().rstrip("\n"), "standard input", "", options, generator)
+        yield _single_row(read_standard_input().rstrip("\n"), "standard input", "", options, generator)
 
 
 def _single_row(prompt: str, file: str, line: str, options: argparse.Namespace, generator: Generator) -> PlacedRow:

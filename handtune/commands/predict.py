@@ -1,22 +1,27 @@
 """`handtune predict`: what a model with a head says of rows, printed or written beside them."""
 
 import argparse
+import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from .._files import resolved
 from ..adapted.predictor import Predictor, predictor_of
 from ..engine.data.images import SUFFIXES, image_files
-from ..engine.data.placed_rows import PlacedRow
+from ..engine.data.placed_rows import PlacedRow, location_of
 from ..engine.data.readers import placed_rows
 from ..engine.formats.arrow import is_saved
 from ..engine.formats.text_files import json_lines
 from ..engine.training.guards import explained_memory_error
+from ..inputs.fingerprints import is_run
+from ..inputs.rows import columns_of
 from ..reporting.predictions import readable
-from ..terminal import print_text
+from ..saved_runs import config_of
+from ..terminal import print_text, read_standard_input
 from .outputs import as_json, output, write_rows
 
 STDIN = "standard input"
@@ -33,9 +38,13 @@ def run_predict(options: argparse.Namespace) -> int:
 
 
 def _predict(predictor: Predictor, rows: list[Mapping[str, Any]], options: argparse.Namespace, out: Path | None) -> int:
-    pairs = zip(rows, predictor.predictions(predictor.inputs(rows), options.batch_size), strict=True)
     device = next(predictor.model.parameters()).device
     with explained_memory_error(device, lambda: _less_memory(options.batch_size)):
+        predictions = predictor.predictions(predictor.inputs(rows), options.batch_size)
+        first = list(islice(predictions, 1))
+        for prediction in first:
+            _refuse_lost_fields(rows, prediction)
+        pairs = zip(rows, chain(first, predictions), strict=True)
         if out is not None:
             write_rows(({**row, **prediction} for row, prediction in pairs), len(rows), out)
             print(f"{len(rows)} rows written to {options.out}")
@@ -49,6 +58,20 @@ def _predict(predictor: Predictor, rows: list[Mapping[str, Any]], options: argpa
             if sys.stdout.closed:  # nobody reads it any more
                 break
     return 0
+
+
+def _refuse_lost_fields(rows: Sequence[Mapping[str, Any]], prediction: Mapping[str, Any]) -> None:
+    """ValueError for a row with a field that its prediction, which is like this one, would take the place of.
+
+    A row that has all of them was predicted before, and gets the new values.
+    """
+    for index, row in enumerate(rows):
+        lost = sorted(row.keys() & prediction.keys())
+        if lost and len(lost) < len(prediction):
+            raise ValueError(
+                f"{location_of(row, index)}: the prediction would take the place of the field {lost[0]!r}; "
+                "give that another name"
+            )
 
 
 def _less_memory(batch_size: int) -> str:
@@ -73,12 +96,18 @@ def _rows(options: argparse.Namespace) -> Iterator[Mapping[str, Any]]:
     elif (path.is_dir() and not is_saved(path)) or path.suffix.lower() in SUFFIXES:
         yield from image_files(path)
     else:
-        yield from placed_rows(options.file, dict, any_names=True)
+        yield from placed_rows(options.file, dict, any_names=_names_columns(options.model))
+
+
+def _names_columns(model: str) -> bool:
+    """Whether the model is a run that took columns by their names, so that any may stand in a file."""
+    return is_run(Path(model)) and columns_of(config_of(Path(model)).data).are_given
 
 
 def _standard_input() -> Iterator[PlacedRow]:
     """A row a line: its text, or, if the first one begins with a brace, the fields of a JSON object."""
-    lines = [(number, line.rstrip("\r\n")) for number, line in enumerate(sys.stdin, 1) if line.strip()]
+    text = read_standard_input()
+    lines = [(number, line) for number, line in enumerate(re.split(r"\r\n|[\r\n]", text), 1) if line.strip()]
     if lines and lines[0][1].lstrip().startswith("{"):
         for location, row in json_lines(lines, STDIN):
             if not isinstance(row, dict):

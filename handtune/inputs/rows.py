@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._outside import located
 from ..config import DataConfig
 from ..engine.data.batches import Examples
 from ..engine.data.columns import Columns
@@ -105,7 +106,10 @@ def read_splits(data: DataConfig, seed: int) -> tuple[list[list[Any]], list[Any]
         return parts, read_rows(data.eval, columns)
     if not data.mix and len(parts[0]) == 1 and shapes == ["text"]:
         return parts, []  # of a single long text, windows are held out (see `split_windows`)
-    splits = [split_rows(part, data.eval, seed) for part in parts]
+    splits = []
+    for where, part in zip([file.path for file in data.mix] or ["data.eval"], parts, strict=True):
+        with located(where):
+            splits.append(split_rows(part, data.eval, seed))
     return [train for train, _ in splits], [row for _, held_out in splits for row in held_out]
 
 

@@ -103,6 +103,12 @@ REMARKS = {
 }
 
 
+# Of these the value means something else, or has another unit, than that of the field that takes their place.
+OTHERWISE_MEASURED = {
+    "gradient_accumulation_steps", "min_lr", "adam_beta1", "adam_beta2", "early_stopping", "eval_strategy",
+    "evaluation_strategy", "save_strategy", "use_peft", "lora_target_linear", "load_best_model_at_end",
+}  # fmt: skip
+
 # Options of commands that read no file.
 OPTIONS_ELSEWHERE = {
     "max-tokens": "--max-new-tokens", "num-beams": "--beams", "num-predict": "--max-new-tokens",
@@ -133,15 +139,17 @@ def field_hint(arguments: Sequence[str], config_class: type) -> str:
     name, value = _first_option(arguments)
     if _spelled(name) in REMARKS:
         return REMARKS[_spelled(name)]
-    names = _meant(name, "", config_class) or ["section.field"]
-    return f"a field of the file is changed without dashes: {names[0]}={value or 'value'}"
+    fields = [full for full in _meant(name, "", config_class) if full not in _tables(config_class)]
+    shown = value if value and _spelled(name) not in OTHERWISE_MEASURED else "value"
+    return f"a field of the file is changed without dashes: {(fields or ['section.field'])[0]}={shown}"
 
 
 def option_hint(arguments: Sequence[str], known: Sequence[str]) -> str:
     """What to do about options that a command doesn't have, the `known` ones being those that it has."""
     name = _first_option(arguments)[0].lower().replace("_", "-")
     meant = OPTIONS_ELSEWHERE.get(name, "")
-    similar = [meant] if meant in known else difflib.get_close_matches(f"--{name}", known, n=1)
+    bare = [option.lstrip("-") for option in known]  # whose dashes would make all names alike
+    similar = [meant] if meant in known else [f"--{close}" for close in difflib.get_close_matches(name, bare, n=1)]
     return f"did you mean {similar[0]}?" if similar else f"known: {', '.join(known)}"
 
 
@@ -156,6 +164,10 @@ def _first_option(arguments: Sequence[str]) -> tuple[str, str]:
     if not value and not "".join(arguments[first + 1 : first + 2]).startswith("-"):
         value = "".join(arguments[first + 1 : first + 2])
     return name, value
+
+
+def _tables(config_class: type) -> set[str]:
+    return {table.name for table in tables(config_class)}
 
 
 def _names(config_class: type) -> list[str]:

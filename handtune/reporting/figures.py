@@ -99,14 +99,14 @@ def _noisy(i: int, name: str, runs: list[list[Point]]) -> list[Curve]:
         return _together(i, name, runs, "line")
     smooth = _together(i, "" if len(runs) == 1 else name, [_smooth(points) for points in runs], "line")
     # What was logged is what the pointer asks for; of several runs, their mean.
-    faint = [Curve(i, points, "faint", name if len(runs) == 1 else "") for points in runs]
+    faint = [Curve(i, _thinned(points), "faint", name if len(runs) == 1 else "") for points in runs]
     return [*faint, *(curve for curve in smooth if curve.style != "faint")]
 
 
 def _together(i: int, name: str, runs: list[list[Point]], style: str) -> list[Curve]:
     """The curve of one run; of several their mean at the steps that all have, with its interval, in front of them."""
     if len(runs) == 1:
-        return [Curve(i, runs[0], style, name)]
+        return [Curve(i, _thinned(runs[0]), style, name)]
 
     by_step = [dict(points) for points in runs]
     common = sorted(set.intersection(*map(set, by_step)))
@@ -117,22 +117,33 @@ def _together(i: int, name: str, runs: list[list[Point]], style: str) -> list[Cu
         if over_seeds is not None:
             points.append((step, over_seeds.mean))
             halves.append(over_seeds.half)
-    return [*(Curve(i, each, "faint") for each in runs), Curve(i, points, style, name, halves)]
+
+    # Thinned after the mean, because each run has its extremes at other steps.
+    kept = _drawn(points)
+    mean = Curve(i, [points[k] for k in kept], style, name, [halves[k] for k in kept])
+    return [*(Curve(i, _thinned(each), "faint") for each in runs), mean]
 
 
 def _points(rows: Sequence[Row], name: str) -> list[Point]:
-    """(step, value) of the rows in which `name` is a finite number, thinned to the extremes of short stretches."""
-    points = [(row["step"], row[name]) for row in rows if is_number(row.get(name))]
+    """(step, value) of the rows in which `name` is a finite number."""
+    return [(row["step"], row[name]) for row in rows if is_number(row.get(name))]
+
+
+def _thinned(points: Sequence[Point]) -> list[Point]:
+    return [points[k] for k in _drawn(points)]
+
+
+def _drawn(points: Sequence[Point]) -> list[int]:
+    """Which of the points are drawn: all, or of many the extremes of short stretches, as means would hide spikes."""
     stretch = math.ceil(2 * len(points) / MAX_POINTS)
     if stretch <= 2:
-        return points
+        return list(range(len(points)))
 
-    # The extremes, because means would hide the spikes.
-    thinned: list[Point] = []
+    kept: list[int] = []
     for start in range(0, len(points), stretch):
-        part = points[start : start + stretch]
-        thinned += sorted({min(part, key=_value), max(part, key=_value)})
-    return thinned
+        part = range(start, min(start + stretch, len(points)))
+        kept += sorted({min(part, key=lambda k: points[k][1]), max(part, key=lambda k: points[k][1])})
+    return kept
 
 
 def _value(point: Point) -> float:

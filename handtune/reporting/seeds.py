@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, NamedTuple
 
+from .._files import resolved
 from .runs import Row, Run, is_number, score
 
 # The 0.975 quantiles for 1, 2, ... degrees of freedom; of more, the last one is a little too wide.
@@ -75,8 +76,9 @@ def mean_score(metric: str, rows: Sequence[Row]) -> str:
 
 def _common_name(runs: Sequence[Run]) -> str:
     """What the runs' names begin with, without a number: lora-1 and lora-2 are lora."""
-    letters = takewhile(lambda column: len(set(column)) == 1, zip(*(run.name for run in runs), strict=False))
-    return "".join(column[0] for column in letters).rstrip("0123456789-_. ") or runs[0].name
+    names = [str(run.info.get("name") or resolved(run.path).name) for run in runs]  # without their paths
+    letters = takewhile(lambda column: len(set(column)) == 1, zip(*names, strict=False))
+    return "".join(column[0] for column in letters).rstrip("0123456789-_. ") or names[0]
 
 
 def _all_but_the_seed(run: Run) -> str:

@@ -22,6 +22,7 @@ from .rows import additive_mask
 
 QUERY_BLOCK = 128  # positions whose scores are alive at a time
 WIDTH_STEP = 32  # packed segments are padded to a multiple of so many tokens
+SEED_STEP = 1 << 20  # from one such batch to the next, each block of queries being a step of 1; a CPU takes 32 bits
 
 
 class AttentionDropout(torch.autograd.Function):
@@ -131,7 +132,7 @@ def attention_dropout(
         # Behind the last token of a segment nothing may be seen.
         rows = (x[0][index] for x in (q, k, v))  # (n, width, H or K, hd) each
         out = AttentionDropout.apply(
-            *rows, real[:, None, None], alibi, window, causal, scale, p, seed + (batch << 32)
+            *rows, real[:, None, None], alibi, window, causal, scale, p, seed + batch * SEED_STEP
         )  # (n, width, H, hd)
         outs.append(out[real])
         tokens.append(index[real])

@@ -69,16 +69,17 @@ def write_fields(config: Any, keys: dict[str, str]) -> dict[str, Any]:
 def _check_field(name: str, value: Any, field: Field) -> None:
     """ValueError where the value called `name` isn't of the field's type, or a number out of range."""
     expected: Any = field.type
-    if not is_of(value, get_args(expected) or (expected,)):
+    kinds = get_args(expected) or (expected,)
+    if not is_of(value, kinds):
         raise ValueError(f"{name} = {shown(value)}: expected {getattr(expected, '__name__', expected)}")
 
-    if type(value) is int:
+    if type(value) is int and int in kinds:
         limit = MAX_LAYERS if field.name in DEPTHS else MAX_SIZE
         if value < 1 and name != "start_id":  # which counts from zero
             raise ValueError(f"{name} = {value!r}: expected a positive number")
         if value > limit:
             raise ValueError(f"{name} = {shown(value)}: expected at most {limit:,}")
-    elif type(value) is float and not 0 <= value < math.inf:
+    elif type(value) in (int, float) and not 0 <= value < math.inf:
         raise ValueError(f"{name} = {value!r}: expected a finite number, not below zero")
 
 

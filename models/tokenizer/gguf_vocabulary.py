@@ -71,10 +71,11 @@ def read_vocabulary(metadata: dict[str, Any], path: Path) -> tuple["Tokenizer", 
 
 
 def _ids(fields: dict[str, Any]) -> dict[str, int]:
-    """The ids of the tokens, without unused ones at the end."""
+    """The ids of the tokens, without unused ones at the end that have no part of their own, such as padding."""
     tokens = fields["tokens"]
+    special = {fields.get(name) for name in (*NAMES.values(), *ENDS)}
     n = len(tokens)
-    while n and fields["token_type"][n - 1] == UNUSED:
+    while n and fields["token_type"][n - 1] == UNUSED and n - 1 not in special:
         n -= 1
     ids = {token: i for i, token in enumerate(tokens[:n])}
     if len(ids) < n:

@@ -20,7 +20,11 @@ ROWS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"prompt": "a", "completion": "gold"}, {"prompt": "a", "completion": " yes", "reference": "gold"}),
     (
         {"prompt": "a", "label": "x", "completion": "b", "reference": "c"},
-        {"prompt": "a", "completion": " yes", "label": "x", "reference": "c"},
+        {"prompt": "a", "completion": " yes", "label": "x", "reference": "c", "other_fields": {"completion": "b"}},
+    ),
+    (
+        {"prompt": "a", "chosen": "b", "rejected": "c", "other_fields": {"label": "x"}},
+        {"prompt": "a", "completion": " yes", "chosen": "b", "other_fields": {"label": "x", "rejected": "c"}},
     ),
     ({"text": "a", "label": "x"}, {"prompt": "a", "completion": " yes", "label": "x"}),
     ({"sentence": "a", "id": 1}, {"prompt": "a", "completion": " yes", "id": 1}),

@@ -218,6 +218,11 @@ def test_methods_that_do_not_fit(job, complaint) -> None:
     assert "best = 'f1' is not a metric" in complaint("train", job, "train.best=f1", "data.eval=0.5")
 
 
+def test_no_text_ends_an_answer_at_once(job, complaint) -> None:
+    said = complaint("generate", "tests/kjv-gpt", "--prompt", "And", "--stop", "", "--max-new-tokens", 2)
+    assert said == "stop is an empty text, which every text begins with; give another, or none"
+
+
 def test_a_mistake_can_be_corrected_in_place(job, complaint, tmp_path) -> None:
     """What failed before its first step does not stand in the way of the corrected run."""
     complaint("train", job, "data.max_length=1000")

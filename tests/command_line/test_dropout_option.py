@@ -64,6 +64,12 @@ def test_a_frozen_base_gives_features_without_noise() -> None:
     assert rates(model) == {"embed": 0.3, "layers": 0.3, "head": 0.3}
 
 
+def test_layers_that_unfreeze_later_have_the_published_one(bases: dict[str, Path], tmp_path: Path) -> None:
+    frozen = ('freeze={ names=["*"], except=["head.*"] }', 'train.unfreeze={ "layers.*" = 0.5 }')
+    default = losses(tmp_path / "default", "classify", bases, *frozen)
+    assert default == losses(tmp_path / "published", "classify", bases, *frozen, "model.dropout=published")
+
+
 def test_causal_models_have_none_by_default() -> None:
     model = gpt2("sequence-classification", ("down", "up"))
     choose_dropout(model, None, frozen_base=False)

@@ -163,6 +163,22 @@ def test_a_classifier_goes_on_with_its_labels(tmp_path: Path, capsys: pytest.Cap
     ran("check-data", str(second.with_suffix(".toml")))
     assert "down" in capsys.readouterr().out
 
+    # Its outputs are in its own order.
+    for labels in ("['up', 'down']", "['a', 'b']"):
+        said = refused(
+            capsys, "train", str(second.with_suffix(".toml")), f"out={tmp_path / 'third'}", f"model.labels={labels}"
+        )
+        assert "has ['down', 'up'], in this order; leave model.labels out" in said
+    ran("train", str(second.with_suffix(".toml")), f"out={tmp_path / 'third'}", "model.labels=['down', 'up']")
+
+
+def test_the_same_table_is_no_difference_by_rounding(tmp_path: Path) -> None:
+    """The scale 16 / √5 is stored as an alpha, and comes back with another last bit."""
+    base = str(gpt2_folder(tmp_path / "base"))
+    lora = {"rank": 5, "alpha": 16, "rslora": True}
+    ran("train", job("sft", tmp_path / "first", CHAT, model={"path": base}, lora=lora))
+    ran("train", job("sft", tmp_path / "second", CHAT, model={"adapter": str(tmp_path / "first")}, lora=lora))
+
 
 def test_a_head_alone_is_a_model_to_go_on_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base, head = str(bert_folder(tmp_path / "bert")), tmp_path / "head"
@@ -190,6 +206,8 @@ def test_what_is_no_start(sft: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "it is not on transformer.h.0.mlp.c_fc, which targets = 'all-linear' names; leave" in message
     message = says("lora.rank=4", "lora.targets=attention")
     assert "its rank on transformer.h.0.attn.c_attn is 2, not 4; leave the [lora] table out" in message
+    message = says("lora.rank=2", "lora.alpha=8", "lora.targets=attention", "lora.init=pissa")
+    assert "its factors are there, so that init = 'pissa' begins nothing; leave the [lora] table out" in message
     message = says("model.add_tokens=['<|new|>', '<|newer|>']")
     assert message.startswith("model.add_tokens: '<|newer|>' is not among the tokens of")
     assert not (tmp_path / "run/result.json").exists()

@@ -303,24 +303,53 @@ def test_rows_without_text_and_rows_that_are_too_long(runs, tmp_path, caplog, ca
     (cut,) = handtune.predict(runs["classify"], ["the dog " * 23])  # 46 words beside [CLS] and [SEP]
     assert found[1]["probability"] == pytest.approx(cut["probability"], abs=1e-6)
     assert "1 of 2 rows are longer than the 48 tokens that are read, and were cut: --text 2" in caplog.text
-    assert "1 of 2 rows have no text that could be read, and no prediction: --text 1" in caplog.text
+    assert "1 of 2 rows have no text that could be read, or no room for it, and no prediction: --text 1" in caplog.text
     assert capsys.readouterr().out.splitlines()[-1] == f"2 rows written to {tmp_path / 'out.jsonl'}"
 
 
+def typed(text: str | bytes) -> io.TextIOWrapper:
+    """Standard input that holds this."""
+    return io.TextIOWrapper(io.BytesIO(text.encode() if isinstance(text, str) else text), encoding="utf-8")
+
+
+def test_standard_input_that_is_not_utf_8(runs, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "stdin", typed(b"the dog\nb\xe9te\n"))
+    assert main(["predict", str(runs["classify"]), "-"]) == 2
+    assert "standard input line 2: not UTF-8; save it as UTF-8" in capsys.readouterr().err
+
+
+def test_a_row_keeps_what_it_has(runs, tmp_path, capsys) -> None:
+    """A field that the prediction would take the place of is refused; an earlier prediction as a whole is replaced."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"text": "the dog", "probability": 7, "id": 1}) + "\n")
+    assert main(["predict", str(runs["classify"]), str(file)]) == 2
+    assert (
+        "rows.jsonl line 1: the prediction would take the place of the field 'probability'" in capsys.readouterr().err
+    )
+
+
+def test_rows_of_a_table_without_header(runs, tmp_path, capsys) -> None:
+    file = tmp_path / "rows.tsv"
+    file.write_text("the good dog\tup\nwhat a day\tdown\n")
+    assert main(["predict", str(runs["classify"]), str(file)]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["text"], row["label"]) for row in rows] == [("the good dog", "up"), ("what a day", "down")]
+
+
 def test_standard_input_and_what_a_pipe_gets(runs, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the good dog\n\n what a day \n"))
+    monkeypatch.setattr(sys, "stdin", typed("the good dog\n\n what a day \n"))
     assert main(["predict", str(runs["classify"]), "-"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["text"] for row in rows] == ["the good dog", " what a day "]
 
     # The file may stand behind the options, too.
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the good dog\n"))
+    monkeypatch.setattr(sys, "stdin", typed("the good dog\n"))
     assert main(["predict", str(runs["classify"]), "--text", "the cat", "-"]) == 0
     texts = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
     assert texts == ["the cat", "the good dog"]
 
     # What it prints it reads: the same predictions in the place of those.
-    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(json.dumps(row) + "\n" for row in rows)))
+    monkeypatch.setattr(sys, "stdin", typed("".join(json.dumps(row) + "\n" for row in rows)))
     assert main(["predict", str(runs["classify"]), "-"]) == 0
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
 

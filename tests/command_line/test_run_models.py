@@ -72,7 +72,29 @@ def test_merge_takes_a_run(adapted: Path, tmp_path: Path, capsys) -> None:
     assert "expected float32, bfloat16, float16" in complaint(
         capsys, "merge", first, tmp_path / "out", "--dtype", "int8"
     )
+    said = complaint(capsys, "merge", first, first, tmp_path / "out")
+    assert f"was trained on {base}, not on the run {first}; give that base" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_beside_that_of_a_run(adapted: Path, tmp_path: Path, capsys) -> None:
+    """One that was trained on the run stands on the merged weights, and one on the run's base takes its place."""
+    first = adapted / "first/run"
+    second = trained(tmp_path / "second", "sft", first, lora={"rank": 2})
+    said = complaint(capsys, "generate", first, "--adapter", second / "adapter", "--prompt", "a")
+    assert (
+        f"was trained on the run {first}, whose own adapter belongs under it: first handtune merge {first} OUT" in said
+    )
+    run("merge", first, second, tmp_path / "both")
+    run("merge", second, tmp_path / "expected")
+    assert same_files(tmp_path / "both", tmp_path / "expected")
+
+    beside = trained(tmp_path / "beside", "sft", adapted / "gpt2", lora={"rank": 2})
+    capsys.readouterr()
+    run("generate", first, "--adapter", beside / "adapter", "--prompt", "a", "--temperature", 0)
+    assert f"{first}: its base with --adapter, and without its own adapter" in capsys.readouterr().err
+    run("generate", first, "--adapter", first / "adapter", "--prompt", "a", "--temperature", 0)
+    assert "without its own" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lora", [{"rank": 2}, pytest.param(None, marks=pytest.mark.deep)])

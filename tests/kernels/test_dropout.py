@@ -122,6 +122,18 @@ def test_packed_segments_never_see_each_other(
     assert_alike(out, expected, ours, truth)
 
 
+def test_packed_segments_have_masks_of_their_own() -> None:
+    """Also those of other lengths, which are computed apart: uniform attention to one-hot values shows its mask."""
+    lengths = [32, 64, 96]
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    q = torch.zeros(1, sum(lengths), 1, 96)
+    v = torch.cat([torch.eye(96)[:length] for length in lengths])[None, :, None]
+    out = attention(q, q, v, cu_seqlens=bounds, causal=False, dropout=0.5, seed=5)[0, :, 0]
+    masks = [part[:32, :32] > 0 for part in out.split(lengths)]
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert 0.4 < (masks[a] == masks[b]).double().mean() < 0.6
+
+
 def test_the_mean_of_many_masks_is_attention() -> None:
     """Over the rows of a batch, which have masks of their own; the same seed gives the same bits."""
     q, k, v = heads(kv_heads=2)

@@ -106,6 +106,11 @@ def test_the_names_lead_to_fields_and_are_none_themselves() -> None:
         (["generate", "x", "--max_new_tokens", "3"], "did you mean --max-new-tokens?"),
         (["generate", "x", "--num_beams", "3"], "did you mean --beams?"),
         (["merge", "a", "b", "--zzz"], "known: --dtype"),
+        (["train", "x.toml", "--gradient-accumulation-steps", "8"], "without dashes: train.micro_batch_size=value"),
+        (["train", "x.toml", "--min_lr", "1e-5"], "without dashes: train.lr_floor=value"),
+        (["train", "x.toml", "--data", "x.jsonl"], "without dashes: section.field=x.jsonl"),
+        (["generate", "x", "--foo", "3"], "known: "),
+        (["evaluate", "x", "--dtype", "bfloat16"], "known: --data"),
     ],
 )
 def test_options_of_other_tools(command: list[str], hint: str, capsys: pytest.CaptureFixture[str]) -> None:

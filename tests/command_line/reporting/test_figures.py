@@ -6,6 +6,7 @@ import html
 import json
 import math
 import os
+import random
 import re
 import statistics
 import subprocess
@@ -21,7 +22,7 @@ from test_report import Page, standalone, write_run
 
 from handtune._locks import alone, is_held
 from handtune.reporting import watching
-from handtune.reporting.figures import loss_figures, robust_top
+from handtune.reporting.figures import MAX_POINTS, _together, loss_figures, robust_top
 from handtune.reporting.page import SCRIPT, comparison_table, report
 from handtune.reporting.plots import Curve
 from handtune.reporting.runs import read_runs
@@ -76,6 +77,11 @@ def test_runs_that_differ_in_their_seed_alone_are_one_series(tmp_path: Path) -> 
     runs += [seeded(tmp_path, "other", 3, 2e-5), seeded(tmp_path, "seed4", 4, data=None)]
     assert [series.name for series in series_of(read_runs(runs))] == ["lora-10, 3 seeds", "other"]
     assert [series.name for series in series_of(read_runs(runs[:3]))] == ["lora, 2 seeds", "other"]
+    named = [seeded(tmp_path, f"s{seed}", seed, 7e-5) for seed in (0, 1)]
+    for run in named:
+        facts = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps({**facts, "name": "lora"}))
+    assert [series.name for series in series_of(read_runs(named))] == ["lora, 2 seeds"]
     copy = seeded(tmp_path, "copy", 10)
     assert [series.name for series in series_of(read_runs([*runs[:2], copy]))] == ["lora-10", "lora-11", "copy"]
 
@@ -118,6 +124,17 @@ def test_seeds_are_drawn_as_their_mean_with_a_band(grouped: tuple[str, Page]) ->
 
 
 # Plots
+
+
+def test_a_mean_of_long_runs_has_as_many_points_as_they() -> None:
+    """Although each is thinned to its own extremes, at steps that differ."""
+    generator = random.Random(0)
+    runs = [[(step, generator.random()) for step in range(15_000)] for _ in range(3)]
+    *faint, mean = _together(0, "lora", runs, "line")
+    assert len(faint) == 3 and all(500 < len(curve.points) <= MAX_POINTS for curve in [*faint, mean])
+    assert len(mean.halves) == len(mean.points) and mean.points == sorted(mean.points)
+    step, value = mean.points[7]
+    assert value == pytest.approx(sum(points[step][1] for points in runs) / 3)
 
 
 def test_stored_step_is_marked_and_evaluation_dashed(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from handtune.reporting.figures import MAX_POINTS, _points, _smooth
+from handtune.reporting.figures import MAX_POINTS, _points, _smooth, _thinned
 from handtune.reporting.page import SCRIPT, comparison_table, report
 from handtune.reporting.runs import duration, read_runs, score, size
 
@@ -340,7 +340,7 @@ def test_page_into_a_folder(tmp_path):
 def test_long_runs_are_thinned_without_losing_extremes():
     rows = [{"step": i, "loss": 1.0} for i in range(100_000)]
     rows[54_321]["loss"], rows[77_777]["loss"], rows[3]["loss"] = 9.0, -9.0, float("nan")
-    points = _points(rows, "loss")
+    points = _thinned(_points(rows, "loss"))
     assert len(points) <= MAX_POINTS
     assert _points(rows[3:5], "loss") == [(4, 1.0)]
     assert {(54_321, 9.0), (77_777, -9.0)} <= set(points)

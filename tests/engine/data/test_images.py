@@ -242,7 +242,13 @@ def test_the_example_runs_on_any_class_folders(tmp_path, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location("adapt", path)
     adapt = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(adapt)
-    monkeypatch.setattr(adapt.subprocess, "run", lambda command, **_: main(command[3:]))
+
+    def in_this_process(*arguments, capture=False):
+        capsys.readouterr() if capture else None
+        assert main(list(map(str, arguments))) == 0
+        return capsys.readouterr().out if capture else ""
+
+    monkeypatch.setattr(adapt, "handtune", in_this_process)
     monkeypatch.setattr(adapt, "EPOCHS", {2: 1})
     folders = {
         "--pretrain": class_folders(tmp_path / "first", count=20),
@@ -256,6 +262,6 @@ def test_the_example_runs_on_any_class_folders(tmp_path, monkeypatch, capsys):
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert len(found["results"]) == 2 * 2 * 4 and found["pretrained"]["accuracy"] >= 0
     lines = capsys.readouterr().out.split("\n\n")[-2].splitlines()
-    assert [line[:22].strip() for line in lines] == ["images a class", *adapt.WAYS]
+    assert [line[:22].strip() for line in lines] == ["images a class", "before adapting", *adapt.WAYS]
     with Image.open(tmp_path / "out" / "adapt.png") as image:
         assert image.size[0] > 500

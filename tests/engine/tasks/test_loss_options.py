@@ -162,6 +162,8 @@ def test_refusals() -> None:
             LossConfig(**options)
     with pytest.raises(ValueError, match=r"'x' is none of the labels \(a, b\)"):
         weights_of_classes({"x": 2.0}, ["a", "b"], [])
+    with pytest.raises(ValueError, match="'a' stands there twice; give it one weight"):
+        weights_of_classes({"a": 2.0, " a ": 3.0}, ["a", "b"], [])
     with pytest.raises(ValueError, match="no training row is of class 'b', whose weight would be infinite"):
         weights_of_classes("balanced", ["a", "b"], [{"label": 0}])
     for method in METHODS:

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from small_lines import ROWS, STEPS, Line, line, squares
-from small_runs import (
-    logged,
-)
+from small_runs import logged
 
 from handtune.engine import TrainConfig, evaluate, train
+from handtune.engine.training.run_folder import RunFolder
+from handtune.engine.training.state import Progress, keep_best
 
 
 def scripted(values: list[float]):
@@ -107,3 +107,10 @@ def test_early_stopping(tmp_path) -> None:
 def test_a_metric_that_is_not_there_is_named() -> None:
     with pytest.raises(ValueError, match="best = 'f1' is not a metric of this evaluation; there are loss"):
         line(eval_data=ROWS, best="f1")
+
+
+def test_a_list_is_no_metric() -> None:
+    """Evaluations hold their worst mistakes, too."""
+    progress = Progress(step=1, metrics={"loss": 1.0, "mistakes": [{"row": 0}]})
+    with pytest.raises(ValueError, match="best = 'mistakes' is not a metric of this evaluation; there are loss"):
+        keep_best(RunFolder(None), None, progress, "mistakes")

@@ -202,6 +202,12 @@ def test_unused_tokens_at_the_end_and_user_defined_ones(tmp_path):
     assert tokenizer.encode("a<think>b").tokens == ["a", "<think>", "b"]
     assert tokenizer.decode(tokenizer.encode("<|im_start|><think>").ids) == "<think>"
 
+    # One that pads has its own id.
+    names["padding_token_id"] = 376
+    path = written(tmp_path, **{f"tokenizer__ggml__{name}": value for name, value in names.items()})
+    model, tokenizer = load(path, device="cpu")
+    assert tokenizer.token_to_id("[PAD376]") == model.tokens.pad_id == 376 and tokenizer.get_vocab_size() == 377
+
 
 # Rotary positions
 

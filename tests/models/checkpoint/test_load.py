@@ -130,6 +130,17 @@ def test_both_spellings_of_dtype(tmp_path, field):
     assert on_cpu(tmp_path, dtype=torch.float64).embed.tokens.weight.dtype == torch.float64
 
 
+def test_a_probability_may_be_a_whole_number(tmp_path):
+    """JSON has no other spelling for 0 than 0.0, and Python writes what it was given."""
+    theirs(tiny_gpt2(), "causal-lm").save_pretrained(tmp_path)
+    published = on_cpu(tmp_path)
+    change_config(tmp_path, attn_pdrop=0, resid_pdrop=0, embd_pdrop=0)
+    assert same_outputs(on_cpu(tmp_path), published)
+    change_config(tmp_path, attn_pdrop=-1)
+    with pytest.raises(ValueError, match="attn_pdrop = -1: expected a finite number, not below zero"):
+        load(tmp_path)
+
+
 def test_without_a_dtype_in_the_config_the_weights_tell(tmp_path):
     theirs(tiny_gpt2(), "causal-lm").to(torch.bfloat16).save_pretrained(tmp_path)
     change_config(tmp_path, dtype=None)
