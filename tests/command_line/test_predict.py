@@ -88,6 +88,17 @@ def test_classes_are_those_of_transformers(runs, tmp_path) -> None:
         assert row["probability"] == max(row["probabilities"].values())
 
 
+@pytest.mark.parametrize(
+    ("problem", "says"), [("regression", "a number"), ("multi_label_classification", "several labels at once")]
+)
+def test_a_published_head_that_chooses_no_class(problem: str, says: str, runs, tmp_path, capsys) -> None:
+    folder = shutil.copytree(runs["classify"] / "model", tmp_path / "published")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "problem_type": problem}))
+    assert main(["predict", str(folder), "--text", "the dog"]) == 2
+    assert f"its head says {says}, and one class of several is predicted here" in capsys.readouterr().err
+
+
 def test_entities_are_those_of_transformers(runs, tmp_path) -> None:
     from transformers import AutoModelForTokenClassification, AutoTokenizer, pipeline
 
