@@ -1,5 +1,6 @@
 """The pretrained models of the examples, which PyPI packages carry, and how the examples run commands and read rows."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -41,9 +42,15 @@ def handtune(*arguments: object, capture: bool = False) -> str:
     return done.stdout or ""
 
 
+def title(text: str) -> None:
+    """Print what comes next."""
+    print(f"\n── {text} ".ljust(70, "─"), flush=True)
+
+
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """The rows of a JSONL or CSV file."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file]
 
 
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -90,6 +90,32 @@ def test_who_compares_likes_plain_words_but_wants_an_answer() -> None:
     assert judges.reading_ease("None of us eats salt each day.") == pytest.approx(206.835 - 1.015 * 7 - 84.6)
 
 
+def test_what_is_written_is_compared_with_the_baseline(tmp_path, monkeypatch, capsys) -> None:
+    """All of `compare` with answers in the place of a model's: prompt and answer are found in the run's file."""
+    explain = example("diabetes-qa/explain.py")
+    compare, rows = explain.compare, explain.read(EXAMPLES / "diabetes-qa/questions-test.jsonl")
+
+    def answering(command, model, *arguments):
+        if command == "generate":
+            prompts, out = (arguments[arguments.index(name) + 1] for name in ("--prompts", "--out"))
+            asked = explain.read(prompts)
+            if "messages" in asked[0]:  # before: as the run's prompt asks
+                assert [row["messages"][0]["content"] for row in asked] == [row["question"] for row in rows]
+                answers = [{"messages": [*row["messages"], {"role": "assistant", "content": "?"}]} for row in asked]
+            else:
+                answers = [{**row, "completion": row["answer"]} for row in asked]
+            compare.__globals__["write"](out, answers)
+
+    monkeypatch.setitem(compare.__globals__, "handtune", answering)
+    monkeypatch.setitem(compare.__globals__, "smollm2", lambda: tmp_path)
+    monkeypatch.setattr(sys, "argv", ["explain.py", str(tmp_path), "--seeds", "2"])
+    compare(EXAMPLES / "diabetes-qa/explain.toml", EXAMPLES / "diabetes-qa/questions-test.jsonl", 96,
+            explain.nearest_answers, "About.")  # fmt: skip
+    table = {line[:40].strip(): line[40:].split() for line in capsys.readouterr().out.splitlines()[-3:]}
+    assert table["after (2 seeds, mean)"] == ["1.000"] * 3 and table["before"] == ["0.000"] * 3
+    assert 0.1 < float(table["the answer of the nearest question"][0]) < 0.5
+
+
 def test_the_nearest_question_shares_most_of_all_words() -> None:
     explain = example("diabetes-qa/explain.py")
     known = [

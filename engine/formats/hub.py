@@ -179,7 +179,7 @@ def _by_card(card: Path, names: list[str]) -> dict[str, Splits]:
             case {"config_name": str(config), "data_files": data_files}:
                 splits = _by_patterns(data_files, names)
             case {"config_name": str(config), "data_dir": str(folder)}:
-                inside = "" if folder.strip("./") == "" else folder.strip("./") + "/"
+                inside = f"{folder.strip('./')}/".lstrip("/")  # "." is the whole
                 splits = _by_split_words([name for name in names if name.startswith(inside)])
             case _:
                 continue

@@ -9,6 +9,7 @@ another adapter than its own: the table says what that costs, by ROUGE-L (pip in
 
 import argparse
 import sys
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE.parent
 sys.path.append(str(EXAMPLES))
 from real_models import ROOT, handtune, read, smollm2, write
+from writing import asked_and_answer
 
 from handtune.engine.tasks.metrics import rouge
 
@@ -24,23 +26,22 @@ SHOWN = 2
 
 
 class Kind(NamedTuple):
-    """Whose adapter answers rows of a kind, where held-out ones lie, how they ask, and which field is the answer."""
+    """Whose adapter answers rows of a kind, what made it, by which file, and where held-out rows lie."""
 
     run: str
     made_by: str
+    config: str
     rows: str
-    prompt: str
-    target: str
 
 
 KINDS = {
-    "requests": Kind("runs/chat", "chat/demo.py", "chat/questions.jsonl", "{prompt}", "completion"),
+    "requests": Kind("runs/chat", "chat/demo.py", "chat/chat.toml", "chat/questions.jsonl"),
     "clauses": Kind(
-        "runs/clauses/summarise-0", "clauses/summarise.py", "clauses/clauses-test.jsonl",
-        "Say in one plain sentence what this clause means.\n\n{clause}", "summary",
+        "runs/summarise/summarise-0", "clauses/summarise.py", "clauses/summarise.toml", "clauses/clauses-test.jsonl"
     ),
     "diabetes": Kind(
-        "runs/diabetes/explain-0", "diabetes-qa/explain.py", "diabetes-qa/questions-test.jsonl", "{question}", "answer"
+        "runs/explain/explain-0", "diabetes-qa/explain.py", "diabetes-qa/explain.toml",
+        "diabetes-qa/questions-test.jsonl",
     ),
 }  # fmt: skip
 
@@ -73,12 +74,13 @@ def main() -> None:
 def ask(answered_by: dict[str, str], folder: Path) -> list[dict[str, Any]]:
     """Let one command answer rows of all kinds, in turn, each by the adapter of `answered_by`; its rows."""
     rows = []
-    for i in range(ROWS):
-        for name, kind in KINDS.items():
-            row = read(EXAMPLES / kind.rows)[i]
-            messages = [{"role": "user", "content": kind.prompt.format(**row)}]
-            adapter = Path(KINDS[answered_by[name]].run).name
-            rows.append({"messages": messages, "adapter": adapter, "kind": name, "expected": row[kind.target]})
+    for name, kind in KINDS.items():
+        prompt, target = asked_and_answer(EXAMPLES / kind.config)
+        adapter = Path(KINDS[answered_by[name]].run).name
+        for i, row in enumerate(read(EXAMPLES / kind.rows)[:ROWS]):
+            messages = [{"role": "user", "content": prompt.format(**row)}]
+            rows.append((i, {"messages": messages, "adapter": adapter, "kind": name, "expected": row[target]}))
+    rows = [row for _, row in sorted(rows, key=itemgetter(0))]  # one of each kind in turn
     write(folder / "rows.jsonl", rows)
 
     adapters = [argument for kind in KINDS.values() for argument in ("--adapter", ROOT / kind.run / "adapter")]

@@ -25,7 +25,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
-from real_models import handtune
+from real_models import handtune, title
 
 EPOCHS = {20: 40, 100: 20, 500: 8}  # the fewer images, the more often each is seen
 WAYS = {
@@ -131,7 +131,7 @@ def before_adapting(run: Path, test: Path) -> float:
 
 def train(out: Path, changes: list[str]) -> dict[str, Any]:
     """One run through the command line, in a process of its own; what came out."""
-    print(f"\n── {out.name} " + "─" * 40, flush=True)
+    title(out.name)
     handtune("train", HERE / "cars-trucks.toml", f"out={out}", *changes)
     result = json.loads((out / "result.json").read_text(encoding="utf-8"))
     kept = {key: result[key] for key in ("trainable", "parameters", "stored_bytes", "seconds")}

@@ -18,10 +18,10 @@ sys.path.append(str(HERE.parent))
 from baselines import bag_of_words
 from real_models import handtune, minilm, read, smollm2
 
-# What differs from judge.toml; no test row chose it.
+# Where each model is found, and what differs from judge.toml; no test row chose it.
 MODELS = {
-    "MiniLM": [f"model.path={minilm()}"],
-    "SmolLM2": [f"model.path={smollm2()}", "model.dtype=float32", "train.lr=5e-4", "train.epochs=3"],
+    "MiniLM": (minilm, []),
+    "SmolLM2": (smollm2, ["model.dtype=float32", "train.lr=5e-4", "train.epochs=3"]),
 }
 
 
@@ -33,9 +33,9 @@ def main() -> None:
     options = parser.parse_args()
 
     accuracies = {
-        name: [judged(options.out.resolve() / f"judge-{name.lower()}-{seed}", seed, settings)
+        name: [judged(options.out.resolve() / f"judge-{name.lower()}-{seed}", seed, find(), settings)
                for seed in range(options.seeds)]
-        for name, settings in MODELS.items() if name in options.models
+        for name, (find, settings) in MODELS.items() if name in options.models
     }  # fmt: skip
     train, test = read(HERE / "clauses.jsonl"), read(HERE / "clauses-test.jsonl")
     frequent = Counter(row["fairness"] for row in train).most_common(1)[0][0]
@@ -51,9 +51,9 @@ def main() -> None:
         print(f"{name:36}{statistics.mean(values):8.2f} ({min(values):.2f}–{max(values):.2f})")
 
 
-def judged(run: Path, seed: int, settings: list[str]) -> float:
+def judged(run: Path, seed: int, model: Path, settings: list[str]) -> float:
     """The share of the test clauses that a model judges rightly when it has been trained with this seed."""
-    handtune("train", HERE / "judge.toml", f"out={run}", f"train.seed={seed}", *settings)
+    handtune("train", HERE / "judge.toml", f"out={run}", f"model.path={model}", f"train.seed={seed}", *settings)
     told = handtune("evaluate", run, "--data", HERE / "clauses-test.jsonl", capture=True)
     return float(json.loads(told)["accuracy"])
 

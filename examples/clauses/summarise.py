@@ -6,36 +6,20 @@ were written by hand, beside two others: what the model wrote before, and a summ
 first words, as many as a summary has on average.
 """
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
-from real_models import read
-from writing import Task, compare
-
-TASK = Task(
-    config=HERE / "summarise.toml",
-    rows=HERE / "clauses-test.jsonl",
-    prompt="Say in one plain sentence what this clause means.\n\n{clause}",
-    target="summary",
-    max_new_tokens=64,
-)
+from writing import compare
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("out", nargs="?", type=Path, default=Path("runs/clauses"), help="folder (default runs/clauses)")
-    parser.add_argument("--seeds", type=int, default=1, help="so many runs, which differ in their seed (default 1)")
-    options = parser.parse_args()
-
-    rows = read(TASK.rows)
+def first_words(rows: list[dict[str, Any]]) -> tuple[str, list[str]]:
     n_words = round(statistics.mean(len(row["summary"].split()) for row in rows))
-    first = [" ".join(row["clause"].split()[:n_words]) for row in rows]
-    compare(TASK, (f"the first {n_words} words", first), options.out.resolve(), options.seeds)
+    return f"the first {n_words} words", [" ".join(row["clause"].split()[:n_words]) for row in rows]
 
 
 if __name__ == "__main__":
-    main()
+    compare(HERE / "summarise.toml", HERE / "clauses-test.jsonl", 64, first_words, __doc__ or "")

@@ -20,6 +20,7 @@ from handtune.engine.tasks.question_answering import answers
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
+from baselines import words
 from real_models import handtune, minilm
 
 ASKED = (0, 9, 17)  # rows of passages-eval.json
@@ -27,9 +28,9 @@ ASKED = (0, 9, 17)  # rows of passages-eval.json
 
 def nearest_sentence(row: Any) -> str:
     """The sentence of the passage that shares most words with the question; the first of several."""
-    asked = set(re.findall(r"\w+", row["question"].lower()))
+    asked = words(row["question"])
     sentences = re.split(r"(?<=[.?!]) ", row["context"])
-    return max(sentences, key=lambda sentence: len(asked & set(re.findall(r"\w+", sentence.lower()))))
+    return max(sentences, key=lambda sentence: len(asked & words(sentence)))
 
 
 def table(run: Path) -> None:

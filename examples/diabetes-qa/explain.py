@@ -8,48 +8,27 @@ takes no model: that of the known question which shares most words with the one 
 Teaching data, no medical advice: what a model of this size writes reads well and is often wrong.
 """
 
-import argparse
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
+from baselines import likeness, words
 from real_models import read
-from writing import Task, compare
-
-TASK = Task(
-    config=HERE / "explain.toml",
-    rows=HERE / "questions-test.jsonl",
-    prompt="{question}",
-    target="answer",
-    max_new_tokens=96,
-)
+from writing import compare
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("out", nargs="?", type=Path, default=Path("runs/diabetes"), help="(default runs/diabetes)")
-    parser.add_argument("--seeds", type=int, default=1, help="so many runs, which differ in their seed (default 1)")
-    options = parser.parse_args()
-
+def nearest_answers(rows: list[dict[str, Any]]) -> tuple[str, list[str]]:
     known = read(HERE / "questions.jsonl")
-    nearest = [answer_of_nearest(row["question"], known) for row in read(TASK.rows)]
-    compare(TASK, ("the answer of the nearest question", nearest), options.out.resolve(), options.seeds)
+    return "the answer of the nearest question", [answer_of_nearest(row["question"], known) for row in rows]
 
 
 def answer_of_nearest(question: str, known: list[dict[str, Any]]) -> str:
-    """The answer of the known question whose words are most alike, by Jaccard's index; the first of several."""
+    """The answer of the known question whose words are most alike; the first of several."""
     asked = words(question)
-    return str(
-        max(known, key=lambda row: len(asked & words(row["question"])) / len(asked | words(row["question"])))["answer"]
-    )
-
-
-def words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.lower()))
+    return str(max(known, key=lambda row: likeness(asked, words(row["question"])))["answer"])
 
 
 if __name__ == "__main__":
-    main()
+    compare(HERE / "explain.toml", HERE / "questions-test.jsonl", 96, nearest_answers, __doc__ or "")

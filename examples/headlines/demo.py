@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
-from real_models import handtune, minilm
+from real_models import handtune, minilm, title
 
 # What differs from headlines.toml. Learning rates are the usual ones for each way, not tuned on the test rows.
 WAYS = {
@@ -29,10 +29,6 @@ NEW = {
     "Carrow Bank cuts its dividend after bad loans double": "negative",
     "Dunmore Airports to publish its half-year results on Thursday": "neutral",
 }
-
-
-def title(text: str) -> None:
-    print(f"\n── {text} ".ljust(70, "─"), flush=True)
 
 
 def main() -> None:

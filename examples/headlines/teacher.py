@@ -12,10 +12,8 @@ with its labels. All have the same number of steps, and test.csv says how good e
 """
 
 import argparse
-import csv
 import json
 import random
-import re
 import statistics
 import sys
 from pathlib import Path
@@ -23,7 +21,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
-from real_models import handtune, minilm, read, smollm2, write
+from baselines import likeness, words
+from real_models import handtune, minilm, read, smollm2, title, write
 
 LABELS = ("negative", "neutral", "positive")
 LABELLED = 120  # rows whose labels are known
@@ -53,8 +52,7 @@ def main() -> None:
 
 def one_seed(out: Path, seed: int) -> dict[str, float]:
     """Teacher, rows and students, with other rows for another seed; what the table says."""
-    with (HERE / "train.csv").open(encoding="utf-8", newline="") as file:
-        everything = list(csv.DictReader(file))
+    everything = read(HERE / "train.csv")
     random.Random(seed).shuffle(everything)
     known, others = everything[:LABELLED], everything[LABELLED:]
     write(out / "known.jsonl", known)
@@ -102,10 +100,6 @@ def one_seed(out: Path, seed: int) -> dict[str, float]:
     }
 
 
-def title(text: str) -> None:
-    print(f"\n── {text} ".ljust(70, "─"), flush=True)
-
-
 def train(out: Path, model: Path, rows: Path, seed: int, *changes: str) -> Path:
     """A classifier by LoRA, measured before and after, the last weights kept; returns its folder."""
     handtune("train", HERE / "headlines.toml", f"out={out}", f"model.path={model}", f"data.train={rows}",
@@ -134,15 +128,11 @@ def new_rows(teacher: Path, written: Path, known: list[ROW]) -> list[ROW]:
     seen = [words(row["text"]) for row in known]
     for row in meant:
         own = words(row["text"])
-        repeated = any(len(own & other) > ALIKE * len(own | other) for other in seen)
+        repeated = any(likeness(own, other) > ALIKE for other in seen)
         if readings.get(row["text"]) == row["label"] and len(own) > 3 and not repeated:
             kept.append(row)
             seen.append(own)
     return kept
-
-
-def words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.lower()))
 
 
 if __name__ == "__main__":

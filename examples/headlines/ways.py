@@ -11,7 +11,6 @@ bytes that are stored. With --steps each run ends early: enough for time and mem
 """
 
 import argparse
-import csv
 import json
 import statistics
 import sys
@@ -21,8 +20,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 from baselines import bag_of_words
-from real_models import handtune, minilm, read, smollm2
+from real_models import handtune, minilm, read, smollm2, title
 
+TRAIN, TEST = HERE / "train.csv", HERE / "test.csv"
 LORA = ["lora.rank=16", "lora.alpha=32"]
 ALL_BUT_HEAD = ["freeze.names=['*']", "freeze.except=['head.*']"]
 # What differs from headlines.toml. Learning rates are usual ones for each way, and no test row chose any of this.
@@ -65,7 +65,7 @@ def main() -> None:
 
     baselines = {}
     if options.steps is None:
-        baselines = {"a regression on counts of words": bag_of_words(rows("train"), rows("test"), "text", "label")}
+        baselines = {"a regression on counts of words": bag_of_words(read(TRAIN), read(TEST), "text", "label")}
     if options.steps is None and options.model == "smollm2":
         baselines["the language model, only asked"] = asked(out)
     facts = {"model": options.model, "baselines": baselines, "ways": found}
@@ -75,7 +75,7 @@ def main() -> None:
 
 def train(way: str, options: argparse.Namespace, out: Path, seed: int) -> Path:
     """One run of one way, and before it of the pretraining, if the way has one; returns its folder."""
-    print(f"\n── {way}, seed {seed} ".ljust(70, "─"), flush=True)
+    title(f"{way}, seed {seed}")
     run = out / f"{way.replace(', ', '-').replace(' ', '-')}-{seed}"
     model = {"minilm": minilm, "smollm2": smollm2}[options.model]()
     ends = [f"train.seed={seed}", *([f"train.max_steps={options.steps}"] if options.steps else [])]
@@ -97,7 +97,7 @@ def figures(run: Path, scored: bool) -> dict[str, Any]:
         **{key: result[key] for key in ("trainable", "stored_bytes", "peak_memory")},
     }
     if scored:
-        told = handtune("evaluate", run, "--data", HERE / "test.csv", capture=True)
+        told = handtune("evaluate", run, "--data", TEST, capture=True)
         facts["accuracy"] = json.loads(told)["accuracy"]
     return facts
 
@@ -106,16 +106,9 @@ def asked(out: Path) -> float:
     """The share of test rows that the language model gets right when it is asked, without any training."""
     labelled = out / "asked.jsonl"
     labels = ["--labels", "negative", "neutral", "positive"]
-    handtune("label", smollm2(), HERE / "test.csv", *labels, "--template", QUESTION, "--dtype", "float32",
+    handtune("label", smollm2(), TEST, *labels, "--template", QUESTION, "--dtype", "float32",
              "--out", labelled, "--force")  # fmt: skip
-    return statistics.mean(
-        row["label"] == gold["label"] for row, gold in zip(read(labelled), rows("test"), strict=True)
-    )
-
-
-def rows(name: str) -> list[dict[str, str]]:
-    with (HERE / f"{name}.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return statistics.mean(row["label"] == gold["label"] for row, gold in zip(read(labelled), read(TEST), strict=True))
 
 
 def print_table(baselines: dict[str, float], found: dict[str, list[dict[str, Any]]]) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 from judges import reading_ease
-from real_models import ROOT, handtune, read, smollm2, write
+from real_models import ROOT, handtune, read, smollm2, title, write
 
 from handtune.engine.tasks.metrics import rouge
 
@@ -62,10 +62,6 @@ def main() -> None:
     handtune("report", RUNS / "policy", "--out", RUNS / "report.html")
     print_summary(golds)
     print(f"the whole took {time.perf_counter() - began:.0f} s")
-
-
-def title(text: str) -> None:
-    print(f"\n── {text} ".ljust(70, "─"), flush=True)
 
 
 def dialogues(name: str) -> list[dict[str, Any]]:

@@ -11,10 +11,11 @@ from ..engine.data.columns import PromptTemplate
 from ..engine.data.placed_rows import PlacedRow, location_of
 from ..engine.data.readers import read_prompts
 from ..engine.peft.format import CONFIG
+from ..inputs.fingerprints import of_model
 from ..models.tokenizer.special_tokens import SpecialTokens
 from ..prompts import learn_turn_end, prompt_template_of
 from ..saved_runs import put_adapter
-from .starting import is_on
+from .starting import other_base
 from .stored import load_base, stored_model
 
 
@@ -107,7 +108,7 @@ def _check_beside_own(source: str, own: Path, folders: Sequence[str | Path]) -> 
     ValueError where one of them was trained on the run itself.
     """
     for folder in map(Path, folders):
-        if (folder / CONFIG).is_file() and is_on(folder, source):
+        if (folder / CONFIG).is_file() and other_base(folder, of_model(source), source) is None:
             raise ValueError(
                 f"--adapter {folder} was trained on the run {source}, whose own adapter belongs under it: first "
                 f"handtune merge {source} OUT, then give OUT as the model"

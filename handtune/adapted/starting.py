@@ -11,7 +11,7 @@ from ..engine.adapters.lora import adapter_sites
 from ..engine.adapters.switch import adapter_difference
 from ..engine.data.fingerprints import Inputs, changed_files, same_contents
 from ..engine.peft.format import CONFIG
-from ..inputs.fingerprints import adapter_in, is_run, of_checkpoint
+from ..inputs.fingerprints import adapter_in, is_run, of_checkpoint, of_model
 from ..saved_runs import config_of, facts_of, fit_vocabulary, head_of, put_adapter, take_settings
 
 NAME = "default"  # of the adapter on the model
@@ -83,15 +83,10 @@ def other_base(adapter: Path, base: dict[str, Any], source: str | Path) -> str |
 
 
 def check_on_run(adapter: Path, base: str) -> None:
-    """ValueError where `base` is a run, and the folder of an adapter says that it was trained on another one."""
-    if is_run(Path(base)) and is_on(adapter, base) is False:
-        raise ValueError(f"{adapter} was trained on {_named_base(adapter)}, not on the run {base}; give that base")
-
-
-def is_on(adapter: Path, base: str | Path) -> bool | None:
-    """Whether the folder of an adapter names this base; None where it names none."""
-    trained_on = _named_base(adapter)
-    return None if trained_on is None else resolved(trained_on) == resolved(base)
+    """ValueError where `base` is a run, and the adapter in a folder was trained on another base."""
+    trained_on = other_base(adapter, of_model(base), base) if is_run(Path(base)) else None
+    if trained_on is not None:
+        raise ValueError(f"{adapter} was trained on {trained_on}, not on the run {base}; give that base")
 
 
 def check_start(config: RunConfig | PPORunConfig, inputs: Inputs) -> None:

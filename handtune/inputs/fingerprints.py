@@ -57,7 +57,7 @@ def inputs_of(config: RunConfig | PPORunConfig) -> Inputs:
 def _fingerprint(field: str, path: str) -> dict[str, Any]:
     """The fingerprint of what a path, a hub id or the name of a function leads to."""
     if field == "model.path":
-        return _of_model(path)
+        return of_model(path)
     if field == "model.adapter" and (adapter := adapter_in(Path(path).expanduser())) is not None:
         return fingerprint(adapter, stored_files(adapter))
     if field == "reward":
@@ -113,7 +113,7 @@ def base_of(run: Path) -> str:
     return path
 
 
-def _of_model(path: str) -> dict[str, Any]:
+def of_model(path: str) -> dict[str, Any]:
     """The fingerprint of a checkpoint, or of what a run has made: its model, or its adapter and its base."""
     run = Path(path).expanduser()
     adapter = run / "adapter"
@@ -125,7 +125,7 @@ def _of_model(path: str) -> dict[str, Any]:
         return of_checkpoint(run / "model")
 
     entry = fingerprint(run, [adapter / CONFIG, adapter / WEIGHTS, *settings_files(adapter)])
-    base = _of_model(base_of(run))
+    base = of_model(base_of(run))
     return {**entry, "files": entry["files"] | {f"base/{name}": digest for name, digest in base["files"].items()}}
 
 

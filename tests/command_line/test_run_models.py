@@ -73,7 +73,7 @@ def test_merge_takes_a_run(adapted: Path, tmp_path: Path, capsys) -> None:
         capsys, "merge", first, tmp_path / "out", "--dtype", "int8"
     )
     said = complaint(capsys, "merge", first, first, tmp_path / "out")
-    assert f"was trained on {base}, not on the run {first}; give that base" in said
+    assert f"{first}/adapter was trained on another base" in said and f"not on the run {first}; give that base" in said
     assert not (tmp_path / "out").exists()
 
 
@@ -88,6 +88,9 @@ def test_an_adapter_beside_that_of_a_run(adapted: Path, tmp_path: Path, capsys) 
     run("merge", first, second, tmp_path / "both")
     run("merge", second, tmp_path / "expected")
     assert same_files(tmp_path / "both", tmp_path / "expected")
+    moved = shutil.copytree(first, tmp_path / "moved")
+    run("merge", moved, second, tmp_path / "of the moved")
+    assert same_files(tmp_path / "of the moved", tmp_path / "expected")
 
     beside = trained(tmp_path / "beside", "sft", adapted / "gpt2", lora={"rank": 2})
     capsys.readouterr()
