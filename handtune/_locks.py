@@ -16,6 +16,7 @@ from pathlib import Path
 from ._files import DiskError, is_running, resolved
 
 MOST_TRIES = 1000  # to make a folder that a holder before may just have removed
+LOOKS = 20  # of other processes at a lock, that one outlasts
 
 _held: dict[Path, tuple[int, int]] = {}  # the process and thread that hold each lock file of this process
 
@@ -56,12 +57,22 @@ def alone(path: str | Path, lock: str | Path) -> Iterator[None]:
 
 
 def is_held(lock: Path) -> bool:
-    """Whether a process works behind this lock file, as its number in it tells: trying the lock could keep one out."""
+    """Whether a process works behind this lock file. Without locks, the number of a running process in it says so."""
     try:
-        text = lock.read_text(encoding="ascii").strip()
+        descriptor = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
-    return not text.isdigit() or is_running(int(text))  # without a number, its holder is about to write it
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for a moment, which `_lock` waits for
+    except BlockingIOError:
+        return True
+    except OSError:
+        number = os.pread(descriptor, 32, 0).strip()
+        return not number.isdigit() or is_running(int(number))  # without a number, its holder is about to write it
+    else:
+        return False
+    finally:
+        os.close(descriptor)
 
 
 def _acquire(path: str | Path, lock: Path) -> int:
@@ -80,7 +91,7 @@ def _acquire(path: str | Path, lock: Path) -> int:
         with ExitStack() as unless_held:
             unless_held.callback(os.close, descriptor)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(descriptor)
             except BlockingIOError:
                 raise ValueError(f"{path}: {_holder(descriptor)} works there; wait for its end, or end it") from None
             except OSError as error:
@@ -94,6 +105,17 @@ def _acquire(path: str | Path, lock: Path) -> int:
                 os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
                 unless_held.pop_all()
                 return descriptor
+
+
+def _lock(descriptor: int) -> None:
+    """Lock the file. BlockingIOError where another process has it, for longer than `is_held` takes to look."""
+    for look in range(LOOKS):
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if look == LOOKS - 1:
+                raise
+            time.sleep(0.005)
 
 
 def _has_name(descriptor: int, lock: Path) -> bool:

@@ -21,6 +21,7 @@ from .engine.tasks.common import TRUNCATE
 from .engine.tasks.objectives import METHODS, LossConfig
 from .engine.training.config import TrainConfig
 from .reference.foreign_names import hint
+from .reference.methods import PPO, check_idle
 
 MAX_SECTIONS = 8  # that a change on the command line may name
 
@@ -58,6 +59,8 @@ class ModelConfig:
             raise ValueError(f'model.dropout = {self.dropout!r}: expected "published", or a probability, 0.1 say')
         if isinstance(self.dropout, float) and not 0 <= self.dropout < 1:
             raise ValueError(f"model.dropout = {self.dropout}: expected a probability, from 0 to below 1")
+        if self.preset is None and (self.tokenizer is not None or self.overrides):
+            raise ValueError("tokenizer, overrides: they are for a preset; a checkpoint has its own, leave them out")
 
 
 @dataclass(frozen=True)
@@ -145,10 +148,9 @@ class RunConfig:
             raise ValueError("model.preset: its fresh weights are not those that model.adapter was trained on")
         if self.model.adapter is None and (self.model.path is None) == (self.model.preset is None):
             raise ValueError("model: give path (a folder or hub id) or preset (a fresh model), one of the two")
-        if self.data.prompt is not None and self.method not in ("sft", "dpo", "reward"):
-            raise ValueError(f"data.prompt: the rows of method {self.method!r} have none; leave it out")
         if self.model.quantize is not None and not self.trains_adapter:
             raise ValueError("model.quantize freezes the weights in 4 bits: add a [lora] table, whose adapter trains")
+        check_idle(self, self.method)
 
     @property
     def trains_adapter(self) -> bool:
@@ -174,13 +176,7 @@ class PPORunConfig:
         _check_log(self.log)
         if self.model.path is None and self.model.adapter is None:
             raise ValueError("model.path: ppo trains a model that can write already; name its folder or hub id")
-        if self.model.dropout:
-            raise ValueError("model.dropout: ppo compares probabilities, and applies none; leave it out")
-        if self.model.add_tokens:
-            raise ValueError(
-                "model.add_tokens: ppo trains no rows of the embedding; add the tokens in a fine-tuning run, and name "
-                "the model that `handtune merge` makes of it"
-            )
+        check_idle(self, PPO)
 
 
 def _check_log(log: str | None) -> None:

@@ -179,17 +179,12 @@ def _check_training_options(config: RunConfig) -> None:
     if config.data.eval is None and (idle := needs_evaluation(config.train)):
         names = ", ".join(f"train.{name}" for name in idle)
         raise ValueError(f"{names}: no rows are held out to evaluate on; name them with data.eval, or leave this out")
-    if config.method == "embed" and (config.train.micro_batch_size or config.train.micro_batch_tokens):
-        raise ValueError(
-            "train.micro_batch_size, micro_batch_tokens: embed takes its negatives from the whole step; lower "
-            "batch_size"
-        )
 
 
 def _check_text(config: RunConfig, objective: Objective, model: Any, tokenizer: Any) -> int:
     """The longest that a row may be, in tokens. ValueError where options or the tokenizer don't fit the model."""
-    if config.data.image_size is not None:
-        raise ValueError(f"data.image_size: method {config.method!r} of this model reads text, no images")
+    if config.data.image_size is not None or not config.data.augment:
+        raise ValueError(f"data.image_size, data.augment: method {config.method!r} of this model reads text, no images")
     remedy = CONVERT if config.model.path else "name one with model.tokenizer"
     check_tokenizer(model, tokenizer, config.model.path or config.model.preset, remedy)
 
@@ -244,8 +239,9 @@ def load_model(
     if checkpoint is None:
         assert options.preset is not None
         model, tokenizer = fresh(
-            options.preset, options.tokenizer, task, labels, seed, weights=weights, **options.overrides
-        )
+            options.preset, options.tokenizer, task, labels, seed, options.dtype, options.device,
+            head_layers=options.head_layers, weights=weights, **options.overrides,
+        )  # fmt: skip
     else:
         with opened_model(checkpoint) as opened:
             if weights:

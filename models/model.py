@@ -106,13 +106,15 @@ class PretrainedModel(nn.Module):
         self.tie()
 
     @classmethod
-    def from_name(cls, name: str, *, task: str | None = None, labels: tuple[str, ...] = (), **overrides: Any) -> Self:
+    def from_name(
+        cls, name: str, *, task: str | None = None, labels: tuple[str, ...] = (), head_layers: int = 1, **overrides: Any
+    ) -> Self:
         """A freshly initialised model of a published size: `GPT2.from_name("gpt2", n_layer=2)`.
 
         `overrides` are fields of the configuration. ValueError for an unknown name or field.
         """
         settings = overridden(cls.presets, name, overrides, cls.config_class)
-        model = cls(cls.config_class(**settings), task, labels)
+        model = cls(cls.config_class(**settings), task, labels, head_layers)
         model.initialize()
         return model
 

@@ -166,6 +166,13 @@ class Columns:
             used |= {*self.template.fields, *(KNOWN_FIELDS - _BESIDE_PROMPT)}
         return {name: value for name, value in raw.items() if name not in used} | named
 
+    def hiding(self, raw: Mapping[str, Any]) -> dict[str, str]:
+        """Fields that are read from another column although the row has one of their own name: what `generate` wrote,
+        for example, beside the answer that was there before.
+        """
+        used = self.names.values()
+        return {name: column for name, column in self.names.items() if name in raw and name not in used}
+
     def renamed(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """A raw row by the names of fields, of whose columns some may be missing, as gold labels are."""
         named = {name: raw[column] for name, column in self.names.items() if column in raw}

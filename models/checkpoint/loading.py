@@ -34,6 +34,9 @@ from .weights import load_weights
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+# Of the weights, by the names that configurations have for them.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 def load(
     path: str | Path | CheckpointInfo,
@@ -155,16 +158,21 @@ def fresh(
     task: str,
     labels: tuple[str, ...],
     seed: int,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
     *,
+    head_layers: int | None = None,
     weights: bool = True,
     **overrides: Any,
 ) -> tuple[Model, "Tokenizer | None"]:
-    """A freshly initialised model of a published size, on the default device, with its tokenizer.
+    """A freshly initialised model of a published size, with its tokenizer.
 
     `tokenizer_path` is a tokenizer.json. The vocabulary is the tokenizer's, and so are the tokens that end and pad
-    texts (`SpecialTokens.of_tokenizer`). Without `weights` the model is on the meta device. MemoryError where memory
-    runs out.
+    texts (`SpecialTokens.of_tokenizer`). dtype: "auto" is float32; device: as in `load`. Without `weights` the model is
+    on the meta device. ValueError as in `load`, MemoryError where memory runs out.
     """
+    target = _device(device)
+    weight_dtype = torch.float32 if dtype == "auto" else _named_dtype(dtype)
     family = family_of_preset(preset)
     tokenizer = None
     if tokenizer_path is not None:
@@ -174,9 +182,11 @@ def fresh(
     torch.manual_seed(seed)
     too_large = f"out of memory: a fresh {preset} of these sizes is too large; take a smaller one"
     with nullcontext() if weights else without_weights(), explained_memory(lambda: too_large):
-        model = family.from_name(preset, task=task, labels=labels, **overrides)
+        model = family.from_name(preset, task=task, labels=labels, head_layers=head_layers or 1, **overrides)
         if weights:
-            model = model.to(_device("auto"))
+            model = model.to(target)
+            for parameter in model.parameters():  # no buffers, as in `allocate`
+                parameter.data = parameter.data.to(weight_dtype)
     if tokenizer is not None:
         model.tokens = padding_of_new_head(SpecialTokens.of_tokenizer(tokenizer), tokenizer, task)
     return model.eval(), tokenizer
@@ -211,21 +221,24 @@ def _device(device: str | torch.device) -> torch.device:
 
 def _dtype(dtype: str | torch.dtype, opened: Checkpoint, device: torch.device) -> torch.dtype:
     """The dtype asked for, or that of the checkpoint; ValueError for one that no model computes in."""
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if isinstance(dtype, torch.dtype):
-        if dtype not in (*names.values(), torch.float64):
-            raise ValueError(f"dtype {dtype}: expected float32, bfloat16, float16 or float64")
-        return dtype
     if dtype != "auto":
-        if dtype not in names:
-            raise ValueError(f'dtype {dtype!r}: expected "auto", {", ".join(names)}')
-        return names[dtype]
+        return _named_dtype(dtype)
 
     published = opened.published
     stored = (published.get("dtype") or published.get("torch_dtype") or "auto").removeprefix("torch.")
-    if stored not in (*names, "auto"):
+    if stored not in (*DTYPES, "auto"):
         raise ValueError(f"{opened.shards.folder / 'config.json'}: dtype = {stored!r} is not implemented; pass dtype=")
-    checkpoint_dtype = opened.shards.dtype() if stored == "auto" else names[stored]
+    checkpoint_dtype = opened.shards.dtype() if stored == "auto" else DTYPES[stored]
     if checkpoint_dtype == torch.float16 and device.type == "cpu":
         return torch.float32
     return checkpoint_dtype
+
+
+def _named_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        if dtype not in (*DTYPES.values(), torch.float64):
+            raise ValueError(f"dtype {dtype}: expected float32, bfloat16, float16 or float64")
+        return dtype
+    if dtype not in DTYPES:
+        raise ValueError(f'dtype {dtype!r}: expected "auto", {", ".join(DTYPES)}')
+    return DTYPES[dtype]

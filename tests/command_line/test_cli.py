@@ -262,6 +262,37 @@ lr = 1e-2
     assert capsys.readouterr().out.startswith("the cat sat on the mat")
 
 
+def test_a_fresh_model_is_what_its_options_say(tmp_path, capsys) -> None:
+    """The dtype, the depth of the head and the device of a preset."""
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    path = tmp_path / "new.toml"
+    path.write_text(
+        f"""method = "classify"
+out = "{tmp_path / "run"}"
+[model]
+preset = "minilm-l6"
+tokenizer = "{tmp_path / "tokenizer.json"}"
+overrides = {{ n_layer = 1, n_head = 2, d_model = 16, max_positions = 32 }}
+dtype = "bfloat16"
+head_layers = 3
+[data]
+train = "{write_rows(tmp_path / "rows.jsonl", SENTIMENT)}"
+[train]
+max_steps = 1
+batch_size = 4
+""",
+        encoding="utf-8",
+    )
+    run("train", path)
+    model, _ = load(tmp_path / "run" / "model")
+    assert model.head_layers == 3
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert main(["train", str(path), f"out={tmp_path / 'other'}", "model.device=cud"]) == 2
+    assert "device 'cud': expected" in capsys.readouterr().err
+    assert main(["train", str(path), f"out={tmp_path / 'other'}", "model.dtype=int8"]) == 2
+    assert "dtype 'int8': expected" in capsys.readouterr().err
+
+
 def test_the_same_command_gives_the_same_weights(bases, tmp_path) -> None:
     """Also the start of a new head and a new adapter come from the seed."""
     ends = []

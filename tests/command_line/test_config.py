@@ -9,7 +9,9 @@ from small_runs import write_config
 
 from handtune.config import PPORunConfig, RunConfig, from_table, read_config
 from handtune.engine.adapters.lora import LoRAConfig
+from handtune.engine.tasks.objectives import METHODS
 from handtune.engine.training.config import TrainConfig
+from handtune.reference.methods import EXAMPLES, ONLY_FOR
 from handtune.saved_runs import _as_toml
 
 FULL = """
@@ -137,7 +139,8 @@ def test_overrides(tmp_path) -> None:
         (["data.prompt='{a!r}'"], "braces hold the name of a column and nothing else"),
         (["data.prompt='{}'"], "braces hold the name of a column and nothing else"),
         (["data.prompt='{a}'", "data.columns={prompt='b'}"], "data: prompt: columns names a column for it, too"),
-        (["data.prompt='{a}'", "method=pretrain"], "run.toml: data.prompt: the rows of method 'pretrain' have none"),
+        (["model.tokenizer='a'"], "run.toml: model: tokenizer, overrides: they are for a preset; a checkpoint has"),
+        (["model.overrides={ n_layer = 1 }"], "run.toml: model: tokenizer, overrides: they are for a preset"),
         (["data.datasets='a'"], "data: unknown key 'datasets'; did you mean 'mix'?"),
         (["lora.targets=[['a']]"], "lora: targets: expected str or [str, ...], got [['a']]"),
         (["train.schedule=cosin"], "run.toml: train: schedule = 'cosin': expected one of constant, linear,"),
@@ -156,6 +159,31 @@ def test_overrides(tmp_path) -> None:
 )  # fmt: skip
 def test_refused(tmp_path, changes, message) -> None:
     assert message in refusal(tmp_path, FULL, *changes)
+
+
+@pytest.mark.parametrize("name", [name for name, methods in ONLY_FOR.items() if methods != METHODS])
+def test_an_option_that_the_method_makes_no_use_of(tmp_path, name) -> None:
+    """What a method ignores is refused, whichever method it is."""
+    changes = {"loss": "loss.label_smoothing=0.1", "dpo": "dpo.beta=0.2", "data.chat": "data.chat='on'",
+               "data.truncate": "data.truncate='drop'", "data.prompt": "data.prompt='{a}'",
+               "data.augment": "data.augment=false", "model.labels": "model.labels=['a', 'b']"}  # fmt: skip
+    change = changes.get(name, f"{name}={EXAMPLES.get(name)}")
+    text = 'out = "a"\n[model]\npath = "a"\n[data]\ntrain = "a.jsonl"\n'
+    for method in METHODS:
+        if method in ONLY_FOR[name]:
+            assert read(tmp_path, text, f"method={method}", change)
+        else:
+            said = refusal(tmp_path, text, f"method={method}", change)
+            assert said.startswith((f"run.toml: {name}: ", "run.toml: loss: "))  # of which some methods have no option
+    said = refusal(tmp_path, text, "method=embed", "train.micro_batch_size=2")
+    assert said.endswith("embed takes its negatives from the whole step; lower batch_size")
+
+
+def test_an_option_that_ppo_makes_no_use_of() -> None:
+    table = {"out": "a", "prompts": "a", "reward": "a"}
+    for name, value in (("head_layers", 2), ("labels", ["a"]), ("task", "reward")):
+        with pytest.raises(ValueError, match=rf"model\.{name}: method 'ppo' makes no use of it"):
+            from_table(PPORunConfig, {**table, "model": {"path": "a", name: value}}, "ppo.toml")
 
 
 def test_a_stored_number_that_no_tensor_holds(tmp_path) -> None:

@@ -14,9 +14,9 @@ from handtune.config import PPORunConfig, RunConfig, from_table
 from handtune.engine.tasks.objectives import METHODS
 from handtune.models.families import FAMILIES
 from handtune.reference.fields import comments, tables
-from handtune.reference.methods import ONLY_FOR, PURPOSES, config_class_of, has, rows_of
+from handtune.reference.methods import ONLY_FOR, PURPOSES, has, rows_of
 from handtune.reference.presets import n_parameters
-from handtune.reference.template import explanation, template
+from handtune.reference.template import config_class_of, explanation, template
 
 OPTIONS = [
     (root, table, key, option)

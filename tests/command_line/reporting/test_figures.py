@@ -1,6 +1,8 @@
 """What the report draws: seeds together, the stored step, axes without outliers, values under the pointer, a watch."""
 
 import base64
+import errno
+import fcntl
 import hashlib
 import html
 import json
@@ -243,9 +245,29 @@ def test_page_of_a_run_that_goes_on_reloads_itself(tmp_path: Path, monkeypatch: 
     assert "refresh" not in page.read_text(encoding="utf-8")
 
 
-def test_lock_of_a_killed_process_is_not_held(tmp_path: Path) -> None:
+def test_lock_of_a_killed_process_is_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its number is in use by another process by now."""
     lock = tmp_path / ".lock"
     assert not is_held(lock)
+    lock.write_text(f"{os.getppid()}\n")
+    assert not is_held(lock)
+    with alone(tmp_path, lock):
+        assert is_held(lock)
+    assert not is_held(lock)
+
+    # Whoever looks at a lock keeps nobody out for longer than that takes.
+    lock.write_text("")
+    with lock.open() as looked_at:
+        fcntl.flock(looked_at, fcntl.LOCK_SH)
+        threading.Timer(0.02, fcntl.flock, (looked_at, fcntl.LOCK_UN)).start()
+        with alone(tmp_path, lock):
+            assert is_held(lock)
+
+    # Without locks, the number has to tell.
+    def without_locks(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
     lock.write_bytes(ended.stdout)
     assert not is_held(lock)

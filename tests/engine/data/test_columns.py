@@ -65,6 +65,22 @@ def test_what_does_not_fit_is_named(tmp_path, name, content, names, message) -> 
     assert "\n" not in str(error.value)
 
 
+def test_a_column_that_another_one_hides_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As where `generate` has written its answers beside those that were there before."""
+    rows = [{"question": "a", "reply": "old", "prompt": "a", "completion": " new"}] * 2
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    read = read_rows(path, Columns({"completion": "reply"}, "{question}"))
+    assert [(row["prompt"], row["completion"]) for row in read] == [("a", "old")] * 2
+    told = capsys.readouterr().err
+    assert told.endswith(
+        "rows.jsonl: completion is the column 'reply', as data.columns says; the column 'completion', which is there, "
+        "too, is not read\n"
+    )
+    assert told.count("\n") == 1
+    read_rows(path, Columns({"completion": "prompt", "prompt": "completion"}))
+    assert capsys.readouterr().err == ""
+
+
 def test_prompts_are_made_of_columns(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "a.jsonl", QA)
     columns = Columns({"completion": "answer"}, TEMPLATE)

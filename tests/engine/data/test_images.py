@@ -219,7 +219,11 @@ def test_text_and_images_are_not_mixed_up(tmp_path, capsys):
     save(small_resnet(), None, tmp_path / "resnet")
     cases = [
         (bert, {"train": str(images)}, "a image/label row, but classify needs text/label"),
-        (bert, {"train": str(rows), "image_size": 32}, "data.image_size: method 'classify' of this model reads text"),
+        (
+            bert,
+            {"train": str(rows), "image_size": 32},
+            "data.image_size, data.augment: method 'classify' of this model reads text",
+        ),
         (tmp_path / "resnet", {"train": str(rows)}, "expected images, found a row with text, label"),
     ]
     for number, (model, data, says) in enumerate(cases):
