@@ -11,6 +11,7 @@ from ..adapters.lora import active_adapter, adapter_sites
 from ..adapters.modules_to_save import forget_trained, inactive_tensors, mark_trained
 from ..adapters.switch import adapter_names
 from ..adapters.token_rows import trained_rows
+from .optimizers import moments_bytes
 
 
 def match(model: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Parameter]:
@@ -102,7 +103,7 @@ class TrainableReport:
     total: int  # parameters of the model, its adapters' too
     weights: int  # bytes
     gradients: int  # bytes
-    optimizer: int  # bytes, of AdamW in fp32
+    optimizer: int  # bytes
     modules: tuple[tuple[str, int], ...]  # (the first part of its name, or LoRA, and how many of its parameters train)
 
     def __str__(self) -> str:
@@ -112,14 +113,15 @@ class TrainableReport:
         return (
             f"trains {self.trainable:,} of {self.total:,} parameters ({share:.2f} %): {parts}\n"
             f"weights {self.weights / mib:.1f} MiB, gradients {self.gradients / mib:.1f} MiB, "
-            f"AdamW {self.optimizer / mib:.1f} MiB"
+            f"optimizer {self.optimizer / mib:.1f} MiB"
         )
 
 
-def trainable_report(model: nn.Module) -> TrainableReport:
-    """Count what trains. Optimizer bytes are AdamW's: two fp32 moments, and a master of narrower weights or rows."""
-    trainable = total = weights = gradients = optimizer = 0
+def trainable_report(model: nn.Module, optimizer: str = "adamw") -> TrainableReport:
+    """Count what trains. The bytes of the optimizer are its moments, and an fp32 master of narrower weights or rows."""
+    total = weights = gradients = masters = 0
     modules: dict[str, int] = {}
+    sizes: dict[str, int] = {}  # of what trains
     rows = trained_rows(model)
     for name, parameter in model.named_parameters():
         n = parameter.numel()
@@ -132,8 +134,8 @@ def trainable_report(model: nn.Module) -> TrainableReport:
             if name in rows:
                 n = len(rows[name]) * parameter.shape[1]
                 has_master = True
-            trainable += n
-            optimizer += n * (12 if has_master else 8)
+            sizes[name] = n
+            masters += 4 * n if has_master else 0
             group = "LoRA" if ".lora." in name else name.split(".")[0]
             modules[group] = modules.get(group, 0) + n
 
@@ -141,4 +143,5 @@ def trainable_report(model: nn.Module) -> TrainableReport:
     for module in model.modules():
         if isinstance(module, NF4Weight):
             total += module.shape[0] * module.shape[1] - sum(tensor.numel() for tensor in module.parameters())
-    return TrainableReport(trainable, total, weights, gradients, optimizer, tuple(modules.items()))
+    moments = moments_bytes(optimizer, model, sizes, rows)
+    return TrainableReport(sum(sizes.values()), total, weights, gradients, moments + masters, tuple(modules.items()))

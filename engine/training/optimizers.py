@@ -21,6 +21,7 @@ from ...kernels.optim.adamw import adamw_
 from ...kernels.optim.adamw8bit import MIN_SIZE, adamw8bit_
 from ...kernels.optim.adamw8bit_state import AdamW8bitParam
 from ...kernels.optim.adamw_state import AdamWParam
+from ...kernels.optim.blockwise import BLOCK, n_blocks
 from ...kernels.optim.muon import MuonParam, muon_
 
 TrainedParam = AdamWParam | AdamW8bitParam | MuonParam
@@ -60,6 +61,23 @@ def states_for(
     others = len(trained) - len(matrices)
     tqdm.write(f"Muon updates {len(matrices)} matrices, AdamW the {others} other parameters", file=sys.stderr)
     return {name: partial(MuonParam, rows=sizes) for name, sizes in matrices.items()}
+
+
+def moments_bytes(optimizer: str, model: nn.Module, sizes: Mapping[str, int], rows: Iterable[str]) -> int:
+    """Bytes of the moments that an optimizer keeps of so many entries each, by the parameter's name.
+
+    Of the parameters in `rows` only some rows train.
+    """
+    matrices = hidden_matrices(model) if optimizer == "muon" else {}
+    total = 0
+    for name, size in sizes.items():
+        if name in matrices:
+            total += 4 * size
+        elif optimizer == "adamw8bit" and size >= MIN_SIZE and name not in rows:
+            total += n_blocks(size) * 2 * (BLOCK + 4)  # codes, and a scale in fp32
+        else:
+            total += 8 * size
+    return total
 
 
 def hidden_matrices(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -39,7 +39,7 @@ def _train(
     run_folder.start(facts, facts["config"])
     ready = prepare(config, base, out / "corpus")
     amend(out, trains=choose_trained(ready, config), labels=list(ready.labels), chat=ready.chat)
-    print(trainable_report(ready.model))
+    print(trainable_report(ready.model, config.train.optimizer))
     before = abilities(ready, base)
 
     data = training_batches(ready.examples, ready.collate, config.train, by_length=ready.by_length)

@@ -7,7 +7,7 @@ import torch
 from small_runs import CHAT, examples, gpt2
 from torch import Tensor, nn
 
-from handtune.engine import LoRAConfig, TrainConfig, add_lora, train
+from handtune.engine import LoRAConfig, TrainConfig, add_lora, train, trainable_report
 from handtune.engine.data.batches import Collate
 from handtune.engine.tasks.causal_lm import causal_lm_loss
 from handtune.engine.training.optim import Optimizer
@@ -45,6 +45,19 @@ def step_once(model: nn.Module, optimizer: Optimizer, seed: int) -> None:
         optimizer.accumulate()
     optimizer.scale_gradients(8, 1.0)
     optimizer.step(0.01)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_its_memory_is_what_the_report_says(name: str, dtype: torch.dtype) -> None:
+    model = network().to(dtype)
+    optimizer = optimizer_of(name, model)
+    step_once(model, optimizer, 0)
+    kept = 0
+    for param in optimizer.trained.values():
+        kept += sum(getattr(param, field).nbytes for field in param.state if field != "step")
+        kept += param.weight.nbytes if param.copy is not None else 0
+    assert trainable_report(model, name).optimizer == kept
 
 
 def test_muon_takes_the_matrices_between_embedding_and_head() -> None:
