@@ -22,6 +22,7 @@ from ..chat.turns import ChatTargets
 from ..data.batches import IGNORE, Batches, Collate, to_device
 from ..data.text import tokenize_pairs
 from ..finite import not_finite
+from ..progress import Progress
 from ..runtime import in_eval_mode
 from .preferences import answer_logps
 
@@ -119,10 +120,11 @@ def _answer_logps(
         examples.append({"input_ids": ids[:-1], "targets": [*[IGNORE] * (first - 1), *ids[first:]]})
 
     logps = []
-    with in_eval_mode(model):
+    with in_eval_mode(model), Progress(len(examples), "text with label") as progress:
         for i, (batch,) in enumerate(Batches(examples, Collate(), rows=batch_size, shuffle=False)):
             logps.append(answer_logps(model, to_device(batch, device)).cpu())  # (B,)
             if not bool(logps[-1].isfinite().all()):
                 first = i * batch_size // len(answers) + 1
                 raise not_finite(model, f"the likelihoods of text {first} and those after it")
+            progress.update(len(logps[-1]))
     return torch.cat(logps).view(len(texts), len(answers))

@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ...kernels.dropout import Dropout
 from ..adapters.lora import adapter_sites
 from ..data.batches import Batches, Collate, CollateFn, Examples, to_device
 from ..data.images import ImageCollate
 from ..model import KnownModel
+from ..progress import Progress
 from ..runtime import in_eval_mode
 from ..tasks.common import pooled
 
@@ -121,14 +121,14 @@ def _below_the_head(
     device = next(model.parameters()).device
     total = len(chunks.examples)
     features: list[Tensor] = []
-    with in_eval_mode(model), tqdm(total=total, desc="features", unit="row", disable=None) as bar:
+    with in_eval_mode(model), Progress(total, "row") as progress:
         for (batch,) in chunks:
             states = pooled(model, to_device(batch["inputs"], device)).cpu()
 
             # Copies, because what is pooled can be a view into all hidden states of the chunk.
             chunk = [row.clone() for row in split_states(batch, states)]
             features += chunk
-            bar.update(len(chunk))
+            progress.update(len(chunk))
 
             # Estimated from the rows so far, so that the first chunk shows it already.
             if sum(row.nbytes for row in features) / len(features) * total > MAX_BYTES:

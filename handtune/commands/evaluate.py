@@ -15,6 +15,7 @@ from ..engine.data.placed_rows import PlacedRow
 from ..engine.data.text import prompt_tokens
 from ..engine.finite import not_finite
 from ..engine.generation.completions import completions
+from ..engine.progress import Progress
 from ..engine.tasks.metrics import rouge
 from ..engine.tasks.objectives import LossConfig
 from ..inputs.fingerprints import BASE, DATA, START
@@ -71,10 +72,13 @@ def _rouge(ready: Prepared) -> dict[str, float]:
 
     # A call of `completions` has one limit for all its prompts.
     texts: dict[int, str] = {}
-    for n in set(max_new_tokens):
-        indices = [i for i, own_limit in enumerate(max_new_tokens) if own_limit == n]
-        written = completions(ready.model, ready.tokenizer, [prompts[i] for i in indices], n, temperature=0)
-        texts.update(zip(indices, written, strict=True))
+    with Progress(len(prompts), "prompt") as progress:
+        for n in set(max_new_tokens):
+            indices = [i for i, own_limit in enumerate(max_new_tokens) if own_limit == n]
+            written = completions(ready.model, ready.tokenizer, [prompts[i] for i in indices], n, temperature=0)
+            for i, text in zip(indices, written, strict=True):
+                texts[i] = text
+                progress.update()
     return rouge([texts[i] for i in range(len(prompts))], golds)
 
 

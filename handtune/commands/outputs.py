@@ -20,6 +20,7 @@ from ..config import PPORunConfig, RunConfig
 from ..engine import Callback
 from ..engine.data.fingerprints import Inputs
 from ..engine.data.placed_rows import PlacedRow
+from ..engine.progress import counted
 from ..engine.training.run_folder import RunFolder, finished
 from ..inputs.fingerprints import inputs_of
 from ..reporting.tensorboard import TensorBoard
@@ -67,7 +68,7 @@ def write_rows(rows: Iterable[Mapping[str, Any]], count: int, out: Path) -> None
     """Write `count` rows to `out` as JSONL; if they break off, those so far to a file beside it."""
     lines: list[str] = []
     try:
-        for row in rows:
+        for row in counted(rows, count, "row"):
             lines.append(as_json(row) + "\n")
     finally:
         if 0 < len(lines) < count:

@@ -8,6 +8,7 @@ from .._shapes import parse_json
 from ..adapted.generator import Generator
 from ..engine.formats.text_files import read_text
 from ..engine.generation.completions import completions
+from ..engine.progress import counted
 from ..prompts import prompts_of
 
 
@@ -52,4 +53,4 @@ def sample_pairs(
         sides.append(
             completions(generator.model, generator.tokenizer, prompts, max_new_tokens, seed=first_seed, **sampling)
         )
-    return zip(prompts, *sides, strict=True)
+    return counted(zip(prompts, *sides, strict=True), len(prompts), "pair")
