@@ -20,7 +20,7 @@ class Progress:
         self.unit = unit
         self.count = 0
         self.begun = self.told = time.perf_counter()
-        self.bar = tqdm(total=total, unit=unit, disable=None)  # None: where there is no terminal
+        self.bar = tqdm(desc=f"{unit}s", total=total, unit=unit, disable=None)  # None: where there is no terminal
 
     def __enter__(self) -> "Progress":
         return self

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from tqdm import tqdm
 
 from ..._files import require_file
 from ..._outside import located, others_code, visible_line
+from ..progress import counted
 from .batches import Batch
 from .labels import label_ids, label_name
 
@@ -228,7 +228,7 @@ class ImageExamples:
     def check(self) -> None:
         """Decode every image once. ValueError that names those that can't be."""
         broken = []
-        for i in tqdm(range(len(self)), desc="images", unit="image", disable=None, leave=False):
+        for i in counted(range(len(self)), len(self), "image"):
             try:
                 self[i]
             except (ValueError, OSError) as error:

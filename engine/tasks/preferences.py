@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import ArrayLike
 from torch import Tensor
-from tqdm import tqdm
 
 from ..._outside import located
 from ...kernels import linear_cross_entropy
@@ -31,6 +30,7 @@ from ..chat.turns import ChatTargets
 from ..data.batches import IGNORE, Batch, Batches, Collate, Examples, to_device
 from ..data.placed_rows import PlacedRow
 from ..data.text import append_eos, bos_ids, tokenize_pairs
+from ..progress import Progress
 from ..runtime import in_eval_mode
 from .common import Encoded, Settings, features, without_example
 
@@ -268,10 +268,11 @@ def add_reference(model: Any, examples: Examples, adapter: str | None = None) ->
     device = next(model.parameters()).device
     chunks = Batches(examples, PairCollate(), tokens=CHUNK_TOKENS, shuffle=False)
     logps: list[list[float]] = []
-    with in_eval_mode(model), use_adapter(model, adapter):
-        for (batch,) in tqdm(chunks, desc="reference", unit="batch", disable=None):
+    with in_eval_mode(model), use_adapter(model, adapter), Progress(len(examples), "reference") as progress:
+        for (batch,) in chunks:
             chosen, rejected = answer_logps(model, to_device(batch, device)).chunk(2)  # (2B,) -> (B,) each
             logps += torch.stack((chosen, rejected), 1).tolist()  # (B, 2)
+            progress.update(len(chosen))
     for example, reference in zip(examples, logps, strict=True):
         example["reference"] = reference
 

@@ -121,7 +121,7 @@ def _below_the_head(
     device = next(model.parameters()).device
     total = len(chunks.examples)
     features: list[Tensor] = []
-    with in_eval_mode(model), Progress(total, "row") as progress:
+    with in_eval_mode(model), Progress(total, "feature") as progress:
         for (batch,) in chunks:
             states = pooled(model, to_device(batch["inputs"], device)).cpu()
 
