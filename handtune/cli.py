@@ -68,11 +68,14 @@ def _hint(command: str, unparsed: list[str]) -> str:
         return ""
     from .reference.foreign_names import field_hint, option_hint
 
-    if "override" in GRAMMAR[command][-1]:  # what other tools have as options are fields of its file
+    known = [name.split()[-1] for name in GRAMMAR[command][-1] if name.startswith("-")]
+    hint = option_hint(unparsed, known)
+    if "override" in GRAMMAR[command][-1] and not hint.startswith("did you mean"):
+        # What other tools have as options are fields of its file.
         from .config import PPORunConfig, RunConfig
 
-        return f"; {field_hint(unparsed, PPORunConfig if command == 'ppo' else RunConfig)}"
-    return f"; {option_hint(unparsed, [name.split()[-1] for name in GRAMMAR[command][-1] if name.startswith('-')])}"
+        hint = field_hint(unparsed, PPORunConfig if command == "ppo" else RunConfig)
+    return f"; {hint}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,5 +1,7 @@
 """The families of models, by the `model_type` that published checkpoints give them."""
 
+from difflib import get_close_matches
+
 from .bert import Bert
 from .bloom.model import Bloom
 from .gpt2.model import GPT2
@@ -32,5 +34,7 @@ def family_of_preset(preset: str) -> Family:
     for family in families:
         if preset in family.presets:
             return family
-    known = ", ".join(name for family in families for name in family.presets)
-    raise ValueError(f"preset {preset!r} is unknown; known: {known}")
+    known = [name for family in families for name in family.presets]
+    similar = get_close_matches(preset, known, n=1)
+    meant = f"did you mean {similar[0]!r}? " if similar else ""
+    raise ValueError(f"preset {preset!r} is unknown; {meant}known: {', '.join(known)}")

@@ -16,7 +16,8 @@ class LoRAConfig:
     """What an adapter looks like: a correction s B A, where s is `alpha` / `rank`."""
 
     rank: int = 16  # R, the rows of A and the columns of B; parameters and optimizer state grow with it
-    alpha: float = 32.0  # twice the rank, as is usual: where they keep that ratio, one learning rate suits any rank
+    # It does not follow the rank. Twice that is usual: where they keep the ratio, one learning rate suits any rank.
+    alpha: float = 32.0
 
     # "all-linear" (every projection but the output head; a ResNet's convolutions), a group of the model's own
     # ("attention", "mlp", "convolutions"), or names and shell globs that match a whole module path or its end, in our

@@ -23,6 +23,10 @@ from .schema import EXTRA_FIELDS, KNOWN_FIELDS, SHAPE_FIELDS
 _BESIDE_PROMPT = {"completion", "chosen", "rejected"}
 
 
+class MissingColumn(ValueError):
+    """A column that a configuration names is not in a row."""
+
+
 @dataclass(frozen=True)
 class PromptTemplate:
     """A text with the names of columns in braces. ValueError where it has none, or isn't such a text."""
@@ -56,7 +60,7 @@ class PromptTemplate:
         """The prompt of a row. ValueError where it lacks a column, or one is empty or no text and no number."""
         missing = [column for column in self.fields if column not in raw]
         if missing:
-            raise ValueError(
+            raise MissingColumn(
                 f"no column {missing[0]!r}, which the prompt {self.text!r} is made of; there are {_listed(raw)}"
             )
         return "".join(
@@ -157,7 +161,7 @@ class Columns:
         named = {}
         for name, column in self.names.items():
             if column not in raw:
-                raise ValueError(f"no column {column!r}, which data.columns.{name} names; there are {_listed(raw)}")
+                raise MissingColumn(f"no column {column!r}, which data.columns.{name} names; there are {_listed(raw)}")
             named[name] = raw[column]
 
         used = set(self.names.values())

@@ -14,14 +14,16 @@ from typing import Any, TypeVar
 
 from ..._outside import located
 from ..formats.arrow import is_saved
+from ..formats.compression import kind_of
 from ..formats.sources import ENDINGS, raw_rows
-from .columns import Columns, PromptTemplate
+from ..formats.tables import LINE_BREAK
+from .columns import Columns, MissingColumn, PromptTemplate
 from .images import image_rows
 from .labels import label_name
 from .placed_rows import PlacedRow, location_of
 from .schema import KNOWN_FIELDS, normalize, prompt_row, row_shape
 
-__all__ = ["label_names", "read_prompts", "read_rows", "row_shape", "split_rows"]
+__all__ = ["label_names", "line_rows", "read_prompts", "read_rows", "row_shape", "split_rows"]
 
 Row = TypeVar("Row", bound=Mapping[str, Any])
 _AS_THEY_ARE = Columns()
@@ -62,7 +64,13 @@ def iterate_rows(path: str | Path, columns: Columns = _AS_THEY_ARE) -> Iterator[
                 told.add(name)
                 print(f"{path}: {name} is the column {column!r}, as data.columns says; the column {name!r}, which is "
                       "there, too, is not read", file=sys.stderr)  # fmt: skip
-        row = normalize(columns.row(raw))
+        try:
+            named = columns.row(raw)
+        except MissingColumn as error:
+            if kind_of(Path(path)) not in (".csv", ".tsv"):
+                raise
+            raise ValueError(f"{error} (the first line of a table names its columns)") from None
+        row = normalize(named)
         columns.check_used(row)
         return row
 
@@ -104,6 +112,13 @@ def placed_rows(
         yield PlacedRow(row, str(path), line, raw=raw if keep_raw else None)
     if is_empty:
         raise ValueError(f"{path}: no rows in it; give a file with at least one")
+
+
+def line_rows(text: str, where: str) -> Iterator[PlacedRow]:
+    """A text a line, as people list what is to be judged; blank lines are passed over."""
+    for number, line in enumerate(LINE_BREAK.split(text), 1):
+        if line.strip():
+            yield PlacedRow({"text": line}, where, f"line {number}")
 
 
 def split_rows(rows: Sequence[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:

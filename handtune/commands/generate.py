@@ -17,7 +17,7 @@ from ..engine.generation.completions import completions
 from ..engine.training.guards import explained_memory_error
 from ..prompts import prompts_of
 from ..terminal import print_text, read_standard_input
-from .outputs import output, write_answers
+from .outputs import output, write_answers, written_to
 
 
 def run_generate(options: argparse.Namespace) -> int:
@@ -33,6 +33,8 @@ def _generate(options: argparse.Namespace, out: Path | None) -> int:
     rows = list(_rows(options, generator))
     adapters = generator.adapters_of(rows)
     chats = [chat and not options.raw for chat in generator.asks_as_chat(adapters, len(rows))]
+    if not options.raw:
+        generator.tell_if_raw(rows, chats)
     prompts = prompts_of(rows, model, chats)
 
     temperature = options.temperature
@@ -49,7 +51,7 @@ def _generate(options: argparse.Namespace, out: Path | None) -> int:
     with explained_memory_error(next(model.parameters()).device, lambda: _less_memory(options)):
         if out is not None:
             write_answers(rows, texts, out)
-            print(f"{len(prompts)} rows written to {options.out}")
+            print(written_to(len(prompts), options.out))
         else:
             for number, (row, chat, prompt, text) in enumerate(zip(rows, chats, prompts, texts, strict=True)):
                 # An answer and the output of a decoder are texts of their own.

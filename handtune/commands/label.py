@@ -4,15 +4,18 @@ import argparse
 import json
 import sys
 from collections import Counter
+from pathlib import Path
 
 from .._files import resolved, write_file
 from ..adapted.generator import generator_of
 from ..engine.data.labels import label_name
 from ..engine.data.placed_rows import location_of
-from ..engine.data.readers import read_prompts
+from ..engine.data.readers import line_rows, read_prompts
+from ..engine.formats.compression import kind_of
+from ..engine.formats.text_files import read_text
 from ..engine.tasks.zero_shot import label_texts
 from ..prompts import template_of
-from .outputs import output
+from .outputs import output, written_to
 
 
 def run_label(options: argparse.Namespace) -> int:
@@ -45,7 +48,7 @@ def run_label(options: argparse.Namespace) -> int:
 
         counts = Counter(prediction.label for prediction in predictions)
         summary = ", ".join(f"{label} {counts[label]}" for label in verbalizers)
-        print(f"{len(rows)} rows written to {options.out}: {summary}")
+        print(f"{written_to(len(rows), options.out)}: {summary}")
         return 0
 
 
@@ -59,6 +62,8 @@ def label_and_words(spec: str) -> tuple[str, str]:
 
 
 def _read_texts(path: str) -> list[str]:
+    if kind_of(Path(path)) == ".txt":
+        return [row["text"] for row in line_rows(read_text(Path(path)), path)]
     texts = []
     for index, row in enumerate(read_prompts(path)):
         text = row.get("text", row.get("prompt"))

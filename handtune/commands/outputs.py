@@ -59,6 +59,11 @@ def write_answers(rows: Sequence[PlacedRow], texts: Iterable[str], out: Path) ->
     write_rows(answered, len(rows), out)
 
 
+def written_to(count: int, out: str) -> str:
+    """What is said when rows are written."""
+    return f"{count:,} {'row' if count == 1 else 'rows'} written to {out}"
+
+
 def as_json(row: Mapping[str, Any]) -> str:
     """A row as a line of JSONL; what JSON doesn't have (a date of a table) as its text."""
     return json.dumps(row, ensure_ascii=False, default=str)

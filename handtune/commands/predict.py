@@ -1,7 +1,6 @@
 """`handtune predict`: what a model with a head says of rows, printed or written beside them."""
 
 import argparse
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -13,16 +12,18 @@ from .._files import resolved
 from ..adapted.predictor import Predictor, predictor_of
 from ..engine.data.images import SUFFIXES, image_files
 from ..engine.data.placed_rows import PlacedRow, location_of
-from ..engine.data.readers import placed_rows
+from ..engine.data.readers import line_rows, placed_rows
 from ..engine.formats.arrow import is_saved
-from ..engine.formats.text_files import json_lines
+from ..engine.formats.compression import kind_of
+from ..engine.formats.tables import LINE_BREAK
+from ..engine.formats.text_files import json_lines, read_text
 from ..engine.training.guards import explained_memory_error
 from ..inputs.fingerprints import is_run
 from ..inputs.rows import columns_of
 from ..reporting.predictions import readable
 from ..saved_runs import config_of
 from ..terminal import print_text, read_standard_input
-from .outputs import as_json, output, write_rows
+from .outputs import as_json, output, write_rows, written_to
 
 STDIN = "standard input"
 
@@ -47,7 +48,7 @@ def _predict(predictor: Predictor, rows: list[Mapping[str, Any]], options: argpa
         pairs = zip(rows, chain(first, predictions), strict=True)
         if out is not None:
             write_rows(({**row, **prediction} for row, prediction in pairs), len(rows), out)
-            print(f"{len(rows)} rows written to {options.out}")
+            print(written_to(len(rows), options.out))
             return 0
 
         for row, prediction in pairs:
@@ -93,8 +94,12 @@ def _rows(options: argparse.Namespace) -> Iterator[Mapping[str, Any]]:
     path = Path(options.file)
     if options.file == "-":
         yield from _standard_input()
+    elif options.text and not path.exists():
+        raise ValueError(f"{options.file}: no such file; of several texts each has a --text in front")
     elif (path.is_dir() and not is_saved(path)) or path.suffix.lower() in SUFFIXES:
         yield from image_files(path)
+    elif kind_of(path) == ".txt":  # which is one document where a model learns from it
+        yield from line_rows(read_text(path), options.file)
     else:
         yield from placed_rows(options.file, dict, any_names=_names_columns(options.model))
 
@@ -105,13 +110,14 @@ def _names_columns(model: str) -> bool:
 
 
 def _standard_input() -> Iterator[PlacedRow]:
-    """A row a line: its text, or, if the first one begins with a brace, the fields of a JSON object."""
+    """A text a line, or, if the first one begins with a brace, the fields of a JSON object."""
     text = read_standard_input()
-    lines = [(number, line) for number, line in enumerate(re.split(r"\r\n|[\r\n]", text), 1) if line.strip()]
-    if lines and lines[0][1].lstrip().startswith("{"):
-        for location, row in json_lines(lines, STDIN):
-            if not isinstance(row, dict):
-                raise ValueError(f"{STDIN} {location}: expected an object, found {type(row).__name__}")
-            yield PlacedRow(row, STDIN, location)
-    else:
-        yield from (PlacedRow({"text": line}, STDIN, f"line {number}") for number, line in lines)
+    if not text.lstrip().startswith("{"):
+        yield from line_rows(text, STDIN)
+        return
+
+    lines = [(number, line) for number, line in enumerate(LINE_BREAK.split(text), 1) if line.strip()]
+    for location, row in json_lines(lines, STDIN):
+        if not isinstance(row, dict):
+            raise ValueError(f"{STDIN} {location}: expected an object, found {type(row).__name__}")
+        yield PlacedRow(row, STDIN, location)

@@ -45,7 +45,9 @@ def sample_pairs(
 ) -> Iterator[tuple[str, str, str]]:
     """Each prompt of a file with two completions of the model, sampled as `completions` is told."""
     rows = generator.read_prompts(path)
-    prompts = prompts_of(rows, generator.model, generator.asks_as_chat(None, len(rows)))
+    chats = generator.asks_as_chat(None, len(rows))
+    generator.tell_if_raw(rows, chats)
+    prompts = prompts_of(rows, generator.model, chats)
 
     # A batch's seed is this plus the number of its first prompt, so that no two batches of the two sides share one.
     sides = []

@@ -141,8 +141,8 @@ def of_checkpoint(path: str | Path) -> dict[str, Any]:
 def _of_reward(spec: str) -> dict[str, Any]:
     """The fingerprint of a reward model's adapter or checkpoint, or of a function's file (not of what that imports)."""
     if not Path(spec).exists():
-        module, _, function = spec.partition(":")
-        file = _file_of(module)
+        module, colon, function = spec.partition(":")
+        file = _file_of(module) if colon else None
         if file is None:
             return {"path": spec, "files": {}}
         # With its name, because another function of the same file is another reward.
@@ -180,7 +180,9 @@ def _file_of(module: str) -> Path | None:
     finally:
         sys.path.pop(0)
 
-    if spec is None or not spec.has_location or not spec.origin:  # a namespace package, or built in
+    if spec is None:
+        raise ValueError(f"{module!r}: no such folder, and no module in the current folder or on the path (PYTHONPATH)")
+    if not spec.has_location or not spec.origin:  # a namespace package, or built in
         return None
     return Path(spec.origin)
 

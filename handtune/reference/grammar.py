@@ -10,10 +10,10 @@ Arguments = dict[str, dict[str, Any]]  # the settings of each argument, as `add_
 # What several commands have; a command need not say it again, but may say it otherwise.
 SHARED: Arguments = {
     "config": {"help": "the TOML file"},
-    "override": {"nargs": "*", "help": "a change to it, section.field=value"},
-    "model": {"help": "a checkpoint's folder or hub id, or the folder of a run"},
+    "override": {"nargs": "*", "default": [], "help": "a change to it, section.field=value"},
+    "model": {"help": "a checkpoint's folder, GGUF file or hub id, or the folder of a run"},
     "--prompts": {"help": "a file of rows with a prompt, messages or a text each, or what its prompts are made of"},
-    "--adapter": {"action": "append", "default": [], "metavar": "DIR", "help": "an adapter's folder"},
+    "--adapter": {"action": "append", "default": [], "metavar": "DIR", "help": "an adapter's folder, or its run's"},
     "--force": {"action": "store_true", "help": "replace a file that is there"},
     "--max-new-tokens": {"type": int, "default": 64, "help": "the most that a text may have (default 64)"},
     "--temperature": {"type": float, "help": "how freely it is sampled; 0: always the likeliest token (default 1)"},
@@ -101,7 +101,7 @@ GRAMMAR: dict[str, tuple[str, str, Arguments]] = {
         "handtune generate runs/sft --prompt 'In the beginning' --temperature 0",
         {
             "model": {},
-            "--adapter": {"help": "an adapter's folder; several: rows of --prompts name theirs"},
+            "--adapter": {"help": "an adapter's folder, or its run's; several: rows of --prompts name theirs"},
             "--prompt": {"action": "append", "help": "a prompt (may be repeated)"},
             "--prompts": {},
             "--raw": {"action": "store_true", "help": "continue the prompts as they are, past any template"},
@@ -146,8 +146,8 @@ GRAMMAR: dict[str, tuple[str, str, Arguments]] = {
             "model": {},
             "file": {
                 "nargs": "?",
-                "help": "rows in any format that train reads, labels or not; an image, or a folder of them; - reads "
-                "standard input, a text or a JSON object a line",
+                "help": "rows in any format that train reads, labels or not; of a .txt file a text a line; an image, "
+                "or a folder of them; - reads standard input, texts or JSON objects a line",
             },
             "--text": {"action": "append", "help": "a text (may be repeated)"},
             "--out": {"help": "write the rows with their predictions (JSONL) here instead of printing"},
@@ -170,7 +170,7 @@ GRAMMAR: dict[str, tuple[str, str, Arguments]] = {
         "handtune label MODEL texts.jsonl --labels good bad --out labels.jsonl --sort",
         {
             "model": {},
-            "data": {"help": "a file of rows with a text"},
+            "data": {"help": "a file of rows with a text, or a .txt file, a text a line"},
             "--labels": {"nargs": "+", "required": True, "help": "names, or name=words: what stands for each"},
             "--template": {"default": "{text}\\n{label}", "help": r"a sentence (default {text}\n{label})"},
             "--raw": {"action": "store_true", "help": "put the sentence to the model as it is, past a chat template"},

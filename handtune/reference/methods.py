@@ -90,6 +90,16 @@ EXAMPLES: dict[str, Any] = {
     "ppo.kl_target": 6.0,
     "ppo.max_kl": 20.0,
 }
+# Shapes that people publish, which are read as one of a method's own.
+_SHAREGPT = "ShareGPT's messages, each with from and value"
+_CONVERTED = {
+    "sft": {
+        "instruction/input/output": "Alpaca's: the prompt is instruction, blank line, input; input may be empty",
+        "conversations": _SHAREGPT,
+    },
+    "reward": {"conversations/chosen/rejected": _SHAREGPT},
+    "dpo": {"conversations/chosen/rejected": _SHAREGPT},
+}
 _BASES = {
     "masked-lm": "google-bert/bert-base-uncased",
     "classify": "google-bert/bert-base-uncased",
@@ -135,7 +145,7 @@ def rows_of(method: str) -> dict[str, str]:
     if method == PPO:
         return {"prompt": "a text to be continued", **_described("messages", "text")}
 
-    rows = _described(*ENCODERS[OBJECTIVES[method].encoding])
+    rows = _described(*ENCODERS[OBJECTIVES[method].encoding]) | _CONVERTED.get(method, {})
     if method == "classify":
         rows |= _described("image/label")
     return rows

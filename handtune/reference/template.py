@@ -49,8 +49,9 @@ def config_class_of(method: str) -> type:
 
 def _shape_lines(shape: str, text: str) -> list[str]:
     """A shape of rows and what is in them."""
-    lines = textwrap.wrap(text, WIDTH - KEY_WIDTH - 2)
-    return [f"#   {name:<{KEY_WIDTH - 4}}{line}" for name, line in zip_longest([shape], lines, fillvalue="")]
+    width = KEY_WIDTH - 2
+    lines = textwrap.wrap(text, WIDTH - width - 4)
+    return [f"#   {name:<{width}}{line}" for name, line in zip_longest([shape], lines, fillvalue="")]
 
 
 def _header(table: Table) -> list[str]:

@@ -262,6 +262,13 @@ lr = 1e-2
     assert capsys.readouterr().out.startswith("the cat sat on the mat")
 
 
+def test_a_preset_that_is_nearly_one(tmp_path, capsys) -> None:
+    path = tmp_path / "new.toml"
+    path.write_text('method = "classify"\nout = "run"\n[model]\npreset = "resnet-18"\n[data]\ntrain = "x"\n')
+    assert main(["train", str(path)]) == 2
+    assert "preset 'resnet-18' is unknown; did you mean 'resnet18'? known: " in capsys.readouterr().err
+
+
 def test_a_fresh_model_is_what_its_options_say(tmp_path, capsys) -> None:
     """The dtype, the depth of the head and the device of a preset."""
     byte_level().save(str(tmp_path / "tokenizer.json"))

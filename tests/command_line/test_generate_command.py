@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_adapters import shaken
-from small_commands import run_command
-from small_runs import CHAT, gpt2, gpt2_folder, write_config, write_rows
+from small_commands import run_command, talker_folder
+from small_runs import CHAT, SENTIMENT, gpt2, gpt2_folder, write_config, write_rows
 from small_tokenizers import byte_level
 from tokenizers import Tokenizer
 
@@ -123,6 +123,35 @@ def test_an_unfinished_run_does_not_answer_from_its_base(base: Path, tmp_path: P
     (folder / "adapter").rename(folder / "gone")
     assert "the run has not finished" in refused("generate", folder, *ASK)
     assert "the run has not finished" in refused("evaluate", folder, "--data", tmp_path / "rows.jsonl")
+
+
+def test_a_run_stands_for_its_adapter(base: Path, tmp_path: Path, capsys) -> None:
+    folder = trained(tmp_path)
+    capsys.readouterr()
+    answers = []
+    for adapter in (folder, folder / "adapter"):
+        run_command("generate", base, "--adapter", adapter, *ASK)
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1]
+
+
+def test_a_model_that_answers_chats_is_said_to_be_asked_without_its_template(tmp_path: Path, capsys) -> None:
+    talker = talker_folder(tmp_path / "talker")
+    notice = "the prompts are continued as they stand, past the model's chat template"
+    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "hi"}]}])
+    run_command("generate", talker, *ASK)
+    assert notice in capsys.readouterr().err
+    run_command("generate", talker, *ASK, "--raw")
+    assert capsys.readouterr().err == ""
+    run_command("generate", talker, "--prompts", rows, *ASK[2:])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_model_that_writes_nothing(base: Path, tmp_path: Path, refused) -> None:
+    rows = write_rows(tmp_path / "labelled.jsonl", SENTIMENT)
+    run = trained(tmp_path, method="classify", data={"train": str(rows)})
+    said = refused("generate", run, *ASK)
+    assert said == f"{run}: it writes no text, being for sequence-classification; `handtune predict` asks such a model"
 
 
 def test_what_is_there_is_not_written_over(base: Path, tmp_path: Path, refused) -> None:

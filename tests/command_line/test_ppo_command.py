@@ -187,3 +187,10 @@ def test_samples_show_what_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyP
     scores = {sample.partition(" → ")[0]: sample.rpartition(": ")[2] for sample in logged}
     assert scores.get("'who?'", "1.000") == "1.000"
     assert scores.get("'the cat'", "0.000") == "0.000"
+
+    # Once more, where Python does not find the module: that is said, and not that the run has another reward.
+    Path("shown_texts.py").unlink()
+    monkeypatch.delitem(sys.modules, "shown_texts")
+    assert main(["ppo", "ppo.toml"]) == 2
+    said = capsys.readouterr().err
+    assert "'shown_texts': no such folder, and no module in the current folder or on the path (PYTHONPATH)" in said

@@ -318,6 +318,17 @@ def test_rows_without_text_and_rows_that_are_too_long(runs, tmp_path, caplog, ca
     assert capsys.readouterr().out.splitlines()[-1] == f"2 rows written to {tmp_path / 'out.jsonl'}"
 
 
+def test_a_text_a_line(runs, tmp_path, capsys) -> None:
+    """Of a .txt file, which is one document where a model learns from it; and a text without its --text."""
+    (tmp_path / "texts.txt").write_text("the dog\r\n\nthe cat\n")
+    found = predicted(runs["classify"], tmp_path / "texts.txt", out=tmp_path / "out.jsonl")
+    assert [row["text"] for row in found] == ["the dog", "the cat"]
+    predicted(runs["classify"], "--text", "the dog", out=tmp_path / "one.jsonl")
+    assert capsys.readouterr().out.endswith(f"1 row written to {tmp_path / 'one.jsonl'}\n")
+    assert main(["predict", str(runs["classify"]), "--text", "the dog", "the cat"]) == 2
+    assert "the cat: no such file; of several texts each has a --text in front" in capsys.readouterr().err
+
+
 def typed(text: str | bytes) -> io.TextIOWrapper:
     """Standard input that holds this."""
     return io.TextIOWrapper(io.BytesIO(text.encode() if isinstance(text, str) else text), encoding="utf-8")

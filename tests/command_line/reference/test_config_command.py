@@ -95,7 +95,12 @@ def test_methods_and_shapes_are_those_of_the_engine() -> None:
     for method in PURPOSES:
         assert rows_of(method)
         assert all(rows_of(method).values())
-    assert list(rows_of("sft")) == ["text", "prompt/completion", "messages"]
+    assert list(rows_of("sft")) == [
+        "text", "prompt/completion", "messages", "instruction/input/output", "conversations",
+    ]  # fmt: skip
+    assert (
+        list(rows_of("dpo")) == list(rows_of("reward")) == ["prompt/chosen/rejected", "conversations/chosen/rejected"]
+    )
     assert list(rows_of("classify")) == ["text/label", "text/text_pair/label", "image/label"]
     assert list(rows_of("embed")) == ["anchor/positive[/negative]"]
 

@@ -103,6 +103,7 @@ def test_the_names_lead_to_fields_and_are_none_themselves() -> None:
         (["train", "x.toml", "--what"], "changed without dashes: section.field=value"),
         (["train", "x.toml", "--logging_steps", "3"], "every step is logged"),
         (["ppo", "x.toml", "--learning_rate", "3"], "changed without dashes: ppo.lr=3"),
+        (["ppo", "x.toml", "--quite"], "did you mean --quiet?"),
         (["generate", "x", "--max_new_tokens", "3"], "did you mean --max-new-tokens?"),
         (["generate", "x", "--num_beams", "3"], "did you mean --beams?"),
         (["merge", "a", "b", "--zzz"], "known: --dtype"),
@@ -123,6 +124,9 @@ def test_options_of_other_tools(command: list[str], hint: str, capsys: pytest.Ca
 
 
 def test_words_too_many_get_no_hint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parsed(["train"])
+    assert capsys.readouterr().err.endswith("the following arguments are required: config\n")
     with pytest.raises(SystemExit):
         parsed(["check-data"])
     with pytest.raises(SystemExit):

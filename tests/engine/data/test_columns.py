@@ -46,7 +46,8 @@ def test_columns_are_renamed(tmp_path: Path) -> None:
             "a.csv",
             "review,stars\na,1\n",
             {"text": "reviews", "label": "stars"},
-            "a.csv line 2: no column 'reviews', which data.columns.text names; there are review, stars",
+            "a.csv line 2: no column 'reviews', which data.columns.text names; there are review, stars "
+            r"\(the first line of a table names its columns\)",
         ),
         ("a.jsonl", '{"a": "x"}\n{"b": "x"}\n', {"text": "a"}, "a.jsonl line 2: no column 'a', .* there are b"),
         ("a.jsonl", "3\n", {"text": "a"}, "a.jsonl line 1: expected an object, found int"),

@@ -113,6 +113,12 @@ def test_from_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert [row["confidence"] for row in found] == sorted(row["confidence"] for row in found)
     assert {row["text"]: row["label"] for row in found}["And the woman bare a"] == "child"
     assert {frozenset(row) for row in read_rows("labelled.jsonl")} == {frozenset({"text", "label"})}
+
+    # A text a line, of a file that would be one document to learn from.
+    Path("texts.txt").write_text("".join(f"{row['text']}\n" for row in rows))
+    command[command.index(data)] = "texts.txt"
+    assert main([*command, "--sort", "--force"]) == 0
+    assert [json.loads(line) for line in Path("labelled.jsonl").read_text().splitlines()] == found
     Path("agree.py").write_text("def agree(prompt, left, right):\n    return 'left'\n")
     assert main(["compare", "--pairs", "labelled.jsonl", "--out", "seen.jsonl", "--labeler", "agree:agree"]) == 0
     assert len(read_rows("seen.jsonl")) == 3
