@@ -21,6 +21,7 @@ from ..engine.tasks.objectives import LossConfig
 from ..inputs.fingerprints import BASE, DATA, START
 from ..prepare import Prepared, prepare, run_base
 from ..prompts import prompts_of
+from ..reporting.held_out import mistakes_in_words
 from ..saved_runs import config_of, facts_of, put_weights
 
 
@@ -46,6 +47,10 @@ def run_evaluate(options: argparse.Namespace) -> int:
     metrics = evaluate(ready.model, batches, ready.objective.loss, ready.score())
     if not math.isfinite(metrics["loss"]):
         raise not_finite(ready.model, f"{run}: the losses")
+    if "confusion" in metrics:
+        metrics["labels"] = list(ready.labels)  # of its rows, which are gold, and columns
+    if "mistakes" in metrics:
+        metrics["mistakes"] = mistakes_in_words(ready, metrics)
     if options.rouge:
         metrics |= _rouge(ready)
     print(json.dumps(metrics, indent=1))

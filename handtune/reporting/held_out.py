@@ -75,7 +75,7 @@ def keep_examples(run: Path, ready: Prepared, before: Abilities, after: Abilitie
     general = None
     if before.general is not None and after.general is not None:
         general = {"before": before.general, "after": after.general}
-    mistakes = [_mistake(ready, mistake) for mistake in metrics.get("mistakes", ())]
+    mistakes = mistakes_in_words(ready, metrics)
     write_json(run / EXAMPLES, {"texts": texts, "general": general, "mistakes": mistakes})
 
 
@@ -147,6 +147,11 @@ def _general_loss(ready: Prepared) -> float | None:
     batches = Batches(examples, objective.collate(model, tokenizer, True), tokens=EVAL_TOKENS, shuffle=False)
     loss: float = evaluate(model, batches, objective.loss)["loss"]
     return loss
+
+
+def mistakes_in_words(ready: Prepared, metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """The mistakes of an evaluation, the surest first."""
+    return [_mistake(ready, mistake) for mistake in metrics.get("mistakes", ())]
 
 
 def _mistake(ready: Prepared, mistake: dict[str, Any]) -> dict[str, Any]:

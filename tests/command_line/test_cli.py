@@ -81,7 +81,7 @@ def test_train_and_evaluate(method, bases, tmp_path, capsys) -> None:
     assert ("confusion" in result) == (method == "classify")
     assert json.loads((tmp_path / "run/run.json").read_text())["trains"] == "full"
     found = evaluated(capsys, tmp_path / "run")
-    assert found.keys() == result["metrics"].keys()
+    assert found.keys() - {"labels"} == result["metrics"].keys()
     assert found["loss"] == pytest.approx(result["metrics"]["loss"], rel=1e-4)
 
 
@@ -224,8 +224,14 @@ def test_evaluate_on_other_rows(bases, tmp_path, capsys) -> None:
     run("train", configuration(tmp_path, "classify", bases))
     own = evaluated(capsys, tmp_path / "run")
     assert sum(map(sum, own["confusion"])) == 6
-    other = evaluated(capsys, tmp_path / "run", "--data", write_rows(tmp_path / "one.jsonl", SENTIMENT[:1]))
+    assert own["labels"] == json.loads((tmp_path / "run/run.json").read_text())["labels"]
+    wrong = [{**row, "label": own["labels"][row["label"] == own["labels"][0]]} for row in SENTIMENT[:1]]
+    other = evaluated(capsys, tmp_path / "run", "--data", write_rows(tmp_path / "one.jsonl", wrong))
     assert sum(map(sum, other["confusion"])) == 1
+    for mistake in other["mistakes"]:
+        assert mistake["row"] == "one.jsonl line 1"
+        assert (mistake["text"], mistake["gold"]) == (wrong[0]["text"], wrong[0]["label"])
+        assert mistake["predicted"] != mistake["gold"]
 
 
 def test_a_fresh_model_from_a_preset(tmp_path, capsys) -> None:
