@@ -128,14 +128,16 @@ def test_muon_makes_singular_values_equal(shape: tuple[int, int]) -> None:
 
 
 def test_each_part_of_a_fused_projection_is_a_matrix() -> None:
-    """q, k and v in one weight move as three matrices move by torch's Muon."""
+    """q, k and v in one weight move as three matrices move by torch's Muon; a step's gradients have a factor."""
     parts = [draw(n, 8, seed=n).requires_grad_() for n in (8, 4, 4)]
     fused = MuonParam(torch.cat([p.detach() for p in parts]).requires_grad_(), (8, 4, 4), scale=0.5, decay=0.1)
     reference = torch.optim.Muon(parts, lr=0.05, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    for step in range(3):
+    for step, factor in enumerate((1.0, 0.25, 8.0)):
         for i, part in enumerate(parts):
             part.grad = draw(*part.shape, seed=10 * step + i)
         fused.weight.grad = torch.cat([part.grad for part in parts])
-        muon_([fused], 0.1, torch.tensor(1.0))
+        for part in parts:
+            part.grad *= factor
+        muon_([fused], 0.1, torch.tensor(factor))
         reference.step()
     assert torch.equal(fused.weight, torch.cat(parts))
