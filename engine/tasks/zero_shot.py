@@ -120,7 +120,7 @@ def _answer_logps(
         examples.append({"input_ids": ids[:-1], "targets": [*[IGNORE] * (first - 1), *ids[first:]]})
 
     logps = []
-    with in_eval_mode(model), Progress(len(examples), "label") as progress:
+    with in_eval_mode(model), Progress(len(examples), "answer") as progress:
         for i, (batch,) in enumerate(Batches(examples, Collate(), rows=batch_size, shuffle=False)):
             logps.append(answer_logps(model, to_device(batch, device)).cpu())  # (B,)
             if not bool(logps[-1].isfinite().all()):

@@ -12,10 +12,10 @@ from ..engine.data.placed_rows import PlacedRow, location_of
 from ..engine.data.readers import read_prompts
 from ..engine.data.schema import is_dialogue
 from ..engine.peft.format import CONFIG
-from ..inputs.fingerprints import adapter_in, of_model
+from ..inputs.fingerprints import adapter_in, is_run, of_model
 from ..models.tokenizer.special_tokens import SpecialTokens
-from ..prompts import learn_turn_end, prompt_template_of
-from ..saved_runs import put_adapter
+from ..prompts import learn_turn_end, prompt_template_of, template_of
+from ..saved_runs import facts_of, put_adapter
 from .starting import other_base
 from .stored import load_base, stored_model
 
@@ -34,11 +34,18 @@ class Generator(NamedTuple):
             adapters = [list(self.tokens)[-1]] * rows
         return [self.tokens[name].asks_as_chat for name in adapters]
 
-    def tell_if_raw(self, rows: Sequence[Mapping[str, Any]], chats: Sequence[bool]) -> None:
-        """Say so where a model that answers chats continues prompts as they stand."""
-        answers_chats = list(self.tokens.values())[-1].answers_chats
-        if answers_chats and not all(chat or is_dialogue(row) for row, chat in zip(rows, chats, strict=True)):
-            print("the prompts are continued as they stand, past the model's chat template; rows of messages and "
+    def tell_if_raw(
+        self, rows: Sequence[Mapping[str, Any]], adapters: Sequence[str | None] | None, chats: Sequence[bool]
+    ) -> None:
+        """Say so where a model that answers chats continues prompts as they stand. Arguments as of `asks_as_chat`."""
+        names = [list(self.tokens)[-1]] * len(rows) if adapters is None else adapters
+        template = template_of(self.model)
+        if any(
+            self.tokens[name].answers_chats
+            and not (chat or is_dialogue(row) or template.has_rendered(row.get("prompt", row.get("text"))))
+            for row, name, chat in zip(rows, names, chats, strict=True)
+        ):
+            print("prompts are continued as they stand, past the model's chat template; rows of messages and "
                   "`handtune chat` go through it", file=sys.stderr)  # fmt: skip
 
     def template_of(self, raw: Mapping[str, Any]) -> PromptTemplate | None:
@@ -78,6 +85,9 @@ class Generator(NamedTuple):
 
 def generator_of(source: str, folders: Sequence[str | Path], dtype: str) -> Generator:
     """The model at `source`, a checkpoint's folder or hub id, or the folder of a run, with adapters from `folders`."""
+    task = facts_of(Path(source)).get("task") if is_run(Path(source)) else None
+    if task not in (None, "causal-lm", "seq2seq-lm"):
+        raise ValueError(f"{source}: it writes no text, being for {task}; `handtune predict` asks such a model")
     checkpoint, config = stored_model(source)
     folders = [adapter_in(Path(folder)) or folder for folder in folders]  # a run may stand for its adapter
     if config is not None:
@@ -90,8 +100,6 @@ def generator_of(source: str, folders: Sequence[str | Path], dtype: str) -> Gene
     model, tokenizer = load_base(config, dtype, head_follows=bool(folders))
     if tokenizer is None:
         raise ValueError(f"{source}: no tokenizer.json there, and prompts need one")
-    if model.task not in ("causal-lm", "seq2seq-lm"):
-        raise ValueError(f"{source}: it writes no text, being for {model.task}; `handtune predict` asks such a model")
 
     # `put_adapter` changes the model's tokens, and each adapter's settings start from those of the base.
     base_tokens = model.tokens

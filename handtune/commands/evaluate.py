@@ -47,13 +47,13 @@ def run_evaluate(options: argparse.Namespace) -> int:
     metrics = evaluate(ready.model, batches, ready.objective.loss, ready.score())
     if not math.isfinite(metrics["loss"]):
         raise not_finite(ready.model, f"{run}: the losses")
-    if "confusion" in metrics:
-        metrics["labels"] = list(ready.labels)  # of its rows, which are gold, and columns
+    if "confusion" in metrics:  # whose rows are gold
+        metrics["labels"] = list(ready.labels)
     if "mistakes" in metrics:
-        metrics["mistakes"] = mistakes_in_words(ready, metrics)
+        metrics["mistakes"] = mistakes_in_words(ready, {"mistakes": metrics.pop("mistakes")})  # behind the numbers
     if options.rouge:
         metrics |= _rouge(ready)
-    print(json.dumps(metrics, indent=1))
+    print(json.dumps(metrics, indent=1, ensure_ascii=False))
     return 0
 
 

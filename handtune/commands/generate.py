@@ -34,7 +34,7 @@ def _generate(options: argparse.Namespace, out: Path | None) -> int:
     adapters = generator.adapters_of(rows)
     chats = [chat and not options.raw for chat in generator.asks_as_chat(adapters, len(rows))]
     if not options.raw:
-        generator.tell_if_raw(rows, chats)
+        generator.tell_if_raw(rows, adapters, chats)
     prompts = prompts_of(rows, model, chats)
 
     temperature = options.temperature

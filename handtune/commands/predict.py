@@ -15,6 +15,7 @@ from ..engine.data.placed_rows import PlacedRow, location_of
 from ..engine.data.readers import line_rows, placed_rows
 from ..engine.formats.arrow import is_saved
 from ..engine.formats.compression import kind_of
+from ..engine.formats.sources import on_the_hub
 from ..engine.formats.tables import LINE_BREAK
 from ..engine.formats.text_files import json_lines, read_text
 from ..engine.training.guards import explained_memory_error
@@ -94,7 +95,7 @@ def _rows(options: argparse.Namespace) -> Iterator[Mapping[str, Any]]:
     path = Path(options.file)
     if options.file == "-":
         yield from _standard_input()
-    elif options.text and not path.exists():
+    elif options.text and not path.exists() and on_the_hub(options.file) is None:
         raise ValueError(f"{options.file}: no such file; of several texts each has a --text in front")
     elif (path.is_dir() and not is_saved(path)) or path.suffix.lower() in SUFFIXES:
         yield from image_files(path)

@@ -46,7 +46,7 @@ def sample_pairs(
     """Each prompt of a file with two completions of the model, sampled as `completions` is told."""
     rows = generator.read_prompts(path)
     chats = generator.asks_as_chat(None, len(rows))
-    generator.tell_if_raw(rows, chats)
+    generator.tell_if_raw(rows, None, chats)
     prompts = prompts_of(rows, generator.model, chats)
 
     # A batch's seed is this plus the number of its first prompt, so that no two batches of the two sides share one.

@@ -174,9 +174,12 @@ def _file_of(module: str) -> Path | None:
         with others_code(lambda error: ValueError(f"{module}: {type(error).__name__}: {error}")):
             spec = find_spec(module)
     except ValueError as error:
-        if isinstance(error.__cause__, ImportError | ValueError | None):
+        if isinstance(error.__cause__, ModuleNotFoundError):
+            spec = None
+        elif isinstance(error.__cause__, ImportError | ValueError | None):
             return None  # `function_of` says what is wrong
-        raise
+        else:
+            raise
     finally:
         sys.path.pop(0)
 

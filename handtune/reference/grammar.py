@@ -126,7 +126,7 @@ GRAMMAR: dict[str, tuple[str, str, Arguments]] = {
         "handtune chat runs/sft --system 'You answer in one sentence.'",
         {
             "model": {},
-            "--adapter": {"help": "an adapter's folder; of several, /adapter NAME chooses"},
+            "--adapter": {"help": "an adapter's folder, or its run's; of several, /adapter NAME chooses"},
             "--system": {"help": "what the conversation begins with: how the model should answer"},
             "--max-new-tokens": {"default": 512, "help": "of an answer (default 512)"},
             "--temperature": {"default": 0.7, "help": "0 is greedy (default 0.7)"},

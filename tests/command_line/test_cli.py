@@ -225,13 +225,16 @@ def test_evaluate_on_other_rows(bases, tmp_path, capsys) -> None:
     own = evaluated(capsys, tmp_path / "run")
     assert sum(map(sum, own["confusion"])) == 6
     assert own["labels"] == json.loads((tmp_path / "run/run.json").read_text())["labels"]
-    wrong = [{**row, "label": own["labels"][row["label"] == own["labels"][0]]} for row in SENTIMENT[:1]]
-    other = evaluated(capsys, tmp_path / "run", "--data", write_rows(tmp_path / "one.jsonl", wrong))
-    assert sum(map(sum, other["confusion"])) == 1
-    for mistake in other["mistakes"]:
-        assert mistake["row"] == "one.jsonl line 1"
-        assert (mistake["text"], mistake["gold"]) == (wrong[0]["text"], wrong[0]["label"])
-        assert mistake["predicted"] != mistake["gold"]
+
+    # A text with either label: one of the two is wrong, and is told by its line.
+    rows = [{**SENTIMENT[0], "label": label} for label in own["labels"]]
+    path = write_rows(tmp_path / "both.jsonl", rows)
+    other = evaluated(capsys, tmp_path / "run", "--data", path)
+    assert sum(map(sum, other["confusion"])) == 2
+    (mistake,) = other["mistakes"]
+    line = 1 + own["labels"].index(mistake["gold"])
+    assert (mistake["row"], mistake["text"]) == (f"{path} line {line}", rows[0]["text"])
+    assert mistake["predicted"] in own["labels"] and mistake["predicted"] != mistake["gold"]
 
 
 def test_a_fresh_model_from_a_preset(tmp_path, capsys) -> None:

@@ -137,10 +137,12 @@ def test_a_run_stands_for_its_adapter(base: Path, tmp_path: Path, capsys) -> Non
 
 def test_a_model_that_answers_chats_is_said_to_be_asked_without_its_template(tmp_path: Path, capsys) -> None:
     talker = talker_folder(tmp_path / "talker")
-    notice = "the prompts are continued as they stand, past the model's chat template"
+    notice = "prompts are continued as they stand, past the model's chat template"
     rows = write_rows(tmp_path / "rows.jsonl", [{"messages": [{"role": "user", "content": "hi"}]}])
     run_command("generate", talker, *ASK)
     assert notice in capsys.readouterr().err
+    run_command("generate", talker, "--prompt", "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", *ASK[2:])
+    assert capsys.readouterr().err == "", "it has been through the template"
     run_command("generate", talker, *ASK, "--raw")
     assert capsys.readouterr().err == ""
     run_command("generate", talker, "--prompts", rows, *ASK[2:])
@@ -149,9 +151,15 @@ def test_a_model_that_answers_chats_is_said_to_be_asked_without_its_template(tmp
 
 def test_a_model_that_writes_nothing(base: Path, tmp_path: Path, refused) -> None:
     rows = write_rows(tmp_path / "labelled.jsonl", SENTIMENT)
-    run = trained(tmp_path, method="classify", data={"train": str(rows)})
-    said = refused("generate", run, *ASK)
-    assert said == f"{run}: it writes no text, being for sequence-classification; `handtune predict` asks such a model"
+    with_adapter = trained(tmp_path, method="classify", data={"train": str(rows)})
+    whole = write_config(
+        tmp_path / "whole.toml", method="classify", out=str(tmp_path / "whole"), model={"path": str(base)},
+        data={"train": str(rows)}, train={"max_steps": 1, "batch_size": 2},
+    )  # fmt: skip
+    run_command("train", whole)
+    for run in (with_adapter, tmp_path / "whole"):
+        said = refused("generate", run, *ASK)
+        assert said.startswith(f"{run}: it writes no text, being for sequence-classification; `handtune predict` asks")
 
 
 def test_what_is_there_is_not_written_over(base: Path, tmp_path: Path, refused) -> None:
