@@ -170,22 +170,22 @@ def test_what_a_row_asks_is_what_training_makes_of_it() -> None:
     assert as_dialogue({"prompt": "the cat\n\n", "completion": " sat"})["messages"][1]["content"] == "sat"
 
 
-@pytest.mark.parametrize("method", ["pretrain", "classify"])
-def test_what_truncate_cannot_cut_is_refused(method: str, base: Path, tmp_path: Path, capsys) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "good morning", "label": label} for label in "ab"])
-    data = {"train": str(rows), "truncate": "drop"}
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"truncate": "drop"}, 'data.truncate = "drop": it is for dialogues'),
+        ({"chat": "on"}, 'data.chat = "on": method sft of a causal model asks'),
+    ],
+    ids=str,
+)
+def test_what_an_encoder_decoder_has_no_use_for(option: dict, message: str, tmp_path: Path, capsys) -> None:
+    byte_level().save(str(tmp_path / "tokenizer.json"))
+    sizes = {"n_layer": 1, "n_decoder_layer": 1, "d_model": 16, "d_ff": 16, "n_head": 2, "head_width": 8}
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "good", "completion": "morning"}])
     config = write_config(
-        tmp_path / "run.toml", method=method, out=str(tmp_path / "run"), model={"path": str(base)}, data=data
-    )
+        tmp_path / "run.toml", method="sft", out=str(tmp_path / "run"),
+        model={"preset": "t5-small", "tokenizer": str(tmp_path / "tokenizer.json"), "overrides": sizes},
+        data={"train": str(rows), "max_length": 32, **option},
+    )  # fmt: skip
     assert main(["train", str(config)]) == 2
-    assert 'data.truncate = "drop": it is for dialogues' in capsys.readouterr().err
-
-
-def test_another_method_is_not_asked_to_chat(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "good morning"}])
-    data = {"train": str(rows), "chat": "on"}
-    config = write_config(
-        tmp_path / "run.toml", method="pretrain", out=str(tmp_path / "run"), model={"path": str(base)}, data=data
-    )
-    assert main(["train", str(config)]) == 2
-    assert 'data.chat = "on": method sft' in capsys.readouterr().err
+    assert message in capsys.readouterr().err
