@@ -21,7 +21,7 @@ from .engine.data.mixing import Draws
 from .engine.data.readers import label_names
 from .engine.data.schema import is_dialogue
 from .engine.tasks.encode import encode
-from .engine.tasks.objectives import Objective, check_loss_options, dpo, objective_of, with_loss_options
+from .engine.tasks.objectives import Objective, dpo, objective_of, with_loss_options
 from .engine.tasks.preferences import add_reference
 from .engine.training.config import needs_evaluation
 from .inputs.rows import columns_of, corpora, data_files, draws_of, is_corpus, parts_of, read_splits, split_windows
@@ -89,7 +89,6 @@ def run_base(config: RunConfig, *, weights: bool = True) -> RunBase:
         objective = dpo(config.dpo.beta)
     else:
         objective = objective_of(config.method, family.objectives)
-    check_loss_options(objective, config.loss, config.method)
     if config.model.task not in (None, objective.task):
         raise ValueError(f"model.task = {config.model.task!r}, but method {config.method!r} trains {objective.task!r}")
     return RunBase(checkpoint, objective, weights)

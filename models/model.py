@@ -111,7 +111,8 @@ class PretrainedModel(nn.Module):
     ) -> Self:
         """A freshly initialised model of a published size: `GPT2.from_name("gpt2", n_layer=2)`.
 
-        `overrides` are fields of the configuration. ValueError for an unknown name or field.
+        `head_layers` as for the constructor; `overrides` are fields of the configuration. ValueError for an unknown
+        name or field.
         """
         settings = overridden(cls.presets, name, overrides, cls.config_class)
         model = cls(cls.config_class(**settings), task, labels, head_layers)

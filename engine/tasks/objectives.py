@@ -81,11 +81,6 @@ ENCODERS: dict[str, dict[str, Encoder]] = {
 }
 
 
-# The encodings whose targets are classes, and those whose targets are tokens.
-WITH_CLASSES = ("classify", "tag", "images")
-WITH_VOCABULARY = ("pretrain", "sft", "masked-lm", "seq2seq", "span-corruption")
-
-
 @dataclass(frozen=True)
 class LossConfig:
     """How the training loss weighs its targets. Evaluations measure plain cross-entropy whatever stands here."""
@@ -125,14 +120,6 @@ class Objective:
         return self.task in (
             "sequence-classification", "token-classification", "question-answering", "image-classification", "reward",
         )  # fmt: skip
-
-
-def check_loss_options(objective: Objective, options: LossConfig, method: str) -> None:
-    """ValueError for options of [loss] that mean nothing to a method."""
-    if options.class_weights is not None and objective.encoding not in WITH_CLASSES:
-        raise ValueError(f"loss.class_weights: method {method!r} has no classes to weigh; take it out")
-    if options.label_smoothing and objective.encoding not in (*WITH_CLASSES, *WITH_VOCABULARY):
-        raise ValueError(f"loss.label_smoothing: method {method!r} has no targets to smooth; take it out")
 
 
 def with_loss_options(

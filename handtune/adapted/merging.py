@@ -29,7 +29,7 @@ from ..engine.peft.format import StoredAdapter, read_adapter
 from ..kernels.lora.factors import PartWeights
 from ..models import load
 from ..models.checkpoint.info import CheckpointInfo
-from ..models.checkpoint.loading import Checkpoint, open_checkpoint
+from ..models.checkpoint.loading import DTYPES, Checkpoint, open_checkpoint
 from ..models.checkpoint.safetensors_io import LazyTensor, StoredTensor, holds, read_into, same, write_file
 from ..models.checkpoint.saving import save_around, stored_shape
 from ..models.checkpoint.shards import INDEX, SINGLE
@@ -39,7 +39,6 @@ from ..prompts import learn_turn_end
 from ..saved_runs import added_tokens, fit_vocabulary, head_of, resized_vocabulary, take_settings
 
 MAIN = "config.json"  # without it no folder is a checkpoint
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class MergedModel(NamedTuple):

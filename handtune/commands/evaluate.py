@@ -47,10 +47,11 @@ def run_evaluate(options: argparse.Namespace) -> int:
     metrics = evaluate(ready.model, batches, ready.objective.loss, ready.score())
     if not math.isfinite(metrics["loss"]):
         raise not_finite(ready.model, f"{run}: the losses")
+    mistakes = metrics.pop("mistakes", None)
     if "confusion" in metrics:  # whose rows are gold
         metrics["labels"] = list(ready.labels)
-    if "mistakes" in metrics:
-        metrics["mistakes"] = mistakes_in_words(ready, {"mistakes": metrics.pop("mistakes")})  # behind the numbers
+    if mistakes is not None:
+        metrics["mistakes"] = mistakes_in_words(ready, mistakes)
     if options.rouge:
         metrics |= _rouge(ready)
     print(json.dumps(metrics, indent=1, ensure_ascii=False))

@@ -8,7 +8,7 @@ All of it is bounded: three texts of 40 tokens are written twice, some 490 words
 scores of the evaluations have seen anyway. Texts are greedy, so that a resumed run keeps the same ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,7 +75,7 @@ def keep_examples(run: Path, ready: Prepared, before: Abilities, after: Abilitie
     general = None
     if before.general is not None and after.general is not None:
         general = {"before": before.general, "after": after.general}
-    mistakes = mistakes_in_words(ready, metrics)
+    mistakes = mistakes_in_words(ready, metrics.get("mistakes", ()))
     write_json(run / EXAMPLES, {"texts": texts, "general": general, "mistakes": mistakes})
 
 
@@ -149,13 +149,12 @@ def _general_loss(ready: Prepared) -> float | None:
     return loss
 
 
-def mistakes_in_words(ready: Prepared, metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """The mistakes of an evaluation, the surest first."""
-    return [_mistake(ready, mistake) for mistake in metrics.get("mistakes", ())]
+def mistakes_in_words(ready: Prepared, mistakes: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of an evaluation's mistakes where each row stands, its text, gold, prediction and probability."""
+    return [_mistake(ready, mistake) for mistake in mistakes]
 
 
 def _mistake(ready: Prepared, mistake: dict[str, Any]) -> dict[str, Any]:
-    """A mistake of an evaluation in words: where the row stands, its text, gold, prediction and probability."""
     row = ready.eval_rows[mistake["row"]]
     predicted = mistake["predicted"]
     if "tags" in row:

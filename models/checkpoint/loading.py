@@ -235,6 +235,7 @@ def _dtype(dtype: str | torch.dtype, opened: Checkpoint, device: torch.device) -
 
 
 def _named_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The dtype that is meant; ValueError for one that no model computes in."""
     if isinstance(dtype, torch.dtype):
         if dtype not in (*DTYPES.values(), torch.float64):
             raise ValueError(f"dtype {dtype}: expected float32, bfloat16, float16 or float64")

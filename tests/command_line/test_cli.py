@@ -272,8 +272,9 @@ lr = 1e-2
 
 
 def test_a_preset_that_is_nearly_one(tmp_path, capsys) -> None:
-    path = tmp_path / "new.toml"
-    path.write_text('method = "classify"\nout = "run"\n[model]\npreset = "resnet-18"\n[data]\ntrain = "x"\n')
+    path = write_config(
+        tmp_path / "new.toml", method="classify", out="run", model={"preset": "resnet-18"}, data={"train": "x"}
+    )
     assert main(["train", str(path)]) == 2
     assert "preset 'resnet-18' is unknown; did you mean 'resnet18'? known: " in capsys.readouterr().err
 
@@ -281,24 +282,14 @@ def test_a_preset_that_is_nearly_one(tmp_path, capsys) -> None:
 def test_a_fresh_model_is_what_its_options_say(tmp_path, capsys) -> None:
     """The dtype, the depth of the head and the device of a preset."""
     byte_level().save(str(tmp_path / "tokenizer.json"))
-    path = tmp_path / "new.toml"
-    path.write_text(
-        f"""method = "classify"
-out = "{tmp_path / "run"}"
-[model]
-preset = "minilm-l6"
-tokenizer = "{tmp_path / "tokenizer.json"}"
-overrides = {{ n_layer = 1, n_head = 2, d_model = 16, max_positions = 32 }}
-dtype = "bfloat16"
-head_layers = 3
-[data]
-train = "{write_rows(tmp_path / "rows.jsonl", SENTIMENT)}"
-[train]
-max_steps = 1
-batch_size = 4
-""",
-        encoding="utf-8",
-    )
+    sizes = {"n_layer": 1, "n_head": 2, "d_model": 16, "max_positions": 32}
+    path = write_config(
+        tmp_path / "new.toml", method="classify", out=str(tmp_path / "run"),
+        model={"preset": "minilm-l6", "tokenizer": str(tmp_path / "tokenizer.json"), "overrides": sizes,
+               "dtype": "bfloat16", "head_layers": 3},
+        data={"train": str(write_rows(tmp_path / "rows.jsonl", SENTIMENT))},
+        train={"max_steps": 1, "batch_size": 4},
+    )  # fmt: skip
     run("train", path)
     model, _ = load(tmp_path / "run" / "model")
     assert model.head_layers == 3

@@ -15,10 +15,8 @@ from handtune.engine.tasks.causal_lm import causal_lm_loss
 from handtune.engine.tasks.classification import classification_loss
 from handtune.engine.tasks.masked_lm import MaskedCollate, masked_lm_loss
 from handtune.engine.tasks.objectives import (
-    METHODS,
     OBJECTIVES,
     LossConfig,
-    check_loss_options,
     weights_of_classes,
     with_loss_options,
 )
@@ -166,14 +164,3 @@ def test_refusals() -> None:
         weights_of_classes({"a": 2.0, " a ": 3.0}, ["a", "b"], [])
     with pytest.raises(ValueError, match="no training row is of class 'b', whose weight would be infinite"):
         weights_of_classes("balanced", ["a", "b"], [{"label": 0}])
-    for method in METHODS:
-        objective = OBJECTIVES[method]
-        if method not in ("classify", "tag"):
-            with pytest.raises(ValueError, match=rf"loss.class_weights: method '{method}' has no classes to weigh"):
-                check_loss_options(objective, LossConfig(class_weights="balanced"), method)
-        if method in ("qa", "embed", "reward", "dpo"):
-            with pytest.raises(ValueError, match=rf"loss.label_smoothing: method '{method}' has no targets to smooth"):
-                check_loss_options(objective, LossConfig(label_smoothing=0.1), method)
-        else:
-            check_loss_options(objective, LossConfig(label_smoothing=0.1), method)
-    check_loss_options(OBJECTIVES["classify-images"], LossConfig(0.1, "balanced"), "classify")
