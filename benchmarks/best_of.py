@@ -78,9 +78,10 @@ def sampled_scores(config: PPORunConfig, n_samples: int, n_prompts: int) -> Tens
 
     torch.manual_seed(config.ppo.seed)
     model, tokenizer = load_policy(config)
-    texts, _ = policy_prompts(config, model)
+    texts, rows = policy_prompts(config, model)
     rewards = [reward_of(spec, model, tokenizer, inputs_of(config)) for spec in as_list(config.reward)]
-    fitting = fitting_prompts(texts, tokenizer, config.ppo.max_new_tokens, model.config.max_positions)
+    fitting = fitting_prompts(texts, tokenizer, config.ppo.max_new_tokens, model.config.max_positions,
+                             rows=[row.raw for row in rows])  # fmt: skip
     trainer = Trainer(model, rewards, config.ppo, tokenizer)
 
     # Reward models shift and scale their scores as they did in the run.

@@ -166,7 +166,8 @@ class PPORunConfig:
     model: ModelConfig
     prompts: str | list[str]  # files of rows with a prompt, messages or a text each
     # The folder of a reward model (a run, an adapter for the same base, or a checkpoint), or a Python function of lists
-    # of prompts and completions that returns their scores, "module:function". The scores of several are added up.
+    # of prompts and completions (and, if it has a parameter `rows`, of the prompts' rows) that returns their scores,
+    # "module:function". The scores of several are added up.
     reward: str | list[str]
     ppo: PPOConfig = field(default_factory=PPOConfig)
     name: str | None = None  # what reports call the run; None: by its folder

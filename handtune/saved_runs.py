@@ -297,8 +297,8 @@ def function_of(spec: str) -> Callable[..., Any]:
         return function  # type: ignore[no-any-return]
 
     @wraps(function)
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, **named: Any) -> Any:
         with others_code(lambda error: ValueError(f"{spec!r} raised {type(error).__name__}: {error}")):
-            return function(*arguments)
+            return function(*arguments, **named)
 
     return call

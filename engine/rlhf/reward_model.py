@@ -1,6 +1,7 @@
 """Reward models: what scores a completion, and the checks on whatever does.
 
-A reward is any callable: `reward(prompts, completions)` gives a number for each completion. `Reward` is a model trained
+A reward is any callable: `reward(prompts, completions)` gives a number for each completion, and so does
+`reward(prompts, completions, rows)`, which gets what else is known of each prompt. `Reward` is a model trained
 on comparisons (`method = "reward"`), on a base of its own or on a policy's, where it costs an adapter and a head. Its
 score is read at the last token of prompt and completion (in front of eos, where eos is the pad token, too), and shifted
 and scaled so that the reference policy's own samples have mean 0 and standard deviation 1 (Ziegler et al. 2019,
@@ -8,6 +9,7 @@ arXiv:1909.08593, section 2.1): Bradley and Terry's loss leaves both open, and Î
 for scores of that size.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,7 +32,7 @@ from ..runtime import in_eval_mode
 from .rollouts import chunks
 from .shared_base import with_head
 
-RewardFn = Callable[[Sequence[Any], Sequence[Any]], Any]
+RewardFn = Callable[..., Any]
 ADAPTER = "reward"  # the name of its adapter on a shared base
 SCALE = "reward.json"  # the file of shift and scale
 ROWS = 16  # scored at a time
@@ -157,9 +159,19 @@ def load_reward(policy: Any, path: str | Path, tokenizer: Any = None) -> Reward:
     return Reward(model, tokenizer, **normalization)
 
 
-def checked_scores(reward: RewardFn, prompts: Sequence[Any], completions: Sequence[Any]) -> Tensor:
+def asks_for_rows(reward: RewardFn) -> bool:
+    """Whether a reward has a parameter `rows`."""
+    try:
+        return "rows" in inspect.signature(reward).parameters
+    except ValueError:  # a function in C has no signature that could be read
+        return False
+
+
+def checked_scores(
+    reward: RewardFn, prompts: Sequence[Any], completions: Sequence[Any], rows: Sequence[Any] = ()
+) -> Tensor:
     """The scores (B,) that a reward gives, in fp32. ValueError where they are not one finite number a completion."""
-    result = reward(prompts, completions)
+    result = reward(prompts, completions, rows=rows) if asks_for_rows(reward) else reward(prompts, completions)
     try:
         values = result.detach() if isinstance(result, Tensor) else list(result)
         scores = torch.as_tensor(values, dtype=torch.float32)

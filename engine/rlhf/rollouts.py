@@ -28,15 +28,21 @@ class Prompt:
     ids: list[int]  # with the tokens that begin a text in front
     given: Any  # as the caller gave it, which is what rewards see
     shown: Any  # as people see it
+    row: Any = None  # what else is known of it, for rewards that ask for that
 
 
 def fitting_prompts(
-    prompts: Sequence[Any], tokenizer: Any, room: int, limit: int | None, shown: Sequence[str] | None = None
+    prompts: Sequence[Any],
+    tokenizer: Any,
+    room: int,
+    limit: int | None,
+    shown: Sequence[str] | None = None,
+    rows: Sequence[Any] | None = None,
 ) -> list[Prompt]:
     """The prompts that leave room for `room` new tokens within the model's `limit` positions; prints how many don't.
 
-    `prompts` are texts, or token ids where there is no tokenizer. People see `shown` in their place, if it is given.
-    ValueError for an empty one, and where none is left.
+    `prompts` are texts, or token ids where there is no tokenizer. People see `shown` in their place, if it is given;
+    `rows` has something more of each. ValueError for an empty one, where none is left, and for another number of rows.
     """
     if tokenizer is None:
         ids = [list(prompt) for prompt in prompts]
@@ -45,7 +51,8 @@ def fitting_prompts(
     if empty := [number for number, row in enumerate(ids, 1) if not row]:
         raise ValueError(f"prompt {empty[0]} is empty; give it at least one token")
 
-    all_prompts = [Prompt(*prompt) for prompt in zip(ids, prompts, shown or prompts, strict=True)]
+    all_rows = [None] * len(ids) if rows is None else rows
+    all_prompts = [Prompt(*prompt) for prompt in zip(ids, prompts, shown or prompts, all_rows, strict=True)]
     fitting = [prompt for prompt in all_prompts if limit is None or len(prompt.ids) + room <= limit]
     if not fitting:
         raise ValueError(f"no prompt leaves room for {room} new tokens in the model's {limit} positions")

@@ -145,9 +145,10 @@ class Trainer:
         A completion that was cut off loses `missing_eos_penalty`.
         """
         prompts, completions = self.as_given(rollout)
+        rows = [prompt.row for prompt in rollout.prompts]
         total = torch.zeros(len(completions), device=self.device)
         for reward in rewards:
-            total += checked_scores(reward, prompts, completions).to(self.device)
+            total += checked_scores(reward, prompts, completions, rows).to(self.device)
 
         # 10: a completion that hit max_new_tokens, without an end token, pays for it.
         if self.config.missing_eos_penalty is not None:

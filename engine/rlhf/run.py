@@ -34,7 +34,7 @@ from ..training.state import resume, save, stored_state, tell_resumed
 from ..training.watching import Callback, Watch
 from .actors import POLICY, detach, start_of
 from .config import PPOConfig
-from .reward_model import RewardFn
+from .reward_model import RewardFn, asks_for_rows
 from .rollouts import fitting_prompts
 from .round import Trainer
 
@@ -76,36 +76,45 @@ def ppo(
     metadata: dict[str, Any] | None = None,
     show: Callable[[str], None] | None = None,
     shown: Sequence[str] | None = None,
+    rows: Sequence[Any] | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> PPOResult:
     """Train a causal language model to write what `reward` scores high, without moving far from what it is.
 
     With an active adapter the policy goes on from it, and is trained as a copy; the reference is the model as given.
     `prompts` are texts, where there is a `tokenizer`, else token ids. `reward(prompts, completions)` gives a number for
-    each completion, texts or token ids likewise; a `Reward`; or several, whose scores are added up. The policy is left
-    as the active adapter "policy". `run_dir`: the run folder; the same call on it resumes, on the same model, too, or
-    finds the run finished and changes nothing. `show` gets a sample a round, in which, as in the log, `shown` stands in
-    the place of the prompts: what a person asked, without the chat template around it. `callbacks` hear of each round
-    and of the end. Random generators, settings of torch, signal handlers and modes of modules are afterwards what they
-    were.
+    each completion, texts or token ids likewise; a `Reward`; or several, whose scores are added up. One that has a
+    parameter `rows` gets of `rows`, which has something for each prompt, such as the right answer, those of these
+    prompts. The policy is left as the active adapter "policy".
+
+    `run_dir`: the run folder; the same call on it resumes, on the same model, too, or finds the run finished and
+    changes nothing. `show` gets a sample a round, in which, as in the log, `shown` stands in the place of the prompts:
+    what a person asked, without the chat template around it. `callbacks` hear of each round and of the end. Random
+    generators, settings of torch, signal handlers and modes of modules are afterwards what they were.
 
     Raises ValueError for a model with several adapters besides a reward's, or one that is not active or unlike
     `config.lora` (where that isn't the default), LoRA targets outside its layers, an empty prompt, none that leaves
-    room for a completion, a reward that gives anything but one finite number each, and a folder of a run with another
-    configuration, base or prompts, or on which another process works; FloatingPointError where training diverges.
+    room for a completion, a reward that gives anything but one finite number each or asks for rows that aren't given,
+    and a folder of a run with another configuration, base or prompts, or on which another process works;
+    FloatingPointError where training diverges.
     """
+    rewards = [reward] if callable(reward) else list(reward)
+    if rows is None and any(map(asks_for_rows, rewards)):
+        raise ValueError("a reward asks for rows, and none are given; pass `rows`, something for each prompt")
+
     run_folder = RunFolder(run_dir)
     with clean_guest(model, config.seed), run_folder.alone():
         started = time.perf_counter()
+        given = {"prompts": list(prompts)} | ({} if rows is None else {"rows": list(rows)})
         tokenizer_json = None if tokenizer is None else tokenizer.to_str()
         run_folder.start(
             metadata or {},
             {"ppo": asdict(config)},
-            lambda: in_memory(model, prompts=list(prompts), tokenizer=tokenizer_json, adapter=_start(model)),
+            lambda: in_memory(model, **given, tokenizer=tokenizer_json, adapter=_start(model)),
         )
 
         # One at a time, so that a round has all its prompts where a pass over them ends within it.
-        fitting = fitting_prompts(prompts, tokenizer, config.max_new_tokens, model.config.max_positions, shown)
+        fitting = fitting_prompts(prompts, tokenizer, config.max_new_tokens, model.config.max_positions, shown, rows)
         batches = Batches(fitting, list, rows=1, seed=config.seed)
         prompt = (batch[0][0] for batch in infinite_epochs(batches))
         prompts_per_round = config.rollout_batch_size // (config.group_size or 1)
@@ -115,7 +124,6 @@ def ppo(
         stored = stored_state(run_folder)
         if stored is not None:
             detach(model)
-        rewards = [reward] if callable(reward) else list(reward)
         trainer = Trainer(model, rewards, config, tokenizer)
         remedy = partial(_smaller_batches, config)
 

@@ -6,13 +6,14 @@ from typing import Any
 from ..config import PPORunConfig
 from ..engine import load_reward
 from ..engine.data.fingerprints import Inputs
+from ..engine.data.placed_rows import PlacedRow
 from ..engine.data.readers import read_prompts
 from ..engine.data.schema import is_dialogue
 from ..engine.rlhf.reward_model import Reward, RewardFn
 from ..inputs.fingerprints import adapter_in, as_list, reward_checkpoint
 from ..models import load
 from ..prepare import load_model
-from ..prompts import learn_turn_end, prompt_template_of, prompts_of, question_of
+from ..prompts import learn_turn_end, prompt_template_of, prompts_of
 from ..saved_runs import function_of
 from .run_models import model_info
 from .starting import other_base
@@ -31,8 +32,8 @@ def load_policy(config: PPORunConfig, *, weights: bool = True) -> tuple[Any, Any
     return model, tokenizer
 
 
-def policy_prompts(config: PPORunConfig, model: Any) -> tuple[list[str], list[str]]:
-    """The texts that the policy continues, through the chat template if the model was trained so, and their questions.
+def policy_prompts(config: PPORunConfig, model: Any) -> tuple[list[str], list[PlacedRow]]:
+    """The texts that the policy continues, through the chat template if the model was trained so, and their rows.
 
     The model's settings say from then on whether prompts went through it.
     """
@@ -43,7 +44,7 @@ def policy_prompts(config: PPORunConfig, model: Any) -> tuple[list[str], list[st
     chat = model.tokens.asks_as_chat
     prompts = prompts_of(rows, model, [chat] * len(rows))
     model.tokens = model.tokens.asking_as_chat(chat or any(map(is_dialogue, rows)))
-    return prompts, [question_of(row) for row in rows]
+    return prompts, rows
 
 
 def reward_of(spec: str, policy: Any, tokenizer: Any, inputs: Inputs) -> RewardFn:

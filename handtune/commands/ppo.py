@@ -17,6 +17,7 @@ from ..engine.rlhf.actors import POLICY
 from ..engine.training.journal import read_journal
 from ..engine.training.run_folder import RunFolder, amend, finish, is_metrics, peak_memory
 from ..inputs.fingerprints import as_list, at_a_commit
+from ..prompts import question_of
 from ..saved_runs import store_adapter, stored_bytes
 from .outputs import loggers, run_once
 
@@ -38,13 +39,14 @@ def _ppo(
     }  # fmt: skip
     run_folder.start(facts, asdict(config))
     model, tokenizer = load_policy(config)
-    prompts, questions = policy_prompts(config, model)
+    prompts, rows = policy_prompts(config, model)
     amend(out, chat=model.tokens.asks_as_chat)
 
     rewards = [reward_of(spec, model, tokenizer, inputs) for spec in as_list(config.reward)]
     result = ppo(
         model, prompts, rewards, config.ppo, tokenizer=tokenizer, run_dir=out, metadata=facts,
-        show=None if quiet else tqdm.write, shown=questions, callbacks=callbacks,
+        show=None if quiet else tqdm.write, shown=[question_of(row) for row in rows], rows=[row.raw for row in rows],
+        callbacks=callbacks,
     )  # fmt: skip
     if result.stopped == "interrupted":
         print(f"stopped after {result.episodes} episodes; the same command goes on from there")

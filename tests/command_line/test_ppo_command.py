@@ -164,6 +164,31 @@ def test_its_model_is_that_of_the_configuration(folder: Path, monkeypatch: pytes
     assert recomputing == [True] * 4
 
 
+def test_a_reward_compares_with_what_stands_in_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as the right answer; of a prompt that is too long it gets none."""
+    rows = [
+        {"prompt": "the cat", "answer": "sat", "extra": [1]},
+        {"prompt": "a " * 200},
+        {"text": "the dog", "answer": 7},
+    ]
+    monkeypatch.chdir(tmp_path)
+    talker_folder(tmp_path / "talker")
+    (tmp_path / "answer_scores.py").write_text(
+        "def right(prompts, completions, rows):\n"
+        "    expected = {'the cat': ['sat', [1]], 'the dog': [7, None]}\n"
+        "    found = [[row['answer'], row.get('extra')] for row in rows]\n"
+        "    return [float(answer == expected[prompt]) for prompt, answer in zip(prompts, found)]\n"
+    )
+    write_config(
+        tmp_path / "ppo.toml", out="run", prompts=str(write_rows(tmp_path / "rows.jsonl", rows)),
+        model={"path": "talker"}, reward="answer_scores:right",
+        ppo={"episodes": 4, "rollout_batch_size": 2, "batch_size": 2, "max_new_tokens": 2, "lora": {"rank": 2}},
+    )  # fmt: skip
+    assert main(["ppo", "ppo.toml", "--quiet"]) == 0
+    scores = [json.loads(line)["score"] for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert scores == [1.0, 1.0]
+
+
 def test_samples_show_what_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """And not the chat template around it, which the reward sees as before."""
     rows = [{"messages": [{"role": "user", "content": "who?"}]}, {"prompt": "the cat"}]

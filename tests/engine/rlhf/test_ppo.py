@@ -389,8 +389,26 @@ def test_rewards_that_are_none(found: Any, says: str) -> None:
         checked_scores(lambda prompts, completions: found, [[1]] * 3, [[7], [8], [9]])
 
 
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_a_reward_sees_the_row_of_each_prompt(group_size: int | None) -> None:
+    """Beside a prompt its own row, in every round, and of all completions of a group."""
+    prompts = [[number, 3] for number in range(8)]
+    seen = []
+
+    def answered(prompts: Sequence[Any], completions: Sequence[Any], rows: Sequence[Any]) -> list[float]:
+        seen.extend(zip([prompt[0] for prompt in prompts], rows, strict=True))
+        return evens(prompts, completions)
+
+    config = PPOConfig(**{**SMALL, "group_size": group_size, "episodes": 32})
+    ppo(small_gpt2(), prompts, [evens, answered], config, rows=[{"answer": str(number)} for number in range(8)])
+    assert len(seen) == 32
+    assert all(row == {"answer": str(number)} for number, row in seen)
+
+
 def test_refusals(tmp_path: Path) -> None:
     config = PPOConfig(**SMALL)
+    with pytest.raises(ValueError, match="a reward asks for rows, and none are given"):
+        ppo(small_gpt2(), [[1]], [evens, lambda prompts, completions, rows: []], config)
     with pytest.raises(ValueError, match="prompt 2 is empty"):
         ppo(small_gpt2(), [[1], []], evens, config)
     with pytest.raises(ValueError, match="no prompt leaves room for 6 new tokens in the model's 40 positions"):
