@@ -75,9 +75,10 @@ def other_base(adapter: Path, base: dict[str, Any], source: str | Path) -> str |
     """
     facts = facts_of(adapter.parent) if _is_of_run(adapter) else {}
     if fingerprints := facts.get("inputs", {}).get("model.path"):
-        if same_contents(fingerprints[0], base):
+        before = fingerprints[0]
+        if same_contents(before, base):
             return None
-        return f"another base ({changed_files(fingerprints[0], base)})"
+        return before["path"] if before["path"] != base["path"] else f"another base ({changed_files(before, base)})"
     trained_on = _named_base(adapter)
     return None if trained_on is None or resolved(trained_on) == resolved(source) else trained_on
 

@@ -201,7 +201,8 @@ def test_what_is_no_start(sft: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "its fresh weights are not those that model.adapter was trained on" in says("model.preset=gpt2")
     other = gpt2_folder(tmp_path / "other", n_layer=1)
     message = says(f"model.path={other}")
-    assert message.startswith(f"model.adapter: {sft / 'adapter'} was trained on another base ({other}/config.json has ")
+    base = sft.parent / "base"
+    assert message.startswith(f"model.adapter: {sft / 'adapter'} was trained on {base}, not on {other}; leave ")
     message = says("lora.rank=2", "lora.alpha=8")
     assert "it is not on transformer.h.0.mlp.c_fc, which targets = 'all-linear' names; leave" in message
     message = says("lora.rank=4", "lora.targets=attention")
