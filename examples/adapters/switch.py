@@ -35,7 +35,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "requests": Kind("runs/chat", "chat/demo.py", "chat/chat.toml", "chat/questions.jsonl"),
+    "requests": Kind("runs/chat/phone", "chat/demo.py", "chat/chat.toml", "chat/questions.jsonl"),
     "clauses": Kind(
         "runs/summarise/summarise-0", "clauses/summarise.py", "clauses/summarise.toml", "clauses/clauses-test.jsonl"
     ),
