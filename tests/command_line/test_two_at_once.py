@@ -31,11 +31,7 @@ def base(tmp_path: Path) -> Path:
     (tmp_path / "scores.py").write_text(
         "def short(prompts, completions):\n    return [-len(c) / 9 for c in completions]\n"
     )
-    path = gpt2_folder(tmp_path / "base")
-    model = load(path, device="cpu")[0]
-    add_lora(model, LoRAConfig(rank=2))
-    save_adapter(shaken(model), tmp_path / "adapter")
-    return path
+    return gpt2_folder(tmp_path / "base")
 
 
 def refused(ends: list[End]) -> int:
@@ -90,8 +86,13 @@ def of_a_run(folder: Path, name: str, *arguments: str) -> int:
 
 
 def merged(folder: Path, base: Path, name: str) -> int:
-    out = folder / f"merged-{name}"
-    count = refused(at_once(folder, command, "merge", str(base), str(folder / "adapter"), str(out)))
+    """Of a model large enough that a merge takes longer than the other process waits at the lock."""
+    larger, adapter, out = folder / "larger", folder / "adapter", folder / f"merged-{name}"
+    if not adapter.exists():
+        model = load(gpt2_folder(larger, d_model=256, n_layer=12), device="cpu")[0]
+        add_lora(model, LoRAConfig(rank=2))
+        save_adapter(shaken(model), adapter)
+    count = refused(at_once(folder, command, "merge", str(larger), str(adapter), str(out)))
     assert contents(out) == contents(folder / "merged-0")
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= contents(out).keys()
     return count

@@ -42,13 +42,13 @@ def cache(source: str, folder: str) -> int:
     return 0
 
 
-def run_at(target: Callable[..., int], arguments: Sequence[str], said: str, start: float) -> None:
-    """Call `target` at the time `start`; what it says goes to the file `said`, its exit code is the process's."""
+def run_with_others(target: Callable[..., int], arguments: Sequence[str], said: str, start: Any) -> None:
+    """Call `target` once all are at `start`; what it says goes to the file `said`; its exit code is the process's."""
     torch.set_num_threads(1)
     descriptor = os.open(said, os.O_WRONLY | os.O_CREAT)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    time.sleep(max(0.0, start - time.time()))
+    start.wait(60)
     code = target(*arguments)
     sys.stdout.flush()
     os._exit(code)
@@ -56,9 +56,11 @@ def run_at(target: Callable[..., int], arguments: Sequence[str], said: str, star
 
 def at_once(folder: Path, target: Callable[..., int], *arguments: str, count: int = 2) -> list[End]:
     """Processes that call `target` at the same time."""
-    start = time.time() + 0.1
+    start = FORK.Barrier(count)
     said = [folder / f"said-{time.monotonic_ns()}-{number}" for number in range(count)]
-    processes: list[Any] = [FORK.Process(target=run_at, args=(target, arguments, str(path), start)) for path in said]
+    processes: list[Any] = [
+        FORK.Process(target=run_with_others, args=(target, arguments, str(path), start)) for path in said
+    ]
     for process in processes:
         process.start()
     for process in processes:
