@@ -32,7 +32,7 @@ from ..runtime import in_eval_mode
 from .rollouts import chunks
 from .shared_base import with_head
 
-RewardFn = Callable[..., Any]
+RewardFn = Callable[..., Any]  # (prompts, completions), or (prompts, completions, rows)
 ADAPTER = "reward"  # the name of its adapter on a shared base
 SCALE = "reward.json"  # the file of shift and scale
 ROWS = 16  # scored at a time

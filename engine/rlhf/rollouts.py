@@ -52,6 +52,8 @@ def fitting_prompts(
         raise ValueError(f"prompt {empty[0]} is empty; give it at least one token")
 
     all_rows = [None] * len(ids) if rows is None else rows
+    if len(all_rows) != len(ids):
+        raise ValueError(f"{len(all_rows)} rows for {len(ids)} prompts; give one for each")
     all_prompts = [Prompt(*prompt) for prompt in zip(ids, prompts, shown or prompts, all_rows, strict=True)]
     fitting = [prompt for prompt in all_prompts if limit is None or len(prompt.ids) + room <= limit]
     if not fitting:

@@ -99,18 +99,18 @@ def ppo(
     FloatingPointError where training diverges.
     """
     rewards = [reward] if callable(reward) else list(reward)
+    rows = None if rows is None else list(rows)
     if rows is None and any(map(asks_for_rows, rewards)):
         raise ValueError("a reward asks for rows, and none are given; pass `rows`, something for each prompt")
 
     run_folder = RunFolder(run_dir)
     with clean_guest(model, config.seed), run_folder.alone():
         started = time.perf_counter()
-        given = {"prompts": list(prompts)} | ({} if rows is None else {"rows": list(rows)})
         tokenizer_json = None if tokenizer is None else tokenizer.to_str()
         run_folder.start(
             metadata or {},
             {"ppo": asdict(config)},
-            lambda: in_memory(model, **given, tokenizer=tokenizer_json, adapter=_start(model)),
+            lambda: in_memory(model, prompts=list(prompts), rows=rows, tokenizer=tokenizer_json, adapter=_start(model)),
         )
 
         # One at a time, so that a round has all its prompts where a pass over them ends within it.

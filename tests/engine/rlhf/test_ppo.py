@@ -409,6 +409,8 @@ def test_refusals(tmp_path: Path) -> None:
     config = PPOConfig(**SMALL)
     with pytest.raises(ValueError, match="a reward asks for rows, and none are given"):
         ppo(small_gpt2(), [[1]], [evens, lambda prompts, completions, rows: []], config)
+    with pytest.raises(ValueError, match="1 rows for 2 prompts; give one for each"):
+        ppo(small_gpt2(), [[1], [2]], evens, config, rows=[{}])
     with pytest.raises(ValueError, match="prompt 2 is empty"):
         ppo(small_gpt2(), [[1], []], evens, config)
     with pytest.raises(ValueError, match="no prompt leaves room for 6 new tokens in the model's 40 positions"):
