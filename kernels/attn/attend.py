@@ -3,14 +3,23 @@
     out_t = Σ_s softmax_s(scale · q_t · k_s + bias_ts) v_s       over the s that t may see
 
 No (T, S) mask is made for the structured cases. *Packed* rows (`cu_seqlens`) are segments laid end to end in one row;
-they never see each other, because each is computed by itself. A *window* is computed in blocks of queries, each against
-the keys it can reach. Only a `bias` goes through a dense mask, and on a GPU not even that.
+they never see each other, because each is computed by itself. Segments of one length, or a single one, are the rows of
+a batch, by a view. Which implementation serves which case, and why:
 
-On a GPU torch's own kernels take what they are made for: plain rows, and packed ones in half precision. Everything else
-is computed by the kernels of `forward_triton.py`, which save q, k, v, the output and one number a query and head.
-Dropout of what is attended to has a way of its own on all devices, `dropout.py`.
+    case                      GPU, 16 bits              GPU, fp32    CPU
+    whole rows                torch (cuDNN on Hopper    torch        rows.py, cpu.py
+      (a query, too)          and Blackwell, else
+                              FlashAttention 2)
+    packed; in a window;      varlen, FlashAttention 2  Triton       rows.py: segments one by one,
+      causal with T < S                                              a window in blocks of queries
+    with a bias or ALiBi      Triton                    Triton       rows.py: a dense mask
+    with dropout              dropout.py, on all devices
 
-On a CPU, `rows.py` chooses between torch's fused kernel and the functions of `cpu.py`.
+torch's kernels are the fastest, and take no bias (or only as a dense one). Its varlen function is missing in older
+versions, and wants heads of a multiple of 8 and at most 256; the kernels of `forward_triton.py` take what it doesn't.
+They save q, k, v, the output and one number a query and head. Wider heads, or a GPU without Triton, leave a dense mask.
+Where the process has called torch.nn.attention.activate_flash_attention_impl("FA3") or "FA4", torch's function runs
+that in place of FlashAttention 2.
 """
 
 import inspect
@@ -25,6 +34,8 @@ from .. import backend
 from ..dropout import seed_for
 from .dropout import attention_dropout
 from .rows import add_alibi, packed_attention, row_attention
+
+WIDEST = 256  # head width that torch's kernels and ours take
 
 
 def attention(
@@ -59,23 +70,38 @@ def attention(
         scale = q.shape[-1] ** -0.5
     if cu_seqlens is None:
         max_seqlen = k.shape[1]
+    elif max_seqlen is None:
+        max_seqlen = int(cu_seqlens.diff().max())
+
+    # The lengths are equal if the greatest, as often as there are segments, comes to all tokens.
+    n_segments = 0 if cu_seqlens is None else len(cu_seqlens) - 1
+    if cu_seqlens is not None and n_segments * max_seqlen == q.shape[1]:
+        rows = (x[0].unflatten(0, (n_segments, max_seqlen)) for x in (q, k, v))  # (n, T, H or K, hd)
+        out = attention(*rows, window=window, alibi=alibi, causal=causal, scale=scale, dropout=dropout, seed=seed)
+        return out.flatten(0, 1)[None]  # (1, n · T, H, hd)
 
     # A window as long as the longest sequence hides nothing.
-    if window is not None and window >= (max_seqlen or k.shape[1]):
+    if window is not None and window >= max_seqlen:
         window = None
 
     if dropout:
         seed = seed_for(dropout, seed)
         return attention_dropout(q, k, v, cu_seqlens, window, bias, alibi, causal, scale, dropout, seed)
-    if _needs_our_kernels(q, k, v, cu_seqlens, window, bias, alibi, causal):
-        # Leading dimensions that are missing are broadcast.
-        if bias is not None:
-            bias = bias[(None,) * (4 - bias.dim())]  # (B or 1, H or 1, T or 1, S or 1)
-        return _Flash.apply(q, k, v, bias, alibi, cu_seqlens, max_seqlen, window, causal, scale)
+
+    # Whole rows and single queries are torch's, but for the interpreter, under which our kernels are tested.
+    t, s = q.shape[1], k.shape[1]
+    unmasked = cu_seqlens is None and window is None and bias is None and alibi is None
+    whole_rows = t == 1 or (unmasked and (t == s or not causal))
+    if t > 1 and (backend.INTERPRETED or not whole_rows):
+        if bias is None and alibi is None and _varlen_takes(q):
+            return _varlen(q, k, v, cu_seqlens, max_seqlen, window, causal, scale)
+        if _our_kernels_take(q, k, v, bias):
+            if bias is not None:
+                bias = bias[(None,) * (4 - bias.dim())]  # (B or 1, H or 1, T or 1, S or 1)
+            return _Flash.apply(q, k, v, bias, alibi, cu_seqlens, max_seqlen, window, causal, scale)
+
     if cu_seqlens is None:
         return row_attention(q, k, v, window, add_alibi(bias, alibi, q, k), causal, scale)
-    if q.is_cuda and window is None and alibi is None and q.dtype in (torch.float16, torch.bfloat16):
-        return _varlen(q, k, v, cu_seqlens, max_seqlen, causal, scale)
     return packed_attention(q, k, v, cu_seqlens, window, alibi, causal, scale)
 
 
@@ -94,46 +120,30 @@ def _check(
         raise ValueError(f"alibi: expected a slope for each of {q.shape[2]} heads; got {tuple(alibi.shape)}")
 
 
-def _needs_our_kernels(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    window: int | None,
-    bias: Tensor | None,
-    alibi: Tensor | None,
-    causal: bool,
-) -> bool:
-    """Whether our kernels compute this: what torch's flash kernels don't, and under the interpreter all but one query.
-
-    A bias whose gradient has to be added up over queries or keys stays with torch.
-    """
-    t, hd = q.shape[1::2]
-    s = k.shape[1]
-    if t == 1 or hd > 256 or not backend.on_triton(q, k, v):
+def _varlen_takes(q: Tensor) -> bool:
+    """Whether torch's function for packed segments computes this on its device."""
+    if not (q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)):
         return False
-    if bias is not None and bias.requires_grad and torch.is_grad_enabled() and bias.shape[-2:] != (t, s):
-        return False
-    if backend.INTERPRETED or window is not None or bias is not None or alibi is not None:
-        return True
-
-    # Only packing and causality are left, and torch has kernels for both in its newer versions.
-    if cu_seqlens is not None:
-        arguments = {"scale", "window_size"}
-        if q.shape[2] != k.shape[2]:
-            arguments.add("enable_gqa")
-        return q.dtype == torch.float32 or hd % 8 != 0 or not arguments <= _varlen_arguments()
-    return causal and t != s
+    return q.shape[3] % 8 == 0 and q.shape[3] <= WIDEST and {"scale", "window_size"} <= _varlen_arguments()
 
 
 @cache
 def _varlen_arguments() -> frozenset[str]:
-    """The arguments that torch's packed attention takes here; older versions lack some of them, or the function."""
+    """The arguments that torch's function for packed segments takes here; older versions lack some, or the function."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return frozenset()
     return frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _our_kernels_take(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> bool:
+    """Whether our kernels compute this. A bias whose gradient is added up over queries or keys stays with torch."""
+    if q.shape[3] > WIDEST or not backend.on_triton(q, k, v):
+        return False
+    if bias is None or not (bias.requires_grad and torch.is_grad_enabled()):
+        return True
+    return bias.shape[-2:] == (q.shape[1], k.shape[1])
 
 
 class _Flash(torch.autograd.Function):
@@ -143,8 +153,6 @@ class _Flash(torch.autograd.Function):
     def forward(ctx, q, k, v, bias, alibi, cu_seqlens, max_seqlen, window, causal: bool, scale: float) -> Tensor:
         from . import forward_triton
 
-        if cu_seqlens is not None and max_seqlen is None:
-            max_seqlen = int(cu_seqlens.diff().max())
         ctx.mask = max_seqlen, window, causal
         ctx.scale = scale
         out, lse = forward_triton.forward(q, k, v, forward_triton.Mask(bias, alibi, cu_seqlens, *ctx.mask), scale)
@@ -167,20 +175,28 @@ class _Flash(torch.autograd.Function):
 
 
 def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int | None, causal: bool, scale: float
-) -> Tensor:
-    """Packed segments on CUDA, in one launch."""
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, longest: int, window: int | None, causal: bool,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """Packed segments, or rows of a batch as such, on CUDA and in one launch; `longest` is the most keys of one."""
     from torch.nn.attention.varlen import varlen_attn
 
-    if max_seqlen is None:
-        max_seqlen = int(cu_seqlens.diff().max())
+    b, t = q.shape[:2]
+    if cu_seqlens is not None:
+        bounds = key_bounds = cu_seqlens.int()
+        longest_queries = longest
+    else:
+        bounds, key_bounds = (torch.arange(b + 1, dtype=torch.int32, device=q.device) * x.shape[1] for x in (q, k))
+        longest_queries = t
 
-    # A window of (-1, 0) is causal: all keys in front of a query, none behind it.
-    options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0) if causal else (-1, -1)}
-    if q.shape[2] != k.shape[2]:
-        options["enable_gqa"] = True
-    out = varlen_attn(q[0], k[0], v[0], cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)  # (T, H, hd)
+    # Beside a query itself: how many keys in front of it, and how many behind it; −1 is all of them.
+    reach = -1 if window is None else window - 1
+    options: dict[str, Any] = {"scale": scale, "window_size": (reach, 0 if causal else reach)}
+    if q.shape[2] != k.shape[2] and "enable_gqa" in _varlen_arguments():
+        options["enable_gqa"] = True  # without this argument, grouped heads are taken unasked
+    rows = (x.flatten(0, 1) for x in (q, k, v))  # (B · T or S, H or K, hd)
+    out = varlen_attn(*rows, bounds, key_bounds, longest_queries, longest, **options)  # (B · T, H, hd)
 
     # It is a tuple only where the log-sum-exps are asked for, too.
     assert isinstance(out, Tensor)
-    return out[None]
+    return out.unflatten(0, (b, t))

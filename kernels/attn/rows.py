@@ -143,14 +143,8 @@ def packed_attention(
     causal: bool,
     scale: float,
 ) -> Tensor:
-    """Packed segments as rows of a batch: all at once where they are of one length or short, else one by one."""
+    """Packed segments: all at once where they are short, else one by one."""
     lengths = cu_seqlens.diff().tolist()
-    if len(set(lengths)) == 1:
-        # Views, in the backward pass, too: nothing is copied.
-        shape = (len(lengths), lengths[0])
-        q, k, v = (x.squeeze(0).unflatten(0, shape) for x in (q, k, v))  # (n, T, H, hd)
-        out = row_attention(q, k, v, window, add_alibi(None, alibi, q, k), causal, scale)
-        return out.flatten(0, 1)[None]
     if causal and max(lengths) <= SHORT:
         return _short(q, k, v, cu_seqlens, max(lengths), window, alibi, scale)
 

@@ -1,13 +1,14 @@
 """Attention in all its shapes against one dense formula in float64."""
 
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from handtune.kernels import attention
-from handtune.kernels.attn import cpu
+from handtune.kernels.attn import attend, cpu
 from handtune.kernels.attn.reference import attention_reference
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -307,6 +308,72 @@ def test_bf16_keeps_q_k_v_and_no_probabilities() -> None:
 def test_refusals(shapes: tuple, settings: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         attention(*(torch.zeros(shape) for shape in shapes), **settings)
+
+
+def varlen_by_the_letter(q, k, v, q_bounds, k_bounds, max_q: int, max_k: int, scale: float, window_size) -> Tensor:
+    """What torch says of its function: segment by segment, keys at most so far before and behind the query's place."""
+    outs = []
+    longest = [0, 0]
+    for (q_start, q_stop), (k_start, k_stop) in zip(
+        pairwise(q_bounds.tolist()), pairwise(k_bounds.tolist()), strict=True
+    ):
+        rows = [q[None, q_start:q_stop], k[None, k_start:k_stop], v[None, k_start:k_stop]]
+        t, s = q_stop - q_start, k_stop - k_start
+        ahead = torch.arange(s) - (torch.arange(t)[:, None] + s - t)  # of the query's place
+        before, behind = (reach if reach >= 0 else s for reach in window_size)
+        allowed = (ahead >= -before) & (ahead <= behind)
+        outs.append(attention_reference(*rows, bias=allowed, causal=False, scale=scale)[0])
+        longest = [max(longest[0], t), max(longest[1], s)]
+    assert longest == [max_q, max_k] and q_bounds.dtype == k_bounds.dtype == torch.int32
+    return torch.cat(outs)
+
+
+def older_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)) -> Tensor:
+    return varlen_by_the_letter(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
+
+
+def newer_varlen(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+) -> Tensor:
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    return varlen_by_the_letter(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
+
+
+@CAUSAL
+@pytest.mark.parametrize("torchs", [older_varlen, newer_varlen], ids=["without enable_gqa", "with it"])
+@pytest.mark.parametrize("kv", [4, 2])
+def test_torchs_packed_attention_is_asked_for_the_same(monkeypatch, torchs, causal: bool, kv: int) -> None:
+    """As on a GPU: packed rows and windows by torch's function, in the form of older versions and of newer ones."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    calls: list[tuple] = []
+    original = attend._varlen
+    monkeypatch.setattr(varlen, "varlen_attn", torchs)
+    monkeypatch.setattr(attend, "_varlen_takes", lambda q: True)
+    monkeypatch.setattr(attend, "_varlen", lambda *args: calls.append(args) or original(*args))
+    attend._varlen_arguments.cache_clear()
+
+    lengths = (5, 1, 8)
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    for window in (None, 1, 3):
+        mask = additive(seen(14, 14, causal, window, lengths))
+        check(qkv(1, 14, 4, 8, kv=kv), torch.float32, mask, causal=causal, window=window, cu_seqlens=bounds)
+        rows = qkv(2, 4, 4, 8, s=9, kv=kv)
+        check(rows, torch.float32, additive(seen(4, 9, causal, window)), causal=causal, window=window)
+    attend._varlen_arguments.cache_clear()
+    assert len(calls) == (6 if causal else 5)  # without a window, queries that see all keys are torch's plain rows
+
+
+def test_segments_of_one_length_are_plain_rows(monkeypatch) -> None:
+    """Known from the greatest length, without a look at the bounds, which may be on a GPU."""
+    monkeypatch.setattr(attend, "packed_attention", mock.Mock(side_effect=AssertionError))
+    monkeypatch.setattr(attend, "_varlen_takes", lambda q: q.shape[0] == 1)
+    monkeypatch.setattr(attend, "_varlen", mock.Mock(side_effect=AssertionError))
+    for lengths in ((6,), (3, 3), (2, 2, 2)):
+        bounds = torch.tensor([0, *lengths]).cumsum(0)
+        mask = additive(seen(6, 6, True, None, lengths))
+        check(qkv(1, 6), torch.float32, mask, cu_seqlens=bounds, max_seqlen=lengths[0])
+    with pytest.raises(AssertionError):
+        attention(*qkv(1, 6), cu_seqlens=torch.tensor([0, 2, 6]), max_seqlen=4)
 
 
 def test_max_seqlen_says_nothing_of_unpacked_rows():
