@@ -27,7 +27,13 @@ from ..adapters.switch import set_adapter
 from ..data.batches import Batches
 from ..data.fingerprints import in_memory
 from ..runtime import interruptible
-from ..training.guards import clean_guest, explained_memory_error, infinite_epochs, require_finite
+from ..training.guards import (
+    clean_guest,
+    explained_memory_error,
+    infinite_epochs,
+    refuse_float16,
+    require_finite,
+)
 from ..training.optim import lr_factor
 from ..training.run_folder import RunFolder, peak_memory
 from ..training.state import resume, save, stored_state, tell_resumed
@@ -92,10 +98,10 @@ def ppo(
     what a person asked, without the chat template around it. `callbacks` hear of each round and of the end. Random
     generators, settings of torch, signal handlers and modes of modules are afterwards what they were.
 
-    Raises ValueError for a model with several adapters besides a reward's, or one that is not active or unlike
-    `config.lora` (where that isn't the default), LoRA targets outside its layers, an empty prompt, none that leaves
-    room for a completion, a reward that gives anything but one finite number each or asks for rows that aren't given,
-    and a folder of a run with another configuration, base or prompts, or on which another process works;
+    Raises ValueError for a model in fp16, or with several adapters besides a reward's, or one that is not active or
+    unlike `config.lora` (where that isn't the default), LoRA targets outside its layers, an empty prompt, none that
+    leaves room for a completion, a reward that gives anything but one finite number each or asks for rows that aren't
+    given, and a folder of a run with another configuration, base or prompts, or on which another process works;
     FloatingPointError where training diverges.
     """
     rewards = [reward] if callable(reward) else list(reward)
@@ -106,6 +112,7 @@ def ppo(
     run_folder = RunFolder(run_dir)
     with clean_guest(model, config.seed), run_folder.alone():
         started = time.perf_counter()
+        refuse_float16(model)
         tokenizer_json = None if tokenizer is None else tokenizer.to_str()
         run_folder.start(
             metadata or {},

@@ -32,6 +32,14 @@ def clean_guest(model: nn.Module, seed: int, deterministic: bool = False) -> Ite
         yield
 
 
+def refuse_float16(model: nn.Module) -> None:
+    """Raises ValueError where weights are in fp16: in it gradients below 6e-8 are zero, and no loss is scaled here."""
+    if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        raise ValueError(
+            "the model is in float16, in which small gradients vanish; load it with dtype bfloat16 or float32"
+        )
+
+
 def explained_memory_error(device: torch.device, remedy: Callable[[], str]) -> AbstractContextManager[None]:
     """Out of memory as a MemoryError that says what to do; one that has been explained inside passes."""
     return explained_memory(lambda: f"out of memory on {device}: {remedy()}")

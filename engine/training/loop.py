@@ -37,6 +37,7 @@ from .guards import (
     explained_memory_error,
     infinite_epochs,
     micro_batches,
+    refuse_float16,
     require_finite,
     require_targets,
     smaller_batches,
@@ -117,14 +118,16 @@ def train(
     caller's random generators, settings of torch, signal handlers and modes of modules are afterwards, also after an
     error, what they were.
 
-    Raises ValueError where nothing trains, `loss_fn` returns anything else, the loss reaches nothing that trains, the
-    folder holds a run of other settings, frozen weights or rows (those in a list are compared), another process works
-    there, or `eval_every`, `early_stopping_patience` or `best` is set without `eval_data`; FloatingPointError where
-    the loss is not finite, MemoryError where memory runs out, OSError where the disk does.
+    Raises ValueError where nothing trains, the model is in fp16, `loss_fn` returns anything else, the loss reaches
+    nothing that trains, the folder holds a run of other settings, frozen weights or rows (those in a list are
+    compared), another process works there, or `eval_every`, `early_stopping_patience` or `best` is set without
+    `eval_data`; FloatingPointError where the loss is not finite, MemoryError where memory runs out, OSError where the
+    disk does.
     """
     run_folder = RunFolder(run_dir)
     with clean_guest(model, config.seed, config.deterministic), run_folder.alone():
         started = time.perf_counter()
+        refuse_float16(model)
         device = next(model.parameters()).device
         if eval_data is None and (unused := needs_evaluation(config)):
             raise ValueError(

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from small_lines import ROWS, line, squares
+from small_lines import ROWS, Line, line, squares
 from small_runs import (
     logged,
 )
 
-from handtune.engine import TrainConfig
+from handtune.engine import TrainConfig, train
 
 
 def test_not_a_number_stops_with_the_step_and_the_last_good_checkpoint(tmp_path) -> None:
@@ -222,3 +222,11 @@ def test_an_evaluation_that_is_broken_off_is_made_again(tmp_path, at) -> None:
     assert (result.steps, result.metrics, result.best) == (15, expected.metrics, expected.best)
     assert torch.equal(model.weight, whole.weight)
     assert logged(tmp_path / "run") == logged(tmp_path / "whole")
+
+
+def test_float16_is_refused(tmp_path) -> None:
+    """Before anything is written: in it small gradients are zero."""
+    model = Line().half()
+    with pytest.raises(ValueError, match="float16"):
+        train(model, [torch.stack(ROWS).half()], squares, TrainConfig(), run_dir=tmp_path / "run")
+    assert not (tmp_path / "run/run.json").exists()
