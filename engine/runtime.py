@@ -35,6 +35,8 @@ def configure_determinism(deterministic: bool = False) -> Iterator[None]:
     except RuntimeError:  # it can't be read where the newer spelling was used for one of the two alone
         allow_tf32 = None
     algorithms = _deterministic_algorithms()
+    memory: Any = torch.utils.deterministic  # a module with a property, which the stubs don't know
+    fill = memory.fill_uninitialized_memory
     workspace = os.environ.get(CUBLAS_WORKSPACE)
 
     try:
@@ -44,6 +46,7 @@ def configure_determinism(deterministic: bool = False) -> Iterator[None]:
             torch.use_deterministic_algorithms(True)
             cudnn.deterministic = True
             cudnn.benchmark = False  # it would choose the algorithm by the clock
+            memory.fill_uninitialized_memory = False  # ours is written whole before it is read
         yield
     finally:
         # The call imports torch's compiler, which takes seconds: it is made only where it changes something.
@@ -55,6 +58,7 @@ def configure_determinism(deterministic: bool = False) -> Iterator[None]:
         else:
             os.environ[CUBLAS_WORKSPACE] = workspace
 
+        memory.fill_uninitialized_memory = fill
         cudnn.deterministic, cudnn.benchmark = flags
         # The older spelling first, which sets the precision of both: the newer one then tells them apart again.
         if allow_tf32 is not None:

@@ -7,6 +7,7 @@ import torch
 from small_lines import ROWS, Line, line, squares
 
 from handtune.engine import evaluate
+from handtune.engine.runtime import configure_determinism
 
 CUDNN = torch.backends.cudnn
 
@@ -64,3 +65,11 @@ def test_a_deterministic_run_means_convolutions_too(monkeypatch) -> None:
     CUDNN.benchmark = True
     assert inside()[1:] == (False, True, False)
     assert inside(deterministic=True)[1:] == (True, False, True)
+
+
+def test_a_deterministic_run_fills_no_memory_before_it_writes_it(monkeypatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    filled = []
+    with configure_determinism(deterministic=True):
+        filled.append(torch.utils.deterministic.fill_uninitialized_memory)
+    assert [*filled, torch.utils.deterministic.fill_uninitialized_memory] == [False, True]
