@@ -197,12 +197,18 @@ class Collate:
     """
 
     layout: str = "packed"  # or "padded"
-    pad_id: int = 0  # fills the rows of the padded layout, whose mask hides it
+    pad_id: int = 0  # fills the rows of the padded layout, whose mask hides it; without padding there is no mask
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
         first = examples[0]
         rows = [example["input_ids"] for example in examples]
-        inputs = packed(rows) if self.layout == "packed" else padded(rows, self.pad_id)
+        if self.layout == "packed":
+            inputs = packed(rows)
+        else:
+            inputs = padded(rows, self.pad_id)
+            # Rows of one length have no padding, and without a mask attention has faster ways.
+            if len(set(map(len, rows))) == 1:
+                del inputs["attention_mask"]
         if "token_type_ids" in first:
             inputs["token_type_ids"] = self._laid_out([example["token_type_ids"] for example in examples], 0)
         batch: Batch = {"inputs": inputs, "lengths": [len(row) for row in rows]}
@@ -258,6 +264,9 @@ def count_images(batch: Any) -> int:
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on `device`, also those in dictionaries, tuples and lists."""
     if isinstance(batch, Tensor):
+        # From pinned memory the copy is one more item in the GPU's stream; from any other the host would wait for it.
+        if device.type == "cuda" and batch.device.type == "cpu":
+            batch = batch.pin_memory()
         return batch.to(device, non_blocking=True)
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}

@@ -81,7 +81,8 @@ def masked_lm_loss(model: Any, batch: Batch, label_smoothing: float = 0.0) -> tu
     states = features(model, batch).flatten(0, 1)[batch["index"]]  # (B, T, D) -> (n, D)
     states = model.head.transform(states)
     head = (model.head.weight, batch["targets"], model.head.bias)
-    loss = linear_cross_entropy(states, *head)
+    every = torch.arange(len(states), device=states.device)  # all have a target: nobody has to look
+    loss = linear_cross_entropy(states, *head, index=every)
     if label_smoothing:
         loss = loss + label_smoothing * smoothing_penalty(states, *head)
     return loss, len(batch["targets"])

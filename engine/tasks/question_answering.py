@@ -123,7 +123,8 @@ def _span_logits(model: Any, batch: Batch) -> Tensor:
     if logits.shape[0] == 1 and logits.shape[1] == sum(batch["lengths"]):
         rows = logits[0].split(batch["lengths"])  # B of (T, 2)
         return pad_sequence(list(rows), batch_first=True, padding_value=float("-inf"))
-    return logits.masked_fill(batch["inputs"]["attention_mask"][..., None] == 0, float("-inf"))
+    mask = batch["inputs"].get("attention_mask")  # (B, T), or None where no row is shorter
+    return logits if mask is None else logits.masked_fill(mask[..., None] == 0, float("-inf"))
 
 
 def _loss_of(logits: Tensor, batch: Batch) -> Tensor:

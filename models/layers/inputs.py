@@ -9,9 +9,14 @@ from torch import Tensor
 ALL_LAYERS = slice(None)
 
 
+def hides_nothing(attention_mask: Tensor | None) -> bool:
+    """Whether a mask of ones and zeros is known to be all ones; on a GPU, which isn't waited for, it never is."""
+    return attention_mask is None or (not attention_mask.is_cuda and bool(attention_mask.all()))
+
+
 def key_bias(attention_mask: Tensor | None) -> Tensor | None:
-    """Which keys (B, 1, 1, S) may be seen, for a mask (B, S) of ones and zeros; None where all may."""
-    if attention_mask is None or bool(attention_mask.all()):
+    """Which keys (B, 1, 1, S) may be seen, for a mask (B, S) of ones and zeros; None where all are known to be."""
+    if attention_mask is None or hides_nothing(attention_mask):
         return None
     return attention_mask.bool()[:, None, None, :]  # (B, 1, 1, S)
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ...kernels import LayerNorm, Linear, activate, activation_linear, attention
 from ...kernels.dropout import Dropout
 from ..layers.config_fields import ACTIVATIONS
+from ..layers.inputs import hides_nothing
 from .config import XLNetConfig
 
 
@@ -107,7 +108,7 @@ def views(
 
     # What holds for both streams: each rule is (B or 1, T or 1, S), and all of them must allow a pair.
     rules = []
-    if attention_mask is not None and not bool(attention_mask.all()):
+    if attention_mask is not None and not hides_nothing(attention_mask):
         mask = attention_mask.bool()[:, None, -s:]
         rules.append(F.pad(mask, (s - mask.shape[-1], 0), value=True))  # memory counts as real where the mask is short
     if perm_mask is not None:

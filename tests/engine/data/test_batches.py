@@ -224,3 +224,11 @@ def test_rows_without_tokens_do_not_fill_a_budget_of_tokens() -> None:
                 Batches(data, list, **budget)
     assert len(Batches(rows, list, rows=2).plan(0)) == 3
     assert len(Batches(rows, list, tokens=2, size=lambda row: 1).plan(0)) == 3
+
+
+def test_padded_rows_of_one_length_have_no_mask() -> None:
+    """It would hide nothing, and cost attention its faster ways."""
+    rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6]}]
+    assert "attention_mask" not in Collate("padded")(rows)["inputs"]
+    shorter = Collate("padded")([rows[0], {"input_ids": [4, 5]}])["inputs"]
+    assert shorter["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
