@@ -166,11 +166,7 @@ class _Flash(torch.autograd.Function):
 
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         mask = forward_triton.Mask(*tensors, *ctx.mask)
-        need_q, need_k, need_v, need_bias, *_ = ctx.needs_input_grad
-
-        # One kernel makes dk and dv together.
-        needs = (need_q, need_k or need_v, need_bias)
-        grads = backward_triton.backward(grad, q, k, v, out, lse, mask, ctx.scale, needs)
+        grads = backward_triton.backward(grad, q, k, v, out, lse, mask, ctx.scale, ctx.needs_input_grad[:4])
         return *grads, *(None,) * 6
 
 
@@ -194,8 +190,8 @@ def _varlen(
     options: dict[str, Any] = {"scale": scale, "window_size": (reach, 0 if causal else reach)}
     if q.shape[2] != k.shape[2] and "enable_gqa" in _varlen_arguments():
         options["enable_gqa"] = True  # without this argument, grouped heads are taken unasked
-    rows = (x.flatten(0, 1) for x in (q, k, v))  # (B · T or S, H or K, hd)
-    out = varlen_attn(*rows, bounds, key_bounds, longest_queries, longest, **options)  # (B · T, H, hd)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # (B · T, H, hd), (B · S, K, hd) twice
+    out = varlen_attn(q, k, v, bounds, key_bounds, longest_queries, longest, **options)  # (B · T, H, hd)
 
     # It is a tuple only where the log-sum-exps are asked for, too.
     assert isinstance(out, Tensor)

@@ -5,7 +5,8 @@ dq_t = scale Σ_s dl_ts k_s     dk_s = scale Σ_t dl_ts q_t     dbias_ts = dl_ts
 
 _delta_kernel      δ
 _dq_kernel         dq; a block of queries a program, the keys stream by
-_dkv_kernel        dk and dv; a block of keys a program, the queries of all heads that read them stream by
+_dkv_kernel        dk or dv; a block of keys a program, the queries of all heads that read them stream by. Both at once
+                   would save a product of five, but only blocks of half as many keys would fit into the registers
 _dbias_kernel      dbias; a tile of it a program, which adds up what is broadcast: no atomics, bitwise repeatable
 """
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from .. import backend
 from .forward_triton import (
     PAIR_BIAS,
+    SINGLE,
     SMALL,
     STEPS,
     Mask,
@@ -39,13 +41,14 @@ from .forward_triton import (
 _DQ = {
     0: SMALL,
     80: {64: (128, 32, 8, 2), 128: (64, 32, 8, 2), 256: (32, 32, 4, 2)},
-    90: {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (32, 32, 4, 2)},
+    90: {64: (128, 64, 8, 2), 128: (128, 64, 8, 3), 256: (32, 32, 4, 2)},
     100: {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (32, 32, 4, 2)},
 }
+_DQ_SINGLE = SINGLE | {80: SINGLE[80] | {128: (16, 32, 8, 1)}}
 _DKV = {
     0: SMALL,
-    80: {64: (32, 32, 4, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
-    90: {64: (32, 128, 8, 2), 128: (32, 64, 8, 2), 256: (32, 32, 8, 1)},
+    80: {64: (32, 32, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
+    90: {64: (64, 128, 8, 3), 128: (32, 128, 8, 2), 256: (32, 32, 8, 1)},
     100: {64: (32, 64, 4, 2), 128: (32, 128, 8, 2), 256: (32, 32, 8, 1)},
 }
 _DBIAS = {
@@ -123,12 +126,12 @@ def _dq_kernel(
 
 @triton.jit(do_not_specialize=STEPS)
 def _dkv_kernel(
-    q, k, v, bias, slopes, bounds, grad, lse, delta, dk, dv, t, s, heads, group, blocks, scale, before, after,
+    q, k, v, bias, slopes, bounds, grad, lse, delta, dx, t, s, heads, group, blocks, scale, before, after,
     q_b, q_t, q_h, k_b, k_s, k_h, bias_b, bias_h, bias_t, bias_s,
     HD: tl.constexpr, D: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OF_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles are (keys, queries) here, so that no product needs one transposed."""
+    """dx is dk if OF_KEYS, else dv. Tiles are (keys, queries) here, so that no product needs one transposed."""
     kv_heads = heads // group
     block, kv_head, index = program_indices(kv_heads, blocks)
     # The longest first here, too: under a causal mask the first keys are seen by the most queries.
@@ -143,15 +146,15 @@ def _dkv_kernel(
     key = start + tl.arange(0, BLOCK_S)
     kv_offset = batch * k_b + first * k_s + kv_head * k_h
     k_block = load_rows(k + kv_offset, start, keys, k_s, HD, D, BLOCK_S)
-    v_block = load_rows(v + kv_offset, start, keys, k_s, HD, D, BLOCK_S)
+    if OF_KEYS:
+        v_block = load_rows(v + kv_offset, start, keys, k_s, HD, D, BLOCK_S)
 
     # Seen from the keys, `before` and `after` change places.
     low, full_low, full_high, high = block_range(
         start - shift, min(start + BLOCK_S, keys) - shift, after, before, queries, BLOCK_T
     )
 
-    dk_block = tl.zeros((BLOCK_S, D), tl.float32)
-    dv_block = tl.zeros((BLOCK_S, D), tl.float32)
+    dx_block = tl.zeros((BLOCK_S, D), tl.float32)
     for EDGES in tl.static_range(2):
         # One loop over the query heads of this key/value head, and the blocks of queries of each.
         n_blocks = block_count(low, full_low, full_high, high, EDGES)
@@ -164,7 +167,6 @@ def _dkv_kernel(
             do_rows = grad + (batch * t + first) * token_stride + head * HD
             do = load_rows(do_rows, query_start, queries, token_stride, HD, D, BLOCK_T)
             lse_block = tl.load(lse + number_offset + query, mask=query < queries, other=float("inf"))[None, :]
-            delta_block = tl.load(delta + number_offset + query, mask=query < queries, other=0.0)[None, :]
 
             slope = 0.0
             if ALIBI:
@@ -175,19 +177,23 @@ def _dkv_kernel(
                 queries, keys, scale, before, after, bias_t, bias_s, BIAS, ALIBI, EDGES,
             )  # fmt: skip
             p = tl.exp2(logits - lse_block)
-            dv_block = tl.dot(p.to(do.dtype), do, dv_block, input_precision="tf32x3")
-            dp = tl.dot(v_block, tl.trans(do), input_precision="tf32x3")
-            dl = p * (dp - delta_block)
-            dk_block = tl.dot(dl.to(q_block.dtype), q_block, dk_block, input_precision="tf32x3")
+            if OF_KEYS:
+                delta_block = tl.load(delta + number_offset + query, mask=query < queries, other=0.0)[None, :]
+                dp = tl.dot(v_block, tl.trans(do), input_precision="tf32x3")
+                dl = p * (dp - delta_block)
+                dx_block = tl.dot(dl.to(q_block.dtype), q_block, dx_block, input_precision="tf32x3")
+            else:
+                dx_block = tl.dot(p.to(do.dtype), do, dx_block, input_precision="tf32x3")
+    if OF_KEYS:
+        dx_block *= scale
 
-    # dk and dv are contiguous, whatever the strides of k and v.
+    # dx is contiguous, whatever the strides of k and v.
     kv_stride = kv_heads * HD
     offset = (batch * s + first) * kv_stride + kv_head * HD
-    store_rows(dk + offset, dk_block * scale, start, keys, kv_stride, HD, D, BLOCK_S)
-    store_rows(dv + offset, dv_block, start, keys, kv_stride, HD, D, BLOCK_S)
+    store_rows(dx + offset, dx_block, start, keys, kv_stride, HD, D, BLOCK_S)
 
 
-@triton.jit(do_not_specialize=STEPS)
+@triton.jit(do_not_specialize=[*STEPS, "sum_rows"])
 def _dbias_kernel(
     q, k, v, bias, slopes, grad, lse, delta, dbias, t, s, heads, group, blocks, scale, before, after,
     q_b, q_t, q_h, k_b, k_s, k_h, bias_b, bias_h, bias_t, bias_s, sum_heads, sum_rows,
@@ -239,11 +245,12 @@ def _dbias_kernel(
     tl.store(dbias + index, total.to(dbias.dtype.element_ty), mask=inside)
 
 
+@backend.launches
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Mask, scale: float,
-    needs: tuple[bool, bool, bool],
+    needs: tuple[bool, ...],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """dq, dk, dv and dbias; `needs` says which of dq, dk with dv, and dbias."""
+    """dq, dk, dv and dbias; `needs` says which of them."""
     q, k, v = with_kernel_strides(q, k, v)
     grad = grad.contiguous()
     b, t, heads, hd = q.shape
@@ -258,24 +265,32 @@ def backward(
     dq = dk = dv = dbias = None
     if needs[0]:
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # (B, T, H, hd)
-        sizes = tile_sizes(_DQ, q)
+        sizes = tile_sizes(_DQ, q, _DQ_SINGLE)
         n_sequences, longest = sequences(q, mask)
         blocks = triton.cdiv(longest, sizes["BLOCK_T"])
         _dq_kernel[(blocks * heads * n_sequences,)](
             *inputs, dq, *launch_arguments(q, k, mask, scale, blocks), **shared, **sizes
         )
     if needs[1]:
-        dk = torch.empty(k.shape, dtype=k.dtype, device=k.device)  # (B, S, K, hd)
-        dv = torch.empty(k.shape, dtype=k.dtype, device=k.device)
-        sizes = tile_sizes(_DKV, q)
-        n_sequences, longest = sequences(k, mask)
-        blocks = triton.cdiv(longest, sizes["BLOCK_S"])
-        _dkv_kernel[(blocks * k.shape[2] * n_sequences,)](
-            *inputs, dk, dv, *launch_arguments(q, k, mask, scale, blocks), **shared, **sizes
-        )
-    if needs[2] and mask.bias is not None:
+        dk = _key_gradient(inputs, mask, scale, of_keys=True)
+    if needs[2]:
+        dv = _key_gradient(inputs, mask, scale, of_keys=False)
+    if needs[3] and mask.bias is not None:
         dbias = _bias_gradient(q, k, v, mask.bias, mask, grad, lse, delta, scale)
     return dq, dk, dv, dbias
+
+
+def _key_gradient(inputs: tuple, mask: Mask, scale: float, of_keys: bool) -> Tensor:
+    """dk or dv, (B, S, K, hd); `inputs` are what the kernels of the backward pass take, from q to delta."""
+    q, k = inputs[:2]
+    dx = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    sizes = tile_sizes(_DKV, q)
+    n_sequences, longest = sequences(k, mask)
+    blocks = triton.cdiv(longest, sizes["BLOCK_S"])
+    _dkv_kernel[(blocks * k.shape[2] * n_sequences,)](
+        *inputs, dx, *launch_arguments(q, k, mask, scale, blocks), **constants(q, mask), **sizes, OF_KEYS=of_keys
+    )
+    return dx
 
 
 def _bias_gradient(

@@ -37,10 +37,11 @@ SMALL = dict.fromkeys((64, 128, 256), (16, 16, 1, 1))
 _FORWARD = {
     0: SMALL,
     80: {64: (128, 32, 8, 3), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
-    90: {64: (128, 64, 8, 3), 128: (128, 32, 8, 3), 256: (64, 32, 8, 2)},
-    100: {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
+    86: {64: (128, 32, 8, 3), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
+    90: {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
 }
-_SINGLE = {0: SMALL, 80: {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)}}  # fp32, in all kernels
+SINGLE = {0: SMALL, 80: {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)}}  # fp32, in nearly all kernels
+Tiles = dict[int, dict[int, tuple[int, int, int, int]]]
 STEPS = ["t", "s", "blocks", "before", "after"]  # change from call to call: no compilation for each
 
 
@@ -219,10 +220,10 @@ def padded_head_width(q: Tensor) -> int:
     return max(16, triton.next_power_of_2(q.shape[3]))
 
 
-def tile_sizes(table: dict[int, dict[int, tuple[int, int, int, int]]], q: Tensor) -> dict[str, int]:
-    """BLOCK_T, BLOCK_S and the launch's warps and stages for q, out of a table as `_FORWARD`."""
+def tile_sizes(table: Tiles, q: Tensor, single: Tiles = SINGLE) -> dict[str, int]:
+    """BLOCK_T, BLOCK_S and the launch's warps and stages for q, out of a table like `_FORWARD`; in fp32 of `single`."""
     if q.dtype == torch.float32:
-        table = _SINGLE
+        table = single
     sizes = backend.entry(table, q)[max(64, padded_head_width(q))]
     return dict(zip(("BLOCK_T", "BLOCK_S", "num_warps", "num_stages"), sizes, strict=True))
 
@@ -276,6 +277,7 @@ def sequences(x: Tensor, mask: Mask) -> tuple[int, int]:
     return len(mask.bounds) - 1, mask.longest
 
 
+@backend.launches
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[Tensor, Tensor]:
     """Attention (B, T, H, hd) and its L (B, H, T), for q (B, T, H, hd), k and v (B, S, K, hd)."""
     q, k, v = with_kernel_strides(q, k, v)
