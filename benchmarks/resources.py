@@ -3,9 +3,9 @@
     python benchmarks/resources.py [--out FILE.json]
 
 Every operation runs once on fake tensors of real sizes while its launches are recorded, exactly as they would be made
-on each GPU (A100: sm_80, H100 and H200: sm_90, B200: sm_100). The recorded kernels are then compiled ahead of time, and
-what the binaries use is read from them. A kernel that spills registers, or wants more shared memory than the GPU has,
-is a failure: the script lists it and exits with 1. `tests/kernels/test_resources.py` asserts the same.
+on each GPU (`SHARED_LIMIT` names them). The recorded kernels are then compiled ahead of time, and what the binaries use
+is read from them. A kernel that spills registers, or wants more shared memory than the GPU has, is a failure: the
+script lists it and exits with 1. `tests/kernels/test_resources.py` asserts the same.
 """
 
 import argparse
@@ -29,8 +29,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 ROOT = Path(__file__).resolve().parent.parent
-# Bytes a block may have, CUDA programming guide. A100 has 163 KiB; sm_86, 89 and 120, which take its tables, 99 KiB.
-SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# Bytes a block may have, CUDA programming guide: A100; RTX 3090; RTX 4090 and L4; H100 and H200; B200; RTX 5090.
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")  # of a launch, beside the kernel's arguments
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.uint8: "u8", torch.int32: "i32"}
 TYPES |= {torch.int64: "i64", torch.bool: "i1", torch.int8: "i8"}
 
@@ -41,12 +42,15 @@ class Launch:
 
     kernel: Any
     arguments: dict[str, Any]
-    options: dict[str, int]
+    options: dict[str, int | bool]
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What a compiled kernel needs: registers a thread, bytes of spilled stack, bytes of shared memory a block."""
+    """What a compiled kernel needs: registers a thread, bytes of spilled stack, bytes of shared memory a block.
+
+    `widest_load` are the bytes that a thread reads at once from the GPU's memory, at most: 16 is the hardware's limit.
+    """
 
     operation: str
     kernel: str
@@ -56,6 +60,7 @@ class Usage:
     spilled: int
     shared: int
     matrix_instruction: str
+    widest_load: int
 
     @property
     def fits(self) -> bool:
@@ -66,15 +71,15 @@ def fake(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = True) ->
     return torch.empty(shape, dtype=dtype, requires_grad=grad and dtype.is_floating_point)
 
 
-def operations() -> dict[str, Callable[[], Any]]:
-    """Each operation on fake tensors of the sizes of a Llama-8B (or, where it says so, GPT-2) layer."""
+def operations(n: int = 4096) -> dict[str, Callable[[], Any]]:
+    """Each operation on n fake tokens of the sizes of a Llama-8B (or, where it says so, GPT-2) layer."""
     from handtune import kernels
     from handtune.kernels import Segments
     from handtune.kernels.lora import linear_triton
     from handtune.kernels.lora.arguments import LoRAArgs
     from handtune.kernels.lora.linear import fused_linear
 
-    n, d, r = 4096, 4096, 16
+    d, r = 4096, 16
 
     def lora(k: int, dropout: float, r: int = r) -> Tensor:
         tensors = (fake(n, k), fake(d, k, grad=False), None, fake(r, k), fake(d, r))
@@ -94,15 +99,21 @@ def operations() -> dict[str, Callable[[], Any]]:
         a, b = fake(adapters, r, d), fake(adapters, d, r)
         return kernels.lora_linear_batched(fake(rows, d), fake(d, d, grad=False), None, a, b, segments)
 
-    def heads(width: int = 128) -> tuple[Tensor, ...]:
-        return fake(1, n, 32, width), fake(1, n, 8, width), fake(1, n, 8, width)
+    def heads(width: int = 128, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+        return [fake(1, n, n_heads, width, dtype=dtype) for n_heads in (32, 8, 8)]
 
+    def slopes() -> Tensor:
+        return fake(32, dtype=torch.float32, grad=False)
+
+    packed: dict[str, Any] = {"cu_seqlens": torch.tensor([0, n // 3, n], dtype=torch.int32), "max_seqlen": n - n // 3}
     four, each = Segments.of([0, -1, 1, 2], 1024), Segments.of(list(range(32)))
     return {
         "lora_linear": lambda: lora(d, 0.0),
         "lora_linear, dropout": lambda: lora(d, 0.1),
         "lora_linear, R 32, dropout": lambda: lora(d, 0.1, 32),
         "lora_linear, R 64, dropout": lambda: lora(d, 0.1, 64),
+        "lora_linear, R 128, dropout": lambda: lora(d, 0.1, 128),
+        "lora_linear, R 192, dropout": lambda: lora(d, 0.1, 192),
         "lora_linear, GPT-2": lambda: lora(768, 0.0),
         "lora_linear, GPT-2, dropout": lambda: lora(768, 0.1),
         "fused product": lambda: linear_triton.linear(fake(n, d), fake(d, d), None, fake(n, r), fake(d, r)),
@@ -120,8 +131,10 @@ def operations() -> dict[str, Callable[[], Any]]:
         "4 adapters in a batch": lambda: several(4 * 1024, four),
         "32 adapters, a token each": lambda: several(32, each),
         "attention, window": lambda: kernels.attention(*heads(), window=1024),
-        "attention, alibi": lambda: kernels.attention(*heads(), alibi=fake(32, dtype=torch.float32, grad=False)),
+        "attention, alibi": lambda: kernels.attention(*heads(), alibi=slopes()),
         "attention, bias": lambda: kernels.attention(*heads(64), bias=fake(1, 32, n, n)),
+        "attention, packed, alibi": lambda: kernels.attention(*heads(), alibi=slopes(), **packed),
+        "attention, packed, fp32": lambda: kernels.attention(*heads(dtype=torch.float32), **packed),
     }
 
 
@@ -154,8 +167,8 @@ def operations_on_values() -> dict[str, Callable[[], Any]]:
 
 
 @contextmanager
-def recorded(capability: int) -> Iterator[list[Launch]]:
-    """The launches made inside the block, as on a GPU of this capability; nothing runs."""
+def recorded(capability: int, tell: Callable[[Launch], Any] | None = None) -> Iterator[list[Launch]]:
+    """The launches made inside the block, as on a GPU of this capability; nothing runs. `tell` hears of each."""
     from triton.runtime.jit import KernelInterface
 
     from handtune.kernels import backend
@@ -163,10 +176,13 @@ def recorded(capability: int) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def get(kernel: Any, grid: Any) -> Callable[..., None]:
-        def launch(*args: Any, num_warps: int = 4, num_stages: int = 3, **kwargs: Any) -> None:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            options = {"num_warps": 4, "num_stages": 3} | {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
             bound = inspect.signature(kernel.fn).bind(*args, **kwargs)
             bound.apply_defaults()
-            launches.append(Launch(kernel, dict(bound.arguments), {"num_warps": num_warps, "num_stages": num_stages}))
+            launches.append(Launch(kernel, dict(bound.arguments), options))
+            if tell is not None:
+                tell(launches[-1])
 
         return launch
 
@@ -188,7 +204,12 @@ def launches_of(operation: Callable[[], Any], capability: int, on_values: bool =
         outputs = [y for y in (out if isinstance(out, tuple) else (out,)) if y is not None and y.requires_grad]
         if outputs:
             torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
-    return list({f"{x.kernel.__name__} {_source_of(x)} {x.options}": x for x in launches}.values())
+    return list({compiled_as(x): x for x in launches}.values())
+
+
+def compiled_as(launch: Launch) -> str:
+    """What tells two launches apart for the compiler."""
+    return f"{launch.kernel.__name__} {_source_of(launch)} {launch.options}"
 
 
 def _source_of(launch: Launch) -> tuple[dict, dict, dict]:
@@ -230,13 +251,22 @@ def compiled(operation: str, launch: Launch, capability: int) -> Usage:
             [_cuobjdump(), "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
         ).stdout
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", said)}
-    found = re.search(r"wgmma|tcgen05\.mma|mma\.sync", binary.asm["ptx"])
+    ptx = binary.asm["ptx"]
+    found = re.search(r"wgmma|tcgen05\.mma|mma\.sync", ptx)
     names = launch.kernel.arg_names
     shown = {names[i]: value for (i,), value in constants.items() if names[i].isupper()}
     return Usage(
         operation, launch.kernel.__name__, capability, " ".join(f"{k}={v:d}" for k, v in shown.items()),
         numbers["REG"], numbers["STACK"] + numbers["LOCAL"], binary.metadata.shared, found[0] if found else "",
+        _widest_load(ptx),
     )  # fmt: skip
+
+
+def _widest_load(ptx: str) -> int:
+    """In bytes: through registers, or straight into shared memory."""
+    loads = re.findall(r"\bld\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global\b.*?, (?:0x)?(\w+)", ptx)
+    return max([int(n or 1) * int(bits) // 8 for n, bits in loads] + [int(size, 16) for size in copies], default=0)
 
 
 @cache
@@ -248,12 +278,13 @@ def _cuobjdump() -> str:
 
 def table(usages: list[Usage]) -> str:
     lines = [
-        f"{'operation':28}{'kernel':24}{'sm':>4}{'registers':>11}{'spilled':>9}{'shared':>10}  {'matrix':12}constants"
+        f"{'operation':28}{'kernel':26}{'sm':>4}{'registers':>11}{'spilled':>9}{'shared':>10}{'load':>6}  "
+        f"{'matrix':12}constants"
     ]
     for u in usages:
         lines.append(
-            f"{u.operation:28}{u.kernel:24}{u.capability:4}{u.registers:11}{u.spilled:9}{u.shared:10}  "
-            f"{u.matrix_instruction:12}{u.constants}{'' if u.fits else '   DOES NOT FIT'}"
+            f"{u.operation:28}{u.kernel:26}{u.capability:4}{u.registers:11}{u.spilled:9}{u.shared:10}"
+            f"{u.widest_load:6}  {u.matrix_instruction:12}{u.constants}{'' if u.fits else '   DOES NOT FIT'}"
         )
     return "\n".join(lines)
 

@@ -37,7 +37,7 @@ def _gate(g, GATE: tl.constexpr):
     return g * s, s + g * s * (1 - s) * slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _forward_kernel(u, out, n, f, GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
     row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]  # (BLOCK_N, 1)
     column = (tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F))[None, :]  # (1, BLOCK_F)
@@ -52,7 +52,7 @@ def _forward_kernel(u, out, n, f, GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLO
     tl.store(out + row * f + column, (a.to(dtype).to(tl.float32) * v).to(dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _backward_kernel(grad, u, du, n, f, GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr):
     row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]  # (BLOCK_N, 1)
     column = (tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F))[None, :]  # (1, BLOCK_F)
@@ -68,6 +68,7 @@ def _backward_kernel(grad, u, du, n, f, GATE: tl.constexpr, BLOCK_N: tl.constexp
     tl.store(du + 2 * row * f + f + column, (dy * a.to(dtype).to(tl.float32)).to(dtype), mask=inside)
 
 
+@backend.launches
 def forward(u: Tensor, name: str) -> Tensor:
     """a(g) ⊙ v (..., F) for u = [g | v] (..., 2F) and a name in `GATES`."""
     u = u.contiguous()
@@ -81,6 +82,7 @@ def forward(u: Tensor, name: str) -> Tensor:
     return out
 
 
+@backend.launches
 def backward(grad: Tensor, u: Tensor, name: str) -> Tensor:
     """du (..., 2F) for the incoming gradient (..., F)."""
     grad = grad.contiguous()

@@ -8,22 +8,23 @@ files, looked up by `entry`: nothing is tuned while it runs, so that two runs of
 
 import os
 import warnings
-from functools import cache
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, wraps
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 
 def on_triton(*tensors: Tensor | None) -> bool:
-    """Whether Triton kernels take these tensors. Says why not, once, where a GPU could not be used.
-
-    Raises ValueError for tensors on a GPU that is not the current one.
-    """
+    """Whether Triton kernels take these tensors. Says why not, once, where a GPU could not be used."""
     present = [tensor for tensor in tensors if tensor is not None]
     device = present[0].device
     if device.type != ("cpu" if INTERPRETED else "cuda"):
@@ -31,13 +32,7 @@ def on_triton(*tensors: Tensor | None) -> bool:
 
     # An empty tensor has nothing to launch a kernel for.
     supported = all(tensor.numel() and tensor.dtype in DTYPES for tensor in present)
-    if not (supported and _usable(device)):
-        return False
-
-    # Triton launches on the current device, whatever its arguments.
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        raise ValueError(f"tensors on {device}, which is not the current device: torch.cuda.set_device({device.index})")
-    return True
+    return supported and _usable(device)
 
 
 @cache
@@ -55,6 +50,25 @@ def _usable(device: torch.device) -> bool:
     return False
 
 
+def launches(function: Callable[Concatenate[Tensor, P], Result]) -> Callable[Concatenate[Tensor, P], Result]:
+    """Decorates a function that launches kernels, so that they run on the GPU of its first argument.
+
+    Triton launches on the current device, whatever its arguments; a model may be spread over several.
+    """
+
+    @wraps(function)
+    def on_device_of(x: Tensor, *args: P.args, **kwargs: P.kwargs) -> Result:
+        with device_of(x):
+            return function(x, *args, **kwargs)
+
+    return on_device_of
+
+
+def device_of(x: Tensor) -> AbstractContextManager:
+    """A block in which the GPU of x is the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
 def capability(x: Tensor) -> int:
     """80, 90, 100, ... on a GPU, 0 under the interpreter."""
     if INTERPRETED:
@@ -66,9 +80,9 @@ def capability(x: Tensor) -> int:
 def entry(table: dict[int, Any], x: Tensor) -> Any:
     """What a table of block sizes holds for x: the entry of its capability, or of the next lower one in the table.
 
-    Consumer GPUs (86, 89, 120) have less shared memory and no wgmma: they take the entries of 80, made to fit them.
+    Consumer GPUs have less shared memory and no wgmma: newer ones (120) take the entries of 86, or of 80, too.
     """
     level = capability(x)
     if level >= 120:
-        level = 80
+        level = 86
     return table[max(key for key in table if key <= level)]

@@ -118,6 +118,7 @@ def _contiguous(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
+@backend.launches
 def losses(
     z: Tensor, bias: Tensor | None, targets: Tensor, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -136,6 +137,7 @@ def losses(
     return out, lse, entropy
 
 
+@backend.launches
 def gradient_(z: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor, weights: Tensor | None = None) -> Tensor:
     """Overwrite a chunk of logits (rows, V) with (softmax − onehot) · weights, for weights (rows,) or 1."""
     n, v = z.shape

@@ -10,12 +10,16 @@ def padded_rank(rank: int) -> int:
 
 
 @triton.jit
-def keep_mask(seed, row, quad, k, p):
-    """Which entries of rows `row` and columns 4·quad … 4·quad + 3 of a (N, k) matrix dropout keeps.
+def keep_mask(seed, row, quad, p):
+    """Which entries of rows `row` and columns 4·quad … 4·quad + 3 of a matrix dropout keeps.
 
     One Philox draw of seven rounds (which pass the usual test batteries: Salmon et al., 2011) decides four neighbours.
+    Row and quad are counters of their own: one of 64 bits, as their product would need, takes four times as long.
     """
-    a, b, c, d = tl.randint4x(seed, row[:, None] * tl.cdiv(k, 4) + quad[None, :], 7)  # (N, quads) each
+    zero = tl.zeros((row.shape[0], quad.shape[0]), tl.uint32)
+    a, b, c, d = tl.philox(
+        seed, zero + quad[None, :].to(tl.uint32), zero + row[:, None].to(tl.uint32), zero, zero, 7
+    )  # (N, quads) each
 
     # join makes a last dimension of two: this order of joins puts a, b, c, d next to each other.
     bits = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (row.shape[0], 4 * quad.shape[0]))  # (N, 4 quads)

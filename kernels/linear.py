@@ -119,7 +119,7 @@ def bind_projection(
         norm_weights = norm.parameters_in_order()
         eps = norm.eps
 
-    # The factors are cast and the seed is drawn once, so that each call of the function gives the same.
+    # The factors are put together and the seed is drawn once, so that each call of the function gives the same.
     weight = linear.quantized or linear.matrix
     a: Tensor | None = None
     bs: Sequence[Tensor] = ()
@@ -137,7 +137,7 @@ def bind_projection(
         args = LoRAArgs(rows, scales, eps, activation, dropout, seed_for(dropout), segments)
     elif linear.active is not None:
         adapter: LoRALinearWeights = linear.lora[linear.active]  # type: ignore[assignment]
-        a, bs = adapter.factors(h.dtype)  # (ΣR, K), each (Mᵢ, Rᵢ)
+        a, bs = adapter.factors()  # (ΣR, K), each (Mᵢ, Rᵢ)
         if linear.training:
             dropout = adapter.dropout
         args = LoRAArgs(adapter.rows, adapter.scales, eps, activation, dropout, seed_for(dropout))

@@ -66,7 +66,7 @@ def _norm_kernel(
     tl.store(out + offset, _apply(v, mu, r, scale, shift, CENTERED, dtype).to(dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "n"])
 def _norm_down_kernel(
     x, weight, bias, a, out, s, mean, rstd, n, d, rank, eps, seed, p,
     CENTERED: tl.constexpr, DROPOUT: tl.constexpr, R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -111,7 +111,7 @@ def _norm_down_kernel(
         # What is stored has no dropout: the base weight's product reads it.
         if DROPOUT:
             quad = start // 4 + tl.arange(0, BLOCK_D // 4)
-            y = tl.where(keep_mask(seed, row, quad, d, p), y, 0.0).to(dtype)
+            y = tl.where(keep_mask(seed, row, quad, p), y, 0.0).to(dtype)
         a_block = tl.load(
             a + low[None, :] * d + column[:, None], mask=(low < rank)[None, :] & (column < d)[:, None], other=0.0
         )  # (BLOCK_D, R)
@@ -141,7 +141,7 @@ def _rebuild_kernel(x, weight, bias, mean, rstd, out, d, CENTERED: tl.constexpr,
     tl.store(out + offset, _apply(v, mu, tl.load(rstd + row), scale, shift, CENTERED, dtype).to(dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _backward_kernel(
     grad, x, weight, mean, rstd, dx, dw_pieces, db_pieces, n, d,
     CENTERED: tl.constexpr, WEIGHT: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -187,6 +187,7 @@ def _statistics(x: Tensor, centered: bool) -> tuple[Tensor, ...]:
     return tuple(torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(1 + centered))
 
 
+@backend.launches
 def normalize(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
@@ -207,6 +208,7 @@ def normalize(
     return h, out, stats
 
 
+@backend.launches
 def normalize_down(
     x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, a: Tensor, p: float, seed: int
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
@@ -227,6 +229,7 @@ def normalize_down(
     return out, stats, s
 
 
+@backend.launches
 def rebuild(x: Tensor, weight: Tensor, bias: Tensor | None, stats: tuple[Tensor, ...]) -> Tensor:
     """norm(x) (..., D) once more, from its statistics."""
     x = x.contiguous()
@@ -239,6 +242,7 @@ def rebuild(x: Tensor, weight: Tensor, bias: Tensor | None, stats: tuple[Tensor,
     return out
 
 
+@backend.launches
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stats: tuple[Tensor, ...], weights: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:

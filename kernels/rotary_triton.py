@@ -39,7 +39,7 @@ def _turn(
     tl.store(out_block + half, (high * c + low * s).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "tokens"])
 def _rope_kernel(
     q, k, cos, sin, q_out, k_out, n, tokens, q_heads, k_heads, half, sign,
     q_row, q_token, q_head, k_row, k_token, k_head, cos_row, cos_token, sin_row, sin_token,
@@ -60,6 +60,7 @@ def _rope_kernel(
         )  # fmt: skip
 
 
+@backend.launches
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float = 1.0) -> tuple[Tensor, Tensor]:
     """q (B, T, H, hd) and k (B, T, K, hd) turned by `sign` times the angles of the tables (T, hd/2) or (B, T, hd/2)."""
     b, t, heads, hd = q.shape

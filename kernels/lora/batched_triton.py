@@ -110,7 +110,7 @@ def _add_lora_row_kernel(
     tl.store(target, after.to(y.dtype.element_ty), mask=column < m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _s_and_b_gradients_kernel(
     dy, b, s, ds_pieces, db_pieces, order, pieces, n, m, rank, dy_row, s_row,
     R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -128,7 +128,7 @@ def _s_and_b_gradients_kernel(
     for start in range(tl.load(entry + 1), stop, BLOCK_N):
         position, inside, row = _rows_of(order, start, stop, BLOCK_N)
         db = s_and_b_gradients_tile(
-            dy, s, b_block, db, ds_pieces, row, position, inside, column, r, n, m, rank, dy_row, s_row
+            dy, s, b_block, db, ds_pieces, row, position, inside, column, r, n, m, rank, 1.0, dy_row, s_row
         )  # fmt: skip
     store_tile(db_pieces, tl.program_id(0).to(tl.int64) * m + column, r, rank, column < m, r < rank, db)
 
@@ -188,6 +188,7 @@ def _tile(x: Tensor, rank: int, single_rows: bool = False) -> tuple[int, int]:
     return max(16, columns * 32 // max(32, padded_rank(rank)) // (4 if unrolled else 1)), warps
 
 
+@backend.launches
 def lora_a_forward(x: Tensor, a: Tensor, segments: Segments, p: float, seed: int) -> Tensor:
     """S = drop(x) A_gᵀ (n, R), for x (N, K), a (G, R, K)."""
     n, k, rank = len(segments.order), x.shape[1], a.shape[1]
@@ -209,6 +210,7 @@ def lora_a_forward(x: Tensor, a: Tensor, segments: Segments, p: float, seed: int
     return s
 
 
+@backend.launches
 def add_lora_(y: Tensor, s: Tensor, b: Tensor, segments: Segments, p: float = 0.0, seed: int = 0) -> None:
     """y += drop(S B_gᵀ) in place, for y (N, M) and s (n, R) with rows of any stride, b (G, M, R) of any stride.
 
@@ -230,6 +232,7 @@ def add_lora_(y: Tensor, s: Tensor, b: Tensor, segments: Segments, p: float = 0.
         )  # fmt: skip
 
 
+@backend.launches
 def s_and_b_gradients(
     grad: Tensor, b: Tensor, s: Tensor, segments: Segments, need_b: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -259,6 +262,7 @@ def s_and_b_gradients(
     return ds_pieces.sum(0), grad_b
 
 
+@backend.launches
 def a_gradient(grad_s: Tensor, x: Tensor, n_adapters: int, segments: Segments, p: float, seed: int) -> Tensor:
     """dA_g = dSᵀ drop(x) (G, R, K), for grad_s (n, R), x (N, K)."""
     k, rank = x.shape[1], grad_s.shape[1]

@@ -122,25 +122,27 @@ class LoRALinearWeights(nn.Module):
         """Train the magnitudes of the adapted rows of the weight (M, K), too; they start as they are."""
         self.m = nn.ParameterList(self._norms(matrix))
 
-    def factors(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-        """A and the B's in the compute dtype; the gradients flow back into the fp32 masters.
+    def factors(self) -> tuple[Tensor, list[Tensor]]:
+        """A (ΣR, K) and the B's, each (Mᵢ, Rᵢ), in fp32.
 
         With PiSSA each part has its rank twice: of what trains, and of the start that is subtracted.
         """
         if not self.pissa:
-            return self.a.to(dtype), [b.to(dtype) for b in self.b]
+            return self.a, list(self.b)
 
         # B A − B₀ A₀ is one product: [B | −B₀] with A above A₀.
         trained = self.a.split(self.ranks)
         start = self.get_buffer("a_start").split(self.ranks)
         a = torch.cat([block for pair in zip(trained, start, strict=True) for block in pair])  # (2ΣR, K)
         b_starts = self.get_buffer("b_start").split([b.numel() for b in self.b])
-        bs = [torch.cat((b, -b_start.view_as(b)), 1).to(dtype) for b, b_start in zip(self.b, b_starts, strict=True)]
-        return a.to(dtype), bs
+        bs = [torch.cat((b, -b_start.view_as(b)), 1) for b, b_start in zip(self.b, b_starts, strict=True)]
+        return a, bs
 
     def blocks(self, dtype: torch.dtype = torch.float32) -> list[PartWeights]:
-        """The factors of each adapted part."""
-        a, bs = self.factors(dtype)
+        """The factors of each adapted part, in this dtype."""
+        a, bs = self.factors()
+        a = a.to(dtype)
+        bs = [b.to(dtype) for b in bs]
         a_blocks = a.split([b.shape[1] for b in bs]) if len(bs) > 1 else (a,)
         magnitudes = [None] * len(bs) if self.m is None else self.m
         zipped = zip(self.parts, self.scales, a_blocks, bs, magnitudes, strict=True)

@@ -40,12 +40,13 @@ from ..quant.nf4 import NF4Weight
 from .arguments import LoRAArgs, cast_for_autocast, check_linear
 from .dora import rescale
 from .products import (
+    FUSED_RANK,
     a_gradient,
     factors_backward,
     input_gradient,
     linear_with_lora,
     lora_a_forward,
-    low_rank_on_triton,
+    takes_triton,
 )
 
 
@@ -54,16 +55,21 @@ class _LoRALinear(torch.autograd.Function):
     def forward(ctx, args: LoRAArgs, h, norm_weight, norm_bias, weight, bias, a, *bs):
         """y (N, M), for weight (M, K), a (ΣR, K) or None where there is no adapter, bs each (Mᵢ, Rᵢ).
 
-        Under `args.segments` a and bs are stacks, one for each adapter. Where nobody wants gradients `ctx` is None, and
-        nothing is saved.
+        a and bs may be wider than the rest: they are rounded here, so that their gradients, sums over the rows, need
+        not be. Under `args.segments` they are stacks, one for each adapter. Where nobody wants gradients `ctx` is None,
+        and nothing is saved.
         """
+        factors_dtype = None if a is None else a.dtype
+        if a is not None:
+            a = a.to(h.dtype)
+            bs = tuple(b.to(h.dtype) for b in bs)
         x = h
         s = None
         stats: Stats = ()  # of the norm: mean and rstd of each row, or rstd alone
         if norm_weight is None:
             if args.activation is not None:
                 x = args.activation.forward(h)  # (N, K)
-        elif a is not None and args.segments is None and low_rank_on_triton(h, a, rank=len(a)):
+        elif a is not None and args.segments is None and len(a) <= FUSED_RANK and takes_triton(h, a, rank=len(a)):
             # One kernel makes x and S, so that the product with A needs no read of x.
             from ..norms_triton import normalize_down
 
@@ -90,6 +96,7 @@ class _LoRALinear(torch.autograd.Function):
         ctx.save_for_backward(h, norm_weight, norm_bias, weight, a, s, *stats, *bs)
         ctx.n_stats = len(stats)
         ctx.args = args
+        ctx.factors_dtype = factors_dtype
         return y
 
     @staticmethod
@@ -135,7 +142,9 @@ class _LoRALinear(torch.autograd.Function):
                 )
             elif args.activation is not None:
                 grad_h = args.activation.backward(grad_h, h)
-        return None, grad_h, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias, grad_a, *grad_bs
+
+        grad_factors = [None if grad is None else grad.to(ctx.factors_dtype) for grad in (grad_a, *grad_bs)]
+        return None, grad_h, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias, *grad_factors
 
 
 def fused_linear(
@@ -153,7 +162,8 @@ def fused_linear(
     `lora_linear`, `lora_linear_batched` and the layers call it.
     """
     device = h.device.type
-    tensors = cast_for_autocast((h.reshape(-1, h.shape[-1]), *norm, weight, bias, a, *bs), device)  # h as (N, K)
+    tensors = cast_for_autocast((h.reshape(-1, h.shape[-1]), *norm, weight, bias), device)  # h as (N, K)
+    tensors = (*tensors, a, *bs)
     if torch.is_autocast_enabled(device):
         # Off inside: it would cast the operands of F.linear, but not those of products in place, such as addmm_.
         with torch.autocast(device, enabled=False):

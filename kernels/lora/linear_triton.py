@@ -2,7 +2,8 @@
 
     _linear_kernel               y = x Wᵀ + bias + s Bᵀ        one product, whose epilogue adds the low-rank term
     _lora_a_kernel               S = drop(x) Aᵀ                one read of x
-    _s_and_b_gradients_kernel    dS = dy B and dB = dyᵀ S      one read of dy for both
+    _s_and_b_gradients_kernel    dS = dy B and dB = dyᵀ S      one read of dy for both, in pieces
+    _sum_pieces_kernel           dS                            adds its pieces up, and rounds them
     _a_gradient_kernel           dA = dSᵀ drop(x)              one read of x
     _add_lora_kernel             y += drop(s Bᵀ)               behind a product made by cuBLAS
 
@@ -42,13 +43,18 @@ _MATMUL_TILES = {
     80: _MatmulTile(128, 128, 32, 8, 3),
     90: _MatmulTile(128, 256, 64, 8, 3),
 }
-# Rows and columns of the tile that the memory-bound kernels stream, warps; rows a piece of a sum over N.
-_STREAM_TILES = {0: (16, 16, 1), 80: (64, 128, 4), 100: (32, 128, 4)}
-_ROWS_PER_PIECE = {0: 32, 80: 1024}
+# Rows and columns of the tiles of x or dy that the memory-bound kernels stream, and warps. Of S the rows are few, to
+# fill a GPU with few tokens; of dS and dB the columns are many, because for each tile a part of dS is stored.
+_S_TILES = {0: (16, 16, 1), 80: (16, 512, 4)}
+_ADD_TILES = {0: (16, 16, 1), 80: (64, 128, 4), 100: (32, 128, 4)}
+_S_AND_B_TILES = {0: (16, 16, 1), 80: (32, 512, 8)}
+_A_TILES = {0: (16, 16, 1), 80: (64, 128, 4), 100: (32, 128, 4)}
+_SUM_BLOCK = {0: (64, 1), 80: (512, 4)}  # entries of a sum, warps
+PROGRAMS = 264  # two for each multiprocessor of an H100 or H200
 GROUP = 8  # tiles of rows that share their columns of W in the L2 cache
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _linear_kernel(
     x, w, bias, s, b, y, n, m, k, rank, w_row, w_column, b_row, b_column,
     R: tl.constexpr, BIAS: tl.constexpr,
@@ -85,7 +91,7 @@ def _linear_kernel(
     store_tile(y, row, column, m, row < n, column < m, total)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["n", "seed"])
 def _add_lora_kernel(
     y, s, b, n, m, rank, b_row, b_column, seed, p,
     R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -95,7 +101,7 @@ def _add_lora_kernel(
     add_lora_tile(y, s, b, row, row, row < n, m, rank, m, rank, b_row, b_column, seed, p, R, True, BLOCK_M)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["n", "seed"])
 def _lora_a_kernel(
     x, a, s, n, k, rank, seed, p,
     R: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -106,35 +112,47 @@ def _lora_a_kernel(
     store_tile(s, row, r, rank, row < n, r < rank, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "rows_per_piece"])
 def _s_and_b_gradients_kernel(
-    dy, b, s, ds_pieces, db_pieces, n, m, rank, dy_row, s_row,
-    R: tl.constexpr, ROWS_PER_PIECE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    dy, b, s, ds_pieces, db_pieces, n, m, rank, scale, dy_row, s_row, rows_per_piece,
+    R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j) reads rows of piece i, columns of block j: adds their part of dS, and of dB."""
     column = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tl.arange(0, R)
     b_block = load_tile(b, column, r, rank, 1, column < m, r < rank)  # (BLOCK_M, R)
     db = tl.zeros((BLOCK_M, R), tl.float32)
-    for start in range(0, ROWS_PER_PIECE, BLOCK_N):
-        row = (tl.program_id(0) * ROWS_PER_PIECE + start + tl.arange(0, BLOCK_N)).to(tl.int64)
+    for start in range(0, rows_per_piece, BLOCK_N):
+        row = (tl.program_id(0) * rows_per_piece + start + tl.arange(0, BLOCK_N)).to(tl.int64)
         db = s_and_b_gradients_tile(
-            dy, s, b_block, db, ds_pieces, row, row, row < n, column, r, n, m, rank, dy_row, s_row
+            dy, s, b_block, db, ds_pieces, row, row, row < n, column, r, n, m, rank, scale, dy_row, s_row
         )  # fmt: skip
-    store_tile(db_pieces, tl.program_id(0) * m + column, r, rank, column < m, r < rank, db)
+    store_tile(db_pieces, tl.program_id(0) * m + column, r, rank, column < m, r < rank, db * scale)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["n"])
+def _sum_pieces_kernel(pieces, out, n_pieces, n, rank, out_row, BLOCK: tl.constexpr):
+    """out (n, rank), with rows of any stride, from pieces (n_pieces, n, rank), added up in order."""
+    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = entry < n * rank
+    total = tl.zeros((BLOCK,), tl.float32)
+    for piece in range(n_pieces):
+        total += tl.load(pieces + piece * n * rank + entry, mask=inside, other=0.0)
+    target = out + entry // rank * out_row + entry % rank
+    tl.store(target, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n", "seed", "rows_per_piece"])
 def _a_gradient_kernel(
-    x, ds, da_pieces, n, k, rank, seed, p,
-    R: tl.constexpr, DROPOUT: tl.constexpr, ROWS_PER_PIECE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x, ds, da_pieces, n, k, rank, seed, p, rows_per_piece,
+    R: tl.constexpr, DROPOUT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j) adds up dSᵀ drop(x) over the rows of piece i, for the columns of block j."""
     first_column = tl.program_id(1) * BLOCK_K
     r = tl.arange(0, R)
     da = tl.zeros((R, BLOCK_K), tl.float32)
-    for start in range(0, ROWS_PER_PIECE, BLOCK_N):
-        row = (tl.program_id(0) * ROWS_PER_PIECE + start + tl.arange(0, BLOCK_N)).to(tl.int64)
+    for start in range(0, rows_per_piece, BLOCK_N):
+        row = (tl.program_id(0) * rows_per_piece + start + tl.arange(0, BLOCK_N)).to(tl.int64)
         x_block = load_dropped(x, row, row < n, first_column, k, seed, p, DROPOUT, BLOCK_K)  # (BLOCK_N, BLOCK_K)
         ds_block = load_tile(ds, r, row, 1, rank, r < rank, row < n)  # (R, BLOCK_N)
         da = tl.dot(ds_block, x_block, da, input_precision="ieee")
@@ -145,6 +163,21 @@ def _a_gradient_kernel(
     store_tile(da_pieces, tl.program_id(0) * rank + r, column, k, r < rank, column < k, da)
 
 
+def _tile(table: dict[int, tuple[int, int, int]], x: Tensor, rank: int, widest: int) -> tuple[int, int, int]:
+    """Rows, columns and warps out of a table; above a rank of `widest` with fewer columns, to fit in registers."""
+    rows, columns, warps = backend.entry(table, x)
+    if rank > 128:
+        warps *= 2
+    return rows, max(16, columns * widest // max(widest, padded_rank(rank))), warps
+
+
+def _rows_per_piece(n: int, rows: int, programs_per_piece: int) -> int:
+    """Rows of a piece of a sum over n: of so many pieces that they fill a GPU, each a multiple of a tile's rows."""
+    n_pieces = max(1, min(PROGRAMS // programs_per_piece, triton.cdiv(n, 2 * rows)))
+    return triton.cdiv(triton.cdiv(n, n_pieces), rows) * rows
+
+
+@backend.launches
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor) -> Tensor:
     """x Wᵀ + bias + s bᵀ for x (N, K), weight (M, K), s (N, R), b (M, R) in one kernel; weight and b of any stride."""
     x = x.contiguous()
@@ -162,21 +195,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, s: Tensor, b: Tensor)
     return y
 
 
+@backend.launches
 def add_lora_(y: Tensor, s: Tensor, b: Tensor, p: float, seed: int) -> None:
     """y += drop(s bᵀ) in place, for contiguous y (N, M), s (N, R), b (M, R) of any stride."""
     n = len(y)
     m, rank = b.shape
-    rows, columns, warps = backend.entry(_STREAM_TILES, y)
+    rows, columns, warps = _tile(_ADD_TILES, y, rank, 64)
     _add_lora_kernel[(triton.cdiv(n, rows), triton.cdiv(m, columns))](
         y, s, b, n, m, rank, *b.stride(), seed, p, R=padded_rank(rank), BLOCK_N=rows, BLOCK_M=columns, num_warps=warps
     )
 
 
+@backend.launches
 def lora_a_forward(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
     """S = drop(x) aᵀ (N, R) for x (N, K), a (R, K)."""
     n, rank = len(x), len(a)
     s = x.new_empty(n, rank)  # (N, R)
-    rows, columns, warps = backend.entry(_STREAM_TILES, x)
+    rows, columns, warps = _tile(_S_TILES, x, rank, 16)
     _lora_a_kernel[(triton.cdiv(n, rows),)](
         x.contiguous(), a.contiguous(), s, n, x.shape[1], rank, seed, p,
         R=padded_rank(rank), DROPOUT=p > 0, BLOCK_N=rows, BLOCK_K=columns, num_warps=warps,
@@ -184,40 +219,49 @@ def lora_a_forward(x: Tensor, a: Tensor, p: float, seed: int) -> Tensor:
     return s
 
 
-def s_and_b_gradients(grad: Tensor, b: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """grad b (N, R) and gradᵀ s (M, R) in fp32, for grad (N, M), s (N, R) with rows of any stride, b (M, R)."""
+@backend.launches
+def s_and_b_gradients(grad: Tensor, b: Tensor, s: Tensor, scale: float, grad_s: Tensor) -> Tensor:
+    """scale gradᵀ s (M, R) in fp32, and scale grad b into `grad_s` (N, R), for grad (N, M), s (N, R), b (M, R).
+
+    Rows of grad, s and grad_s may have any stride.
+    """
     if grad.stride(1) != 1:
         grad = grad.contiguous()
     n = len(grad)
     m, rank = b.shape
-    rows, columns, warps = backend.entry(_STREAM_TILES, grad)
-    rows_per_piece = backend.entry(_ROWS_PER_PIECE, grad)
-    grid = (triton.cdiv(n, rows_per_piece), triton.cdiv(m, columns))
+    rows, columns, warps = _tile(_S_AND_B_TILES, grad, rank, 16)
+    n_columns = triton.cdiv(m, columns)
+    rows_per_piece = _rows_per_piece(n, rows, n_columns)
+    grid = (triton.cdiv(n, rows_per_piece), n_columns)
 
-    # dS comes in one piece a block of columns, dB in one a piece of rows; both are added up in a fixed order.
+    # dS comes in a piece for each block of columns, dB in one for each piece of rows; both are added up in order.
     ds_pieces = grad.new_empty(grid[1], n, rank, dtype=torch.float32)
     db_pieces = grad.new_empty(grid[0], m, rank, dtype=torch.float32)
     _s_and_b_gradients_kernel[grid](
-        grad, b.contiguous(), s, ds_pieces, db_pieces, n, m, rank, grad.stride(0), s.stride(0),
-        R=padded_rank(rank), ROWS_PER_PIECE=rows_per_piece, BLOCK_N=rows, BLOCK_M=columns, num_warps=warps,
+        grad, b.contiguous(), s, ds_pieces, db_pieces, n, m, rank, scale, grad.stride(0), s.stride(0), rows_per_piece,
+        R=padded_rank(rank), BLOCK_N=rows, BLOCK_M=columns, num_warps=warps,
     )  # fmt: skip
-    return ds_pieces.sum(0), db_pieces.sum(0)  # (N, R), (M, R)
+    block, warps = backend.entry(_SUM_BLOCK, grad)
+    _sum_pieces_kernel[(triton.cdiv(n * rank, block),)](
+        ds_pieces, grad_s, len(ds_pieces), n, rank, grad_s.stride(0), BLOCK=block, num_warps=warps
+    )
+    return db_pieces.sum(0)  # (M, R)
 
 
+@backend.launches
 def a_gradient(grad_s: Tensor, x: Tensor, p: float, seed: int) -> Tensor:
     """dA = grad_sᵀ drop(x) (R, K) in fp32, for grad_s (N, R), x (N, K)."""
     n, k = x.shape
     rank = grad_s.shape[1]
-    rows, columns, warps = backend.entry(_STREAM_TILES, x)
+    rows, columns, warps = _tile(_A_TILES, x, rank, 64)
 
     # One piece of rows a program: its sum is added to those of the others afterwards, in a fixed order.
-    rows_per_piece = backend.entry(_ROWS_PER_PIECE, x)
-    grid = (triton.cdiv(n, rows_per_piece), triton.cdiv(k, columns))
-
+    n_columns = triton.cdiv(k, columns)
+    rows_per_piece = _rows_per_piece(n, rows, n_columns)
+    grid = (triton.cdiv(n, rows_per_piece), n_columns)
     da_pieces = x.new_empty(grid[0], rank, k, dtype=torch.float32)
     _a_gradient_kernel[grid](
-        x.contiguous(), grad_s.contiguous(), da_pieces, n, k, rank, seed, p,
-        R=padded_rank(rank), DROPOUT=p > 0, ROWS_PER_PIECE=rows_per_piece, BLOCK_N=rows, BLOCK_K=columns,
-        num_warps=warps,
+        x.contiguous(), grad_s.contiguous(), da_pieces, n, k, rank, seed, p, rows_per_piece,
+        R=padded_rank(rank), DROPOUT=p > 0, BLOCK_N=rows, BLOCK_K=columns, num_warps=warps,
     )  # fmt: skip
     return da_pieces.sum(0)  # (R, K)

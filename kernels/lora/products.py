@@ -29,12 +29,16 @@ from .small_batch_matmul import small_batch_matmul, supports_small_batch_matmul
 # By arithmetic: 2Y of traffic cost as much as a product that is 37 % slower at K 1024, 18 % at 2048 (bf16, H200).
 FUSED_WIDTH = 1024
 MIN_FUSED_OUTPUT = 2**22  # entries of y that make enough tiles to fill a GPU
-MAX_RANK = 64  # of the parts that share an x, together: more would not fit in registers
+MAX_RANK = 256  # of the parts that share an x, together: more would not fit in registers
+FUSED_RANK = 64  # the same in a kernel that makes another product, or a norm, beside it
 MAX_PART_RANK = 32  # of one part: beyond it two products move less, since the kernel stores dS a block of columns
 
 
-def low_rank_on_triton(*tensors: Tensor, rank: int) -> bool:
-    """Whether Triton makes the low-rank products. In fp32, at full precision, no tensor core would."""
+def takes_triton(*tensors: Tensor, rank: int) -> bool:
+    """Whether Triton makes the low-rank products, and so draws their dropout, for one adapter and for many.
+
+    In fp32, at full precision, no tensor core would. `rank` is ΣR.
+    """
     fast = tensors[0].dtype != torch.float32 or backend.INTERPRETED
     return fast and rank <= MAX_RANK and backend.on_triton(*tensors)
 
@@ -44,12 +48,12 @@ def _prefers_fused_kernel(x: Tensor, weight: Tensor, rank: int, args: LoRAArgs) 
     if args.segments is not None:
         return False
     fills_gpu = len(x) * len(weight) >= MIN_FUSED_OUTPUT or backend.INTERPRETED
-    return fills_gpu and x.shape[1] <= FUSED_WIDTH and low_rank_on_triton(x, weight, rank=rank)
+    return fills_gpu and rank <= FUSED_RANK and x.shape[1] <= FUSED_WIDTH and takes_triton(x, weight, rank=rank)
 
 
-def _products_by_row(x: Tensor) -> ModuleType:
+def _products_by_row(x: Tensor, rank: int) -> ModuleType:
     """The products with an adapter for each row, as Triton kernels or as torch operations: functions of one name."""
-    if backend.on_triton(x):
+    if takes_triton(x, rank=rank):
         from . import batched_triton
 
         return batched_triton
@@ -59,8 +63,8 @@ def _products_by_row(x: Tensor) -> ModuleType:
 def lora_a_forward(x: Tensor, a: Tensor, args: LoRAArgs) -> Tensor:
     """S = drop(x) Aᵀ (N, ΣR), for x (N, K), a (ΣR, K)."""
     if args.segments is not None:
-        return _products_by_row(x).lora_a_forward(x, a, args.segments, args.dropout, args.seed)  # (n, ΣR)
-    if low_rank_on_triton(x, a, rank=len(a)):
+        return _products_by_row(x, a.shape[1]).lora_a_forward(x, a, args.segments, args.dropout, args.seed)  # (n, ΣR)
+    if takes_triton(x, a, rank=len(a)):
         from . import linear_triton
 
         return linear_triton.lora_a_forward(x, a, args.dropout, args.seed)
@@ -98,7 +102,7 @@ def linear_with_lora(
             if args.segments is None:
                 y[:, columns].addmm_(s[:, ranks], b.T, alpha=scale)
             else:
-                _products_by_row(x).add_lora_(y[:, columns], s[:, ranks], b, args.segments)
+                _products_by_row(x, s.shape[1]).add_lora_(y[:, columns], s[:, ranks], b, args.segments)
     return y
 
 
@@ -121,10 +125,10 @@ def input_gradient(grad: Tensor, weight: Tensor, grad_s: Tensor | None, a: Tenso
 
     grad_x = grad @ weight  # (N, K)
     if args.segments is not None:
-        _products_by_row(grad).add_lora_(grad_x, grad_s, a.mT, args.segments, args.dropout, args.seed)
+        _products_by_row(grad, grad_s.shape[1]).add_lora_(grad_x, grad_s, a.mT, args.segments, args.dropout, args.seed)
     elif not args.dropout:
         grad_x.addmm_(grad_s, a)
-    elif low_rank_on_triton(grad_x, rank=len(a)):
+    elif takes_triton(grad_x, rank=len(a)):
         from . import linear_triton
 
         linear_triton.add_lora_(grad_x, grad_s, a.T, args.dropout, args.seed)
@@ -134,21 +138,33 @@ def input_gradient(grad: Tensor, weight: Tensor, grad_s: Tensor | None, a: Tenso
 
 
 def a_gradient(grad_s: Tensor, x: Tensor, a: Tensor, args: LoRAArgs) -> Tensor:
-    """dA = dSᵀ drop(x) (ΣR, K), for grad_s (N, ΣR), x (N, K), a (ΣR, K)."""
+    """dA = dSᵀ drop(x) (ΣR, K), by Triton in fp32, for grad_s (N, ΣR), x (N, K), a (ΣR, K)."""
     if args.segments is not None:
-        return _products_by_row(x).a_gradient(grad_s, x, len(a), args.segments, args.dropout, args.seed)  # (G, ΣR, K)
-    if low_rank_on_triton(x, grad_s, rank=len(a)):
+        return _products_by_row(x, grad_s.shape[1]).a_gradient(
+            grad_s, x, len(a), args.segments, args.dropout, args.seed
+        )  # (G, ΣR, K)
+    if takes_triton(x, grad_s, rank=len(a)):
         from . import linear_triton
 
-        return linear_triton.a_gradient(grad_s, x, args.dropout, args.seed).to(x.dtype)
+        return linear_triton.a_gradient(grad_s, x, args.dropout, args.seed)
     return grad_s.T @ drop(x, args.dropout, args.seed)  # (ΣR, K)
 
 
 def factors_backward(
     grad: Tensor, s: Tensor, bs: Sequence[Tensor], args: LoRAArgs, need_bs: Sequence[bool]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """dS (N, ΣR), and each part's dB (Mᵢ, Rᵢ) where it is needed, for grad (N, M)."""
-    on_triton = low_rank_on_triton(grad, s, rank=s.shape[1]) and max(b.shape[-1] for b in bs) <= MAX_PART_RANK
+    """dS (N, ΣR), and each part's dB (Mᵢ, Rᵢ), by Triton in fp32, where it is needed, for grad (N, M)."""
+    one_adapter = args.segments is None
+    if one_adapter and takes_triton(grad, s, rank=s.shape[1]) and max(b.shape[1] for b in bs) <= MAX_PART_RANK:
+        from . import linear_triton
+
+        grad_s = torch.empty_like(s)  # (N, ΣR)
+        sums = [
+            linear_triton.s_and_b_gradients(grad[:, columns], b, s[:, ranks], scale, grad_s[:, ranks])
+            for b, scale, columns, ranks in parts_of(bs, args)
+        ]
+        return grad_s, [grad_b if need_b else None for grad_b, need_b in zip(sums, need_bs, strict=True)]
+
     grad_s_parts: list[Tensor] = []
     grad_bs: list[Tensor | None] = []
     for (b, scale, columns, ranks), need_b in zip(parts_of(bs, args), need_bs, strict=True):
@@ -156,14 +172,8 @@ def factors_backward(
         s_part = s[:, ranks]  # (N, Rᵢ)
         grad_b: Tensor | None = None
         if args.segments is not None:
-            by_row = _products_by_row(grad)
+            by_row = _products_by_row(grad, s.shape[1])
             grad_s, grad_b = by_row.s_and_b_gradients(grad_part, b, s_part, args.segments, need_b)
-        elif on_triton:
-            from . import linear_triton
-
-            grad_s, sums = linear_triton.s_and_b_gradients(grad_part, b * scale, s_part)
-            if need_b:
-                grad_b = sums.mul_(scale).to(b.dtype)  # (Mᵢ, Rᵢ)
         else:
             grad_s = grad_part @ (b * scale)  # (N, Rᵢ)
             if need_b:

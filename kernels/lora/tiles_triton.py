@@ -40,7 +40,7 @@ def load_dropped(x, row, inside, start, k, seed, p, DROPOUT: tl.constexpr, BLOCK
     # The mask is drawn again in each pass: it depends on nothing but the seed and the place in x.
     if DROPOUT:
         quad = start // 4 + tl.arange(0, BLOCK_K // 4)
-        x_block = tl.where(keep_mask(seed, row, quad, k, p), x_block, 0.0).to(x_block.dtype)
+        x_block = tl.where(keep_mask(seed, row, quad, p), x_block, 0.0).to(x_block.dtype)
     return x_block
 
 
@@ -78,7 +78,7 @@ def add_lora_tile(
     low_rank = tl.dot(s_block, b_block, input_precision="ieee")  # (BLOCK_N, BLOCK_M)
     if DROPOUT:
         quad = start // 4 + tl.arange(0, BLOCK_M // 4)
-        low_rank = tl.where(keep_mask(seed, row, quad, m, p), low_rank / (1 - p), 0.0)
+        low_rank = tl.where(keep_mask(seed, row, quad, p), low_rank / (1 - p), 0.0)
 
     # The sum is rounded once.
     before = load_tile(y, row, column, y_row, 1, inside, column < m).to(tl.float32)
@@ -87,14 +87,14 @@ def add_lora_tile(
 
 @triton.jit
 def s_and_b_gradients_tile(
-    dy, s, b_block, db, ds_pieces, row, position, inside, column, r, n, m, rank, dy_row, s_row
+    dy, s, b_block, db, ds_pieces, row, position, inside, column, r, n, m, rank, scale, dy_row, s_row
 ):  # fmt: skip
-    """db + dyᵀ S (BLOCK_M, R), storing dS = dy B; of this block of columns, whose B is `b_block` (BLOCK_M, R)."""
+    """db + dyᵀ S (BLOCK_M, R), storing dS = scale dy B; of this block of columns, whose B is `b_block` (BLOCK_M, R)."""
     grad = load_tile(dy, row, column, dy_row, 1, inside, column < m)  # (BLOCK_N, BLOCK_M)
     s_block = load_tile(s, position, r, s_row, 1, inside, r < rank)  # (BLOCK_N, R)
     db = tl.dot(tl.trans(grad), s_block, db, input_precision="ieee")
 
     # dS is a sum over all columns of dy, of which this program has one block.
     ds = tl.dot(grad, b_block, input_precision="ieee")  # (BLOCK_N, R)
-    store_tile(ds_pieces, tl.program_id(1) * n + position, r, rank, inside, r < rank, ds)
+    store_tile(ds_pieces, tl.program_id(1) * n + position, r, rank, inside, r < rank, ds * scale)
     return db

@@ -42,7 +42,8 @@ def adamw_(
     from .adamw_triton import update_
 
     torch._foreach_add_([param.step for param, _ in due], 1)
-    update_(due, lr, betas, eps, factor)
+    with backend.device_of(due[0][0].weight):
+        update_(due, lr, betas, eps, factor)
 
     mark_written(param for param, _ in due)
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import backend
 from .adamw import mark_written, on_triton
 from .adamw8bit_state import AdamW8bitParam
 from .blockwise import BLOCK, dequantize, quantize
@@ -36,7 +37,8 @@ def adamw8bit_(
     if in_order and on_triton(due):
         from .adamw8bit_triton import update_
 
-        update_(due, lr, betas, eps, factor)
+        with backend.device_of(due[0][0].weight):
+            update_(due, lr, betas, eps, factor)
         mark_written(param for param, _ in due)
         return
 

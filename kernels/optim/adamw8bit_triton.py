@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import backend
 from .adamw8bit_state import AdamW8bitParam
-from .adamw_triton import addresses, on_device, rates_of, store_copy
+from .adamw_triton import addresses, aligned, on_device, pointer, rates_of, store_copy
 from .blockwise import BLOCK, codebook, n_blocks
 
 _TILE = {0: (2, 1), 80: (8, 4)}  # blocks that a program updates, warps
@@ -35,7 +35,7 @@ def _inverse(greatest):
 @triton.jit
 def _adamw8bit_kernel(
     weight_of, table, rates, signed, signed_borders, unsigned, unsigned_borders, factor, rest1, beta2, rest2, eps,
-    COLUMNS: tl.constexpr, FACTOR: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row of `table`: addresses of w, g, m's codes and scales, √v's codes and scales, and the copy; the copy's dtype,
     number of entries, first program. A row of `rates`: 1 − ηλ, η/(1 − β₁ᵗ), (1 − β₂ᵗ)^-½.
@@ -43,17 +43,19 @@ def _adamw8bit_kernel(
     i = tl.load(weight_of + tl.program_id(0))
     row = table + i * COLUMNS
     size = tl.load(row + 8)
+    if ALIGNED:
+        size = tl.multiple_of(size, 16)
     block = (tl.program_id(0) - tl.load(row + 9)) * ROWS + tl.arange(0, ROWS)  # (ROWS,)
     entry = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]  # (ROWS, BLOCK)
     inside = entry < size
     has_block = block * BLOCK < size
 
-    weight = tl.load(row).to(tl.pointer_type(tl.float32)) + entry
-    gradient = tl.load(row + 1).to(tl.pointer_type(tl.float32)) + entry
-    m_codes = tl.load(row + 2).to(tl.pointer_type(tl.uint8)) + entry
-    m_scales = tl.load(row + 3).to(tl.pointer_type(tl.float32)) + block
-    root_codes = tl.load(row + 4).to(tl.pointer_type(tl.uint8)) + entry
-    root_scales = tl.load(row + 5).to(tl.pointer_type(tl.float32)) + block
+    weight = pointer(row, tl.float32, ALIGNED) + entry
+    gradient = pointer(row + 1, tl.float32, ALIGNED) + entry
+    m_codes = pointer(row + 2, tl.uint8, ALIGNED) + entry
+    m_scales = pointer(row + 3, tl.float32, ALIGNED) + block
+    root_codes = pointer(row + 4, tl.uint8, ALIGNED) + entry
+    root_scales = pointer(row + 5, tl.float32, ALIGNED) + block
     shrink = tl.load(rates + 3 * i)
     rate = tl.load(rates + 3 * i + 1)
     inverse_root = tl.load(rates + 3 * i + 2)
@@ -79,7 +81,7 @@ def _adamw8bit_kernel(
     tl.store(root_scales, root_max, mask=has_block)
     tl.store(root_codes, _nearest(root * _inverse(root_max)[:, None], unsigned_borders).to(tl.uint8), mask=inside)
 
-    store_copy(tl.load(row + 6), tl.load(row + 7), entry, w, inside)
+    store_copy(row + 6, tl.load(row + 7), entry, w, inside, ALIGNED)
 
 
 def update_(
@@ -105,5 +107,6 @@ def update_(
     signed, unsigned = codebook(True, first_weight.device), codebook(False, first_weight.device)
     _adamw8bit_kernel[(n_programs,)](
         weight_of, table, rate_table, *signed, *unsigned, factor, 1 - betas[0], betas[1], 1 - betas[1], eps,
-        COLUMNS=len(rows[0]), FACTOR=factor is not None, ROWS=tile, BLOCK=BLOCK, num_warps=warps,
+        COLUMNS=len(rows[0]), FACTOR=factor is not None, ALIGNED=aligned(rows, 7, 8), ROWS=tile, BLOCK=BLOCK,
+        num_warps=warps,
     )  # fmt: skip

@@ -21,18 +21,27 @@ COPY_DTYPES = {torch.bfloat16: 1, torch.float16: 2}  # 0 stands for no copy
 
 
 @triton.jit
-def store_copy(address, dtype, entry, w, inside):
-    """Round w into entries of the copy at an address; its dtype is one of COPY_DTYPES, or 0 where there is none."""
+def pointer(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    """The tensor of this dtype that a number of the table is the address of."""
+    x = tl.load(address).to(tl.pointer_type(dtype))
+    if ALIGNED:
+        x = tl.multiple_of(x, 16)
+    return x
+
+
+@triton.jit
+def store_copy(row, dtype, entry, w, inside, ALIGNED: tl.constexpr):
+    """Round w into entries of the copy; `row` is where its address stands, `dtype` one of COPY_DTYPES, or 0: none."""
     if dtype == 1:
-        tl.store(address.to(tl.pointer_type(tl.bfloat16)) + entry, w.to(tl.bfloat16), mask=inside)
+        tl.store(pointer(row, tl.bfloat16, ALIGNED) + entry, w.to(tl.bfloat16), mask=inside)
     if dtype == 2:
-        tl.store(address.to(tl.pointer_type(tl.float16)) + entry, w.to(tl.float16), mask=inside)
+        tl.store(pointer(row, tl.float16, ALIGNED) + entry, w.to(tl.float16), mask=inside)
 
 
 @triton.jit
 def _adamw_kernel(
     weight_of, table, rates, factor, rest1, beta2, rest2, eps,
-    COLUMNS: tl.constexpr, FACTOR: tl.constexpr, BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr, FACTOR: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row of `table`: addresses of w, c⁻¹g, m, v and the copy; the copy's dtype, number of entries, first block.
 
@@ -40,14 +49,16 @@ def _adamw_kernel(
     """
     i = tl.load(weight_of + tl.program_id(0))
     row = table + i * COLUMNS
-    start = (tl.program_id(0) - tl.load(row + 7)) * BLOCK  # of the entries of this weight
-    lane = tl.arange(0, BLOCK)
-    inside = lane < tl.minimum(tl.load(row + 6) - start, BLOCK).to(tl.int32)
+    entry = (tl.program_id(0) - tl.load(row + 7)) * BLOCK + tl.arange(0, BLOCK)  # of this weight
+    size = tl.load(row + 6)
+    if ALIGNED:
+        size = tl.multiple_of(size, 16)
+    inside = entry < size
 
-    weight = tl.load(row).to(tl.pointer_type(tl.float32)) + start + lane
-    gradient = tl.load(row + 1).to(tl.pointer_type(tl.float32)) + start + lane
-    exp_avg = tl.load(row + 2).to(tl.pointer_type(tl.float32)) + start + lane
-    exp_avg_sq = tl.load(row + 3).to(tl.pointer_type(tl.float32)) + start + lane
+    weight = pointer(row, tl.float32, ALIGNED) + entry
+    gradient = pointer(row + 1, tl.float32, ALIGNED) + entry
+    exp_avg = pointer(row + 2, tl.float32, ALIGNED) + entry
+    exp_avg_sq = pointer(row + 3, tl.float32, ALIGNED) + entry
     shrink = tl.load(rates + 3 * i)
     rate = tl.load(rates + 3 * i + 1)
     inverse_root = tl.load(rates + 3 * i + 2)
@@ -66,7 +77,7 @@ def _adamw_kernel(
     tl.store(exp_avg_sq, v, mask=inside)
     tl.store(weight, w, mask=inside)
 
-    store_copy(tl.load(row + 4), tl.load(row + 5), start + lane, w, inside)
+    store_copy(row + 4, tl.load(row + 5), entry, w, inside, ALIGNED)
 
 
 def update_(due: ParamsWithGrads, lr: float, betas: tuple[float, float], eps: float, factor: Tensor | None) -> None:
@@ -88,7 +99,7 @@ def update_(due: ParamsWithGrads, lr: float, betas: tuple[float, float], eps: fl
     weight_of = torch.repeat_interleave(blocks_of_weight, output_size=n_blocks)  # (n_blocks,)
     _adamw_kernel[(n_blocks,)](
         weight_of, table, rate_table, factor, 1 - betas[0], betas[1], 1 - betas[1], eps,
-        COLUMNS=len(rows[0]), FACTOR=factor is not None, BLOCK=block, num_warps=warps,
+        COLUMNS=len(rows[0]), FACTOR=factor is not None, ALIGNED=aligned(rows, 5, 6), BLOCK=block, num_warps=warps,
     )  # fmt: skip
 
 
@@ -98,6 +109,11 @@ def addresses(param: AdamWParam | AdamW8bitParam, *tensors: Tensor) -> list[int]
     if param.copy is not None:
         copy_address, copy_dtype = param.copy.data_ptr(), COPY_DTYPES[param.copy.dtype]
     return [*(x.data_ptr() for x in (param.weight, *tensors)), copy_address, copy_dtype, param.weight.numel()]
+
+
+def aligned(rows: list[list[int]], n_addresses: int, size: int) -> bool:
+    """Whether vectors of 16 bytes can be read at all addresses of a table, which come first, and the sizes fit."""
+    return all(number % 16 == 0 for row in rows for number in (*row[:n_addresses], row[size]))
 
 
 def rates_of(param: AdamWParam | AdamW8bitParam, lr: float, betas: tuple[float, float]) -> list[float]:

@@ -49,7 +49,10 @@ def _quantize_kernel(w, thresholds, codes, maxima, size, tiny, BLOCKS: tl.conste
 
 @triton.jit
 def _maximum(scales, ranges, offset, map, block, inside):
-    """The maxima of blocks, decoded from their scales: number · range + offset."""
+    """The maxima of blocks, decoded from their scales: number · range + offset.
+
+    Product and sum are rounded one after the other, as torch does it: the kernels are compiled without fused adds.
+    """
     number = tl.load(map + tl.load(scales + block, mask=inside, other=0).to(tl.int32))
     return number * tl.load(ranges + block // 256, mask=inside, other=0.0) + tl.load(offset)
 
@@ -67,7 +70,7 @@ def _dequantize_kernel(w, codes, scales, ranges, offset, levels, map, size, BLOC
     tl.store(w + index, weight.to(w.dtype.element_ty), mask=index < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def _product_kernel(
     x, codes, scales, ranges, offset, levels, map, y_pieces, n, m, k,
     N: tl.constexpr, PIECE: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -100,6 +103,7 @@ def _product_kernel(
     tl.store(y_pieces + y_index, total, mask=(row < m)[:, None] & (token < n)[None, :])
 
 
+@backend.launches
 def quantize(flat: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
     """The codes (32 ⌈N/64⌉,) and the blocks' maxima (⌈N/64⌉,) of weights (N,), contiguous; `thresholds` (15,)."""
     n_blocks = triton.cdiv(len(flat), 64)
@@ -113,14 +117,17 @@ def quantize(flat: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
     return codes, maxima
 
 
+@backend.launches
 def dequantize_(flat: Tensor, codes: Tensor, scales: Tensor, ranges: Tensor, offset: Tensor, tables: Tables) -> None:
     """Write the weights into `flat` (MK,), contiguous."""
     blocks, warps = backend.entry(_BLOCKS, flat)
     _dequantize_kernel[(triton.cdiv(len(scales), blocks),)](
-        flat, codes, scales, ranges, offset, tables.levels, tables.map, len(flat), BLOCKS=blocks, num_warps=warps
-    )
+        flat, codes, scales, ranges, offset, tables.levels, tables.map, len(flat), BLOCKS=blocks, num_warps=warps,
+        enable_fp_fusion=False,
+    )  # fmt: skip
 
 
+@backend.launches
 def product(
     x: Tensor,
     bias: Tensor | None,
@@ -139,7 +146,7 @@ def product(
     y_pieces = x.new_empty(grid[1], n, m, dtype=torch.float32)  # (pieces, N, M)
     _product_kernel[grid](
         x, codes, scales, ranges, offset, tables.levels, tables.map, y_pieces, n, m, k,
-        N=FEW_ROWS, PIECE=columns, BLOCK_M=rows, num_warps=warps, num_stages=stages,
+        N=FEW_ROWS, PIECE=columns, BLOCK_M=rows, num_warps=warps, num_stages=stages, enable_fp_fusion=False,
     )  # fmt: skip
 
     # In fp32 up to the bias, and in the same order each time.

@@ -81,7 +81,8 @@ def test_an_update_is_adamws_from_the_dequantized_moments(shape: tuple[int, ...]
         assert torch.equal(weight.grad, gradient)
         for exact, stored, signed in zip((m, root), _moments(param), (True, False), strict=True):
             blocks = torch.nn.functional.pad(exact, (0, -n % BLOCK)).view(-1, BLOCK)
-            assert ((stored - blocks).abs() <= BOUND[signed] * blocks.abs().amax(1, keepdim=True) + 1e-9).all()
+            errors = (stored - blocks).abs() / (BOUND[signed] * blocks.abs().amax(1, keepdim=True) + 1e-9)
+            assert errors.view(-1)[:n].max() <= 1  # what stands behind the end is nobody's
 
 
 def _moments(param: AdamW8bitParam) -> tuple[Tensor, Tensor]:
