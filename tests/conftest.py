@@ -1,4 +1,7 @@
-"""For every test: offline, quiet, one thread. Under Triton's interpreter (TRITON_INTERPRET=1) only Triton's tests."""
+"""For every test: offline, quiet, one thread. Under Triton's interpreter (TRITON_INTERPRET=1) only Triton's tests.
+
+With --as-on-gpu all tests run under it, so that each operation goes the way it goes on a GPU: hours, not minutes.
+"""
 
 import os
 
@@ -14,8 +17,16 @@ torch.set_num_threads(1)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--as-on-gpu", action="store_true", help="with TRITON_INTERPRET=1: every test, Triton in all paths"
+    )
+
+
 def pytest_ignore_collect(collection_path, config):
     """Kernels run under the interpreter or on a GPU; everything else where there is no interpreter."""
+    if INTERPRETED and config.getoption("--as-on-gpu"):
+        return None
     on_triton = collection_path.name.startswith("test_triton_")
     if collection_path.suffix == ".py" and on_triton != INTERPRETED:
         return not (on_triton and torch.cuda.is_available())
@@ -36,3 +47,16 @@ if INTERPRETED:
         return plain_dot(self, a, b, d, *rest)
 
     interpreter.InterpreterBuilder.create_dot = wide_dot
+
+    plain_convert = interpreter._convert_float
+
+    def rounding_convert(x, source, target, rounding):
+        """The interpreter cuts fp32 off where bf16 ends; a GPU rounds to the nearest, as torch does."""
+        import triton.language as tl
+
+        if (source, target) == (tl.float32, tl.bfloat16):
+            rounded = torch.from_numpy(x.view("float32").copy()).bfloat16()
+            return rounded.view(torch.int16).numpy().view("uint16")
+        return plain_convert(x, source, target, rounding)
+
+    interpreter._convert_float = rounding_convert

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from handtune.engine import LoRAConfig, add_lora
+from handtune.kernels.backend import INTERPRETED
 from handtune.models import GPT2, Bert, Llama
 from handtune.models.layers.rope_scaling import Rope
 
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the compiler doesn't trace Triton's interpreter")
 SIZES = {"n_layer": 1, "d_model": 32, "n_head": 4, "vocab_size": 50, "max_positions": 32}
 BLOCKS = {
     "gpt2": (lambda: GPT2.from_name("gpt2", **SIZES), (None, None, None, None)),

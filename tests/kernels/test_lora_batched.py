@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from handtune.kernels import Segments, lora_linear, lora_linear_batched
+from handtune.kernels.backend import INTERPRETED
 from handtune.kernels.lora import row_groups
 from handtune.kernels.lora.batched import lora_linear_batched_reference
 
@@ -220,6 +221,7 @@ def test_keeps_x_and_s_and_nothing_else() -> None:
     assert sum(size for address, size in seen.items() if address not in given) == 8 * 12 * R
 
 
+@pytest.mark.skipif(INTERPRETED, reason="its blocks are smaller")
 def test_tables_for_triton() -> None:
     where = Segments.of((2, 0, -1, 2), (70, 3, 2, 1))
     assert (where.adapters, where.bounds) == ((2, 0, -1, 2), (0, 70, 73, 75, 76))

@@ -1,0 +1,38 @@
+"""The count of a block's launches and bytes is made of the calls that are really made: a planted one changes it."""
+
+import sys
+from unittest import mock
+
+import pytest
+import torch
+from project import BENCHMARKS
+
+pytest.importorskip("triton")
+sys.path.append(str(BENCHMARKS))
+from block_bytes import block_calls, size, totals
+
+from handtune.kernels import mlp
+
+SIZES = {"d_model": 256, "d_ff": 512, "n_head": 4, "n_kv_head": 2, "vocab_size": 64}
+TOKENS = 2048
+
+
+def test_a_planted_call_is_counted() -> None:
+    plain = totals(block_calls(TOKENS, 16, SIZES))
+    original = mlp.activation_linear
+
+    def with_a_copy(u: torch.Tensor, *args):
+        return original(u.clone(), *args)  # (1, N, 2F)
+
+    with mock.patch.object(mlp, "activation_linear", with_a_copy):
+        planted = totals(block_calls(TOKENS, 16, SIZES))
+    u = torch.empty(TOKENS, 2 * SIZES["d_ff"], dtype=torch.bfloat16)
+    assert planted["launches"] == plain["launches"] + 1
+    assert planted["gigabytes"] == pytest.approx(plain["gigabytes"] + 2 * size(u) / 1e9)
+
+
+def test_a_block_without_an_adapter() -> None:
+    """Two norms, four products, a copy of v, rope, swiglu, two sums; backward as many, and the gradients' sums."""
+    names = [call.name for call in block_calls(TOKENS, 0, SIZES)]
+    assert names.count("mm") == 8 and names.count("_rope_kernel") == 2
+    assert not [name for name in names if "lora" in name or "gradient" in name]
