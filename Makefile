@@ -69,17 +69,17 @@ bench: $(STAMP)
 	    --out benchmarks/results/train_$${model}_cpu_$$dtype.json || exit 1; done; done
 	$(PY) benchmarks/resources.py --out benchmarks/results/resources.json
 
-# These two run from a bare clone, with any python3 that has torch and triton.
+# These two run from a bare clone, with any python3 that has torch and triton, and write into the folder OUT. The tests
+# run in eight processes where pytest-xdist is installed: nearly all of their time is compilation.
+OUT ?= .
 test-gpu:
 	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "no CUDA here: nothing to test"; exit 1; }
-	$(PYTHON) -m pytest -m 'not deep' tests/kernels/test_cuda.py tests/kernels/triton
+	$(PYTHON) -m pytest -m 'not deep' tests/kernels/test_cuda.py tests/kernels/triton --junitxml=$(OUT)/gpu-tests.xml \
+	  $$($(PYTHON) -c 'import xdist' 2> /dev/null && echo --numprocesses 8)
 
 bench-gpu:
 	@$(PYTHON) -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || { echo "no CUDA here: nothing to measure"; exit 1; }
-	$(PYTHON) benchmarks/kernels.py --device cuda --out benchmarks/results/kernels_cuda.json
-	for model in llama-1b llama-3b llama-8b; do for length in 2048 8192; do \
-	  $(PYTHON) benchmarks/train.py --model $$model --device cuda --dtype bfloat16 --work half --rows 1 \
-	    --length $$length --out benchmarks/results/train_$${model}_$${length}_cuda.json || exit 1; done; done
+	$(PYTHON) benchmarks/gpu.py --out $(OUT)/gpu.jsonl
 
 clean:
 	rm -rf $(VENV) $(LOWEST) build dist *.egg-info

@@ -1,21 +1,20 @@
 """How much faster and leaner is a LoRA training step than with transformers + PEFT?
 
-    python benchmarks/train.py [--model gpt2] [--dtype float32] [--device cpu] [--rounds 5] [--out FILE.json]
-    python benchmarks/train.py --model llama-8b --device cuda --dtype bfloat16 --rows 1 --length 8192 --work half
+    python benchmarks/train.py [--model gpt2] [--dtype float32] [--rounds 5] [--out FILE.json]
 
-R 16 on every projection, AdamW, no dropout; both sides get the same weights, tokens and targets. Three kinds of work: a
-step at 50 % and at 12 % prompt (rows of one length, loss on the completion), and an epoch of instruction data whose
-lengths follow Alpaca's (8 rows a batch): against a peer that pads, and one that also groups rows by length.
+On a CPU; for a GPU see `gpu.py`. R 16 on every projection, AdamW, no dropout; both sides get the same weights, tokens
+and targets. Three kinds of work: a step at 50 % and at 12 % prompt (rows of one length, loss on the completion), and an
+epoch of instruction data whose lengths follow Alpaca's (8 rows a batch): against a peer that pads, and one that also
+groups rows by length.
 
 Every provider (`train_worker.py`) lives in a process of its own, so that its peak memory is its own; the parent lets
-them step in turn, so that the machine's mood hits all alike (on a GPU, where they would not fit together, they come one
-after the other). Speed is the median over rounds. Memory is the peak above process start and above the loaded weights
-(VmHWM, reset in between; on CUDA the allocator's). On CPU it is measured twice: as glibc's allocator comes, whose heap
-keeps freed holes, and "tight", with MALLOC_MMAP_THRESHOLD_=65536, where freed memory goes back at once. Saved bytes are
-the storages that autograd keeps for the backward pass, each counted once, weights left out. The floor is the step's
-matrix products (the adapters' too) and the faster of two attentions alone, timed in the same run: nobody can be faster
-with these operations. Absolute times are those of one machine; the ratios count. The FLOPs a second are those of the
-model's own products, MFU their share of the rate that a square product reaches.
+them step in turn, so that the machine's mood hits all alike. Speed is the median over rounds. Memory is the peak above
+process start and above the loaded weights (VmHWM, reset in between). It is measured twice: as glibc's allocator comes,
+whose heap keeps freed holes, and "tight", with MALLOC_MMAP_THRESHOLD_=65536, where freed memory goes back at once.
+Saved bytes are the storages that autograd keeps for the backward pass, each counted once, weights left out. The floor
+is the step's matrix products (the adapters' too) and the faster of two attentions alone, timed in the same run: nobody
+can be faster with these operations. Absolute times are those of one machine; the ratios count. The FLOPs a second are
+those of the model's own products, MFU their share of the rate that a square product reaches.
 """
 
 import argparse
@@ -39,7 +38,6 @@ PROVIDERS = {
     "12 %": ("handtune", "peft", "floor"),
     "alpaca": ("handtune", "peft", "peft, grouped"),
 }
-ON_CUDA = ("peft, adapters in bf16", "peft, checkpointed", "peft, liger", "handtune, nf4")
 
 
 def main() -> None:
@@ -59,7 +57,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="gpt2", choices=MODELS)
     parser.add_argument("--layers", type=int, help="as the model has, if not given")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--work", nargs="*", default=list(WORKS), choices=WORKS)
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=256)
@@ -73,12 +70,12 @@ def make_model(folder: Path, options: argparse.Namespace) -> None:
     kind, sizes = MODELS[options.model]
     layers = {} if options.layers is None else {"num_hidden_layers": options.layers}
     code = (
-        "import torch, transformers as t; torch.manual_seed(0); torch.set_default_device({!r});"
+        "import torch, transformers as t; torch.manual_seed(0);"
         "c = t.AutoConfig.for_model({!r}, **{!r}); c.dtype = torch.{};"
         "m = t.AutoModelForCausalLM.from_config(c, dtype=c.dtype); m.save_pretrained({!r})"
     )
     sizes = {**sizes, **layers, "use_cache": False}
-    done = code.format(options.device, kind, sizes, options.dtype, str(folder))
+    done = code.format(kind, sizes, options.dtype, str(folder))
     subprocess.run([sys.executable, "-c", done], check=True, stderr=subprocess.DEVNULL)
 
 
@@ -86,7 +83,7 @@ class Worker:
     """A provider's process, which runs one step (or epoch) for each line it is sent."""
 
     def __init__(self, provider: str, work: str, folder: str, options: argparse.Namespace, tight: bool = False):
-        settings = [options.dtype, options.device, str(options.rows), str(options.length)]
+        settings = [options.dtype, str(options.rows), str(options.length)]
         command = [sys.executable, str(HERE / "train_worker.py"), provider, work, folder, *settings]
         environment = {**os.environ, **({"MALLOC_MMAP_THRESHOLD_": "65536"} if tight else {})}
         self.messages, pipe = Path(folder, "messages of " + provider), subprocess.PIPE
@@ -113,18 +110,13 @@ class Worker:
 
 def measure(work: str, folder: str, options: argparse.Namespace) -> dict[str, Any]:
     """All providers on one kind of work; medians and peaks."""
-    names = PROVIDERS[work] + (ON_CUDA if options.device == "cuda" and work == "half" else ())
-    names = tuple(name for name in names if "liger" not in name or "llama" in options.model)
-    out: dict[str, Any] = {}
-    for group in [[name] for name in names] if options.device == "cuda" else [list(names)]:
-        out |= in_turn(group, work, folder, options)
-    if options.device == "cpu":
-        for name, row in out.items():
-            if "peak_over_weights" in row:
-                worker = Worker(name, work, folder, options, tight=True)
-                answers = [worker.ask(what) for what in ("warm", "run", "facts")]
-                row["peak_over_weights_tight"] = answers[-1]["peak_over_weights"]
-                worker.stop()
+    out = in_turn(list(PROVIDERS[work]), work, folder, options)
+    for name, row in out.items():
+        if "peak_over_weights" in row:
+            worker = Worker(name, work, folder, options, tight=True)
+            answers = [worker.ask(what) for what in ("warm", "run", "facts")]
+            row["peak_over_weights_tight"] = answers[-1]["peak_over_weights"]
+            worker.stop()
     return out
 
 
@@ -180,17 +172,13 @@ def cells(row: dict[str, Any], providers: dict[str, Any]) -> str:
 def environment(options: argparse.Namespace) -> dict[str, Any]:
     """Device, versions and settings, for the record."""
     code = (
-        f"import torch, transformers, peft, json; cuda = {options.device == 'cuda'};"
+        "import torch, transformers, peft, json;"
         "print(json.dumps({'torch': torch.__version__, 'transformers': transformers.__version__,"
-        "'peft': peft.__version__, 'threads': torch.get_num_threads(),"
-        "'device': torch.cuda.get_device_name() if cuda else ''}))"
+        "'peft': peft.__version__, 'threads': torch.get_num_threads()}))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     facts = json.loads(done.stdout)
-    facts["device"] = facts["device"] or processor()
-    if options.device == "cuda":
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        facts["driver"] = subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
+    facts["device"] = processor()
     settings = {key: getattr(options, key) for key in ("model", "layers", "dtype", "rows", "length", "rounds")}
     return {**facts, **settings, "python": platform.python_version(), "date": time.strftime("%Y-%m-%d")}
 

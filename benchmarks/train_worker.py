@@ -1,11 +1,9 @@
 """What `train.py` measures: one provider in one process, which runs a step for each line it reads.
 
 handtune                  this engine: packed rows, its losses, its optimizer; "recompute": feed-forwards computed
-                          once more in the backward pass; "nf4": on a base quantised to 4 bits
+                          once more in the backward pass
 peft                      transformers + PEFT: padded rows, labels −100 outside the completion, torch's AdamW;
-                          "grouped": rows of similar length together; "checkpointed": with gradient checkpointing;
-                              "adapters in bf16": not widened to fp32, as PEFT does by default;
-                          "liger": with Liger's kernels in the model, where they are installed
+                          "grouped": rows of similar length together
 floor                     the matrix products and the attention of a step, and nothing else
 """
 
@@ -32,18 +30,15 @@ _LLAMA3 = {
 }  # fmt: skip
 
 
-def _llama(vocab: int, layers: int, width: int, heads: int, kv_heads: int, inner: int, tied: bool) -> tuple[str, dict]:
+def _llama(vocab: int, layers: int, width: int, heads: int, kv_heads: int, inner: int) -> tuple[str, dict]:
     sizes = {"vocab_size": vocab, "num_hidden_layers": layers, "hidden_size": width, "intermediate_size": inner}
     more = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "max_position_embeddings": 131072}
-    return "llama", {**sizes, **more, "tie_word_embeddings": tied, "rope_parameters": _LLAMA3}
+    return "llama", {**sizes, **more, "tie_word_embeddings": True, "rope_parameters": _LLAMA3}
 
 
 MODELS = {  # transformers' model type and configuration
     "gpt2": ("gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
-    "llama-small": _llama(32000, 12, 768, 12, 4, 2048, True),  # GPT-2 small's width, a Llama's ways
-    "llama-1b": _llama(128256, 16, 2048, 32, 8, 8192, True),
-    "llama-3b": _llama(128256, 28, 3072, 24, 8, 8192, True),
-    "llama-8b": _llama(128256, 32, 4096, 32, 8, 14336, False),
+    "llama-small": _llama(32000, 12, 768, 12, 4, 2048),  # GPT-2 small's width, a Llama's ways
 }
 
 
@@ -55,7 +50,6 @@ class Task:
     work: str
     folder: Path
     dtype: str
-    device: str
     rows: int
     length: int
 
@@ -74,8 +68,8 @@ class Sizes:
 
 
 def main() -> None:
-    provider, work, folder, dtype, device, rows, length = sys.argv[1:]
-    task = Task(provider, work, Path(folder), dtype, device, int(rows), int(length))
+    provider, work, folder, dtype, rows, length = sys.argv[1:]
+    task = Task(provider, work, Path(folder), dtype, int(rows), int(length))
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the package from a bare clone
     serve(task)
 
@@ -85,21 +79,20 @@ def serve(task: Task) -> None:
     import torch
 
     torch.manual_seed(0)
-    start = memory_now(task.device)
+    start = status("VmRSS")
     step, model = PROVIDERS[task.provider.partition(",")[0]](task)
-    weights = memory_now(task.device)
-    reset_peak(task.device)
+    weights = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     for line in sys.stdin:
         began = time.perf_counter()
         if line.strip() == "facts":
             answer: dict[str, Any] = {"tokens": real_tokens(batches_of(task)), "flops": flops(task), "rate": rate(task)}
             if model is not None:
-                highest = peak(task.device)
+                highest = status("VmHWM")
                 answer |= {"peak_over_start": highest - start, "peak_over_weights": highest - weights}
                 answer["saved_per_token"] = kept(model, lambda: step(1)) / real_tokens(batches_of(task)[:1])
         else:
             answer = {"loss": step(None)}
-            synchronize(task.device)
             answer["seconds"] = time.perf_counter() - began
         print(json.dumps(answer), flush=True)
 
@@ -162,22 +155,14 @@ def rate(task: Task) -> float:
     """FLOPs a second of a square product."""
     import torch
 
-    n = 8192 if task.device == "cuda" else 2048
-    a = torch.randn(n, n, device=task.device, dtype=getattr(torch, task.dtype))
+    n = 2048
+    a = torch.randn(n, n, dtype=getattr(torch, task.dtype))
     times = []
     for _ in range(5):
         began = time.perf_counter()
         a @ a
-        synchronize(task.device)
         times.append(time.perf_counter() - began)
     return 2 * n**3 / min(times)
-
-
-def synchronize(device: str) -> None:
-    import torch
-
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def status(field: str) -> int:
@@ -187,38 +172,14 @@ def status(field: str) -> int:
     raise RuntimeError(f"no {field} in /proc/self/status")
 
 
-def memory_now(device: str) -> int:
-    import torch
-
-    return torch.cuda.memory_allocated() if device == "cuda" else status("VmRSS")
-
-
-def peak(device: str) -> int:
-    import torch
-
-    return torch.cuda.max_memory_allocated() if device == "cuda" else status("VmHWM")
-
-
-def reset_peak(device: str) -> None:
-    import torch
-
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 def handtune_steps(task: Task) -> tuple[Callable[[int | None], float], Any]:
-    from handtune.engine import LoRAConfig, add_lora, freeze, quantize
-    from handtune.engine.data.batches import Collate, to_device
+    from handtune.engine import LoRAConfig, add_lora
+    from handtune.engine.data.batches import Collate
     from handtune.engine.tasks.causal_lm import causal_lm_loss
     from handtune.engine.training.optim import Optimizer
     from handtune.models import load
 
-    model, _ = load(task.folder, device=task.device)
-    if task.provider.endswith("nf4"):
-        freeze(model, "*")
-        quantize(model)
+    model, _ = load(task.folder, device="cpu")
     if task.provider.endswith("recompute"):
         for block in model.layers:
             block.recompute = True
@@ -234,7 +195,7 @@ def handtune_steps(task: Task) -> tuple[Callable[[int | None], float], Any]:
     def step(count: int | None) -> float:
         first = None
         for batch in examples[:count]:
-            loss, targets = causal_lm_loss(model, to_device(Collate()(batch), next(model.parameters()).device))
+            loss, targets = causal_lm_loss(model, Collate()(batch))
             loss.backward()
             optimizer.accumulate()
             optimizer.scale_gradients(targets, 1.0)
@@ -251,17 +212,9 @@ def peft_steps(task: Task) -> tuple[Callable[[int | None], float], Any]:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    if task.provider.endswith("liger"):
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-        apply_liger_kernel_to_llama()
     model = transformers.AutoModelForCausalLM.from_pretrained(task.folder, dtype=getattr(torch, task.dtype))
-    model = model.to(task.device)
-    if task.provider.endswith("checkpointed"):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
-    narrow = task.provider.endswith("adapters in bf16")
-    model = peft.get_peft_model(model, config, autocast_adapter_dtype=not narrow).train()
+    model = peft.get_peft_model(model, config).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
     batches = batches_of(task)
@@ -282,7 +235,7 @@ def peft_steps(task: Task) -> tuple[Callable[[int | None], float], Any]:
                     "labels": labels[:, :-1],
                     "shift_labels": labels[:, 1:].contiguous(),
                 }
-            loss = model(**{k: v.to(task.device) for k, v in inputs.items()}, use_cache=False).loss
+            loss = model(**inputs, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
@@ -304,7 +257,7 @@ def floor_steps(task: Task) -> tuple[Callable[[int | None], float], None]:
     n, scored = real_tokens(batches), sum(len(row) - p for row, p in batches[0])
 
     def new(*shape: int, grad: bool = False) -> Any:
-        return torch.randn(shape, device=task.device).to(getattr(torch, task.dtype)).requires_grad_(grad)
+        return torch.randn(shape).to(getattr(torch, task.dtype)).requires_grad_(grad)
 
     sets = [(new(n, k), new(m, k), new(n, m), new(RANK, k), new(m, RANK)) for k, m in sizes.projections]
     out = [(torch.empty_like(y), torch.empty_like(x)) for x, _, y, _, _ in sets]
@@ -321,10 +274,8 @@ def floor_steps(task: Task) -> tuple[Callable[[int | None], float], None]:
 
     def timed(attend: Callable[[], None]) -> float:
         attend()
-        synchronize(task.device)
         began = time.perf_counter()
         attend()
-        synchronize(task.device)
         return time.perf_counter() - began
 
     attend = min((fused, lambda: attention(q, k, v).backward(grad)), key=timed)
