@@ -94,6 +94,21 @@ def operations(n: int = 4096) -> dict[str, Callable[[], Any]]:
         index = torch.zeros(n, dtype=torch.long)
         return kernels.linear_cross_entropy(fake(n, d), fake(128256, d, grad=False), index, index=index, **settings)
 
+    def feed_forward(dropout: float) -> Tensor:
+        gate_up = kernels.Linear(d, 28672, bias=False, parts=(("gate_proj", 14336), ("up_proj", 14336)))
+        down = kernels.Linear(14336, d, bias=False)
+        for layer in (gate_up, down):
+            layer.weight.requires_grad_(False)
+            scales = [2.0] * len(layer.parts)
+            layer.lora["default"] = layer.new_adapter(list(layer.parts), [r] * len(scales), scales, dropout)
+            layer.active = "default"
+        norm = kernels.RMSNorm(d)
+        for module in (norm, gate_up, down):
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, torch.nn.Parameter(fake(*parameter.shape, grad=False), requires_grad=False))
+        with mock.patch("handtune.kernels.linear.seed_for", return_value=1):  # fake tensors have no random numbers
+            return kernels.feed_forward(fake(1, n, d), norm, gate_up, "swiglu", down)
+
     def several(rows: int, segments: Segments) -> Tensor:
         adapters = 1 + max(segments.adapters)
         a, b = fake(adapters, r, d), fake(adapters, d, r)
@@ -128,6 +143,8 @@ def operations(n: int = 4096) -> dict[str, Callable[[], Any]]:
         "geglu_tanh": lambda: kernels.activate(fake(n, 28672), "geglu_tanh"),
         "linear_cross_entropy": lambda: losses(),
         "token losses, entropy": lambda: losses(reduction="none", with_entropy=True),
+        "feed_forward": lambda: feed_forward(0.0),
+        "feed_forward, dropout": lambda: feed_forward(0.1),
         "4 adapters in a batch": lambda: several(4 * 1024, four),
         "32 adapters, a token each": lambda: several(32, each),
         "attention, window": lambda: kernels.attention(*heads(), window=1024),

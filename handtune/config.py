@@ -49,7 +49,7 @@ class ModelConfig:
     device: str = "auto"  # "cpu", "cuda", or "auto": CUDA where there is one
     # "nf4": the projections in 4 bits and frozen (QLoRA), which needs a [lora] table; None: as `dtype` says
     quantize: str | None = one_of(None, ("nf4",))
-    # Compute the feed-forwards again in the backward pass, instead of keeping their widest tensor (see kernels/mlp.py
+    # Compute the feed-forwards again in the backward pass, instead of keeping their widest tensor (see kernels/mlp/
     # for the price).
     recompute: bool = False
 

@@ -4,7 +4,7 @@
     norms  activations  rotary  cross_entropy             one operation a file; Triton kernels in a `_triton` twin
     attn/  optim/  quant/                                 attention; AdamW; frozen weights in four bits
     lora/                                                 the low-rank operations: read `lora/linear.py` first
-    linear  conv  mlp                                     layers of models, put together from all of these
+    linear  conv  mlp/                                    layers of models, put together from all of these
 
 Every backward pass keeps as little as it can and rebuilds what else it needs (`lora/linear.py` has the reasoning);
 gradients are computed only for inputs that require them. Names are imported at first use (PEP 562).
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .lora.factors import LoRALinearWeights as LoRALinearWeights
     from .lora.linear import lora_linear as lora_linear
     from .lora.row_groups import Segments as Segments
-    from .mlp import feed_forward as feed_forward
+    from .mlp.prenorm import feed_forward as feed_forward
     from .norms import LayerNorm as LayerNorm
     from .norms import RMSNorm as RMSNorm
     from .norms import layer_norm as layer_norm
@@ -44,7 +44,7 @@ _HOME = {
     "activate": "activations",
     "activation_linear": "linear",
     "attention": "attn.attend",
-    "feed_forward": "mlp",
+    "feed_forward": "mlp.prenorm",
     "layer_norm": "norms",
     "linear_cross_entropy": "cross_entropy",
     "lora_conv2d": "conv",

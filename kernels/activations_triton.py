@@ -19,7 +19,7 @@ _TILE = {0: (16, 16, 1), 80: (1, 1024, 4)}  # rows and columns that a program ta
 
 
 @triton.jit
-def _gate(g, GATE: tl.constexpr):
+def gate(g, GATE: tl.constexpr):
     """a(g) and its derivative a'(g). SiLU and the tanh form are g σ(h): x/2 (1 + tanh z) = x σ(2z)."""
     if GATE == 1:
         phi = 0.5 + 0.5 * tl.erf(g * 0.7071067811865476)  # 1/√2
@@ -47,7 +47,7 @@ def _forward_kernel(u, out, n, f, GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLO
     v = tl.load(u + 2 * row * f + f + column, mask=inside, other=0.0).to(tl.float32)
 
     # Rounded to the dtype before the product, where torch rounds too.
-    a, _ = _gate(g, GATE)
+    a, _ = gate(g, GATE)
     dtype = out.dtype.element_ty
     tl.store(out + row * f + column, (a.to(dtype).to(tl.float32) * v).to(dtype), mask=inside)
 
@@ -62,7 +62,7 @@ def _backward_kernel(grad, u, du, n, f, GATE: tl.constexpr, BLOCK_N: tl.constexp
     g = tl.load(u + 2 * row * f + column, mask=inside, other=0.0).to(tl.float32)
     v = tl.load(u + 2 * row * f + f + column, mask=inside, other=0.0).to(tl.float32)
 
-    a, slope = _gate(g, GATE)
+    a, slope = gate(g, GATE)
     dtype = du.dtype.element_ty
     tl.store(du + 2 * row * f + column, (dy * v * slope).to(dtype), mask=inside)
     tl.store(du + 2 * row * f + f + column, (dy * a.to(dtype).to(tl.float32)).to(dtype), mask=inside)

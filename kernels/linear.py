@@ -6,8 +6,8 @@ front of a projection (a norm, an activation) is handed in by `norm_linear` and 
 function that sees both can avoid keeping what lies between them. A frozen weight can be kept in 4 bits (`quantize_`).
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -109,9 +109,25 @@ class Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, active={self.active}"
 
 
+@dataclass(frozen=True)
+class Projection:
+    """A `Linear` and what stands in front of it, as they are now; called with h (..., K) it gives y (..., M)."""
+
+    weight: Tensor | NF4Weight
+    bias: Tensor | None
+    a: Tensor | None
+    bs: Sequence[Tensor]
+    args: LoRAArgs
+    norm: tuple[Tensor | None, Tensor | None]
+    gain: Tensor | None
+
+    def __call__(self, h: Tensor) -> Tensor:
+        return fused_linear(h, self.weight, self.bias, self.a, self.bs, self.args, self.norm, self.gain)
+
+
 def bind_projection(
     h: Tensor, linear: Linear, norm: LayerNorm | RMSNorm | None = None, activation: Activation | None = None
-) -> Callable[[Tensor], Tensor]:
+) -> Projection:
     """The projection of h, and of what is like it, by the adapter that is active now and with one dropout mask."""
     norm_weights: tuple[Tensor | None, Tensor | None] = (None, None)
     eps = 0.0
@@ -143,7 +159,7 @@ def bind_projection(
         args = LoRAArgs(adapter.rows, adapter.scales, eps, activation, dropout, seed_for(dropout))
         if adapter.m is not None:
             gain = adapter.gain(weight)  # (M,)
-    return partial(fused_linear, weight=weight, bias=linear.bias, a=a, bs=bs, args=args, norm=norm_weights, gain=gain)
+    return Projection(weight, linear.bias, a, bs, args, norm_weights, gain)
 
 
 def _common_dropout(adapters: list[LoRALinearWeights]) -> float:

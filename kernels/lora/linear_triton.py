@@ -171,7 +171,7 @@ def _tile(table: dict[int, tuple[int, int, int]], x: Tensor, rank: int, widest: 
     return rows, max(16, columns * widest // max(widest, padded_rank(rank))), warps
 
 
-def _rows_per_piece(n: int, rows: int, programs_per_piece: int) -> int:
+def rows_per_piece(n: int, rows: int, programs_per_piece: int) -> int:
     """Rows of a piece of a sum over n: of so many pieces that they fill a GPU, each a multiple of a tile's rows."""
     n_pieces = max(1, min(PROGRAMS // programs_per_piece, triton.cdiv(n, 2 * rows)))
     return triton.cdiv(triton.cdiv(n, n_pieces), rows) * rows
@@ -231,21 +231,28 @@ def s_and_b_gradients(grad: Tensor, b: Tensor, s: Tensor, scale: float, grad_s: 
     m, rank = b.shape
     rows, columns, warps = _tile(_S_AND_B_TILES, grad, rank, 16)
     n_columns = triton.cdiv(m, columns)
-    rows_per_piece = _rows_per_piece(n, rows, n_columns)
-    grid = (triton.cdiv(n, rows_per_piece), n_columns)
+    piece = rows_per_piece(n, rows, n_columns)
+    grid = (triton.cdiv(n, piece), n_columns)
 
     # dS comes in a piece for each block of columns, dB in one for each piece of rows; both are added up in order.
     ds_pieces = grad.new_empty(grid[1], n, rank, dtype=torch.float32)
     db_pieces = grad.new_empty(grid[0], m, rank, dtype=torch.float32)
     _s_and_b_gradients_kernel[grid](
-        grad, b.contiguous(), s, ds_pieces, db_pieces, n, m, rank, scale, grad.stride(0), s.stride(0), rows_per_piece,
+        grad, b.contiguous(), s, ds_pieces, db_pieces, n, m, rank, scale, grad.stride(0), s.stride(0), piece,
         R=padded_rank(rank), BLOCK_N=rows, BLOCK_M=columns, num_warps=warps,
     )  # fmt: skip
-    block, warps = backend.entry(_SUM_BLOCK, grad)
-    _sum_pieces_kernel[(triton.cdiv(n * rank, block),)](
-        ds_pieces, grad_s, len(ds_pieces), n, rank, grad_s.stride(0), BLOCK=block, num_warps=warps
-    )
+    sum_pieces(ds_pieces, grad_s)
     return db_pieces.sum(0)  # (M, R)
+
+
+@backend.launches
+def sum_pieces(pieces: Tensor, out: Tensor) -> None:
+    """The sum of pieces (P, N, R) in fp32 into `out` (N, R), with rows of any stride and rounded to its dtype."""
+    n_pieces, n, rank = pieces.shape
+    block, warps = backend.entry(_SUM_BLOCK, pieces)
+    _sum_pieces_kernel[(triton.cdiv(n * rank, block),)](
+        pieces, out, n_pieces, n, rank, out.stride(0), BLOCK=block, num_warps=warps
+    )
 
 
 @backend.launches
@@ -257,11 +264,11 @@ def a_gradient(grad_s: Tensor, x: Tensor, p: float, seed: int) -> Tensor:
 
     # One piece of rows a program: its sum is added to those of the others afterwards, in a fixed order.
     n_columns = triton.cdiv(k, columns)
-    rows_per_piece = _rows_per_piece(n, rows, n_columns)
-    grid = (triton.cdiv(n, rows_per_piece), n_columns)
+    piece = rows_per_piece(n, rows, n_columns)
+    grid = (triton.cdiv(n, piece), n_columns)
     da_pieces = x.new_empty(grid[0], rank, k, dtype=torch.float32)
     _a_gradient_kernel[grid](
-        x.contiguous(), grad_s.contiguous(), da_pieces, n, k, rank, seed, p, rows_per_piece,
+        x.contiguous(), grad_s.contiguous(), da_pieces, n, k, rank, seed, p, piece,
         R=padded_rank(rank), DROPOUT=p > 0, BLOCK_N=rows, BLOCK_K=columns, num_warps=warps,
     )  # fmt: skip
     return da_pieces.sum(0)  # (R, K)

@@ -91,7 +91,7 @@ class Block(nn.Module):
         self.down = Linear(4 * d, d)
         self.dropout = Dropout(config.dropout)
         self.attention_dropout = Dropout(config.attention_dropout)
-        # True: up(norm(x)) is not kept but computed again in the backward pass (kernels/mlp.py).
+        # True: up(norm(x)) is not kept but computed again in the backward pass (kernels/mlp/).
         self.recompute = False
 
     def forward(

@@ -70,7 +70,7 @@ class Block(nn.Module):
         if config.scale_by_layer:
             self.scale /= index + 1
         self.window = config.window if index % 2 else None
-        # True: up(norm(x)) is not kept but computed again in the backward pass (kernels/mlp.py).
+        # True: up(norm(x)) is not kept but computed again in the backward pass (kernels/mlp/).
         self.recompute = False
 
     def forward(

@@ -63,7 +63,7 @@ class Block(nn.Module):
         self.gate_up = Linear(d, 2 * f, config.mlp_bias, parts=(("gate_proj", f), ("up_proj", f)))
         self.down = Linear(f, d, config.mlp_bias)
         self.attention_dropout = Dropout(config.attention_dropout)
-        # True: up(norm(x)) is not kept but computed again in the backward pass (kernels/mlp.py).
+        # True: up(norm(x)) is not kept but computed again in the backward pass (kernels/mlp/).
         self.recompute = False
 
     def forward(

@@ -70,7 +70,7 @@ class Block(nn.Module):
         else:
             self.up = Linear(d, f, False)
         self.down = Linear(f, d, False)
-        self.recompute = False  # see kernels/mlp.py
+        self.recompute = False  # see kernels/mlp/
         self.dropout = Dropout(config.dropout)
 
     def forward(

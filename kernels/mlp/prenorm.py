@@ -1,9 +1,10 @@
 """The feed-forward of a pre-norm block, down(activation(up(norm(x)))), keeping what is widest in it or making it again.
 
-`norm_linear` and `activation_linear` keep x and u = up(norm(x)) for the backward pass. u is the widest tensor of a
-block: 2F of the 4.5D + 2F numbers a token that a Llama block keeps, 7 of 11.5 D in Llama-8B. With `recompute` it is not
-kept: the backward pass of `down` makes it again from x. That costs the product up(norm(x)) once more, 2·D·2F FLOPs a
-token: for Llama-8B, 27 % of the products of a LoRA step (which has no weight gradients), for GPT-2's F = 4D, 17 %.
+The projections keep x and u = up(norm(x)) for the backward pass, by themselves or in one function (`fused.py`). u is
+the widest tensor of a block: 2F of the 4.5D + 2F numbers a token that a Llama block keeps, 7 of 11.5 D in Llama-8B.
+With `recompute` it is not kept: the backward pass of `down` makes it again from x. That costs the product up(norm(x))
+once more, 2·D·2F FLOPs a token: for Llama-8B, 27 % of the products of a LoRA step (which has no weight gradients), for
+GPT-2's F = 4D, 17 %.
 """
 
 from collections.abc import Callable
@@ -11,19 +12,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .linear import Linear, activation_linear, bind_projection, norm_linear
-from .norms import LayerNorm, RMSNorm
+from ..activations import ACTIVATIONS
+from ..linear import Linear, bind_projection
+from ..norms import LayerNorm, RMSNorm
+from .fused import fused_feed_forward, takes
 
 
 def feed_forward(
     x: Tensor, norm: LayerNorm | RMSNorm, up: Linear, activation: str, down: Linear, recompute: bool = False
 ) -> Tensor:
     """down(activation(up(norm(x)))) for x (..., D); see above for `recompute`."""
-    if not (recompute and torch.is_grad_enabled()):
-        return activation_linear(norm_linear(x, norm, up), activation, down)
-
     # Bound now: by the time of the backward pass another adapter may be active.
     project = bind_projection(x, up, norm)
+    project_down = bind_projection(x, down, activation=ACTIVATIONS[activation])
+    if takes(x, project, activation, project_down):
+        return fused_feed_forward(x, project, activation, project_down, recompute)
+    if not (recompute and torch.is_grad_enabled()):
+        return project_down(project(x))
+
     u = project(x)  # (..., F), or (..., 2F) if gated
     device = x.device.type
     autocast = torch.is_autocast_enabled(device)
@@ -47,4 +53,4 @@ def feed_forward(
         return packed().flatten(0, -2)  # (N, F) or (N, 2F)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return activation_linear(u, activation, down)
+        return project_down(u)

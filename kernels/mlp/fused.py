@@ -1,0 +1,150 @@
+"""A gated feed-forward with LoRA as one function, for a GPU. What the adapters add is never a tensor of its own.
+
+    n = norm(x)        S₁ = drop(n) A₁ᵀ        u₀ = n W₁ᵀ + b₁        [g | v] = u₀ + s₁ S₁ B₁ᵀ
+    h = a(g) ⊙ v       S₂ = drop(h) A₂ᵀ        y  = h W₂ᵀ + b₂ + s₂ S₂ B₂ᵀ
+
+The correction of u₀ waits for the activation, which reads u₀ anyway, and adds it in registers; with h in registers the
+same kernel makes S₂. Backward its twin adds what LoRA adds to dh, and makes dA₂. u₀ (N, 2F) is the widest tensor of a
+block: by products of their own each of these would read or write it, or h, once more.
+
+Saved are x, the norm's statistics, u₀, S₁ and S₂; with `recompute` u₀ is made again from x instead.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..linear import Projection
+from ..lora.arguments import LoRAArgs
+from ..lora.products import (
+    FUSED_RANK,
+    MAX_PART_RANK,
+    a_gradient,
+    factors_backward,
+    input_gradient,
+    linear_with_lora,
+    takes_triton,
+)
+from ..norms import normalize_backward, rebuild
+from ..quant.nf4 import NF4Weight
+
+GATED = ("swiglu", "geglu", "geglu_tanh")
+NO_LORA = LoRAArgs()
+
+
+class Settings(NamedTuple):
+    """Everything about a call that is not a tensor, or is never trained."""
+
+    up: LoRAArgs
+    down: LoRAArgs
+    up_weight: Tensor | NF4Weight
+    up_bias: Tensor | None
+    down_weight: Tensor | NF4Weight
+    down_bias: Tensor | None
+    activation: str
+    recompute: bool
+
+
+def takes(x: Tensor, up: Projection, activation: str, down: Projection) -> bool:
+    """Whether this is computed here: by Triton, with frozen weights and one plain adapter on gate, up and down."""
+    if activation not in GATED or up.a is None or down.a is None or not torch.is_grad_enabled():
+        return False
+    if torch.is_autocast_enabled(x.device.type) or up.gain is not None or down.gain is not None:
+        return False
+
+    one_adapter = up.args.segments is None and down.args.segments is None
+    halves = up.args.rows == (0, up.weight.shape[0] // 2) and all(2 * len(b) == up.weight.shape[0] for b in up.bs)
+    ranks = [b.shape[1] for b in (*up.bs, *down.bs)]
+    trained = [t for p in (up, down) for t in (p.weight, p.bias) if isinstance(t, Tensor) and t.requires_grad]
+    if not (one_adapter and halves and len(down.bs) == 1) or max(ranks) > MAX_PART_RANK or trained:
+        return False
+    return len(up.a) <= FUSED_RANK and takes_triton(x, rank=len(up.a))
+
+
+def fused_feed_forward(x: Tensor, up: Projection, activation: str, down: Projection, recompute: bool) -> Tensor:
+    """down(activation(up(norm(x)))) for x (..., D), where `takes` says so."""
+    settings = Settings(up.args, down.args, up.weight, up.bias, down.weight, down.bias, activation, recompute)
+    y = _FeedForward.apply(settings, x.reshape(-1, x.shape[-1]), *up.norm, up.a, *up.bs, down.a, *down.bs)  # (N, D)
+    return y.view(*x.shape[:-1], -1)
+
+
+class _FeedForward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, settings: Settings, x, norm_weight, norm_bias, a1, b_gate, b_up, a2, b2):
+        """y (N, D), for x (N, D), a1 (ΣR₁, D), b_gate and b_up (F, ·), a2 (R₂, F), b2 (D, R₂)."""
+        from ..norms_triton import normalize_down
+        from .fused_triton import activate
+
+        # Rounded here, so that the gradients, sums over the rows, need not be.
+        ctx.factors_dtype = a1.dtype
+        factors = [factor.to(x.dtype) for factor in (a1, b_gate, b_up, a2, b2)]
+        a1, b_gate, b_up, a2, b2 = factors
+
+        up, down = settings.up, settings.down
+        n, stats, s1 = normalize_down(x, norm_weight, norm_bias, up.eps, a1, up.dropout, up.seed)
+        u = _product(n, settings.up_weight, settings.up_bias)  # (N, 2F), without what LoRA adds
+        del n
+        scales = (up.scales[0], up.scales[1])
+        h, s2 = activate(u, s1, b_gate, b_up, scales, a2, settings.activation, down.dropout, down.seed)
+        y = linear_with_lora(h, settings.down_weight, settings.down_bias, s2, (b2,), down)
+
+        ctx.settings = settings
+        ctx.n_stats = len(stats)
+        saved_u = None if settings.recompute else u
+        ctx.save_for_backward(x, norm_weight, norm_bias, saved_u, s1, s2, *factors, *stats)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        from .fused_triton import backward
+
+        x, norm_weight, norm_bias, u, s1, s2, a1, b_gate, b_up, a2, b2, *stats = ctx.saved_tensors
+        settings: Settings = ctx.settings
+        up, down = settings.up, settings.down
+        _, need_x, need_norm_weight, need_norm_bias, *_ = ctx.needs_input_grad
+        if u is None:
+            n = rebuild(x, norm_weight, norm_bias, up.eps, tuple(stats))  # (N, D)
+            u = _product(n, settings.up_weight, settings.up_bias)  # (N, 2F)
+            del n
+
+        # Back through `down`, and the activation.
+        grad_s2, (grad_b2,) = factors_backward(grad, s2, (b2,), down, (True,))
+        grad_h = input_gradient(grad, _dense(settings.down_weight, grad.dtype), None, None, NO_LORA)  # (N, F)
+        scales = (up.scales[0], up.scales[1])
+        grad_u, grad_a2 = backward(
+            grad_h, u, s1, b_gate, b_up, scales, a2, grad_s2, settings.activation, down.dropout, down.seed
+        )  # (N, 2F), (R₂, F)
+        del u, grad_h
+
+        # Back through `up`, and the norm.
+        grad_s1, grad_bs = factors_backward(grad_u, s1, (b_gate, b_up), up, (True, True))
+        n = rebuild(x, norm_weight, norm_bias, up.eps, tuple(stats))
+        grad_a1 = a_gradient(grad_s1, n, a1, up)  # (ΣR₁, D)
+        del n
+        grad_x = grad_norm_weight = grad_norm_bias = None
+        if need_x or need_norm_weight or need_norm_bias:
+            grad_n = input_gradient(grad_u, _dense(settings.up_weight, grad.dtype), grad_s1, a1, up)  # (N, D)
+            needs = (need_x, need_norm_weight, need_norm_bias)
+            grad_x, grad_norm_weight, grad_norm_bias = normalize_backward(
+                grad_n, x, norm_weight, norm_bias, tuple(stats), needs
+            )
+        factors = _in_dtype((grad_a1, *grad_bs, grad_a2, grad_b2), ctx.factors_dtype)
+        return None, grad_x, grad_norm_weight, grad_norm_bias, *factors
+
+
+def _product(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + bias (N, M)."""
+    return linear_with_lora(x, weight, bias, None, (), NO_LORA)
+
+
+def _dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
+    """The weight (M, K); a packed one is good until the next one is decoded."""
+    return weight.dequantize_into_buffer(dtype) if isinstance(weight, NF4Weight) else weight
+
+
+def _in_dtype(gradients: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
+    return [None if gradient is None else gradient.to(dtype) for gradient in gradients]
