@@ -185,7 +185,10 @@ def operations_on_values() -> dict[str, Callable[[], Any]]:
 
 @contextmanager
 def recorded(capability: int, tell: Callable[[Launch], Any] | None = None) -> Iterator[list[Launch]]:
-    """The launches made inside the block, as on a GPU of this capability; nothing runs. `tell` hears of each."""
+    """The launches made inside the block, as on a GPU of this capability; nothing runs.
+
+    With `tell`, which hears of each, none is kept: a tensor that somebody holds would be copied as a gradient.
+    """
     from triton.runtime.jit import KernelInterface
 
     from handtune.kernels import backend
@@ -197,9 +200,7 @@ def recorded(capability: int, tell: Callable[[Launch], Any] | None = None) -> It
             options = {"num_warps": 4, "num_stages": 3} | {key: kwargs.pop(key) for key in OPTIONS if key in kwargs}
             bound = inspect.signature(kernel.fn).bind(*args, **kwargs)
             bound.apply_defaults()
-            launches.append(Launch(kernel, dict(bound.arguments), options))
-            if tell is not None:
-                tell(launches[-1])
+            (tell or launches.append)(Launch(kernel, dict(bound.arguments), options))
 
         return launch
 

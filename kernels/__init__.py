@@ -1,7 +1,8 @@
 """Operations with hand-written gradients, each with a torch-like function and a reference in plain torch.
 
     backend                                               where an operation runs: Triton kernels, or torch's operations
-    norms  activations  rotary  cross_entropy             one operation a file; Triton kernels in a `_triton` twin
+    norms  activations  rotary  cross_entropy             one operation a file; Triton kernels in a `_triton` twin;
+                                                          `norms_lora_triton` has a norm and a low-rank product at once
     attn/  optim/  quant/                                 attention; AdamW; frozen weights in four bits
     lora/                                                 the low-rank operations: read `lora/linear.py` first
     linear  conv  mlp/                                    layers of models, put together from all of these

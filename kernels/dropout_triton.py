@@ -1,12 +1,22 @@
-"""What every Triton kernel of the low-rank operations uses: the dropout mask of its input, and how a rank is padded."""
+"""What every Triton kernel of the low-rank operations uses: the dropout mask of its input, how a rank is padded, and
+into which pieces a sum over rows is cut.
+"""
 
 import triton
 import triton.language as tl
+
+PROGRAMS = 264  # two for each multiprocessor of an H100 or H200
 
 
 def padded_rank(rank: int) -> int:
     """The least size of a tile that holds the rank: a power of two, and 16 for the tensor cores."""
     return max(16, triton.next_power_of_2(rank))
+
+
+def rows_per_piece(n: int, rows: int, programs_per_piece: int) -> int:
+    """Rows of a piece of a sum over n: of so many pieces that they fill a GPU, each a multiple of a tile's rows."""
+    n_pieces = max(1, min(PROGRAMS // programs_per_piece, triton.cdiv(n, 2 * rows)))
+    return triton.cdiv(triton.cdiv(n, n_pieces), rows) * rows
 
 
 @triton.jit

@@ -22,7 +22,7 @@ BY_NAME = {"import_module", "__import__"}
 # The rooms of a package: folders, and files at its top (`norms` is norms.py and norms_triton.py). Each may import what
 # stands in lines above its own, and itself.
 ROOMS = {
-    "kernels": ["backend dropout", "activations attn cross_entropy norms optim quant rotary", "lora",
+    "kernels": ["backend dropout", "activations attn cross_entropy norms optim quant rotary", "norms_lora", "lora",
                 "linear", "conv mlp"],
     "engine": ["model progress runtime", "finite", "formats", "chat data adapters", "tasks generation peft", "training",
                "rlhf"],

@@ -33,6 +33,15 @@ def cast_for_autocast(tensors: Sequence[Any], device_type: str) -> Sequence[Any]
     return [tensor.to(dtype) if isinstance(tensor, Tensor) else tensor for tensor in tensors]
 
 
+def rounded(factors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The factors in this dtype; on a GPU one launch rounds them all."""
+    if all(factor.dtype == dtype for factor in factors):
+        return list(factors)
+    copies = [torch.empty_like(factor, dtype=dtype) for factor in factors]
+    torch._foreach_copy_(copies, [factor.detach() for factor in factors])
+    return copies
+
+
 def parts_of(bs: Sequence[Tensor], args: LoRAArgs) -> Iterator[tuple[Tensor, float, slice, slice]]:
     """Each part's B (..., M, R) and s, with its columns of y and of S."""
     first_rank = 0

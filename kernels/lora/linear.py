@@ -37,7 +37,7 @@ from torch.autograd.function import once_differentiable
 from ..dropout import seed_for
 from ..norms import Stats, normalize, normalize_backward, rebuild
 from ..quant.nf4 import NF4Weight
-from .arguments import LoRAArgs, cast_for_autocast, check_linear
+from .arguments import LoRAArgs, cast_for_autocast, check_linear, rounded
 from .dora import rescale
 from .products import (
     FUSED_RANK,
@@ -48,6 +48,13 @@ from .products import (
     lora_a_forward,
     takes_triton,
 )
+
+
+def normed_by_triton(h: Tensor, norm_weight: Tensor | None, a: Tensor | None, args: LoRAArgs) -> bool:
+    """Whether one kernel makes the norm in front together with the products with A."""
+    if norm_weight is None or a is None or args.segments is not None or len(a) > FUSED_RANK:
+        return False
+    return takes_triton(h, a, rank=len(a))
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -61,17 +68,17 @@ class _LoRALinear(torch.autograd.Function):
         """
         factors_dtype = None if a is None else a.dtype
         if a is not None:
-            a = a.to(h.dtype)
-            bs = tuple(b.to(h.dtype) for b in bs)
+            a, *rounded_bs = rounded((a, *bs), h.dtype)
+            bs = tuple(rounded_bs)
         x = h
         s = None
         stats: Stats = ()  # of the norm: mean and rstd of each row, or rstd alone
         if norm_weight is None:
             if args.activation is not None:
                 x = args.activation.forward(h)  # (N, K)
-        elif a is not None and args.segments is None and len(a) <= FUSED_RANK and takes_triton(h, a, rank=len(a)):
+        elif normed_by_triton(h, norm_weight, a, args):
             # One kernel makes x and S, so that the product with A needs no read of x.
-            from ..norms_triton import normalize_down
+            from ..norms_lora_triton import normalize_down
 
             x, stats, s = normalize_down(h, norm_weight, norm_bias, args.eps, a, args.dropout, args.seed)
         else:
@@ -116,7 +123,11 @@ class _LoRALinear(torch.autograd.Function):
             grad_bias = grad.sum(0)  # (M,)
         if s is not None and (need_input or need_a or any(need_bs)):
             grad_s, grad_bs = factors_backward(grad, s, bs, args, need_bs)  # (N, ΣR), each (Mᵢ, Rᵢ)
-        if need_a or need_weight:
+        if need_a and not need_weight and normed_by_triton(h, norm_weight, a, args) and grad_s is not None:
+            from ..norms_lora_triton import a_gradient as a_gradient_of_norm
+
+            grad_a = a_gradient_of_norm(h, norm_weight, norm_bias, stats, grad_s, args.dropout, args.seed)  # (ΣR, K)
+        elif need_a or need_weight:
             x = h
             if norm_weight is not None:
                 x = rebuild(h, norm_weight, norm_bias, args.eps, stats)  # (N, K)

@@ -3,7 +3,7 @@
     _linear_kernel               y = x Wᵀ + bias + s Bᵀ        one product, whose epilogue adds the low-rank term
     _lora_a_kernel               S = drop(x) Aᵀ                one read of x
     _s_and_b_gradients_kernel    dS = dy B and dB = dyᵀ S      one read of dy for both, in pieces
-    _sum_pieces_kernel           dS                            adds its pieces up, and rounds them
+    _sum_both_kernel             dS, dB                        adds their pieces up, and rounds dS
     _a_gradient_kernel           dA = dSᵀ drop(x)              one read of x
     _add_lora_kernel             y += drop(s Bᵀ)               behind a product made by cuBLAS
 
@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backend
-from ..dropout_triton import padded_rank
+from ..dropout_triton import padded_rank, rows_per_piece
 from .tiles_triton import add_lora_tile, load_dropped, load_tile, lora_a_tile, s_and_b_gradients_tile, store_tile
 
 
@@ -50,7 +50,6 @@ _ADD_TILES = {0: (16, 16, 1), 80: (64, 128, 4), 100: (32, 128, 4)}
 _S_AND_B_TILES = {0: (16, 16, 1), 80: (32, 512, 8)}
 _A_TILES = {0: (16, 16, 1), 80: (64, 128, 4), 100: (32, 128, 4)}
 _SUM_BLOCK = {0: (64, 1), 80: (512, 4)}  # entries of a sum, warps
-PROGRAMS = 264  # two for each multiprocessor of an H100 or H200
 GROUP = 8  # tiles of rows that share their columns of W in the L2 cache
 
 
@@ -130,16 +129,32 @@ def _s_and_b_gradients_kernel(
     store_tile(db_pieces, tl.program_id(0) * m + column, r, rank, column < m, r < rank, db * scale)
 
 
-@triton.jit(do_not_specialize=["n"])
-def _sum_pieces_kernel(pieces, out, n_pieces, n, rank, out_row, BLOCK: tl.constexpr):
-    """out (n, rank), with rows of any stride, from pieces (n_pieces, n, rank), added up in order."""
-    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+@triton.jit
+def _sum_of_pieces(pieces, out, block, n_pieces, n, rank, out_row, BLOCK: tl.constexpr):
+    """A block of out (n, rank), with rows of any stride, from pieces (n_pieces, n, rank), added up in order."""
+    entry = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = entry < n * rank
     total = tl.zeros((BLOCK,), tl.float32)
     for piece in range(n_pieces):
         total += tl.load(pieces + piece * n * rank + entry, mask=inside, other=0.0)
     target = out + entry // rank * out_row + entry % rank
     tl.store(target, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _sum_pieces_kernel(pieces, out, n_pieces, n, rank, out_row, BLOCK: tl.constexpr):
+    _sum_of_pieces(pieces, out, tl.program_id(0), n_pieces, n, rank, out_row, BLOCK)
+
+
+@triton.jit(do_not_specialize=["n", "n_db"])
+def _sum_both_kernel(ds_pieces, ds, n_ds, n, ds_row, db_pieces, db, n_db, m, rank, BLOCK: tl.constexpr):
+    """The first programs add up dS (n, rank), the others dB (m, rank)."""
+    program = tl.program_id(0)
+    ds_programs = tl.cdiv(n * rank, BLOCK)
+    if program < ds_programs:
+        _sum_of_pieces(ds_pieces, ds, program, n_ds, n, rank, ds_row, BLOCK)
+    else:
+        _sum_of_pieces(db_pieces, db, program - ds_programs, n_db, m, rank, rank, BLOCK)
 
 
 @triton.jit(do_not_specialize=["n", "seed", "rows_per_piece"])
@@ -169,12 +184,6 @@ def _tile(table: dict[int, tuple[int, int, int]], x: Tensor, rank: int, widest: 
     if rank > 128:
         warps *= 2
     return rows, max(16, columns * widest // max(widest, padded_rank(rank))), warps
-
-
-def rows_per_piece(n: int, rows: int, programs_per_piece: int) -> int:
-    """Rows of a piece of a sum over n: of so many pieces that they fill a GPU, each a multiple of a tile's rows."""
-    n_pieces = max(1, min(PROGRAMS // programs_per_piece, triton.cdiv(n, 2 * rows)))
-    return triton.cdiv(triton.cdiv(n, n_pieces), rows) * rows
 
 
 @backend.launches
@@ -241,8 +250,14 @@ def s_and_b_gradients(grad: Tensor, b: Tensor, s: Tensor, scale: float, grad_s: 
         grad, b.contiguous(), s, ds_pieces, db_pieces, n, m, rank, scale, grad.stride(0), s.stride(0), piece,
         R=padded_rank(rank), BLOCK_N=rows, BLOCK_M=columns, num_warps=warps,
     )  # fmt: skip
-    sum_pieces(ds_pieces, grad_s)
-    return db_pieces.sum(0)  # (M, R)
+
+    block, warps = backend.entry(_SUM_BLOCK, grad)
+    grad_b = torch.empty(m, rank, dtype=torch.float32, device=grad.device)
+    _sum_both_kernel[(triton.cdiv(n * rank, block) + triton.cdiv(m * rank, block),)](
+        ds_pieces, grad_s, grid[1], n, grad_s.stride(0), db_pieces, grad_b, grid[0], m, rank,
+        BLOCK=block, num_warps=warps,
+    )  # fmt: skip
+    return grad_b
 
 
 @backend.launches

@@ -18,11 +18,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..linear import Projection
-from ..lora.arguments import LoRAArgs
+from ..lora.arguments import LoRAArgs, rounded
 from ..lora.products import (
     FUSED_RANK,
     MAX_PART_RANK,
-    a_gradient,
     factors_backward,
     input_gradient,
     linear_with_lora,
@@ -75,12 +74,12 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings: Settings, x, norm_weight, norm_bias, a1, b_gate, b_up, a2, b2):
         """y (N, D), for x (N, D), a1 (ΣR₁, D), b_gate and b_up (F, ·), a2 (R₂, F), b2 (D, R₂)."""
-        from ..norms_triton import normalize_down
+        from ..norms_lora_triton import normalize_down
         from .fused_triton import activate
 
         # Rounded here, so that the gradients, sums over the rows, need not be.
         ctx.factors_dtype = a1.dtype
-        factors = [factor.to(x.dtype) for factor in (a1, b_gate, b_up, a2, b2)]
+        factors = rounded((a1, b_gate, b_up, a2, b2), x.dtype)
         a1, b_gate, b_up, a2, b2 = factors
 
         up, down = settings.up, settings.down
@@ -100,6 +99,7 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
+        from ..norms_lora_triton import a_gradient
         from .fused_triton import backward
 
         x, norm_weight, norm_bias, u, s1, s2, a1, b_gate, b_up, a2, b2, *stats = ctx.saved_tensors
@@ -122,9 +122,7 @@ class _FeedForward(torch.autograd.Function):
 
         # Back through `up`, and the norm.
         grad_s1, grad_bs = factors_backward(grad_u, s1, (b_gate, b_up), up, (True, True))
-        n = rebuild(x, norm_weight, norm_bias, up.eps, tuple(stats))
-        grad_a1 = a_gradient(grad_s1, n, a1, up)  # (ΣR₁, D)
-        del n
+        grad_a1 = a_gradient(x, norm_weight, norm_bias, tuple(stats), grad_s1, up.dropout, up.seed)  # (ΣR₁, D)
         grad_x = grad_norm_weight = grad_norm_bias = None
         if need_x or need_norm_weight or need_norm_bias:
             grad_n = input_gradient(grad_u, _dense(settings.up_weight, grad.dtype), grad_s1, a1, up)  # (N, D)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .. import backend
 from ..activations_triton import GATES, gate
-from ..dropout_triton import keep_mask, padded_rank
-from ..lora.linear_triton import rows_per_piece, sum_pieces
+from ..dropout_triton import keep_mask, padded_rank, rows_per_piece
+from ..lora.linear_triton import sum_pieces
 from ..lora.tiles_triton import load_tile, store_tile
 
 # Rows and columns of a tile, warps, stages.

@@ -36,3 +36,10 @@ def test_a_block_without_an_adapter() -> None:
     names = [call.name for call in block_calls(TOKENS, 0, SIZES)]
     assert names.count("mm") == 8 and names.count("_rope_kernel") == 2
     assert not [name for name in names if "lora" in name or "gradient" in name]
+
+
+def test_what_lora_costs_a_block_of_llama_8b() -> None:
+    """The bounds that the kernels are built for, 2.2 GB and 60 launches, with what a frozen block has."""
+    frozen, adapted = (totals(block_calls(8192, rank)) for rank in (0, 16))
+    assert adapted["gigabytes"] - frozen["gigabytes"] <= 2.2
+    assert adapted["launches"] <= 60

@@ -22,7 +22,7 @@ MISTAKES = {
         lambda patch: contract.test_agrees_with_float64("layer_norm", torch.float32, (13,), 7, patch),
     ),
     "a mask dropped from the norm in front of a projection": (
-        "norms_triton",
+        "norms_lora_triton",
         "v = tl.where(inside, v - mu[:, None], 0.0)",
         "v = v - mu[:, None]",
         lambda patch: contract.test_agrees_with_float64("layer_norm linear", torch.float32, (13,), 7, patch),
