@@ -165,7 +165,10 @@ def environment(device: torch.device) -> dict[str, Any]:
             facts[package] = "not installed"
     if device.type == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        facts["driver"] = subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
+        try:
+            facts["driver"] = subprocess.run(query, check=True, capture_output=True, text=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            facts["driver"] = "unknown: no nvidia-smi"
         facts |= {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
         facts["device"] = torch.cuda.get_device_name()
     return facts

@@ -21,12 +21,14 @@ from handtune.kernels import (
     rope,
     swiglu,
 )
-from handtune.kernels.activations import swiglu_reference
+from handtune.kernels.activations import ACTIVATIONS, swiglu_reference
 from handtune.kernels.attn import attend
 from handtune.kernels.attn.reference import attention_reference
 from handtune.kernels.cross_entropy import linear_cross_entropy_reference
+from handtune.kernels.linear import Projection
 from handtune.kernels.lora.arguments import LoRAArgs
 from handtune.kernels.lora.linear import fused_linear
+from handtune.kernels.mlp.fused import fused_feed_forward, takes
 from handtune.kernels.norms import layer_norm_reference, rms_norm_reference
 from handtune.kernels.rotary import rope_reference
 
@@ -203,7 +205,34 @@ def cases(bench: Bench, n: int) -> dict[str, Case]:
         low_rank = [x @ a[i * rank : (i + 1) * rank].T @ b.T for i, b in enumerate(bs)]
         return x @ qkv.to(x.dtype).T + 2 * torch.cat(low_rank, -1)
 
+    gate_up = bench.new(2 * s.inner, d, scale=d**-0.5)
+    down = bench.new(d, s.inner, scale=s.inner**-0.5)
+    norm = bench.new(d)
+
+    def mlp(x: Tensor, a1: Tensor, b_gate: Tensor, b_up: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
+        first_args = LoRAArgs((0, s.inner), (1.0, 1.0), eps=EPS)
+        second_args = LoRAArgs((0,), (1.0,), activation=ACTIVATIONS["swiglu"])
+        first = Projection(gate_up, None, a1, (b_gate, b_up), first_args, (norm, None), None)
+        second = Projection(down, None, a2, (b2,), second_args, (None, None), None)
+        if takes(x, first, "swiglu", second):
+            return fused_feed_forward(x, first, "swiglu", second, recompute=False)
+        return second(first(x))
+
+    def mlp_formula(x: Tensor, a1: Tensor, b_gate: Tensor, b_up: Tensor, a2: Tensor, b2: Tensor) -> Tensor:
+        normed = rms_norm_reference(x, norm.to(x.dtype), EPS)
+        s1 = normed @ a1.T  # (N, 2R)
+        low_rank = torch.cat((s1[:, :rank] @ b_gate.T, s1[:, rank:] @ b_up.T), -1)  # (N, 2F)
+        h = swiglu_reference(normed @ gate_up.to(x.dtype).T + low_rank)
+        return h @ down.to(x.dtype).T + (h @ a2.T) @ b2.T
+
     return {
+        "feed_forward": (
+            mlp,
+            mlp_formula,
+            [bench.new(n, d), bench.new(2 * rank, d, scale=d**-0.5),
+             bench.new(s.inner, rank), bench.new(s.inner, rank),
+             bench.new(rank, s.inner, scale=s.inner**-0.5), bench.new(d, rank)],
+        ),
         "lora_linear": (
             lambda x, a, b: lora_linear(x, w, None, a, b, scale=2.0),
             lambda x, a, b: x @ w.to(x.dtype).T + 2 * (x @ a.T) @ b.T,

@@ -191,13 +191,14 @@ def _filled_up(rows: TokenRows, value: int) -> Tensor:
 class Collate:
     """Make a batch of encoded examples.
 
-    `batch["inputs"]` are the model's keyword arguments; `batch["lengths"]` the tokens of each row. Token targets become
+    `batch["inputs"]` are the model's keyword arguments, of which the padded layout's `attention_mask` is there only
+    where a row is shorter than another; `batch["lengths"]` the tokens of each row. Token targets become
     `index` (flat positions that have one) and `targets` (n,), with `counts`, how many each row has; labels become
     `labels` (B,); spans `starts` and `ends` (B,); an `adapter`, the name of each row's, `adapters`.
     """
 
     layout: str = "packed"  # or "padded"
-    pad_id: int = 0  # fills the rows of the padded layout, whose mask hides it; without padding there is no mask
+    pad_id: int = 0  # fills the rows of the padded layout, whose mask hides it
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> Batch:
         first = examples[0]

@@ -36,7 +36,7 @@ def refuse_float16(model: nn.Module) -> None:
     """Raises ValueError where weights are in fp16: in it gradients below 6e-8 are zero, and no loss is scaled here."""
     if any(parameter.dtype == torch.float16 for parameter in model.parameters()):
         raise ValueError(
-            "the model is in float16, in which small gradients vanish; load it with dtype bfloat16 or float32"
+            "the model is in float16, in which small gradients vanish; load it in bfloat16 or float32 (model.dtype)"
         )
 
 

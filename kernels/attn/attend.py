@@ -7,17 +7,18 @@ they never see each other, because each is computed by itself. Segments of one l
 a batch, by a view. Which implementation serves which case, and why:
 
     case                      GPU, 16 bits              GPU, fp32    CPU
-    whole rows                torch (cuDNN on Hopper    torch        rows.py, cpu.py
-      (a query, too)          and Blackwell, else
-                              FlashAttention 2)
+    whole rows                torch (cuDNN or           torch; with  rows.py, cpu.py
+      (a query, too)          FlashAttention 2, as it   shared keys
+                              prefers on this GPU)      Triton
     packed; in a window;      varlen, FlashAttention 2  Triton       rows.py: segments one by one,
       causal with T < S                                              a window in blocks of queries
     with a bias or ALiBi      Triton                    Triton       rows.py: a dense mask
     with dropout              dropout.py, on all devices
 
 torch's kernels are the fastest, and take no bias (or only as a dense one). Its varlen function is missing in older
-versions, and wants heads of a multiple of 8 and at most 256; the kernels of `forward_triton.py` take what it doesn't.
-They save q, k, v, the output and one number a query and head. Wider heads, or a GPU without Triton, leave a dense mask.
+versions, and wants heads of a multiple of 8 and at most 256, and a GPU from Ampere on; the kernels of
+`forward_triton.py` take what it doesn't. They save q, k, v, the output and one number a query and head. What is left,
+of wider heads or on a GPU without Triton, is computed as on a CPU.
 Where the process has called torch.nn.attention.activate_flash_attention_impl("FA3") or "FA4", torch's function runs
 that in place of FlashAttention 2.
 """
@@ -88,10 +89,12 @@ def attention(
         seed = seed_for(dropout, seed)
         return attention_dropout(q, k, v, cu_seqlens, window, bias, alibi, causal, scale, dropout, seed)
 
-    # Whole rows and single queries are torch's, but for the interpreter, under which our kernels are tested.
+    # Whole rows and single queries are torch's, but for the interpreter, under which our kernels are tested. In fp32
+    # torch's kernels for a GPU share no keys among heads.
     t, s = q.shape[1], k.shape[1]
     unmasked = cu_seqlens is None and window is None and bias is None and alibi is None
-    whole_rows = t == 1 or (unmasked and (t == s or not causal))
+    shared = q.is_cuda and q.dtype == torch.float32 and q.shape[2] != k.shape[2]
+    whole_rows = t == 1 or (unmasked and not shared and (t == s or not causal))
     if t > 1 and (backend.INTERPRETED or not whole_rows):
         if bias is None and alibi is None and _varlen_takes(q):
             return _varlen(q, k, v, cu_seqlens, max_seqlen, window, causal, scale)
@@ -122,9 +125,18 @@ def _check(
 
 def _varlen_takes(q: Tensor) -> bool:
     """Whether torch's function for packed segments computes this on its device."""
-    if not (q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)):
+    if not (q.is_cuda and q.dtype in (torch.float16, torch.bfloat16)) or not _from_ampere_on(q.device):
         return False
-    return q.shape[3] % 8 == 0 and q.shape[3] <= WIDEST and {"scale", "window_size"} <= _varlen_arguments()
+
+    # Of some widths consumer GPUs have no backward pass.
+    width = q.shape[3]
+    takes_width = width % 8 == 0 and width <= WIDEST and not 192 < width <= 224
+    return takes_width and {"scale", "window_size"} <= _varlen_arguments()
+
+
+@cache
+def _from_ampere_on(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache

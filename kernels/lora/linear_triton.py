@@ -134,9 +134,11 @@ def _sum_of_pieces(pieces, out, block, n_pieces, n, rank, out_row, BLOCK: tl.con
     """A block of out (n, rank), with rows of any stride, from pieces (n_pieces, n, rank), added up in order."""
     entry = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = entry < n * rank
+    source = pieces + entry
     total = tl.zeros((BLOCK,), tl.float32)
-    for piece in range(n_pieces):
-        total += tl.load(pieces + piece * n * rank + entry, mask=inside, other=0.0)
+    for _ in range(n_pieces):
+        total += tl.load(source, mask=inside, other=0.0)
+        source += n * rank
     target = out + entry // rank * out_row + entry % rank
     tl.store(target, total.to(out.dtype.element_ty), mask=inside)
 

@@ -5,7 +5,7 @@ which rows a block has, and call these.
     load_dropped             drop(x)
     lora_a_tile              S = drop(x) Aᵀ
     add_lora_tile            y += drop(S Bᵀ)
-    s_and_b_gradients_tile   dS = dy B and dB += dyᵀ S
+    s_and_b_gradients_tile   dS = scale dy B and dB += dyᵀ S
 
 `row` are a block's rows in x and y, `position` its rows in S, `inside` says which of them there are. `column` and `r`
 are the indices along K or M, and the rank (R where it is padded to a tile).

@@ -49,7 +49,7 @@ class Settings(NamedTuple):
 
 def takes(x: Tensor, up: Projection, activation: str, down: Projection) -> bool:
     """Whether this is computed here: by Triton, with frozen weights and one plain adapter on gate, up and down."""
-    if activation not in GATED or up.a is None or down.a is None or not torch.is_grad_enabled():
+    if activation not in GATED or up.a is None or down.a is None:
         return False
     if torch.is_autocast_enabled(x.device.type) or up.gain is not None or down.gain is not None:
         return False
@@ -66,19 +66,26 @@ def takes(x: Tensor, up: Projection, activation: str, down: Projection) -> bool:
 def fused_feed_forward(x: Tensor, up: Projection, activation: str, down: Projection, recompute: bool) -> Tensor:
     """down(activation(up(norm(x)))) for x (..., D), where `takes` says so."""
     settings = Settings(up.args, down.args, up.weight, up.bias, down.weight, down.bias, activation, recompute)
-    y = _FeedForward.apply(settings, x.reshape(-1, x.shape[-1]), *up.norm, up.a, *up.bs, down.a, *down.bs)  # (N, D)
+    tensors = (x.reshape(-1, x.shape[-1]), *up.norm, up.a, *up.bs, down.a, *down.bs)  # x as (N, D)
+    if torch.is_grad_enabled():
+        y = _FeedForward.apply(settings, *tensors)  # (N, D)
+    else:
+        y = _FeedForward.forward(None, settings, *tensors)
     return y.view(*x.shape[:-1], -1)
 
 
 class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, settings: Settings, x, norm_weight, norm_bias, a1, b_gate, b_up, a2, b2):
-        """y (N, D), for x (N, D), a1 (ΣR₁, D), b_gate and b_up (F, ·), a2 (R₂, F), b2 (D, R₂)."""
+        """y (N, D), for x (N, D), a1 (ΣR₁, D), b_gate and b_up (F, ·), a2 (R₂, F), b2 (D, R₂).
+
+        Where nobody wants gradients `ctx` is None, and the numbers are the same: ratios of PPO begin at exactly 1.
+        """
         from ..norms_lora_triton import normalize_down
         from .fused_triton import activate
 
         # Rounded here, so that the gradients, sums over the rows, need not be.
-        ctx.factors_dtype = a1.dtype
+        factors_dtype = a1.dtype
         factors = rounded((a1, b_gate, b_up, a2, b2), x.dtype)
         a1, b_gate, b_up, a2, b2 = factors
 
@@ -90,7 +97,11 @@ class _FeedForward(torch.autograd.Function):
         h, s2 = activate(u, s1, b_gate, b_up, scales, a2, settings.activation, down.dropout, down.seed)
         y = linear_with_lora(h, settings.down_weight, settings.down_bias, s2, (b2,), down)
 
+        if ctx is None:
+            return y
+
         ctx.settings = settings
+        ctx.factors_dtype = factors_dtype
         ctx.n_stats = len(stats)
         saved_u = None if settings.recompute else u
         ctx.save_for_backward(x, norm_weight, norm_bias, saved_u, s1, s2, *factors, *stats)
@@ -105,14 +116,14 @@ class _FeedForward(torch.autograd.Function):
         x, norm_weight, norm_bias, u, s1, s2, a1, b_gate, b_up, a2, b2, *stats = ctx.saved_tensors
         settings: Settings = ctx.settings
         up, down = settings.up, settings.down
-        _, need_x, need_norm_weight, need_norm_bias, *_ = ctx.needs_input_grad
+        _, need_x, need_norm_weight, need_norm_bias, need_a1, *need_bs, _, need_b2 = ctx.needs_input_grad
         if u is None:
             n = rebuild(x, norm_weight, norm_bias, up.eps, tuple(stats))  # (N, D)
             u = _product(n, settings.up_weight, settings.up_bias)  # (N, 2F)
             del n
 
         # Back through `down`, and the activation.
-        grad_s2, (grad_b2,) = factors_backward(grad, s2, (b2,), down, (True,))
+        grad_s2, (grad_b2,) = factors_backward(grad, s2, (b2,), down, (need_b2,))
         grad_h = input_gradient(grad, _dense(settings.down_weight, grad.dtype), None, None, NO_LORA)  # (N, F)
         scales = (up.scales[0], up.scales[1])
         grad_u, grad_a2 = backward(
@@ -121,8 +132,10 @@ class _FeedForward(torch.autograd.Function):
         del u, grad_h
 
         # Back through `up`, and the norm.
-        grad_s1, grad_bs = factors_backward(grad_u, s1, (b_gate, b_up), up, (True, True))
-        grad_a1 = a_gradient(x, norm_weight, norm_bias, tuple(stats), grad_s1, up.dropout, up.seed)  # (ΣR₁, D)
+        grad_s1, grad_bs = factors_backward(grad_u, s1, (b_gate, b_up), up, need_bs)
+        grad_a1 = None
+        if need_a1:
+            grad_a1 = a_gradient(x, norm_weight, norm_bias, tuple(stats), grad_s1, up.dropout, up.seed)  # (ΣR₁, D)
         grad_x = grad_norm_weight = grad_norm_bias = None
         if need_x or need_norm_weight or need_norm_bias:
             grad_n = input_gradient(grad_u, _dense(settings.up_weight, grad.dtype), grad_s1, a1, up)  # (N, D)

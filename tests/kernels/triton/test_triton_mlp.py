@@ -16,7 +16,7 @@ from handtune.kernels.quant.nf4 import Workspace
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUND = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 DTYPES = pytest.mark.parametrize("dtype", BOUND, ids=["fp32", "fp16", "bf16"])
-D, F = 16, 40
+D, F = 16, 150 if DEVICE == "cpu" else 650  # several blocks of columns a piece
 
 
 def build(
@@ -127,3 +127,26 @@ def test_what_it_does_not_take_goes_by_parts() -> None:
         with launched() as kernels:
             run(model, x)
         assert "_activate_kernel" not in kernels
+
+
+def test_without_gradients_the_numbers_are_the_same() -> None:
+    """Bit for bit: log-probabilities are taken without, and the ratio to those with must be 1."""
+    model = build(torch.float32)
+    x = torch.randn(2, 9, D, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    with torch.no_grad():
+        alone = feed_forward(x, model["norm"], model["gate_up"], "swiglu", model["down"])
+    assert torch.equal(alone, run(model, x)["y"])
+
+
+def test_pissa_has_its_ranks_twice() -> None:
+    results = []
+    for takes in (True, False):
+        model = build(torch.float32)
+        for name in ("gate_up", "down"):
+            model[name].lora["default"].start_from(model[name].weight)
+            for factor in (model[name].lora["default"].a, *model[name].lora["default"].b):
+                factor.data.mul_(1.1)  # at the start its part is zero
+        x = torch.randn(20, D, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+        with mock.patch.object(prenorm, "takes", prenorm.takes if takes else lambda *arguments: False):
+            results.append(run(model, x))
+    check(*results, 2e-5)
