@@ -47,7 +47,9 @@ ELSEWHERE = {
         "models/layers/image_processor.py", "models/checkpoint/pooling.py", "models/layers/relative_positions.py",
         "models/layers/rope_scaling.py", "models/llama/config.py",
     ],
-    "the parts of a block once more, put together for a GPU": ["kernels/mlp/fused.py", "kernels/mlp/fused_triton.py"],
+    "the parts of a block once more, put together for a GPU": [
+        "kernels/mlp/fused.py", "kernels/mlp/fused_triton.py", "kernels/norms_lora_triton.py",
+    ],
     "attention beyond torch's": [
         "kernels/attn/cpu.py", "kernels/attn/rows.py", "kernels/attn/forward_triton.py",
         "kernels/attn/backward_triton.py",
