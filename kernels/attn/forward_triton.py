@@ -40,7 +40,9 @@ _FORWARD = {
     86: {64: (128, 32, 8, 3), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
     90: {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
 }
-SINGLE = {0: SMALL, 80: {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)}}  # fp32, in nearly all kernels
+# In fp32, in nearly all kernels.
+_SINGLE = {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)}
+SINGLE = {0: SMALL, 80: _SINGLE, 86: _SINGLE | {128: (16, 16, 8, 1)}, 90: _SINGLE}
 Tiles = dict[int, dict[int, tuple[int, int, int, int]]]
 STEPS = ["t", "s", "blocks", "before", "after"]  # change from call to call: no compilation for each
 

@@ -45,7 +45,7 @@ _MATMUL_TILES = {
 }
 # Rows and columns of the tiles of x or dy that the memory-bound kernels stream, and warps. Of S the rows are few, to
 # fill a GPU with few tokens; of dS and dB the columns are many, because for each tile a part of dS is stored.
-_S_TILES = {0: (16, 16, 1), 80: (16, 512, 4)}
+_S_TILES = {0: (16, 16, 1), 80: (16, 512, 4), 86: (16, 128, 4), 90: (16, 512, 4)}
 _ADD_TILES = {0: (16, 16, 1), 80: (64, 128, 4), 100: (32, 128, 4)}
 _S_AND_B_TILES = {0: (16, 16, 1), 80: (32, 512, 8)}
 _A_TILES = {0: (16, 16, 1), 80: (64, 128, 4), 100: (32, 128, 4)}
