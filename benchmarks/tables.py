@@ -227,11 +227,16 @@ def page() -> str:
     versions, peers = results("train_gpt2_cpu_float32"), results("sft_peers_cpu")
     trained = peers["results"]["sft"]
     losses = trained["referee's loss"]
+    frozen, adapted = (results("block_bytes")["results"][name] for name in ("frozen", "LoRA"))
     return f"""# Benchmarks
 
 One question a script, answered in `results/*.json` with the device and the versions that it was measured with. This
 page is written by `python benchmarks/tables.py` from these files. Absolute times are those of a noisy machine; the
-ratios count, and those alone are shown. On CUDA: not measured.
+ratios count, and those alone are shown.
+
+On CUDA: not measured. `gpu.py` measures it, where there is a GPU. What a block of Llama-3.1-8B launches and moves there
+at 8,192 tokens is counted (`block_bytes.py`): {frozen["launches"]} launches and {frozen["gigabytes"]:.1f} GB with
+frozen weights, {adapted["launches"]} and {adapted["gigabytes"]:.1f} with LoRA of R 16 on them all, without attention.
 
 ## Training
 
