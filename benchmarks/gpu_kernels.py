@@ -3,7 +3,7 @@ by memory. Sizes are those of a Llama-8B's layer.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,9 +62,9 @@ def attention_ways(bench: Bench) -> None:
     def qkv(t: int) -> list[Tensor]:
         return [bench.new(1, t, heads, s.head_width) for heads in (s.heads, s.kv_heads, s.kv_heads)]
 
-    def sdpa(backend: SDPBackend | None) -> Operation:
+    def sdpa(backend: SDPBackend) -> Operation:
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            with sdpa_kernel(backend) if backend else nullcontext():
+            with sdpa_kernel(backend):
                 heads = (x.transpose(1, 2) for x in (q, k, v))  # (1, H or K, T, hd)
                 return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2)
 
@@ -102,7 +102,7 @@ def attention_ways(bench: Bench) -> None:
             else []
         ),
         *(
-            (f"{name}, handtune", settings_of, lambda settings: lambda q, k, v: attention(q, k, v, **settings))
+            (f"{name}, handtune", settings_of, lambda settings: partial(attention, **settings))
             for name, settings_of in (("packed", packed), ("window", window), ("alibi", alibi))
         ),
     ]
@@ -110,8 +110,7 @@ def attention_ways(bench: Bench) -> None:
     for name, settings_of, build in ways:
         try:
             few_settings = settings_of(few)
-            formula = lambda q, k, v, given=few_settings: attention_reference(q, k, v, **given)  # noqa: E731
-            comparison = bench.compare(build(few_settings), formula, qkv(few))
+            comparison = bench.compare(build(few_settings), partial(attention_reference, **few_settings), qkv(few))
             flops = 4 * pairs[name.partition(",")[0]] * s.tokens**2 * s.heads * s.head_width
             operation = build(settings_of(s.tokens))
             bench.measure("attention", name, operation, qkv(s.tokens), comparison, (flops, 3.5 * flops))
@@ -161,8 +160,10 @@ def lora(bench: Bench) -> None:
         )
         for dropout in (0.0, 0.1):
             label = f"{name}, LoRA" + (", dropout" if dropout else "")
-            operation = lambda x, a, b, w=w, p=dropout: lora_linear(x, w, None, a, b, scale=2.0, dropout=p, seed=1)  # noqa: E731
             mask = dropout_mask(bench, n, k, dropout)
+
+            def operation(x: Tensor, a: Tensor, b: Tensor, w: Tensor = w, p: float = dropout) -> Tensor:
+                return lora_linear(x, w, None, a, b, scale=2.0, dropout=p, seed=1)
 
             def formula(x: Tensor, a: Tensor, b: Tensor, w: Tensor = w, mask: Tensor = mask) -> Tensor:
                 return x @ w.to(x.dtype).T + 2 * ((x * mask) @ a.T) @ b.T

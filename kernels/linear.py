@@ -109,7 +109,7 @@ class Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, active={self.active}"
 
 
-@dataclass(frozen=True)
+@dataclass  # not a frozen one: torch 2.9 can't compile its making
 class Projection:
     """A `Linear` and what stands in front of it, as they are now; called with h (..., K) it gives y (..., M)."""
 

@@ -192,9 +192,9 @@ class Collate:
     """Make a batch of encoded examples.
 
     `batch["inputs"]` are the model's keyword arguments, of which the padded layout's `attention_mask` is there only
-    where a row is shorter than another; `batch["lengths"]` the tokens of each row. Token targets become
-    `index` (flat positions that have one) and `targets` (n,), with `counts`, how many each row has; labels become
-    `labels` (B,); spans `starts` and `ends` (B,); an `adapter`, the name of each row's, `adapters`.
+    where a row is shorter than another; `batch["lengths"]` the tokens of each row. Token targets become `index` (flat
+    positions that have one) and `targets` (n,), with `counts`, how many each row has; labels become `labels` (B,);
+    spans `starts` and `ends` (B,); an `adapter`, the name of each row's, `adapters`.
     """
 
     layout: str = "packed"  # or "padded"

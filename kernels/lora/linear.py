@@ -50,7 +50,7 @@ from .products import (
 )
 
 
-def normed_by_triton(h: Tensor, norm_weight: Tensor | None, a: Tensor | None, args: LoRAArgs) -> bool:
+def _normed_by_triton(h: Tensor, norm_weight: Tensor | None, a: Tensor | None, args: LoRAArgs) -> bool:
     """Whether one kernel makes the norm in front together with the products with A."""
     if norm_weight is None or a is None or args.segments is not None or len(a) > FUSED_RANK:
         return False
@@ -76,7 +76,7 @@ class _LoRALinear(torch.autograd.Function):
         if norm_weight is None:
             if args.activation is not None:
                 x = args.activation.forward(h)  # (N, K)
-        elif normed_by_triton(h, norm_weight, a, args):
+        elif _normed_by_triton(h, norm_weight, a, args):
             # One kernel makes x and S, so that the product with A needs no read of x.
             from ..norms_lora_triton import normalize_down
 
@@ -123,7 +123,7 @@ class _LoRALinear(torch.autograd.Function):
             grad_bias = grad.sum(0)  # (M,)
         if s is not None and (need_input or need_a or any(need_bs)):
             grad_s, grad_bs = factors_backward(grad, s, bs, args, need_bs)  # (N, ΣR), each (Mᵢ, Rᵢ)
-        if need_a and not need_weight and normed_by_triton(h, norm_weight, a, args) and grad_s is not None:
+        if need_a and not need_weight and _normed_by_triton(h, norm_weight, a, args) and grad_s is not None:
             from ..norms_lora_triton import a_gradient as a_gradient_of_norm
 
             grad_a = a_gradient_of_norm(h, norm_weight, norm_bias, stats, grad_s, args.dropout, args.seed)  # (ΣR, K)
@@ -143,9 +143,7 @@ class _LoRALinear(torch.autograd.Function):
         # The input's gradient: back through the projection, then through the norm or activation in front of it.
         grad_h = grad_norm_weight = grad_norm_bias = None
         if need_input:
-            if ctx.packed is not None:
-                weight = ctx.packed.dequantize_into_buffer(grad.dtype)  # (M, K)
-            grad_h = input_gradient(grad, weight, grad_s, a, args)  # (N, K)
+            grad_h = input_gradient(grad, ctx.packed or weight, grad_s, a, args)  # (N, K)
             if norm_weight is not None:
                 needs = (need_h, need_norm_weight, need_norm_bias)
                 grad_h, grad_norm_weight, grad_norm_bias = normalize_backward(

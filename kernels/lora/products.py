@@ -114,8 +114,12 @@ def _block_diagonal(bs: Sequence[Tensor], args: LoRAArgs, m: int) -> Tensor:
     return joined
 
 
-def input_gradient(grad: Tensor, weight: Tensor, grad_s: Tensor | None, a: Tensor | None, args: LoRAArgs) -> Tensor:
+def input_gradient(
+    grad: Tensor, weight: Tensor | NF4Weight, grad_s: Tensor | None, a: Tensor | None, args: LoRAArgs
+) -> Tensor:
     """dx = dy W + drop(dS A) (N, K), for grad (N, M), weight (M, K), grad_s (N, ΣR), a (ΣR, K)."""
+    if isinstance(weight, NF4Weight):
+        weight = weight.dequantize_into_buffer(grad.dtype)
     if grad_s is None or a is None:
         return grad @ weight
     if not args.dropout and _prefers_fused_kernel(grad, weight, len(a), args):

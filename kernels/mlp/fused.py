@@ -10,13 +10,13 @@ block: by products of their own each of these would read or write it, or h, once
 Saved are x, the norm's statistics, u₀, S₁ and S₂; with `recompute` u₀ is made again from x instead.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..activations import ACTIVATIONS
 from ..linear import Projection
 from ..lora.arguments import LoRAArgs, rounded
 from ..lora.products import (
@@ -30,7 +30,6 @@ from ..lora.products import (
 from ..norms import normalize_backward, rebuild
 from ..quant.nf4 import NF4Weight
 
-GATED = ("swiglu", "geglu", "geglu_tanh")
 NO_LORA = LoRAArgs()
 
 
@@ -49,7 +48,7 @@ class Settings(NamedTuple):
 
 def takes(x: Tensor, up: Projection, activation: str, down: Projection) -> bool:
     """Whether this is computed here: by Triton, with frozen weights and one plain adapter on gate, up and down."""
-    if activation not in GATED or up.a is None or down.a is None:
+    if not ACTIVATIONS[activation].gated or up.a is None or down.a is None:
         return False
     if torch.is_autocast_enabled(x.device.type) or up.gain is not None or down.gain is not None:
         return False
@@ -102,7 +101,6 @@ class _FeedForward(torch.autograd.Function):
 
         ctx.settings = settings
         ctx.factors_dtype = factors_dtype
-        ctx.n_stats = len(stats)
         saved_u = None if settings.recompute else u
         ctx.save_for_backward(x, norm_weight, norm_bias, saved_u, s1, s2, *factors, *stats)
         return y
@@ -113,18 +111,19 @@ class _FeedForward(torch.autograd.Function):
         from ..norms_lora_triton import a_gradient
         from .fused_triton import backward
 
-        x, norm_weight, norm_bias, u, s1, s2, a1, b_gate, b_up, a2, b2, *stats = ctx.saved_tensors
+        x, norm_weight, norm_bias, u, s1, s2, a1, b_gate, b_up, a2, b2, *saved_stats = ctx.saved_tensors
+        stats = tuple(saved_stats)
         settings: Settings = ctx.settings
         up, down = settings.up, settings.down
         _, need_x, need_norm_weight, need_norm_bias, need_a1, *need_bs, _, need_b2 = ctx.needs_input_grad
         if u is None:
-            n = rebuild(x, norm_weight, norm_bias, up.eps, tuple(stats))  # (N, D)
+            n = rebuild(x, norm_weight, norm_bias, up.eps, stats)  # (N, D)
             u = _product(n, settings.up_weight, settings.up_bias)  # (N, 2F)
             del n
 
         # Back through `down`, and the activation.
         grad_s2, (grad_b2,) = factors_backward(grad, s2, (b2,), down, (need_b2,))
-        grad_h = input_gradient(grad, _dense(settings.down_weight, grad.dtype), None, None, NO_LORA)  # (N, F)
+        grad_h = input_gradient(grad, settings.down_weight, None, None, NO_LORA)  # (N, F)
         scales = (up.scales[0], up.scales[1])
         grad_u, grad_a2 = backward(
             grad_h, u, s1, b_gate, b_up, scales, a2, grad_s2, settings.activation, down.dropout, down.seed
@@ -135,27 +134,20 @@ class _FeedForward(torch.autograd.Function):
         grad_s1, grad_bs = factors_backward(grad_u, s1, (b_gate, b_up), up, need_bs)
         grad_a1 = None
         if need_a1:
-            grad_a1 = a_gradient(x, norm_weight, norm_bias, tuple(stats), grad_s1, up.dropout, up.seed)  # (ΣR₁, D)
+            grad_a1 = a_gradient(x, norm_weight, norm_bias, stats, grad_s1, up.dropout, up.seed)  # (ΣR₁, D)
         grad_x = grad_norm_weight = grad_norm_bias = None
         if need_x or need_norm_weight or need_norm_bias:
-            grad_n = input_gradient(grad_u, _dense(settings.up_weight, grad.dtype), grad_s1, a1, up)  # (N, D)
+            grad_n = input_gradient(grad_u, settings.up_weight, grad_s1, a1, up)  # (N, D)
             needs = (need_x, need_norm_weight, need_norm_bias)
             grad_x, grad_norm_weight, grad_norm_bias = normalize_backward(
-                grad_n, x, norm_weight, norm_bias, tuple(stats), needs
+                grad_n, x, norm_weight, norm_bias, stats, needs
             )
-        factors = _in_dtype((grad_a1, *grad_bs, grad_a2, grad_b2), ctx.factors_dtype)
-        return None, grad_x, grad_norm_weight, grad_norm_bias, *factors
+
+        gradients = (grad_a1, *grad_bs, grad_a2, grad_b2)
+        grad_factors = [None if gradient is None else gradient.to(ctx.factors_dtype) for gradient in gradients]
+        return None, grad_x, grad_norm_weight, grad_norm_bias, *grad_factors
 
 
 def _product(x: Tensor, weight: Tensor | NF4Weight, bias: Tensor | None) -> Tensor:
     """x Wᵀ + bias (N, M)."""
     return linear_with_lora(x, weight, bias, None, (), NO_LORA)
-
-
-def _dense(weight: Tensor | NF4Weight, dtype: torch.dtype) -> Tensor:
-    """The weight (M, K); a packed one is good until the next one is decoded."""
-    return weight.dequantize_into_buffer(dtype) if isinstance(weight, NF4Weight) else weight
-
-
-def _in_dtype(gradients: Sequence[Tensor | None], dtype: torch.dtype) -> list[Tensor | None]:
-    return [None if gradient is None else gradient.to(dtype) for gradient in gradients]
