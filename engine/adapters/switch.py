@@ -85,9 +85,9 @@ def use_adapter(
 
     A list names one for each row of the batches computed there, so that one batch serves many adapters, at the price of
     about one; each row comes out as with its adapter alone. Modules must have rows first, (B, ...). `lengths`, their
-    tokens, are needed where rows lie end to end. In beam search a row's beams have its adapter. In training the
-    gradients go to each row's own adapter. Without gradients the adapters stay as the first pass in the block finds
-    them. What trains stays what it was.
+    tokens, are needed where rows lie end to end. In generation a row's samples or beams have its adapter. In training
+    the gradients go to each row's own adapter. Without gradients the adapters stay as the first pass in the block
+    finds them. What trains stays what it was.
 
     The adapter holds for the model, whichever thread computes: one thread at a time can be in a block.
 
@@ -144,19 +144,19 @@ class _ActiveAdapters(NamedTuple):
 
 
 @contextmanager
-def beams_of_rows(model: nn.Module, beams: int) -> Iterator[None]:
-    """Inside, each row that has an adapter of its own may become so many rows of the batch."""
+def adapters_of_rows(model: nn.Module) -> Iterator[AdapterRows | None]:
+    """The adapters of the rows, where each has one of its own; inside, they may `take` other rows of the batch."""
     actives = (site.module.active for site in adapter_sites(model))
     by_row = next((active for active in actives if isinstance(active, AdapterRows)), None)
     if by_row is None:
-        yield
+        yield None
         return
 
-    by_row.beams = beams
+    everyone = by_row.names
     try:
-        yield
+        yield by_row
     finally:
-        by_row.beams = 1
+        by_row.name_rows(everyone)
 
 
 def _check_by_row(model: nn.Module, rows: AdapterRows) -> None:

@@ -9,15 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.lora.per_row import AdapterRows
+
 
 class Decoding:
     """A batch of texts in the making. `tokens` (B, T) are the prompts, or start tokens, and what has been added.
 
     `input_ids` (B, T) are padded where `attention_mask` is 0: on the left for a causal model, anywhere for an encoder.
+    `adapters` are those of the rows, where each has one of its own.
     """
 
-    def __init__(self, model: Any, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int):
+    def __init__(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        max_new_tokens: int,
+        adapters: AdapterRows | None = None,
+    ):
         self.model = model
+        self.adapters = adapters
         self.n_cached = 0  # of the tokens, those whose keys and values are in the cache
         self.has_encoder = model.task == "seq2seq-lm"
         self.source = input_ids
@@ -65,7 +76,9 @@ class Decoding:
             self.mask = torch.cat((self.mask, self.mask.new_ones(len(tokens), 1)), 1)  # (B, T + 1)
 
     def take(self, rows: Tensor) -> None:
-        """Go on with the texts at `rows`, each of which stands in its source's place, or with several for each."""
+        """Go on with the texts at `rows` (n,), each of them once, several times or not at all."""
+        if self.adapters is not None:
+            self.adapters.take(rows.tolist())
         if self.mask is not None:
             self.mask = self.mask[rows]
         self.tokens = self.tokens[rows]

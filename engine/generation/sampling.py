@@ -2,11 +2,11 @@
 
 Top-p is nucleus sampling (Holtzman et al. 2019, arXiv:1904.09751): the fewest tokens whose probabilities reach p.
 Prompts of different lengths are padded on the left, so that all rows go on at the same column. An encoder-decoder reads
-the prompt, and what it writes begins with its start token.
+the prompt, and what it writes begins with its start token. A prompt of which several texts are wanted is read once, and
+a text that has ended is no longer computed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ...kernels.lora.dora import gains_kept
-from ..adapters.switch import beams_of_rows
+from ..adapters.switch import adapters_of_rows
 from ..data.text import completion_text
 from ..finite import not_finite
 from ..runtime import in_eval_mode
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 2**20  # more is a slip, and would fill the memory
 MAX_BEAMS = 1000
+LEAVE = 0.25  # the share of a batch that has ended, from which on it leaves: what stays is copied then
 CONTEXT = 8  # tokens that those which can hold a stop string are decoded behind: at a start they would be other texts
 
 
@@ -53,6 +54,7 @@ def generate(
     pad_id: int | None = None,
     stop: Sequence[str] = (),
     tokenizer: "Tokenizer | None" = None,
+    samples: int = 1,
     beams: int = 1,
     length_penalty: float = 1.0,
     repetition_penalty: float = 1.0,
@@ -60,7 +62,8 @@ def generate(
 ) -> Tensor:
     """Continue `input_ids` (B, T), left-padded where `attention_mask` (B, T) is 0; (B, T + n), n ≤ max_new_tokens.
 
-    What an encoder-decoder gives is (B, 1 + n): its start token and the new ones.
+    What an encoder-decoder gives is (B, 1 + n): its start token and the new ones. With `samples` there are so many rows
+    for each of B, one behind the other.
 
     temperature: divides the logits; 0 is greedy.
     top_k: above 0, only the k likeliest tokens are drawn from.
@@ -83,6 +86,8 @@ def generate(
     repetition = Repetition(repetition_penalty, no_repeat_ngram)
     if stop and tokenizer is None:
         raise ValueError("stop strings need the tokenizer: pass tokenizer=")
+    if samples < 1 or (samples > 1 and beams > 1):
+        raise ValueError(f"samples = {samples}: expected at least 1, and 1 where beams look for the likeliest text")
     if beams > MAX_BEAMS:
         raise ValueError(f"beams = {beams:,}: expected at most {MAX_BEAMS:,}")
     if beams < 1 or (beams > 1 and (temperature != 0 or stop)):
@@ -92,18 +97,18 @@ def generate(
     pad = pad_id if pad_id is not None else next(iter(ends), 0)
     stop_strings = () if tokenizer is None else stop_texts(tokenizer, stop, ends)
 
-    with in_eval_mode(model), gains_kept(), beams_of_rows(model, beams):
-        decoding = Decoding(model, input_ids, attention_mask, max_new_tokens)
+    with in_eval_mode(model), gains_kept(), adapters_of_rows(model) as adapters:
+        decoding = Decoding(model, input_ids, attention_mask, max_new_tokens, adapters)
         try:
             if beams > 1:
                 return beam_search(decoding, beams, max_new_tokens, ends, pad, length_penalty, repetition)
 
-            choose_next = chooser(temperature, top_k, top_p, seed, decoding.tokens.device)
-            for _ in token_by_token(
-                decoding, choose_next, repetition, max_new_tokens, ends, pad, stop_strings, tokenizer
-            ):
-                pass
-            return decoding.tokens
+            before = decoding.tokens.repeat_interleave(samples, 0)  # (B · samples, T)
+            sampler = Sampler(len(before), temperature, top_k, top_p, seed, before.device)
+            new = token_by_token(
+                decoding, sampler, repetition, max_new_tokens, ends, pad, stop_strings, tokenizer, samples
+            )
+            return torch.cat((before, torch.stack(list(new), 1)), 1)
         except FloatingPointError:
             raise not_finite(model, "the model's logits") from None
 
@@ -173,28 +178,44 @@ def stop_texts(tokenizer: "Tokenizer", stop: Sequence[str], ends: list[int]) -> 
 
 def token_by_token(
     decoding: Decoding,
-    choose_next: Callable[[Tensor], Tensor],
+    sampler: "Sampler",
     repetition: Repetition,
     max_new_tokens: int,
     ends: Sequence[int],
     pad: int,
     stop: Sequence[str] = (),
     tokenizer: "Tokenizer | None" = None,
+    samples: int = 1,
 ) -> Iterator[Tensor]:
-    """Let each text grow by the one token chosen, until all have ended; gives the new tokens (B,) step by step."""
-    B, T = decoding.tokens.shape
+    """Let each text grow by the one token chosen, until all have ended; gives the new tokens (B,) step by step.
+
+    Here B counts the `samples` of each prompt, and A the texts that are computed still.
+    """
+    T = decoding.tokens.shape[1]
     device = decoding.tokens.device
     reach = max((len(string.encode()) for string in stop), default=0)  # tokens that a stop string can be in
-    done = torch.zeros(B, dtype=torch.bool, device=device)
+
+    # The prompts are computed once, and their logits and cache copied for the samples of each.
+    logits = decoding.logits()
+    if samples > 1:
+        prompt = torch.arange(len(logits), device=device).repeat_interleave(samples)  # (B,)
+        decoding.take(prompt)
+        logits = logits[prompt]  # (B, V)
+    B = len(logits)
+    active = torch.arange(B, device=device)  # (A,)
+    done = torch.zeros(B, dtype=torch.bool, device=device)  # (A,)
+
     for i in range(max_new_tokens):
-        scores = repetition.adjust(decoding.logits(), decoding.tokens, decoding.token_mask)  # (B, V)
-        token = choose_next(scores).masked_fill_(done, pad)  # (B,)
-        decoding.extend(token)
-        yield token
+        if i > 0:
+            logits = decoding.logits()  # (A, V)
+        scores = repetition.adjust(logits, decoding.tokens, decoding.token_mask)
+        chosen = sampler.choose(scores, active).masked_fill_(done, pad)  # (A,)
+        decoding.extend(chosen)
+        yield chosen if len(active) == B else chosen.new_full((B,), pad).index_copy_(0, active, chosen)
 
         # A stop string can begin in an earlier token: the end of each text is decoded anew.
         for end in ends:
-            done |= token == end
+            done |= chosen == end
         if tokenizer is not None and stop:
             start = max(T, decoding.tokens.shape[1] - reach)
             contexts = decoding.tokens[:, max(0, start - CONTEXT) : start].tolist()
@@ -205,31 +226,43 @@ def token_by_token(
             done |= torch.tensor([any(string in text for string in stop) for text in texts], device=device)
 
         # Reading `done` makes the host wait for the GPU, and is of no use after the last token.
-        if (ends or stop) and i + 1 < max_new_tokens and bool(done.all()):
-            break
+        if (ends or stop) and i + 1 < max_new_tokens:
+            n_done = int(done.sum())
+            if n_done == len(done):
+                break
+            if n_done >= LEAVE * len(done):
+                rest = (~done).nonzero()[:, 0]
+                decoding.take(rest)
+                active = active[rest]
+                done = done[rest]
 
 
-def chooser(
-    temperature: float, top_k: int, top_p: float, seed: int, device: torch.device
-) -> Callable[[Tensor], Tensor]:
-    """What chooses the next token of each row (B,) from scores (B, V): the likeliest, or one that is drawn."""
-    generator = torch.Generator(device).manual_seed(seed)
-    return partial(choose, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+class Sampler:
+    """Chooses the next tokens of texts: the likeliest, or drawn.
 
+    Each of `n_texts` draws by numbers of its own, whichever of the others are still computed beside it.
+    """
 
-def choose(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
-    """The next token of each row (B,) from logits (B, V)."""
-    if temperature == 0:
-        best = logits.max(-1)
-        require_finite(best.values)  # NaN is the largest of all, too
-        return best.indices
+    def __init__(self, n_texts: int, temperature: float, top_k: int, top_p: float, seed: int, device: torch.device):
+        self.n_texts = n_texts
+        self.settings = (temperature, top_k, top_p)
+        self.generator = torch.Generator(device).manual_seed(seed)
 
-    # One uniform number a row: torch.multinomial draws one for each token of the vocabulary, 30 times as slow on a CPU.
-    mass = probabilities(logits, temperature, top_k, top_p).cumsum(-1, dtype=torch.float64)  # (B, V)
-    total = mass[:, -1:]  # (B, 1)
-    require_finite(total)
-    drawn = torch.rand(total.shape, generator=generator, device=mass.device, dtype=mass.dtype) * total
-    return torch.searchsorted(mass, drawn, right=True)[:, 0]  # never one without probability: it doesn't add any
+    def choose(self, logits: Tensor, texts: Tensor) -> Tensor:
+        """The next token (A,) of each of these texts (A,) from their logits (A, V)."""
+        if self.settings[0] == 0:
+            best = logits.max(-1)
+            require_finite(best.values)  # NaN is the largest of all, too
+            return best.indices
+
+        # One uniform number a row: torch.multinomial draws one for each token of the vocabulary, 30 times as slow on a
+        # CPU.
+        mass = probabilities(logits, *self.settings).cumsum(-1, dtype=torch.float64)  # (A, V)
+        total = mass[:, -1:]  # (A, 1)
+        require_finite(total)
+        uniform = torch.rand((self.n_texts, 1), generator=self.generator, device=mass.device, dtype=mass.dtype)
+        drawn = uniform[texts] * total
+        return torch.searchsorted(mass, drawn, right=True)[:, 0]  # never one without probability: it doesn't add any
 
 
 def probabilities(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:

@@ -18,7 +18,7 @@ from ..finite import not_finite
 from ..runtime import in_eval_mode
 from .decoding import Decoding
 from .repetition import Repetition
-from .sampling import CONTEXT, check_prompt, check_settings, chooser, stop_texts, token_by_token
+from .sampling import CONTEXT, Sampler, check_prompt, check_settings, stop_texts, token_by_token
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -74,12 +74,12 @@ class Streamer:
 
         pieces = Pieces(self.tokenizer, prompt, self._stop)
         ends = [*self.model.tokens.ends, *self._stop_ids]
-        choose_next = chooser(*self._choice, seed, device)
+        sampler = Sampler(1, *self._choice, seed, device)
         self.ended = False
         with in_eval_mode(self.model), gains_kept():
             decoding = self._begin(input_ids, max_new_tokens)
             try:
-                for token in token_by_token(decoding, choose_next, self._repetition, max_new_tokens, ends, pad=0):
+                for token in token_by_token(decoding, sampler, self._repetition, max_new_tokens, ends, pad=0):
                     number = int(token)
                     if number in ends:
                         self.ended = True

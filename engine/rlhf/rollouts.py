@@ -2,19 +2,20 @@
 
 Prompts are padded on the left to be continued. Everything after that works on the same rows packed end to end: no
 padding is computed, positions begin anew in each row, and the other rows of a batch change nothing but the order of
-sums.
+sums. A prompt that several completions have is computed once, in the rollout and in every pass after it.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ..adapters.switch import use_adapter
-from ..data.batches import IGNORE, Batch, Collate, to_device
+from ..data.batches import Batch, packed, packed_behind_prompts, to_device
 from ..data.text import prompt_tokens
 from ..generation.completions import first_end
 from ..generation.sampling import continuations
@@ -65,22 +66,29 @@ def fitting_prompts(
 
 @dataclass(eq=False, repr=False)
 class Rollout:
-    """N completions, and what there is to know of each of their tokens: tensors (N, T), padded on the right."""
+    """N completions, and what there is to know of each of their tokens: tensors (N, T), padded with zeros on the right.
+
+    `mask` is 1 where there is a token. `logps` and `entropy` (in nats) are those of the policy that wrote it,
+    `reference` are the reference's log-probabilities, and `values` what the critic expects.
+    """
 
     prompts: Sequence[Prompt]
     ids: list[list[int]]  # tokens of prompt and completion
     ended: list[bool]  # whether the completion ended by itself
+    shares_prompts: bool  # whether completions of one prompt are computed behind one copy of it
+    like: InitVar[Tensor]  # of the model's dtype and device
     states: dict[int, Tensor] = field(default_factory=dict)  # of the shared lower layers, (tokens, D) a row
-    mask: Tensor = field(init=False)  # (N, T), 1 where there is a token
-    logps: Tensor = field(init=False)  # (N, T), of the policy that wrote it
-    reference: Tensor = field(init=False)  # (N, T), log-probabilities of the reference
-    entropy: Tensor = field(init=False)  # (N, T), of the policy, in nats
-    values: Tensor = field(init=False)  # (N, T), what the critic expects
     scores: Tensor = field(init=False)  # (N,)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, like: Tensor) -> None:
         self.starts = [len(prompt.ids) for prompt in self.prompts]  # where each completion begins in ids
         self.lengths = [len(row) - start for row, start in zip(self.ids, self.starts, strict=True)]  # of completions
+
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        per_token = torch.zeros(4, len(self.ids), max(self.lengths), dtype=dtype, device=like.device)
+        self.logps, self.reference, self.entropy, self.values = per_token
+        lengths = torch.tensor(self.lengths, device=like.device)[:, None]  # (N, 1)
+        self.mask = (torch.arange(per_token.shape[2], device=like.device) < lengths).float()
 
     @property
     def completions(self) -> list[list[int]]:
@@ -89,24 +97,42 @@ class Rollout:
     def batch(self, rows: Sequence[int], device: torch.device) -> Batch:
         """These rows packed, each without its last token, from which nothing is predicted.
 
-        A batch has `inputs`, of the completions' tokens `index`, `targets` and `counts`, and, where the rollout has
-        them, the `states` (1, tokens, D) that enter the layers above the shared ones.
+        A batch has `inputs`, of the completions' tokens `targets` and where each is predicted, `index`; and, where the
+        rollout has them, the `states` (1, tokens, D) that enter the layers above the shared ones.
         """
-        examples = []
-        for i in rows:
-            ids = self.ids[i]
-            start = self.starts[i]
+        inputs, places = self.laid_out(rows, without_last=True)
 
-            # Position i predicts token i + 1. Predictions inside the prompt are no targets.
-            examples.append({"input_ids": ids[:-1], "targets": [*[IGNORE] * (start - 1), *ids[start:]]})
-        batch: Batch = to_device(Collate()(examples), device)
+        # Position i predicts token i + 1. Predictions inside the prompt are no targets.
+        index = np.concatenate([at[self.starts[i] - 1 :] for i, at in zip(rows, places, strict=True)])
+        targets = [token for i in rows for token in self.ids[i][self.starts[i] :]]
+        batch = to_device(
+            {"inputs": inputs, "index": torch.from_numpy(index), "targets": torch.tensor(targets)}, device
+        )
+
         if self.states:
-            batch["states"] = torch.cat([self.states[i][:-1] for i in rows])[None]
+            # Where several rows have a token, it comes from the first.
+            first = torch.from_numpy(np.unique(np.concatenate(places), return_index=True)[1])
+            batch["states"] = torch.cat([self.states[i][:-1] for i in rows])[first.to(device)][None]
         return batch
+
+    def laid_out(self, rows: Sequence[int], without_last: bool = False) -> tuple[dict[str, Any], list[np.ndarray]]:
+        """Model inputs for prompts and completions of these rows, and where in them each row's tokens are."""
+        ids = [self.ids[i][: -1 if without_last else None] for i in rows]
+        if self.shares_prompts:
+            completions = [row[self.starts[i] :] for i, row in zip(rows, ids, strict=True)]
+            return packed_behind_prompts([self.prompts[i].ids for i in rows], completions)
+        bounds = np.cumsum([0, *map(len, ids)])
+        return packed(ids), np.split(np.arange(bounds[-1]), bounds[1:-1])
 
     def flat(self, values: Tensor, rows: Sequence[int]) -> Tensor:
         """The values (N, T) of these rows' tokens one after another (n,), in the order of `batch`."""
         return torch.cat([values[i, : self.lengths[i]] for i in rows])
+
+    def fill(self, values: Tensor, rows: Sequence[int], numbers: Tensor) -> None:
+        """Write the numbers (n,) of these rows' tokens, in the order of `batch`, into the values (N, T)."""
+        lengths = [self.lengths[i] for i in rows]
+        for i, length, row in zip(rows, lengths, numbers.detach().split(lengths), strict=True):
+            values[i, :length] = row
 
 
 def draw(prompts: Sequence[Prompt], n: int) -> list[Prompt]:
@@ -115,26 +141,30 @@ def draw(prompts: Sequence[Prompt], n: int) -> list[Prompt]:
     return [prompts[i] for i in order[:n].tolist()]
 
 
-def sample(model: Any, prompts: Sequence[Prompt], adapter: str | None, config: PPOConfig) -> Rollout:
-    """Completions of the whole distribution, at the temperature that is trained at (2); torch's generator draws."""
+def sample(model: Any, prompts: Sequence[Prompt], adapter: str | None, config: PPOConfig, each: int = 1) -> Rollout:
+    """Completions, `each` so many of a prompt, of the whole distribution, at the temperature that is trained at (2).
+
+    Torch's generator draws.
+    """
     ends = model.tokens.ends
     ids, ended = [], []
-    for batch in chunks(prompts, config.rollout_batch_size):
+    for batch in chunks(prompts, max(1, config.rollout_batch_size // each)):
         # The sampler's seed comes from torch's generator, whose state checkpoints hold.
         seed = int(torch.randint(2**62, ()))
         # 3: prompts are padded on the left.
         with use_adapter(model, adapter):
             completions = continuations(
                 model, [prompt.ids for prompt in batch], config.max_new_tokens, temperature=config.temperature,
-                seed=seed, eos_id=ends,
+                seed=seed, eos_id=ends, samples=each,
             )  # fmt: skip
 
         # A completion ends with its first end token, which belongs to it; what stands behind that is padding.
-        for prompt, completion in zip(batch, completions, strict=True):
+        for i, completion in enumerate(completions):
             end = first_end(completion, ends)
-            ids.append([*prompt.ids, *completion[: end + 1]])
+            ids.append([*batch[i // each].ids, *completion[: end + 1]])
             ended.append(end < len(completion))
-    return Rollout(prompts, ids, ended)
+    repeated = [prompt for prompt in prompts for _ in range(each)]
+    return Rollout(repeated, ids, ended, each > 1 and model.shares_prompts, next(model.parameters()))
 
 
 def chunks(order: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

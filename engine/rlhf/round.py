@@ -5,7 +5,8 @@ N implementation details of RLHF with PPO" (https://huggingface.co/blog/the_n_im
 read off the code of Z: Ziegler et al. 2019, arXiv:1909.08593. S: Schulman et al. 2017, arXiv:1707.06347. T: Stiennon et
 al. 2020, arXiv:2009.01325. Without a letter: ours.
 
-     1  old log-probabilities come from the updates' own forward pass and micro-batches: the first ratio is exactly 1
+     1  old log-probabilities come from the updates' own forward pass and micro-batches: the first ratio is exactly 1;
+        where a round is one step without a critic, the update's forward pass is the only one
      2  completions of the whole distribution, at the temperature that is trained at: no top-k, no top-p         H
      3  prompts padded on the left, positions counted from their first token (generation/sampling.py)            H
      4  no dropout, in updates either (actors.py)                                                                Z, H
@@ -33,10 +34,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ..adapters.lora import lr_ratios
-from ..data.batches import packed, to_device
+from ..data.batches import Batch, packed, to_device
 from ..generation.completions import text_of
 from ..training.optim import Optimizer
 from .actors import POLICY, attach
@@ -73,61 +73,65 @@ class Trainer:
     def round(self, prompts: Sequence[Prompt], lr: float) -> tuple[Rollout, dict[str, float]]:
         """One round on these prompts; the rollout, and what is worth knowing about it."""
         started = time.perf_counter()
-        prompts = [prompt for prompt in prompts for _ in range(self.config.group_size or 1)]
-        n_rows = len(prompts)
-        rollout = sample(self.model, prompts, POLICY, self.config)  # 2
+        rollout = sample(self.model, prompts, POLICY, self.config, self.config.group_size or 1)  # 2
+        n_rows = len(rollout.ids)
         sampled = time.perf_counter()
 
         # 1: the first epoch's order is drawn before anything is computed, so that its micro-batches are known.
         orders = [torch.randperm(n_rows).tolist() for _ in range(self.config.epochs)]
-        self.evaluate_rollout(rollout, orders[0])
+        one_step = len(orders) == len(self.steps(orders[0])) == 1
+        policy_first = self.critic is not None or not one_step
+        self.evaluate_rollout(rollout, orders[0], policy_first)
         advantages, returns = self.advantages(rollout)
-        stats = self.statistics(rollout, returns)
         assessed = time.perf_counter()
 
-        stats |= self.update(rollout, orders, advantages, returns, lr)
+        stats = self.update(rollout, orders, advantages, returns, lr, policy_first)
+        stats |= self.statistics(rollout, returns)
         self.beta = adapted_beta(self.beta, stats["kl"], n_rows, self.config.kl_target, self.config.kl_horizon)
         ended = time.perf_counter()
         stats |= {"lr": lr, "rollout_seconds": sampled - started, "assess_seconds": assessed - sampled}
         return rollout, stats | {"update_seconds": ended - assessed, "episodes_per_second": n_rows / (ended - started)}
 
     @torch.no_grad()
-    def evaluate_rollout(self, rollout: Rollout, order: Sequence[int]) -> None:
-        """Fill in what is fixed for the round: log-probabilities, values, scores."""
+    def evaluate_rollout(self, rollout: Rollout, order: Sequence[int], with_policy: bool = True) -> None:
+        """Fill in what is fixed for the round: scores, values, log-probabilities, of the policy only `with_policy`."""
         n_rows = len(rollout.ids)
         n_shared = self.actors.n_shared
         on_base = next((reward for reward in self.reward_models if reward.on(self.model)), None)
         reward_differs_below = shared_layers(self.model, (REWARD,)) < n_shared  # it adapts layers that the others share
 
-        # Of each row (tokens, 4): log-probability under the policy and the reference, entropy, value.
-        per_token: dict[int, Tensor] = {}
         scores = torch.zeros(n_rows, device=self.device)
         for rows in chain.from_iterable(self.steps(order)):
             # Prompts and completions: states of the shared layers, and the score that is read off them.
-            inputs = to_device(packed([rollout.ids[i] for i in rows]), self.device)
-            states = None
             if n_shared:
-                states = self.actors.lower(inputs)  # (1, tokens, D)
-                states_by_row = states[0].split([len(rollout.ids[i]) for i in rows])
-                rollout.states.update(zip(rows, states_by_row, strict=True))
+                inputs, places = rollout.laid_out(rows)
+                states = self.actors.lower(to_device(inputs, self.device))[0]  # (tokens, D)
+                for i, at in zip(rows, places, strict=True):
+                    rollout.states[i] = states[to_device(torch.from_numpy(at), self.device)]
             if on_base is not None:
-                reward_states = None if reward_differs_below else states
+                inputs = to_device(packed([rollout.ids[i] for i in rows]), self.device)
+                reward_states = None
+                if n_shared and not reward_differs_below:
+                    reward_states = torch.cat([rollout.states[i] for i in rows])[None]
                 scores[list(rows)] = on_base.score(inputs, **self.actors.above(reward_states))
 
-            # The completions' tokens: as policy, reference and critic see them.
+            # The completions' tokens: as reference, critic and policy see them.
             batch = rollout.batch(rows, self.device)
-            logps, entropy = self.actors.logps_and_entropy(batch, POLICY)
-            reference = self.actors.logps(batch, self.actors.reference)
-            values = torch.zeros_like(logps) if self.critic is None else self.actors.values(batch)
-            numbers = torch.stack((logps, reference, entropy, values), 1)  # (n, 4)
-            per_token.update(zip(rows, numbers.split(batch["counts"]), strict=True))
+            rollout.fill(rollout.reference, rows, self.actors.logps(batch, self.actors.reference))
+            if self.critic is not None:
+                rollout.fill(rollout.values, rows, self.actors.values(batch))
+            if with_policy:
+                self.policy_logps(rollout, rows, batch)
 
-        padded = pad_sequence([per_token[i] for i in range(n_rows)], batch_first=True)  # (N, T, 4)
-        rollout.logps, rollout.reference, rollout.entropy, rollout.values = padded.unbind(-1)  # (N, T) each
-        lengths = torch.tensor(rollout.lengths, device=self.device)
-        rollout.mask = (torch.arange(rollout.logps.shape[1], device=self.device) < lengths[:, None]).float()  # (N, T)
         external = [reward for reward in self.rewards if reward is not on_base]
         rollout.scores = scores + self.external_rewards(rollout, external)
+
+    def policy_logps(self, rollout: Rollout, rows: Sequence[int], batch: Batch) -> Tensor:
+        """The log-probabilities (n,) of these rows under the policy that wrote them, as it still is; they are kept."""
+        logps, entropy = self.actors.logps_and_entropy(batch, POLICY)
+        rollout.fill(rollout.logps, rows, logps)
+        rollout.fill(rollout.entropy, rows, entropy)
+        return logps
 
     def as_given(self, rollout: Rollout) -> tuple[list[Any], list[Any]]:
         """Prompts as the caller gave them, and completions likewise: as texts, where there is a tokenizer."""
@@ -173,9 +177,13 @@ class Trainer:
         return whiten(advantages, mask), returns
 
     def update(
-        self, rollout: Rollout, orders: Sequence[Sequence[int]], advantages: Tensor, returns: Tensor, lr: float
-    ) -> dict[str, float]:
-        """The epochs of clipped updates (12); gives means over their steps of the sums that `backward` returns."""
+        self, rollout: Rollout, orders: Sequence[Sequence[int]], advantages: Tensor, returns: Tensor, lr: float,
+        policy_known: bool,
+    ) -> dict[str, float]:  # fmt: skip
+        """The epochs of clipped updates (12); gives means over their steps of the sums that `backward` returns.
+
+        Where the old log-probabilities are not `policy_known` yet, they are those of the first pass (1).
+        """
         sums: dict[str, float] = defaultdict(float)
         n_steps = 0
         lowest_ratio = highest_ratio = 1.0
@@ -183,7 +191,7 @@ class Trainer:
             n_tokens = sum(rollout.lengths[i] for rows in step for i in rows)
             step_kl = 0.0  # nats a token, between the policy that sampled and the one before this step
             for rows in step:
-                part = self.backward(rollout, rows, advantages, returns)
+                part = self.backward(rollout, rows, advantages, returns, policy_known)
                 lowest_ratio = min(lowest_ratio, part.pop("ratio_min"))
                 highest_ratio = max(highest_ratio, part.pop("ratio_max"))
                 for name, value in part.items():
@@ -201,12 +209,14 @@ class Trainer:
         means = {name: value / n_steps for name, value in sums.items()}
         return means | {"ratio_min": lowest_ratio, "ratio_max": highest_ratio, "steps": float(n_steps)}
 
-    def backward(self, rollout: Rollout, rows: Sequence[int], advantages: Tensor, returns: Tensor) -> dict[str, float]:
+    def backward(
+        self, rollout: Rollout, rows: Sequence[int], advantages: Tensor, returns: Tensor, policy_known: bool = True
+    ) -> dict[str, float]:
         """Accumulate a micro-batch's gradients, of losses summed over its tokens; gives sums of its statistics."""
         config = self.config
         batch = rollout.batch(rows, self.device)
+        logps = self.actors.logps(batch, POLICY) if policy_known else self.policy_logps(rollout, rows, batch)  # (n,)
         old_logps = rollout.flat(rollout.logps, rows)  # (n,), a number for each token of these completions
-        logps = self.actors.logps(batch, POLICY)
         losses, ratio = policy_loss(logps, old_logps, rollout.flat(advantages, rows), config.clip_range)
 
         # GRPO pays for its divergence in the loss: arXiv:2402.03300, equation 3.
@@ -249,9 +259,14 @@ class Trainer:
         return bool(total.isfinite())
 
     def steps(self, order: Sequence[int]) -> list[list[Sequence[int]]]:
-        """An order of rows, cut into steps, and each step into micro-batches."""
+        """An order of rows, cut into steps, and each step into micro-batches, in which a prompt's rows are together."""
         size = self.config.micro_batch_size or self.config.batch_size
-        return [list(chunks(step, size)) for step in chunks(order, self.config.batch_size)]
+        group = self.config.group_size or 1
+        steps = (
+            sorted(step, key=lambda i: i // group) if group > 1 else step
+            for step in chunks(order, self.config.batch_size)
+        )
+        return [list(chunks(step, size)) for step in steps]
 
     def statistics(self, rollout: Rollout, returns: Tensor) -> dict[str, float]:
         """A rollout in numbers. The KL is in nats a completion, the entropy in nats a token."""

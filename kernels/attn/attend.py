@@ -4,7 +4,8 @@
 
 No (T, S) mask is made for the structured cases. *Packed* rows (`cu_seqlens`) are segments laid end to end in one row;
 they never see each other, because each is computed by itself. Segments of one length, or a single one, are the rows of
-a batch, by a view. Which implementation serves which case, and why:
+a batch, by a view. Texts that begin alike can share their beginning: it is a segment, and the others, of what follows,
+see its keys and values in front of their own (`keys`). Which implementation serves which case, and why:
 
     case                      GPU, 16 bits              GPU, fp32    CPU
     whole rows                torch (cuDNN or           torch; with  rows.py, cpu.py
@@ -28,6 +29,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -46,6 +48,7 @@ def attention(
     *,
     cu_seqlens: Tensor | None = None,
     max_seqlen: int | None = None,
+    keys: tuple[Tensor, Tensor] | None = None,
     window: int | None = None,
     bias: Tensor | None = None,
     alibi: Tensor | None = None,
@@ -58,25 +61,34 @@ def attention(
 
     `causal`: query t sees keys up to S − T + t (the queries are the last T of S positions). `window`: of those, the
     last `window` (or |t − s| < window if not causal). `cu_seqlens` (n + 1,) int: B is 1 and the row is made of segments
-    with these bounds; `max_seqlen` is their greatest length, given on CUDA to avoid waiting for it. `bias`: additive
-    (float) or allowed (bool), broadcastable to (B, H, T, S), on top of `causal` and `window`. `alibi` (H,): slopes of a
-    bias that grows with the position, slope_h · (s − t) (https://arxiv.org/abs/2108.12409), and takes no gradient.
-    `scale` is 1/√hd where not given. A query that may see nothing gives finite numbers without meaning. `dropout` of
-    what is attended to has this probability, and by the same `seed` the same mask; None draws one.
+    with these bounds; `max_seqlen` is their greatest length, given on CUDA to avoid waiting for it. `keys`: the tokens
+    that the segments see, where these are more than their own: an index (M,), one segment's behind the other's, and its
+    bounds (n + 1,); the queries are the last of a segment's keys, and `max_seqlen` is the greatest number of keys.
+    `bias`: additive (float) or allowed (bool), broadcastable to (B, H, T, S), on top of `causal` and `window`. `alibi`
+    (H,): slopes of a bias that grows with the position, slope_h · (s − t) (https://arxiv.org/abs/2108.12409), and takes
+    no gradient. `scale` is 1/√hd where not given. A query that may see nothing gives finite numbers without meaning.
+    `dropout` of what is attended to has this probability, and by the same `seed` the same mask; None draws one.
 
-    Raises ValueError where shapes don't fit or `bias` comes with `cu_seqlens`.
+    Raises ValueError where shapes don't fit, `bias` comes with `cu_seqlens`, or `keys` without, or with dropout.
     """
     _check(q, k, v, cu_seqlens, bias, alibi)
+    if keys is not None and (cu_seqlens is None or dropout):
+        raise ValueError("keys: they are those of packed segments (cu_seqlens), and there is no dropout of them")
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    if cu_seqlens is None:
+    key_bounds = cu_seqlens
+    if keys is not None:
+        index, key_bounds = keys
+        k = _selected(k, index)  # (1, M, K, hd)
+        v = _selected(v, index)
+    if key_bounds is None:
         max_seqlen = k.shape[1]
     elif max_seqlen is None:
-        max_seqlen = int(cu_seqlens.diff().max())
+        max_seqlen = int(key_bounds.diff().max())
 
     # The lengths are equal if the greatest, as often as there are segments, comes to all tokens.
     n_segments = 0 if cu_seqlens is None else len(cu_seqlens) - 1
-    if cu_seqlens is not None and n_segments * max_seqlen == q.shape[1]:
+    if cu_seqlens is not None and keys is None and n_segments * max_seqlen == q.shape[1]:
         rows = (x[0].unflatten(0, (n_segments, max_seqlen)) for x in (q, k, v))  # (n, T, H or K, hd)
         out = attention(*rows, window=window, alibi=alibi, causal=causal, scale=scale, dropout=dropout, seed=seed)
         return out.flatten(0, 1)[None]  # (1, n · T, H, hd)
@@ -97,15 +109,21 @@ def attention(
     whole_rows = t == 1 or (unmasked and not shared and (t == s or not causal))
     if t > 1 and (backend.INTERPRETED or not whole_rows):
         if bias is None and alibi is None and _varlen_takes(q):
-            return _varlen(q, k, v, cu_seqlens, max_seqlen, window, causal, scale)
+            return _varlen(q, k, v, cu_seqlens, key_bounds, max_seqlen, window, causal, scale)
         if _our_kernels_take(q, k, v, bias):
             if bias is not None:
                 bias = bias[(None,) * (4 - bias.dim())]  # (B or 1, H or 1, T or 1, S or 1)
-            return _Flash.apply(q, k, v, bias, alibi, cu_seqlens, max_seqlen, window, causal, scale)
+            return _Flash.apply(q, k, v, bias, alibi, cu_seqlens, key_bounds, max_seqlen, window, causal, scale)
 
-    if cu_seqlens is None:
+    if cu_seqlens is None or key_bounds is None:
         return row_attention(q, k, v, window, add_alibi(bias, alibi, q, k), causal, scale)
-    return packed_attention(q, k, v, cu_seqlens, window, alibi, causal, scale)
+    return packed_attention(q, k, v, cu_seqlens, key_bounds, window, alibi, causal, scale)
+
+
+def _selected(x: Tensor, index: Tensor) -> Tensor:
+    """The tokens `index` (M,) of x (1, S, K, hd), some of them several times: (1, M, K, hd)."""
+    # As of an embedding: the gradient of a token is summed in order then, on a GPU, too, and there in fp32.
+    return F.embedding(index, x[0].flatten(1)).unflatten(1, x.shape[2:])[None]
 
 
 def _check(
@@ -162,13 +180,16 @@ class _Flash(torch.autograd.Function):
     """Attention by our Triton kernels."""
 
     @staticmethod
-    def forward(ctx, q, k, v, bias, alibi, cu_seqlens, max_seqlen, window, causal: bool, scale: float) -> Tensor:
+    def forward(
+        ctx, q, k, v, bias, alibi, cu_seqlens, key_bounds, max_seqlen, window, causal: bool, scale: float
+    ) -> Tensor:
         from . import forward_triton
 
         ctx.mask = max_seqlen, window, causal
         ctx.scale = scale
-        out, lse = forward_triton.forward(q, k, v, forward_triton.Mask(bias, alibi, cu_seqlens, *ctx.mask), scale)
-        ctx.save_for_backward(q, k, v, out, lse, bias, alibi, cu_seqlens)
+        tensors = bias, alibi, cu_seqlens, key_bounds
+        out, lse = forward_triton.forward(q, k, v, forward_triton.Mask(*tensors, *ctx.mask), scale)
+        ctx.save_for_backward(q, k, v, out, lse, *tensors)
         return out
 
     @staticmethod
@@ -179,20 +200,20 @@ class _Flash(torch.autograd.Function):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         mask = forward_triton.Mask(*tensors, *ctx.mask)
         grads = backward_triton.backward(grad, q, k, v, out, lse, mask, ctx.scale, ctx.needs_input_grad[:4])
-        return *grads, *(None,) * 6
+        return *grads, *(None,) * 7
 
 
 def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, longest: int, window: int | None, causal: bool,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, key_bounds: Tensor | None, longest: int,
+    window: int | None, causal: bool, scale: float,
 ) -> Tensor:  # fmt: skip
     """Packed segments, or rows of a batch as such, on CUDA and in one launch; `longest` is the most keys of one."""
     from torch.nn.attention.varlen import varlen_attn
 
     b, t = q.shape[:2]
-    if cu_seqlens is not None:
-        bounds = key_bounds = cu_seqlens.int()
-        longest_queries = longest
+    longest_queries = longest
+    if cu_seqlens is not None and key_bounds is not None:
+        bounds, key_bounds = cu_seqlens.int(), key_bounds.int()
     else:
         bounds, key_bounds = (torch.arange(b + 1, dtype=torch.int32, device=q.device) * x.shape[1] for x in (q, k))
         longest_queries = t

@@ -77,13 +77,13 @@ def _delta_kernel(
 
 @triton.jit(do_not_specialize=STEPS)
 def _dq_kernel(
-    q, k, v, bias, slopes, bounds, grad, lse, delta, dq, t, s, heads, group, blocks, scale, before, after,
+    q, k, v, bias, slopes, bounds, key_bounds, grad, lse, delta, dq, t, s, heads, group, blocks, scale, before, after,
     q_b, q_t, q_h, k_b, k_s, k_h, bias_b, bias_h, bias_t, bias_s,
     HD: tl.constexpr, D: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     block, head, index = program_indices(heads, blocks)
-    batch, first, queries, keys = sequence(bounds, index, t, s, PACKED)
+    batch, first, first_key, queries, keys = sequence(bounds, key_bounds, index, t, s, PACKED)
     start = block * BLOCK_T
     shift = keys - queries
     token_stride = heads * HD
@@ -99,7 +99,7 @@ def _dq_kernel(
     lse_block = tl.load(lse + number_offset + query, mask=query < queries, other=float("inf"))[:, None]
     delta_block = tl.load(delta + number_offset + query, mask=query < queries, other=0.0)[:, None]
 
-    kv_offset = batch * k_b + first * k_s + head // group * k_h
+    kv_offset = batch * k_b + first_key * k_s + head // group * k_h
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes + head).to(tl.float32)
@@ -128,7 +128,7 @@ def _dq_kernel(
 
 @triton.jit(do_not_specialize=STEPS)
 def _dkv_kernel(
-    q, k, v, bias, slopes, bounds, grad, lse, delta, dx, t, s, heads, group, blocks, scale, before, after,
+    q, k, v, bias, slopes, bounds, key_bounds, grad, lse, delta, dx, t, s, heads, group, blocks, scale, before, after,
     q_b, q_t, q_h, k_b, k_s, k_h, bias_b, bias_h, bias_t, bias_s,
     HD: tl.constexpr, D: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OF_KEYS: tl.constexpr,
@@ -138,7 +138,7 @@ def _dkv_kernel(
     block, kv_head, index = program_indices(kv_heads, blocks)
     # The longest first here, too: under a causal mask the first keys are seen by the most queries.
     block = blocks - 1 - block
-    batch, first, queries, keys = sequence(bounds, index, t, s, PACKED)
+    batch, first, first_key, queries, keys = sequence(bounds, key_bounds, index, t, s, PACKED)
     start = block * BLOCK_S
     shift = keys - queries
     token_stride = heads * HD
@@ -146,7 +146,7 @@ def _dkv_kernel(
         return
 
     key = start + tl.arange(0, BLOCK_S)
-    kv_offset = batch * k_b + first * k_s + kv_head * k_h
+    kv_offset = batch * k_b + first_key * k_s + kv_head * k_h
     k_block = load_rows(k + kv_offset, start, keys, k_s, HD, D, BLOCK_S)
     if OF_KEYS:
         v_block = load_rows(v + kv_offset, start, keys, k_s, HD, D, BLOCK_S)
@@ -191,7 +191,7 @@ def _dkv_kernel(
 
     # dx is contiguous, whatever the strides of k and v.
     kv_stride = kv_heads * HD
-    offset = (batch * s + first) * kv_stride + kv_head * HD
+    offset = (batch * s + first_key) * kv_stride + kv_head * HD
     store_rows(dx + offset, dx_block, start, keys, kv_stride, HD, D, BLOCK_S)
 
 
@@ -263,7 +263,7 @@ def backward(
     blocks = triton.cdiv(t, rows)
     _delta_kernel[(blocks * heads * b,)](grad, out, delta, t, heads, blocks, hd, shared["D"], rows)
 
-    inputs = (q, k, v, mask.bias, mask.alibi, mask.bounds, grad, lse, delta)
+    inputs = (q, k, v, mask.bias, mask.alibi, mask.bounds, mask.key_bounds, grad, lse, delta)
     dq = dk = dv = dbias = None
     if needs[0]:
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # (B, T, H, hd)

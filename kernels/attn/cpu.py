@@ -17,7 +17,7 @@ QUERY_BLOCK = 128  # positions whose scores are alive at a time
 
 
 class Recomputed(torch.autograd.Function):
-    """`forward(q, k, v, causal, scale)` for q (B, T, H, hd), k and v (B, S, K, hd), T = S where causal."""
+    """`forward(q, k, v, causal, scale)` for q (B, T, H, hd), k and v (B, S, K, hd); causal: q is the last T of S."""
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
@@ -54,26 +54,28 @@ class Recomputed(torch.autograd.Function):
 
 
 class FusedGrouped(torch.autograd.Function):
-    """`forward(q, k, v, causal, scale)` for q (B, T, H, hd), k and v (B, S, K, hd)."""
+    """`forward(q, k, v, mask, causal, scale)` for q (B, T, H, hd), k and v (B, S, K, hd), mask (T, S) or None."""
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
         ctx.causal = causal
         ctx.scale = scale
-        out, lse = _flash(*_repeated(q, k, v), 0.0, causal, scale=scale)  # (B, H, T, hd), (B, H, T)
-        ctx.save_for_backward(q, k, v, out, lse)
+        out, lse = _flash(*_repeated(q, k, v), 0.0, causal, attn_mask=mask, scale=scale)  # (B, H, T, hd), (B, H, T)
+        ctx.save_for_backward(q, k, v, out, lse, mask)
         return out.transpose(1, 2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, mask = ctx.saved_tensors
         tensors = (grad.transpose(1, 2), *_repeated(q, k, v), out, lse)
-        dq, *head_grads = _flash_backward(*tensors, 0.0, ctx.causal, scale=ctx.scale)  # (B, H, T, hd), (B, H, S, hd)
+        dq, *head_grads = _flash_backward(
+            *tensors, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale
+        )  # (B, H, T, hd), (B, H, S, hd)
 
         # A key/value head's gradient is the sum over the query heads that share it.
         dk, dv = (x.unflatten(1, (k.shape[2], -1)).sum(2).transpose(1, 2) for x in head_grads)  # (B, S, K, hd)
-        return dq.transpose(1, 2), dk, dv, None, None
+        return dq.transpose(1, 2), dk, dv, None, None, None
 
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -108,18 +110,21 @@ def _heads_last(x: Tensor, batch: int) -> Tensor:
 def _probabilities(q: Tensor, k: Tensor, causal: bool, scale: float):
     """Yield (positions, keys, softmax (B·K, G · positions, keys)) block by block, the last one first.
 
-    For q (B·K, G, T, hd), k (B·K, 1, S, hd).
+    For q (B·K, G, T, hd), k (B·K, 1, S, hd), and where causal the first query at position S − T.
     """
     group, t = q.shape[1:3]
+    shift = k.shape[2] - t
     for start in reversed(range(0, t, QUERY_BLOCK)):
         positions = slice(start, min(start + QUERY_BLOCK, t))
-        keys = slice(0, positions.stop if causal else k.shape[2])
+        keys = slice(0, positions.stop + shift if causal else k.shape[2])
         queries = q[:, :, positions].flatten(1, 2)  # (B·K, G · positions, hd)
         columns = k[:, 0, keys].transpose(1, 2)  # (B·K, hd, keys)
 
         # −∞ at the keys behind each query is added by the product itself.
         if causal:
-            later = torch.full((positions.stop - start, keys.stop), float("-inf"), dtype=q.dtype).triu_(start + 1)
+            later = torch.full((positions.stop - start, keys.stop), float("-inf"), dtype=q.dtype).triu_(
+                start + shift + 1
+            )
             scores = torch.baddbmm(later.repeat(group, 1), queries, columns, alpha=scale)
         else:
             scores = (queries @ columns).mul_(scale)

@@ -13,7 +13,8 @@ batch or a packed segment. A query that sees nothing gives zeros; its L is +∞,
 Products of fp32 are made of three in TF32, which is nearly as exact; plain FMAs take minutes to compile.
 
 Names of the kernels' arguments: `t` and `s` are T and S, `group` is H / K, `blocks` the number of blocks a sequence;
-`q_b`, `q_t`, `q_h` are q's strides of batch, token and head, and so on; `bounds` is `cu_seqlens`. HD is hd, D is hd
+`q_b`, `q_t`, `q_h` are q's strides of batch, token and head, and so on; `bounds` and `key_bounds` are those of each
+segment's queries and keys, and `first` and `first_key` are where these begin. HD is hd, D is hd
 padded to a power of two. Offsets into memory are int64: B · T · H · hd may be beyond 2³¹.
 """
 
@@ -55,13 +56,15 @@ def program_indices(heads, blocks):
 
 
 @triton.jit
-def sequence(bounds, index, t, s, PACKED: tl.constexpr):
-    """Row of the batch, first position in it, number of queries and of keys, of sequence `index`."""
+def sequence(bounds, key_bounds, index, t, s, PACKED: tl.constexpr):
+    """Row of the batch, first query and first key in it, number of queries and of keys, of sequence `index`."""
     if PACKED:
         first = tl.load(bounds + index).to(tl.int64)
-        length = (tl.load(bounds + index + 1) - first).to(tl.int32)
-        return tl.cast(0, tl.int64), first, length, length
-    return tl.cast(index, tl.int64), tl.cast(0, tl.int64), t, s
+        first_key = tl.load(key_bounds + index).to(tl.int64)
+        queries = (tl.load(bounds + index + 1) - first).to(tl.int32)
+        keys = (tl.load(key_bounds + index + 1) - first_key).to(tl.int32)
+        return tl.cast(0, tl.int64), first, first_key, queries, keys
+    return tl.cast(index, tl.int64), tl.cast(0, tl.int64), tl.cast(0, tl.int64), t, s
 
 
 @triton.jit
@@ -147,13 +150,13 @@ def logits_of(
 
 @triton.jit(do_not_specialize=STEPS)
 def _forward_kernel(
-    q, k, v, bias, slopes, bounds, out, lse, t, s, heads, group, blocks, scale, before, after,
+    q, k, v, bias, slopes, bounds, key_bounds, out, lse, t, s, heads, group, blocks, scale, before, after,
     q_b, q_t, q_h, k_b, k_s, k_h, bias_b, bias_h, bias_t, bias_s,
     HD: tl.constexpr, D: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr, PACKED: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     block, head, index = program_indices(heads, blocks)
-    batch, first, queries, keys = sequence(bounds, index, t, s, PACKED)
+    batch, first, first_key, queries, keys = sequence(bounds, key_bounds, index, t, s, PACKED)
     start = block * BLOCK_T
     shift = keys - queries
     if start >= queries:
@@ -163,7 +166,7 @@ def _forward_kernel(
     query = start + tl.arange(0, BLOCK_T)
     lse_offset = (batch * heads + head) * t + first
     q_block = load_rows(q + batch * q_b + first * q_t + head * q_h, start, queries, q_t, HD, D, BLOCK_T)
-    kv_offset = batch * k_b + first * k_s + head // group * k_h
+    kv_offset = batch * k_b + first_key * k_s + head // group * k_h
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes + head).to(tl.float32)
@@ -213,7 +216,8 @@ class Mask:
     bias: Tensor | None  # of four dimensions
     alibi: Tensor | None
     bounds: Tensor | None  # `cu_seqlens`
-    longest: int  # the greatest length of a segment
+    key_bounds: Tensor | None
+    longest: int  # the most keys of a segment
     window: int | None
     causal: bool
 
@@ -292,7 +296,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[
     n_sequences, longest = sequences(q, mask)
     blocks = triton.cdiv(longest, sizes["BLOCK_T"])
     _forward_kernel[(blocks * heads * n_sequences,)](
-        q, k, v, mask.bias, mask.alibi, mask.bounds, out, lse, *launch_arguments(q, k, mask, scale, blocks),
-        **constants(q, mask), **sizes,
+        q, k, v, mask.bias, mask.alibi, mask.bounds, mask.key_bounds, out, lse,
+        *launch_arguments(q, k, mask, scale, blocks), **constants(q, mask), **sizes,
     )  # fmt: skip
     return out, lse

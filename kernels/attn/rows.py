@@ -4,9 +4,11 @@ Which way is the fastest differs. On a CPU, bf16 uses batched matrix products th
 probabilities in the backward pass (as FlashAttention does, https://arxiv.org/abs/2205.14135): twice as fast there as
 torch's fused kernel. In fp32 the fused kernel is the faster one. A single query, as in decoding, has a way of its own.
 
-Packed segments are computed one by one, but short ones in one call, padded with zeros: twice as fast for 64 rows of 4
-to 11 tokens on a CPU; at 40 tokens nothing is left to gain.
+Packed segments are computed one by one, neighbours of one length as the rows of a batch. Short ones go in one call,
+padded with zeros: twice as fast for 64 rows of 4 to 11 tokens on a CPU; at 40 tokens nothing is left to gain.
 """
+
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -35,13 +37,15 @@ def row_attention(
         return _one_query(q, k, v, bias, scale)
     if window is not None and window < s:
         return _windowed(q, k, v, window, bias, causal, scale)
-    if bias is not None or (causal and 1 < t != s):
-        return _fused(q, k, v, additive_mask(slice(s - t, s), slice(0, s), None, bias, causal, q), False, scale)
-    if on_cpu and q.dtype == torch.bfloat16 and t > 1:
+    if bias is None and on_cpu and q.dtype == torch.bfloat16 and t > 1 and (t <= s or not causal):
         return Recomputed.apply(q, k, v, causal, scale)
-    if on_cpu and q.shape[2] != k.shape[2]:
-        return FusedGrouped.apply(q, k, v, causal and t > 1, scale)
-    return _fused(q, k, v, None, causal and t > 1, scale)
+    mask = None
+    if bias is not None or (causal and 1 < t != s):
+        mask = additive_mask(slice(s - t, s), slice(0, s), None, bias, causal, q)
+        causal = False
+    if bias is None and on_cpu and q.shape[2] != k.shape[2]:
+        return FusedGrouped.apply(q, k, v, mask, causal and t > 1, scale)
+    return _fused(q, k, v, mask, causal and t > 1, scale)
 
 
 def _one_query(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -138,19 +142,30 @@ def packed_attention(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
+    key_bounds: Tensor,
     window: int | None,
     alibi: Tensor | None,
     causal: bool,
     scale: float,
 ) -> Tensor:
-    """Packed segments: all at once where they are short, else one by one."""
-    lengths = cu_seqlens.diff().tolist()
-    if causal and max(lengths) <= SHORT:
-        return _short(q, k, v, cu_seqlens, max(lengths), window, alibi, scale)
+    """Packed segments with these bounds of queries and of keys: all at once where they are short, else one by one."""
+    lengths = list(zip(cu_seqlens.diff().tolist(), key_bounds.diff().tolist(), strict=True))  # of queries and of keys
+    longest = max(n_keys for _, n_keys in lengths)
+    if causal and longest <= SHORT:
+        return _short(q, k, v, cu_seqlens, key_bounds, longest, window, alibi, scale)
 
-    segments = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
-    outs = [row_attention(qs, ks, vs, window, add_alibi(None, alibi, qs, ks), causal, scale) for qs, ks, vs in segments]
-    return torch.cat(outs, dim=1)  # (1, T, H, hd)
+    # Runs of segments that have as many queries and keys as each other.
+    outs = []
+    start = key_start = 0
+    for (t, s), run in groupby(lengths):
+        n = len(list(run))
+        queries = q[0, start : start + n * t].unflatten(0, (n, t))  # (n, t, H, hd)
+        keys, values = (x[0, key_start : key_start + n * s].unflatten(0, (n, s)) for x in (k, v))  # (n, s, K, hd)
+        bias = add_alibi(None, alibi, queries, keys)
+        outs.append(row_attention(queries, keys, values, window, bias, causal, scale).flatten(0, 1))
+        start += n * t
+        key_start += n * s
+    return torch.cat(outs)[None]  # (1, T, H, hd)
 
 
 def _short(
@@ -158,21 +173,31 @@ def _short(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
+    key_bounds: Tensor,
     longest: int,
     window: int | None,
     alibi: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """Short packed segments in one call, padded on the right: behind the last position, where no query looks."""
-    lengths = cu_seqlens.diff()
-    n = len(lengths)
-    segment = torch.repeat_interleave(torch.arange(n, device=q.device), lengths)  # (T,)
-    padded_index = torch.arange(q.shape[1], device=q.device) + segment * longest - cu_seqlens[segment]  # (T,)
+    """Short packed segments in one call, padded on the right: behind the last position, where no query looks.
 
-    def padded(x: Tensor) -> Tensor:
-        flat = x.new_zeros((n * longest, *x.shape[2:])).index_copy(0, padded_index, x[0])
+    Where a segment has fewer queries than keys, what stands in front of its queries is padding, too.
+    """
+    n = len(cu_seqlens) - 1
+    segment = torch.arange(n, device=q.device)
+
+    def padded_index(bounds: Tensor) -> Tensor:
+        """Where the queries, or keys, go: they are the last of their segment's positions."""
+        ends = segment * longest + key_bounds.diff()  # (n,)
+        lengths = bounds.diff()
+        return torch.arange(int(bounds[-1]), device=q.device) + (ends - bounds[1:]).repeat_interleave(lengths)
+
+    def padded(x: Tensor, index: Tensor) -> Tensor:
+        flat = x.new_zeros((n * longest, *x.shape[2:])).index_copy(0, index, x[0])
         return flat.unflatten(0, (-1, longest))  # (n, longest, H, hd)
 
-    q, k, v = padded(q), padded(k), padded(v)
+    query_index = padded_index(cu_seqlens)  # (T,)
+    key_index = query_index if key_bounds is cu_seqlens else padded_index(key_bounds)  # (M,)
+    q, k, v = padded(q, query_index), padded(k, key_index), padded(v, key_index)
     out = row_attention(q, k, v, window, add_alibi(None, alibi, q, k), True, scale)
-    return out.flatten(0, 1).index_select(0, padded_index)[None]  # (1, T, H, hd)
+    return out.flatten(0, 1).index_select(0, query_index)[None]  # (1, T, H, hd)

@@ -1,6 +1,6 @@
 """Which adapter each sequence of a batch takes: what a layer's `active` is where one batch serves many adapters.
 
-A layer sees rows: (B, T, K), (B·beams, 1, K) in generation, (B, K) once pooled, (1, N, K) where they lie end to end.
+A layer sees rows: (B, T, K), (B, K) once pooled, (1, N, K) where they lie end to end.
 `AdapterRows` knows the B names, tells each layer its `Segments`, made once a shape, and keeps the adapters' factors
 stacked while no gradient is wanted: token by token, stacking would cost more than the products.
 
@@ -40,12 +40,21 @@ class AdapterRows:
         self.names = tuple(names)
         self.lengths = None if lengths is None else tuple(lengths)
         self.adapters = tuple(dict.fromkeys(name for name in self.names if name is not None))
-        self.beams = 1  # how many rows a sequence may have
         self._segments: dict[Any, Segments] = {}  # by leading sizes, the layer's adapters, and device
         self._stacks: dict[nn.Module, StackedWeights] = {}  # by `Linear`
 
     def __repr__(self) -> str:
         return f"AdapterRows({len(self.names)} rows, {len(self.adapters)} adapters)"
+
+    def name_rows(self, names: Sequence[str | None]) -> None:
+        """Go on with these names, out of the same adapters, for the rows of the batch."""
+        if tuple(names) != self.names:
+            self.names = tuple(names)
+            self._segments.clear()
+
+    def take(self, rows: Sequence[int]) -> None:
+        """Go on with the names at `rows`, each once, several times or not at all, as the batch does."""
+        self.name_rows([self.names[row] for row in rows])
 
     def on(self, layer: nn.ModuleDict) -> tuple[str, ...]:
         """The adapters among them that sit on a layer, given those it carries."""
@@ -58,7 +67,7 @@ class AdapterRows:
         end_to_end = len(shape) == 2 and shape[0] == 1
         if self.lengths is not None and end_to_end and n_rows == sum(self.lengths):
             return list(self.lengths)
-        if shape[0] not in (n_sequences, n_sequences * self.beams):
+        if shape[0] != n_sequences:
             raise ValueError(
                 f"adapters are named for {n_sequences} rows, but a layer that has one of them sees an input of "
                 f"{tuple(shape)} rows: give a name for each, and the lengths of those that lie end to end; a layer "

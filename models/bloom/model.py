@@ -101,6 +101,7 @@ class Block(nn.Module):
         bias: Tensor | None,
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
+        keys: tuple[Tensor, Tensor] | None,
         cache: KVCache | None,
         positions_to_return: Tensor | None = None,
     ) -> Tensor:
@@ -111,7 +112,7 @@ class Block(nn.Module):
             k, v = cache.append(self.index, k, v)  # (B, S, H, hd) each
 
         out = attention(
-            q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, bias=bias, alibi=slopes,
+            q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, keys=keys, bias=bias, alibi=slopes,
             dropout=self.attention_dropout.rate,
         )  # fmt: skip
         out = out.flatten(2)  # (B, T, D)
@@ -159,6 +160,7 @@ class Bloom(PretrainedModel):
         "apply_residual_connection_post_layernorm": (False,),
         "is_causal": (True, None),
     }
+    shares_prompts = True
 
     config: BloomConfig
 
@@ -181,6 +183,7 @@ class Bloom(PretrainedModel):
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        keys: tuple[Tensor, Tensor] | None = None,
         cache: KVCache | None = None,
         hidden_states: Tensor | None = None,
         layer_range: slice = ALL_LAYERS,
@@ -205,7 +208,7 @@ class Bloom(PretrainedModel):
         for block in tuple(self.layers)[layer_range]:
             # Below the last layer every position is a key of the next one.
             returned = positions_to_return if block is self.layers[-1] else None
-            x = block(x, slopes, bias, cu_seqlens, max_seqlen, cache, returned)
+            x = block(x, slopes, bias, cu_seqlens, max_seqlen, keys, cache, returned)
 
         if layer_range.stop is not None:
             return x

@@ -79,6 +79,7 @@ class Block(nn.Module):
         bias: Tensor | None,
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
+        keys: tuple[Tensor, Tensor] | None,
         cache: KVCache | None,
         positions_to_return: Tensor | None = None,
     ) -> Tensor:
@@ -89,8 +90,8 @@ class Block(nn.Module):
             k, v = cache.append(self.index, k, v)  # (B, S, H, hd) each
 
         out = attention(
-            q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, window=self.window, bias=bias, scale=self.scale,
-            dropout=self.attention_dropout.rate,
+            q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, keys=keys, window=self.window, bias=bias,
+            scale=self.scale, dropout=self.attention_dropout.rate,
         )  # fmt: skip
         out = out.flatten(2)  # (B, T, H·hd)
 
@@ -144,6 +145,7 @@ class GPT2(PretrainedModel):
         "is_encoder_decoder": (False,),
         "is_causal": (True, None),
     }
+    shares_prompts = True
 
     config: GPT2Config
 
@@ -175,6 +177,7 @@ class GPT2(PretrainedModel):
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        keys: tuple[Tensor, Tensor] | None = None,
         cache: KVCache | None = None,
         hidden_states: Tensor | None = None,
         layer_range: slice = ALL_LAYERS,
@@ -205,7 +208,7 @@ class GPT2(PretrainedModel):
         for block in tuple(self.layers)[layer_range]:
             # Below the last layer every position is a key of the next one.
             returned = positions_to_return if block is self.layers[-1] else None
-            x = block(x, bias, cu_seqlens, max_seqlen, cache, returned)
+            x = block(x, bias, cu_seqlens, max_seqlen, keys, cache, returned)
 
         if layer_range.stop is not None:
             return x

@@ -73,6 +73,7 @@ class Block(nn.Module):
         bias: Tensor | None,
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
+        keys: tuple[Tensor, Tensor] | None,
         cache: KVCache | None,
         positions_to_return: Tensor | None = None,
     ) -> Tensor:
@@ -91,7 +92,7 @@ class Block(nn.Module):
             k, v = cache.append(self.index, k, v)  # (B, S, K, hd) each
 
         out = attention(
-            q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, window=self.window, bias=bias,
+            q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, keys=keys, window=self.window, bias=bias,
             dropout=self.attention_dropout.rate,
         )  # fmt: skip
         out = out.flatten(2)  # (B, T, H·hd)
@@ -142,6 +143,7 @@ class Llama(PretrainedModel):
         "dual_chunk_attention_config": (None,),  # of Qwen2.5-1M
         "use_mrope": (False, None),
     }
+    shares_prompts = True
 
     config: LlamaConfig
 
@@ -164,6 +166,7 @@ class Llama(PretrainedModel):
         position_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        keys: tuple[Tensor, Tensor] | None = None,
         cache: KVCache | None = None,
         hidden_states: Tensor | None = None,
         layer_range: slice = ALL_LAYERS,
@@ -192,7 +195,7 @@ class Llama(PretrainedModel):
         for block in tuple(self.layers)[layer_range]:
             # Below the last layer every position is a key of the next one.
             returned = positions_to_return if block is self.layers[-1] else None
-            x = block(x, tables, bias, cu_seqlens, max_seqlen, cache, returned)
+            x = block(x, tables, bias, cu_seqlens, max_seqlen, keys, cache, returned)
 
         if layer_range.stop is not None:
             return x

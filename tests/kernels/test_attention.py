@@ -1,6 +1,6 @@
 """Attention in all its shapes against one dense formula in float64."""
 
-from itertools import pairwise
+from itertools import chain, pairwise
 from unittest import mock
 
 import pytest
@@ -149,6 +149,57 @@ def test_packed(dtype: torch.dtype, causal: bool, window: int | None, lengths: t
     mask = additive(seen(n, n, causal, window, lengths))
     check(qkv(1, n, h=4, kv=2), dtype, mask, causal=causal, window=window, cu_seqlens=bounds, max_seqlen=max(lengths))
     check(qkv(1, n), dtype, mask, causal=causal, window=window, cu_seqlens=bounds)
+
+
+# Beginnings, and what follows them: of each row its beginning's number, and how many tokens are its own.
+SHARED = {
+    "two beginnings": ((3, 4), ((0, 2), (0, 1), (0, 2), (1, 5))),
+    "alike": ((3,), ((0, 2), (0, 2))),
+    "longer than what goes in one call": ((40,), ((0, 3), (0, 3), (0, 1), (0, 7))),
+    "none of its own": ((6,), ()),
+}
+
+
+def behind_beginnings(beginnings: tuple[int, ...], rows: tuple[tuple[int, int], ...]) -> tuple[list, list[int]]:
+    """Which tokens each segment sees, and how many of these are its own, for beginnings that stand in front."""
+    starts = [0, *torch.tensor(beginnings).cumsum(0).tolist()]
+    seen_by = [list(range(*bounds)) for bounds in pairwise(starts)]
+    lengths = list(beginnings)
+    for beginning, own in rows:
+        seen_by.append([*seen_by[beginning], *range(sum(lengths), sum(lengths) + own)])
+        lengths.append(own)
+    return seen_by, lengths
+
+
+@DTYPES
+@pytest.mark.parametrize("case", SHARED)
+@pytest.mark.parametrize("kind", ["plain", "window", "alibi", "both ways"])
+@pytest.mark.usefixtures("_blocks")
+def test_segments_that_share_their_beginning(dtype: torch.dtype, case: str, kind: str) -> None:
+    """Entry by entry: a query sees what its segment sees, up to its own place among it."""
+    seen_by, lengths = behind_beginnings(*SHARED[case])
+    n = sum(lengths)
+    window = 3 if kind == "window" else None
+    slopes = torch.tensor([0.5, 0.125, 0.25, 1.0]) if kind == "alibi" else None
+    mask = torch.full((4, n, n), float("-inf"), dtype=torch.float64)
+    query = 0
+    for tokens, own in zip(seen_by, lengths, strict=True):
+        for place in range(len(tokens) - own, len(tokens)):
+            for key_place, key in enumerate(tokens):
+                distance = place - key_place
+                if (distance >= 0 or kind == "both ways") and (window is None or distance < window):
+                    mask[:, query, key] = 0 if slopes is None else -slopes.double() * distance
+            query += 1
+
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    keys = (torch.tensor(list(chain.from_iterable(seen_by))), torch.tensor([0, *map(len, seen_by)]).cumsum(0).int())
+    settings = {"cu_seqlens": bounds, "keys": keys, "window": window, "alibi": slopes, "causal": kind != "both ways"}
+    check(qkv(1, n, h=4, kv=2), dtype, mask, **settings)
+    check(qkv(1, n, h=4), dtype, mask, max_seqlen=max(map(len, seen_by)), **settings)
+    tensors = qkv(1, n, h=4, kv=2)
+    torch.testing.assert_close(
+        attention_reference(*tensors, **settings), attention_reference(*tensors, bias=mask, causal=False)
+    )
 
 
 @DTYPES
@@ -306,6 +357,12 @@ def test_bf16_keeps_q_k_v_and_no_probabilities() -> None:
         (((1, 4, 3, 8), (1, 4, 2, 8), (1, 4, 2, 8)), {}, "its 3 heads must be a multiple of k's 2"),
         (((1, 4, 2, 8),) * 3, {"cu_seqlens": torch.tensor([0, 4]), "bias": torch.zeros(4, 4)}, "cu_seqlens: goes with"),
         (((2, 4, 2, 8),) * 3, {"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens: goes with one packed row"),
+        (((1, 4, 2, 8),) * 3, {"keys": (torch.arange(4), torch.tensor([0, 4]))}, "keys: they are those of packed"),
+        (
+            ((1, 4, 2, 8),) * 3,
+            {"cu_seqlens": torch.tensor([0, 4]), "keys": (torch.arange(4), torch.tensor([0, 4])), "dropout": 0.1},
+            "no dropout of them",
+        ),
         (((2, 4, 2, 8),) * 3, {"alibi": torch.ones(3)}, "alibi: expected a slope for each of 2 heads"),
     ],
 )

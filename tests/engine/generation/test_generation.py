@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import both, padded, theirs, tiny_bert, tiny_gpt2, token_rows
+from small_models import both, padded, theirs, tiny_bert, tiny_bloom, tiny_gpt2, tiny_llama, token_rows
+from small_t5 import lively as lively_t5
 from small_tokenizers import byte_level
+from small_xlnet import both_xlnets
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from handtune.engine import generate
-from handtune.engine.generation.sampling import choose, left_padded, probabilities
+from handtune.engine.generation import sampling
+from handtune.engine.generation.decoding import Decoding
+from handtune.engine.generation.sampling import Sampler, left_padded, probabilities
 from handtune.models import GPT2, load
 
 ROWS = token_rows((5, 1, 9, 3))
@@ -62,6 +66,49 @@ def test_rows_of_a_padded_batch_are_the_rows_alone(tmp_path):
     together = greedy(model, padded(ROWS, "left"), 12)[:, -12:]
     alone = [greedy(model, padded([row]), 12)[0, -12:] for row in ROWS]
     assert torch.equal(together, torch.stack(alone))
+
+
+FAMILIES = {
+    "gpt2": lambda folder: lively(folder)[1],
+    "llama": lambda folder: both(folder, tiny_llama(), "causal-lm")[1],
+    "bloom": lambda folder: both(folder, tiny_bloom(), "causal-lm")[1],
+    "xlnet": lambda folder: both_xlnets(folder)[1],
+    "t5": lambda folder: lively_t5(folder)[1],
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_samples_of_a_prompt_are_those_of_the_prompt_given_so_often(tmp_path, family):
+    model = FAMILIES[family](tmp_path)
+    inputs = padded(ROWS, "left")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    found = generate(model, ids, mask, 8, seed=3, samples=3)
+    expected = generate(model, ids.repeat_interleave(3, 0), mask.repeat_interleave(3, 0), 8, seed=3)
+    assert torch.equal(found, expected)
+    assert len({tuple(row) for row in found[:3].tolist()}) > 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"repetition_penalty": 1.3, "no_repeat_ngram": 2}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_that_have_ended_leave_and_the_others_stay_what_they_were(monkeypatch, tmp_path, family, settings):
+    model = FAMILIES[family](tmp_path)
+    inputs = padded(ROWS * 4, "left")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    sizes: list[int] = []
+    logits = Decoding.logits
+    monkeypatch.setattr(Decoding, "logits", lambda self: sizes.append(len(self.tokens)) or logits(self))
+
+    found = []
+    for share in (2.0, 0.25, 1e-9):
+        monkeypatch.setattr(sampling, "LEAVE", share)
+        sizes.clear()
+        ends = tuple(range(1, model.config.vocab_size, 4))  # a text ends after four tokens or so
+        found.append(generate(model, ids, mask, 24, seed=1, eos_id=ends, pad_id=0, **settings))
+        assert (min(sizes) < len(ids)) == (share < 1)
+    # The last to leave was alone at some time.
+    assert min(sizes) <= 2
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @torch.no_grad()
@@ -158,8 +205,8 @@ def test_probabilities_are_those_of_transformers(temperature, top_k, top_p):
 
 def test_the_draw_follows_the_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 3.0]])
-    generator = torch.Generator().manual_seed(0)
-    drawn = Counter(choose(logits.repeat(20_000, 1), 1.3, 4, 0.9, generator).tolist())
+    sampler = Sampler(20_000, 1.3, 4, 0.9, 0, logits.device)
+    drawn = Counter(sampler.choose(logits.repeat(20_000, 1), torch.arange(20_000)).tolist())
     expected = probabilities(logits, 1.3, 4, 0.9)[0]
     assert set(drawn) == {i for i, p in enumerate(expected.tolist()) if p}
     for token, count in drawn.items():

@@ -1,6 +1,7 @@
 """PPO against known truths: the first ratio, the optimum of a task that can be enumerated, resuming, and refusals."""
 
 import copy
+import itertools
 import json
 import math
 import signal
@@ -8,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -166,6 +168,63 @@ def test_group_advantages_learn_without_a_critic() -> None:
     assert result.stats["score"] > 0.8
     assert not any(".lora.critic." in name for name, _ in model.named_parameters())
     assert "explained_variance" not in result.stats
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("targets", ["all-linear", "layers.1.*"], ids=["all layers", "the upper layer"])
+def test_a_prompt_is_computed_once_for_its_group(family: str, targets: str, tmp_path: Path) -> None:
+    """Log-probabilities, and the gradients of a step, are those of rows that have their prompts to themselves."""
+    lora = LoRAConfig(rank=4, targets=[targets])
+    trainer = trainer_of(FAMILIES[family](tmp_path), group_size=4, micro_batch_size=6, lora=lora, temperature=0.7)
+    trainer.model.tokens = trainer.model.tokens.__class__(ends=(11, 33, 44))
+    moved(trainer)
+    rollout = sample(trainer.model, fitting(trainer, PROMPTS), "policy", trainer.config, each=4)
+    order = torch.randperm(16).tolist()
+
+    found, tokens = [], []
+    for shares in (True, False):
+        rollout.shares_prompts = shares
+        rollout.states.clear()
+        trainer.evaluate_rollout(rollout, order)
+        advantages, returns = trainer.advantages(rollout)
+        tokens.append(0)
+        for rows in itertools.chain.from_iterable(trainer.steps(order)):
+            trainer.backward(rollout, rows, advantages, returns)
+            tokens[-1] += rollout.batch(rows, torch.device("cpu"))["inputs"]["input_ids"].numel()
+        gradients = [p.grad.clone() for p in trainer.optimizer.parameters.values()]
+        trainer.optimizer.scale_gradients(1.0, None)
+        for parameter in trainer.optimizer.parameters.values():
+            parameter.grad = None
+        found.append([rollout.logps.clone(), rollout.reference.clone(), rollout.entropy.clone(), *gradients])
+    assert tokens[0] < tokens[1]
+    for ours, expected in zip(*found, strict=True):
+        assert expected.abs().max() > 0
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_round_of_one_step_needs_no_pass_of_its_own_for_the_policy(monkeypatch, family: str, tmp_path: Path) -> None:
+    """It gives what a round does that looks first: the same numbers, and the same weights, to the last bit."""
+    found = []
+    for looks_first in (True, False):
+        model = FAMILIES[family](tmp_path)
+        trainer = trainer_of(model, group_size=4, epochs=1, batch_size=16, micro_batch_size=6)
+        moved(trainer)
+        passes = mock.Mock(wraps=trainer.actors.logps_and_entropy)
+        trainer.actors.logps_and_entropy = passes
+        if looks_first:
+            for name in ("evaluate_rollout", "update"):
+                method = getattr(trainer, name)
+                monkeypatch.setattr(trainer, name, lambda *args, method=method: method(*args[:-1], True))
+        rollout, stats = trainer.round(fitting(trainer, PROMPTS), lr=1e-2)
+        assert passes.call_count == 3
+        assert stats["ratio_min"] == stats["ratio_max"] == 1.0
+        numbers = {name: value for name, value in stats.items() if not name.endswith(("seconds", "per_second"))}
+        found.append((numbers, rollout.logps, weights_of(model)))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+    for name, weight in found[0][2].items():
+        assert torch.equal(weight, found[1][2][name])
 
 
 def weights_of(model: Any) -> dict[str, Tensor]:

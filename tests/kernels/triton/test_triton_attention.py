@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from unittest import mock
 
 import pytest
@@ -115,6 +116,15 @@ def test_packed(causal: bool, settings: dict) -> None:
     bounds = torch.tensor([0, 5, 6, 23], dtype=torch.int32)
     settings = {**settings, "cu_seqlens": bounds, "causal": causal, "max_seqlen": 17}
     check(qkv(1, 23, h=2, kv=1), torch.float32, **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"window": 4}, {"alibi": torch.tensor([0.5, 0.1])}], ids=str)
+def test_packed_segments_that_share_their_beginning(settings: dict) -> None:
+    """Two rows behind the first 9 tokens, and one alone: more keys than tokens, some of them thrice."""
+    seen = [[*range(9)], [*range(14)], [*range(9), *range(14, 32)], [*range(32, 35)]]
+    keys = (torch.tensor(list(chain.from_iterable(seen))).to(DEVICE), torch.tensor([0, 9, 23, 50, 53]).to(DEVICE))
+    bounds = torch.tensor([0, 9, 14, 32, 35], dtype=torch.int32)
+    check(qkv(1, 35, h=2, kv=1), torch.float32, cu_seqlens=bounds, keys=keys, max_seqlen=27, **settings)
 
 
 def test_packed_in_half_precision() -> None:
