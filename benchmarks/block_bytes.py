@@ -109,7 +109,7 @@ def block_calls(n_tokens: int, rank: int, sizes: dict[str, int] | None = None) -
         x = torch.empty(1, n_tokens, model.config.d_model, dtype=torch.bfloat16, requires_grad=True)
         tables = tuple(torch.empty(1, n_tokens, model.config.width // 2) for _ in range(2))
         with counted() as calls:
-            y = block(x, tables, None, None, None, None)
+            y = block(x, tables, None, None, None, None, None)
             y.backward(torch.empty_like(y))
         return calls
 

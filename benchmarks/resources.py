@@ -137,8 +137,8 @@ def operations(n: int = 4096) -> dict[str, Callable[[], Any]]:
         "layer_norm": lambda: kernels.layer_norm(fake(n, d), fake(d), fake(d), residual=fake(n, d)),
         "rms_norm": lambda: kernels.rms_norm(fake(n, d), fake(d)),
         "swiglu": lambda: kernels.swiglu(fake(n, 28672)),
-        "rope": lambda: kernels.rope(
-            fake(1, n, 32, 128), fake(1, n, 8, 128), *(fake(n, 64, dtype=torch.float32, grad=False) for _ in range(2))
+        "rope": lambda: kernels.split_rope(
+            fake(1, n, 48, 128), 32, *(fake(n, 64, dtype=torch.float32, grad=False) for _ in range(2))
         ),
         "geglu_tanh": lambda: kernels.activate(fake(n, 28672), "geglu_tanh"),
         "linear_cross_entropy": lambda: losses(),

@@ -22,7 +22,7 @@ ELSEWHERE = {
         "engine/tasks/masked_lm.py", "engine/tasks/classification.py", "engine/tasks/tagging.py",
         "engine/tasks/question_answering.py", "engine/tasks/embedding.py", "engine/tasks/metrics.py",
         "engine/tasks/objectives.py", "engine/generation", "models/layers/heads.py", "models/layers/kv_cache.py",
-        "models/checkpoint/tasks.py", "kernels/lora/small_batch_matmul.py",
+        "models/checkpoint/tasks.py", "kernels/matmul_cpu.py",
     ],
     "other adapters": [
         "kernels/conv.py", "kernels/quant", "kernels/lora/batched.py", "kernels/lora/batched_torch.py",
@@ -48,7 +48,7 @@ ELSEWHERE = {
         "models/layers/rope_scaling.py", "models/llama/config.py",
     ],
     "the parts of a block once more, put together for a GPU": [
-        "kernels/mlp/fused.py", "kernels/mlp/fused_triton.py", "kernels/norms_lora_triton.py",
+        "kernels/mlp/fused.py", "kernels/mlp/fused_triton.py", "kernels/lora/norms_triton.py",
     ],
     "attention beyond torch's": [
         "kernels/attn/cpu.py", "kernels/attn/rows.py", "kernels/attn/forward_triton.py",

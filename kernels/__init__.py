@@ -1,8 +1,8 @@
 """Operations with hand-written gradients, each with a torch-like function and a reference in plain torch.
 
     backend                                               where an operation runs: Triton kernels, or torch's operations
-    norms  activations  rotary  cross_entropy             one operation a file; Triton kernels in a `_triton` twin;
-                                                          `norms_lora_triton` has a norm and a low-rank product at once
+    norms  activations  rotary  cross_entropy             one operation a file; Triton kernels in a `_triton` twin
+    matmul_cpu                                            the fastest of a CPU's ways to x Wᵀ
     attn/  optim/  quant/                                 attention; AdamW; frozen weights in four bits
     lora/                                                 the low-rank operations: read `lora/linear.py` first
     linear  conv  mlp/                                    layers of models, put together from all of these
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .norms import layer_norm as layer_norm
     from .norms import rms_norm as rms_norm
     from .rotary import rope as rope
+    from .rotary import split_rope as split_rope
 
 _HOME = {
     "Conv2d": "conv",
@@ -54,6 +55,7 @@ _HOME = {
     "norm_linear": "linear",
     "rms_norm": "norms",
     "rope": "rotary",
+    "split_rope": "rotary",
     "swiglu": "activations",
 }
 __all__ = sorted(_HOME)

@@ -6,10 +6,11 @@
 Rows without a target are dropped *before* the product. The rest is done in chunks of rows: with e = exp(z − max z),
 written over z, and its row sums,
 
+    loss = log Σe + max z − z[target]        entropy = log Σe − Σ e (z − max z) / Σe
     dx = ((e − Σe · onehot) W) / Σe
 
 so the softmax is never normalised and no one-hot is made (one entry a row changes): the chunk's logits are written
-once, swept once by the maximum and once by the exponential, and read by the product.
+once, swept in strips of rows that stay in a processor's cache, and read by the product.
 
 `reduction="sum"` computes the gradient together with the loss, since the logits are there just then: only dx (N, D)
 waits for the backward pass, and the incoming scalar scales it. `reduction="none"` gives one loss a row, and each row of
@@ -28,9 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import backend
+from . import backend, matmul_cpu
 
 IGNORE = -100
+STRIP = 16  # rows of logits swept at a time
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of x, weight and bias
 
 
@@ -87,37 +89,54 @@ def _add_chunk(grads: Gradients, rows: slice, dz: Tensor, x: Tensor, weight: Ten
 
 
 def _sum_in_torch(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, grads: Gradients) -> Tensor:
-    """The sum of the losses (), and the gradients of it in `grads`; Σe is called `norm` here."""
+    """The sum of the losses (), and the gradients of it in `grads`."""
     grad_x, grad_w, grad_b = grads
     total = torch.zeros((), dtype=_sum_dtype(x), device=x.device)
     for rows, z in _logit_chunks(x, weight):
-        norm = torch.empty(len(z), 1, dtype=_sum_dtype(x), device=x.device)
-        for strip in _strips(z):
-            # logsumexp − z[target] is max + log Σe − z[target]; the logarithms follow for the whole chunk.
-            e = _widened(z[strip], bias)
-            target = targets[rows][strip, None]
-            top = e.amax(1, keepdim=True)
-            total += top.sum() - e.gather(1, target).sum()
-
-            torch.sum(e.sub_(top).exp_(), 1, keepdim=True, out=norm[strip])
-            # Now e is dz, but for the division by norm.
-            e.scatter_add_(1, target, -norm[strip])
-            if e.dtype != z.dtype:
-                z[strip] = e
-        total += norm.log().sum()
-
-        # Dividing dx (rows, D) is cheaper than dividing dz (rows, V); dW and db, sums over rows, need dz itself.
+        losses, _, _, norm = _sweep_(z, bias, targets[rows])
+        total += losses.sum()
         if grad_x is not None:
-            grad_x[rows] = (z @ weight).to(_sum_dtype(x)).div_(norm)
+            grad_x[rows] = _input_gradient(z, norm, weight)
+        # dW and db, sums over rows, need dz itself.
         if grad_w is not None or grad_b is not None:
             _add_chunk((None, grad_w, grad_b), rows, z.to(_sum_dtype(x)).div_(norm), x, weight)
     return total
 
 
-def _strips(z: Tensor) -> list[slice]:
-    """Rows of logits to widen at a time: few, so that the fp32 copies stay in the cache; all, if they are wide."""
-    step = len(z) if z.dtype == _sum_dtype(z) else 16
-    return [slice(start, start + step) for start in range(0, len(z), step)]
+def _sweep_(
+    z: Tensor, bias: Tensor | None, targets: Tensor, with_entropy: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses, logsumexps, entropies and Σe (rows, 1) of logits z (rows, V), which become dz but for the division by Σe.
+
+    Entropies are zeros where they aren't asked for.
+    """
+    losses, lse, entropy, norm = torch.zeros(4, len(z), 1, dtype=_sum_dtype(z), device=z.device)
+    for start in range(0, len(z), STRIP):
+        strip = slice(start, start + STRIP)
+        shifted = _widened(z[strip], bias)  # z itself where it is as wide
+        target = targets[strip, None]
+        of_target = shifted.gather(1, target)
+        top = shifted.amax(1, keepdim=True)
+        shifted.sub_(top)
+
+        # Only the entropy needs both, e and what it is made of.
+        e = shifted.exp() if with_entropy else shifted.exp_()
+        torch.sum(e, 1, keepdim=True, out=norm[strip])
+        log_norm = norm[strip].log()
+        lse[strip] = log_norm + top
+        losses[strip] = log_norm + (top - of_target)
+        if with_entropy:
+            entropy[strip] = log_norm - shifted.mul_(e).sum(1, keepdim=True).div_(norm[strip])
+
+        e.scatter_add_(1, target, -norm[strip])
+        if e.data_ptr() != z[strip].data_ptr():
+            z[strip] = e
+    return losses, lse, entropy, norm
+
+
+def _input_gradient(z: Tensor, norm: Tensor, weight: Tensor) -> Tensor:
+    """dx (rows, D) of logits that `_sweep_` went over: dividing it is cheaper than dividing dz (rows, V)."""
+    return matmul_cpu.linear(z, weight.T).to(norm.dtype).div_(norm)
 
 
 def _sum_on_triton(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, grads: Gradients) -> Tensor:
@@ -133,11 +152,7 @@ def _sum_on_triton(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tens
 
 
 def _logit_chunks(x: Tensor, weight: Tensor):
-    """Yield (rows, logits (rows, V) in x's dtype); one buffer serves all chunks, and the caller may write in it.
-
-    On CPU in fp32 the buffer is (V, rows), seen transposed: the BLAS product with the long side first is 1.5 times as
-    fast there (measured at V 50257, D 768; in bf16 it is the slower one).
-    """
+    """Yield (rows, logits (rows, V) in x's dtype), in which the caller may write."""
     n, vocab = len(x), len(weight)
     if n == 0:
         return
@@ -145,17 +160,9 @@ def _logit_chunks(x: Tensor, weight: Tensor):
     # Chunks of equal length, instead of full ones and a short one at the end.
     n_chunks = -(-n // _chunk_rows(n, vocab))
     step = -(-n // n_chunks)
-    vocab_first = x.device.type == "cpu" and x.dtype == torch.float32
-    buffer = x.new_empty((vocab, step) if vocab_first else (step, vocab))
-
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
-        if vocab_first:
-            out = buffer.flatten()[: vocab * (rows.stop - start)].view(vocab, -1)  # (V, rows)
-            z = torch.mm(weight, x[rows].T, out=out).T
-        else:
-            z = torch.mm(x[rows], weight.T, out=buffer[: rows.stop - start])
-        yield rows, z  # (rows, V)
+        yield rows, matmul_cpu.linear(x[rows], weight)  # (rows, V)
 
 
 def _widened(z: Tensor, bias: Tensor | None) -> Tensor:
@@ -167,13 +174,13 @@ def _widened(z: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _ChunkLosses(NamedTuple):
-    """Of a chunk's rows: losses, logsumexps and entropies (rows,), and dz (rows, V); the last two where asked for."""
+    """Of a chunk's rows: losses, logsumexps and entropies (rows,), and dx (rows, D); the last two where asked for."""
 
     rows: slice
     losses: Tensor
     lse: Tensor
     entropy: Tensor | None
-    dz: Tensor | None
+    dx: Tensor | None
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -196,8 +203,8 @@ class _TokenLosses(torch.autograd.Function):
             lse[chunk.rows] = chunk.lse
             if entropy is not None and chunk.entropy is not None:
                 entropy[chunk.rows] = chunk.entropy
-            if grad_x is not None and chunk.dz is not None:
-                grad_x[chunk.rows] = chunk.dz.to(x.dtype) @ weight
+            if grad_x is not None and chunk.dx is not None:
+                grad_x[chunk.rows] = chunk.dx
 
         ctx.only_x = grad_x is not None
         ctx.save_for_backward(*((grad_x,) if ctx.only_x else (x, weight, bias, targets, lse)))
@@ -225,18 +232,10 @@ class _TokenLosses(torch.autograd.Function):
 def _losses_in_torch(
     x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, with_entropy: bool, with_gradient: bool
 ) -> Iterator[_ChunkLosses]:
-    for rows, logits in _logit_chunks(x, weight):
-        z = _widened(logits, bias)  # (rows, V)
-        target = targets[rows, None]  # (rows, 1)
-        lse = z.logsumexp(1)
-        losses = lse - z.gather(1, target)[:, 0]
-
-        entropy = dz = None
-        if with_entropy:
-            entropy = lse - (z - lse[:, None]).exp_().mul_(z).sum(1)  # lse − Σ p z
-        if with_gradient:  # last, since it overwrites the logits
-            dz = z.sub_(lse[:, None]).exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=z.dtype))
-        yield _ChunkLosses(rows, losses, lse, entropy, dz)
+    for rows, z in _logit_chunks(x, weight):
+        losses, lse, entropy, norm = _sweep_(z, bias, targets[rows], with_entropy)
+        dx = _input_gradient(z, norm, weight) if with_gradient else None
+        yield _ChunkLosses(rows, losses[:, 0], lse[:, 0], entropy[:, 0], dx)
 
 
 def _losses_on_triton(
@@ -246,8 +245,10 @@ def _losses_on_triton(
 
     for rows, z in kernels.logit_chunks(x, weight):
         losses, lse, entropy = kernels.losses(z, bias, targets[rows], with_entropy)
-        dz = kernels.gradient_(z, bias, targets[rows], lse) if with_gradient else None
-        yield _ChunkLosses(rows, losses, lse, entropy, dz)
+        dx = None
+        if with_gradient:
+            dx = kernels.gradient_(z, bias, targets[rows], lse) @ weight
+        yield _ChunkLosses(rows, losses, lse, entropy, dx)
 
 
 def _gradients_in_torch(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor, grad: Tensor):

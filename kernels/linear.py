@@ -18,6 +18,7 @@ from .lora.arguments import LoRAArgs
 from .lora.factors import LinearPart, LoRALinearWeights, Merged
 from .lora.linear import fused_linear
 from .lora.per_row import AdapterRows
+from .matmul_cpu import PackedWeight
 from .norms import LayerNorm, RMSNorm
 from .quant.nf4 import NF4Weight, Workspace
 
@@ -48,6 +49,7 @@ class Linear(nn.Module):
         self.lora = nn.ModuleDict()
         self.active: str | AdapterRows | None = None
         self.merged: Merged | None = None  # the adapter that stands in the weight
+        self.packed: PackedWeight | None = None  # the weight as generation on a CPU reads it
 
         # The parts follow each other without a gap.
         start = 0
@@ -113,7 +115,7 @@ class Linear(nn.Module):
 class Projection:
     """A `Linear` and what stands in front of it, as they are now; called with h (..., K) it gives y (..., M)."""
 
-    weight: Tensor | NF4Weight
+    weight: Tensor | NF4Weight | PackedWeight
     bias: Tensor | None
     a: Tensor | None
     bs: Sequence[Tensor]
@@ -136,7 +138,7 @@ def bind_projection(
         eps = norm.eps
 
     # The factors are put together and the seed is drawn once, so that each call of the function gives the same.
-    weight = linear.quantized or linear.matrix
+    weight: Tensor | NF4Weight = linear.quantized or linear.matrix
     a: Tensor | None = None
     bs: Sequence[Tensor] = ()
     gain: Tensor | None = None
@@ -159,7 +161,10 @@ def bind_projection(
         args = LoRAArgs(adapter.rows, adapter.scales, eps, activation, dropout, seed_for(dropout))
         if adapter.m is not None:
             gain = adapter.gain(weight)  # (M,)
-    return Projection(weight, linear.bias, a, bs, args, norm_weights, gain)
+    packed = None
+    if not (torch.is_grad_enabled() or torch.is_autocast_enabled(h.device.type)):
+        packed = linear.packed
+    return Projection(packed or weight, linear.bias, a, bs, args, norm_weights, gain)
 
 
 def _common_dropout(adapters: list[LoRALinearWeights]) -> float:

@@ -56,8 +56,8 @@ class PretrainedModel(nn.Module):
     tasks_with_dropout: ClassVar[tuple[str, ...]] = ("token-classification",)
     # Methods of training that mean another objective here than for most models.
     objectives: ClassVar[dict[str, str]] = {}
-    # Whether `hidden` takes `keys`, so that texts that begin alike can share their beginning (data/batches.py).
-    shares_prompts: ClassVar[bool] = False
+    # Whether it is a causal decoder, whose `hidden` takes `keys` and `positions_to_return`: what PPO trains.
+    is_decoder: ClassVar[bool] = False
     # Modules whose input is positions or distances, the same for all rows: they can't take an adapter for each row.
     position_modules: ClassVar[tuple[str, ...]] = ()
     # Stored tensors that nothing reads.

@@ -22,7 +22,7 @@ BY_NAME = {"import_module", "__import__"}
 # The rooms of a package: folders, and files at its top (`norms` is norms.py and norms_triton.py). Each may import what
 # stands in lines above its own, and itself.
 ROOMS = {
-    "kernels": ["backend dropout", "activations attn cross_entropy norms optim quant rotary", "norms_lora", "lora",
+    "kernels": ["backend dropout matmul_cpu", "activations attn cross_entropy norms optim quant rotary", "lora",
                 "linear", "conv mlp"],
     "engine": ["model progress runtime", "finite", "formats", "chat data adapters", "tasks generation peft", "training",
                "rlhf"],
@@ -37,7 +37,7 @@ EXPORTS = {
         "Conv2d", "LayerNorm", "Linear", "LoRALinearWeights", "RMSNorm", "Segments", "activate", "activation_linear",
         "attention",
         "feed_forward", "layer_norm", "linear_cross_entropy", "lora_conv2d", "lora_linear", "lora_linear_batched",
-        "norm_linear", "rms_norm", "rope", "swiglu",
+        "norm_linear", "rms_norm", "rope", "split_rope", "swiglu",
     ],
     "models": ["Bert", "Bloom", "GPT2", "Llama", "ResNet", "T5", "XLNet", "add_tokens", "load", "save", "set_dropout"],
     "engine": [

@@ -59,6 +59,10 @@ class Decoding:
         # The source is not read again once the cache has it.
         if self.has_encoder:
             states = self.model.hidden(self.source, self.mask, decoder_input_ids=new, cache=self.cache)
+        elif new.shape[1] > 1 and self.model.is_decoder:
+            # Of a prompt the last layer needs no more than the last token's state.
+            last = torch.tensor([new.shape[1] - 1], device=new.device)
+            states = self.model.hidden(new, self.mask, cache=self.cache, positions_to_return=last)
         else:
             states = self.model.hidden(new, self.mask, cache=self.cache)
         self.n_cached = self.tokens.shape[1]

@@ -20,6 +20,7 @@ from ..finite import not_finite
 from ..runtime import in_eval_mode
 from .beam_search import beam_search
 from .decoding import Decoding, require_finite
+from .packing import pack, using
 from .repetition import Repetition
 
 if TYPE_CHECKING:
@@ -97,7 +98,9 @@ def generate(
     pad = pad_id if pad_id is not None else next(iter(ends), 0)
     stop_strings = () if tokenizer is None else stop_texts(tokenizer, stop, ends)
 
-    with in_eval_mode(model), gains_kept(), adapters_of_rows(model) as adapters:
+    n_rows = len(input_ids) * samples * beams
+    packed = using(pack(model, n_rows, max_new_tokens))
+    with in_eval_mode(model), gains_kept(), packed, adapters_of_rows(model) as adapters:
         decoding = Decoding(model, input_ids, attention_mask, max_new_tokens, adapters)
         try:
             if beams > 1:

@@ -17,6 +17,7 @@ from ..data.text import completion_text
 from ..finite import not_finite
 from ..runtime import in_eval_mode
 from .decoding import Decoding
+from .packing import MIN_STEPS, Packed, pack, using
 from .repetition import Repetition
 from .sampling import CONTEXT, Sampler, check_prompt, check_settings, stop_texts, token_by_token
 
@@ -29,9 +30,10 @@ UNFINISHED = "\ufffd"  # what a decoder writes for the bytes of a character that
 class Streamer:
     """One text after another by a causal model; the settings are those of `generate`, which says what they are.
 
-    Keys and values stay from text to text, for the tokens that a prompt has in common with the text before. They belong
-    to the model's weights: `forget` them where an adapter is switched. `n_kept` tells of how many tokens of the last
-    prompt they were there, `ended` whether the last text ended by itself, and not because it was as long as allowed.
+    Keys and values stay from text to text, for the tokens that a prompt has in common with the text before, and so do
+    packed weights. Both belong to the model's weights: `forget` them where an adapter is switched. `n_kept` tells of
+    how many tokens of the last prompt they were there, `ended` whether the last text ended by itself, and not because
+    it was as long as allowed.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Streamer:
         self._stop_ids: list[int] = []  # of stop strings that are special tokens
         self._stop = stop_texts(tokenizer, stop, self._stop_ids)
         self._decoding: Decoding | None = None
+        self._packed: Packed | None = None  # made for the first text, which need not be long
 
     def forget(self) -> None:
         """Compute the next prompt from its beginning."""
@@ -76,7 +79,9 @@ class Streamer:
         ends = [*self.model.tokens.ends, *self._stop_ids]
         sampler = Sampler(1, *self._choice, seed, device)
         self.ended = False
-        with in_eval_mode(self.model), gains_kept():
+        if self._packed is None:
+            self._packed = pack(self.model, rows=1, steps=MIN_STEPS)
+        with in_eval_mode(self.model), gains_kept(), using(self._packed):
             decoding = self._begin(input_ids, max_new_tokens)
             try:
                 for token in token_by_token(decoding, sampler, self._repetition, max_new_tokens, ends, pad=0):

@@ -101,6 +101,10 @@ def attach(model: Any, config: PPOConfig) -> PolicyAndCritic:
     """Add adapters for policy and critic to the model. ValueError where it can't be trained so."""
     if model.task != "causal-lm" or model.head.active is not None:
         raise ValueError("ppo trains a causal language model, whose output head has no adapter")
+    if not model.is_decoder:
+        raise ValueError(
+            f"ppo trains a decoder, which reads each token once, from left to right; {model.title} is none"
+        )
     if earlier := [name for name in adapter_names(model) if name in (CRITIC, POLICY)]:
         raise ValueError(
             f"the model carries the adapter {earlier[0]!r} of an earlier run: save it and load it by another name to "

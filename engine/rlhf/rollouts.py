@@ -164,7 +164,7 @@ def sample(model: Any, prompts: Sequence[Prompt], adapter: str | None, config: P
             ids.append([*batch[i // each].ids, *completion[: end + 1]])
             ended.append(end < len(completion))
     repeated = [prompt for prompt in prompts for _ in range(each)]
-    return Rollout(repeated, ids, ended, each > 1 and model.shares_prompts, next(model.parameters()))
+    return Rollout(repeated, ids, ended, each > 1, next(model.parameters()))
 
 
 def chunks(order: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

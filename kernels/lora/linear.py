@@ -35,6 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..dropout import seed_for
+from ..matmul_cpu import PackedWeight
 from ..norms import Stats, normalize, normalize_backward, rebuild
 from ..quant.nf4 import NF4Weight
 from .arguments import LoRAArgs, cast_for_autocast, check_linear, rounded
@@ -78,7 +79,7 @@ class _LoRALinear(torch.autograd.Function):
                 x = args.activation.forward(h)  # (N, K)
         elif _normed_by_triton(h, norm_weight, a, args):
             # One kernel makes x and S, so that the product with A needs no read of x.
-            from ..norms_lora_triton import normalize_down
+            from .norms_triton import normalize_down
 
             x, stats, s = normalize_down(h, norm_weight, norm_bias, args.eps, a, args.dropout, args.seed)
         else:
@@ -124,7 +125,7 @@ class _LoRALinear(torch.autograd.Function):
         if s is not None and (need_input or need_a or any(need_bs)):
             grad_s, grad_bs = factors_backward(grad, s, bs, args, need_bs)  # (N, ΣR), each (Mᵢ, Rᵢ)
         if need_a and not need_weight and _normed_by_triton(h, norm_weight, a, args) and grad_s is not None:
-            from ..norms_lora_triton import a_gradient as a_gradient_of_norm
+            from .norms_triton import a_gradient as a_gradient_of_norm
 
             grad_a = a_gradient_of_norm(h, norm_weight, norm_bias, stats, grad_s, args.dropout, args.seed)  # (ΣR, K)
         elif need_a or need_weight:
@@ -158,7 +159,7 @@ class _LoRALinear(torch.autograd.Function):
 
 def fused_linear(
     h: Tensor,
-    weight: Tensor | NF4Weight,
+    weight: Tensor | NF4Weight | PackedWeight,
     bias: Tensor | None,
     a: Tensor | None,
     bs: Sequence[Tensor],
@@ -171,17 +172,17 @@ def fused_linear(
     `lora_linear`, `lora_linear_batched` and the layers call it.
     """
     device = h.device.type
-    tensors = cast_for_autocast((h.reshape(-1, h.shape[-1]), *norm, weight, bias), device)  # h as (N, K)
-    tensors = (*tensors, a, *bs)
+    rows = h.reshape(-1, h.shape[-1])  # (N, K)
     if torch.is_autocast_enabled(device):
+        tensors = cast_for_autocast((rows, *norm, weight, bias), device)
         # Off inside: it would cast the operands of F.linear, but not those of products in place, such as addmm_.
         with torch.autocast(device, enabled=False):
-            y = _LoRALinear.apply(args, *tensors)
+            y = _LoRALinear.apply(args, *tensors, a, *bs)
     elif torch.is_grad_enabled():
-        y = _LoRALinear.apply(args, *tensors)
+        y = _LoRALinear.apply(args, rows, *norm, weight, bias, a, *bs)
     else:
         # In generation, a token at a time, the overhead of autograd.Function is noticeable.
-        y = _LoRALinear.forward(None, args, *tensors)
+        y = _LoRALinear.forward(None, args, rows, *norm, weight, bias, a, *bs)
 
     y = y.view(*h.shape[:-1], weight.shape[0])  # (..., M)
     if gain is not None:

@@ -16,15 +16,14 @@ from collections.abc import Sequence
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import backend
+from .. import backend, matmul_cpu
 from ..dropout import drop
+from ..matmul_cpu import PackedWeight
 from ..quant.nf4 import NF4Weight
 from . import batched_torch
 from .arguments import LoRAArgs, parts_of
-from .small_batch_matmul import small_batch_matmul, supports_small_batch_matmul
 
 # By arithmetic: 2Y of traffic cost as much as a product that is 37 % slower at K 1024, 18 % at 2048 (bf16, H200).
 FUSED_WIDTH = 1024
@@ -73,15 +72,15 @@ def lora_a_forward(x: Tensor, a: Tensor, args: LoRAArgs) -> Tensor:
 
 def linear_with_lora(
     x: Tensor,
-    weight: Tensor | NF4Weight,
+    weight: Tensor | NF4Weight | PackedWeight,
     bias: Tensor | None,
     s: Tensor | None,
     bs: Sequence[Tensor],
     args: LoRAArgs,
 ) -> Tensor:
     """y = x Wᵀ + bias (N, M), plus each part's s S Bᵀ, for x (N, K), weight (M, K), s (N, ΣR), bs (Mᵢ, Rᵢ)."""
-    if isinstance(weight, NF4Weight) and weight.supports_fused_matmul(x):
-        # A few rows: such a product waits for the weight, which is then read in four bits.
+    if isinstance(weight, PackedWeight) or (isinstance(weight, NF4Weight) and weight.supports_fused_matmul(x)):
+        # A few rows: such a product waits for the weight, which is then read in four bits, or as it was packed.
         y = weight.product(x, bias)  # (N, M)
     else:
         if isinstance(weight, NF4Weight):
@@ -91,10 +90,7 @@ def linear_with_lora(
 
             return linear_triton.linear(x, weight, bias, s, _block_diagonal(bs, args, len(weight)))
 
-        if supports_small_batch_matmul(x, weight):
-            y = small_batch_matmul(x, weight, bias)  # (N, M)
-        else:
-            y = F.linear(x, weight, bias)  # (N, M)
+        y = matmul_cpu.linear(x, weight, bias)  # (N, M)
 
     # In place and part by part: there is no intermediate of y's size.
     if s is not None:
@@ -121,13 +117,13 @@ def input_gradient(
     if isinstance(weight, NF4Weight):
         weight = weight.dequantize_into_buffer(grad.dtype)
     if grad_s is None or a is None:
-        return grad @ weight
+        return matmul_cpu.linear(grad, weight.T)
     if not args.dropout and _prefers_fused_kernel(grad, weight, len(a), args):
         from . import linear_triton
 
         return linear_triton.linear(grad, weight.T, None, grad_s, a.T)
 
-    grad_x = grad @ weight  # (N, K)
+    grad_x = matmul_cpu.linear(grad, weight.T)  # (N, K)
     if args.segments is not None:
         _products_by_row(grad, grad_s.shape[1]).add_lora_(grad_x, grad_s, a.mT, args.segments, args.dropout, args.seed)
     elif not args.dropout:

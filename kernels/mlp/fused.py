@@ -10,7 +10,7 @@ block: by products of their own each of these would read or write it, or h, once
 Saved are x, the norm's statistics, u₀, S₁ and S₂; with `recompute` u₀ is made again from x instead.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,9 +38,9 @@ class Settings(NamedTuple):
 
     up: LoRAArgs
     down: LoRAArgs
-    up_weight: Tensor | NF4Weight
+    up_weight: Any  # a tensor, or in four bits
     up_bias: Tensor | None
-    down_weight: Tensor | NF4Weight
+    down_weight: Any
     down_bias: Tensor | None
     activation: str
     recompute: bool
@@ -80,7 +80,7 @@ class _FeedForward(torch.autograd.Function):
 
         Where nobody wants gradients `ctx` is None, and the numbers are the same: ratios of PPO begin at exactly 1.
         """
-        from ..norms_lora_triton import normalize_down
+        from ..lora.norms_triton import normalize_down
         from .fused_triton import activate
 
         # Rounded here, so that the gradients, sums over the rows, need not be.
@@ -108,7 +108,7 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        from ..norms_lora_triton import a_gradient
+        from ..lora.norms_triton import a_gradient
         from .fused_triton import backward
 
         x, norm_weight, norm_bias, u, s1, s2, a1, b_gate, b_up, a2, b2, *saved_stats = ctx.saved_tensors

@@ -160,7 +160,7 @@ class Bloom(PretrainedModel):
         "apply_residual_connection_post_layernorm": (False,),
         "is_causal": (True, None),
     }
-    shares_prompts = True
+    is_decoder = True
 
     config: BloomConfig
 

@@ -145,7 +145,7 @@ class GPT2(PretrainedModel):
         "is_encoder_decoder": (False,),
         "is_causal": (True, None),
     }
-    shares_prompts = True
+    is_decoder = True
 
     config: GPT2Config
 

@@ -20,7 +20,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from ...kernels import Linear, RMSNorm, attention, feed_forward, norm_linear, rope
+from ...kernels import Linear, RMSNorm, attention, feed_forward, norm_linear, rope, split_rope
 from ...kernels.dropout import Dropout
 from ..layers.inputs import ALL_LAYERS, check_length, key_bias, positions
 from ..layers.key_map import TIED, CheckpointKey
@@ -79,15 +79,12 @@ class Block(nn.Module):
     ) -> Tensor:
         """The stream x (B, T, D) after this layer; `tables` are cosine and sine, `bias` as `attention` takes it."""
         qkv = norm_linear(x, self.norm1, self.qkv).unflatten(-1, (-1, self.head_width))  # (B, T, H + 2K, hd)
-        q, k, v = qkv.split(self.qkv_heads, dim=2)  # (B, T, H, hd), (B, T, K, hd), (B, T, K, hd)
         if self.q_norm is not None and self.k_norm is not None:
             # The norms keep all of qkv for their backward pass, so that v may stay a view of it.
-            q = self.q_norm(q)
-            k = self.k_norm(k)
+            q, k, v = qkv.split(self.qkv_heads, dim=2)  # (B, T, H, hd), (B, T, K, hd), (B, T, K, hd)
+            q, k = rope(self.q_norm(q), self.k_norm(k), *tables)
         else:
-            # Attention keeps v; a view would keep the q and k from before the rotation alive with it.
-            v = v.contiguous()
-        q, k = rope(q, k, *tables)
+            q, k, v = split_rope(qkv, self.qkv_heads[0], *tables)
         if cache is not None:
             k, v = cache.append(self.index, k, v)  # (B, S, K, hd) each
 
@@ -143,7 +140,7 @@ class Llama(PretrainedModel):
         "dual_chunk_attention_config": (None,),  # of Qwen2.5-1M
         "use_mrope": (False, None),
     }
-    shares_prompts = True
+    is_decoder = True
 
     config: LlamaConfig
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from handtune.kernels import activate, layer_norm, lora_linear, rms_norm, rope, swiglu
+from handtune.kernels import activate, layer_norm, lora_linear, rms_norm, rope, split_rope, swiglu
 from handtune.kernels.activations import ACTIVATIONS, swiglu_reference
 from handtune.kernels.lora.arguments import LoRAArgs
 from handtune.kernels.lora.linear import fused_linear, lora_linear_reference
@@ -199,6 +199,21 @@ def rotary_views(lead: tuple[int, ...], k: int) -> Case:
     return Case(of_views(rope), of_views(rope_reference), (draw(b, t + 1, 5, width),))
 
 
+def split_rotary(lead: tuple[int, ...], k: int) -> Case:
+    """q of three heads, k and v of two, out of one projection that is a view itself."""
+    b, t, width = (lead if len(lead) == 2 else (1, *lead)) + (2 * k,)
+    angle = draw(b, t, k, seed=9)
+
+    def tables(like: Tensor) -> tuple[Tensor, Tensor]:
+        return angle.cos().to(like), angle.sin().to(like)
+
+    def reference(x: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = x[:, 1:].split((3, 2, 2), 2)
+        return *rope_reference(q, k, *tables(x)), v
+
+    return Case(lambda x: split_rope(x[:, 1:], 3, *tables(x)), reference, (draw(b, t + 1, 7, width),))
+
+
 CASES: dict[str, Callable[[tuple[int, ...], int], Case]] = {
     "lora": lora,
     "lora without bias": lora_without_bias,
@@ -231,6 +246,7 @@ CASES: dict[str, Callable[[tuple[int, ...], int], Case]] = {
     "tanh": activation("tanh", torch.tanh),
     "rope": rotary,
     "rope of views": rotary_views,
+    "split_rope": split_rotary,
 }
 
 

@@ -32,7 +32,7 @@ def test_a_planted_call_is_counted() -> None:
 
 
 def test_a_block_without_an_adapter() -> None:
-    """Two norms, four products, a copy of v, rope, swiglu, two sums; backward as many, and the gradients' sums."""
+    """Two norms, four products, rope, swiglu, two sums; backward as many, and the gradients' sums."""
     names = [call.name for call in block_calls(TOKENS, 0, SIZES)]
     assert names.count("mm") == 8 and names.count("_rope_kernel") == 2
     assert not [name for name in names if "lora" in name or "gradient" in name]

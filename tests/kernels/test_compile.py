@@ -11,10 +11,10 @@ from handtune.models.layers.rope_scaling import Rope
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the compiler doesn't trace Triton's interpreter")
 SIZES = {"n_layer": 1, "d_model": 32, "n_head": 4, "vocab_size": 50, "max_positions": 32}
 BLOCKS = {
-    "gpt2": (lambda: GPT2.from_name("gpt2", **SIZES), (None, None, None, None)),
+    "gpt2": (lambda: GPT2.from_name("gpt2", **SIZES), (None, None, None, None, None)),
     "llama": (
         lambda: Llama.from_name("SmolLM2-135M", n_kv_head=2, d_ff=48, **SIZES),
-        (Rope().tables(torch.arange(16)[None], 8), None, None, None, None),
+        (Rope().tables(torch.arange(16)[None], 8), None, None, None, None, None),
     ),
     "bert": (lambda: Bert.from_name("bert-base-uncased", task="embedding", d_ff=64, **SIZES), (None, None, None)),
 }

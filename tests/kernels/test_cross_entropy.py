@@ -172,7 +172,9 @@ def test_each_gradient_alone(reduction: str) -> None:
         alone = [t.clone().requires_grad_(i == wanted) for i, t in enumerate((x, weight, bias))]
         linear_cross_entropy(*alone[:2], targets, alone[2], reduction=reduction).sum().backward()
         assert [t.grad is None for t in alone] == [i != wanted for i in range(3)]
-        assert torch.equal(alone[wanted].grad, together[wanted].grad)
+        # x alone, and of losses one by one, has its gradient from the forward pass, by another order of operations.
+        bound = 1e-15 if (wanted, reduction) == (0, "none") else 0.0
+        torch.testing.assert_close(alone[wanted].grad, together[wanted].grad, rtol=bound, atol=bound)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])

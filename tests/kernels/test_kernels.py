@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import CASES, MASK_DTYPE, draw, dropped, error, leaves, lora, outputs, run
 
-from handtune.kernels import activate, lora_linear, rms_norm, rope, swiglu
+from handtune.kernels import activate, lora_linear, rms_norm, rope, split_rope, swiglu
 
 SIZES = [((1,), 1), ((13,), 7), ((2, 3), 24), ((3, 5), 33)]  # leading dimensions of x, and its width
 every_case = pytest.mark.parametrize("name", CASES)
@@ -153,3 +153,7 @@ def test_other_refusals() -> None:
         rms_norm(x, torch.ones(4))
     with pytest.raises(ValueError, match="cos, sin: expected"):
         rope(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8), torch.zeros(2, 3), torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"qkv: expected H \+ 2K heads with H = 2"):
+        split_rope(torch.zeros(1, 2, 3, 8), 2, torch.zeros(2, 4), torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="cos, sin: expected"):
+        split_rope(torch.zeros(1, 2, 4, 8), 2, torch.zeros(2, 3), torch.zeros(2, 3))

@@ -17,6 +17,7 @@ from project import BENCHMARKS
 from small_adapters import small_gpt2
 from small_models import both, tiny_bloom, tiny_llama
 from small_tokenizers import byte_level
+from small_xlnet import both_xlnets
 from tokenizers import Tokenizer, normalizers
 from torch import Tensor
 
@@ -462,6 +463,12 @@ def test_a_reward_sees_the_row_of_each_prompt(group_size: int | None) -> None:
     ppo(small_gpt2(), prompts, [evens, answered], config, rows=[{"answer": str(number)} for number in range(8)])
     assert len(seen) == 32
     assert all(row == {"answer": str(number)} for number, row in seen)
+
+
+def test_a_model_that_is_no_decoder_is_refused(tmp_path: Path) -> None:
+    model = both_xlnets(tmp_path)[1]
+    with pytest.raises(ValueError, match="ppo trains a decoder, .* XLNet is none"):
+        ppo(model, PROMPTS, evens, PPOConfig(**SMALL))
 
 
 def test_refusals(tmp_path: Path) -> None:

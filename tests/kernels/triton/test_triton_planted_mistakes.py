@@ -22,7 +22,7 @@ MISTAKES = {
         lambda patch: contract.test_agrees_with_float64("layer_norm", torch.float32, (13,), 7, patch),
     ),
     "a mask dropped from the norm in front of a projection": (
-        "norms_lora_triton",
+        "lora.norms_triton",
         "v = tl.where(inside, v - mu[:, None], 0.0)",
         "v = v - mu[:, None]",
         lambda patch: contract.test_agrees_with_float64("layer_norm linear", torch.float32, (13,), 7, patch),
@@ -38,6 +38,12 @@ MISTAKES = {
         "joined[rows, ranks] = b * scale",
         "joined[rows, ranks] = b * args.scales[0]",
         lambda patch: contract.test_agrees_with_float64("lora parts", torch.float32, (13,), 7, patch),
+    ),
+    "v turned, too": (
+        "rotary_triton",
+        "sin_row, sin_token, False,",
+        "sin_row, sin_token, True,",
+        lambda patch: contract.test_agrees_with_float64("split_rope", torch.float32, (13,), 7, patch),
     ),
     "what dropout keeps not scaled up": (
         "lora.linear_triton",

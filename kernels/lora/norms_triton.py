@@ -3,7 +3,7 @@
     _norm_down_kernel     x → norm(x), statistics, and S = drop(norm(x)) Aᵀ
     _a_gradient_kernel    dA = dSᵀ drop(norm(x)), norm(x) being made again on the way
 
-The maths and the names are those of `norms.py` and `lora/linear.py`.
+The maths and the names are those of `norms.py` and `linear.py`.
 """
 
 import torch
@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import backend
-from .dropout_triton import keep_mask, padded_rank, rows_per_piece
-from .norms_triton import apply_norm, statistics
+from .. import backend
+from ..dropout_triton import keep_mask, padded_rank, rows_per_piece
+from ..norms_triton import apply_norm, statistics
 
 # Rows and columns of a tile, warps.
 _DOWN_TILE = {0: (16, 16, 1), 80: (16, 256, 4)}
