@@ -155,10 +155,16 @@ def bind_projection(
         args = LoRAArgs(rows, scales, eps, activation, dropout, seed_for(dropout), segments)
     elif linear.active is not None:
         adapter: LoRALinearWeights = linear.lora[linear.active]  # type: ignore[assignment]
-        a, bs = adapter.factors()  # (ΣR, K), each (Mᵢ, Rᵢ)
-        if linear.training:
-            dropout = adapter.dropout
-        args = LoRAArgs(adapter.rows, adapter.scales, eps, activation, dropout, seed_for(dropout))
+        joined = None if linear.training else adapter.joined(linear.out_features, h.dtype)
+        if joined is not None:
+            a, b = joined
+            bs = (b,)
+            args = LoRAArgs((0,), (1.0,), eps, activation)
+        else:
+            a, bs = adapter.factors()  # (ΣR, K), each (Mᵢ, Rᵢ)
+            if linear.training:
+                dropout = adapter.dropout
+            args = LoRAArgs(adapter.rows, adapter.scales, eps, activation, dropout, seed_for(dropout))
         if adapter.m is not None:
             gain = adapter.gain(weight)  # (M,)
     packed = None

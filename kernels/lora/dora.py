@@ -15,31 +15,18 @@ V is never made. With y₀ = x Vᵀ + b, which `lora_linear` gives, y = g y₀ +
     ‖V‖² = ‖W‖² + 2 s Σ (W Aᵀ) ⊙ B + s² Σ (B (A Aᵀ)) ⊙ B          sums over the columns of each row
 
 which is a product with W of R columns, in W's dtype: for n rows of x, R/n of what the layer itself takes. Decoding
-token by token would pay R times the layer: in a block of `gains_kept` g is computed once.
+token by token would pay R times the layer: in a block of `factors_kept` (`factors.py`) g is computed once.
 
 Shapes: M rows of W, K its columns, R the rank.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 TINY = 1e-30  # the least ‖V‖²: a row of zeros has a magnitude, too, and 0/0 would spread
-GAIN_CACHE: ContextVar[dict[object, Tensor] | None] = ContextVar("gains", default=None)  # by the factors' module
-
-
-@contextmanager
-def gains_kept() -> Iterator[None]:
-    """A block in which no weight changes, so that without gradients each layer's g need not be computed again."""
-    token = GAIN_CACHE.set({})
-    try:
-        yield
-    finally:
-        GAIN_CACHE.reset(token)
 
 
 @torch.no_grad()
