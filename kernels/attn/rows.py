@@ -155,17 +155,17 @@ def packed_attention(
     if causal and longest <= SHORT:
         return _short(q, k, v, cu_seqlens, key_bounds, longest, window, alibi, scale)
 
-    # Runs of segments that have as many queries and keys as each other.
+    # Runs of segments that have as many queries and keys as each other: how many, and these numbers.
+    runs = [(len(list(run)), t, s) for (t, s), run in groupby(lengths)]
+    query_runs = q[0].split([n * t for n, t, _ in runs])
+    key_runs, value_runs = (x[0].split([n * s for n, _, s in runs]) for x in (k, v))
+
     outs = []
-    start = key_start = 0
-    for (t, s), run in groupby(lengths):
-        n = len(list(run))
-        queries = q[0, start : start + n * t].unflatten(0, (n, t))  # (n, t, H, hd)
-        keys, values = (x[0, key_start : key_start + n * s].unflatten(0, (n, s)) for x in (k, v))  # (n, s, K, hd)
+    for (n, t, s), qs, ks, vs in zip(runs, query_runs, key_runs, value_runs, strict=True):
+        queries = qs.unflatten(0, (n, t))  # (n, t, H, hd)
+        keys, values = (x.unflatten(0, (n, s)) for x in (ks, vs))  # (n, s, K, hd)
         bias = add_alibi(None, alibi, queries, keys)
         outs.append(row_attention(queries, keys, values, window, bias, causal, scale).flatten(0, 1))
-        start += n * t
-        key_start += n * s
     return torch.cat(outs)[None]  # (1, T, H, hd)
 
 
