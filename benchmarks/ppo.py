@@ -128,7 +128,7 @@ def with_handtune(task: Task, rounds: int, upper: bool, keep: bool) -> dict[str,
     model = GPT2.from_name(
         "gpt2", vocab_size=task.vocabulary, n_layer=LAYERS, d_model=task.width, n_head=task.heads, max_positions=128
     )
-    model.tokens = SpecialTokens(ends=(task.end,))
+    model.tokens = SpecialTokens(ends=() if task.end is None else (task.end,))
     half = f"layers.[{LAYERS // 2}-{LAYERS - 1}].*"
     lora = LoRAConfig(rank=RANK, alpha=RANK, **({"targets": [half]} if upper else {}))
     scorer = with_head(model.eval(), "reward")

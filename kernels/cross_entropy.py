@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from . import backend, matmul_cpu
 
 IGNORE = -100
-STRIP = 16  # rows of logits swept at a time
+STRIP = 2**20  # entries of the logits that are swept at a time
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of x, weight and bias
 
 
@@ -111,8 +111,9 @@ def _sweep_(
     Entropies are zeros where they aren't asked for.
     """
     losses, lse, entropy, norm = torch.zeros(4, len(z), 1, dtype=_sum_dtype(z), device=z.device)
-    for start in range(0, len(z), STRIP):
-        strip = slice(start, start + STRIP)
+    n_rows = max(16, STRIP // z.shape[1])
+    for start in range(0, len(z), n_rows):
+        strip = slice(start, start + n_rows)
         shifted = _widened(z[strip], bias)  # z itself where it is as wide
         target = targets[strip, None]
         of_target = shifted.gather(1, target)
