@@ -106,10 +106,7 @@ def _sum_in_torch(x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tenso
 def _sweep_(
     z: Tensor, bias: Tensor | None, targets: Tensor, with_entropy: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses, logsumexps, entropies and Σe (rows, 1) of logits z (rows, V), which become dz but for the division by Σe.
-
-    Entropies are zeros where they aren't asked for.
-    """
+    """Losses, logsumexps, entropies (or 0) and Σe (rows, 1) of logits z (rows, V), which become dz but for 1/Σe."""
     losses, lse, entropy, norm = torch.zeros(4, len(z), 1, dtype=_sum_dtype(z), device=z.device)
     n_rows = max(16, STRIP // z.shape[1])
     for start in range(0, len(z), n_rows):

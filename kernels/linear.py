@@ -167,10 +167,8 @@ def bind_projection(
             args = LoRAArgs(adapter.rows, adapter.scales, eps, activation, dropout, seed_for(dropout))
         if adapter.m is not None:
             gain = adapter.gain(weight)  # (M,)
-    packed = None
-    if not (torch.is_grad_enabled() or torch.is_autocast_enabled(h.device.type)):
-        packed = linear.packed
-    return Projection(packed or weight, linear.bias, a, bs, args, norm_weights, gain)
+    as_stored = torch.is_grad_enabled() or torch.is_autocast_enabled(h.device.type)
+    return Projection(weight if as_stored else linear.packed or weight, linear.bias, a, bs, args, norm_weights, gain)
 
 
 def _common_dropout(adapters: list[LoRALinearWeights]) -> float:

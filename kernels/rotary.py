@@ -33,9 +33,7 @@ def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) ->
     if backend.on_triton(q, k, cos, sin):
         from .rotary_triton import rotate_all
 
-        outs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k)]
-        rotate_all(q, k, None, outs, cos, sin, sign)
-        return outs[0], outs[1]
+        return tuple(rotate_all((q, k), cos, sin, sign))  # type: ignore[return-value]
     return _rotate(q, cos, sin, sign), _rotate(k, cos, sin, sign)
 
 
@@ -91,7 +89,7 @@ class _SplitRope(torch.autograd.Function):
         from .rotary_triton import rotate_all
 
         grad = grad_q.new_empty(ctx.shape)  # (B, T, H + 2K, hd)
-        rotate_all(grad_q, grad_k, grad_v, _parts(grad, grad_q.shape[2]), cos, sin, -1.0)
+        rotate_all((grad_q, grad_k, grad_v), cos, sin, -1.0, _parts(grad, grad_q.shape[2]))
         return grad, None, None, None
 
 
@@ -101,9 +99,7 @@ def _split_and_rotate(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> tupl
     if backend.on_triton(qkv, cos, sin):
         from .rotary_triton import rotate_all
 
-        outs = [torch.empty_like(part, memory_format=torch.contiguous_format) for part in (q, k, v)]
-        rotate_all(q, k, v, outs, cos, sin, 1.0)
-        return outs[0], outs[1], outs[2]
+        return tuple(rotate_all((q, k, v), cos, sin, 1.0))  # type: ignore[return-value]
 
     turned = _rotate(qkv[:, :, : heads + k.shape[2]], cos, sin, 1.0)  # (B, T, H + K, hd)
     return turned[:, :, :heads], turned[:, :, heads:], v
@@ -111,8 +107,7 @@ def _split_and_rotate(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> tupl
 
 def _parts(qkv: Tensor, heads: int) -> Sequence[Tensor]:
     """q (B, T, H, hd), k and v (B, T, K, hd) as views of all of them (B, T, H + 2K, hd)."""
-    kv_heads = (qkv.shape[2] - heads) // 2
-    return qkv.split((heads, kv_heads, kv_heads), dim=2)
+    return qkv.split((heads, *[(qkv.shape[2] - heads) // 2] * 2), dim=2)
 
 
 def split_rope(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ their own dtype, everything is computed in fp32 and rounded once, at the store.
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -78,34 +79,33 @@ def _rope_kernel(
         )  # fmt: skip
 
 
-@backend.launches
 def rotate_all(
-    q: Tensor, k: Tensor, v: Tensor | None, outs: Sequence[Tensor], cos: Tensor, sin: Tensor, sign: float
-) -> None:
-    """Write q (B, T, H, hd) and k (B, T, K, hd), turned by `sign` times the angles, and a copy of v into `outs`.
+    xs: Sequence[Tensor], cos: Tensor, sin: Tensor, sign: float, outs: Sequence[Tensor] | None = None
+) -> Sequence[Tensor]:
+    """q and k (B, T, H or K, hd) of `xs` turned by `sign` times the angles, and v's copy, if it is there; in `outs`.
 
-    The tables are (T, hd/2) or (B, T, hd/2). Without v there are two outs.
+    The tables are (T, hd/2) or (B, T, hd/2).
     """
+    if outs is None:
+        outs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]
+    _launch(*(x if x.stride(-1) == 1 else x.contiguous() for x in (cos, sin, *xs)), sign=sign, outs=outs)
+    return outs
+
+
+@backend.launches
+def _launch(cos: Tensor, sin: Tensor, q: Tensor, k: Tensor, v: Tensor | None = None, *, sign: float, outs) -> None:
     b, t, heads, hd = q.shape
-    q, k, cos, sin = (_with_whole_vectors(x) for x in (q, k, cos, sin))
-
     # A table that all rows share gets stride 0 over the rows.
-    cos = cos.expand(b, t, hd // 2)
-    sin = sin.expand(b, t, hd // 2)
-    n_copied = 0 if v is None else 1
-    v, v_out = (k, outs[1]) if v is None else (_with_whole_vectors(v), outs[2])  # no program looks at them without v
-    pairs = ((q, outs[0]), (k, outs[1]), (v, v_out))
-    strides = [stride for x, out in pairs for stride in (*x.stride()[:3], *out.stride()[:3])]
+    cos, sin = (table.expand(b, t, hd // 2) for table in (cos, sin))
 
+    # Without v there are no programs that look at it.
+    pairs = ((q, outs[0]), (k, outs[1]), (k if v is None else v, outs[-1]))
+    strides = [stride for x, out in pairs for stride in (*x.stride()[:3], *out.stride()[:3])]
     vectors, warps = backend.entry(_VECTORS, q)
     kv_blocks = triton.cdiv(b * t * k.shape[2], vectors)
-    grid = (triton.cdiv(b * t * heads, vectors) + kv_blocks * (1 + n_copied),)
+    grid = (triton.cdiv(b * t * heads, vectors) + kv_blocks * (len(outs) - 1),)
     _rope_kernel[grid](
-        q, k, v, outs[0], outs[1], v_out, cos, sin, b * t, t, heads, k.shape[2], hd // 2, sign,
+        *(x for x, _ in pairs), *(out for _, out in pairs), cos, sin, b * t, t, heads, k.shape[2], hd // 2, sign,
         *strides, *cos.stride()[:2], *sin.stride()[:2],
         VECTORS=vectors, HALF=triton.next_power_of_2(hd // 2), num_warps=warps,
     )  # fmt: skip
-
-
-def _with_whole_vectors(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()

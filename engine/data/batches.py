@@ -167,42 +167,6 @@ def packed(rows: TokenRows) -> dict[str, Any]:
     }
 
 
-def packed_behind_prompts(prompts: TokenRows, rows: TokenRows) -> tuple[dict[str, Any], list[npt.NDArray[Any]]]:
-    """Model inputs for rows that go on from prompts, where a prompt that several have is laid out once.
-
-    `prompts` are those of each row. The inputs are those of `packed`, and `keys`, which tokens each segment sees, as
-    `attention` takes them; the arrays tell where in them each row's tokens are, those of its prompt and its own.
-    """
-    segments: list[Any] = []
-    seen: list[npt.NDArray[Any]] = []  # of each segment, where the tokens are that it sees
-    by_prompt: dict[tuple[int, ...], npt.NDArray[Any]] = {}
-    whole_rows = []
-    n_tokens = 0
-    for prompt, row in zip(prompts, rows, strict=True):
-        key = tuple(prompt)
-        if key not in by_prompt:
-            by_prompt[key] = np.arange(n_tokens, n_tokens + len(prompt))
-            segments.append(prompt)
-            seen.append(by_prompt[key])
-            n_tokens += len(prompt)
-
-        whole = np.concatenate((by_prompt[key], np.arange(n_tokens, n_tokens + len(row))))
-        whole_rows.append(whole)
-        if len(row):
-            segments.append(row)
-            seen.append(whole)
-            n_tokens += len(row)
-
-    # A segment's tokens are the last that it sees.
-    inputs = packed(segments)
-    positions = [np.arange(len(sees) - len(own), len(sees)) for sees, own in zip(seen, segments, strict=True)]
-    inputs["position_ids"] = _end_to_end(positions)
-    key_bounds = np.cumsum([0, *map(len, seen)], dtype=np.int32)
-    inputs["keys"] = (torch.from_numpy(np.concatenate(seen)), torch.from_numpy(key_bounds))
-    inputs["max_seqlen"] = max(map(len, seen))
-    return inputs, whole_rows
-
-
 def _end_to_end(rows: TokenRows) -> Tensor:
     return torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]))[None]  # (1, N)
 

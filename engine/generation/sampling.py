@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ...kernels.lora.factors import factors_kept
+from ...kernels.lora.dora import factors_kept
 from ..adapters.switch import adapters_of_rows
 from ..data.text import completion_text
 from ..finite import not_finite

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...kernels.lora.factors import factors_kept
+from ...kernels.lora.dora import factors_kept
 from ..data.text import completion_text
 from ..finite import not_finite
 from ..runtime import in_eval_mode

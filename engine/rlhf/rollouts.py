@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..adapters.switch import use_adapter
-from ..data.batches import Batch, packed, packed_behind_prompts, to_device
+from ..data.batches import Batch, packed, to_device
 from ..data.text import prompt_tokens
 from ..generation.completions import first_end
 from ..generation.sampling import continuations
@@ -133,6 +133,44 @@ class Rollout:
         lengths = [self.lengths[i] for i in rows]
         for i, length, row in zip(rows, lengths, numbers.detach().split(lengths), strict=True):
             values[i, :length] = row
+
+
+def packed_behind_prompts(
+    prompts: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]
+) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """Model inputs for rows that go on from prompts, where a prompt that several have is laid out once.
+
+    `prompts` are those of each row. The inputs are those of `packed`, and `keys`, which tokens each segment sees, as
+    `attention` takes them; the arrays tell where in them each row's tokens are, those of its prompt and its own.
+    """
+    segments: list[Any] = []
+    seen: list[np.ndarray] = []  # of each segment, where the tokens are that it sees
+    by_prompt: dict[tuple[int, ...], np.ndarray] = {}
+    whole_rows = []
+    n_tokens = 0
+    for prompt, row in zip(prompts, rows, strict=True):
+        key = tuple(prompt)
+        if key not in by_prompt:
+            by_prompt[key] = np.arange(n_tokens, n_tokens + len(prompt))
+            segments.append(prompt)
+            seen.append(by_prompt[key])
+            n_tokens += len(prompt)
+
+        whole = np.concatenate((by_prompt[key], np.arange(n_tokens, n_tokens + len(row))))
+        whole_rows.append(whole)
+        if len(row):
+            segments.append(row)
+            seen.append(whole)
+            n_tokens += len(row)
+
+    # A segment's tokens are the last that it sees.
+    inputs = packed(segments)
+    positions = [np.arange(len(sees) - len(own), len(sees)) for sees, own in zip(seen, segments, strict=True)]
+    inputs["position_ids"] = torch.from_numpy(np.concatenate(positions))[None]
+    key_bounds = np.cumsum([0, *map(len, seen)], dtype=np.int32)
+    inputs["keys"] = (torch.from_numpy(np.concatenate(seen)), torch.from_numpy(key_bounds))
+    inputs["max_seqlen"] = max(map(len, seen))
+    return inputs, whole_rows
 
 
 def draw(prompts: Sequence[Prompt], n: int) -> list[Prompt]:

@@ -81,10 +81,8 @@ def attention(
         index, key_bounds = keys
         k = _selected(k, index)  # (1, M, K, hd)
         v = _selected(v, index)
-    if key_bounds is None:
-        max_seqlen = k.shape[1]
-    elif max_seqlen is None:
-        max_seqlen = int(key_bounds.diff().max())
+    if key_bounds is None or max_seqlen is None:
+        max_seqlen = k.shape[1] if key_bounds is None else int(key_bounds.diff().max())
 
     # The lengths are equal if the greatest, as often as there are segments, comes to all tokens.
     n_segments = 0 if cu_seqlens is None else len(cu_seqlens) - 1

@@ -7,44 +7,15 @@ the ranks.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..quant.nf4 import NF4Weight
-from .dora import gain_of_rows, row_norms
-
-Made = TypeVar("Made")
-# What is made of adapters' factors, by the module that has them and the dtype; None outside of `factors_kept`.
-_KEPT: ContextVar[dict[tuple[object, torch.dtype], Any] | None] = ContextVar("kept", default=None)
-
-
-@contextmanager
-def factors_kept() -> Iterator[None]:
-    """A block in which no weight changes, so that without gradients what is made of factors is made once.
-
-    Written a token at a time, a text would wait for it longer than for the products.
-    """
-    token = _KEPT.set({})
-    try:
-        yield
-    finally:
-        _KEPT.reset(token)
-
-
-def _kept(module: nn.Module, dtype: torch.dtype, make: Callable[[], Made]) -> Made:
-    """What `make` gives, of the first call in a block of `factors_kept`."""
-    kept = None if torch.is_grad_enabled() else _KEPT.get()
-    if kept is None:
-        return make()
-    if (module, dtype) not in kept:
-        kept[module, dtype] = make()
-    return kept[module, dtype]
+from .dora import gain_of_rows, keeps, kept, row_norms
 
 
 @dataclass(frozen=True)
@@ -198,15 +169,14 @@ class LoRALinearWeights(nn.Module):
             dense = matrix.dequantize(torch.float32) if isinstance(matrix, NF4Weight) else matrix
             return gain_of_rows(list(magnitudes), self._norms(dense), self.rows, matrix.shape[0])
 
-        return _kept(magnitudes, torch.float32, make)
+        return kept(magnitudes, torch.float32, make)
 
     def joined(self, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """A (ΣR, K) and all parts' s B in one (M, ΣR), M being `size`: kept in a block of `factors_kept`, or None.
+        """A (ΣR, K) and all parts' s B in one (M, ΣR), M being `size`; None outside of a block of `factors_kept`.
 
-        Where a part's rows have no business with a rank of another one's there are zeros: for a few rows of x one
-        product with them takes less than one for each part.
+        For a few rows of x, one product that multiplies zeros, too, takes less than one for each part.
         """
-        if torch.is_grad_enabled() or _KEPT.get() is None:
+        if not keeps():
             return None
 
         def make() -> tuple[Tensor, Tensor]:
@@ -218,7 +188,7 @@ class LoRALinearWeights(nn.Module):
                 first += b.shape[1]
             return a.to(dtype), b_of_all.to(dtype)
 
-        return _kept(self, dtype, make)
+        return kept(self, dtype, make)
 
 
 @dataclass(frozen=True)
