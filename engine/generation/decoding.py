@@ -61,7 +61,7 @@ class Decoding:
             states = self.model.hidden(self.source, self.mask, decoder_input_ids=new, cache=self.cache)
         elif new.shape[1] > 1 and self.model.is_decoder:
             # Of a prompt the last layer needs no more than the last token's state.
-            last = torch.tensor([new.shape[1] - 1], device=new.device)
+            last = torch.arange(new.shape[1] - 1, new.shape[1], device=new.device)  # no copy that a GPU is waited for
             states = self.model.hidden(new, self.mask, cache=self.cache, positions_to_return=last)
         else:
             states = self.model.hidden(new, self.mask, cache=self.cache)

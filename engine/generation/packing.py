@@ -1,8 +1,8 @@
 """Copies of a model's weights in the layout that a CPU reads the fastest, for the time in which it writes.
 
 Writing reads all weights for each token. In the layout of a checkpoint that takes up to twice as long as it must (the
-figures are in `kernels/matmul_cpu.py`); making the copies takes about as long as ten tokens, and their memory. So they
-are made for longer texts, and where half of the free memory is enough for them.
+figures are in `kernels/matmul_cpu.py`); making the copies takes as long as four to six tokens, and their memory. So
+they are made for texts that win that back, and where half of the free memory is enough for them.
 """
 
 import re

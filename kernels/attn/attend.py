@@ -209,12 +209,11 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     b, t = q.shape[:2]
-    longest_queries = longest
+    longest_queries = t if cu_seqlens is None else longest
     if cu_seqlens is not None and key_bounds is not None:
         bounds, key_bounds = cu_seqlens.int(), key_bounds.int()
     else:
         bounds, key_bounds = (torch.arange(b + 1, dtype=torch.int32, device=q.device) * x.shape[1] for x in (q, k))
-        longest_queries = t
 
     # Beside a query itself: how many keys in front of it, and how many behind it; −1 is all of them.
     reach = -1 if window is None else window - 1

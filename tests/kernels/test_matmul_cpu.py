@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from handtune.kernels import matmul_cpu
-from handtune.kernels.backend import INTERPRETED
 from handtune.kernels.matmul_cpu import PackedWeight, linear
 
 BOUND = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -51,7 +50,6 @@ def test_a_packed_weight_gives_the_weights_products(dtype: torch.dtype, n: int) 
 
 
 @onednn
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter's models run on Triton")
 def test_what_is_packed() -> None:
     weight = torch.ones(4, 4)
     assert PackedWeight.supports(weight, rows=4)

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from small_adapters import small_gpt2
 from small_models import both, padded, theirs, tiny_bert, tiny_bloom, tiny_gpt2, tiny_llama, token_rows
 from small_t5 import lively as lively_t5
 from small_tokenizers import byte_level
 from small_xlnet import both_xlnets
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from handtune.engine import generate
+from handtune.engine import LoRAConfig, add_lora, generate, use_adapter
 from handtune.engine.generation import sampling
 from handtune.engine.generation.decoding import Decoding
 from handtune.engine.generation.sampling import Sampler, left_padded, probabilities
@@ -109,6 +110,25 @@ def test_texts_that_have_ended_leave_and_the_others_stay_what_they_were(monkeypa
     assert min(sizes) <= 2
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+def test_adapters_of_rows_follow_the_rows_that_stay(monkeypatch, samples):
+    model = small_gpt2()
+    for name in ("a", "b"):
+        add_lora(model, LoRAConfig(rank=2), name)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    ids = torch.randint(1, 50, (6, 3), generator=torch.Generator().manual_seed(0))
+    ends = tuple(range(1, model.config.vocab_size, 4))
+    found = []
+    for share in (2.0, 1e-9):
+        monkeypatch.setattr(sampling, "LEAVE", share)
+        with use_adapter(model, ["a", None, "b", "b", "a", None]):
+            for _ in range(2):  # the second time the block's rows are all there again
+                found.append(generate(model, ids, None, 16, seed=2, eos_id=ends, pad_id=0, samples=samples))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert (found[0] == 0).any() and len(set(map(tuple, found[0].tolist()))) > 4
 
 
 @torch.no_grad()
