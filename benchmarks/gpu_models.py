@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from gpu import Bench
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from handtune.engine import LoRAConfig, PPOConfig, add_lora, freeze, generate, ppo, quantize, save_adapter
 from handtune.engine.data.batches import Collate, to_device
+from handtune.engine.generation import static_step
 from handtune.engine.tasks.causal_lm import causal_lm_loss
 from handtune.engine.training.optim import Optimizer
 from handtune.models import Llama
@@ -184,13 +186,17 @@ def decoding(bench: Bench) -> None:
         ours = partial(generate, model, ids, max_new_tokens=new, temperature=0.0)
         theirs = partial(peer.generate, ids, max_new_tokens=new, **options)
 
+        def without_graphs(call: Callable[[], Tensor] = ours) -> Tensor:
+            with mock.patch.object(static_step, "GRAPHS", ()):
+                return call()
+
         with torch.no_grad():
             expected = peer(ids).logits[:, -1].float()  # (B, V)
             error = ((model(ids)[:, -1].float() - expected).norm() / expected.norm()).item()
         if not error <= 0.05:
             bench.tell("decoding", f"{batch} rows", wrong=True, error=error)
             continue
-        for name, call in (("handtune", ours), ("transformers", theirs)):
+        for name, call in (("handtune", ours), ("without graphs", without_graphs), ("transformers", theirs)):
             timed(bench, "decoding", f"{name}, {batch} rows", call, batch * new, error=round(error, 5))
 
 

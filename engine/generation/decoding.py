@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from ...kernels.lora.per_row import AdapterRows
+from .static_step import BLOCK, StaticStep, serves
 
 
 class Decoding:
     """A batch of texts in the making. `tokens` (B, T) are the prompts, or start tokens, and what has been added.
 
     `input_ids` (B, T) are padded where `attention_mask` is 0: on the left for a causal model, anywhere for an encoder.
-    `adapters` are those of the rows, where each has one of its own.
+    `adapters` are those of the rows, where each has one of its own. `beams`: rows change places with every token, so
+    that a step can't be replayed.
     """
 
     def __init__(
@@ -26,6 +28,7 @@ class Decoding:
         attention_mask: Tensor | None,
         max_new_tokens: int,
         adapters: AdapterRows | None = None,
+        beams: bool = False,
     ):
         self.model = model
         self.adapters = adapters
@@ -38,7 +41,8 @@ class Decoding:
 
         # None where nothing is padded: attention without a mask is faster.
         self.mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask
-        self.cache = model.new_cache(len(input_ids), self.tokens.shape[1] + max_new_tokens)
+        self.beams = beams
+        self.cache = model.new_cache(len(input_ids), self._room(max_new_tokens))
 
     def restart(self, prompt: Tensor, max_new_tokens: int) -> None:
         """Go on with another prompt (1, T) of the same causal model, with the same adapter and without padding.
@@ -50,12 +54,22 @@ class Decoding:
         differs = (prompt[0, :n] != self.tokens[0, :n]).nonzero()  # (found, 1)
         if len(differs):
             n = int(differs[0])
-        self.n_cached = self.cache.rewind(n, prompt.shape[1] + max_new_tokens)
         self.tokens = prompt
+        self.n_cached = self.cache.rewind(n, self._room(max_new_tokens))
+
+    def _room(self, max_new_tokens: int) -> int:
+        """How many positions the cache begins with, for the tokens and so many new ones."""
+        length = self.tokens.shape[1] + max_new_tokens
+        self.is_static = not self.beams and serves(self.model, length)
+        self.static_step: StaticStep | None = None
+        return min(length, self.tokens.shape[1] + BLOCK) if self.is_static else length
 
     def logits(self) -> Tensor:
         """Of the token after the last, (B, V) in fp32."""
         new = self.tokens[:, self.n_cached :]  # (B, T) at first, then (B, 1)
+        if self.is_static and self.n_cached > 0 and new.shape[1] == 1:
+            self.n_cached += 1
+            return self._next_static_step(new)
         # The source is not read again once the cache has it.
         if self.has_encoder:
             states = self.model.hidden(self.source, self.mask, decoder_input_ids=new, cache=self.cache)
@@ -67,6 +81,14 @@ class Decoding:
             states = self.model.hidden(new, self.mask, cache=self.cache)
         self.n_cached = self.tokens.shape[1]
         return self.model.head(states[:, -1]).float()  # (B, T, D) -> (B, V)
+
+    def _next_static_step(self, new: Tensor) -> Tensor:
+        if self.cache.length == self.cache.capacity:
+            self.cache.reserve(self.cache.length + BLOCK)
+            self.static_step = None
+        if self.static_step is None:
+            self.static_step = StaticStep(self.model, self.cache, self.mask)
+        return self.static_step.next(new)
 
     @property
     def token_mask(self) -> Tensor | None:
@@ -87,6 +109,7 @@ class Decoding:
             self.mask = self.mask[rows]
         self.tokens = self.tokens[rows]
         self.cache.reorder(rows)
+        self.static_step = None
 
 
 def require_finite(values: Tensor) -> None:

@@ -101,7 +101,7 @@ def generate(
     n_rows = len(input_ids) * samples * beams
     packed = using(pack(model, n_rows, max_new_tokens))
     with in_eval_mode(model), factors_kept(), packed, adapters_of_rows(model) as adapters:
-        decoding = Decoding(model, input_ids, attention_mask, max_new_tokens, adapters)
+        decoding = Decoding(model, input_ids, attention_mask, max_new_tokens, adapters, beams=beams > 1)
         try:
             if beams > 1:
                 return beam_search(decoding, beams, max_new_tokens, ends, pad, length_penalty, repetition)

@@ -33,7 +33,8 @@ def row_attention(
 
     t, s = q.shape[1], k.shape[1]
     on_cpu = q.device.type == "cpu"
-    if t == 1 and on_cpu and (q.shape[2] != k.shape[2] or q.dtype == torch.bfloat16):
+    shared = q.shape[2] != k.shape[2]
+    if t == 1 and ((shared and (on_cpu or bias is not None)) or (on_cpu and q.dtype == torch.bfloat16)):
         return _one_query(q, k, v, bias, scale)
     if window is not None and window < s:
         return _windowed(q, k, v, window, bias, causal, scale)
@@ -43,7 +44,7 @@ def row_attention(
     if bias is not None or (causal and 1 < t != s):
         mask = additive_mask(slice(s - t, s), slice(0, s), None, bias, causal, q)
         causal = False
-    if bias is None and on_cpu and q.shape[2] != k.shape[2]:
+    if bias is None and on_cpu and shared:
         return FusedGrouped.apply(q, k, v, mask, causal and t > 1, scale)
     return _fused(q, k, v, mask, causal and t > 1, scale)
 
@@ -51,14 +52,17 @@ def row_attention(
 def _one_query(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """A single position (B, 1, H, hd): the heads that share keys take the place of positions, (B, H / K, K, hd).
 
-    Keys and values are read once a group then, not once a head: on a CPU 2 to 20 times as fast, with a long cache.
+    Keys and values are read once a group then, not once a head: on a CPU 2 to 20 times as fast, with a long cache. A
+    GPU has no kernel of torch's that takes a mask and shares keys, and would repeat them.
     In bf16 and without groups the plain products are faster there than the fused kernel (16 rows of 12 heads and 160
     keys: 0.9 against 1.8 ms), with groups they are slower (a row of 9 heads in 3 groups: 0.12 against 0.04 ms).
     """
     s, kv_heads = k.shape[1:3]
     if bias is not None:
-        bias = additive_mask(slice(s - 1, s), slice(0, s), None, bias, True, q)
-        bias = bias[(None,) * (4 - bias.dim())]  # (B or 1, H or 1, 1, S)
+        least = torch.finfo(q.dtype).min
+        if bias.dtype == torch.bool:
+            bias = torch.where(bias, 0.0, least)
+        bias = bias.to(q.dtype).clamp(min=least)[(None,) * (4 - bias.dim())]  # (B or 1, H or 1, 1, S)
         if bias.shape[1] > 1:
             bias = bias.unflatten(1, (kv_heads, -1)).squeeze(3)  # (B or 1, K, H / K, S)
 

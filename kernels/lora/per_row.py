@@ -41,6 +41,7 @@ class AdapterRows:
         self.lengths = None if lengths is None else tuple(lengths)
         self.adapters = tuple(dict.fromkeys(name for name in self.names if name is not None))
         self._segments: dict[Any, Segments] = {}  # by leading sizes, the layer's adapters, and device
+        self._indices: dict[Any, dict[str | None, Tensor]] = {}  # by the same
         self._stacks: dict[nn.Module, StackedWeights] = {}  # by `Linear`
 
     def __repr__(self) -> str:
@@ -51,6 +52,7 @@ class AdapterRows:
         if tuple(names) != self.names:
             self.names = tuple(names)
             self._segments.clear()
+            self._indices.clear()
 
     def take(self, rows: Sequence[int]) -> None:
         """Go on with the names at `rows`, each once, several times or not at all, as the batch does."""
@@ -86,6 +88,22 @@ class AdapterRows:
             self._segments[key] = Segments.of(numbers, self._lengths_in(leading), device)
         return self._segments[key]
 
+    def _rows_of_adapters(
+        self, leading: torch.Size, layer_adapters: tuple[str, ...], device: torch.device
+    ) -> dict[str | None, Tensor]:
+        """Which of an input's rows each adapter has, for an input of these leading sizes."""
+        key = (leading, layer_adapters, device)
+        if key in self._indices:
+            return self._indices[key]
+
+        rows: dict[str | None, list[int]] = {}
+        start = 0
+        for name, length in zip(self.names, self._lengths_in(leading), strict=True):
+            rows.setdefault(name if name in layer_adapters else None, []).extend(range(start, start + length))
+            start += length
+        self._indices[key] = {name: torch.tensor(row_ids, device=device) for name, row_ids in rows.items()}
+        return self._indices[key]
+
     def stacks(
         self, linear: nn.Module, factors: Sequence[LoRALinearWeights], parts: Sequence[LinearPart], dtype: torch.dtype
     ) -> StackedWeights:
@@ -109,14 +127,7 @@ class AdapterRows:
     ) -> Tensor:
         """`compute` on the rows of each adapter, put together in their order; rows are x's first `n_row_dims` sizes."""
         rows = x.flatten(0, n_row_dims - 1)  # (N, ...)
-        adapter_of_row: list[str | None] = []
-        for name, length in zip(self.names, self._lengths_in(x.shape[:n_row_dims]), strict=True):
-            adapter_of_row += [name if name in layer_adapters else None] * length
-
-        rows_of_adapter: dict[str | None, list[int]] = {}
-        for row, name in enumerate(adapter_of_row):
-            rows_of_adapter.setdefault(name, []).append(row)
-        index = {name: torch.tensor(row_ids, device=x.device) for name, row_ids in rows_of_adapter.items()}
+        index = self._rows_of_adapters(x.shape[:n_row_dims], layer_adapters, x.device)
 
         # What comes out is sorted by adapter; argsort inverts that order.
         out = torch.cat([compute(rows.index_select(0, row_ids), name) for name, row_ids in index.items()])  # (N, ...)

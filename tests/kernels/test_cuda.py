@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from handtune.engine import LoRAConfig, TrainConfig, add_lora, train
+from handtune.engine import LoRAConfig, TrainConfig, add_lora, generate, train, use_adapter
 from handtune.engine.data.batches import Collate
+from handtune.engine.generation import static_step
 from handtune.engine.tasks.causal_lm import causal_lm_loss
 from handtune.kernels import attention, layer_norm, linear_cross_entropy, lora_linear, rms_norm, rope, swiglu
-from handtune.models import GPT2
+from handtune.models import GPT2, Llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")]
 
@@ -77,3 +78,28 @@ def test_a_small_model_learns(dtype: torch.dtype) -> None:
 
 def _targets() -> dict[str, torch.Tensor]:
     return {"index": torch.tensor([0, 1]).cuda(), "targets": torch.tensor([2, 3]).cuda()}
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"seed": 3}, {"seed": 3, "samples": 2}], ids=str)
+def test_a_graph_writes_what_is_written_without(monkeypatch, settings: dict) -> None:
+    """Padded prompts, an adapter or none for each row, rows that leave: the same tokens, with and without graphs."""
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_head": 4, "n_kv_head": 2, "d_model": 64, "d_ff": 96, "vocab_size": 64}
+    model = Llama.from_name("SmolLM2-135M", **sizes).to("cuda")
+    for name in ("a", "b"):
+        add_lora(model, LoRAConfig(rank=4), name)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    ids = torch.randint(1, 64, (4, 5), device="cuda")
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5, [0, 1, 1, 1, 1], [1] * 5], device="cuda")
+
+    graphs: list[torch.device] = []
+    record = static_step.record
+    monkeypatch.setattr(static_step, "record", lambda step, device: graphs.append(device) or record(step, device))
+    found = []
+    for devices in (("cuda",), ()):
+        monkeypatch.setattr(static_step, "GRAPHS", devices)
+        with use_adapter(model, ["a", None, "b", "a"]):
+            found.append(generate(model, ids, mask, 40, eos_id=(7, 9), **settings))
+        assert len(graphs) >= 1
+    assert torch.equal(*found)

@@ -1,0 +1,149 @@
+"""Static steps: the operations of one, replayed, write what the model itself writes step by step.
+
+A CUDA graph needs a GPU (tests/kernels/test_cuda.py). Here its part is played by a list of the operations that torch
+made in one step, run again on the same tensors: like a graph it knows nothing of the host's numbers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from small_adapters import small_gpt2
+from small_models import both, padded, tiny_bloom, tiny_gpt2, tiny_llama, token_rows
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from handtune.engine import LoRAConfig, add_lora, generate, use_adapter
+from handtune.engine.generation import decoding, static_step
+from handtune.models.bloom import model as bloom
+from handtune.models.layers import inputs
+from handtune.models.layers.kv_cache import KVCache
+
+ROWS = token_rows((5, 1, 9, 3))
+FAMILIES = {"gpt2": tiny_gpt2, "llama": tiny_llama, "bloom": tiny_bloom}
+
+
+class Recording(TorchDispatchMode):
+    """The operations of a step; one that asks a tensor for its value, or brings one from the host, is refused."""
+
+    refused = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in self.refused, func
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, out))
+        return out
+
+    def run(self, result: Tensor) -> None:
+        """All of them again; what was `result` then is overwritten."""
+        new: dict[int, Tensor] = {}
+
+        def current(x: Tensor) -> Tensor:
+            return new.get(id(x), x)
+
+        for func, args, kwargs, out in self.calls:
+            args, kwargs = tree_map_only(Tensor, current, (args, kwargs))
+            again = func(*args, **kwargs)
+            new |= {id(old): x for old, x in zip(tree_leaves(out), tree_leaves(again), strict=True)}
+        result.copy_(new[id(result)])
+
+
+def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
+    """Make generation go by static steps, as on a GPU; gives the recordings that it makes."""
+    recordings: list[Recording] = []
+
+    def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
+        owner: static_step.StaticStep = step.__self__  # type: ignore[attr-defined]
+        state = (owner.visible, owner.column, owner.position_ids, owner.cache.buffer)
+        before = [x.clone() for x in state]
+        with Recording() as recording:
+            step()
+        for x, value in zip(state, before, strict=True):
+            x.copy_(value)  # recording runs nothing on a GPU
+        recordings.append(recording)
+        return lambda: recording.run(owner.logits)
+
+    # Choices as on a GPU, which isn't asked whether a mask hides anything, nor whether it has holes.
+    monkeypatch.setattr(inputs, "hides_nothing", lambda mask: mask is None)
+    monkeypatch.setattr(bloom, "mask_bias", lambda mask, slopes: inputs.key_bias(mask))
+    monkeypatch.setattr(static_step, "record", record)
+    monkeypatch.setattr(static_step, "GRAPHS", ("cpu",))
+    monkeypatch.setattr(decoding, "BLOCK", 5)
+    return recordings
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"seed": 3}, {"seed": 4, "samples": 2}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_by_replayed_steps_are_the_same(monkeypatch, tmp_path, family: str, settings: dict) -> None:
+    """Padded prompts, a cache that grows three times, rows that leave."""
+    model = both(tmp_path, FAMILIES[family](), "causal-lm")[1]
+    batch = padded(ROWS, "left")
+    ends = tuple(range(1, 61, 12))
+    expected = generate(model, batch["input_ids"], batch["attention_mask"], 20, eos_id=ends, **settings)
+    recordings = replayed(monkeypatch)
+    found = generate(model, batch["input_ids"], batch["attention_mask"], 20, eos_id=ends, **settings)
+    assert len(recordings) >= 2
+    assert found.tolist() == expected.tolist()
+
+
+def test_adapters_row_by_row_are_replayed(monkeypatch) -> None:
+    model = small_gpt2(tied=False)
+    for name in ("a", "b"):
+        add_lora(model, LoRAConfig(rank=2, targets=("attention", "mlp", "embed.tokens")), name)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+    ids = torch.randint(1, 50, (6, 3), generator=torch.Generator().manual_seed(0))
+    ends = tuple(range(1, 61, 6))
+    found = []
+    recordings: list[Recording] = []
+    for replays in (False, True):
+        if replays:
+            recordings = replayed(monkeypatch)
+        with use_adapter(model, ["a", None, "b", "b", "a", None]):
+            found.append(generate(model, ids, None, 20, seed=2, eos_id=ends))
+    assert len(recordings) >= 2
+    assert found[0].tolist() == found[1].tolist()
+
+
+def test_a_planted_number_of_the_host_is_found(monkeypatch, tmp_path) -> None:
+    """Keys that go where the host counts to would all go to one column."""
+    model = both(tmp_path, tiny_llama(), "causal-lm")[1]
+    ids = padded(ROWS, "left")["input_ids"]
+    expected = generate(model, ids, None, 9, temperature=0)
+    replayed(monkeypatch)
+    assert torch.equal(generate(model, ids, None, 9, temperature=0), expected)
+
+    append = KVCache.append
+
+    def by_length(self: KVCache, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.column is None:
+            return append(self, layer, k, v)
+        keys, values = self.buffer[layer].transpose(2, 3)
+        keys[:, self.length] = k[:, 0]
+        values[:, self.length] = v[:, 0]
+        return keys, values
+
+    monkeypatch.setattr(KVCache, "append", by_length)
+    assert not torch.equal(generate(model, ids, None, 9, temperature=0), expected)
+
+
+def test_whose_steps_are_static(monkeypatch) -> None:
+    assert not static_step.serves(small_gpt2(), 20)  # a CPU has no graphs
+    recordings = replayed(monkeypatch)
+    assert static_step.serves(small_gpt2(), 20)
+    windowed = small_gpt2(window=12)
+    ids = torch.tensor([[3, 4, 5]])
+    generate(windowed, ids, None, 10, temperature=0)
+    assert not recordings
+    generate(windowed, ids, None, 9, temperature=0)
+    assert recordings
+
+    recordings.clear()
+    generate(small_gpt2(), ids, None, 9, temperature=0, beams=2)
+    assert not recordings
