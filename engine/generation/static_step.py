@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...models.layers.kv_cache import KVCache
-
 GRAPHS = ("cuda",)  # kinds of devices that have graphs
 BLOCK = 256  # positions that the cache grows by: a graph takes as long to make as a few steps without one
 
@@ -32,7 +30,7 @@ def serves(model: Any, length: int) -> bool:
 class StaticStep:
     """Steps of B texts whose tokens are in the `cache`, until that is full; `mask` (B, ≥ its length) hides padding."""
 
-    def __init__(self, model: Any, cache: KVCache, mask: Tensor | None):
+    def __init__(self, model: Any, cache: Any, mask: Tensor | None):
         batch, capacity, device = cache.buffer.shape[2], cache.capacity, cache.buffer.device
         self.model = model
         self.cache = cache
