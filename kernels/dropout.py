@@ -14,13 +14,23 @@ from torch.autograd.function import once_differentiable
 def seed_for(dropout: float, seed: int | None = None) -> int:
     """The seed of the mask: the one given, or a fresh one; 0 where there is no dropout.
 
-    It is drawn from torch's default CPU generator, so that one saved generator state repeats every mask.
+    It is drawn from torch's default CPU generator, so that one saved generator state repeats every mask. RuntimeError
+    where a CUDA graph is being recorded.
     """
     if seed is not None:
         return seed
     if not dropout:
         return 0
+    refuse_in_graph("the seed of dropout")
     return int(torch.randint(2**62, ()))
+
+
+def refuse_in_graph(number: str) -> None:
+    """RuntimeError where a CUDA graph is being recorded, which would repeat a number of the host in every replay."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{number} is a number of the host: a CUDA graph would repeat it in every replay; leave it out"
+        )
 
 
 def drop(x: Tensor, dropout: float, seed: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ...kernels import Linear, LoRALinearWeights
+from ...kernels.dropout import refuse_in_graph
 from ...kernels.optim.adamw import adamw_
 from ...kernels.optim.adamw8bit import MIN_SIZE, adamw8bit_
 from ...kernels.optim.adamw8bit_state import AdamW8bitParam
@@ -33,7 +34,11 @@ HEADS = {"head", "lm_head", "score", "classifier", "qa_outputs"}
 def update_(
     trained: Iterable[TrainedParam], lr: float, betas: tuple[float, float], eps: float, factor: Tensor | None
 ) -> None:
-    """One update of each parameter that has a gradient, by the optimizer that its state belongs to."""
+    """One update of each parameter that has a gradient, by the optimizer that its state belongs to.
+
+    RuntimeError where a CUDA graph is being recorded.
+    """
+    refuse_in_graph("the learning rate")
     params = list(trained)
     adamw_([param for param in params if isinstance(param, AdamWParam)], lr, betas, eps, factor)
     adamw8bit_([param for param in params if isinstance(param, AdamW8bitParam)], lr, betas, eps, factor)

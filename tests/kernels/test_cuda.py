@@ -8,6 +8,7 @@ from handtune.engine.data.batches import Collate
 from handtune.engine.generation import static_step
 from handtune.engine.tasks.causal_lm import causal_lm_loss
 from handtune.kernels import attention, layer_norm, linear_cross_entropy, lora_linear, rms_norm, rope, swiglu
+from handtune.kernels.dropout import dropout
 from handtune.models import GPT2, Llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")]
@@ -78,6 +79,13 @@ def test_a_small_model_learns(dtype: torch.dtype) -> None:
 
 def _targets() -> dict[str, torch.Tensor]:
     return {"index": torch.tensor([0, 1]).cuda(), "targets": torch.tensor([2, 3]).cuda()}
+
+
+def test_a_graph_refuses_dropout() -> None:
+    x = torch.ones(4, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(RuntimeError, match="number of the host"), torch.cuda.graph(graph):
+        dropout(x, 0.1)
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.0}, {"seed": 3}, {"seed": 3, "samples": 2}], ids=str)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from handtune.engine.training.optimizers import update_
 from handtune.kernels import attention
 from handtune.kernels.attn import dropout as attn_dropout
 from handtune.kernels.attn.reference import attention_reference
@@ -42,6 +43,17 @@ def test_nothing_is_kept_and_without_dropout_it_is_the_tensor_itself() -> None:
     for wrong in (-0.1, 1.0):
         with pytest.raises(ValueError, match=r"dropout: expected a probability in \[0, 1\)"):
             dropout(x, wrong)
+
+
+def test_a_graph_takes_no_seed_and_no_learning_rate_of_the_host(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    x = torch.ones(3)
+    with pytest.raises(RuntimeError, match="seed of dropout is a number of the host"):
+        dropout(x, 0.1)
+    assert dropout(x, 0.1, seed=1).shape == dropout(x, 0.0).shape
+    with pytest.raises(RuntimeError, match="learning rate is a number of the host"):
+        update_([], 1e-3, (0.9, 0.99), 1e-8, None)
 
 
 def test_a_place_drops_in_training_only_and_after_it_is_asked_to() -> None:
