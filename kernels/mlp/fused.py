@@ -12,10 +12,10 @@ and with one rounding. It is not used: n and S₁ would have to be written into 
 and activation in front of a projection, and by the attention, which can't; and W₁ would need room for B₁ in its rows,
 of one rank, so that a second adapter, another rank or four bits would mean a copy of all weights.
 
-What LoRA adds to q, k, o and down stays `addmm_`, in place (`kernels/lora/products.py`). Waiting for RoPE and the residual's
-sum would spare 0.44 of a block's 9.0 GB forward (Llama-8B, 8,192 tokens: 0.7 % of a step on an H200, by arithmetic),
-the residual's gradient added in the norm's kernel 0.4 GB. As `addmm`'s C the residual saves next to nothing: torch
-copies C first.
+What LoRA adds to q, k, o and down stays `addmm_`, in place (`kernels/lora/products.py`). Waiting for RoPE and the
+residual's sum would spare 0.44 of a block's 9.0 GB forward (Llama-8B, 8,192 tokens: 0.7 % of a step on an H200, by
+arithmetic), the residual's gradient added in the norm's kernel 0.4 GB. As `addmm`'s C the residual saves next to
+nothing: torch copies C first.
 
 Saved are x, the norm's statistics, u₀, S₁ and S₂; with `recompute` u₀ is made again from x instead.
 """
