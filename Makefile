@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-chat test deep lowest check bench test-gpu bench-gpu clean .venv
+.PHONY: demo demo-chat test deep older-triton lowest check bench test-gpu bench-gpu clean .venv
 
 .venv: $(STAMP)
 
@@ -38,7 +38,18 @@ test: $(STAMP)
 
 deep: $(STAMP)
 	$(PY) -m pytest -m deep
+	$(MAKE) older-triton
 	$(MAKE) lowest
+
+# The Triton of torch 2.11, whose compiler allots registers in its own way.
+OLDER_TRITON := .triton-3.6
+$(OLDER_TRITON)/.installed: $(STAMP)
+	rm -rf $(OLDER_TRITON)
+	$(PY) -m pip install --quiet --no-deps --target $(OLDER_TRITON) triton==3.6.0
+	touch $@
+
+older-triton: $(OLDER_TRITON)/.installed
+	PYTHONPATH=$(OLDER_TRITON) $(PY) -m pytest tests/kernels/test_resources.py
 
 # The lowest versions that pyproject.toml allows, by tests that need no other package. Their torch brings CUDA: gigabytes.
 LOWEST := .venv-lowest
@@ -82,4 +93,4 @@ bench-gpu:
 	$(PYTHON) benchmarks/gpu.py --out $(OUT)/gpu.jsonl
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist *.egg-info
+	rm -rf $(VENV) $(LOWEST) $(OLDER_TRITON) build dist *.egg-info

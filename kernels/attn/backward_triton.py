@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import backend
 from .forward_triton import (
     PAIR_BIAS,
-    SINGLE,
+    SINGLE_BY_QUERIES,
     SMALL,
     STEPS,
     Mask,
@@ -45,7 +45,6 @@ _DQ = {
     90: {64: (128, 64, 8, 2), 128: (128, 64, 8, 3), 256: (32, 32, 4, 2)},
     100: {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (32, 32, 4, 2)},
 }
-_DQ_SINGLE = SINGLE | {level: SINGLE[level] | {128: (16, 32, 8, 1)} for level in (80, 90)}
 _DKV = {
     0: SMALL,
     80: {64: (32, 32, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
@@ -267,7 +266,7 @@ def backward(
     dq = dk = dv = dbias = None
     if needs[0]:
         dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)  # (B, T, H, hd)
-        sizes = tile_sizes(_DQ, q, _DQ_SINGLE)
+        sizes = tile_sizes(_DQ, q, SINGLE_BY_QUERIES)
         n_sequences, longest = sequences(q, mask)
         blocks = triton.cdiv(longest, sizes["BLOCK_T"])
         _dq_kernel[(blocks * heads * n_sequences,)](

@@ -29,6 +29,7 @@ from .. import backend
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FAR = 2**30  # beyond every position, and still an int32 when a position is added
+BEHIND_OTHERS = tl.constexpr(2)  # packed segments that see others' keys in front of their own; 1: their own alone
 NO_BIAS = tl.constexpr(0)
 KEY_BIAS = tl.constexpr(1)  # the same for all queries
 PAIR_BIAS = tl.constexpr(2)
@@ -41,9 +42,10 @@ _FORWARD = {
     86: {64: (128, 32, 8, 3), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
     90: {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
 }
-# In fp32, in nearly all kernels.
+# In fp32, in kernels that go by keys, and in those that go by queries.
 _SINGLE = {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)}
 SINGLE = {0: SMALL, 80: _SINGLE, 86: _SINGLE | {128: (16, 16, 8, 1)}, 90: _SINGLE}
+SINGLE_BY_QUERIES = SINGLE | dict.fromkeys((80, 90), _SINGLE | {128: (16, 32, 8, 1)})
 Tiles = dict[int, dict[int, tuple[int, int, int, int]]]
 STEPS = ["t", "s", "blocks", "before", "after"]  # change from call to call: no compilation for each
 
@@ -60,9 +62,12 @@ def sequence(bounds, key_bounds, index, t, s, PACKED: tl.constexpr):
     """Row of the batch, first query and first key in it, number of queries and of keys, of sequence `index`."""
     if PACKED:
         first = tl.load(bounds + index).to(tl.int64)
-        first_key = tl.load(key_bounds + index).to(tl.int64)
         queries = (tl.load(bounds + index + 1) - first).to(tl.int32)
-        keys = (tl.load(key_bounds + index + 1) - first_key).to(tl.int32)
+        first_key = first
+        keys = queries
+        if PACKED == BEHIND_OTHERS:
+            first_key = tl.load(key_bounds + index).to(tl.int64)
+            keys = (tl.load(key_bounds + index + 1) - first_key).to(tl.int32)
         return tl.cast(0, tl.int64), first, first_key, queries, keys
     return tl.cast(index, tl.int64), tl.cast(0, tl.int64), tl.cast(0, tl.int64), t, s
 
@@ -267,12 +272,15 @@ def constants(q: Tensor, mask: Mask) -> dict[str, int | bool]:
         bias = KEY_BIAS
     else:
         bias = PAIR_BIAS
+    packed = int(mask.bounds is not None)
+    if mask.key_bounds is not mask.bounds:
+        packed = BEHIND_OTHERS.value
     return {
         "HD": q.shape[3],
         "D": padded_head_width(q),
         "BIAS": bias.value,
         "ALIBI": mask.alibi is not None,
-        "PACKED": mask.bounds is not None,
+        "PACKED": packed,
     }
 
 
@@ -292,7 +300,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[
     lse = torch.empty(b, heads, t, dtype=torch.float32, device=q.device)
 
     # One program for each block of queries of each head of each sequence.
-    sizes = tile_sizes(_FORWARD, q)
+    sizes = tile_sizes(_FORWARD, q, SINGLE_BY_QUERIES)
     n_sequences, longest = sequences(q, mask)
     blocks = triton.cdiv(longest, sizes["BLOCK_T"])
     _forward_kernel[(blocks * heads * n_sequences,)](
