@@ -304,7 +304,7 @@ def merged_rows(site: AdapterSite) -> list[tuple[Tensor, Tensor]]:
     module = site.module
     assert isinstance(module.active, str)
     blocks = site.adapters[module.active].blocks()
-    rows = [block.part.rows_of(module.matrix.data) for block in blocks]  # (M, K) of each part
+    rows = [block.part.rows_of(module.matrix) for block in blocks]  # (M, K) of each part
     return [(part_rows, block.merged(part_rows)) for block, part_rows in zip(blocks, rows, strict=True)]
 
 

@@ -42,7 +42,7 @@ class Decoding:
         # None where nothing is padded: attention without a mask is faster.
         self.mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask
         self.beams = beams
-        self.cache = model.new_cache(len(input_ids), self._room(max_new_tokens))
+        self.cache = model.new_cache(len(input_ids), self._begin(max_new_tokens))
 
     def restart(self, prompt: Tensor, max_new_tokens: int) -> None:
         """Go on with another prompt (1, T) of the same causal model, with the same adapter and without padding.
@@ -55,21 +55,23 @@ class Decoding:
         if len(differs):
             n = int(differs[0])
         self.tokens = prompt
-        self.n_cached = self.cache.rewind(n, self._room(max_new_tokens))
+        self.n_cached = self.cache.rewind(n, self._begin(max_new_tokens))
 
-    def _room(self, max_new_tokens: int) -> int:
-        """How many positions the cache begins with, for the tokens and so many new ones."""
-        length = self.tokens.shape[1] + max_new_tokens
-        self.is_static = not self.beams and serves(self.model, length)
+    def _begin(self, max_new_tokens: int) -> int:
+        """Choose how the steps behind the present tokens are made; gives the positions that the cache needs."""
+        self.length = self.tokens.shape[1] + max_new_tokens
+        self.is_static = not self.beams and serves(self.model, self.length)
         self.static_step: StaticStep | None = None
-        return min(length, self.tokens.shape[1] + BLOCK) if self.is_static else length
+        return self.length
 
     def logits(self) -> Tensor:
         """Of the token after the last, (B, V) in fp32."""
         new = self.tokens[:, self.n_cached :]  # (B, T) at first, then (B, 1)
         if self.is_static and self.n_cached > 0 and new.shape[1] == 1:
+            logits = self._present_static_step().next(new)
             self.n_cached += 1
-            return self._next_static_step(new)
+            return logits
+
         # The source is not read again once the cache has it.
         if self.has_encoder:
             states = self.model.hidden(self.source, self.mask, decoder_input_ids=new, cache=self.cache)
@@ -82,13 +84,12 @@ class Decoding:
         self.n_cached = self.tokens.shape[1]
         return self.model.head(states[:, -1]).float()  # (B, T, D) -> (B, V)
 
-    def _next_static_step(self, new: Tensor) -> Tensor:
-        if self.cache.length == self.cache.capacity:
-            self.cache.reserve(self.cache.length + BLOCK)
-            self.static_step = None
-        if self.static_step is None:
-            self.static_step = StaticStep(self.model, self.cache, self.mask)
-        return self.static_step.next(new)
+    def _present_static_step(self) -> StaticStep:
+        """The one that goes on behind what is cached: a new one for other rows, and where the last ends its reach."""
+        n_cached = self.cache.length
+        if self.static_step is None or self.static_step.reach == n_cached:
+            self.static_step = StaticStep(self.model, self.cache, self.mask, min(n_cached + BLOCK, self.length))
+        return self.static_step
 
     @property
     def token_mask(self) -> Tensor | None:

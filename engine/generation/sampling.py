@@ -3,7 +3,7 @@
 Top-p is nucleus sampling (Holtzman et al. 2019, arXiv:1904.09751): the fewest tokens whose probabilities reach p.
 Prompts of different lengths are padded on the left, so that all rows go on at the same column. An encoder-decoder reads
 the prompt, and what it writes begins with its start token. A prompt of which several texts are wanted is read once, and
-a text that has ended is no longer computed.
+texts that have ended leave the batch, together with others (`LEAVE`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -234,10 +234,10 @@ def token_by_token(
             if n_done == len(done):
                 break
             if n_done >= LEAVE * len(done):
-                rest = (~done).nonzero()[:, 0]
-                decoding.take(rest)
-                active = active[rest]
-                done = done[rest]
+                open_rows = (~done).nonzero()[:, 0]
+                decoding.take(open_rows)
+                active = active[open_rows]
+                done = done[open_rows]
 
 
 class Sampler:

@@ -2,8 +2,8 @@
 
 A step of a small batch is hundreds of launches, each of them shorter than what the host needs to ask for it. Recorded
 as a CUDA graph they are one. So nothing in them may depend on a number of the host: the keys and values go to a column
-that a tensor names (`KVCache.column`), and the query sees the whole cache, behind a mask of what is filled. The cache
-grows by blocks, so that a step reads little more than it must; with its rows or its length the graph is made anew.
+that a tensor names (`KVCache.at`), and the query sees what the step reaches, behind a mask of what is filled. Where the
+text goes beyond, or texts leave, the graph is made anew. Choosing the token is no part of it.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 GRAPHS = ("cuda",)  # kinds of devices that have graphs
-BLOCK = 256  # positions that the cache grows by: a graph takes as long to make as a few steps without one
+BLOCK = 256  # positions that a step reaches beyond what is filled, at first
+MIN_REPLAYS = 8  # steps that a graph is made for
 
 
 def serves(model: Any, length: int) -> bool:
@@ -23,44 +24,44 @@ def serves(model: Any, length: int) -> bool:
         return False
 
     # A window is cut out of the keys, which ends where what is filled ends.
-    windows = (getattr(block, "window", None) for block in model.layers)
-    return all(window is None or window >= length for window in windows)
+    return all(block.window is None or block.window >= length for block in model.layers)
 
 
 class StaticStep:
-    """Steps of B texts whose tokens are in the `cache`, until that is full; `mask` (B, ≥ its length) hides padding."""
+    """Steps of the B texts in `cache`, up to position `reach`; `mask` (B, ≥ the cache's length) tells of padding."""
 
-    def __init__(self, model: Any, cache: Any, mask: Tensor | None):
-        batch, capacity, device = cache.buffer.shape[2], cache.capacity, cache.buffer.device
+    def __init__(self, model: Any, cache: Any, mask: Tensor | None, reach: int):
+        batch, device = cache.buffer.shape[2], cache.buffer.device
         self.model = model
         self.cache = cache
+        self.reach = reach
         self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.column = torch.full((1,), cache.length, device=device)
-        self.visible = torch.zeros(batch, capacity, dtype=torch.long, device=device)
+        self.visible = torch.zeros(batch, reach, dtype=torch.long, device=device)
         self.visible[:, : cache.length] = 1 if mask is None else mask[:, : cache.length]
         self.position_ids = self.visible.sum(1, keepdim=True)  # (B, 1)
         self.logits = torch.empty(0)  # (B, V), of the last step
-        self._compiled = False
+        self._ran = False
         self._replay: Callable[[], None] | None = None
 
     def next(self, tokens: Tensor) -> Tensor:
         """Logits (B, V) in fp32 behind these tokens (B, 1). The next step overwrites them."""
         self.tokens.copy_(tokens)
-        if self._compiled and self._replay is None:
+        # What is compiled in the first call can't be recorded.
+        if self._ran and self._replay is None and self.reach - self.cache.length >= MIN_REPLAYS:
             self._replay = record(self._compute, tokens.device)
         if self._replay is not None:
             self._replay()
         else:
-            self._compute()  # kernels are compiled, and chosen, in the first call: that can't be recorded
-            self._compiled = True
+            self._compute()
+            self._ran = True
         self.cache.length += 1
         return self.logits
 
     def _compute(self) -> None:
         self.visible.index_fill_(1, self.column, 1)
-        self.cache.column = self.column
-        states = self.model.hidden(self.tokens, self.visible, position_ids=self.position_ids, cache=self.cache)
-        self.cache.column = None
+        with self.cache.at(self.column, self.reach):
+            states = self.model.hidden(self.tokens, self.visible, position_ids=self.position_ids, cache=self.cache)
         self.logits = self.model.head(states[:, -1]).float()  # (B, 1, D) -> (B, V)
         self.column += 1
         self.position_ids += 1
@@ -69,7 +70,9 @@ class StaticStep:
 def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """A call that makes all launches of `step` at once, by a CUDA graph."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
+    # torch would record on one stream for all devices, and so nothing at all on the second.
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         step()
 
     def replay() -> None:

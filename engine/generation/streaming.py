@@ -61,8 +61,9 @@ class Streamer:
         self._packed: Packed | None = None  # made for the first text, which need not be long
 
     def forget(self) -> None:
-        """Compute the next prompt from its beginning."""
+        """Compute the next prompt from its beginning, and by the weights as they are then."""
         self._decoding = None
+        self._packed = None
 
     @torch.no_grad()
     def pieces(self, prompt: Sequence[int], max_new_tokens: int, seed: int = 0) -> Iterator[str]:

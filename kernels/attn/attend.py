@@ -13,7 +13,7 @@ see its keys and values in front of their own (`keys`). Which implementation ser
                               prefers on this GPU)      Triton
     packed; in a window;      varlen, FlashAttention 2  Triton       rows.py: segments one by one,
       causal with T < S                                              a window in blocks of queries
-    with a bias or ALiBi      Triton                    Triton       rows.py: a dense mask
+    with a bias or ALiBi      Triton; a query: torch    the same     rows.py: a dense mask
     with dropout              dropout.py, on all devices
 
 torch's kernels are the fastest, and take no bias (or only as a dense one). Its varlen function is missing in older

@@ -61,7 +61,7 @@ def _one_query(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: floa
     if bias is not None:
         least = torch.finfo(q.dtype).min
         if bias.dtype == torch.bool:
-            bias = torch.where(bias, 0.0, least)
+            bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill_(~bias, least)
         bias = bias.to(q.dtype).clamp(min=least)[(None,) * (4 - bias.dim())]  # (B or 1, H or 1, 1, S)
         if bias.shape[1] > 1:
             bias = bias.unflatten(1, (kv_heads, -1)).squeeze(3)  # (B or 1, K, H / K, S)
@@ -137,9 +137,15 @@ def add_alibi(bias: Tensor | None, alibi: Tensor | None, q: Tensor, k: Tensor) -
 
     if bias is None:
         return slopes
+    least = torch.finfo(slopes.dtype).min
     if bias.dtype == torch.bool:
-        return slopes.masked_fill(~bias, torch.finfo(slopes.dtype).min)
-    return slopes + bias
+        bias = slopes.masked_fill(~bias, least)
+    else:
+        bias = (slopes + bias).clamp(min=least)
+
+    # A single query needn't stand at the end of the keys. Where it does see one at the distance 0, rounding to 16 bits
+    # hurts least; softmax doesn't see the difference.
+    return bias - bias.amax(-1, keepdim=True) if t == 1 else bias
 
 
 def packed_attention(

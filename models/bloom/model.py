@@ -52,15 +52,24 @@ def mask_bias(attention_mask: Tensor | None, slopes: Tensor) -> Tensor | None:
     if visible is None or attention_mask is None:
         return None
 
-    # A row has a hole where real tokens begin more than once: a 1 behind a 0, or in the first column.
     real = attention_mask.long()  # (B, S)
-    n_runs = real.diff(dim=1).clamp(min=0).sum(1) + real[:, 0]  # (B,)
-    if not real.is_cuda and not bool((n_runs > 1).any()):
-        return visible  # a GPU isn't waited for, and always corrects
+    if not may_have_holes(real):
+        return visible
 
     shift = real.cumsum(1) - torch.arange(real.shape[1], device=real.device)  # (B, S)
     bias = slopes[:, None, None] * shift[:, None, None]  # (B, H, 1, S)
     return bias.masked_fill(~visible, torch.finfo(slopes.dtype).min)
+
+
+def may_have_holes(real: Tensor) -> bool:
+    """Whether padding may stand between real tokens (ones) in some row (B, S): so a GPU, which isn't waited for, says.
+
+    In a row with a hole real tokens begin more than once: a 1 behind a 0, or in the first column.
+    """
+    if real.is_cuda:
+        return True
+    n_runs = real.diff(dim=1).clamp(min=0).sum(1) + real[:, 0]  # (B,)
+    return bool((n_runs > 1).any())
 
 
 class Embed(nn.Module):
@@ -83,6 +92,7 @@ class Block(nn.Module):
         d = config.d_model
         self.index = index
         self.n_head = config.n_head
+        self.window = None  # it sees all that came before
         self.norm1 = LayerNorm(d, config.eps)
         self.norm2 = LayerNorm(d, config.eps)
         self.qkv = Linear(d, 3 * d)

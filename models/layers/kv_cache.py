@@ -1,5 +1,8 @@
 """The keys and values that generation keeps."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor
 
 
@@ -7,30 +10,34 @@ class KVCache:
     """Keys and values of the positions seen so far: for each layer two buffers (B, K, S, hd), filled from the left.
 
     Heads come first, because the products of a single query with its keys read them so. Dtype and device are those of
-    the tensor `like`. With a `column` (1,), the next position goes there, and all of the buffers is given; what isn't
-    filled is zero, for a mask to hide. Without it, they are views of what is filled.
+    the tensor `like`.
     """
 
     def __init__(self, n_layer: int, batch: int, length: int, n_kv_head: int, head_width: int, like: Tensor):
         self.buffer = like.new_zeros(n_layer, 2, batch, n_kv_head, length, head_width)
         self.length = 0  # positions filled so far, in all layers
-        self.column: Tensor | None = None
+        self._static: tuple[Tensor, int] | None = None  # column and reach, inside `at`
 
-    @property
-    def capacity(self) -> int:
-        """S, the positions that there is room for."""
-        return self.buffer.shape[4]
+    @contextmanager
+    def at(self, column: Tensor, reach: int) -> Iterator[None]:
+        """Inside, `append` stores a single position at `column` (1,), and gives the first `reach` of them.
+
+        Those that are not filled are there for a mask to hide. `length` stays what it is.
+        """
+        self._static = column, reach
+        try:
+            yield
+        finally:
+            self._static = None
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v (B, T, K, hd) of the next T positions; give all keys and values so far, as views.
-
-        With a `column` T is 1, and `length` stays what it is.
-        """
+        """Store k and v (B, T, K, hd) of the next T positions; give all keys and values so far, as views."""
         keys, values = self.buffer[layer].transpose(2, 3)  # (B, S, K, hd) each
-        if self.column is not None:
-            keys.index_copy_(1, self.column, k)
-            values.index_copy_(1, self.column, v)
-            return keys, values
+        if self._static is not None:
+            column, reach = self._static
+            keys.index_copy_(1, column, k.to(keys.dtype))
+            values.index_copy_(1, column, v.to(values.dtype))
+            return keys[:, :reach], values[:, :reach]
 
         start = self.length
         stop = start + k.shape[1]
@@ -47,18 +54,15 @@ class KVCache:
             self.buffer = self.buffer.new_zeros((*filled.shape[:4], *self.buffer.shape[4:]))
         self.buffer[:, :, :, :, : self.length] = filled
 
-    def reserve(self, length: int) -> None:
-        """Make room for so many positions."""
-        if length > self.capacity:
-            filled = self.buffer[:, :, :, :, : self.length]
-            self.buffer = self.buffer.new_zeros((*self.buffer.shape[:4], length, self.buffer.shape[5]))
-            self.buffer[:, :, :, :, : self.length] = filled
-
     def rewind(self, n_cached: int, length: int) -> int:
         """Go on behind the first `n_cached` positions, with room for `length`; gives how many stay, here all of them.
 
         A causal model's keys and values depend on nothing that comes later, so that another text may follow them.
         """
+        if length > self.buffer.shape[4]:
+            buffer = self.buffer.new_zeros((*self.buffer.shape[:4], length, self.buffer.shape[5]))
+            buffer[:, :, :, :, :n_cached] = self.buffer[:, :, :, :, :n_cached]
+            self.buffer = buffer
+        self.buffer[:, :, :, :, n_cached:] = 0  # a text that broke off may have left NaN, which no mask hides
         self.length = n_cached
-        self.reserve(length)
         return n_cached

@@ -118,16 +118,26 @@ class LongRope:
     attention: float | None = None  # what cosine and sine are multiplied by; None: √(1 + ln `factor` / ln `original`)
 
     def frequencies(self, theta: float, exponents: Tensor, position_ids: Tensor) -> Tensor:
-        divisors = torch.tensor((self.short, self.long))  # (2, hd/2)
-        divisors = divisors.to(exponents.device, non_blocking=True)  # no wait for the device
-        short, long = 1.0 / (divisors * theta**exponents)  # (hd/2,) each
+        short, long = 1.0 / (self._divisors(exponents.device) * theta**exponents)  # (hd/2,) each
         return torch.where(position_ids.max() + 1 > self.original, long, short)
+
+    def _divisors(self, device: torch.device) -> Tensor:
+        """`short` and `long` (2, hd/2), brought to each device once: a CUDA graph can't bring anything."""
+        divisors = _DIVISORS.get((self, device))
+        if divisors is None:
+            divisors = torch.tensor((self.short, self.long)).to(device, non_blocking=True)
+            if type(divisors) is Tensor:  # and no stand-in of a compiler
+                _DIVISORS[self, device] = divisors
+        return divisors
 
     def sharpening(self) -> float:
         """What cosine and sine are multiplied by."""
         if self.attention is not None:
             return self.attention
         return math.sqrt(1 + math.log(self.factor) / math.log(self.original))
+
+
+_DIVISORS: dict[tuple[LongRope, torch.device], Tensor] = {}
 
 
 @dataclass(frozen=True)

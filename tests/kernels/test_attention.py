@@ -107,6 +107,23 @@ def test_one_query_with_a_cache(dtype: torch.dtype, h: int, kv: int, window: int
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("h", "kv"), [(8, 8), (8, 2)])
+def test_one_query_before_keys_that_are_not_there_yet(dtype: torch.dtype, h: int, kv: int) -> None:
+    """As in a cache that is seen whole: behind a mask, and with slopes that count from the nearest key, far away."""
+    q, k, v = (x.to(dtype) for x in qkv(1, 1, h, s=20, kv=kv))
+    room = torch.zeros(1, 280, kv, q.shape[3], dtype=dtype)
+    keys, values = (torch.cat((x, room), 1) for x in (k, v))
+    mask = torch.arange(300)[None, None, None] < 20  # (1, 1, 1, 300)
+    slopes = 2.0 ** -torch.arange(1.0, h + 1)
+    for alibi in (None, slopes):
+        expected = attention(q.double(), k.double(), v.double(), alibi=alibi)
+        found = attention(q, keys, values, bias=mask, alibi=alibi)
+        bound = {torch.bfloat16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-6}[dtype]
+        assert (found - expected).norm() <= bound * expected.norm()
+
+
+@torch.no_grad()
 def test_one_query_reads_the_window_alone() -> None:
     """Not the rest of the cache under a mask: what is not a number there would spread."""
     q, k, v = (x.float() for x in qkv(2, 1, 6, s=9, kv=2))

@@ -8,7 +8,7 @@ from small_adapters import small_gpt2
 from small_models import both, tiny_llama
 from small_t5 import lively as lively_t5
 
-from handtune.engine import LoRAConfig, add_lora, generate, quantize
+from handtune.engine import LoRAConfig, add_lora, generate, merge_lora, quantize, unmerge_lora
 from handtune.engine.generation import packing
 from handtune.engine.generation.packing import MIN_STEPS, free_memory, pack, using
 from handtune.kernels import Linear, matmul_cpu
@@ -71,6 +71,25 @@ def test_what_is_packed_and_what_is_not(monkeypatch) -> None:
         parameter.requires_grad_(False)
     quantize(model)
     assert not any(linear.quantized for linear in pack(model, rows=4, steps=MIN_STEPS))
+
+
+def test_a_merge_is_seen_by_what_was_packed_before(tmp_path: Path) -> None:
+    """In a conversation that switches adapters: the packed weights of the base are no longer the model's."""
+    model = FAMILIES["llama"](tmp_path).bfloat16()
+    add_lora(model, LoRAConfig(rank=2))
+    for name, parameter in model.named_parameters():
+        if ".lora." in name:
+            parameter.data += torch.randn_like(parameter)
+    linear = model.layers[0].qkv
+    x = torch.randn(2, linear.in_features).bfloat16()
+    with torch.no_grad(), using(pack(model, rows=2, steps=MIN_STEPS)):
+        before = linear(x)
+        merge_lora(model)
+        merged = linear(x)
+        assert torch.equal(merged, torch.nn.functional.linear(x, linear.weight, linear.bias))
+        assert (merged - before).norm() <= 0.1 * before.norm()
+        unmerge_lora(model)
+        assert torch.equal(linear(x), before)
 
 
 def test_packed_weights_go_whatever_happens() -> None:

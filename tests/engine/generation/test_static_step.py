@@ -5,18 +5,21 @@ made in one step, run again on the same tensors: like a graph it knows nothing o
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from small_adapters import small_gpt2
 from small_models import both, padded, tiny_bloom, tiny_gpt2, tiny_llama, token_rows
+from small_tokenizers import byte_level
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from handtune.engine import LoRAConfig, add_lora, generate, use_adapter
+from handtune.engine import LoRAConfig, add_lora, freeze, generate, quantize, use_adapter
 from handtune.engine.generation import decoding, static_step
+from handtune.engine.generation.streaming import Streamer
 from handtune.kernels.backend import INTERPRETED
 from handtune.models.bloom import model as bloom
 from handtune.models.layers import inputs
@@ -25,20 +28,36 @@ from handtune.models.layers.kv_cache import KVCache
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="a launch of Triton's interpreter is no operation of torch")
 
 ROWS = token_rows((5, 1, 9, 3))
-FAMILIES = {"gpt2": tiny_gpt2, "llama": tiny_llama, "bloom": tiny_bloom}
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 10,
+    "short_factor": [1.0, 1.1], "long_factor": [2.0, 3.0],
+}  # fmt: skip
+FAMILIES = {
+    "gpt2": tiny_gpt2,
+    "llama": tiny_llama,
+    "bloom": tiny_bloom,
+    "longrope": lambda: tiny_llama(rope_parameters=LONGROPE),
+    "DoRA": tiny_llama,
+    "4 bits": tiny_llama,
+}
 
 
 class Recording(TorchDispatchMode):
-    """The operations of a step; one that asks a tensor for its value, or brings one from the host, is refused."""
+    """The operations of a step; refused is what asks for a value, has a size that depends on one, or brings one."""
 
-    refused = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.lift_fresh.default)
+    aten = torch.ops.aten
+    refused = (
+        aten._local_scalar_dense.default, aten.lift_fresh.default, aten.nonzero.default, aten.masked_select.default,
+        aten._unique2.default, aten.repeat_interleave.Tensor,
+    )  # fmt: skip
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, Any, Any, Any]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func not in self.refused, func
+        by_mask = func is self.aten.index.Tensor and any(x is not None and x.dtype == torch.bool for x in args[1])
+        assert func not in self.refused and not by_mask, func
         out = func(*args, **(kwargs or {}))
         self.calls.append((func, args, kwargs or {}, out))
         return out
@@ -74,15 +93,16 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
 
     # Choices as on a GPU, which isn't asked whether a mask hides anything, nor whether it has holes.
     monkeypatch.setattr(inputs, "hides_nothing", lambda mask: mask is None)
-    monkeypatch.setattr(bloom, "mask_bias", lambda mask, slopes: inputs.key_bias(mask))
+    monkeypatch.setattr(bloom, "may_have_holes", lambda real: True)
     monkeypatch.setattr(static_step, "record", record)
     monkeypatch.setattr(static_step, "GRAPHS", ("cpu",))
+    monkeypatch.setattr(static_step, "MIN_REPLAYS", 1)
     monkeypatch.setattr(decoding, "BLOCK", 5)
     return recordings
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"seed": 3}, {"seed": 4, "samples": 2}], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bloom"])
 def test_texts_by_replayed_steps_are_the_same(monkeypatch, tmp_path, family: str, settings: dict) -> None:
     """Padded prompts, a cache that grows three times, rows that leave."""
     model = both(tmp_path, FAMILIES[family](), "causal-lm")[1]
@@ -125,28 +145,104 @@ def test_a_planted_number_of_the_host_is_found(monkeypatch, tmp_path) -> None:
     append = KVCache.append
 
     def by_length(self: KVCache, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.column is None:
+        if self._static is None:
             return append(self, layer, k, v)
         keys, values = self.buffer[layer].transpose(2, 3)
         keys[:, self.length] = k[:, 0]
         values[:, self.length] = v[:, 0]
-        return keys, values
+        return keys[:, : self._static[1]], values[:, : self._static[1]]
 
     monkeypatch.setattr(KVCache, "append", by_length)
     assert not torch.equal(generate(model, ids, None, 9, temperature=0), expected)
 
 
+def of_family(family: str, folder: Path) -> Any:
+    model = both(folder, FAMILIES[family](), "causal-lm")[1]
+    if family.startswith("4 bits"):
+        freeze(model, "*")
+        quantize(model)
+    if family.endswith("DoRA"):
+        add_lora(model, LoRAConfig(rank=2, dora=True))
+        for name, parameter in model.named_parameters():
+            if ".lora." in name:
+                parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_logits_of_replayed_steps_are_those_of_plain_ones(monkeypatch, tmp_path, family, dtype) -> None:
+    """Of one text after another, the second behind a part of the first, as long as the model's positions allow."""
+    model = of_family(family, tmp_path).to(dtype)
+    text = torch.randint(1, 61, (1, 40), generator=torch.Generator().manual_seed(3))
+    plain, static = (decoding.Decoding(model, text[:, :4], None, 36) for _ in range(2))
+    recordings = replayed(monkeypatch)
+    for first, last in ((4, 39), (2, 20), (9, 39)):
+        for decoder in (plain, static):
+            decoder.restart(text[:, :first], last + 1 - first)
+        plain.is_static = False
+        for n in range(first, last):
+            expected = plain.logits()
+            found = static.logits()
+            assert (found - expected).norm() <= (2e-2 if dtype == torch.bfloat16 else 1e-5) * expected.norm(), n
+            for decoder in (plain, static):
+                decoder.extend(text[:, n])
+    assert len(recordings) > 10
+
+
 def test_whose_steps_are_static(monkeypatch) -> None:
     assert not static_step.serves(small_gpt2(), 20)  # a CPU has no graphs
-    recordings = replayed(monkeypatch)
-    assert static_step.serves(small_gpt2(), 20)
-    windowed = small_gpt2(window=12)
     ids = torch.tensor([[3, 4, 5]])
-    generate(windowed, ids, None, 10, temperature=0)
+    windowed = small_gpt2(window=12)
+    expected = generate(windowed, ids, None, 10, temperature=0)
+    recordings = replayed(monkeypatch)
+    assert generate(windowed, ids, None, 10, temperature=0).tolist() == expected.tolist()
     assert not recordings
-    generate(windowed, ids, None, 9, temperature=0)
-    assert recordings
+    assert generate(windowed, ids, None, 9, temperature=0).tolist() == expected[:, :12].tolist()
+    assert len(recordings) == 2  # the second reaches as far as the window, and no further
 
     recordings.clear()
     generate(small_gpt2(), ids, None, 9, temperature=0, beams=2)
     assert not recordings
+    monkeypatch.setattr(static_step, "MIN_REPLAYS", 4)
+    generate(small_gpt2(), ids, None, 4, temperature=0)
+    assert not recordings
+    generate(small_gpt2(), ids, None, 5, temperature=0)
+    assert recordings
+
+
+@pytest.mark.parametrize("after", range(1, 7))
+def test_a_step_that_breaks_off_leaves_the_next_text_right(monkeypatch, after: int) -> None:
+    """As by Ctrl-C in a conversation: in some layer of the prompt, of the first step, while it is recorded."""
+    model, words = small_gpt2(vocab_size=500), byte_level()
+    prompts = [words.encode(text).ids for text in ("a b", "a b c")]
+    expected = list(Streamer(model, words, temperature=0).pieces(prompts[1], 12))
+    recordings = replayed(monkeypatch)
+    streamer = Streamer(model, words, temperature=0)
+    append = KVCache.append
+    calls = []
+
+    def interrupted(self: KVCache, *args: Any) -> tuple[Tensor, Tensor]:
+        calls.append(1)
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        return append(self, *args)
+
+    monkeypatch.setattr(KVCache, "append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(streamer.pieces(prompts[0], 12))
+    assert list(streamer.pieces(prompts[1], 12)) == expected
+    assert recordings
+
+
+def test_static_steps_under_autocast(monkeypatch) -> None:
+    model = small_gpt2()
+    ids = torch.tensor([[3, 4, 5]])
+    texts = []
+    for replays in (False, True):
+        if replays:
+            assert replayed(monkeypatch) == []
+        with torch.autocast("cpu", torch.bfloat16):
+            texts.append(generate(model, ids, None, 12, temperature=0).tolist())
+    assert texts[0] == texts[1]
