@@ -43,19 +43,21 @@ CONFIGS = {
 def test_odd_configurations_give_the_logits_of_transformers(tmp_path, overrides):
     reference, model = both_t5(tmp_path, **overrides)
     sources, targets = [*SOURCES, *token_rows((45,), seed=3)], [*TARGETS, *token_rows((50,), seed=4)]
+    # Of the deeper encoder, transformers and we are 1.1 to 1.4e-4 off from float64, by Triton's interpreter, too.
+    bound = 2e-4
     truth = []
     for source, target in zip(sources, targets, strict=True):
         inputs = pairs([source], [target])
         truth.append(reference(**inputs).logits[0])
-        assert_within(model(**inputs)[0], truth[-1], 1e-4, "alone")
+        assert_within(model(**inputs)[0], truth[-1], bound, "alone")
     for side in ("right", "left"):
         inputs = pairs(sources, targets, side)
         mask = inputs["decoder_attention_mask"]
-        assert_within(real(reference(**inputs).logits, mask), torch.cat(truth), 1e-4, f"transformers, {side}")
-        assert_within(real(model(**inputs), mask), torch.cat(truth), 1e-4, f"{side} padding")
+        assert_within(real(reference(**inputs).logits, mask), torch.cat(truth), bound, f"transformers, {side}")
+        assert_within(real(model(**inputs), mask), torch.cat(truth), bound, f"{side} padding")
         if side == "right":
             del inputs["decoder_attention_mask"]
-            assert_within(real(model(**inputs), mask), torch.cat(truth), 1e-4, "the decoder's padding unmasked")
+            assert_within(real(model(**inputs), mask), torch.cat(truth), bound, "the decoder's padding unmasked")
 
 
 @torch.no_grad()
