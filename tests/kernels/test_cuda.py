@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from handtune.engine import LoRAConfig, TrainConfig, add_lora, generate, train, use_adapter
+from handtune.engine import LoRAConfig, TrainConfig, add_lora, freeze, generate, quantize, train, use_adapter
 from handtune.engine.data.batches import Collate
-from handtune.engine.generation import static_step
+from handtune.engine.generation import decoding, static_step
 from handtune.engine.tasks.causal_lm import causal_lm_loss
 from handtune.kernels import attention, layer_norm, linear_cross_entropy, lora_linear, rms_norm, rope, swiglu
 from handtune.kernels.dropout import dropout
-from handtune.models import GPT2, Llama
+from handtune.models import GPT2, Bloom, Llama
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")]
 
@@ -111,3 +111,45 @@ def test_a_graph_writes_what_is_written_without(monkeypatch, settings: dict) -> 
             found.append(generate(model, ids, mask, 40, eos_id=(7, 9), **settings))
         assert len(graphs) >= 1
     assert torch.equal(*found)
+
+
+SIZES = {"n_layer": 2, "n_head": 4, "d_model": 64, "vocab_size": 64}
+DECODERS = {
+    "gpt2": lambda: GPT2.from_name("gpt2", max_positions=64, **SIZES),
+    "llama": lambda: Llama.from_name("SmolLM2-135M", n_kv_head=2, d_ff=96, max_positions=64, **SIZES),
+    "bloom": lambda: Bloom.from_name("bloom-560m", **SIZES),
+    "4 bits": lambda: Llama.from_name("SmolLM2-135M", n_kv_head=2, d_ff=128, max_positions=64, **SIZES),
+    "DoRA": lambda: Llama.from_name("SmolLM2-135M", n_kv_head=2, d_ff=96, max_positions=64, **SIZES),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", DECODERS)
+@torch.no_grad()
+def test_logits_by_graphs_are_those_without(monkeypatch, name: str, dtype: torch.dtype) -> None:
+    """Graphs that are made anew every eight tokens, and for a second text behind a part of the first."""
+    torch.manual_seed(0)
+    model = DECODERS[name]().to("cuda", dtype).eval()
+    if name == "4 bits":
+        freeze(model, "*")
+        quantize(model)
+    if name == "DoRA":
+        add_lora(model, LoRAConfig(rank=4, dora=True))
+    text = torch.randint(1, 64, (1, 40), device="cuda")
+    plain, static = (decoding.Decoding(model, text[:, :4], None, 36) for _ in range(2))
+    monkeypatch.setattr(decoding, "BLOCK", 8)
+    monkeypatch.setattr(static_step, "MIN_REPLAYS", 1)
+    graphs: list[torch.device] = []
+    record = static_step.record
+    monkeypatch.setattr(static_step, "record", lambda step, device: graphs.append(device) or record(step, device))
+    for first, last in ((4, 39), (2, 20), (9, 39)):
+        for decoder in (plain, static):
+            decoder.restart(text[:, :first], last + 1 - first)
+        plain.is_static = False
+        for n in range(first, last):
+            expected = plain.logits()
+            found = static.logits()
+            assert (found - expected).norm() <= (4e-2 if dtype == torch.bfloat16 else 2e-3) * expected.norm(), n
+            for decoder in (plain, static):
+                decoder.extend(text[:, n])
+    assert len(graphs) > 5
