@@ -50,10 +50,10 @@ def using(packed: Packed) -> Iterator[None]:
 def free_memory() -> int:
     """Bytes of main memory that this process may still take; 0 where the system doesn't tell."""
     try:
-        found = re.search(r"^MemAvailable:\s+(\d+) kB", MEMINFO.read_text(), re.MULTILINE)
+        match = re.search(r"^MemAvailable:\s+(\d+) kB", MEMINFO.read_text(), re.MULTILINE)
     except OSError:
         return 0
-    free = 1024 * int(found[1]) if found else 0
+    free = 1024 * int(match[1]) if match else 0
 
     for limit, usage in LIMITS:
         try:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ...kernels.lora.dora import factors_kept
+from ...kernels.lora.dora import cached_factors
 from ..adapters.switch import adapters_of_rows
 from ..data.text import completion_text
 from ..finite import not_finite
@@ -100,7 +100,7 @@ def generate(
 
     n_rows = len(input_ids) * samples * beams
     packed = using(pack(model, n_rows, max_new_tokens))
-    with in_eval_mode(model), factors_kept(), packed, adapters_of_rows(model) as adapters:
+    with in_eval_mode(model), cached_factors(), packed, adapters_of_rows(model) as adapters:
         decoding = Decoding(model, input_ids, attention_mask, max_new_tokens, adapters, beams=beams > 1)
         try:
             if beams > 1:

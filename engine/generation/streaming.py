@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ...kernels.lora.dora import factors_kept
+from ...kernels.lora.dora import cached_factors
 from ..data.text import completion_text
 from ..finite import not_finite
 from ..runtime import in_eval_mode
@@ -82,7 +82,7 @@ class Streamer:
         self.ended = False
         if self._packed is None:
             self._packed = pack(self.model, rows=1, steps=MIN_STEPS)
-        with in_eval_mode(self.model), factors_kept(), using(self._packed):
+        with in_eval_mode(self.model), cached_factors(), using(self._packed):
             decoding = self._begin(input_ids, max_new_tokens)
             try:
                 for token in token_by_token(decoding, sampler, self._repetition, max_new_tokens, ends, pad=0):

@@ -144,33 +144,34 @@ def packed_behind_prompts(
     `attention` takes them; the arrays tell where in them each row's tokens are, those of its prompt and its own.
     """
     segments: list[Any] = []
-    seen: list[np.ndarray] = []  # of each segment, where the tokens are that it sees
+    visible: list[np.ndarray] = []  # of each segment, where the tokens are that it sees
     by_prompt: dict[tuple[int, ...], np.ndarray] = {}
-    whole_rows = []
+    indices = []
     n_tokens = 0
     for prompt, row in zip(prompts, rows, strict=True):
         key = tuple(prompt)
         if key not in by_prompt:
             by_prompt[key] = np.arange(n_tokens, n_tokens + len(prompt))
             segments.append(prompt)
-            seen.append(by_prompt[key])
+            visible.append(by_prompt[key])
             n_tokens += len(prompt)
 
-        whole = np.concatenate((by_prompt[key], np.arange(n_tokens, n_tokens + len(row))))
-        whole_rows.append(whole)
+        index = np.concatenate((by_prompt[key], np.arange(n_tokens, n_tokens + len(row))))
+        indices.append(index)
         if len(row):
             segments.append(row)
-            seen.append(whole)
+            visible.append(index)
             n_tokens += len(row)
 
     # A segment's tokens are the last that it sees.
     inputs = packed(segments)
-    positions = [np.arange(len(sees) - len(own), len(sees)) for sees, own in zip(seen, segments, strict=True)]
+    lengths = [(len(segment), len(index)) for segment, index in zip(segments, visible, strict=True)]
+    positions = [np.arange(n_visible - n, n_visible) for n, n_visible in lengths]
     inputs["position_ids"] = torch.from_numpy(np.concatenate(positions))[None]
-    key_bounds = np.cumsum([0, *map(len, seen)], dtype=np.int32)
-    inputs["keys"] = (torch.from_numpy(np.concatenate(seen)), torch.from_numpy(key_bounds))
-    inputs["max_seqlen"] = max(map(len, seen))
-    return inputs, whole_rows
+    key_bounds = np.cumsum([0, *map(len, visible)], dtype=np.int32)
+    inputs["keys"] = (torch.from_numpy(np.concatenate(visible)), torch.from_numpy(key_bounds))
+    inputs["max_seqlen"] = max(map(len, visible))
+    return inputs, indices
 
 
 def draw(prompts: Sequence[Prompt], n: int) -> list[Prompt]:

@@ -15,7 +15,7 @@ V is never made. With y₀ = x Vᵀ + b, which `lora_linear` gives, y = g y₀ +
     ‖V‖² = ‖W‖² + 2 s Σ (W Aᵀ) ⊙ B + s² Σ (B (A Aᵀ)) ⊙ B          sums over the columns of each row
 
 which is a product with W of R columns, in W's dtype: for n rows of x, R/n of what the layer itself takes. Decoding
-token by token would pay R times the layer: in a block of `factors_kept` g is computed once.
+token by token would pay R times the layer: in a block of `cached_factors` g is computed once.
 
 Shapes: M rows of W, K its columns, R the rank.
 """
@@ -31,31 +31,31 @@ from torch.autograd.function import once_differentiable
 
 TINY = 1e-30  # the least ‖V‖²: a row of zeros has a magnitude, too, and 0/0 would spread
 Made = TypeVar("Made")
-# What is made of adapters' factors, by the module that has them and the dtype; None outside of `factors_kept`.
-_KEPT: ContextVar[dict[tuple[object, torch.dtype], Any] | None] = ContextVar("kept", default=None)
+# What is made of adapters' factors, by the module that has them and the dtype; None outside of `cached_factors`.
+_CACHE: ContextVar[dict[tuple[object, torch.dtype], Any] | None] = ContextVar("cached_factors", default=None)
 
 
 @contextmanager
-def factors_kept() -> Iterator[None]:
+def cached_factors() -> Iterator[None]:
     """A block in which no weight changes, so that without gradients what is made of factors is made once.
 
     Written a token at a time, a text would wait for it longer than for the products.
     """
-    token = _KEPT.set({})
+    token = _CACHE.set({})
     try:
         yield
     finally:
-        _KEPT.reset(token)
+        _CACHE.reset(token)
 
 
-def keeps() -> bool:
+def caches_factors() -> bool:
     """Whether what is made of factors is kept: in such a block, without gradients, and not while it is compiled."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and _KEPT.get() is not None
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and _CACHE.get() is not None
 
 
-def kept(module: nn.Module, dtype: torch.dtype, make: Callable[[], Made]) -> Made:
-    """What `make` gives, of the first call in a block of `factors_kept`."""
-    made = _KEPT.get() if keeps() else None
+def cached(module: nn.Module, dtype: torch.dtype, make: Callable[[], Made]) -> Made:
+    """What `make` gives, of the first call in a block of `cached_factors`."""
+    made = _CACHE.get() if caches_factors() else None
     if made is None:
         return make()
     if (module, dtype) not in made:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quant.nf4 import NF4Weight
-from .dora import gain_of_rows, keeps, kept, row_norms
+from .dora import cached, caches_factors, gain_of_rows, row_norms
 
 
 @dataclass(frozen=True)
@@ -169,14 +169,14 @@ class LoRALinearWeights(nn.Module):
             dense = matrix.dequantize(torch.float32) if isinstance(matrix, NF4Weight) else matrix
             return gain_of_rows(list(magnitudes), self._norms(dense), self.rows, matrix.shape[0])
 
-        return kept(magnitudes, torch.float32, make)
+        return cached(magnitudes, torch.float32, make)
 
     def joined(self, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """A (ΣR, K) and all parts' s B in one (M, ΣR), M being `size`; None outside of a block of `factors_kept`.
+        """A (ΣR, K) and all parts' s B in one (M, ΣR), M being `size`; None outside of a block of `cached_factors`.
 
         For a few rows of x, one product that multiplies zeros, too, takes less than one for each part.
         """
-        if not keeps():
+        if not caches_factors():
             return None
 
         def make() -> tuple[Tensor, Tensor]:
@@ -188,7 +188,7 @@ class LoRALinearWeights(nn.Module):
                 first += b.shape[1]
             return a.to(dtype), b_of_all.to(dtype)
 
-        return kept(self, dtype, make)
+        return cached(self, dtype, make)
 
 
 @dataclass(frozen=True)
