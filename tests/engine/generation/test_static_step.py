@@ -5,6 +5,7 @@ made in one step, run again on the same tensors: like a graph it knows nothing o
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,23 @@ from handtune.models.layers.kv_cache import KVCache
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="a launch of Triton's interpreter is no operation of torch")
 
 ROWS = token_rows((5, 1, 9, 3))
-LONGROPE = {
-    "rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 10,
-    "short_factor": [1.0, 1.1], "long_factor": [2.0, 3.0],
+ROPES: dict[str, dict[str, Any]] = {
+    "longrope": {
+        "rope_type": "longrope", "original_max_position_embeddings": 10,
+        "short_factor": [1.0, 1.1], "long_factor": [2.0, 3.0],
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
 }  # fmt: skip
 FAMILIES = {
     "gpt2": tiny_gpt2,
     "llama": tiny_llama,
     "bloom": tiny_bloom,
-    "longrope": lambda: tiny_llama(rope_parameters=LONGROPE),
+    **{name: partial(tiny_llama, rope_parameters={"rope_theta": 100.0, **rope}) for name, rope in ROPES.items()},
     "DoRA": tiny_llama,
     "4 bits": tiny_llama,
 }
