@@ -269,7 +269,7 @@ is left. Training has no counterpart in PEFT.
 Medians of three processes each, in turn. Fine-tuning: 160 rows of Alpaca's shape, 8 a step, cut at 512 tokens, the same
 factors, order and optimizer on both sides. Of 64 rows held out, transformers and PEFT find a loss of
 {losses["before"]:.4f} before, {losses["handtune"]:.4f} after ours and {losses["trl"]:.4f} after TRL's. GRPO: 32
-completions a round, of 32 tokens, in groups of 8, of one process each, measured later.
+completions a round, of 32 tokens, in groups of 8.
 
 {beside_trl()}
 
