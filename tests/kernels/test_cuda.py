@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from static_steps import assert_static_is_plain
 
 from handtune.engine import LoRAConfig, TrainConfig, add_lora, freeze, generate, quantize, train, use_adapter
 from handtune.engine.data.batches import Collate
@@ -125,9 +126,8 @@ DECODERS = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", DECODERS)
-@torch.no_grad()
 def test_logits_by_graphs_are_those_without(monkeypatch, name: str, dtype: torch.dtype) -> None:
-    """Graphs that are made anew every eight tokens, and for a second text behind a part of the first."""
+    """Graphs that are made anew every eight tokens."""
     torch.manual_seed(0)
     model = DECODERS[name]().to("cuda", dtype).eval()
     if name == "4 bits":
@@ -135,21 +135,11 @@ def test_logits_by_graphs_are_those_without(monkeypatch, name: str, dtype: torch
         quantize(model)
     if name == "DoRA":
         add_lora(model, LoRAConfig(rank=4, dora=True))
-    text = torch.randint(1, 64, (1, 40), device="cuda")
-    plain, static = (decoding.Decoding(model, text[:, :4], None, 36) for _ in range(2))
     monkeypatch.setattr(decoding, "BLOCK", 8)
     monkeypatch.setattr(static_step, "MIN_REPLAYS", 1)
     graphs: list[torch.device] = []
     record = static_step.record
     monkeypatch.setattr(static_step, "record", lambda step, device: graphs.append(device) or record(step, device))
-    for first, last in ((4, 39), (2, 20), (9, 39)):
-        for decoder in (plain, static):
-            decoder.restart(text[:, :first], last + 1 - first)
-        plain.is_static = False
-        for n in range(first, last):
-            expected = plain.logits()
-            found = static.logits()
-            assert (found - expected).norm() <= (4e-2 if dtype == torch.bfloat16 else 2e-3) * expected.norm(), n
-            for decoder in (plain, static):
-                decoder.extend(text[:, n])
+    text = torch.randint(1, 64, (1, 40), device="cuda")
+    assert_static_is_plain(model, text, 4e-2 if dtype == torch.bfloat16 else 2e-3)
     assert len(graphs) > 5

@@ -14,6 +14,7 @@ import torch
 from small_adapters import small_gpt2
 from small_models import both, padded, tiny_bloom, tiny_gpt2, tiny_llama, token_rows
 from small_tokenizers import byte_level
+from static_steps import assert_static_is_plain
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -180,23 +181,12 @@ def of_family(family: str, folder: Path) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
 def test_logits_of_replayed_steps_are_those_of_plain_ones(monkeypatch, tmp_path, family, dtype) -> None:
-    """Of one text after another, the second behind a part of the first, as long as the model's positions allow."""
+    """Of texts as long as the model's positions allow."""
     model = of_family(family, tmp_path).to(dtype)
-    text = torch.randint(1, 61, (1, 40), generator=torch.Generator().manual_seed(3))
-    plain, static = (decoding.Decoding(model, text[:, :4], None, 36) for _ in range(2))
     recordings = replayed(monkeypatch)
-    for first, last in ((4, 39), (2, 20), (9, 39)):
-        for decoder in (plain, static):
-            decoder.restart(text[:, :first], last + 1 - first)
-        plain.is_static = False
-        for n in range(first, last):
-            expected = plain.logits()
-            found = static.logits()
-            assert (found - expected).norm() <= (2e-2 if dtype == torch.bfloat16 else 1e-5) * expected.norm(), n
-            for decoder in (plain, static):
-                decoder.extend(text[:, n])
+    text = torch.randint(1, 61, (1, 40), generator=torch.Generator().manual_seed(3))
+    assert_static_is_plain(model, text, 2e-2 if dtype == torch.bfloat16 else 1e-5)
     assert len(recordings) > 10
 
 
