@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 GRAPHS = ("cuda",)  # kinds of devices that have graphs
-BLOCK = 256  # positions that a step reaches beyond what is filled, at first
-MIN_REPLAYS = 8  # steps that a graph is made for
+# Guesses, until a GPU has measured them: how far a step reaches beyond what is filled when it is made, and how many
+# steps are worth a graph.
+BLOCK = 256
+MIN_REPLAYS = 8
 
 
 def serves(model: Any, length: int) -> bool:
@@ -35,6 +37,7 @@ class StaticStep:
         self.model = model
         self.cache = cache
         self.reach = reach
+        cache.buffer[:, :, :, :, cache.length : reach] = 0  # a mask hides numbers, but not NaN
         self.tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.column = torch.full((1,), cache.length, device=device)
         self.visible = torch.zeros(batch, reach, dtype=torch.long, device=device)

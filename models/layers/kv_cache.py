@@ -14,7 +14,7 @@ class KVCache:
     """
 
     def __init__(self, n_layer: int, batch: int, length: int, n_kv_head: int, head_width: int, like: Tensor):
-        self.buffer = like.new_zeros(n_layer, 2, batch, n_kv_head, length, head_width)
+        self.buffer = like.new_empty(n_layer, 2, batch, n_kv_head, length, head_width)
         self.length = 0  # positions filled so far, in all layers
         self._static: tuple[Tensor, int] | None = None  # column and reach, inside `at`
 
@@ -22,7 +22,7 @@ class KVCache:
     def at(self, column: Tensor, reach: int) -> Iterator[None]:
         """Inside, `append` stores a single position at `column` (1,), and gives the first `reach` of them.
 
-        Those that are not filled are there for a mask to hide. `length` stays what it is.
+        Those that are not filled are for a mask to hide, and must be finite for that. `length` stays what it is.
         """
         self._static = column, reach
         try:
@@ -51,7 +51,7 @@ class KVCache:
         """Go on with these rows (n,) in the place of the present ones, a row once, several times or not at all."""
         filled = self.buffer[:, :, rows, :, : self.length]  # (n_layer, 2, n, K, length, hd), a copy
         if len(rows) != self.buffer.shape[2]:
-            self.buffer = self.buffer.new_zeros((*filled.shape[:4], *self.buffer.shape[4:]))
+            self.buffer = self.buffer.new_empty((*filled.shape[:4], *self.buffer.shape[4:]))
         self.buffer[:, :, :, :, : self.length] = filled
 
     def rewind(self, n_cached: int, length: int) -> int:
@@ -60,9 +60,8 @@ class KVCache:
         A causal model's keys and values depend on nothing that comes later, so that another text may follow them.
         """
         if length > self.buffer.shape[4]:
-            buffer = self.buffer.new_zeros((*self.buffer.shape[:4], length, self.buffer.shape[5]))
+            buffer = self.buffer.new_empty((*self.buffer.shape[:4], length, self.buffer.shape[5]))
             buffer[:, :, :, :, :n_cached] = self.buffer[:, :, :, :, :n_cached]
             self.buffer = buffer
-        self.buffer[:, :, :, :, n_cached:] = 0  # a text that broke off may have left NaN, which no mask hides
         self.length = n_cached
         return n_cached

@@ -91,7 +91,7 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     recordings: list[Recording] = []
 
     def record(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-        owner: static_step.StaticStep = step.__self__  # type: ignore[attr-defined]
+        owner: static_step.StaticStep = step.__self__
         state = (owner.visible, owner.column, owner.position_ids, owner.cache.buffer)
         before = [x.clone() for x in state]
         with Recording() as recording:
@@ -245,3 +245,16 @@ def test_static_steps_under_autocast(monkeypatch) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             texts.append(generate(model, ids, None, 12, temperature=0).tolist())
     assert texts[0] == texts[1]
+
+
+@torch.no_grad()
+def test_what_is_not_filled_spoils_nothing(monkeypatch) -> None:
+    """Memory that was never written, and what a text left behind that broke off, may hold NaN."""
+    model = small_gpt2()
+    text = torch.randint(1, 61, (1, 40), generator=torch.Generator().manual_seed(3))
+    recordings = replayed(monkeypatch)
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda x, *size: x.new_full(size if len(size) > 1 else size[0], torch.nan)
+    )
+    assert_static_is_plain(model, text, 1e-5)
+    assert recordings
