@@ -54,8 +54,10 @@ ELSEWHERE = {
         "kernels/attn/cpu.py", "kernels/attn/rows.py", "kernels/attn/forward_triton.py",
         "kernels/attn/backward_triton.py",
     ],
+    "many processes": ["engine/parallel"],
     "care": [
-        "handtune", "engine/finite.py", "engine/data/fingerprints.py", "engine/data/placed_rows.py",
+        "handtune", "engine/finite.py", "engine/runtime.py", "engine/data/fingerprints.py",
+        "engine/data/placed_rows.py",
         "engine/training/cached_features.py", "engine/training/guards.py",
         "engine/training/journal.py", "engine/training/run_folder.py", "engine/training/state.py",
         "engine/training/watching.py",

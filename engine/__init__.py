@@ -1,6 +1,7 @@
 """Everything that trains. It works on any `nn.Module` with a loss function; the built-in losses need the models here.
 
     model  finite  runtime    what the engine may ask of a model; weights that are NaN or infinite; the process of a run
+    parallel/                 several processes, whose result is that of one
     formats/  data/           what stands in files; rows, batches
     chat/                     chat templates, and which tokens the assistant wrote
     adapters/  peft/          low-rank adapters, switched and merged; their files, in PEFT's format

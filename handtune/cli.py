@@ -12,6 +12,7 @@ import traceback
 
 from . import __version__
 from ._outside import explained_memory
+from .processes import n_processes, of_one_process, together
 from .reference.grammar import GRAMMAR, SHARED
 from .terminal import INTERRUPTED, interruptible, safe_streams
 
@@ -94,6 +95,8 @@ def main(arguments: list[str] | None = None) -> int:
             if "--debug" in arguments:  # the options themselves need not have been parsed
                 traceback.print_exception(error)
             code, line = _exit_code_and_message(error, arguments)
+            if n_processes() > 1:
+                code, line = of_one_process(error, code, line)
             if line:
                 print(f"handtune: {line}", file=sys.stderr)
 
@@ -117,7 +120,8 @@ def _run(arguments: list[str]) -> int:
     options = parsed(arguments)
     from . import commands
 
-    with interruptible(), explained_memory(lambda: f"out of memory; {commands.LESS_MEMORY[options.command]}"):
+    less_memory = commands.LESS_MEMORY[options.command]
+    with together(options.command), interruptible(), explained_memory(lambda: f"out of memory; {less_memory}"):
         return commands.COMMANDS[options.command](options)
 
 

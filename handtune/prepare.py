@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from .engine.data.images import ImageCollate, checked_examples
 from .engine.data.mixing import Draws
 from .engine.data.readers import label_names
 from .engine.data.schema import is_dialogue
+from .engine.parallel.ranks import one_first
 from .engine.tasks.encode import encode
 from .engine.tasks.objectives import Objective, dpo, objective_of, with_loss_options
-from .engine.tasks.preferences import add_reference
+from .engine.training.cached_features import add_reference
 from .engine.training.config import needs_evaluation
 from .inputs.rows import columns_of, corpora, data_files, draws_of, is_corpus, parts_of, read_splits, split_windows
 from .models import Bert, ResNet, XLNet, add_tokens, load
@@ -149,7 +151,10 @@ def prepare(config: RunConfig, base: RunBase, cache: Path, *, head_follows: bool
     examples: Examples
     eval_examples: Examples = []
     if from_corpus:
-        examples, eval_examples, counts = corpora(config.data, tokenizer, cache, max_length, model.tokens.eos_id)
+        # The first process on a machine makes the cache that the others read.
+        examples, eval_examples, counts = one_first(
+            partial(corpora, config.data, tokenizer, cache, max_length, model.tokens.eos_id)
+        )
     else:
         encoded_parts = [encoded("train", part) for part in parts_of(train_dialogues, parts)]
         examples = [example for part in encoded_parts for example in part]

@@ -1,8 +1,8 @@
 """From examples to batches: the order of rows, what goes into a step, and the tensors.
 
 A *step* is what one optimizer update sees: a number of rows or a budget of tokens. It is cut into *micro-batches* that
-fit in memory. `Batches` yields a list of micro-batches for each step, knows where it is (`state_dict`), and makes the
-same order again from its seed.
+fit in memory. `Batches` yields the micro-batches of each step, knows where it is (`state_dict`), and makes the same
+order again from its seed.
 
 Rows of a micro-batch are *packed*: laid end to end in one row with the bounds of each (`cu_seqlens`), so that no
 padding is ever computed; positions restart with each row, and attention never crosses a bound. Modules that know no
@@ -43,9 +43,29 @@ def example_size(example: Any) -> int:
     return sum(len(example[key]) for key in texts if key in example)
 
 
+class Step(Sequence[Any]):
+    """The micro-batches of a step; each is collated when it is asked for, and each time anew."""
+
+    def __init__(self, examples: Examples, collate: CollateFn, rows: list[np.ndarray], size: Callable[[Any], int]):
+        self.examples = examples
+        self.collate = collate
+        self.rows = rows  # of each micro-batch, by their numbers
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.collate([self.examples[int(i)] for i in self.rows[index]])
+
+    def sizes(self) -> list[int]:
+        """Tokens of each micro-batch, or rows, where examples have no tokens."""
+        return [sum(self.size(self.examples[int(i)]) for i in rows) or len(rows) for rows in self.rows]
+
+
 @dataclass(eq=False, repr=False)
 class Batches:
-    """Steps over `examples`, as lists of micro-batches made by `collate(list of examples)`.
+    """Steps over `examples`, each a sequence of micro-batches made by `collate(list of examples)`.
 
     A step is `rows` examples, or as many as fit in `tokens` (at least one); a micro-batch likewise. ValueError where a
     row counts no token under a budget of tokens.
@@ -126,13 +146,13 @@ class Batches:
             n_tokens += size
         return np.split(order, bounds)
 
-    def __iter__(self) -> Iterator[list[Any]]:
+    def __iter__(self) -> Iterator[Step]:
         """The rest of the current epoch; afterwards the next epoch is the current one."""
         for step in self.plan(self.epoch)[self.position :]:
             # Before the step is given out: a checkpoint taken during it goes on behind it.
             self.position += 1
             micro_batches = self._chunks(step, self.micro_batch_size, self.micro_batch_tokens)
-            yield [self.collate([self.examples[int(i)] for i in rows]) for rows in micro_batches]
+            yield Step(self.examples, self.collate, micro_batches, self.size)
         self.epoch += 1
         self.position = 0
 

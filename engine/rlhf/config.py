@@ -20,6 +20,8 @@ class PPOConfig:
     rollout_batch_size: int = above_zero(64, most=10**6)  # completions a round
     batch_size: int = above_zero(16, most=10**6)  # completions a step
     micro_batch_size: int | None = above_zero(None, most=10**6)  # completions at once; None: the whole step
+    # Completions that are written, and scored by the reward, at once; None: the whole round.
+    rollout_micro_batch_size: int | None = above_zero(None, most=10**6)
     epochs: int = above_zero(4, most=10_000)  # passes over a round's completions
 
     # What the policy writes, at the temperature that it is trained at: else the ratios would be of another policy.
@@ -55,6 +57,11 @@ class PPOConfig:
     keep_last: int = above_zero(1, most=MANY)  # checkpoints kept
     seed: int = zero_or_more(0, most=2**63 - 1)  # of prompts, samples and the order of updates
 
+    @property
+    def rollout_rows(self) -> int:
+        """Completions that are written at once."""
+        return self.rollout_micro_batch_size or self.rollout_batch_size
+
     def __post_init__(self) -> None:
         check_bounds(self)
         if self.kl_target is not None and self.kl_coef == 0:
@@ -66,4 +73,9 @@ class PPOConfig:
         if self.group_size is not None and (self.group_size < 2 or self.rollout_batch_size % self.group_size):
             raise ValueError(
                 f"group_size = {self.group_size}: it takes at least 2, and a number that divides rollout_batch_size"
+            )
+        if self.group_size is not None and (self.rollout_micro_batch_size or 0) % self.group_size:
+            raise ValueError(
+                f"rollout_micro_batch_size = {self.rollout_micro_batch_size}: it takes a multiple of group_size, "
+                f"{self.group_size}, whose completions are written together"
             )

@@ -7,6 +7,7 @@ sums. A prompt that several completions have is computed once, in the rollout an
 
 from collections.abc import Iterator, Sequence
 from dataclasses import InitVar, dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from ..data.batches import Batch, packed, to_device
 from ..data.text import prompt_tokens
 from ..generation.completions import first_end
 from ..generation.sampling import continuations
+from ..parallel.ranks import in_order, spread, world_size
+from ..runtime import begin_draws
 from .config import PPOConfig
 
 
@@ -115,6 +118,12 @@ class Rollout:
             batch["states"] = torch.cat([self.states[i][:-1] for i in rows])[first.to(device)][None]
         return batch
 
+    def exchange_states(self) -> None:
+        """Fill in the states that other processes have computed."""
+        if world_size() > 1:
+            states = in_order({i: states.cpu() for i, states in self.states.items()})
+            self.states = {i: row.to(self.mask.device) for i, row in enumerate(states)}
+
     def laid_out(self, rows: Sequence[int], without_last: bool = False) -> tuple[dict[str, Any], list[np.ndarray]]:
         """Model inputs for prompts and completions of these rows, and where in them each row's tokens are."""
         ids = [self.ids[i][: -1 if without_last else None] for i in rows]
@@ -123,6 +132,10 @@ class Rollout:
             return packed_behind_prompts([self.prompts[i].ids for i in rows], completions)
         bounds = np.cumsum([0, *map(len, ids)])
         return packed(ids), np.split(np.arange(bounds[-1]), bounds[1:-1])
+
+    def sizes(self, micro_batches: Sequence[Sequence[int]]) -> list[int]:
+        """Tokens of each of these micro-batches of rows."""
+        return [sum(len(self.ids[i]) for i in rows) for rows in micro_batches]
 
     def flat(self, values: Tensor, rows: Sequence[int]) -> Tensor:
         """The values (N, T) of these rows' tokens one after another (n,), in the order of `batch`."""
@@ -180,30 +193,37 @@ def draw(prompts: Sequence[Prompt], n: int) -> list[Prompt]:
     return [prompts[i] for i in order[:n].tolist()]
 
 
-def sample(model: Any, prompts: Sequence[Prompt], adapter: str | None, config: PPOConfig, each: int = 1) -> Rollout:
+def sample(
+    model: Any, prompts: Sequence[Prompt], adapter: str | None, config: PPOConfig, each: int = 1, number: int = 0
+) -> Rollout:
     """Completions, `each` so many of a prompt, of the whole distribution, at the temperature that is trained at (2).
 
-    Torch's generator draws.
+    Each batch of them is written by one of the processes. What is drawn depends on the configuration's seed, the
+    `number` of the round and that of the batch.
     """
     ends = model.tokens.ends
-    ids, ended = [], []
-    for batch in chunks(prompts, max(1, config.rollout_batch_size // each)):
-        # The sampler's seed comes from torch's generator, whose state checkpoints hold.
-        seed = int(torch.randint(2**62, ()))
+
+    def write(i: int, batch: Sequence[Prompt]) -> list[tuple[list[int], bool]]:
+        """Tokens of prompt and completion, and whether it ended by itself, of each completion of a batch."""
+        begin_draws(config.seed, number, i)
         # 3: prompts are padded on the left.
         with use_adapter(model, adapter):
             completions = continuations(
                 model, [prompt.ids for prompt in batch], config.max_new_tokens, temperature=config.temperature,
-                seed=seed, eos_id=ends, samples=each,
+                seed=int(torch.randint(2**62, ())), eos_id=ends, samples=each,
             )  # fmt: skip
 
         # A completion ends with its first end token, which belongs to it; what stands behind that is padding.
-        for i, completion in enumerate(completions):
-            end = first_end(completion, ends)
-            ids.append([*batch[i // each].ids, *completion[: end + 1]])
-            ended.append(end < len(completion))
+        found_ends = [first_end(completion, ends) for completion in completions]
+        return [
+            ([*batch[j // each].ids, *completion[: end + 1]], end < len(completion))
+            for j, (completion, end) in enumerate(zip(completions, found_ends, strict=True))
+        ]
+
+    batches = spread(chunks(prompts, max(1, config.rollout_rows // each)), write)
+    ids, ended = zip(*chain.from_iterable(batches), strict=True)
     repeated = [prompt for prompt in prompts for _ in range(each)]
-    return Rollout(repeated, ids, ended, each > 1, next(model.parameters()))
+    return Rollout(repeated, list(ids), list(ended), each > 1, next(model.parameters()))
 
 
 def chunks(order: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -29,6 +29,7 @@ Shapes: N completions of a round, T tokens of the longest, n completion tokens o
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -38,6 +39,8 @@ from torch import Tensor
 from ..adapters.lora import lr_ratios
 from ..data.batches import Batch, packed, to_device
 from ..generation.completions import text_of
+from ..parallel.ranks import add_disjoint, in_order, my_share, spread
+from ..runtime import begin_draws
 from ..training.optim import Optimizer
 from .actors import POLICY, attach
 from .advantages import adapted_beta, by_group, explained_variance, gae, kl_estimate, policy_loss, value_loss, whiten
@@ -70,14 +73,15 @@ class Trainer:
             trained.items(), betas=(0.9, 0.999), eps=1e-5, weight_decay=0.0, scales=lr_ratios(model)
         )
 
-    def round(self, prompts: Sequence[Prompt], lr: float) -> tuple[Rollout, dict[str, float]]:
-        """One round on these prompts; the rollout, and what is worth knowing about it."""
+    def round(self, prompts: Sequence[Prompt], lr: float, number: int) -> tuple[Rollout, dict[str, float]]:
+        """The round of this number, from 1, on these prompts; the rollout, and what is worth knowing about it."""
         started = time.perf_counter()
-        rollout = sample(self.model, prompts, POLICY, self.config, self.config.group_size or 1)  # 2
+        rollout = sample(self.model, prompts, POLICY, self.config, self.config.group_size or 1, number)  # 2
         n_rows = len(rollout.ids)
         sampled = time.perf_counter()
 
         # 1: the first epoch's order is drawn before anything is computed, so that its micro-batches are known.
+        begin_draws(self.config.seed, number)
         orders = [torch.randperm(n_rows).tolist() for _ in range(self.config.epochs)]
         one_step = len(orders) == len(self.steps(orders[0])) == 1
         policy_first = self.critic is not None or not one_step
@@ -101,7 +105,9 @@ class Trainer:
         reward_differs_below = shared_layers(self.model, (REWARD,)) < n_shared  # it adapts layers that the others share
 
         scores = torch.zeros(n_rows, device=self.device)
-        for rows in chain.from_iterable(self.steps(order)):
+        micro_batches = list(chain.from_iterable(self.steps(order)))
+        for i_batch in my_share(len(micro_batches), partial(rollout.sizes, micro_batches)):
+            rows = micro_batches[i_batch]
             # Prompts and completions: states of the shared layers, and the score that is read off them.
             if n_shared:
                 inputs, places = rollout.laid_out(rows)
@@ -122,6 +128,13 @@ class Trainer:
                 rollout.fill(rollout.values, rows, self.actors.values(batch))
             if with_policy:
                 self.policy_logps(rollout, rows, batch)
+
+        # What other processes have computed of these rows.
+        if n_shared:
+            rollout.exchange_states()
+        add_disjoint(scores, rollout.reference, rollout.values)
+        if with_policy:
+            add_disjoint(rollout.logps, rollout.entropy)
 
         external = [reward for reward in self.rewards if reward is not on_base]
         rollout.scores = scores + self.external_rewards(rollout, external)
@@ -146,13 +159,20 @@ class Trainer:
     def external_rewards(self, rollout: Rollout, rewards: Sequence[RewardFn]) -> Tensor:
         """The scores of rewards that are called with texts, or, without a tokenizer, with token ids, added up.
 
-        A completion that was cut off loses `missing_eos_penalty`.
+        They get the completions that were written at once. One that was cut off loses `missing_eos_penalty`.
         """
         prompts, completions = self.as_given(rollout)
         rows = [prompt.row for prompt in rollout.prompts]
-        total = torch.zeros(len(completions), device=self.device)
-        for reward in rewards:
-            total += checked_scores(reward, prompts, completions, rows).to(self.device)
+
+        def scores_of(number: int, part: Sequence[tuple[Any, Any, Any]]) -> Tensor:
+            columns = [list(column) for column in zip(*part, strict=True)]
+            scores = torch.zeros(len(part))
+            for reward in rewards:
+                scores += checked_scores(reward, *columns).cpu()
+            return scores
+
+        parts = chunks(list(zip(prompts, completions, rows, strict=True)), self.config.rollout_rows)
+        total = torch.cat(spread(parts, scores_of)).to(self.device)
 
         # 10: a completion that hit max_new_tokens, without an end token, pays for it.
         if self.config.missing_eos_penalty is not None:
@@ -190,8 +210,9 @@ class Trainer:
         for step in (step for order in orders for step in self.steps(order)):
             n_tokens = sum(rollout.lengths[i] for rows in step for i in rows)
             step_kl = 0.0  # nats a token, between the policy that sampled and the one before this step
-            for rows in step:
-                part = self.backward(rollout, rows, advantages, returns, policy_known)
+            mine = self.optimizer.begin(len(step), partial(rollout.sizes, step))
+            parts = {i: self.backward(rollout, step[i], advantages, returns, policy_known) for i in mine}
+            for part in in_order(parts):
                 lowest_ratio = min(lowest_ratio, part.pop("ratio_min"))
                 highest_ratio = max(highest_ratio, part.pop("ratio_max"))
                 for name, value in part.items():
@@ -206,6 +227,8 @@ class Trainer:
             if self.config.target_kl is not None and step_kl > self.config.target_kl:
                 break
 
+        if not policy_known:
+            add_disjoint(rollout.logps, rollout.entropy)
         means = {name: value / n_steps for name, value in sums.items()}
         return means | {"ratio_min": lowest_ratio, "ratio_max": highest_ratio, "steps": float(n_steps)}
 

@@ -26,6 +26,7 @@ from ..adapters.lora import adapter_sites
 from ..adapters.switch import set_adapter
 from ..data.batches import Batches
 from ..data.fingerprints import in_memory
+from ..parallel.ranks import any_of, is_first
 from ..runtime import interruptible
 from ..training.guards import (
     clean_guest,
@@ -162,7 +163,7 @@ def ppo(
 
                 # The rollout, and so the objective, is of the weights before the round's updates.
                 weights_before = {key: weight.clone() for key, weight in trainer.optimizer.weights().items()}
-                rollout, stats = trainer.round(list(islice(prompt, prompts_per_round)), lr)
+                rollout, stats = trainer.round(list(islice(prompt, prompts_per_round)), lr, progress.round + 1)
                 loss = stats["policy_loss"] if trainer.is_finite(rollout) else math.nan
                 require_finite(loss, stats["grad_norm"], f"round {progress.round + 1}", run_folder, "ppo.lr")
 
@@ -175,7 +176,7 @@ def ppo(
                 sample = f"{rollout.prompts[0].shown!r} → {completions[0]!r}: {float(rollout.scores[0]):.3f}"
                 watch.step(step=progress.round, episodes=progress.episodes, **stats, sample=sample,
                            peak_memory=peak_memory(), seconds=progress.seconds)  # fmt: skip
-                if show is not None:
+                if show is not None and is_first():
                     show(sample)
 
                 # 16: a run whose KL runs away ends, with the best weights so far.
@@ -186,7 +187,8 @@ def ppo(
                     progress.best = {"round": progress.round, **stats}
                     best_weights = weights_before
 
-                finished = progress.stopped is not None or progress.round == n_rounds or interrupt.is_set()
+                interrupted = any_of(interrupt.is_set())
+                finished = progress.stopped is not None or progress.round == n_rounds or interrupted
                 if finished or progress.round % config.save_every == 0:
                     progress.beta = trainer.beta
                     scales = [(reward_model.shift, reward_model.scale) for reward_model in trainer.reward_models]

@@ -192,7 +192,13 @@ class PerplexityScore:
     """exp of the mean loss. It needs neither labels nor examples nor rows."""
 
     def __init__(self, loss: LossFn, *_: Any):
-        self.update = loss
+        self.loss = loss
+
+    def predict(self, model: Any, batch: Batch) -> tuple[Tensor, float, None]:
+        return *self.loss(model, batch), None
+
+    def add(self, predicted: None) -> None:
+        pass
 
     def result(self, loss: float) -> dict[str, Any]:
         return {"perplexity": perplexity(loss)}

@@ -102,12 +102,15 @@ class ClassificationScore:
         self.probabilities: list[float] = []  # of what was predicted
         self.gold: list[int] = []
 
-    def update(self, model: Any, batch: Batch) -> tuple[Tensor, float]:
+    def predict(self, model: Any, batch: Batch) -> tuple[Tensor, float, Any]:
         logits = _class_logits(model, batch)
-        self.predicted += logits.argmax(-1).tolist()
-        self.probabilities += logits.float().softmax(-1).amax(-1).tolist()
-        self.gold += batch["labels"].tolist()
-        return cross_entropy(logits, batch["labels"])
+        probabilities = logits.float().softmax(-1).amax(-1)
+        predicted = logits.argmax(-1).tolist(), probabilities.tolist(), batch["labels"].tolist()
+        return *cross_entropy(logits, batch["labels"]), predicted
+
+    def add(self, predicted: Any) -> None:
+        for values, more in zip((self.predicted, self.probabilities, self.gold), predicted, strict=True):
+            values += more
 
     def result(self, loss: float) -> dict[str, Any]:
         mistakes = [

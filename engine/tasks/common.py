@@ -6,10 +6,11 @@ once, because tokenizers are fast on many texts, and gives an `Encoded` for each
 A *loss* is a function (model, batch) → (sum of losses in nats, number of targets, or the sum of their weights). A sum
 and a count rather than a mean, because the mean over a step is taken once, over all its micro-batches (`loop.py`).
 
-A *score* goes through an evaluation batch by batch: `update(model, batch)` gives the loss like a loss function and
-keeps the predictions; `result()` gives the metrics that people expect for the task. These count all rows and all their
-gold: what encoding leaves out (a row without text, words behind max_length) has no prediction, and is wrong. Only the
-loss is a mean over what the model has seen. Examples are those of `encode(..., evaluation=True)`: they say their `row`.
+A *score* goes through an evaluation batch by batch: `predict(model, batch)` gives the loss like a loss function, and
+what the model predicts; `add(predicted)` takes that in, in the order of the batches, which several processes may have
+computed; `result()` gives the metrics that people expect for the task. These count all rows and all their gold: what
+encoding leaves out (a row without text, words behind max_length) has no prediction, and is wrong. Only the loss is a
+mean over what the model has seen. Examples are those of `encode(..., evaluation=True)`: they say their `row`.
 
 Shapes, here and in the tasks' files: B rows, T tokens of the longest row, N tokens of all rows, n of them targets, D
 width, V vocabulary, C classes or candidates.
@@ -193,9 +194,10 @@ def smoothing_penalty(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor |
 
 
 class Score(Protocol):
-    """Collects predictions over an evaluation."""
+    """Collects predictions over an evaluation; what is predicted of a batch are lists or arrays."""
 
-    def update(self, model: Any, batch: Batch) -> tuple[Tensor, float]: ...
+    def predict(self, model: Any, batch: Batch) -> tuple[Tensor, float, Any]: ...
+    def add(self, predicted: Any) -> None: ...
     def result(self, loss: float) -> dict[str, Any]: ...
 
 

@@ -168,11 +168,15 @@ class RetrievalScore:
         self.anchors: list[np.ndarray] = []
         self.positives: list[np.ndarray] = []
 
-    def update(self, model: Any, batch: Batch) -> tuple[Tensor, float]:
+    def predict(self, model: Any, batch: Batch) -> tuple[Tensor, float, Any]:
         anchors, candidates = embeddings(model, batch)  # (B, D), (C, D)
-        self.anchors.append(anchors.float().cpu().numpy())
-        self.positives.append(candidates[batch["targets"]].float().cpu().numpy())
-        return embedding_loss_of(anchors, candidates, batch)
+        pairs = [states.float().cpu().numpy() for states in (anchors, candidates[batch["targets"]])]
+        return *embedding_loss_of(anchors, candidates, batch), pairs
+
+    def add(self, predicted: Any) -> None:
+        anchors, positives = predicted
+        self.anchors.append(anchors)
+        self.positives.append(positives)
 
     def result(self, loss: float) -> dict[str, Any]:
         return retrieval(np.concatenate(self.anchors), np.concatenate(self.positives), self.texts, self.n_missed)

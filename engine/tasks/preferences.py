@@ -23,19 +23,15 @@ from torch import Tensor
 
 from ..._outside import located
 from ...kernels import linear_cross_entropy
-from ..adapters.switch import use_adapter
 from ..chat.fields import trained_turns
 from ..chat.forms import text_of
 from ..chat.turns import ChatTargets
-from ..data.batches import IGNORE, Batch, Batches, Collate, Examples, to_device
+from ..data.batches import IGNORE, Batch, Collate, Examples
 from ..data.placed_rows import PlacedRow
 from ..data.text import append_eos, bos_ids, tokenize_pairs
-from ..progress import Progress
-from ..runtime import in_eval_mode
 from .common import Encoded, Settings, features, without_example
 
 SIDES = ("chosen", "rejected")
-CHUNK_TOKENS = 8192  # of a pass without gradients
 
 
 def pairs(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
@@ -259,24 +255,6 @@ class DPOLoss:
         return self.beta * (chosen - rejected)
 
 
-@torch.no_grad()
-def add_reference(model: Any, examples: Examples, adapter: str | None = None) -> None:
-    """Give each comparison the log-probabilities of its answers by the model with `adapter`, or with none.
-
-    Before training that is the reference of DPO: computed once, it costs no second model and no pass a step.
-    """
-    device = next(model.parameters()).device
-    chunks = Batches(examples, PairCollate(), tokens=CHUNK_TOKENS, shuffle=False)
-    logps: list[list[float]] = []
-    with in_eval_mode(model), use_adapter(model, adapter), Progress(len(examples), "reference") as progress:
-        for (batch,) in chunks:
-            chosen, rejected = answer_logps(model, to_device(batch, device)).chunk(2)  # (2B,) -> (B,) each
-            logps += torch.stack((chosen, rejected), 1).tolist()  # (B, 2)
-            progress.update(len(chosen))
-    for example, reference in zip(examples, logps, strict=True):
-        example["reference"] = reference
-
-
 class PairScore:
     """Accuracy and calibration on held-out comparisons; `differences(model, batch)` says how much better each is.
 
@@ -295,11 +273,14 @@ class PairScore:
         self.differences = [0.0] * len(missed)
         self.ties = [bool(row.get("tie")) for row in missed]
 
-    def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
+    def predict(self, model: Any, batch: Batch) -> tuple[Tensor, int, Any]:
         differences = self.compare(model, batch)  # (B,)
-        self.differences += differences.tolist()
-        self.ties += batch["ties"].tolist()
-        return reward_loss_of(differences, batch)
+        return *reward_loss_of(differences, batch), (differences.tolist(), batch["ties"].tolist())
+
+    def add(self, predicted: Any) -> None:
+        differences, ties = predicted
+        self.differences += differences
+        self.ties += ties
 
     def result(self, loss: float) -> dict[str, Any]:
         return comparisons(self.differences, self.ties)

@@ -153,9 +153,12 @@ class AnswerScore:
         self.no_answer = [np.inf] * len(rows)  # of each question the lowest start + end at the first token
         self.some_unanswerable = any(not row["answers"]["text"] for row in rows)
 
-    def update(self, model: Any, batch: Batch) -> tuple[Tensor, int]:
+    def predict(self, model: Any, batch: Batch) -> tuple[Tensor, int, Any]:
         logits = _span_logits(model, batch)  # (B, T, 2)
-        for window in logits.cpu().numpy():
+        return _loss_of(logits, batch), int((batch["starts"] != IGNORE).sum()), logits.cpu().numpy()
+
+    def add(self, predicted: Any) -> None:
+        for window in predicted:  # (T, 2)
             example = next(self.examples)
             # `encode` has put the row's number into its examples. Its windows can be in several batches.
             row = example["row"]
@@ -166,7 +169,6 @@ class AnswerScore:
                 # The softmax of its start times that of its end.
                 self.probability[row] = float(np.exp(span.score - np.logaddexp.reduce(window, axis=0).sum()))
             self.no_answer[row] = min(float(window[0].sum()), self.no_answer[row])
-        return _loss_of(logits, batch), int((batch["starts"] != IGNORE).sum())
 
     def answer(self, row: int) -> str:
         """The prediction for the question of this row, by its number."""

@@ -184,19 +184,22 @@ class TaggingScore:
         self.mistakes: list[dict[str, Any]] = []  # a wrong word each
         tags_are_plain(self.names)  # raises now rather than after the evaluation
 
-    def update(self, model: Any, batch: Batch) -> tuple[Tensor, float]:
+    def predict(self, model: Any, batch: Batch) -> tuple[Tensor, float, Any]:
         logits = _tag_logits(model, batch)  # (n, C)
         probabilities = logits.float().softmax(-1).amax(-1)  # (n,)
-        counts = batch["counts"]  # of the tags of each sentence
-        for ids, sure in zip(logits.argmax(-1).split(counts), probabilities.split(counts), strict=True):
+        # Lists of each sentence, which has so many tags.
+        by_sentence = [[row.tolist() for row in x.split(batch["counts"])] for x in (logits.argmax(-1), probabilities)]
+        return *cross_entropy(logits, batch["targets"]), by_sentence
+
+    def add(self, predicted: Any) -> None:
+        for ids, probabilities in zip(*predicted, strict=True):
             example = next(self.examples)
             row = example["row"]
-            for i, tag, probability in zip(example["words"], ids.tolist(), sure.tolist(), strict=True):
+            for i, tag, probability in zip(example["words"], ids, probabilities, strict=True):
                 name = self.names[tag]
                 self.predicted[row][i] = name
                 if name != self.gold[row][i]:
                     self.mistakes.append({"row": row, "word": i, "predicted": name, "probability": probability})
-        return cross_entropy(logits, batch["targets"])
 
     def result(self, loss: float) -> dict[str, Any]:
         return {**entity_f1(self.predicted, self.gold, self.names), "mistakes": worst(self.mistakes)}

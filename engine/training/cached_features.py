@@ -1,7 +1,11 @@
-"""Frozen features: when only the head trains, the model below it runs once over the data, not once an epoch."""
+"""What doesn't change while a run trains is computed once before it, each part of it by one of its processes.
+
+When only the head trains, these are the features that it reads; for DPO, what the reference model thinks of answers.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -9,12 +13,15 @@ from torch import Tensor, nn
 
 from ...kernels.dropout import Dropout
 from ..adapters.lora import adapter_sites
-from ..data.batches import Batches, Collate, CollateFn, Examples, to_device
+from ..adapters.switch import use_adapter
+from ..data.batches import Batches, Collate, CollateFn, Examples, Step, to_device
 from ..data.images import ImageCollate
 from ..model import KnownModel
+from ..parallel.ranks import any_of, spread
 from ..progress import Progress
 from ..runtime import in_eval_mode
 from ..tasks.common import pooled
+from ..tasks.preferences import PairCollate, answer_logps
 
 CHUNK_TOKENS = 8192  # computed at a time: a full load for a GPU, without gradients
 CHUNK_IMAGES = 64
@@ -86,17 +93,13 @@ class _ExamplesWithFeatures:
 
 def _image_features(model: Any, data: Batches) -> list[dict[str, Any]] | None:
     """The examples with vectors (D,) in the place of their images, which need not be decoded again."""
-    chunks = Batches(data.examples, data.collate, rows=CHUNK_IMAGES, shuffle=False)
-    labels: list[int] = []
 
-    def split_states(batch: Any, states: Tensor) -> list[Tensor]:
-        labels.extend(batch["labels"].tolist())  # on the way: reading the examples for them would decode the images
-        return list(states)  # (B, D)
+    def split_states(batch: Any, states: Tensor) -> list[dict[str, Any]]:
+        # Labels come from the batch: reading the examples for them would decode the images. States are (B, D).
+        pairs = zip(batch["labels"].tolist(), states, strict=True)
+        return [{"label": label, "features": vector.clone()} for label, vector in pairs]
 
-    features = _below_the_head(model, chunks, split_states)
-    if features is None:
-        return None
-    return [{"label": label, "features": vector} for label, vector in zip(labels, features, strict=True)]
+    return _below_the_head(model, Batches(data.examples, data.collate, rows=CHUNK_IMAGES, shuffle=False), split_states)
 
 
 def compute_features(model: Any, examples: Examples, collate: CollateFn) -> list[Tensor] | None:
@@ -105,32 +108,63 @@ def compute_features(model: Any, examples: Examples, collate: CollateFn) -> list
     None where the first chunk shows that all would take more than `MAX_BYTES`.
     """
 
-    def split_states(batch: Any, states: Tensor) -> list[Tensor]:
-        if states.dim() == 2:
-            return list(states)  # (B, D), of a head that reads one vector a row
-        return list(states[0].split(batch["lengths"]))  # (1, N, D), rows packed end to end -> B of (T, D)
+    def split_states(batch: Any, states: Tensor) -> list[dict[str, Any]]:
+        # (B, D), of a head that reads one vector a row; or (1, N, D), rows packed end to end -> B of (T, D)
+        rows = states if states.dim() == 2 else states[0].split(batch["lengths"])
+        return [{"features": row.clone()} for row in rows]
 
-    return _below_the_head(model, Batches(examples, collate, tokens=CHUNK_TOKENS, shuffle=False), split_states)
+    chunks = Batches(examples, collate, tokens=CHUNK_TOKENS, shuffle=False)
+    rows = _below_the_head(model, chunks, split_states)
+    return None if rows is None else [row["features"] for row in rows]
 
 
 @torch.no_grad()
 def _below_the_head(
-    model: Any, chunks: Batches, split_states: Callable[[Any, Tensor], list[Tensor]]
-) -> list[Tensor] | None:
-    """What the head reads of each example, cut from a chunk's by `split_states`; None if it would be too large."""
+    model: Any, chunks: Batches, split_states: Callable[[Any, Tensor], list[dict[str, Any]]]
+) -> list[dict[str, Any]] | None:
+    """What the head reads of each example, as `features`; None if all would be too large.
+
+    `split_states` cuts it from a chunk's, as copies: what is pooled can be a view into all hidden states of the chunk.
+    """
     device = next(model.parameters()).device
     total = len(chunks.examples)
-    features: list[Tensor] = []
+    n_bytes = n_rows = 0
+
+    def rows_of(number: int, chunk: Step) -> list[dict[str, Any]]:
+        nonlocal n_bytes, n_rows
+        # Estimated from the rows so far, so that the first chunk shows it already.
+        if n_bytes * total > MAX_BYTES * n_rows:
+            return []
+        (batch,) = chunk
+        rows = split_states(batch, pooled(model, to_device(batch["inputs"], device)).cpu())
+        n_bytes += sum(row["features"].nbytes for row in rows)
+        n_rows += len(rows)
+        progress.update(len(rows))
+        return rows
+
     with in_eval_mode(model), Progress(total, "feature") as progress:
-        for (batch,) in chunks:
-            states = pooled(model, to_device(batch["inputs"], device)).cpu()
+        by_chunk = spread(chunks, rows_of)
+    if any_of(n_bytes * total > MAX_BYTES * n_rows):
+        return None
+    return list(chain.from_iterable(by_chunk))
 
-            # Copies, because what is pooled can be a view into all hidden states of the chunk.
-            chunk = [row.clone() for row in split_states(batch, states)]
-            features += chunk
-            progress.update(len(chunk))
 
-            # Estimated from the rows so far, so that the first chunk shows it already.
-            if sum(row.nbytes for row in features) / len(features) * total > MAX_BYTES:
-                return None
-    return features
+@torch.no_grad()
+def add_reference(model: Any, examples: Examples, adapter: str | None = None) -> None:
+    """Give each comparison the log-probabilities of its answers by the model with `adapter`, or with none.
+
+    Before training that is the reference of DPO: computed once, it costs no second model and no pass a step.
+    """
+    device = next(model.parameters()).device
+    chunks = Batches(examples, PairCollate(), tokens=CHUNK_TOKENS, shuffle=False)
+
+    def logps_of(number: int, chunk: Step) -> list[list[float]]:
+        (batch,) = chunk
+        chosen, rejected = answer_logps(model, to_device(batch, device)).chunk(2)  # (2B,) -> (B,) each
+        progress.update(len(chosen))
+        return torch.stack((chosen, rejected), 1).tolist()  # (B, 2)
+
+    with in_eval_mode(model), use_adapter(model, adapter), Progress(len(examples), "reference") as progress:
+        by_chunk = spread(chunks, logps_of)
+    for example, reference in zip(examples, chain.from_iterable(by_chunk), strict=True):
+        example["reference"] = reference

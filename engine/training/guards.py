@@ -4,7 +4,7 @@ And what their callers are guarded against: a run is a guest in somebody's proce
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._outside import explained_memory
-from ..data.batches import Batches
+from ..data.batches import Batches, Step, count_images, count_tokens
 from ..finite import non_finite_weights, not_finite
 from ..runtime import configure_determinism, preserve_modes
 from .run_folder import RunFolder
@@ -60,9 +60,16 @@ def smaller_batches(data: Any) -> str:
     return f"set train.{name} = {size // 2} (it is {size}); the step and its result stay the same"
 
 
-def micro_batches(step: Any) -> list[Any]:
+def micro_batches(step: Any) -> Sequence[Any]:
     """The micro-batches of a step; an iterable of the caller's own may give a single batch instead of a list."""
-    return step if isinstance(step, list) else [step]
+    return step if isinstance(step, Step | list) else [step]
+
+
+def sizes(batches: Sequence[Any]) -> list[int]:
+    """How much work the micro-batches of a step are, each: tokens, or images."""
+    if isinstance(batches, Step):
+        return batches.sizes()
+    return [count_tokens(batch) or count_images(batch) or 1 for batch in batches]
 
 
 def sum_and_count(returned: Any) -> tuple[Tensor, float]:

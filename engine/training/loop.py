@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters.lora import active_adapter, adapter_sites
 from ..adapters.modules_to_save import mark_trained
 from ..adapters.token_rows import trained_rows
 from ..data.batches import Batches, Examples, count_images, count_tokens, to_device
 from ..data.fingerprints import in_memory
-from ..runtime import interruptible
+from ..parallel.ranks import any_of, in_order, sum_in_order
+from ..runtime import begin_draws, interruptible
 from ..tasks.common import ByAdapter, LossFn, Score
 from .cached_features import with_features
 from .config import TrainConfig, needs_evaluation
@@ -40,6 +41,7 @@ from .guards import (
     refuse_float16,
     require_finite,
     require_targets,
+    sizes,
     smaller_batches,
     sum_and_count,
 )
@@ -162,16 +164,16 @@ def train(
             scales=lr_scales(model, trained, config.lr_scale, config.lr_decay), rows=single_rows, states=states,
             buffers={name: buffer for name, buffer in model.named_buffers() if name in stored},
         )  # fmt: skip
-        total, per_epoch = _steps(data, config)
-        warmup = round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
+        n_steps, per_epoch = _steps(data, config)
+        warmup = round(config.warmup * n_steps) if config.warmup < 1 else int(config.warmup)
         eval_every = config.eval_every or per_epoch
         save_every = config.save_every or per_epoch
 
         facts, _ = resume(stored_state(run_folder), run_folder, optimizer, data, config.keep_last)
         progress = Progress(**facts.get("progress", {}))
         started -= progress.seconds
-        ended = progress.ended(total, config.early_stopping_patience)
-        tell_resumed(run_folder, "step", progress.step, total, ended)
+        ended = progress.ended(n_steps, config.early_stopping_patience)
+        tell_resumed(run_folder, "step", progress.step, n_steps, ended)
 
         # What trained in the last step before: a run that has ended is stored from here, too.
         put_into_training(model, config.unfreeze, (progress.step - 1) / per_epoch)
@@ -188,34 +190,38 @@ def train(
             if config.best != "last" and (progress.step > 0 or config.best is not None):
                 keep_best(run_folder, optimizer, progress, config.best or metric)
 
-        watch = Watch(run_folder, callbacks, "step", progress.step, total)
+        watch = Watch(run_folder, callbacks, "step", progress.step, n_steps)
         with interruptible() as interrupt, explained_memory_error(device, partial(smaller_batches, data)), watch:
             if eval_data is not None and progress.step == 0:
                 evaluate_now()
 
             steps = infinite_epochs(data)
-            stop = ended or interrupt.is_set()
+            interrupted = any_of(interrupt.is_set())
+            stop = ended or interrupted
             while not stop:
                 step_started = time.perf_counter()
-                step = next(steps)
+                begin_draws(config.seed, progress.step)
+                batches = micro_batches(next(steps))
 
                 # What trains in this step, and how fast.
                 if config.unfreeze:
                     put_into_training(model, config.unfreeze, progress.step / per_epoch)
-                lr = config.lr * lr_factor(config.schedule, progress.step, total, warmup, config.decay, config.lr_floor)
+                factor = lr_factor(config.schedule, progress.step, n_steps, warmup, config.decay, config.lr_floor)
+                lr = config.lr * factor
 
-                # Forward and backward. The sum of the losses stays on the device: reading it would wait for the GPU.
-                loss_sum = torch.zeros((), dtype=torch.float64, device=device)
-                targets: float = 0
-                tokens = images = 0
-                for batch in micro_batches(step):
+                # Forward and backward, of this process's share. Losses stay on the device: to read one is to wait.
+                losses: dict[int, Tensor] = {}
+                counts: dict[int, tuple[float, int, int]] = {}
+                for i in optimizer.begin(len(batches), partial(sizes, batches)):
+                    begin_draws(config.seed, progress.step, i)
+                    batch = batches[i]
                     loss, count = sum_and_count(loss_fn(model, to_device(batch, device)))
                     loss.backward()
                     optimizer.accumulate()
-                    loss_sum = loss_sum + loss.detach()
-                    targets += count
-                    tokens += count_tokens(batch)
-                    images += count_images(batch)
+                    losses[i] = loss.detach()
+                    counts[i] = count, count_tokens(batch), count_images(batch)
+                loss_sum = sum_in_order(losses, len(batches), device)
+                targets, tokens, images = map(sum, zip(*in_order(counts), strict=True))
 
                 # The host waits once a step, here. The weights are still those before it if the loss is refused.
                 norm = optimizer.scale_gradients(targets or 1, config.max_grad_norm)
@@ -240,16 +246,17 @@ def train(
                 )  # fmt: skip
 
                 # Evaluate before saving: a checkpoint says whether its own step was the best.
-                if eval_data is not None and (progress.step % eval_every == 0 or progress.step == total):
+                if eval_data is not None and (progress.step % eval_every == 0 or progress.step == n_steps):
                     evaluate_now()
-                stop = interrupt.is_set() or progress.ended(total, config.early_stopping_patience)
+                interrupted = any_of(interrupt.is_set())
+                stop = interrupted or progress.ended(n_steps, config.early_stopping_patience)
                 if progress.step % save_every == 0 or stop:
                     progress.seconds = time.perf_counter() - started
                     facts = {"progress": asdict(progress)}
                     save(run_folder, progress.step, optimizer, data, config.keep_last, facts)
 
         metrics = progress.metrics
-        interrupted = interrupt.is_set() and progress.step < total
+        interrupted = interrupted and progress.step < n_steps
         if not interrupted:
             restore_best(run_folder, optimizer, progress)
             metrics = progress.best.get("metrics", metrics)

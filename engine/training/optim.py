@@ -2,12 +2,12 @@
 
 AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101), or what `optimizers.py` has besides. A trained parameter that is
 narrower than fp32 has a master copy here: the step is made on the master, and the parameter is its rounding. Gradients
-of several micro-batches are summed in fp32.
+of several micro-batches are summed in fp32, in the order of one tree (`parallel/tree.py`).
 """
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from ...kernels.optim.adamw_state import AdamWParam
 from ..adapters.lora import lr_ratios
+from ..parallel.statistics import Statistics
+from ..parallel.tree import GradientTree
 from .optimizers import TrainedParam, update_
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
@@ -68,10 +70,11 @@ def lr_scales(
 class Optimizer:
     """Updates of the named parameters, on fp32 masters.
 
-    A step is `accumulate()` after each micro-batch's backward pass, then `scale_gradients(...)` and `step(...)`.
+    A step is `begin(...)`, which tells the micro-batches to compute, `accumulate()` after the backward pass of each,
+    then `scale_gradients(...)` and `step(...)`. Where one process computes all, `begin` may be left out.
 
     scales: factors on the learning rate by name, 1 where there is none.
-    buffers: running statistics, say; they are not touched, but belong to the state.
+    buffers: running statistics, say, which belong to the state; after a step they are means over its micro-batches.
     rows: of the parameters named there only these rows train, on a master (n, ...) of their own, and the others are
         never written to.
     states: makes the state of a master, by name; AdamW's in fp32 where there is none.
@@ -109,6 +112,8 @@ class Optimizer:
             if master is not parameter and name not in self.rows:
                 param.copy = parameter
             self.trained[name] = param
+        self.sums = GradientTree(param.weight for param in self.trained.values())
+        self.statistics = Statistics(self.buffers.values())
 
     @staticmethod
     def _master(parameter: nn.Parameter, rows: Tensor | None) -> Tensor:
@@ -120,8 +125,14 @@ class Optimizer:
             weight = weight[rows]  # (n, ...)
         return (weight.float() if weight.element_size() < 4 else weight).requires_grad_(True)
 
+    def begin(self, n: int, sizes: Callable[[], Sequence[float]]) -> range:
+        """Start a step of `n` micro-batches of these sizes; gives those that this process computes."""
+        share = self.sums.begin(n, sizes)
+        self.statistics.begin(share, n)
+        return share
+
     def accumulate(self) -> None:
-        """Move the gradients of narrow parameters, and of chosen rows, into their masters' gradients."""
+        """Take in a micro-batch's gradients; those of narrow parameters, and of chosen rows, are their masters'."""
         for name, parameter in self.parameters.items():
             master = self.trained[name].weight
             # The gradients of an fp32 parameter are summed up by autograd itself.
@@ -134,9 +145,13 @@ class Optimizer:
             master.grad = grad if master.grad is None else master.grad.add_(grad)
             # Autograd would add the next micro-batch's to it in the narrow type.
             parameter.grad = None
+        self.sums.add()
+        self.statistics.add()
 
     def gradients(self) -> list[Tensor]:
-        """The fp32 gradients that are there."""
+        """The fp32 gradients that are there, summed over all micro-batches."""
+        self.sums.finish()
+        self.statistics.finish()
         return [param.weight.grad for param in self.trained.values() if param.weight.grad is not None]
 
     def scale_gradients(self, count: float, max_norm: float | None) -> Tensor:
@@ -172,6 +187,7 @@ class Optimizer:
     def zero_grad(self) -> None:
         """Drop all gradients."""
         self.factor = None
+        self.sums.reset()
         for param in self.trained.values():
             param.weight.grad = None
 

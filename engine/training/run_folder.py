@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ..._files import LOCK, append_line, is_temporary, read_json, remove_left_ov
 from ..._locks import alone
 from ..._shapes import with_fields
 from ..data.fingerprints import Inputs, is_fingerprint, is_prolonged, run_differences
+from ..parallel.ranks import from_first, is_first, require_agreement, world_size
 from .checkpoint import checkpoints
 from .journal import read_journal, rewrite
 
@@ -45,10 +47,10 @@ BEST: dict[str, Any] = {"step": int, "metric": str, "value": int | float}
 
 
 class RunFolder:
-    """The folder of a run. Without a path everything is dropped."""
+    """The folder of a run. Without a path everything is dropped, and of several processes the first alone has one."""
 
     def __init__(self, path: str | Path | None):
-        self.path = Path(path) if path is not None else None
+        self.path = Path(path) if path is not None and is_first() else None
         self._moved: dict[str, Any] = {}  # what run.json calls otherwise than this call, as after a move
 
     def newest_checkpoint(self) -> Path | None:
@@ -78,15 +80,21 @@ class RunFolder:
         `facts` may have a `config` of its own, and `inputs`, the fingerprints of what the run is made from
         (`inputs.py`); else `make_inputs` makes them. A run that has made no step yet holds nothing to protect: its
         configuration may change. Raises ValueError where the folder holds a run with another configuration or other
-        inputs (naming them) or other things.
+        inputs (naming them) or other things, and where processes differ in them.
         """
+        if self.path is None and world_size() == 1:
+            return
+        inputs = facts["inputs"] if "inputs" in facts else make_inputs()
+        facts = _plain({**facts, "config": facts.get("config") or config, "inputs": inputs})
+        require_agreement(configuration=facts["config"], inputs=inputs, versions=environment()["versions"])
+        from_first(partial(self._claim, facts))
+
+    def _claim(self, facts: dict[str, Any]) -> None:
+        """Write the facts of this run, unless they are there."""
         if self.path is None:
             return
         folder = self.path
-        inputs = facts["inputs"] if "inputs" in facts else make_inputs()
-        facts = _plain(
-            {**facts, "config": facts.get("config") or config, "inputs": inputs, "folder": os.path.abspath(folder)}
-        )
+        facts["folder"] = os.path.abspath(folder)
 
         # A run of these very inputs and configuration is gone on with; one that has no step yet is written over.
         if (folder / "run.json").is_file():
@@ -228,13 +236,13 @@ def environment() -> dict[str, Any]:
     return {
         "versions": {**versions, "numpy": np.__version__},
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
-        "world_size": int(os.environ.get("WORLD_SIZE", 1)),
+        "world_size": world_size(),
     }
 
 
 def _flat(facts: dict[str, Any]) -> dict[str, Any]:
     """What bits depend on, by name."""
-    return {**facts.get("versions", {}), "device": facts.get("device"), "world size": facts.get("world_size")}
+    return {**facts.get("versions", {}), "device": facts.get("device")}
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

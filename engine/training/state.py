@@ -1,4 +1,4 @@
-"""What must outlive a kill: how far a run is, the random generators, the best so far; into a checkpoint and back."""
+"""What must outlive a kill: how far a run is, its weights, the best so far; into a checkpoint and back."""
 
 import math
 import random
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..parallel.ranks import from_first, is_first
+from ..runtime import begin_draws
 from ..tasks.metrics import LOWER_IS_BETTER
 from .checkpoint import checkpoint_path, load_checkpoint, prune, save_checkpoint
 from .optim import Optimizer
@@ -53,10 +55,9 @@ def save(
     """Write the checkpoint of a step, with facts and groups of tensors of the caller; remove all but the last ones."""
     if run_folder.path is None:
         return
-    random_tensors, random_facts = generators()
-    groups = {"optimizer": optimizer.state_dict(), "random": random_tensors, **tensors}
+    groups = {"optimizer": optimizer.state_dict(), **tensors}
     flat = {f"{group}.{key}": tensor for group, members in groups.items() for key, tensor in members.items()}
-    facts = {**facts, "data": data.state_dict(), "random": random_facts}
+    facts = {**facts, "data": data.state_dict()}
     folder = run_folder.path / "checkpoints"
     save_checkpoint(checkpoint_path(folder, step), flat, facts)
     prune(folder, keep_last)
@@ -72,14 +73,18 @@ class StoredState(NamedTuple):
 
 def stored_state(run_folder: RunFolder) -> StoredState | None:
     """The newest checkpoint, if there is one. ValueError where it is damaged."""
-    newest = run_folder.newest_checkpoint()
-    return None if newest is None else StoredState(newest, *load_checkpoint(newest))
+
+    def load() -> StoredState | None:
+        newest = run_folder.newest_checkpoint()
+        return None if newest is None else StoredState(newest, *load_checkpoint(newest))
+
+    return from_first(load)
 
 
 def resume(
     stored: StoredState | None, run_folder: RunFolder, optimizer: Optimizer, data: Any, keep_last: int
 ) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """Continue from what is stored: weights, generators, place in the data; gives its facts and other tensors.
+    """Continue from what is stored: weights and the place in the data; gives its facts and other tensors.
 
     Where nothing is, there are none, and the run begins.
     """
@@ -96,14 +101,16 @@ def resume(
     run_folder.rewind(int(newest.name.removeprefix("step-")))
     optimizer.load_state_dict(groups.pop("optimizer"))
     data.load_state_dict(facts["data"])
-    set_generators(groups.pop("random"), facts["random"])
     # A kill after the last save leaves one too many.
-    prune(newest.parent, keep_last)
+    if run_folder.path is not None:
+        prune(newest.parent, keep_last)
     return facts, groups
 
 
 def tell_resumed(run_folder: RunFolder, unit: str, done: int, total: int, ended: bool) -> None:
     """Say where a run goes on that has begun before, and what is otherwise now; nothing of one that begins."""
+    if not is_first():
+        return
     if ended:
         tqdm.write(f"finished already: {done} of {total} {unit}s, nothing is left to train", file=sys.stderr)
         return
@@ -118,44 +125,25 @@ def last_good(run_folder: RunFolder) -> str:
     return f"the last good checkpoint is {newest}" if newest else "there is no checkpoint yet"
 
 
-def generators() -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The states of all random generators that a loss or collate function may draw from: tensors, and facts."""
-    tensors = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["cuda"] = torch.cuda.get_rng_state()
-    # numpy's legacy state is (algorithm, key, position, has a Gaussian in store, that Gaussian): JSON takes no array.
-    algorithm, key, *position = np.random.get_state(legacy=True)
-    return tensors, {"python": random.getstate(), "numpy": [algorithm, np.asarray(key).tolist(), *position]}
-
-
-def set_generators(tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    """Put back what `generators` gave."""
-    torch.set_rng_state(tensors["cpu"])
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
-    version, internal_state, next_gauss = facts["python"]
-    random.setstate((version, tuple(internal_state), next_gauss))  # JSON made a list of the inner tuple
-    np.random.set_state(tuple(facts["numpy"]))
-
-
 @contextmanager
 def kept_generators() -> Iterator[None]:
     """After the block all random generators, Python's and numpy's too, are as they were before it."""
-    tensors, facts = generators()
-    # A block may seed all GPUs, and `generators` reaches only the current one.
-    cuda_states = torch.cuda.get_rng_state_all()
+    states = torch.get_rng_state(), torch.cuda.get_rng_state_all(), random.getstate(), np.random.get_state()
     try:
         yield
     finally:
-        set_generators(tensors, facts)
-        torch.cuda.set_rng_state_all(cuda_states)
+        on_cpu, on_gpus, of_python, of_numpy = states
+        torch.set_rng_state(on_cpu)
+        torch.cuda.set_rng_state_all(on_gpus)
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """torch's generators begin at `seed`; after the block all of them are as they were."""
+    """All random generators begin at `seed`; after the block they are as they were."""
     with kept_generators():
-        torch.manual_seed(seed)
+        begin_draws(seed)
         yield
 
 
@@ -183,8 +171,10 @@ def restore_best(run_folder: RunFolder, optimizer: Optimizer, progress: Progress
     if not progress.best:
         return
     facts: dict[str, Any] = {"step": progress.step, "metrics": progress.metrics}
-    if run_folder.path is not None:
-        # What the folder says counts: a kill can leave a newer best there than the checkpoint knew of.
-        weights, facts = load_checkpoint(run_folder.path / "best")
+    # What the folder says counts: a kill can leave a newer best there than the checkpoint knew of.
+    folder = run_folder.path
+    stored = from_first(lambda: None if folder is None else load_checkpoint(folder / "best"))
+    if stored is not None:
+        weights, facts = stored
         optimizer.load_state_dict(weights)
     progress.best |= {**facts, "value": facts["metrics"][progress.best["metric"]]}

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from ..parallel.ranks import is_first
 from .run_folder import RunFolder
 from .state import kept_generators
 
@@ -30,8 +31,9 @@ Result = TypeVar("Result")
 class Callback:
     """Hears of a run. A subclass defines the methods that it needs; those that it doesn't do nothing.
 
-    Rows are those of metrics.jsonl, one copy for each callback. Random numbers that a callback draws change nothing of
-    the run. An exception ends the run; the same call goes on from its last checkpoint.
+    Rows are those of metrics.jsonl, one copy for each callback; of several processes only the first tells. Random
+    numbers that a callback draws change nothing of the run. An exception ends the run; the same call goes on from its
+    last checkpoint.
     """
 
     def on_step(self, row: dict[str, Any]) -> None:
@@ -45,16 +47,20 @@ class Callback:
 
 
 class Watch:
-    """Tells of a run that has made `done` of `total` steps; in a `with` block, at whose end the bar is closed."""
+    """Tells of a run that has made `done` of `total` steps; in a `with` block, at whose end the bar is closed.
+
+    Of several processes the first tells.
+    """
 
     def __init__(self, run_folder: RunFolder, callbacks: Sequence[Callback], unit: str, done: int, total: int):
         self.run_folder = run_folder
-        self.callbacks = callbacks
+        self.callbacks = callbacks if is_first() else ()
         self.unit = unit
         self.done = done
         self.total = total
         self.started = time.perf_counter()
-        self.bar = tqdm(total=total, initial=done, unit=unit, disable=None)  # None: where there is no terminal
+        # None: where there is no terminal
+        self.bar = tqdm(total=total, initial=done, unit=unit, disable=None if is_first() else True)
 
     def __enter__(self) -> "Watch":
         return self
@@ -98,6 +104,8 @@ class Watch:
         return result
 
     def _write(self, step: int, text: str) -> None:
+        if not is_first():
+            return
         tqdm.write(f"{self.unit} {step} of {self.total}: {text}", file=sys.stderr)
 
     def _time_left(self, step: int) -> str:

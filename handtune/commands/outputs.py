@@ -20,6 +20,7 @@ from ..config import PPORunConfig, RunConfig
 from ..engine import Callback
 from ..engine.data.fingerprints import Inputs
 from ..engine.data.placed_rows import PlacedRow
+from ..engine.parallel.ranks import from_first, is_first
 from ..engine.progress import counted
 from ..engine.training.run_folder import RunFolder, finished
 from ..inputs.fingerprints import inputs_of
@@ -95,7 +96,8 @@ def run_once(
 ) -> int:
     """Begin or continue the run of a configuration, unless it has finished; returns the exit code.
 
-    `train` returns the contents of result.json, or None where it was interrupted. `which` says of these which weights
+    `train` returns the contents of result.json (in processes besides the first, anything), or None where it was
+    interrupted. `which` says of these which weights
     are stored in the run's folder.
     """
     out = Path(config.out)
@@ -110,12 +112,14 @@ def run_once(
         print("finished already: nothing is left to train")
         return result
 
-    result = finished_result()
+    result = from_first(finished_result)
     if result is None:
         with run_folder.alone():
             # Again, because another process may have finished it by now.
-            result = finished_result() or train(run_folder, inputs)
+            result = from_first(finished_result) or train(run_folder, inputs)
     if result is None:
         return INTERRUPTED
+    if not is_first():
+        return 0
     print(f"{which(result)}\nstored in {stored_folder(out)} ({result['stored_bytes'] / 2**20:.2f} MiB)")
     return 0

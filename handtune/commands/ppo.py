@@ -13,6 +13,7 @@ from ..adapted.starting import rank_on, with_base
 from ..config import PPORunConfig, read_config
 from ..engine import Callback, ppo, trainable_report
 from ..engine.data.fingerprints import Inputs
+from ..engine.parallel.ranks import is_first
 from ..engine.rlhf.actors import POLICY
 from ..engine.training.journal import read_journal
 from ..engine.training.run_folder import RunFolder, amend, finish, is_metrics, peak_memory
@@ -40,7 +41,8 @@ def _ppo(
     run_folder.start(facts, asdict(config))
     model, tokenizer = load_policy(config)
     prompts, rows = policy_prompts(config, model)
-    amend(out, chat=model.tokens.asks_as_chat)
+    if is_first():
+        amend(out, chat=model.tokens.asks_as_chat)
 
     rewards = [reward_of(spec, model, tokenizer, inputs) for spec in as_list(config.reward)]
     result = ppo(
@@ -51,6 +53,8 @@ def _ppo(
     if result.stopped == "interrupted":
         print(f"stopped after {result.episodes} episodes; the same command goes on from there")
         return None
+    if not is_first():
+        return {}
 
     amend(out, trains=f"LoRA r={rank_on(model, POLICY)}")
     store_adapter(model, tokenizer, out / "adapter", POLICY, config.ppo.lora.save_dtype)

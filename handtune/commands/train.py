@@ -10,6 +10,7 @@ from ..adapted.starting import with_base
 from ..config import RunConfig, read_config
 from ..engine import Callback, train, trainable_report
 from ..engine.data.fingerprints import Inputs
+from ..engine.parallel.ranks import is_first
 from ..engine.training.loop import training_batches
 from ..engine.training.run_folder import RunFolder, amend, finish
 from ..engine.training.watching import metrics_text
@@ -38,8 +39,10 @@ def _train(
     }  # fmt: skip
     run_folder.start(facts, facts["config"])
     ready = prepare(config, base, out / "corpus")
-    amend(out, trains=choose_trained(ready, config), labels=list(ready.labels), chat=ready.chat)
+    trains = choose_trained(ready, config)
     print(trainable_report(ready.model, config.train.optimizer))
+    if is_first():
+        amend(out, trains=trains, labels=list(ready.labels), chat=ready.chat)
     before = abilities(ready, base)
 
     data = training_batches(ready.examples, ready.collate, config.train, by_length=ready.by_length)
@@ -51,9 +54,12 @@ def _train(
     if result.interrupted:
         print(f"stopped at step {result.steps}; the same command goes on from there")
         return None
+    after = abilities(ready, base)
+    if not is_first():
+        return {}
 
     stored_in = store_trained(ready.model, ready.tokenizer, config)
-    keep_examples(out, ready, before, abilities(ready, base), result.metrics)
+    keep_examples(out, ready, before, after, result.metrics)
 
     # This comes last: it makes the run a finished one.
     values = asdict(result)

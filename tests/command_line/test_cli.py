@@ -129,7 +129,7 @@ def test_merge_of_a_classifier_keeps_its_labels(head_layers, bases, tmp_path, ca
     tables = {
         "lora": {"rank": 4},
         "model": {"path": str(bases["bert"]), "head_layers": head_layers},
-        "train": {"epochs": 20, "lr": 0.01, "best": "last"},
+        "train": {"epochs": 40, "lr": 3e-3, "best": "last"},
     }
     run("train", configuration(tmp_path, "classify", bases, **tables))
     run("merge", bases["bert"], tmp_path / "run/adapter", tmp_path / "merged")

@@ -20,7 +20,7 @@ def ids(item: list[dict[str, int]]) -> list[int]:
 
 
 def seen(data: Batches) -> list[list[list[int]]]:
-    return list(data)
+    return [list(step) for step in data]
 
 
 def batches(lengths, **settings) -> Batches:
@@ -58,15 +58,15 @@ def test_goes_on_from_any_place() -> None:
     """The state after step k of epoch e gives the rest, whatever was done in between."""
     settings = {"rows": 4, "micro_batch_size": 3, "seed": 1}
     whole = batches([2] * 18, **settings)
-    truth = [step for _ in range(3) for step in whole]
+    truth = [step for _ in range(3) for step in seen(whole)]
     for done in range(len(truth)):
         first = batches([2] * 18, **settings)
-        steps = [step for _, step in zip(range(done), (step for _ in range(3) for step in first), strict=False)]
+        steps = [list(step) for _, step in zip(range(done), (step for _ in range(3) for step in first), strict=False)]
         state = first.state_dict()
         second = batches([2] * 18, **settings)
         second.load_state_dict(state)
         while len(steps) < len(truth):
-            steps += list(second)
+            steps += seen(second)
         assert steps == truth, f"after {done} steps"
 
 

@@ -25,12 +25,12 @@ from handtune.engine.tasks.objectives import OBJECTIVES
 from handtune.engine.tasks.preferences import (
     DPOLoss,
     PairCollate,
-    add_reference,
     answer_logps,
     comparisons,
     pair_loss,
     reward_loss,
 )
+from handtune.engine.training.cached_features import add_reference
 from handtune.models import GPT2
 from handtune.models.tokenizer.special_tokens import SpecialTokens
 
