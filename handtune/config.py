@@ -16,6 +16,7 @@ from ._shapes import NotTOML, above_zero, check_bounds, is_of, one_of, parse_tom
 from .engine.adapters.config import LARGEST, LoRAConfig
 from .engine.data.columns import Columns
 from .engine.data.mixing import MixConfig
+from .engine.parallel.config import ParallelConfig
 from .engine.rlhf.config import PPOConfig
 from .engine.tasks.common import TRUNCATE
 from .engine.tasks.objectives import METHODS, LossConfig
@@ -136,6 +137,7 @@ class RunConfig:
     lora: LoRAConfig | None = None  # None: the weights themselves are trained, or `model.adapter`
     freeze: FreezeConfig = field(default_factory=FreezeConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     dpo: DPOConfig = field(default_factory=DPOConfig)
     name: str | None = None  # what reports call the run; None: by its folder

@@ -177,15 +177,15 @@ def _number(config: Mapping[str, Any], section: str, field: str) -> float | None
 def run_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """In what the runs differ that two run.json are of: `config`, and the contents of `inputs`.
 
-    Not compared is where the run lies (`out`), who is told of it (`log`), what a path in the configuration is called,
-    and that the run is longer now.
+    Not compared is where the run lies (`out`), who is told of it (`log`), how its model lies in memory (`parallel`),
+    what a path in the configuration is called, and that the run is longer now.
     """
     old_inputs = before.get("inputs", {})
     new_inputs = now.get("inputs", {})
 
     # Where a field leads to as many things as before, these are compared, and not how they are called.
     shared = [field for field in new_inputs if len(old_inputs.get(field, ())) == len(new_inputs[field])]
-    ignored = {"out", "log", *shared}
+    ignored = {"out", "log", "parallel.shard", *shared}
     if _is_no_shorter(before["config"], now["config"]):
         ignored.update(LENGTHS)
     texts = list(differences(before["config"], now["config"], but=ignored))

@@ -4,6 +4,7 @@ A caller sets torch.distributed up as usual, or `join` does for a command that t
 one process, and nothing travels.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+log = logging.getLogger("handtune")
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
@@ -54,6 +56,12 @@ def shares(sizes: Sequence[float], n: int) -> list[range]:
 def my_share(n: int, sizes: Callable[[], Sequence[float]]) -> range:
     """Which of `n` pieces of work of these sizes are this process's."""
     return range(n) if world_size() == 1 else shares(sizes(), world_size())[rank()]
+
+
+def warn_of_idle(n: int, what: str, options: str) -> None:
+    """Say that some processes have nothing to do, where there are fewer pieces of work than processes."""
+    if n < world_size() and is_first():
+        log.warning("%s %s for %s processes: some have nothing to do; set %s lower", n, what, world_size(), options)
 
 
 def sum_in_order(values: Mapping[int, Tensor], n: int, device: torch.device) -> Tensor:
@@ -137,10 +145,20 @@ def require_agreement(**facts: Any) -> None:
             )
 
 
-def spread(items: Iterable[Item], compute: Callable[[int, Item], Value]) -> list[Value]:
+def spread(items: Iterable[Item], compute: Callable[[int, Item], Value], in_step: bool = False) -> list[Value]:
     """`compute(number, item)` of each item, each in one process, in their order and in every process.
 
-    What `compute` gives is pickled on the way: numbers, arrays, tensors on the CPU.
+    What `compute` gives is pickled on the way: numbers, arrays, tensors on the CPU. `in_step`: each process computes
+    as often as the others, the last of them an item that another one has, too.
     """
     n, mine = world_size(), rank()
-    return in_order({i: compute(i, item) for i, item in enumerate(items) if i % n == mine})
+    values: dict[int, Value] = {}
+    i = -1
+    for i, item in enumerate(items):
+        if i % n == mine:
+            values[i] = compute(i, item)
+    # The last round may lack items for the last processes.
+    n_last = (i + 1) % n
+    if in_step and 0 < n_last <= mine:
+        compute(i, item)
+    return in_order(values)

@@ -28,10 +28,15 @@ class Statistics:
         self.after: dict[int, list[Tensor]] = {}
 
     def add(self) -> None:
-        """Note what the next micro-batch has left, and put back what was there before the step."""
+        """Note what the next micro-batch has left."""
         if self.before:
             self.after[self.next] = [buffer.cpu().clone() for buffer in self.buffers]
             self.next += 1
+        self.restore()
+
+    def restore(self) -> None:
+        """Put back what was there before the step."""
+        if self.before:
             self._fill(self.before)
 
     def finish(self) -> None:

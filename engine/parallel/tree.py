@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .ranks import rank, shares, world_size
+from .ranks import rank, shares, warn_of_idle, world_size
 
 Node = tuple[int, int]  # the first leaf of a node, and its size
 Gradients = dict[int, Tensor]  # by the weight's number; one that was not reached has none
@@ -30,6 +30,7 @@ class GradientTree:
     def __init__(self, weights: Iterable[Tensor]):
         self.weights = list(weights)
         self.bytes = [len(self.weights), *(weight.nbytes for weight in self.weights)]  # of a message's parts
+        self.has_begun = False  # a step that processes share
         self.reset()
 
     def reset(self) -> None:
@@ -43,6 +44,9 @@ class GradientTree:
         self.reset()
         if world_size() == 1:
             return range(n)
+        if not self.has_begun:
+            self.has_begun = True
+            warn_of_idle(n, "micro-batches a step", "micro_batch_size or micro_batch_tokens")
         self.shares = shares(sizes(), world_size())
         share = self.shares[rank()]
         self.first = self.next = share.start

@@ -26,7 +26,7 @@ from ..adapters.lora import adapter_sites
 from ..adapters.switch import set_adapter
 from ..data.batches import Batches
 from ..data.fingerprints import in_memory
-from ..parallel.ranks import any_of, is_first
+from ..parallel.ranks import any_of, is_first, warn_of_idle
 from ..runtime import interruptible
 from ..training.guards import (
     clean_guest,
@@ -127,6 +127,8 @@ def ppo(
         prompt = (batch[0][0] for batch in infinite_epochs(batches))
         prompts_per_round = config.rollout_batch_size // (config.group_size or 1)
         n_rounds = -(-config.episodes // config.rollout_batch_size)
+        n_parts = -(-config.rollout_batch_size // config.rollout_rows)
+        warn_of_idle(n_parts, "parts of a rollout", "rollout_micro_batch_size")
 
         # Adapters that an earlier call of this run left on the model give way to those of its checkpoint.
         stored = stored_state(run_folder)

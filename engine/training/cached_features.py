@@ -18,6 +18,7 @@ from ..data.batches import Batches, Collate, CollateFn, Examples, Step, to_devic
 from ..data.images import ImageCollate
 from ..model import KnownModel
 from ..parallel.ranks import any_of, spread
+from ..parallel.sharding import is_sharded
 from ..progress import Progress
 from ..runtime import in_eval_mode
 from ..tasks.common import pooled
@@ -143,7 +144,7 @@ def _below_the_head(
         return rows
 
     with in_eval_mode(model), Progress(total, "feature") as progress:
-        by_chunk = spread(chunks, rows_of)
+        by_chunk = spread(chunks, rows_of, is_sharded(model))
     if any_of(n_bytes * total > MAX_BYTES * n_rows):
         return None
     return list(chain.from_iterable(by_chunk))
@@ -165,6 +166,6 @@ def add_reference(model: Any, examples: Examples, adapter: str | None = None) ->
         return torch.stack((chosen, rejected), 1).tolist()  # (B, 2)
 
     with in_eval_mode(model), use_adapter(model, adapter), Progress(len(examples), "reference") as progress:
-        by_chunk = spread(chunks, logps_of)
+        by_chunk = spread(chunks, logps_of, is_sharded(model))
     for example, reference in zip(examples, chain.from_iterable(by_chunk), strict=True):
         example["reference"] = reference

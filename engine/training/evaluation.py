@@ -8,6 +8,7 @@ from torch import nn
 
 from ..data.batches import Batches, to_device
 from ..parallel.ranks import spread
+from ..parallel.sharding import is_sharded
 from ..runtime import begin_draws
 from ..tasks.common import LossFn, Score
 from .guards import clean_guest, micro_batches, sum_and_count
@@ -27,8 +28,8 @@ def evaluate(model: nn.Module, data: Iterable[Any], loss_fn: LossFn, score: Scor
     def assess(number: int, micro_batch: tuple[Sequence[Any], int]) -> tuple[float, float, Any]:
         """The loss of a micro-batch, its number of targets, and what the model predicts."""
         begin_draws(0, number)
-        batches, i = micro_batch
-        batch = to_device(batches[i], device)
+        step, i = micro_batch
+        batch = to_device(step[i], device)
         returned: Any
         if score is None:
             returned, predicted = loss_fn(model, batch), None
@@ -41,8 +42,8 @@ def evaluate(model: nn.Module, data: Iterable[Any], loss_fn: LossFn, score: Scor
     loss_sum = targets = 0.0
     with clean_guest(model, seed=0), torch.no_grad():
         model.eval()
-        steps = map(micro_batches, data)
-        for loss, count, predicted in spread(((step, i) for step in steps for i in range(len(step))), assess):
+        batches = ((step, i) for step in map(micro_batches, data) for i in range(len(step)))
+        for loss, count, predicted in spread(batches, assess, is_sharded(model)):
             loss_sum += loss
             targets += count
             if score is not None:

@@ -29,6 +29,48 @@ def match(model: nn.Module, patterns: Iterable[str]) -> dict[str, nn.Parameter]:
     return matched
 
 
+def trained_parameters(
+    model: nn.Module, unfreeze: Mapping[str, float], lr_scale: Mapping[str, float], by_adapter: bool
+) -> dict[str, nn.Parameter]:
+    """The parameters that train now or later, by name. ValueError where none trains, or not as it is meant."""
+    # Rows reach only the active adapter, unless each row names its own (`by_adapter`).
+    for site in adapter_sites(model):
+        for name, factors in site.module.lora.items():
+            if not by_adapter and name != site.module.active and any(p.requires_grad for p in factors.parameters()):
+                raise ValueError(f"adapter {name!r} would train but is not active: set_adapter(model, {name!r}) first")
+
+    # A glob of `lr_scale` that matches nothing is refused here; its factors are the optimizer's business.
+    match(model, lr_scale)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad} | match(model, unfreeze)
+    if by_adapter and (shared := [name for name in trained if ".lora." not in name]):
+        raise ValueError(f"{shared[0]} would train for rows of all adapters: freeze it, or train one adapter at a time")
+    if not trained:
+        raise ValueError("nothing trains: add_lora(model, ...) or unfreeze(model, ...) first")
+
+    unfreeze_due(model, unfreeze, 0.0)
+    if not any(parameter.requires_grad for parameter in trained.values()):
+        raise ValueError("unfreeze: nothing trains from the beginning; let a part start at epoch 0")
+    return trained
+
+
+def whole_in_shards(model: nn.Module) -> list[nn.Parameter]:
+    """What trains and stays whole in a model that is sharded: factors of adapters, heads of labels, vectors.
+
+    And matrices of which single rows train. The matrices of the model itself are sharded, also where they train.
+    """
+    factors = {id(p) for site in adapter_sites(model) for each in site.adapters.values() for p in each.parameters()}
+    rows = trained_rows(model)
+    has_labels = not str(getattr(model, "task", "-lm")).endswith("-lm")
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        and (
+            id(parameter) in factors or parameter.dim() < 2 or name in rows or (has_labels and name.startswith("head."))
+        )
+    ]
+
+
 def freeze(model: nn.Module, *patterns: str) -> None:
     """Stop training the parameters that match: `freeze(model, "*")`. ValueError for a glob that matches nothing.
 

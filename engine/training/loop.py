@@ -21,18 +21,19 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from ..adapters.lora import active_adapter, adapter_sites
+from ..adapters.lora import active_adapter
 from ..adapters.modules_to_save import mark_trained
 from ..adapters.token_rows import trained_rows
 from ..data.batches import Batches, Examples, count_images, count_tokens, to_device
 from ..data.fingerprints import in_memory
 from ..parallel.ranks import any_of, in_order, sum_in_order
+from ..parallel.sharding import idle_passes, reshard
 from ..runtime import begin_draws, interruptible
 from ..tasks.common import ByAdapter, LossFn, Score
 from .cached_features import with_features
 from .config import TrainConfig, needs_evaluation
 from .evaluation import evaluate
-from .freezing import match, put_into_training, unfreeze_due
+from .freezing import put_into_training, trained_parameters
 from .guards import (
     clean_guest,
     explained_memory_error,
@@ -136,8 +137,9 @@ def train(
                 f"{', '.join(unused)}: there is no evaluation data to go by; give eval_data, or leave this out"
             )
 
+        reshard(model)
         # What trains, and on what. The folder is claimed after these checks: a call that is refused writes nothing.
-        trained = _trained_parameters(model, config, isinstance(loss_fn, ByAdapter))
+        trained = trained_parameters(model, config.unfreeze, config.lr_scale, isinstance(loss_fn, ByAdapter))
         single_rows = trained_rows(model)
         states = states_for(config.optimizer, model, trained, single_rows)
         mark_trained(model, active_adapter(model), trained.keys())
@@ -212,7 +214,12 @@ def train(
                 # Forward and backward, of this process's share. Losses stay on the device: to read one is to wait.
                 losses: dict[int, Tensor] = {}
                 counts: dict[int, tuple[float, int, int]] = {}
-                for i in optimizer.begin(len(batches), partial(sizes, batches)):
+                share = optimizer.begin(len(batches), partial(sizes, batches))
+                for i in idle_passes(model, optimizer.sums.shares):
+                    loss, _ = sum_and_count(loss_fn(model, to_device(batches[i], device)))
+                    (0 * loss).backward()
+                    optimizer.forget()
+                for i in share:
                     begin_draws(config.seed, progress.step, i)
                     batch = batches[i]
                     loss, count = sum_and_count(loss_fn(model, to_device(batch, device)))
@@ -267,28 +274,6 @@ def train(
             {key: value for key, value in progress.best.items() if key != "metrics"},
             time.perf_counter() - started, peak_memory(), interrupted,
         ))  # fmt: skip
-
-
-def _trained_parameters(model: nn.Module, config: TrainConfig, by_adapter: bool) -> dict[str, nn.Parameter]:
-    """The parameters that train now or later, by name."""
-    # Rows reach only the active adapter, unless each row names its own (`by_adapter`).
-    for site in adapter_sites(model):
-        for name, factors in site.module.lora.items():
-            if not by_adapter and name != site.module.active and any(p.requires_grad for p in factors.parameters()):
-                raise ValueError(f"adapter {name!r} would train but is not active: set_adapter(model, {name!r}) first")
-
-    # A glob of `lr_scale` that matches nothing is refused here; its factors are the optimizer's business.
-    match(model, config.lr_scale)
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad} | match(model, config.unfreeze)
-    if by_adapter and (shared := [name for name in trained if ".lora." not in name]):
-        raise ValueError(f"{shared[0]} would train for rows of all adapters: freeze it, or train one adapter at a time")
-    if not trained:
-        raise ValueError("nothing trains: add_lora(model, ...) or unfreeze(model, ...) first")
-
-    unfreeze_due(model, config.unfreeze, 0.0)
-    if not any(parameter.requires_grad for parameter in trained.values()):
-        raise ValueError("unfreeze: nothing trains from the beginning; let a part start at epoch 0")
-    return trained
 
 
 def training_batches(

@@ -10,12 +10,14 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...kernels.optim.adamw_state import AdamWParam
 from ..adapters.lora import lr_ratios
+from ..parallel.sharding import is_shard, local, shard_of, sum_over_shards, whole
 from ..parallel.statistics import Statistics
 from ..parallel.tree import GradientTree
 from .optimizers import TrainedParam, update_
@@ -103,24 +105,27 @@ class Optimizer:
         for name, parameter in self.parameters.items():
             # What a step that was broken off has left behind would be added to the first one.
             parameter.grad = None
-            master = self._master(parameter, self.rows.get(name))
+            stored = local(parameter)  # all of it, or the rows that this process has
+            master = self._master(stored, parameter, self.rows.get(name))
             param = (states or {}).get(name, AdamWParam)(master)
             param.scale = (scales or {}).get(name, 1.0)
             if master.dim() > 1:
                 param.decay = weight_decay
             # The update rounds a whole master into its parameter; rows are written by `_write_rows`.
-            if master is not parameter and name not in self.rows:
-                param.copy = parameter
+            if master.data_ptr() != stored.data_ptr() and name not in self.rows:
+                param.copy = stored
             self.trained[name] = param
-        self.sums = GradientTree(param.weight for param in self.trained.values())
+        # The gradients of shards are summed as torch scatters them.
+        self.sharded: dict[str, Any] = {name: p for name, p in self.parameters.items() if is_shard(p)}
+        self.sums = GradientTree(param.weight for name, param in self.trained.items() if name not in self.sharded)
         self.statistics = Statistics(self.buffers.values())
 
     @staticmethod
-    def _master(parameter: nn.Parameter, rows: Tensor | None) -> Tensor:
+    def _master(stored: Tensor, parameter: nn.Parameter, rows: Tensor | None) -> Tensor:
         """What the update is made on: the parameter itself where it is fp32 or wider and trains in all its rows."""
         if rows is None and parameter.element_size() >= 4:
-            return parameter
-        weight = parameter.detach()
+            return parameter if stored is parameter else stored.detach().requires_grad_(True)
+        weight = stored.detach()
         if rows is not None:
             weight = weight[rows]  # (n, ...)
         return (weight.float() if weight.element_size() < 4 else weight).requires_grad_(True)
@@ -138,7 +143,7 @@ class Optimizer:
             # The gradients of an fp32 parameter are summed up by autograd itself.
             if master is parameter or parameter.grad is None:
                 continue
-            grad = parameter.grad
+            grad = local(parameter.grad)
             if name in self.rows:
                 grad = grad[self.rows[name]]  # (n, ...)
             grad = grad.to(master.dtype)
@@ -165,12 +170,30 @@ class Optimizer:
                 "the loss reaches no trained parameter: none has a gradient after this step; compute the loss from what"
                 " the trained parts give, without detach() or no_grad(), or unfreeze the parts that it is computed from"
             )
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))) / count
+        norm = self._norm(gradients) / count
         factor = torch.ones_like(norm)
         if max_norm is not None:
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         self.factor = factor / count
         return norm
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        """The joint norm of all gradients."""
+        if not self.sharded:
+            return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        squares = torch.zeros(2, device=gradients[0].device)  # of the gradients that are whole, of those in shards
+        for name, param in self.trained.items():
+            if param.weight.grad is not None:
+                squares[int(name in self.sharded)] += param.weight.grad.square().sum()
+        squares[1] = sum_over_shards(squares[1].clone(), next(iter(self.sharded.values())))
+        return squares.sum().sqrt()
+
+    def forget(self) -> None:
+        """Drop what a pass for nothing has left in this process."""
+        for name, parameter in self.parameters.items():
+            if name not in self.sharded:
+                parameter.grad = None
+        self.statistics.restore()
 
     def step(self, lr: float) -> None:
         """One update at learning rate `lr`; the gradients are gone afterwards."""
@@ -194,20 +217,32 @@ class Optimizer:
     def weights(self) -> dict[str, Tensor]:
         """Masters and the module's buffers, as a flat dictionary of tensors."""
         weights = {f"buffer.{name}": buffer for name, buffer in self.buffers.items()}
-        return weights | {f"weight.{name}": param.weight.detach() for name, param in self.trained.items()}
+        masters = {name: param.weight.detach() for name, param in self.trained.items()}
+        return weights | {f"weight.{name}": self._whole(name, master) for name, master in masters.items()}
+
+    def _whole(self, name: str, tensor: Tensor) -> Tensor:
+        """What a checkpoint has of a tensor of this parameter: all of it. All processes ask for it together."""
+        return whole(tensor, self.sharded[name]) if name in self.sharded and tensor.dim() else tensor
+
+    def _part(self, name: str, tensor: Tensor) -> Tensor:
+        """What this process has of a tensor of this parameter in a checkpoint."""
+        return shard_of(tensor, self.sharded[name]) if name in self.sharded and tensor.dim() else tensor
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights, with the moments and update counts of those that were updated."""
         state = self.weights()
         for name, param in self.trained.items():
             if param.step > 0:
-                state |= {f"{key}.{name}": getattr(param, key) for key in param.state}
+                state |= {f"{key}.{name}": self._whole(name, getattr(param, key)) for key in param.state}
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Put a `state_dict` back, into the parameters too. ValueError where it is one of other parameters."""
-        shapes = {name: tuple(param.weight.shape) for name, param in self.trained.items()}
+        shapes = {
+            name: tuple(self.sharded[name].shape if name in self.sharded else param.weight.shape)
+            for name, param in self.trained.items()
+        }
         stored = {key.removeprefix("weight."): tuple(t.shape) for key, t in state.items() if key.startswith("weight.")}
         if different := sorted(name for name in shapes | stored if shapes.get(name) != stored.get(name)):
             name = different[0]
@@ -221,11 +256,11 @@ class Optimizer:
         # The same as never updated: moments of zero, made at the first update.
         self.trained = {name: replace(param) for name, param in self.trained.items()}
         for name, param in self.trained.items():
-            param.weight.copy_(state[f"weight.{name}"])
+            param.weight.copy_(self._part(name, state[f"weight.{name}"]))
             if param.copy is not None:
                 param.copy.copy_(param.weight)
             # A weight that was never updated (it unfreezes later, say) has no moments in the checkpoint.
             if f"step.{name}" in state:
                 for key in param.state:
-                    getattr(param, key).copy_(state[f"{key}.{name}"])
+                    getattr(param, key).copy_(self._part(name, state[f"{key}.{name}"]))
         self._write_rows()

@@ -53,9 +53,10 @@ def save(
     **tensors: dict[str, Tensor],
 ) -> None:
     """Write the checkpoint of a step, with facts and groups of tensors of the caller; remove all but the last ones."""
+    # What is in shards is put together by all processes.
+    groups = {"optimizer": optimizer.state_dict(), **tensors}
     if run_folder.path is None:
         return
-    groups = {"optimizer": optimizer.state_dict(), **tensors}
     flat = {f"{group}.{key}": tensor for group, members in groups.items() for key, tensor in members.items()}
     facts = {**facts, "data": data.state_dict()}
     folder = run_folder.path / "checkpoints"
@@ -160,10 +161,11 @@ def keep_best(run_folder: RunFolder, optimizer: Optimizer, progress: Progress, m
     if not progress.best or math.isnan(progress.best["value"]) or sign * value > sign * progress.best["value"]:
         progress.best = {"step": progress.step, "metric": metric, "value": value, "metrics": progress.metrics}
         progress.evals_since_best = 0
+        # Moments are of no use here: training goes on from the last step, not from the best one.
+        weights = optimizer.weights()
         if run_folder.path is not None:
-            # Moments are of no use here: training goes on from the last step, not from the best one.
             facts = {"step": progress.step, "metrics": progress.metrics}
-            save_checkpoint(run_folder.path / "best", optimizer.weights(), facts)
+            save_checkpoint(run_folder.path / "best", weights, facts)
 
 
 def restore_best(run_folder: RunFolder, optimizer: Optimizer, progress: Progress) -> None:

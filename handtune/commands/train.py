@@ -11,6 +11,8 @@ from ..config import RunConfig, read_config
 from ..engine import Callback, train, trainable_report
 from ..engine.data.fingerprints import Inputs
 from ..engine.parallel.ranks import is_first
+from ..engine.parallel.sharding import shard, unshard
+from ..engine.training.freezing import whole_in_shards
 from ..engine.training.loop import training_batches
 from ..engine.training.run_folder import RunFolder, amend, finish
 from ..engine.training.watching import metrics_text
@@ -41,6 +43,7 @@ def _train(
     ready = prepare(config, base, out / "corpus")
     trains = choose_trained(ready, config)
     print(trainable_report(ready.model, config.train.optimizer))
+    shard(ready.model, config.parallel.shard, whole_in_shards(ready.model))
     if is_first():
         amend(out, trains=trains, labels=list(ready.labels), chat=ready.chat)
     before = abilities(ready, base)
@@ -55,6 +58,8 @@ def _train(
         print(f"stopped at step {result.steps}; the same command goes on from there")
         return None
     after = abilities(ready, base)
+    counts = trainable_report(ready.model)
+    unshard(ready.model)
     if not is_first():
         return {}
 
@@ -63,7 +68,6 @@ def _train(
 
     # This comes last: it makes the run a finished one.
     values = asdict(result)
-    counts = trainable_report(ready.model)
     values |= {"trainable": counts.trainable, "parameters": counts.total, "stored_bytes": stored_bytes(stored_in)}
     if confusion := result.metrics.get("confusion"):
         values |= {"confusion": confusion, "labels": list(ready.labels)}

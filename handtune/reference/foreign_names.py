@@ -84,6 +84,7 @@ ELSEWHERE = {
     "non_eos_penalty": "missing_eos_penalty", "group": "group_size", "num_generations": "group_size",
     "normalise": "reward_norm_samples", "response_length": "max_new_tokens", "max_completion_length": "max_new_tokens",
     "total_episodes": "episodes", "num_rollouts": "rollout_batch_size",
+    "local_rollout_forward_batch_size": "rollout_micro_batch_size",
 }  # fmt: skip
 
 # What needs no option here, or is a script's.

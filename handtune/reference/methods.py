@@ -84,6 +84,7 @@ EXAMPLES: dict[str, Any] = {
     "prompts": "prompts.jsonl",
     "reward": "runs/reward",
     "ppo.micro_batch_size": 4,
+    "ppo.rollout_micro_batch_size": 16,
     "ppo.group_size": 8,
     "ppo.missing_eos_penalty": 1.0,
     "ppo.target_kl": 0.1,

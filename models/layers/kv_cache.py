@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 
 
@@ -14,7 +15,8 @@ class KVCache:
     """
 
     def __init__(self, n_layer: int, batch: int, length: int, n_kv_head: int, head_width: int, like: Tensor):
-        self.buffer = like.new_empty(n_layer, 2, batch, n_kv_head, length, head_width)
+        shape = (n_layer, 2, batch, n_kv_head, length, head_width)
+        self.buffer = torch.empty(shape, dtype=like.dtype, device=like.device)  # `like` may be a shard
         self.length = 0  # positions filled so far, in all layers
         self._static: tuple[Tensor, int] | None = None  # column and reach, inside `at`
 

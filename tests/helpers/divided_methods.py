@@ -22,7 +22,7 @@ torch.optim.AdamW([torch.zeros(1, requires_grad=True)])  # imports for seconds a
 # What depends on the clock, on memory, and on how many processes there were.
 ASIDE = {
     "seconds", "peak_memory", "started", "world_size", "folder", "tokens_per_second", "images_per_second",
-    "episodes_per_second", "rollout_seconds", "assess_seconds", "update_seconds",
+    "shard", "episodes_per_second", "rollout_seconds", "assess_seconds", "update_seconds",
 }  # fmt: skip
 HEAD = {"freeze": {"names": ["*"], "except": ["head.*"]}}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
@@ -88,13 +88,16 @@ def without_cell(name: str, variant: str) -> str | None:
     return None
 
 
-def divided(name: str, variant: str, n: int, folder: Path, mistake: str | None = None) -> Path:
+def divided(
+    name: str, variant: str, n: int, folder: Path, mistake: str | None = None, shard: str = "none", **train: Any
+) -> Path:
     """The run of a method on n processes, with a mistake planted in them; gives its folder."""
     folder.mkdir()
     tables = {key: dict(table) for key, table in VARIANTS[variant].items()}
     family = RUNS[name][0]
     base = base_folder(family, folder)
-    tables["train"] = {"batch_size": 6, "micro_batch_size": 1, **tables.get("train", {})}
+    tables["train"] = {"batch_size": 6, "micro_batch_size": 1, **tables.get("train", {}), **train}
+    tables["parallel"] = {"shard": shard}
     if "model" in tables:
         tables["model"]["path"] = str(base)
     config = method_config(name, folder, base, **tables)
