@@ -1,13 +1,14 @@
 """Models without weights: made on the meta device, to see what they are or to be given memory later."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+Entry = TypeVar("Entry")
 # The methods that initialize a weight in place.
 _INITIALIZERS = (
     Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_, Tensor.copy_, Tensor.mul_, Tensor.div_
@@ -37,7 +38,7 @@ class _WithoutInitialization(TorchFunctionMode):
 
 
 def allocate(model: nn.Module, dtype: torch.dtype, device: torch.device, without: Container[nn.Module] = ()) -> None:
-    """Give the tensors of a model on the meta device memory on `device`, whose contents are undefined.
+    """Give those tensors of a model that are on the meta device memory on `device`, whose contents are undefined.
 
     The weights of the modules in `without` get none. Parameters are of `dtype`; buffers, which hold statistics, are
     never narrower than fp32, because a running mean takes steps that bf16 rounds away.
@@ -46,14 +47,31 @@ def allocate(model: nn.Module, dtype: torch.dtype, device: torch.device, without
     allocated: dict[Tensor, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if name == "weight" and module in without:
+            if not parameter.is_meta or (name == "weight" and module in without):
                 continue
             if parameter not in allocated:
                 allocated[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
             setattr(module, name, allocated[parameter])
 
         for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_meta:
+                continue
             buffer_dtype = buffer.dtype
             if buffer.is_floating_point():
                 buffer_dtype = torch.promote_types(dtype, torch.float32)
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer_dtype, device=device))
+
+
+def parts(model: nn.Module, table: Mapping[str, Entry], by_layer: bool) -> list[tuple[nn.Module, dict[str, Entry]]]:
+    """What is loaded at once, with its entries of a table: all of a model, or each layer, and then what remains.
+
+    The layers are what the model's lists of modules hold.
+    """
+    remaining = dict(table)
+    layered: list[tuple[nn.Module, dict[str, Entry]]] = []
+    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)] if by_layer else []
+    for path, layers in lists:
+        for i, layer in enumerate(layers):
+            keys = [key for key in remaining if key.startswith(f"{path}.{i}.")]
+            layered.append((layer, {key: remaining.pop(key) for key in keys}))
+    return [*layered, (model, remaining)]

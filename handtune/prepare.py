@@ -1,7 +1,7 @@
 """From a configuration to what a run needs: rows read and encoded, model loaded, frozen and adapted."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from .models.tokenizer.build import CONVERT
 from .prompts import adopt_template, check_tokenizer, learn_turn_end, template_of, through_template
 from .saved_runs import only_head_trains
 
+LoadedFn = Callable[[Any], None] | None  # what `load` gives each layer to
 # Of a batch in evaluation.
 EVAL_TOKENS = 8192
 EVAL_IMAGES = 64
@@ -96,10 +97,12 @@ def run_base(config: RunConfig, *, weights: bool = True) -> RunBase:
     return RunBase(checkpoint, objective, weights)
 
 
-def prepare(config: RunConfig, base: RunBase, cache: Path, *, head_follows: bool = False) -> Prepared:
+def prepare(
+    config: RunConfig, base: RunBase, cache: Path, *, head_follows: bool = False, loaded: LoadedFn = None
+) -> Prepared:
     """Read the data, load the model, encode; prints what was read, dropped, truncated and masked.
 
-    `head_follows`: a new head is not announced, because its weights will be loaded.
+    `head_follows`: a new head is not announced, because its weights will be loaded. `loaded`: as in `load`.
     """
     torch.manual_seed(config.train.seed)  # a new head and a new adapter are drawn from it
     objective = base.objective
@@ -121,7 +124,7 @@ def prepare(config: RunConfig, base: RunBase, cache: Path, *, head_follows: bool
 
     model, tokenizer = load_model(
         options, base.checkpoint, objective.task, labels, seed=config.train.seed, weights=base.weights,
-        head_follows=head_follows or options.adapter is not None,
+        head_follows=head_follows or options.adapter is not None, loaded=loaded,
     )  # fmt: skip
     if objective.encoding == "images":
         ready = _prepare_images(config, objective, model, labels, rows, eval_rows)
@@ -235,10 +238,11 @@ def load_model(
     seed: int = 0,
     weights: bool = True,
     head_follows: bool = False,
+    loaded: LoadedFn = None,
 ) -> tuple[Any, Any]:
     """The model of a configuration, whose checkpoint was looked at, and its tokenizer or None.
 
-    `seed` is that of a preset's weights; without `weights` it is on the meta device. `head_follows`: as in `prepare`.
+    `seed` is that of a preset's weights; without `weights` it is on the meta device. The others are those of `load`.
     """
     if checkpoint is None:
         assert options.preset is not None
@@ -252,6 +256,7 @@ def load_model(
                 model, tokenizer = load(
                     opened, task, options.dtype, options.device, labels or None, head_layers=options.head_layers,
                     quantize=projections if options.quantize is not None else None, head_follows=head_follows,
+                    loaded=loaded,
                 )  # fmt: skip
             else:
                 model, tokenizer, *_ = open_checkpoint(opened, task, labels or None, head_layers=options.head_layers)

@@ -7,13 +7,19 @@ process was killed, the others notice as soon as they wait for it.
 """
 
 import os
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
-from typing import TextIO, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from .terminal import Stream
+
+if TYPE_CHECKING:
+    from .config import RunConfig
+    from .engine.parallel.sharding import Sharding
 
 DIVIDED = ("train", "ppo")  # commands whose work processes share; of any other, each does all
 TOGETHER = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")  # what a launcher tells
@@ -23,8 +29,15 @@ PATIENCE = 1.0  # seconds in which the first process may report a mistake that a
 
 def n_processes() -> int:
     """How many processes a launcher has started together."""
+    if _have_met():
+        return int(sys.modules["torch.distributed"].get_world_size())
     told = all(name in os.environ for name in TOGETHER)
     return int(os.environ["WORLD_SIZE"]) if told else 1
+
+
+def _have_met() -> bool:
+    """Whether the launcher has brought the processes together itself, as Ray does."""
+    return "torch.distributed" in sys.modules and bool(sys.modules["torch.distributed"].is_initialized())
 
 
 @contextmanager
@@ -34,6 +47,23 @@ def together(command: str) -> Iterator[None]:
         yield
         return
 
+    import torch.distributed as dist
+
+    meets = not _have_met()
+    if meets:
+        _meet()
+    if dist.get_rank() == 0:
+        yield
+    else:
+        silence = cast(TextIO, Stream(None))
+        with redirect_stdout(silence), redirect_stderr(silence):
+            yield
+    if meets:
+        dist.destroy_process_group()
+
+
+def _meet() -> None:
+    """Bring the processes together. ValueError where they can't meet."""
     import torch
     import torch.distributed as dist
 
@@ -50,13 +80,32 @@ def together(command: str) -> Iterator[None]:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ValueError(f"the processes could not meet at {address}: {_first_line(error)}") from error
 
-    if rank == 0:
-        yield
-    else:
-        silence = cast(TextIO, Stream(None))
-        with redirect_stdout(silence), redirect_stderr(silence):
-            yield
-    dist.destroy_process_group()
+
+def sharding_of(config: "RunConfig", folder: Path | None) -> "Sharding":
+    """How the processes of a run hold its model, whose weights lie in `folder`. ValueError where they can't so."""
+    import torch
+
+    from .engine.parallel.sharding import Sharding
+
+    n_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder is not None else 0
+    if config.model.quantize is not None:
+        n_bytes //= 3  # of 16 bits a little over 4, but for embedding and head
+    device = "cuda" if config.model.device != "cpu" and torch.cuda.is_available() else "cpu"
+    sharding = Sharding(config.parallel.shard, n_bytes, torch.device(device))
+    if sharding.mode != "none" and config.train.unfreeze:
+        raise ValueError(
+            f'train.unfreeze: a model in shards (parallel.shard = "{config.parallel.shard}") trains the same weights '
+            'from beginning to end; leave it out, or shard = "none"'
+        )
+    return sharding
+
+
+def while_loading(config: "RunConfig", sharding: "Sharding") -> Callable[[Any], None] | None:
+    """What keeps of each layer a shard as it is loaded, where nothing that follows needs it whole."""
+    lora = config.lora
+    reads_weights = lora is not None and (lora.dora or lora.init == "pissa")
+    grows = config.model.adapter is not None or bool(config.model.add_tokens or config.freeze.token_rows)
+    return None if sharding.mode == "none" or reads_weights or grows else sharding.put
 
 
 def of_one_process(error: BaseException, code: int, line: str) -> tuple[int, str]:
@@ -80,9 +129,14 @@ def of_one_process(error: BaseException, code: int, line: str) -> tuple[int, str
 
     if rank > 0:
         time.sleep(PATIENCE)
+    store = dist.distributed_c10d._get_default_store()
     with suppress(RuntimeError):  # of a store that went down with the process that held it
-        if dist.distributed_c10d._get_default_store().add("failed", 1) > 1:
+        if store.add("failed", 1) > 1:
             return code, ""
+        # The first process may hold the store, which the others ask whether they are to speak.
+        until = time.monotonic() + 2 * PATIENCE
+        while rank == 0 and store.add("failed", 0) < dist.get_world_size() and time.monotonic() < until:
+            time.sleep(0.05)
     return code, line if rank == 0 else f"rank {rank}: {line}"
 
 

@@ -141,8 +141,9 @@ def fresh_adapter(layer: Adaptable, published: Mapping[int, str], config: LoRACo
 def _init_variant(weights: LoRAWeights, layer: Adaptable, config: LoRAConfig) -> None:
     """PiSSA, LoRA+ and DoRA for fresh factors."""
     weights.lr_ratio = config.loraplus_lr_ratio
-
-    # Both variants need the weight in floats.
+    if config.init != "pissa" and not config.dora:
+        return
+    # Both need the weight in floats.
     matrix = layer.weight.dequantize(torch.float32) if isinstance(layer.weight, NF4Weight) else layer.matrix
     if config.init == "pissa" and isinstance(weights, LoRALinearWeights):
         weights.start_from(matrix)

@@ -43,14 +43,14 @@ def example_size(example: Any) -> int:
     return sum(len(example[key]) for key in texts if key in example)
 
 
+@dataclass(frozen=True, eq=False)
 class Step(Sequence[Any]):
     """The micro-batches of a step; each is collated when it is asked for, and each time anew."""
 
-    def __init__(self, examples: Examples, collate: CollateFn, rows: list[np.ndarray], size: Callable[[Any], int]):
-        self.examples = examples
-        self.collate = collate
-        self.rows = rows  # of each micro-batch, by their numbers
-        self.size = size
+    examples: Examples
+    collate: CollateFn
+    rows: list[np.ndarray]  # of each micro-batch, by their numbers
+    size: Callable[[Any], int]
 
     def __len__(self) -> int:
         return len(self.rows)

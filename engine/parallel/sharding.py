@@ -18,7 +18,7 @@ Processes gather together, so each must compute as many micro-batches as the oth
 import os
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -30,58 +30,66 @@ if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
 
-def shard(model: nn.Module, mode: str, whole: Iterable[nn.Parameter]) -> None:
-    """Shard the parameters of a model in place, but for those that stay `whole`.
+class Sharding:
+    """Puts a model into shards: each layer as soon as it is there, and in the end what is outside of them.
 
-    "auto" shards a model of which half a device's memory can't hold the weights. ValueError where there are no
-    processes to share it.
+    `n_bytes` of weights decide where the mode is "auto": a model is sharded whose weights take more than half of a
+    device's memory. ValueError where there are no processes to share one.
     """
-    n_local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    if mode == "auto":
-        mode = _mode_for(model, n_local)
-    if mode == "none":
-        return
-    if not dist.is_initialized():
-        raise ValueError(
-            f'parallel.shard = "{mode}": there is one process; start several by torchrun --nproc-per-node 8 -m handtune'
-        )
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    # On one machine there is nothing to copy between machines.
-    device = next(model.parameters()).device.type
-    n = world_size()
-    if mode == "hybrid" and n_local < n:
-        mesh = init_device_mesh(device, (n // n_local, n_local), mesh_dim_names=("machine", "process"))
-    else:
-        mesh = init_device_mesh(device, (n,))
-    settings: dict[str, Any] = {
-        "mesh": mesh,
-        "ignored_params": set(whole),
-        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
-    }
+    def __init__(self, mode: str, n_bytes: int, device: torch.device):
+        n_local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+        if mode == "auto":
+            mode = "none"
+            if world_size() > 1 and device.type == "cuda":
+                fits = 2 * n_bytes <= torch.cuda.get_device_properties(device).total_memory
+                mode = "none" if fits else "hybrid" if n_local < world_size() else "full"
+        self.mode = mode
+        if mode == "none":
+            return
+        if not dist.is_initialized():
+            raise ValueError(
+                f'parallel.shard = "{mode}": there is one process; start several: torchrun --nproc-per-node 8 -m '
+                "handtune train ..."
+            )
+        from torch.distributed.device_mesh import init_device_mesh
 
-    # The lists of modules in a model hold its layers.
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    for module in (*(layer for layers in lists for layer in layers), model):
-        fully_shard(module, **settings)
+        # On one machine there is nothing to copy between machines.
+        n = world_size()
+        if mode == "hybrid" and n_local < n:
+            self.mesh = init_device_mesh(device.type, (n // n_local, n_local), mesh_dim_names=("machine", "process"))
+        else:
+            self.mesh = init_device_mesh(device.type, (n,))
+
+    def put(self, module: nn.Module, whole: Iterable[nn.Parameter] = ()) -> None:
+        """Shard a layer, or what is outside of the layers, but for its vectors and what is to stay `whole`."""
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        # Weights in four bits are vectors of bytes.
+        vectors = [p for p in module.parameters() if p.dim() < 2 and p.is_floating_point()]
+        fully_shard(
+            module, mesh=self.mesh, ignored_params={*vectors, *whole},
+            mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
+        )  # fmt: skip
         # Gradients of sums are added, as those of micro-batches are, and divided once by the targets of a step.
         module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
         module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
-    # The losses ask our models for their states, not for logits.
-    if hasattr(model, "hidden"):
-        register_fsdp_forward_method(model, "hidden")
 
+    def finish(self, model: nn.Module, whole: Iterable[nn.Parameter]) -> None:
+        """Shard what is not in shards yet."""
+        from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
-def _mode_for(model: nn.Module, n_local: int) -> str:
-    """How to shard a model, where nobody has said it."""
-    device = next(model.parameters()).device
-    if world_size() == 1 or device.type != "cuda":
-        return "none"
-    size = sum(parameter.nbytes for parameter in model.parameters())
-    if size <= torch.cuda.get_device_properties(device).total_memory // 2:
-        return "none"
-    return "hybrid" if n_local < world_size() else "full"
+        if self.mode == "none":
+            return
+        whole = list(whole)
+        # The lists of modules in a model hold its layers.
+        lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+        for module in (*(layer for layers in lists for layer in layers), model):
+            if not isinstance(module, FSDPModule):
+                self.put(module, whole)
+        # The losses ask our models for their states, not for logits.
+        if hasattr(model, "hidden"):
+            register_fsdp_forward_method(model, "hidden")
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -101,16 +109,23 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
 
 
-def whole(shard: Tensor, like: "DTensor") -> Tensor:
-    """The tensor of which this is this process's shard, cut as `like` is; all processes ask for it together."""
+def whole(shard: Tensor, like: "DTensor | None") -> Tensor:
+    """The tensor of which this is this process's shard, cut as `like` is; all processes ask for it together.
+
+    A scalar is in no shards, nor is anything where `like` is None.
+    """
+    if like is None or shard.dim() == 0:
+        return shard
     from torch.distributed.tensor import DTensor
 
     stride = torch.empty(like.shape, device="meta").stride()
     return DTensor.from_local(shard, like.device_mesh, like.placements, shape=like.shape, stride=stride).full_tensor()
 
 
-def shard_of(tensor: Tensor, like: "DTensor") -> Tensor:
-    """The rows of a whole tensor that this process has of `like`."""
+def shard_of(tensor: Tensor, like: "DTensor | None") -> Tensor:
+    """The rows of a whole tensor that this process has of `like`; the opposite of `whole`."""
+    if like is None or tensor.dim() == 0:
+        return tensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)

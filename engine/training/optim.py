@@ -215,25 +215,17 @@ class Optimizer:
             param.weight.grad = None
 
     def weights(self) -> dict[str, Tensor]:
-        """Masters and the module's buffers, as a flat dictionary of tensors."""
+        """Masters and the module's buffers, as a flat dictionary of tensors, for which all processes ask together."""
         weights = {f"buffer.{name}": buffer for name, buffer in self.buffers.items()}
         masters = {name: param.weight.detach() for name, param in self.trained.items()}
-        return weights | {f"weight.{name}": self._whole(name, master) for name, master in masters.items()}
-
-    def _whole(self, name: str, tensor: Tensor) -> Tensor:
-        """What a checkpoint has of a tensor of this parameter: all of it. All processes ask for it together."""
-        return whole(tensor, self.sharded[name]) if name in self.sharded and tensor.dim() else tensor
-
-    def _part(self, name: str, tensor: Tensor) -> Tensor:
-        """What this process has of a tensor of this parameter in a checkpoint."""
-        return shard_of(tensor, self.sharded[name]) if name in self.sharded and tensor.dim() else tensor
+        return weights | {f"weight.{name}": whole(master, self.sharded.get(name)) for name, master in masters.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The weights, with the moments and update counts of those that were updated."""
         state = self.weights()
         for name, param in self.trained.items():
             if param.step > 0:
-                state |= {f"{key}.{name}": self._whole(name, getattr(param, key)) for key in param.state}
+                state |= {f"{key}.{name}": whole(getattr(param, key), self.sharded.get(name)) for key in param.state}
         return state
 
     @torch.no_grad()
@@ -256,11 +248,11 @@ class Optimizer:
         # The same as never updated: moments of zero, made at the first update.
         self.trained = {name: replace(param) for name, param in self.trained.items()}
         for name, param in self.trained.items():
-            param.weight.copy_(self._part(name, state[f"weight.{name}"]))
+            param.weight.copy_(shard_of(state[f"weight.{name}"], self.sharded.get(name)))
             if param.copy is not None:
                 param.copy.copy_(param.weight)
             # A weight that was never updated (it unfreezes later, say) has no moments in the checkpoint.
             if f"step.{name}" in state:
                 for key in param.state:
-                    getattr(param, key).copy_(self._part(name, state[f"{key}.{name}"]))
+                    getattr(param, key).copy_(shard_of(state[f"{key}.{name}"], self.sharded.get(name)))
         self._write_rows()

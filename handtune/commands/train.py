@@ -11,13 +11,14 @@ from ..config import RunConfig, read_config
 from ..engine import Callback, train, trainable_report
 from ..engine.data.fingerprints import Inputs
 from ..engine.parallel.ranks import is_first
-from ..engine.parallel.sharding import shard, unshard
+from ..engine.parallel.sharding import unshard
 from ..engine.training.freezing import whole_in_shards
 from ..engine.training.loop import training_batches
 from ..engine.training.run_folder import RunFolder, amend, finish
 from ..engine.training.watching import metrics_text
 from ..inputs.fingerprints import at_a_commit
 from ..prepare import choose_trained, prepare, run_base
+from ..processes import sharding_of, while_loading
 from ..reporting.held_out import abilities, keep_examples
 from ..saved_runs import store_trained, stored_bytes
 from .outputs import loggers, run_once
@@ -39,11 +40,12 @@ def _train(
         "name": config.name or out.name, "method": config.method, "task": base.objective.task,
         "model": config.model.path or config.model.preset, "config": asdict(config), "inputs": inputs,
     }  # fmt: skip
+    sharding = sharding_of(config, base.checkpoint.folder if base.checkpoint else None)
     run_folder.start(facts, facts["config"])
-    ready = prepare(config, base, out / "corpus")
+    ready = prepare(config, base, out / "corpus", loaded=while_loading(config, sharding))
     trains = choose_trained(ready, config)
     print(trainable_report(ready.model, config.train.optimizer))
-    shard(ready.model, config.parallel.shard, whole_in_shards(ready.model))
+    sharding.finish(ready.model, whole_in_shards(ready.model))
     if is_first():
         amend(out, trains=trains, labels=list(ready.labels), chat=ready.chat)
     before = abilities(ready, base)
@@ -59,7 +61,8 @@ def _train(
         return None
     after = abilities(ready, base)
     counts = trainable_report(ready.model)
-    unshard(ready.model)
+    if not config.trains_adapter:  # which is whole everywhere
+        unshard(ready.model)
     if not is_first():
         return {}
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ..._outside import explained_memory, located
-from ..._weightless import allocate, without_weights
+from ..._weightless import without_weights
 from ...kernels import Linear
 from ..families import Family, Model, family_of_preset
 from ..layers.heads import TEXT_TASKS
@@ -48,6 +48,7 @@ def load(
     head_layers: int | None = None,
     quantize: Callable[[Model], Iterable[str]] | None = None,
     head_follows: bool = False,
+    loaded: Callable[[torch.nn.Module], None] | None = None,
 ) -> tuple[Model, "Tokenizer | None"]:
     """The model at `path` (a folder in Hugging Face layout, a GGUF file, a hub id) in eval mode; its tokenizer or None.
 
@@ -61,6 +62,7 @@ def load(
     quantize: chooses projections, given the empty model, that are kept in NF4 and frozen (`engine.projections`: what
         `quantize` would take). Each is packed as it is read, so that the whole model is never in memory in full.
     head_follows: a head that is made anew is not announced, since one will be loaded, with an adapter for example.
+    loaded: is given each layer once its weights are there, before the next one gets memory: to keep a shard of it, say.
 
     Raises FileNotFoundError for a missing folder or config.json, ValueError for everything that doesn't fit, and
     MemoryError where memory runs out.
@@ -79,8 +81,9 @@ def load(
             projections[f"{name}.weight"] = module
 
     with explained_memory(lambda: _too_large(model, weight_dtype)):
-        allocate(model, weight_dtype, target, without=set(projections.values()))
-        load_weights(model, opened.shards, rows is None, projections, weight_dtype, target, announce=not head_follows)
+        load_weights(
+            model, opened.shards, rows is None, projections, weight_dtype, target, not head_follows, loaded
+        )  # fmt: skip
         if rows and rows != sorted(rows):
             reorder_head(model.head, rows)
     model.eval()

@@ -11,7 +11,7 @@ tied output matrix above all: a copy that differs is an error, because nobody kn
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._outside import located
+from ..._weightless import allocate, parts
 from ...kernels import Linear
 from ...kernels.quant.nf4 import Workspace
 from ..layers.key_map import CheckpointKey
@@ -64,36 +65,43 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     announce: bool = True,
+    loaded: Callable[[nn.Module], None] | None = None,
 ) -> None:
-    """Copy every tensor of the key map from the shards into its rows; make the head where it is missing, or `new_head`.
+    """Give the model memory, and copy every tensor of the key map from the shards into its rows.
 
-    The `projections`, by the names of their weights, have no memory yet: each is read as `dtype` on the device, and
-    quantised at once. A head that is made is announced as one to be trained, unless the caller has another to put in
-    its place.
+    The head is made where it is missing, or `new_head`, and announced as one to be trained, unless the caller has
+    another to put in its place. The `projections`, by the names of their weights, are read as `dtype` on the device
+    one at a time, and quantised at once. Where layers are to be given to `loaded`, they come one by one, and what is
+    outside of them last.
 
     Raises ValueError as `match_keys` does, before anything is read, and for a copy that differs.
     """
     placement = match_keys(model, shards, new_head)
-    tensors = stored_tensors(model)
     workspace = Workspace()
-    if placement.new:
-        model.initialize_head()
-    for key, source in model.key_map().items():
-        projection = projections.get(key)
-        if projection is not None:
-            empty = torch.empty(tensors[key].shape, dtype=dtype, device=device)
-            tensors[key] = projection.weight = nn.Parameter(empty, requires_grad=False)
-        for name, rows in zip(source.names, blocks(tensors[key], source), strict=True):
-            if name in placement.stored:
-                read_into(placement.stored[name], source.as_stored(rows))
-            elif name not in placement.new:
-                rows.zero_()  # an optional one
+    for part, entries in parts(model, model.key_map(), loaded is not None):
+        allocate(part, dtype, device, without=set(projections.values()))
+        if part is model and placement.new:
+            model.initialize_head()
+        tensors = stored_tensors(model)
+        for key, source in entries.items():
+            projection = projections.get(key)
+            if projection is not None:
+                empty = torch.empty(tensors[key].shape, dtype=dtype, device=device)
+                tensors[key] = projection.weight = nn.Parameter(empty, requires_grad=False)
+            for name, rows in zip(source.names, blocks(tensors[key], source), strict=True):
+                if name in placement.stored:
+                    read_into(placement.stored[name], source.as_stored(rows))
+                elif name not in placement.new:
+                    rows.zero_()  # an optional one
 
-        # Quantised before the next one is read, so that a single weight is in memory in full at a time.
-        if projection is not None:
-            del tensors[key]
-            with located(key):
-                projection.quantize_(workspace)
+            # Quantised before the next one is read, so that a single weight is in memory in full at a time.
+            if projection is not None:
+                del tensors[key]
+                with located(key):
+                    projection.quantize_(workspace)
+        if loaded is not None and part is not model:
+            del tensors
+            loaded(part)
 
     for key, copy, problem in placement.tied_keys:
         if copy.shape != tensors[key].shape or not holds(copy, tensors[key]):

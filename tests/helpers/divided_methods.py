@@ -92,17 +92,24 @@ def divided(
     name: str, variant: str, n: int, folder: Path, mistake: str | None = None, shard: str = "none", **train: Any
 ) -> Path:
     """The run of a method on n processes, with a mistake planted in them; gives its folder."""
+    config = configuration(name, variant, folder, shard, **train)
+    on_ranks(n, folder / "ranks", in_process, "train", str(config), "", mistake)
+    return folder / "run"
+
+
+def configuration(name: str, variant: str, folder: Path, shard: str = "none", **train: Any) -> Path:
+    """The file of the run of a method, whose micro-batches are single rows."""
     folder.mkdir()
     tables = {key: dict(table) for key, table in VARIANTS[variant].items()}
     family = RUNS[name][0]
     base = base_folder(family, folder)
-    tables["train"] = {"batch_size": 6, "micro_batch_size": 1, **tables.get("train", {}), **train}
+    # The negatives of an embedding are those of its step, which is one micro-batch.
+    cut = {} if name == "embed" else {"micro_batch_size": 1}
+    tables["train"] = {"batch_size": 6, **cut, **tables.get("train", {}), **train}
     tables["parallel"] = {"shard": shard}
     if "model" in tables:
         tables["model"]["path"] = str(base)
-    config = method_config(name, folder, base, **tables)
-    on_ranks(n, folder / "ranks", in_process, "train", str(config), "", mistake)
-    return folder / "run"
+    return method_config(name, folder, base, **tables)
 
 
 def divided_policy(name: str, n: int, folder: Path, **settings: Any) -> Path:

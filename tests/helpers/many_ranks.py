@@ -42,12 +42,31 @@ def _rank(rank: int, n: int, folder: str, function: Callable[..., Any], argument
     dist.destroy_process_group()
 
 
-def on_ranks(n: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What a function gives in each of n processes that know each other. AssertionError where one fails."""
+def _started(n: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     folder.mkdir(parents=True)
     processes = [FORK.Process(target=_rank, args=(rank, n, str(folder), function, arguments)) for rank in range(n)]
     for process in processes:
         process.start()
+    return processes
+
+
+def one_is_killed(
+    n: int, folder: Path, victim: int, seconds: float, function: Callable[..., Any], *arguments: Any
+) -> bool:
+    """Kill one of n processes after so many seconds, unless they have ended; the others end by themselves."""
+    processes = _started(n, folder, function, *arguments)
+    processes[victim].join(seconds)
+    was_alive = processes[victim].exitcode is None
+    processes[victim].kill()
+    for process in processes:
+        process.join(60)
+    assert all(process.exitcode is not None for process in processes), "a process waits for one that was killed"
+    return was_alive
+
+
+def on_ranks(n: int, folder: Path, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What a function gives in each of n processes that know each other. AssertionError where one fails."""
+    processes = _started(n, folder, function, *arguments)
     for process in processes:
         process.join(120)
     errors = "\n".join(path.read_text() for path in sorted(folder.glob("*.error")))

@@ -1,8 +1,22 @@
 """A run on several processes ends with the bits of one: weights, metrics, checkpoints, result."""
 
+import random
+from itertools import count
+
 import pytest
-from divided_methods import MISTAKES, POLICIES, RUNS, VARIANTS, assert_same_left, divided, divided_policy, without_cell
-from many_ranks import fork_server
+from divided_methods import (
+    MISTAKES,
+    POLICIES,
+    RUNS,
+    VARIANTS,
+    assert_same_left,
+    configuration,
+    divided,
+    divided_policy,
+    in_process,
+    without_cell,
+)
+from many_ranks import fork_server, one_is_killed
 
 CELLS = [(name, variant) for name in RUNS for variant in VARIANTS if without_cell(name, variant) is None]
 QUICK = [("sft", "lora"), ("masked-lm", "gradual"), ("images", "full"), ("dpo", "nf4")]
@@ -23,6 +37,26 @@ def test_a_method_on_three_processes(name, variant, tmp_path) -> None:
 def test_a_policy_on_three_processes(tmp_path) -> None:
     alone = divided_policy("ppo", 1, tmp_path / "1")
     assert_same_left(alone, divided_policy("ppo", 3, tmp_path / "3"))
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize(("variant", "shard"), [("lora", "none"), ("nf4", "full")])
+def test_killed_at_random_moments_and_resumed_by_other_numbers(variant, shard, tmp_path) -> None:
+    """Of 1 to 4 processes one dies, wherever it is; the others notice, and the next ones go on from what is stored."""
+    settings = {"epochs": 200, "save_every": 1, "eval_every": 7, "best": "last"}
+    alone = divided("sft", variant, 1, tmp_path / "alone", **settings)
+    config = configuration("sft", variant, tmp_path / "kills", shard, **settings)
+    generator = random.Random(5)
+    kills = 0
+    for life in count():
+        n = generator.randint(1, 4) if shard == "none" else generator.randint(2, 4)
+        folder = tmp_path / f"life-{life}"
+        seconds = generator.uniform(0.3, 1.2)
+        if not one_is_killed(n, folder, generator.randrange(n), seconds, in_process, "train", str(config)):
+            break
+        kills += 1
+    assert kills >= 25
+    assert_same_left(alone, tmp_path / "kills/run")
 
 
 @pytest.mark.deep
