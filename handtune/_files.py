@@ -110,8 +110,7 @@ def write_blocks(
     Only dtype, shape and nbytes of each are used besides. This is written by hand because the library's writer uses
     temporary names of its own, and makes files that only their owner can read.
     """
-    # Wider dtypes come first, so that each tensor starts at a multiple of its item size, as the format requires.
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    order = writing_order(tensors)
     stored_names = {f"torch.{torch_name}": stored_name for stored_name, torch_name in DTYPES.items()}
 
     header: dict[str, Any] = {}
@@ -133,6 +132,12 @@ def write_blocks(
         for name in order:
             for block in blocks_of(tensors[name]):
                 file.write(block)
+
+
+def writing_order(tensors: Mapping[str, Any]) -> list[str]:
+    """The names of tensors in the order in which they are written, and asked for their bytes."""
+    # Wider dtypes come first, so that each tensor starts at a multiple of its item size, as the format requires.
+    return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
 
 def memory_of(tensor: Any) -> memoryview:

@@ -6,7 +6,7 @@ one process, and nothing travels.
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -123,6 +123,26 @@ def from_first(make: Callable[[], Value]) -> Value:
     if error is not None:
         raise error
     return value if is_first() else message[0]
+
+
+class OfFirst(Mapping[str, Tensor]):
+    """Tensors that the first process has, each of which comes to the others when all ask for it, in the same order."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self.tensors = tensors
+        self.names = from_first(lambda: list(tensors))
+
+    def __getitem__(self, name: str) -> Tensor:
+        # Before all are asked: `in` asks for what need not be there.
+        if name not in self.names:
+            raise KeyError(name)
+        return from_first(lambda: self.tensors[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def one_first(make: Callable[[], Value]) -> Value:

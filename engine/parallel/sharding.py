@@ -18,6 +18,7 @@ Processes gather together, so each must compute as many micro-batches as the oth
 import os
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -109,21 +110,41 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
 
 
-def whole(shard: Tensor, like: "DTensor | None") -> Tensor:
-    """The tensor of which this is this process's shard, cut as `like` is; all processes ask for it together.
+@dataclass(frozen=True)
+class InShards:
+    """A tensor of which this process has a shard, cut as `like` is."""
 
-    A scalar is in no shards, nor is anything where `like` is None.
-    """
-    if like is None or shard.dim() == 0:
-        return shard
-    from torch.distributed.tensor import DTensor
+    shard: Tensor
+    like: "DTensor"
 
-    stride = torch.empty(like.shape, device="meta").stride()
-    return DTensor.from_local(shard, like.device_mesh, like.placements, shape=like.shape, stride=stride).full_tensor()
+    @property
+    def shape(self) -> torch.Size:
+        return self.like.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.shard.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.like.numel() * self.shard.itemsize
+
+    def whole(self) -> Tensor:
+        """The tensor, for which all processes ask together."""
+        from torch.distributed.tensor import DTensor
+
+        mesh, placements = self.like.device_mesh, self.like.placements
+        stride = torch.empty(self.shape, device="meta").stride()
+        return DTensor.from_local(self.shard, mesh, placements, shape=self.shape, stride=stride).full_tensor()
+
+
+def in_shards(tensor: Tensor, like: "DTensor | None") -> "Tensor | InShards":
+    """A process's part of a tensor, cut as `like` is; a scalar is in no shards, nor is anything where that is None."""
+    return tensor if like is None or tensor.dim() == 0 else InShards(tensor, like)
 
 
 def shard_of(tensor: Tensor, like: "DTensor | None") -> Tensor:
-    """The rows of a whole tensor that this process has of `like`; the opposite of `whole`."""
+    """The rows of a whole tensor that this process has of `like`."""
     if like is None or tensor.dim() == 0:
         return tensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

@@ -6,14 +6,25 @@ checksum of each file (`sha256sum -c` reads it, too), so that one changed bit is
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..._files import DiskError, read_json, remove_left_overs, write_file, write_json, write_tensors
+from ..._files import (
+    DiskError,
+    memory_of,
+    read_json,
+    remove_left_overs,
+    write_blocks,
+    write_file,
+    write_json,
+    writing_order,
+)
 from ..._folders import replacing_folder
 from ..data.fingerprints import digest
+from ..parallel.sharding import InShards
 
 TENSORS = "tensors.safetensors"
 FACTS = "state.json"
@@ -21,8 +32,10 @@ SUMS = "SHA256SUMS"
 _OLD = ".old"
 
 
-def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+def save_checkpoint(path: str | Path, tensors: Mapping[str, Tensor | InShards], facts: dict[str, Any]) -> None:
     """Write a checkpoint folder in one piece; an existing one is replaced.
+
+    What is in shards is put together tensor by tensor, for which the other processes `help_to_save`.
 
     Raises OSError, with what was there untouched, where the disk is full or not writable.
     """
@@ -34,7 +47,7 @@ def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], facts: dict[st
     remove(old)
     try:
         with replacing_folder(path, old) as folder:
-            write_tensors(folder / TENSORS, tensors)
+            write_blocks(folder / TENSORS, tensors, None, lambda tensor: [memory_of(_whole(tensor))])
             write_json(folder / FACTS, facts)
             write_file(folder / SUMS, _sums(folder))
     except DiskError as error:
@@ -43,6 +56,17 @@ def save_checkpoint(path: str | Path, tensors: dict[str, Tensor], facts: dict[st
             "then the same command goes on from the last one"
         ) from error
     remove(old)
+
+
+def help_to_save(tensors: Mapping[str, Tensor | InShards]) -> None:
+    """Give what this process has of tensors in shards to the first one, while that saves them."""
+    for name in writing_order(tensors):
+        _whole(tensors[name])
+
+
+def _whole(tensor: Tensor | InShards) -> Tensor:
+    """All of a tensor, contiguous on the CPU."""
+    return (tensor.whole() if isinstance(tensor, InShards) else tensor).detach().cpu().contiguous()
 
 
 def _sums(path: Path) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...kernels.optim.adamw_state import AdamWParam
 from ..adapters.lora import lr_ratios
-from ..parallel.sharding import is_shard, local, shard_of, sum_over_shards, whole
+from ..parallel.sharding import in_shards, is_shard, local, shard_of, sum_over_shards
 from ..parallel.statistics import Statistics
 from ..parallel.tree import GradientTree
 from .optimizers import TrainedParam, update_
@@ -214,28 +214,30 @@ class Optimizer:
         for param in self.trained.values():
             param.weight.grad = None
 
-    def weights(self) -> dict[str, Tensor]:
-        """Masters and the module's buffers, as a flat dictionary of tensors, for which all processes ask together."""
-        weights = {f"buffer.{name}": buffer for name, buffer in self.buffers.items()}
-        masters = {name: param.weight.detach() for name, param in self.trained.items()}
-        return weights | {f"weight.{name}": whole(master, self.sharded.get(name)) for name, master in masters.items()}
+    def weights(self) -> dict[str, Any]:
+        """Masters and the module's buffers, as a flat dictionary of tensors."""
+        state: dict[str, Any] = {f"buffer.{name}": buffer for name, buffer in self.buffers.items()}
+        for name, param in self.trained.items():
+            state[f"weight.{name}"] = in_shards(param.weight.detach(), self.sharded.get(name))
+        return state
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self) -> dict[str, Any]:
         """The weights, with the moments and update counts of those that were updated."""
         state = self.weights()
         for name, param in self.trained.items():
+            like = self.sharded.get(name)
             if param.step > 0:
-                state |= {f"{key}.{name}": whole(getattr(param, key), self.sharded.get(name)) for key in param.state}
+                state |= {f"{key}.{name}": in_shards(getattr(param, key), like) for key in param.state}
         return state
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Put a `state_dict` back, into the parameters too. ValueError where it is one of other parameters."""
         shapes = {
             name: tuple(self.sharded[name].shape if name in self.sharded else param.weight.shape)
             for name, param in self.trained.items()
         }
-        stored = {key.removeprefix("weight."): tuple(t.shape) for key, t in state.items() if key.startswith("weight.")}
+        stored = {key[7:]: tuple(state[key].shape) for key in state if key.startswith("weight.")}
         if different := sorted(name for name in shapes | stored if shapes.get(name) != stored.get(name)):
             name = different[0]
             raise ValueError(

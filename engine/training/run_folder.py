@@ -51,6 +51,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path | None):
         self.path = Path(path) if path is not None and is_first() else None
+        self.is_followed = path is not None and not is_first()  # whether the first process has it
         self._moved: dict[str, Any] = {}  # what run.json calls otherwise than this call, as after a move
 
     def newest_checkpoint(self) -> Path | None:

@@ -4,7 +4,7 @@ import math
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..parallel.ranks import from_first, is_first
+from ..parallel.ranks import OfFirst, from_first, is_first
 from ..runtime import begin_draws
 from ..tasks.metrics import LOWER_IS_BETTER
-from .checkpoint import checkpoint_path, load_checkpoint, prune, save_checkpoint
+from .checkpoint import checkpoint_path, help_to_save, load_checkpoint, prune, save_checkpoint
 from .optim import Optimizer
 from .run_folder import RunFolder
 
@@ -53,11 +53,12 @@ def save(
     **tensors: dict[str, Tensor],
 ) -> None:
     """Write the checkpoint of a step, with facts and groups of tensors of the caller; remove all but the last ones."""
-    # What is in shards is put together by all processes.
     groups = {"optimizer": optimizer.state_dict(), **tensors}
-    if run_folder.path is None:
-        return
     flat = {f"{group}.{key}": tensor for group, members in groups.items() for key, tensor in members.items()}
+    if run_folder.path is None:
+        if run_folder.is_followed:
+            help_to_save(flat)
+        return
     facts = {**facts, "data": data.state_dict()}
     folder = run_folder.path / "checkpoints"
     save_checkpoint(checkpoint_path(folder, step), flat, facts)
@@ -68,18 +69,47 @@ class StoredState(NamedTuple):
     """The newest checkpoint of a run."""
 
     path: Path
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     facts: dict[str, Any]
 
 
 def stored_state(run_folder: RunFolder) -> StoredState | None:
     """The newest checkpoint, if there is one. ValueError where it is damaged."""
+    return _loaded(run_folder.newest_checkpoint)
 
-    def load() -> StoredState | None:
-        newest = run_folder.newest_checkpoint()
-        return None if newest is None else StoredState(newest, *load_checkpoint(newest))
 
-    return from_first(load)
+def _loaded(find: Callable[[], Path | None]) -> StoredState | None:
+    """The checkpoint that the first process finds, whose tensors come to the others one by one."""
+    tensors: dict[str, Tensor] = {}
+
+    def load() -> tuple[Path, dict[str, Any]] | None:
+        path = find()
+        if path is None:
+            return None
+        loaded, facts = load_checkpoint(path)
+        tensors.update(loaded)
+        return path, facts
+
+    loaded_first = from_first(load)
+    return None if loaded_first is None else StoredState(loaded_first[0], OfFirst(tensors), loaded_first[1])
+
+
+class OfGroup(Mapping[str, Tensor]):
+    """Those tensors of a checkpoint that are of one group, under their names in it."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], group: str):
+        self.tensors = tensors
+        self.prefix = f"{group}."
+        self.names = [name.removeprefix(self.prefix) for name in tensors if name.startswith(self.prefix)]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[self.prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def resume(
@@ -94,13 +124,13 @@ def resume(
         return {}, {}
 
     newest, tensors, facts = stored
-    groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in tensors.items():
-        group, _, name = key.partition(".")
-        groups[group][name] = tensor
-
     run_folder.rewind(int(newest.name.removeprefix("step-")))
-    optimizer.load_state_dict(groups.pop("optimizer"))
+    optimizer.load_state_dict(OfGroup(tensors, "optimizer"))
+    groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key in tensors:
+        group, _, name = key.partition(".")
+        if group != "optimizer":
+            groups[group][name] = tensors[key]
     data.load_state_dict(facts["data"])
     # A kill after the last save leaves one too many.
     if run_folder.path is not None:
@@ -166,6 +196,8 @@ def keep_best(run_folder: RunFolder, optimizer: Optimizer, progress: Progress, m
         if run_folder.path is not None:
             facts = {"step": progress.step, "metrics": progress.metrics}
             save_checkpoint(run_folder.path / "best", weights, facts)
+        elif run_folder.is_followed:
+            help_to_save(weights)
 
 
 def restore_best(run_folder: RunFolder, optimizer: Optimizer, progress: Progress) -> None:
@@ -174,9 +206,8 @@ def restore_best(run_folder: RunFolder, optimizer: Optimizer, progress: Progress
         return
     facts: dict[str, Any] = {"step": progress.step, "metrics": progress.metrics}
     # What the folder says counts: a kill can leave a newer best there than the checkpoint knew of.
-    folder = run_folder.path
-    stored = from_first(lambda: None if folder is None else load_checkpoint(folder / "best"))
+    stored = _loaded(lambda: None if run_folder.path is None else run_folder.path / "best")
     if stored is not None:
-        weights, facts = stored
-        optimizer.load_state_dict(weights)
+        facts = stored.facts
+        optimizer.load_state_dict(stored.tensors)
     progress.best |= {**facts, "value": facts["metrics"][progress.best["metric"]]}

@@ -62,6 +62,3 @@ def test_loading_takes_a_share_and_a_layer(n, quantize, tmp_path) -> None:
     for taken, share, layer in on_ranks(n, tmp_path / "ranks", loaded_in_shards, str(tmp_path / "model"), quantize):
         assert share < 1.05 * size / n
         assert taken < 1.15 * share + 2 * layer + 8 * MB
-        print(
-            f"{n}: {taken / MB:.0f} MB for a share of {share / MB:.0f} of {size / MB:.0f}, a layer has {layer / MB:.0f}"
-        )

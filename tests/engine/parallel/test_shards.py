@@ -1,8 +1,11 @@
 """A model in shards trains as the whole model does: adapters to the bit, its own weights to rounding."""
 
+import shutil
+from pathlib import Path
+
 import pytest
-from divided_methods import assert_same_left, divided
-from many_ranks import fork_server
+from divided_methods import assert_same_left, divided, in_process
+from many_ranks import fork_server, on_ranks
 from safetensors.torch import load_file
 from small_runs import logged
 
@@ -48,3 +51,37 @@ def test_all_weights_in_shards_after_twenty_steps(name, n, mode, tmp_path, monke
     for one, two in zip(logged(alone), logged(other), strict=True):
         assert one.keys() == two.keys()
         assert two.get("loss", 0) == pytest.approx(one.get("loss", 0), rel=1e-5)
+
+
+@pytest.mark.deep
+def test_weights_in_shards_are_saved_whole_and_go_on_in_other_shards(tmp_path) -> None:
+    """From four processes to one without shards, and to three; the files are those of one process."""
+    settings = {"epochs": 8, "best": "last", "lr": 1e-3, "save_every": 1, "keep_last": 9}
+    alone = divided("masked-lm", "full", 1, tmp_path / "1", **settings)
+    four = divided("masked-lm", "full", 4, tmp_path / "4", shard="full", **settings)
+    stored = "checkpoints/step-00000004/tensors.safetensors"
+    ours, theirs = load_file(alone / stored), load_file(four / stored)
+    assert ours.keys() == theirs.keys()
+    assert {name: tensor.shape for name, tensor in ours.items()} == {n: tensor.shape for n, tensor in theirs.items()}
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) <= 1e-6
+
+    # What comes after the fourth step is taken away, as a kill would have prevented it.
+    for n, mode in ((1, "none"), (3, "full"), (2, "none")):
+        folder = tmp_path / f"go-on-{n}"
+        shutil.copytree(tmp_path / "4", folder)
+        shutil.rmtree(folder / "ranks")
+        for name in ("result.json", "model", "examples.json"):
+            remove(folder / "run" / name)
+        for step in range(5, 9):
+            remove(folder / f"run/checkpoints/step-{step:08d}")
+        text = (folder / "run.toml").read_text().replace(str(tmp_path / "4"), str(folder))
+        (folder / "run.toml").write_text(text.replace('"full"', f'"{mode}"'))
+        on_ranks(n, folder / "ranks", in_process, "train", str(folder / "run.toml"))
+        end = load_file(folder / "run/model/model.safetensors")
+        whole = load_file(four / "model/model.safetensors")
+        assert max((end[name] - whole[name]).abs().max().item() for name in whole) <= 1e-6
+        assert [row["step"] for row in logged(folder / "run") if "loss" in row] == list(range(1, 9))
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
