@@ -1,7 +1,6 @@
 """A run on several processes ends with the bits of one: weights, metrics, checkpoints, result."""
 
 import random
-from itertools import count
 
 import pytest
 from divided_methods import (
@@ -16,9 +15,10 @@ from divided_methods import (
     in_process,
     without_cell,
 )
-from many_ranks import fork_server, one_is_killed
+from many_ranks import fork_server, on_ranks, one_is_killed
 
 CELLS = [(name, variant) for name in RUNS for variant in VARIANTS if without_cell(name, variant) is None]
+KILLS = 25  # of each of two runs
 QUICK = [("sft", "lora"), ("masked-lm", "gradual"), ("images", "full"), ("dpo", "nf4")]
 
 
@@ -47,15 +47,16 @@ def test_killed_at_random_moments_and_resumed_by_other_numbers(variant, shard, t
     alone = divided("sft", variant, 1, tmp_path / "alone", **settings)
     config = configuration("sft", variant, tmp_path / "kills", shard, **settings)
     generator = random.Random(5)
-    kills = 0
-    for life in count():
+    n_killed = 0
+    for life in range(KILLS):
         n = generator.randint(1, 4) if shard == "none" else generator.randint(2, 4)
+        victim, seconds = generator.randrange(n), generator.uniform(0.3, 2.0)
         folder = tmp_path / f"life-{life}"
-        seconds = generator.uniform(0.3, 1.2)
-        if not one_is_killed(n, folder, generator.randrange(n), seconds, in_process, "train", str(config)):
+        if not one_is_killed(n, folder, victim, seconds, in_process, "train", str(config)):
             break
-        kills += 1
-    assert kills >= 25
+        n_killed += 1
+    assert n_killed > KILLS // 3
+    on_ranks(3, tmp_path / "end", in_process, "train", str(config))
     assert_same_left(alone, tmp_path / "kills/run")
 
 
