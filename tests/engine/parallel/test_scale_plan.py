@@ -1,0 +1,35 @@
+"""The arithmetic of benchmarks/scale_plan.py, by hand for one case, and against what others have published."""
+
+import sys
+
+import pytest
+from project import BENCHMARKS
+
+sys.path.append(str(BENCHMARKS))
+import scale_plan as plan
+
+
+def test_a_llama_has_the_published_number_of_parameters() -> None:
+    sizes = {name: round(model.total / 1e9, 2) for name, model in plan.MODELS.items()}
+    assert sizes == {"llama-8b": 8.03, "llama-70b": 70.55, "llama-405b": 405.85}
+    assert round(plan.MODELS["llama-8b"].factors(16) / 1e6, 1) == 41.9  # PEFT's count for all-linear
+
+
+def test_by_hand() -> None:
+    """8B in shards over two machines: 16 GB of weights cross the network twice, but for the sixteenth that is here."""
+    model, machine = plan.MODELS["llama-8b"], plan.Machine()
+    cost = plan.cost(model, plan.Plan(16, "full", 16, 16, 1024, 1024), machine)
+    assert cost.between == pytest.approx(2 * 2 * 8.03e9 * 15 / 16, rel=1e-3)
+    assert cost.waits_for == "the network"
+    assert cost.seconds == pytest.approx(cost.between / machine.network + cost.tree)
+    # Three levels inside of the machine and one between them, up and down, of 168 MB.
+    assert cost.tree == pytest.approx(2 * 168e6 * (3 / 360e9 + 1 / 40e9), rel=0.02)
+    alone = plan.cost(model, plan.Plan(1, "none", 16, 16, 1024, 1024), machine)
+    assert (alone.between, alone.inside, alone.tree, alone.waits_for) == (0, 0, 0, "computing")
+    assert alone.memory > cost.memory
+
+
+def test_what_others_have_measured_lies_below() -> None:
+    for _, _, name, each, theirs in plan.PUBLISHED:
+        ours = plan.cost(plan.MODELS[name], each, plan.Machine()).tokens_per_second
+        assert 0.6 < theirs / ours < 1
