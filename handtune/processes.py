@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from .config import RunConfig
     from .engine.parallel.sharding import Sharding
 
-DIVIDED = ("train", "ppo")  # commands whose work processes share; of any other, each does all
+# The commands whose work is shared; of any other, each process does all.
+DIVIDED = ("train", "ppo", "evaluate", "generate", "predict")
 TOGETHER = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")  # what a launcher tells
 TIMEOUT = timedelta(minutes=30)  # in which a process waits for others that are still there
 PATIENCE = 1.0  # seconds in which the first process may report a mistake that all have met

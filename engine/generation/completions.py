@@ -6,6 +6,7 @@ from typing import Any
 
 from ..adapters.switch import use_adapter
 from ..data.text import completion_text, prompt_tokens
+from ..parallel.ranks import spread, world_size
 from .sampling import continuations, stop_texts
 
 
@@ -39,25 +40,28 @@ def completions(
                 f"{limit} positions; shorten one of them"
             )
 
-    # A generator of its own, so that the errors above come with the call and not with the first text.
-    def texts() -> Iterator[str]:
-        for start in range(0, len(prompt_ids), batch_size):
-            batch = prompt_ids[start : start + batch_size]
-            by_row = nullcontext() if adapters is None else use_adapter(model, adapters[start : start + batch_size])
-            try:
-                with by_row:
-                    written = continuations(
-                        model, batch, max_new_tokens, seed=seed + start, eos_id=ends, stop=stop, tokenizer=tokenizer,
-                        **sampling,
-                    )  # fmt: skip
-            except FloatingPointError as error:
-                raise FloatingPointError(f"prompts {start + 1} to {start + len(batch)}: {error}") from None
+    def write(_: int, start: int) -> list[str]:
+        """The texts of the batch that begins with this prompt."""
+        batch = prompt_ids[start : start + batch_size]
+        by_row = nullcontext() if adapters is None else use_adapter(model, adapters[start : start + batch_size])
+        try:
+            with by_row:
+                written = continuations(
+                    model, batch, max_new_tokens, seed=seed + start, eos_id=ends, stop=stop, tokenizer=tokenizer,
+                    **sampling,
+                )  # fmt: skip
+        except FloatingPointError as error:
+            raise FloatingPointError(f"prompts {start + 1} to {start + len(batch)}: {error}") from None
 
-            # What an encoder-decoder writes is no prompt's continuation.
-            for prompt, ids in zip(batch, written, strict=True):
-                yield text_of(ids, ends, stop, tokenizer, () if model.task == "seq2seq-lm" else prompt)
+        # What an encoder-decoder writes is no prompt's continuation.
+        before = [() if model.task == "seq2seq-lm" else prompt for prompt in batch]
+        return [text_of(ids, ends, stop, tokenizer, prompt) for prompt, ids in zip(before, written, strict=True)]
 
-    return texts()
+    # Several processes write a batch each at a time. A generator is made here, so that the errors above come with the
+    # call and not with the first text.
+    starts = range(0, len(prompt_ids), batch_size)
+    n = world_size()
+    return (text for i in range(0, len(starts), n) for texts in spread(starts[i : i + n], write) for text in texts)
 
 
 def _tokenize_prompts(texts: Sequence[str], model: Any, tokenizer: Any) -> list[list[int]]:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from ..data.images import ImageCollate, ImageProcessor, decode
 from ..data.placed_rows import PlacedRow, locations_of
 from ..data.schema import row_without_gold
 from ..finite import not_finite
+from ..parallel.ranks import spread, world_size
 from ..runtime import in_eval_mode
 from ..tasks.common import Encoded, Settings, token_rows
 from ..tasks.encode import SHOWN, encode_batches
@@ -87,10 +88,15 @@ def predictions(
     # A row may have several examples, as a long context has windows, or none.
     report = _Report(max_length)
     remaining = zip(rows, encode_batches(rows, predictor.encoders, settings), strict=True)
-    while part := list(islice(remaining, batch_size)):
+
+    def outputs_of(_: int, part: list[Any]) -> list[NDArray[Any]]:
         examples = [example for _, encoded in part for example in encoded.examples]
-        outputs = iter(_outputs(model, examples, collate, batch_size, part[0][0].location))
-        for row, encoded in part:
+        return _outputs(model, examples, collate, batch_size, part[0][0].location)
+
+    # Several processes compute a batch each at a time.
+    while parts := [part for _ in range(world_size()) if (part := list(islice(remaining, batch_size)))]:
+        outputs = chain.from_iterable(spread(parts, outputs_of))
+        for row, encoded in chain.from_iterable(parts):
             report.add(row, encoded)
             prediction = predictor.prediction(
                 row, encoded.examples, list(islice(outputs, len(encoded.examples))), model.labels

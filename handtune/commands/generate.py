@@ -14,6 +14,7 @@ from ..engine.data.placed_rows import PlacedRow
 from ..engine.data.readers import read_prompts
 from ..engine.data.schema import is_dialogue
 from ..engine.generation.completions import completions
+from ..engine.parallel.ranks import world_size
 from ..engine.training.guards import explained_memory_error
 from ..prompts import prompts_of
 from ..terminal import print_text, read_standard_input
@@ -58,7 +59,7 @@ def _generate(options: argparse.Namespace, out: Path | None) -> int:
                 if not (chat or is_dialogue(row)) and model.task != "seq2seq-lm":
                     text = prompt + text
                 print_text(("\n" if number else "") + text)
-                if sys.stdout.closed:  # nobody reads it any more
+                if sys.stdout.closed and world_size() == 1:  # nobody reads it any more
                     break
     return 0
 

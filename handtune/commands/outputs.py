@@ -6,6 +6,7 @@ While a command writes a file or a run's folder, no other process does.
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -34,9 +35,13 @@ def output(path: str, force: bool) -> Iterator[Path]:
     """The file to write when the block ends, to which a link at `path` may lead; its folder is made.
 
     Errors come before anything is computed: ValueError where there is a file already (or, with `force`, something other
-    than a file), or where another process is about to write it; OSError where the folder can't be written.
+    than a file), or where another process is about to write it; OSError where the folder can't be written. Of several
+    processes that share a command only the first writes.
     """
     target = resolved(path)
+    if not is_first():
+        yield target
+        return
     refuse_existing(path, force)
     with alone(path, target.with_name(f".{target.name}.lock")):
         refuse_existing(path, force)  # again, because another process may have written it by now
@@ -72,6 +77,9 @@ def as_json(row: Mapping[str, Any]) -> str:
 
 def write_rows(rows: Iterable[Mapping[str, Any]], count: int, out: Path) -> None:
     """Write `count` rows to `out` as JSONL; if they break off, those so far to a file beside it."""
+    if not is_first():
+        deque(rows, maxlen=0)  # computes its share of them
+        return
     lines: list[str] = []
     try:
         for row in counted(rows, count, "row"):

@@ -18,6 +18,7 @@ from ..engine.formats.compression import kind_of
 from ..engine.formats.sources import on_the_hub
 from ..engine.formats.tables import LINE_BREAK
 from ..engine.formats.text_files import json_lines, read_text
+from ..engine.parallel.ranks import world_size
 from ..engine.training.guards import explained_memory_error
 from ..inputs.fingerprints import is_run
 from ..inputs.rows import columns_of
@@ -57,7 +58,7 @@ def _predict(predictor: Predictor, rows: list[Mapping[str, Any]], options: argpa
                 print_text(readable(row, prediction))
             else:
                 print_text(as_json({**row, **prediction}))
-            if sys.stdout.closed:  # nobody reads it any more
+            if sys.stdout.closed and world_size() == 1:  # nobody reads it any more
                 break
     return 0
 

@@ -1,7 +1,9 @@
 """Every method on several processes: its tiny run from a configuration file, and what two runs have left compared."""
 
+import io
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +137,14 @@ def in_process(name: str, config: str, path: str = "", mistake: str | None = Non
     if mistake is not None:
         MISTAKES[mistake]()
     assert main([name, config, "--debug"]) == 0
+
+
+def typed(arguments: list[str]) -> str:
+    """What a command prints in a process of several."""
+    output = io.StringIO()
+    with redirect_stdout(output):
+        assert main([*arguments, "--debug"]) == 0
+    return output.getvalue()
 
 
 def left(run: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from divided_methods import (
     divided,
     divided_policy,
     in_process,
+    typed,
     without_cell,
 )
 from many_ranks import fork_server, on_ranks, one_is_killed
@@ -58,6 +59,28 @@ def test_killed_at_random_moments_and_resumed_by_other_numbers(variant, shard, t
     assert n_killed > KILLS // 3
     on_ranks(3, tmp_path / "end", in_process, "train", str(config))
     assert_same_left(alone, tmp_path / "kills/run")
+
+
+def test_what_is_written_and_predicted_on_three_processes(tmp_path) -> None:
+    """Texts and predictions in their order, batch by batch; the first process alone prints them, or writes a file."""
+    for name, arguments in {
+        "sft": ["generate", "--temperature", "1", "--max-new-tokens", "6"],
+        "classify": ["predict"],
+        "tag": ["evaluate"],
+    }.items():
+        run = divided(name, "lora", 1, tmp_path / name)
+        rows = str(tmp_path / name / "rows.jsonl")
+        source = {"generate": ["--prompts", rows], "predict": [rows], "evaluate": []}[arguments[0]]
+        batches = [] if name == "tag" else ["--batch-size", "2"]
+        command = [arguments[0], str(run), *source, *arguments[1:], *batches]
+        alone, *_ = on_ranks(1, tmp_path / f"{name}-1", typed, command)
+        assert len(alone) > 20
+        assert on_ranks(3, tmp_path / f"{name}-3", typed, command) == [alone, "", ""]
+        if name != "tag":
+            for n in (1, 3):
+                out = tmp_path / f"{name}-{n}.jsonl"
+                on_ranks(n, tmp_path / f"{name}-out-{n}", typed, [*command, "--out", str(out)])
+            assert (tmp_path / f"{name}-1.jsonl").read_bytes() == (tmp_path / f"{name}-3.jsonl").read_bytes()
 
 
 @pytest.mark.deep
