@@ -24,6 +24,7 @@ from ...kernels.optim.adamw8bit_state import AdamW8bitParam
 from ...kernels.optim.adamw_state import AdamWParam
 from ...kernels.optim.blockwise import BLOCK, n_blocks
 from ...kernels.optim.muon import MuonParam, muon_
+from ..parallel.sharding import is_shard
 
 TrainedParam = AdamWParam | AdamW8bitParam | MuonParam
 OPTIMIZERS = ("adamw", "adamw8bit", "muon")
@@ -50,8 +51,14 @@ def states_for(
 ) -> dict[str, Callable[[Tensor], TrainedParam]]:
     """What makes the state of those `trained` parameters that AdamW in fp32 doesn't update, by name.
 
-    Of the parameters in `rows` only some rows train. ValueError where Muon would find no matrix.
+    Of the parameters in `rows` only some rows train. ValueError where Muon would find no matrix, and where a matrix is
+    in shards, which Muon and blocks of eight bits would cut otherwise than one process does.
     """
+    if optimizer != "adamw" and any(map(is_shard, trained.values())):
+        raise ValueError(
+            f'train.optimizer = "{optimizer}": the matrices that train are in shards, which adamw alone updates; take '
+            'adamw, or parallel.shard = "none"'
+        )
     if optimizer == "adamw8bit":
         return {name: AdamW8bitParam for name, p in trained.items() if p.numel() >= MIN_SIZE and name not in rows}
     if optimizer != "muon":

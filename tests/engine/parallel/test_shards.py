@@ -1,13 +1,18 @@
 """A model in shards trains as the whole model does: adapters to the bit, its own weights to rounding."""
 
+import io
 import shutil
+from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
-from divided_methods import assert_same_left, divided, in_process
+from divided_methods import assert_same_left, configuration, divided, in_process
 from many_ranks import fork_server, on_ranks
 from safetensors.torch import load_file
 from small_runs import logged
+
+from handtune.cli import main
+from handtune.engine.parallel.ranks import gathered
 
 QUICK = [("sft", "nf4"), ("seq2seq", "lora")]
 CELLS = [
@@ -85,3 +90,26 @@ def test_weights_in_shards_are_saved_whole_and_go_on_in_other_shards(tmp_path) -
 
 def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def test_what_shards_can_not_do_is_said(tmp_path, capsys) -> None:
+    for optimizer in ("muon", "adamw8bit"):
+        folder = tmp_path / optimizer
+        config = configuration("sft", "full", folder, shard="full", optimizer=optimizer)
+        for code, line in on_ranks(2, folder / "ranks", refused, str(config)):
+            assert code == 2
+            assert f'train.optimizer = "{optimizer}": the matrices that train are in shards' in line
+    config = configuration("sft", "gradual", tmp_path / "gradual", shard="full")
+    for code, line in on_ranks(2, tmp_path / "gradual/ranks", refused, str(config)):
+        assert (code, "train.unfreeze: a model in shards" in line) == (2, True)
+    assert main(["train", str(config)]) == 2
+    assert 'parallel.shard = "full": there is one process' in capsys.readouterr().err
+
+
+def refused(config: str) -> tuple[int, str]:
+    """The exit code of a run that is refused, and what is said."""
+    sink = io.StringIO()
+    with redirect_stderr(sink):
+        code = main(["train", config])
+    said = gathered(sink.getvalue())
+    return code, "".join(said)
