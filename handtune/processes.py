@@ -106,7 +106,9 @@ def while_loading(config: "RunConfig", sharding: "Sharding") -> Callable[[Any], 
     lora = config.lora
     reads_weights = lora is not None and (lora.dora or lora.init == "pissa")
     grows = config.model.adapter is not None or bool(config.model.add_tokens or config.freeze.token_rows)
-    return None if sharding.mode == "none" or reads_weights or grows else sharding.put
+    # The reference of DPO is asked before the model is in shards altogether.
+    computes = config.method == "dpo"
+    return None if sharding.mode == "none" or reads_weights or grows or computes else sharding.put
 
 
 def of_one_process(error: BaseException, code: int, line: str) -> tuple[int, str]:

@@ -11,7 +11,7 @@ packing get them *padded*, with a mask; then rows of similar length are put toge
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -56,6 +56,8 @@ class Step(Sequence[Any]):
         return len(self.rows)
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return replace(self, rows=self.rows[index])
         return self.collate([self.examples[int(i)] for i in self.rows[index]])
 
     def sizes(self) -> list[int]:

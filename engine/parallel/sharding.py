@@ -17,7 +17,7 @@ Processes gather together, so each must compute as many micro-batches as the oth
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -153,11 +153,19 @@ def shard_of(tensor: Tensor, like: "DTensor | None") -> Tensor:
     return tensor[offset[0] : offset[0] + shape[0]]
 
 
-def sum_over_shards(value: Tensor, like: "DTensor") -> Tensor:
-    """The sum of a value over the processes that share the tensor `like`, each of which has another part of it."""
+def norm_with_shards(gradients: Mapping[str, Tensor | None], sharded: Mapping[str, "DTensor"]) -> Tensor:
+    """The joint norm of gradients, of which this process has all, or a part where the parameter is `sharded`."""
+    like = next(iter(sharded.values()))
+    squares = torch.zeros(2, device=local(like).device)  # of the gradients that are whole, of those in shards
+    for name, gradient in gradients.items():
+        if gradient is not None:
+            squares[int(name in sharded)] += gradient.square().sum()
+
+    # Those of a machine, in a hybrid; the others have copies of them.
     mesh = like.device_mesh
-    dist.all_reduce(value, group=mesh.get_group(mesh.ndim - 1))
-    return value
+    in_all_shards = squares[1].clone()
+    dist.all_reduce(in_all_shards, group=mesh.get_group(mesh.ndim - 1))
+    return (squares[0] + in_all_shards).sqrt()
 
 
 def idle_passes(model: nn.Module, shares: list[range]) -> list[int]:

@@ -72,7 +72,7 @@ class GradientTree:
         if self.next % 2 == 1 and self.next > self.first:
             self.nodes[(self.next - 1, 1)] = self._take()
         self.n_leaves = self.shares[-1].stop if self.shares else self.next
-        if self.n_leaves == 0:
+        if self.n_leaves == 0 or not self.weights:
             return
 
         size = 1

@@ -64,6 +64,7 @@ class Trainer:
         self.tokenizer = tokenizer
         self.device = next(model.parameters()).device
         self.beta = config.kl_coef  # β, which adapts to `kl_target`
+        self.number = 0  # of the round
 
         trained = self.actors.trained()
         for parameter in trained.values():
@@ -75,6 +76,7 @@ class Trainer:
 
     def round(self, prompts: Sequence[Prompt], lr: float, number: int) -> tuple[Rollout, dict[str, float]]:
         """The round of this number, from 1, on these prompts; the rollout, and what is worth knowing about it."""
+        self.number = number
         started = time.perf_counter()
         rollout = sample(self.model, prompts, POLICY, self.config, self.config.group_size or 1, number)  # 2
         n_rows = len(rollout.ids)
@@ -164,7 +166,8 @@ class Trainer:
         prompts, completions = self.as_given(rollout)
         rows = [prompt.row for prompt in rollout.prompts]
 
-        def scores_of(number: int, part: Sequence[tuple[Any, Any, Any]]) -> Tensor:
+        def scores_of(i: int, part: Sequence[tuple[Any, Any, Any]]) -> Tensor:
+            begin_draws(self.config.seed, self.number, i, 1)  # a reward may draw
             columns = [list(column) for column in zip(*part, strict=True)]
             scores = torch.zeros(len(part))
             for reward in rewards:

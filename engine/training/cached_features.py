@@ -5,7 +5,7 @@ When only the head trains, these are the features that it reads; for DPO, what t
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ..adapters.switch import use_adapter
 from ..data.batches import Batches, Collate, CollateFn, Examples, Step, to_device
 from ..data.images import ImageCollate
 from ..model import KnownModel
-from ..parallel.ranks import any_of, spread
+from ..parallel.ranks import spread
 from ..parallel.sharding import is_sharded
 from ..progress import Progress
 from ..runtime import in_eval_mode
@@ -128,26 +128,24 @@ def _below_the_head(
     `split_states` cuts it from a chunk's, as copies: what is pooled can be a view into all hidden states of the chunk.
     """
     device = next(model.parameters()).device
-    total = len(chunks.examples)
-    n_bytes = n_rows = 0
+    steps = iter(chunks)
 
     def rows_of(number: int, chunk: Step) -> list[dict[str, Any]]:
-        nonlocal n_bytes, n_rows
-        # Estimated from the rows so far, so that the first chunk shows it already.
-        if n_bytes * total > MAX_BYTES * n_rows:
-            return []
         (batch,) = chunk
         rows = split_states(batch, pooled(model, to_device(batch["inputs"], device)).cpu())
-        n_bytes += sum(row["features"].nbytes for row in rows)
-        n_rows += len(rows)
         progress.update(len(rows))
         return rows
 
-    with in_eval_mode(model), Progress(total, "feature") as progress:
-        by_chunk = spread(chunks, rows_of, is_sharded(model))
-    if any_of(n_bytes * total > MAX_BYTES * n_rows):
-        return None
-    return list(chain.from_iterable(by_chunk))
+    with in_eval_mode(model), Progress(len(chunks.examples), "feature") as progress:
+        # The first chunk shows how many bytes a row takes, or a token, where the head reads the states of tokens.
+        first = spread(islice(steps, 1), rows_of, is_sharded(model))[0]
+        seen, total = len(first), len(chunks.examples)
+        if first[0]["features"].dim() == 2:
+            seen = sum(len(row["features"]) for row in first)
+            total = sum(map(chunks.size, chunks.examples))
+        if sum(row["features"].nbytes for row in first) * total > MAX_BYTES * seen:
+            return None
+        return first + list(chain.from_iterable(spread(steps, rows_of, is_sharded(model))))
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from ..parallel.ranks import spread
 from ..parallel.sharding import is_sharded
 from ..runtime import begin_draws
 from ..tasks.common import LossFn, Score
-from .guards import clean_guest, micro_batches, sum_and_count
+from .guards import clean_guest, micro_batches_of, sum_and_count
 
 
 def evaluate(model: nn.Module, data: Iterable[Any], loss_fn: LossFn, score: Score | None = None) -> dict[str, Any]:
@@ -42,8 +42,7 @@ def evaluate(model: nn.Module, data: Iterable[Any], loss_fn: LossFn, score: Scor
     loss_sum = targets = 0.0
     with clean_guest(model, seed=0), torch.no_grad():
         model.eval()
-        batches = ((step, i) for step in map(micro_batches, data) for i in range(len(step)))
-        for loss, count, predicted in spread(batches, assess, is_sharded(model)):
+        for loss, count, predicted in spread(micro_batches_of(data), assess, is_sharded(model)):
             loss_sum += loss
             targets += count
             if score is not None:

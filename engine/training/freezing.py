@@ -54,20 +54,20 @@ def trained_parameters(
 
 
 def whole_in_shards(model: nn.Module) -> list[nn.Parameter]:
-    """What trains and stays whole in a model that is sharded: factors of adapters, heads of labels, vectors.
+    """What trains and stays whole in a model that is sharded: beside an adapter all, else heads of labels and vectors.
 
-    And matrices of which single rows train. The matrices of the model itself are sharded, also where they train.
+    And matrices of which single rows train. The other matrices of the model are sharded, also where they train.
     """
     factors = {id(p) for site in adapter_sites(model) for each in site.adapters.values() for p in each.parameters()}
     rows = trained_rows(model)
+    if any(parameter.requires_grad and id(parameter) in factors for parameter in model.parameters()):
+        return [parameter for parameter in model.parameters() if parameter.requires_grad]
     has_labels = not str(getattr(model, "task", "-lm")).endswith("-lm")
     return [
         parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
-        and (
-            id(parameter) in factors or parameter.dim() < 2 or name in rows or (has_labels and name.startswith("head."))
-        )
+        and (parameter.dim() < 2 or name in rows or (has_labels and name.startswith("head.")))
     ]
 
 

@@ -6,6 +6,7 @@ And what their callers are guarded against: a run is a guest in somebody's proce
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import count
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from ..._outside import explained_memory
 from ..data.batches import Batches, Step, count_images, count_tokens
 from ..finite import non_finite_weights, not_finite
-from ..runtime import configure_determinism, preserve_modes
+from ..runtime import begin_draws, configure_determinism, preserve_modes
 from .run_folder import RunFolder
 from .state import last_good, seeded
 
@@ -63,6 +64,21 @@ def smaller_batches(data: Any) -> str:
 def micro_batches(step: Any) -> Sequence[Any]:
     """The micro-batches of a step; an iterable of the caller's own may give a single batch instead of a list."""
     return step if isinstance(step, Step | list) else [step]
+
+
+def micro_batches_of(data: Iterable[Any]) -> Iterator[tuple[Sequence[Any], int]]:
+    """The steps of an evaluation, each with the number of each of its micro-batches.
+
+    What the data draws as it is iterated follows from the number of the step.
+    """
+    steps = iter(data)
+    for number in count():
+        begin_draws(0, number)
+        step = next(steps, None)
+        if step is None:
+            return
+        batches = micro_batches(step)
+        yield from ((batches, i) for i in range(len(batches)))
 
 
 def sizes(batches: Sequence[Any]) -> list[int]:

@@ -166,16 +166,16 @@ def train(
             scales=lr_scales(model, trained, config.lr_scale, config.lr_decay), rows=single_rows, states=states,
             buffers={name: buffer for name, buffer in model.named_buffers() if name in stored},
         )  # fmt: skip
-        n_steps, per_epoch = _steps(data, config)
-        warmup = round(config.warmup * n_steps) if config.warmup < 1 else int(config.warmup)
+        total, per_epoch = _steps(data, config)
+        warmup = round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
         eval_every = config.eval_every or per_epoch
         save_every = config.save_every or per_epoch
 
         facts, _ = resume(stored_state(run_folder), run_folder, optimizer, data, config.keep_last)
         progress = Progress(**facts.get("progress", {}))
         started -= progress.seconds
-        ended = progress.ended(n_steps, config.early_stopping_patience)
-        tell_resumed(run_folder, "step", progress.step, n_steps, ended)
+        ended = progress.ended(total, config.early_stopping_patience)
+        tell_resumed(run_folder, "step", progress.step, total, ended)
 
         # What trained in the last step before: a run that has ended is stored from here, too.
         put_into_training(model, config.unfreeze, (progress.step - 1) / per_epoch)
@@ -192,7 +192,7 @@ def train(
             if config.best != "last" and (progress.step > 0 or config.best is not None):
                 keep_best(run_folder, optimizer, progress, config.best or metric)
 
-        watch = Watch(run_folder, callbacks, "step", progress.step, n_steps)
+        watch = Watch(run_folder, callbacks, "step", progress.step, total)
         with interruptible() as interrupt, explained_memory_error(device, partial(smaller_batches, data)), watch:
             if eval_data is not None and progress.step == 0:
                 evaluate_now()
@@ -208,8 +208,7 @@ def train(
                 # What trains in this step, and how fast.
                 if config.unfreeze:
                     put_into_training(model, config.unfreeze, progress.step / per_epoch)
-                factor = lr_factor(config.schedule, progress.step, n_steps, warmup, config.decay, config.lr_floor)
-                lr = config.lr * factor
+                lr = config.lr * lr_factor(config.schedule, progress.step, total, warmup, config.decay, config.lr_floor)
 
                 # Forward and backward, of this process's share. Losses stay on the device: to read one is to wait.
                 losses: dict[int, Tensor] = {}
@@ -253,19 +252,20 @@ def train(
                 )  # fmt: skip
 
                 # Evaluate before saving: a checkpoint says whether its own step was the best.
-                if eval_data is not None and (progress.step % eval_every == 0 or progress.step == n_steps):
+                if eval_data is not None and (progress.step % eval_every == 0 or progress.step == total):
                     evaluate_now()
                 interrupted = any_of(interrupt.is_set())
-                stop = interrupted or progress.ended(n_steps, config.early_stopping_patience)
+                stop = interrupted or progress.ended(total, config.early_stopping_patience)
                 if progress.step % save_every == 0 or stop:
                     progress.seconds = time.perf_counter() - started
                     facts = {"progress": asdict(progress)}
                     save(run_folder, progress.step, optimizer, data, config.keep_last, facts)
 
         metrics = progress.metrics
-        interrupted = interrupted and progress.step < n_steps
+        interrupted = interrupted and progress.step < total
         if not interrupted:
             restore_best(run_folder, optimizer, progress)
+            reshard(model)
             metrics = progress.best.get("metrics", metrics)
             if progress.best.get("step") == 0:
                 log.warning("%s", UNTRAINED)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...kernels.optim.adamw_state import AdamWParam
 from ..adapters.lora import lr_ratios
-from ..parallel.sharding import in_shards, is_shard, local, shard_of, sum_over_shards
+from ..parallel.sharding import in_shards, is_shard, local, norm_with_shards, shard_of
 from ..parallel.statistics import Statistics
 from ..parallel.tree import GradientTree
 from .optimizers import TrainedParam, update_
@@ -138,6 +138,11 @@ class Optimizer:
 
     def accumulate(self) -> None:
         """Take in a micro-batch's gradients; those of narrow parameters, and of chosen rows, are their masters'."""
+        self._hand_to_masters()
+        self.sums.add()
+        self.statistics.add()
+
+    def _hand_to_masters(self) -> None:
         for name, parameter in self.parameters.items():
             master = self.trained[name].weight
             # The gradients of an fp32 parameter are summed up by autograd itself.
@@ -150,8 +155,6 @@ class Optimizer:
             master.grad = grad if master.grad is None else master.grad.add_(grad)
             # Autograd would add the next micro-batch's to it in the narrow type.
             parameter.grad = None
-        self.sums.add()
-        self.statistics.add()
 
     def gradients(self) -> list[Tensor]:
         """The fp32 gradients that are there, summed over all micro-batches."""
@@ -170,29 +173,23 @@ class Optimizer:
                 "the loss reaches no trained parameter: none has a gradient after this step; compute the loss from what"
                 " the trained parts give, without detach() or no_grad(), or unfreeze the parts that it is computed from"
             )
-        norm = self._norm(gradients) / count
+        if self.sharded:
+            norm = norm_with_shards({name: param.weight.grad for name, param in self.trained.items()}, self.sharded)
+        else:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        norm = norm / count
         factor = torch.ones_like(norm)
         if max_norm is not None:
             factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         self.factor = factor / count
         return norm
 
-    def _norm(self, gradients: list[Tensor]) -> Tensor:
-        """The joint norm of all gradients."""
-        if not self.sharded:
-            return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-        squares = torch.zeros(2, device=gradients[0].device)  # of the gradients that are whole, of those in shards
-        for name, param in self.trained.items():
-            if param.weight.grad is not None:
-                squares[int(name in self.sharded)] += param.weight.grad.square().sum()
-        squares[1] = sum_over_shards(squares[1].clone(), next(iter(self.sharded.values())))
-        return squares.sum().sqrt()
-
     def forget(self) -> None:
-        """Drop what a pass for nothing has left in this process."""
+        """Drop what a pass for nothing has left in this process; shards hold gradients of the other processes."""
         for name, parameter in self.parameters.items():
             if name not in self.sharded:
                 parameter.grad = None
+        self._hand_to_masters()
         self.statistics.restore()
 
     def step(self, lr: float) -> None:

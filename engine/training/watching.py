@@ -31,7 +31,8 @@ Result = TypeVar("Result")
 class Callback:
     """Hears of a run. A subclass defines the methods that it needs; those that it doesn't do nothing.
 
-    Rows are those of metrics.jsonl, one copy for each callback; of several processes only the first tells. Random
+    Rows are those of metrics.jsonl, one copy for each callback; of several processes only the first tells, so
+    that a callback must not call what they do together: `evaluate`, and what shares rows among them. Random
     numbers that a callback draws change nothing of the run. An exception ends the run; the same call goes on from its
     last checkpoint.
     """

@@ -1,12 +1,13 @@
 """A model in shards trains as the whole model does: adapters to the bit, its own weights to rounding."""
 
 import io
+import json
 import shutil
 from contextlib import redirect_stderr
 from pathlib import Path
 
 import pytest
-from divided_methods import assert_same_left, configuration, divided, in_process
+from divided_methods import assert_same_left, configuration, divided, in_process, typed
 from many_ranks import fork_server, on_ranks
 from safetensors.torch import load_file
 from small_runs import logged
@@ -113,3 +114,35 @@ def refused(config: str) -> tuple[int, str]:
         code = main(["train", config])
     said = gathered(sink.getvalue())
     return code, "".join(said)
+
+
+CHANGES = {
+    "idle processes": ("full", ["train.micro_batch_size=3"]),
+    "matrices alone": ("full", ['freeze.names=["*"]', 'freeze.except=["layers.*.up.weight", "layers.*.down.weight"]']),
+    "a matrix beside an adapter": ("lora", ['freeze.except=["embed.tokens.weight"]']),
+    # A large ε, so that gradients that are rounding alone make no steps.
+    "the best in the middle": ("full", ["train.best=loss", "train.lr=0.4", "train.eps=0.01", "train.eval_every=1"]),
+}
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("change", CHANGES)
+def test_shards_in_unusual_runs(change, tmp_path) -> None:
+    """What is stored, and what the model writes with it, is as from one process without shards."""
+    variant, overrides = CHANGES[change]
+    runs = {}
+    for n in (1, 4):
+        config = configuration("sft", variant, tmp_path / str(n), "none" if n == 1 else "full", epochs=5)
+        on_ranks(n, tmp_path / f"ranks-{n}", typed, ["train", str(config), *overrides])
+        runs[n] = tmp_path / str(n) / "run"
+    paths = [path.relative_to(runs[1]) for path in runs[1].rglob("*.safetensors")]
+    assert len(paths) >= 2
+    for path in paths:
+        ours, theirs = load_file(runs[1] / path), load_file(runs[4] / path)
+        assert ours.keys() == theirs.keys()
+        assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) <= 1e-5
+    best = json.loads((runs[4] / "result.json").read_text())["best"]
+    assert (best.get("step") not in (None, 5)) == (change == "the best in the middle")
+    one, other = (json.loads((run / "examples.json").read_text()) for run in runs.values())
+    assert one["texts"] == other["texts"]
+    assert one["general"]["after"] == pytest.approx(other["general"]["after"], rel=1e-5)

@@ -176,7 +176,22 @@ def test_statistics_are_means_over_micro_batches(n) -> None:
     statistics.finish()
     torch.testing.assert_close(norm.running_mean, 0.1 * batches.mean(1).mean(0))
     torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * batches.var(1).mean(0))
-    assert norm.num_batches_tracked == 1
+    assert norm.num_batches_tracked == n
+
+
+def test_constant_buffers_stay_as_they_are() -> None:
+    """Also those that a mean in fp64 would round, or cut."""
+    buffers = [
+        torch.tensor([2**60 + 1]), torch.tensor([0.1, 1 / 3], dtype=torch.float64), torch.tensor([1 + 2j]),
+        torch.tensor([True]), torch.tensor([0.1, 3e38]),
+    ]  # fmt: skip
+    copies = [buffer.clone() for buffer in buffers]
+    statistics = Statistics(buffers)
+    statistics.begin(range(3), 3)
+    for _ in range(3):
+        statistics.add()
+    statistics.finish()
+    assert all(map(torch.equal, buffers, copies))
 
 
 def test_draws_follow_from_their_position() -> None:
