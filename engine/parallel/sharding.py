@@ -78,10 +78,10 @@ class Sharding:
 
     def finish(self, model: nn.Module, whole: Iterable[nn.Parameter]) -> None:
         """Shard what is not in shards yet."""
-        from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
-
         if self.mode == "none":
             return
+        from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
         whole = list(whole)
         # The lists of modules in a model hold its layers.
         lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]

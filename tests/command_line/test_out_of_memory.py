@@ -22,7 +22,7 @@ READS = {
     "chat": "handtune.models.checkpoint.loading.load_weights",
     "config": "handtune.commands.config.template",
     "check-data": "handtune.prepare.encode",
-    "compare": "handtune.models.checkpoint.loading.allocate",
+    "compare": "handtune.models.checkpoint.weights.allocate",
     "evaluate": "handtune.commands.evaluate.put_weights",
     "generate": "handtune.models.checkpoint.loading.load_weights",
     "label": "handtune.engine.tasks.zero_shot.answer_logps",
