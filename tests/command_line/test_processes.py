@@ -20,8 +20,8 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def start(n: int, arguments: list[str], **environments: dict[int, dict[str, str]]) -> list[subprocess.Popen]:
-    """The command in n processes, told by the environment as Slurm, say, or torchrun tells them."""
+def start(n: int, arguments: list[str], folders: dict[int, Path] | None = None) -> list[subprocess.Popen]:
+    """The command in n processes, told by the environment as launchers do; each may run in a folder of its own."""
     port = str(free_port())
     processes = []
     for rank in range(n):
@@ -30,7 +30,7 @@ def start(n: int, arguments: list[str], **environments: dict[int, dict[str, str]
         processes.append(
             subprocess.Popen(
                 [sys.executable, "-m", "handtune", *arguments], env=environment, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=environments.get("cwd", {}).get(rank, ROOT),
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=(folders or {}).get(rank, ROOT),
             )
         )  # fmt: skip
     return processes
@@ -73,13 +73,14 @@ def test_other_rows_are_noticed(config, tmp_path) -> None:
     for rank, folder in folders.items():
         folder.mkdir()
         write_rows(folder / "mine.jsonl", CHAT[rank:])
-    found = ends(start(2, ["train", str(config), "data.train=mine.jsonl"], cwd=folders))
+    found = ends(start(2, ["train", str(config), "data.train=mine.jsonl"], folders))
     assert [code for code, _, _ in found] == [2, 2]
     said = [errors for _, _, errors in found if "different" in errors]
     assert len(said) == 1
     assert "the processes of ranks 0 and 1 have different inputs" in said[0]
 
 
+@pytest.mark.deep
 def test_a_killed_process_is_missed(config, tmp_path) -> None:
     processes = start(2, ["train", str(config)])
     wait_for_checkpoint(tmp_path)
@@ -89,6 +90,7 @@ def test_a_killed_process_is_missed(config, tmp_path) -> None:
     assert errors.splitlines()[-1].startswith("handtune: another process of this run has ended")
 
 
+@pytest.mark.deep
 def test_an_interrupt_ends_the_step_everywhere(config, tmp_path) -> None:
     """The first process alone says so; the same command, in one process, goes on."""
     processes = start(2, ["train", str(config)])
