@@ -61,4 +61,5 @@ def test_loading_takes_a_share_and_a_layer(n, quantize, tmp_path) -> None:
     assert size > 250 * MB
     for taken, share, layer in on_ranks(n, tmp_path / "ranks", loaded_in_shards, str(tmp_path / "model"), quantize):
         assert share < 1.05 * size / n
-        assert taken < 1.15 * share + 2 * layer + 8 * MB
+        # Beside a layer its own shards, and, while it is packed into four bits, a projection in fp32 more than once.
+        assert taken < 1.15 * share + (3.5 if quantize else 2) * layer + 8 * MB
