@@ -1,7 +1,7 @@
 """The processes of a run, numbered by their rank, and what they tell each other.
 
-A caller sets torch.distributed up as usual, or `join` does for a command that torchrun has started. Without it there is
-one process, and nothing travels.
+A caller sets torch.distributed up as usual; for a command that torchrun has started, `handtune/processes.py` does.
+Without it there is one process, and nothing travels.
 """
 
 import logging
@@ -149,10 +149,12 @@ def one_first(make: Callable[[], Value]) -> Value:
     """What `make` gives in each process, where it is called in one of each machine's before the others."""
     if world_size() == 1:
         return make()
-    local_rank = int(os.environ.get("LOCAL_RANK", rank()))
-    value = make() if local_rank == 0 else None
+    if int(os.environ.get("LOCAL_RANK", rank())) == 0:
+        value = make()
+        dist.barrier()
+        return value
     dist.barrier()
-    return value if local_rank == 0 else make()  # type: ignore[return-value]
+    return make()
 
 
 def require_agreement(**facts: Any) -> None:

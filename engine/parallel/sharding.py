@@ -68,13 +68,13 @@ class Sharding:
 
         # Weights in four bits are vectors of bytes.
         vectors = [p for p in module.parameters() if p.dim() < 2 and p.is_floating_point()]
-        fully_shard(
+        sharded = fully_shard(
             module, mesh=self.mesh, ignored_params={*vectors, *whole},
             mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
         )  # fmt: skip
         # Gradients of sums are added, as those of micro-batches are, and divided once by the targets of a step.
-        module.set_gradient_divide_factor(1.0)  # type: ignore[operator]
-        module.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
 
     def finish(self, model: nn.Module, whole: Iterable[nn.Parameter]) -> None:
         """Shard what is not in shards yet."""

@@ -214,10 +214,10 @@ def sample(
             )  # fmt: skip
 
         # A completion ends with its first end token, which belongs to it; what stands behind that is padding.
-        found_ends = [first_end(completion, ends) for completion in completions]
+        last_tokens = [first_end(completion, ends) for completion in completions]
         return [
             ([*batch[j // each].ids, *completion[: end + 1]], end < len(completion))
-            for j, (completion, end) in enumerate(zip(completions, found_ends, strict=True))
+            for j, (completion, end) in enumerate(zip(completions, last_tokens, strict=True))
         ]
 
     batches = spread(chunks(prompts, max(1, config.rollout_rows // each)), write)

@@ -76,7 +76,7 @@ class Optimizer:
     then `scale_gradients(...)` and `step(...)`. Where one process computes all, `begin` may be left out.
 
     scales: factors on the learning rate by name, 1 where there is none.
-    buffers: running statistics, say, which belong to the state; after a step they are means over its micro-batches.
+    buffers: running statistics, say, which belong to the state; a step moves them as `parallel/statistics.py` says.
     rows: of the parameters named there only these rows train, on a master (n, ...) of their own, and the others are
         never written to.
     states: makes the state of a master, by name; AdamW's in fp32 where there is none.
