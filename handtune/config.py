@@ -172,6 +172,7 @@ class PPORunConfig:
     # "module:function". The scores of several are added up.
     reward: str | list[str]
     ppo: PPOConfig = field(default_factory=PPOConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     name: str | None = None  # what reports call the run; None: by its folder
     log: str | None = None  # "tensorboard": also to event files, in the run's folder of that name; None: no other log
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 from .terminal import Stream
 
 if TYPE_CHECKING:
-    from .config import RunConfig
+    from .config import PPORunConfig, RunConfig
     from .engine.parallel.sharding import Sharding
 
 # The commands whose work is shared; of any other, each process does all.
@@ -82,10 +82,11 @@ def _meet() -> None:
         raise ValueError(f"the processes could not meet at {address}: {_first_line(error)}") from error
 
 
-def sharding_of(config: "RunConfig", folder: Path | None) -> "Sharding":
+def sharding_of(config: "RunConfig | PPORunConfig", folder: Path | None) -> "Sharding":
     """How the processes of a run hold its model, whose weights lie in `folder`. ValueError where they can't so."""
     import torch
 
+    from .config import RunConfig
     from .engine.parallel.sharding import Sharding
 
     n_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder is not None else 0
@@ -93,7 +94,7 @@ def sharding_of(config: "RunConfig", folder: Path | None) -> "Sharding":
         n_bytes //= 3  # of 16 bits a little over 4, but for embedding and head
     device = "cuda" if config.model.device != "cpu" and torch.cuda.is_available() else "cpu"
     sharding = Sharding(config.parallel.shard, n_bytes, torch.device(device))
-    if sharding.mode != "none" and config.train.unfreeze:
+    if sharding.mode != "none" and isinstance(config, RunConfig) and config.train.unfreeze:
         raise ValueError(
             f'train.unfreeze: a model in shards (parallel.shard = "{config.parallel.shard}") trains the same weights '
             'from beginning to end; leave it out, or shard = "none"'
@@ -101,14 +102,15 @@ def sharding_of(config: "RunConfig", folder: Path | None) -> "Sharding":
     return sharding
 
 
-def while_loading(config: "RunConfig", sharding: "Sharding") -> Callable[[Any], None] | None:
+def while_loading(config: "RunConfig | PPORunConfig", sharding: "Sharding") -> Callable[[Any], None] | None:
     """What keeps of each layer a shard as it is loaded, where nothing that follows needs it whole."""
-    lora = config.lora
-    reads_weights = lora is not None and (lora.dora or lora.init == "pissa")
-    grows = config.model.adapter is not None or bool(config.model.add_tokens or config.freeze.token_rows)
-    # The reference of DPO is asked before the model is in shards altogether.
-    computes = config.method == "dpo"
-    return None if sharding.mode == "none" or reads_weights or grows or computes else sharding.put
+    from .config import RunConfig
+
+    needs_whole = sharding.mode == "none" or config.model.adapter is not None or bool(config.model.add_tokens)
+    if isinstance(config, RunConfig):
+        # The reference of DPO is asked before the model is in shards altogether.
+        needs_whole |= bool(config.freeze.token_rows) or config.method == "dpo"
+    return None if needs_whole else sharding.put
 
 
 def of_one_process(error: BaseException, code: int, line: str) -> tuple[int, str]:

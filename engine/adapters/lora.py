@@ -17,6 +17,7 @@ from ...kernels import Linear, LoRALinearWeights
 from ...kernels.lora.per_row import AdapterRows
 from ...kernels.quant.nf4 import NF4Weight
 from ..model import facts_of
+from ..parallel.sharding import gathered_weights
 from .config import LoRAConfig
 from .locking import with_adapter_lock
 from .modules_to_save import adapters_with_tensors, mark_trained, switch_tensors
@@ -76,7 +77,10 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default") -> tup
     for path, published in targets.items():
         layer = ensure_adaptable(model, path)
         weights = fresh_adapter(layer, published, config)
-        _init_variant(weights, layer, config)
+        weights.lr_ratio = config.loraplus_lr_ratio
+        if config.init == "pissa" or config.dora:
+            with gathered_weights(model, path):
+                _start_from_weight(weights, layer, config)
         layer.lora[name] = weights.train(layer.training)
         layer.active = name
     return tuple(targets)
@@ -138,12 +142,8 @@ def fresh_adapter(layer: Adaptable, published: Mapping[int, str], config: LoRACo
 
 
 @torch.no_grad()
-def _init_variant(weights: LoRAWeights, layer: Adaptable, config: LoRAConfig) -> None:
-    """PiSSA, LoRA+ and DoRA for fresh factors."""
-    weights.lr_ratio = config.loraplus_lr_ratio
-    if config.init != "pissa" and not config.dora:
-        return
-    # Both need the weight in floats.
+def _start_from_weight(weights: LoRAWeights, layer: Adaptable, config: LoRAConfig) -> None:
+    """PiSSA and DoRA for fresh factors, which read the weight in floats."""
     matrix = layer.weight.dequantize(torch.float32) if isinstance(layer.weight, NF4Weight) else layer.matrix
     if config.init == "pissa" and isinstance(weights, LoRALinearWeights):
         weights.start_from(matrix)

@@ -14,6 +14,7 @@ from torch import nn
 
 from ...kernels import Linear
 from ...kernels.matmul_cpu import PackedWeight
+from ..parallel.sharding import is_sharded
 
 MIN_STEPS = 24  # tokens of a text that pay for the copies
 MEMINFO = Path("/proc/meminfo")
@@ -25,7 +26,8 @@ Packed = dict[Linear, PackedWeight]
 
 def pack(model: nn.Module, rows: int, steps: int) -> Packed:
     """Copies of the weights for `steps` products with so many rows each; none where they would not pay."""
-    if steps < MIN_STEPS:
+    # Of weights in shards there are copies for the time of a product.
+    if steps < MIN_STEPS or is_sharded(model):
         return {}
     linears = [module for module in model.modules() if isinstance(module, Linear) and module.quantized is None]
     fitting = [linear for linear in linears if PackedWeight.supports(linear.matrix, rows)]

@@ -17,6 +17,8 @@ from ...kernels.lora.dora import cached_factors
 from ..adapters.switch import adapters_of_rows
 from ..data.text import completion_text
 from ..finite import not_finite
+from ..parallel.ranks import any_of
+from ..parallel.sharding import is_sharded
 from ..runtime import in_eval_mode
 from .beam_search import beam_search
 from .decoding import Decoding, require_finite
@@ -196,6 +198,7 @@ def token_by_token(
     """
     T = decoding.tokens.shape[1]
     device = decoding.tokens.device
+    in_shards = is_sharded(decoding.model)
     reach = max((len(string.encode()) for string in stop), default=0)  # tokens that a stop string can be in
 
     # The prompts are computed once, and their logits and cache copied for the samples of each.
@@ -231,9 +234,11 @@ def token_by_token(
         # Reading `done` makes the host wait for the GPU, and is of no use after the last token.
         if (ends or stop) and i + 1 < max_new_tokens:
             n_done = int(done.sum())
-            if n_done == len(done):
+            goes_on = n_done < len(done)
+            # Processes that share a model in shards compute as long as one of them needs it.
+            if not (any_of(goes_on) if in_shards else goes_on):
                 break
-            if n_done >= LEAVE * len(done):
+            if LEAVE * len(done) <= n_done < len(done):
                 open_rows = (~done).nonzero()[:, 0]
                 decoding.take(open_rows)
                 active = active[open_rows]

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..parallel.sharding import is_sharded
+
 GRAPHS = ("cuda",)  # kinds of devices that have graphs
 # Guesses, until a GPU has measured them: how far a step reaches beyond what is filled when it is made, and how many
 # steps are worth a graph.
@@ -22,7 +24,7 @@ MIN_REPLAYS = 8
 def serves(model: Any, length: int) -> bool:
     """Whether texts of this model, of up to `length` positions, go on by static steps: a decoder's on a single GPU."""
     devices = {parameter.device for parameter in model.parameters()}
-    if not model.is_decoder or len(devices) > 1 or next(iter(devices)).type not in GRAPHS:
+    if not model.is_decoder or is_sharded(model) or len(devices) > 1 or next(iter(devices)).type not in GRAPHS:
         return False
 
     # A window is cut out of the keys, which ends where what is filled ends.

@@ -53,11 +53,6 @@ def shares(sizes: Sequence[float], n: int) -> list[range]:
     return [range(start, end) for start, end in pairwise(bounds)]
 
 
-def my_share(n: int, sizes: Callable[[], Sequence[float]]) -> range:
-    """Which of `n` pieces of work of these sizes are this process's."""
-    return range(n) if world_size() == 1 else shares(sizes(), world_size())[rank()]
-
-
 def warn_of_idle(n: int, what: str, options: str) -> None:
     """Say that some processes have nothing to do, where there are fewer pieces of work than processes."""
     if n < world_size() and is_first():

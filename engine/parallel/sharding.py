@@ -17,7 +17,8 @@ Processes gather together, so each must compute as many micro-batches as the oth
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,9 @@ from .ranks import is_first, rank, world_size
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+# Where nothing is in shards, torch's tensors for it are not imported, which takes as long as much of torch itself.
+TENSORS = "torch.distributed.tensor"
 
 
 class Sharding:
@@ -95,14 +99,30 @@ class Sharding:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a model's weights are in shards."""
-    return any(is_shard(parameter) for parameter in model.parameters())
+    return TENSORS in sys.modules and any(is_shard(parameter) for parameter in model.parameters())
 
 
 def is_shard(tensor: Tensor) -> bool:
     """Whether a tensor is in shards, one in each process."""
-    # Where none was made, torch's tensors for it are not imported, which takes as long as much of torch itself.
-    tensors = sys.modules.get("torch.distributed.tensor")
+    tensors = sys.modules.get(TENSORS)
     return tensors is not None and isinstance(tensor, tensors.DTensor)
+
+
+@contextmanager
+def gathered_weights(model: nn.Module, path: str) -> Iterator[None]:
+    """Inside, the weights of the module at `path` are whole, for which all processes ask together."""
+    # It lies in a layer that is in shards, or outside of all, where the model itself holds its shards.
+    names = path.split(".")
+    around = [model.get_submodule(".".join(names[:n])) for n in range(len(names), -1, -1)]
+    holder = next((module for module in around if hasattr(module, "unshard")), None) if is_sharded(model) else None
+    if holder is None:
+        yield
+        return
+    holder.unshard()  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        holder.reshard()  # type: ignore[operator]
 
 
 def local(tensor: Tensor) -> Tensor:

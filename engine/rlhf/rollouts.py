@@ -21,6 +21,7 @@ from ..data.text import prompt_tokens
 from ..generation.completions import first_end
 from ..generation.sampling import continuations
 from ..parallel.ranks import in_order, spread, world_size
+from ..parallel.sharding import is_sharded
 from ..runtime import begin_draws
 from .config import PPOConfig
 
@@ -220,7 +221,7 @@ def sample(
             for j, (completion, end) in enumerate(zip(completions, last_tokens, strict=True))
         ]
 
-    batches = spread(chunks(prompts, max(1, config.rollout_rows // each)), write)
+    batches = spread(chunks(prompts, max(1, config.rollout_rows // each)), write, is_sharded(model))
     ids, ended = zip(*chain.from_iterable(batches), strict=True)
     repeated = [prompt for prompt in prompts for _ in range(each)]
     return Rollout(repeated, list(ids), list(ended), each > 1, next(model.parameters()))

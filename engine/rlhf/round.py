@@ -39,7 +39,8 @@ from torch import Tensor
 from ..adapters.lora import lr_ratios
 from ..data.batches import Batch, packed, to_device
 from ..generation.completions import text_of
-from ..parallel.ranks import add_disjoint, in_order, my_share, spread
+from ..parallel.ranks import add_disjoint, in_order, rank, shares, spread, world_size
+from ..parallel.sharding import idle_passes
 from ..runtime import begin_draws
 from ..training.optim import Optimizer
 from .actors import POLICY, attach
@@ -108,7 +109,8 @@ class Trainer:
 
         scores = torch.zeros(n_rows, device=self.device)
         micro_batches = list(chain.from_iterable(self.steps(order)))
-        for i_batch in my_share(len(micro_batches), partial(rollout.sizes, micro_batches)):
+        everyones = shares(rollout.sizes(micro_batches), world_size())
+        for i_batch in (*idle_passes(self.model, everyones), *(mine := everyones[rank()])):
             rows = micro_batches[i_batch]
             # Prompts and completions: states of the shared layers, and the score that is read off them.
             if n_shared:
@@ -131,12 +133,11 @@ class Trainer:
             if with_policy:
                 self.policy_logps(rollout, rows, batch)
 
-        # What other processes have computed of these rows.
+        # What other processes have computed of these rows; one without a share has computed for nothing.
         if n_shared:
             rollout.exchange_states()
-        add_disjoint(scores, rollout.reference, rollout.values)
-        if with_policy:
-            add_disjoint(rollout.logps, rollout.entropy)
+        for values in (scores, rollout.reference, rollout.values, rollout.logps, rollout.entropy):
+            add_disjoint(values if mine else values.zero_())
 
         external = [reward for reward in self.rewards if reward is not on_base]
         rollout.scores = scores + self.external_rewards(rollout, external)
@@ -169,10 +170,7 @@ class Trainer:
         def scores_of(i: int, part: Sequence[tuple[Any, Any, Any]]) -> Tensor:
             begin_draws(self.config.seed, self.number, i, 1)  # a reward may draw
             columns = [list(column) for column in zip(*part, strict=True)]
-            scores = torch.zeros(len(part))
-            for reward in rewards:
-                scores += checked_scores(reward, *columns).cpu()
-            return scores
+            return sum((checked_scores(reward, *columns).cpu() for reward in rewards), torch.zeros(len(part)))
 
         parts = chunks(list(zip(prompts, completions, rows, strict=True)), self.config.rollout_rows)
         total = torch.cat(spread(parts, scores_of)).to(self.device)
@@ -214,7 +212,13 @@ class Trainer:
             n_tokens = sum(rollout.lengths[i] for rows in step for i in rows)
             step_kl = 0.0  # nats a token, between the policy that sampled and the one before this step
             mine = self.optimizer.begin(len(step), partial(rollout.sizes, step))
-            parts = {i: self.backward(rollout, step[i], advantages, returns, policy_known) for i in mine}
+            for i in idle_passes(self.model, self.optimizer.sums.shares):
+                self.backward(rollout, step[i], advantages, returns)
+                self.optimizer.forget()
+            parts: dict[int, dict[str, float]] = {}
+            for i in mine:
+                parts[i] = self.backward(rollout, step[i], advantages, returns, policy_known)
+                self.optimizer.accumulate()
             for part in in_order(parts):
                 lowest_ratio = min(lowest_ratio, part.pop("ratio_min"))
                 highest_ratio = max(highest_ratio, part.pop("ratio_max"))
@@ -238,7 +242,7 @@ class Trainer:
     def backward(
         self, rollout: Rollout, rows: Sequence[int], advantages: Tensor, returns: Tensor, policy_known: bool = True
     ) -> dict[str, float]:
-        """Accumulate a micro-batch's gradients, of losses summed over its tokens; gives sums of its statistics."""
+        """Compute a micro-batch's gradients, of losses summed over its tokens; gives sums of its statistics."""
         config = self.config
         batch = rollout.batch(rows, self.device)
         logps = self.actors.logps(batch, POLICY) if policy_known else self.policy_logps(rollout, rows, batch)  # (n,)
@@ -269,8 +273,6 @@ class Trainer:
             sums["value_loss"] = value_losses.detach().sum()
             sums["value_clip_fraction"] = ((values.detach() - old_values).abs() > config.clip_range_vf).sum()
 
-        self.optimizer.accumulate()
-
         # One wait for the device, for all numbers.
         numbers = torch.stack([value.float() for value in sums.values()]).tolist()
         return dict(zip(sums, numbers, strict=True))
@@ -287,12 +289,9 @@ class Trainer:
     def steps(self, order: Sequence[int]) -> list[list[Sequence[int]]]:
         """An order of rows, cut into steps, and each step into micro-batches, in which a prompt's rows are together."""
         size = self.config.micro_batch_size or self.config.batch_size
-        group = self.config.group_size or 1
-        steps = (
-            sorted(step, key=lambda i: i // group) if group > 1 else step
-            for step in chunks(order, self.config.batch_size)
-        )
-        return [list(chunks(step, size)) for step in steps]
+        group = self.config.group_size
+        steps = chunks(order, self.config.batch_size)
+        return [list(chunks(sorted(step, key=lambda i: i // group if group else 0), size)) for step in steps]
 
     def statistics(self, rollout: Rollout, returns: Tensor) -> dict[str, float]:
         """A rollout in numbers. The KL is in nats a completion, the entropy in nats a token."""

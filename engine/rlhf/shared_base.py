@@ -5,7 +5,10 @@ So a policy, its critic, a reward model and the reference cost one base model, t
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from ..._weightless import allocate, without_weights
 from ..adapters.lora import adapter_sites
@@ -24,12 +27,18 @@ def with_head(model: Any, task: str) -> Any:
         if name != "head":
             setattr(view, name, module)
 
+    # In shards, the model itself gathers what is in no layer.
+    view.hidden = partial(_hidden, model)
     parameter = next(model.parameters())
     allocate(view.head, parameter.dtype, parameter.device)
     view.initialize_head()
     view.tokens = model.tokens
     view.source = model.source
     return view.train(model.training)
+
+
+def _hidden(model: Any, *arguments: Any, **settings: Any) -> Tensor:
+    return model.hidden(*arguments, **settings)  # type: ignore[no-any-return]
 
 
 def shared_layers(model: Any, adapters: Sequence[str]) -> int:

@@ -9,15 +9,18 @@ from typing import Any
 from tqdm import tqdm
 
 from ..adapted.policy import load_policy, policy_prompts, reward_of
+from ..adapted.run_models import model_info
 from ..adapted.starting import rank_on, with_base
 from ..config import PPORunConfig, read_config
 from ..engine import Callback, ppo, trainable_report
 from ..engine.data.fingerprints import Inputs
 from ..engine.parallel.ranks import is_first
 from ..engine.rlhf.actors import POLICY
+from ..engine.training.freezing import whole_in_shards
 from ..engine.training.journal import read_journal
 from ..engine.training.run_folder import RunFolder, amend, finish, is_metrics, peak_memory
 from ..inputs.fingerprints import as_list, at_a_commit
+from ..processes import sharding_of, while_loading
 from ..prompts import question_of
 from ..saved_runs import store_adapter, stored_bytes
 from .outputs import loggers, run_once
@@ -38,8 +41,11 @@ def _ppo(
         "name": config.name or out.name, "method": "ppo", "task": "causal-lm", "model": config.model.path,
         "config": asdict(config), "trains": f"LoRA r={config.ppo.lora.rank}", "inputs": inputs,
     }  # fmt: skip
+    assert config.model.path is not None
+    sharding = sharding_of(config, model_info(config.model.path).folder)
     run_folder.start(facts, asdict(config))
-    model, tokenizer = load_policy(config)
+    model, tokenizer = load_policy(config, loaded=while_loading(config, sharding))
+    sharding.finish(model, whole_in_shards(model))
     prompts, rows = policy_prompts(config, model)
     if is_first():
         amend(out, chat=model.tokens.asks_as_chat)

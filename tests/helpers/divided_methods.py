@@ -11,10 +11,13 @@ import torch
 import torch.distributed as dist
 from many_ranks import on_ranks
 from small_methods import RUNS, base_folder, method_config
-from small_runs import CHAT, gpt2_folder, write_config, write_rows
+from small_runs import CHAT, gpt2, write_config, write_rows
 
 from handtune.cli import main
-from handtune.engine.parallel.ranks import rank
+from handtune.engine.generation.completions import first_end
+from handtune.engine.generation.sampling import continuations
+from handtune.engine.parallel.ranks import rank, spread
+from handtune.engine.parallel.sharding import Sharding, is_sharded
 from handtune.engine.parallel.tree import GradientTree
 from handtune.engine.runtime import begin_draws
 from handtune.engine.training import evaluation, loop
@@ -114,8 +117,10 @@ def configuration(name: str, variant: str, folder: Path, shard: str = "none", **
     return method_config(name, folder, base, **tables)
 
 
-def divided_policy(name: str, n: int, folder: Path, **settings: Any) -> Path:
-    """A policy trained on n processes; gives the run's folder."""
+def divided_policy(
+    name: str, n: int, folder: Path, shard: str = "none", reward: Path | None = None, model: Any = None, **settings: Any
+) -> Path:
+    """A policy trained on n processes, by vowels or what a run has learnt to score; gives the run's folder."""
     folder.mkdir()
     scores = "def vowels(prompts, texts):\n    return [sum(map(text.count, 'aeiou')) for text in texts]\n"
     (folder / "divided_scores.py").write_text(scores)
@@ -123,12 +128,25 @@ def divided_policy(name: str, n: int, folder: Path, **settings: Any) -> Path:
         "episodes": 24, "rollout_batch_size": 8, "max_new_tokens": 5, "lr": 1e-2, "save_every": 1, "keep_last": 3,
         "lora": {"rank": 2}, **POLICIES[name], **settings,
     }  # fmt: skip
+    tables = {"model": {"path": str(base_folder("gpt2", folder)), **(model or {})}, "parallel": {"shard": shard}}
     config = write_config(
-        folder / "ppo.toml", prompts=str(write_rows(folder / "rows.jsonl", CHAT)), reward="divided_scores:vowels",
-        out=str(folder / "run"), model={"path": str(gpt2_folder(folder / "base"))}, ppo=ppo,
+        folder / "ppo.toml", prompts=str(write_rows(folder / "rows.jsonl", CHAT)),
+        reward=str(reward or "divided_scores:vowels"), out=str(folder / "run"), ppo=ppo, **tables,
     )  # fmt: skip
     on_ranks(n, folder / "ranks", in_process, "ppo", str(config), str(folder))
     return folder / "run"
+
+
+def written_in_shards(shard: str) -> list[list[int]]:
+    """What a model writes behind its prompts, each in one of the processes; most texts end early, each at its time."""
+    model = gpt2()
+    Sharding(shard, 0, torch.device("cpu")).finish(model, ())
+
+    def write(i: int, prompt: list[int]) -> list[int]:
+        return continuations(model, [prompt], 20, seed=i, eos_id=range(40))[0]
+
+    texts = spread([[50 + i] * (i + 1) for i in range(7)], write, is_sharded(model))
+    return [text[: first_end(text, range(40)) + 1] for text in texts]
 
 
 def in_process(name: str, config: str, path: str = "", mistake: str | None = None) -> None:

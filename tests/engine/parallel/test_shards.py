@@ -5,9 +5,19 @@ import json
 import shutil
 from contextlib import redirect_stderr
 from pathlib import Path
+from typing import Any
 
 import pytest
-from divided_methods import assert_same_left, configuration, divided, in_process, typed
+from divided_methods import (
+    POLICIES,
+    assert_same_left,
+    configuration,
+    divided,
+    divided_policy,
+    in_process,
+    typed,
+    written_in_shards,
+)
 from many_ranks import fork_server, on_ranks
 from safetensors.torch import load_file
 from small_runs import logged
@@ -40,6 +50,40 @@ def test_every_adapter_on_a_sharded_base(name, variant, tmp_path) -> None:
     alone = divided(name, variant, 1, tmp_path / "1")
     for n in (2, 4):
         assert_same_left(alone, divided(name, variant, n, tmp_path / str(n), shard="full"))
+
+
+def test_texts_that_end_early_wait_for_the_others(tmp_path) -> None:
+    """A model in shards computes each token in all processes together."""
+    alone = written_in_shards("none")
+    assert len({len(text) for text in alone}) > 3
+    assert on_ranks(3, tmp_path / "ranks", written_in_shards, "full") == [alone] * 3
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_on_a_sharded_base(name, tmp_path) -> None:
+    alone = divided_policy(name, 1, tmp_path / "1")
+    for n in (2, 3, 4):
+        assert_same_left(alone, divided_policy(name, n, tmp_path / str(n), "full"))
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("variant", ["upper layer", "dora", "pissa", "nf4", "from an adapter"])
+def test_policies_rewarded_by_a_model_on_their_sharded_base(variant, tmp_path) -> None:
+    """Where shared layers are computed once, weights are read for an adapter's start, or an adapter trains on."""
+    reward = divided("reward", "lora", 1, tmp_path / "reward")
+    settings: dict[str, Any] = {"reward": reward, "reward_norm_samples": 5}
+    if variant == "nf4":
+        settings["model"] = {"quantize": "nf4"}
+    elif variant == "from an adapter":
+        settings |= {"model": {"adapter": str(divided("sft", "lora", 1, tmp_path / "sft"))}, "lora": {}}
+    else:
+        adapters = {"upper layer": {"targets": ["layers.1.*"]}, "dora": {"dora": True}, "pissa": {"init": "pissa"}}
+        settings["lora"] = {"rank": 2, **adapters[variant]}
+
+    alone = divided_policy("ppo", 1, tmp_path / "1", **settings)
+    for n in (2, 3):
+        assert_same_left(alone, divided_policy("ppo", n, tmp_path / str(n), "full", **settings))
 
 
 @pytest.mark.deep
