@@ -21,6 +21,7 @@ ELSEWHERE = {
         "engine/rlhf", "engine/tasks/preferences.py", "engine/tasks/permutation_lm.py", "engine/tasks/seq2seq.py",
         "engine/tasks/masked_lm.py", "engine/tasks/classification.py", "engine/tasks/tagging.py",
         "engine/tasks/question_answering.py", "engine/tasks/embedding.py", "engine/tasks/metrics.py",
+        "engine/tasks/step_loss.py",
         "engine/tasks/objectives.py", "engine/generation", "models/layers/heads.py", "models/layers/kv_cache.py",
         "models/checkpoint/tasks.py", "kernels/matmul_cpu.py",
     ],

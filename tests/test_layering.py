@@ -25,7 +25,7 @@ ROOMS = {
     "kernels": ["backend dropout matmul_cpu", "activations attn cross_entropy norms optim quant rotary", "lora",
                 "linear", "conv mlp"],
     "engine": ["model parallel progress runtime", "finite", "formats", "chat data adapters", "tasks generation peft",
-               "training", "rlhf"],
+               "training prediction", "rlhf"],
     "models": ["layers", "tokenizer", "model", "gpt2 llama bloom bert t5 xlnet resnet", "families", "checkpoint"],
 }  # fmt: skip
 LINES = {

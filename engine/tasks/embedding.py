@@ -13,6 +13,9 @@ pairs with the same anchor, and the anchor's own text.
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from itertools import starmap
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,8 +26,18 @@ from torch import Tensor
 
 from ..data.batches import Batch, Collate, Examples
 from ..data.placed_rows import PlacedRow
-from .common import Encoded, Settings, cross_entropy, pooled, positions_that_fit, select, token_rows, without_example
+from .common import (
+    Encoded,
+    Settings,
+    cross_entropy,
+    pooled,
+    positions_that_fit,
+    select,
+    token_rows,
+    without_example,
+)
 from .metrics import check_length
+from .step_loss import StepLoss
 
 TEMPERATURE = 0.05  # of the cosines in `embedding_loss`, sentence-transformers' choice
 TIE = 1e-6  # cosines closer than this are one score: a float32 model's noise must not decide a rank
@@ -91,6 +104,7 @@ class EmbeddingCollate:
 
     Each text that differs stands there once, and a negative that is also a positive only as that. `targets` (B,) are
     the numbers of the anchors' positives, and `also_right` (B, C) says which other candidates are no wrong answers.
+    `texts` has a digest of each anchor, each anchor's positive and each candidate, by which a step knows its texts.
     """
 
     collate: Collate = field(default_factory=Collate)  # lays out the rows of tokens
@@ -109,10 +123,28 @@ class EmbeddingCollate:
         for name, rows in zip(FIELDS, (anchors, columns[:n_positives], columns[n_positives:]), strict=True):
             if rows:
                 batch[name] = self.collate([{"input_ids": row} for row in rows])["inputs"]
-        also_right = torch.zeros(len(anchors), len(different.first), dtype=torch.bool)  # (B, C)
-        for i, others in enumerate(different.also_right):
-            also_right[i, others] = True
-        return {**batch, "targets": torch.tensor(different.target), "also_right": also_right}
+        digests = Texts(*([_digest(ids) for ids in rows] for rows in (anchors, positives, columns)))
+        return {**batch, "texts": digests, "targets": torch.tensor(different.target), "also_right": _mask(different)}
+
+
+class Texts(NamedTuple):
+    """The texts of a micro-batch."""
+
+    anchors: list[bytes]  # B
+    positives: list[bytes]  # B
+    candidates: list[bytes]  # C
+
+
+def _digest(ids: Sequence[int]) -> bytes:
+    return blake2b(np.array(ids).tobytes(), digest_size=16).digest()
+
+
+def _mask(different: Candidates) -> Tensor:
+    """Which candidates each anchor is not compared with, (B, C)."""
+    also_right = torch.zeros(len(different.target), len(different.first), dtype=torch.bool)
+    for i, others in enumerate(different.also_right):
+        also_right[i, others] = True
+    return also_right
 
 
 def embedding_rows(model: Any, tokenizer: Any, packing: bool) -> EmbeddingCollate:
@@ -129,15 +161,51 @@ def embedding_loss(model: Any, batch: Batch) -> tuple[Tensor, float]:
 
 def embedding_loss_of(anchors: Tensor, candidates: Tensor, batch: Batch) -> tuple[Tensor, float]:
     """The same from embeddings of anchors (B, D) and candidates (C, D)."""
+    return cross_entropy(_logits(anchors, candidates, batch["also_right"]), batch["targets"])
+
+
+def _logits(anchors: Tensor, candidates: Tensor, also_right: Tensor) -> Tensor:
+    """Cosines over temperature (B, C) of embeddings of anchors (B, D) and candidates (C, D)."""
     cosines = F.normalize(anchors.float(), dim=-1) @ F.normalize(candidates.float(), dim=-1).T  # (B, C)
-    cosines = cosines.masked_fill(batch["also_right"], float("-inf"))
-    return cross_entropy(cosines / TEMPERATURE, batch["targets"])
+    return cosines.masked_fill(also_right, float("-inf")) / TEMPERATURE
+
+
+def losses_of_step(outputs: Sequence[Tensor], texts: Sequence[Texts]) -> list[tuple[Tensor, float]]:
+    """Each anchor should find its positive among all of a step; gives the losses of each micro-batch.
+
+    `outputs` are the embeddings (B + C, D) of the anchors and candidates of each, and `texts` what they embed. Of a
+    text that is a candidate in several, the first of its embeddings is compared with.
+    """
+    lengths = [[len(each.anchors), len(each.candidates)] for each in texts]
+    embedded = [part.split(sizes) for part, sizes in zip(outputs, lengths, strict=True)]
+    anchors, all_candidates = (torch.cat(parts) for parts in zip(*embedded, strict=True))
+
+    place: dict[bytes, int] = {}  # of each different candidate among all
+    for i, text in enumerate(text for each in texts for text in each.candidates):
+        place.setdefault(text, i)
+    positives = [text for each in texts for text in each.positives]
+    different = candidates([text for each in texts for text in each.anchors], positives, list(place))
+    ordered = [*positives, *place]
+    columns = torch.tensor([place[ordered[i]] for i in different.first], device=anchors.device)
+
+    logits = _logits(anchors, all_candidates[columns], _mask(different).to(anchors.device))
+    targets = torch.tensor(different.target, device=anchors.device)
+    n_anchors = [len(each.anchors) for each in texts]
+    return list(starmap(cross_entropy, zip(logits.split(n_anchors), targets.split(n_anchors), strict=True)))
 
 
 def embeddings(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Embeddings of the anchors (B, D), and of the candidates (C, D): the positives followed by the negatives."""
     anchors, *candidates = [model.head(pooled(model, batch[field])) for field in FIELDS if field in batch]
     return anchors, torch.cat(candidates)
+
+
+def _embeddings_together(model: Any, batch: Batch) -> Tensor:
+    return torch.cat(embeddings(model, batch))
+
+
+# The negatives are those of the whole step, however it is cut.
+step_embedding_loss = StepLoss(embedding_loss, _embeddings_together, itemgetter("texts"), losses_of_step)
 
 
 def text_embeddings(model: Any, batch: Batch) -> list[NDArray[Any]]:

@@ -35,9 +35,9 @@ from .embedding import (
     RetrievalScore,
     each_text,
     embed,
-    embedding_loss,
     embedding_rows,
     predicted_embedding,
+    step_embedding_loss,
     text_embeddings,
 )
 from .masked_lm import masked_lm, masked_lm_loss, masked_rows
@@ -230,7 +230,7 @@ OBJECTIVES = {
     ),
     "tag": Objective("token-classification", "tag", token_rows, tagging_loss, TaggingScore, "f1"),
     "qa": Objective("question-answering", "qa", token_rows, qa_loss, AnswerScore, "f1"),
-    "embed": Objective("embedding", "embed", embedding_rows, embedding_loss, RetrievalScore, "accuracy@1"),
+    "embed": Objective("embedding", "embed", embedding_rows, step_embedding_loss, RetrievalScore, "accuracy@1"),
     "reward": Objective(
         "reward", "pairs", both_sides, reward_loss, partial(PairScore, reward_differences), by_length=True
     ),

@@ -1,4 +1,4 @@
-"""Training: `loop.py`, in steps of `optim.py`, evaluated by `evaluation.py`; `prediction.py` for rows without gold.
+"""Training: `loop.py`, in steps of `optim.py`, evaluated by `evaluation.py`.
 
 `freezing.py` says what trains, `run_folder.py` what a run writes, `state.py` and `checkpoint.py` what outlives a kill,
 `guards.py` what a run is guarded against, `watching.py` who hears of it. Where only the head trains,

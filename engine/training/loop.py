@@ -30,6 +30,7 @@ from ..parallel.ranks import any_of, in_order, sum_in_order
 from ..parallel.sharding import idle_passes, reshard
 from ..runtime import begin_draws, interruptible
 from ..tasks.common import ByAdapter, LossFn, Score
+from ..tasks.step_loss import by_micro_batch
 from .cached_features import with_features
 from .config import TrainConfig, needs_evaluation
 from .evaluation import evaluate
@@ -214,14 +215,17 @@ def train(
                 losses: dict[int, Tensor] = {}
                 counts: dict[int, tuple[float, int, int]] = {}
                 share = optimizer.begin(len(batches), partial(sizes, batches))
-                for i in idle_passes(model, optimizer.sums.shares):
-                    loss, _ = sum_and_count(loss_fn(model, to_device(batches[i], device)))
+                idle = idle_passes(model, optimizer.sums.shares)
+                begin = partial(begin_draws, config.seed, progress.step)
+                loss_fns = by_micro_batch(loss_fn, model, batches, share, idle, begin)
+                for i in idle:
+                    loss, _ = sum_and_count(loss_fns[i](model, to_device(batches[i], device)))
                     (0 * loss).backward()
                     optimizer.forget()
                 for i in share:
-                    begin_draws(config.seed, progress.step, i)
+                    begin(i)
                     batch = batches[i]
-                    loss, count = sum_and_count(loss_fn(model, to_device(batch, device)))
+                    loss, count = sum_and_count(loss_fns[i](model, to_device(batch, device)))
                     loss.backward()
                     optimizer.accumulate()
                     losses[i] = loss.detach()

@@ -10,8 +10,8 @@ from ..engine.chat.template import ChatTemplate
 from ..engine.data.columns import Columns
 from ..engine.data.placed_rows import PlacedRow
 from ..engine.data.schema import as_dialogue
+from ..engine.prediction.trained import predictions, rows_to_predict
 from ..engine.tasks.objectives import PREDICTORS
-from ..engine.training.prediction import predictions, rows_to_predict
 from ..inputs.fingerprints import is_run
 from ..inputs.rows import columns_of
 from ..models import load

@@ -13,7 +13,7 @@ from ..engine.data.placed_rows import location_of
 from ..engine.data.readers import line_rows, read_prompts
 from ..engine.formats.compression import kind_of
 from ..engine.formats.text_files import read_text
-from ..engine.tasks.zero_shot import label_texts
+from ..engine.prediction.zero_shot import label_texts
 from ..prompts import template_of
 from .outputs import output, written_to
 

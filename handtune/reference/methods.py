@@ -39,8 +39,6 @@ ONLY_FOR = {
     "data.prompt": ("sft", *_COMPARING),
     "data.image_size": ("classify",),
     "data.augment": ("classify",),
-    "train.micro_batch_size": tuple(method for method in METHODS if method != "embed"),
-    "train.micro_batch_tokens": tuple(method for method in METHODS if method != "embed"),
     "loss": ("pretrain", "sft", "masked-lm", "classify", "tag"),
     "loss.class_weights": ("classify", "tag"),
     "dpo": ("dpo",),
@@ -50,8 +48,6 @@ _REMEDIES = {
     "model.dropout": "ppo compares probabilities, and applies none; leave it out",
     "model.add_tokens": "ppo trains no rows of the embedding; add the tokens in a fine-tuning run, and name the model "
     "that `handtune merge` makes of it",
-    "train.micro_batch_size": "embed takes its negatives from the whole step; lower batch_size",
-    "train.micro_batch_tokens": "embed takes its negatives from the whole step; lower batch_size",
 }
 # What stands in the place of a value that has no default.
 EXAMPLES: dict[str, Any] = {

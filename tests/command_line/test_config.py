@@ -175,8 +175,6 @@ def test_an_option_that_the_method_makes_no_use_of(tmp_path, name) -> None:
         else:
             said = refusal(tmp_path, text, f"method={method}", change)
             assert said.startswith((f"run.toml: {name}: ", "run.toml: loss: "))  # of which some methods have no option
-    said = refusal(tmp_path, text, "method=embed", "train.micro_batch_size=2")
-    assert said.endswith("embed takes its negatives from the whole step; lower batch_size")
 
 
 def test_an_option_that_ppo_makes_no_use_of() -> None:

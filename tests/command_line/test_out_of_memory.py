@@ -25,7 +25,7 @@ READS = {
     "compare": "handtune.models.checkpoint.weights.allocate",
     "evaluate": "handtune.commands.evaluate.put_weights",
     "generate": "handtune.models.checkpoint.loading.load_weights",
-    "label": "handtune.engine.tasks.zero_shot.answer_logps",
+    "label": "handtune.engine.prediction.zero_shot.answer_logps",
     "merge": "handtune.adapted.merging.read_into",
     "predict": "handtune.models.checkpoint.loading.load_weights",
     "ppo": "handtune.models.checkpoint.loading.load_weights",

@@ -226,9 +226,9 @@ PLANTED = {
     "compare": "handtune.commands.compare.make_items",
     "evaluate": "handtune.commands.evaluate.put_weights",
     "generate": "handtune.prepare.load",
-    "label": "handtune.engine.tasks.zero_shot.tokenize_pairs",
+    "label": "handtune.engine.prediction.zero_shot.tokenize_pairs",
     "merge": "handtune.adapted.merging.match_keys",
-    "predict": "handtune.engine.training.prediction.token_rows",
+    "predict": "handtune.engine.prediction.trained.token_rows",
     "ppo": "handtune.engine.rlhf.run.lr_factor",
     "report": "handtune.reporting.side_by_side.costs",
 }

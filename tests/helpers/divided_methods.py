@@ -108,9 +108,7 @@ def configuration(name: str, variant: str, folder: Path, shard: str = "none", **
     tables = {key: dict(table) for key, table in VARIANTS[variant].items()}
     family = RUNS[name][0]
     base = base_folder(family, folder)
-    # The negatives of an embedding are those of its step, which is one micro-batch.
-    cut = {} if name == "embed" else {"micro_batch_size": 1}
-    tables["train"] = {"batch_size": 6, **cut, **tables.get("train", {}), **train}
+    tables["train"] = {"batch_size": 6, "micro_batch_size": 1, **tables.get("train", {}), **train}
     tables["parallel"] = {"shard": shard}
     if "model" in tables:
         tables["model"]["path"] = str(base)

@@ -15,8 +15,8 @@ from handtune.commands.label import label_and_words
 from handtune.engine.chat.template import DEFAULT_TEMPLATE, ChatTemplate
 from handtune.engine.data.readers import read_rows
 from handtune.engine.data.schema import as_dialogue
+from handtune.engine.prediction.zero_shot import WITHOUT_CONTENT, label_texts
 from handtune.engine.tasks.encode import encode
-from handtune.engine.tasks.zero_shot import WITHOUT_CONTENT, label_texts
 from handtune.models import GPT2, load
 
 WORDS = {"good": "the cat sat", "bad": "dog", "none": "x"}

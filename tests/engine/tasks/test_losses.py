@@ -19,6 +19,7 @@ from handtune.engine.tasks.embedding import (
     embedding_loss,
     embedding_loss_of,
     embeddings,
+    step_embedding_loss,
 )
 from handtune.engine.tasks.encode import encode
 from handtune.engine.tasks.masked_lm import MaskedCollate, masked_lm_loss
@@ -40,7 +41,7 @@ def case(name: str):
     if name == "qa":
         return bert("question-answering"), examples(QUESTIONS, "qa"), qa_loss
     assert name == "embed"
-    return bert("embedding"), examples(PAIRS, "embed"), embedding_loss
+    return bert("embedding"), examples(PAIRS, "embed"), step_embedding_loss
 
 
 def gradients(model, loss) -> dict[str, torch.Tensor]:

@@ -24,7 +24,7 @@ from ..data.text import tokenize_pairs
 from ..finite import not_finite
 from ..progress import Progress
 from ..runtime import in_eval_mode
-from .preferences import answer_logps
+from ..tasks.preferences import answer_logps
 
 WITHOUT_CONTENT = ("N/A", "", "[MASK]")  # Zhao et al.'s
 
