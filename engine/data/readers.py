@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from ..._outside import located
 from ..formats.arrow import is_saved
 from ..formats.compression import kind_of
+from ..formats.remote import local_path
 from ..formats.sources import ENDINGS, raw_rows
 from ..formats.tables import LINE_BREAK
 from .columns import Columns, MissingColumn, PromptTemplate
@@ -35,12 +36,11 @@ def read_rows(path: str | Path, columns: Columns = _AS_THEY_ARE) -> list[dict[st
     columns: which columns are which fields, where they have other names.
     Raises FileNotFoundError, or ValueError with one line that names the file, the line or row, and the remedy.
     """
-    folder = Path(path)
+    folder = local_path(path)
     if folder.is_dir() and not is_saved(folder) and folder.suffix.lower() not in ENDINGS:
         return image_rows(folder)
     rows: list[dict[str, Any]] = []
-    first_shape = ""
-    first_line = ""
+    first_shape = first_line = ""
     for row in iterate_rows(path, columns):
         if not rows:
             first_shape = row.shape

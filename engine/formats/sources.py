@@ -10,7 +10,8 @@
     .parquet .arrow .feather    by pyarrow (see `arrow.py`), as is a folder of `Dataset.save_to_disk`
     owner/name:split  the Parquet files of a data set on the hub (see `hub.py`), where no such path exists
 
-Those that are text may be compressed: rows.jsonl.gz, rows.csv.zst.
+Those that are text may be compressed: rows.jsonl.gz, rows.csv.zst. A file that lies elsewhere is named by its URL (see
+`remote.py`).
 """
 
 from collections.abc import Callable, Collection
@@ -19,6 +20,7 @@ from pathlib import Path
 from .arrow import INFO, STATE, arrow_rows, data_files, is_saved, parquet_rows, saved_rows
 from .compression import COMPRESSED, kind_of
 from .hub import DatasetId, dataset_files, dataset_id
+from .remote import is_url, local_path
 from .tables import csv_rows, tsv_rows
 from .text_files import Located, conll_rows, document_rows, json_rows, jsonl_rows
 
@@ -39,7 +41,7 @@ ENDINGS = (*TEXTS, *TABLES, *ARROWS)
 def on_the_hub(source: str | Path) -> DatasetId | None:
     """The data set of the hub that is meant; None where there is such a path, or the name is that of a file."""
     path = Path(source)
-    if path.exists() or kind_of(path) in ENDINGS:
+    if is_url(source) or path.exists() or kind_of(path) in ENDINGS:
         return None
     return dataset_id(str(source))
 
@@ -50,7 +52,13 @@ def raw_rows(source: str | Path, known: Collection[str] | None) -> Located:
     known: names of columns, of which a table needs one; None where any will do. Raises FileNotFoundError, or ValueError
     with one line that names the file, the line or row, and the remedy.
     """
-    path = Path(source)
+    path = local_path(source)
+    if is_url(source):
+        try:
+            yield from raw_rows(path, known)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(path), str(source))) from error
+        return
     if (dataset := on_the_hub(source)) is not None:
         folder, files = dataset_files(dataset)
         for file in files:
@@ -81,7 +89,7 @@ def source_files(source: str | Path) -> tuple[Path, list[Path]]:
 
     Of class folders with images, these. Raises as `raw_rows` where a data set isn't there.
     """
-    path = Path(source)
+    path = local_path(source)
     if (dataset := on_the_hub(source)) is not None:
         return dataset_files(dataset)
     if path.is_dir() and is_saved(path):

@@ -12,6 +12,7 @@ from ..engine.data.labels import label_name
 from ..engine.data.placed_rows import location_of
 from ..engine.data.readers import line_rows, read_prompts
 from ..engine.formats.compression import kind_of
+from ..engine.formats.remote import local_path
 from ..engine.formats.text_files import read_text
 from ..engine.prediction.zero_shot import label_texts
 from ..prompts import template_of
@@ -63,7 +64,7 @@ def label_and_words(spec: str) -> tuple[str, str]:
 
 def _read_texts(path: str) -> list[str]:
     if kind_of(Path(path)) == ".txt":
-        return [row["text"] for row in line_rows(read_text(Path(path)), path)]
+        return [row["text"] for row in line_rows(read_text(local_path(path)), path)]
     texts = []
     for index, row in enumerate(read_prompts(path)):
         text = row.get("text", row.get("prompt"))

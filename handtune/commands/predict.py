@@ -15,6 +15,7 @@ from ..engine.data.placed_rows import PlacedRow, location_of
 from ..engine.data.readers import line_rows, placed_rows
 from ..engine.formats.arrow import is_saved
 from ..engine.formats.compression import kind_of
+from ..engine.formats.remote import local_path
 from ..engine.formats.sources import on_the_hub
 from ..engine.formats.tables import LINE_BREAK
 from ..engine.formats.text_files import json_lines, read_text
@@ -93,7 +94,7 @@ def _rows(options: argparse.Namespace) -> Iterator[Mapping[str, Any]]:
             raise ValueError('nothing to predict: give a file of rows, --text "...", or - for lines of standard input')
         return
 
-    path = Path(options.file)
+    path = local_path(options.file)
     if options.file == "-":
         yield from _standard_input()
     elif options.text and not path.exists() and on_the_hub(options.file) is None:

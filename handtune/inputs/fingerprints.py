@@ -21,6 +21,7 @@ from ..config import PPORunConfig, RunConfig
 from ..engine.data.fingerprints import Inputs, changed_files, fingerprint, same_contents
 from ..engine.data.mixing import MixConfig
 from ..engine.formats.hub import dataset_id, pinned
+from ..engine.formats.remote import is_url
 from ..engine.formats.sources import on_the_hub, source_files
 from ..engine.peft.format import CONFIG, WEIGHTS
 from ..engine.rlhf.reward_model import SCALE
@@ -66,6 +67,8 @@ def _fingerprint(field: str, path: str) -> dict[str, Any]:
     entry = fingerprint(folder, files)
     if (dataset := on_the_hub(path)) is not None:
         entry["path"] = str(dataset._replace(revision=folder.name))  # because the folder lies in this machine's cache
+    elif is_url(path):
+        entry["path"] = path  # for the same reason
     return entry
 
 

@@ -18,6 +18,7 @@ from ..engine.data.readers import iterate_rows, read_rows, split_rows
 from ..engine.data.schema import row_shape
 from ..engine.formats.arrow import is_saved
 from ..engine.formats.compression import kind_of
+from ..engine.formats.remote import local_path
 from ..engine.formats.sources import ARROWS, on_the_hub
 from .fingerprints import as_list
 
@@ -41,7 +42,7 @@ def is_corpus(file: str | Path, columns: Columns | None = None) -> bool:
 
     The first row decides, and the formats that are read row by row are asked for it.
     """
-    path = Path(file)
+    path = local_path(file)
     is_streamed = kind_of(path) in STREAMED or on_the_hub(file) is not None or (path.is_dir() and is_saved(path))
     if not is_streamed:
         return kind_of(path) == ".txt"
@@ -61,7 +62,7 @@ def corpora(
     """
 
     def corpus(files: list[str]) -> TokenCorpus:
-        return token_corpus([Path(file) for file in files], tokenizer, cache, length, eos, columns_of(data))
+        return token_corpus([local_path(file) for file in files], tokenizer, cache, length, eos, columns_of(data))
 
     train = [corpus([file.path]) for file in data.mix] or [corpus(as_list(data.train))]
     held_out: list[TokenCorpus] = []
