@@ -13,13 +13,13 @@ and vocabulary, R the rank. Nothing here was measured on several GPUs.
 
 import argparse
 import json
-import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 GB = 1e9
 SIZES = (1, 8, 64, 256, 1024)
+PIECE_BITS = 4  # as in engine/parallel/tree.py, of the numbers of the pieces that gradients travel in
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,33 @@ class Cost:
     tokens_per_second: float  # of a GPU
 
 
+def tree_seconds(n: int, size: float, machine: Machine) -> float:
+    """How long the tree over n processes takes for gradients of so many bytes, as engine/parallel/tree.py sends them.
+
+    Level by level, node by node, piece by piece, one half goes to where the other is, and both processes wait for that.
+    Then each piece is told to all.
+    """
+    n_pieces = min(2**PIECE_BITS, 1 << (n - 1).bit_length())
+    n_levels = (n - 1).bit_length()
+    clocks = [0.0] * n
+
+    def takes(sender: int, receiver: int) -> float:
+        is_near = sender // machine.n_gpus == receiver // machine.n_gpus
+        return size / n_pieces / (machine.nvlink if is_near else machine.network) + machine.latency
+
+    holders = [list(range(n)) for _ in range(n_pieces)]  # of the nodes of a level, by piece
+    for level in reversed(range(n_levels)):
+        halves, holders = holders, [[] for _ in range(n_pieces)]
+        for i in range(0, len(halves[0]), 2):
+            for piece in range(n_pieces):
+                ours, *others = halves[piece][i : i + 2]
+                for theirs in others:
+                    clocks[ours] = clocks[theirs] = max(clocks[ours], clocks[theirs]) + takes(ours, theirs)
+                goes_right = others and piece >> level % PIECE_BITS & 1
+                holders[piece].append(others[0] if goes_right else ours)
+    return max(clocks) + n_pieces * takes(0, n - 1)
+
+
 def cost(model: Model, plan: Plan, machine: Machine) -> Cost:
     """The arithmetic."""
     full = plan.rank is None
@@ -133,14 +160,10 @@ def cost(model: Model, plan: Plan, machine: Machine) -> Cost:
     if full and 1 < n_shards < plan.n:
         between += 2 * 4.0 * model.total / n_shards  # copies of a shard add up their gradients
 
-    # The tree of what is whole: a right half travels to the left one, level by level, then the root comes back.
+    # The tree of what is whole.
     tree = 0.0
     if plan.n > 1 and (n_shards == 1 or not full):
-        message = 4.0 * trained
-        levels_inside = math.ceil(math.log2(n_local))
-        levels_between = math.ceil(math.log2(plan.n)) - levels_inside
-        up_and_down = 2 * (levels_inside / machine.nvlink + levels_between / machine.network)
-        tree = message * up_and_down + 2 * (levels_inside + levels_between) * machine.latency
+        tree = tree_seconds(plan.n, 4.0 * trained, machine)
 
     waits = {"computing": compute, "NVLink": inside / machine.nvlink, "the network": between / machine.network}
     waits_for = max(waits, key=lambda name: waits[name])

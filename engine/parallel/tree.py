@@ -4,10 +4,12 @@ The micro-batches of a step are the leaves of a binary tree, numbered from the l
 the leaves from a multiple of its size on, its left half plus its right half, and a half without leaves counts for
 nothing. Five leaves are ((0 + 1) + (2 + 3)) + 4. Every contiguous block of leaves consists of few whole nodes, which
 the process that has computed it adds up alone, with a buffer for each level of the tree at most. Where a node's halves
-lie in two processes, the right half travels to the left, so that the first process has the whole sum in the end, and
-tells the others. A process sends what it has once, whatever the number of its micro-batches.
+lie in two processes, one of these sends its half to the other, which has the node then. The gradients travel in pieces,
+and which of the two receives differs from piece to piece, so that none of the processes has to take in everything; in
+the end each piece is told to all by the process that has its sum.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from .ranks import rank, shares, warn_of_idle, world_size
 
+PIECE_BITS = 4  # of a piece's number: there are up to 16
 Node = tuple[int, int]  # the first leaf of a node, and its size
 Gradients = dict[int, Tensor]  # by the weight's number; one that was not reached has none
 
@@ -29,7 +32,9 @@ class GradientTree:
 
     def __init__(self, weights: Iterable[Tensor]):
         self.weights = list(weights)
-        self.bytes = [len(self.weights), *(weight.nbytes for weight in self.weights)]  # of a message's parts
+        self.everything = range(len(self.weights))
+        n_pieces = min(2**PIECE_BITS, 1 << (world_size() - 1).bit_length(), max(1, len(self.weights)))
+        self.pieces = shares([weight.nbytes for weight in self.weights], n_pieces)  # each as the weights in it
         self.has_begun = False  # a step that processes share
         self.reset()
 
@@ -48,6 +53,7 @@ class GradientTree:
             self.has_begun = True
             warn_of_idle(n, "micro-batches a step", "micro_batch_size or micro_batch_tokens")
         self.shares = shares(sizes(), world_size())
+        self.starts = [share.start for share in self.shares if share]
         share = self.shares[rank()]
         self.first = self.next = share.start
         return share
@@ -64,7 +70,7 @@ class GradientTree:
 
         # Two halves are added as soon as both are here.
         while low % (2 * size) != 0 and (low - size, size) in self.nodes:
-            self._merge((low - size, size), (low, size))
+            self._merge((low - size, size), (low, size), self.everything)
             low, size = low - size, 2 * size
 
     def finish(self) -> None:
@@ -75,50 +81,72 @@ class GradientTree:
         if self.n_leaves == 0 or not self.weights:
             return
 
-        size = 1
-        while size < self.n_leaves:
+        # Node by node, small ones first: in these all processes have something to do. Not added up yet are only those
+        # at the ends of this process's share.
+        self.root_size = 1
+        while self.root_size < self.n_leaves:
+            self.root_size *= 2
+        mine = range(self.first, self.next)
+        size = 2
+        while mine and size <= self.root_size:
+            for low in sorted({leaf // size * size for leaf in (mine[0], mine[-1])}):
+                for number in range(len(self.pieces)):
+                    self._join(low, size, number)
             size *= 2
-        self._gather(0, size)
 
-        # The first process has the first leaf, and so the root.
-        root = self.nodes.pop((0, size), {})
-        if len(self.shares) > 1:
-            message = self._message(root)
-            dist.broadcast(message, src=0)
-            root = root or self._gradients(message)
-        for i, gradient in root.items():
-            self.weights[i].grad = gradient
+        root = (0, self.root_size)
+        for number, piece in enumerate(self.pieces):
+            sums, holder = self._pop(root, piece), self._holder(root, number)
+            if len(self.shares) > 1:
+                message = self._message(sums, piece) if rank() == holder else self._empty_message(piece)
+                dist.broadcast(message, src=holder)
+                sums = sums or self._gradients(message, piece)
+            for i, gradient in sums.items():
+                self.weights[i].grad = gradient
         # From here on they are as those of a single micro-batch.
         self.reset()
         self.next = 1
 
-    def _gather(self, low: int, size: int) -> int | None:
-        """Add up a node; gives the process that has it then. None where it has no leaf."""
-        if low >= self.n_leaves:
-            return None
-        end = low + size
-        holder = self._holder(low)
-        if end <= self.n_leaves and holder == self._holder(end - 1):
-            return holder  # `add` has done it
+    def _join(self, low: int, size: int, number: int) -> None:
+        """Add up the halves of a node in the piece of this number, where one of the two is here."""
+        node, left, right = (low, size), (low, size // 2), (low + size // 2, size // 2)
+        if low + size <= self.n_leaves and self._process(low) == self._process(low + size - 1):
+            return  # `add` has done it
 
-        half = size // 2
-        left, right = (low, half), (low + half, half)
-        sender = self._gather(*right)
-        self._gather(*left)
-        if sender is not None and sender != holder:
-            if rank() == sender:
-                dist.send(self._message(self.nodes.pop(right)), dst=holder)
-            elif rank() == holder:
-                message = torch.empty(sum(self.bytes), dtype=torch.uint8, device=self.weights[0].device)
-                dist.recv(message, src=sender)
-                self.nodes[right] = self._gradients(message)
+        holder = self._holder(node, number)
+        if right[0] < self.n_leaves:
+            ours, theirs = self._holder(left, number), self._holder(right, number)
+            if holder == theirs != ours:
+                self._send(left, self.pieces[number], ours, holder)
+            elif holder == ours != theirs:
+                self._send(right, self.pieces[number], theirs, holder)
         if rank() == holder:
-            self._merge(left, right)
-        return holder
+            self._merge(left, right, self.pieces[number])
 
-    def _holder(self, leaf: int) -> int:
-        """The process that has computed a leaf, and has the sum of every node that begins with it."""
-        return next((i for i, share in enumerate(self.shares) if leaf in share), rank())
+    def _holder(self, node: Node, number: int) -> int:
+        """The process that has the sum of a node in the piece of this number."""
+        low, size = node
+        last = min(low + size, self.n_leaves) - 1
+        if self._process(low) == self._process(last):
+            return self._process(low)
+
+        left, right = (low, size // 2), (low + size // 2, size // 2)
+        level = (self.root_size // size).bit_length() - 1  # from the root, which has 0
+        goes_right = right[0] < self.n_leaves and number >> level % PIECE_BITS & 1
+        return self._holder(right if goes_right else left, number)
+
+    def _process(self, leaf: int) -> int:
+        """The process that has computed a leaf."""
+        return bisect_right(self.starts, leaf) - 1 if self.shares else rank()
+
+    def _send(self, node: Node, piece: range, sender: int, receiver: int) -> None:
+        """Take a piece of a node from one process to another."""
+        if rank() == sender:
+            dist.send(self._message(self._pop(node, piece), piece), dst=receiver)
+        elif rank() == receiver:
+            message = self._empty_message(piece)
+            dist.recv(message, src=sender)
+            self.nodes.setdefault(node, {}).update(self._gradients(message, piece))
 
     def _take(self) -> Gradients:
         """The weights' gradients, which they have no longer."""
@@ -127,32 +155,44 @@ class GradientTree:
             self.weights[i].grad = None
         return gradients
 
+    def _pop(self, node: Node, piece: range) -> Gradients:
+        """A node's gradients in a piece, which it has no longer; none where no leaf has any."""
+        gradients = self.nodes.get(node, {})
+        return {i: gradients.pop(i) for i in piece if i in gradients}
+
     @torch.no_grad()
-    def _merge(self, left: Node, right: Node) -> None:
-        """Make the node of two halves, in the memory of the left one; a right one without leaves is not there."""
-        sums, terms = self.nodes.pop(left), self.nodes.pop(right, {})
+    def _merge(self, left: Node, right: Node, piece: range) -> None:
+        """Make a piece of the node of two halves, in the memory of the left one; a right one without leaves is none."""
+        sums, terms = self._pop(left, piece), self._pop(right, piece)
         both = [i for i in sums if i in terms]
         if both:
             torch._foreach_add_([sums[i] for i in both], [terms[i] for i in both])
         low, size = left
-        self.nodes[low, 2 * size] = terms | sums
+        self.nodes.setdefault((low, 2 * size), {}).update(terms | sums)
 
-    def _message(self, gradients: Gradients) -> Tensor:
-        """Gradients as bytes, all weights in their order, behind a byte for each that tells whether it has one."""
-        present = torch.tensor([i in gradients for i in range(len(self.weights))], dtype=torch.uint8)
+    def _message(self, gradients: Gradients, piece: range) -> Tensor:
+        """A piece as bytes, its weights in their order, behind a byte for each that tells whether it has a gradient."""
+        present = torch.tensor([i in gradients for i in piece], dtype=torch.uint8)
         parts = [present.to(self.weights[0].device)]
-        for i, weight in enumerate(self.weights):
-            gradient = gradients[i] if i in gradients else torch.zeros_like(weight)
+        for i in piece:
+            gradient = gradients[i] if i in gradients else torch.zeros_like(self.weights[i])
             parts.append(gradient.contiguous().reshape(-1).view(torch.uint8))
         return torch.cat(parts)
 
+    def _sizes(self, piece: range) -> list[int]:
+        """Of the parts of a message, in bytes."""
+        return [len(piece), *(self.weights[i].nbytes for i in piece)]
+
+    def _empty_message(self, piece: range) -> Tensor:
+        return torch.empty(sum(self._sizes(piece)), dtype=torch.uint8, device=self.weights[0].device)
+
     @torch.no_grad()
-    def _gradients(self, message: Tensor) -> Gradients:
+    def _gradients(self, message: Tensor, piece: range) -> Gradients:
         """The gradients of a message, each laid out in memory as autograd does it: sums over them depend on that."""
-        present, *parts = message.split(self.bytes)
+        present, *parts = message.split(self._sizes(piece))
         gradients = {}
-        for i, is_there in enumerate(present.tolist()):
+        for i, is_there, part in zip(piece, present.tolist(), parts, strict=True):
             if is_there:
                 gradient = torch.empty_like(self.weights[i])
-                gradients[i] = gradient.copy_(parts[i].clone().view(gradient.dtype).view(gradient.shape))
+                gradients[i] = gradient.copy_(part.clone().view(gradient.dtype).view(gradient.shape))
         return gradients

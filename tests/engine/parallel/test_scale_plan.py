@@ -22,8 +22,10 @@ def test_by_hand() -> None:
     assert cost.between == pytest.approx(2 * 2 * 8.03e9 * 15 / 16, rel=1e-3)
     assert cost.waits_for == "the network"
     assert cost.seconds == pytest.approx(cost.between / machine.network + cost.tree)
-    # Three levels inside of the machine and one between them, up and down, of 168 MB.
-    assert cost.tree == pytest.approx(2 * 168e6 * (3 / 360e9 + 1 / 40e9), rel=0.02)
+    # 168 MB in 16 pieces: inside of the machine a process sends or receives 16 of them, then half, then a quarter, and
+    # between the two machines the two that are left to it; then all are told to all.
+    inside, across = 28 / 16 * 168e6 / 360e9, (2 / 16 + 1) * 168e6 / 40e9
+    assert cost.tree == pytest.approx(inside + across + (28 + 2 + 16) * 20e-6, rel=0.02)
     alone = plan.cost(model, plan.Plan(1, "none", 16, 16, 1024, 1024), machine)
     assert (alone.between, alone.inside, alone.tree, alone.waits_for) == (0, 0, 0, "computing")
     assert alone.memory > cost.memory

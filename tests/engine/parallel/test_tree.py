@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from many_ranks import fork_server, on_ranks
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from handtune.engine.parallel.ranks import (
     shares,
     spread,
     sum_in_order,
+    world_size,
 )
 from handtune.engine.parallel.statistics import Statistics
 from handtune.engine.parallel.tree import GradientTree
@@ -105,6 +107,38 @@ def test_several_processes_come_to_the_same(n_processes, tmp_path) -> None:
     for found in on_ranks(n_processes, tmp_path / "ranks", many_sums, 20):
         for n, sums in found.items():
             assert_tree(sums, n, n)
+
+
+def received_bytes() -> int:
+    """What a process takes in for the sums of 16 weights over a micro-batch of each process."""
+    weights = [torch.zeros(1000) for _ in range(16)]
+    tree = GradientTree(weights)
+    received = 0
+    recv = dist.recv
+
+    def counted(message: Tensor, src: int) -> int:
+        nonlocal received
+        received += message.nbytes
+        return recv(message, src=src)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "recv", counted)
+        tree.begin(world_size(), lambda: [1] * world_size())
+        for weight in weights:
+            weight.grad = torch.full((1000,), 2.0 ** rank())
+        tree.add()
+        tree.finish()
+    total = 2.0 ** world_size() - 1
+    assert all(torch.equal(weight.grad, torch.full((1000,), total)) for weight in weights)
+    return received
+
+
+@pytest.mark.parametrize("n", [4, 5, 8])
+def test_no_process_takes_in_everything(n, tmp_path) -> None:
+    """Where the root were always the first's, it would receive all gradients once for each level of the tree."""
+    received = on_ranks(n, tmp_path / "ranks", received_bytes)
+    assert sum(received) == pytest.approx((n - 1) * 64_000, rel=0.01)
+    assert max(received) < 1.05 * 64_000
 
 
 def test_shares_are_contiguous_and_balanced() -> None:
