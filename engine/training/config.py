@@ -18,9 +18,7 @@ class TrainConfig:
     max_steps: int | None = above_zero(None, most=MANY)  # optimizer updates; None: as many as the epochs have
 
     # A step is so many rows, or so many tokens; a micro-batch is what is computed of it at a time.
-    batch_size: int | None = above_zero(
-        None, most=MANY
-    )  # rows of a step, on all devices; None: 16, without batch_tokens
+    batch_size: int | None = above_zero(None, most=MANY)  # rows of a step on all devices; None: 16, or by batch_tokens
     batch_tokens: int | None = above_zero(None, most=MANY)  # tokens of a step; None: it is counted in rows
     micro_batch_size: int | None = above_zero(None, most=MANY)  # rows computed at once; None: the whole step
     micro_batch_tokens: int | None = above_zero(None, most=MANY)  # tokens computed at once; None: rows count

@@ -159,8 +159,11 @@ class TrainableReport:
         )
 
 
-def trainable_report(model: nn.Module, optimizer: str = "adamw") -> TrainableReport:
-    """Count what trains. The bytes of the optimizer are its moments, and an fp32 master of narrower weights or rows."""
+def trainable_report(model: nn.Module, optimizer: str = "adamw", micro_batches: int = 1) -> TrainableReport:
+    """Count what trains. The bytes of the optimizer are its moments, and an fp32 master of narrower weights or rows.
+
+    The gradients of a step's `micro_batches`, so many in a process, wait for one another in a tree (`parallel/tree.py`).
+    """
     total = weights = gradients = masters = 0
     modules: dict[str, int] = {}
     sizes: dict[str, int] = {}  # of what trains
@@ -185,5 +188,6 @@ def trainable_report(model: nn.Module, optimizer: str = "adamw") -> TrainableRep
     for module in model.modules():
         if isinstance(module, NF4Weight):
             total += module.shape[0] * module.shape[1] - sum(tensor.numel() for tensor in module.parameters())
+    gradients *= max(1, (micro_batches + 1).bit_length() - 1)
     moments = moments_bytes(optimizer, model, sizes, rows)
     return TrainableReport(sum(sizes.values()), total, weights, gradients, moments + masters, tuple(modules.items()))

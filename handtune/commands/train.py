@@ -10,7 +10,7 @@ from ..adapted.starting import with_base
 from ..config import RunConfig, read_config
 from ..engine import Callback, train, trainable_report
 from ..engine.data.fingerprints import Inputs
-from ..engine.parallel.ranks import is_first
+from ..engine.parallel.ranks import is_first, world_size
 from ..engine.parallel.sharding import unshard
 from ..engine.training.freezing import whole_in_shards
 from ..engine.training.loop import training_batches
@@ -44,14 +44,16 @@ def _train(
     run_folder.start(facts, facts["config"])
     ready = prepare(config, base, out / "corpus", loaded=while_loading(config, sharding))
     trains = choose_trained(ready, config)
-    print(trainable_report(ready.model, config.train.optimizer))
+    data = training_batches(ready.examples, ready.collate, config.train, by_length=ready.by_length)
+    data.draws = ready.draws
+    micro_batches = -(-len(next(iter(data), [])) // world_size())
+    data.rewind()
+    print(trainable_report(ready.model, config.train.optimizer, micro_batches))
     sharding.finish(ready.model, whole_in_shards(ready.model))
     if is_first():
         amend(out, trains=trains, labels=list(ready.labels), chat=ready.chat)
     before = abilities(ready, base)
 
-    data = training_batches(ready.examples, ready.collate, config.train, by_length=ready.by_length)
-    data.draws = ready.draws
     result = train(
         ready.model, data, ready.objective.loss, config.train, eval_data=ready.eval_batches(), score=ready.score,
         run_dir=out, metadata=facts, metric=ready.objective.best, callbacks=callbacks,

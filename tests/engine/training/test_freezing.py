@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from handtune.engine import LoRAConfig, add_lora, freeze, trainable_report, unfreeze
+from handtune.engine.parallel.tree import GradientTree
 from handtune.engine.training.freezing import match, unfreeze_due
 from handtune.models import GPT2
 
@@ -89,6 +90,21 @@ def test_report_counts_each_parameter_once() -> None:
     assert trainable_report(gpt2).trainable == trainable_report(gpt2).optimizer == 0
     assert "trains 0 of" in str(trainable_report(gpt2))
     assert "nothing" in str(trainable_report(gpt2))
+
+
+@pytest.mark.parametrize("micro_batches", range(1, 18))
+def test_report_of_gradients_that_wait(micro_batches) -> None:
+    """Those of the micro-batches of a step, in the tree in which they are added up, at the most at once."""
+    module = torch.nn.Linear(4, 3)
+    tree = GradientTree(module.parameters())
+    most = 0
+    for _ in range(micro_batches):
+        module(torch.ones(2, 4)).sum().backward()
+        held = [p.grad for p in module.parameters()] + [g for node in tree.nodes.values() for g in node.values()]
+        most = max(most, sum(gradient.nbytes for gradient in held))
+        tree.add()
+    tree.finish()
+    assert trainable_report(module, micro_batches=micro_batches).gradients == most
 
 
 def test_report_of_adapters_and_narrow_weights() -> None:
