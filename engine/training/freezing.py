@@ -162,7 +162,7 @@ class TrainableReport:
 def trainable_report(model: nn.Module, optimizer: str = "adamw", micro_batches: int = 1) -> TrainableReport:
     """Count what trains. The bytes of the optimizer are its moments, and an fp32 master of narrower weights or rows.
 
-    The gradients of a step's `micro_batches`, so many in a process, wait for one another in a tree (`parallel/tree.py`).
+    The gradients of a step's `micro_batches` in a process wait for one another in a tree (`parallel/tree.py`).
     """
     total = weights = gradients = masters = 0
     modules: dict[str, int] = {}
