@@ -155,20 +155,26 @@ def only_head_trains(model: Any, config: RunConfig) -> bool:
     return head_only(model) and not config.train.unfreeze
 
 
+def stores_model(model: Any, config: RunConfig) -> bool:
+    """Whether a run stores its whole model, not an adapter or a head alone."""
+    # A preset's weights are stored nowhere else.
+    only_head = only_head_trains(model, config) and config.model.path is not None
+    return not (config.trains_adapter or only_head)
+
+
 def store_trained(model: Any, tokenizer: Any, config: RunConfig) -> Path:
     """Write what a run has trained: its adapter, its head where nothing else trained, or the whole model.
 
     Returns the folder in the run's.
     """
     out = Path(config.out)
-    only_head = only_head_trains(model, config)
-    if config.trains_adapter:
+    if stores_model(model, config):
+        save(model, tokenizer, out / "model")
+    elif config.trains_adapter:
         save_dtype = "float32" if config.lora is None else config.lora.save_dtype
         store_adapter(model, tokenizer, out / "adapter", "default", save_dtype)
-    elif only_head and config.model.path is not None:  # a preset's weights are stored nowhere else
-        store_adapter(model, tokenizer, out / "adapter", None)
     else:
-        save(model, tokenizer, out / "model")
+        store_adapter(model, tokenizer, out / "adapter", None)
     return stored_folder(out)
 
 

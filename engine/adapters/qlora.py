@@ -14,6 +14,7 @@ from ..._outside import located
 from ...kernels import Linear
 from ...kernels.quant.nf4 import NF4Weight, Workspace
 from ..model import KnownModel
+from ..parallel.sharding import refuse_shards
 from .lora import refuse_merged
 from .modules_to_save import trained_outside_adapters
 from .switch import adapter_names
@@ -65,6 +66,9 @@ def quantize(model: nn.Module, targets: Targets = "all-linear") -> tuple[str, ..
     for path in to_quantize:
         if owner := owners.get(f"{path}.weight"):
             raise ValueError(f"{path}.weight belongs to adapter {owner!r}: drop_adapter(model, {owner!r}) first")
+
+    if to_quantize:
+        refuse_shards(model, "quantize it first, or load it with quantize=")
 
     # All quantised weights of a model share one workspace, into which they are dequantised one at a time.
     workspaces = (module.workspace for module in model.modules() if isinstance(module, NF4Weight))

@@ -18,6 +18,7 @@ from ...kernels.lora.factors import Merged
 from ...kernels.lora.per_row import AdapterRows
 from ...kernels.quant.nf4 import NF4Weight
 from ..model import facts_of
+from ..parallel.sharding import refuse_shards
 from .config import LoRAConfig
 from .locking import adapter_lock, with_adapter_lock
 from .lora import (
@@ -254,9 +255,10 @@ def merge_lora(model: nn.Module, *, keep_base: bool = True) -> None:
     Without it the merged weights are the model's from here on: all its adapters are taken off, also those that are not
     merged, since they were made for other weights. It can be saved, trained and adapted like any other.
 
-    Raises ValueError, with the model unchanged, where no adapter is active, one sits on a quantised weight or a
-    convolution in groups, or a merged weight would hold NaN, infinity, or more than its dtype can.
+    Raises ValueError, with the model unchanged, where no adapter is active, the weights are in shards, an adapter sits
+    on a quantised one or a convolution in groups, or a merged one would hold NaN, infinity, or more than its dtype can.
     """
+    refuse_shards(model, "save_adapter(model, path), load the base whole, load_adapter and merge_lora there")
     active = [site for site in adapter_sites(model) if site.module.active is not None]
     if any(isinstance(site.module.active, AdapterRows) for site in active):
         raise ValueError("each row has an adapter of its own here; set_adapter(model, name) to the one to merge")

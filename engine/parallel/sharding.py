@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .ranks import is_first, rank, world_size
+from .ranks import rank, world_size
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -100,6 +100,12 @@ class Sharding:
 def is_sharded(model: nn.Module) -> bool:
     """Whether a model's weights are in shards."""
     return TENSORS in sys.modules and any(is_shard(parameter) for parameter in model.parameters())
+
+
+def refuse_shards(model: nn.Module, what: str) -> None:
+    """ValueError where a model in shards is asked for something that needs its weights whole."""
+    if is_sharded(model):
+        raise ValueError(f"the model's weights are in shards: {what}")
 
 
 def is_shard(tensor: Tensor) -> bool:
@@ -200,17 +206,3 @@ def reshard(model: nn.Module) -> None:
     """Drop what the last forward pass has left gathered outside of the layers, so that parameters are shards again."""
     if is_sharded(model):
         model.reshard()  # type: ignore[operator]
-
-
-def unshard(model: nn.Module) -> None:
-    """Give the first process the whole parameters again, tensor by tensor; after that nothing can be computed."""
-    reshard(model)
-    whole_ones: dict[nn.Parameter, nn.Parameter] = {}  # a tied one stays one
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None or not is_shard(parameter):
-                continue
-            if parameter not in whole_ones:
-                tensor = parameter.full_tensor()  # type: ignore[attr-defined]
-                whole_ones[parameter] = nn.Parameter(tensor.cpu(), parameter.requires_grad) if is_first() else parameter
-            module._parameters[name] = whole_ones[parameter]

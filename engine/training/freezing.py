@@ -11,6 +11,7 @@ from ..adapters.lora import active_adapter, adapter_sites
 from ..adapters.modules_to_save import forget_trained, inactive_tensors, mark_trained
 from ..adapters.switch import adapter_names
 from ..adapters.token_rows import trained_rows
+from .cached_features import head_only
 from .optimizers import moments_bytes
 
 
@@ -54,20 +55,21 @@ def trained_parameters(
 
 
 def whole_in_shards(model: nn.Module) -> list[nn.Parameter]:
-    """What trains and stays whole in a model that is sharded: beside an adapter all, else heads of labels and vectors.
+    """What trains and stays whole in a model that is sharded.
 
-    And matrices of which single rows train. The other matrices of the model are sharded, also where they train.
+    Beside an adapter, or of a head alone, all; else heads of labels, vectors, and matrices of which single rows train.
+    The other matrices of the model are sharded, also where they train.
     """
     factors = {id(p) for site in adapter_sites(model) for each in site.adapters.values() for p in each.parameters()}
     rows = trained_rows(model)
-    if any(parameter.requires_grad and id(parameter) in factors for parameter in model.parameters()):
-        return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if head_only(model) or any(id(parameter) in factors for parameter in trained.values()):
+        return list(trained.values())
     has_labels = not str(getattr(model, "task", "-lm")).endswith("-lm")
     return [
         parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-        and (parameter.dim() < 2 or name in rows or (has_labels and name.startswith("head.")))
+        for name, parameter in trained.items()
+        if parameter.dim() < 2 or name in rows or (has_labels and name.startswith("head."))
     ]
 
 

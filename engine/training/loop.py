@@ -246,8 +246,7 @@ def train(
                 progress.targets += targets
 
                 # Tell the run folder, the terminal and the callbacks.
-                unit = "images" if images else "tokens"
-                amount = images or tokens
+                unit, amount = ("images", images) if images else ("tokens", tokens)
                 speed = amount / (time.perf_counter() - step_started)
                 watch.step(
                     step=progress.step, epoch=progress.step / per_epoch, loss=loss_value / (targets or 1), lr=lr,

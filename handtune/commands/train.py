@@ -11,16 +11,17 @@ from ..config import RunConfig, read_config
 from ..engine import Callback, train, trainable_report
 from ..engine.data.fingerprints import Inputs
 from ..engine.parallel.ranks import is_first, world_size
-from ..engine.parallel.sharding import unshard
+from ..engine.parallel.sharding import is_sharded, reshard
 from ..engine.training.freezing import whole_in_shards
 from ..engine.training.loop import training_batches
 from ..engine.training.run_folder import RunFolder, amend, finish
 from ..engine.training.watching import metrics_text
 from ..inputs.fingerprints import at_a_commit
+from ..models.checkpoint.saving import help_to_save
 from ..prepare import choose_trained, prepare, run_base
 from ..processes import sharding_of, while_loading
 from ..reporting.held_out import abilities, keep_examples
-from ..saved_runs import store_trained, stored_bytes
+from ..saved_runs import store_trained, stored_bytes, stores_model
 from .outputs import loggers, run_once
 
 
@@ -63,9 +64,10 @@ def _train(
         return None
     after = abilities(ready, base)
     counts = trainable_report(ready.model)
-    if not config.trains_adapter:  # which is whole everywhere
-        unshard(ready.model)
+    reshard(ready.model)
     if not is_first():
+        if is_sharded(ready.model) and stores_model(ready.model, config):
+            help_to_save(ready.model)
         return {}
 
     stored_in = store_trained(ready.model, ready.tokenizer, config)

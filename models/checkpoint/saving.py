@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..._files import write_json
+from ..._files import write_json, writing_order
 from ..._folders import filling
 from ...kernels import Linear
 from ...kernels.lora.factors import Merged
@@ -28,9 +28,26 @@ if TYPE_CHECKING:
 def save(model: Model, tokenizer: "Tokenizer | None", path: str | Path) -> None:
     """Write the model (and tokenizer) to the folder `path` in Hugging Face layout; transformers loads it back.
 
+    Where its weights are in shards, one process saves, and the others `help_to_save`.
+
     Raises ValueError where an adapter is attached and not merged: it would be lost silently. And where a weight is
     quantised: what it was is lost already.
     """
+    tensors = _stored(model)
+    with filling(path, "config.json") as folder:
+        write_file(folder / SINGLE, tensors)
+        save_around(model, tokenizer, folder, next(iter(tensors.values())).dtype)
+
+
+def help_to_save(model: Model) -> None:
+    """Give what this process has of a model in shards to the one that saves it."""
+    tensors = _stored(model)
+    for name in writing_order(tensors):
+        tensors[name].make()
+
+
+def _stored(model: Model) -> dict[str, LazyTensor]:
+    """The tensors of a model as they are stored. Raises as `save`."""
     # Merging leaves the adapters in their places, for unmerging, so that their presence alone says nothing.
     merged = any(isinstance(getattr(module, "merged", None), Merged) for module in model.modules())
     for name, module in model.named_modules():
@@ -43,20 +60,27 @@ def save(model: Model, tokenizer: "Tokenizer | None", path: str | Path) -> None:
                 f"{name} carries an adapter: merge_lora(model) first, or save_adapter(model, path) instead"
             )
 
-    # Each tensor is brought to its stored layout when its turn to be written comes, so that one copy exists at a time.
     ours = stored_tensors(model)
     key_map = model.key_map()
     if nameless := [key for key in ours.keys() & model.state_dict() if key not in key_map and ".lora." not in key]:
         raise ValueError(
             f"{min(nameless)}: no checkpoint has a name for this; take back what was put around or into the model"
         )
+    # Each tensor is brought to its stored layout when its turn to be written comes, so that one copy exists at a time.
     tensors: dict[str, LazyTensor] = {}
     for key, source in key_map.items():
-        for name, rows in zip(source.names, blocks(ours[key], source), strict=True):
-            tensors[name] = LazyTensor(stored_shape(source, rows), rows.dtype, partial(source.as_stored, rows))
-    with filling(path, "config.json") as folder:
-        write_file(folder / SINGLE, tensors)
-        save_around(model, tokenizer, folder, next(iter(tensors.values())).dtype)
+        without_memory = torch.empty(ours[key].shape, dtype=ours[key].dtype, device="meta")
+        for i, (name, rows) in enumerate(zip(source.names, blocks(without_memory, source), strict=True)):
+            tensors[name] = LazyTensor(
+                stored_shape(source, rows), rows.dtype, partial(_as_stored, ours[key], source, i)
+            )
+    return tensors
+
+
+def _as_stored(tensor: Tensor, source: CheckpointKey, i: int) -> Tensor:
+    """What is stored under the i-th name of a tensor, which all processes put together where it is in shards."""
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return source.as_stored(blocks(whole, source)[i])
 
 
 def stored_shape(source: CheckpointKey, rows: Tensor) -> tuple[int, ...]:

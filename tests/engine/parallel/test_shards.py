@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from divided_methods import (
     POLICIES,
     assert_same_left,
@@ -20,10 +21,12 @@ from divided_methods import (
 )
 from many_ranks import fork_server, on_ranks
 from safetensors.torch import load_file
-from small_runs import logged
+from small_runs import gpt2, logged
 
 from handtune.cli import main
+from handtune.engine import LoRAConfig, add_lora, merge_lora, quantize
 from handtune.engine.parallel.ranks import gathered
+from handtune.engine.parallel.sharding import Sharding
 
 QUICK = [("sft", "nf4"), ("seq2seq", "lora")]
 CELLS = [
@@ -135,6 +138,26 @@ def test_weights_in_shards_are_saved_whole_and_go_on_in_other_shards(tmp_path) -
 
 def remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def refused_in_shards() -> list[str]:
+    model = gpt2()
+    Sharding("full", 0, torch.device("cpu")).finish(model, ())
+    said = []
+    add_lora(model, LoRAConfig(rank=2))
+    for refused in (quantize, merge_lora):
+        with pytest.raises(ValueError, match="the model's weights are in shards: ") as error:
+            refused(model)
+        said.append(str(error.value))
+    return said
+
+
+def test_what_needs_whole_weights_is_refused(tmp_path) -> None:
+    (said,) = on_ranks(1, tmp_path / "ranks", refused_in_shards)
+    assert [line.rpartition("shards: ")[2] for line in said] == [
+        "quantize it first, or load it with quantize=",
+        "save_adapter(model, path), load the base whole, load_adapter and merge_lora there",
+    ]
 
 
 def test_what_shards_can_not_do_is_said(tmp_path, capsys) -> None:
