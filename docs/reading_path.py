@@ -55,7 +55,7 @@ ELSEWHERE = {
         "kernels/attn/cpu.py", "kernels/attn/rows.py", "kernels/attn/forward_triton.py",
         "kernels/attn/backward_triton.py",
     ],
-    "many processes": ["engine/parallel"],
+    "many processes": ["engine/parallel", "models/checkpoint/local_rows.py"],
     "care": [
         "handtune", "engine/finite.py", "engine/runtime.py", "engine/data/fingerprints.py",
         "engine/data/placed_rows.py",

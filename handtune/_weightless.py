@@ -1,14 +1,22 @@
-"""Models without weights: made on the meta device, to see what they are or to be given memory later."""
+"""Weights that are not here: models on the meta device, to see what they are or to be given memory later, and tensors
+in shards, of which each process has some rows (torch's DTensor, cut along the first dimension).
+"""
 
+import sys
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 Entry = TypeVar("Entry")
+# Where nothing is in shards it is not imported, which takes as long as much of torch itself.
+TENSORS = "torch.distributed.tensor"
 # The methods that initialize a weight in place.
 _INITIALIZERS = (
     Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_, Tensor.copy_, Tensor.mul_, Tensor.div_
@@ -40,8 +48,9 @@ class _WithoutInitialization(TorchFunctionMode):
 def allocate(model: nn.Module, dtype: torch.dtype, device: torch.device, without: Container[nn.Module] = ()) -> None:
     """Give those tensors of a model that are on the meta device memory on `device`, whose contents are undefined.
 
-    The weights of the modules in `without` get none. Parameters are of `dtype`; buffers, which hold statistics, are
-    never narrower than fp32, because a running mean takes steps that bf16 rounds away.
+    Of what is in shards this process's get memory, and the weights of the modules in `without` get none. Parameters are
+    of `dtype`; buffers, which hold statistics, are never narrower than fp32, because a running mean takes steps that
+    bf16 rounds away.
     """
     # A tied matrix is allocated once, where `Module.to_empty` would allocate it twice.
     allocated: dict[Tensor, nn.Parameter] = {}
@@ -50,7 +59,7 @@ def allocate(model: nn.Module, dtype: torch.dtype, device: torch.device, without
             if not parameter.is_meta or (name == "weight" and module in without):
                 continue
             if parameter not in allocated:
-                allocated[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
+                allocated[parameter] = nn.Parameter(empty_like(parameter, dtype, device))
             setattr(module, name, allocated[parameter])
 
         for name, buffer in module.named_buffers(recurse=False):
@@ -75,3 +84,38 @@ def parts(model: nn.Module, table: Mapping[str, Entry], by_layer: bool) -> list[
             keys = [key for key in remaining if key.startswith(f"{path}.{i}.")]
             layered.append((layer, {key: remaining.pop(key) for key in keys}))
     return [*layered, (model, remaining)]
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether a tensor is in shards, one in each process."""
+    tensors: Any = sys.modules.get(TENSORS)
+    return tensors is not None and isinstance(tensor, tensors.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process has of a tensor: its shard, in the same memory, or the tensor itself."""
+    return tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
+def local_rows(tensor: Tensor) -> range:
+    """The rows that this process has of a tensor in shards."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    like: Any = tensor
+    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
+    return range(offset[0], offset[0] + shape[0])
+
+
+def in_shards_like(like: "DTensor", shard: Tensor) -> "DTensor":
+    """The tensor of which each process has this shard, cut as `like` is."""
+    from torch.distributed.tensor import DTensor
+
+    stride = torch.empty(like.shape, device="meta").stride()
+    return DTensor.from_local(shard, like.device_mesh, like.placements, shape=like.shape, stride=stride)
+
+
+def empty_like(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a tensor on the meta device, or for this process's shard of it; its contents are undefined."""
+    memory = torch.empty(local(tensor).shape, dtype=dtype, device=device)
+    like: Any = tensor
+    return in_shards_like(like, memory) if is_shard(tensor) else memory

@@ -1,7 +1,7 @@
 """From a configuration to what a run needs: rows read and encoded, model loaded, frozen and adapted."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,13 +30,13 @@ from .inputs.rows import columns_of, corpora, data_files, draws_of, is_corpus, p
 from .models import Bert, ResNet, XLNet, add_tokens, load
 from .models.checkpoint.info import CheckpointInfo
 from .models.checkpoint.loading import fresh, open_checkpoint
+from .models.checkpoint.local_rows import ShardFn
 from .models.families import family_of_preset
 from .models.layers.dropout import choose_dropout
 from .models.tokenizer.build import CONVERT
 from .prompts import adopt_template, check_tokenizer, learn_turn_end, template_of, through_template
 from .saved_runs import only_head_trains
 
-LoadedFn = Callable[[Any], None] | None  # what `load` gives each layer to
 # Of a batch in evaluation.
 EVAL_TOKENS = 8192
 EVAL_IMAGES = 64
@@ -98,11 +98,11 @@ def run_base(config: RunConfig, *, weights: bool = True) -> RunBase:
 
 
 def prepare(
-    config: RunConfig, base: RunBase, cache: Path, *, head_follows: bool = False, loaded: LoadedFn = None
+    config: RunConfig, base: RunBase, cache: Path, *, head_follows: bool = False, shard: ShardFn | None = None
 ) -> Prepared:
     """Read the data, load the model, encode; prints what was read, dropped, truncated and masked.
 
-    `head_follows`: a new head is not announced, because its weights will be loaded. `loaded`: as in `load`.
+    `head_follows`: a new head is not announced, because its weights will be loaded. `shard`: as in `load`.
     """
     torch.manual_seed(config.train.seed)  # a new head and a new adapter are drawn from it
     objective = base.objective
@@ -124,7 +124,7 @@ def prepare(
 
     model, tokenizer = load_model(
         options, base.checkpoint, objective.task, labels, seed=config.train.seed, weights=base.weights,
-        head_follows=head_follows or options.adapter is not None, loaded=loaded,
+        head_follows=head_follows or options.adapter is not None, shard=shard,
     )  # fmt: skip
     if objective.encoding == "images":
         ready = _prepare_images(config, objective, model, labels, rows, eval_rows)
@@ -238,7 +238,7 @@ def load_model(
     seed: int = 0,
     weights: bool = True,
     head_follows: bool = False,
-    loaded: LoadedFn = None,
+    shard: ShardFn | None = None,
 ) -> tuple[Any, Any]:
     """The model of a configuration, whose checkpoint was looked at, and its tokenizer or None.
 
@@ -256,7 +256,7 @@ def load_model(
                 model, tokenizer = load(
                     opened, task, options.dtype, options.device, labels or None, head_layers=options.head_layers,
                     quantize=projections if options.quantize is not None else None, head_follows=head_follows,
-                    loaded=loaded,
+                    shard=shard,
                 )  # fmt: skip
             else:
                 model, tokenizer, *_ = open_checkpoint(opened, task, labels or None, head_layers=options.head_layers)

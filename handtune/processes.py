@@ -9,17 +9,21 @@ process was killed, the others notice as soon as they wait for it.
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from datetime import timedelta
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from .terminal import Stream
 
 if TYPE_CHECKING:
+    from torch.nn import Parameter
+
     from .config import PPORunConfig, RunConfig
     from .engine.parallel.sharding import Sharding
+    from .models.checkpoint.local_rows import ShardFn
 
 # The commands whose work is shared; of any other, each process does all.
 DIVIDED = ("train", "ppo", "evaluate", "generate", "predict")
@@ -102,15 +106,29 @@ def sharding_of(config: "RunConfig | PPORunConfig", folder: Path | None) -> "Sha
     return sharding
 
 
-def while_loading(config: "RunConfig | PPORunConfig", sharding: "Sharding") -> Callable[[Any], None] | None:
-    """What keeps of each layer a shard as it is loaded, where nothing that follows needs it whole."""
+def while_loading(config: "RunConfig | PPORunConfig", sharding: "Sharding") -> "ShardFn | None":
+    """What puts a model into shards as it is loaded, where nothing that follows needs it whole."""
     from .config import RunConfig
 
     needs_whole = sharding.mode == "none" or config.model.adapter is not None or bool(config.model.add_tokens)
+    trains_whole: list[str] = []  # patterns of what will train and is not to be in shards
     if isinstance(config, RunConfig):
-        # The reference of DPO is asked before the model is in shards altogether.
+        # The reference of DPO is asked before it is settled what trains.
         needs_whole |= bool(config.freeze.token_rows) or config.method == "dpo"
-    return None if needs_whole else sharding.put
+        names = config.freeze.except_
+        if config.trains_adapter or all(name.startswith("head.") for name in names):
+            trains_whole = names
+    if needs_whole:
+        return None
+
+    def shard(part: Any, named: "dict[str, Parameter]") -> None:
+        whole = [p for name, p in named.items() if any(fnmatchcase(name, pattern) for pattern in trains_whole)]
+        # Heads of labels train in any case.
+        if hasattr(part, "head") and not part.task.endswith("-lm"):
+            whole += part.head.parameters()
+        sharding.put(part, whole)
+
+    return shard
 
 
 def of_one_process(error: BaseException, code: int, line: str) -> tuple[int, str]:

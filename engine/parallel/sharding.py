@@ -26,17 +26,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..._weightless import TENSORS, in_shards_like, is_shard, local, local_rows
 from .ranks import rank, world_size
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-# Where nothing is in shards, torch's tensors for it are not imported, which takes as long as much of torch itself.
-TENSORS = "torch.distributed.tensor"
-
 
 class Sharding:
-    """Puts a model into shards: each layer as soon as it is there, and in the end what is outside of them.
+    """Puts a model into shards: each layer, where that can be before its weights have memory, then what is outside.
 
     `n_bytes` of weights decide where the mode is "auto": a model is sharded whose weights take more than half of a
     device's memory. ValueError where there are no processes to share one.
@@ -68,7 +66,7 @@ class Sharding:
 
     def put(self, module: nn.Module, whole: Iterable[nn.Parameter] = ()) -> None:
         """Shard a layer, or what is outside of the layers, but for its vectors and what is to stay `whole`."""
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
         # Weights in four bits are vectors of bytes.
         vectors = [p for p in module.parameters() if p.dim() < 2 and p.is_floating_point()]
@@ -76,6 +74,9 @@ class Sharding:
             module, mesh=self.mesh, ignored_params={*vectors, *whole},
             mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
         )  # fmt: skip
+        # The losses ask our models for their states, not for logits.
+        if hasattr(module, "hidden"):
+            register_fsdp_forward_method(module, "hidden")
         # Gradients of sums are added, as those of micro-batches are, and divided once by the targets of a step.
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
@@ -84,7 +85,7 @@ class Sharding:
         """Shard what is not in shards yet."""
         if self.mode == "none":
             return
-        from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+        from torch.distributed.fsdp import FSDPModule
 
         whole = list(whole)
         # The lists of modules in a model hold its layers.
@@ -92,9 +93,13 @@ class Sharding:
         for module in (*(layer for layers in lists for layer in layers), model):
             if not isinstance(module, FSDPModule):
                 self.put(module, whole)
-        # The losses ask our models for their states, not for logits.
-        if hasattr(model, "hidden"):
-            register_fsdp_forward_method(model, "hidden")
+        # At its first use torch moves a shard to where it has the length of the longest; before that no optimizer may
+        # hold it.
+        if any(parameter.requires_grad and is_shard(parameter) for parameter in model.parameters()):
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.unshard()
+                    module.reshard()
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -106,12 +111,6 @@ def refuse_shards(model: nn.Module, what: str) -> None:
     """ValueError where a model in shards is asked for something that needs its weights whole."""
     if is_sharded(model):
         raise ValueError(f"the model's weights are in shards: {what}")
-
-
-def is_shard(tensor: Tensor) -> bool:
-    """Whether a tensor is in shards, one in each process."""
-    tensors = sys.modules.get(TENSORS)
-    return tensors is not None and isinstance(tensor, tensors.DTensor)
 
 
 @contextmanager
@@ -129,11 +128,6 @@ def gathered_weights(model: nn.Module, path: str) -> Iterator[None]:
         yield
     finally:
         holder.reshard()  # type: ignore[operator]
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor: its shard, in the same memory, or the tensor itself."""
-    return tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
 
 
 @dataclass(frozen=True)
@@ -157,11 +151,7 @@ class InShards:
 
     def whole(self) -> Tensor:
         """The tensor, for which all processes ask together."""
-        from torch.distributed.tensor import DTensor
-
-        mesh, placements = self.like.device_mesh, self.like.placements
-        stride = torch.empty(self.shape, device="meta").stride()
-        return DTensor.from_local(self.shard, mesh, placements, shape=self.shape, stride=stride).full_tensor()
+        return in_shards_like(self.like, self.shard).full_tensor()
 
 
 def in_shards(tensor: Tensor, like: "DTensor | None") -> "Tensor | InShards":
@@ -173,10 +163,8 @@ def shard_of(tensor: Tensor, like: "DTensor | None") -> Tensor:
     """The rows of a whole tensor that this process has of `like`."""
     if like is None or tensor.dim() == 0:
         return tensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
-    return tensor[offset[0] : offset[0] + shape[0]]
+    rows = local_rows(like)
+    return tensor[rows.start : rows.stop]
 
 
 def norm_with_shards(gradients: Mapping[str, Tensor | None], sharded: Mapping[str, "DTensor"]) -> Tensor:

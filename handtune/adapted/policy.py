@@ -12,23 +12,24 @@ from ..engine.data.schema import is_dialogue
 from ..engine.rlhf.reward_model import Reward, RewardFn
 from ..inputs.fingerprints import adapter_in, as_list, reward_checkpoint
 from ..models import load
-from ..prepare import LoadedFn, load_model
+from ..models.checkpoint.local_rows import ShardFn
+from ..prepare import load_model
 from ..prompts import learn_turn_end, prompt_template_of, prompts_of
 from ..saved_runs import function_of
 from .run_models import model_info
 from .starting import other_base
 
 
-def load_policy(config: PPORunConfig, *, weights: bool = True, loaded: LoadedFn = None) -> tuple[Any, Any]:
+def load_policy(config: PPORunConfig, *, weights: bool = True, shard: ShardFn | None = None) -> tuple[Any, Any]:
     """The model that the policy begins with, with the adapter that it goes on from, and its tokenizer.
 
-    `weights` and `loaded` are those of `load_model`.
+    `weights` and `shard` are those of `load_model`.
     """
     path = config.model.path
     assert path is not None
     model, tokenizer = load_model(
         config.model, model_info(path, weights), "causal-lm", weights=weights,
-        head_follows=config.model.adapter is not None, loaded=loaded,
+        head_follows=config.model.adapter is not None, shard=shard,
     )  # fmt: skip
     if tokenizer is None:
         raise ValueError(f"{path}: no tokenizer.json there, and prompts need one")

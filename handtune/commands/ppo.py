@@ -44,7 +44,7 @@ def _ppo(
     assert config.model.path is not None
     sharding = sharding_of(config, model_info(config.model.path).folder)
     run_folder.start(facts, asdict(config))
-    model, tokenizer = load_policy(config, loaded=while_loading(config, sharding))
+    model, tokenizer = load_policy(config, shard=while_loading(config, sharding))
     sharding.finish(model, whole_in_shards(model))
     prompts, rows = policy_prompts(config, model)
     if is_first():

@@ -43,7 +43,7 @@ def _train(
     }  # fmt: skip
     sharding = sharding_of(config, base.checkpoint.folder if base.checkpoint else None)
     run_folder.start(facts, facts["config"])
-    ready = prepare(config, base, out / "corpus", loaded=while_loading(config, sharding))
+    ready = prepare(config, base, out / "corpus", shard=while_loading(config, sharding))
     trains = choose_trained(ready, config)
     data = training_batches(ready.examples, ready.collate, config.train, by_length=ready.by_length)
     data.draws = ready.draws

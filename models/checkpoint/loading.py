@@ -17,6 +17,7 @@ from ..resnet.model import ResNet
 from ..tokenizer.gguf_vocabulary import read_vocabulary
 from ..tokenizer.special_tokens import SpecialTokens, load_tokenizer_file, read_tokenizer
 from .info import CheckpointInfo, checkpoint_info
+from .local_rows import ShardFn
 from .pooling import read_pooling
 from .shards import Shards
 from .tasks import (
@@ -48,7 +49,7 @@ def load(
     head_layers: int | None = None,
     quantize: Callable[[Model], Iterable[str]] | None = None,
     head_follows: bool = False,
-    loaded: Callable[[torch.nn.Module], None] | None = None,
+    shard: ShardFn | None = None,
 ) -> tuple[Model, "Tokenizer | None"]:
     """The model at `path` (a folder in Hugging Face layout, a GGUF file, a hub id) in eval mode; its tokenizer or None.
 
@@ -62,7 +63,7 @@ def load(
     quantize: chooses projections, given the empty model, that are kept in NF4 and frozen (`engine.projections`: what
         `quantize` would take). Each is packed as it is read, so that the whole model is never in memory in full.
     head_follows: a head that is made anew is not announced, since one will be loaded, with an adapter for example.
-    loaded: is given each layer once its weights are there, before the next one gets memory: to keep a shard of it, say.
+    shard: puts each layer, then the model, given with its parameters by name, into shards: this process's are read.
 
     Raises FileNotFoundError for a missing folder or config.json, ValueError for everything that doesn't fit, and
     MemoryError where memory runs out.
@@ -81,9 +82,7 @@ def load(
             projections[f"{name}.weight"] = module
 
     with explained_memory(lambda: _too_large(model, weight_dtype)):
-        load_weights(
-            model, opened.shards, rows is None, projections, weight_dtype, target, not head_follows, loaded
-        )  # fmt: skip
+        load_weights(model, opened.shards, rows is None, projections, weight_dtype, target, not head_follows, shard)
         if rows and rows != sorted(rows):
             reorder_head(model.head, rows)
     model.eval()

@@ -15,11 +15,12 @@ from ..families import Model
 from ..layers.key_map import CheckpointKey
 from ..resnet import ResNet
 from ..tokenizer.special_tokens import save_tokenizer
+from .local_rows import blocks
 from .pooling import write_pooling
 from .safetensors_io import LazyTensor, write_file
 from .shards import SINGLE
 from .tasks import task_config
-from .weights import blocks, stored_tensors
+from .weights import stored_tensors
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -11,7 +11,7 @@ tied output matrix above all: a copy that differs is an error, because nobody kn
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,7 +25,8 @@ from ..._weightless import allocate, parts
 from ...kernels import Linear
 from ...kernels.quant.nf4 import Workspace
 from ..layers.key_map import CheckpointKey
-from .safetensors_io import StoredTensor, holds, read_into
+from .local_rows import ShardFn, blocks, is_copy, local_blocks, named_in, read_block
+from .safetensors_io import StoredTensor
 from .shards import Shards
 
 if TYPE_CHECKING:
@@ -37,11 +38,6 @@ log = logging.getLogger("handtune")
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of a model by name: what a key map may name."""
     return dict(model.named_parameters()) | dict(model.named_buffers())
-
-
-def blocks(tensor: Tensor, source: CheckpointKey) -> tuple[Tensor, ...]:
-    """The rows of our tensor that belong to each of the published names."""
-    return tensor.detach().split(source.rows) if source.rows else (tensor.detach(),)
 
 
 @dataclass(frozen=True)
@@ -65,20 +61,23 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     announce: bool = True,
-    loaded: Callable[[nn.Module], None] | None = None,
+    shard: ShardFn | None = None,
 ) -> None:
     """Give the model memory, and copy every tensor of the key map from the shards into its rows.
 
     The head is made where it is missing, or `new_head`, and announced as one to be trained, unless the caller has
     another to put in its place. The `projections`, by the names of their weights, are read as `dtype` on the device
-    one at a time, and quantised at once. Where layers are to be given to `loaded`, they come one by one, and what is
-    outside of them last.
+    one at a time, and quantised at once. Of what `shard` puts into shards this process's rows are read: layer by layer,
+    of quantised ones all, and in the end of what is outside of them, if no head is to be made.
 
     Raises ValueError as `match_keys` does, before anything is read, and for a copy that differs.
     """
     placement = match_keys(model, shards, new_head)
     workspace = Workspace()
-    for part, entries in parts(model, model.key_map(), loaded is not None):
+    for part, entries in parts(model, model.key_map(), shard is not None):
+        is_quantized = not projections.keys().isdisjoint(entries)
+        if shard is not None and not is_quantized and not (part is model and placement.new):
+            shard(part, named_in(model, part))
         allocate(part, dtype, device, without=set(projections.values()))
         if part is model and placement.new:
             model.initialize_head()
@@ -88,23 +87,24 @@ def load_weights(
             if projection is not None:
                 empty = torch.empty(tensors[key].shape, dtype=dtype, device=device)
                 tensors[key] = projection.weight = nn.Parameter(empty, requires_grad=False)
-            for name, rows in zip(source.names, blocks(tensors[key], source), strict=True):
+            for name, block in zip(source.names, local_blocks(tensors[key], source), strict=True):
                 if name in placement.stored:
-                    read_into(placement.stored[name], source.as_stored(rows))
+                    read_block(placement.stored[name], source, block)
                 elif name not in placement.new:
-                    rows.zero_()  # an optional one
+                    block.here.zero_()  # an optional one
 
             # Quantised before the next one is read, so that a single weight is in memory in full at a time.
             if projection is not None:
                 del tensors[key]
                 with located(key):
                     projection.quantize_(workspace)
-        if loaded is not None and part is not model:
+        if shard is not None and is_quantized:
             del tensors
-            loaded(part)
+            shard(part, named_in(model, part))
 
+    tensors = stored_tensors(model)
     for key, copy, problem in placement.tied_keys:
-        if copy.shape != tensors[key].shape or not holds(copy, tensors[key]):
+        if copy.shape != tensors[key].shape or not is_copy(copy, tensors[key]):
             raise ValueError(f"{shards.folder}: {problem}")
     model.head_is_new = bool(placement.new)
     if placement.new and announce:

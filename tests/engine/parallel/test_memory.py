@@ -1,4 +1,4 @@
-"""What a process holds of a model in shards while it is loaded: its share, and a layer beside it."""
+"""What a process reads of a model in shards: its share, in the memory of that; in four bits also a layer."""
 
 import re
 from pathlib import Path
@@ -37,8 +37,7 @@ def loaded_in_shards(folder: str, quantize: bool) -> tuple[int, int, int]:
     warm = torch.nn.Linear(8, 8)
     sharding.put(warm)  # what is imported and made at the first call
     before = peak(reset=True)
-    model, _ = load(folder, quantize=projections if quantize else None, loaded=sharding.put)
-    sharding.finish(model, ())
+    model, _ = load(folder, quantize=projections if quantize else None, shard=lambda part, named: sharding.put(part))
     taken = peak() - before
     assert any(map(is_shard, model.layers[0].parameters()))
     tensors = [p.to_local() if is_shard(p) else p for p in model.parameters()]
@@ -53,13 +52,18 @@ SHAPE = {"vocab_size": 384, "d_model": 512, "n_head": 8, "d_ff": 2048, "max_posi
 @pytest.mark.deep
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("n", [2, 4])
-def test_loading_takes_a_share_and_a_layer(n, quantize, tmp_path) -> None:
+def test_loading_takes_a_share(n, quantize, tmp_path) -> None:
     torch.manual_seed(0)
     model = Llama.from_name(*SIZES, **SHAPE, n_layer=16)
     save(model, byte_level(), tmp_path / "model")
     size = sum(parameter.nbytes for parameter in model.parameters())
+    largest = max(parameter.nbytes for parameter in model.parameters())
     assert size > 250 * MB
     for taken, share, layer in on_ranks(n, tmp_path / "ranks", loaded_in_shards, str(tmp_path / "model"), quantize):
         assert share < 1.05 * size / n
-        # Beside a layer its own shards, and, while it is packed into four bits, a projection in fp32 more than once.
-        assert taken < 1.15 * share + (3.5 if quantize else 2) * layer + 8 * MB
+        if quantize:  # a layer and its shards, and, while it is packed, a projection in fp32 more than once
+            assert taken < 1.15 * share + 3.5 * layer + 8 * MB
+        else:
+            limit = 1.15 * share + largest
+            assert taken < limit
+            assert n < 4 or size > 3 * limit

@@ -235,7 +235,7 @@ def test_a_refused_tokenizer_is_noticed_before_the_weights_are_read(tmp_path, mo
     language_model(tmp_path)
     (tmp_path / "spiece.model").write_bytes(b"x")
     read = []
-    monkeypatch.setattr("handtune.models.checkpoint.weights.read_into", lambda *_: read.append(1))
+    monkeypatch.setattr("handtune.models.checkpoint.local_rows.read_into", lambda *_: read.append(1))
     with pytest.raises(ValueError, match=r"spiece.model: a sentencepiece model is not read"):
         load(tmp_path, device="cpu")
     assert not read
