@@ -111,21 +111,24 @@ def while_loading(config: "RunConfig | PPORunConfig", sharding: "Sharding") -> "
     from .config import RunConfig
 
     needs_whole = sharding.mode == "none" or config.model.adapter is not None or bool(config.model.add_tokens)
-    trains_whole: list[str] = []  # patterns of what will train and is not to be in shards
+    beside_adapter: list[str] = []  # patterns of what trains beside an adapter, and stays whole
+    adapts = True
     if isinstance(config, RunConfig):
         # The reference of DPO is asked before it is settled what trains.
         needs_whole |= bool(config.freeze.token_rows) or config.method == "dpo"
-        names = config.freeze.except_
-        if config.trains_adapter or all(name.startswith("head.") for name in names):
-            trains_whole = names
+        adapts = config.trains_adapter
+        beside_adapter = config.freeze.except_ if adapts else []
     if needs_whole:
         return None
 
     def shard(part: Any, named: "dict[str, Parameter]") -> None:
-        whole = [p for name, p in named.items() if any(fnmatchcase(name, pattern) for pattern in trains_whole)]
-        # Heads of labels train in any case.
-        if hasattr(part, "head") and not part.task.endswith("-lm"):
-            whole += part.head.parameters()
+        whole = [p for name, p in named.items() if any(fnmatchcase(name, pattern) for pattern in beside_adapter)]
+        if hasattr(part, "head"):  # the model, for what is in no layer
+            # Heads may train alone, and stay whole then.
+            if not adapts:
+                return
+            if not part.task.endswith("-lm"):
+                whole += part.head.parameters()
         sharding.put(part, whole)
 
     return shard

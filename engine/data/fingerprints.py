@@ -185,10 +185,11 @@ def run_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 
     # Where a field leads to as many things as before, these are compared, and not how they are called.
     shared = [field for field in new_inputs if len(old_inputs.get(field, ())) == len(new_inputs[field])]
-    ignored = {"out", "log", "parallel.shard", *shared}
+    ignored = {"out", "log", *shared}
     if _is_no_shorter(before["config"], now["config"]):
         ignored.update(LENGTHS)
-    texts = list(differences(before["config"], now["config"], but=ignored))
+    old, new = ({**run["config"], "parallel": None} for run in (before, now))
+    texts = list(differences(old, new, but=ignored))
     for field in shared:
         for old, new in zip(old_inputs[field], new_inputs[field], strict=True):
             if not same_contents(old, new):

@@ -10,6 +10,7 @@ import os
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
+from ..._files import flush_file, flush_folder
 from ..._outside import hub_reason, others_code
 
 
@@ -30,14 +31,16 @@ def local_path(source: str | Path) -> Path:
         from fsspec.core import url_to_fs
 
         system, path = url_to_fs(url)
-        is_file = system.isfile(path)
-        version = system.checksum(path) if is_file else ""
-    if not is_file:
-        raise FileNotFoundError(f"{url}: no such file; give the URL of a single one")
+        facts = system.info(path)
+    # A query is no part of the file's name, but a bucket's names may hold its signs.
+    name = PurePosixPath(urlsplit(path).path if url.startswith(("http:", "https:")) else path).name
+    if facts["type"] != "file" or not name:
+        raise FileNotFoundError(f"{url}: this is no file; give the URL of a single one")
 
     # Processes of this machine that need it at once wait for the first.
+    version = sorted((key, str(value)) for key, value in facts.items())
     folder = _cache() / hashlib.sha256(f"{url} {version}".encode()).hexdigest()[:24]
-    copy = folder / PurePosixPath(urlsplit(path).path).name
+    copy = folder / name
     if not copy.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / ".lock").open("w") as lock:
@@ -46,7 +49,9 @@ def local_path(source: str | Path) -> Path:
                 partial = folder / ".partial"
                 with others_code(lambda error: _not_given(url, error)):
                     system.get_file(path, str(partial))
+                flush_file(partial)
                 partial.replace(copy)
+                flush_folder(folder)
     return copy
 
 

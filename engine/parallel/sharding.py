@@ -88,6 +88,8 @@ class Sharding:
         from torch.distributed.fsdp import FSDPModule
 
         whole = list(whole)
+        if any(map(is_shard, whole)):
+            raise ValueError("a weight that trains whole was put into shards as it was loaded")
         # The lists of modules in a model hold its layers.
         lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
         for module in (*(layer for layers in lists for layer in layers), model):

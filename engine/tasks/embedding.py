@@ -100,7 +100,7 @@ def candidates(
 
 @dataclass(frozen=True)
 class EmbeddingCollate:
-    """Batches of text pairs: inputs under the names `anchor` (B rows), `positive` and `negative` (together C rows).
+    """Batches of text pairs: inputs under the names `anchors` (B rows) and `candidates` (C rows).
 
     Each text that differs stands there once, and a negative that is also a positive only as that. `targets` (B,) are
     the numbers of the anchors' positives, and `also_right` (B, C) says which other candidates are no wrong answers.
@@ -116,13 +116,11 @@ class EmbeddingCollate:
         )
         different = candidates(anchors, positives, negatives)
         texts = [*positives, *negatives]
-        n_positives = len(set(positives))
         columns = [texts[i] for i in different.first]
 
         batch: Batch = {}
-        for name, rows in zip(FIELDS, (anchors, columns[:n_positives], columns[n_positives:]), strict=True):
-            if rows:
-                batch[name] = self.collate([{"input_ids": row} for row in rows])["inputs"]
+        for name, rows in (("anchors", anchors), ("candidates", columns)):
+            batch[name] = self.collate([{"input_ids": row} for row in rows])["inputs"]
         digests = Texts(*([_digest(ids) for ids in rows] for rows in (anchors, positives, columns)))
         return {**batch, "texts": digests, "targets": torch.tensor(different.target), "also_right": _mask(different)}
 
@@ -196,8 +194,8 @@ def losses_of_step(outputs: Sequence[Tensor], texts: Sequence[Texts]) -> list[tu
 
 def embeddings(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Embeddings of the anchors (B, D), and of the candidates (C, D): the positives followed by the negatives."""
-    anchors, *candidates = [model.head(pooled(model, batch[field])) for field in FIELDS if field in batch]
-    return anchors, torch.cat(candidates)
+    anchors, candidates = (model.head(pooled(model, batch[name])) for name in ("anchors", "candidates"))
+    return anchors, candidates
 
 
 def _embeddings_together(model: Any, batch: Batch) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..data.batches import Batch, to_device
 from ..parallel.ranks import in_order
-from .common import LossFn
+from .common import ByAdapter, LossFn
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class StepLoss:
 
     `losses` takes of each micro-batch what `outputs` gives (n, D), and the `labels` of its batch on the host; it gives
     the sum of losses and the number of targets of each. Called with a batch it is `loss`, the same of that alone.
+    Every batch must be as many passes of the model; the model has no running statistics.
     """
 
     loss: LossFn
@@ -47,6 +48,8 @@ def by_micro_batch(
     `mine` are the micro-batches that this process computes, `idle` those that it computes for the others' sake alone;
     `begin` sets what a micro-batch draws.
     """
+    if isinstance(loss_fn, ByAdapter) and isinstance(loss_fn.loss, StepLoss):
+        raise ValueError("a loss over a whole step can't be over rows of several adapters")
     if not isinstance(loss_fn, StepLoss) or len(batches) == 1:
         return [loss_fn] * len(batches)
 

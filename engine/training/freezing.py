@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from ..._weightless import is_shard, local
 from ...kernels.quant.nf4 import NF4Weight
 from ..adapters.lora import active_adapter, adapter_sites
 from ..adapters.modules_to_save import forget_trained, inactive_tensors, mark_trained
@@ -145,9 +146,9 @@ class TrainableReport:
 
     trainable: int  # parameters
     total: int  # parameters of the model, its adapters' too
-    weights: int  # bytes
-    gradients: int  # bytes
-    optimizer: int  # bytes
+    weights: int  # bytes, of a model in shards those of this process, as of what follows
+    gradients: int
+    optimizer: int
     modules: tuple[tuple[str, int], ...]  # (the first part of its name, or LoRA, and how many of its parameters train)
 
     def __str__(self) -> str:
@@ -164,25 +165,29 @@ class TrainableReport:
 def trainable_report(model: nn.Module, optimizer: str = "adamw", micro_batches: int = 1) -> TrainableReport:
     """Count what trains. The bytes of the optimizer are its moments, and an fp32 master of narrower weights or rows.
 
-    The gradients of a step's `micro_batches` in a process wait for one another in a tree (`parallel/tree.py`).
+    The gradients of a step's `micro_batches` in a process wait for one another in a tree (`parallel/tree.py`), but for
+    those in shards.
     """
-    total = weights = gradients = masters = 0
+    total = weights = gradients = masters = trainable = 0
+    waiting = max(1, (micro_batches + 1).bit_length() - 1)
     modules: dict[str, int] = {}
-    sizes: dict[str, int] = {}  # of what trains
+    sizes: dict[str, int] = {}  # of what trains, in this process
     rows = trained_rows(model)
     for name, parameter in model.named_parameters():
+        here = local(parameter)
         n = parameter.numel()
         total += n
-        weights += parameter.nbytes
+        weights += here.nbytes
         if parameter.requires_grad:
             # Autograd makes a whole gradient also where few rows train; the optimizer's state is theirs alone.
-            gradients += parameter.nbytes
+            gradients += here.nbytes if is_shard(parameter) else waiting * here.nbytes
             has_master = parameter.element_size() < 4
             if name in rows:
                 n = len(rows[name]) * parameter.shape[1]
                 has_master = True
-            sizes[name] = n
-            masters += 4 * n if has_master else 0
+            trainable += n
+            sizes[name] = here.numel() if is_shard(parameter) else n
+            masters += 4 * sizes[name] if has_master else 0
             group = "LoRA" if ".lora." in name else name.split(".")[0]
             modules[group] = modules.get(group, 0) + n
 
@@ -190,6 +195,5 @@ def trainable_report(model: nn.Module, optimizer: str = "adamw", micro_batches: 
     for module in model.modules():
         if isinstance(module, NF4Weight):
             total += module.shape[0] * module.shape[1] - sum(tensor.numel() for tensor in module.parameters())
-    gradients *= max(1, (micro_batches + 1).bit_length() - 1)
     moments = moments_bytes(optimizer, model, sizes, rows)
-    return TrainableReport(sum(sizes.values()), total, weights, gradients, moments + masters, tuple(modules.items()))
+    return TrainableReport(trainable, total, weights, gradients, moments + masters, tuple(modules.items()))

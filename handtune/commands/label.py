@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 from collections import Counter
-from pathlib import Path
 
 from .._files import resolved, write_file
 from ..adapted.generator import generator_of
@@ -63,8 +62,9 @@ def label_and_words(spec: str) -> tuple[str, str]:
 
 
 def _read_texts(path: str) -> list[str]:
-    if kind_of(Path(path)) == ".txt":
-        return [row["text"] for row in line_rows(read_text(local_path(path)), path)]
+    file = local_path(path)
+    if kind_of(file) == ".txt":
+        return [row["text"] for row in line_rows(read_text(file), path)]
     texts = []
     for index, row in enumerate(read_prompts(path)):
         text = row.get("text", row.get("prompt"))

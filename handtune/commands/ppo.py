@@ -16,7 +16,7 @@ from ..engine import Callback, ppo, trainable_report
 from ..engine.data.fingerprints import Inputs
 from ..engine.parallel.ranks import is_first
 from ..engine.rlhf.actors import POLICY
-from ..engine.training.freezing import whole_in_shards
+from ..engine.training.freezing import freeze, whole_in_shards
 from ..engine.training.journal import read_journal
 from ..engine.training.run_folder import RunFolder, amend, finish, is_metrics, peak_memory
 from ..inputs.fingerprints import as_list, at_a_commit
@@ -45,6 +45,8 @@ def _ppo(
     sharding = sharding_of(config, model_info(config.model.path).folder)
     run_folder.start(facts, asdict(config))
     model, tokenizer = load_policy(config, shard=while_loading(config, sharding))
+    if config.model.adapter is None:
+        freeze(model, "*")  # policy and critic bring what trains
     sharding.finish(model, whole_in_shards(model))
     prompts, rows = policy_prompts(config, model)
     if is_first():

@@ -49,8 +49,8 @@ def _train(
     data.draws = ready.draws
     micro_batches = -(-len(next(iter(data), [])) // world_size())
     data.rewind()
-    print(trainable_report(ready.model, config.train.optimizer, micro_batches))
     sharding.finish(ready.model, whole_in_shards(ready.model))
+    print(trainable_report(ready.model, config.train.optimizer, micro_batches))
     if is_first():
         amend(out, trains=trains, labels=list(ready.labels), chat=ready.chat)
     before = abilities(ready, base)

@@ -17,9 +17,9 @@ ShardFn = Callable[[nn.Module, dict[str, nn.Parameter]], None]
 
 
 def named_in(model: nn.Module, part: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a part of a model, by their names in it."""
+    """The parameters of a part of a model, by all their names in it: a tied one has two."""
     inside = set(map(id, part.parameters()))
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in inside}
+    return {name: p for name, p in model.named_parameters(remove_duplicate=False) if id(p) in inside}
 
 
 def blocks(tensor: Tensor, source: CheckpointKey) -> tuple[Tensor, ...]:

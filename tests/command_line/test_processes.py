@@ -13,6 +13,8 @@ from project import ROOT
 from small_methods import base_folder, method_config
 from small_runs import CHAT, write_rows
 
+from handtune.engine.data.fingerprints import run_differences
+
 
 def free_port() -> int:
     with socket.socket() as server:
@@ -108,3 +110,10 @@ def test_an_interrupt_ends_the_step_everywhere(config, tmp_path) -> None:
         assert time.monotonic() < until
     alone[0].kill()
     alone[0].communicate()
+
+
+def test_how_a_model_lies_in_memory_makes_no_other_run() -> None:
+    """Nor does a table of it that an earlier version did not know."""
+    before, now = ({"config": {"out": "a", "seed": 1, **table}} for table in ({}, {"parallel": {"shard": "full"}}))
+    assert run_differences(before, now) == run_differences(now, before) == []
+    assert run_differences(before, {"config": {**now["config"], "seed": 2}}) == ["seed = 1, not 2"]

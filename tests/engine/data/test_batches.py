@@ -134,17 +134,15 @@ def test_labels_spans_and_pairs() -> None:
     assert (spans["starts"].tolist(), spans["ends"].tolist()) == ([1], [1])
     assert spans["inputs"]["token_type_ids"].tolist() == [[0, 1]]
     pairs = EmbeddingCollate()([{"anchor": [1, 2], "positive": [3]}, {"anchor": [4], "positive": [5, 6]}])
-    assert pairs["anchor"]["input_ids"].tolist() == [[1, 2, 4]]
-    assert pairs["positive"]["cu_seqlens"].tolist() == [0, 1, 3]
-    assert "negative" not in pairs
+    assert pairs["anchors"]["input_ids"].tolist() == [[1, 2, 4]]
+    assert pairs["candidates"]["cu_seqlens"].tolist() == [0, 1, 3]
 
 
 def test_a_text_of_several_pairs_stands_in_a_batch_once() -> None:
     rows = [([1], [5, 6], [7]), ([2], [5, 6], [8]), ([1], [8], [7]), ([8], [9], [8])]
     batch = EmbeddingCollate()([{"anchor": a, "positive": p, "negative": n} for a, p, n in rows])
-    assert batch["anchor"]["input_ids"].tolist() == [[1, 2, 1, 8]]
-    assert batch["positive"]["input_ids"].tolist() == [[5, 6, 8, 9]]
-    assert batch["negative"]["input_ids"].tolist() == [[7]]  # 8 is a positive too
+    assert batch["anchors"]["input_ids"].tolist() == [[1, 2, 1, 8]]
+    assert batch["candidates"]["input_ids"].tolist() == [[5, 6, 8, 9, 7]]  # 8 is a positive too
     assert batch["targets"].tolist() == [0, 0, 1, 2]
     assert batch["also_right"].nonzero().tolist() == [[0, 1], [2, 0], [3, 1]]  # 8 is the last anchor's own text
     alone = EmbeddingCollate()([{"anchor": [1], "positive": [2], "negative": [2]}])

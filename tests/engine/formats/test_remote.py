@@ -56,6 +56,21 @@ def test_a_file_is_fetched_once_until_it_changes(cache, monkeypatch) -> None:
     assert len(fetched) == 2
 
 
+def test_names_with_the_signs_of_urls() -> None:
+    for name in ("a#b.jsonl", "a?b.jsonl"):
+        fsspec.filesystem("memory").pipe(f"/{name}", TEXT.encode())
+        assert local_path(f"memory://{name}").name == name
+
+
+def test_the_reason_is_told(monkeypatch) -> None:
+    def refused(self, path):
+        raise PermissionError("403 Forbidden: no credentials")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "info", refused)
+    with pytest.raises(FileNotFoundError, match=r"could not be fetched \(403 Forbidden: no credentials\)"):
+        local_path("memory://rows.jsonl")
+
+
 def test_a_fetch_that_was_broken_off_leaves_no_file(cache, monkeypatch) -> None:
     system = fsspec.filesystem("memory")
     system.pipe("/rows.jsonl", TEXT.encode())
@@ -76,8 +91,8 @@ def test_a_fetch_that_was_broken_off_leaves_no_file(cache, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("memory://none.jsonl", "memory://none.jsonl: no such file"),
-        ("memory://folder", "memory://folder: no such file; give the URL of a single one"),
+        ("memory://none.jsonl", "memory://none.jsonl: the file could not be fetched"),
+        ("memory://folder", "memory://folder: this is no file; give the URL of a single one"),
         ("memory://bad.jsonl", r"memory://bad.jsonl line 1: not JSON"),
         ("memory://a.doc", r"memory://a.doc: unknown kind of file '.doc'"),
         ("nope://a/rows.jsonl", "nope://a/rows.jsonl: the file could not be fetched .Protocol not known: nope"),
