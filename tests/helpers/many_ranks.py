@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from project import HELPERS, ROOT
 
+TIMEOUT = 60  # seconds, in which processes that meet notice that one of them is gone
 FORK = multiprocessing.get_context("forkserver")
 
 
@@ -31,7 +32,7 @@ def fork_server(*modules: str):
 def _rank(rank: int, n: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", n)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=n, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=n, timeout=timedelta(seconds=TIMEOUT))
     try:
         result = function(*arguments)
     except BaseException as error:
@@ -59,7 +60,7 @@ def one_is_killed(
     was_alive = processes[victim].exitcode is None
     processes[victim].kill()
     for process in processes:
-        process.join(60)
+        process.join(TIMEOUT + 30)
     assert all(process.exitcode is not None for process in processes), "a process waits for one that was killed"
     return was_alive
 
