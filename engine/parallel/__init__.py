@@ -3,6 +3,8 @@
     ranks.py      the processes of a run (torch calls the number of one its rank), and what they tell each other
     tree.py       the sum of a step's gradients, added in one fixed order whoever computed them
     statistics.py buffers that a forward pass changes, as batch norms have
+    sharding.py   a model of which each process has a part (FSDP2), and what keeps its processes in step
+    config.py     the table `[parallel]` of a run
 
 Floating-point addition is not associative, so that a sum depends on the order of its terms, and random numbers that
 come one after the other depend on who drew before. Both are made independent of the number of processes here. A step is
