@@ -62,7 +62,7 @@ def test_loading_takes_a_share(n, quantize, tmp_path) -> None:
     for taken, share, layer in on_ranks(n, tmp_path / "ranks", loaded_in_shards, str(tmp_path / "model"), quantize):
         assert share < 1.05 * size / n
         if quantize:  # a layer and its shards, and, while it is packed, a projection in fp32 more than once
-            assert taken < 1.15 * share + 3.5 * layer + 8 * MB
+            assert taken < 1.15 * share + 4.5 * layer + 8 * MB
         else:
             limit = 1.15 * share + largest
             assert taken < limit
