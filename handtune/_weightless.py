@@ -5,7 +5,7 @@ in shards, of which each process has some rows (torch's DTensor, cut along the f
 import sys
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,12 @@ def is_shard(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """What this process has of a tensor: its shard, in the same memory, or the tensor itself."""
-    return tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return cast(Any, tensor).to_local() if is_shard(tensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor; where it is in shards, all processes ask for it together, and its memory is new."""
+    return cast(Any, tensor).full_tensor() if is_shard(tensor) else tensor
 
 
 def local_rows(tensor: Tensor) -> range:

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -120,16 +120,16 @@ def gathered_weights(model: nn.Module, path: str) -> Iterator[None]:
     """Inside, the weights of the module at `path` are whole, for which all processes ask together."""
     # It lies in a layer that is in shards, or outside of all, where the model itself holds its shards.
     names = path.split(".")
-    around = [model.get_submodule(".".join(names[:n])) for n in range(len(names), -1, -1)]
+    around: list[Any] = [model.get_submodule(".".join(names[:n])) for n in range(len(names), -1, -1)]
     holder = next((module for module in around if hasattr(module, "unshard")), None) if is_sharded(model) else None
     if holder is None:
         yield
         return
-    holder.unshard()  # type: ignore[operator]
+    holder.unshard()
     try:
         yield
     finally:
-        holder.reshard()  # type: ignore[operator]
+        holder.reshard()
 
 
 @dataclass(frozen=True)

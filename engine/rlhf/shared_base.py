@@ -38,7 +38,8 @@ def with_head(model: Any, task: str) -> Any:
 
 
 def _hidden(model: Any, *arguments: Any, **settings: Any) -> Tensor:
-    return model.hidden(*arguments, **settings)  # type: ignore[no-any-return]
+    states: Tensor = model.hidden(*arguments, **settings)
+    return states
 
 
 def shared_layers(model: Any, adapters: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..._files import write_json, writing_order
 from ..._folders import filling
+from ..._weightless import whole
 from ...kernels import Linear
 from ...kernels.lora.factors import Merged
 from ..families import Model
@@ -80,8 +81,7 @@ def _stored(model: Model) -> dict[str, LazyTensor]:
 
 def _as_stored(tensor: Tensor, source: CheckpointKey, i: int) -> Tensor:
     """What is stored under the i-th name of a tensor, which all processes put together where it is in shards."""
-    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return source.as_stored(blocks(whole, source)[i])
+    return source.as_stored(blocks(whole(tensor), source)[i])
 
 
 def stored_shape(source: CheckpointKey, rows: Tensor) -> tuple[int, ...]:

@@ -5,6 +5,8 @@ import sys
 import pytest
 from project import BENCHMARKS
 
+from handtune.engine.parallel import tree
+
 sys.path.append(str(BENCHMARKS))
 import scale_plan as plan
 
@@ -35,3 +37,7 @@ def test_what_others_have_measured_lies_below() -> None:
     for _, _, name, each, theirs in plan.PUBLISHED:
         ours = plan.cost(plan.MODELS[name], each, plan.Machine()).tokens_per_second
         assert 0.6 < theirs / ours < 1
+
+
+def test_gradients_travel_in_as_many_pieces_as_the_tree_has() -> None:
+    assert plan.PIECE_BITS == tree.PIECE_BITS

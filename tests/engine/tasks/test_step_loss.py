@@ -9,6 +9,7 @@ from small_runs import PAIRS, bert, examples
 
 from handtune.engine import TrainConfig, train
 from handtune.engine.runtime import begin_draws
+from handtune.engine.tasks.common import ByAdapter
 from handtune.engine.tasks.embedding import EmbeddingCollate, embedding_loss, step_embedding_loss
 from handtune.engine.tasks.step_loss import by_micro_batch
 from handtune.models.layers.dropout import set_dropout
@@ -74,3 +75,9 @@ def test_both_passes_drop_the_same() -> None:
     assert all(map(torch.equal, seen[:2], seen[2:]))
     begin_draws(1, 0)
     assert not torch.equal(recorded(model, batches[0]), seen[0])
+
+
+def test_a_step_s_loss_is_not_over_rows_of_several_adapters() -> None:
+    """It would take its negatives from the micro-batch, and say nothing."""
+    with pytest.raises(ValueError, match="a loss over a whole step can't be over rows of several adapters"):
+        by_micro_batch(ByAdapter(step_embedding_loss), bert("embedding"), [{}, {}], range(2), [], lambda i: None)
