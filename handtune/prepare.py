@@ -14,7 +14,6 @@ from .adapted.run_models import model_info, opened_model
 from .adapted.starting import NAME, attach_start, rank_on, take_options, with_head
 from .config import ModelConfig, RunConfig
 from .engine import add_lora, freeze, projections, quantize, train_rows, unfreeze
-from .engine.adapters.lora import active_adapter
 from .engine.adapters.token_rows import train_added_rows, trained_ids
 from .engine.data.batches import Batches, CollateFn, Examples
 from .engine.data.images import ImageCollate, checked_examples
@@ -167,11 +166,6 @@ def prepare(
         elif config.data.eval is not None:
             examples, eval_examples = split_windows(examples, config.data.eval)
 
-    # DPO compares with the model that it begins with: its log-probabilities are computed once, before anything trains.
-    if config.method == "dpo" and base.weights:
-        for part in filter(len, (examples, eval_examples)):
-            add_reference(model, part, active_adapter(model))
-
     objective = with_loss_options(objective, config.loss, labels, examples)
     collate = objective.collate(model, tokenizer, config.data.packing)
     by_length = objective.by_length or not config.data.packing
@@ -313,6 +307,14 @@ def choose_trained(ready: Prepared, config: RunConfig) -> str:
     if len(trained) == len(list(model.parameters())) and not config.freeze.token_rows:
         return "full"
     return "frozen features" if all(name.startswith("head.") for name in trained) else "part"
+
+
+def add_references(ready: Prepared, config: RunConfig) -> None:
+    """Give the comparisons of DPO what the model thinks of them that it begins with; to call before it trains."""
+    if config.method == "dpo":
+        start = NAME if config.model.adapter is not None else None
+        for examples in filter(len, (ready.examples, ready.eval_examples)):
+            add_reference(ready.model, examples, start)
 
 
 def _ids_of(tokens: list[str], tokenizer: Any) -> list[int]:

@@ -107,25 +107,28 @@ def sharding_of(config: "RunConfig | PPORunConfig", folder: Path | None) -> "Sha
 
 
 def while_loading(config: "RunConfig | PPORunConfig", sharding: "Sharding") -> "ShardFn | None":
-    """What puts a model into shards as it is loaded, where nothing that follows needs it whole."""
+    """What puts a model into shards as it is loaded: each layer, and what is outside of them where nothing changes it.
+
+    None where an adapter to go on from brings matrices of layers that stay whole.
+    """
+    from .adapted.starting import brings_matrices
     from .config import RunConfig
 
-    needs_whole = sharding.mode == "none" or config.model.adapter is not None or bool(config.model.add_tokens)
-    beside_adapter: list[str] = []  # patterns of what trains beside an adapter, and stays whole
-    adapts = True
-    if isinstance(config, RunConfig):
-        # The reference of DPO is asked before it is settled what trains.
-        needs_whole |= bool(config.freeze.token_rows) or config.method == "dpo"
-        adapts = config.trains_adapter
-        beside_adapter = config.freeze.except_ if adapts else []
-    if needs_whole:
+    start = config.model.adapter
+    if sharding.mode == "none" or (start is not None and brings_matrices(start)):
         return None
+
+    # The vocabulary may grow, or come with the adapter, and heads may train alone, and stay whole then.
+    outside_changes = start is not None or bool(config.model.add_tokens)
+    beside_adapter: list[str] = []  # patterns of what trains beside an adapter, and stays whole
+    if isinstance(config, RunConfig):
+        outside_changes |= bool(config.freeze.token_rows) or not config.trains_adapter
+        beside_adapter = config.freeze.except_ if config.trains_adapter else []
 
     def shard(part: Any, named: "dict[str, Parameter]") -> None:
         whole = [p for name, p in named.items() if any(fnmatchcase(name, pattern) for pattern in beside_adapter)]
         if hasattr(part, "head"):  # the model, for what is in no layer
-            # Heads may train alone, and stay whole then.
-            if not adapts:
+            if outside_changes:
                 return
             if not part.task.endswith("-lm"):
                 whole += part.head.parameters()

@@ -215,7 +215,7 @@ def resized_vocabulary(adapter: Path, model: Any) -> int | None:
         return None
 
     # The rows of each matrix, by the name that it is stored under, which may be one of several.
-    stored = _shapes_of(adapter)
+    stored = shapes_of(adapter)
     keys = ["embed.tokens.weight"]
     if model.task in ("causal-lm", "masked-lm", "seq2seq-lm"):
         keys += [key for key in ("head.weight", "head.bias") if key in key_map]
@@ -236,7 +236,7 @@ def resized_vocabulary(adapter: Path, model: Any) -> int | None:
     return size
 
 
-def _shapes_of(adapter: Path) -> dict[str, tuple[int, ...]]:
+def shapes_of(adapter: Path) -> dict[str, tuple[int, ...]]:
     """The shapes of an adapter's tensors, scalars excepted, by the names that the base publishes them under."""
     # PEFT puts its wrappers between a module's path and the tensor's name.
     shapes = {}
@@ -275,7 +275,7 @@ def head_of(adapter: Path) -> dict[str, Any]:
         return {"task": task}
 
     # The head's last matrix has a row a label; the hidden ones are classifier.hidden.0.weight, ...
-    shapes = _shapes_of(adapter)
+    shapes = shapes_of(adapter)
     outputs = ("classifier.weight", "score.weight", "out_proj.weight")
     n_labels = next((shape[0] for key, shape in shapes.items() if key.endswith(outputs)), None)
     n_hidden = sum(".hidden." in key and key.endswith(".weight") for key in shapes)

@@ -12,7 +12,7 @@ from ..engine.adapters.switch import adapter_difference
 from ..engine.data.fingerprints import Inputs, changed_files, same_contents
 from ..engine.peft.format import CONFIG
 from ..inputs.fingerprints import adapter_in, is_run, of_checkpoint, of_model
-from ..saved_runs import config_of, facts_of, fit_vocabulary, head_of, put_adapter, take_settings
+from ..saved_runs import config_of, facts_of, fit_vocabulary, head_of, put_adapter, shapes_of, take_settings
 
 NAME = "default"  # of the adapter on the model
 
@@ -54,6 +54,14 @@ def adapter_of(path: str) -> Path:
         )
     raise ValueError(
         f"model.adapter: {path}: no {CONFIG} there; give the folder of an adapter, or of a run that trained one"
+    )
+
+
+def brings_matrices(path: str) -> bool:
+    """Whether the adapter at `path` has matrices of layers besides its factors, which trained with them."""
+    return any(
+        len(shape) > 1 and ".lora_" not in name and any(part.isdecimal() for part in name.split("."))
+        for name, shape in shapes_of(adapter_of(path)).items()
     )
 
 

@@ -19,7 +19,7 @@ from ..engine.progress import Progress
 from ..engine.tasks.metrics import rouge
 from ..engine.tasks.objectives import LossConfig
 from ..inputs.fingerprints import BASE, DATA, START
-from ..prepare import Prepared, prepare, run_base
+from ..prepare import Prepared, add_references, prepare, run_base
 from ..prompts import prompts_of
 from ..reporting.held_out import mistakes_in_words
 from ..saved_runs import config_of, facts_of, put_weights
@@ -43,6 +43,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
     if batches is None:
         raise ValueError(f"{run}: the run held no rows out; give a file with --data")
 
+    add_references(ready, config)
     put_weights(run, ready.model)
     metrics = evaluate(ready.model, batches, ready.objective.loss, ready.score())
     if not math.isfinite(metrics["loss"]):

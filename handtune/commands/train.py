@@ -18,7 +18,7 @@ from ..engine.training.run_folder import RunFolder, amend, finish
 from ..engine.training.watching import metrics_text
 from ..inputs.fingerprints import at_a_commit
 from ..models.checkpoint.saving import help_to_save
-from ..prepare import choose_trained, prepare, run_base
+from ..prepare import add_references, choose_trained, prepare, run_base
 from ..processes import sharding_of, while_loading
 from ..reporting.held_out import abilities, keep_examples
 from ..saved_runs import store_trained, stored_bytes, stores_model
@@ -53,6 +53,7 @@ def _train(
     print(trainable_report(ready.model, config.train.optimizer, micro_batches))
     if is_first():
         amend(out, trains=trains, labels=list(ready.labels), chat=ready.chat)
+    add_references(ready, config)
     before = abilities(ready, base)
 
     result = train(

@@ -24,9 +24,12 @@ from safetensors.torch import load_file
 from small_runs import PAIRS, gpt2, logged, write_rows
 
 from handtune.cli import main
+from handtune.config import read_config
 from handtune.engine import LoRAConfig, add_lora, merge_lora, quantize
 from handtune.engine.parallel.ranks import gathered
-from handtune.engine.parallel.sharding import Sharding
+from handtune.engine.parallel.sharding import Sharding, is_shard
+from handtune.prepare import prepare, run_base
+from handtune.processes import sharding_of, while_loading
 
 QUICK = [("sft", "nf4")]
 CELLS = [
@@ -88,6 +91,42 @@ def test_policies_rewarded_by_a_model_on_their_sharded_base(variant, tmp_path) -
     alone = divided_policy("ppo", 1, tmp_path / "1", **settings)
     for n in (2, 3):
         assert_same_left(alone, divided_policy("ppo", n, tmp_path / str(n), "full", **settings))
+
+
+STARTS = {
+    "factors": ["lora.rank=2"],
+    "new tokens": ["lora.rank=2", 'model.add_tokens=["<|new|>"]'],
+    "token rows and norms": ["lora.rank=2", 'freeze.token_rows=["a", "b"]', 'freeze.except=["*norm*"]'],
+    "matrices": ["lora.rank=2", 'freeze.except=["layers.*.up.weight"]'],
+    "the vocabulary": ["lora.rank=2", 'freeze.except=["embed.tokens.weight"]', 'model.add_tokens=["<|new|>"]'],
+}
+
+
+def matrices_of_layers_whole(config: str, overrides: list[str]) -> int:
+    """How many matrices of layers a process has whole of the model of a run, once it is prepared."""
+    run = read_config(Path(config), overrides)
+    sharding = sharding_of(run, None)
+    ready = prepare(run, run_base(run), Path(run.out), shard=while_loading(run, sharding))
+    layers = [(name, p) for name, p in ready.model.layers.named_parameters() if ".lora." not in name and p.dim() > 1]
+    return sum(not is_shard(parameter) for _, parameter in layers)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("start", STARTS)
+def test_adapters_that_go_on(start, tmp_path) -> None:
+    """The run that makes an adapter, the one that goes on from it, and DPO against it: in shards as without."""
+    options = STARTS[start]
+    for number, name in enumerate(("sft", "sft", "dpo")):
+        runs = []
+        for n in (1, 3):
+            folder = tmp_path / f"{number}-{n}"
+            config = str(configuration(name, "full", folder, "none" if n == 1 else "full"))
+            on_ranks(n, tmp_path / f"ranks-{number}-{n}", typed, ["train", config, *options])
+            runs.append(folder / "run")
+        assert_same_left(*runs)
+        whole = on_ranks(3, tmp_path / f"seen-{number}", matrices_of_layers_whole, config, options)
+        assert (min(whole) > 0) == (start == "matrices")  # they train, or come with the adapter
+        options = [f"model.adapter={runs[0]}"]
 
 
 @pytest.mark.deep
@@ -187,6 +226,7 @@ def refused(config: str) -> tuple[int, str]:
 
 CHANGES = {
     "idle processes": ("sft", "full", ["train.micro_batch_size=3"]),
+    "against itself": ("dpo", "full", []),
     "matrices alone": (
         "sft",
         "full",
