@@ -23,7 +23,6 @@ from .engine.data.schema import is_dialogue
 from .engine.parallel.ranks import one_first
 from .engine.tasks.encode import encode
 from .engine.tasks.objectives import Objective, dpo, objective_of, with_loss_options
-from .engine.training.cached_features import add_reference
 from .engine.training.config import needs_evaluation
 from .inputs.rows import columns_of, corpora, data_files, draws_of, is_corpus, parts_of, read_splits, split_windows
 from .models import Bert, ResNet, XLNet, add_tokens, load
@@ -307,14 +306,6 @@ def choose_trained(ready: Prepared, config: RunConfig) -> str:
     if len(trained) == len(list(model.parameters())) and not config.freeze.token_rows:
         return "full"
     return "frozen features" if all(name.startswith("head.") for name in trained) else "part"
-
-
-def add_references(ready: Prepared, config: RunConfig) -> None:
-    """Give the comparisons of DPO what the model thinks of them that it begins with; to call before it trains."""
-    if config.method == "dpo":
-        start = NAME if config.model.adapter is not None else None
-        for examples in filter(len, (ready.examples, ready.eval_examples)):
-            add_reference(ready.model, examples, start)
 
 
 def _ids_of(tokens: list[str], tokenizer: Any) -> list[int]:

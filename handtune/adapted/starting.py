@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._files import read_json, resolved
 from .._shapes import with_fields
@@ -11,8 +11,12 @@ from ..engine.adapters.lora import adapter_sites
 from ..engine.adapters.switch import adapter_difference
 from ..engine.data.fingerprints import Inputs, changed_files, same_contents
 from ..engine.peft.format import CONFIG
+from ..engine.training.cached_features import add_reference
 from ..inputs.fingerprints import adapter_in, is_run, of_checkpoint, of_model
 from ..saved_runs import config_of, facts_of, fit_vocabulary, head_of, put_adapter, shapes_of, take_settings
+
+if TYPE_CHECKING:
+    from ..prepare import Prepared
 
 NAME = "default"  # of the adapter on the model
 
@@ -180,6 +184,14 @@ def take_options(model: Any, config: RunConfig) -> None:
         if NAME in site.adapters:
             site.adapters[NAME].dropout = config.lora.dropout
             site.adapters[NAME].lr_ratio = config.lora.loraplus_lr_ratio
+
+
+def add_references(ready: "Prepared", config: RunConfig) -> None:
+    """Give the comparisons of DPO what the model thinks of them that it begins with; to call before it trains."""
+    if config.method == "dpo":
+        start = NAME if config.model.adapter is not None else None
+        for examples in filter(len, (ready.examples, ready.eval_examples)):
+            add_reference(ready.model, examples, start)
 
 
 def rank_on(model: Any, name: str) -> int:

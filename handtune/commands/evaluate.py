@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..adapted.starting import add_references
 from ..engine import evaluate
 from ..engine.chat.forms import text_of
 from ..engine.data.placed_rows import PlacedRow
@@ -19,7 +20,7 @@ from ..engine.progress import Progress
 from ..engine.tasks.metrics import rouge
 from ..engine.tasks.objectives import LossConfig
 from ..inputs.fingerprints import BASE, DATA, START
-from ..prepare import Prepared, add_references, prepare, run_base
+from ..prepare import Prepared, prepare, run_base
 from ..prompts import prompts_of
 from ..reporting.held_out import mistakes_in_words
 from ..saved_runs import config_of, facts_of, put_weights

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..adapted.starting import with_base
+from ..adapted.starting import add_references, with_base
 from ..config import RunConfig, read_config
 from ..engine import Callback, train, trainable_report
 from ..engine.data.fingerprints import Inputs
@@ -18,7 +18,7 @@ from ..engine.training.run_folder import RunFolder, amend, finish
 from ..engine.training.watching import metrics_text
 from ..inputs.fingerprints import at_a_commit
 from ..models.checkpoint.saving import help_to_save
-from ..prepare import add_references, choose_trained, prepare, run_base
+from ..prepare import choose_trained, prepare, run_base
 from ..processes import sharding_of, while_loading
 from ..reporting.held_out import abilities, keep_examples
 from ..saved_runs import store_trained, stored_bytes, stores_model
