@@ -41,11 +41,13 @@ STORED_BY = ("we store", "they store")
 BY_TEXT = ("sequence-classification", "reward")
 BOUND = 2e-4
 
-# Where transformers gives a row of a batch something else than alone: (model type, task, side) -> why.
+ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert")
+
+# Where transformers gives a row of a batch something else than alone: (model types, side, tasks) -> why.
 PARTING = {
-    ("bert", "left", BY_TEXT): "BERT reads column 0, where padding stands",
-    ("xlnet", "right", BY_TEXT): "XLNet reads the last column, where padding stands",
-    ("t5", "left", (*BY_TEXT, "question-answering")): "T5's decoder begins in the padding, and sees it",
+    (ENCODERS, "left", BY_TEXT): "it reads column 0, where padding stands",
+    (("xlnet",), "right", BY_TEXT): "XLNet reads the last column, where padding stands",
+    (("t5",), "left", (*BY_TEXT, "question-answering")): "T5's decoder begins in the padding, and sees it",
 }
 
 
@@ -105,8 +107,8 @@ def _batched(pair: Pair, ids: Tensor, mask: Tensor, alone: list[Tensor], side: s
         return alone, f"transformers: {error}"
     if max(map(_apart, found, alone)) <= BOUND:
         return found, ""
-    for (kind, at, tasks), reason in PARTING.items():
-        if (kind, at) == (pair.family.kind, side) and pair.task in tasks:
+    for (kinds, at, tasks), reason in PARTING.items():
+        if at == side and pair.family.kind in kinds and pair.task in tasks:
             return alone, reason
     raise RuntimeError(
         f"transformers' {pair.family.kind} gives other outputs in a batch padded on the {side} than alone"
@@ -164,8 +166,9 @@ def missing(name: str, head: str) -> str:
     words = None if family.kind == "resnet" else tokenizer_of(family, "own")
     if class_of(family, config_of(family, words), head) is None:
         return "transformers has no such head"
-    lacking = {("bert", "causal-lm"): "handtune's BERT is an encoder: no such head"}
-    return lacking.get((family.kind, head), "")
+    if head == "causal-lm" and family.kind in ENCODERS:
+        return "here it is an encoder: no such head"
+    return ""
 
 
 def cells(name: str, head: str, stored_by: str, folder: Path) -> dict[str, Cell]:

@@ -78,9 +78,15 @@ _BERT = {
     "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40,
     "max_position_embeddings": 40,
 }  # fmt: skip
+_ROBERTA = _BERT | {"max_position_embeddings": 44, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
 _ALL = ("own", "eos", "none")
 _BYTES = {"specials": ("<|end|>", "<|pad|>"), "names": {"eos_token": "<|end|>", "bos_token": "<|end|>"}}
 _PIECES = {"names": {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}}
+_OF_ROBERTA = {
+    "base": "masked-lm", "specials": ("<s>", "<pad>", "</s>", "<unk>", "<mask>"),
+    "names": {"cls_token": "<s>", "bos_token": "<s>", "sep_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "ending": "<s> $A </s>",
+}  # fmt: skip
 _OF_T5 = {"base": "seq2seq-lm", "specials": ("<pad>", "</s>", "<unk>"), "names": {"eos_token": "</s>"}}
 _GATED = _T5 | {"feed_forward_proj": "gated-gelu"}
 
@@ -96,6 +102,9 @@ FAMILIES: dict[str, Family | str] = {
         "bert", _BERT, "masked-lm", ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
         {"cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}, "[CLS] $A [SEP]",
     ),
+    "RoBERTa": Family("roberta", _ROBERTA, **_OF_ROBERTA),
+    "XLM-RoBERTa": Family("xlm-roberta", _ROBERTA, **_OF_ROBERTA),
+    "CamemBERT": Family("camembert", _ROBERTA, **_OF_ROBERTA),
     "T5 v1.0": Family("t5", _T5, ending="$A </s>", **_OF_T5),
     "T5 v1.1": Family("t5", _GATED, ending="$A </s>", own_output=True, **_OF_T5),
     "Flan-T5": Family("t5", _GATED | {"num_decoder_layers": 3}, ending="$A </s>", own_output=True, **_OF_T5),

@@ -16,7 +16,10 @@ START = "handtune/commands/train.py"
 TASK = "engine/tasks/causal_lm.py"  # of the many that the table of methods leads to
 # What another path would be about. A folder stands for all that is in it.
 ELSEWHERE = {
-    "other families": ["models/bloom", "models/bert.py", "models/t5", "models/xlnet", "models/resnet"],
+    "other families": [
+        "models/bloom", "models/bert.py", "models/roberta.py", "models/distilbert.py", "models/mpnet.py", "models/t5",
+        "models/xlnet", "models/resnet",
+    ],
     "other methods": [
         "engine/rlhf", "engine/tasks/preferences.py", "engine/tasks/permutation_lm.py", "engine/tasks/seq2seq.py",
         "engine/tasks/masked_lm.py", "engine/tasks/classification.py", "engine/tasks/tagging.py",

@@ -25,7 +25,7 @@ from .engine.tasks.encode import encode
 from .engine.tasks.objectives import Objective, dpo, objective_of, with_loss_options
 from .engine.training.config import needs_evaluation
 from .inputs.rows import columns_of, corpora, data_files, draws_of, is_corpus, parts_of, read_splits, split_windows
-from .models import Bert, ResNet, XLNet, add_tokens, load
+from .models import add_tokens, load
 from .models.checkpoint.info import CheckpointInfo
 from .models.checkpoint.loading import fresh, open_checkpoint
 from .models.checkpoint.local_rows import ShardFn
@@ -262,7 +262,7 @@ def load_model(
         freeze(model, "*")
         quantize(model)
     if options.recompute:
-        if isinstance(model, Bert | ResNet | XLNet):
+        if not all(hasattr(block, "recompute") for block in model.layers):
             name = type(model).__name__
             raise ValueError(f"model.recompute: {name} has no norm in front of a feed-forward to make it again from")
         for block in model.layers:

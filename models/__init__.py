@@ -3,7 +3,7 @@
     layers/      what several architectures are made of, and how their weights and configurations are published
     tokenizer/   special tokens, and tokenizers of old vocabulary files
     model        what they have in common, and what each has to provide
-    gpt2/  llama/  bloom/  bert  t5/  xlnet/  resnet/     the architectures: begin with `gpt2/model.py`
+    gpt2/  llama/  bloom/  bert  roberta  t5/  xlnet/  resnet/     the architectures: begin with `gpt2/model.py`
     families     which of them a published `model_type` is
     checkpoint/  `load` reads a checkpoint in Hugging Face layout, `save` writes one
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .layers.dropout import set_dropout as set_dropout
     from .llama.model import Llama as Llama
     from .resnet.model import ResNet as ResNet
+    from .roberta import Roberta as Roberta
     from .t5.model import T5 as T5
     from .tokenizer.added_tokens import add_tokens as add_tokens
     from .xlnet.model import XLNet as XLNet
@@ -32,6 +33,7 @@ _HOME = {
     "GPT2": "gpt2.model",
     "Llama": "llama.model",
     "ResNet": "resnet.model",
+    "Roberta": "roberta",
     "T5": "t5.model",
     "XLNet": "xlnet.model",
     "add_tokens": "tokenizer.added_tokens",

@@ -16,57 +16,29 @@ and T all tokens.
 """
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..kernels import LayerNorm, Linear, activation_linear, attention
-from ..kernels.dropout import Dropout
-from .layers.config_fields import ACTIVATIONS, read_fields, write_fields
+from .layers.config_fields import ACTIVATIONS
 from .layers.heads import MaskedLMHead
 from .layers.inputs import check_length, key_bias, positions
 from .layers.key_map import CheckpointKey
+from .layers.post_norm import Block, Embed, EncoderConfig
 from .model import PretrainedModel
 
 
 @dataclass(frozen=True)
-class BertConfig:
+class BertConfig(EncoderConfig):
     """Sizes in the project's vocabulary; the defaults are those of bert-base-uncased."""
 
-    vocab_size: int = 30522
-    max_positions: int = 512  # tokens of a row; the position table ends there
     n_types: int = 2  # segment ids
-    n_layer: int = 12
-    n_head: int = 12
-    d_model: int = 768
-    d_ff: int = 3072
-    activation: str = "gelu"  # by its published name
-    eps: float = 1e-12  # of the norms
-    # In training, where the published dropout is asked for: behind embeddings, attention and feed-forward, on what is
-    # attended to, and in front of a head for labels (None: as `dropout`).
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
-    head_dropout: float | None = None
-    tied: bool = True  # the masked-LM output matrix is the token embedding; no other is implemented
 
-    def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"hidden_act {self.activation!r} is unknown; known: {', '.join(ACTIVATIONS)}")
-        if self.d_model % self.n_head:
-            raise ValueError(f"hidden_size {self.d_model} is not a multiple of num_attention_heads {self.n_head}")
-
-    @property
-    def head_rate(self) -> float:
-        return self.dropout if self.head_dropout is None else self.head_dropout
-
-    @classmethod
-    def from_published(cls, published: dict[str, Any]) -> Self:
-        """The configuration in a published config.json."""
-        return cls(**read_fields(cls, published, CONFIG_KEYS))
+    keys: ClassVar[dict[str, str]] = {**EncoderConfig.keys, "type_vocab_size": "n_types"}
 
     def to_published(self) -> dict[str, Any]:
         """config.json as transformers writes it."""
-        return {"model_type": "bert", **write_fields(self, CONFIG_KEYS)}
+        return {"model_type": "bert", **super().to_published()}
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -77,78 +49,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     "minilm-l6": {"n_layer": 6, "d_model": 384, "d_ff": 1536},
 }
 
-# published field -> ours
-CONFIG_KEYS = {
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_positions",
-    "type_vocab_size": "n_types",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "hidden_size": "d_model",
-    "intermediate_size": "d_ff",
-    "hidden_act": "activation",
-    "layer_norm_eps": "eps",
-    "hidden_dropout_prob": "dropout",
-    "attention_probs_dropout_prob": "attention_dropout",
-    "classifier_dropout": "head_dropout",
-    "tie_word_embeddings": "tied",
-}
-
-
-class Embed(nn.Module):
-    """Sum of token, position and segment embedding, normalised."""
-
-    def __init__(self, config: BertConfig):
-        super().__init__()
-        self.tokens = nn.Embedding(config.vocab_size, config.d_model)
-        self.positions = nn.Embedding(config.max_positions, config.d_model)
-        self.types = nn.Embedding(config.n_types, config.d_model)
-        self.norm = LayerNorm(config.d_model, config.eps)
-        self.dropout = Dropout(config.dropout)
-
-    def forward(self, input_ids: Tensor, token_type_ids: Tensor | None, position_ids: Tensor) -> Tensor:
-        if token_type_ids is None:
-            token_type_ids = input_ids.new_zeros(1, 1)
-        types = self.types(token_type_ids)  # (B or 1, T or 1, D)
-        x = self.norm(self.tokens(input_ids) + types + self.positions(position_ids))  # (B, T, D)
-        return self.dropout(x)
-
-
-class Block(nn.Module):
-    """One layer: attention and feed-forward, each added to its input and then normalised."""
-
-    def __init__(self, config: BertConfig):
-        super().__init__()
-        d = config.d_model
-        self.n_head = config.n_head
-        self.qkv = Linear(d, 3 * d, parts=(("query", d), ("key", d), ("value", d)))
-        self.o = Linear(d, d)
-        self.up = Linear(d, config.d_ff)
-        self.down = Linear(config.d_ff, d)
-        self.norm1 = LayerNorm(d, config.eps)
-        self.norm2 = LayerNorm(d, config.eps)
-        self.activation = ACTIVATIONS[config.activation]
-        self.dropout = Dropout(config.dropout)
-        self.attention_dropout = Dropout(config.attention_dropout)
-
-    def forward(self, x: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Tensor:
-        """The stream x (B, T, D) after this layer; `bias` as `attention` takes it."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).unbind(2)  # (B, T, H, hd) each
-        out = attention(
-            q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, bias=bias, causal=False,
-            dropout=self.attention_dropout.rate,
-        )  # fmt: skip
-        out = out.flatten(2)  # (B, T, D)
-
-        x = self.norm1(self.dropout(self.o(out)), residual=x)
-        mlp = activation_linear(self.up(x), self.activation, self.down)  # (B, T, D), through (B, T, F)
-        return self.norm2(self.dropout(mlp), residual=x)
-
 
 class Bert(PretrainedModel):
     """BERT with the head of a task; see `PretrainedModel` for what it has from there."""
 
     title = "BERT"
+    model_types: ClassVar = {"bert": "Bert"}
     config_class = BertConfig
     presets = PRESETS
     architectures: ClassVar = {
@@ -172,7 +78,7 @@ class Bert(PretrainedModel):
         "pooler.*": ("sequence-classification", "reward"),
     }
     # A text is scored by its first token, [CLS], behind a pooler.
-    text_head: ClassVar = {"pooler": True}
+    text_head: ClassVar = {"pooler": "tanh"}
     text_pooling = "first"
     published_dropout = True
     tasks_with_dropout = ("sequence-classification", "reward", "token-classification")
@@ -196,7 +102,7 @@ class Bert(PretrainedModel):
 
     def build(self, config: BertConfig) -> None:
         """The embeddings with their norm, and the blocks, each of which ends with one."""
-        self.embed = Embed(config)
+        self.embed = Embed(config, config.max_positions, config.n_types)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
 
     def build_language_head(self) -> nn.Module:
@@ -217,7 +123,7 @@ class Bert(PretrainedModel):
         if position_ids is None:
             position_ids = positions(input_ids, attention_mask, cu_seqlens)  # (B or 1, T)
 
-        x = self.embed(input_ids, token_type_ids, position_ids)  # (B, T, D)
+        x = self.embed(input_ids, position_ids, token_type_ids)  # (B, T, D)
         bias = key_bias(attention_mask)  # (B, 1, 1, T) or None
         for block in self.layers:
             x = block(x, bias, cu_seqlens, max_seqlen)

@@ -34,10 +34,12 @@ class PretrainedModel(nn.Module):
 
     # Facts that every family states, beginning with its name in errors.
     title: ClassVar[str]
+    # config.json's model_type, of each kind if there are several, and what transformers' classes of it begin with.
+    model_types: ClassVar[dict[str, str]]
     config_class: ClassVar[Any]
     # Published sizes: fields of `config_class`.
     presets: ClassVar[dict[str, dict[str, Any]]]
-    # transformers' class for each task, as config.json names it. The first task is the one of the published models.
+    # transformers' class for each task, {} for its beginning. The first task is the one of the published models.
     architectures: ClassVar[dict[str, str]]
     # What stands in front of the base model's tensors in a checkpoint with a head; several where tasks differ.
     base_prefix: ClassVar[tuple[str, ...]]
@@ -47,7 +49,7 @@ class PretrainedModel(nn.Module):
     head_keys: ClassVar[dict[str, tuple[str, ...]]]
 
     # Facts with a default. First, how a head that scores texts differs from one for tokens: arguments of `MLPHead`.
-    text_head: ClassVar[dict[str, bool]] = {}
+    text_head: ClassVar[dict[str, Any]] = {}
     # The token that a head for texts reads: "first", "last", or "unpadded", the last one that isn't the pad token.
     text_pooling: ClassVar[str] = "unpadded"
     # Whether a run applies the dropout that the configuration publishes where nothing else is asked for; and the tasks
@@ -130,9 +132,13 @@ class PretrainedModel(nn.Module):
 
         options = self.text_head if self.task in TEXT_TASKS else {}
         n_out = n_outputs(self.task, self.labels)
-        rate = self.config.head_rate if self.task in self.tasks_with_dropout else None
         scalar = self.task == "reward"
-        return MLPHead(self.config.d_model, n_out, self.head_layers, scalar=scalar, dropout=rate, **options)
+        return MLPHead(self.config.d_model, n_out, self.head_layers, scalar=scalar, dropout=self.head_rate, **options)
+
+    @property
+    def head_rate(self) -> float | None:
+        """The published dropout in front of the head, where there is one."""
+        return self.config.head_rate if self.task in self.tasks_with_dropout else None
 
     def build_language_head(self) -> nn.Module:
         """The output matrix (V, D)."""

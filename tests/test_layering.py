@@ -26,7 +26,8 @@ ROOMS = {
                 "linear", "conv mlp"],
     "engine": ["model parallel progress runtime", "finite", "formats", "chat data adapters", "tasks generation peft",
                "training prediction", "rlhf"],
-    "models": ["layers", "tokenizer", "model", "gpt2 llama bloom bert t5 xlnet resnet", "families", "checkpoint"],
+    "models": ["layers", "tokenizer", "model", "gpt2 llama bloom bert roberta t5 xlnet resnet",
+               "families", "checkpoint"],
 }  # fmt: skip
 LINES = {
     package: {room: i for i, line in enumerate(lines) for room in line.split()} for package, lines in ROOMS.items()
@@ -39,7 +40,10 @@ EXPORTS = {
         "feed_forward", "layer_norm", "linear_cross_entropy", "lora_conv2d", "lora_linear", "lora_linear_batched",
         "norm_linear", "rms_norm", "rope", "split_rope", "swiglu",
     ],
-    "models": ["Bert", "Bloom", "GPT2", "Llama", "ResNet", "T5", "XLNet", "add_tokens", "load", "save", "set_dropout"],
+    "models": [
+        "Bert", "Bloom", "GPT2", "Llama", "ResNet", "Roberta", "T5", "XLNet", "add_tokens", "load", "save",
+        "set_dropout",
+    ],
     "engine": [
         "Callback",
         "LoRAConfig", "PPOConfig", "TrainConfig", "add_lora", "combine_adapters", "drop_adapter", "evaluate", "freeze",

@@ -44,6 +44,7 @@ from .saved_modules import (
     head_tensors,
     match_tensors,
     plain_tensors,
+    saved_with,
     tensors_to_save,
     tensors_with,
     trained_rows_with,
@@ -142,7 +143,7 @@ def _write(path: Path, tensors: dict[str, Tensor], config: dict[str, Any], dtype
 
 def _modules_to_save(plain: Collection[str]) -> list[str]:
     """PEFT's `modules_to_save`: the outermost modules of the plain tensors beside the factors."""
-    modules = {key.rpartition(".")[0] for key in plain if not key.endswith(PEFT_ROWS) and BASE not in key}
+    modules = {saved_with(key.rpartition(".")[0]) for key in plain if not key.endswith(PEFT_ROWS) and BASE not in key}
     return sorted(path for path in modules if not any(path.startswith(f"{outer}.") for outer in modules))
 
 

@@ -68,7 +68,7 @@ def tensors_to_save(
     if facts_of(model).task in WITH_HEAD:
         head = ("head.out.", "head.hidden.")
     whole_modules = {
-        _module_of(entry.name)
+        saved_with(_module_of(entry.name))
         for entry in published.values()
         if entry.key.startswith(head) or (_module_of(entry.key) in modules and entry.key not in row_ids)
     }
@@ -98,6 +98,11 @@ def head_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors = tensors_with(model, None)
     published = _published_tensors(model, tensors).values()
     return {entry.name: entry.stored(tensors) for entry in published if entry.key.startswith("head.")}
+
+
+def saved_with(module: str) -> str:
+    """The published module that is stored where this one is: PEFT stores a `classifier` as a whole, listed or not."""
+    return "classifier" if module.startswith("classifier.") else module
 
 
 def _module_of(key: str) -> str:

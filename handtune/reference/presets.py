@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from .._weightless import without_weights
-from ..models.families import FAMILIES, Family
+from ..models.families import ALL, Family
 from ..models.layers.heads import LABELLED
 
 IMAGENET = tuple(map(str, range(1000)))  # the classes of published models for images
@@ -16,8 +16,8 @@ def presets() -> str:
         "model.path reads a folder in Hugging Face layout, a hub id, or a run's folder, of these families;",
         "model.preset is a fresh model, without training, of one of these sizes.",
     ]
-    for family in dict.fromkeys(FAMILIES.values()):
-        model_types = ", ".join(name for name, known in FAMILIES.items() if known is family)
+    for family in ALL:
+        model_types = ", ".join(family.model_types)
         lines += [
             "",
             f"{family.title}: model_type {model_types}",

@@ -140,6 +140,7 @@ class Bloom(PretrainedModel):
     """BLOOM with the head of a task; see `PretrainedModel` for what it has from there."""
 
     title = "BLOOM"
+    model_types: ClassVar = {"bloom": "Bloom"}
     config_class = BloomConfig
     presets = PRESETS
     architectures: ClassVar = {

@@ -92,8 +92,8 @@ def stored_shape(source: CheckpointKey, rows: Tensor) -> tuple[int, ...]:
 def save_around(model: Model, tokenizer: "Tokenizer | None", folder: Path, dtype: torch.dtype) -> None:
     """Write what a checkpoint's folder holds besides the weights, whose dtype config.json names."""
     config = model.write_config()
-    config |= task_config(model, config["model_type"])
-    write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+    config = {**task_config(model, config["model_type"]), **config, "dtype": str(dtype).removeprefix("torch.")}
+    write_json(folder / "config.json", config)
     if isinstance(model, ResNet):
         model.pixels.write(folder)
     elif model.task == "embedding":

@@ -24,7 +24,7 @@ PADS = ("<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|finetune_right_pad_id|>",
 
 def class_name(family: "Family", task: str, model_type: str) -> str:
     """transformers' class for the task. Where it has several for one of ours, their names begin with the family."""
-    return family.architectures[task].format(model_type.capitalize())
+    return family.architectures[task].format(family.model_types[model_type])
 
 
 def stored_tasks(published: dict[str, Any], family: "Family") -> list[str]:

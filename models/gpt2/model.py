@@ -109,6 +109,7 @@ class GPT2(PretrainedModel):
     """GPT-2 or GPT-3 with the head of a task; see `PretrainedModel` for what it has from there."""
 
     title = "GPT-2"
+    model_types: ClassVar = {"gpt2": "GPT2", "gpt3": "GPT2"}
     config_class = GPT2Config
     presets = PRESETS
     # transformers' class for each task, as config.json names it.

@@ -75,7 +75,7 @@ def _check_field(name: str, value: Any, field: Field) -> None:
 
     if type(value) is int and int in kinds:
         limit = MAX_LAYERS if field.name in DEPTHS else MAX_SIZE
-        if value < 1 and name != "start_id":  # which counts from zero
+        if value < (0 if field.name.endswith("_id") else 1):  # tokens count from zero
             raise ValueError(f"{name} = {value!r}: expected a positive number")
         if value > limit:
             raise ValueError(f"{name} = {shown(value)}: expected at most {limit:,}")

@@ -94,8 +94,9 @@ def last_unpadded(
 
 
 class MLPHead(nn.Module):
-    """(..., D) → (..., C): `layers` − 1 hidden layers with GELU, then a projection; behind BERT's pooler if `pooler`.
+    """(..., D) → (..., C): `layers` − 1 hidden layers with GELU, then a projection.
 
+    `pooler`: the activation of a projection (D, D) in front of it all, where there is one, as in BERT.
     `scalar`: the one output of a reward is given as (...,). `dropout` is the published one in front of the projection,
     where there is one, and, if `drop_input`, of the whole head.
     """
@@ -106,7 +107,7 @@ class MLPHead(nn.Module):
         n_out: int,
         layers: int = 1,
         bias: bool = True,
-        pooler: bool = False,
+        pooler: str | None = None,
         scalar: bool = False,
         dropout: float | None = None,
         drop_input: bool = False,
@@ -116,6 +117,7 @@ class MLPHead(nn.Module):
             raise ValueError(f"head_layers: expected a number from 1 to {MAX_LAYERS}, got {layers}")
         self.scalar = scalar
         self.pooler = Linear(d_model, d_model) if pooler else None
+        self.pooler_activation = pooler or ""
         self.hidden = nn.ModuleList(Linear(d_model, d_model) for _ in range(layers - 1))
         self.out = Linear(d_model, n_out, bias=bias)
         self.dropout = None if dropout is None else Dropout(dropout)
@@ -125,7 +127,7 @@ class MLPHead(nn.Module):
         if self.input_dropout is not None:
             x = self.input_dropout(x)
         if self.pooler is not None:
-            x = activate(self.pooler(x), "tanh")
+            x = activate(self.pooler(x), self.pooler_activation)
         for layer in self.hidden:
             x = activate(layer(x), "gelu")
         if self.dropout is not None:

@@ -26,7 +26,7 @@ from ..layers.inputs import ALL_LAYERS, check_length, key_bias, positions
 from ..layers.key_map import TIED, CheckpointKey
 from ..layers.kv_cache import KVCache
 from ..model import PretrainedModel
-from .config import PRESETS, LlamaConfig
+from .config import FAMILIES, PRESETS, LlamaConfig
 
 
 class Embed(nn.Module):
@@ -107,9 +107,9 @@ class Llama(PretrainedModel):
     """A model of the Llama kind with the head of a task; see `PretrainedModel` for what it has from there."""
 
     title = "Llama"
+    model_types: ClassVar = {family.lower(): family for family in FAMILIES}
     config_class = LlamaConfig
     presets = PRESETS
-    # {} stands for the family.
     architectures: ClassVar = {
         "causal-lm": "{}ForCausalLM",
         "sequence-classification": "{}ForSequenceClassification",

@@ -149,6 +149,7 @@ class ResNet(PretrainedModel):
     """
 
     title = "ResNet"
+    model_types: ClassVar = {"resnet": "ResNet", "resnet_small": "ResNet"}
     config_class = ResNetConfig
     presets = PRESETS
     architectures: ClassVar = {"image-classification": "ResNetForImageClassification", "embedding": "ResNetModel"}

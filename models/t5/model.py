@@ -69,6 +69,7 @@ class T5(PretrainedModel):
     """
 
     title = "T5"
+    model_types: ClassVar = {"t5": "T5"}
     config_class = T5Config
     presets = PRESETS
     architectures: ClassVar = {
@@ -95,7 +96,7 @@ class T5(PretrainedModel):
         "qa_outputs.*": ("question-answering",),
         "decoder.*": ("seq2seq-lm", "sequence-classification", "reward", "question-answering"),
     }
-    text_head: ClassVar = {"pooler": True, "drop_input": True}
+    text_head: ClassVar = {"pooler": "tanh", "drop_input": True}
     published_dropout = True
     tasks_with_dropout = (*TEXT_TASKS, "token-classification")
     # Where a row has no eos: see `pool`.

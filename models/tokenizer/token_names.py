@@ -14,6 +14,10 @@ from ..._shapes import shown, with_fields
 
 SETTINGS = "tokenizer_config.json"
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FAIRSEQ = {
+    "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "sep_token": "</s>", "pad_token": "<pad>",
+    "cls_token": "<s>", "mask_token": "<mask>",
+}  # fmt: skip
 # What transformers' classes call their special tokens.
 CLASS_NAMES = {
     "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
@@ -21,6 +25,9 @@ CLASS_NAMES = {
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "BertTokenizer": {f"{name.lower()}_token": f"[{name}]" for name in ("UNK", "SEP", "PAD", "CLS", "MASK")},
     "T5Tokenizer": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+    "RobertaTokenizer": _FAIRSEQ,
+    "XLMRobertaTokenizer": _FAIRSEQ,
+    "CamembertTokenizer": _FAIRSEQ,
     "XLNetTokenizer": {
         "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "sep_token": "<sep>", "pad_token": "<pad>",
         "cls_token": "<cls>", "mask_token": "<mask>",
@@ -32,6 +39,9 @@ CLASSES = {
     "qwen2": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
     "bert": "BertTokenizer",
+    "roberta": "RobertaTokenizer",
+    "xlm-roberta": "XLMRobertaTokenizer",
+    "camembert": "CamembertTokenizer",
     "t5": "T5Tokenizer",
     "xlnet": "XLNetTokenizer",
 }

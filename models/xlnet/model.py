@@ -62,6 +62,7 @@ class XLNet(PretrainedModel):
     """
 
     title = "XLNet"
+    model_types: ClassVar = {"xlnet": "XLNet"}
     config_class = XLNetConfig
     presets = PRESETS
     architectures: ClassVar = {
@@ -88,7 +89,7 @@ class XLNet(PretrainedModel):
         "qa_outputs.*": ("question-answering",),
     }
     # Texts end in <cls>, which is read.
-    text_head: ClassVar = {"pooler": True}
+    text_head: ClassVar = {"pooler": "tanh"}
     text_pooling = "last"
     published_dropout = True
     tasks_with_dropout = ("sequence-classification", "reward")

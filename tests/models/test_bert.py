@@ -8,139 +8,21 @@ import torch
 import torch.nn.functional as F
 import transformers
 from small_models import (
-    assert_same_gradients,
     assert_same_logits,
-    assert_same_state,
     both,
     padded,
-    their_logits,
     tiny_bert,
     token_rows,
 )
 from transformers import BertForMaskedLM
 
 from handtune.engine.data.batches import packed
-from handtune.engine.tasks.classification import classification_loss
-from handtune.engine.tasks.masked_lm import masked_lm_loss
-from handtune.engine.tasks.question_answering import qa_loss
-from handtune.engine.tasks.tagging import tagging_loss
-from handtune.models import Bert, load, save
-
-TASKS = ("masked-lm", "sequence-classification", "token-classification", "question-answering", "embedding", "reward")
-CONFIGS = {
-    "one type": {"type_vocab_size": 1},
-    "three types": {"type_vocab_size": 3},
-    "feed-forward of 17": {"intermediate_size": 17},
-    "gelu_new": {"hidden_act": "gelu_new"},
-    "relu": {"hidden_act": "relu"},
-    "silu": {"hidden_act": "silu"},
-    "gelu_pytorch_tanh": {"hidden_act": "gelu_pytorch_tanh"},
-    "one head": {"num_attention_heads": 1, "hidden_size": 20},
-    "five heads of seven": {"num_attention_heads": 5, "hidden_size": 35},
-    "large eps": {"layer_norm_eps": 0.3},
-}
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_every_task_gives_the_logits_of_transformers(tmp_path, task):
-    reference, model = both(tmp_path, tiny_bert(), task)
-    assert_same_logits(reference, model, task, token_rows(), n_types=2)
-
-
-@pytest.mark.parametrize("overrides", CONFIGS.values(), ids=CONFIGS)
-def test_odd_configurations_give_the_logits_of_transformers(tmp_path, overrides):
-    reference, model = both(tmp_path, tiny_bert(**overrides), "masked-lm")
-    n_types = reference.config.type_vocab_size
-    assert_same_logits(reference, model, "masked-lm", token_rows((5, 1, 9)), n_types)
+from handtune.models import Bert, load
 
 
 def test_token_types_are_zero_where_not_given(tmp_path):
     reference, model = both(tmp_path, tiny_bert(type_vocab_size=3), "masked-lm")
     assert_same_logits(reference, model, "masked-lm", token_rows(), n_types=1)
-
-
-@pytest.mark.parametrize("overrides", [{}, *CONFIGS.values()], ids=["plain", *CONFIGS])
-def test_masked_lm_gradients_are_those_of_transformers(tmp_path, overrides):
-    """Ours: the packed rows and the fused loss of training. transformers': the padded batch and its logits."""
-    reference, model = both(tmp_path, tiny_bert(**overrides), "masked-lm")
-    rows = token_rows((7, 2, 12))
-    inputs = padded(rows)
-    index, targets = torch.tensor([0, 3, 4, 8, 11, 20]), torch.tensor([5, 60, 1, 7, 7, 30])
-    logits = reference(**inputs).logits[inputs["attention_mask"].bool()]
-    F.cross_entropy(logits[index], targets, reduction="sum").backward()
-    loss, count = masked_lm_loss(model, {"inputs": packed(rows), "targets": targets, "index": index})
-    loss.backward()
-    assert count == len(targets)
-    assert_same_gradients(reference, model)
-
-
-def test_classification_gradients_are_those_of_transformers(tmp_path):
-    reference, model = both(tmp_path, tiny_bert(), "sequence-classification")
-    rows, labels = token_rows(), torch.tensor([3, 0, 1, 2])
-    F.cross_entropy(their_logits(reference, "", padded(rows)), labels, reduction="sum").backward()
-    loss, _ = classification_loss(model, {"inputs": packed(rows), "labels": labels})
-    loss.backward()
-    assert_same_gradients(reference, model)
-
-
-def test_tagging_gradients_are_those_of_transformers(tmp_path):
-    reference, model = both(tmp_path, tiny_bert(), "token-classification")
-    rows, index, targets = token_rows(), torch.tensor([1, 2, 7, 19]), torch.tensor([4, 0, 2, 2])
-    inputs = padded(rows)
-    logits = reference(**inputs).logits[inputs["attention_mask"].bool()]
-    F.cross_entropy(logits[index], targets, reduction="sum").backward()
-    loss, _ = tagging_loss(model, {"inputs": packed(rows), "targets": targets, "index": index})
-    loss.backward()
-    assert_same_gradients(reference, model)
-
-
-@pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_question_answering_gradients_are_those_of_transformers(tmp_path, layout):
-    reference, model = both(tmp_path, tiny_bert(), "question-answering")
-    rows, starts, ends = token_rows(), torch.tensor([2, 0, 11, 0]), torch.tensor([6, 0, 11, 3])
-    inputs = padded(rows)
-    logits = their_logits(reference, "question-answering", inputs)
-    logits = logits.masked_fill(inputs["attention_mask"][..., None] == 0, float("-inf"))
-    loss = sum(F.cross_entropy(logits[..., i], at, reduction="sum") for i, at in enumerate((starts, ends)))
-    (loss / 2).backward()
-    ours = packed(rows) if layout == "packed" else inputs
-    loss, _ = qa_loss(model, {"inputs": ours, "lengths": [len(row) for row in rows], "starts": starts, "ends": ends})
-    loss.backward()
-    # A softmax over positions does not see what is added to all of them.
-    assert_same_gradients(reference, model, zero=("layers.1.norm2.bias", "head.out.bias"))
-
-
-@pytest.mark.parametrize(
-    ("task", "overrides"),
-    [*((task, {}) for task in TASKS), *(("masked-lm", CONFIGS[name]) for name in ("three types", "gelu_new"))],
-)
-def test_transformers_loads_what_is_saved(tmp_path, task, overrides):
-    reference, model = both(tmp_path / "theirs", tiny_bert(**overrides), task)
-    save(model, None, tmp_path / "ours")
-    settings = {}
-    if task == "embedding":  # the mean of the states is what is asked for: the pooler is not kept
-        settings, reference.pooler = {"add_pooling_layer": False}, None
-    loaded = assert_same_state(reference, tmp_path / "ours", **settings)
-    inputs = padded(token_rows(), "right")
-    with torch.no_grad():
-        torch.testing.assert_close(their_logits(loaded, task, inputs), their_logits(reference, task, inputs))
-        again, _ = load(tmp_path / "ours", device="cpu")
-        assert (again.task, again.config, again.labels) == (model.task, model.config, model.labels)
-        torch.testing.assert_close(again(**inputs), model(**inputs))
-
-
-def test_bfloat16_is_kept_and_close(tmp_path):
-    reference, model = both(tmp_path / "wide", tiny_bert(), "masked-lm")
-    reference.to(torch.bfloat16).save_pretrained(tmp_path / "narrow")
-    narrow, _ = load(tmp_path / "narrow", device="cpu")
-    assert {parameter.dtype for parameter in narrow.parameters()} == {torch.bfloat16}
-    inputs = padded(token_rows())
-    mask = inputs["attention_mask"].bool()
-    with torch.no_grad():
-        exact, rounded = model(**inputs)[mask], narrow(**inputs)[mask]
-    assert (rounded.float() - exact).norm() < 0.03 * exact.norm()
-    save(narrow, None, tmp_path / "again")
-    assert_same_state(reference, tmp_path / "again", dtype="auto")
 
 
 LARGE = {"num_hidden_layers": 24, "num_attention_heads": 16, "hidden_size": 1024, "intermediate_size": 4096}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import padded, their_logits, theirs, tiny_bert, tiny_gpt2, tiny_llama, token_rows
+from small_models import padded, their_logits, theirs, tiny_bert, tiny_gpt2, tiny_llama, tiny_roberta, token_rows
 from small_t5 import tiny_t5
 from small_xlnet import tiny_xlnet
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from handtune.models import GPT2, T5, ResNet, load, save, set_dropout
 CONFIGS: dict[str, Any] = {
     "gpt2": lambda: tiny_gpt2(embd_pdrop=0.4, resid_pdrop=0.3, attn_pdrop=0.2, classifier_dropout=0.5),
     "bert": lambda: tiny_bert(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2, classifier_dropout=0.5),
+    "roberta": lambda: tiny_roberta(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2, classifier_dropout=0.5),
     "bloom": lambda: BloomConfig(
         vocab_size=61, hidden_size=24, n_layer=2, n_head=3, pad_token_id=0, hidden_dropout=0.3, attention_dropout=0.2
     ),
@@ -35,8 +36,11 @@ CONFIGS: dict[str, Any] = {
 CASES = [
     *[(name, task) for name in ("gpt2", "bloom", "llama") for task in ("causal-lm", "token-classification")],
     ("gpt2", "sequence-classification"),
-    *[("bert", task) for task in ("masked-lm", "sequence-classification", "question-answering")],
-    ("bert", "token-classification"),
+    *[
+        (name, task)
+        for name in ("bert", "roberta")
+        for task in ("masked-lm", "sequence-classification", "question-answering", "token-classification")
+    ],
     *[("t5", task) for task in ("seq2seq-lm", "sequence-classification", "token-classification")],
     ("t5 gated", "seq2seq-lm"),
     *[("xlnet", task) for task in ("causal-lm", "sequence-classification", "token-classification")],

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_adapters import assert_close, logits_of, shaken
-from small_models import both, tiny_bert, tiny_bloom, tiny_gpt2, tiny_llama, token_rows
+from small_models import both, tiny_bert, tiny_bloom, tiny_gpt2, tiny_llama, tiny_roberta, token_rows
 from small_resnets import both_resnets, images
 from small_t5 import both_t5
 from small_xlnet import both_xlnets
@@ -59,6 +59,10 @@ FAMILIES = {
         lambda f: both(f, tiny_bert(), "sequence-classification"), TEXT,
         ["query", "value", "output.dense"], r"layer\.1\..*\.query", "LayerNorm", "position_embeddings",
     ),
+    "roberta": Family(
+        lambda f: both(f, tiny_roberta(), "sequence-classification"), TEXT,
+        ["query", "value", "output.dense"], r"layer\.1\..*\.query", "LayerNorm", "position_embeddings",
+    ),
     "bloom": Family(
         lambda f: both(f, tiny_bloom(), "causal-lm"), TEXT,
         ["query_key_value", "dense"], r"h\.1\..*\.query_key_value", "ln_f",
@@ -95,7 +99,7 @@ def pefts(family: str) -> dict[str, dict[str, Any]]:
         kinds["one layer"] = {"layers_to_transform": [1]}
     if family != "resnet":
         kinds["token rows"] = {"trainable_token_indices": [2, 5]}
-    if family == "bert":
+    if family in ("bert", "roberta"):
         kinds["a head"] = {"modules_to_save": ["classifier"]}
     return {kind: plain | settings for kind, settings in kinds.items()}
 

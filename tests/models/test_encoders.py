@@ -1,0 +1,168 @@
+"""Encoders of BERT's kind against transformers: logits of every head, gradients, odd configurations, what is saved."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_models import (
+    assert_same_gradients,
+    assert_same_logits,
+    assert_same_state,
+    both,
+    padded,
+    their_logits,
+    tiny_bert,
+    tiny_roberta,
+    token_rows,
+)
+from transformers import CamembertConfig, XLMRobertaConfig
+
+from handtune.engine.data.batches import packed
+from handtune.engine.tasks.classification import classification_loss
+from handtune.engine.tasks.masked_lm import masked_lm_loss
+from handtune.engine.tasks.question_answering import qa_loss
+from handtune.engine.tasks.tagging import tagging_loss
+from handtune.models import load, save
+
+TASKS = ("masked-lm", "sequence-classification", "token-classification", "question-answering", "embedding", "reward")
+FAMILIES: dict[str, Callable[..., Any]] = {
+    "bert": tiny_bert,
+    "roberta": tiny_roberta,
+    "xlm-roberta": lambda **fields: tiny_roberta(XLMRobertaConfig, **fields),
+    "camembert": lambda **fields: tiny_roberta(CamembertConfig, **fields),
+}
+SAME = {
+    "feed-forward of 17": {"intermediate_size": 17},
+    "gelu_new": {"hidden_act": "gelu_new"},
+    "relu": {"hidden_act": "relu"},
+    "one head": {"num_attention_heads": 1, "hidden_size": 20},
+    "five heads of seven": {"num_attention_heads": 5, "hidden_size": 35},
+    "large eps": {"layer_norm_eps": 0.3},
+}
+CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
+    "bert": {
+        **SAME,
+        "one type": {"type_vocab_size": 1},
+        "three types": {"type_vocab_size": 3},
+        "silu": {"hidden_act": "silu"},
+        "gelu_pytorch_tanh": {"hidden_act": "gelu_pytorch_tanh"},
+    },
+    "roberta": {**SAME, "two types": {"type_vocab_size": 2}},
+}
+ODD = [(family, name) for family, configs in CONFIGS.items() for name in configs]
+
+
+def config_of(family: str, name: str | None = None) -> Any:
+    return FAMILIES[family](**({} if name is None else CONFIGS[family][name]))
+
+
+def n_types(reference: Any) -> int:
+    """How many types of tokens a family tells apart."""
+    return reference.config.type_vocab_size if reference.config.model_type == "bert" else 1
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_task_gives_the_logits_of_transformers(tmp_path, family, task):
+    reference, model = both(tmp_path, config_of(family), task)
+    assert_same_logits(reference, model, task, token_rows(), n_types(reference))
+
+
+@pytest.mark.parametrize(("family", "name"), ODD)
+def test_odd_configurations_give_the_logits_of_transformers(tmp_path, family, name):
+    reference, model = both(tmp_path, config_of(family, name), "masked-lm")
+    assert_same_logits(reference, model, "masked-lm", token_rows((5, 1, 9)), n_types(reference))
+
+
+@pytest.mark.parametrize(("family", "name"), [*((family, None) for family in FAMILIES), *ODD])
+def test_masked_lm_gradients_are_those_of_transformers(tmp_path, family, name):
+    """Ours: the packed rows and the fused loss of training. transformers': the padded batch and its logits."""
+    reference, model = both(tmp_path, config_of(family, name), "masked-lm")
+    rows = token_rows((7, 2, 12))
+    inputs = padded(rows)
+    index, targets = torch.tensor([0, 3, 4, 8, 11, 20]), torch.tensor([5, 60, 1, 7, 7, 30])
+    logits = their_logits(reference, "masked-lm", inputs)[inputs["attention_mask"].bool()]
+    F.cross_entropy(logits[index], targets, reduction="sum").backward()
+    loss, count = masked_lm_loss(model, {"inputs": packed(rows), "targets": targets, "index": index})
+    loss.backward()
+    assert count == len(targets)
+    assert_same_gradients(reference, model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_classification_gradients_are_those_of_transformers(tmp_path, family):
+    reference, model = both(tmp_path, config_of(family), "sequence-classification")
+    rows, labels = token_rows(), torch.tensor([3, 0, 1, 2])
+    F.cross_entropy(their_logits(reference, "", padded(rows)), labels, reduction="sum").backward()
+    loss, _ = classification_loss(model, {"inputs": packed(rows), "labels": labels})
+    loss.backward()
+    assert_same_gradients(reference, model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tagging_gradients_are_those_of_transformers(tmp_path, family):
+    reference, model = both(tmp_path, config_of(family), "token-classification")
+    rows, index, targets = token_rows(), torch.tensor([1, 2, 7, 19]), torch.tensor([4, 0, 2, 2])
+    inputs = padded(rows)
+    logits = their_logits(reference, "", inputs)[inputs["attention_mask"].bool()]
+    F.cross_entropy(logits[index], targets, reduction="sum").backward()
+    loss, _ = tagging_loss(model, {"inputs": packed(rows), "targets": targets, "index": index})
+    loss.backward()
+    assert_same_gradients(reference, model)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_question_answering_gradients_are_those_of_transformers(tmp_path, family, layout):
+    reference, model = both(tmp_path, config_of(family), "question-answering")
+    rows, starts, ends = token_rows(), torch.tensor([2, 0, 11, 0]), torch.tensor([6, 0, 11, 3])
+    inputs = padded(rows)
+    logits = their_logits(reference, "question-answering", inputs)
+    logits = logits.masked_fill(inputs["attention_mask"][..., None] == 0, float("-inf"))
+    loss = sum(F.cross_entropy(logits[..., i], at, reduction="sum") for i, at in enumerate((starts, ends)))
+    (loss / 2).backward()
+    ours = packed(rows) if layout == "packed" else inputs
+    loss, _ = qa_loss(model, {"inputs": ours, "lengths": [len(row) for row in rows], "starts": starts, "ends": ends})
+    loss.backward()
+    # A softmax over positions does not see what is added to all of them.
+    assert_same_gradients(reference, model, zero=("layers.1.norm2.bias", "head.out.bias"))
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "name"),
+    [
+        *((family, task, None) for family in FAMILIES for task in TASKS),
+        *((family, "masked-lm", "gelu_new") for family in CONFIGS),
+        ("bert", "masked-lm", "three types"),
+    ],
+)
+def test_transformers_loads_what_is_saved(tmp_path, family, task, name):
+    reference, model = both(tmp_path / "theirs", config_of(family, name), task)
+    save(model, None, tmp_path / "ours")
+    settings = {}
+    if task == "embedding":  # the states are what is asked for: the pooler is not kept
+        settings, reference.pooler = {"add_pooling_layer": False}, None
+    loaded = assert_same_state(reference, tmp_path / "ours", **settings)
+    inputs = padded(token_rows(), "right")
+    with torch.no_grad():
+        torch.testing.assert_close(their_logits(loaded, task, inputs), their_logits(reference, task, inputs))
+        again, _ = load(tmp_path / "ours", device="cpu")
+        assert (again.task, again.config, again.labels) == (model.task, model.config, model.labels)
+        torch.testing.assert_close(again(**inputs), model(**inputs))
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_bfloat16_is_kept_and_close(tmp_path, family):
+    reference, model = both(tmp_path / "wide", config_of(family), "masked-lm")
+    reference.to(torch.bfloat16).save_pretrained(tmp_path / "narrow")
+    narrow, _ = load(tmp_path / "narrow", device="cpu")
+    assert {parameter.dtype for parameter in narrow.parameters()} == {torch.bfloat16}
+    inputs = padded(token_rows())
+    mask = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        exact, rounded = model(**inputs)[mask], narrow(**inputs)[mask]
+    assert (rounded.float() - exact).norm() < 0.03 * exact.norm()
+    save(narrow, None, tmp_path / "again")
+    assert_same_state(reference, tmp_path / "again", dtype="auto")
