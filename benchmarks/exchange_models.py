@@ -82,6 +82,10 @@ _ROBERTA = _BERT | {"max_position_embeddings": 44, "type_vocab_size": 1, "layer_
 _ALL = ("own", "eos", "none")
 _BYTES = {"specials": ("<|end|>", "<|pad|>"), "names": {"eos_token": "<|end|>", "bos_token": "<|end|>"}}
 _PIECES = {"names": {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}}
+_OF_BERT = {
+    "base": "masked-lm", "specials": ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
+    "names": {"cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}, "ending": "[CLS] $A [SEP]",
+}  # fmt: skip
 _OF_ROBERTA = {
     "base": "masked-lm", "specials": ("<s>", "<pad>", "</s>", "<unk>", "<mask>"),
     "names": {"cls_token": "<s>", "bos_token": "<s>", "sep_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>"},
@@ -98,9 +102,14 @@ FAMILIES: dict[str, Family | str] = {
     "Mistral": Family("mistral", _LLAMA | {"sliding_window": 4}, paddings=_ALL, **_PIECES),
     "Qwen2": Family("qwen2", _LLAMA, paddings=_ALL, **_BYTES),
     "Qwen3": Family("qwen3", _LLAMA | {"head_dim": 8}, paddings=_ALL, **_BYTES),
-    "BERT": Family(
-        "bert", _BERT, "masked-lm", ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
-        {"cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}, "[CLS] $A [SEP]",
+    "BERT": Family("bert", _BERT, **_OF_BERT),
+    "DistilBERT": Family(
+        "distilbert",
+        {"dim": D, "n_layers": 2, "n_heads": 3, "hidden_dim": 40, "max_position_embeddings": 40},
+        **_OF_BERT,
+    ),
+    "MPNet": Family(
+        "mpnet", _BERT | {"max_position_embeddings": 44}, **_OF_ROBERTA,
     ),
     "RoBERTa": Family("roberta", _ROBERTA, **_OF_ROBERTA),
     "XLM-RoBERTa": Family("xlm-roberta", _ROBERTA, **_OF_ROBERTA),

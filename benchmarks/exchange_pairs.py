@@ -34,7 +34,7 @@ class Pair:
     def reference(self, ids: Tensor, mask: Tensor) -> Tensor:
         """transformers' outputs (B, ...) in our shapes, for a batch as its tokenizer pads it."""
         inputs = {"input_ids": ids, "attention_mask": mask}
-        if self.family.kind in ("gpt2", "bert"):  # which otherwise count the padding
+        if self.family.kind in ("gpt2", "bert", "distilbert"):  # which otherwise count the padding
             inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         if self.task == "seq2seq-lm":
             inputs |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
@@ -173,7 +173,8 @@ def their_adapter(family: Family, task: str, padding: str, rule: str, folder: Pa
     adapter_base(family, words, folder / "base")
     ours, tokenizer = load(folder / "base", task, device="cpu", labels=3)
     heads = {"t5": ["classification_head"], "xlnet": ["sequence_summary", "logits_proj"]}.get(family.kind)
-    targets = r".*layer_[12]" if family.kind == "xlnet" else "all-linear"
+    # PEFT takes DistilBERT's pre_classifier for a head, too, and can't adapt it.
+    targets = {"xlnet": r".*layer_[12]", "distilbert": r".*lin[12]?"}.get(family.kind, "all-linear")
     settings = peft.LoraConfig(task_type="SEQ_CLS", r=2, lora_alpha=4, target_modules=targets, modules_to_save=heads)
     theirs = peft.get_peft_model(their_classifier(family, folder / "base", ours.tokens.config_pad_id), settings).eval()
     for seed, parameter in enumerate(p for p in theirs.parameters() if p.requires_grad):

@@ -2,8 +2,9 @@
 
     layers/      what several architectures are made of, and how their weights and configurations are published
     tokenizer/   special tokens, and tokenizers of old vocabulary files
-    model        what they have in common, and what each has to provide
-    gpt2/  llama/  bloom/  bert  roberta  t5/  xlnet/  resnet/     the architectures: begin with `gpt2/model.py`
+    model        what they have in common, and what each has to provide; `encoder`, of those of BERT's kind
+    gpt2/  llama/  bloom/  bert  distilbert  roberta  mpnet  t5/  xlnet/  resnet/
+                 the architectures: begin with `gpt2/model.py`
     families     which of them a published `model_type` is
     checkpoint/  `load` reads a checkpoint in Hugging Face layout, `save` writes one
 
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
     from .bloom.model import Bloom as Bloom
     from .checkpoint.loading import load as load
     from .checkpoint.saving import save as save
+    from .distilbert import DistilBert as DistilBert
     from .gpt2.model import GPT2 as GPT2
     from .layers.dropout import set_dropout as set_dropout
     from .llama.model import Llama as Llama
+    from .mpnet import MPNet as MPNet
     from .resnet.model import ResNet as ResNet
     from .roberta import Roberta as Roberta
     from .t5.model import T5 as T5
@@ -30,8 +33,10 @@ if TYPE_CHECKING:
 _HOME = {
     "Bert": "bert",
     "Bloom": "bloom.model",
+    "DistilBert": "distilbert",
     "GPT2": "gpt2.model",
     "Llama": "llama.model",
+    "MPNet": "mpnet",
     "ResNet": "resnet.model",
     "Roberta": "roberta",
     "T5": "t5.model",

@@ -20,12 +20,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .layers.config_fields import ACTIVATIONS
-from .layers.heads import MaskedLMHead
+from .encoder import Encoder, tied_output
+from .layers.heads import TEXT_TASKS
 from .layers.inputs import check_length, key_bias, positions
 from .layers.key_map import CheckpointKey
 from .layers.post_norm import Block, Embed, EncoderConfig
-from .model import PretrainedModel
 
 
 @dataclass(frozen=True)
@@ -50,53 +49,22 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class Bert(PretrainedModel):
+class Bert(Encoder):
     """BERT with the head of a task; see `PretrainedModel` for what it has from there."""
 
     title = "BERT"
     model_types: ClassVar = {"bert": "Bert"}
     config_class = BertConfig
     presets = PRESETS
-    architectures: ClassVar = {
-        "masked-lm": "BertForMaskedLM",
-        "sequence-classification": "BertForSequenceClassification",
-        "reward": "BertForSequenceClassification",
-        "token-classification": "BertForTokenClassification",
-        "question-answering": "BertForQuestionAnswering",
-        "embedding": "BertModel",
-    }
     base_prefix = ("bert.",)
-    lora_targets: ClassVar = {
-        "attention": ("layers.*.qkv", "layers.*.o"),
-        "mlp": ("layers.*.up", "layers.*.down"),
-    }
     head_keys: ClassVar = {
         "cls.predictions.*": ("masked-lm",),
         "cls.seq_relationship.*": (),  # the next-sentence head of pretraining
-        "classifier.*": ("sequence-classification", "reward", "token-classification"),
+        "classifier.*": (*TEXT_TASKS, "token-classification"),
         "qa_outputs.*": ("question-answering",),
-        "pooler.*": ("sequence-classification", "reward"),
+        "pooler.*": TEXT_TASKS,
     }
-    # A text is scored by its first token, [CLS], behind a pooler.
-    text_head: ClassVar = {"pooler": "tanh"}
-    text_pooling = "first"
-    published_dropout = True
-    tasks_with_dropout = ("sequence-classification", "reward", "token-classification")
-    # Constants that some checkpoints carry.
-    ignored_keys = ("*embeddings.position_ids",)
-    tied_keys: ClassVar = {
-        "cls.predictions.decoder.weight": (
-            "embed.tokens.weight",
-            "the token embedding; a masked-LM output matrix of its own is not implemented",
-        ),
-        "cls.predictions.decoder.bias": ("head.bias", "cls.predictions.bias; take one of them out"),
-    }
-    supported_config_values: ClassVar = {
-        "position_embedding_type": ("absolute", None),
-        "is_decoder": (False,),
-        "add_cross_attention": (False,),
-        "tie_word_embeddings": (True,),
-    }
+    tied_keys: ClassVar = tied_output("cls.predictions.decoder", "cls.predictions.bias")
 
     config: BertConfig
 
@@ -104,10 +72,6 @@ class Bert(PretrainedModel):
         """The embeddings with their norm, and the blocks, each of which ends with one."""
         self.embed = Embed(config, config.max_positions, config.n_types)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-
-    def build_language_head(self) -> nn.Module:
-        """The masked-LM head, whose output matrix is the token embedding."""
-        return MaskedLMHead(self.embed.tokens.weight, ACTIVATIONS[self.config.activation], self.config.eps)
 
     def hidden(
         self,

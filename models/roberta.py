@@ -16,11 +16,10 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from .layers.heads import MaskedLMHead
+from .encoder import FairseqEncoder
 from .layers.inputs import check_length, key_bias
 from .layers.key_map import CheckpointKey
 from .layers.post_norm import Block, Embed, EncoderConfig, positions_behind_pad
-from .model import PretrainedModel
 
 # What transformers' classes of a model_type begin with.
 CLASSES = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert"}
@@ -78,54 +77,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class Roberta(PretrainedModel):
+class Roberta(FairseqEncoder):
     """RoBERTa with the head of a task; see `PretrainedModel` for what it has from there."""
 
     title = "RoBERTa"
     model_types = CLASSES
     config_class = RobertaConfig
     presets = PRESETS
-    architectures: ClassVar = {
-        "masked-lm": "{}ForMaskedLM",
-        "sequence-classification": "{}ForSequenceClassification",
-        "reward": "{}ForSequenceClassification",
-        "token-classification": "{}ForTokenClassification",
-        "question-answering": "{}ForQuestionAnswering",
-        "embedding": "{}Model",
-    }
     base_prefix = ("roberta.",)
-    lora_targets: ClassVar = {
-        "attention": ("layers.*.qkv", "layers.*.o"),
-        "mlp": ("layers.*.up", "layers.*.down"),
-    }
-    head_keys: ClassVar = {
-        "lm_head.*": ("masked-lm",),
-        "classifier.out_proj.*": ("sequence-classification", "reward"),
-        "classifier.dense.*": ("sequence-classification", "reward"),
-        "classifier.*": ("token-classification",),
-        "qa_outputs.*": ("question-answering",),
-        "pooler.*": (),  # of the base model, whose embeddings don't read it
-    }
-    # A text is scored by its first token, <s>.
-    text_head: ClassVar = {"pooler": "tanh", "drop_input": True}
-    text_pooling = "first"
-    published_dropout = True
-    tasks_with_dropout = ("sequence-classification", "reward", "token-classification")
-    # Constants that some checkpoints carry.
-    ignored_keys = ("*embeddings.position_ids",)
-    tied_keys: ClassVar = {
-        "lm_head.decoder.weight": (
-            "embed.tokens.weight",
-            "the token embedding; a masked-LM output matrix of its own is not implemented",
-        ),
-        "lm_head.decoder.bias": ("head.bias", "lm_head.bias; take one of them out"),
-    }
-    supported_config_values: ClassVar = {
-        "position_embedding_type": ("absolute", None),
-        "is_decoder": (False,),
-        "add_cross_attention": (False,),
-        "tie_word_embeddings": (True,),
-    }
 
     config: RobertaConfig
 
@@ -133,10 +92,6 @@ class Roberta(PretrainedModel):
         """The embeddings with their norm, and the blocks, each of which ends with one."""
         self.embed = Embed(config, config.n_positions, config.n_types)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-
-    def build_language_head(self) -> nn.Module:
-        """The masked-LM head, whose output matrix is the token embedding."""
-        return MaskedLMHead(self.embed.tokens.weight, "gelu", self.config.eps)
 
     def hidden(
         self,
@@ -176,8 +131,5 @@ class Roberta(PretrainedModel):
             "layers.{i}.up": f"{layer}.intermediate.dense",
             "layers.{i}.down": f"{layer}.output.dense",
             "layers.{i}.norm2": f"{layer}.output.LayerNorm",
-            "head.pooler": "classifier.dense",
-            "head.dense": "lm_head.dense",
-            "head.norm": "lm_head.layer_norm",
-            "head.bias": CheckpointKey(("lm_head.bias",), also=("lm_head.decoder.bias",)),
+            **self.published_heads,
         }

@@ -98,9 +98,12 @@ class Embed(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each added to its input and then normalised."""
+    """One layer: attention and feed-forward, each added to its input and then normalised.
 
-    def __init__(self, config: EncoderConfig):
+    `attention_drops`: whether the published model has dropout behind attention, as it has behind the feed-forward.
+    """
+
+    def __init__(self, config: EncoderConfig, attention_drops: bool = True):
         super().__init__()
         d = config.d_model
         self.n_head = config.n_head
@@ -112,7 +115,7 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(d, config.eps)
         self.activation = ACTIVATIONS[config.activation]
         self.attention_dropout = Dropout(config.attention_dropout)
-        self.o_dropout = Dropout(config.dropout)
+        self.o_dropout = Dropout(config.dropout) if attention_drops else nn.Identity()
         self.down_dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Tensor:

@@ -14,8 +14,10 @@ from torch import Tensor
 from transformers import (
     BertConfig,
     BloomConfig,
+    DistilBertConfig,
     GPT2Config,
     LlamaConfig,
+    MPNetConfig,
     PretrainedConfig,
     PreTrainedModel,
     RobertaConfig,
@@ -28,8 +30,8 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 # They count positions from behind the pad token's id, and not by `position_ids` as all others do.
-BEHIND_PAD = ("roberta", "xlm-roberta", "camembert")
-ENCODERS = ("bert", *BEHIND_PAD)  # they score a text by column 0, where padding may stand
+BEHIND_PAD = ("roberta", "xlm-roberta", "camembert", "mpnet")
+ENCODERS = ("bert", "distilbert", *BEHIND_PAD)  # they score a text by column 0, where padding may stand
 PAD = 0  # no real token of `token_rows` has it
 LABELS = {"sequence-classification": 4, "token-classification": 5, "reward": 1}
 
@@ -54,6 +56,19 @@ def tiny_roberta(config: type = RobertaConfig, **overrides: Any) -> RobertaConfi
     """Two layers, three heads of eight, forty rows of the position table, one type, no dropout; pads with id 0."""
     sizes = tiny_bert(max_position_embeddings=41, type_vocab_size=1, layer_norm_eps=1e-5).to_diff_dict()
     return config(**{**sizes, "model_type": config.model_type, "bos_token_id": 2, "eos_token_id": 3, **overrides})
+
+
+def tiny_distilbert(**overrides: Any) -> DistilBertConfig:
+    """Two layers, three heads of eight, forty positions, no dropout."""
+    sizes = {"vocab_size": 61, "dim": 24, "n_layers": 2, "n_heads": 3, "hidden_dim": 40, "max_position_embeddings": 40}
+    rest = dict.fromkeys(("dropout", "attention_dropout", "seq_classif_dropout", "qa_dropout"), 0.0)
+    return DistilBertConfig(**{**sizes, **rest, "pad_token_id": PAD, **overrides})
+
+
+def tiny_mpnet(**overrides: Any) -> MPNetConfig:
+    """Two layers, three heads of eight, forty-two rows of the position table, no dropout."""
+    sizes = tiny_roberta(max_position_embeddings=42).to_diff_dict()
+    return MPNetConfig(**{**sizes, "model_type": "mpnet", "pad_token_id": 1, **overrides})
 
 
 def tiny_llama(**overrides: Any) -> LlamaConfig:
@@ -97,7 +112,7 @@ CLASSES = {
     ("t5", "reward"): transformers.T5ForSequenceClassification,
 }
 for name in (*LABELS, "masked-lm", "question-answering", "embedding"):
-    for kind in ("Roberta", "XLMRoberta", "Camembert"):
+    for kind in ("DistilBert", "MPNet", "Roberta", "XLMRoberta", "Camembert"):
         its_class = getattr(transformers, CLASSES["bert", name].__name__.replace("Bert", kind))
         CLASSES[its_class.config_class.model_type, name] = its_class
 for kind in ("Mistral", "Qwen2", "Qwen3"):
@@ -131,10 +146,10 @@ def token_rows(lengths: tuple[int, ...] = (7, 1, 12, 4), vocab: int = 61, seed: 
     return [torch.randint(1, vocab, (n,), generator=generator).tolist() for n in lengths]
 
 
-def padded(rows: list[list[int]], side: str = "right") -> dict[str, Tensor]:
+def padded(rows: list[list[int]], side: str = "right", pad: int = PAD) -> dict[str, Tensor]:
     """Ids, mask and position ids (B, T) of rows filled up on one side; positions count the real tokens."""
     width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), PAD)
+    ids = torch.full((len(rows), width), pad)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(rows):
         columns = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
@@ -169,6 +184,7 @@ def assert_same_logits(
     transformers' encoders read column 0, so their whole-row tasks have no left-padded truth but the rows alone.
     """
     by_row = task in ("sequence-classification", "reward", "embedding")
+    pad = reference.config.pad_token_id
     bound = 1e-4
     types = [[(i + j) % n_types for j in range(len(row))] for i, row in enumerate(rows)]
     truth = []
@@ -180,7 +196,7 @@ def assert_same_logits(
         assert_within(model(**inputs)[0], truth[-1], bound, "alone")
     expected = torch.stack(truth) if by_row else torch.cat(truth)
     for side in ("right", "left"):
-        inputs = padded(rows, side)
+        inputs = padded(rows, side, PAD if pad is None else pad)
         mask = inputs["attention_mask"]
         if n_types > 1:
             inputs["token_type_ids"] = torch.zeros_like(mask)

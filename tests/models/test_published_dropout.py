@@ -7,7 +7,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import padded, their_logits, theirs, tiny_bert, tiny_gpt2, tiny_llama, tiny_roberta, token_rows
+from small_models import (
+    padded,
+    their_logits,
+    theirs,
+    tiny_bert,
+    tiny_distilbert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_mpnet,
+    tiny_roberta,
+    token_rows,
+)
 from small_t5 import tiny_t5
 from small_xlnet import tiny_xlnet
 from torch import Tensor, nn
@@ -23,6 +34,8 @@ from handtune.models import GPT2, T5, ResNet, load, save, set_dropout
 CONFIGS: dict[str, Any] = {
     "gpt2": lambda: tiny_gpt2(embd_pdrop=0.4, resid_pdrop=0.3, attn_pdrop=0.2, classifier_dropout=0.5),
     "bert": lambda: tiny_bert(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2, classifier_dropout=0.5),
+    "distilbert": lambda: tiny_distilbert(dropout=0.3, attention_dropout=0.2, seq_classif_dropout=0.5, qa_dropout=0.4),
+    "mpnet": lambda: tiny_mpnet(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2),
     "roberta": lambda: tiny_roberta(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2, classifier_dropout=0.5),
     "bloom": lambda: BloomConfig(
         vocab_size=61, hidden_size=24, n_layer=2, n_head=3, pad_token_id=0, hidden_dropout=0.3, attention_dropout=0.2
@@ -38,7 +51,7 @@ CASES = [
     ("gpt2", "sequence-classification"),
     *[
         (name, task)
-        for name in ("bert", "roberta")
+        for name in ("bert", "distilbert", "mpnet", "roberta")
         for task in ("masked-lm", "sequence-classification", "question-answering", "token-classification")
     ],
     *[("t5", task) for task in ("seq2seq-lm", "sequence-classification", "token-classification")],
@@ -77,6 +90,7 @@ def test_the_placement_is_transformers(name: str, task: str, tmp_path: Path) -> 
     model = load(tmp_path, task, device="cpu")[0]
 
     rows = token_rows((7,) if name == "xlnet" else (7, 7))
+    rows = [[max(token, 2) for token in row] for row in rows]  # the gradient of MPNet's pad token, 1, is kept at zero
     inputs = {key: value for key, value in padded(rows).items() if key != "position_ids"}
     if task == "seq2seq-lm":
         inputs["decoder_input_ids"] = torch.tensor(token_rows((5, 5), seed=1))
@@ -109,6 +123,7 @@ def test_the_placement_is_transformers(name: str, task: str, tmp_path: Path) -> 
     stored = json.loads((tmp_path / "again/config.json").read_text())
     fields = ("embd_pdrop", "resid_pdrop", "attn_pdrop", "classifier_dropout", "hidden_dropout_prob", "dropout_rate")
     fields += ("attention_probs_dropout_prob", "hidden_dropout", "attention_dropout", "dropout", "summary_last_dropout")
+    fields += ("seq_classif_dropout", "qa_dropout")
     for field in fields:
         assert stored.get(field) == getattr(config, field, None), field
 

@@ -12,7 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_adapters import assert_close, logits_of, shaken
-from small_models import both, tiny_bert, tiny_bloom, tiny_gpt2, tiny_llama, tiny_roberta, token_rows
+from small_models import (
+    both,
+    tiny_bert,
+    tiny_bloom,
+    tiny_distilbert,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_mpnet,
+    tiny_roberta,
+    token_rows,
+)
 from small_resnets import both_resnets, images
 from small_t5 import both_t5
 from small_xlnet import both_xlnets
@@ -63,6 +73,14 @@ FAMILIES = {
         lambda f: both(f, tiny_roberta(), "sequence-classification"), TEXT,
         ["query", "value", "output.dense"], r"layer\.1\..*\.query", "LayerNorm", "position_embeddings",
     ),
+    "distilbert": Family(
+        lambda f: both(f, tiny_distilbert(), "sequence-classification"), TEXT,
+        ["q_lin", "v_lin", "lin2"], r"layer\.1\..*\.q_lin", "sa_layer_norm", "position_embeddings",
+    ),
+    "mpnet": Family(
+        lambda f: both(f, tiny_mpnet(), "sequence-classification"), TEXT,
+        ["attn.q", "attn.v", "output.dense"], r"layer\.1\..*\.q", "LayerNorm", "position_embeddings",
+    ),
     "bloom": Family(
         lambda f: both(f, tiny_bloom(), "causal-lm"), TEXT,
         ["query_key_value", "dense"], r"h\.1\..*\.query_key_value", "ln_f",
@@ -99,7 +117,7 @@ def pefts(family: str) -> dict[str, dict[str, Any]]:
         kinds["one layer"] = {"layers_to_transform": [1]}
     if family != "resnet":
         kinds["token rows"] = {"trainable_token_indices": [2, 5]}
-    if family in ("bert", "roberta"):
+    if family in ("bert", "distilbert", "mpnet", "roberta"):
         kinds["a head"] = {"modules_to_save": ["classifier"]}
     return {kind: plain | settings for kind, settings in kinds.items()}
 
