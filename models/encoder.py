@@ -14,7 +14,10 @@ from torch import nn
 from .layers.config_fields import ACTIVATIONS
 from .layers.heads import TEXT_TASKS, MaskedLMHead
 from .layers.key_map import CheckpointKey
+from .layers.post_norm import EncoderConfig
 from .model import PretrainedModel
+
+TOKENS = "embed.tokens.weight"
 
 
 class Encoder(PretrainedModel):
@@ -46,16 +49,18 @@ class Encoder(PretrainedModel):
         "tie_word_embeddings": (True,),
     }
 
+    config: EncoderConfig
+
     def build_language_head(self) -> nn.Module:
         """The masked-LM head, whose output matrix is the token embedding."""
-        return MaskedLMHead(self.embed.tokens.weight, ACTIVATIONS[self.config.activation], self.config.eps)
+        return MaskedLMHead(self.get_parameter(TOKENS), ACTIVATIONS[self.config.activation], self.config.eps)
 
 
 def tied_output(name: str, bias: str) -> dict[str, tuple[str, str]]:
     """`tied_keys` of a masked-LM head whose output matrix may be stored as `name`, and its `bias` beside it."""
     return {
         f"{name}.weight": (
-            "embed.tokens.weight",
+            TOKENS,
             "the token embedding; a masked-LM output matrix of its own is not implemented",
         ),
         f"{name}.bias": ("head.bias", f"{bias}; take one of them out"),
@@ -85,4 +90,4 @@ class FairseqEncoder(Encoder):
 
     def build_language_head(self) -> nn.Module:
         """The masked-LM head, with gelu also where the blocks have another activation."""
-        return MaskedLMHead(self.embed.tokens.weight, "gelu", self.config.eps)
+        return MaskedLMHead(self.get_parameter(TOKENS), "gelu", self.config.eps)
