@@ -142,7 +142,7 @@ def prepare(
             examples, report = encode(
                 split_rows, tokenizer, objective.encoding, max_length=max_length, labels=labels,
                 eos=model.tokens.eos_id, turn_ends=model.tokens.ends[1:], template=template,
-                evaluation=split == "eval", truncate=config.data.truncate,
+                evaluation=split == "eval", truncate=config.data.truncate, prompts=model.prompts,
             )  # fmt: skip
         print(f"{split}: {report}", file=sys.stderr)
         if report.warning is not None:

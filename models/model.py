@@ -102,6 +102,7 @@ class PretrainedModel(nn.Module):
         self.head_layers = head_layers
         self.pooling = self.text_pooling if task in TEXT_TASKS else pooling
         self.tokens = SpecialTokens()  # with the chat template and the tokenizer's settings
+        self.prompts: dict[str, str] = {}  # what an embedder has in front of a "query", a "document", another "text"
         self.source: str | None = None  # the folder or hub id that it was loaded from
         self.head_is_new = True  # until a checkpoint fills it
 

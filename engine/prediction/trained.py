@@ -82,7 +82,15 @@ def predictions(
         max_length = _checked_length(max_length, model.config.max_positions)
         collate = token_rows(model, tokenizer, True)
     settings = Settings(
-        tokenizer, max_length or sys.maxsize, {}, model.tokens.eos_id, template, True, model.tokens.ends[1:], truncate
+        tokenizer,
+        max_length or sys.maxsize,
+        {},
+        model.tokens.eos_id,
+        template,
+        True,
+        model.tokens.ends[1:],
+        truncate,
+        model.prompts,
     )
 
     # A row may have several examples, as a long context has windows, or none.

@@ -49,6 +49,7 @@ class Settings:
     evaluation: bool  # the examples are to be scored, and may lack a target for the loss
     turn_ends: tuple[int, ...]  # tokens that end what a chat model writes, too
     truncate: str  # one of TRUNCATE, for dialogues, prompts with completions, and comparisons
+    prompts: Mapping[str, str]  # what an embedder has in front of texts, as the model's `prompts`
 
     @property
     def ends_of_turns(self) -> set[int | None]:

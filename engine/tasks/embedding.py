@@ -42,12 +42,14 @@ from .step_loss import StepLoss
 TEMPERATURE = 0.05  # of the cosines in `embedding_loss`, sentence-transformers' choice
 TIE = 1e-6  # cosines closer than this are one score: a float32 model's noise must not decide a rank
 FIELDS = ("anchor", "positive", "negative")
+ROLES = {"text": "text", "anchor": "query", "positive": "document", "negative": "document"}  # for an embedder's prompts
 
 
 def embed(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
-    """Each text of a row encoded alone; a row with an empty text is dropped."""
-    fields = [field for field in ("text", *FIELDS) if field in rows[0]]
-    columns = [settings.tokenizer.encode_batch([row[field] for row in rows]) for field in fields]
+    """Each text of a row encoded alone, behind the prompt for its role; a row with an empty text is dropped."""
+    fields = [field for field in ROLES if field in rows[0]]
+    prompts = {field: settings.prompts.get(ROLES[field], "") for field in fields}
+    columns = [settings.tokenizer.encode_batch([prompts[field] + row[field] for row in rows]) for field in fields]
     for encodings in zip(*columns, strict=True):
         example = {
             field: select(encoding.ids, positions_that_fit(encoding, settings))

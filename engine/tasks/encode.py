@@ -42,12 +42,14 @@ def encode(
     evaluation: bool = False,
     turn_ends: Sequence[int] = (),
     truncate: str = "end",
+    prompts: Mapping[str, str] | None = None,
 ) -> tuple[list[dict[str, Any]], "EncodeReport"]:
     """Encode rows of `read_rows`, or others like them, by the encoders of `objective`.
 
     labels: class or tag names in the order of their ids; None takes `label_names(rows)`.
     eos: id of the end-of-text token. turn_ends: of those that end a chat's turn, where they are others.
     template: for messages; None is `chat.DEFAULT_TEMPLATE`, turns ended by `eos`.
+    prompts: of an embedder, the model's `prompts`.
     truncate: what becomes of rows that are too long: their "end" or "start" is cut off, or they are "drop"ped.
     evaluation: for a score, which counts all rows: examples say their `row`, so that rows that gave none are known, and
     of tagged sentences their `words`; a question whose answer no window holds stays (without loss).
@@ -71,7 +73,7 @@ def encode(
         template = _default_template(tokenizer, eos)
     settings = Settings(
         tokenizer, max_length, label_ids(labels or ()), eos, template, evaluation,
-        tuple(turn_ends), truncate,
+        tuple(turn_ends), truncate, prompts or {},
     )  # fmt: skip
 
     examples: list[dict[str, Any]] = []

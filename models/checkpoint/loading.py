@@ -18,7 +18,7 @@ from ..tokenizer.gguf_vocabulary import read_vocabulary
 from ..tokenizer.special_tokens import SpecialTokens, load_tokenizer_file, read_tokenizer
 from .info import CheckpointInfo, checkpoint_info
 from .local_rows import ShardFn
-from .pooling import read_pooling
+from .pooling import read_pooling, read_prompts
 from .shards import Shards
 from .tasks import (
     Labels,
@@ -135,6 +135,8 @@ def open_checkpoint(
         model = family(config, task, names, depth, pooling, normalize)
     model.tokens = tokens
     model.source = info.source
+    if task == "embedding":
+        model.prompts = read_prompts(folder)
     if isinstance(model, ResNet):
         model.pixels = ImageProcessor.read(folder, published, model.config.n_channels) or model.pixels
 

@@ -1,11 +1,19 @@
-"""How an embedding model pools, as sentence-transformers writes it down: modules.json and 1_Pooling/config.json."""
+"""How an embedding model reads and pools texts, as sentence-transformers writes it down.
 
+modules.json names what follows the model, 1_Pooling/config.json how it pools, and config_sentence_transformers.json the
+prompts: what stands in front of a query, of a document, and of a text that is neither.
+"""
+
+import logging
 from pathlib import Path
 
-from ..._files import read_json, write_json
+from ..._files import json_if_there, read_json, write_json
 from ..._shapes import with_fields
 
-MODES = {"cls_token": "first", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "last"}  # published -> ours
+log = logging.getLogger("handtune")
+# published -> ours, the names with a switch and those of version 6
+SWITCHES = {"cls_token": "first", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "last"}
+MODES = {**SWITCHES, "cls": "first", "mean": "mean", "max": "max"}
 MODE_PREFIX = "pooling_mode_"
 MODULE_PREFIX = "sentence_transformers.models."
 
@@ -26,12 +34,43 @@ def read_pooling(folder: Path) -> tuple[str, bool]:
     if "Pooling" not in modules:
         return "mean", normalize
 
+    # Since version 6 one field names the mode; before, each had a switch.
     path = folder / modules["Pooling"] / "config.json"
-    config = read_json(path)
-    modes = [key.removeprefix(MODE_PREFIX) for key in config if key.startswith(MODE_PREFIX) and config[key] is True]
+    config = with_fields(read_json(path), path, pooling_mode=str | list | None, include_prompt=bool | None)
+    named = config.get("pooling_mode") or [
+        key.removeprefix(MODE_PREFIX) for key in config if key.startswith(MODE_PREFIX) and config[key] is True
+    ]
+    modes = [named] if isinstance(named, str) else named
     if len(modes) != 1 or modes[0] not in MODES:
         raise ValueError(f"{path}: pooling {modes} is not implemented; known: {', '.join(MODES)}, one of them")
+    if config.get("include_prompt") is False and read_prompts(folder):
+        raise ValueError(f"{path}: include_prompt = false is not implemented: prompts are pooled with their texts")
     return MODES[modes[0]], normalize
+
+
+def read_prompts(folder: Path) -> dict[str, str]:
+    """What stands in front of a "query", a "document", and a "text" that is neither, where it is named; announced.
+
+    Raises ValueError for a damaged file.
+    """
+    path = folder / "config_sentence_transformers.json"
+    config = with_fields(json_if_there(path), path, prompts=dict | None, default_prompt_name=str | None)
+    prompts = config.get("prompts") or {}
+    with_fields(prompts, f"{path}: prompts", **dict.fromkeys(prompts, str | None))
+    default = config.get("default_prompt_name")
+    if default is not None and default not in prompts:
+        raise ValueError(f"{path}: default_prompt_name = {default!r} is none of the prompts ({', '.join(prompts)})")
+
+    def first_of(*names: str) -> str:
+        return next((prompts[name] for name in names if prompts.get(name) is not None), "")
+
+    by_default = () if default is None else (default,)
+    roles = {"query": ("query",), "document": ("document", "passage", "corpus"), "text": ()}
+    chosen = {role: first_of(*names, *by_default) for role, names in roles.items()}
+    prompted = {role: prompt for role, prompt in chosen.items() if prompt}
+    if prompted:
+        log.warning("%s: texts are read behind prompts: %s", folder, prompted)
+    return prompted
 
 
 def write_pooling(folder: Path, pooling: str, normalize: bool, d_model: int) -> None:
@@ -45,6 +84,6 @@ def write_pooling(folder: Path, pooling: str, normalize: bool, d_model: int) -> 
     write_json(folder / "modules.json", listing)
 
     config: dict[str, int | bool] = {"word_embedding_dimension": d_model}
-    config |= {f"{MODE_PREFIX}{theirs}": ours == pooling for theirs, ours in MODES.items()}
+    config |= {f"{MODE_PREFIX}{theirs}": ours == pooling for theirs, ours in SWITCHES.items()}
     (folder / "1_Pooling").mkdir(exist_ok=True)
     write_json(folder / "1_Pooling" / "config.json", config)
