@@ -41,7 +41,7 @@ STORED_BY = ("we store", "they store")
 BY_TEXT = ("sequence-classification", "reward")
 BOUND = 2e-4
 
-ENCODERS = ("bert", "distilbert", "mpnet", "roberta", "xlm-roberta", "camembert")
+ENCODERS = ("bert", "distilbert", "modernbert", "mpnet", "roberta", "xlm-roberta", "camembert")
 
 # Where transformers gives a row of a batch something else than alone: (model types, side, tasks) -> why.
 PARTING = {

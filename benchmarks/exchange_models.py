@@ -108,6 +108,9 @@ FAMILIES: dict[str, Family | str] = {
         {"dim": D, "n_layers": 2, "n_heads": 3, "hidden_dim": 40, "max_position_embeddings": 40},
         **_OF_BERT,
     ),
+    "ModernBERT": Family(
+        "modernbert", _BERT | {"num_hidden_layers": 4, "local_attention": 4}, **_OF_BERT,
+    ),
     "MPNet": Family(
         "mpnet", _BERT | {"max_position_embeddings": 44}, **_OF_ROBERTA,
     ),

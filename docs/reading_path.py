@@ -17,9 +17,8 @@ TASK = "engine/tasks/causal_lm.py"  # of the many that the table of methods lead
 # What another path would be about. A folder stands for all that is in it.
 ELSEWHERE = {
     "other families": [
-        "models/bloom", "models/encoder.py",
-        "models/bert.py", "models/roberta.py", "models/distilbert.py", "models/mpnet.py", "models/t5",
-        "models/xlnet", "models/resnet",
+        "models/bloom", "models/encoder.py", "models/bert.py", "models/roberta.py", "models/distilbert.py",
+        "models/mpnet.py", "models/modernbert.py", "models/t5", "models/xlnet", "models/resnet",
     ],
     "other methods": [
         "engine/rlhf", "engine/tasks/preferences.py", "engine/tasks/permutation_lm.py", "engine/tasks/seq2seq.py",

@@ -27,17 +27,17 @@ Stats = tuple[Tensor, ...]
 class LayerNorm(nn.Module):
     """LayerNorm over the last `d_model` entries of x (..., D), or of x + residual."""
 
-    def __init__(self, d_model: int, eps: float = 1e-5):
+    def __init__(self, d_model: int, eps: float = 1e-5, bias: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(d_model))
-        self.bias = nn.Parameter(torch.zeros(d_model))
+        self.bias = nn.Parameter(torch.zeros(d_model)) if bias else None
         self.eps = eps
 
     def parameters_in_order(self) -> tuple[Tensor, Tensor]:
-        return self.weight, self.bias
+        return self.weight, torch.zeros_like(self.weight) if self.bias is None else self.bias
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps, residual)
+        return layer_norm(x, *self.parameters_in_order(), self.eps, residual)
 
 
 class RMSNorm(nn.Module):

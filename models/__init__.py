@@ -2,8 +2,8 @@
 
     layers/      what several architectures are made of, and how their weights and configurations are published
     tokenizer/   special tokens, and tokenizers of old vocabulary files
-    model        what they have in common, and what each has to provide; `encoder`, of those of BERT's kind
-    gpt2/  llama/  bloom/  bert  distilbert  roberta  mpnet  t5/  xlnet/  resnet/
+    model        what they have in common, and what each has to provide; `encoder`, of encoders
+    gpt2/  llama/  bloom/  bert  distilbert  roberta  mpnet  modernbert  t5/  xlnet/  resnet/
                  the architectures: begin with `gpt2/model.py`
     families     which of them a published `model_type` is
     checkpoint/  `load` reads a checkpoint in Hugging Face layout, `save` writes one
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .gpt2.model import GPT2 as GPT2
     from .layers.dropout import set_dropout as set_dropout
     from .llama.model import Llama as Llama
+    from .modernbert import ModernBert as ModernBert
     from .mpnet import MPNet as MPNet
     from .resnet.model import ResNet as ResNet
     from .roberta import Roberta as Roberta
@@ -37,6 +38,7 @@ _HOME = {
     "GPT2": "gpt2.model",
     "Llama": "llama.model",
     "MPNet": "mpnet",
+    "ModernBert": "modernbert",
     "ResNet": "resnet.model",
     "Roberta": "roberta",
     "T5": "t5.model",

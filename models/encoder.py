@@ -1,4 +1,4 @@
-"""What the encoders of BERT's kind have in common besides their blocks (`layers/post_norm.py`): tasks, targets, heads.
+"""What encoders have in common besides their blocks: tasks, targets of adapters, heads.
 
     masked LM        E norm(activation(W x)) + b, where E is the token embedding
     classification   C f(W x[first]), where f is tanh, or relu in DistilBERT
@@ -7,14 +7,13 @@
 Shapes: D width, V vocabulary, C classes.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
 from .layers.config_fields import ACTIVATIONS
 from .layers.heads import TEXT_TASKS, MaskedLMHead
 from .layers.key_map import CheckpointKey
-from .layers.post_norm import EncoderConfig
 from .model import PretrainedModel
 
 TOKENS = "embed.tokens.weight"
@@ -39,7 +38,7 @@ class Encoder(PretrainedModel):
     text_head: ClassVar = {"pooler": "tanh"}
     text_pooling = "first"
     published_dropout = True
-    tasks_with_dropout = (*TEXT_TASKS, "token-classification")
+    tasks_with_dropout: ClassVar[tuple[str, ...]] = (*TEXT_TASKS, "token-classification")
     # Constants that some checkpoints carry.
     ignored_keys = ("*embeddings.position_ids",)
     supported_config_values: ClassVar = {
@@ -49,7 +48,7 @@ class Encoder(PretrainedModel):
         "tie_word_embeddings": (True,),
     }
 
-    config: EncoderConfig
+    config: Any  # with an `activation` and `eps`
 
     def build_language_head(self) -> nn.Module:
         """The masked-LM head, whose output matrix is the token embedding."""

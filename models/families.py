@@ -7,24 +7,24 @@ from .bloom.model import Bloom
 from .distilbert import DistilBert
 from .gpt2.model import GPT2
 from .llama.model import Llama
+from .modernbert import ModernBert
 from .mpnet import MPNet
 from .resnet.model import ResNet
 from .roberta import Roberta
 from .t5.model import T5
 from .xlnet.model import XLNet
 
-Model = GPT2 | Bloom | Bert | DistilBert | Roberta | MPNet | Llama | T5 | XLNet | ResNet
+Model = GPT2 | Bloom | Bert | DistilBert | Roberta | MPNet | ModernBert | Llama | T5 | XLNet | ResNet
 Family = type[Model]
-ALL: tuple[Family, ...] = (GPT2, Bloom, Bert, DistilBert, Roberta, MPNet, Llama, T5, XLNet, ResNet)
+ALL: tuple[Family, ...] = (GPT2, Bloom, Bert, DistilBert, Roberta, MPNet, ModernBert, Llama, T5, XLNet, ResNet)
 FAMILIES: dict[str, Family] = {model_type: family for family in ALL for model_type in family.model_types}
 
 
 def family_of_preset(preset: str) -> Family:
     """The family of a published size. ValueError for a name that isn't one."""
-    for family in ALL:
-        if preset in family.presets:
-            return family
-    known = [name for family in ALL for name in family.presets]
-    similar = get_close_matches(preset, known, n=1)
-    meant = f"did you mean {similar[0]!r}? " if similar else ""
-    raise ValueError(f"preset {preset!r} is unknown; {meant}known: {', '.join(known)}")
+    families = {name: family for family in ALL for name in family.presets}
+    if preset not in families:
+        similar = get_close_matches(preset, families, n=1)
+        meant = f"did you mean {similar[0]!r}? " if similar else ""
+        raise ValueError(f"preset {preset!r} is unknown; {meant}known: {', '.join(families)}")
+    return families[preset]

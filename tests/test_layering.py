@@ -27,7 +27,7 @@ ROOMS = {
     "engine": ["model parallel progress runtime", "finite", "formats", "chat data adapters", "tasks generation peft",
                "training prediction", "rlhf"],
     "models": ["layers", "tokenizer", "model", "encoder",
-               "gpt2 llama bloom bert distilbert roberta mpnet t5 xlnet resnet", "families", "checkpoint"],
+               "gpt2 llama bloom bert distilbert roberta mpnet modernbert t5 xlnet resnet", "families", "checkpoint"],
 }  # fmt: skip
 LINES = {
     package: {room: i for i, line in enumerate(lines) for room in line.split()} for package, lines in ROOMS.items()
@@ -41,7 +41,7 @@ EXPORTS = {
         "norm_linear", "rms_norm", "rope", "split_rope", "swiglu",
     ],
     "models": [
-        "Bert", "Bloom", "DistilBert", "GPT2", "Llama", "MPNet", "ResNet", "Roberta", "T5", "XLNet",
+        "Bert", "Bloom", "DistilBert", "GPT2", "Llama", "MPNet", "ModernBert", "ResNet", "Roberta", "T5", "XLNet",
         "add_tokens", "load", "save", "set_dropout",
     ],
     "engine": [

@@ -142,15 +142,15 @@ class MLPHead(nn.Module):
 class MaskedLMHead(nn.Module):
     """BERT's masked-LM head: dense, activation, norm, then the token embedding as output matrix, with a bias (V,).
 
-    `weight` is the embedding's parameter. A loss applies `transform` to the masked positions alone and does the rest
-    with `linear_cross_entropy`.
+    `weight` is the embedding's parameter; `bias` and `norm_bias`: whether dense and norm have one. A loss applies
+    `transform` to the masked positions alone and does the rest with `linear_cross_entropy`.
     """
 
-    def __init__(self, weight: Tensor, activation: str, eps: float):
+    def __init__(self, weight: Tensor, activation: str, eps: float, bias: bool = True, norm_bias: bool = True):
         super().__init__()
         vocab_size, d_model = weight.shape
-        self.dense = Linear(d_model, d_model)
-        self.norm = LayerNorm(d_model, eps)
+        self.dense = Linear(d_model, d_model, bias)
+        self.norm = LayerNorm(d_model, eps, norm_bias)
         self.activation = activation
         self.weight = weight
         self.bias = nn.Parameter(torch.zeros(vocab_size))

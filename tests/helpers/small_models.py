@@ -17,6 +17,7 @@ from transformers import (
     DistilBertConfig,
     GPT2Config,
     LlamaConfig,
+    ModernBertConfig,
     MPNetConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -31,7 +32,7 @@ transformers.logging.disable_progress_bar()
 
 # They count positions from behind the pad token's id, and not by `position_ids` as all others do.
 BEHIND_PAD = ("roberta", "xlm-roberta", "camembert", "mpnet")
-ENCODERS = ("bert", "distilbert", *BEHIND_PAD)  # they score a text by column 0, where padding may stand
+ENCODERS = ("bert", "distilbert", "modernbert", *BEHIND_PAD)  # they score a text by column 0, where padding may stand
 PAD = 0  # no real token of `token_rows` has it
 LABELS = {"sequence-classification": 4, "token-classification": 5, "reward": 1}
 
@@ -69,6 +70,14 @@ def tiny_mpnet(**overrides: Any) -> MPNetConfig:
     """Two layers, three heads of eight, forty-two rows of the position table, no dropout."""
     sizes = tiny_roberta(max_position_embeddings=42).to_diff_dict()
     return MPNetConfig(**{**sizes, "model_type": "mpnet", "pad_token_id": 1, **overrides})
+
+
+def tiny_modernbert(**overrides: Any) -> ModernBertConfig:
+    """Four layers, of which two look two tokens far, three heads of eight, forty positions; pads with id 0."""
+    sizes = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3}
+    more = {"intermediate_size": 40, "max_position_embeddings": 40, "local_attention": 4, "pad_token_id": PAD}
+    ids = {"bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
+    return ModernBertConfig(**{**sizes, **more, **ids, **overrides})
 
 
 def tiny_llama(**overrides: Any) -> LlamaConfig:
@@ -112,7 +121,7 @@ CLASSES = {
     ("t5", "reward"): transformers.T5ForSequenceClassification,
 }
 for name in (*LABELS, "masked-lm", "question-answering", "embedding"):
-    for kind in ("DistilBert", "MPNet", "Roberta", "XLMRoberta", "Camembert"):
+    for kind in ("DistilBert", "ModernBert", "MPNet", "Roberta", "XLMRoberta", "Camembert"):
         its_class = getattr(transformers, CLASSES["bert", name].__name__.replace("Bert", kind))
         CLASSES[its_class.config_class.model_type, name] = its_class
 for kind in ("Mistral", "Qwen2", "Qwen3"):

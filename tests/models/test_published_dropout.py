@@ -15,6 +15,7 @@ from small_models import (
     tiny_distilbert,
     tiny_gpt2,
     tiny_llama,
+    tiny_modernbert,
     tiny_mpnet,
     tiny_roberta,
     token_rows,
@@ -35,6 +36,7 @@ CONFIGS: dict[str, Any] = {
     "gpt2": lambda: tiny_gpt2(embd_pdrop=0.4, resid_pdrop=0.3, attn_pdrop=0.2, classifier_dropout=0.5),
     "bert": lambda: tiny_bert(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2, classifier_dropout=0.5),
     "distilbert": lambda: tiny_distilbert(dropout=0.3, attention_dropout=0.2, seq_classif_dropout=0.5, qa_dropout=0.4),
+    "modernbert": lambda: tiny_modernbert(embedding_dropout=0.3, attention_dropout=0.2, classifier_dropout=0.5),
     "mpnet": lambda: tiny_mpnet(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2),
     "roberta": lambda: tiny_roberta(hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.2, classifier_dropout=0.5),
     "bloom": lambda: BloomConfig(
@@ -51,7 +53,7 @@ CASES = [
     ("gpt2", "sequence-classification"),
     *[
         (name, task)
-        for name in ("bert", "distilbert", "mpnet", "roberta")
+        for name in ("bert", "distilbert", "modernbert", "mpnet", "roberta")
         for task in ("masked-lm", "sequence-classification", "question-answering", "token-classification")
     ],
     *[("t5", task) for task in ("seq2seq-lm", "sequence-classification", "token-classification")],
@@ -123,7 +125,7 @@ def test_the_placement_is_transformers(name: str, task: str, tmp_path: Path) -> 
     stored = json.loads((tmp_path / "again/config.json").read_text())
     fields = ("embd_pdrop", "resid_pdrop", "attn_pdrop", "classifier_dropout", "hidden_dropout_prob", "dropout_rate")
     fields += ("attention_probs_dropout_prob", "hidden_dropout", "attention_dropout", "dropout", "summary_last_dropout")
-    fields += ("seq_classif_dropout", "qa_dropout")
+    fields += ("seq_classif_dropout", "qa_dropout", "embedding_dropout")
     for field in fields:
         assert stored.get(field) == getattr(config, field, None), field
 

@@ -19,6 +19,7 @@ from small_models import (
     tiny_distilbert,
     tiny_gpt2,
     tiny_llama,
+    tiny_modernbert,
     tiny_mpnet,
     tiny_roberta,
     token_rows,
@@ -77,6 +78,10 @@ FAMILIES = {
         lambda f: both(f, tiny_distilbert(), "sequence-classification"), TEXT,
         ["q_lin", "v_lin", "lin2"], r"layer\.1\..*\.q_lin", "sa_layer_norm", "position_embeddings",
     ),
+    "modernbert": Family(
+        lambda f: both(f, tiny_modernbert(), "sequence-classification"), TEXT,
+        ["Wqkv", "Wo", "Wi"], r"layers\.1\..*\.Wqkv", "mlp_norm", "tok_embeddings",
+    ),
     "mpnet": Family(
         lambda f: both(f, tiny_mpnet(), "sequence-classification"), TEXT,
         ["attn.q", "attn.v", "output.dense"], r"layer\.1\..*\.q", "LayerNorm", "position_embeddings",
@@ -117,7 +122,7 @@ def pefts(family: str) -> dict[str, dict[str, Any]]:
         kinds["one layer"] = {"layers_to_transform": [1]}
     if family != "resnet":
         kinds["token rows"] = {"trainable_token_indices": [2, 5]}
-    if family in ("bert", "distilbert", "mpnet", "roberta"):
+    if family in ("bert", "distilbert", "modernbert", "mpnet", "roberta"):
         kinds["a head"] = {"modules_to_save": ["classifier"]}
     return {kind: plain | settings for kind, settings in kinds.items()}
 
