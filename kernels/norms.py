@@ -78,9 +78,9 @@ def normalize(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tup
 
 
 def _scaled(wide: Tensor, rstd: Tensor, dtype: torch.dtype, weight: Tensor) -> Tensor:
-    """RMSNorm from the statistics; x̂ is rounded to x's dtype before it meets the weight, as Llama's code does."""
-    normed = (wide * rstd).to(dtype)
-    return normed.mul_(weight) if weight.dtype == dtype else normed * weight
+    """RMSNorm from the statistics; x̂ is rounded to x's dtype before it meets a weight of it, as Llama's code does."""
+    normed = wide * rstd
+    return normed.to(dtype).mul_(weight) if weight.dtype == dtype else (normed * weight).to(dtype)
 
 
 def rebuild(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, stats: Stats) -> Tensor:

@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from .bert import Bert
 from .bloom.model import Bloom
 from .distilbert import DistilBert
+from .gemma3 import Gemma3
 from .gpt2.model import GPT2
 from .llama.model import Llama
 from .modernbert import ModernBert
@@ -14,9 +15,9 @@ from .roberta import Roberta
 from .t5.model import T5
 from .xlnet.model import XLNet
 
-Model = GPT2 | Bloom | Bert | DistilBert | Roberta | MPNet | ModernBert | Llama | T5 | XLNet | ResNet
+Model = GPT2 | Bloom | Bert | DistilBert | Roberta | MPNet | ModernBert | Gemma3 | Llama | T5 | XLNet | ResNet
 Family = type[Model]
-ALL: tuple[Family, ...] = (GPT2, Bloom, Bert, DistilBert, Roberta, MPNet, ModernBert, Llama, T5, XLNet, ResNet)
+ALL: tuple[Family, ...] = (GPT2, Bloom, Bert, DistilBert, Roberta, MPNet, ModernBert, Llama, Gemma3, T5, XLNet, ResNet)
 FAMILIES: dict[str, Family] = {model_type: family for family in ALL for model_type in family.model_types}
 
 

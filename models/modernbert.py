@@ -26,12 +26,19 @@ from .layers.config_fields import ACTIVATIONS, read_fields, write_fields
 from .layers.heads import TEXT_TASKS, MaskedLMHead, MLPHead, n_outputs
 from .layers.inputs import check_length, key_bias, positions
 from .layers.key_map import CheckpointKey
-from .layers.rope_config import read_rope
+from .layers.near_and_far import (
+    FAR,
+    NEAR,
+    read_far_layers,
+    read_interval,
+    read_rotations,
+    write_layer_types,
+    write_rotations,
+)
 from .layers.rope_scaling import Rope
 
 # A gated feed-forward by the activation of its gate.
 GATED = {"gelu": "geglu", "gelu_tanh": "geglu_tanh", "silu": "swiglu"}
-LAYER_TYPES = ("full_attention", "sliding_attention")
 POOLINGS = {"cls": "first", "mean": "mean"}  # of a head for texts
 # published field -> ours
 KEYS = {
@@ -109,56 +116,24 @@ class ModernBertConfig:
     def from_published(cls, published: dict[str, Any]) -> Self:
         """The configuration in a published config.json. ValueError for what is not implemented, by name and value."""
         config = cls(**read_fields(cls, published, KEYS))
-        far, near = _thetas(published, config)
-        layers = _global_layers(published, config.n_layer)
-        return replace(config, global_layers=layers, global_theta=far, local_theta=near)
+        layers = read_far_layers(published, config.n_layer)
+        if layers is None:
+            layers = tuple(range(0, config.n_layer, read_interval(published, "global_attn_every_n_layers", 3)))
+
+        bases = {FAR: ("global_rope_theta", cls.global_theta), NEAR: ("local_rope_theta", cls.local_theta)}
+        far, near = read_rotations(published, config.d_model // config.n_head, config.max_positions, bases)
+        if far.scaling or near.scaling:
+            raise ValueError("rope_parameters: a rotation that is scaled is not implemented for ModernBERT")
+        return replace(config, global_layers=layers, global_theta=far.theta, local_theta=near.theta)
 
     def to_published(self) -> dict[str, Any]:
         """config.json as transformers writes it."""
-        thetas = dict(zip(LAYER_TYPES, (self.global_theta, self.local_theta), strict=True))
         return {
             "model_type": "modernbert",
             **write_fields(self, KEYS),
-            "layer_types": [LAYER_TYPES[not self.is_global(i)] for i in range(self.n_layer)],
-            "rope_parameters": {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in thetas.items()},
+            "layer_types": write_layer_types(tuple(filter(self.is_global, range(self.n_layer))), self.n_layer),
+            "rope_parameters": write_rotations(Rope(self.global_theta), Rope(self.local_theta)),
         }
-
-
-def _global_layers(published: dict[str, Any], n_layer: int) -> tuple[int, ...]:
-    """The indices of the layers that see all: by `layer_types`, or every n-th, as older files have it."""
-    types = published.get("layer_types")
-    if types is None:
-        n = published.get("global_attn_every_n_layers", 3)
-        if type(n) is not int or n < 1:
-            raise ValueError(f"global_attn_every_n_layers = {n!r}: expected a positive number")
-        return tuple(range(0, n_layer, n))
-    if not isinstance(types, list) or len(types) != n_layer or not set(types) <= {*LAYER_TYPES}:
-        raise ValueError(f"layer_types: expected {n_layer} of {' or '.join(LAYER_TYPES)}, got {types!r}")
-    return tuple(i for i, kind in enumerate(types) if kind == LAYER_TYPES[0])
-
-
-def _thetas(published: dict[str, Any], config: ModernBertConfig) -> list[float]:
-    """The rotation's bases, far and near: of `rope_parameters`, or beside it, as older files have them."""
-    tables = published.get("rope_parameters") or {}
-    if not isinstance(tables, dict) or not set(tables) <= {*LAYER_TYPES}:
-        raise ValueError(f"rope_parameters = {tables!r}: expected a table for each of {' and '.join(LAYER_TYPES)}")
-    thetas = []
-    for name, kind in zip(("global", "local"), LAYER_TYPES, strict=True):
-        usual = getattr(config, f"{name}_theta")
-        theta = published.get(f"{name}_rope_theta")
-        rope = read_rope(
-            {
-                "rope_theta": usual if theta is None else theta,
-                "rope_parameters": tables.get(kind),
-                "rope_scaling": published.get("rope_scaling"),
-                "max_position_embeddings": config.max_positions,
-            },
-            config.d_model // config.n_head,
-        )
-        if rope.scaling is not None:
-            raise ValueError(f"{kind}: a rotation that is scaled is not implemented for ModernBERT")
-        thetas.append(rope.theta)
-    return thetas
 
 
 PRESETS: dict[str, dict[str, Any]] = {

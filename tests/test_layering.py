@@ -26,8 +26,8 @@ ROOMS = {
                 "linear", "conv mlp"],
     "engine": ["model parallel progress runtime", "finite", "formats", "chat data adapters", "tasks generation peft",
                "training prediction", "rlhf"],
-    "models": ["layers", "tokenizer", "model", "encoder",
-               "gpt2 llama bloom bert distilbert roberta mpnet modernbert t5 xlnet resnet", "families", "checkpoint"],
+    "models": ["layers", "tokenizer", "model", "encoder llama",
+               "gpt2 gemma3 bloom bert distilbert roberta mpnet modernbert t5 xlnet resnet", "families", "checkpoint"],
 }  # fmt: skip
 LINES = {
     package: {room: i for i, line in enumerate(lines) for room in line.split()} for package, lines in ROOMS.items()
@@ -41,8 +41,8 @@ EXPORTS = {
         "norm_linear", "rms_norm", "rope", "split_rope", "swiglu",
     ],
     "models": [
-        "Bert", "Bloom", "DistilBert", "GPT2", "Llama", "MPNet", "ModernBert", "ResNet", "Roberta", "T5", "XLNet",
-        "add_tokens", "load", "save", "set_dropout",
+        "Bert", "Bloom", "DistilBert", "GPT2", "Gemma3", "Llama", "MPNet", "ModernBert", "ResNet", "Roberta", "T5",
+        "XLNet", "add_tokens", "load", "save", "set_dropout",
     ],
     "engine": [
         "Callback",

@@ -16,7 +16,7 @@ Shapes: B rows, T tokens, S cached and new tokens, D width, H query heads and K 
 feed-forward width, V vocabulary, C classes, n positions that are asked for. Packed, B is 1 and T all tokens.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -67,16 +67,9 @@ class Block(nn.Module):
         self.recompute = False
 
     def forward(
-        self,
-        x: Tensor,
-        tables: tuple[Tensor, Tensor],
-        bias: Tensor | None,
-        cu_seqlens: Tensor | None,
-        max_seqlen: int | None,
-        keys: tuple[Tensor, Tensor] | None,
-        cache: KVCache | None,
-        positions_to_return: Tensor | None = None,
-    ) -> Tensor:
+        self, x: Tensor, tables: Any, bias: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None,
+        keys: tuple[Tensor, Tensor] | None, cache: KVCache | None, positions_to_return: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The stream x (B, T, D) after this layer; `tables` are cosine and sine, `bias` as `attention` takes it."""
         qkv = norm_linear(x, self.norm1, self.qkv).unflatten(-1, (-1, self.head_width))  # (B, T, H + 2K, hd)
         if self.q_norm is not None and self.k_norm is not None:
@@ -108,7 +101,7 @@ class Llama(PretrainedModel):
 
     title = "Llama"
     model_types: ClassVar = {family.lower(): family for family in FAMILIES}
-    config_class = LlamaConfig
+    config_class: ClassVar[Any] = LlamaConfig
     presets = PRESETS
     architectures: ClassVar = {
         "causal-lm": "{}ForCausalLM",
@@ -118,7 +111,7 @@ class Llama(PretrainedModel):
         "question-answering": "{}ForQuestionAnswering",
         "embedding": "{}Model",
     }
-    base_prefix = ("model.", "transformer.")  # the second under question answering
+    base_prefix: ClassVar[tuple[str, ...]] = ("model.", "transformer.")  # the second under question answering
     lora_targets: ClassVar = {
         "attention": ("layers.*.qkv", "layers.*.o"),
         "mlp": ("layers.*.gate_up", "layers.*.down"),
@@ -182,7 +175,7 @@ class Llama(PretrainedModel):
         check_length(input_ids, cu_seqlens, max_seqlen, self.config.max_positions, past)
         if position_ids is None:
             position_ids = positions(input_ids, attention_mask, cu_seqlens, past)  # (B or 1, T)
-        tables = self.config.rope.tables(position_ids, self.config.width)  # (B, T, hd/2) or (T, hd/2) each
+        tables = self.tables(position_ids)
         bias = key_bias(attention_mask)  # (B, 1, 1, S) or None
 
         x = hidden_states
@@ -197,6 +190,10 @@ class Llama(PretrainedModel):
         if layer_range.stop is not None:
             return x
         return self.norm(x)
+
+    def tables(self, position_ids: Tensor) -> Any:
+        """What turns q and k, as the blocks take it: cosine and sine (B, T, hd/2), or (T, hd/2) for one row."""
+        return self.config.rope.tables(position_ids, self.config.width)
 
     @property
     def checkpoint_prefix(self) -> str:

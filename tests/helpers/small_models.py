@@ -15,6 +15,7 @@ from transformers import (
     BertConfig,
     BloomConfig,
     DistilBertConfig,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     ModernBertConfig,
@@ -88,7 +89,20 @@ def tiny_llama(**overrides: Any) -> LlamaConfig:
     return LlamaConfig(**{**sizes, **more, **ids, **overrides})
 
 
+def tiny_gemma3(**overrides: Any) -> Gemma3TextConfig:
+    """Four layers, of which the second and the fourth see all, six heads of four on two key/value heads."""
+    sizes = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 6, "head_dim": 4}
+    more = {"num_key_value_heads": 2, "intermediate_size": 40, "max_position_embeddings": 40, "pad_token_id": PAD}
+    layers = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 5}
+    rest = {"query_pre_attn_scalar": 7, "bos_token_id": None, "eos_token_id": None}
+    return Gemma3TextConfig(**{**sizes, **more, **layers, **rest, **overrides})
+
+
 CLASSES = {
+    ("gemma3_text", "causal-lm"): transformers.Gemma3ForCausalLM,
+    ("gemma3_text", "sequence-classification"): transformers.Gemma3TextForSequenceClassification,
+    ("gemma3_text", "reward"): transformers.Gemma3TextForSequenceClassification,
+    ("gemma3_text", "embedding"): transformers.Gemma3TextModel,
     ("gpt2", "causal-lm"): transformers.GPT2LMHeadModel,
     ("gpt2", "sequence-classification"): transformers.GPT2ForSequenceClassification,
     ("gpt2", "token-classification"): transformers.GPT2ForTokenClassification,

@@ -101,12 +101,18 @@ def test_published_sizes(name, millions, sizes):
         ({"num_attention_heads": 8}, "hidden_size 24 is not an even multiple of num_attention_heads 8"),
         ({"mlp_dropout": 0.1}, "mlp_dropout = 0.1 is not implemented"),
         ({"decoder_bias": False}, "decoder_bias = False is not implemented"),
-        ({"layer_types": ["full_attention"]}, "layer_types: expected 4 of full_attention or sliding_attention"),
-        ({"layer_types": ["chunked"] * 4}, "layer_types: expected 4 of full_attention or sliding_attention"),
+        (
+            {"layer_types": ["full_attention"]},
+            "layer_types = .*: expected full_attention or sliding_attention for",
+        ),
+        (
+            {"layer_types": ["chunked"] * 4},
+            "layer_types = .*: expected full_attention or sliding_attention for",
+        ),
         ({"rope_parameters": {"rope_theta": 3.0}}, "rope_parameters = .* expected a table for each of full_attention"),
         (
             {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}}},
-            "full_attention: a rotation that is scaled is not implemented for ModernBERT",
+            "rope_parameters: a rotation that is scaled is not implemented for ModernBERT",
         ),
         ({**OLDER, "global_attn_every_n_layers": 0}, "global_attn_every_n_layers = 0: expected a positive number"),
         ({**OLDER, "local_rope_theta": "far"}, "rope_theta = 'far'; expected a number above 1"),
