@@ -18,7 +18,8 @@ TASK = "engine/tasks/causal_lm.py"  # of the many that the table of methods lead
 ELSEWHERE = {
     "other families": [
         "models/bloom", "models/encoder.py", "models/bert.py", "models/roberta.py", "models/distilbert.py",
-        "models/mpnet.py", "models/modernbert.py", "models/gemma3.py", "models/t5", "models/xlnet", "models/resnet",
+        "models/mpnet.py", "models/modernbert.py", "models/gemma3.py", "models/smollm3.py", "models/olmo.py",
+        "models/t5", "models/xlnet", "models/resnet",
     ],
     "other methods": [
         "engine/rlhf", "engine/tasks/preferences.py", "engine/tasks/permutation_lm.py", "engine/tasks/seq2seq.py",

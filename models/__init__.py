@@ -3,7 +3,7 @@
     layers/      what several architectures are made of, and how their weights and configurations are published
     tokenizer/   special tokens, and tokenizers of old vocabulary files
     model        what they have in common, and what each has to provide; `encoder`, of encoders
-    gpt2/  llama/  gemma3  bloom/  bert  distilbert  roberta  mpnet  modernbert  t5/  xlnet/  resnet/
+    gpt2/  llama/  smollm3  gemma3  olmo  bloom/  bert  distilbert  roberta  mpnet  modernbert  t5/  xlnet/  resnet/
                  the architectures: begin with `gpt2/model.py`
     families     which of them a published `model_type` is
     checkpoint/  `load` reads a checkpoint in Hugging Face layout, `save` writes one
@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     from .llama.model import Llama as Llama
     from .modernbert import ModernBert as ModernBert
     from .mpnet import MPNet as MPNet
+    from .olmo import Olmo2 as Olmo2
+    from .olmo import Olmo3 as Olmo3
     from .resnet.model import ResNet as ResNet
     from .roberta import Roberta as Roberta
+    from .smollm3 import SmolLM3 as SmolLM3
     from .t5.model import T5 as T5
     from .tokenizer.added_tokens import add_tokens as add_tokens
     from .xlnet.model import XLNet as XLNet
@@ -41,8 +44,11 @@ _HOME = {
     "Llama": "llama.model",
     "MPNet": "mpnet",
     "ModernBert": "modernbert",
+    "Olmo2": "olmo",
+    "Olmo3": "olmo",
     "ResNet": "resnet.model",
     "Roberta": "roberta",
+    "SmolLM3": "smollm3",
     "T5": "t5.model",
     "XLNet": "xlnet.model",
     "add_tokens": "tokenizer.added_tokens",

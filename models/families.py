@@ -1,6 +1,7 @@
 """The families of models, by the `model_type` that published checkpoints give them."""
 
 from difflib import get_close_matches
+from typing import get_args
 
 from .bert import Bert
 from .bloom.model import Bloom
@@ -10,14 +11,17 @@ from .gpt2.model import GPT2
 from .llama.model import Llama
 from .modernbert import ModernBert
 from .mpnet import MPNet
+from .olmo import Olmo2, Olmo3
 from .resnet.model import ResNet
 from .roberta import Roberta
+from .smollm3 import SmolLM3
 from .t5.model import T5
 from .xlnet.model import XLNet
 
-Model = GPT2 | Bloom | Bert | DistilBert | Roberta | MPNet | ModernBert | Gemma3 | Llama | T5 | XLNet | ResNet
+Encoders = Bert | DistilBert | Roberta | MPNet | ModernBert
+Model = GPT2 | Bloom | Llama | SmolLM3 | Gemma3 | Olmo2 | Olmo3 | Encoders | T5 | XLNet | ResNet
 Family = type[Model]
-ALL: tuple[Family, ...] = (GPT2, Bloom, Bert, DistilBert, Roberta, MPNet, ModernBert, Llama, Gemma3, T5, XLNet, ResNet)
+ALL: tuple[Family, ...] = get_args(Model)
 FAMILIES: dict[str, Family] = {model_type: family for family in ALL for model_type in family.model_types}
 
 

@@ -149,19 +149,11 @@ class Llama(PretrainedModel):
         return KVCache(c.n_layer, batch, length, c.kv_heads, c.width, self.embed.tokens.weight)
 
     def hidden(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
-        keys: tuple[Tensor, Tensor] | None = None,
-        cache: KVCache | None = None,
-        hidden_states: Tensor | None = None,
-        layer_range: slice = ALL_LAYERS,
-        positions_to_return: Tensor | None = None,
-    ) -> Tensor:
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
+        keys: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None, hidden_states: Tensor | None = None,
+        layer_range: slice = ALL_LAYERS, positions_to_return: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """States before the head (B, T, D) for token ids (B, T); `attention_mask` is (B, S), S counting the cache.
 
         `layer_range` computes these layers only, and `hidden_states` (B, T, D) is what enters the first of them. A

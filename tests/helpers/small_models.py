@@ -20,9 +20,12 @@ from transformers import (
     LlamaConfig,
     ModernBertConfig,
     MPNetConfig,
+    Olmo2Config,
+    Olmo3Config,
     PretrainedConfig,
     PreTrainedModel,
     RobertaConfig,
+    SmolLM3Config,
 )
 
 from handtune.engine.data.batches import packed
@@ -98,6 +101,21 @@ def tiny_gemma3(**overrides: Any) -> Gemma3TextConfig:
     return Gemma3TextConfig(**{**sizes, **more, **layers, **rest, **overrides})
 
 
+def tiny_smollm3(**overrides: Any) -> SmolLM3Config:
+    """As `tiny_llama`, of four layers, of which two don't turn their heads."""
+    sizes = {**tiny_llama().to_diff_dict(), "num_hidden_layers": 4, "no_rope_layers": [1, 0, 1, 0]}
+    return SmolLM3Config(**{**sizes, "model_type": "smollm3", "bos_token_id": None, "eos_token_id": None, **overrides})
+
+
+def tiny_olmo(config: type = Olmo2Config, **overrides: Any) -> Olmo2Config:
+    """As `tiny_llama`; OLMo 3 with a layer that sees five tokens, and one that sees all."""
+    windows = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
+    more = windows if config is Olmo3Config else {}
+    ids = {"bos_token_id": None, "eos_token_id": None}
+    sizes = {key: value for key, value in tiny_llama().to_diff_dict().items() if key != "rope_parameters"}
+    return config(**{**sizes, "model_type": config.model_type, **more, **ids, **overrides})
+
+
 CLASSES = {
     ("gemma3_text", "causal-lm"): transformers.Gemma3ForCausalLM,
     ("gemma3_text", "sequence-classification"): transformers.Gemma3TextForSequenceClassification,
@@ -134,6 +152,11 @@ CLASSES = {
     ("t5", "embedding"): transformers.T5EncoderModel,
     ("t5", "reward"): transformers.T5ForSequenceClassification,
 }
+for kind in ("SmolLM3", "Olmo2", "Olmo3"):
+    for model_type, task in [*CLASSES]:
+        name = CLASSES["llama", task].__name__.replace("Llama", kind) if model_type == "llama" else ""
+        if hasattr(transformers, name):
+            CLASSES[kind.lower(), task] = getattr(transformers, name)
 for name in (*LABELS, "masked-lm", "question-answering", "embedding"):
     for kind in ("DistilBert", "ModernBert", "MPNet", "Roberta", "XLMRoberta", "Camembert"):
         its_class = getattr(transformers, CLASSES["bert", name].__name__.replace("Bert", kind))

@@ -280,7 +280,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "odd head": ("qwen3", {"head_dim": 5}, "head_dim 5 is odd"),
     "scaling": ("qwen3", {"rope_scaling": {"type": "mrope"}}, "rope_type = 'mrope' is not implemented"),
     "activation": ("mistral", {"hidden_act": "gelu"}, "hidden_act = 'gelu' is not implemented"),
-    "SmolLM3": ("smollm3", {"no_rope_layers": [1, 0]}, "model_type 'smollm3' is not an architecture of handtune"),
 }
 
 
