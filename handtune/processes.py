@@ -113,6 +113,7 @@ def while_loading(config: "RunConfig | PPORunConfig", sharding: "Sharding") -> "
     """
     from .adapted.starting import brings_matrices
     from .config import RunConfig
+    from .engine.adapters.targets import adapts_embeddings
 
     start = config.model.adapter
     if sharding.mode == "none" or (start is not None and brings_matrices(start)):
@@ -122,16 +123,21 @@ def while_loading(config: "RunConfig | PPORunConfig", sharding: "Sharding") -> "
     outside_changes = start is not None or bool(config.model.add_tokens)
     beside_adapter: list[str] = []  # patterns of what trains beside an adapter, and stays whole
     if isinstance(config, RunConfig):
+        lora = config.lora
         outside_changes |= bool(config.freeze.token_rows) or not config.trains_adapter
         beside_adapter = config.freeze.except_ if config.trains_adapter else []
+    else:
+        lora = config.ppo.lora
 
     def shard(part: Any, named: "dict[str, Parameter]") -> None:
         whole = [p for name, p in named.items() if any(fnmatchcase(name, pattern) for pattern in beside_adapter)]
         if hasattr(part, "head"):  # the model, for what is in no layer
-            if outside_changes:
+            if outside_changes or (lora is not None and adapts_embeddings(part, lora.targets)):
                 return
             if not part.task.endswith("-lm"):
                 whole += part.head.parameters()
+        elif all(name.startswith("head.") for name in named):  # a layer of a head
+            return
         sharding.put(part, whole)
 
     return shard

@@ -57,6 +57,11 @@ def match_targets(model: nn.Module, targets: Targets) -> dict[str, dict[int, str
     return {path: dict(sorted(parts.items())) for path, parts in matched.items() if parts}
 
 
+def adapts_embeddings(model: nn.Module, targets: Targets) -> bool:
+    """Whether a target matches an embedding, in whose place an adapter puts a module of its own."""
+    return any(type(model.get_submodule(path)) is nn.Embedding for path in match_targets(model, targets))
+
+
 def _matches(path: str, target: str) -> bool:
     """Whether the glob matches the whole path or its end."""
     return fnmatchcase(path, target) or fnmatchcase(path, f"*.{target}")

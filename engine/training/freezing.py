@@ -9,7 +9,12 @@ from torch import nn
 from ..._weightless import is_shard, local
 from ...kernels.quant.nf4 import NF4Weight
 from ..adapters.lora import active_adapter, adapter_sites
-from ..adapters.modules_to_save import forget_trained, inactive_tensors, mark_trained
+from ..adapters.modules_to_save import (
+    forget_trained,
+    inactive_tensors,
+    mark_trained,
+    trained_outside_adapters,
+)
 from ..adapters.switch import adapter_names
 from ..adapters.token_rows import trained_rows
 from .cached_features import head_only
@@ -58,12 +63,16 @@ def trained_parameters(
 def whole_in_shards(model: nn.Module) -> list[nn.Parameter]:
     """What trains and stays whole in a model that is sharded.
 
-    Beside an adapter, or of a head alone, all; else heads of labels, vectors, and matrices of which single rows train.
-    The other matrices of the model are sharded, also where they train.
+    Beside an adapter, or of a head alone, all, and what else belongs to the adapter; otherwise heads of labels,
+    vectors, and matrices of which single rows train. The other matrices are sharded, also where they train.
     """
     factors = {id(p) for site in adapter_sites(model) for each in site.adapters.values() for p in each.parameters()}
     rows = trained_rows(model)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    adapter = active_adapter(model)
+    if adapter is not None:
+        named = dict(model.named_parameters())
+        trained |= {name: named[name] for name in trained_outside_adapters(model, adapter)}
     if head_only(model) or any(id(parameter) in factors for parameter in trained.values()):
         return list(trained.values())
     has_labels = not str(getattr(model, "task", "-lm")).endswith("-lm")

@@ -10,7 +10,7 @@ from ..config import ModelConfig, PPORunConfig, RunConfig
 from ..engine.adapters.lora import adapter_sites
 from ..engine.adapters.switch import adapter_difference
 from ..engine.data.fingerprints import Inputs, changed_files, same_contents
-from ..engine.peft.format import CONFIG
+from ..engine.peft.format import CONFIG, WEIGHTS
 from ..engine.training.cached_features import add_reference
 from ..inputs.fingerprints import adapter_in, is_run, of_checkpoint, of_model
 from ..saved_runs import config_of, facts_of, fit_vocabulary, head_of, put_adapter, shapes_of, take_settings
@@ -63,9 +63,14 @@ def adapter_of(path: str) -> Path:
 
 def brings_matrices(path: str) -> bool:
     """Whether the adapter at `path` has matrices of layers besides its factors, which trained with them."""
+    adapter = adapter_of(path)
+    if not (adapter / WEIGHTS).is_file():
+        return False  # which is said where it is loaded
+
+    # A layer's number stands in front of a module and its tensor, that of a head's layer in front of the tensor.
     return any(
-        len(shape) > 1 and ".lora_" not in name and any(part.isdecimal() for part in name.split("."))
-        for name, shape in shapes_of(adapter_of(path)).items()
+        len(shape) > 1 and ".lora_" not in name and any(part.isdecimal() for part in name.split(".")[:-2])
+        for name, shape in shapes_of(adapter).items()
     )
 
 

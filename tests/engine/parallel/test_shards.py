@@ -93,6 +93,31 @@ def test_policies_rewarded_by_a_model_on_their_sharded_base(variant, tmp_path) -
         assert_same_left(alone, divided_policy("ppo", n, tmp_path / str(n), "full", **settings))
 
 
+@pytest.mark.deep
+@pytest.mark.parametrize(
+    ("method", "start", "goes_on"),
+    [
+        ("masked-lm", 'freeze.except=["embed.tokens.weight"]', 'freeze.names=["embed.*"]'),
+        ("classify", "train.lr=0.001", "model.head_layers=2"),
+    ],
+)
+def test_what_an_adapter_brings_stays_whole(method, start, goes_on, tmp_path) -> None:
+    """Frozen, an embedding that trained with the adapter is stored with it again; another head has its layers."""
+    config = str(configuration("masked-lm", "lora", tmp_path / "start"))
+    on_ranks(1, tmp_path / "ranks", typed, ["train", config, start])
+    runs = []
+    for n in (1, 3):
+        config = str(configuration(method, "full", tmp_path / str(n), "none" if n == 1 else "full"))
+        on_ranks(
+            n,
+            tmp_path / f"ranks-{n}",
+            typed,
+            ["train", config, f"model.adapter={tmp_path / 'start' / 'run'}", goes_on],
+        )
+        runs.append(tmp_path / str(n) / "run")
+    assert_same_left(*runs)
+
+
 STARTS = {
     "factors": ["lora.rank=2"],
     "new tokens": ["lora.rank=2", 'model.add_tokens=["<|new|>"]'],
@@ -233,6 +258,15 @@ CHANGES = {
         ['freeze.names=["*"]', 'freeze.except=["layers.*.up.weight", "layers.*.down.weight"]'],
     ),
     "a matrix beside an adapter": ("sft", "lora", ['freeze.except=["embed.tokens.weight"]']),
+    "an adapter on embeddings": ("sft", "full", ["lora.rank=2", 'lora.targets=["embed.positions", "layers.*.up"]']),
+    "against itself, on embeddings": (
+        "dpo",
+        "full",
+        ["lora.rank=2", 'lora.targets=["embed.positions", "layers.*.up"]'],
+    ),
+    "a head with a hidden layer": ("classify", "lora", ["train.best=last", "model.head_layers=2"]),
+    "and new tokens": ("classify", "lora", ["train.best=last", "model.head_layers=2", 'model.add_tokens=["<|n|>"]']),
+    "and rows of tokens": ("classify", "lora", ["train.best=last", "model.head_layers=2", 'freeze.token_rows=["the"]']),
     "a tied matrix by its other name": ("sft", "lora", ['freeze.except=["head.weight"]']),
     "a head that is not tied": ("seq2seq", "full", ['freeze.names=["*"]', 'freeze.except=["head*"]']),
     # A large ε, so that gradients that are rounding alone make no steps.
