@@ -19,7 +19,7 @@ ELSEWHERE = {
     "other families": [
         "models/bloom", "models/encoder.py", "models/bert.py", "models/roberta.py", "models/distilbert.py",
         "models/mpnet.py", "models/modernbert.py", "models/gemma3.py", "models/smollm3.py", "models/olmo.py",
-        "models/t5", "models/xlnet", "models/resnet",
+        "models/phi3.py", "models/t5", "models/xlnet", "models/resnet",
     ],
     "other methods": [
         "engine/rlhf", "engine/tasks/preferences.py", "engine/tasks/permutation_lm.py", "engine/tasks/seq2seq.py",

@@ -3,8 +3,8 @@
     layers/      what several architectures are made of, and how their weights and configurations are published
     tokenizer/   special tokens, and tokenizers of old vocabulary files
     model        what they have in common, and what each has to provide; `encoder`, of encoders
-    gpt2/  llama/  smollm3  gemma3  olmo  bloom/  bert  distilbert  roberta  mpnet  modernbert  t5/  xlnet/  resnet/
-                 the architectures: begin with `gpt2/model.py`
+    gpt2/  llama/  smollm3  gemma3  phi3  olmo  bloom/  bert  distilbert  roberta  mpnet  modernbert
+    t5/  xlnet/  resnet/     the architectures: begin with `gpt2/model.py`
     families     which of them a published `model_type` is
     checkpoint/  `load` reads a checkpoint in Hugging Face layout, `save` writes one
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .mpnet import MPNet as MPNet
     from .olmo import Olmo2 as Olmo2
     from .olmo import Olmo3 as Olmo3
+    from .phi3 import Phi3 as Phi3
     from .resnet.model import ResNet as ResNet
     from .roberta import Roberta as Roberta
     from .smollm3 import SmolLM3 as SmolLM3
@@ -46,6 +47,7 @@ _HOME = {
     "ModernBert": "modernbert",
     "Olmo2": "olmo",
     "Olmo3": "olmo",
+    "Phi3": "phi3",
     "ResNet": "resnet.model",
     "Roberta": "roberta",
     "SmolLM3": "smollm3",

@@ -12,6 +12,7 @@ from .llama.model import Llama
 from .modernbert import ModernBert
 from .mpnet import MPNet
 from .olmo import Olmo2, Olmo3
+from .phi3 import Phi3
 from .resnet.model import ResNet
 from .roberta import Roberta
 from .smollm3 import SmolLM3
@@ -19,7 +20,7 @@ from .t5.model import T5
 from .xlnet.model import XLNet
 
 Encoders = Bert | DistilBert | Roberta | MPNet | ModernBert
-Model = GPT2 | Bloom | Llama | SmolLM3 | Gemma3 | Olmo2 | Olmo3 | Encoders | T5 | XLNet | ResNet
+Model = GPT2 | Bloom | Llama | SmolLM3 | Gemma3 | Phi3 | Olmo2 | Olmo3 | Encoders | T5 | XLNet | ResNet
 Family = type[Model]
 ALL: tuple[Family, ...] = get_args(Model)
 FAMILIES: dict[str, Family] = {model_type: family for family in ALL for model_type in family.model_types}

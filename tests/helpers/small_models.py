@@ -22,6 +22,7 @@ from transformers import (
     MPNetConfig,
     Olmo2Config,
     Olmo3Config,
+    Phi3Config,
     PretrainedConfig,
     PreTrainedModel,
     RobertaConfig,
@@ -116,6 +117,16 @@ def tiny_olmo(config: type = Olmo2Config, **overrides: Any) -> Olmo2Config:
     return config(**{**sizes, "model_type": config.model_type, **more, **ids, **overrides})
 
 
+def tiny_phi3(**overrides: Any) -> Phi3Config:
+    """As `tiny_llama`, with three heads of eight, of which six entries are turned."""
+    apart = ("rope_parameters", "head_dim")
+    sizes = {key: value for key, value in tiny_llama().to_diff_dict().items() if key not in apart}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1}
+    turned = {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0, "partial_rotary_factor": 0.75}}
+    ids = {"bos_token_id": None, "eos_token_id": None}
+    return Phi3Config(**{**sizes, "model_type": "phi3", **heads, **turned, **ids, **overrides})
+
+
 CLASSES = {
     ("gemma3_text", "causal-lm"): transformers.Gemma3ForCausalLM,
     ("gemma3_text", "sequence-classification"): transformers.Gemma3TextForSequenceClassification,
@@ -152,7 +163,7 @@ CLASSES = {
     ("t5", "embedding"): transformers.T5EncoderModel,
     ("t5", "reward"): transformers.T5ForSequenceClassification,
 }
-for kind in ("SmolLM3", "Olmo2", "Olmo3"):
+for kind in ("SmolLM3", "Olmo2", "Olmo3", "Phi3"):
     for model_type, task in [*CLASSES]:
         name = CLASSES["llama", task].__name__.replace("Llama", kind) if model_type == "llama" else ""
         if hasattr(transformers, name):

@@ -17,6 +17,7 @@ from small_models import (
     their_logits,
     tiny_gemma3,
     tiny_olmo,
+    tiny_phi3,
     tiny_smollm3,
     token_rows,
 )
@@ -30,6 +31,7 @@ from handtune.models import load, save
 FAMILIES: dict[str, Callable[..., Any]] = {
     "gemma3_text": tiny_gemma3,
     "smollm3": tiny_smollm3,
+    "phi3": tiny_phi3,
     "olmo2": tiny_olmo,
     "olmo3": lambda **fields: tiny_olmo(Olmo3Config, **fields),
 }
@@ -59,6 +61,14 @@ CONFIGS |= {
         "biases": {"attention_bias": True, "mlp_bias": True},
         "every third": {"no_rope_layers": None, "no_rope_layer_interval": 3},
         "no positions at all": {"no_rope_layers": [0, 0, 0, 0]},
+    },
+    "phi3": {
+        "as many key/value heads": {"num_key_value_heads": 3},
+        "feed-forward of 17": {"intermediate_size": 17},
+        "large eps": {"rms_norm_eps": 0.3},
+        "tied": {"tie_word_embeddings": True},
+        "a window": {"sliding_window": 5},
+        "whole heads": {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}},
     },
     "olmo2": {**SAME, "biases": {"attention_bias": True}},
     "olmo3": {
