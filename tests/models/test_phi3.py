@@ -98,13 +98,10 @@ def test_what_is_left_out_is_what_transformers_takes():
     ("fields", "message"),
     [
         (
-            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.3}},
-            "partial_rotary_factor = 0.3: ex",
+            {"rope_parameters": {"partial_rotary_factor": 0.4}},
+            "partial_rotary_factor = 0.4: expected a part of head_dim",
         ),
-        (
-            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": "x"}},
-            "partial_rotary_factor = 'x': ex",
-        ),
+        ({"rope_parameters": {"partial_rotary_factor": "x"}}, "partial_rotary_factor = 'x': expected float"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "alpha": 1}}, "alpha = 1 is not implemented"),
         (
             {"rope_parameters": {**LONG["rope_parameters"], "long_factor": [1.0]}},
