@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..kernels import Linear
 from .layers.config_fields import overridden
-from .layers.heads import TEXT_TASKS, EmbeddingHead, MLPHead, last_unpadded, n_outputs, pool_tokens
+from .layers.heads import MEAN, TEXT_TASKS, EmbeddingHead, MLPHead, Pooling, last_unpadded, n_outputs, pool_tokens
 from .layers.initialization import initialize
 from .layers.key_map import CheckpointKey, expand_keys
 from .tokenizer.special_tokens import SpecialTokens
@@ -75,18 +75,13 @@ class PretrainedModel(nn.Module):
     checkpoint_keys: Callable[[], dict[str, str | CheckpointKey]]
 
     def __init__(
-        self,
-        config: Any,
-        task: str | None = None,
-        labels: tuple[str, ...] = (),
-        head_layers: int = 1,
-        pooling: str = "mean",
-        normalize: bool = False,
-    ):
+        self, config: Any, task: str | None = None, labels: tuple[str, ...] = (), head_layers: int = 1,
+        pooling: Pooling = MEAN,
+    ):  # fmt: skip
         """A model whose parameters have no values yet: `initialize`, or a checkpoint, gives them.
 
-        `labels` name the outputs of a head that classifies, and `head_layers` counts its layers; `pooling` and
-        `normalize` are for embeddings. The task None is the first of `architectures`.
+        `labels` name the outputs of a head that classifies, and `head_layers` counts its layers; `pooling` is for
+        embeddings. The task None is the first of `architectures`.
 
         Raises ValueError for a task that the family can't do.
         """
@@ -100,14 +95,14 @@ class PretrainedModel(nn.Module):
         self.task = task
         self.labels = labels
         self.head_layers = head_layers
-        self.pooling = self.text_pooling if task in TEXT_TASKS else pooling
+        self.pooling = self.text_pooling if task in TEXT_TASKS else pooling.mode
         self.tokens = SpecialTokens()  # with the chat template and the tokenizer's settings
         self.prompts: dict[str, str] = {}  # what an embedder has in front of a "query", a "document", another "text"
         self.source: str | None = None  # the folder or hub id that it was loaded from
         self.head_is_new = True  # until a checkpoint fills it
 
         self.build(config)
-        self.head = self.build_head(normalize)
+        self.head = self.build_head(pooling)
         self.tie()
 
     @classmethod
@@ -124,10 +119,10 @@ class PretrainedModel(nn.Module):
         model.initialize()
         return model
 
-    def build_head(self, normalize: bool) -> nn.Module:
+    def build_head(self, pooling: Pooling) -> nn.Module:
         """The head of the task, without values."""
         if self.task == "embedding":
-            return EmbeddingHead(normalize)
+            return EmbeddingHead(self.config.d_model, pooling)
         if self.task.endswith("-lm"):
             return self.build_language_head()
 
@@ -193,6 +188,8 @@ class PretrainedModel(nn.Module):
         # The head's last layer goes by the name of the head; hidden layers are in no published checkpoint.
         name = next((glob.removesuffix(".*") for glob, tasks in self.head_keys.items() if self.task in tasks), "")
         head = {"head": name, "head.out": name, "head.hidden.{i}": f"{name}.hidden.{{i}}"}
+        if isinstance(self.head, EmbeddingHead):
+            head |= {f"head.dense.{i}": f"{layer.folder}.linear" for i, layer in enumerate(self.head.pooling.dense)}
         table = expand_keys(self, {**head, **self.checkpoint_keys()}, self.checkpoint_prefix)
         if self.tied_weight is not None:
             del table["head.weight"]

@@ -23,7 +23,7 @@ from ..kernels import LayerNorm, Linear, activate, attention, feed_forward, norm
 from ..kernels.dropout import Dropout
 from .encoder import TOKENS, Encoder, tied_output
 from .layers.config_fields import ACTIVATIONS, read_fields, write_fields
-from .layers.heads import TEXT_TASKS, MaskedLMHead, MLPHead, n_outputs
+from .layers.heads import TEXT_TASKS, MaskedLMHead, MLPHead, Pooling, n_outputs
 from .layers.inputs import check_length, key_bias, positions
 from .layers.key_map import CheckpointKey
 from .layers.near_and_far import (
@@ -245,10 +245,10 @@ class ModernBert(Encoder):
         if self.task in TEXT_TASKS:
             self.pooling = POOLINGS[config.text_pooling]
 
-    def build_head(self, normalize: bool) -> nn.Module:
+    def build_head(self, pooling: Pooling) -> nn.Module:
         """The head of the task, without values; what reads labels or spans off begins as the masked-LM head does."""
         if self.task == "embedding" or self.task.endswith("-lm"):
-            return super().build_head(normalize)
+            return super().build_head(pooling)
         n_out = n_outputs(self.task, self.labels)
         return TaskHead(self.config, n_out, self.head_layers, scalar=self.task == "reward")
 

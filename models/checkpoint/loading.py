@@ -11,7 +11,7 @@ from ..._outside import explained_memory, located
 from ..._weightless import without_weights
 from ...kernels import Linear
 from ..families import Family, Model, family_of_preset
-from ..layers.heads import TEXT_TASKS
+from ..layers.heads import MEAN, TEXT_TASKS
 from ..layers.image_processor import ImageProcessor
 from ..resnet.model import ResNet
 from ..tokenizer.gguf_vocabulary import read_vocabulary
@@ -128,11 +128,11 @@ def open_checkpoint(
     if task in ("reward", "question-answering"):  # whose outputs transformers would make as many as there are labels
         names = ()
     depth = stored_depth if head_layers is None else head_layers
-    pooling, normalize = read_pooling(folder) if task == "embedding" else ("mean", False)
+    pooling = read_pooling(folder, shards.tensors) if task == "embedding" else MEAN
 
     beyond_memory = f"{config_path}: its sizes make a model that no memory can hold; restore it"
     with without_weights(), explained_memory(lambda: beyond_memory):
-        model = family(config, task, names, depth, pooling, normalize)
+        model = family(config, task, names, depth, pooling)
     model.tokens = tokens
     model.source = info.source
     if task == "embedding":

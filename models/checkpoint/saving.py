@@ -13,11 +13,12 @@ from ..._weightless import whole
 from ...kernels import Linear
 from ...kernels.lora.factors import Merged
 from ..families import Model
+from ..layers.heads import EmbeddingHead
 from ..layers.key_map import CheckpointKey
 from ..resnet import ResNet
 from ..tokenizer.special_tokens import save_tokenizer
 from .local_rows import blocks
-from .pooling import write_pooling
+from .pooling import write_dense, write_pooling
 from .safetensors_io import LazyTensor, write_file
 from .shards import SINGLE
 from .tasks import task_config
@@ -37,7 +38,7 @@ def save(model: Model, tokenizer: "Tokenizer | None", path: str | Path) -> None:
     """
     tensors = _stored(model)
     with filling(path, "config.json") as folder:
-        write_file(folder / SINGLE, tensors)
+        write_file(folder / SINGLE, write_dense(model, tensors, folder))
         save_around(model, tokenizer, folder, next(iter(tensors.values())).dtype)
 
 
@@ -96,6 +97,6 @@ def save_around(model: Model, tokenizer: "Tokenizer | None", folder: Path, dtype
     write_json(folder / "config.json", config)
     if isinstance(model, ResNet):
         model.pixels.write(folder)
-    elif model.task == "embedding":
-        write_pooling(folder, model.pooling, bool(model.head.normalize), model.config.d_model)
+    elif isinstance(model.head, EmbeddingHead):
+        write_pooling(folder, model.pooling, model.head.pooling, model.config.d_model)
     save_tokenizer(tokenizer, model.tokens, folder, model.task)

@@ -9,6 +9,8 @@ id that isn't config.json's `pad_token_id`, whatever the mask says. Where eos pa
 text's eos. So it is here, padded or packed, in training as in use: `last_unpadded`.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -163,14 +165,41 @@ class MaskedLMHead(nn.Module):
         return F.linear(self.transform(x), self.weight, self.bias)  # (..., V)
 
 
-class EmbeddingHead(nn.Module):
-    """The pooled vector itself (B, D), at unit length if `normalize`."""
+class DenseLayer(NamedTuple):
+    """A projection of pooled vectors, as sentence-transformers stores it in a folder of its own."""
 
-    def __init__(self, normalize: bool):
+    folder: str  # its name, "2_Dense" for example
+    n_in: int
+    n_out: int
+    bias: bool
+    activation: str | None  # a name that `activate` knows
+
+
+class Pooling(NamedTuple):
+    """How an embedder makes a vector of a text's states."""
+
+    mode: str = "mean"  # as `pool_tokens` takes it
+    dense: tuple[DenseLayer, ...] = ()
+    normalize: bool = False  # at unit length
+
+
+MEAN = Pooling()
+
+
+class EmbeddingHead(nn.Module):
+    """The pooled vector (B, D) behind its projections, where there are any, at unit length if it is normalised."""
+
+    def __init__(self, d_model: int, pooling: Pooling):
         super().__init__()
-        self.normalize = normalize
+        self.pooling = pooling
+        for layer, width in zip(pooling.dense, (d_model, *(layer.n_out for layer in pooling.dense)), strict=False):
+            if layer.n_in != width:
+                raise ValueError(f"{layer.folder}: in_features = {layer.n_in}, but what it reads has {width} entries")
+        self.dense = nn.ModuleList(Linear(layer.n_in, layer.n_out, layer.bias) for layer in pooling.dense)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.normalize:
-            return x
-        return F.normalize(x, dim=-1)
+        for linear, layer in zip(self.dense, self.pooling.dense, strict=True):
+            x = linear(x)
+            if layer.activation is not None:
+                x = activate(x, layer.activation)
+        return F.normalize(x, dim=-1) if self.pooling.normalize else x

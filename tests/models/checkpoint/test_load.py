@@ -285,7 +285,7 @@ def test_pooling_comes_back(tmp_path, pooling, normalize):
             torch.testing.assert_close(model(**padded(rows, side)), torch.stack(vectors), atol=1e-4, rtol=0)
     save(model, None, tmp_path / "ours")
     again = on_cpu(tmp_path / "ours")
-    assert (again.pooling, again.head.normalize) == (pooling, normalize)
+    assert (again.pooling, again.head.pooling.normalize) == (pooling, normalize)
     for name in ("sentence_bert_config.json", "config_sentence_transformers.json"):
         assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "base" / name).read_bytes()
     assert same_outputs(again, model)
@@ -450,7 +450,7 @@ DAMAGES = {
         pooling({"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True}),
         r"Pooling/config.json: pooling \['cls_token', 'max_tokens'\] is not implemented",
     ),
-    "dense": (pooling({"pooling_mode_cls_token": True}, "Dense"), "modules.json: Dense is not implemented"),
+    "LSTM": (pooling({"pooling_mode_cls_token": True}, "LSTM"), "modules.json: LSTM is not implemented"),
 }
 
 

@@ -2,16 +2,21 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_models import theirs, tiny_bert
 from small_tokenizers import word_piece
 
+from handtune.cli import main
+from handtune.engine import LoRAConfig, add_lora, save_adapter
 from handtune.engine.prediction.trained import predictions, rows_to_predict
 from handtune.engine.tasks.encode import encode
 from handtune.models import load, save
 from handtune.models.checkpoint.pooling import read_pooling, read_prompts
+from handtune.models.layers.heads import Pooling
 
 PROMPTS = {"query": "the query", "passage": "a passage", "cluster": "cluster", "nothing": None}
 
@@ -41,7 +46,7 @@ def listing(folder: Path) -> None:
 def test_modes_of_every_version(tmp_path, config, pooling):
     listing(tmp_path)
     put(tmp_path, "1_Pooling/config.json", config)
-    assert read_pooling(tmp_path) == (pooling, False)
+    assert read_pooling(tmp_path) == Pooling(pooling)
 
 
 @pytest.mark.parametrize(
@@ -118,3 +123,83 @@ def test_texts_are_read_behind_their_prompts(tmp_path, caplog):
     for (name, row), expected in zip(rows.items(), ids.values(), strict=True):
         (prediction,) = predictions(again, tokenizer, rows_to_predict([row], "embedding"))
         torch.testing.assert_close(torch.tensor(prediction[name]), model(torch.tensor([expected]))[0])
+
+
+def dense_model(folder: Path) -> tuple[list[torch.nn.Linear], Any]:
+    """An embedder with two projections behind the mean, and the mean's own model; its folder is base."""
+    words = word_piece()
+    reference = theirs(tiny_bert(vocab_size=words.get_vocab_size()), "embedding")
+    reference.save_pretrained(folder / "base")
+    words.save(str(folder / "base" / "tokenizer.json"))
+    torch.manual_seed(1)
+    linears = [torch.nn.Linear(24, 40, bias=False), torch.nn.Linear(40, 5)]
+    kinds = ("linear.Identity", "activation.Tanh")
+    modules = [{"path": "", "type": "x.Transformer"}, {"path": "1_Pooling", "type": "x.Pooling"}]
+    for i, (linear, kind) in enumerate(zip(linears, kinds, strict=True)):
+        path = f"{i + 2}_Dense"
+        put(folder / "base", f"{path}/config.json", {
+            "in_features": linear.in_features, "out_features": linear.out_features, "bias": linear.bias is not None,
+            "activation_function": f"torch.nn.modules.{kind}",
+        })  # fmt: skip
+        tensors = {f"linear.{name}": tensor.data for name, tensor in linear.named_parameters()}
+        save_file(tensors, folder / "base" / path / "model.safetensors")
+        modules.append({"path": path, "type": "x.Dense"})
+    put(folder / "base", "modules.json", [*modules, {"path": "4_Normalize", "type": "x.Normalize"}])
+    put(folder / "base", "1_Pooling/config.json", {"pooling_mode": "mean"})
+    return linears, reference
+
+
+@torch.no_grad()
+def test_projections_of_the_pooled_vector(tmp_path):
+    """As in EmbeddingGemma: read, written in folders of their own, trained, and merged with an adapter."""
+    linears, reference = dense_model(tmp_path)
+    model, tokenizer = load(tmp_path / "base", device="cpu")
+    ids = torch.tensor([tokenizer.encode("the cat sat").ids])
+    pooled = reference(ids).last_hidden_state.mean(1)
+    expected = torch.nn.functional.normalize(linears[1](linears[0](pooled)).tanh(), dim=-1)
+    torch.testing.assert_close(model(ids), expected)
+
+    save(model, tokenizer, tmp_path / "again")
+    again, _ = load(tmp_path / "again", device="cpu")
+    assert torch.equal(again(ids), model(ids))
+    assert again.head.pooling == model.head.pooling
+    for path in ("2_Dense", "3_Dense"):
+        ours, first = (load_file(tmp_path / name / path / "model.safetensors") for name in ("again", "base"))
+        assert ours.keys() == first.keys()
+        assert all(torch.equal(ours[name], first[name]) for name in ours)
+    assert not any("Dense" in name for name in load_file(tmp_path / "again" / "model.safetensors"))
+
+    add_lora(model, LoRAConfig(rank=2))
+    for name, parameter in model.named_parameters():
+        if ".lora." in name:
+            parameter.add_(0.1)
+    save_adapter(model, tmp_path / "adapter")
+    assert main(["merge", *(str(tmp_path / name) for name in ("base", "adapter", "merged"))]) == 0
+    merged, _ = load(tmp_path / "merged", device="cpu")
+    torch.testing.assert_close(merged(ids), model(ids), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"activation_function": "torch.nn.modules.activation.Softplus"}, "Softplus, use_residual = None is not impl"),
+        ({"use_residual": True}, "use_residual = True is not implemented"),
+        ({"in_features": 23}, "2_Dense: in_features = 23, but what it reads has 24 entries"),
+        ({"out_features": 0}, "expected two sizes"),
+        ({"bias": "yes"}, "bias"),
+    ],
+)
+def test_other_projections_are_refused(tmp_path, fields, message):
+    dense_model(tmp_path)
+    config = tmp_path / "base/2_Dense/config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **fields}))
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "base", device="cpu")
+
+
+def test_another_order_of_modules_is_refused(tmp_path):
+    listing(tmp_path)
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    put(tmp_path, "modules.json", [*modules, {"path": "", "type": "x.Normalize"}, {"path": "", "type": "x.Dense"}])
+    with pytest.raises(ValueError, match="Transformer, Pooling, Normalize, Dense in this order is not implemented"):
+        read_pooling(tmp_path)
