@@ -73,6 +73,13 @@ _LLAMA = {
     "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2,
     "intermediate_size": 40, "max_position_embeddings": 40,
 }  # fmt: skip
+_NEAR_AND_FAR = ["sliding_attention", "full_attention"]
+_GEMMA = _LLAMA | {"head_dim": 8, "query_pre_attn_scalar": 5, "layer_types": _NEAR_AND_FAR, "sliding_window": 4}
+_PARTLY_TURNED = {
+    "num_attention_heads": 3, "num_key_value_heads": 1, "rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
+    },
+}  # fmt: skip
 _T5 = {"d_model": D, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 3, "dropout_rate": 0.0}
 _BERT = {
     "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40,
@@ -102,6 +109,11 @@ FAMILIES: dict[str, Family | str] = {
     "Mistral": Family("mistral", _LLAMA | {"sliding_window": 4}, paddings=_ALL, **_PIECES),
     "Qwen2": Family("qwen2", _LLAMA, paddings=_ALL, **_BYTES),
     "Qwen3": Family("qwen3", _LLAMA | {"head_dim": 8}, paddings=_ALL, **_BYTES),
+    "SmolLM3": Family("smollm3", _LLAMA | {"no_rope_layers": [1, 0]}, paddings=_ALL, **_BYTES),
+    "Gemma 3": Family("gemma3_text", _GEMMA, paddings=_ALL, **_PIECES),
+    "Phi-3": Family("phi3", _LLAMA | _PARTLY_TURNED, paddings=_ALL, **_PIECES),
+    "OLMo 2": Family("olmo2", _LLAMA, paddings=_ALL, **_BYTES),
+    "OLMo 3": Family("olmo3", _LLAMA | {"layer_types": _NEAR_AND_FAR, "sliding_window": 4}, paddings=_ALL, **_BYTES),
     "BERT": Family("bert", _BERT, **_OF_BERT),
     "DistilBERT": Family(
         "distilbert",

@@ -135,7 +135,9 @@ def reorder_head(head: nn.Module, rows: list[int]) -> None:
 
 def task_config(model: "Model", model_type: str) -> dict[str, Any]:
     """The fields of config.json for the task, its labels and the head's depth, and the special tokens."""
-    fields = model.tokens.to_config(classifies=model.task in TEXT_TASKS)
+    fields: dict[str, Any] = {}
+    if hasattr(model.config, "vocab_size"):
+        fields |= model.tokens.to_config(classifies=model.task in TEXT_TASKS)
     fields["architectures"] = [class_name(type(model), model.task, model_type)]
     if model.task == "reward":  # transformers has no class for it: a classifier with one label
         fields |= {"handtune_task": "reward", "num_labels": 1}

@@ -186,14 +186,14 @@ class SpecialTokens:
         return replace(self, generation=others if prompt is None else {**others, PROMPT: prompt})
 
     def to_config(self, classifies: bool = False) -> dict[str, Any]:
-        """The ids as config.json and generation_config.json name them; several end tokens are a list.
+        """The ids as config.json and generation_config.json name them; several end tokens are a list, none is null.
 
         The pad id of a model that `classifies` is the one in front of which it looks for a text's last token.
         """
         eos = list(self.ends) if len(self.ends) > 1 else self.eos_id
         pad = self.config_pad_id if classifies else self.pad_id
-        ids = dict(zip(ID_FIELDS, (self.bos_id, eos, pad), strict=True))
-        return {key: value for key, value in ids.items() if value is not None}
+        # Null, too: what is left out has a default in many of transformers' configurations.
+        return dict(zip(ID_FIELDS, (self.bos_id, eos, pad), strict=True))
 
 
 def _first(ids: Sequence[int]) -> int | None:
@@ -277,7 +277,8 @@ def save_tokenizer(tokenizer: "Tokenizer | None", tokens: SpecialTokens, folder:
     if tokens.chat_template:
         write_file(folder / "chat_template.jinja", tokens.chat_template)
     if task in ("causal-lm", "seq2seq-lm"):
-        write_json(folder / GENERATION, {**tokens.generation, **tokens.to_config()})
+        ids = {name: value for name, value in tokens.to_config().items() if value is not None}
+        write_json(folder / GENERATION, {**tokens.generation, **ids})
     for name, contents in tokens.files.items():
         if tokenizer is not None or not any(fnmatchcase(name, pattern) for pattern in VOCABULARY_FILES):
             (folder / name).parent.mkdir(exist_ok=True)

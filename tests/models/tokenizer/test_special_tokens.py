@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 from project import ROOT
-from small_models import theirs, tiny_llama
+from small_models import both, theirs, tiny_llama, tiny_phi3
 from small_tokenizers import byte_level, llama_like
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from handtune.models import load, save
 from handtune.models.tokenizer.special_tokens import SpecialTokens
@@ -101,6 +101,16 @@ def test_one_more_end_is_stored_for_transformers(tmp_path: Path) -> None:
         stored = json.loads((tmp_path / "ours" / name).read_text())
         assert stored["eos_token_id"][-1] == 5
         assert stored["eos_token_id"].count(5) == 1
+
+
+def test_ids_that_there_are_none_of_are_null(tmp_path) -> None:
+    """Left out, transformers would take the default of its configuration, of Phi-3 beyond the vocabulary."""
+    both(tmp_path / "base", tiny_phi3(pad_token_id=None), "causal-lm")
+    model, _ = load(tmp_path / "base", device="cpu")
+    save(model, None, tmp_path / "ours")
+    stored = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert stored["pad_token_id"] is None
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "ours").config.pad_token_id is None
 
 
 def test_nothing_else_reads_them() -> None:
