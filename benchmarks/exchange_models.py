@@ -91,11 +91,15 @@ _BYTES = {"specials": ("<|end|>", "<|pad|>"), "names": {"eos_token": "<|end|>", 
 _PIECES = {"names": {"eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}}
 _OF_BERT = {
     "base": "masked-lm", "specials": ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
-    "names": {"cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}, "ending": "[CLS] $A [SEP]",
+    "names": {"cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]", "mask_token": "[MASK]"},
+    "ending": "[CLS] $A [SEP]",
 }  # fmt: skip
 _OF_ROBERTA = {
     "base": "masked-lm", "specials": ("<s>", "<pad>", "</s>", "<unk>", "<mask>"),
-    "names": {"cls_token": "<s>", "bos_token": "<s>", "sep_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "names": {
+        "cls_token": "<s>", "bos_token": "<s>", "sep_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>",
+        "mask_token": "<mask>",
+    },
     "ending": "<s> $A </s>",
 }  # fmt: skip
 _OF_T5 = {"base": "seq2seq-lm", "specials": ("<pad>", "</s>", "<unk>"), "names": {"eos_token": "</s>"}}

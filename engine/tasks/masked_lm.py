@@ -17,6 +17,8 @@ from ..data.batches import Batch, Collate
 from ..data.placed_rows import PlacedRow
 from .common import Encoded, Settings, features, joined_text, positions_by_text, smoothing_penalty, special_ids
 
+MASKS = ("[MASK]", "<mask>")  # where no file of the tokenizer names the token
+
 
 def masked_lm(rows: Sequence[PlacedRow], settings: Settings) -> Iterator[Encoded]:
     """Windows of text between the special tokens; every token of the text can become a target."""
@@ -67,10 +69,12 @@ class MaskedCollate:
 
 
 def masked_rows(model: Any, tokenizer: Any, packing: bool) -> MaskedCollate:
-    """Batches with the tokenizer's [MASK]; ValueError where it has none, or where rows are to be padded."""
-    mask_id = tokenizer.token_to_id("[MASK]")
+    """Batches with the tokenizer's mask token; ValueError where it has none, or where rows are to be padded."""
+    named = model.tokens.names.get("mask_token")
+    texts = MASKS if named is None else (named,)
+    mask_id = next((token_id for token_id in map(tokenizer.token_to_id, texts) if token_id is not None), None)
     if mask_id is None:
-        raise ValueError("masked-lm needs a tokenizer with a [MASK] token, and this one has none")
+        raise ValueError(f"masked-lm needs a tokenizer with a mask token ({' or '.join(texts)}), and this one has none")
     if not packing:
         raise ValueError("masked-LM batches are packed; the padded layout would mask padding")
     return MaskedCollate(mask_id, tokenizer.get_vocab_size(), tuple(special_ids(tokenizer)))

@@ -84,8 +84,14 @@ CONFIGS |= {
         },
     },
 }  # fmt: skip
-ODD = [(family, name) for family, configs in CONFIGS.items() for name in configs]
-PLAIN_AND_ODD = [*((family, None) for family in FAMILIES), *ODD]
+deep = pytest.mark.deep
+# Of each family one odd configuration in every run of the tests.
+ODD = [
+    pytest.param(family, name, marks=[deep] if i else [])
+    for family, configs in CONFIGS.items()
+    for i, name in enumerate(configs)
+]
+PLAIN_AND_ODD = [*((family, None) for family in FAMILIES), *(pytest.param(*case.values, marks=deep) for case in ODD)]
 
 
 def tasks(family: str) -> list[str]:
@@ -151,8 +157,12 @@ def test_a_cache_longer_than_the_window_changes_nothing(tmp_path, family):
 @pytest.mark.parametrize(
     ("family", "task", "name"),
     [
-        *((family, task, None) for family in FAMILIES for task in tasks(family)),
-        *((family, "causal-lm", name) for family, name in ODD),
+        *(
+            pytest.param(family, task, None, marks=[] if task == "causal-lm" else [deep])
+            for family in FAMILIES
+            for task in tasks(family)
+        ),
+        *(pytest.param(case.values[0], "causal-lm", case.values[1], marks=deep) for case in ODD),
     ],
 )
 def test_transformers_loads_what_is_saved(tmp_path, family, task, name):

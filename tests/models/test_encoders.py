@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from small_models import (
 )
 from transformers import CamembertConfig, XLMRobertaConfig
 
+from handtune.engine import load_adapter
 from handtune.engine.data.batches import packed
 from handtune.engine.tasks.classification import classification_loss
 from handtune.engine.tasks.masked_lm import masked_lm_loss
@@ -80,7 +82,16 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
     "mpnet": SAME,
     "roberta": {**SAME, "two types": {"type_vocab_size": 2}},
 }
-ODD = [(family, name) for family, configs in CONFIGS.items() for name in configs]
+TARGETS = ("query", "value", "q_lin", "v_lin", "lin1", "lin2", "attn.q", "attn.v", "Wqkv", "Wo", "Wi")
+deep = pytest.mark.deep
+# Of each family one odd configuration in every run of the tests; of RoBERTa's kin one test.
+QUICK_TASKS = ("masked-lm", "sequence-classification")
+ODD = [
+    pytest.param(family, name, marks=[deep] if i else [])
+    for family, configs in CONFIGS.items()
+    for i, name in enumerate(configs)
+]
+EVERY = [pytest.param(name, marks=[deep] if name in ("xlm-roberta", "camembert") else []) for name in FAMILIES]
 
 
 def config_of(family: str, name: str | None = None) -> Any:
@@ -115,7 +126,7 @@ def test_odd_configurations_give_the_logits_of_transformers(tmp_path, family, na
     assert_same_logits(reference, model, "masked-lm", rows_for(reference, (5, 1, 9)), n_types(reference))
 
 
-@pytest.mark.parametrize(("family", "name"), [*((family, None) for family in FAMILIES), *ODD])
+@pytest.mark.parametrize(("family", "name"), [*((family, None) for family in CONFIGS), *ODD])
 def test_masked_lm_gradients_are_those_of_transformers(tmp_path, family, name):
     """Ours: the packed rows and the fused loss of training. transformers': the padded batch and its logits."""
     reference, model = both(tmp_path, config_of(family, name), "masked-lm")
@@ -130,7 +141,7 @@ def test_masked_lm_gradients_are_those_of_transformers(tmp_path, family, name):
     assert_same_gradients(reference, model)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_classification_gradients_are_those_of_transformers(tmp_path, family):
     reference, model = both(tmp_path, config_of(family), "sequence-classification")
     rows, labels = rows_for(reference), torch.tensor([3, 0, 1, 2])
@@ -140,7 +151,7 @@ def test_classification_gradients_are_those_of_transformers(tmp_path, family):
     assert_same_gradients(reference, model)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_tagging_gradients_are_those_of_transformers(tmp_path, family):
     reference, model = both(tmp_path, config_of(family), "token-classification")
     rows, index, targets = rows_for(reference), torch.tensor([1, 2, 7, 19]), torch.tensor([4, 0, 2, 2])
@@ -152,8 +163,8 @@ def test_tagging_gradients_are_those_of_transformers(tmp_path, family):
     assert_same_gradients(reference, model)
 
 
-@pytest.mark.parametrize("layout", ["packed", "padded"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layout", ["packed", pytest.param("padded", marks=deep)])
+@pytest.mark.parametrize("family", EVERY)
 def test_question_answering_gradients_are_those_of_transformers(tmp_path, family, layout):
     reference, model = both(tmp_path, config_of(family), "question-answering")
     rows, starts, ends = rows_for(reference), torch.tensor([2, 0, 11, 0]), torch.tensor([6, 0, 11, 3])
@@ -172,10 +183,12 @@ def test_question_answering_gradients_are_those_of_transformers(tmp_path, family
 @pytest.mark.parametrize(
     ("family", "task", "name"),
     [
-        *((family, task, None) for family in FAMILIES for task in TASKS),
-        *((family, "masked-lm", "gelu_new") for family in CONFIGS if family != "modernbert"),
-        *(("modernbert", "masked-lm", name) for name in CONFIGS["modernbert"]),
-        ("bert", "masked-lm", "three types"),
+        *(
+            pytest.param(family, task, None, marks=[] if task in QUICK_TASKS else [deep])
+            for family in FAMILIES
+            for task in TASKS
+        ),
+        *(pytest.param(case.values[0], "masked-lm", case.values[1], marks=deep) for case in ODD),
     ],
 )
 def test_transformers_loads_what_is_saved(tmp_path, family, task, name):
@@ -206,3 +219,28 @@ def test_bfloat16_is_kept_and_close(tmp_path, family):
     assert (rounded.float() - exact).norm() < 0.03 * exact.norm()
     save(narrow, None, tmp_path / "again")
     assert_same_state(reference, tmp_path / "again", dtype="auto")
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_adapters_and_their_gradients_are_pefts(tmp_path, family):
+    reference, model = both(tmp_path / "base", config_of(family), "masked-lm")
+    inputs = batch_of(reference, rows_for(reference))
+    mask = inputs["attention_mask"].bool()
+    targets = [name for name, _ in reference.named_modules() if name.endswith((*TARGETS, "output.dense"))]
+    adapted = peft.get_peft_model(reference, peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets)).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(tmp_path / "peft")
+    load_adapter(model, tmp_path / "peft")
+    theirs, ours = their_logits(adapted, "masked-lm", inputs)[mask], model(**inputs)[mask]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+    incoming = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(1))
+    theirs.backward(incoming)
+    ours.backward(incoming)
+    squares = [
+        sum(p.grad.square().sum() for name, p in each.named_parameters() if ".lora" in name and p.grad is not None)
+        for each in (adapted, model)
+    ]
+    assert float(squares[1]) == pytest.approx(float(squares[0]), rel=1e-4)

@@ -1,12 +1,14 @@
 """Losses: each against the formula written out, sums that can be added, and the scores of an evaluation."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from small_runs import CHAT, PAIRS, QUESTIONS, SENTIMENT, TAGGED, bert, examples, gpt2
 from small_tokenizers import word_piece
+from tokenizers import Tokenizer, models
 
 from handtune.engine import evaluate
 from handtune.engine.data.batches import Batches, Collate
@@ -22,10 +24,11 @@ from handtune.engine.tasks.embedding import (
     step_embedding_loss,
 )
 from handtune.engine.tasks.encode import encode
-from handtune.engine.tasks.masked_lm import MaskedCollate, masked_lm_loss
+from handtune.engine.tasks.masked_lm import MaskedCollate, masked_lm_loss, masked_rows
 from handtune.engine.tasks.objectives import METHODS, OBJECTIVES
 from handtune.engine.tasks.question_answering import AnswerScore, best_span, qa_loss
 from handtune.engine.tasks.tagging import TaggingScore, tagging_loss
+from handtune.models.tokenizer.special_tokens import SpecialTokens
 
 TAGS = ("O", "B-ANIMAL", "B-PLACE")
 
@@ -334,3 +337,23 @@ def test_questions_whose_answer_no_window_holds_count() -> None:
     assert found["loss"] == pytest.approx(answer_score(QUESTIONS, tables[1:])[1]["loss"])
     assert answer_score([*QUESTIONS, empty], tables[1:], examples(QUESTIONS, "qa"))[1]["exact_match"] == 1.0
     assert answer_score([*QUESTIONS, QUESTIONS[0]], tables[1:], examples(QUESTIONS, "qa"))[1]["exact_match"] == 0.8
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "expected"),
+    [
+        ("<mask>", {"mask_token": "<mask>"}, 2),
+        ("<mask>", {}, 2),
+        ("[MASK]", {"mask_token": "[MASK]"}, 2),
+        ("<m>", {}, None),
+    ],
+)
+def test_the_mask_token_is_the_tokenizer_s(text, names, expected) -> None:
+    """RoBERTa's is another than BERT's."""
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1, text: 2}, unk_token="a"))
+    model = SimpleNamespace(tokens=SpecialTokens(names=names))
+    if expected is None:
+        with pytest.raises(ValueError, match=r"a mask token \(\[MASK\] or <mask>\), and this one has none"):
+            masked_rows(model, words, True)
+    else:
+        assert masked_rows(model, words, True).mask_id == expected
