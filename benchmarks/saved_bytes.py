@@ -2,10 +2,11 @@
 
     python benchmarks/saved_bytes.py [--out FILE.json]
 
-A block of a Llama-like model (GQA, SwiGLU) and one of GPT-2, bf16, R 16 on every projection, by `saved_tensors_hooks`:
-each storage counted once, weights and adapters left out. A block is what the second layer of a model adds to the first.
-PEFT stands twice: as it comes (adapters in fp32), and with `autocast_adapter_dtype=False`. Ours does too, the second
-time with the feed-forward recomputed; what that costs stands beside it, as a share of the block's products in a step.
+A block of each decoder of Llama's kind (GQA, gated) and one of GPT-2, bf16, R 16 on every projection, by
+`saved_tensors_hooks`: each storage counted once, weights and adapters left out. A block is what the second layer of a
+model adds to the first. PEFT stands twice: as it comes (adapters in fp32), and with `autocast_adapter_dtype=False`.
+Ours does too, the second time with the feed-forward recomputed; what that costs stands beside it, as a share of the
+block's products in a step.
 """
 
 import argparse
@@ -23,13 +24,17 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK, LENGTH = 16, 256
+_LLAMA = {"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 16, "num_key_value_heads": 4}
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama": {
-        "hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 16, "num_key_value_heads": 4,
-    },
+    "llama": _LLAMA,
+    "smollm3": {**_LLAMA, "pad_token_id": None},
+    "gemma3_text": {**_LLAMA, "head_dim": 64, "layer_types": ["full_attention", "sliding_attention"]},
+    "phi3": {**_LLAMA, "pad_token_id": None},
+    "olmo2": _LLAMA,
     "gpt2": {"n_embd": 768, "n_head": 12, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }  # fmt: skip
-RECOMPUTED = {"llama": 7 / (2 * 13), "gpt2": 4 / (2 * 12)}  # the products of `up`, of the block's two passes (D² each)
+# The products of `up`, of the block's two passes (D² each); OLMo has no norm in front of it to make it again from.
+RECOMPUTED = {**dict.fromkeys(("llama", "smollm3", "gemma3_text", "phi3"), 7 / (2 * 13)), "gpt2": 4 / (2 * 12)}
 DROPOUTS = (0.0, 0.05)
 
 
@@ -93,11 +98,15 @@ def measure(kind: str, dropout: float) -> dict[str, float]:
     found: dict[str, list[int]] = {}
     for layers in (1, 2):
         sizes = {**SHAPES[kind], "num_hidden_layers": layers, "vocab_size": 512, "use_cache": False}
+        if "layer_types" in sizes:
+            sizes["layer_types"] = sizes["layer_types"][:layers]
         config = transformers.AutoConfig.for_model(kind, **sizes)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
             for provider, call in PROVIDERS.items():
+                if "recompute" in provider and kind not in RECOMPUTED:
+                    continue
                 found.setdefault(provider, []).append(call(folder, dropout))
     return {provider: (two - one) / LENGTH for provider, (one, two) in found.items()}
 

@@ -100,14 +100,26 @@ def training() -> str:
     return table(head, training_rows())
 
 
+BLOCKS = {
+    "llama": "Llama", "smollm3": "SmolLM3", "gemma3_text": "Gemma 3", "phi3": "Phi-3", "olmo2": "OLMo 2",
+    "gpt2": "GPT-2 small",
+}  # fmt: skip
+
+
 def saved() -> str:
     rows = []
     for name, run in results("saved_bytes")["results"].items():
         block, dropout = name.split(", dropout ")
         ours, peft, half = run["handtune"], run["peft"], run["peft, adapters in bf16"]
-        shares = ours / peft, ours / half, run["handtune, recompute"] / peft
-        rows.append([MODELS.get(block, "Llama"), dropout, *(f"{share:.2f}" for share in shares)])
+        again = f"{run['handtune, recompute'] / peft:.2f}" if "handtune, recompute" in run else "—"
+        rows.append([BLOCKS[block], dropout, f"{ours / peft:.2f}", f"{ours / half:.2f}", again])
     return table(["block", "dropout", "of PEFT's", "of PEFT's with adapters in bf16", "recomputed, of PEFT's"], rows)
+
+
+def apart(*columns: str) -> str:
+    """The largest number of these columns in the matrix of families."""
+    cells = [row[column] for row in results("families_cpu")["results"].values() for column in columns]
+    return f"{max(cell for cell in cells if isinstance(cell, float)):.0e}"
 
 
 def adapters() -> str:
@@ -314,6 +326,11 @@ holds twice while it does. The tokens of random weights part at bf16's rounding.
 {loading()}
 
 ## Exchange
+
+`python benchmarks/families.py` prints what each of {len(results("families_cpu")["results"])} families can do: logits
+and gradients that are transformers', adapters that are PEFT's, training with an adapter, in full and on four bits,
+merging. The largest difference from transformers' outputs is {apart("logits", "left", "heads")}, from PEFT's
+{apart("PEFT out", "PEFT in")}.
 
 `python benchmarks/exchange.py` prints the grid of families and heads: what is stored here gives transformers, PEFT and
 sentence-transformers the numbers that it gives here, and the other way round. `benchmarks/chat_model.py` compares what
