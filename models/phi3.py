@@ -124,6 +124,7 @@ class Block(nn.Module):
         (q, q_fixed), (k, k_fixed) = (y.split(self.parts_of_heads, dim=-1) for y in (q, k))  # (..., R), (..., hd − R)
         q, k = rope(q, k, *tables)
         q, k = torch.cat((q, q_fixed), -1), torch.cat((k, k_fixed), -1)  # (B, T, H, hd), (B, T, K, hd)
+        v = v.contiguous()  # attention keeps it; a view would keep the q and k from before the rotation alive with it
         if cache is not None:
             k, v = cache.append(self.index, k, v)  # (B, S, K, hd) each
         out = attention(
