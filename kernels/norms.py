@@ -117,7 +117,8 @@ def normalize_backward(
     g = _widened(grad)
     grad_weight = None
     if needs[1]:
-        normed = (wide_x * rstd).to(x.dtype)  # x̂, rounded as in the forward pass
+        normed = wide_x * rstd
+        normed = normed.to(x.dtype) if weight.dtype == x.dtype else normed  # x̂, rounded as in the forward pass
         grad_weight = (g * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)  # (D,)
     if not needs[0]:
         return None, grad_weight, None

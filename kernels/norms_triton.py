@@ -24,11 +24,19 @@ def _warps(block: int) -> int:
 
 
 @triton.jit
-def apply_norm(x, mean, rstd, weight, bias, CENTERED: tl.constexpr, dtype: tl.constexpr):
-    """The normalised x in fp32, rounded where `norms.py` rounds: an RMSNorm before the weight."""
+def rounded_for(normed, dtype: tl.constexpr, weight_dtype: tl.constexpr):
+    """x̂ of an RMSNorm as it meets its weight: rounded where that has x's dtype, as in `norms.py`."""
+    if weight_dtype == dtype:
+        normed = normed.to(dtype).to(tl.float32)
+    return normed
+
+
+@triton.jit
+def apply_norm(x, mean, rstd, weight, bias, CENTERED: tl.constexpr, dtype: tl.constexpr, weight_dtype: tl.constexpr):
+    """The normalised x in fp32; `weight` is in fp32, too, and `weight_dtype` what it was."""
     if CENTERED:
         return (x - mean) * rstd * weight + bias
-    return (x * rstd).to(dtype).to(tl.float32) * weight
+    return rounded_for(x * rstd, dtype, weight_dtype) * weight
 
 
 @triton.jit
@@ -60,7 +68,8 @@ def _norm_kernel(
     tl.store(rstd + row, r)
 
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + offset, apply_norm(v, mu, r, scale, shift, CENTERED, dtype).to(dtype), mask=inside)
+    y = apply_norm(v, mu, r, scale, shift, CENTERED, dtype, weight.dtype.element_ty)
+    tl.store(out + offset, y.to(dtype), mask=inside)
 
 
 @triton.jit
@@ -79,7 +88,8 @@ def _rebuild_kernel(x, weight, bias, mean, rstd, out, d, CENTERED: tl.constexpr,
 
     v = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
     scale = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out + offset, apply_norm(v, mu, tl.load(rstd + row), scale, shift, CENTERED, dtype).to(dtype), mask=inside)
+    y = apply_norm(v, mu, tl.load(rstd + row), scale, shift, CENTERED, dtype, weight.dtype.element_ty)
+    tl.store(out + offset, y.to(dtype), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -114,7 +124,7 @@ def _backward_kernel(
 
         if WEIGHT:
             db += dy
-            dw += dy * normed if CENTERED else dy * normed.to(dtype).to(tl.float32)
+            dw += dy * normed if CENTERED else dy * rounded_for(normed, dtype, weight.dtype.element_ty)
 
     if WEIGHT:
         tl.store(dw_pieces + piece.to(tl.int64) * d + column, dw, mask=column < d)

@@ -107,6 +107,8 @@ class Gemma3Config:
             n = read_interval(settings, "sliding_window_pattern", 6)
             layers = tuple(range(n - 1, config.n_layer, n))
 
+        if published.get("sliding_window", 0) is None and len(layers) < config.n_layer:
+            raise ValueError("sliding_window = None, but layer_types has layers with a window; say how wide it is")
         bases = {FAR: ("rope_theta", 1000000.0), NEAR: ("rope_local_base_freq", 10000.0)}
         far, near = read_rotations(settings, config.width, config.max_positions, bases)
         return replace(config, far_layers=layers, far_rope=far, near_rope=near)

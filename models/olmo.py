@@ -171,6 +171,7 @@ class Olmo2(Llama):
     model_types: ClassVar = {"olmo2": "Olmo2"}
     config_class = Olmo2Config
     presets = PRESETS
+    supported_config_values: ClassVar = {"hidden_act": ("silu",)}
     architectures: ClassVar = {
         "causal-lm": "{}ForCausalLM",
         "sequence-classification": "{}ForSequenceClassification",

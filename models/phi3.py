@@ -23,7 +23,7 @@ from ..kernels.dropout import Dropout
 from .layers.config_fields import read_fields, write_fields
 from .layers.key_map import CheckpointKey
 from .layers.kv_cache import KVCache
-from .layers.rope_config import read_rope, write_rope
+from .layers.rope_config import ORIGINAL, read_rope, write_rope
 from .layers.rope_scaling import Rope
 from .llama.config import LlamaConfig
 from .llama.model import Embed, Llama
@@ -73,8 +73,8 @@ class Phi3Config(LlamaConfig):
 
         table = {key: value for key, value in table.items() if key != PARTIAL}
         kind = "rope_type" if "rope_type" in table else "type"
-        if table.get(kind) in LONGROPE:
-            table[kind] = "longrope"
+        if table.get(kind) in (*LONGROPE, "longrope"):
+            table = {ORIGINAL: settings.get(ORIGINAL, 4096), **table, kind: "longrope"}
         one_table = {**settings, "rope_scaling": None, "rope_parameters": table, PARTIAL: None}
         return replace(config, rope=read_rope(one_table, config.rotary_width))
 
@@ -149,6 +149,7 @@ class Phi3(Llama):
     model_types: ClassVar = {"phi3": "Phi3"}
     config_class = Phi3Config
     presets = PRESETS
+    supported_config_values: ClassVar = {"hidden_act": ("silu",)}
     architectures: ClassVar = {
         "causal-lm": "Phi3ForCausalLM",
         "sequence-classification": "Phi3ForSequenceClassification",

@@ -84,7 +84,7 @@ class SmolLM3(Llama):
     model_types: ClassVar = {"smollm3": "SmolLM3"}
     config_class = SmolLM3Config
     presets = PRESETS
-    supported_config_values: ClassVar = {**Llama.supported_config_values, "use_sliding_window": (False, None)}
+    supported_config_values: ClassVar = {"hidden_act": ("silu",), "use_sliding_window": (False, None)}
 
     config: SmolLM3Config
 

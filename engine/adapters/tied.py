@@ -120,8 +120,9 @@ def peft_difference(model: nn.Module, adapted: Collection[str], with_token_rows:
 def copies_to_save(model: nn.Module, stored: Collection[str]) -> dict[str, str]:
     """The further occurrences to store beside these published tensors, and what each is a copy of.
 
-    PEFT stores modules whole: with an output matrix goes its bias.
+    PEFT stores modules whole: with an output matrix goes its bias, and with that the matrix.
     """
     copies = tied_copies(model)
     modules = {copy.rpartition(".")[0] for copy, first in copies.items() if first in stored}
+    modules |= {name.rpartition(".")[0] for name in stored}
     return {copy: first for copy, first in copies.items() if copy.rpartition(".")[0] in modules}

@@ -66,7 +66,8 @@ def tensors_to_save(
     modules = {_module_of(key) for key in trained}
     head: tuple[str, ...] = ()
     if facts_of(model).task in WITH_HEAD:
-        head = ("head.out.", "head.hidden.")
+        # Of a new one all, which no base has.
+        head = ("head.",) if getattr(model, "head_is_new", False) else ("head.out.", "head.hidden.")
     whole_modules = {
         saved_with(_module_of(entry.name))
         for entry in published.values()

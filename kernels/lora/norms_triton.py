@@ -59,7 +59,7 @@ def _norm_down_kernel(
         shift = 0.0
         if CENTERED:
             shift = tl.load(bias + column, mask=column < d, other=0.0).to(tl.float32)[None, :]
-        y = apply_norm(v, mu[:, None], r[:, None], scale, shift, CENTERED, dtype).to(dtype)
+        y = apply_norm(v, mu[:, None], r[:, None], scale, shift, CENTERED, dtype, weight.dtype.element_ty).to(dtype)
         tl.store(out + offset, y, mask=inside)
 
         # What is stored has no dropout: the base weight's product reads it.
@@ -100,7 +100,7 @@ def _a_gradient_kernel(
         mu = 0.0
         if CENTERED:
             mu = tl.load(mean + row, mask=row < n, other=0.0)[:, None]
-        y = apply_norm(v, mu, r, scale, shift, CENTERED, dtype).to(dtype)  # (BLOCK_N, BLOCK_D)
+        y = apply_norm(v, mu, r, scale, shift, CENTERED, dtype, weight.dtype.element_ty).to(dtype)  # (BLOCK_N, BLOCK_D)
         if DROPOUT:
             quad = first_column // 4 + tl.arange(0, BLOCK_D // 4)
             y = tl.where(keep_mask(seed, row, quad, p), y, 0.0).to(dtype)

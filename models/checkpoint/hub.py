@@ -13,8 +13,10 @@ from .shards import INDEX, PICKLES, SINGLE, pickle_refused, weight_files
 
 # A sentencepiece model is small, and downloaded to be named in an error where there is no tokenizer.json, or copied.
 DOWNLOADED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "vocab.txt", "merges.txt", "*.model")
-# The same weights in other layouts: in folders of their own, or as Mistral's own code reads them.
-NOT_DOWNLOADED = ("*/*.safetensors", "consolidated*.safetensors", "*/*.model")
+# The same weights in other layouts: in folders of their own, or as Mistral's own code reads them. Of folders that begin
+# with a number, sentence-transformers' modules, the weights are read.
+NOT_DOWNLOADED = ("[!0-9]*/*.safetensors", "consolidated*.safetensors", "*/*.model")
+MODULES = f"[0-9]*/{SINGLE}"
 GGUF = ".gguf"  # a whole checkpoint in one file
 # What loading reads besides the weights: how the model computes, pools, and reads images and texts.
 READ_FILES = (
@@ -74,7 +76,7 @@ def checkpoint_files(folder: Path) -> list[Path]:
         weights = weight_files(folder)
     except ValueError:  # a damaged index, or pickles: which loading refuses
         weights = sorted(folder.glob("*.safetensors"))
-    files = [*settings_files(folder), *weights]
+    files = [*settings_files(folder), *weights, *sorted(folder.glob(MODULES))]
     if weights != [folder / SINGLE]:
         files.append(folder / INDEX)
     return files

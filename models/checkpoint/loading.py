@@ -182,6 +182,9 @@ def fresh(
     if tokenizer_path is not None:
         tokenizer = load_tokenizer_file(Path(tokenizer_path))
         overrides = {"vocab_size": tokenizer.get_vocab_size(), **overrides}
+        pad_id = SpecialTokens.of_tokenizer(tokenizer).pad_id
+        if pad_id is not None and hasattr(family.config_class, "pad_id"):  # from behind which it counts positions
+            overrides = {"pad_id": pad_id, **overrides}
 
     torch.manual_seed(seed)
     too_large = f"out of memory: a fresh {preset} of these sizes is too large; take a smaller one"

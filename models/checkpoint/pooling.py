@@ -14,7 +14,7 @@ from ..._shapes import with_fields
 from ..layers.config_fields import MAX_SIZE
 from ..layers.heads import DenseLayer, Pooling
 from .safetensors_io import StoredTensor, read_header, write_file
-from .shards import SINGLE
+from .shards import SINGLE, pickle_refused
 
 log = logging.getLogger("handtune")
 # published -> ours, the names with a switch and those of version 6
@@ -48,6 +48,9 @@ def read_pooling(folder: Path, tensors: dict[str, StoredTensor] | None = None) -
     dense = tuple(_read_dense(folder, path) for kind, path in modules if kind == "Dense")
     for layer in dense:
         if tensors:
+            pickles = sorted((folder / layer.folder).glob("*.bin"))
+            if pickles and not (folder / layer.folder / SINGLE).is_file():
+                raise pickle_refused(pickles[0])
             header = read_header(folder / layer.folder / SINGLE)
             tensors |= {f"{layer.folder}.{name}": stored for name, stored in header.items()}
     mode = next((_read_mode(folder, path) for kind, path in modules if kind == "Pooling"), "mean")

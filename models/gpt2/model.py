@@ -74,15 +74,9 @@ class Block(nn.Module):
         self.recompute = False
 
     def forward(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        cu_seqlens: Tensor | None,
-        max_seqlen: int | None,
-        keys: tuple[Tensor, Tensor] | None,
-        cache: KVCache | None,
-        positions_to_return: Tensor | None = None,
-    ) -> Tensor:
+        self, x: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None,
+        keys: tuple[Tensor, Tensor] | None, cache: KVCache | None, positions_to_return: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """The stream x (B, T, D) after this layer; `bias` as `attention` takes it."""
         qkv = norm_linear(x, self.norm1, self.qkv)  # (B, T, 3·H·hd)
         q, k, v = qkv.unflatten(-1, (3, self.n_head, self.head_width)).unbind(2)  # (B, T, H, hd) each
@@ -171,19 +165,11 @@ class GPT2(PretrainedModel):
         return KVCache(c.n_layer, batch, length, c.n_head, c.width, self.embed.tokens.weight)
 
     def hidden(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
-        keys: tuple[Tensor, Tensor] | None = None,
-        cache: KVCache | None = None,
-        hidden_states: Tensor | None = None,
-        layer_range: slice = ALL_LAYERS,
-        positions_to_return: Tensor | None = None,
-    ) -> Tensor:
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None,
+        keys: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None, hidden_states: Tensor | None = None,
+        layer_range: slice = ALL_LAYERS, positions_to_return: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """States before the head (B, T, D) for token ids (B, T); `attention_mask` is (B, S), S counting the cache.
 
         `layer_range` computes these layers only, and `hidden_states` (B, T, D) is what enters the first of them. A

@@ -157,3 +157,22 @@ def test_other_refusals() -> None:
         split_rope(torch.zeros(1, 2, 3, 8), 2, torch.zeros(2, 4), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="cos, sin: expected"):
         split_rope(torch.zeros(1, 2, 4, 8), 2, torch.zeros(2, 3), torch.zeros(2, 3))
+
+
+def test_a_weight_in_fp32_scales_what_is_not_rounded_yet() -> None:
+    """As Gemma's norms have it: x in bf16, 1 + w in fp32, one rounding at the end; forward and backward."""
+    torch.manual_seed(0)
+    x = torch.randn(40, 64).bfloat16().requires_grad_()
+    weight = (1 + 0.1 * torch.randn(64)).requires_grad_()
+    wide = x.detach().float().requires_grad_()
+    exact = torch.nn.functional.rms_norm(wide, (64,), weight, 1e-6)
+    out = rms_norm(x, weight, 1e-6)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, exact.bfloat16())
+
+    grad = torch.randn(40, 64).bfloat16()
+    expected = torch.autograd.grad(exact, (wide, weight), grad.float())
+    dx, dw = torch.autograd.grad(out, (x, weight), grad)
+    assert dw.dtype == torch.float32
+    torch.testing.assert_close(dw, expected[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(dx, expected[0].bfloat16(), rtol=1e-2, atol=1e-2)

@@ -23,7 +23,7 @@ from small_models import (
 )
 from transformers import CamembertConfig, XLMRobertaConfig
 
-from handtune.engine import load_adapter
+from handtune.engine import LoRAConfig, add_lora, load_adapter, save_adapter, unfreeze
 from handtune.engine.data.batches import packed
 from handtune.engine.tasks.classification import classification_loss
 from handtune.engine.tasks.masked_lm import masked_lm_loss
@@ -244,3 +244,34 @@ def test_adapters_and_their_gradients_are_pefts(tmp_path, family):
         for each in (adapted, model)
     ]
     assert float(squares[1]) == pytest.approx(float(squares[0]), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_peft_reads_an_adapter_with_its_masked_lm_head(tmp_path, family):
+    """The output's bias brings its matrix along, which is the embedding's."""
+    reference, model = both(tmp_path / "base", config_of(family), "masked-lm")
+    add_lora(model, LoRAConfig(rank=2, targets="attention"))
+    unfreeze(model, "head.dense.*", "head.norm.*", "head.bias")
+    with torch.no_grad():
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.add_(0.1)
+    save_adapter(model, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter").eval()
+    inputs = batch_of(reference, rows_for(reference))
+    mask = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        ours = model(**inputs)[mask]
+        torch.testing.assert_close(their_logits(theirs, "masked-lm", inputs)[mask], ours, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["bert", "modernbert", "roberta"])
+def test_a_new_head_goes_with_an_adapter_as_a_whole(tmp_path, family):
+    both(tmp_path / "base", config_of(family), "embedding")
+    model, _ = load(tmp_path / "base", "sequence-classification", labels=3, device="cpu")
+    add_lora(model, LoRAConfig(rank=2, targets="attention"))
+    save_adapter(model, tmp_path / "adapter")
+    again, _ = load(tmp_path / "base", "sequence-classification", labels=3, device="cpu")
+    load_adapter(again, tmp_path / "adapter")
+    ids = torch.tensor(token_rows((9,)))
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids), model(ids))

@@ -29,6 +29,18 @@ def test_long_and_short_rows_turn_by_their_factors(length, tmp_path):
     torch.testing.assert_close(again(ids).logits, reference(ids).logits)
 
 
+@torch.no_grad()
+def test_where_no_length_is_said_it_is_4096(tmp_path):
+    """As in transformers: what is longer turns by the long factors, and all is sharpened."""
+    fields = {key: value for key, value in LONG.items() if key != "original_max_position_embeddings"}
+    reference, model = both(tmp_path, tiny_phi3(**fields, max_position_embeddings=16384), "causal-lm")
+    change_config(tmp_path, original_max_position_embeddings=None)
+    model, _ = load(tmp_path, device="cpu")
+    assert (model.config.rope.scaling.original, model.config.rope.scaling.factor) == (4096, 4.0)
+    ids = torch.tensor(token_rows((12,)))
+    torch.testing.assert_close(model(ids), reference(ids).logits, atol=1e-4, rtol=0)
+
+
 def test_long_ropes_generate_token_by_token(tmp_path):
     reference, model = both(tmp_path, tiny_phi3(**LONG), "causal-lm")
     ids = torch.tensor(token_rows((5,)))

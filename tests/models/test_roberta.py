@@ -6,10 +6,12 @@ import pytest
 import torch
 import transformers
 from small_models import both, change_config, theirs, tiny_roberta, token_rows
+from tokenizers import Tokenizer, models
 from transformers import RobertaConfig, RobertaForMaskedLM
 
 from handtune.engine.data.batches import packed
 from handtune.models import Roberta, load
+from handtune.models.checkpoint.loading import fresh
 
 PAD = 5
 
@@ -106,3 +108,12 @@ def test_what_is_not_implemented_is_refused(tmp_path, fields, message):
     with pytest.raises(ValueError, match=message) as caught:
         load(tmp_path, device="cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_a_fresh_model_counts_from_behind_its_tokenizer_s_pad(tmp_path):
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "the": 1, "cat": 2, "<unk>": 3}, unk_token="<unk>"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    sizes = {"n_layer": 1, "d_model": 8, "n_head": 2, "d_ff": 8}
+    model, _ = fresh("roberta-base", tmp_path / "tokenizer.json", "masked-lm", (), 0, device="cpu", **sizes)
+    assert model.config.pad_id == 0
+    assert model.write_config()["pad_token_id"] == 0

@@ -5,6 +5,8 @@ import torch
 from kernel_cases import CASES, MASK_DTYPE, draw, dropped, error, leaves, outputs, run
 from launches import launched
 
+from handtune.kernels import rms_norm
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = [((1,), 1), ((13,), 7), ((2, 17), 24), ((37,), 33)]  # leading dimensions of x, and its width
 NAMES = [name for name in CASES if name not in ("linear", "gelu", "gelu_tanh", "relu", "silu", "tanh")]  # torch's own
@@ -78,3 +80,18 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean() -> None:
     assert mask.unique().tolist() == pytest.approx([0, 1 / 0.7])
     assert (mask == 0).float().mean().item() == pytest.approx(0.3, abs=0.03)
     assert not torch.equal(mask, dropped(torch.zeros(100, 50, device=DEVICE), 0.3, 2))
+
+
+def test_a_norm_with_a_weight_in_fp32_rounds_once() -> None:
+    """x̂ in fp32 meets 1 + w in fp32, as in Gemma; the interpreter cuts what a GPU rounds, so one unit may be missing."""
+    torch.manual_seed(0)
+    x = torch.randn(40, 64, device=DEVICE).bfloat16()
+    weight = 1 + 0.1 * torch.randn(64, device=DEVICE)
+    exact = torch.nn.functional.rms_norm(x.double(), (64,), weight.double(), 1e-6)
+    with launched() as kernels:
+        out = rms_norm(x, weight, 1e-6)
+    assert kernels
+    assert out.dtype == torch.bfloat16
+    assert ((out.double() - exact).abs() <= 2**-7 * exact.abs()).all()
+    narrow = rms_norm(x, weight.bfloat16(), 1e-6)
+    assert not ((narrow.double() - exact).abs() <= 2**-7 * exact.abs()).all()  # of a weight in x's dtype: twice

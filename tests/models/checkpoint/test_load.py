@@ -550,11 +550,12 @@ def test_a_hub_id_is_downloaded_without_pickles(checkpoint, monkeypatch):
         "config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json",
         "merges.txt", "vocab.txt", "modules.json", "1_Pooling/config.json", "spiece.model", "tokenizer.model",
-        "additional_chat_templates/tool_use.jinja",
+        "additional_chat_templates/tool_use.jinja", "2_Dense/config.json", "2_Dense/model.safetensors",
     }  # fmt: skip
     other = {
         "pytorch_model.bin", "tf_model.h5", "model.pt", "README.md", "LICENSE.txt", "original/tokenizer.model",
         "original/model.safetensors", "consolidated.safetensors", "consolidated.00.pth", "onnx/model.onnx",
+        "2_Dense/pytorch_model.bin",
     }  # fmt: skip
     assert set(filter_repo_objects([*read, *other], **patterns)) == read
 

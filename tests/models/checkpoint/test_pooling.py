@@ -15,6 +15,7 @@ from handtune.engine import LoRAConfig, add_lora, save_adapter
 from handtune.engine.prediction.trained import predictions, rows_to_predict
 from handtune.engine.tasks.encode import encode
 from handtune.models import load, save
+from handtune.models.checkpoint.hub import checkpoint_files
 from handtune.models.checkpoint.pooling import read_pooling, read_prompts
 from handtune.models.layers.heads import Pooling
 
@@ -203,3 +204,12 @@ def test_another_order_of_modules_is_refused(tmp_path):
     put(tmp_path, "modules.json", [*modules, {"path": "", "type": "x.Normalize"}, {"path": "", "type": "x.Dense"}])
     with pytest.raises(ValueError, match="Transformer, Pooling, Normalize, Dense in this order is not implemented"):
         read_pooling(tmp_path)
+
+
+def test_projections_are_among_the_files_of_a_checkpoint_and_pickles_are_refused(tmp_path):
+    dense_model(tmp_path)
+    files = {str(path.relative_to(tmp_path / "base")) for path in checkpoint_files(tmp_path / "base")}
+    assert {"2_Dense/config.json", "2_Dense/model.safetensors", "3_Dense/model.safetensors"} <= files
+    (tmp_path / "base/2_Dense/model.safetensors").rename(tmp_path / "base/2_Dense/pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"2_Dense/pytorch_model.bin: a pickle checkpoint .* is refused"):
+        load(tmp_path / "base", device="cpu")
