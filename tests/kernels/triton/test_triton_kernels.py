@@ -83,7 +83,7 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean() -> None:
 
 
 def test_a_norm_with_a_weight_in_fp32_rounds_once() -> None:
-    """x̂ in fp32 meets 1 + w in fp32, as in Gemma; the interpreter cuts what a GPU rounds, so one unit may be missing."""
+    """As in Gemma, x̂ in fp32 meets 1 + w in fp32; the interpreter cuts what a GPU rounds, which costs a unit."""
     torch.manual_seed(0)
     x = torch.randn(40, 64, device=DEVICE).bfloat16()
     weight = 1 + 0.1 * torch.randn(64, device=DEVICE)
