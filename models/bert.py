@@ -18,11 +18,10 @@ and T all tokens.
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
-from .encoder import Encoder, tied_output
+from .encoder import BERT_KEYS, Encoder, tied_output
 from .layers.heads import TEXT_TASKS
-from .layers.inputs import check_length, key_bias, positions
 from .layers.key_map import CheckpointKey
 from .layers.post_norm import Block, Embed, EncoderConfig
 
@@ -73,42 +72,10 @@ class Bert(Encoder):
         self.embed = Embed(config, config.max_positions, config.n_types)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
 
-    def hidden(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
-    ) -> Tensor:
-        """States before the head (B, T, D) for token ids (B, T) and a mask (B, T) of ones and zeros."""
-        check_length(input_ids, cu_seqlens, max_seqlen, self.config.max_positions)
-        if position_ids is None:
-            position_ids = positions(input_ids, attention_mask, cu_seqlens)  # (B or 1, T)
-
-        x = self.embed(input_ids, position_ids, token_type_ids)  # (B, T, D)
-        bias = key_bias(attention_mask)  # (B, 1, 1, T) or None
-        for block in self.layers:
-            x = block(x, bias, cu_seqlens, max_seqlen)
-        return x
-
     def checkpoint_keys(self) -> dict[str, str | CheckpointKey]:
         """Our modules → the published ones. The pooler is published beside the encoder, not under the head's name."""
-        layer = "encoder.layer.{i}"
-        attention = "encoder.layer.{i}.attention"
-        qkv = (f"{attention}.self.query", f"{attention}.self.key", f"{attention}.self.value")
         return {
-            "embed.tokens": "embeddings.word_embeddings",
-            "embed.positions": "embeddings.position_embeddings",
-            "embed.types": "embeddings.token_type_embeddings",
-            "embed.norm": "embeddings.LayerNorm",
-            "layers.{i}.qkv": CheckpointKey(qkv),
-            "layers.{i}.o": f"{attention}.output.dense",
-            "layers.{i}.norm1": f"{attention}.output.LayerNorm",
-            "layers.{i}.up": f"{layer}.intermediate.dense",
-            "layers.{i}.down": f"{layer}.output.dense",
-            "layers.{i}.norm2": f"{layer}.output.LayerNorm",
+            **BERT_KEYS,
             "head.pooler": "bert.pooler.dense",
             "head.dense": "cls.predictions.transform.dense",
             "head.norm": "cls.predictions.transform.LayerNorm",

@@ -12,12 +12,11 @@ Shapes: B rows, T tokens, D width, V vocabulary. Packed, B is 1 and T all tokens
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
-from torch import Tensor, nn
+from torch import nn
 
 from .encoder import Encoder, tied_output
 from .layers.config_fields import resolve_aliases
 from .layers.heads import TEXT_TASKS
-from .layers.inputs import check_length, key_bias, positions
 from .layers.key_map import CheckpointKey
 from .layers.post_norm import Block, Embed, EncoderConfig
 
@@ -92,29 +91,6 @@ class DistilBert(Encoder):
         """The published dropout in front of the head."""
         by_token = {"token-classification": self.config.dropout, "question-answering": self.config.qa_dropout}
         return by_token.get(self.task, self.config.head_rate)
-
-    def hidden(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
-    ) -> Tensor:
-        """States before the head (B, T, D) for token ids (B, T) and a mask (B, T) of ones and zeros.
-
-        DistilBERT has no segments: `token_type_ids` are ignored.
-        """
-        check_length(input_ids, cu_seqlens, max_seqlen, self.config.max_positions)
-        if position_ids is None:
-            position_ids = positions(input_ids, attention_mask, cu_seqlens)  # (B or 1, T)
-
-        x = self.embed(input_ids, position_ids)  # (B, T, D)
-        bias = key_bias(attention_mask)  # (B, 1, 1, T) or None
-        for block in self.layers:
-            x = block(x, bias, cu_seqlens, max_seqlen)
-        return x
 
     def checkpoint_keys(self) -> dict[str, str | CheckpointKey]:
         """Our modules → the published ones; what scores a text is published beside the encoder."""

@@ -4,19 +4,34 @@
     classification   C f(W x[first]), where f is tanh, or relu in DistilBERT
     all others       one projection of what they read
 
-Shapes: D width, V vocabulary, C classes.
+Shapes: B rows, T tokens, D width, V vocabulary, C classes. Packed, B is 1 and T all tokens.
 """
 
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .layers.config_fields import ACTIVATIONS
 from .layers.heads import TEXT_TASKS, MaskedLMHead
+from .layers.inputs import check_length, key_bias, positions
 from .layers.key_map import CheckpointKey
 from .model import PretrainedModel
 
 TOKENS = "embed.tokens.weight"
+# BERT's modules → the published ones, as RoBERTa has them, too.
+_ATTENTION = "encoder.layer.{i}.attention"
+BERT_KEYS: dict[str, str | CheckpointKey] = {
+    "embed.tokens": "embeddings.word_embeddings",
+    "embed.positions": "embeddings.position_embeddings",
+    "embed.types": "embeddings.token_type_embeddings",
+    "embed.norm": "embeddings.LayerNorm",
+    "layers.{i}.qkv": CheckpointKey(tuple(f"{_ATTENTION}.self.{name}" for name in ("query", "key", "value"))),
+    "layers.{i}.o": f"{_ATTENTION}.output.dense",
+    "layers.{i}.norm1": f"{_ATTENTION}.output.LayerNorm",
+    "layers.{i}.up": "encoder.layer.{i}.intermediate.dense",
+    "layers.{i}.down": "encoder.layer.{i}.output.dense",
+    "layers.{i}.norm2": "encoder.layer.{i}.output.LayerNorm",
+}
 
 
 class Encoder(PretrainedModel):
@@ -48,7 +63,35 @@ class Encoder(PretrainedModel):
         "tie_word_embeddings": (True,),
     }
 
-    config: Any  # with an `activation` and `eps`
+    config: Any  # with `activation`, `eps` and `max_positions`
+    embed: nn.Module
+    layers: nn.ModuleList
+
+    def hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+    ) -> Tensor:
+        """States before the head (B, T, D) for token ids (B, T) and a mask (B, T) of ones and zeros."""
+        check_length(input_ids, cu_seqlens, max_seqlen, self.config.max_positions)
+        x = self.embedded(input_ids, attention_mask, token_type_ids, position_ids, cu_seqlens)  # (B, T, D)
+        bias = key_bias(attention_mask)  # (B, 1, 1, T) or None
+        for block in self.layers:
+            x = block(x, bias, cu_seqlens, max_seqlen)
+        return x
+
+    def embedded(
+        self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None,
+        position_ids: Tensor | None, cu_seqlens: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """What the first block reads (B, T, D). An encoder without segments ignores `token_type_ids`."""
+        if position_ids is None:
+            position_ids = positions(input_ids, attention_mask, cu_seqlens)  # (B or 1, T)
+        return self.embed(input_ids, position_ids, token_type_ids)
 
     def build_language_head(self) -> nn.Module:
         """The masked-LM head, whose output matrix is the token embedding."""

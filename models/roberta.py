@@ -16,8 +16,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from .encoder import FairseqEncoder
-from .layers.inputs import check_length, key_bias
+from .encoder import BERT_KEYS, FairseqEncoder
 from .layers.key_map import CheckpointKey
 from .layers.post_norm import Block, Embed, EncoderConfig, positions_behind_pad
 
@@ -93,43 +92,16 @@ class Roberta(FairseqEncoder):
         self.embed = Embed(config, config.n_positions, config.n_types)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
 
-    def hidden(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        max_seqlen: int | None = None,
-    ) -> Tensor:
-        """States before the head (B, T, D) for token ids (B, T) and a mask (B, T) of ones and zeros.
+    def embedded(
+        self, input_ids: Tensor, attention_mask: Tensor | None, token_type_ids: Tensor | None,
+        position_ids: Tensor | None, cu_seqlens: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """What the first block reads (B, T, D).
 
         RoBERTa has no segments, and its positions follow from the ids: `token_type_ids`, `position_ids` are ignored.
         """
-        check_length(input_ids, cu_seqlens, max_seqlen, self.config.max_positions)
-        position_ids = positions_behind_pad(input_ids, attention_mask, cu_seqlens, self.config.pad_id)  # (B, T)
-
-        x = self.embed(input_ids, position_ids)  # (B, T, D)
-        bias = key_bias(attention_mask)  # (B, 1, 1, T) or None
-        for block in self.layers:
-            x = block(x, bias, cu_seqlens, max_seqlen)
-        return x
+        return self.embed(input_ids, positions_behind_pad(input_ids, attention_mask, cu_seqlens, self.config.pad_id))
 
     def checkpoint_keys(self) -> dict[str, str | CheckpointKey]:
         """Our modules → the published ones."""
-        layer = "encoder.layer.{i}"
-        attention = "encoder.layer.{i}.attention"
-        qkv = (f"{attention}.self.query", f"{attention}.self.key", f"{attention}.self.value")
-        return {
-            "embed.tokens": "embeddings.word_embeddings",
-            "embed.positions": "embeddings.position_embeddings",
-            "embed.types": "embeddings.token_type_embeddings",
-            "embed.norm": "embeddings.LayerNorm",
-            "layers.{i}.qkv": CheckpointKey(qkv),
-            "layers.{i}.o": f"{attention}.output.dense",
-            "layers.{i}.norm1": f"{attention}.output.LayerNorm",
-            "layers.{i}.up": f"{layer}.intermediate.dense",
-            "layers.{i}.down": f"{layer}.output.dense",
-            "layers.{i}.norm2": f"{layer}.output.LayerNorm",
-            **self.published_heads,
-        }
+        return {**BERT_KEYS, **self.published_heads}
