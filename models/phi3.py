@@ -65,11 +65,11 @@ class Phi3Config(LlamaConfig):
         table = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
         if not isinstance(table, dict):
             raise ValueError(f"rope_parameters = {shown(table)}: expected a table")
-        own = read_fields(cls, {**settings, PARTIAL: table.get(PARTIAL, settings.get(PARTIAL, 1.0))}, KEYS)
+        added = read_fields(cls, {**settings, PARTIAL: table.get(PARTIAL, settings.get(PARTIAL, 1.0))}, KEYS)
 
         apart = ("rope_parameters", "rope_scaling", "rope_theta", *KEYS)
         plain = {key: value for key, value in settings.items() if key not in apart}
-        config = replace(super().from_published({**plain, "model_type": "llama"}), **own)
+        config = replace(super().from_published({**plain, "model_type": "llama"}), **added)
 
         table = {key: value for key, value in table.items() if key != PARTIAL}
         kind = "rope_type" if "rope_type" in table else "type"
