@@ -180,7 +180,7 @@ def test_masking_has_a_target_always_and_is_new_each_time() -> None:
     first, second = collate(examples), collate(examples)
     assert not torch.equal(first["inputs"]["input_ids"], second["inputs"]["input_ids"])
     with pytest.raises(ValueError, match="packed"):
-        masked_rows(None, word_piece(), packing=False)
+        masked_rows(bert("masked-lm"), word_piece(), packing=False)
 
 
 def test_counting_and_moving_any_batch() -> None:
