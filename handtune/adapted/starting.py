@@ -1,22 +1,21 @@
 """Going on from an adapter: what `model.adapter` names, with its base, and the model that training begins with."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .._files import read_json, resolved
 from .._shapes import with_fields
 from ..config import ModelConfig, PPORunConfig, RunConfig
 from ..engine.adapters.lora import adapter_sites
 from ..engine.adapters.switch import adapter_difference
+from ..engine.data.batches import Examples
 from ..engine.data.fingerprints import Inputs, changed_files, same_contents
 from ..engine.peft.format import CONFIG, WEIGHTS
 from ..engine.training.cached_features import add_reference
 from ..inputs.fingerprints import adapter_in, is_run, of_checkpoint, of_model
 from ..saved_runs import config_of, facts_of, fit_vocabulary, head_of, put_adapter, shapes_of, take_settings
-
-if TYPE_CHECKING:
-    from ..prepare import Prepared
 
 NAME = "default"  # of the adapter on the model
 
@@ -191,12 +190,12 @@ def take_options(model: Any, config: RunConfig) -> None:
             site.adapters[NAME].lr_ratio = config.lora.loraplus_lr_ratio
 
 
-def add_references(ready: "Prepared", config: RunConfig) -> None:
+def add_references(model: Any, splits: Iterable[Examples], config: RunConfig) -> None:
     """Give the comparisons of DPO what the model thinks of them that it begins with; to call before it trains."""
     if config.method == "dpo":
         start = NAME if config.model.adapter is not None else None
-        for examples in filter(len, (ready.examples, ready.eval_examples)):
-            add_reference(ready.model, examples, start)
+        for examples in filter(len, splits):
+            add_reference(model, examples, start)
 
 
 def rank_on(model: Any, name: str) -> int:

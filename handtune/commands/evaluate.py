@@ -44,7 +44,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
     if batches is None:
         raise ValueError(f"{run}: the run held no rows out; give a file with --data")
 
-    add_references(ready, config)
+    add_references(ready.model, (ready.examples, ready.eval_examples), config)
     put_weights(run, ready.model)
     metrics = evaluate(ready.model, batches, ready.objective.loss, ready.score())
     if not math.isfinite(metrics["loss"]):

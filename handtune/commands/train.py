@@ -53,7 +53,7 @@ def _train(
     print(trainable_report(ready.model, config.train.optimizer, micro_batches))
     if is_first():
         amend(out, trains=trains, labels=list(ready.labels), chat=ready.chat)
-    add_references(ready, config)
+    add_references(ready.model, (ready.examples, ready.eval_examples), config)
     before = abilities(ready, base)
 
     result = train(

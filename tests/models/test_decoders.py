@@ -191,8 +191,11 @@ def test_bfloat16_is_close(tmp_path, family):
     assert_same_state(reference, tmp_path / "again", dtype="auto")
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "recompute"),
+    # No norm stands in front of OLMo's feed-forward, to make it again from.
+    [(family, False) for family in FAMILIES] + [(family, True) for family in FAMILIES if "olmo" not in family],
+)
 def test_adapters_and_their_gradients_are_pefts(tmp_path, family, recompute):
     """PEFT's adapter in our model, ours in PEFT's, and ours merged: the same logits; the same gradients."""
     reference, model = both(tmp_path / "base", config_of(family), "causal-lm")
@@ -204,8 +207,6 @@ def test_adapters_and_their_gradients_are_pefts(tmp_path, family, recompute):
             torch.nn.init.normal_(parameter)
     adapted.save_pretrained(tmp_path / "peft")
     load_adapter(model, tmp_path / "peft")
-    if recompute and not hasattr(model.layers[0], "recompute"):
-        pytest.skip("no norm stands in front of its feed-forward")
     for block in model.layers:
         block.recompute = recompute
 
