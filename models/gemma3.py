@@ -22,11 +22,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from ..kernels import Linear, RMSNorm, attention, feed_forward, norm_linear, rms_norm, rope
+from ..kernels import Linear, RMSNorm, feed_forward, norm_linear, rms_norm, rope
 from ..kernels.dropout import Dropout
-from .layers.config_fields import read_fields, refuse_wider, write_fields
+from .layers.config_fields import read_fields, write_fields
 from .layers.key_map import CheckpointKey
-from .layers.kv_cache import KVCache
 from .layers.near_and_far import (
     FAR,
     NEAR,
@@ -37,7 +36,8 @@ from .layers.near_and_far import (
     write_rotations,
 )
 from .layers.rope_scaling import Rope
-from .llama.model import Llama
+from .llama.config import LlamaConfig
+from .llama.model import Attending, Embed, Llama
 
 # published field -> ours
 KEYS = {
@@ -45,53 +45,42 @@ KEYS = {
     "max_position_embeddings": "max_positions",
     "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head",
-    "num_key_value_heads": "kv_heads",
+    "num_key_value_heads": "n_kv_head",
     "hidden_size": "d_model",
     "intermediate_size": "d_ff",
-    "head_dim": "width",
+    "head_dim": "head_width",
     "rms_norm_eps": "eps",
     "tie_word_embeddings": "tied",
     "attention_bias": "attention_bias",
     "attention_dropout": "attention_dropout",
     "query_pre_attn_scalar": "query_scale",
-    "sliding_window": "window",
+    "sliding_window": "near",
     "use_bidirectional_attention": "bidirectional",
 }
 
 
 @dataclass(frozen=True)
-class Gemma3Config:
-    """Sizes in the project's vocabulary; the defaults are those that transformers has for a field that is left out."""
+class Gemma3Config(LlamaConfig):
+    """Sizes in the project's vocabulary, as Llama's; the defaults are those that transformers has for a missing field.
+
+    `rope` is of the layers that see all.
+    """
 
     vocab_size: int = 262208
-    max_positions: int = 131072  # tokens of a row, as far as the rotation makes sense
+    max_positions: int = 131072
     n_layer: int = 26
     n_head: int = 8
-    kv_heads: int = 4  # each shared by n_head / kv_heads query heads
+    n_kv_head: int | None = 4
     d_model: int = 2304
     d_ff: int = 9216
-    width: int = 256  # entries of a head
-    eps: float = 1e-6  # of the norms
-    tied: bool = True  # the output matrix is the token embedding
-    attention_bias: bool = False
-    attention_dropout: float = 0.0  # on what is attended to, in training where the published dropout is asked for
+    head_width: int | None = 256
+    rope: Rope = field(default_factory=lambda: Rope(1000000.0))
+    tied: bool = True
     query_scale: int = 256  # scores are divided by its root
-    window: int = 4096  # positions that a near layer looks back, its own included
+    near: int = 4096  # positions that a near layer looks back, its own included
     far_layers: tuple[int, ...] | None = None  # indices of the layers that see all; None: every sixth
-    far_rope: Rope = field(default_factory=lambda: Rope(1000000.0))  # of the layers that see all
     near_rope: Rope = field(default_factory=Rope)
     bidirectional: bool = False  # an encoder
-
-    head_rate: ClassVar[float] = 0.1  # transformers' dropout in front of a head for tokens
-
-    def __post_init__(self) -> None:
-        refuse_wider(self.n_head, self.width)
-        if self.width % 2:
-            raise ValueError(f"head_dim {self.width} is odd, but rotary positions turn pairs of entries")
-        if self.n_head % self.kv_heads:
-            raise ValueError(
-                f"num_attention_heads {self.n_head} is not a multiple of num_key_value_heads {self.kv_heads}"
-            )
 
     def is_far(self, layer: int) -> bool:
         """Whether a layer sees all positions."""
@@ -111,7 +100,7 @@ class Gemma3Config:
             raise ValueError("sliding_window = None, but layer_types has layers with a window; say how wide it is")
         bases = {FAR: ("rope_theta", 1000000.0), NEAR: ("rope_local_base_freq", 10000.0)}
         far, near = read_rotations(settings, config.width, config.max_positions, bases)
-        return replace(config, far_layers=layers, far_rope=far, near_rope=near)
+        return replace(config, far_layers=layers, rope=far, near_rope=near)
 
     def to_published(self) -> dict[str, Any]:
         """config.json as transformers writes it."""
@@ -120,18 +109,18 @@ class Gemma3Config:
             **write_fields(self, KEYS),
             "hidden_activation": "gelu_pytorch_tanh",
             "layer_types": write_layer_types(tuple(filter(self.is_far, range(self.n_layer))), self.n_layer),
-            "rope_parameters": write_rotations(self.far_rope, self.near_rope),
+            "rope_parameters": write_rotations(self.rope, self.near_rope),
         }
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     "gemma-3-270m": {
-        "vocab_size": 262144, "max_positions": 32768, "n_layer": 18, "n_head": 4, "kv_heads": 1, "d_model": 640,
-        "d_ff": 2048, "window": 512,
+        "vocab_size": 262144, "max_positions": 32768, "n_layer": 18, "n_head": 4, "n_kv_head": 1, "d_model": 640,
+        "d_ff": 2048, "near": 512,
     },
     "gemma-3-1b": {
-        "vocab_size": 262144, "max_positions": 32768, "n_head": 4, "kv_heads": 1, "d_model": 1152, "d_ff": 6912,
-        "window": 512,
+        "vocab_size": 262144, "max_positions": 32768, "n_head": 4, "n_kv_head": 1, "d_model": 1152, "d_ff": 6912,
+        "near": 512,
     },
 }  # fmt: skip
 
@@ -147,19 +136,15 @@ class Norm(RMSNorm):
         return rms_norm(x, self.parameters_in_order()[0], self.eps, residual)
 
 
-class Embed(nn.Module):
+class ScaledEmbed(Embed):
     """Token embedding times √D, which is rounded to the dtype of the weights."""
-
-    def __init__(self, config: Gemma3Config):
-        super().__init__()
-        self.tokens = nn.Embedding(config.vocab_size, config.d_model)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.tokens(input_ids)  # (B, T, D)
         return x * torch.full((), math.sqrt(x.shape[-1]), dtype=x.dtype, device=x.device)
 
 
-class Block(nn.Module):
+class Block(Attending):
     """One layer: attention and feed-forward, each between two norms and added to x, the residual stream."""
 
     def __init__(self, config: Gemma3Config, index: int):
@@ -176,7 +161,7 @@ class Block(nn.Module):
         self.is_far = config.is_far(index)
         self.window = None
         if not self.is_far:
-            self.window = config.window if self.causal else config.window // 2 + 1
+            self.window = config.near if self.causal else config.near // 2 + 1
 
         self.norm1, self.norm2, self.norm3, self.norm4 = (Norm(d, config.eps) for _ in range(4))
         self.q_norm, self.k_norm = (Norm(hd, config.eps) for _ in range(2))
@@ -188,27 +173,12 @@ class Block(nn.Module):
         self.attention_dropout = Dropout(config.attention_dropout)
         self.recompute = False  # see kernels/mlp/
 
-    def forward(
-        self, x: Tensor, tables: Any, bias: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None,
-        keys: tuple[Tensor, Tensor] | None, cache: KVCache | None, positions_to_return: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """The stream x (B, T, D) after this layer; `tables` are those of the far layers and of the near ones."""
+    def forward(self, x: Tensor, tables: Any, *context: Any) -> Tensor:
+        """The stream x (B, T, D) after this layer; `tables` of far layers and near ones, `context` as for `attend`."""
         qkv = norm_linear(x, self.norm1, self.qkv).unflatten(-1, (-1, self.head_width))  # (B, T, H + 2K, hd)
         q, k, v = qkv.split(self.qkv_heads, dim=2)  # (B, T, H, hd), (B, T, K, hd), (B, T, K, hd)
         q, k = rope(self.q_norm(q), self.k_norm(k), *tables[not self.is_far])
-        if cache is not None:
-            k, v = cache.append(self.index, k, v)  # (B, S, K, hd) each
-        out = attention(
-            q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, keys=keys, window=self.window, bias=bias,
-            causal=self.causal, scale=self.scale, dropout=self.attention_dropout.rate,
-        )  # fmt: skip
-        out = out.flatten(2)  # (B, T, H·hd)
-
-        # Last layer: keys and values needed every position, but only these are read further; the rest stops here.
-        if positions_to_return is not None:
-            x = x[:, positions_to_return]  # (B, n, D)
-            out = out[:, positions_to_return]  # (B, n, H·hd)
-
+        x, out = self.attend(x, q, k, v, *context)
         x = x + self.norm2(self.o(out))  # (B, T or n, D)
         return x + self.norm4(feed_forward(x, self.norm3, self.gate_up, "geglu_tanh", self.down, self.recompute))
 
@@ -233,13 +203,13 @@ class Gemma3(Llama):
         "attn_logit_softcapping": (None,),
     }
 
-    config: Gemma3Config  # type: ignore[assignment]
+    config: Gemma3Config
 
     def build(self, config: Any) -> None:
         """Token embedding, the blocks, and the norm behind them. ValueError for a decoder that sees what follows."""
         if config.bidirectional and self.task == "causal-lm":
             raise ValueError("use_bidirectional_attention = True: what sees the following tokens can't predict them")
-        self.embed = Embed(config)  # type: ignore[assignment]
+        self.embed = ScaledEmbed(config)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = Norm(config.d_model, config.eps)
 
@@ -254,7 +224,7 @@ class Gemma3(Llama):
     def tables(self, position_ids: Tensor) -> Any:
         """Cosine and sine (B or 1, T, hd/2) of the layers that see all, and of the others."""
         c = self.config
-        return c.far_rope.tables(position_ids, c.width), c.near_rope.tables(position_ids, c.width)
+        return c.rope.tables(position_ids, c.width), c.near_rope.tables(position_ids, c.width)
 
     def checkpoint_keys(self) -> dict[str, str | CheckpointKey]:
         """Our modules → the published ones: Llama's, with two more norms."""

@@ -17,14 +17,13 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from ..kernels import Linear, RMSNorm, activation_linear, attention, rope
+from ..kernels import Linear, RMSNorm, activation_linear, rope
 from ..kernels.dropout import Dropout
 from .layers.key_map import CheckpointKey
-from .layers.kv_cache import KVCache
 from .layers.near_and_far import FAR, NEAR, read_far_layers, read_rotations, write_layer_types, write_rotations
 from .layers.rope_scaling import Rope, Yarn
 from .llama.config import LlamaConfig
-from .llama.model import Embed, Llama
+from .llama.model import Attending, Embed, Llama
 
 # What transformers takes where config.json is silent.
 DEFAULTS: dict[str, Any] = {"vocab_size": 50304, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
@@ -115,7 +114,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class Block(nn.Module):
+class Block(Attending):
     """One layer: attention and feed-forward, each in front of its norm and added to x, the residual stream."""
 
     def __init__(self, config: Olmo2Config, index: int):
@@ -139,27 +138,12 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(d, config.eps)
         self.attention_dropout = Dropout(config.attention_dropout)
 
-    def forward(
-        self, x: Tensor, tables: Any, bias: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None,
-        keys: tuple[Tensor, Tensor] | None, cache: KVCache | None, positions_to_return: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """The stream x (B, T, D) after this layer; `tables` are those of the far layers and of the near ones."""
+    def forward(self, x: Tensor, tables: Any, *context: Any) -> Tensor:
+        """The stream x (B, T, D) after this layer; `tables` of far layers and near ones, `context` as for `attend`."""
         q, k, v = self.qkv(x).split(self.widths, dim=-1)  # (B, T, H·hd), (B, T, K·hd), (B, T, K·hd)
         q, k, v = (y.unflatten(-1, (-1, self.head_width)) for y in (self.q_norm(q), self.k_norm(k), v))
         q, k = rope(q, k, *tables[self.window is not None])  # (B, T, H, hd), (B, T, K, hd)
-        if cache is not None:
-            k, v = cache.append(self.index, k, v)  # (B, S, K, hd) each
-        out = attention(
-            q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, keys=keys, window=self.window, bias=bias,
-            dropout=self.attention_dropout.rate,
-        )  # fmt: skip
-        out = out.flatten(2)  # (B, T, H·hd)
-
-        # Last layer: keys and values needed every position, but only these are read further; the rest stops here.
-        if positions_to_return is not None:
-            x = x[:, positions_to_return]  # (B, n, D)
-            out = out[:, positions_to_return]  # (B, n, H·hd)
-
+        x, out = self.attend(x, q, k, v, *context)
         x = self.norm1(self.o(out)) + x  # (B, T or n, D)
         return self.norm2(activation_linear(self.gate_up(x), "swiglu", self.down)) + x
 

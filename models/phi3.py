@@ -18,15 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from .._shapes import shown
-from ..kernels import Linear, RMSNorm, attention, feed_forward, norm_linear, rope
+from ..kernels import Linear, RMSNorm, feed_forward, norm_linear, rope
 from ..kernels.dropout import Dropout
 from .layers.config_fields import read_fields, write_fields
 from .layers.key_map import CheckpointKey
-from .layers.kv_cache import KVCache
 from .layers.rope_config import ORIGINAL, read_rope, write_rope
 from .layers.rope_scaling import Rope
 from .llama.config import LlamaConfig
-from .llama.model import Embed, Llama
+from .llama.model import Attending, Embed, Llama
 
 # What transformers takes where config.json is silent.
 DEFAULTS: dict[str, Any] = {
@@ -94,7 +93,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-class Block(nn.Module):
+class Block(Attending):
     """One layer: attention and feed-forward, each behind its norm and added to x, the residual stream."""
 
     def __init__(self, config: Phi3Config, index: int):
@@ -114,30 +113,15 @@ class Block(nn.Module):
         self.dropout = Dropout(config.dropout)
         self.recompute = False  # see kernels/mlp/
 
-    def forward(
-        self, x: Tensor, tables: Any, bias: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None,
-        keys: tuple[Tensor, Tensor] | None, cache: KVCache | None, positions_to_return: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """The stream x (B, T, D) after this layer; `tables` are cosine and sine, `bias` as `attention` takes it."""
+    def forward(self, x: Tensor, tables: Any, *context: Any) -> Tensor:
+        """The stream x (B, T, D) after this layer; `tables` are cosine and sine, `context` as `attend` takes it."""
         qkv = norm_linear(x, self.norm1, self.qkv).unflatten(-1, (sum(self.qkv_heads), -1))  # (B, T, H + 2K, hd)
         q, k, v = qkv.split(self.qkv_heads, dim=2)  # (B, T, H, hd), (B, T, K, hd), (B, T, K, hd)
         (q, q_fixed), (k, k_fixed) = (y.split(self.parts_of_heads, dim=-1) for y in (q, k))  # (..., R), (..., hd − R)
         q, k = rope(q, k, *tables)
         q, k = torch.cat((q, q_fixed), -1), torch.cat((k, k_fixed), -1)  # (B, T, H, hd), (B, T, K, hd)
         v = v.contiguous()  # attention keeps it; a view would keep the q and k from before the rotation alive with it
-        if cache is not None:
-            k, v = cache.append(self.index, k, v)  # (B, S, K, hd) each
-        out = attention(
-            q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, keys=keys, window=self.window, bias=bias,
-            dropout=self.attention_dropout.rate,
-        )  # fmt: skip
-        out = out.flatten(2)  # (B, T, H·hd)
-
-        # Last layer: keys and values needed every position, but only these are read further; the rest stops here.
-        if positions_to_return is not None:
-            x = x[:, positions_to_return]  # (B, n, D)
-            out = out[:, positions_to_return]  # (B, n, H·hd)
-
+        x, out = self.attend(x, q, k, v, *context)
         x = x + self.dropout(self.o(out))  # (B, T or n, D)
         return x + self.dropout(feed_forward(x, self.norm2, self.gate_up, "swiglu", self.down, self.recompute))
 

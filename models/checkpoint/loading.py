@@ -100,11 +100,7 @@ class Checkpoint(NamedTuple):
 
 
 def open_checkpoint(
-    path: str | Path | CheckpointInfo,
-    task: str | None = None,
-    labels: Labels = None,
-    *,
-    head_layers: int | None = None,
+    path: str | Path | CheckpointInfo, task: str | None = None, labels: Labels = None, *, head_layers: int | None = None
 ) -> Checkpoint:
     """All that `load` does before it needs memory for the weights; raises what it raises.
 
@@ -157,18 +153,10 @@ def _too_large(model: Model, dtype: torch.dtype) -> str:
 
 
 def fresh(
-    preset: str,
-    tokenizer_path: str | Path | None,
-    task: str,
-    labels: tuple[str, ...],
-    seed: int,
-    dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "auto",
-    *,
-    head_layers: int | None = None,
-    weights: bool = True,
-    **overrides: Any,
-) -> tuple[Model, "Tokenizer | None"]:
+    preset: str, tokenizer_path: str | Path | None, task: str, labels: tuple[str, ...], seed: int,
+    dtype: str | torch.dtype = "auto", device: str | torch.device = "auto", *, head_layers: int | None = None,
+    weights: bool = True, **overrides: Any,
+) -> tuple[Model, "Tokenizer | None"]:  # fmt: skip
     """A freshly initialised model of a published size, with its tokenizer.
 
     `tokenizer_path` is a tokenizer.json. The vocabulary is the tokenizer's, and so are the tokens that end and pad

@@ -40,7 +40,37 @@ class Embed(nn.Module):
         return self.tokens(input_ids)
 
 
-class Block(nn.Module):
+class Attending(nn.Module):
+    """What the blocks of Llama's kind do with q, k and v."""
+
+    index: int
+    window: int | None  # positions that the layer looks back, its own included; None: all
+    scale: float | None = None  # of scores; None: 1/√hd
+    causal = True
+    attention_dropout: Dropout
+
+    def attend(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None,
+        max_seqlen: int | None, keys: tuple[Tensor, Tensor] | None, cache: KVCache | None,
+        positions_to_return: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """x (B, T, D), and what q (B, T, H, hd) makes of k, v (B, T, K, hd): (B, T, H·hd); n positions if asked."""
+        if cache is not None:
+            k, v = cache.append(self.index, k, v)  # (B, S, K, hd) each
+        out = attention(
+            q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, keys=keys, window=self.window, bias=bias,
+            causal=self.causal, scale=self.scale, dropout=self.attention_dropout.rate,
+        )  # fmt: skip
+        out = out.flatten(2)  # (B, T, H·hd)
+
+        # Last layer: keys and values needed every position, but only these are read further; the rest stops here.
+        if positions_to_return is not None:
+            x = x[:, positions_to_return]  # (B, n, D)
+            out = out[:, positions_to_return]  # (B, n, H·hd)
+        return x, out
+
+
+class Block(Attending):
     """One layer: attention and feed-forward, each behind its norm and added to x, the residual stream."""
 
     def __init__(self, config: LlamaConfig, index: int):
@@ -66,11 +96,8 @@ class Block(nn.Module):
         # True: up(norm(x)) is not kept but computed again in the backward pass (kernels/mlp/).
         self.recompute = False
 
-    def forward(
-        self, x: Tensor, tables: Any, bias: Tensor | None, cu_seqlens: Tensor | None, max_seqlen: int | None,
-        keys: tuple[Tensor, Tensor] | None, cache: KVCache | None, positions_to_return: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """The stream x (B, T, D) after this layer; `tables` are cosine and sine, `bias` as `attention` takes it."""
+    def forward(self, x: Tensor, tables: Any, *context: Any) -> Tensor:
+        """The stream x (B, T, D) after this layer; `tables` are cosine and sine, `context` as `attend` takes it."""
         qkv = norm_linear(x, self.norm1, self.qkv).unflatten(-1, (-1, self.head_width))  # (B, T, H + 2K, hd)
         if self.q_norm is not None and self.k_norm is not None:
             # The norms keep all of qkv for their backward pass, so that v may stay a view of it.
@@ -78,20 +105,7 @@ class Block(nn.Module):
             q, k = rope(self.q_norm(q), self.k_norm(k), *tables)
         else:
             q, k, v = split_rope(qkv, self.qkv_heads[0], *tables)
-        if cache is not None:
-            k, v = cache.append(self.index, k, v)  # (B, S, K, hd) each
-
-        out = attention(
-            q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, keys=keys, window=self.window, bias=bias,
-            dropout=self.attention_dropout.rate,
-        )  # fmt: skip
-        out = out.flatten(2)  # (B, T, H·hd)
-
-        # Last layer: keys and values needed every position, but only these are read further; the rest stops here.
-        if positions_to_return is not None:
-            x = x[:, positions_to_return]  # (B, n, D)
-            out = out[:, positions_to_return]  # (B, n, H·hd)
-
+        x, out = self.attend(x, q, k, v, *context)
         x = x + self.o(out)  # (B, T or n, D)
         return x + feed_forward(x, self.norm2, self.gate_up, "swiglu", self.down, self.recompute)
 

@@ -111,7 +111,7 @@ def test_published_sizes(name, published):
 
 
 def test_new_norms_begin_as_one():
-    model = Gemma3.from_name("gemma-3-270m", vocab_size=11, n_layer=1, d_model=8, d_ff=8, n_head=2, width=4)
+    model = Gemma3.from_name("gemma-3-270m", vocab_size=11, n_layer=1, d_model=8, d_ff=8, n_head=2, head_width=4)
     assert torch.equal(model.layers[0].norm2.parameters_in_order()[0], torch.ones(8))
 
 
