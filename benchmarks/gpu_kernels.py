@@ -24,7 +24,7 @@ from handtune.kernels import (
 from handtune.kernels.activations import ACTIVATIONS, swiglu_reference
 from handtune.kernels.attn import attend
 from handtune.kernels.attn.reference import attention_reference
-from handtune.kernels.cross_entropy import linear_cross_entropy_reference
+from handtune.kernels.cross_entropy.reference import linear_cross_entropy_reference
 from handtune.kernels.linear import Projection
 from handtune.kernels.lora.arguments import LoRAArgs
 from handtune.kernels.lora.linear import fused_linear

@@ -39,7 +39,7 @@ ELSEWHERE = {
         "engine/adapters/locking.py", "engine/adapters/module_patterns.py", "engine/training/freezing.py",
     ],
     "other options": [
-        "kernels/dropout.py", "kernels/attn/dropout.py", "models/layers/dropout.py",
+        "kernels/dropout.py", "kernels/attn/blocks.py", "models/layers/dropout.py",
         "kernels/optim/adamw8bit.py", "kernels/optim/adamw8bit_state.py",
         "kernels/optim/adamw8bit_triton.py", "kernels/optim/blockwise.py", "kernels/optim/muon.py",
         "engine/training/optimizers.py",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .attn.attend import attention as attention
     from .conv import Conv2d as Conv2d
     from .conv import lora_conv2d as lora_conv2d
-    from .cross_entropy import linear_cross_entropy as linear_cross_entropy
+    from .cross_entropy.loss import linear_cross_entropy as linear_cross_entropy
     from .linear import Linear as Linear
     from .linear import activation_linear as activation_linear
     from .linear import norm_linear as norm_linear
@@ -48,7 +48,7 @@ _HOME = {
     "attention": "attn.attend",
     "feed_forward": "mlp.prenorm",
     "layer_norm": "norms",
-    "linear_cross_entropy": "cross_entropy",
+    "linear_cross_entropy": "cross_entropy.loss",
     "lora_conv2d": "conv",
     "lora_linear": "lora.linear",
     "lora_linear_batched": "lora.batched",

@@ -14,7 +14,8 @@ see its keys and values in front of their own (`keys`). Which implementation ser
     packed; in a window;      varlen, FlashAttention 2  Triton       rows.py: segments one by one,
       causal with T < S                                              a window in blocks of queries
     with a bias or ALiBi      Triton; a query: torch    the same     rows.py: a dense mask
-    with dropout              dropout.py, on all devices
+    soft-capped               Triton; a query: blocks   the same     blocks.py
+    with dropout              blocks.py, on all devices
 
 torch's kernels are the fastest, and take no bias (or only as a dense one). Its varlen function is missing in older
 versions, and wants heads of a multiple of 8 and at most 256, and a GPU from Ampere on; the kernels of
@@ -35,7 +36,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import backend
 from ..dropout import seed_for
-from .dropout import attention_dropout
+from .blocks import Settings, block_attention
 from .rows import add_alibi, packed_attention, row_attention
 
 WIDEST = 256  # head width that torch's kernels and ours take
@@ -54,6 +55,7 @@ def attention(
     alibi: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
+    softcap: float | None = None,
     dropout: float = 0.0,
     seed: int | None = None,
 ) -> Tensor:
@@ -66,14 +68,15 @@ def attention(
     bounds (n + 1,); the queries are the last of a segment's keys, and `max_seqlen` is the greatest number of keys.
     `bias`: additive (float) or allowed (bool), broadcastable to (B, H, T, S), on top of `causal` and `window`. `alibi`
     (H,): slopes of a bias that grows with the position, slope_h · (s − t) (https://arxiv.org/abs/2108.12409), and takes
-    no gradient. `scale` is 1/√hd where not given. A query that may see nothing gives finite numbers without meaning.
-    `dropout` of what is attended to has this probability, and by the same `seed` the same mask; None draws one.
+    no gradient. `scale` is 1/√hd where not given. `softcap`: scaled scores x become softcap · tanh(x / softcap), before
+    any bias. A query that may see nothing gives finite numbers without meaning. `dropout` of what is attended to has
+    this probability, and by the same `seed` the same mask; None draws one.
 
-    Raises ValueError where shapes don't fit, `bias` comes with `cu_seqlens`, or `keys` without, or with dropout.
+    Raises ValueError where shapes don't fit, `bias` comes with `cu_seqlens`, or `keys` without.
     """
     _check(q, k, v, cu_seqlens, bias, alibi)
-    if keys is not None and (cu_seqlens is None or dropout):
-        raise ValueError("keys: they are those of packed segments (cu_seqlens), and there is no dropout of them")
+    if keys is not None and cu_seqlens is None:
+        raise ValueError("keys: they are those of packed segments (cu_seqlens)")
     if scale is None:
         scale = q.shape[-1] ** -0.5
     key_bounds = cu_seqlens
@@ -88,30 +91,36 @@ def attention(
     n_segments = 0 if cu_seqlens is None else len(cu_seqlens) - 1
     if cu_seqlens is not None and keys is None and n_segments * max_seqlen == q.shape[1]:
         rows = (x[0].unflatten(0, (n_segments, max_seqlen)) for x in (q, k, v))  # (n, T, H or K, hd)
-        out = attention(*rows, window=window, alibi=alibi, causal=causal, scale=scale, dropout=dropout, seed=seed)
+        out = attention(
+            *rows, window=window, alibi=alibi, causal=causal, scale=scale, softcap=softcap, dropout=dropout, seed=seed
+        )
         return out.flatten(0, 1)[None]  # (1, n · T, H, hd)
 
     # A window as long as the longest sequence hides nothing.
     if window is not None and window >= max_seqlen:
         window = None
 
-    if dropout:
-        seed = seed_for(dropout, seed)
-        return attention_dropout(q, k, v, cu_seqlens, window, bias, alibi, causal, scale, dropout, seed)
+    t, s = q.shape[1], k.shape[1]
+    by_kernels = t > 1 and _our_kernels_take(q, k, v, bias)
+    if dropout or (softcap is not None and not by_kernels):
+        bounds = None if cu_seqlens is None or key_bounds is None else (cu_seqlens, key_bounds)
+        settings = Settings(window, causal, scale, softcap)
+        return block_attention(q, k, v, bounds, bias, alibi, settings, dropout, seed_for(dropout, seed))
 
     # Whole rows and single queries are torch's, but for the interpreter, under which our kernels are tested. In fp32
     # torch's kernels for a GPU share no keys among heads.
-    t, s = q.shape[1], k.shape[1]
-    unmasked = cu_seqlens is None and window is None and bias is None and alibi is None
+    plain = bias is None and alibi is None and softcap is None
+    unmasked = plain and cu_seqlens is None and window is None
     shared = q.is_cuda and q.dtype == torch.float32 and q.shape[2] != k.shape[2]
     whole_rows = t == 1 or (unmasked and not shared and (t == s or not causal))
     if t > 1 and (backend.INTERPRETED or not whole_rows):
-        if bias is None and alibi is None and _varlen_takes(q):
+        if plain and _varlen_takes(q):
             return _varlen(q, k, v, cu_seqlens, key_bounds, max_seqlen, window, causal, scale)
-        if _our_kernels_take(q, k, v, bias):
+        if by_kernels:
             if bias is not None:
                 bias = bias[(None,) * (4 - bias.dim())]  # (B or 1, H or 1, T or 1, S or 1)
-            return _Flash.apply(q, k, v, bias, alibi, cu_seqlens, key_bounds, max_seqlen, window, causal, scale)
+            shape = (cu_seqlens, key_bounds, max_seqlen, window, causal, softcap)
+            return _Flash.apply(q, k, v, bias, alibi, *shape, scale)
 
     if cu_seqlens is None or key_bounds is None:
         return row_attention(q, k, v, window, add_alibi(bias, alibi, q, k), causal, scale)
@@ -179,11 +188,11 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, q, k, v, bias, alibi, cu_seqlens, key_bounds, max_seqlen, window, causal: bool, scale: float
+        ctx, q, k, v, bias, alibi, cu_seqlens, key_bounds, max_seqlen, window, causal: bool, softcap, scale: float
     ) -> Tensor:
         from . import forward_triton
 
-        ctx.mask = max_seqlen, window, causal
+        ctx.mask = max_seqlen, window, causal, softcap
         ctx.scale = scale
         tensors = bias, alibi, cu_seqlens, key_bounds
         out, lse = forward_triton.forward(q, k, v, forward_triton.Mask(*tensors, *ctx.mask), scale)
@@ -198,7 +207,7 @@ class _Flash(torch.autograd.Function):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         mask = forward_triton.Mask(*tensors, *ctx.mask)
         grads = backward_triton.backward(grad, q, k, v, out, lse, mask, ctx.scale, ctx.needs_input_grad[:4])
-        return *grads, *(None,) * 7
+        return *grads, *(None,) * 8
 
 
 def _varlen(

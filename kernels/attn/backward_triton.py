@@ -1,7 +1,7 @@
 """The backward pass of attention's Triton kernels. Names and conventions are those of `forward_triton.py`.
 
 dv_s = Σ_t p_ts do_t     δ_t = do_t·o_t     dl_ts = p_ts (do_t·v_s − δ_t)
-dq_t = scale Σ_s dl_ts k_s     dk_s = scale Σ_t dl_ts q_t     dbias_ts = dl_ts, added up where bias is broadcast
+dq_t = scale Σ_s c'_ts dl_ts k_s     dk_s = scale Σ_t c'_ts dl_ts q_t     dbias_ts = dl_ts, added up where broadcast
 
 _delta_kernel      δ
 _dq_kernel         dq; a block of queries a program, the keys stream by
@@ -32,6 +32,7 @@ from .forward_triton import (
     program_indices,
     sequence,
     sequences,
+    soft_capped,
     store_rows,
     tile_sizes,
     with_kernel_strides,
@@ -76,10 +77,10 @@ def _delta_kernel(
 
 @triton.jit(do_not_specialize=STEPS)
 def _dq_kernel(
-    q, k, v, bias, slopes, bounds, key_bounds, grad, lse, delta, dq, t, s, heads, group, blocks, scale, before, after,
-    q_b, q_t, q_h, k_b, k_s, k_h, bias_b, bias_h, bias_t, bias_s,
-    HD: tl.constexpr, D: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    q, k, v, bias, slopes, bounds, key_bounds, grad, lse, delta, dq, t, s, heads, group, blocks, scale, limit,
+    before, after, q_b, q_t, q_h, k_b, k_s, k_h, bias_b, bias_h, bias_t, bias_s,
+    HD: tl.constexpr, D: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr, CAPPED: tl.constexpr,
+    PACKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     block, head, index = program_indices(heads, blocks)
     batch, first, first_key, queries, keys = sequence(bounds, key_bounds, index, t, s, PACKED)
@@ -115,22 +116,24 @@ def _dq_kernel(
             key = key_start + tl.arange(0, BLOCK_S)
             k_block = load_rows(k + kv_offset, key_start, keys, k_s, HD, D, BLOCK_S)
             v_block = load_rows(v + kv_offset, key_start, keys, k_s, HD, D, BLOCK_S)
+            product = tl.dot(q_block, tl.trans(k_block), input_precision="tf32x3")
+            product, cap_slope = soft_capped(product, limit, CAPPED)
             logits = logits_of(
-                tl.dot(q_block, tl.trans(k_block), input_precision="tf32x3"), query[:, None], key[None, :], bias, slope,
+                product, query[:, None], key[None, :], bias, slope,
                 queries, keys, scale, before, after, bias_t, bias_s, BIAS, ALIBI, EDGES,
             )  # fmt: skip
             dp = tl.dot(do, tl.trans(v_block), input_precision="tf32x3")
-            dl = tl.exp2(logits - lse_block) * (dp - delta_block)
+            dl = tl.exp2(logits - lse_block) * (dp - delta_block) * cap_slope
             dq_block = tl.dot(dl.to(k_block.dtype), k_block, dq_block, input_precision="tf32x3")
     store_rows(dq + offset, dq_block * scale, start, queries, token_stride, HD, D, BLOCK_T)
 
 
 @triton.jit(do_not_specialize=STEPS)
 def _dkv_kernel(
-    q, k, v, bias, slopes, bounds, key_bounds, grad, lse, delta, dx, t, s, heads, group, blocks, scale, before, after,
-    q_b, q_t, q_h, k_b, k_s, k_h, bias_b, bias_h, bias_t, bias_s,
-    HD: tl.constexpr, D: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OF_KEYS: tl.constexpr,
+    q, k, v, bias, slopes, bounds, key_bounds, grad, lse, delta, dx, t, s, heads, group, blocks, scale, limit,
+    before, after, q_b, q_t, q_h, k_b, k_s, k_h, bias_b, bias_h, bias_t, bias_s,
+    HD: tl.constexpr, D: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr, CAPPED: tl.constexpr,
+    PACKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OF_KEYS: tl.constexpr,
 ):  # fmt: skip
     """dx is dk if OF_KEYS, else dv. Tiles are (keys, queries) here, so that no product needs one transposed."""
     kv_heads = heads // group
@@ -172,8 +175,10 @@ def _dkv_kernel(
             slope = 0.0
             if ALIBI:
                 slope = tl.load(slopes + head).to(tl.float32)
+            product = tl.dot(k_block, tl.trans(q_block), input_precision="tf32x3")
+            product, cap_slope = soft_capped(product, limit, CAPPED)
             logits = logits_of(
-                tl.dot(k_block, tl.trans(q_block), input_precision="tf32x3"), query[None, :], key[:, None],
+                product, query[None, :], key[:, None],
                 bias + batch * bias_b + tl.cast(head, tl.int64) * bias_h if BIAS else bias, slope,
                 queries, keys, scale, before, after, bias_t, bias_s, BIAS, ALIBI, EDGES,
             )  # fmt: skip
@@ -181,7 +186,7 @@ def _dkv_kernel(
             if OF_KEYS:
                 delta_block = tl.load(delta + number_offset + query, mask=query < queries, other=0.0)[None, :]
                 dp = tl.dot(v_block, tl.trans(do), input_precision="tf32x3")
-                dl = p * (dp - delta_block)
+                dl = p * (dp - delta_block) * cap_slope
                 dx_block = tl.dot(dl.to(q_block.dtype), q_block, dx_block, input_precision="tf32x3")
             else:
                 dx_block = tl.dot(p.to(do.dtype), do, dx_block, input_precision="tf32x3")
@@ -196,9 +201,10 @@ def _dkv_kernel(
 
 @triton.jit(do_not_specialize=[*STEPS, "sum_rows"])
 def _dbias_kernel(
-    q, k, v, bias, slopes, grad, lse, delta, dbias, t, s, heads, group, blocks, scale, before, after,
+    q, k, v, bias, slopes, grad, lse, delta, dbias, t, s, heads, group, blocks, scale, limit, before, after,
     q_b, q_t, q_h, k_b, k_s, k_h, bias_b, bias_h, bias_t, bias_s, sum_heads, sum_rows,
-    HD: tl.constexpr, D: tl.constexpr, ALIBI: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    HD: tl.constexpr, D: tl.constexpr, ALIBI: tl.constexpr, CAPPED: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Adds up over `sum_heads` heads and `sum_rows` rows of the batch: all where bias is broadcast, else one."""
     blocks_t = tl.cdiv(t, BLOCK_T)
@@ -227,8 +233,9 @@ def _dbias_kernel(
         slope = 0.0
         if ALIBI:
             slope = tl.load(slopes + head).to(tl.float32)
+        product, _ = soft_capped(tl.dot(q_block, tl.trans(k_block), input_precision="tf32x3"), limit, CAPPED)
         logits = logits_of(
-            tl.dot(q_block, tl.trans(k_block), input_precision="tf32x3"), query[:, None], key[None, :],
+            product, query[:, None], key[None, :],
             bias + batch * bias_b + tl.cast(head, tl.int64) * bias_h, slope, t, s, scale, before, after, bias_t, bias_s,
             PAIR_BIAS, ALIBI, True,
         )  # fmt: skip
@@ -306,8 +313,9 @@ def _bias_gradient(
     sizes = tile_sizes(_DBIAS, q)
     blocks = triton.cdiv(t, sizes["BLOCK_T"]) * triton.cdiv(s, sizes["BLOCK_S"])
     shared = constants(q, mask)
+    del shared["BIAS"], shared["PACKED"]
     _dbias_kernel[(blocks * bias_rows * bias_heads,)](
         q, k, v, bias, mask.alibi, grad, lse, delta, dbias, *launch_arguments(q, k, mask, scale, blocks),
-        heads // bias_heads, b // bias_rows, HD=shared["HD"], D=shared["D"], ALIBI=shared["ALIBI"], **sizes,
+        heads // bias_heads, b // bias_rows, **shared, **sizes,
     )  # fmt: skip
     return dbias

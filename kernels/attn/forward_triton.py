@@ -1,6 +1,6 @@
 """Attention's Triton kernels: FlashAttention-2 (https://arxiv.org/abs/2307.08691) with windows, segments and biases.
 
-    l_ts = scale q_t·k_s + bias_ts      L_t = log₂ Σ_s exp₂(l_ts)      p_ts = exp₂(l_ts − L_t)      o_t = Σ_s p_ts v_s
+    l_ts = c(scale q_t·k_s) + bias_ts   L_t = log₂ Σ_s exp₂(l_ts)      p_ts = exp₂(l_ts − L_t)      o_t = Σ_s p_ts v_s
 
 Here is the forward pass, a block of queries a program, the keys stream by (online softmax), and what it shares with the
 backward pass, which is in `backward_triton.py`.
@@ -14,8 +14,9 @@ Products of fp32 are made of three in TF32, which is nearly as exact; plain FMAs
 
 Names of the kernels' arguments: `t` and `s` are T and S, `group` is H / K, `blocks` the number of blocks a sequence;
 `q_b`, `q_t`, `q_h` are q's strides of batch, token and head, and so on; `bounds` and `key_bounds` are those of each
-segment's queries and keys, and `first` and `first_key` are where these begin. HD is hd, D is hd
-padded to a power of two. Offsets into memory are int64: B · T · H · hd may be beyond 2³¹.
+segment's queries and keys, and `first` and `first_key` are where these begin. `limit` is the soft-cap before the scale:
+c(scale x) = scale limit tanh(x / limit). HD is hd, D is hd padded to a power of two. Offsets into memory are int64:
+B · T · H · hd may be beyond 2³¹.
 """
 
 from dataclasses import dataclass
@@ -126,6 +127,15 @@ def store_rows(x, value, start, rows, stride, HD: tl.constexpr, D: tl.constexpr,
 
 
 @triton.jit
+def soft_capped(product, limit, CAPPED: tl.constexpr):
+    """q·k within ±limit, and the derivative of that; without a soft-cap q·k itself."""
+    if CAPPED:
+        tanh = 2 * tl.sigmoid(2 * product / limit) - 1
+        return limit * tanh, 1 - tanh * tanh
+    return product, 1.0
+
+
+@triton.jit
 def logits_of(
     product, query, key, bias, slope, t, s, scale, before, after, bias_t, bias_s,
     BIAS: tl.constexpr, ALIBI: tl.constexpr, MASKED: tl.constexpr,
@@ -155,10 +165,10 @@ def logits_of(
 
 @triton.jit(do_not_specialize=STEPS)
 def _forward_kernel(
-    q, k, v, bias, slopes, bounds, key_bounds, out, lse, t, s, heads, group, blocks, scale, before, after,
+    q, k, v, bias, slopes, bounds, key_bounds, out, lse, t, s, heads, group, blocks, scale, limit, before, after,
     q_b, q_t, q_h, k_b, k_s, k_h, bias_b, bias_h, bias_t, bias_s,
-    HD: tl.constexpr, D: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr, PACKED: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    HD: tl.constexpr, D: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr, CAPPED: tl.constexpr,
+    PACKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     block, head, index = program_indices(heads, blocks)
     batch, first, first_key, queries, keys = sequence(bounds, key_bounds, index, t, s, PACKED)
@@ -189,8 +199,10 @@ def _forward_kernel(
             key_start = nth_block(i, low, full_low, full_high, high, EDGES) * BLOCK_S
             key = key_start + tl.arange(0, BLOCK_S)
             k_block = load_rows(k + kv_offset, key_start, keys, k_s, HD, D, BLOCK_S)
+            product = tl.dot(q_block, tl.trans(k_block), input_precision="tf32x3")
+            product, _ = soft_capped(product, limit, CAPPED)
             logits = logits_of(
-                tl.dot(q_block, tl.trans(k_block), input_precision="tf32x3"), query[:, None], key[None, :], bias, slope,
+                product, query[:, None], key[None, :], bias, slope,
                 queries, keys, scale, before, after, bias_t, bias_s, BIAS, ALIBI, EDGES,
             )  # fmt: skip
 
@@ -225,6 +237,7 @@ class Mask:
     longest: int  # the most keys of a segment
     window: int | None
     causal: bool
+    softcap: float | None
 
 
 def padded_head_width(q: Tensor) -> int:
@@ -256,12 +269,14 @@ def launch_arguments(q: Tensor, k: Tensor, mask: Mask, scale: float, blocks: int
     s, kv_heads = k.shape[1:3]
     before = FAR if mask.window is None else mask.window
     after = 1 if mask.causal else before
+    limit = 1.0 if mask.softcap is None else mask.softcap / scale
 
     # expand gives a broadcast dimension the stride 0.
     strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask.bias is not None:
         strides = mask.bias.expand(b, heads, t, s).stride()
-    return t, s, heads, heads // kv_heads, blocks, scale, before, after, *q.stride()[:3], *k.stride()[:3], *strides
+    sizes = t, s, heads, heads // kv_heads, blocks
+    return *sizes, scale, limit, before, after, *q.stride()[:3], *k.stride()[:3], *strides
 
 
 def constants(q: Tensor, mask: Mask) -> dict[str, int | bool]:
@@ -280,6 +295,7 @@ def constants(q: Tensor, mask: Mask) -> dict[str, int | bool]:
         "D": padded_head_width(q),
         "BIAS": bias.value,
         "ALIBI": mask.alibi is not None,
+        "CAPPED": mask.softcap is not None,
         "PACKED": packed,
     }
 

@@ -17,6 +17,7 @@ def attention_reference(
     alibi: Tensor | None = None,
     causal: bool = True,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """The formula in plain torch with a dense mask, differentiated by autograd: the oracle of the tests.
 
@@ -31,6 +32,8 @@ def attention_reference(
         v = v[:, index]
     k, v = (x.repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))  # (B, S, H, hd)
     scores = torch.einsum("bthd,bshd->bhts", q, k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
 
     # Of each query and key its segment, and its place counted from the segment's end.
     query_segment, query_place = _places(q.shape[1], cu_seqlens, q.device)  # (T,) each

@@ -375,11 +375,6 @@ def test_bf16_keeps_q_k_v_and_no_probabilities() -> None:
         (((1, 4, 2, 8),) * 3, {"cu_seqlens": torch.tensor([0, 4]), "bias": torch.zeros(4, 4)}, "cu_seqlens: goes with"),
         (((2, 4, 2, 8),) * 3, {"cu_seqlens": torch.tensor([0, 4])}, "cu_seqlens: goes with one packed row"),
         (((1, 4, 2, 8),) * 3, {"keys": (torch.arange(4), torch.tensor([0, 4]))}, "keys: they are those of packed"),
-        (
-            ((1, 4, 2, 8),) * 3,
-            {"cu_seqlens": torch.tensor([0, 4]), "keys": (torch.arange(4), torch.tensor([0, 4])), "dropout": 0.1},
-            "no dropout of them",
-        ),
         (((2, 4, 2, 8),) * 3, {"alibi": torch.ones(3)}, "alibi: expected a slope for each of 2 heads"),
     ],
 )

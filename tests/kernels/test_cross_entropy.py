@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from handtune.kernels import cross_entropy as module
 from handtune.kernels import linear_cross_entropy
-from handtune.kernels.cross_entropy import linear_cross_entropy_reference
+from handtune.kernels.cross_entropy import chunks
+from handtune.kernels.cross_entropy.reference import linear_cross_entropy_reference
 
 SIZES = [((1,), 1, 2), ((13,), 7, 11), ((2, 3), 24, 64), ((3, 5), 33, 1)]  # leading dimensions of x, D, V
 
@@ -38,7 +38,7 @@ def full_losses(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None 
 @pytest.fixture(params=[False, True], ids=["one chunk", "chunks of 4"])
 def _chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param:
-        monkeypatch.setattr(module, "_chunk_rows", lambda n, vocab: 4)
+        monkeypatch.setattr(chunks, "_chunk_rows", lambda n, vocab: 4)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
@@ -97,7 +97,7 @@ def test_agrees_with_float64(reduction: str, dtype: torch.dtype, lead: tuple[int
 @pytest.mark.parametrize("n", [3, 4, 5, 8, 9])
 def test_chunk_boundaries(reduction: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A chunk fewer, exactly full chunks, and a last chunk of one row."""
-    monkeypatch.setattr(module, "_chunk_rows", lambda n, vocab: 4)
+    monkeypatch.setattr(chunks, "_chunk_rows", lambda n, vocab: 4)
     x, weight, _, targets = problem((n,), 5, 7, ignored=False)
     ours, reference = leaves(x, weight), leaves(x, weight)
     linear_cross_entropy(*ours, targets, reduction=reduction).sum().backward()
@@ -121,7 +121,7 @@ def test_never_more_than_a_chunk_of_logits(reduction: str, monkeypatch: pytest.M
                     self.size = max(self.size, tensor.numel())
             return out
 
-    monkeypatch.setattr(module, "_chunk_rows", lambda n, vocab: 4)
+    monkeypatch.setattr(chunks, "_chunk_rows", lambda n, vocab: 4)
     x, weight, _, targets = problem((30,), 3, 97)
     with Largest() as largest:
         linear_cross_entropy(*leaves(x, weight), targets, reduction=reduction).sum().backward()
@@ -129,11 +129,11 @@ def test_never_more_than_a_chunk_of_logits(reduction: str, monkeypatch: pytest.M
 
 
 def test_chunk_size_keeps_logits_near_32_mib() -> None:
-    assert module._chunk_rows(10, 50257) == 16
-    assert module._chunk_rows(8192, 50257) == 333
-    assert module._chunk_rows(8192, 256000) == 65
-    assert module._chunk_rows(8192, 2**22) == 16
-    assert module._chunk_rows(1000, 2) == 1000
+    assert chunks._chunk_rows(10, 50257) == 16
+    assert chunks._chunk_rows(8192, 50257) == 333
+    assert chunks._chunk_rows(8192, 256000) == 65
+    assert chunks._chunk_rows(8192, 2**22) == 16
+    assert chunks._chunk_rows(1000, 2) == 1000
 
 
 def products(x_wants: bool, weight_wants: bool, reduction: str, n_ignored: int = 0, grad: bool = True) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from handtune.engine.training.optimizers import update_
 from handtune.kernels import attention
-from handtune.kernels.attn import dropout as attn_dropout
+from handtune.kernels.attn import blocks
 from handtune.kernels.attn.reference import attention_reference
 from handtune.kernels.dropout import Dropout, drop, dropout
 
@@ -94,8 +94,8 @@ def test_attention_without_dropped_entries_is_the_formula(
     case: str, kv_heads: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a mask that drops nothing, outputs and gradients are those of attention."""
-    monkeypatch.setattr(attn_dropout, "QUERY_BLOCK", block)
-    monkeypatch.setattr(attn_dropout, "drop", lambda x, p, seed: x)
+    monkeypatch.setattr(blocks, "QUERY_BLOCK", block)
+    monkeypatch.setattr(blocks, "drop", lambda x, p, seed: x)
     ours, truth = heads(kv_heads=kv_heads), heads(kv_heads=kv_heads)
     out = attention(*ours, dropout=0.5, **CASES[case])
     expected = attention_reference(*truth, **CASES[case])
@@ -113,7 +113,7 @@ def test_dropped_probabilities_by_the_formula() -> None:
 
 @pytest.mark.parametrize("shape", [(1, HEADS, T, T), (HEADS, 1, T), (1, 1, T, T)], ids=str)
 def test_gradcheck(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attn_dropout, "QUERY_BLOCK", 4)
+    monkeypatch.setattr(blocks, "QUERY_BLOCK", 4)
     bias = torch.randn(shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64, requires_grad=True)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
@@ -127,12 +127,25 @@ def test_gradcheck(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> N
 def test_packed_segments_never_see_each_other(
     lengths: tuple[int, ...], causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attn_dropout, "drop", lambda x, p, seed: x)
+    monkeypatch.setattr(blocks, "drop", lambda x, p, seed: x)
     ours, truth = heads(sum(lengths), 2), heads(sum(lengths), 2)
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
     out = attention(*ours, cu_seqlens=bounds, causal=causal, dropout=0.5)
     expected = attention_reference(*truth, cu_seqlens=bounds, causal=causal)
     assert_alike(out, expected, ours, truth)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_packed_segments_that_see_keys_of_others(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one's, in front of their own: texts that begin alike."""
+    monkeypatch.setattr(blocks, "drop", lambda x, p, seed: x)
+    ours, truth = heads(9, 2), heads(9, 2)
+    settings = {
+        "cu_seqlens": torch.tensor([0, 4, 6, 9]).int(), "window": window,
+        "keys": (torch.tensor([0, 1, 2, 3, 0, 1, 4, 5, 0, 1, 2, 6, 7, 8]), torch.tensor([0, 4, 8, 14]).int()),
+    }  # fmt: skip
+    out = attention(*ours, **settings, dropout=0.5)
+    assert_alike(out, attention_reference(*truth, **settings), ours, truth)
 
 
 def test_packed_segments_have_masks_of_their_own() -> None:

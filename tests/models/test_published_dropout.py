@@ -27,7 +27,7 @@ from transformers import BloomConfig
 
 from handtune.engine.data.batches import packed
 from handtune.kernels import dropout as kernels_dropout
-from handtune.kernels.attn import dropout as attn_dropout
+from handtune.kernels.attn import blocks
 from handtune.kernels.dropout import Dropout
 from handtune.models import GPT2, T5, ResNet, load, save, set_dropout
 
@@ -73,7 +73,7 @@ def same_mask(x: Tensor, p: float) -> Tensor:
 def _shared_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both sides drop by `same_mask`; ours at each call that transformers' would make, or the results differ."""
     monkeypatch.setattr(kernels_dropout, "drop", lambda x, p, seed: same_mask(x, p))
-    monkeypatch.setattr(attn_dropout, "drop", lambda x, p, seed: same_mask(x, p))
+    monkeypatch.setattr(blocks, "drop", lambda x, p, seed: same_mask(x, p))
 
     def theirs_dropped(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         return same_mask(x, p) if training else x

@@ -95,6 +95,26 @@ def test_window(causal: bool, t: int, window: int) -> None:
     check(qkv(1, t, s=40), torch.float32, causal=causal, window=window)
 
 
+SOFT_CAPPED = {
+    "rows": {},
+    "a window": {"window": 5},
+    "slopes": {"alibi": torch.tensor([0.1, 0.2])},
+    "segments": {"cu_seqlens": torch.tensor([0, 3, 20, 40]), "max_seqlen": 20},
+}
+
+
+@DTYPES
+@CAUSAL
+@pytest.mark.parametrize("case", SOFT_CAPPED)
+def test_soft_capped(case: str, causal: bool, dtype: torch.dtype) -> None:
+    check(qkv(1, 40, h=2, kv=1), dtype, causal=causal, scale=0.9, softcap=1.5, **SOFT_CAPPED[case])
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 18, 18), (1, 2, 18, 18)], ids=str)
+def test_soft_capped_below_a_bias_with_a_gradient(shape: tuple[int, ...]) -> None:
+    check([*qkv(2, 18, h=2), draw(*shape, seed=5)], torch.float32, scale=0.9, softcap=1.5)
+
+
 @CAUSAL
 @pytest.mark.parametrize(("rows", "columns", "window"), [(16, 32, 3), (32, 16, 20)])
 def test_oblong_tiles(causal: bool, rows: int, columns: int, window: int) -> None:

@@ -1,5 +1,7 @@
 """Linear head + cross-entropy as Triton kernels: both reductions, against the full logits in float64."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,8 @@ from kernel_cases import error, leaves
 from launches import launched
 from torch import Tensor
 
-from handtune.kernels import cross_entropy_triton, linear_cross_entropy
+from handtune.kernels import linear_cross_entropy
+from handtune.kernels.cross_entropy import chunks_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = [((1,), 1, 2), ((13,), 7, 64), ((2, 9), 24, 130), ((3, 5), 33, 1)]  # leading dimensions of x, D, V
@@ -19,7 +22,7 @@ every_dtype = pytest.mark.parametrize("dtype", BOUND, ids=["fp32", "fp16", "bf16
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of four rows of 130 in fp32, so that there are several and the last one is not full."""
-    monkeypatch.setattr(cross_entropy_triton, "_CHUNK", {0: 4 * 192 * 4})
+    monkeypatch.setattr(chunks_triton, "_CHUNK", {0: 4 * 192 * 4})
 
 
 def problem(lead: tuple[int, ...], d: int, v: int, ignored: bool = True) -> tuple[list[Tensor], Tensor]:
@@ -34,16 +37,20 @@ def problem(lead: tuple[int, ...], d: int, v: int, ignored: bool = True) -> tupl
     return inputs, targets.to(DEVICE)
 
 
-def full_losses(x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None) -> Tensor:
+def full_losses(
+    x: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, softcap: float | None = None
+) -> Tensor:
     logits = F.linear(x, weight, bias).flatten(0, -2)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(logits, targets.flatten(), ignore_index=-100, reduction="none").view(targets.shape)
 
 
-def run(function, inputs: list[Tensor], targets: Tensor, reduction: str) -> list[Tensor]:
+def run(function, inputs: list[Tensor], targets: Tensor, reduction: str, **settings) -> list[Tensor]:
     """The loss and the gradients of the inputs, for incoming gradients that differ by row where there are rows."""
     x, weight, *bias = inputs
-    loss = function(x, weight, targets, *bias)
+    loss = function(x, weight, targets, *bias, **settings)
     if reduction == "sum":
         loss = loss.sum()
     incoming = torch.linspace(0.5, 2.0, loss.numel(), dtype=loss.dtype, device=loss.device).view(loss.shape)
@@ -52,21 +59,22 @@ def run(function, inputs: list[Tensor], targets: Tensor, reduction: str) -> list
 
 
 def ours(reduction: str):
-    return lambda x, w, targets, *bias: linear_cross_entropy(x, w, targets, *bias, reduction=reduction)
+    return partial(linear_cross_entropy, reduction=reduction)
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize(("lead", "d", "v"), SIZES, ids=str)
 @every_dtype
 @both
-def test_agrees_with_float64(reduction, dtype, lead, d, v, with_bias) -> None:
+def test_agrees_with_float64(reduction, dtype, lead, d, v, with_bias, softcap) -> None:
     inputs, targets = problem(lead, d, v)
     rounded = tuple(t.to(dtype) for t in inputs[: 3 if with_bias else 2])
     with launched() as kernels:
-        got = run(ours(reduction), leaves(rounded, dtype, DEVICE), targets, reduction)
+        got = run(ours(reduction), leaves(rounded, dtype, DEVICE), targets, reduction, softcap=softcap)
     assert {"_loss_kernel", "_gradient_kernel"} <= set(kernels)
-    plain = run(full_losses, leaves(rounded, dtype, DEVICE), targets, reduction)
-    truth = run(full_losses, leaves(rounded, torch.float64, DEVICE), targets, reduction)
+    plain = run(full_losses, leaves(rounded, dtype, DEVICE), targets, reduction, softcap=softcap)
+    truth = run(full_losses, leaves(rounded, torch.float64, DEVICE), targets, reduction, softcap=softcap)
     assert got[0].dtype == torch.float32
     for i, (mine, theirs, true) in enumerate(zip(got, plain, truth, strict=True)):
         assert error(mine, true) <= max(BOUND[dtype], 2 * error(theirs, true)), f"tensor {i}"

@@ -1,7 +1,7 @@
-"""The cross-entropy's Triton kernels. The maths and the names are those of `cross_entropy.py`.
+"""`chunks.py` for a GPU: the cross-entropy's Triton kernels. The maths and the names are those of `loss.py`.
 
     _loss_kernel       z → logsumexp, loss and entropy of each row, in one read
-    _gradient_kernel   z ← (softmax(z) − onehot(target)) · weight, in place
+    _gradient_kernel   z ← (softmax(z) − onehot(target)) ⊙ c' · weight, in place
 
 The logits of a chunk of rows stand in one buffer in the dtype in which cuBLAS stores them; a bias is added where they
 are read. Rows of the buffer are padded, so that each begins at a cache line and loads are vectors whatever V is (and
@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import backend
+from .. import backend
+from .chunks import ChunkLosses, Head
 
 LOWEST = tl.constexpr(-1e38)  # in place of −∞, whose differences and products are NaN
 _LINE = 64  # entries to which rows are padded
@@ -29,20 +30,30 @@ _CHUNK = {0: 2**13, 80: 2**28}
 
 
 @triton.jit
-def _logits(z, bias, column, v, width, BIAS: tl.constexpr):
-    """A block of a row in fp32, LOWEST behind its end."""
+def _soft_capped(x, softcap, CAPPED: tl.constexpr):
+    """c(x) and c'."""
+    if CAPPED:
+        tanh = 2 * tl.sigmoid(2 * x / softcap) - 1
+        return softcap * tanh, 1 - tanh * tanh
+    return x, 1.0
+
+
+@triton.jit
+def _logits(z, bias, column, v, width, softcap, BIAS: tl.constexpr, CAPPED: tl.constexpr):
+    """A block of a row in fp32, LOWEST behind its end, and c'."""
     # What lies in the padding is read, since that keeps loads vectors, and replaced.
     x = tl.load(z + column, mask=column < width, other=0.0).to(tl.float32)
-    x = tl.where(column < v, x, LOWEST)
     if BIAS:
         x += tl.load(bias + column, mask=column < v, other=0.0).to(tl.float32)
-    return tl.where(x < LOWEST, LOWEST, x)  # which lets NaN through
+    x, slope = _soft_capped(x, softcap, CAPPED)
+    x = tl.where(column < v, x, LOWEST)
+    return tl.where(x < LOWEST, LOWEST, x), slope  # which lets NaN through
 
 
 @triton.jit
 def _loss_kernel(
-    z, bias, targets, lse, losses, entropies, v, width,
-    BIAS: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    z, bias, targets, lse, losses, entropies, v, width, softcap,
+    BIAS: tl.constexpr, CAPPED: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row of logits z; `m`, `s` and `t` hold an entry for each lane (module docstring)."""
     row = tl.program_id(0)
@@ -53,7 +64,7 @@ def _loss_kernel(
     s = tl.zeros((BLOCK,), tl.float32)
     t = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, v, BLOCK):
-        x = _logits(z, bias, start + lane, v, width, BIAS)
+        x, _ = _logits(z, bias, start + lane, v, width, softcap, BIAS, CAPPED)
         rise = x - m
         e = tl.exp(-tl.abs(rise))
         if ENTROPY:
@@ -73,6 +84,7 @@ def _loss_kernel(
     target_logit = tl.load(z + target, mask=known, other=float("nan")).to(tl.float32)
     if BIAS:
         target_logit += tl.load(bias + target, mask=known, other=0.0).to(tl.float32)
+    target_logit, _ = _soft_capped(target_logit, softcap, CAPPED)
     tl.store(losses + row, top - target_logit + tl.log(total))
 
     # log Σe − Σ p (z − top), with z − top = (z − m) + (m − top) in each lane
@@ -82,14 +94,15 @@ def _loss_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    z, bias, targets, lse, weights, v, width,
-    BIAS: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
+    z, bias, targets, lse, weights, v, width, softcap,
+    BIAS: tl.constexpr, CAPPED: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     z += row.to(tl.int64) * width
-    dz = tl.exp(_logits(z, bias, column, v, width, BIAS) - tl.load(lse + row))  # softmax(z)
-    dz = tl.where(column == tl.load(targets + row), dz - 1, dz)
+    x, slope = _logits(z, bias, column, v, width, softcap, BIAS, CAPPED)
+    dz = tl.exp(x - tl.load(lse + row))  # softmax(z)
+    dz = tl.where(column == tl.load(targets + row), dz - 1, dz) * slope
     if WEIGHTS:
         dz = dz * tl.load(weights + row)
 
@@ -97,8 +110,25 @@ def _gradient_kernel(
     tl.store(z + column, dz.to(z.dtype.element_ty), mask=column < width)
 
 
-def logit_chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (rows, logits (rows, V) of x (N, D) and weight (V, D), without the bias); one buffer serves all chunks."""
+def losses(
+    x: Tensor, head: Head, targets: Tensor, with_entropy: bool, with_dx: bool, with_dz: bool
+) -> Iterator[ChunkLosses]:
+    """Chunk by chunk the losses of x (N, D) against targets (N,), and the gradients of their sum."""
+    for rows, z in _logit_chunks(x, head.weight):
+        loss, lse, entropy = _losses(z, head, targets[rows], with_entropy)
+        dz = _gradient_(z, head, targets[rows], lse) if with_dx or with_dz else None  # (rows, V)
+        dx = dz @ head.weight if dz is not None and with_dx else None  # (rows, D)
+        yield ChunkLosses(rows, loss, lse, entropy, dx, dz if with_dz else None)
+
+
+def gradients(x: Tensor, head: Head, targets: Tensor, lse: Tensor, grad: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Chunk by chunk the rows, and their dz (rows, V), for the incoming gradient of each loss."""
+    for rows, z in _logit_chunks(x, head.weight):
+        yield rows, _gradient_(z, head, targets[rows], lse[rows], grad[rows])
+
+
+def _logit_chunks(x: Tensor, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield (rows, x Wᵀ (rows, V)) for x (N, D), weight (V, D); one buffer serves all chunks."""
     n, vocab = len(x), len(weight)
     width = triton.cdiv(vocab, _LINE) * _LINE
 
@@ -118,10 +148,13 @@ def _contiguous(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
+def _softcap(head: Head) -> dict[str, float | bool]:
+    """The kernels' arguments for it."""
+    return {"softcap": head.softcap or 1.0, "CAPPED": head.softcap is not None}
+
+
 @backend.launches
-def losses(
-    z: Tensor, bias: Tensor | None, targets: Tensor, with_entropy: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _losses(z: Tensor, head: Head, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Loss, logsumexp and entropy of each row of a chunk z (rows, V), each (rows,) in fp32."""
     n, v = z.shape
     width = z.stride(0)
@@ -131,20 +164,20 @@ def losses(
 
     block, warps = backend.entry(_BLOCK, z)
     _loss_kernel[(n,)](
-        z, _contiguous(bias), _contiguous(targets), lse, out, entropy, v, width,
-        BIAS=bias is not None, ENTROPY=with_entropy, BLOCK=block, num_warps=warps,
+        z, _contiguous(head.bias), _contiguous(targets), lse, out, entropy, v, width,
+        **_softcap(head), BIAS=head.bias is not None, ENTROPY=with_entropy, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return out, lse, entropy
 
 
 @backend.launches
-def gradient_(z: Tensor, bias: Tensor | None, targets: Tensor, lse: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Overwrite a chunk of logits (rows, V) with (softmax − onehot) · weights, for weights (rows,) or 1."""
+def _gradient_(z: Tensor, head: Head, targets: Tensor, lse: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Overwrite a chunk x Wᵀ (rows, V) with dz · weights, for weights (rows,) or 1."""
     n, v = z.shape
     width = z.stride(0)
     block, warps = backend.entry(_BLOCK, z)
     _gradient_kernel[(n, triton.cdiv(width, block))](
-        z, _contiguous(bias), _contiguous(targets), lse, _contiguous(weights), v, width,
-        BIAS=bias is not None, WEIGHTS=weights is not None, BLOCK=block, num_warps=warps,
+        z, _contiguous(head.bias), _contiguous(targets), lse, _contiguous(weights), v, width,
+        **_softcap(head), BIAS=head.bias is not None, WEIGHTS=weights is not None, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return z
