@@ -75,6 +75,7 @@ _LLAMA = {
 }  # fmt: skip
 _NEAR_AND_FAR = ["sliding_attention", "full_attention"]
 _GEMMA = _LLAMA | {"head_dim": 8, "query_pre_attn_scalar": 5, "layer_types": _NEAR_AND_FAR, "sliding_window": 4}
+_SOFT_CAPPED = {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 0.4}
 _PARTLY_TURNED = {
     "num_attention_heads": 3, "num_key_value_heads": 1, "rope_parameters": {
         "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75,
@@ -114,6 +115,7 @@ FAMILIES: dict[str, Family | str] = {
     "Qwen2": Family("qwen2", _LLAMA, paddings=_ALL, **_BYTES),
     "Qwen3": Family("qwen3", _LLAMA | {"head_dim": 8}, paddings=_ALL, **_BYTES),
     "SmolLM3": Family("smollm3", _LLAMA | {"no_rope_layers": [1, 0]}, paddings=_ALL, **_BYTES),
+    "Gemma 2": Family("gemma2", _GEMMA | _SOFT_CAPPED, paddings=_ALL, **_PIECES),
     "Gemma 3": Family("gemma3_text", _GEMMA, paddings=_ALL, **_PIECES),
     "Phi-3": Family("phi3", _LLAMA | _PARTLY_TURNED, paddings=_ALL, **_PIECES),
     "OLMo 2": Family("olmo2", _LLAMA, paddings=_ALL, **_BYTES),

@@ -28,13 +28,14 @@ _LLAMA = {"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads":
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "smollm3": {**_LLAMA, "pad_token_id": None},
+    "gemma2": {**_LLAMA, "head_dim": 64, "layer_types": ["full_attention", "sliding_attention"]},
     "gemma3_text": {**_LLAMA, "head_dim": 64, "layer_types": ["full_attention", "sliding_attention"]},
     "phi3": {**_LLAMA, "pad_token_id": None},
     "olmo2": _LLAMA,
     "gpt2": {"n_embd": 768, "n_head": 12, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }  # fmt: skip
 # The products of `up`, of the block's two passes (D² each); OLMo has no norm in front of it to make it again from.
-RECOMPUTED = {**dict.fromkeys(("llama", "smollm3", "gemma3_text", "phi3"), 7 / (2 * 13)), "gpt2": 4 / (2 * 12)}
+RECOMPUTED = dict.fromkeys(("llama", "smollm3", "gemma2", "gemma3_text", "phi3"), 7 / (2 * 13)) | {"gpt2": 4 / (2 * 12)}
 DROPOUTS = (0.0, 0.05)
 
 

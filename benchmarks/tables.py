@@ -101,8 +101,8 @@ def training() -> str:
 
 
 BLOCKS = {
-    "llama": "Llama", "smollm3": "SmolLM3", "gemma3_text": "Gemma 3", "phi3": "Phi-3", "olmo2": "OLMo 2",
-    "gpt2": "GPT-2 small",
+    "llama": "Llama", "smollm3": "SmolLM3", "gemma2": "Gemma 2", "gemma3_text": "Gemma 3", "phi3": "Phi-3",
+    "olmo2": "OLMo 2", "gpt2": "GPT-2 small",
 }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ TASK = "engine/tasks/causal_lm.py"  # of the many that the table of methods lead
 ELSEWHERE = {
     "other families": [
         "models/bloom", "models/encoder.py", "models/bert.py", "models/roberta.py", "models/distilbert.py",
-        "models/mpnet.py", "models/modernbert.py", "models/gemma3.py", "models/smollm3.py", "models/olmo.py",
+        "models/mpnet.py", "models/modernbert.py", "models/gemma", "models/smollm3.py", "models/olmo.py",
         "models/phi3.py", "models/t5", "models/xlnet", "models/resnet",
     ],
     "other methods": [
@@ -27,7 +27,7 @@ ELSEWHERE = {
         "engine/tasks/question_answering.py", "engine/tasks/embedding.py", "engine/tasks/metrics.py",
         "engine/tasks/step_loss.py",
         "engine/tasks/objectives.py", "engine/generation", "models/layers/heads.py", "models/layers/kv_cache.py",
-        "models/checkpoint/tasks.py", "kernels/matmul_cpu.py",
+        "models/checkpoint/tasks.py", "kernels/matmul_cpu.py", "kernels/cross_entropy/token_losses.py",
     ],
     "other adapters": [
         "kernels/conv.py", "kernels/quant", "kernels/lora/batched.py", "kernels/lora/batched_torch.py",
@@ -42,7 +42,7 @@ ELSEWHERE = {
         "kernels/dropout.py", "kernels/attn/blocks.py", "models/layers/dropout.py",
         "kernels/optim/adamw8bit.py", "kernels/optim/adamw8bit_state.py",
         "kernels/optim/adamw8bit_triton.py", "kernels/optim/blockwise.py", "kernels/optim/muon.py",
-        "engine/training/optimizers.py",
+        "engine/training/optimizers.py", "models/layers/initialization.py",
     ],
     "other data": [
         "engine/chat", "engine/formats", "engine/data/columns.py", "engine/data/corpus.py", "engine/data/images.py",

@@ -126,6 +126,11 @@ def activate(u: Tensor, name: str) -> Tensor:
     return Activate.apply(u, ACTIVATIONS[name])
 
 
+def soft_capped(z: Tensor, softcap: float | None) -> Tensor:
+    """softcap · tanh(z / softcap), which stays within ±softcap; z itself without one."""
+    return z if softcap is None else softcap * activate(z / softcap, "tanh")
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) ⊙ up for `gate_up` = [gate | up] of shape (..., 2F); gives (..., F).
 

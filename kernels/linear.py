@@ -34,6 +34,8 @@ class Linear(nn.Module):
     the models here hand it to `norm_linear` or `activation_linear`, which pass hooks by: put them on the block.
     """
 
+    softcap: float | None = None  # that a loss applies to the output: `CappedLinear` has one
+
     def __init__(self, in_features: int, out_features: int, bias: bool = True, parts: tuple[tuple[str, int], ...] = ()):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))

@@ -3,7 +3,7 @@
     layers/      what several architectures are made of, and how their weights and configurations are published
     tokenizer/   special tokens, and tokenizers of old vocabulary files
     model        what they have in common, and what each has to provide; `encoder`, of encoders
-    gpt2/  llama/  smollm3  gemma3  phi3  olmo  bloom/  bert  distilbert  roberta  mpnet  modernbert
+    gpt2/  llama/  gemma/  smollm3  phi3  olmo  bloom/  bert  distilbert  roberta  mpnet  modernbert
     t5/  xlnet/  resnet/     the architectures: begin with `gpt2/model.py`
     families     which of them a published `model_type` is
     checkpoint/  `load` reads a checkpoint in Hugging Face layout, `save` writes one
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from .checkpoint.loading import load as load
     from .checkpoint.saving import save as save
     from .distilbert import DistilBert as DistilBert
-    from .gemma3 import Gemma3 as Gemma3
+    from .gemma.gemma2 import Gemma2 as Gemma2
+    from .gemma.gemma3 import Gemma3 as Gemma3
     from .gpt2.model import GPT2 as GPT2
     from .layers.dropout import set_dropout as set_dropout
     from .llama.model import Llama as Llama
@@ -41,7 +42,8 @@ _HOME = {
     "Bloom": "bloom.model",
     "DistilBert": "distilbert",
     "GPT2": "gpt2.model",
-    "Gemma3": "gemma3",
+    "Gemma2": "gemma.gemma2",
+    "Gemma3": "gemma.gemma3",
     "Llama": "llama.model",
     "MPNet": "mpnet",
     "ModernBert": "modernbert",

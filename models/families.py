@@ -6,7 +6,8 @@ from typing import get_args
 from .bert import Bert
 from .bloom.model import Bloom
 from .distilbert import DistilBert
-from .gemma3 import Gemma3
+from .gemma.gemma2 import Gemma2
+from .gemma.gemma3 import Gemma3
 from .gpt2.model import GPT2
 from .llama.model import Llama
 from .modernbert import ModernBert
@@ -19,8 +20,9 @@ from .smollm3 import SmolLM3
 from .t5.model import T5
 from .xlnet.model import XLNet
 
+Decoders = SmolLM3 | Gemma2 | Gemma3 | Phi3 | Olmo2 | Olmo3
 Encoders = Bert | DistilBert | Roberta | MPNet | ModernBert
-Model = GPT2 | Bloom | Llama | SmolLM3 | Gemma3 | Phi3 | Olmo2 | Olmo3 | Encoders | T5 | XLNet | ResNet
+Model = GPT2 | Bloom | Llama | Decoders | Encoders | T5 | XLNet | ResNet
 Family = type[Model]
 ALL: tuple[Family, ...] = get_args(Model)
 FAMILIES: dict[str, Family] = {model_type: family for family in ALL for model_type in family.model_types}

@@ -22,12 +22,12 @@ BY_NAME = {"import_module", "__import__"}
 # The rooms of a package: folders, and files at its top (`norms` is norms.py and norms_triton.py). Each may import what
 # stands in lines above its own, and itself.
 ROOMS = {
-    "kernels": ["backend dropout matmul_cpu", "activations attn cross_entropy norms optim quant rotary", "lora",
+    "kernels": ["backend dropout matmul_cpu", "activations", "attn cross_entropy norms optim quant rotary", "lora",
                 "linear", "conv mlp"],
     "engine": ["model parallel progress runtime", "finite", "formats", "chat data adapters", "tasks generation peft",
                "training prediction", "rlhf"],
     "models": ["layers", "tokenizer", "model", "encoder llama",
-               "gpt2 smollm3 gemma3 phi3 olmo bloom bert distilbert roberta mpnet modernbert t5 xlnet resnet",
+               "gpt2 smollm3 gemma phi3 olmo bloom bert distilbert roberta mpnet modernbert t5 xlnet resnet",
                "families", "checkpoint"],
 }  # fmt: skip
 LINES = {
@@ -42,8 +42,8 @@ EXPORTS = {
         "norm_linear", "rms_norm", "rope", "split_rope", "swiglu",
     ],
     "models": [
-        "Bert", "Bloom", "DistilBert", "GPT2", "Gemma3", "Llama", "MPNet", "ModernBert", "Olmo2", "Olmo3", "Phi3",
-        "ResNet", "Roberta", "SmolLM3", "T5", "XLNet", "add_tokens", "load", "save", "set_dropout",
+        "Bert", "Bloom", "DistilBert", "GPT2", "Gemma2", "Gemma3", "Llama", "MPNet", "ModernBert", "Olmo2", "Olmo3",
+        "Phi3", "ResNet", "Roberta", "SmolLM3", "T5", "XLNet", "add_tokens", "load", "save", "set_dropout",
     ],
     "engine": [
         "Callback",

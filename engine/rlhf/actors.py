@@ -68,15 +68,17 @@ class PolicyAndCritic:
         """The arguments of the cross-entropy of each token of the completions."""
         states = self._states(self.model, batch, adapter)  # (n, D)
         head = self.model.head  # the same for policy and reference: of an adapter to go on from, only factors train
-        # Instead of the logits, which are never made; exact because an output head has no bias.
+        # Instead of the logits, which are never made; exact because a head has no bias. A soft-cap shrinks, too.
+        softcap = head.softcap
         if self.temperature != 1.0:
             states = states / self.temperature
+            softcap = None if softcap is None else softcap / self.temperature
 
         # All states have targets; the index says so, because looking for them would wait for the GPU.
         index = torch.arange(len(states), device=states.device)
         return {
             "x": states, "weight": head.weight, "bias": head.bias, "targets": batch["targets"], "index": index,
-            "reduction": "none",
+            "softcap": softcap, "reduction": "none",
         }  # fmt: skip
 
     def values(self, batch: Batch) -> Tensor:

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..._outside import located
 from ...kernels import Linear, linear_cross_entropy
+from ...kernels.activations import soft_capped
 from ...kernels.linear import bind_projection
 from ..chat.fields import check_used, trained_turns
 from ..chat.template import Dialogue, token_mask
@@ -162,21 +163,24 @@ def causal_lm_loss(model: Any, batch: Batch, label_smoothing: float = 0.0) -> tu
     states = features(model, batch)  # (B, T, D)
     targets = batch["targets"]  # (n,)
     head = model.head
-    if head.active is not None:
+    # The mean of soft-capped logits, which a smoothed loss needs, is no logit of a mean row.
+    if head.active is not None or (label_smoothing and head.softcap is not None):
         states = states.flatten(0, -2)[batch["index"]]  # (n, D)
-        return _adapted_cross_entropy(states, head, targets, label_smoothing), len(targets)
-    loss = linear_cross_entropy(states, head.weight, targets, head.bias, index=batch["index"])
+        return _chunked_cross_entropy(states, head, targets, label_smoothing), len(targets)
+    loss = linear_cross_entropy(
+        states, head.weight, targets, head.bias, index=batch["index"], softcap=head.softcap
+    )  # fmt: skip
     if label_smoothing:
         states = states.flatten(0, -2)[batch["index"]]  # (n, D)
         loss = loss + label_smoothing * smoothing_penalty(states, head.weight, targets, head.bias)
     return loss, len(targets)
 
 
-def _adapted_cross_entropy(states: Tensor, head: Linear, targets: Tensor, label_smoothing: float) -> Tensor:
-    """The sum for states (n, D) of a head with an adapter: logits 64 MiB at a time, made again for the gradient."""
+def _chunked_cross_entropy(states: Tensor, head: Linear, targets: Tensor, label_smoothing: float) -> Tensor:
+    """The sum for states (n, D) by a head's logits, adapter included, 64 MiB at a time, made again for the gradient."""
 
     def chunk_loss(states: Tensor, targets: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
-        logits = project(states).float()  # (chunk, V)
+        logits = soft_capped(project(states).float(), head.softcap)  # (chunk, V)
         return F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
 
     chunk = max(1, CHUNK_LOGITS // head.out_features)

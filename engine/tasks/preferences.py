@@ -230,8 +230,9 @@ def answer_logps(model: Any, batch: Batch) -> Tensor:
     if model.head.active is not None:
         raise ValueError("an adapter on the output head can't be trained on comparisons; leave it out of lora.targets")
     states = features(model, batch)
+    head = model.head
     losses = linear_cross_entropy(
-        states, model.head.weight, batch["targets"], model.head.bias, index=batch["index"], reduction="none"
+        states, head.weight, batch["targets"], head.bias, index=batch["index"], softcap=head.softcap, reduction="none"
     )  # (n,)
     return -torch.stack([answer.sum() for answer in losses.split(batch["counts"])])  # (B,)
 

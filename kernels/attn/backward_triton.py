@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backend
+from ..activations_triton import soft_capped
 from .forward_triton import (
     PAIR_BIAS,
     SINGLE_BY_QUERIES,
@@ -32,7 +33,6 @@ from .forward_triton import (
     program_indices,
     sequence,
     sequences,
-    soft_capped,
     store_rows,
     tile_sizes,
     with_kernel_strides,

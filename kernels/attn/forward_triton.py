@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backend
+from ..activations_triton import soft_capped
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FAR = 2**30  # beyond every position, and still an int32 when a position is added
@@ -124,15 +125,6 @@ def store_rows(x, value, start, rows, stride, HD: tl.constexpr, D: tl.constexpr,
     inside = (start + row < rows)[:, None] & (column < HD)[None, :]
     x += tl.cast(start, tl.int64) * stride
     tl.store(x + row[:, None] * stride + column[None, :], value.to(x.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def soft_capped(product, limit, CAPPED: tl.constexpr):
-    """q·k within ±limit, and the derivative of that; without a soft-cap q·k itself."""
-    if CAPPED:
-        tanh = 2 * tl.sigmoid(2 * product / limit) - 1
-        return limit * tanh, 1 - tanh * tanh
-    return product, 1.0
 
 
 @triton.jit

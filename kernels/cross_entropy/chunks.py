@@ -29,7 +29,7 @@ class Head(NamedTuple):
 
 
 class ChunkLosses(NamedTuple):
-    """Of a chunk's rows: losses, logsumexps and entropies (rows,), dx (rows, D) and dz (rows, V), as far as asked for."""
+    """Of a chunk's rows: losses, logsumexps, entropies (rows,), dx (rows, D), dz (rows, V), as far as asked for."""
 
     rows: slice
     losses: Tensor

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import backend
+from ..activations_triton import soft_capped
 from .chunks import ChunkLosses, Head
 
 LOWEST = tl.constexpr(-1e38)  # in place of −∞, whose differences and products are NaN
@@ -30,22 +31,13 @@ _CHUNK = {0: 2**13, 80: 2**28}
 
 
 @triton.jit
-def _soft_capped(x, softcap, CAPPED: tl.constexpr):
-    """c(x) and c'."""
-    if CAPPED:
-        tanh = 2 * tl.sigmoid(2 * x / softcap) - 1
-        return softcap * tanh, 1 - tanh * tanh
-    return x, 1.0
-
-
-@triton.jit
 def _logits(z, bias, column, v, width, softcap, BIAS: tl.constexpr, CAPPED: tl.constexpr):
     """A block of a row in fp32, LOWEST behind its end, and c'."""
     # What lies in the padding is read, since that keeps loads vectors, and replaced.
     x = tl.load(z + column, mask=column < width, other=0.0).to(tl.float32)
     if BIAS:
         x += tl.load(bias + column, mask=column < v, other=0.0).to(tl.float32)
-    x, slope = _soft_capped(x, softcap, CAPPED)
+    x, slope = soft_capped(x, softcap, CAPPED)
     x = tl.where(column < v, x, LOWEST)
     return tl.where(x < LOWEST, LOWEST, x), slope  # which lets NaN through
 
@@ -84,7 +76,7 @@ def _loss_kernel(
     target_logit = tl.load(z + target, mask=known, other=float("nan")).to(tl.float32)
     if BIAS:
         target_logit += tl.load(bias + target, mask=known, other=0.0).to(tl.float32)
-    target_logit, _ = _soft_capped(target_logit, softcap, CAPPED)
+    target_logit, _ = soft_capped(target_logit, softcap, CAPPED)
     tl.store(losses + row, top - target_logit + tl.log(total))
 
     # log Σe − Σ p (z − top), with z − top = (z − m) + (m − top) in each lane

@@ -15,29 +15,17 @@ On a GPU the chunk's logits stay as the product stored them, in bf16 say: one ke
 overwrites them with dz (`chunks_triton.py`). There, `index` spares the host from waiting for the device.
 """
 
-from collections.abc import Sequence
-from types import ModuleType
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import backend
-from . import chunks
 from .chunks import Head, sum_dtype
+from .gradients import add_to_head, chunks_of, zero_gradients
+from .token_losses import TokenLosses
 
 IGNORE = -100
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]  # of x, weight and bias
-
-
-def _chunks_of(x: Tensor, head: Head) -> ModuleType:
-    """`chunks`, or its twin for a GPU."""
-    if not backend.on_triton(x, head.weight, head.bias):
-        return chunks
-    from . import chunks_triton
-
-    return chunks_triton
 
 
 class _SumLoss(torch.autograd.Function):
@@ -48,15 +36,15 @@ class _SumLoss(torch.autograd.Function):
         ctx, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None
     ) -> Tensor:  # fmt: skip
         head = Head(weight, bias, softcap)
-        grads = _zero_gradients(x, weight, bias, ctx.needs_input_grad)
+        grads = zero_gradients(x, weight, bias, ctx.needs_input_grad)
         with_dz = any(ctx.needs_input_grad[1:3])
         total = torch.zeros((), dtype=sum_dtype(x), device=x.device)
-        for chunk in _chunks_of(x, head).losses(x, head, targets, False, grads[0] is not None, with_dz):
+        for chunk in chunks_of(x, head).losses(x, head, targets, False, grads[0] is not None, with_dz):
             total += chunk.losses.sum()
             if grads[0] is not None:
                 grads[0][chunk.rows] = chunk.dx
             if chunk.dz is not None:
-                _add_to_head(grads, chunk.dz, x[chunk.rows])
+                add_to_head(grads, chunk.dz, x[chunk.rows])
 
         ctx.save_for_backward(*grads)
         ctx.dtypes = (x.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
@@ -67,75 +55,6 @@ class _SumLoss(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         return *(None if g is None else (g * grad).to(dtype) for g, dtype in pairs), None, None
-
-
-def _zero_gradients(x: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]) -> Gradients:
-    """Room for dx, in its dtype, and for dW and db, which are summed over the chunks; where `needs` says so."""
-    grad_x = torch.empty_like(x) if needs[0] else None  # (N, D)
-    grad_w = torch.zeros_like(weight, dtype=sum_dtype(x)) if needs[1] else None  # (V, D)
-    grad_b = torch.zeros_like(bias, dtype=sum_dtype(x)) if bias is not None and needs[2] else None  # (V,)
-    return grad_x, grad_w, grad_b
-
-
-def _add_to_head(grads: Gradients, dz: Tensor, x: Tensor) -> None:
-    """Add what the dz (rows, V) of x (rows, D) contributes to dW and db."""
-    _, grad_w, grad_b = grads
-    if grad_b is not None:
-        grad_b += dz.sum(0, dtype=grad_b.dtype)
-    # The product runs in x's dtype, as that of a linear layer would.
-    if grad_w is not None:
-        grad_w += dz.to(x.dtype).T @ x  # (V, D)
-
-
-class _TokenLosses(torch.autograd.Function):
-    """One loss a row, and optionally the entropy, which has no gradient.
-
-    Where x alone needs a gradient, a row's is made with its loss, and scaled later. Where the head needs one, too, the
-    backward pass computes the logits again.
-    """
-
-    @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softcap: float | None, with_entropy: bool
-    ):  # fmt: skip
-        head = Head(weight, bias, softcap)
-        losses = torch.empty(len(x), dtype=sum_dtype(x), device=x.device)  # (N,)
-        lse = torch.empty_like(losses)
-        entropy = torch.empty_like(losses) if with_entropy else None
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[:3] == (True, False, False) else None  # (N, D)
-
-        for chunk in _chunks_of(x, head).losses(x, head, targets, with_entropy, grad_x is not None, False):
-            losses[chunk.rows] = chunk.losses
-            lse[chunk.rows] = chunk.lse
-            if entropy is not None:
-                entropy[chunk.rows] = chunk.entropy
-            if grad_x is not None:
-                grad_x[chunk.rows] = chunk.dx
-
-        ctx.only_x = grad_x is not None
-        ctx.softcap = softcap
-        ctx.save_for_backward(*((grad_x,) if ctx.only_x else (x, weight, bias, targets, lse)))
-        if entropy is not None:
-            ctx.mark_non_differentiable(entropy)
-        return losses, entropy
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor, _):
-        if ctx.only_x:
-            (grad_x,) = ctx.saved_tensors
-            return (grad_x * grad[:, None]).to(grad_x.dtype), *(None,) * 5
-
-        x, weight, bias, targets, lse = ctx.saved_tensors
-        head = Head(weight, bias, ctx.softcap)
-        grads = _zero_gradients(x, weight, bias, ctx.needs_input_grad)
-        for rows, dz in _chunks_of(x, head).gradients(x, head, targets, lse, grad):
-            if grads[0] is not None:
-                grads[0][rows] = dz.to(x.dtype) @ weight  # (rows, D)
-            _add_to_head(grads, dz, x[rows])
-
-        inputs = (x, weight, bias)
-        return *(None if g is None else g.to(t.dtype) for g, t in zip(grads, inputs, strict=True)), *(None,) * 3
 
 
 @overload
@@ -186,7 +105,7 @@ def linear_cross_entropy(
             bias = bias.detach()
     if reduction == "sum":
         return _SumLoss.apply(x, weight, bias, labels, softcap)
-    losses, entropy = _TokenLosses.apply(x, weight, bias, labels, softcap, with_entropy)
+    losses, entropy = TokenLosses.apply(x, weight, bias, labels, softcap, with_entropy)
 
     def like_targets(values: Tensor) -> Tensor:
         if labeled is not None:

@@ -82,7 +82,8 @@ def _family(published: dict[str, Any]) -> Family:
     model_type = published.get("model_type")
     if model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
-        nearest = get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.55)
+        nearest = [name for name in FAMILIES if name.startswith(f"{model_type}_")]
+        nearest += get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.55)
         hint = f"; the nearest there is {nearest[0]!r}" if nearest else ""
         raise ValueError(f"model_type {shown(model_type)} is not an architecture of handtune ({known}){hint}")
     family = FAMILIES[model_type]

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import LayerNorm, Linear, activate
+from ...kernels.activations import soft_capped
 from ...kernels.dropout import Dropout
 
 TASKS = (
@@ -139,6 +140,17 @@ class MLPHead(nn.Module):
         if self.scalar:
             return x.squeeze(-1)  # (...,)
         return x
+
+
+class CappedLinear(Linear):
+    """An output matrix (V, D) without a bias, whose logits stay within ±softcap, as in Gemma 2."""
+
+    def __init__(self, d_model: int, vocab_size: int, softcap: float):
+        super().__init__(d_model, vocab_size, bias=False)
+        self.softcap = softcap
+
+    def forward(self, x: Tensor) -> Tensor:
+        return soft_capped(super().forward(x), self.softcap)  # (..., V)
 
 
 class MaskedLMHead(nn.Module):

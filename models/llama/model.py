@@ -46,6 +46,7 @@ class Attending(nn.Module):
     index: int
     window: int | None  # positions that the layer looks back, its own included; None: all
     scale: float | None = None  # of scores; None: 1/√hd
+    softcap: float | None = None  # of scores, where they have one
     causal = True
     attention_dropout: Dropout
 
@@ -59,7 +60,7 @@ class Attending(nn.Module):
             k, v = cache.append(self.index, k, v)  # (B, S, K, hd) each
         out = attention(
             q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, keys=keys, window=self.window, bias=bias,
-            causal=self.causal, scale=self.scale, dropout=self.attention_dropout.rate,
+            causal=self.causal, scale=self.scale, softcap=self.softcap, dropout=self.attention_dropout.rate,
         )  # fmt: skip
         out = out.flatten(2)  # (B, T, H·hd)
 

@@ -15,6 +15,7 @@ from transformers import (
     BertConfig,
     BloomConfig,
     DistilBertConfig,
+    Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
@@ -93,6 +94,15 @@ def tiny_llama(**overrides: Any) -> LlamaConfig:
     return LlamaConfig(**{**sizes, **more, **ids, **overrides})
 
 
+def tiny_gemma2(**overrides: Any) -> Gemma2Config:
+    """As `tiny_gemma3`, with soft-caps that bend scores and logits of this size."""
+    apart = ("rope_parameters", "dtype")
+    sizes = {key: value for key, value in tiny_gemma3().to_diff_dict().items() if key not in apart}
+    caps = {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 0.4}
+    ids = {"bos_token_id": None, "eos_token_id": None}
+    return Gemma2Config(**{**sizes, "model_type": "gemma2", **caps, **ids, **overrides})
+
+
 def tiny_gemma3(**overrides: Any) -> Gemma3TextConfig:
     """Four layers, of which the second and the fourth see all, six heads of four on two key/value heads."""
     sizes = {"vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 6, "head_dim": 4}
@@ -128,6 +138,11 @@ def tiny_phi3(**overrides: Any) -> Phi3Config:
 
 
 CLASSES = {
+    ("gemma2", "causal-lm"): transformers.Gemma2ForCausalLM,
+    ("gemma2", "sequence-classification"): transformers.Gemma2ForSequenceClassification,
+    ("gemma2", "reward"): transformers.Gemma2ForSequenceClassification,
+    ("gemma2", "token-classification"): transformers.Gemma2ForTokenClassification,
+    ("gemma2", "embedding"): transformers.Gemma2Model,
     ("gemma3_text", "causal-lm"): transformers.Gemma3ForCausalLM,
     ("gemma3_text", "sequence-classification"): transformers.Gemma3TextForSequenceClassification,
     ("gemma3_text", "reward"): transformers.Gemma3TextForSequenceClassification,

@@ -42,7 +42,8 @@ def assert_alike(tensors: list[Tensor], dtype: torch.dtype, **settings) -> None:
     """Output and gradients are those of the formula; a fourth tensor is a bias."""
     rounded = [x.to(dtype) for x in tensors]
     results = []
-    for function, inputs in ((attention, leaves(rounded, dtype)), (attention_reference, leaves(rounded, torch.float64))):
+    for function, wide in ((attention, dtype), (attention_reference, torch.float64)):
+        inputs = leaves(rounded, wide)
         bias = {"bias": inputs[3]} if len(inputs) > 3 else {}
         out = function(*inputs[:3], scale=0.9, softcap=1.5, **settings, **bias)
         out.backward(draw(*out.shape, seed=3).to(dtype).to(out))

@@ -15,6 +15,7 @@ from small_models import (
     both,
     padded,
     their_logits,
+    tiny_gemma2,
     tiny_gemma3,
     tiny_olmo,
     tiny_phi3,
@@ -29,6 +30,7 @@ from handtune.engine.tasks.causal_lm import causal_lm_loss
 from handtune.models import load, save
 
 FAMILIES: dict[str, Callable[..., Any]] = {
+    "gemma2": tiny_gemma2,
     "gemma3_text": tiny_gemma3,
     "smollm3": tiny_smollm3,
     "phi3": tiny_phi3,
@@ -56,6 +58,12 @@ CONFIGS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 CONFIGS |= {
+    "gemma2": {
+        **SAME,
+        "biases": {"attention_bias": True},
+        "all near": {"layer_types": ["sliding_attention"] * 4},
+        "no soft-caps": {"attn_logit_softcapping": None, "final_logit_softcapping": None},
+    },
     "smollm3": {
         **SAME,
         "biases": {"attention_bias": True, "mlp_bias": True},

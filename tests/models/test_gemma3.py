@@ -10,7 +10,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from handtune.engine.data.batches import packed
 from handtune.kernels import RMSNorm
 from handtune.models import Gemma3, load
-from handtune.models.gemma3 import Norm
+from handtune.models.gemma.block import Norm
 
 
 def plain_norms(model: Any) -> None:
