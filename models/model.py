@@ -131,6 +131,11 @@ class PretrainedModel(nn.Module):
         scalar = self.task == "reward"
         return MLPHead(self.config.d_model, n_out, self.head_layers, scalar=scalar, dropout=self.head_rate, **options)
 
+    @classmethod
+    def fields_for(cls, tokens: SpecialTokens) -> dict[str, Any]:
+        """Fields of a fresh model's configuration that follow from its tokenizer's special tokens."""
+        return {}
+
     @property
     def head_rate(self) -> float | None:
         """The published dropout in front of the head, where there is one."""

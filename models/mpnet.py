@@ -21,6 +21,7 @@ from .layers.inputs import check_length, key_bias, unpacked
 from .layers.key_map import CheckpointKey
 from .layers.post_norm import Block, Embed, EncoderConfig, positions_behind_pad
 from .layers.relative_positions import RelativeBias
+from .tokenizer.special_tokens import SpecialTokens
 
 PAD = 1  # positions count from behind it
 N_BUCKETS = 32  # of distances, in both directions together
@@ -72,6 +73,13 @@ class MPNet(FairseqEncoder):
     }  # fmt: skip
 
     config: MPNetConfig
+
+    @classmethod
+    def fields_for(cls, tokens: SpecialTokens) -> dict[str, Any]:
+        """Nothing. ValueError for a pad token that isn't the one whose id takes no position."""
+        if tokens.pad_id not in (None, PAD):
+            raise ValueError(f"the tokenizer pads with id {tokens.pad_id}, and MPNet takes id {PAD} for its pad token")
+        return {}
 
     def build(self, config: MPNetConfig) -> None:
         """The embeddings with their norm, the table of distances, and the blocks, each of which ends with a norm."""

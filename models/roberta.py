@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .encoder import BERT_KEYS, FairseqEncoder
 from .layers.key_map import CheckpointKey
 from .layers.post_norm import Block, Embed, EncoderConfig, positions_behind_pad
+from .tokenizer.special_tokens import SpecialTokens
 
 # What transformers' classes of a model_type begin with.
 CLASSES = {"roberta": "Roberta", "xlm-roberta": "XLMRoberta", "camembert": "Camembert"}
@@ -86,6 +87,11 @@ class Roberta(FairseqEncoder):
     base_prefix = ("roberta.",)
 
     config: RobertaConfig
+
+    @classmethod
+    def fields_for(cls, tokens: SpecialTokens) -> dict[str, Any]:
+        """The pad token, from behind which a fresh model counts positions."""
+        return {} if tokens.pad_id is None else {"pad_id": tokens.pad_id}
 
     def build(self, config: RobertaConfig) -> None:
         """The embeddings with their norm, and the blocks, each of which ends with one."""

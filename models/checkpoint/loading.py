@@ -18,7 +18,7 @@ from ..tokenizer.gguf_vocabulary import read_vocabulary
 from ..tokenizer.special_tokens import SpecialTokens, load_tokenizer_file, read_tokenizer
 from .info import CheckpointInfo, checkpoint_info
 from .local_rows import ShardFn
-from .pooling import read_pooling, read_prompts
+from .pooling import read_pooling, read_prompts, refuse_lowercasing
 from .shards import Shards
 from .tasks import (
     Labels,
@@ -133,6 +133,7 @@ def open_checkpoint(
     model.source = info.source
     if task == "embedding":
         model.prompts = read_prompts(folder)
+        refuse_lowercasing(folder, tokenizer)
     if isinstance(model, ResNet):
         model.pixels = ImageProcessor.read(folder, published, model.config.n_channels) or model.pixels
 
@@ -169,10 +170,8 @@ def fresh(
     tokenizer = None
     if tokenizer_path is not None:
         tokenizer = load_tokenizer_file(Path(tokenizer_path))
-        overrides = {"vocab_size": tokenizer.get_vocab_size(), **overrides}
-        pad_id = SpecialTokens.of_tokenizer(tokenizer).pad_id
-        if pad_id is not None and hasattr(family.config_class, "pad_id"):  # from behind which it counts positions
-            overrides = {"pad_id": pad_id, **overrides}
+        fields = family.fields_for(SpecialTokens.of_tokenizer(tokenizer))
+        overrides = {"vocab_size": tokenizer.get_vocab_size(), **fields, **overrides}
 
     torch.manual_seed(seed)
     too_large = f"out of memory: a fresh {preset} of these sizes is too large; take a smaller one"

@@ -117,6 +117,17 @@ def read_prompts(folder: Path) -> dict[str, str]:
     return prompted
 
 
+def refuse_lowercasing(folder: Path, tokenizer: Any) -> None:
+    """ValueError where sentence-transformers would read texts in small letters, and the tokenizer does not."""
+    path = folder / "sentence_bert_config.json"
+    config = with_fields(json_if_there(path), path, do_lower_case=bool | None)
+    if not config.get("do_lower_case") or tokenizer is None:
+        return
+    normalizer = tokenizer.normalizer
+    if normalizer is None or normalizer.normalize_str("A") != "a":
+        raise ValueError(f"{path}: do_lower_case = true is not implemented: give it a tokenizer that does this itself")
+
+
 def write_pooling(folder: Path, mode: str, pooling: Pooling, d_model: int) -> None:
     """Write modules.json and the configurations it names, so that sentence-transformers embeds as this model does."""
     modules = [("", "Transformer"), ("1_Pooling", "Pooling"), *((layer.folder, "Dense") for layer in pooling.dense)]

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from small_models import both, change_config, theirs, tiny_distilbert, tiny_mpnet
+from tokenizers import Tokenizer, models
 from transformers import DistilBertConfig, DistilBertForMaskedLM, MPNetConfig, MPNetForMaskedLM
 
 from handtune.models import DistilBert, MPNet, load
+from handtune.models.checkpoint.loading import fresh
 
 
 @torch.no_grad()
@@ -68,3 +70,11 @@ def test_what_is_not_implemented_is_refused(tmp_path, config, fields, message):
     with pytest.raises(ValueError, match=message) as caught:
         load(tmp_path, device="cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_a_fresh_mpnet_takes_no_other_pad_token(tmp_path):
+    """Tokens of id 1 have no position in it."""
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "the": 1, "<unk>": 2}, unk_token="<unk>"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match="the tokenizer pads with id 0, and MPNet takes id 1 for its pad token"):
+        fresh("mpnet-base", tmp_path / "tokenizer.json", "masked-lm", (), 0, device="cpu")

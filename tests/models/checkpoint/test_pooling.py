@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_models import theirs, tiny_bert
 from small_tokenizers import word_piece
+from tokenizers import Tokenizer
 
 from handtune.cli import main
 from handtune.engine import LoRAConfig, add_lora, save_adapter
@@ -102,6 +103,22 @@ def test_damaged_prompts_are_named(tmp_path, contents, message):
     with pytest.raises(ValueError, match=message) as caught:
         read_prompts(tmp_path)
     assert "config_sentence_transformers.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("lower", [True, False], ids=["it does so itself", "it doesn't"])
+def test_texts_in_small_letters(lower, tmp_path):
+    """Where sentence-transformers makes them, the tokenizer has to."""
+    words = Tokenizer.from_str(word_piece().to_str())
+    if not lower:
+        words.normalizer = None
+    theirs(tiny_bert(vocab_size=words.get_vocab_size()), "embedding").save_pretrained(tmp_path)
+    words.save(str(tmp_path / "tokenizer.json"))
+    put(tmp_path, "sentence_bert_config.json", {"max_seq_length": 20, "do_lower_case": True})
+    if lower:
+        load(tmp_path, "embedding", device="cpu")
+        return
+    with pytest.raises(ValueError, match="sentence_bert_config.json: do_lower_case = true is not implemented"):
+        load(tmp_path, "embedding", device="cpu")
 
 
 def test_texts_are_read_behind_their_prompts(tmp_path, caplog):
