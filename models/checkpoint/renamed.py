@@ -7,7 +7,7 @@ are a tensor's names, by which adapters are matched, and checkpoints are brought
 the former ones as they are written (`CheckpointKey.files`).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -25,7 +25,8 @@ def by_module(
 ) -> dict[str, StoredTensor]:
     """The tensors of a checkpoint, with one of the prefixes or without, by the names that their modules have today.
 
-    One that is fused in the file becomes its parts, where it has as many rows as they have together.
+    One that is fused in the file becomes its parts, where it has as many rows as they have together. What is there by
+    both names keeps the former one, and is then left over.
     """
 
     def short(name: str) -> str:
@@ -34,20 +35,25 @@ def by_module(
     renamed = {short(name): (source, i) for source in table for i, name in enumerate(source.files)}
     out: dict[str, StoredTensor] = {}
     for name, stored in tensors.items():
+        parts: dict[str, StoredTensor] = {}
         source, index = renamed.get(short(name), (None, 0))
-        if source is None:
-            out[name] = stored
-        elif len(source.files) == len(source.names):
-            out[source.names[index]] = stored
-        elif isinstance(stored, TensorOnDisk) and stored.shape[:1] == (sum(source.rows),):
-            row_bytes = stored.nbytes // stored.shape[0]
-            start = stored.start
-            for part, n_rows in zip(source.names, source.rows, strict=True):
-                out[part] = replace(stored, start=start, shape=(n_rows, *stored.shape[1:]))
-                start += n_rows * row_bytes
-        else:
-            out[name] = stored  # which is then left over
+        if source is not None and len(source.files) == len(source.names):
+            parts = {source.names[index]: stored}
+        elif source is not None and isinstance(stored, TensorOnDisk) and stored.shape[:1] == (sum(source.rows),):
+            parts = dict(zip(source.names, _split(stored, source.rows), strict=True))
+
+        is_there = any(part in out or part in tensors for part in parts)
+        out |= parts if parts and not is_there else {name: stored}
     return out
+
+
+def _split(stored: TensorOnDisk, rows: tuple[int, ...]) -> Iterator[TensorOnDisk]:
+    """The parts of a tensor with so many rows each, where they lie in the file."""
+    row_bytes = stored.nbytes // stored.shape[0]
+    start = stored.start
+    for n_rows in rows:
+        yield replace(stored, start=start, shape=(n_rows, *stored.shape[1:]))
+        start += n_rows * row_bytes
 
 
 def in_files(tensors: Mapping[str, Stored], table: Iterable[CheckpointKey]) -> dict[str, Stored | LazyTensor]:

@@ -94,6 +94,7 @@ class VisionTransformer(PretrainedModel):
     reads_images = True
     objectives: ClassVar = {"classify": "classify-images"}
     head_keys: ClassVar = {"classifier.*": ("image-classification",)}
+    supported_config_values: ClassVar = {"head_dim": (None,), "is_causal": (False, None)}
 
     config: Any  # with `n_channels`
     embed: nn.Module

@@ -102,7 +102,7 @@ class Dinov2(VisionTransformer):
         "attention": ("layers.*.qkv", "layers.*.o"),
         "mlp": ("layers.*.*up", "layers.*.down"),
     }
-    supported_config_values: ClassVar = {"head_dim": (None,), "drop_path_rate": (0.0,)}
+    supported_config_values: ClassVar = {**VisionTransformer.supported_config_values, "drop_path_rate": (0.0,)}
 
     config: Dinov2Config
     embed: RegisteredEmbed

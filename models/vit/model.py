@@ -68,7 +68,6 @@ class ViT(VisionTransformer):
         "mlp": ("layers.*.up", "layers.*.down"),
     }
     head_keys: ClassVar = {**VisionTransformer.head_keys, "pooler.*": ()}
-    supported_config_values: ClassVar = {"head_dim": (None,)}
 
     config: ViTConfig
     embed: Embed

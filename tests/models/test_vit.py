@@ -124,6 +124,18 @@ def test_both_sets_of_names_are_read(tmp_path, kind):
     assert torch.equal(load(tmp_path / "base", "embedding", device="cpu")[0](x), model.hidden(x)[:, 0])
 
 
+@every_kind
+def test_a_tensor_by_both_its_names_is_refused(tmp_path, kind):
+    both_vits(tmp_path, kind)
+    state = load_file(tmp_path / "model.safetensors")
+    name = f"{kind}.encoder.layer.1.attention.attention.key.weight"
+    layers = "layers" if kind == "vit" else "encoder.layer"
+    state[f"{kind}.{layers}.1.attention.k_proj.weight"] = state[name].clone()
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"1 left over: {name}"):
+        load(tmp_path, device="cpu")
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("kind", "overrides", "quirk"),
