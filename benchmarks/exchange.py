@@ -147,10 +147,15 @@ def image_cells(family: Family, head: str, stored_by: str, folder: Path) -> dict
     if stored_by == "we store":
         save(ours, None, folder / "ours")
         theirs = class_of(family, config, head).from_pretrained(folder / "ours").eval()
-    images = torch.randn(2, 3, 40, 32, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, *family.sides, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         out = theirs(images)
-        truth = out.logits if head == "image-classification" else out.pooler_output[:, :, 0, 0]
+        if head == "image-classification":
+            truth = out.logits
+        elif family.kind == "resnet":
+            truth = out.pooler_output[:, :, 0, 0]
+        else:
+            truth = out.last_hidden_state[:, 0]  # of [CLS]
         found = [ours(images), torch.cat([ours(image[None]) for image in images])]
     cell = Cell(max(_apart(part, truth) for part in found))
     return {"alone": cell, **dict.fromkeys(SIDES[1:], Cell(None, "images have no padding"))}
@@ -162,8 +167,8 @@ def missing(name: str, head: str) -> str:
     if isinstance(family, str):
         return family
     if head == ADAPTER:
-        return "PEFT has no SEQ_CLS for images" if family.kind == "resnet" else ""
-    words = None if family.kind == "resnet" else tokenizer_of(family, "own")
+        return "PEFT has no SEQ_CLS for images" if family.sides else ""
+    words = None if family.sides else tokenizer_of(family, "own")
     if class_of(family, config_of(family, words), head) is None:
         return "transformers has no such head"
     if head == "causal-lm" and family.kind in ENCODERS:
@@ -177,7 +182,7 @@ def cells(name: str, head: str, stored_by: str, folder: Path) -> dict[str, Cell]
     if reason := missing(name, head):
         return dict.fromkeys(SIDES, Cell(None, reason))
     assert isinstance(family, Family)
-    if family.kind == "resnet":
+    if family.sides:
         return image_cells(family, head, stored_by, folder)
     worst, reasons = dict.fromkeys(SIDES, 0.0), dict.fromkeys(SIDES, "")
     for pair, padding in pairs(family, head, stored_by, folder):

@@ -67,6 +67,7 @@ class Family:
     ending: str = "$A"
     paddings: tuple[str, ...] = ("own",)
     own_output: bool = False  # of a T5: an output matrix that isn't the embedding
+    sides: tuple[int, ...] = ()  # pixels, height and width, of what reads images
 
 
 _LLAMA = {
@@ -104,6 +105,9 @@ _OF_ROBERTA = {
     "ending": "<s> $A </s>",
 }  # fmt: skip
 _OF_T5 = {"base": "seq2seq-lm", "specials": ("<pad>", "</s>", "<unk>"), "names": {"eos_token": "</s>"}}
+_VIT = {
+    "hidden_size": D, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32, "patch_size": 8,
+}  # fmt: skip
 _GATED = _T5 | {"feed_forward_proj": "gated-gelu"}
 
 FAMILIES: dict[str, Family | str] = {
@@ -143,7 +147,14 @@ FAMILIES: dict[str, Family | str] = {
         specials=("<unk>", "<s>", "</s>", "<cls>", "<sep>", "<pad>"),
         names={"eos_token": "</s>", "cls_token": "<cls>", "sep_token": "<sep>"}, ending="$A <sep> <cls>",
     ),
-    "ResNet": Family("resnet", {"embedding_size": 8, "hidden_sizes": [16, 24], "depths": [1, 2]}, "embedding"),
+    "ResNet": Family(
+        "resnet", {"embedding_size": 8, "hidden_sizes": [16, 24], "depths": [1, 2]}, "embedding", sides=(40, 32),
+    ),
+    "ViT": Family("vit", _VIT | {"intermediate_size": 40}, "embedding", sides=(32, 32)),
+    "DINOv2": Family("dinov2", _VIT, "embedding", sides=(40, 32)),
+    "DINOv2, reg.": Family(
+        "dinov2_with_registers", _VIT | {"use_swiglu_ffn": True}, "embedding", sides=(40, 32),
+    ),
 }  # fmt: skip
 
 
@@ -171,8 +182,8 @@ def tokenizer_of(family: Family, padding: str) -> transformers.PreTrainedTokeniz
 
 def config_of(family: Family, tokenizer: Any) -> transformers.PretrainedConfig:
     """The family's configuration, its special tokens those of the tokenizer."""
-    if family.kind == "resnet":
-        return transformers.AutoConfig.for_model("resnet", **family.sizes)
+    if family.sides:
+        return transformers.AutoConfig.for_model(family.kind, **family.sizes)
     ids: dict[str, Any] = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("eos", "bos", "pad")}
     if family.kind == "t5":
         ids["decoder_start_token_id"] = ids["pad_token_id"]

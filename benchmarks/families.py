@@ -56,7 +56,7 @@ def exchanged(head: str, stored_by: tuple[str, ...], sides: tuple[str, ...]) -> 
     def cell(name: str, folder: Path) -> Cell:
         family = FAMILIES[name]
         assert isinstance(family, Family)
-        base = "image-classification" if family.kind == "resnet" else family.base
+        base = "image-classification" if family.sides else family.base
         heads = {"base": [base], "all": [each for each in HEADS if each != ADAPTER]}.get(head, [head])
         errors, reasons = [], []
         for each in heads:
@@ -143,7 +143,7 @@ def merge(name: str, folder: Path) -> Cell:
     adapted, _ = load(folder / "base", merged.task, device="cpu", labels=list(merged.labels) or None)
     load_adapter(adapted, folder / "run" / "adapter")
     if tokenizer is None:
-        inputs: dict[str, Any] = {"pixel_values": torch.randn(2, 3, 40, 32)}
+        inputs: dict[str, Any] = {"pixel_values": torch.randn(2, 3, *family.sides)}
     else:
         inputs = {"input_ids": torch.tensor([tokenizer.encode(TEXTS[0]).ids])}
         if family.base == "seq2seq-lm":
@@ -154,8 +154,8 @@ def merge(name: str, folder: Path) -> Cell:
 
 def run(family: Family, folder: Path, tables: dict[str, Any]) -> dict[str, Any]:
     """The result of training the family's base on a few rows by heart, from the command line."""
-    words = None if family.kind == "resnet" else tokenizer_of(family, "own")
-    task = "image-classification" if family.kind == "resnet" else family.base
+    words = None if family.sides else tokenizer_of(family, "own")
+    task = "image-classification" if family.sides else family.base
     store(their_model(family, config_of(family, words), task, n_labels=2), words, folder / "base")
     if words is None:
         for label in ("light", "dark"):

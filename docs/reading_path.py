@@ -19,7 +19,8 @@ ELSEWHERE = {
     "other families": [
         "models/bloom", "models/encoder.py", "models/bert.py", "models/roberta.py", "models/distilbert.py",
         "models/mpnet.py", "models/modernbert.py", "models/gemma", "models/smollm3.py", "models/olmo.py",
-        "models/phi3.py", "models/t5", "models/xlnet", "models/resnet",
+        "models/phi3.py", "models/t5", "models/xlnet", "models/resnet", "models/vit",
+        "models/checkpoint/renamed.py",
     ],
     "other methods": [
         "engine/rlhf", "engine/tasks/preferences.py", "engine/tasks/permutation_lm.py", "engine/tasks/seq2seq.py",
@@ -66,7 +67,7 @@ ELSEWHERE = {
         "engine/training/cached_features.py", "engine/training/guards.py",
         "engine/training/journal.py", "engine/training/run_folder.py", "engine/training/state.py",
         "engine/training/watching.py",
-        "models/checkpoint/hub.py", "models/checkpoint/saving.py",
+        "models/checkpoint/hub.py", "models/checkpoint/nearest.py", "models/checkpoint/saving.py",
     ],
 }  # fmt: skip
 STEPS = {

@@ -21,7 +21,7 @@ from .engine.peft.weights import PREFIX
 from .engine.training.cached_features import head_only
 from .engine.training.run_folder import read_facts
 from .inputs.fingerprints import START, relocate_inputs
-from .models import ResNet, add_tokens, load, save
+from .models import add_tokens, load, save
 from .models.checkpoint.safetensors_io import read_header
 from .models.layers.image_processor import ImageProcessor
 from .models.tokenizer.added_tokens import resize
@@ -145,8 +145,8 @@ def fit_vocabulary(model: Any, tokenizer: Any, adapter: Path) -> None:
 
 def take_settings(model: Any, tokenizer: Any, adapter: Path) -> None:
     """Give the model the chat template and end tokens, or the image size, that an adapter was trained with."""
-    if isinstance(model, ResNet):
-        model.pixels = ImageProcessor.read(adapter, {}, model.config.n_channels) or model.pixels
+    if model.reads_images:
+        model.pixels = ImageProcessor.read(adapter, {}, len(model.pixels.mean)) or model.pixels
     model.tokens = model.tokens.with_adapter(adapter, tokenizer)
 
 
@@ -188,7 +188,7 @@ def store_adapter(model: Any, tokenizer: Any, adapter: Path, name: str | None, s
             save_head(model, folder)
         else:
             save_adapter(model, folder, name, dtype=next(model.parameters()).dtype if save_dtype == "base" else None)
-        if isinstance(model, ResNet):
+        if model.reads_images:
             model.pixels.write(folder)
         if tokenizer is not None:
             save_tokenizer(tokenizer, model.tokens, folder, model.task)

@@ -4,7 +4,7 @@
     tokenizer/   special tokens, and tokenizers of old vocabulary files
     model        what they have in common, and what each has to provide; `encoder`, of encoders
     gpt2/  llama/  gemma/  smollm3  phi3  olmo  bloom/  bert  distilbert  roberta  mpnet  modernbert
-    t5/  xlnet/  resnet/     the architectures: begin with `gpt2/model.py`
+    t5/  xlnet/  resnet/  vit/     the architectures: begin with `gpt2/model.py`
     families     which of them a published `model_type` is
     checkpoint/  `load` reads a checkpoint in Hugging Face layout, `save` writes one
 
@@ -35,11 +35,14 @@ if TYPE_CHECKING:
     from .smollm3 import SmolLM3 as SmolLM3
     from .t5.model import T5 as T5
     from .tokenizer.added_tokens import add_tokens as add_tokens
+    from .vit.dinov2 import Dinov2 as Dinov2
+    from .vit.model import ViT as ViT
     from .xlnet.model import XLNet as XLNet
 
 _HOME = {
     "Bert": "bert",
     "Bloom": "bloom.model",
+    "Dinov2": "vit.dinov2",
     "DistilBert": "distilbert",
     "GPT2": "gpt2.model",
     "Gemma2": "gemma.gemma2",
@@ -54,6 +57,7 @@ _HOME = {
     "Roberta": "roberta",
     "SmolLM3": "smollm3",
     "T5": "t5.model",
+    "ViT": "vit.model",
     "XLNet": "xlnet.model",
     "add_tokens": "tokenizer.added_tokens",
     "load": "checkpoint.loading",

@@ -18,11 +18,12 @@ from .resnet.model import ResNet
 from .roberta import Roberta
 from .smollm3 import SmolLM3
 from .t5.model import T5
+from .vit import Dinov2, ViT
 from .xlnet.model import XLNet
 
 Decoders = SmolLM3 | Gemma2 | Gemma3 | Phi3 | Olmo2 | Olmo3
 Encoders = Bert | DistilBert | Roberta | MPNet | ModernBert
-Model = GPT2 | Bloom | Llama | Decoders | Encoders | T5 | XLNet | ResNet
+Model = GPT2 | Bloom | Llama | Decoders | Encoders | T5 | XLNet | ResNet | ViT | Dinov2
 Family = type[Model]
 ALL: tuple[Family, ...] = get_args(Model)
 FAMILIES: dict[str, Family] = {model_type: family for family in ALL for model_type in family.model_types}

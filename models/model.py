@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ..kernels import Linear
 from .layers.config_fields import overridden
 from .layers.heads import MEAN, TEXT_TASKS, EmbeddingHead, MLPHead, Pooling, last_unpadded, n_outputs, pool_tokens
+from .layers.image_processor import ImageProcessor
 from .layers.initialization import initialize
 from .layers.key_map import CheckpointKey, expand_keys
 from .tokenizer.special_tokens import SpecialTokens
@@ -56,6 +57,9 @@ class PretrainedModel(nn.Module):
     # with dropout in front of the head, whose probability is the configuration's `head_rate`.
     published_dropout: ClassVar[bool] = False
     tasks_with_dropout: ClassVar[tuple[str, ...]] = ("token-classification",)
+    # Whether it reads images, not tokens, and how these are prepared: by its `build`, or as the checkpoint says.
+    reads_images: ClassVar[bool] = False
+    pixels: ImageProcessor
     # Methods of training that mean another objective here than for most models.
     objectives: ClassVar[dict[str, str]] = {}
     # Whether it is a causal decoder, whose `hidden` takes `keys` and `positions_to_return`: what PPO trains.

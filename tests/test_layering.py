@@ -27,7 +27,7 @@ ROOMS = {
     "engine": ["model parallel progress runtime", "finite", "formats", "chat data adapters", "tasks generation peft",
                "training prediction", "rlhf"],
     "models": ["layers", "tokenizer", "model", "encoder llama",
-               "gpt2 smollm3 gemma phi3 olmo bloom bert distilbert roberta mpnet modernbert t5 xlnet resnet",
+               "gpt2 smollm3 gemma phi3 olmo bloom bert distilbert roberta mpnet modernbert t5 xlnet resnet vit",
                "families", "checkpoint"],
 }  # fmt: skip
 LINES = {
@@ -42,8 +42,9 @@ EXPORTS = {
         "norm_linear", "rms_norm", "rope", "split_rope", "swiglu",
     ],
     "models": [
-        "Bert", "Bloom", "DistilBert", "GPT2", "Gemma2", "Gemma3", "Llama", "MPNet", "ModernBert", "Olmo2", "Olmo3",
-        "Phi3", "ResNet", "Roberta", "SmolLM3", "T5", "XLNet", "add_tokens", "load", "save", "set_dropout",
+        "Bert", "Bloom", "Dinov2", "DistilBert", "GPT2", "Gemma2", "Gemma3", "Llama", "MPNet", "ModernBert", "Olmo2",
+        "Olmo3", "Phi3", "ResNet", "Roberta", "SmolLM3", "T5", "ViT", "XLNet", "add_tokens", "load", "save",
+        "set_dropout",
     ],
     "engine": [
         "Callback",

@@ -98,6 +98,21 @@ class FactorLayout(NamedTuple):
         return PartWeights(fresh.part, fresh.scale, a, to_ours(self.checkpoint_key, b), m)
 
 
+def by_module(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of an adapter, where it was made before transformers renamed its modules, by today's names."""
+    modules: dict[str, str] = {}
+    for checkpoint_key in facts_of(model).key_map().values():
+        if len(checkpoint_key.files) == len(checkpoint_key.names):
+            pairs = zip(checkpoint_key.files, checkpoint_key.names, strict=True)
+            modules.update((former.rpartition(".")[0], name.rpartition(".")[0]) for former, name in pairs)
+
+    def renamed(name: str) -> str:
+        module = next((module for module in modules if name.startswith(f"{module}.")), None)
+        return name if module is None else modules[module] + name.removeprefix(module)
+
+    return {renamed(name): tensor for name, tensor in tensors.items()}
+
+
 def _magnitude_shape(b: Tensor) -> tuple[int, ...]:
     """The shape in which the magnitudes beside this B are stored: (M,), or (1, M, 1, 1) of a convolution."""
     return (len(b),) if b.dim() == 2 else (1, len(b), 1, 1)

@@ -32,6 +32,7 @@ from ..models.checkpoint.info import CheckpointInfo
 from ..models.checkpoint.loading import DTYPES, Checkpoint, open_checkpoint
 from ..models.checkpoint.local_rows import blocks
 from ..models.checkpoint.pooling import write_dense
+from ..models.checkpoint.renamed import in_files
 from ..models.checkpoint.safetensors_io import LazyTensor, StoredTensor, holds, read_into, same, write_file
 from ..models.checkpoint.saving import save_around, stored_shape
 from ..models.checkpoint.shards import INDEX, SINGLE
@@ -63,7 +64,8 @@ def merge(base: CheckpointInfo, adapter: Path | None, out: Path, dtype: str | No
     rounding = Rounding()
     merged = merged_model(base, adapter, rounding, DTYPES[dtype] if dtype is not None else None)
     with torch.no_grad(), filling(out, MAIN) as folder:
-        _write(write_dense(merged.model, merged.tensors, folder), folder)
+        tensors = in_files(merged.tensors, merged.model.key_map().values())
+        _write(write_dense(merged.model, tensors, folder), folder)
         save_around(merged.model, merged.tokenizer, folder, merged.dtype)
     report(rounding, merged.dtype)
 

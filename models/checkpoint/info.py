@@ -1,7 +1,6 @@
 """What a checkpoint is: its config.json, which is read before anything else of it."""
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from ..resnet.names import from_timm
 from .gguf import published_config, published_tensors
 from .gguf_file import GGUFFile, read_gguf
 from .hub import checkpoint_folder
+from .nearest import nearest_family
 from .safetensors_io import StoredTensor
 
 
@@ -82,10 +82,8 @@ def _family(published: dict[str, Any]) -> Family:
     model_type = published.get("model_type")
     if model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
-        nearest = [name for name in FAMILIES if name.startswith(f"{model_type}_")]
-        nearest += get_close_matches(str(model_type), FAMILIES, n=1, cutoff=0.55)
-        hint = f"; the nearest there is {nearest[0]!r}" if nearest else ""
-        raise ValueError(f"model_type {shown(model_type)} is not an architecture of handtune ({known}){hint}")
+        nearest = nearest_family(published)
+        raise ValueError(f"model_type {shown(model_type)} is not an architecture of handtune ({known}){nearest}")
     family = FAMILIES[model_type]
     require_values(published, family.supported_config_values)
 

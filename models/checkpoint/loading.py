@@ -13,23 +13,14 @@ from ...kernels import Linear
 from ..families import Family, Model, family_of_preset
 from ..layers.heads import MEAN, TEXT_TASKS
 from ..layers.image_processor import ImageProcessor
-from ..resnet.model import ResNet
 from ..tokenizer.gguf_vocabulary import read_vocabulary
 from ..tokenizer.special_tokens import SpecialTokens, load_tokenizer_file, read_tokenizer
 from .info import CheckpointInfo, checkpoint_info
 from .local_rows import ShardFn
 from .pooling import read_pooling, read_prompts, refuse_lowercasing
+from .renamed import by_module
 from .shards import Shards
-from .tasks import (
-    Labels,
-    head_rows,
-    label_names,
-    padding_of_new_head,
-    reorder_head,
-    stored_head,
-    stored_tasks,
-    task_of,
-)
+from .tasks import Labels, head_rows, label_names, padding_of_new_head, reorder_head, stored_head, stored_tasks, task_of
 from .weights import load_weights
 
 if TYPE_CHECKING:
@@ -129,13 +120,14 @@ def open_checkpoint(
     beyond_memory = f"{config_path}: its sizes make a model that no memory can hold; restore it"
     with without_weights(), explained_memory(lambda: beyond_memory):
         model = family(config, task, names, depth, pooling)
+    shards.tensors = by_module(shards.tensors, model.key_map().values(), model.base_prefix)
     model.tokens = tokens
     model.source = info.source
     if task == "embedding":
         model.prompts = read_prompts(folder)
         refuse_lowercasing(folder, tokenizer)
-    if isinstance(model, ResNet):
-        model.pixels = ImageProcessor.read(folder, published, model.config.n_channels) or model.pixels
+    if family.reads_images:
+        model.pixels = ImageProcessor.read(folder, published, len(model.pixels.mean)) or model.pixels
 
     rows = head_rows(model, published, known) if depth == stored_depth else None
     if rows is None or task not in TEXT_TASKS:

@@ -15,10 +15,10 @@ from ...kernels.lora.factors import Merged
 from ..families import Model
 from ..layers.heads import EmbeddingHead
 from ..layers.key_map import CheckpointKey
-from ..resnet import ResNet
 from ..tokenizer.special_tokens import save_tokenizer
 from .local_rows import blocks
 from .pooling import write_dense, write_pooling
+from .renamed import in_files
 from .safetensors_io import LazyTensor, write_file
 from .shards import SINGLE
 from .tasks import task_config
@@ -77,7 +77,7 @@ def _stored(model: Model) -> dict[str, LazyTensor]:
             tensors[name] = LazyTensor(
                 stored_shape(source, rows), rows.dtype, partial(_as_stored, ours[key], source, i)
             )
-    return tensors
+    return in_files(tensors, key_map.values())
 
 
 def _as_stored(tensor: Tensor, source: CheckpointKey, i: int) -> Tensor:
@@ -95,7 +95,7 @@ def save_around(model: Model, tokenizer: "Tokenizer | None", folder: Path, dtype
     config = model.write_config()
     config = {**task_config(model, config["model_type"]), **config, "dtype": str(dtype).removeprefix("torch.")}
     write_json(folder / "config.json", config)
-    if isinstance(model, ResNet):
+    if model.reads_images:
         model.pixels.write(folder)
     elif isinstance(model.head, EmbeddingHead):
         write_pooling(folder, model.pooling, model.head.pooling, model.config.d_model)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..._files import read_json, write_json
 from ..._outside import located
 from ..._shapes import shown
@@ -109,6 +111,12 @@ class ImageProcessor:
             "do_convert_rgb": len(self.mean) == 3,
         }
         write_json(folder / FILE, out)
+
+
+def check_images(pixel_values: Tensor, n_channels: int) -> None:
+    """ValueError for what isn't images (B, C, H, W) of so many channels."""
+    if pixel_values.dim() != 4 or pixel_values.shape[1] != n_channels:
+        raise ValueError(f"expected images (B, {n_channels}, H, W), got {tuple(pixel_values.shape)}")
 
 
 def _from_processor(stored: dict[str, Any], n_channels: int) -> ImageProcessor:

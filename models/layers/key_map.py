@@ -23,6 +23,7 @@ class CheckpointKey:
     # (H, n): the rows of n parts are stored head by head, (H, n, hd), and ours part by part, (n, H, hd)
     interleaved: tuple[int, int] | None = None
     also: tuple[str, ...] = ()  # another spelling of the names, read but not written
+    files: tuple[str, ...] = ()  # what files call it, where transformers' modules aren't: see `checkpoint/renamed.py`
     optional: bool = False  # zero where the checkpoint lacks it
 
     def ours(self, stored: Tensor) -> Tensor:
@@ -87,6 +88,7 @@ def expand_keys(model: nn.Module, templates: dict[str, str | CheckpointKey], pre
         number = next(iter(_NUMBER.findall(tensor)), "")
         base = "" if tensor.startswith("head.") else prefix
         names = tuple(f"{base}{name.format(i=number)}{suffix}" for name in template.names)
+        files = tuple(f"{base}{name.format(i=number)}{suffix}" for name in template.files)
         also = tuple(f"{name}{suffix}" for name in template.also)
 
         # Several names share the rows as the parts of a fused projection do.
@@ -95,5 +97,5 @@ def expand_keys(model: nn.Module, templates: dict[str, str | CheckpointKey], pre
             linear: Any = model.get_submodule(module)
             rows = tuple(part.size for part in linear.parts)
         transposed = template.transposed and tensor.endswith(".weight")
-        table[tensor] = replace(template, names=names, rows=rows, also=also, transposed=transposed)
+        table[tensor] = replace(template, names=names, rows=rows, also=also, files=files, transposed=transposed)
     return table

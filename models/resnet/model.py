@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import Conv2d
-from ..layers.image_processor import ImageProcessor
+from ..layers.image_processor import ImageProcessor, check_images
 from ..layers.key_map import CheckpointKey
 from ..model import PretrainedModel
 from .config import PRESETS, ResNetConfig
@@ -154,6 +154,7 @@ class ResNet(PretrainedModel):
     presets = PRESETS
     architectures: ClassVar = {"image-classification": "ResNetForImageClassification", "embedding": "ResNetModel"}
     base_prefix = ("resnet.",)
+    reads_images = True
     objectives: ClassVar = {"classify": "classify-images"}
     lora_targets: ClassVar = {"convolutions": ("layers.*.conv*",)}
     head_keys: ClassVar = {"classifier.*": ("image-classification",), "fc.*": ("image-classification",)}
@@ -187,8 +188,7 @@ class ResNet(PretrainedModel):
 
     def hidden(self, pixel_values: Tensor) -> Tensor:
         """The last feature map (B, D, H/32, W/32), rounded up, for images (B, 3, H, W); H/8, W/8 for `small_images`."""
-        if pixel_values.dim() != 4 or pixel_values.shape[1] != self.config.n_channels:
-            raise ValueError(f"expected images (B, {self.config.n_channels}, H, W), got {tuple(pixel_values.shape)}")
+        check_images(pixel_values, self.config.n_channels)
         x = self.embed(pixel_values.to(self.embed.conv.weight.dtype))  # (B, C, H/4, W/4)
         for block in self.layers:
             x = block(x)  # (B, C', H/4, W/4) in the first stage, half the sides in each further one

@@ -20,6 +20,7 @@ from small_models import both, tiny_bert, tiny_bloom, tiny_gpt2, tiny_llama
 from small_resnets import both_resnets
 from small_t5 import both_t5
 from small_tokenizers import byte_level
+from small_vits import both_vits
 from small_xlnet import both_xlnets
 
 from handtune._folders import stored_files
@@ -45,6 +46,10 @@ FAMILIES: dict[str, tuple[Callable[[Path], Any], str | None, dict[str, Any], tup
     "t5": (both_t5, None, {}, ()),
     "xlnet": (both_xlnets, None, {}, ()),
     "resnet": (both_resnets, None, {"targets": ["convolution"]}, ("*norm*",)),
+    "vit": (both_vits, None, {"targets": ["q_proj", "mlp"]}, ("*norm1*",)),
+    "dinov2": (
+        lambda f: both_vits(f, "dinov2", use_swiglu_ffn=True), None, {"targets": ["up_proj", "o"]}, ("*.scale1",),
+    ),
 }  # fmt: skip
 
 

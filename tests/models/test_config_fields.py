@@ -4,11 +4,13 @@ The weights stay those of a tiny checkpoint; one field (or a few that go togethe
 """
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import small_resnets
+import small_vits
 import torch
 import transformers
 from small_models import padded, real, theirs, tiny_bert, tiny_gpt2, tiny_llama, token_rows
@@ -33,6 +35,8 @@ FAMILIES: dict[str, tuple[str, Any]] = {
     "t5": ("seq2seq-lm", tiny_t5),
     "xlnet": ("causal-lm", tiny_xlnet),
     "resnet": ("image-classification", small_resnets.tiny_resnet),
+    "vit": ("image-classification", small_vits.tiny_vit),
+    "dinov2": ("image-classification", small_vits.tiny_vit),
 }
 FIELDS: dict[str, list[dict[str, Any]]] = {
     "gpt2": [
@@ -82,6 +86,17 @@ FIELDS: dict[str, list[dict[str, Any]]] = {
         {"hidden_act": "gelu"}, {"layer_type": "strange"}, {"downsample_in_bottleneck": True},
         {"downsample_in_first_stage": True}, {"depths": [1, 1]}, {"num_channels": 1},
     ],
+    "vit": [
+        {"hidden_act": "relu"}, {"hidden_act": "mish"}, {"layer_norm_eps": 0.3}, {"qkv_bias": False},
+        {"is_causal": True}, {"num_attention_heads": 6}, {"head_dim": 4}, {"pooler_act": "relu"},
+        {"hidden_dropout_prob": 0.5},
+        {"encoder_stride": 8}, {"image_size": 27}, {"image_size": 32}, {"patch_size": 7}, {"num_channels": 1},
+    ],
+    "dinov2": [
+        {"hidden_act": "relu"}, {"layer_norm_eps": 0.3}, {"qkv_bias": False}, {"use_swiglu_ffn": True},
+        {"is_causal": True}, {"mlp_ratio": 2}, {"layerscale_value": 0.1}, {"drop_path_rate": 0.1}, {"image_size": 27},
+        {"apply_layernorm": False}, {"reshape_hidden_states": False},
+    ],
 }  # fmt: skip
 EVERYWHERE: list[dict[str, Any]] = [{"quantization_config": {"quant_method": "gptq", "bits": 4}}, {"is_causal": False}]
 
@@ -94,7 +109,9 @@ def checkpoint(tmp_path_factory) -> Any:
     def of(family: str) -> Path:
         if family not in made:
             task, config = FAMILIES[family]
-            model = small_resnets.their_resnet() if family == "resnet" else theirs(config(), task)
+            images = {"resnet": small_resnets.their_resnet, "vit": small_vits.their_vit}
+            images["dinov2"] = partial(small_vits.their_vit, "dinov2")
+            model = images[family]() if family in images else theirs(config(), task)
             made[family] = tmp_path_factory.mktemp(family)
             model.save_pretrained(made[family])
         return made[family]
@@ -103,8 +120,8 @@ def checkpoint(tmp_path_factory) -> Any:
 
 
 def inputs_of(family: str) -> dict[str, torch.Tensor]:
-    if family == "resnet":
-        return {"pixel_values": small_resnets.images()}
+    if FAMILIES[family][0] == "image-classification":
+        return {"pixel_values": small_resnets.images(24, 24)}
     if family == "t5":
         return pairs(SOURCES, TARGETS)
     if family == "xlnet":  # transformers' own can't pad where it reads one way

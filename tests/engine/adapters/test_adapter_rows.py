@@ -9,6 +9,7 @@ from small_adapters import assert_unchanged, snapshot
 from small_models import both, packed, padded, tiny_bert, tiny_bloom, tiny_gpt2, tiny_llama, token_rows
 from small_resnets import both_resnets, images
 from small_t5 import both_t5
+from small_vits import both_vits
 from small_xlnet import both_xlnets
 from torch import Tensor, nn
 
@@ -94,11 +95,13 @@ def test_encoder_decoders_permutations_and_images(tmp_path) -> None:
     shared = LoRAConfig(rank=2, targets=["q", "kv", "o", "mlp"])  # not r, which sees distances and no rows
     xlnet = adapted(both_xlnets(tmp_path / "xlnet")[1], dict.fromkeys("abc", shared))
     resnet = adapted(both_resnets(tmp_path / "resnet")[1], dict.fromkeys("abc", LoRAConfig(rank=2)))
+    vit = adapted(both_vits(tmp_path / "vit")[1], dict.fromkeys("abc", LoRAConfig(rank=2)))
     pixels = images(32, 32, rows=5)
     cases = (
         (t5, {"input_ids": sources, "decoder_input_ids": targets}),
         (xlnet, {"input_ids": sources}),
         (resnet, {"pixel_values": pixels}),
+        (vit, {"pixel_values": pixels[..., :24, :24]}),
     )
     for model, inputs in cases:
         with use_adapter(model, NAMES):

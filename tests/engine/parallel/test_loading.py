@@ -11,10 +11,10 @@ from small_tokenizers import byte_level, sentence_piece
 
 from handtune.engine import projections
 from handtune.engine.parallel.sharding import Sharding, is_shard
-from handtune.models import Bloom, Llama, XLNet, load, save
+from handtune.models import Bloom, Dinov2, Llama, XLNet, load, save
 from handtune.models.checkpoint import safetensors_io
 
-FAMILIES = ["gpt2", "bert", "t5", "resnet", "llama", "bloom", "xlnet"]
+FAMILIES = ["gpt2", "bert", "t5", "resnet", "llama", "bloom", "xlnet", "dinov2"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,6 +33,9 @@ def checkpoint(family: str, folder: Path) -> Path:
         save(Llama.from_name("Llama-2-7B", **small, d_ff=40, max_positions=64), byte_level(), folder / family)
     elif family == "bloom":
         save(Bloom.from_name("bloom-560m", **small), byte_level(), folder / family)
+    elif family == "dinov2":  # with gates that are fused in the file
+        sizes = {"n_layer": 2, "d_model": 24, "n_head": 3, "image_size": 28}
+        save(Dinov2.from_name("dinov2-giant", **sizes), None, folder / family)
     elif family == "xlnet":
         words = sentence_piece()
         sizes = {**small, "vocab_size": words.get_vocab_size(), "d_ff": 40}

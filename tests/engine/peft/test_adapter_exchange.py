@@ -26,6 +26,7 @@ from small_models import (
 )
 from small_resnets import both_resnets, images
 from small_t5 import both_t5
+from small_vits import both_vits
 from small_xlnet import both_xlnets
 from starting import same_as_base
 from torch import Tensor, nn
@@ -99,6 +100,14 @@ FAMILIES = {
         both_resnets, {"pixel_values": images(32, 32)},
         ["convolution"], r"stages\.1\..*\.convolution", "normalization",
     ),
+    "vit": Family(
+        both_vits, {"pixel_values": images(24, 24)},
+        ["q_proj", "v_proj", "fc2"], r"layers\.1\..*\.q_proj", "layernorm_after",
+    ),
+    "dinov2": Family(
+        lambda f: both_vits(f, "dinov2", use_swiglu_ffn=True), {"pixel_values": images(32, 24)},
+        ["q_proj", "v_proj", "gate_proj", "down_proj"], r"layer\.1\..*\.q_proj", "layer_scale1",
+    ),
 }  # fmt: skip
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -120,9 +129,9 @@ def pefts(family: str) -> dict[str, dict[str, Any]]:
         kinds["an embedding"] = {"target_modules": [*projections, embedding]}
     if family not in ("t5", "resnet"):  # their layers have no number in PEFT's eyes
         kinds["one layer"] = {"layers_to_transform": [1]}
-    if family != "resnet":
+    if "input_ids" in FAMILIES[family].inputs:
         kinds["token rows"] = {"trainable_token_indices": [2, 5]}
-    if family in ("bert", "distilbert", "modernbert", "mpnet", "roberta"):
+    if family in ("bert", "distilbert", "modernbert", "mpnet", "roberta", "vit", "dinov2"):
         kinds["a head"] = {"modules_to_save": ["classifier"]}
     return {kind: plain | settings for kind, settings in kinds.items()}
 

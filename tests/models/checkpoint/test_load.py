@@ -419,7 +419,7 @@ DAMAGES = {
     "config not text": (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe{"), CONFIG + "not JSON"),
     "config a list": (damage("config.json", "[]"), CONFIG + "expected an object, got"),
     "architecture": (fields(model_type="mamba"), CONFIG + r"model_type 'mamba' is not .* \(gpt2, .*bert, .*llama"),
-    "a near one": (fields(model_type="deberta"), CONFIG + ".*resnet_small.; the nearest there is 'bert'"),
+    "a near one": (fields(model_type="deberta"), CONFIG + ".*dinov2_with_registers.; the nearest there is 'bert'"),
     "no architecture": (fields(model_type=None), CONFIG + "model_type None is not an architecture"),
     "head unknown": (fields(architectures=["GPT2DoubleHeadsModel"]), CONFIG + r"architectures \[.* pass task= one of"),
     "cross attention": (fields(add_cross_attention=True), CONFIG + "add_cross_attention = True is not implemented"),
