@@ -36,9 +36,17 @@ def _llama(vocab: int, layers: int, width: int, heads: int, kv_heads: int, inner
     return "llama", {**sizes, **more, "tie_word_embeddings": True, "rope_parameters": _LLAMA3}
 
 
+def _decoder(kind: str) -> tuple[str, dict]:
+    """Another decoder in the sizes of the Llama, and otherwise as transformers has it."""
+    _, sizes = _llama(32000, 12, 768, 12, 4, 2048)
+    del sizes["rope_parameters"]
+    return kind, {**sizes, "head_dim": 64, "max_position_embeddings": 4096, "pad_token_id": None}
+
+
 MODELS = {  # transformers' model type and configuration
     "gpt2": ("gpt2", {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "llama-small": _llama(32000, 12, 768, 12, 4, 2048),  # GPT-2 small's width, a Llama's ways
+    **{f"{kind}-small": _decoder(kind) for kind in ("smollm3", "gemma2", "gemma3_text", "phi3", "olmo2")},
 }
 
 

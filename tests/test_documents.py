@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from project import ROOT
 
+from handtune.models.layers.rope_scaling import Rope
+
 ROOMS = ("engine", "models", "kernels", "handtune", "benchmarks", "docs", "examples", "tests")
 
 
@@ -45,6 +47,22 @@ def test_the_reading_path_is_today_s() -> None:
     assert sum(len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in files) < 8000
     for places in path.ELSEWHERE.values():
         assert all((ROOT / place).exists() for place in places)
+
+
+def test_the_table_of_architectures_is_today_s() -> None:
+    """Each family has a row, and what is stated of it agrees with what its model is made of."""
+    table = script("docs/architectures.py")
+    assert (ROOT / "docs/architectures.md").read_text(encoding="utf-8") == table.page()
+    assert {*table.STATED, *table.ALIKE} == set(table.FAMILIES)
+    for row in table.rows():
+        model_type, _, position, attention, _, _, _, file = row
+        family = table.FAMILIES[model_type.strip("`")]
+        configs = table.published_sizes(model_type.strip("`"))
+        assert ("rotary" in position) == any(
+            isinstance(value, Rope) for config in configs for value in vars(config).values()
+        )
+        assert ("causal" in attention) == (family.is_decoder or family.title == "T5")
+        assert (ROOT / file[2 : file.index("`]")]).is_file()
 
 
 def test_the_front_page_is_short() -> None:
