@@ -139,7 +139,7 @@ def scaled_weight(
     one of the `blocks`, whose rows or columns are 0 where it is for all. ValueError where it is missing or doesn't fit.
     """
     weight = tensors[name]
-    if weight.dtype not in code_dtypes:
+    if not name.endswith(".weight") or weight.dtype not in code_dtypes:
         return None
     if len(weight.shape) != 2 or 0 in weight.shape:
         raise ValueError(f"{weight.path}: {name} is stored as {weight.dtype} with shape {weight.shape}, no matrix")
