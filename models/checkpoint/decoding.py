@@ -5,8 +5,8 @@
                 a[i] = number[code a[i]] · range[⌊i/c⌋] + offset        where what they share is quantised, too
 
 Each product and sum is rounded to fp32, from left to right, as the libraries do that write such checkpoints. A
-`TensorOnDisk` opens one of these as its `decode`: what is read are whole rows or blocks, about a megabyte of numbers at
-once, so that a weight is in memory in full only where it is to stay.
+`TensorOnDisk` opens one of these as its `decode`: whole rows or blocks are read, a few of them at once, so that a
+weight is in memory in full only where it is to stay.
 """
 
 import math
@@ -23,7 +23,8 @@ from ..._files import memory_of
 from ..._shapes import parse_json, shown, with_fields
 from .safetensors_io import StoredTensor, TensorOnDisk, read_into
 
-GROUP = 2**18  # numbers that are decoded at once: 1 MB in fp32
+# Numbers that are decoded at once: so few that torch takes one thread, as in `safetensors_io.py`.
+GROUP = 2**15
 MAX_SIZE = 2**20  # of numbers that share a scale; more makes no sense
 
 
@@ -113,16 +114,17 @@ class Scaled(NamedTuple):
         """The weight as fp32; `file` stands at its first byte, and the scales are read now."""
         n_columns = self.weight.shape[1]
         scales = read_whole(self.scale).view(-(-self.weight.shape[0] // self.block[0]), -1)  # (⌈M/m⌉, ⌈K/k⌉)
+        numbers = torch.arange(256, dtype=torch.uint8).view(self.weight.dtype).float()  # (256,), for each byte
         step = n_columns * max(1, GROUP // n_columns)
-        return DecodedFile(file, self.weight.nbytes, step, partial(self._decoded, scales))
+        return DecodedFile(file, self.weight.nbytes, step, partial(self._decoded, numbers, scales))
 
-    def _decoded(self, scales: Tensor, codes: Tensor, start: int) -> Tensor:
+    def _decoded(self, numbers: Tensor, scales: Tensor, codes: Tensor, start: int) -> Tensor:
         """The rows (n, K) that begin at this byte."""
         n_columns = self.weight.shape[1]
-        rows = codes.view(self.weight.dtype).view(-1, n_columns).float()  # (n, K)
+        # Four times as fast as torch's own conversion from float8.
+        rows = numbers.index_select(0, codes.int()).view(-1, n_columns)  # (n, K)
         first = start // n_columns
-        numbers = torch.arange(first, first + len(rows)) // self.block[0]  # (n,), of the blocks that the rows are in
-        of_rows = scales[numbers]  # (n, ⌈K/k⌉)
+        of_rows = scales[torch.arange(first, first + len(rows)) // self.block[0]]  # (n, ⌈K/k⌉)
         if scales.shape[1] > 1:
             of_rows = of_rows.repeat_interleave(self.block[1], 1)[:, :n_columns]  # (n, K)
         rows *= of_rows

@@ -32,13 +32,17 @@ def blocks(weight: np.ndarray, m: int, k: int) -> tuple[np.ndarray, np.ndarray]:
     return largest, np.ix_(rows, columns)
 
 
-def scaled(weight: np.ndarray, block: tuple[int, int], is_float: bool, ending: str = ".weight_scale") -> Coded:
-    """In eight bits, of which blocks share a scale; a block of 0 rows or columns has all."""
+def scaled(
+    weight: np.ndarray, block: tuple[int, int], is_float: bool, ending: str = ".weight_scale",
+    dtype: torch.dtype = torch.float32,
+) -> Coded:  # fmt: skip
+    """In eight bits, of which blocks share a scale, stored in this dtype; a block of 0 rows or columns has all."""
     largest, of_weight = blocks(weight, block[0] or len(weight), block[1] or weight.shape[1])
-    scale = largest / np.float32(448 if is_float else 127)
+    stored_scale = torch.from_numpy(largest / np.float32(448 if is_float else 127)).to(dtype)
+    scale = stored_scale.float().numpy()
     in_range = torch.from_numpy(weight / scale[of_weight])
     codes = in_range.to(torch.float8_e4m3fn) if is_float else in_range.round().to(torch.int8)
-    return {".weight": codes, ending: torch.from_numpy(scale)}, codes.float().numpy() * scale[of_weight]
+    return {".weight": codes, ending: stored_scale}, codes.float().numpy() * scale[of_weight]
 
 
 def per_tensor(weight: np.ndarray, ending: str = ".weight_scale") -> Coded:
@@ -91,8 +95,9 @@ def compressed(form: str, **weights: Any) -> dict[str, Any]:
     activations = {"num_bits": 8, "type": weights["type"], "strategy": "token", "dynamic": True, "symmetric": True}
     group = {"targets": ["Linear"], "weights": {**common, **weights}, "input_activations": activations}
     return {
-        "quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}, "ignore": ["lm_head"],
-        "kv_cache_scheme": None, "quantization_status": "compressed", "global_compression_ratio": 1.5,
+        "quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group},
+        "ignore": ["lm_head"], "kv_cache_scheme": None, "quantization_status": "compressed",
+        "global_compression_ratio": 1.5,
     }  # fmt: skip
 
 
@@ -115,7 +120,8 @@ FORMS: dict[str, tuple[dict[str, Any], Callable[[np.ndarray], Coded]]] = {
         lambda w: per_tensor(w, ".weight_scale_inv"),
     ),
     "float per row": (
-        compressed("float-quantized", type="float", strategy="channel"), lambda w: scaled(w, (1, 0), True),
+        compressed("float-quantized", type="float", strategy="channel"),
+        lambda w: scaled(w, (1, 0), True, dtype=torch.bfloat16),
     ),
     "float per tensor": (compressed("float-quantized", type="float", strategy="tensor"), per_tensor),
     "float per block": (

@@ -268,6 +268,7 @@ DAMAGED: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], str]] = 
     "state that is no JSON": ("nf4", other(STATE, BYTES), f"safetensors: {STATE}: not JSON"),
     "state of another type": ("nf4", state(quant_type="fp4"), f"{STATE}: quant_type = 'fp4', where config.json has"),
     "state without blocks": ("nf4", state(blocksize=0), f"{STATE}: blocksize = 0: expected an even number"),
+    "state of odd blocks": ("nf4", state(blocksize=63), f"{STATE}: blocksize = 63: expected an even number"),
     "state of three sizes": ("nf4", state(shape=[2, 3, 4]), f"{STATE}: shape = [2, 3, 4]: expected rows and columns"),
     "state of another shape": (
         "nf4", state(shape=[200, 136]), f"{UP}.weight has 13668 bytes, and {STATE} the shape (200, 136)"
