@@ -239,12 +239,14 @@ def four_bit_weight(quant_type: str, name: str, tensors: dict[str, StoredTensor]
     nested = None
     if maxima.dtype == torch.uint8:
         with_fields(state, where, nested_blocksize=int, nested_offset=float)
-        nested_size = state["nested_blocksize"]
+        nested_size, offset = state["nested_blocksize"], state["nested_offset"]
         if not is_size(nested_size):
             raise ValueError(f"{where}: nested_blocksize = {shown(nested_size)}: expected a positive number")
+        if not abs(offset) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"{where}: nested_offset = {shown(offset)}: expected a finite number of 32 bits")
         numbers = _companion(tensors, weight, f"{name}.nested_quant_map", [(256,)])
         ranges = _companion(tensors, weight, f"{name}.nested_absmax", [(-(-n_blocks // nested_size),)])
-        nested = NestedMaxima(numbers, ranges, nested_size, state["nested_offset"])
+        nested = NestedMaxima(numbers, ranges, nested_size, float(offset))
     return _plain(weight, shape, FourBits(weight, n_numbers, levels, maxima, size, nested).open)
 
 
@@ -252,7 +254,7 @@ def _quant_state(stored: StoredTensor, where: str, quant_type: str) -> dict[str,
     """What bitsandbytes stores of a weight as the bytes of a JSON text, checked."""
     if stored.dtype != torch.uint8:
         raise ValueError(f"{where} is of {stored.dtype}, expected the bytes of a JSON text")
-    state = parse_json(bytes(read_whole(stored, torch.uint8).tolist()), where, "download or copy it again")
+    state = parse_json(bytes(read_whole(stored, torch.uint8).flatten().tolist()), where, "download or copy it again")
     with_fields(state, where, quant_type=str, blocksize=int, shape=list)
 
     if state["quant_type"] != quant_type:

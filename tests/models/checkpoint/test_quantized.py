@@ -274,6 +274,7 @@ DAMAGED: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], Any], str]] = 
         "nf4", state(shape=[200, 136]), f"{UP}.weight has 13668 bytes, and {STATE} the shape (200, 136)"
     ),
     "state without an offset": ("nested nf4", state(nested_offset=None), f"{STATE}: nested_offset: expected a number"),
+    "state with an endless offset": ("nested nf4", state(nested_offset=1e299), f"{STATE}: nested_offset = 1e+299: "),
     "four bits in other numbers": (
         "nf4", other(f"{UP}.weight", torch.ones(201, 136)), f"{UP}.weight is of torch.float32, but has {STATE}"
     ),
