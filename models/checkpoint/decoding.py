@@ -121,7 +121,7 @@ class Scaled(NamedTuple):
     def _decoded(self, numbers: Tensor, scales: Tensor, codes: Tensor, start: int) -> Tensor:
         """The rows (n, K) that begin at this byte."""
         n_columns = self.weight.shape[1]
-        # Four times as fast as torch's own conversion from float8.
+        # By a table, which is faster than torch's own conversion from float8.
         rows = numbers.index_select(0, codes.int()).view(-1, n_columns)  # (n, K)
         first = start // n_columns
         of_rows = scales[torch.arange(first, first + len(rows)) // self.block[0]]  # (n, ⌈K/k⌉)
