@@ -50,6 +50,7 @@ ELSEWHERE = {
         "engine/data/mixing.py",
         "engine/data/row_fields.py", "engine/data/schema.py", "engine/data/labels.py",
         "models/tokenizer", "models/checkpoint/gguf.py", "models/checkpoint/gguf_file.py",
+        "models/checkpoint/quantized.py", "models/checkpoint/decoding.py",
         "models/layers/image_processor.py", "models/checkpoint/pooling.py", "models/layers/relative_positions.py",
         "models/layers/rope_scaling.py", "models/llama/config.py",
     ],

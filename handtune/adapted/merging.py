@@ -206,10 +206,12 @@ def _merged_tensors(
         path = key.removesuffix(".weight")
         for index, (name, block) in enumerate(zip(layout.names, blocks(parameters[key], layout), strict=True)):
             in_base = base.tensors.get(name)
-            dtype = base.dtype if in_base is None else in_base.dtype
-            stays = new_dtype in (None, dtype) or not dtype.is_floating_point
-            if new_dtype is not None and not stays:
+            # What was coded is written in the dtype of what was not.
+            is_coded = isinstance(in_base, StoredTensor) and in_base.decode is not None
+            dtype = base.dtype if in_base is None or is_coded else in_base.dtype
+            if new_dtype is not None and dtype.is_floating_point:
                 dtype = new_dtype
+            stays = in_base is not None and in_base.dtype == dtype
             target = _Target(name, layout, dtype, block, in_base, adapter.plain.get(name))
             shape = stored_shape(layout, block)
 

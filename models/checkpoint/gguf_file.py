@@ -20,13 +20,15 @@ from collections.abc import Callable
 from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Self
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ..._files import memory_of, require_file
+from ..._files import require_file
 from ..._shapes import shown
+from .decoding import DecodedFile
 from .safetensors_io import TensorOnDisk
 
 VERSIONS = (2, 3)
@@ -220,51 +222,24 @@ def on_disk(file: GGUFFile, name: str, published_name: str, head_width: int | No
     stored = file.tensors[name]
     decode: Callable[[FileIO], Any] | None = None
     if stored.type not in PLAIN or head_width is not None:
-        decode = partial(_DecodedRows, stored, head_width)
+        decode = partial(_decoded_file, stored, head_width)
     return TensorOnDisk(file.path, published_name, stored.start, stored.shape, stored.dtype, decode)
 
 
-class _DecodedRows:
-    """A tensor's plain numbers, read like a file of them."""
+def _decoded_file(stored: GGUFTensor, head_width: int | None, file: FileIO) -> DecodedFile:
+    """A tensor's plain numbers, of which so many rows are made at once; whole heads where rows are reordered."""
+    # `match_keys` has checked the shape.
+    unit = stored.nbytes // stored.shape[0] * (head_width or 1)
+    return DecodedFile(file, stored.nbytes, unit * max(1, GROUP // unit), partial(_numbers, stored, head_width))
 
-    def __init__(self, stored: GGUFTensor, head_width: int | None, file: FileIO):
-        self.stored = stored
-        self.head_width = head_width
-        self.file = file
-        self.unread = memoryview(b"")  # decoded, but not taken yet
 
-        # So many rows are decoded at once, whole heads where rows are reordered. `match_keys` has checked the shape.
-        self.rows_left = stored.shape[0]
-        self.row_bytes = stored.nbytes // stored.shape[0]
-        unit = head_width or 1
-        self.group = unit * max(1, GROUP // (unit * self.row_bytes))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.file.close()
-
-    def readinto(self, target: memoryview) -> int:
-        """Fill the beginning of `target`, and return how many bytes of it; 0 at the end."""
-        if not self.unread and self.rows_left:
-            n_rows = min(self.group, self.rows_left)
-            raw = self.file.read(n_rows * self.row_bytes)
-            if len(raw) < n_rows * self.row_bytes:  # the file was cut short since it was opened
-                return 0
-            self.unread = self._decode(raw, n_rows)
-            self.rows_left -= n_rows
-        n = min(len(target), len(self.unread))
-        target[:n] = self.unread[:n]
-        self.unread = self.unread[n:]
-        return n
-
-    def _decode(self, raw: bytes, n_rows: int) -> memoryview:
-        """The numbers of the next rows, as bytes."""
-        rows = np.frombuffer(raw, np.uint8).reshape(n_rows, self.row_bytes)
-        if self.head_width is not None:
-            pairs = rows.reshape(-1, self.head_width // 2, 2, self.row_bytes)  # (H, hd/2, 2, bytes)
-            rows = pairs.swapaxes(1, 2).reshape(n_rows, self.row_bytes)  # (H·hd, bytes)
-        if self.stored.type not in PLAIN:
-            rows = _decoded(self.stored.type, rows)  # (N, numbers)
-        return memory_of(torch.from_numpy(np.ascontiguousarray(rows)))
+def _numbers(stored: GGUFTensor, head_width: int | None, codes: Tensor, _: int) -> Tensor:
+    """The numbers of the next rows, which are plain ones as bytes."""
+    row_bytes = stored.nbytes // stored.shape[0]
+    rows = codes.numpy().reshape(-1, row_bytes)  # (N, bytes)
+    if head_width is not None:
+        pairs = rows.reshape(-1, head_width // 2, 2, row_bytes)  # (H, hd/2, 2, bytes)
+        rows = pairs.swapaxes(1, 2).reshape(-1, row_bytes)  # (H·hd, bytes)
+    if stored.type not in PLAIN:
+        rows = _decoded(stored.type, rows)  # (N, numbers)
+    return torch.from_numpy(np.ascontiguousarray(rows))

@@ -14,7 +14,9 @@ from .gguf import published_config, published_tensors
 from .gguf_file import GGUFFile, read_gguf
 from .hub import checkpoint_folder
 from .nearest import nearest_family
+from .quantized import quantized_form, widened
 from .safetensors_io import StoredTensor
+from .shards import Shards
 
 
 class CheckpointInfo(NamedTuple):
@@ -25,7 +27,7 @@ class CheckpointInfo(NamedTuple):
     published: dict[str, Any]  # config.json, with transformers' fields
     family: Family
     weights: bool  # whether the weights have to be there
-    tensors: Mapping[str, StoredTensor] | None = None  # what the weights are, where no file in the folder has them
+    tensors: Mapping[str, StoredTensor] | None = None  # what the weights are, where no file has them as they are read
     gguf: GGUFFile | None = None  # what is in the file, where it is one
 
 
@@ -46,7 +48,10 @@ def checkpoint_info(path: str | Path, weights: bool = True) -> CheckpointInfo:
     config_path = folder / "config.json"
     published = _published(config_path)
     with located(config_path):
-        return CheckpointInfo(str(path), folder, published, _family(published), weights)
+        family = _family(published)
+        form = quantized_form(published)
+    plain = widened(Shards(folder), form) if form and weights else None
+    return CheckpointInfo(str(path), folder, published, family, weights, plain)
 
 
 def _published(path: Path) -> dict[str, Any]:
@@ -86,11 +91,4 @@ def _family(published: dict[str, Any]) -> Family:
         raise ValueError(f"model_type {shown(model_type)} is not an architecture of handtune ({known}){nearest}")
     family = FAMILIES[model_type]
     require_values(published, family.supported_config_values)
-
-    quantization = published.get("quantization_config")
-    if quantization is not None:
-        raise ValueError(
-            f"quantization_config = {shown(quantization)} is not implemented; load the "
-            "checkpoint that was quantised, with model.quantize if it should be small"
-        )
     return family

@@ -43,7 +43,7 @@ class TensorOnDisk:
     start: int  # of its bytes, counted from the file's beginning
     shape: tuple[int, ...]
     dtype: torch.dtype
-    decode: Callable[[FileIO], Any] | None = None  # gives a file of plain numbers for one of a GGUF file's blocks
+    decode: Callable[[FileIO], Any] | None = None  # gives a file of plain numbers for one of coded ones
 
     @property
     def nbytes(self) -> int:
@@ -71,6 +71,7 @@ class LazyTensor:
     make: Callable[[], Tensor]  # may give a view of any layout and device, whose entries come in order
     path: Path = Path()  # the file and name under which it belongs
     name: str = ""
+    decode = None  # what is made are plain numbers
 
     @property
     def nbytes(self) -> int:

@@ -72,12 +72,12 @@ class Shards:
             raise ValueError(f"{folder}: its safetensors files hold no tensor")
 
     def dtype(self) -> torch.dtype:
-        """The dtype of the checkpoint's first matrix, float32 without one. ValueError where nothing computes in it.
+        """The dtype of the first matrix of plain numbers, float32 without one. ValueError where nothing computes in it.
 
         Most of a checkpoint is matrices, while a norm may be stored in a wider dtype.
         """
         for name, stored in self.tensors.items():
-            if not stored.dtype.is_floating_point or len(stored.shape) < 2:
+            if not stored.dtype.is_floating_point or len(stored.shape) < 2 or stored.decode:
                 continue
             if stored.dtype.itemsize < 2:
                 raise ValueError(

@@ -7,6 +7,7 @@ import torch
 from many_ranks import fork_server, on_ranks
 from safetensors.torch import load_file, save_file
 from small_methods import base_folder
+from small_quantized import quantize_checkpoint, write_plain
 from small_tokenizers import byte_level, sentence_piece
 
 from handtune.engine import projections
@@ -31,6 +32,9 @@ def checkpoint(family: str, folder: Path) -> Path:
     small = {"vocab_size": 385, "n_layer": 2, "d_model": 24, "n_head": 3}
     if family == "llama":
         save(Llama.from_name("Llama-2-7B", **small, d_ff=40, max_positions=64), byte_level(), folder / family)
+    elif family == "fp8":
+        write_plain(folder / "plain")
+        return quantize_checkpoint(folder / "plain", folder / family, family)
     elif family == "bloom":
         save(Bloom.from_name("bloom-560m", **small), byte_level(), folder / family)
     elif family == "dinov2":  # with gates that are fused in the file
@@ -72,6 +76,7 @@ QUICK = [("llama", "auto", False)]
 CASES = [
     *((family, "auto", False) for family in FAMILIES if family != "llama"),
     ("gpt2", "bfloat16", False), ("llama", "bfloat16", False), ("llama", "auto", True),
+    ("fp8", "auto", False),
 ]  # fmt: skip
 
 
@@ -89,7 +94,7 @@ def test_the_weights_are_the_same(family, dtype, quantize, tmp_path) -> None:
         assert all(ours[name].dtype == whole[name].dtype for name in whole)
         assert all(torch.equal(ours[name], whole[name]) for name in whole)
         share.append(read / bytes_read)
-    # Rows that don't lie together, and what is packed into four bits, are read by all.
+    # Rows that don't lie together, and what is coded or packed into four bits, are read by all.
     if family in ("llama", "bert", "t5") and not quantize:
         assert max(share) < 0.5
 
