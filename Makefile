@@ -66,7 +66,7 @@ lowest: $(LOWEST)/.installed
 	  engine/training/test_optim.py engine/training/test_features.py engine/data/test_data.py engine/data/test_corpus.py \
 	  engine/tasks/test_encode.py engine/tasks/test_losses.py engine/adapters/test_qlora.py \
 	  command_line/test_inputs.py command_line/test_ppo_command.py command_line/test_files.py \
-	  models/checkpoint/test_tensor_file.py)
+	  models/tensors/test_tensor_file.py)
 
 check: $(STAMP)
 	@test -d handtune/engine || { echo "make check needs symbolic links: git config core.symlinks true && git checkout -f"; exit 1; }

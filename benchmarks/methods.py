@@ -85,7 +85,7 @@ def train(out: Path, changes: list[str], options: argparse.Namespace) -> dict[st
 
 
 def outcome(out: Path) -> dict[str, Any]:
-    from handtune.models.checkpoint.safetensors_io import read_header
+    from handtune.models.tensors.safetensors_io import read_header
 
     result = json.loads((out / "result.json").read_text(encoding="utf-8"))
     (state,) = out.glob("checkpoints/*/*.safetensors")

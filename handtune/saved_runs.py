@@ -22,8 +22,8 @@ from .engine.training.cached_features import head_only
 from .engine.training.run_folder import read_facts
 from .inputs.fingerprints import START, relocate_inputs
 from .models import add_tokens, load, save
-from .models.checkpoint.safetensors_io import read_header
 from .models.layers.image_processor import ImageProcessor
+from .models.tensors.safetensors_io import read_header
 from .models.tokenizer.added_tokens import resize
 from .models.tokenizer.special_tokens import load_tokenizer_file, save_tokenizer
 

@@ -1,6 +1,7 @@
 """Architectures: configuration, presets, blocks, forward pass and the names of the published checkpoints.
 
     layers/      what several architectures are made of, and how their weights and configurations are published
+    tensors/     files of weights: safetensors, GGUF, quantised ones
     tokenizer/   special tokens, and tokenizers of old vocabulary files
     model        what they have in common, and what each has to provide; `encoder`, of encoders
     gpt2/  llama/  gemma/  smollm3  phi3  olmo  bloom/  bert  distilbert  roberta  mpnet  modernbert

@@ -33,11 +33,11 @@ from ..models.checkpoint.loading import DTYPES, Checkpoint, open_checkpoint
 from ..models.checkpoint.local_rows import blocks
 from ..models.checkpoint.pooling import write_dense
 from ..models.checkpoint.renamed import in_files
-from ..models.checkpoint.safetensors_io import LazyTensor, StoredTensor, holds, read_into, same, write_file
 from ..models.checkpoint.saving import save_around, stored_shape
-from ..models.checkpoint.shards import INDEX, SINGLE
 from ..models.checkpoint.weights import match_keys, stored_tensors
 from ..models.layers.key_map import CheckpointKey
+from ..models.tensors.safetensors_io import LazyTensor, StoredTensor, holds, read_into, same, write_file
+from ..models.tensors.shards import INDEX, SINGLE
 from ..prompts import learn_turn_end
 from ..saved_runs import added_tokens, fit_vocabulary, head_of, resized_vocabulary, take_settings
 

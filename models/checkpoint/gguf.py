@@ -22,8 +22,8 @@ import torch
 from ..._outside import located
 from ..._shapes import shown, with_fields
 from ..layers.rope_scaling import Llama3, Rope
-from .gguf_file import PLAIN, GGUFFile, bits_of, on_disk
-from .safetensors_io import StoredTensor, read_into
+from ..tensors.gguf_file import PLAIN, GGUFFile, bits_of, on_disk
+from ..tensors.safetensors_io import StoredTensor, read_into
 
 log = logging.getLogger("handtune")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from ..._files import require_file
 from ..._outside import hub_reason, others_code
 from ..layers.image_processor import FILE as PROCESSOR
+from ..tensors.shards import INDEX, PICKLES, SINGLE, pickle_refused, weight_files
 from ..tokenizer.special_tokens import COPIED_FILES, GENERATION, SETTINGS, TEMPLATES, VOCABULARY_FILES
-from .shards import INDEX, PICKLES, SINGLE, pickle_refused, weight_files
 
 # A sentencepiece model is small, and downloaded to be named in an error where there is no tokenizer.json, or copied.
 DOWNLOADED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "vocab.txt", "merges.txt", "*.model")

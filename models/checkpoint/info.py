@@ -10,13 +10,13 @@ from ..._shapes import shown, with_fields
 from ..families import FAMILIES, Family
 from ..layers.config_fields import require_values
 from ..resnet.names import from_timm
+from ..tensors.gguf_file import GGUFFile, read_gguf
+from ..tensors.quantized import quantized_form, widened
+from ..tensors.safetensors_io import StoredTensor
+from ..tensors.shards import Shards
 from .gguf import published_config, published_tensors
-from .gguf_file import GGUFFile, read_gguf
 from .hub import checkpoint_folder
 from .nearest import nearest_family
-from .quantized import quantized_form, widened
-from .safetensors_io import StoredTensor
-from .shards import Shards
 
 
 class CheckpointInfo(NamedTuple):

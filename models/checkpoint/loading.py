@@ -13,13 +13,13 @@ from ...kernels import Linear
 from ..families import Family, Model, family_of_preset
 from ..layers.heads import MEAN, TEXT_TASKS
 from ..layers.image_processor import ImageProcessor
+from ..tensors.shards import Shards
 from ..tokenizer.gguf_vocabulary import read_vocabulary
 from ..tokenizer.special_tokens import SpecialTokens, load_tokenizer_file, read_tokenizer
 from .info import CheckpointInfo, checkpoint_info
 from .local_rows import ShardFn
 from .pooling import read_pooling, read_prompts, refuse_lowercasing
 from .renamed import by_module
-from .shards import Shards
 from .tasks import Labels, head_rows, label_names, padding_of_new_head, reorder_head, stored_head, stored_tasks, task_of
 from .weights import load_weights
 

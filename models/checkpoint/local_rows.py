@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..._weightless import is_shard, local, local_rows
 from ..layers.key_map import CheckpointKey
-from .safetensors_io import StoredTensor, TensorOnDisk, holds, read_into
+from ..tensors.safetensors_io import StoredTensor, TensorOnDisk, holds, read_into
 
 # Puts a layer, or what is outside of all, into shards; the dictionary has its parameters by their names in the model.
 ShardFn = Callable[[nn.Module, dict[str, nn.Parameter]], None]

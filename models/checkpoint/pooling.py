@@ -13,8 +13,8 @@ from ..._files import json_if_there, read_json, write_json
 from ..._shapes import with_fields
 from ..layers.config_fields import MAX_SIZE
 from ..layers.heads import DenseLayer, Pooling
-from .safetensors_io import StoredTensor, read_header, write_file
-from .shards import SINGLE, pickle_refused
+from ..tensors.safetensors_io import StoredTensor, read_header, write_file
+from ..tensors.shards import SINGLE, pickle_refused
 
 log = logging.getLogger("handtune")
 # published -> ours, the names with a switch and those of version 6

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..layers.key_map import CheckpointKey
-from .safetensors_io import LazyTensor, StoredTensor, TensorOnDisk, read_into
+from ..tensors.safetensors_io import LazyTensor, StoredTensor, TensorOnDisk, read_into
 
 Stored = TypeVar("Stored", bound=StoredTensor)
 

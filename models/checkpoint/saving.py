@@ -15,12 +15,12 @@ from ...kernels.lora.factors import Merged
 from ..families import Model
 from ..layers.heads import EmbeddingHead
 from ..layers.key_map import CheckpointKey
+from ..tensors.safetensors_io import LazyTensor, write_file
+from ..tensors.shards import SINGLE
 from ..tokenizer.special_tokens import save_tokenizer
 from .local_rows import blocks
 from .pooling import write_dense, write_pooling
 from .renamed import in_files
-from .safetensors_io import LazyTensor, write_file
-from .shards import SINGLE
 from .tasks import task_config
 from .weights import stored_tensors
 

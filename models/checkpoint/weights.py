@@ -25,9 +25,9 @@ from ..._weightless import allocate, parts
 from ...kernels import Linear
 from ...kernels.quant.nf4 import Workspace
 from ..layers.key_map import CheckpointKey
+from ..tensors.safetensors_io import StoredTensor
+from ..tensors.shards import Shards
 from .local_rows import ShardFn, blocks, is_copy, local_blocks, named_in, read_block
-from .safetensors_io import StoredTensor
-from .shards import Shards
 
 if TYPE_CHECKING:
     from ..families import Model

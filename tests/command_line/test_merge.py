@@ -28,7 +28,7 @@ from handtune.adapted.run_models import merge_model as merge
 from handtune.cli import main
 from handtune.engine import LoRAConfig, add_lora, load_adapter, merge_lora, save_adapter, train_rows, unfreeze
 from handtune.models import add_tokens, load, save
-from handtune.models.checkpoint.safetensors_io import read_header
+from handtune.models.tensors.safetensors_io import read_header
 
 FAMILIES: dict[str, tuple[Callable[[Path], Any], str | None, dict[str, Any], tuple[str, ...]]] = {
     "gpt2": (lambda f: both(f, tiny_gpt2(), "causal-lm"), None, {"targets": ["c_attn", "c_fc", "wpe"]}, ("*norm1*",)),

@@ -13,7 +13,7 @@ from small_tokenizers import byte_level, sentence_piece
 from handtune.engine import projections
 from handtune.engine.parallel.sharding import Sharding, is_shard
 from handtune.models import Bloom, Dinov2, Llama, XLNet, load, save
-from handtune.models.checkpoint import safetensors_io
+from handtune.models.tensors import safetensors_io
 
 FAMILIES = ["gpt2", "bert", "t5", "resnet", "llama", "bloom", "xlnet", "dinov2"]
 

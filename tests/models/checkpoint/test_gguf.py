@@ -18,10 +18,10 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen3Config
 
 from handtune.models import load, save
-from handtune.models.checkpoint import gguf_file
 from handtune.models.checkpoint.info import checkpoint_info
 from handtune.models.checkpoint.loading import open_checkpoint
 from handtune.models.layers.rope_scaling import Llama3, Rope, Yarn
+from handtune.models.tensors import gguf_file
 from handtune.models.tokenizer.gguf_vocabulary import read_vocabulary
 
 TEXTS = [

@@ -10,9 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from handtune.models.checkpoint import safetensors_io
-from handtune.models.checkpoint.safetensors_io import DTYPES, LazyTensor, holds, read_header, read_into, write_file
 from handtune.models.layers.key_map import CheckpointKey
+from handtune.models.tensors import safetensors_io
+from handtune.models.tensors.safetensors_io import DTYPES, LazyTensor, holds, read_header, read_into, write_file
 
 
 def tensors() -> dict[str, Tensor]:

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config
 from handtune.engine import freeze, projections, quantize
 from handtune.kernels.quant.nf4 import NF4Weight
 from handtune.models import load
-from handtune.models.checkpoint import decoding
 from handtune.models.checkpoint.info import checkpoint_info
 from handtune.models.checkpoint.local_rows import Block, read_block
 from handtune.models.layers.key_map import CheckpointKey
+from handtune.models.tensors import decoding
 from handtune.saved_runs import put_adapter
 
 UP = "model.layers.1.mlp.up_proj"
