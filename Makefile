@@ -78,6 +78,9 @@ bench: $(STAMP)
 	for model in gpt2 llama-small; do for dtype in float32 bfloat16; do \
 	  $(PY) benchmarks/train.py --model $$model --dtype $$dtype \
 	    --out benchmarks/results/train_$${model}_cpu_$$dtype.json || exit 1; done; done
+	for kind in smollm3 gemma2 gemma3_text phi3 olmo2; do for dtype in float32 bfloat16; do \
+	  $(PY) benchmarks/train.py --model $$kind-small --layers 6 --work half --dtype $$dtype \
+	    --out benchmarks/results/train_$$kind-small_cpu_$$dtype.json || exit 1; done; done
 	$(PY) benchmarks/resources.py --out benchmarks/results/resources.json
 
 # These two run from a bare clone, with any python3 that has torch and triton, and write into the folder OUT. The tests

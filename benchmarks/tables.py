@@ -12,6 +12,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- by benchmarks/tables.py -->", "<!-- end -->"
 MODELS = {"gpt2": "GPT-2 small", "llama-small": "Llama", "tinyllama": "TinyLlama"}
+DECODERS = {  # in the sizes of the Llama
+    "smollm3": "SmolLM3", "gemma2": "Gemma 2", "gemma3_text": "Gemma 3", "phi3": "Phi-3", "olmo2": "OLMo 2",
+}  # fmt: skip
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 
 
@@ -94,16 +97,26 @@ A step of SFT on SmolLM2 is {ratios["step_seconds"]:.1f} times as fast as TRL's,
 process's peak; the loss on held-out rows is {losses["handtune"]:.4f} after ours and {losses["trl"]:.4f} after TRL's."""
 
 
+BESIDE = (
+    "tokens/s, times PEFT", "the floor, times PEFT", "share of the floor", "peak memory above weights, of PEFT's",
+    "tight", "bytes saved for backward",
+)  # fmt: skip
+
+
 def training() -> str:
-    head = ["work", "model, dtype", "tokens/s, times PEFT", "the floor, times PEFT", "share of the floor",
-            "peak memory above weights, of PEFT's", "tight", "bytes saved for backward"]  # fmt: skip
-    return table(head, training_rows())
+    return table(["work", "model, dtype", *BESIDE], training_rows())
 
 
-BLOCKS = {
-    "llama": "Llama", "smollm3": "SmolLM3", "gemma2": "Gemma 2", "gemma3_text": "Gemma 3", "phi3": "Phi-3",
-    "olmo2": "OLMo 2", "gpt2": "GPT-2 small",
-}  # fmt: skip
+def decoders() -> str:
+    rows = []
+    for kind, name in DECODERS.items():
+        for dtype, short in DTYPES.items():
+            run = results(f"train_{kind}-small_cpu_{dtype}")["results"]["half"]
+            rows.append([f"{name}, {short}", *beside(run["handtune"], run["peft"], run["floor"])])
+    return table(["model, dtype", *BESIDE], rows)
+
+
+BLOCKS = {"llama": "Llama", **DECODERS, "gpt2": "GPT-2 small"}
 
 
 def saved() -> str:
@@ -259,6 +272,11 @@ near it, nobody can be much faster. "Tight" is the same peak with MALLOC_MMAP_TH
 the holes that glibc's heap keeps. The Llama is of GPT-2 small's width, with 4 key/value heads for 12 query heads.
 
 {training()}
+
+The same step, half of it prompt, on other decoders in the sizes of that Llama, and six layers of them. transformers
+computes Gemma 2's soft-capped attention with all scores in memory; the floor leaves the soft-cap out.
+
+{decoders()}
 
 What a block keeps for the backward pass, bf16, weights and adapters left out (`python benchmarks/saved_bytes.py`):
 

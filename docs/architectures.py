@@ -135,7 +135,8 @@ def published_sizes(model_type: str) -> list[Any]:
 def weightless(family: Any, config: Any) -> nn.Module:
     """Its model, without memory for weights."""
     with torch.device("meta"):
-        return family(config, "embedding" if family.reads_images else None)  # type: ignore[no-any-return]
+        model: nn.Module = family(config, "embedding" if family.reads_images else None)
+    return model
 
 
 def norms(model: nn.Module) -> str:

@@ -38,6 +38,7 @@ ELSEWHERE = {
         "engine/adapters/combine.py", "engine/adapters/qlora.py", "engine/adapters/tied.py",
         "engine/adapters/rounding.py", "engine/adapters/modules_to_save.py", "engine/adapters/switch.py",
         "engine/adapters/locking.py", "engine/adapters/module_patterns.py", "engine/training/freezing.py",
+        "engine/adapters/wrapping.py",
     ],
     "other options": [
         "kernels/dropout.py", "kernels/attn/blocks.py", "models/layers/dropout.py",

@@ -183,6 +183,8 @@ def _check_training_options(config: RunConfig) -> None:
 
 def _check_text(config: RunConfig, objective: Objective, model: Any, tokenizer: Any) -> int:
     """The longest that a row may be, in tokens. ValueError where options or the tokenizer don't fit the model."""
+    if model.reads_images:
+        raise ValueError(f"method {config.method!r}: {model.title} reads images, for which there is method classify")
     if config.data.image_size is not None or not config.data.augment:
         raise ValueError(f"data.image_size, data.augment: method {config.method!r} of this model reads text, no images")
     remedy = CONVERT if config.model.path else "name one with model.tokenizer"
@@ -215,6 +217,11 @@ def _prepare_images(
         )
     if config.data.image_size is not None:
         model.pixels = model.pixels.at(config.data.image_size)
+    if model.image_size not in (None, model.pixels.size):
+        raise ValueError(
+            f"images of {model.pixels.size} pixels a side, but the positions of this model are for {model.image_size}; "
+            f"set data.image_size = {model.image_size}"
+        )
 
     examples = checked_examples({"train": rows, "eval": eval_rows}, labels, model.pixels)
     objective = with_loss_options(objective, config.loss, labels, examples["train"])

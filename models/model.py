@@ -60,6 +60,7 @@ class PretrainedModel(nn.Module):
     # Whether it reads images, not tokens, and how these are prepared: by its `build`, or as the checkpoint says.
     reads_images: ClassVar[bool] = False
     pixels: ImageProcessor
+    image_size: int | None = None  # pixels a side that it reads alone; None: any size
     # Methods of training that mean another objective here than for most models.
     objectives: ClassVar[dict[str, str]] = {}
     # Whether it is a causal decoder, whose `hidden` takes `keys` and `positions_to_return`: what PPO trains.

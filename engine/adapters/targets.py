@@ -43,13 +43,20 @@ def candidates(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, ..
 def match_targets(model: nn.Module, targets: Targets) -> dict[str, dict[int, str]]:
     """For each module that a target matches, by its path: the published paths of the parts matched, by their index."""
     modules = {path: published for path, _, published in candidates(model)}
+    former: dict[str, str] = {}  # published paths → those of before they were renamed
+    for checkpoint_key in facts_of(model).key_map().values():
+        former |= checkpoint_key.former_modules
     matched: dict[str, dict[int, str]] = {path: {} for path in modules}
     for target in _globs(model, targets):
         n_matches = 0
         for path, published in modules.items():
             # Our path names all parts of a module, a published path one of them.
             matches_path = _matches(path, target)
-            parts = {i: name for i, name in enumerate(published) if matches_path or _matches(name, target)}
+            parts = {
+                i: name
+                for i, name in enumerate(published)
+                if matches_path or _matches(name, target) or (name in former and _matches(former[name], target))
+            }
             matched[path] |= parts
             n_matches += len(parts)
         if not n_matches:

@@ -49,7 +49,7 @@ from .saved_modules import (
     tensors_with,
     trained_rows_with,
 )
-from .weights import PREFIX, FactorLayout, by_module, read_weights, take_factors
+from .weights import PREFIX, FactorLayout, read_weights, take_factors, with_todays_names
 
 TASK_TYPES = {
     "causal-lm": "CAUSAL_LM",
@@ -271,7 +271,7 @@ def read_adapter(model: nn.Module, path: str | Path, is_base: IsBase | None = No
         raise FileNotFoundError(f"{folder}: no {CONFIG} there; give the folder that save_adapter (or PEFT) wrote")
     published = read_json(folder / CONFIG)
     config = lora_config(published, folder / CONFIG)
-    tensors = by_module(model, read_weights(folder / WEIGHTS))
+    tensors = with_todays_names(model, read_weights(folder / WEIGHTS))
 
     # Each step takes what it knows out of `remaining`; the plain tensors are what is left.
     remaining = dict(tensors)

@@ -98,13 +98,11 @@ class FactorLayout(NamedTuple):
         return PartWeights(fresh.part, fresh.scale, a, to_ours(self.checkpoint_key, b), m)
 
 
-def by_module(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def with_todays_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of an adapter, where it was made before transformers renamed its modules, by today's names."""
     modules: dict[str, str] = {}
     for checkpoint_key in facts_of(model).key_map().values():
-        if len(checkpoint_key.files) == len(checkpoint_key.names):
-            pairs = zip(checkpoint_key.files, checkpoint_key.names, strict=True)
-            modules.update((former.rpartition(".")[0], name.rpartition(".")[0]) for former, name in pairs)
+        modules |= {former: name for name, former in checkpoint_key.former_modules.items()}
 
     def renamed(name: str) -> str:
         module = next((module for module in modules if name.startswith(f"{module}.")), None)

@@ -2,7 +2,7 @@
 
 Rows are encoded as in an evaluation, and packed: nothing is computed for padding, and a row's prediction depends on the
 rows beside it by rounding alone. What each task reads and predicts stands in the task's file, and in the table
-`PREDICTORS` of `tasks/objectives.py`. A row that is too long loses its end, a context is read by windows; which rows
+`predictor_for` in `tasks/objectives.py`. A row that is too long loses its end, a context is read by windows; which rows
 these were is said at the end.
 """
 
@@ -29,18 +29,18 @@ from ..parallel.ranks import spread, world_size
 from ..runtime import in_eval_mode
 from ..tasks.common import Encoded, Settings, token_rows
 from ..tasks.encode import SHOWN, encode_batches
-from ..tasks.objectives import PREDICTORS
+from ..tasks.objectives import predictor_for
 
 log = logging.getLogger("handtune")
 
 
-def rows_to_predict(rows: Iterable[Mapping[str, Any] | str], task: str) -> list[PlacedRow]:
-    """What a model of the task reads of each row: a mapping of fields, or its text alone (of an image its path).
+def rows_to_predict(rows: Iterable[Mapping[str, Any] | str], model: Any) -> list[PlacedRow]:
+    """What the model reads of each row: a mapping of fields, or its text alone (of an image its path).
 
     ValueError, with the row's place, where it lacks a field that the model reads.
     """
-    only_field = "image" if task == "image-classification" else "text"
-    shapes = list(PREDICTORS[task].encoders)
+    only_field = "image" if model.reads_images else "text"
+    shapes = list(predictor_for(model).encoders)
     inputs = []
     for number, row in enumerate(rows, 1):
         if isinstance(row, str):
@@ -74,9 +74,9 @@ def predictions(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size}: expected a positive number")
-    predictor = PREDICTORS[model.task]
+    predictor = predictor_for(model)
     collate: CollateFn
-    if model.task == "image-classification":
+    if model.reads_images:
         collate = partial(_decoded_images, model.pixels)
     else:
         max_length = _checked_length(max_length, model.config.max_positions)
@@ -133,7 +133,7 @@ def _outputs(
     outputs: list[NDArray[Any]] = []
     with in_eval_mode(model):
         for (batch,) in Batches(examples, collate, rows=batch_size, shuffle=False):
-            outputs += PREDICTORS[model.task].outputs(model, to_device(batch, device))
+            outputs += predictor_for(model).outputs(model, to_device(batch, device))
     if not all(np.isfinite(output).all() for output in outputs):
         raise not_finite(model, f"the predictions for {location} and the rows after it")
     return outputs

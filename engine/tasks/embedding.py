@@ -30,6 +30,7 @@ from .common import (
     Encoded,
     Settings,
     cross_entropy,
+    features,
     pooled,
     positions_that_fit,
     select,
@@ -211,6 +212,19 @@ step_embedding_loss = StepLoss(embedding_loss, _embeddings_together, itemgetter(
 def text_embeddings(model: Any, batch: Batch) -> list[NDArray[Any]]:
     """The embedding (D,) of each row of the batch."""
     return list(model.head(pooled(model, batch["inputs"])).float().cpu().numpy())
+
+
+def image_embeddings(model: Any, batch: Batch) -> list[NDArray[Any]]:
+    """The embedding (D,) of each image of the batch."""
+    return list(model.head(features(model, batch)).float().cpu().numpy())
+
+
+def predicted_image_embedding(
+    row: PlacedRow, examples: Examples, outputs: Sequence[NDArray[Any]], labels: Sequence[str]
+) -> dict[str, Any]:
+    """The `embedding` of the image."""
+    (vector,) = outputs
+    return {"embedding": vector}
 
 
 def predicted_embedding(

@@ -1,6 +1,6 @@
 """What each training method means: the task, the encoding, the batches, the loss and how it is scored.
 
-`PREDICTORS` says how a model of each task that has a head predicts.
+`predictor_for` says how a model of a task that has a head predicts.
 
 Most methods mean the same for every architecture. Where one doesn't ("sft" is next-token prediction for a decoder, and
 an answer to the encoded prompt for an encoder-decoder), the model's class says which objective it means.
@@ -36,7 +36,9 @@ from .embedding import (
     each_text,
     embed,
     embedding_rows,
+    image_embeddings,
     predicted_embedding,
+    predicted_image_embedding,
     step_embedding_loss,
     text_embeddings,
 )
@@ -187,12 +189,11 @@ class Predictor:
     prediction: Callable[[PlacedRow, Examples, list[Any], Sequence[str]], dict[str, Any]]
 
 
-# By the task of the model; the images of "image-classification" are encoded by `images.py`.
+# By the task of the model.
 PREDICTORS = {
     "sequence-classification": Predictor(
         dict.fromkeys(("text/text_pair", "text"), texts), class_probabilities, predicted_class
     ),
-    "image-classification": Predictor({"image": images}, class_probabilities, predicted_class),
     "token-classification": Predictor(
         {"tokens": numbered_words, "text": words_of_texts}, tag_probabilities, predicted_tags
     ),
@@ -206,6 +207,17 @@ PREDICTORS = {
         reward_scores, predicted_scores,
     ),
 }  # fmt: skip
+# The same for models that read images, which `images.py` prepares.
+IMAGE_PREDICTORS = {
+    "image-classification": Predictor({"image": images}, class_probabilities, predicted_class),
+    "embedding": Predictor({"image": images}, image_embeddings, predicted_image_embedding),
+}
+
+
+def predictor_for(model: Any) -> Predictor:
+    """How this model predicts, which has a head that does."""
+    return (IMAGE_PREDICTORS if model.reads_images else PREDICTORS)[model.task]
+
 
 # What a configuration may name as its method; each is an objective of that name, if the model doesn't say otherwise.
 METHODS = ("pretrain", "sft", "masked-lm", "classify", "tag", "qa", "embed", "reward", "dpo")

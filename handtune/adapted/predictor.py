@@ -11,7 +11,7 @@ from ..engine.data.columns import Columns
 from ..engine.data.placed_rows import PlacedRow
 from ..engine.data.schema import as_dialogue
 from ..engine.prediction.trained import predictions, rows_to_predict
-from ..engine.tasks.objectives import PREDICTORS
+from ..engine.tasks.objectives import IMAGE_PREDICTORS, PREDICTORS
 from ..inputs.fingerprints import is_run
 from ..inputs.rows import columns_of
 from ..models import load
@@ -37,7 +37,7 @@ class Predictor:
 
     def inputs(self, rows: Iterable[Mapping[str, Any] | str]) -> list[PlacedRow]:
         """What the model reads of each row; ValueError, with the row's place, where that is not there."""
-        inputs = rows_to_predict(map(self._renamed, rows), self.model.task)
+        inputs = rows_to_predict(map(self._renamed, rows), self.model)
         if not self.model.tokens.asks_as_chat:
             return inputs
 
@@ -133,7 +133,7 @@ def predictor_of(source: str, dtype: str = "auto") -> Predictor:
 
 def _require_head(source: str, task: str) -> None:
     """ValueError for a model of a task that predicts nothing."""
-    if task in PREDICTORS:
+    if task in (*PREDICTORS, *IMAGE_PREDICTORS):
         return
     if task in ("causal-lm", "seq2seq-lm"):
         raise ValueError(f"{source}: a model that writes ({task}) has no head to predict with; ask it by `generate`")
@@ -145,7 +145,7 @@ def _require_head(source: str, task: str) -> None:
 
 def _require_classes(source: str, model: Any, problem: Any) -> None:
     """ValueError for a published classifier that does not choose one of several classes."""
-    if model.task != "sequence-classification":
+    if model.task not in ("sequence-classification", "image-classification"):
         return
     if len(model.labels) == 1 or problem in ("regression", "multi_label_classification"):
         kind = "several labels at once" if problem == "multi_label_classification" else "a number"
@@ -153,7 +153,7 @@ def _require_classes(source: str, model: Any, problem: Any) -> None:
 
 
 def _check_tokenizer(model: Any, tokenizer: Any, remedy: str) -> None:
-    if model.task != "image-classification":
+    if not model.reads_images:
         check_tokenizer(model, tokenizer, model.source, remedy)
 
 

@@ -1,5 +1,6 @@
 """What a checkpoint is: its config.json, which is read before anything else of it."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from ..tensors.shards import Shards
 from .gguf import published_config, published_tensors
 from .hub import checkpoint_folder
 from .nearest import nearest_family
+
+log = logging.getLogger("handtune")
 
 
 class CheckpointInfo(NamedTuple):
@@ -89,6 +92,12 @@ def _family(published: dict[str, Any]) -> Family:
         known = ", ".join(FAMILIES)
         nearest = nearest_family(published)
         raise ValueError(f"model_type {shown(model_type)} is not an architecture of handtune ({known}){nearest}")
+    if published.get("auto_map"):
+        log.warning(
+            "auto_map = %s: that code is not run; %s is computed by handtune's",
+            shown(published["auto_map"]),
+            model_type,
+        )
     family = FAMILIES[model_type]
     require_values(published, family.supported_config_values)
     return family

@@ -3,14 +3,17 @@
 Three spellings are in use. `preprocessor_config.json` of transformers says either "scale the short edge to
 size / crop_pct, cut `size` out of the middle" (ConvNeXt's processor, which the ResNets of the hub come with; from 384
 pixels on it squeezes the image to a square instead), or "scale the short edge to `size`, cut `crop_size`" (BiT's and
-most others), or "squeeze to height and width" (ViT's). timm has it in config.json under `pretrained_cfg`.
+most others), or "squeeze to height and width" (ViT's, where one number means both). timm has it in config.json under
+`pretrained_cfg`.
 
 A step that is null is left out, as transformers does; a step that is missing is what the processor's class does. Mean,
 deviation and sizes, whose defaults are others in each class, must be there.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,10 @@ RESAMPLINGS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4
 MAX_SIDE = 4096  # pixels; more is damaged, and an image would take hundreds of megabytes
 WARPS_FROM = 384  # pixels; from here on ConvNeXt's processor squeezes
 CROP_PCT = 224 / 256  # what ConvNeXt's processor and timm take where `crop_pct` is silent
+# What transformers' classes do where a file is silent, by how their names begin; and which of them is meant where it
+# names none, by the model's type.
+DEFAULTS = {"ViT": {"resample": 2}, "ConvNext": {"resample": 3}, "Bit": {"resample": 3}}
+CLASSES = {"resnet": "ConvNext", "vit": "ViT", "dinov2": "Bit", "dinov2_with_registers": "Bit"}
 # Steps that would change the pixels if they were otherwise, and the values for which they don't.
 REQUIRED = {
     "do_resize": (True,), "do_rescale": (True,), "rescale_factor": (1 / 255, 0.00392156862745098),
@@ -78,9 +85,10 @@ class ImageProcessor:
         model's.
         """
         path = folder / FILE
+        build: Callable[[dict[str, Any], int], ImageProcessor]
         if path.exists():
             stored = read_json(path)
-            build = _from_processor
+            build = partial(_from_processor, model_type=config.get("model_type"))
         else:
             path = folder / "config.json"
             stored = config.get("pretrained_cfg")
@@ -91,6 +99,8 @@ class ImageProcessor:
         with located(path):
             try:
                 return build(stored, n_channels)
+            except KeyError as error:
+                raise ValueError(f"{error} is missing, of what is done to images; restore it") from error
             except (TypeError, LookupError, AttributeError, ArithmeticError) as error:
                 raise ValueError(f"the size or normalisation of images is damaged ({error!r})") from error
 
@@ -119,17 +129,18 @@ def check_images(pixel_values: Tensor, n_channels: int) -> None:
         raise ValueError(f"expected images (B, {n_channels}, H, W), got {tuple(pixel_values.shape)}")
 
 
-def _from_processor(stored: dict[str, Any], n_channels: int) -> ImageProcessor:
-    """As preprocessor_config.json says."""
+def _from_processor(stored: dict[str, Any], n_channels: int, model_type: str | None = None) -> ImageProcessor:
+    """As preprocessor_config.json says; where it names no class, as that for the model understands it."""
     require_values(stored, REQUIRED)
+    class_name = str(
+        stored.get("image_processor_type") or stored.get("feature_extractor_type") or CLASSES.get(model_type or "")
+    )
+    stored = {**next((fields for name, fields in DEFAULTS.items() if class_name.startswith(name)), {}), **stored}
     if not stored.get("do_normalize", True):
         stored = {**stored, "image_mean": 0.0, "image_std": 1.0}
     mean = _channels("image_mean", stored.get("image_mean"), n_channels)
     std = _channels("image_std", stored.get("image_std"), n_channels)
 
-    class_name = str(stored.get("image_processor_type", stored.get("feature_extractor_type")))
-    if class_name.startswith(("ConvNext", "Bit")):
-        stored = {"resample": 3, **stored}
     resample = int(stored["resample"])
     size, edge, squeeze = _framing(stored, class_name)
     return ImageProcessor(size, edge, squeeze, resample, mean, std)
@@ -138,6 +149,8 @@ def _from_processor(stored: dict[str, Any], n_channels: int) -> ImageProcessor:
 def _framing(stored: dict[str, Any], class_name: str) -> tuple[int, int, bool]:
     """Which part of an image is seen: `size`, `edge` and `squeeze`, as the processor of this class understands them."""
     size = stored["size"]
+    if class_name.startswith("ViT") and not isinstance(size, dict):
+        size = {"height": size, "width": size}
     edges = size
     squeeze = False
     if isinstance(size, dict):

@@ -26,6 +26,14 @@ class CheckpointKey:
     files: tuple[str, ...] = ()  # what files call it, where transformers' modules aren't: see `checkpoint/renamed.py`
     optional: bool = False  # zero where the checkpoint lacks it
 
+    @property
+    def former_modules(self) -> dict[str, str]:
+        """The modules of the names → what files call these, where there is a file's name for each."""
+        if len(self.files) != len(self.names):
+            return {}
+        modules = ((name.rpartition(".")[0] for name in names) for names in (self.names, self.files))
+        return dict(zip(*modules, strict=True))
+
     def ours(self, stored: Tensor) -> Tensor:
         """A stored tensor in our layout, as a view where it can be."""
         if self.shape and stored.shape == self.shape:

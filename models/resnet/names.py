@@ -48,7 +48,9 @@ def from_timm(config: dict[str, Any]) -> dict[str, Any]:
     """
     name = config["architecture"]
     if name not in TIMM:
-        raise ValueError(f"architecture {name!r} is not one of handtune ({', '.join(TIMM)})")
+        raise ValueError(
+            f"architecture {name!r} is not one of handtune ({', '.join(TIMM)}); a ViT is read as transformers stores it"
+        )
 
     # The arguments of timm's builder override the fields next to them. Those that are not taken out change the model.
     arguments = dict(config.get("model_args") or {})

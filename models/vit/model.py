@@ -75,6 +75,7 @@ class ViT(VisionTransformer):
     def build(self, config: ViTConfig) -> None:
         """The embedding of patches, the blocks, the norm behind them, and how an image is prepared for them."""
         half = (0.5,) * config.n_channels
+        self.image_size = config.image_size
         self.pixels = ImageProcessor(config.image_size, config.image_size, True, 2, half, half)
         self.embed = Embed(config)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -92,8 +93,8 @@ class ViT(VisionTransformer):
         height, width = pixel_values.shape[2:]
         if (height, width) != (size, size):
             raise ValueError(
-                f"images of {height} x {width} pixels, but this ViT's positions are for {size} x {size}; leave "
-                "data.image_size out, or take a DINOv2, which reads any size"
+                f"images of {height} x {width} pixels, but this ViT's positions are for {size} x {size}; a "
+                "DINOv2 reads any size"
             )
         return self.embed.dropout(self.embed.tokens(self.embed.patches(pixel_values), self.embed.positions))
 

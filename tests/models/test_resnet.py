@@ -126,7 +126,7 @@ def test_a_folder_of_timm(tmp_path):
         ({"model_args": {"stem_width": 32}}, r"model_args = \{'stem_width': 32\} is not implemented"),
         ({"model_args": {"global_pool": "max"}}, "global_pool = 'max' is not implemented"),
         ({"pretrained_cfg": {"input_size": [3, 64, 64], "interpolation": "random"}}, "interpolation = 'random'"),
-        ({"pretrained_cfg": {"interpolation": "bilinear"}}, "normalisation of images is damaged"),
+        ({"pretrained_cfg": {"interpolation": "bilinear"}}, ".input_size. is missing, of what is done to images"),
         (
             {"pretrained_cfg": {"input_size": [3, 64, 64], "mean": [0.5]}},
             r"mean = \[0.5\]: expected one value for each",

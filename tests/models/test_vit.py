@@ -17,8 +17,10 @@ from small_vits import both_vits, their_outputs, their_vit
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from handtune import predict
 from handtune.cli import main
 from handtune.engine import LoRAConfig, add_lora, freeze, load_adapter, save_adapter, unfreeze
+from handtune.engine.adapters.targets import match_targets
 from handtune.engine.data.images import ImageCollate, decode
 from handtune.models import Bert, Dinov2, ViT, load, save
 from handtune.models.layers.image_processor import ImageProcessor
@@ -405,3 +407,79 @@ def test_training_by_the_command_line(tmp_path, kind, way):
         adapted, _ = load(tmp_path / "base", labels=["sea", "sky"], device="cpu")
         load_adapter(adapted, tmp_path / "run" / "adapter")
         assert_within(merged(x).detach(), adapted(x).detach(), 1e-4, "adapted")
+
+
+IN21K = {
+    "do_normalize": True, "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "size": 24,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"feature_extractor_type": "ViTFeatureExtractor", "resample": 2},  # as the first ViTs are published
+        {"image_processor_type": "ViTImageProcessor"},
+        {},
+    ],
+    ids=["as it was", "no filter", "no class"],
+)
+def test_a_size_of_one_number_is_a_square_of_this_side(more, tmp_path):
+    """And what such a file leaves out is what transformers' class for ViTs does."""
+    their_vit().save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**IN21K, **more}))
+    model, _ = load(tmp_path, device="cpu")
+    assert model.pixels == ImageProcessor(24, 24, True, 2, (0.5,) * 3, (0.5,) * 3)
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_a_head_that_chooses_no_class_is_refused(problem, tmp_path):
+    their_vit().save_pretrained(tmp_path)
+    change_config(tmp_path, problem_type=problem)
+    with pytest.raises(ValueError, match="and one class of several is predicted here"):
+        predict(tmp_path, ["a.png"])
+
+
+@every_kind
+def test_embeddings_of_images_are_those_of_transformers(tmp_path, kind):
+    reference, model = both_vits(tmp_path, kind, "embedding")
+    model.pixels = ImageProcessor(24, 30)
+    model.pixels.write(tmp_path)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8))
+    image.save(tmp_path / "a.png")
+    (ours,) = predict(tmp_path, [str(tmp_path / "a.png")])
+    pixels = BitImageProcessorPil.from_pretrained(tmp_path)(image, return_tensors="pt")["pixel_values"]
+    expected = their_outputs(reference, pixels)[0]
+    torch.testing.assert_close(torch.tensor(ours["embedding"]), expected, atol=1e-4, rtol=0)
+
+
+def test_published_targets_of_before_modules_were_renamed():
+    """`query` and `value`, as guides to adapting a ViT have it."""
+    model = ViT.from_name("vit-tiny-patch16-224", n_layer=1, task="embedding")
+    assert match_targets(model, ["query", "value"]) == match_targets(model, ["q_proj", "v_proj"])
+    assert match_targets(model, ["attention.output.dense"]) == match_targets(model, ["o_proj"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["data.image_size=32"], "images of 32 pixels a side, but the positions of this model are for 24"),
+        (["method=embed"], "method 'embed': ViT reads images, for which there is method classify"),
+    ],
+)
+def test_a_run_that_cannot_be_is_refused_before_it_begins(arguments, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    their_vit().save_pretrained("base")
+    class_folders(tmp_path / "images")
+    (tmp_path / "run.toml").write_text(
+        "method = 'classify'\nout = 'run'\n[model]\npath = 'base'\n[data]\ntrain = 'images'\n[train]\nepochs = 1\n"
+    )
+    for command in ("check-data", "train"):
+        assert main([command, "run.toml", *arguments]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_code_of_its_own_is_not_run(tmp_path, caplog):
+    their_vit().save_pretrained(tmp_path)
+    change_config(tmp_path, auto_map={"AutoModel": "modeling_x.Y"})
+    load(tmp_path, device="cpu")
+    assert "auto_map = {'AutoModel': 'modeling_x.Y'}: that code is not run" in caplog.text

@@ -139,7 +139,7 @@ def test_texts_are_read_behind_their_prompts(tmp_path, caplog):
     again, tokenizer = load(tmp_path / "again", device="cpu")
     rows = {"anchor_embedding": pair, "positive_embedding": pair, "embedding": {"text": "the cat"}}
     for (name, row), expected in zip(rows.items(), ids.values(), strict=True):
-        (prediction,) = predictions(again, tokenizer, rows_to_predict([row], "embedding"))
+        (prediction,) = predictions(again, tokenizer, rows_to_predict([row], again))
         torch.testing.assert_close(torch.tensor(prediction[name]), model(torch.tensor([expected]))[0])
 
 
