@@ -12,7 +12,19 @@ from typing import Any
 import pytest
 import torch
 from small_adapters import small_gpt2
-from small_models import both, padded, tiny_bloom, tiny_gpt2, tiny_llama, token_rows
+from small_models import (
+    both,
+    padded,
+    tiny_bloom,
+    tiny_gemma2,
+    tiny_gemma3,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_olmo,
+    tiny_phi3,
+    tiny_smollm3,
+    token_rows,
+)
 from small_tokenizers import byte_level
 from static_steps import assert_static_is_plain
 from torch import Tensor
@@ -47,6 +59,11 @@ FAMILIES = {
     "llama": tiny_llama,
     "bloom": tiny_bloom,
     **{name: partial(tiny_llama, rope_parameters={"rope_theta": 100.0, **rope}) for name, rope in ROPES.items()},
+    "gemma2": partial(tiny_gemma2, sliding_window=40),
+    "gemma3": partial(tiny_gemma3, sliding_window=40),
+    "smollm3": tiny_smollm3,
+    "phi3": tiny_phi3,
+    "olmo2": tiny_olmo,
     "DoRA": tiny_llama,
     "4 bits": tiny_llama,
 }
