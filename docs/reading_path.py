@@ -17,7 +17,8 @@ TASK = "engine/tasks/causal_lm.py"  # of the many that the table of methods lead
 # What another path would be about. A folder stands for all that is in it.
 ELSEWHERE = {
     "other families": [
-        "models/bloom", "models/encoder.py", "models/bert.py", "models/roberta.py", "models/distilbert.py",
+        "models/bloom", "models/encoder.py", "models/image_model.py", "models/bert.py", "models/roberta.py",
+        "models/distilbert.py",
         "models/mpnet.py", "models/modernbert.py", "models/gemma", "models/smollm3.py", "models/olmo.py",
         "models/phi3.py", "models/t5", "models/xlnet", "models/resnet", "models/vit",
         "models/checkpoint/renamed.py",

@@ -3,7 +3,7 @@
     layers/      what several architectures are made of, and how their weights and configurations are published
     tensors/     files of weights: safetensors, GGUF, quantised ones
     tokenizer/   special tokens, and tokenizers of old vocabulary files
-    model        what they have in common, and what each has to provide; `encoder`, of encoders
+    model        what they have in common, and what each has to provide; `encoder`, `image_model`: of some of them
     gpt2/  llama/  gemma/  smollm3  phi3  olmo  bloom/  bert  distilbert  roberta  mpnet  modernbert
     t5/  xlnet/  resnet/  vit/     the architectures: begin with `gpt2/model.py`
     families     which of them a published `model_type` is

@@ -26,7 +26,7 @@ ROOMS = {
                 "linear", "conv mlp"],
     "engine": ["model parallel progress runtime", "finite", "formats", "chat data adapters", "tasks generation peft",
                "training prediction", "rlhf"],
-    "models": ["layers", "tensors tokenizer", "model", "encoder llama",
+    "models": ["layers", "tensors tokenizer", "model", "encoder image_model llama",
                "gpt2 smollm3 gemma phi3 olmo bloom bert distilbert roberta mpnet modernbert t5 xlnet resnet vit",
                "families", "checkpoint"],
 }  # fmt: skip

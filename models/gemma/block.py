@@ -20,23 +20,11 @@ from torch import Tensor, nn
 from ...kernels import Linear, RMSNorm, feed_forward, norm_linear, rms_norm
 from ...kernels.dropout import Dropout
 from ..layers.key_map import CheckpointKey
-from ..llama.config import LlamaConfig
+from ..llama.config import CONFIG_KEYS, LlamaConfig
 from ..llama.model import Attending, Embed, Llama
 
 # published field -> ours
-KEYS = {
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_positions",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "num_key_value_heads": "n_kv_head",
-    "hidden_size": "d_model",
-    "intermediate_size": "d_ff",
-    "head_dim": "head_width",
-    "rms_norm_eps": "eps",
-    "tie_word_embeddings": "tied",
-    "attention_bias": "attention_bias",
-    "attention_dropout": "attention_dropout",
+KEYS = {theirs: ours for theirs, ours in CONFIG_KEYS.items() if ours not in ("window", "mlp_bias")} | {
     "query_pre_attn_scalar": "query_scale",
     "sliding_window": "near",
 }

@@ -17,8 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ..._files import read_json, write_json
 from ..._outside import located
 from ..._shapes import shown
@@ -121,12 +119,6 @@ class ImageProcessor:
             "do_convert_rgb": len(self.mean) == 3,
         }
         write_json(folder / FILE, out)
-
-
-def check_images(pixel_values: Tensor, n_channels: int) -> None:
-    """ValueError for what isn't images (B, C, H, W) of so many channels."""
-    if pixel_values.dim() != 4 or pixel_values.shape[1] != n_channels:
-        raise ValueError(f"expected images (B, {n_channels}, H, W), got {tuple(pixel_values.shape)}")
 
 
 def _from_processor(stored: dict[str, Any], n_channels: int, model_type: str | None = None) -> ImageProcessor:

@@ -21,16 +21,16 @@ a 3×3 convolution with stride 1 and no pooling. transformers has no such model 
 """
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels import Conv2d
-from ..layers.image_processor import ImageProcessor, check_images
+from ..image_model import ImageModel
+from ..layers.image_processor import ImageProcessor
 from ..layers.key_map import CheckpointKey
-from ..model import PretrainedModel
 from .config import PRESETS, ResNetConfig
 from .names import checkpoint_keys
 
@@ -142,7 +142,7 @@ class Stem(nn.Module):
         return F.max_pool2d(x, 3, 2, padding=1)  # (B, C, H/4, W/4)
 
 
-class ResNet(PretrainedModel):
+class ResNet(ImageModel):
     """A ResNet that classifies images, or embeds them; see `PretrainedModel` for what it has from there.
 
     "all-linear" adapts the convolutions of the blocks, shortcuts included, without the stem.
@@ -154,8 +154,6 @@ class ResNet(PretrainedModel):
     presets = PRESETS
     architectures: ClassVar = {"image-classification": "ResNetForImageClassification", "embedding": "ResNetModel"}
     base_prefix = ("resnet.",)
-    reads_images = True
-    objectives: ClassVar = {"classify": "classify-images"}
     lora_targets: ClassVar = {"convolutions": ("layers.*.conv*",)}
     head_keys: ClassVar = {"classifier.*": ("image-classification",), "fc.*": ("image-classification",)}
     supported_config_values: ClassVar = {"hidden_act": ("relu",), "layer_type": ("basic", "bottleneck")}
@@ -188,25 +186,15 @@ class ResNet(PretrainedModel):
 
     def hidden(self, pixel_values: Tensor) -> Tensor:
         """The last feature map (B, D, H/32, W/32), rounded up, for images (B, 3, H, W); H/8, W/8 for `small_images`."""
-        check_images(pixel_values, self.config.n_channels)
+        self.check_images(pixel_values)
         x = self.embed(pixel_values.to(self.embed.conv.weight.dtype))  # (B, C, H/4, W/4)
         for block in self.layers:
             x = block(x)  # (B, C', H/4, W/4) in the first stage, half the sides in each further one
         return x
 
-    def pool(
-        self,
-        states: Tensor,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
+    def pool(self, states: Tensor, *_: Any, **__: Any) -> Tensor:
         """What the head reads: the mean over all positions, (B, D). An image has neither ids, mask nor bounds."""
         return states.mean((2, 3))  # (B, D)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:  # type: ignore[override]
-        """image-classification gives (B, n_labels); embedding (B, D). Images are (B, 3, H, W)."""
-        return self.head(self.pool(self.hidden(pixel_values)))
 
     def checkpoint_keys(self) -> dict[str, str | CheckpointKey]:
         """Our modules → the published ones; see `names.py`."""

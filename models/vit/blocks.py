@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from ...kernels import Conv2d, LayerNorm, Linear, attention, norm_linear
 from ...kernels.dropout import Dropout
-from ..layers.image_processor import check_images
+from ..image_model import ImageModel
 from ..layers.key_map import CheckpointKey
-from ..model import PretrainedModel
 from .config import VisionConfig
 
 # Our modules → the published ones, as both have them.
@@ -89,15 +88,12 @@ def attend(x: Tensor, norm: LayerNorm, qkv: Linear, n_head: int, dropout: float)
     return attention(q, k, v, causal=False, dropout=dropout).flatten(2)  # (B, T, D)
 
 
-class VisionTransformer(PretrainedModel):
+class VisionTransformer(ImageModel):
     """What ViT and DINOv2 have in common besides their blocks: what is read, how it is called, and what is adapted."""
 
-    reads_images = True
-    objectives: ClassVar = {"classify": "classify-images"}
     head_keys: ClassVar = {"classifier.*": ("image-classification",)}
     supported_config_values: ClassVar = {"head_dim": (None,), "is_causal": (False, None)}
 
-    config: Any  # with `n_channels`
     embed: nn.Module
     layers: nn.ModuleList
     norm: nn.Module
@@ -105,22 +101,12 @@ class VisionTransformer(PretrainedModel):
 
     def hidden(self, pixel_values: Tensor) -> Tensor:
         """States before the head (B, T, D), of [CLS] first, for images (B, C, H, W)."""
-        check_images(pixel_values, self.config.n_channels)
+        self.check_images(pixel_values)
         x = self.embedded(pixel_values)  # (B, T, D)
         for block in self.layers:
             x = block(x)
         return self.norm(x)
 
-    def pool(
-        self,
-        states: Tensor,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
+    def pool(self, states: Tensor, *_: Any, **__: Any) -> Tensor:
         """What the head reads: the state of [CLS], (B, D). An image has neither ids, mask nor bounds."""
         return states[:, 0]  # (B, D)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:  # type: ignore[override]
-        """image-classification gives (B, n_labels); embedding (B, D). Images are (B, C, H, W)."""
-        return self.head(self.pool(self.hidden(pixel_values)))

@@ -15,7 +15,7 @@ Its training dropped whole layers (`drop_path_rate`), which isn't implemented; p
 Shapes: B images, h × w patches, T = 1 + R + hw tokens, R registers, D width, F feed-forward width, C classes.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -140,13 +140,7 @@ class Dinov2(VisionTransformer):
             raise ValueError(f"images of {height} x {width} pixels are smaller than a patch of {patch} x {patch}")
         return self.embed(pixel_values)
 
-    def pool(
-        self,
-        states: Tensor,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-    ) -> Tensor:
+    def pool(self, states: Tensor, *_: Any, **__: Any) -> Tensor:
         """What the head reads: the state of [CLS] (B, D), and to classify the mean of the patches, too (B, 2D)."""
         if self.task == "embedding":
             return states[:, 0]  # (B, D)
