@@ -93,8 +93,8 @@ class ViT(VisionTransformer):
         height, width = pixel_values.shape[2:]
         if (height, width) != (size, size):
             raise ValueError(
-                f"images of {height} x {width} pixels, but this ViT's positions are for {size} x {size}; a "
-                "DINOv2 reads any size"
+                f"images of {height} x {width} pixels, but this ViT's positions are for those of image_size = {size}; "
+                "a DINOv2 reads any size"
             )
         return self.embed.dropout(self.embed.tokens(self.embed.patches(pixel_values), self.embed.positions))
 
