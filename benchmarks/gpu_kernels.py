@@ -80,12 +80,15 @@ def attention_ways(bench: Bench) -> None:
     def alibi(t: int) -> dict[str, Any]:
         return {"alibi": torch.linspace(0.01, 0.5, s.heads, device=bench.device)}
 
+    def soft_capped(t: int) -> dict[str, Any]:
+        return {"softcap": 5.0}
+
     def triton(settings: dict[str, Any]) -> Operation:
         """Ours, whatever else would take it."""
-        arguments = [settings.get(name) for name in ("alibi", "cu_seqlens")]
+        bounds = settings.get("cu_seqlens")
         return lambda q, k, v: attend._Flash.apply(
-            q, k, v, None, *arguments, settings.get("max_seqlen", k.shape[1]), settings.get("window"), True,
-            s.head_width**-0.5,
+            q, k, v, None, None, bounds, bounds, settings.get("max_seqlen", k.shape[1]), settings.get("window"), True,
+            None, s.head_width**-0.5,
         )  # fmt: skip
 
     ways: list[tuple[str, Callable[[int], dict[str, Any]], Callable[[dict[str, Any]], Operation]]] = [
@@ -103,15 +106,17 @@ def attention_ways(bench: Bench) -> None:
         ),
         *(
             (f"{name}, handtune", settings_of, lambda settings: partial(attention, **settings))
-            for name, settings_of in (("packed", packed), ("window", window), ("alibi", alibi))
+            for name, settings_of in {
+                "packed": packed, "window": window, "alibi": alibi, "soft-capped": soft_capped,
+            }.items()
         ),
-    ]
-    pairs = {"rows": 0.5, "packed": (1 / 64 + 9 / 64 + 16 / 64) / 2, "window": 0.25 - 1 / 32, "alibi": 0.5}
+    ]  # fmt: skip
+    pairs = {"packed": (1 / 64 + 9 / 64 + 16 / 64) / 2, "window": 0.25 - 1 / 32}  # of T², that count; else half
     for name, settings_of, build in ways:
         try:
             few_settings = settings_of(few)
             comparison = bench.compare(build(few_settings), partial(attention_reference, **few_settings), qkv(few))
-            flops = 4 * pairs[name.partition(",")[0]] * s.tokens**2 * s.heads * s.head_width
+            flops = 4 * pairs.get(name.partition(",")[0], 0.5) * s.tokens**2 * s.heads * s.head_width
             operation = build(settings_of(s.tokens))
             bench.measure("attention", name, operation, qkv(s.tokens), comparison, (flops, 3.5 * flops))
         except RuntimeError as error:  # an implementation that isn't there

@@ -143,12 +143,14 @@ def operations(n: int = 4096) -> dict[str, Callable[[], Any]]:
         "geglu_tanh": lambda: kernels.activate(fake(n, 28672), "geglu_tanh"),
         "linear_cross_entropy": lambda: losses(),
         "token losses, entropy": lambda: losses(reduction="none", with_entropy=True),
+        "linear_cross_entropy, soft-capped": lambda: losses(softcap=30.0),
         "feed_forward": lambda: feed_forward(0.0),
         "feed_forward, dropout": lambda: feed_forward(0.1),
         "4 adapters in a batch": lambda: several(4 * 1024, four),
         "32 adapters, a token each": lambda: several(32, each),
         "attention, window": lambda: kernels.attention(*heads(), window=1024),
         "attention, alibi": lambda: kernels.attention(*heads(), alibi=slopes()),
+        "attention, soft-capped": lambda: kernels.attention(*heads(256), softcap=50.0),
         "attention, bias": lambda: kernels.attention(*heads(64), bias=fake(1, 32, n, n)),
         "attention, packed, alibi": lambda: kernels.attention(*heads(), alibi=slopes(), **packed),
         "attention, packed, fp32": lambda: kernels.attention(*heads(dtype=torch.float32), **packed),
@@ -272,9 +274,9 @@ def compiled(operation: str, launch: Launch, capability: int) -> Usage:
     ptx = binary.asm["ptx"]
     found = re.search(r"wgmma|tcgen05\.mma|mma\.sync", ptx)
     names = launch.kernel.arg_names
-    shown = {names[i]: value for (i,), value in constants.items() if names[i].isupper()}
+    shown = {names[i]: value for (i,), value in constants.items() if names[i].isupper() and value is not None}
     return Usage(
-        operation, launch.kernel.__name__, capability, " ".join(f"{k}={v:d}" for k, v in shown.items()),
+        operation, launch.kernel.__name__, capability, " ".join(f"{k}={v:g}" for k, v in shown.items()),
         numbers["REG"], numbers["STACK"] + numbers["LOCAL"], binary.metadata.shared, found[0] if found else "",
         _widest_load(ptx),
     )  # fmt: skip

@@ -19,12 +19,10 @@ _TILE = {0: (16, 16, 1), 80: (1, 1024, 4)}  # rows and columns that a program ta
 
 
 @triton.jit
-def soft_capped(x, softcap, CAPPED: tl.constexpr):
-    """softcap · tanh(x / softcap) and its derivative; x itself where it isn't CAPPED."""
-    if CAPPED:
-        tanh = 2 * tl.sigmoid(2 * x / softcap) - 1
-        return softcap * tanh, 1 - tanh * tanh
-    return x, 1.0
+def soft_capped(x, softcap):
+    """softcap · tanh(x / softcap) and its derivative."""
+    tanh = 2 * tl.sigmoid(2 * x / softcap) - 1
+    return softcap * tanh, 1 - tanh * tanh
 
 
 @triton.jit

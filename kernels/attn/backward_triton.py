@@ -30,6 +30,7 @@ from .forward_triton import (
     load_rows,
     logits_of,
     nth_block,
+    padded_head_width,
     program_indices,
     sequence,
     sequences,
@@ -49,16 +50,16 @@ _DQ = {
 _DKV = {
     0: SMALL,
     80: {64: (32, 32, 4, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
-    86: {64: (32, 32, 4, 2), 128: (32, 64, 4, 2), 256: (32, 32, 8, 1)},
-    90: {64: (64, 128, 8, 3), 128: (32, 128, 8, 2), 256: (32, 32, 8, 1)},
-    100: {64: (32, 64, 4, 2), 128: (32, 128, 8, 2), 256: (32, 32, 8, 1)},
+    86: {64: (32, 32, 4, 2), 128: (32, 64, 4, 2), 256: (32, 32, 4, 1)},
+    90: {64: (64, 128, 8, 3), 128: (32, 128, 8, 2), 256: (32, 32, 4, 1)},
+    100: {64: (32, 64, 4, 2), 128: (32, 128, 8, 2), 256: (32, 32, 4, 1)},
 }
 _DBIAS = {
     0: SMALL,
     80: {64: (32, 64, 8, 1), 128: (32, 64, 8, 1), 256: (32, 32, 8, 1)},
     90: {64: (64, 64, 8, 2), 128: (64, 64, 8, 1), 256: (32, 32, 8, 1)},
 }
-_DELTA = {0: 16, 80: 64}  # rows a program
+_DELTA = {0: dict.fromkeys((64, 128, 256), 16), 80: {64: 64, 128: 64, 256: 32}}  # rows a program
 
 
 @triton.jit(do_not_specialize=["t", "blocks"])
@@ -77,9 +78,9 @@ def _delta_kernel(
 
 @triton.jit(do_not_specialize=STEPS)
 def _dq_kernel(
-    q, k, v, bias, slopes, bounds, key_bounds, grad, lse, delta, dq, t, s, heads, group, blocks, scale, limit,
-    before, after, q_b, q_t, q_h, k_b, k_s, k_h, bias_b, bias_h, bias_t, bias_s,
-    HD: tl.constexpr, D: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr, CAPPED: tl.constexpr,
+    q, k, v, bias, slopes, bounds, key_bounds, grad, lse, delta, dq, t, s, heads, group, blocks, scale, before, after,
+    q_b, q_t, q_h, k_b, k_s, k_h, bias_b, bias_h, bias_t, bias_s,
+    HD: tl.constexpr, D: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr, LIMIT: tl.constexpr,
     PACKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     block, head, index = program_indices(heads, blocks)
@@ -117,22 +118,25 @@ def _dq_kernel(
             k_block = load_rows(k + kv_offset, key_start, keys, k_s, HD, D, BLOCK_S)
             v_block = load_rows(v + kv_offset, key_start, keys, k_s, HD, D, BLOCK_S)
             product = tl.dot(q_block, tl.trans(k_block), input_precision="tf32x3")
-            product, cap_slope = soft_capped(product, limit, CAPPED)
+            if LIMIT is not None:
+                product, cap_slope = soft_capped(product, LIMIT)
             logits = logits_of(
                 product, query[:, None], key[None, :], bias, slope,
                 queries, keys, scale, before, after, bias_t, bias_s, BIAS, ALIBI, EDGES,
             )  # fmt: skip
             dp = tl.dot(do, tl.trans(v_block), input_precision="tf32x3")
-            dl = tl.exp2(logits - lse_block) * (dp - delta_block) * cap_slope
+            dl = tl.exp2(logits - lse_block) * (dp - delta_block)
+            if LIMIT is not None:
+                dl *= cap_slope
             dq_block = tl.dot(dl.to(k_block.dtype), k_block, dq_block, input_precision="tf32x3")
     store_rows(dq + offset, dq_block * scale, start, queries, token_stride, HD, D, BLOCK_T)
 
 
 @triton.jit(do_not_specialize=STEPS)
 def _dkv_kernel(
-    q, k, v, bias, slopes, bounds, key_bounds, grad, lse, delta, dx, t, s, heads, group, blocks, scale, limit,
-    before, after, q_b, q_t, q_h, k_b, k_s, k_h, bias_b, bias_h, bias_t, bias_s,
-    HD: tl.constexpr, D: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr, CAPPED: tl.constexpr,
+    q, k, v, bias, slopes, bounds, key_bounds, grad, lse, delta, dx, t, s, heads, group, blocks, scale, before, after,
+    q_b, q_t, q_h, k_b, k_s, k_h, bias_b, bias_h, bias_t, bias_s,
+    HD: tl.constexpr, D: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr, LIMIT: tl.constexpr,
     PACKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, OF_KEYS: tl.constexpr,
 ):  # fmt: skip
     """dx is dk if OF_KEYS, else dv. Tiles are (keys, queries) here, so that no product needs one transposed."""
@@ -176,7 +180,8 @@ def _dkv_kernel(
             if ALIBI:
                 slope = tl.load(slopes + head).to(tl.float32)
             product = tl.dot(k_block, tl.trans(q_block), input_precision="tf32x3")
-            product, cap_slope = soft_capped(product, limit, CAPPED)
+            if LIMIT is not None:
+                product, cap_slope = soft_capped(product, LIMIT)
             logits = logits_of(
                 product, query[None, :], key[:, None],
                 bias + batch * bias_b + tl.cast(head, tl.int64) * bias_h if BIAS else bias, slope,
@@ -186,7 +191,9 @@ def _dkv_kernel(
             if OF_KEYS:
                 delta_block = tl.load(delta + number_offset + query, mask=query < queries, other=0.0)[None, :]
                 dp = tl.dot(v_block, tl.trans(do), input_precision="tf32x3")
-                dl = p * (dp - delta_block) * cap_slope
+                dl = p * (dp - delta_block)
+                if LIMIT is not None:
+                    dl *= cap_slope
                 dx_block = tl.dot(dl.to(q_block.dtype), q_block, dx_block, input_precision="tf32x3")
             else:
                 dx_block = tl.dot(p.to(do.dtype), do, dx_block, input_precision="tf32x3")
@@ -201,9 +208,9 @@ def _dkv_kernel(
 
 @triton.jit(do_not_specialize=[*STEPS, "sum_rows"])
 def _dbias_kernel(
-    q, k, v, bias, slopes, grad, lse, delta, dbias, t, s, heads, group, blocks, scale, limit, before, after,
+    q, k, v, bias, slopes, grad, lse, delta, dbias, t, s, heads, group, blocks, scale, before, after,
     q_b, q_t, q_h, k_b, k_s, k_h, bias_b, bias_h, bias_t, bias_s, sum_heads, sum_rows,
-    HD: tl.constexpr, D: tl.constexpr, ALIBI: tl.constexpr, CAPPED: tl.constexpr,
+    HD: tl.constexpr, D: tl.constexpr, ALIBI: tl.constexpr, LIMIT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Adds up over `sum_heads` heads and `sum_rows` rows of the batch: all where bias is broadcast, else one."""
@@ -233,7 +240,9 @@ def _dbias_kernel(
         slope = 0.0
         if ALIBI:
             slope = tl.load(slopes + head).to(tl.float32)
-        product, _ = soft_capped(tl.dot(q_block, tl.trans(k_block), input_precision="tf32x3"), limit, CAPPED)
+        product = tl.dot(q_block, tl.trans(k_block), input_precision="tf32x3")
+        if LIMIT is not None:
+            product, _ = soft_capped(product, LIMIT)
         logits = logits_of(
             product, query[:, None], key[None, :],
             bias + batch * bias_b + tl.cast(head, tl.int64) * bias_h, slope, t, s, scale, before, after, bias_t, bias_s,
@@ -262,10 +271,10 @@ def backward(
     q, k, v = with_kernel_strides(q, k, v)
     grad = grad.contiguous()
     b, t, heads, hd = q.shape
-    shared = constants(q, mask)
+    shared = constants(q, mask, scale)
 
     delta = torch.empty_like(lse)  # (B, H, T)
-    rows = backend.entry(_DELTA, q)
+    rows = backend.entry(_DELTA, q)[max(64, padded_head_width(q))]
     blocks = triton.cdiv(t, rows)
     _delta_kernel[(blocks * heads * b,)](grad, out, delta, t, heads, blocks, hd, shared["D"], rows)
 
@@ -296,7 +305,7 @@ def _key_gradient(inputs: tuple, mask: Mask, scale: float, of_keys: bool) -> Ten
     n_sequences, longest = sequences(k, mask)
     blocks = triton.cdiv(longest, sizes["BLOCK_S"])
     _dkv_kernel[(blocks * k.shape[2] * n_sequences,)](
-        *inputs, dx, *launch_arguments(q, k, mask, scale, blocks), **constants(q, mask), **sizes, OF_KEYS=of_keys
+        *inputs, dx, *launch_arguments(q, k, mask, scale, blocks), **constants(q, mask, scale), **sizes, OF_KEYS=of_keys
     )
     return dx
 
@@ -312,7 +321,7 @@ def _bias_gradient(
 
     sizes = tile_sizes(_DBIAS, q)
     blocks = triton.cdiv(t, sizes["BLOCK_T"]) * triton.cdiv(s, sizes["BLOCK_S"])
-    shared = constants(q, mask)
+    shared = constants(q, mask, scale)
     del shared["BIAS"], shared["PACKED"]
     _dbias_kernel[(blocks * bias_rows * bias_heads,)](
         q, k, v, bias, mask.alibi, grad, lse, delta, dbias, *launch_arguments(q, k, mask, scale, blocks),

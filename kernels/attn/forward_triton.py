@@ -14,8 +14,8 @@ Products of fp32 are made of three in TF32, which is nearly as exact; plain FMAs
 
 Names of the kernels' arguments: `t` and `s` are T and S, `group` is H / K, `blocks` the number of blocks a sequence;
 `q_b`, `q_t`, `q_h` are q's strides of batch, token and head, and so on; `bounds` and `key_bounds` are those of each
-segment's queries and keys, and `first` and `first_key` are where these begin. `limit` is the soft-cap before the scale:
-c(scale x) = scale limit tanh(x / limit). HD is hd, D is hd padded to a power of two. Offsets into memory are int64:
+segment's queries and keys, and `first` and `first_key` are where these begin. LIMIT is the soft-cap before the scale:
+c(scale x) = scale LIMIT tanh(x / LIMIT). HD is hd, D is hd padded to a power of two. Offsets into memory are int64:
 B · T · H · hd may be beyond 2³¹.
 """
 
@@ -43,6 +43,7 @@ _FORWARD = {
     80: {64: (128, 32, 8, 3), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
     86: {64: (128, 32, 8, 3), 128: (64, 32, 4, 2), 256: (64, 32, 8, 2)},
     90: {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 8, 2)},
+    100: {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 32, 4, 2)},
 }
 # In fp32, in kernels that go by keys, and in those that go by queries.
 _SINGLE = {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)}
@@ -157,9 +158,9 @@ def logits_of(
 
 @triton.jit(do_not_specialize=STEPS)
 def _forward_kernel(
-    q, k, v, bias, slopes, bounds, key_bounds, out, lse, t, s, heads, group, blocks, scale, limit, before, after,
+    q, k, v, bias, slopes, bounds, key_bounds, out, lse, t, s, heads, group, blocks, scale, before, after,
     q_b, q_t, q_h, k_b, k_s, k_h, bias_b, bias_h, bias_t, bias_s,
-    HD: tl.constexpr, D: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr, CAPPED: tl.constexpr,
+    HD: tl.constexpr, D: tl.constexpr, BIAS: tl.constexpr, ALIBI: tl.constexpr, LIMIT: tl.constexpr,
     PACKED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     block, head, index = program_indices(heads, blocks)
@@ -192,7 +193,8 @@ def _forward_kernel(
             key = key_start + tl.arange(0, BLOCK_S)
             k_block = load_rows(k + kv_offset, key_start, keys, k_s, HD, D, BLOCK_S)
             product = tl.dot(q_block, tl.trans(k_block), input_precision="tf32x3")
-            product, _ = soft_capped(product, limit, CAPPED)
+            if LIMIT is not None:
+                product, _ = soft_capped(product, LIMIT)
             logits = logits_of(
                 product, query[:, None], key[None, :], bias, slope,
                 queries, keys, scale, before, after, bias_t, bias_s, BIAS, ALIBI, EDGES,
@@ -261,17 +263,16 @@ def launch_arguments(q: Tensor, k: Tensor, mask: Mask, scale: float, blocks: int
     s, kv_heads = k.shape[1:3]
     before = FAR if mask.window is None else mask.window
     after = 1 if mask.causal else before
-    limit = 1.0 if mask.softcap is None else mask.softcap / scale
 
     # expand gives a broadcast dimension the stride 0.
     strides: tuple[int, ...] = (0, 0, 0, 0)
     if mask.bias is not None:
         strides = mask.bias.expand(b, heads, t, s).stride()
     sizes = t, s, heads, heads // kv_heads, blocks
-    return *sizes, scale, limit, before, after, *q.stride()[:3], *k.stride()[:3], *strides
+    return *sizes, scale, before, after, *q.stride()[:3], *k.stride()[:3], *strides
 
 
-def constants(q: Tensor, mask: Mask) -> dict[str, int | bool]:
+def constants(q: Tensor, mask: Mask, scale: float) -> dict[str, int | float | bool | None]:
     """The compile-time arguments that the kernels share."""
     if mask.bias is None:
         bias = NO_BIAS
@@ -287,7 +288,7 @@ def constants(q: Tensor, mask: Mask) -> dict[str, int | bool]:
         "D": padded_head_width(q),
         "BIAS": bias.value,
         "ALIBI": mask.alibi is not None,
-        "CAPPED": mask.softcap is not None,
+        "LIMIT": None if mask.softcap is None else mask.softcap / scale,
         "PACKED": packed,
     }
 
@@ -313,6 +314,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float) -> tuple[
     blocks = triton.cdiv(longest, sizes["BLOCK_T"])
     _forward_kernel[(blocks * heads * n_sequences,)](
         q, k, v, mask.bias, mask.alibi, mask.bounds, mask.key_bounds, out, lse,
-        *launch_arguments(q, k, mask, scale, blocks), **constants(q, mask), **sizes,
+        *launch_arguments(q, k, mask, scale, blocks), **constants(q, mask, scale), **sizes,
     )  # fmt: skip
     return out, lse

@@ -31,21 +31,23 @@ _CHUNK = {0: 2**13, 80: 2**28}
 
 
 @triton.jit
-def _logits(z, bias, column, v, width, softcap, BIAS: tl.constexpr, CAPPED: tl.constexpr):
+def _logits(z, bias, column, v, width, BIAS: tl.constexpr, SOFTCAP: tl.constexpr):
     """A block of a row in fp32, LOWEST behind its end, and c'."""
     # What lies in the padding is read, since that keeps loads vectors, and replaced.
     x = tl.load(z + column, mask=column < width, other=0.0).to(tl.float32)
     if BIAS:
         x += tl.load(bias + column, mask=column < v, other=0.0).to(tl.float32)
-    x, slope = soft_capped(x, softcap, CAPPED)
+    slope = 1.0
+    if SOFTCAP is not None:
+        x, slope = soft_capped(x, SOFTCAP)
     x = tl.where(column < v, x, LOWEST)
     return tl.where(x < LOWEST, LOWEST, x), slope  # which lets NaN through
 
 
 @triton.jit
 def _loss_kernel(
-    z, bias, targets, lse, losses, entropies, v, width, softcap,
-    BIAS: tl.constexpr, CAPPED: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+    z, bias, targets, lse, losses, entropies, v, width,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row of logits z; `m`, `s` and `t` hold an entry for each lane (module docstring)."""
     row = tl.program_id(0)
@@ -56,7 +58,7 @@ def _loss_kernel(
     s = tl.zeros((BLOCK,), tl.float32)
     t = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, v, BLOCK):
-        x, _ = _logits(z, bias, start + lane, v, width, softcap, BIAS, CAPPED)
+        x, _ = _logits(z, bias, start + lane, v, width, BIAS, SOFTCAP)
         rise = x - m
         e = tl.exp(-tl.abs(rise))
         if ENTROPY:
@@ -76,7 +78,8 @@ def _loss_kernel(
     target_logit = tl.load(z + target, mask=known, other=float("nan")).to(tl.float32)
     if BIAS:
         target_logit += tl.load(bias + target, mask=known, other=0.0).to(tl.float32)
-    target_logit, _ = soft_capped(target_logit, softcap, CAPPED)
+    if SOFTCAP is not None:
+        target_logit, _ = soft_capped(target_logit, SOFTCAP)
     tl.store(losses + row, top - target_logit + tl.log(total))
 
     # log Σe − Σ p (z − top), with z − top = (z − m) + (m − top) in each lane
@@ -86,13 +89,13 @@ def _loss_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    z, bias, targets, lse, weights, v, width, softcap,
-    BIAS: tl.constexpr, CAPPED: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
+    z, bias, targets, lse, weights, v, width,
+    BIAS: tl.constexpr, SOFTCAP: tl.constexpr, WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     z += row.to(tl.int64) * width
-    x, slope = _logits(z, bias, column, v, width, softcap, BIAS, CAPPED)
+    x, slope = _logits(z, bias, column, v, width, BIAS, SOFTCAP)
     dz = tl.exp(x - tl.load(lse + row))  # softmax(z)
     dz = tl.where(column == tl.load(targets + row), dz - 1, dz) * slope
     if WEIGHTS:
@@ -140,11 +143,6 @@ def _contiguous(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
 
 
-def _softcap(head: Head) -> dict[str, float | bool]:
-    """The kernels' arguments for it."""
-    return {"softcap": head.softcap or 1.0, "CAPPED": head.softcap is not None}
-
-
 @backend.launches
 def _losses(z: Tensor, head: Head, targets: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Loss, logsumexp and entropy of each row of a chunk z (rows, V), each (rows,) in fp32."""
@@ -157,7 +155,7 @@ def _losses(z: Tensor, head: Head, targets: Tensor, with_entropy: bool) -> tuple
     block, warps = backend.entry(_BLOCK, z)
     _loss_kernel[(n,)](
         z, _contiguous(head.bias), _contiguous(targets), lse, out, entropy, v, width,
-        **_softcap(head), BIAS=head.bias is not None, ENTROPY=with_entropy, BLOCK=block, num_warps=warps,
+        SOFTCAP=head.softcap, BIAS=head.bias is not None, ENTROPY=with_entropy, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return out, lse, entropy
 
@@ -170,6 +168,6 @@ def _gradient_(z: Tensor, head: Head, targets: Tensor, lse: Tensor, weights: Ten
     block, warps = backend.entry(_BLOCK, z)
     _gradient_kernel[(n, triton.cdiv(width, block))](
         z, _contiguous(head.bias), _contiguous(targets), lse, _contiguous(weights), v, width,
-        **_softcap(head), BIAS=head.bias is not None, WEIGHTS=weights is not None, BLOCK=block, num_warps=warps,
+        SOFTCAP=head.softcap, BIAS=head.bias is not None, WEIGHTS=weights is not None, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return z
