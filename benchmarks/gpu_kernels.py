@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu import Bench, Operation
+from gpu_bench import Bench, Operation
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

@@ -16,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from gpu import Bench
+from gpu_bench import Bench
 from torch import Tensor, nn
 
 from handtune.engine import LoRAConfig, PPOConfig, add_lora, freeze, generate, ppo, quantize, save_adapter
