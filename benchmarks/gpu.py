@@ -8,8 +8,8 @@ next one runs; when the seconds are over no further one begins. Weights are rand
 is compared with a reference *before* it is timed: the formula in fp32, run twice for repeatability, or transformers'
 loss and gradients of the same weights. What is wrong is called wrong, and has no time.
 
-`gpu_kernels.py` has the sections about operations, `gpu_models.py` those about models, `gpu_bench.py` how they are timed
-and compared.
+`gpu_kernels.py` has the sections about operations, `gpu_models.py` those about models; `gpu_bench.py` says how they are
+timed and compared.
 """
 
 import argparse
