@@ -13,6 +13,7 @@ is 1 and T all tokens.
 """
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
@@ -138,12 +139,20 @@ class Block(Attending):
         self.norm2 = RMSNorm(d, config.eps)
         self.attention_dropout = Dropout(config.attention_dropout)
 
+    def turned(self, qkv: Tensor, tables: Any) -> tuple[Tensor, Tensor]:
+        """q (B, T, H, hd) and k (B, T, K, hd) of qkv (B, T, (H + 2K)·hd), normalised and turned."""
+        q, k, _ = qkv.split(self.widths, dim=-1)  # (B, T, H·hd), (B, T, K·hd), (B, T, K·hd)
+        q, k = (y.unflatten(-1, (-1, self.head_width)) for y in (self.q_norm(q), self.k_norm(k)))
+        return rope(q, k, *tables[self.window is not None])
+
     def forward(self, x: Tensor, tables: Any, *context: Any) -> Tensor:
         """The stream x (B, T, D) after this layer; `tables` of far layers and near ones, `context` as for `attend`."""
-        q, k, v = self.qkv(x).split(self.widths, dim=-1)  # (B, T, H·hd), (B, T, K·hd), (B, T, K·hd)
-        q, k, v = (y.unflatten(-1, (-1, self.head_width)) for y in (self.q_norm(q), self.k_norm(k), v))
-        q, k = rope(q, k, *tables[self.window is not None])  # (B, T, H, hd), (B, T, K, hd)
-        x, out = self.attend(x, q, k, v, *context)
+        qkv = self.qkv(x)  # (B, T, (H + 2K)·hd)
+        # The norms keep qkv in any case; beside what norms behind projections keep, that is enough.
+        make = partial(self.turned, qkv, tables)
+        q, k = make()
+        v = qkv.split(self.widths, dim=-1)[2].unflatten(-1, (-1, self.head_width))  # (B, T, K, hd)
+        x, out = self.attend(x, q, k, v, *context, make=make)
         x = self.norm1(self.o(out)) + x  # (B, T or n, D)
         return self.norm2(activation_linear(self.gate_up(x), "swiglu", self.down)) + x
 

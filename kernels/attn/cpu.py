@@ -1,7 +1,7 @@
 """Attention on a CPU, where torch's own falls short (`attend.py` has the maths, `rows.py` chooses).
 
 `Recomputed`, for bf16: products over blocks of queries, with the probabilities rebuilt in the backward pass; twice as
-fast as torch's fused kernel. Saved are q, k, v alone, laid out as the products want them, heads first. Query heads that
+fast as torch's fused kernel. Saved are q, k, v alone; the products want them heads first. Query heads that
 share a key/value head are rows of one product with it, so that keys and values are never repeated, and the sums of
 their gradients over the heads come out of the products. Shapes: G is H / K, the query heads of a key/value head.
 
@@ -24,8 +24,8 @@ class Recomputed(torch.autograd.Function):
         ctx.causal = causal
         ctx.scale = scale
         ctx.batch = len(q)
-        q, k, v = (_heads_first(x, k.shape[2]) for x in (q, k, v))  # (B·K, G, T, hd); k and v (B·K, 1, S, hd)
         ctx.save_for_backward(q, k, v)
+        q, k, v = (_heads_first(x, k.shape[2]) for x in (q, k, v))  # (B·K, G, T, hd); k and v (B·K, 1, S, hd)
 
         blocks = [p @ v[:, 0, keys] for _, keys, p in _probabilities(q, k, causal, scale)]  # (B·K, G · positions, hd)
         return _heads_last(_concatenated(blocks[::-1], q), ctx.batch)
@@ -34,6 +34,7 @@ class Recomputed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         q, k, v = ctx.saved_tensors
+        q, k, v = (_heads_first(x, k.shape[2]) for x in (q, k, v))  # (B·K, G, T, hd); k and v (B·K, 1, S, hd)
         grad = _heads_first(grad, len(k) // ctx.batch)  # (B·K, G, T, hd)
         dk = torch.empty_like(k)
         dv = torch.empty_like(v)

@@ -16,11 +16,14 @@ Shapes: B rows, T tokens, S cached and new tokens, D width, H query heads and K 
 feed-forward width, V vocabulary, C classes, n positions that are asked for. Packed, B is 1 and T all tokens.
 """
 
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ...kernels import Linear, RMSNorm, attention, feed_forward, norm_linear, rope, split_rope
+from ...kernels.attn.made_again import made_again
 from ...kernels.dropout import Dropout
 from ..layers.inputs import ALL_LAYERS, check_length, key_bias, positions
 from ..layers.key_map import TIED, CheckpointKey
@@ -53,15 +56,19 @@ class Attending(nn.Module):
     def attend(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, cu_seqlens: Tensor | None,
         max_seqlen: int | None, keys: tuple[Tensor, Tensor] | None, cache: KVCache | None,
-        positions_to_return: Tensor | None = None,
+        positions_to_return: Tensor | None = None, *, make: Callable[[], Sequence[Tensor]] | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """x (B, T, D), and what q (B, T, H, hd) makes of k, v (B, T, K, hd): (B, T, H·hd); n positions if asked."""
+        """x (B, T, D), and what q (B, T, H, hd) makes of k, v (B, T, K, hd): (B, T, H·hd); n positions if asked.
+
+        Where `make` gives q and k again, they are not kept for the backward pass.
+        """
         if cache is not None:
             k, v = cache.append(self.index, k, v)  # (B, S, K, hd) each
-        out = attention(
-            q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, keys=keys, window=self.window, bias=bias,
-            causal=self.causal, scale=self.scale, softcap=self.softcap, dropout=self.attention_dropout.rate,
-        )  # fmt: skip
+        with nullcontext() if make is None else made_again(make, q, k):
+            out = attention(
+                q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, keys=keys, window=self.window, bias=bias,
+                causal=self.causal, scale=self.scale, softcap=self.softcap, dropout=self.attention_dropout.rate,
+            )  # fmt: skip
         out = out.flatten(2)  # (B, T, H·hd)
 
         # Last layer: keys and values needed every position, but only these are read further; the rest stops here.
