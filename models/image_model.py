@@ -26,6 +26,7 @@ class ImageModel(PretrainedModel):
         if pixel_values.dim() != 4 or pixel_values.shape[1] != n_channels:
             raise ValueError(f"expected images (B, {n_channels}, H, W), got {tuple(pixel_values.shape)}")
 
+    # Called as transformers' models of images are, by another argument than those of texts.
     def forward(self, pixel_values: Tensor) -> Tensor:  # type: ignore[override]
         """image-classification gives (B, n_labels); embedding (B, D). Images are (B, C, H, W)."""
         return self.head(self.pool(self.hidden(pixel_values)))
