@@ -17,6 +17,7 @@ class KnownModel(Protocol):
     task: str
     source: str | None
     head: nn.Module
+    head_is_new: bool  # made, for its task, and in no checkpoint
 
     def key_map(self) -> dict[str, Any]: ...
     def hidden(self, input_ids: Tensor, **inputs: Any) -> Tensor: ...
@@ -34,6 +35,7 @@ class ForeignModel:
     position_modules = ()
     task = ""
     source = None
+    head_is_new = False
 
     def key_map(self) -> dict[str, Any]:
         return {}

@@ -67,7 +67,7 @@ def tensors_to_save(
     head: tuple[str, ...] = ()
     if facts_of(model).task in WITH_HEAD:
         # Of a new one all, which no base has.
-        head = ("head.",) if getattr(model, "head_is_new", False) else ("head.out.", "head.hidden.")
+        head = ("head.",) if facts_of(model).head_is_new else ("head.out.", "head.hidden.")
     whole_modules = {
         saved_with(_module_of(entry.name))
         for entry in published.values()
